@@ -1,0 +1,149 @@
+"""The directories handed between commands: names and versions of their files in, checked paths and atomic writes out."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import DiskFull, RunError
+
+FORMAT = 1  # of RUN_RECORD and PREPARED_MANIFEST; raised when an older version could not read them
+
+# Run directory: a PEFT adapter with what produced it.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+RUN_RECORD = "qlora.json"  # base identity, formatting, data identity, versions
+RUN_YAML = "run.yaml"
+METRICS = "metrics.jsonl"
+LOSS_CURVE = "loss.png"
+MODEL_CARD = "README.md"
+CHECKPOINTS = "checkpoints"
+BAD_ROWS = "bad_rows.jsonl"
+LOCK = ".lock"
+
+# Prepared directory.
+PREPARED_MANIFEST = "prepared.json"
+PREPARED_ROWS = "rows.arrow"  # Arrow IPC file: input_ids list<int32>, trained list<bool>
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes one file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2, ensure_ascii=False, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of ours.
+
+    Raises:
+        RunError: It is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing.", "Check the directory's name.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}.") from error
+
+
+@contextmanager
+def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary directory beside `target` that takes its place when the block succeeds.
+
+    Every file is fsynced before the rename and the parent after it; on any failure nothing is left behind and an
+    existing `target` is untouched.
+
+    Raises:
+        DiskFull: The disk ran out of space inside the block or while flushing.
+        RunError: `target` exists and `replace` is False.
+    """
+    if target.exists() and not replace and any(target.iterdir()):
+        raise RunError(f"{target} exists already.", "Choose another directory, or add --overwrite to replace it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                fsync_path(Path(folder) / name)
+            fsync_path(Path(folder))
+        if target.exists():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+        fsync_path(target.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno == 28:  # ENOSPC
+            raise disk_full(target, error) from error
+        raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def disk_full(target: Path, error: OSError) -> DiskFull:
+    """The error for a write that met ENOSPC, naming what is free."""
+    free_bytes = shutil.disk_usage(target.parent).free
+    return DiskFull(
+        f"The disk is full: writing {target} failed with {free_bytes:,} bytes free ({error.strerror}).",
+        "Free some space, or choose an --output on another disk, and run the command again.",
+    )
+
+
+def read_run_record(directory: Path) -> dict[str, Any]:
+    """The run record beside an adapter.
+
+    Raises:
+        RunError: It is missing, broken, or written by a newer version.
+    """
+    record = read_json(directory / RUN_RECORD)
+    if not isinstance(record, dict) or record.get("format", FORMAT + 1) > FORMAT:
+        raise RunError(
+            f"{directory / RUN_RECORD} was written by a newer qlora.", "Update with: pip install -U qlora-cli"
+        )
+    return record
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether the directory holds a PEFT adapter."""
+    return (directory / ADAPTER_CONFIG).is_file()
+
+
+def is_prepared(directory: Path) -> bool:
+    """Whether the directory was written by `qlora prepare`."""
+    return (directory / PREPARED_MANIFEST).is_file()

@@ -1,0 +1,381 @@
+"""Every setting of every command, once: its name, type, default, meaning and unit.
+
+The command line, `run.yaml` and `--help` are all made from these dataclasses. A field's metadata carries the help
+text and, where there are any, the allowed values.
+"""
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    panel: str = "Options",
+    choices: tuple[str, ...] | None = None,
+    flags: tuple[str, ...] | None = None,
+    recorded: bool = True,
+) -> Any:
+    """A dataclass field with its help text.
+
+    Args:
+        default: The one default.
+        help: Meaning and unit.
+        panel: Heading under which `--help` lists it.
+        choices: Allowed values.
+        flags: Spelling on the command line where it is not `--field-name`; a pair for an on/off switch.
+        recorded: Whether `run.yaml` keeps it (False for how one invocation behaves, such as `resume`).
+    """
+    metadata = {"help": help, "panel": panel, "choices": choices, "flags": flags, "recorded": recorded}
+    return field(default=default, metadata=metadata)
+
+
+MODEL = "Model"
+DATA = "Data"
+ADAPTER = "Adapter"
+QUANTIZATION = "Quantisation"
+OPTIMISATION = "Optimisation"
+EVALUATION = "Evaluation and checkpoints"
+MEMORY = "Memory and speed"
+SAMPLING = "Sampling"
+RUN = "Run"
+
+OPTIMIZERS = (
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adamw_8bit",
+    "adamw",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    "lion_8bit",
+    "lion",
+    "sgd",
+    "adafactor",
+)
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_min_lr",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which base model."""
+
+    model: str | None = setting(None, "Hub id or directory of the base model.", panel=MODEL)
+    model_revision: str | None = setting(None, "Commit, branch or tag of the base model.", panel=MODEL)
+    trust_remote_code: bool = setting(
+        False,
+        "Run code that comes with the model; needs --model-revision with a full commit hash.",
+        panel=MODEL,
+        flags=("--trust-remote-code",),
+        recorded=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSettings:
+    """How the base is held in 4 bits."""
+
+    quant_type: str = setting("nf4", "4-bit data type of the base.", panel=QUANTIZATION, choices=("nf4", "fp4"))
+    double_quant: bool = setting(
+        True,
+        "Quantise the quantisation constants too (saves 0.37 bit a parameter).",
+        panel=QUANTIZATION,
+        flags=("--double-quant/--no-double-quant",),
+    )
+    compute_dtype: str | None = setting(
+        None,
+        "Dtype of the arithmetic; by default bfloat16 where the GPU has it, float16 on older ones, float32 on CPU.",
+        panel=QUANTIZATION,
+        choices=("bfloat16", "float16", "float32"),
+    )
+    base_cache: bool = setting(
+        True,
+        "Keep the quantised base on disk, so that the next start does not quantise again.",
+        panel=QUANTIZATION,
+        flags=("--cache/--no-cache",),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where rows come from and how each becomes trained and untrained tokens."""
+
+    data: str | None = setting(
+        None,
+        "Hub id (id:config), file (.json .jsonl .csv .tsv .parquet .txt, also .gz .zst), folder, glob, or saved dataset.",
+        panel=DATA,
+    )
+    split: str = setting("train", "Split of a hub or saved dataset.", panel=DATA)
+    revision: str | None = setting(None, "Commit, branch or tag of a hub dataset.", panel=DATA)
+    shape: str = setting(
+        "auto",
+        "Shape of the rows; auto recognises it and says so.",
+        panel=DATA,
+        choices=("auto", "text", "prompt", "chat", "tokens"),
+    )
+    text_column: str | None = setting(None, "Column with the text to train on.", panel=DATA)
+    prompt_column: str | None = setting(None, "Column with the prompt.", panel=DATA)
+    completion_column: str | None = setting(None, "Column with the completion.", panel=DATA)
+    messages_column: str | None = setting(None, "Column with the chat messages.", panel=DATA)
+    template: str | None = setting(
+        None,
+        "Prompt/completion template: text (or a file) with {column} fields, one of them the completion.",
+        panel=DATA,
+    )
+    chat_template: str | None = setting(
+        None, "File with a Jinja chat template to use instead of the model's.", panel=DATA
+    )
+    train_on: str | None = setting(
+        None,
+        "Which tokens are trained: completion (every assistant turn of a chat), the last answer only, or all. "
+        "By default completion where there is one, all for text.",
+        panel=DATA,
+        choices=("all", "completion", "last"),
+    )
+    max_length: int | None = setting(
+        None, "Longest row, and pack, in tokens; by default the model's context, at most 2048.", panel=DATA
+    )
+    overlong: str = setting(
+        "truncate", "What happens to a row past --max-length.", panel=DATA, choices=("truncate", "drop", "split")
+    )
+    on_bad_row: str = setting(
+        "stop", "Stop at a row that cannot be read, or skip and list it.", panel=DATA, choices=("stop", "skip")
+    )
+    max_line_bytes: int = setting(16 * 2**20, "Longest line accepted in a text file, in bytes.", panel=DATA)
+    limit: int | None = setting(None, "Use only the first N rows.", panel=DATA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapter."""
+
+    rank: int = setting(16, "LoRA rank r.", panel=ADAPTER)
+    alpha: float = setting(
+        32, "LoRA alpha: the update is scaled by alpha/rank (alpha/sqrt(rank) with --rslora).", panel=ADAPTER
+    )
+    dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.", panel=ADAPTER)
+    target_modules: tuple[str, ...] | None = setting(
+        None, "Comma-separated module names to adapt; by default every linear layer but the head.", panel=ADAPTER
+    )
+    rslora: bool = setting(False, "Rank-stabilised scaling alpha/sqrt(rank).", panel=ADAPTER, flags=("--rslora",))
+    dora: bool = setting(False, "Weight-decomposed adapters (DoRA).", panel=ADAPTER, flags=("--dora",))
+    modules_to_save: tuple[str, ...] | None = setting(
+        None, "Comma-separated modules trained in full and saved with the adapter.", panel=ADAPTER
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What one optimizer step costs: shared by training and by the memory prediction."""
+
+    batch_size: int = setting(1, "Rows (packs with --packing) in a micro-batch on one device.", panel=OPTIMISATION)
+    gradient_accumulation_steps: int = setting(16, "Micro-batches in an optimizer step.", panel=OPTIMISATION)
+    packing: bool = setting(
+        False,
+        "Fill each row up to --max-length with several examples that never see one another.",
+        panel=DATA,
+        flags=("--packing/--no-packing",),
+    )
+    optimizer: str | None = setting(
+        None, "By default paged_adamw_8bit on CUDA, adamw on CPU.", panel=OPTIMISATION, choices=OPTIMIZERS
+    )
+    gradient_checkpointing: str = setting(
+        "auto",
+        "Recompute activations in the backward pass: auto (as many layers as memory asks for), on, off, "
+        "or a number of layers.",
+        panel=MEMORY,
+    )
+    offload_activations: bool | None = setting(
+        None,
+        "Keep checkpointed activations in pinned host memory; by default when memory is short.",
+        panel=MEMORY,
+        flags=("--offload-activations/--no-offload-activations",),
+    )
+    offload_embeddings: bool | None = setting(
+        None,
+        "Keep the input embeddings on the host; by default when memory is short.",
+        panel=MEMORY,
+        flags=("--offload-embeddings/--no-offload-embeddings",),
+    )
+    resident_weights: bool | None = setting(
+        None,
+        "Keep the dequantised weights in memory beside the 4-bit ones (same numerics, faster); by default when memory is plentiful.",
+        panel=MEMORY,
+        flags=("--resident-weights/--no-resident-weights",),
+    )
+    engine: str = setting(
+        "fast", "plain turns every fast path off, for comparison.", panel=MEMORY, choices=("fast", "plain")
+    )
+    compile: bool | None = setting(
+        None,
+        "Compile decoder layers; by default where a run is long enough to pay for it.",
+        panel=MEMORY,
+        flags=("--compile/--no-compile",),
+    )
+    vram: str | None = setting(None, "Memory to keep within, such as 12GiB; by default what is free.", panel=MEMORY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(ModelSettings, DataSettings):
+    """`qlora prepare`: records to a prepared directory."""
+
+    output: str = setting("prepared", "Directory for the prepared rows.", panel=RUN)
+    show: int = setting(0, "Print N rows with trained and untrained tokens told apart.", panel=RUN, recorded=False)
+    overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN, flags=("--overwrite",), recorded=False)
+    workers: int | None = setting(None, "Processes that read and tokenise; by default one a core.", panel=RUN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSettings, StepSettings):
+    """`qlora train`: a base model and rows to a run directory."""
+
+    prepared: str | None = setting(None, "Directory written by `qlora prepare`, instead of --data.", panel=DATA)
+    output: str = setting("out", "Run directory.", panel=RUN)
+    max_steps: int | None = setting(None, "Optimizer steps; by default as many as --epochs takes.", panel=OPTIMISATION)
+    epochs: float = setting(1.0, "Passes over the rows.", panel=OPTIMISATION)
+    learning_rate: float = setting(2e-4, "Peak learning rate.", panel=OPTIMISATION)
+    scheduler: str = setting("cosine", "Learning-rate schedule.", panel=OPTIMISATION, choices=SCHEDULERS)
+    warmup_steps: int | None = setting(None, "Steps of linear warm-up; overrides --warmup-ratio.", panel=OPTIMISATION)
+    warmup_ratio: float = setting(0.03, "Share of the steps used for warm-up.", panel=OPTIMISATION)
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", panel=OPTIMISATION)
+    max_grad_norm: float = setting(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", panel=OPTIMISATION)
+    eval_fraction: float = setting(0.0, "Share of the rows held out for evaluation.", panel=EVALUATION)
+    eval_rows: int | None = setting(None, "Number of rows held out, instead of a share.", panel=EVALUATION)
+    eval_every: int | None = setting(
+        None, "Evaluate every N steps; by default at the end of each epoch.", panel=EVALUATION
+    )
+    save_every: int | None = setting(None, "Checkpoint every N steps; by default ten times a run.", panel=EVALUATION)
+    keep: int = setting(2, "Checkpoints kept.", panel=EVALUATION)
+    keep_best: bool = setting(
+        False,
+        "The adapter saved at the end is the one with the lowest evaluation loss.",
+        panel=EVALUATION,
+        flags=("--keep-best",),
+    )
+    patience: int | None = setting(None, "Stop after N evaluations without a better loss.", panel=EVALUATION)
+    seed: int = setting(42, "Seed of initialisation, order and dropout.", panel=RUN)
+    report_to: str | None = setting(
+        None, "Also log to this tracker.", panel=RUN, choices=("tensorboard", "wandb", "trackio")
+    )
+    resume: bool = setting(
+        False, "Go on from the newest checkpoint that verifies.", panel=RUN, flags=("--resume",), recorded=False
+    )
+    allow_changes: bool = setting(
+        False,
+        "Resume although base, data or settings differ from the checkpoint's.",
+        panel=RUN,
+        flags=("--allow-changes",),
+        recorded=False,
+    )
+    overwrite: bool = setting(
+        False,
+        "Start anew although --output holds a run; it is removed.",
+        panel=RUN,
+        flags=("--overwrite",),
+        recorded=False,
+    )
+    dry_run: bool = setting(False, "Print the plan and stop.", panel=RUN, flags=("--dry-run",), recorded=False)
+    gpus: int | None = setting(None, "Cards of this machine to train on.", panel=RUN)
+    shard: bool = setting(False, "Spread the base over the cards instead of copying it.", panel=RUN, flags=("--shard",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(ModelSettings):
+    """`qlora merge`: a run to a plain transformers checkpoint."""
+
+    adapter: str = setting("out", "Run directory or PEFT adapter.", panel=RUN)
+    output: str = setting("merged", "Directory for the merged model.", panel=RUN)
+    base: str = setting(
+        "dequantized",
+        "Merge into the weights that were trained against, or into the original ones.",
+        panel=RUN,
+        choices=("dequantized", "original"),
+    )
+    dtype: str | None = setting(
+        None,
+        "Dtype of the merged weights; by default the checkpoint's 16-bit one.",
+        panel=RUN,
+        choices=("bfloat16", "float16", "float32"),
+    )
+    quantize: bool = setting(
+        False, "Write a 4-bit checkpoint instead of a 16-bit one.", panel=RUN, flags=("--quantize",)
+    )
+    verify: bool | None = setting(
+        None,
+        "Compare the merged model with base + adapter; by default where a model fits in memory.",
+        panel=RUN,
+        flags=("--verify/--no-verify",),
+    )
+    max_kl: float = setting(0.01, "Mean KL divergence, in nats a token, past which --verify fails.", panel=RUN)
+    push: str | None = setting(None, "Upload to this hub repository (ORG/NAME).", panel=RUN)
+    public: bool = setting(False, "Make the pushed repository public.", panel=RUN, flags=("--public",))
+    overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN, flags=("--overwrite",))
+    resume: bool = setting(
+        True, "Reuse finished shards of an interrupted merge.", panel=RUN, flags=("--resume/--no-resume",)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ModelSettings, QuantizationSettings):
+    """`qlora generate`: a base, maybe with an adapter, and prompts to text."""
+
+    adapter: str | None = setting(None, "Run directory or PEFT adapter.", panel=MODEL)
+    input: str | None = setting(None, "JSON Lines file of prompts.", panel=RUN)
+    output: str | None = setting(None, "JSON Lines file for the answers.", panel=RUN)
+    chat: bool = setting(False, "Hold a conversation.", panel=RUN, flags=("--chat",))
+    raw: bool = setting(
+        False, "Give the prompt to the model as it is, without the trained format.", panel=RUN, flags=("--raw",)
+    )
+    batch_size: int = setting(8, "Prompts answered at once with --input.", panel=RUN)
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.", panel=SAMPLING)
+    temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", panel=SAMPLING)
+    top_p: float = setting(
+        0.95, "Sample among the likeliest tokens that hold this share of probability.", panel=SAMPLING
+    )
+    top_k: int = setting(0, "Sample among the K likeliest tokens; 0 turns it off.", panel=SAMPLING)
+    min_p: float = setting(0.0, "Drop tokens below this share of the likeliest one's probability.", panel=SAMPLING)
+    repetition_penalty: float = setting(1.0, "Divide the logits of tokens already seen by this.", panel=SAMPLING)
+    stop: tuple[str, ...] | None = setting(
+        None, "Text at which the answer ends; may be given several times.", panel=SAMPLING
+    )
+    seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING)
+    engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))
+    verbose: bool = setting(
+        False, "Say which decoding path is used and how fast it was.", panel=RUN, flags=("--verbose",)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(ModelSettings, LoraSettings, QuantizationSettings, StepSettings):
+    """`qlora inspect`: facts on a model, an adapter, a run, a prepared set or this machine."""
+
+    adapter: str | None = setting(None, "Run directory or PEFT adapter.", panel=MODEL)
+    prepared: str | None = setting(None, "Directory written by `qlora prepare`.", panel=MODEL)
+    max_length: int | None = setting(None, "Tokens in a row, for the memory prediction.", panel=MEMORY)
+    quantization_error: bool = setting(
+        False, "Measure the 4-bit error of each layer (reads the weights).", panel=RUN, flags=("--quantization-error",)
+    )
+
+
+def recorded_fields(config_type: type) -> dict[str, Field]:
+    """Fields that `run.yaml` keeps, by name."""
+    return {f.name: f for f in fields(config_type) if f.metadata["recorded"]}
+
+
+def default_of(config_type: type, name: str) -> Any:
+    """The default of one setting.
+
+    Raises:
+        KeyError: The dataclass has no such setting.
+    """
+    found = {f.name: f for f in fields(config_type)}[name]
+    assert found.default is not MISSING
+    return found.default

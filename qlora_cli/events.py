@@ -1,0 +1,110 @@
+"""What a stage tells while it works: frozen events in, whatever a Report makes of them out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Vram:
+    """Memory of one CUDA device, in bytes: allocated now, the highest since the start, and the card's total."""
+
+    now_bytes: int
+    peak_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of every event."""
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """A decision or fact the user should read once, as one sentence."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Caution(Event):
+    """Something that is probably not what the user wants, though the work goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """`done` of `total` units of a task; total None while it is unknown. The task ends when they are equal."""
+
+    task: str
+    done: int
+    total: int | None
+    unit: str = "rows"  # "bytes" is drawn as GiB
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """Training begins (or goes on) at `first_step` of `total_steps`."""
+
+    first_step: int
+    total_steps: int
+    trainable_parameters: int
+    total_parameters: int
+    device: str
+    engine: str  # one line: which fast paths are in use
+
+
+@dataclass(frozen=True)
+class StepLogged(Event):
+    """One optimizer step. `loss` is nats per trained token; `tokens` are real tokens, no padding."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    vram: Vram | None  # None on CPU
+
+
+@dataclass(frozen=True)
+class EvaluationLogged(Event):
+    """Held-out loss in nats per trained token, and its exponential."""
+
+    step: int
+    eval_loss: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A verified checkpoint stands at `path`."""
+
+    step: int
+    path: str
+    total_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RowShown(Event):
+    """One prepared row for the eye: pieces of text, each with whether it is trained on."""
+
+    index: int
+    pieces: tuple[tuple[str, bool], ...]
+    tokens: int
+    trained_tokens: int
+
+
+@dataclass(frozen=True)
+class TextGenerated(Event):
+    """A piece of the answer, in order; `final` closes one answer."""
+
+    text: str
+    final: bool = False
+
+
+Report = Callable[[Event], None]
