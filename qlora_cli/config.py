@@ -15,6 +15,7 @@ def setting(
     panel: str = "Options",
     choices: tuple[str, ...] | None = None,
     flags: tuple[str, ...] | None = None,
+    repeated: bool = False,
     recorded: bool = True,
 ) -> Any:
     """A dataclass field with its help text.
@@ -25,9 +26,17 @@ def setting(
         panel: Heading under which `--help` lists it.
         choices: Allowed values.
         flags: Spelling on the command line where it is not `--field-name`; a pair for an on/off switch.
+        repeated: A tuple is typed by repeating the flag, instead of with commas (its items may hold commas).
         recorded: Whether `run.yaml` keeps it (False for how one invocation behaves, such as `resume`).
     """
-    metadata = {"help": help, "panel": panel, "choices": choices, "flags": flags, "recorded": recorded}
+    metadata = {
+        "help": help,
+        "panel": panel,
+        "choices": choices,
+        "flags": flags,
+        "repeated": repeated,
+        "recorded": recorded,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -344,7 +353,7 @@ class GenerateConfig(ModelSettings, QuantizationSettings):
     min_p: float = setting(0.0, "Drop tokens below this share of the likeliest one's probability.", panel=SAMPLING)
     repetition_penalty: float = setting(1.0, "Divide the logits of tokens already seen by this.", panel=SAMPLING)
     stop: tuple[str, ...] | None = setting(
-        None, "Text at which the answer ends; may be given several times.", panel=SAMPLING
+        None, "Text at which the answer ends; may be given several times.", panel=SAMPLING, repeated=True
     )
     seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING)
     engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))
