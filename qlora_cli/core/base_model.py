@@ -1,0 +1,600 @@
+"""A model id or directory in, a frozen 4-bit model, its tokenizer and its identity out; bitsandbytes is spoken to here."""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.events import Notice, Report
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BLOCK_SIZE = 64  # weights a quantisation constant covers
+NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quantisation)
+DOWNLOAD_ATTEMPTS = 5
+# Subclasses of nn.Linear whose forward is that of nn.Linear in other words; transformers leaves them in 16 bits.
+PLAIN_LINEAR_SUBCLASSES = {"FalconLinear"}
+CONFIG_FILES = ["config.json", "generation_config.json"]
+TOKENIZER_FILES = [
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+]
+WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What the adapter was trained on: enough to refuse another base of the same shapes.
+
+    `weights_sha256` covers each safetensors header and, of every tensor, 4 KiB at its start, middle and end: a
+    fine-tuned sibling differs everywhere, and reading whole weights would cost minutes.
+    """
+
+    model: str
+    revision: str | None  # commit hash of a hub model, None for a directory
+    config_sha256: str
+    weights_sha256: str
+    quant_type: str
+    double_quant: bool
+    compute_dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "BaseIdentity":
+        """Reads what `to_dict` wrote; unknown keys are ignored."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+    def differences(self, other: "BaseIdentity") -> list[str]:
+        """Fields in which two bases differ, as "field: this → other"; where the base lies does not count."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [
+            f"{name}: {mine[name]} → {theirs[name]}"
+            for name in mine
+            if name not in ("model", "revision") and mine[name] != theirs[name]
+        ]
+
+
+# ---------------------------------------------------------------- files
+
+
+def resolve_model(
+    model: str, revision: str | None = None, *, weights: bool = True, report: Report | None = None
+) -> Path:
+    """The local directory of a model, downloading what is missing.
+
+    Args:
+        model: Directory or hub id.
+        revision: Commit, branch or tag of a hub model.
+        weights: Whether the safetensors files are needed, or the configuration and tokenizer only.
+        report: Told when a download is about to happen.
+
+    Raises:
+        ModelError: It is not there, gated, unauthorised, out of reach, or has no safetensors weights.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
+        if weights:
+            _require_safetensors(directory, model)
+        return directory
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
+        raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
+    patterns = CONFIG_FILES + TOKENIZER_FILES + (WEIGHT_FILES if weights else [])
+    directory = download_snapshot(model, revision, patterns, kind="model", report=report)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{model} has no config.json.", "Give --model a transformers model.")
+    if weights:
+        _require_safetensors(directory, model)
+    return directory
+
+
+def download_snapshot(
+    repository: str, revision: str | None, patterns: list[str], *, kind: str, report: Report | None = None
+) -> Path:
+    """A snapshot of a hub repository in the local cache, retried when the network fails.
+
+    Args:
+        repository: Hub id.
+        revision: Commit, branch or tag.
+        patterns: File names wanted, at the top of the repository for models.
+        kind: "model" or "dataset".
+        report: Told when the network is used.
+
+    Raises:
+        ModelError: One sentence on what stands in the way.
+    """
+    flag = "--model" if kind == "model" else "--data"
+    ignore = ["consolidated*", "*/*"] if kind == "model" else None
+
+    def fetch(local: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=ignore,
+                local_files_only=local,
+            )
+        )
+
+    if hub_constants.HF_HUB_OFFLINE:
+        try:
+            return fetch(local=True)
+        except (hub_errors.LocalEntryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+            raise ModelError(
+                f"The {kind} {repository} is not in the local hub cache and HF_HUB_OFFLINE is set.",
+                f"Unset HF_HUB_OFFLINE to download it, or give {flag} a local path.",
+            ) from error
+    pause_seconds = float(os.environ.get("QLORA_RETRY_SECONDS", "2"))
+    for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
+        try:
+            return fetch(local=False)
+        except hub_errors.GatedRepoError as error:
+            raise ModelError(
+                f"Access to the {kind} {repository} is gated and this account has not been let in.",
+                f"Ask for access on its hub page, then run: hf auth login, and the command again ({error.__class__.__name__}).",
+            ) from error
+        except hub_errors.RepositoryNotFoundError as error:
+            raise ModelError(
+                f"There is no {kind} {repository} on the hub, or it is private.",
+                "Check the spelling, give a local path, or run: hf auth login",
+            ) from error
+        except hub_errors.RevisionNotFoundError as error:
+            raise ModelError(
+                f"The {kind} {repository} has no revision {revision}.", "Check the revision's name."
+            ) from error
+        except hub_errors.HFValidationError as error:
+            raise ModelError(f"{repository} is neither a local path nor a hub id.", f"Check {flag}.") from error
+        except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403):
+                raise ModelError(
+                    f"The hub refuses the {kind} {repository} to this account (HTTP {status}).", "Run: hf auth login"
+                ) from error
+            if attempt == DOWNLOAD_ATTEMPTS:
+                raise ModelError(
+                    f"The {kind} {repository} could not be downloaded after {attempt} attempts: {_first_line(error)}",
+                    "Check the connection and run the command again: finished files are kept.",
+                ) from error
+            if report:
+                report(
+                    Notice(f"Download of {repository} failed ({_first_line(error)}); attempt {attempt + 1} follows.")
+                )
+            time.sleep(pause_seconds * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def _first_line(error: Exception) -> str:
+    """An exception's first line, without the query of any URL in it (tokens travel there)."""
+    text = str(error).strip().splitlines() or [error.__class__.__name__]
+    return re.sub(r"\?\S*", "", text[0])[:200]
+
+
+def _require_safetensors(directory: Path, model: str) -> None:
+    if any(directory.glob("*.safetensors")):
+        return
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+        raise ModelError(
+            f"{model} holds pickle weights only, which can run code when they are read.",
+            "Give --model a revision with safetensors files, or convert it once in a place you trust.",
+        )
+    raise ModelError(f"{model} holds no safetensors weights.", "Check the directory, or download the model again.")
+
+
+def commit_of(directory: Path) -> str | None:
+    """The commit hash when the directory is a snapshot in the hub cache."""
+    name = directory.resolve().name if directory.parent.name != "snapshots" else directory.name
+    return name if directory.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", name) else None
+
+
+# ---------------------------------------------------------------- configuration and tokenizer
+
+
+def _check_remote_code(model: str, revision: str | None, trust_remote_code: bool) -> None:
+    if trust_remote_code and not Path(model).is_dir() and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise UsageError(
+            "--trust-remote-code runs code from the hub and needs --model-revision with the full 40-digit commit hash.",
+            "Read the code at that commit first, then name it with --model-revision.",
+        )
+
+
+def load_config(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model's configuration, from config.json alone.
+
+    Raises:
+        ModelError: It is missing, broken, needs code of its own, or is no causal language model.
+        UsageError: `trust_remote_code` without a pinned revision.
+    """
+    _check_remote_code(model, revision, trust_remote_code)
+    directory = resolve_model(model, revision, weights=False)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{model} needs code that comes with the model, which is not run.",
+                "If you have read it, add --trust-remote-code --model-revision COMMIT.",
+            ) from error
+        raise ModelError(f"The configuration of {model} cannot be read: {_first_line(error)}") from error
+
+
+def load_tokenizer(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+        UsageError: `trust_remote_code` without a pinned revision.
+    """
+    _check_remote_code(model, revision, trust_remote_code)
+    directory = resolve_model(model, revision, weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken tokenizer file raises whatever the Rust library raises
+        raise ModelError(
+            f"The tokenizer of {model} cannot be read: {_first_line(error)}",
+            "Check that the tokenizer files are there.",
+        ) from error
+
+
+# ---------------------------------------------------------------- device and dtype
+
+
+def choose_device() -> torch.device:
+    """The current CUDA device, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of the arithmetic: as named, or bfloat16 on GPUs that have it, float16 on older ones, float32 on CPU.
+
+    Raises:
+        UsageError: The name is none of bfloat16, float16, float32.
+    """
+    if name is not None:
+        if name not in DTYPES:
+            raise UsageError(f"Unknown compute dtype {name}.", f"Choose one of: {', '.join(DTYPES)}.")
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------- loading in 4 bits
+
+
+class _FourBitConfig(BitsAndBytesConfig):
+    """BitsAndBytesConfig that selects the quantizer below."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(load_in_4bit=True, **arguments)
+        self.quant_method = "qlora_4bit"
+
+
+class _CheckedQuantize(Bnb4bitQuantize):
+    """Quantises one weight and remembers whether it was finite: quantisation hides a NaN."""
+
+    def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, torch.Tensor]:
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            self.hf_quantizer.finite[name] = torch.isfinite(tensor).all()  # stays on the device: no synchronisation
+        return super().convert(input_dict, **arguments)
+
+
+class _FourBitQuantizer(Bnb4BitHfQuantizer):
+    """transformers' 4-bit quantizer that also takes the linears it leaves out and finds non-finite weights."""
+
+    def __init__(self, quantization_config: Any, **arguments: Any) -> None:
+        super().__init__(quantization_config, **arguments)
+        self.finite: dict[str, torch.Tensor] = {}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **arguments: Any) -> None:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and type(module).__name__ in PLAIN_LINEAR_SUBCLASSES:
+                with torch.device("meta"):
+                    plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                model.set_submodule(name, plain)
+        super()._process_model_before_weight_loading(model, device_map, **arguments)
+
+    def get_quantize_ops(self) -> Bnb4bitQuantize:
+        return _CheckedQuantize(self)
+
+
+if "qlora_4bit" not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer("qlora_4bit")(_FourBitQuantizer)
+
+
+def load_base(
+    model: str,
+    *,
+    revision: str | None = None,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    report: Report | None = None,
+) -> tuple[PreTrainedModel, BaseIdentity]:
+    """Loads a causal language model frozen, every linear layer but the output head in 4 bits.
+
+    Weights are quantised block-wise (64 weights a constant) from `compute_dtype`; norms, embeddings and the head are
+    kept in `compute_dtype`.
+
+    Args:
+        model: Directory or hub id.
+        revision: Commit, branch or tag.
+        quant_type: "nf4" or "fp4" (https://arxiv.org/abs/2305.14314, section 3).
+        double_quant: Quantise the constants to 8 bits too.
+        compute_dtype: Dtype of the arithmetic and of what is not quantised.
+        device: Where it goes.
+        trust_remote_code: Run the model's own code; needs a pinned revision.
+        cache: Reuse and write the local cache of quantised bases.
+        report: Receives progress.
+
+    Returns:
+        The model in training mode off, nothing requiring gradients, and its identity.
+
+    Raises:
+        ModelError: Missing, no causal language model, a linear that did not become 4-bit, or non-finite weights.
+    """
+    config = load_config(model, revision, trust_remote_code=trust_remote_code)
+    directory = resolve_model(model, revision, weights=True, report=report)
+    identity = identify_base(
+        model, revision, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
+    )
+    quantization = _FourBitConfig(
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=head_names(build_empty(config, trust_remote_code=trust_remote_code)),
+    )
+    if report:
+        report(Notice(f"Loading {model} in 4 bits ({quant_type}, arithmetic in {dtype_name(compute_dtype)})."))
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            quantization_config=quantization,
+            dtype=compute_dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelError(
+                f"{model} does not fit in the GPU's memory while it is quantised.",
+                f"See: qlora inspect --model {model}",
+            ) from error
+        raise ModelError(f"{model} cannot be loaded: {_first_line(error)}") from error
+    _check_weights(base, model)
+    return freeze_base(base), identity
+
+
+def freeze_base(base: PreTrainedModel) -> PreTrainedModel:
+    """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no CPU repacking of the packed weights."""
+    base.requires_grad_(False)
+    base.eval()
+    base.config.use_cache = False
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On AVX512-BF16 CPUs an eval forward repacks the weight in place, and a later backward or dequantise
+            # reads those bytes as plain NF4 (gradient cosine 0.48 before against after).
+            module.support_avx512bf16_for_cpu = False
+    # peft, accelerate and transformers ask these two whether the model is a bitsandbytes one.
+    base.is_loaded_in_4bit = True
+    base.quantization_method = "bitsandbytes"
+    return base
+
+
+def _check_weights(base: PreTrainedModel, model: str) -> None:
+    left = [name for name in linear_names(base) if not is_4bit(base.get_submodule(name))]
+    if left:
+        raise ModelError(
+            f"{len(left)} linear layers of {model} did not become 4-bit, first {left[0]} "
+            f"({type(base.get_submodule(left[0])).__name__}).",
+            "This architecture is not supported yet.",
+        )
+    finite = dict(base.hf_quantizer.finite)
+    for name, parameter in base.named_parameters():
+        if parameter.is_floating_point():
+            finite[name] = torch.isfinite(parameter).all()
+    if finite:
+        good = torch.stack([flag.to("cpu") for flag in finite.values()])
+        if not bool(good.all()):
+            bad = [name for name, flag in zip(finite, good.tolist(), strict=True) if not flag]
+            raise ModelError(
+                f"The weights of {model} hold NaN or infinity in {len(bad)} tensors, first {bad[0]}.",
+                "Download the model again, or use another --compute-dtype if they overflow float16.",
+            )
+
+
+# ---------------------------------------------------------------- structure
+
+
+def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a configuration on the meta device: true shapes, no memory.
+
+    Raises:
+        ModelError: The configuration belongs to no causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{config.model_type} is no causal language model that can be built here: {_first_line(error)}",
+            "Give --model a decoder such as llama, gpt_neox, falcon, mistral, qwen3 or gemma3.",
+        ) from error
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the output head, as far as there is one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of every linear layer but the output head (nn.Linear and its subclasses, Conv1D, 4-bit ones)."""
+    heads = set(head_names(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name not in heads and "lora_" not in name
+    ]
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether the module is a 4-bit linear whose weight is quantised."""
+    return isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight, "quant_state", None) is not None
+
+
+def four_bit_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every quantised linear with its name."""
+    return ((name, module) for name, module in model.named_modules() if is_4bit(module))
+
+
+def dequantized_weight(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weight a 4-bit linear computes with.
+
+    Args:
+        module: A quantised linear.
+        dtype: Of the result; by default the dtype it was quantised from.
+
+    Returns:
+        (out_features, in_features).
+    """
+    weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def round_trip(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> torch.Tensor:
+    """Quantises and dequantises a weight as `load_base` does, bit for bit.
+
+    Args:
+        weight: (out, in) in the compute dtype of the run.
+        quant_type: "nf4" or "fp4".
+        double_quant: As in `load_base`.
+
+    Returns:
+        (out, in) in the same dtype.
+    """
+    packed, state = bnb.functional.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
+    )
+    return bnb.functional.dequantize_4bit(packed, state)
+
+
+def logical_numel(parameter: torch.Tensor) -> int:
+    """Number of weights a parameter stands for: a packed 4-bit one holds two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
+# ---------------------------------------------------------------- identity
+
+
+def identify_base(
+    model: str,
+    revision: str | None = None,
+    *,
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+) -> BaseIdentity:
+    """The identity of a base whose files are local, without loading it.
+
+    Raises:
+        ModelError: As `resolve_model`.
+    """
+    directory = resolve_model(model, revision, weights=True)
+    local = Path(model).expanduser().is_dir()
+    return BaseIdentity(
+        model=str(Path(model).expanduser().resolve()) if local else model,
+        revision=commit_of(directory),
+        config_sha256=_config_digest(directory),
+        weights_sha256=weights_digest(directory),
+        quant_type=quant_type,
+        double_quant=double_quant,
+        compute_dtype=dtype_name(compute_dtype),
+    )
+
+
+def _config_digest(directory: Path) -> str:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(volatile, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 over the headers and sampled bytes of a checkpoint's safetensors files.
+
+    Raises:
+        ModelError: A file is truncated or not safetensors.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            try:
+                if header_bytes > min(size, 100 * 2**20):
+                    raise ValueError("header longer than the file")
+                header = stream.read(header_bytes)
+                entries = json.loads(header)
+                spans = sorted(entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__")
+                if spans and 8 + header_bytes + spans[-1][1] != size:
+                    raise ValueError(f"{size} bytes where its header says {8 + header_bytes + spans[-1][1]}")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(
+                    f"{path} is damaged: {_first_line(error)}.", "Remove it and download the model again."
+                ) from error
+            digest.update(header)
+            for start, end in spans:
+                for position in (start, (start + end) // 2, max(start, end - 4096)):
+                    stream.seek(8 + header_bytes + position)
+                    digest.update(stream.read(min(4096, end - position)))
+    return digest.hexdigest()

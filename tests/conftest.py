@@ -1,0 +1,178 @@
+"""Tiny real models and data for the tests: built once a session, on the CPU, in milliseconds."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Ask not what your country can do for you; ask what you can do for your country.",
+    "def add(a, b):\n    return a + b",
+    "Question: What is 12 * 7? Answer: 84.",
+    "Ünïcödé, naïve café, 東京, Привет, 🙂.",
+]
+
+_SMALL = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GATED = {**_SMALL, "intermediate_size": 128, "max_position_embeddings": 512}
+_GQA = {**_GATED, "num_key_value_heads": 2}
+
+# Architecture → (configuration class, arguments). Shapes are small but each keeps what is peculiar to it.
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "gpt_neox": ("GPTNeoXConfig", {**_GATED, "rotary_pct": 0.25, "tie_word_embeddings": False}),
+    "llama": ("LlamaConfig", {**_GATED, "num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "falcon": (
+        "FalconConfig",
+        {
+            **_SMALL,
+            "multi_query": True,
+            "parallel_attn": True,
+            "bias": False,
+            "alibi": False,
+            "new_decoder_architecture": False,
+        },
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "vocab_size": 512,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 512,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    "opt": (
+        "OPTConfig",
+        {
+            **_SMALL,
+            "ffn_dim": 128,
+            "word_embed_proj_dim": 64,
+            "max_position_embeddings": 512,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+    ),
+    "bloom": ("BloomConfig", {"vocab_size": 512, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "mistral": ("MistralConfig", {**_GQA, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", {**_GQA, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {**_GQA, "head_dim": 16}),
+    "gemma2": ("Gemma2Config", {**_GQA, "head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3TextConfig", {**_GQA, "head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16}),
+    "phi": ("PhiConfig", {**_GATED, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "phi3": ("Phi3Config", {**_GQA, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+}
+
+
+def make_tokenizer():
+    """A byte-level BPE tokenizer with `<|endoftext|>` (id 0) as end and unknown token, no beginning token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|padding|>", model_max_length=512
+    )
+
+
+def write_model(directory: Path, architecture: str, *, seed: int = 0, dtype: str = "float32", **changes) -> Path:
+    """Writes a random checkpoint of an architecture with its tokenizer, as the hub would hold it.
+
+    Weights are scaled up so that logits, and their differences, are far from rounding.
+    """
+    import torch
+    import transformers
+
+    name, arguments = ARCHITECTURES[architecture]
+    config = getattr(transformers, name)(**{**arguments, **changes}, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.08)
+                elif parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Callable[..., Path]:
+    """`tiny_model(architecture, **changes)`: directory of a random checkpoint, built once a session. Do not write in it."""
+    built: dict[tuple, Path] = {}
+
+    def build(architecture: str = "gpt_neox", *, seed: int = 0, dtype: str = "float32", **changes) -> Path:
+        key = (architecture, seed, dtype, tuple(sorted(changes.items())))
+        if key not in built:
+            built[key] = write_model(
+                tmp_path_factory.mktemp(architecture) / "model", architecture, seed=seed, dtype=dtype, **changes
+            )
+        return built[key]
+
+    return build
+
+
+@pytest.fixture
+def load_tiny(tiny_model):
+    """`load_tiny(architecture)`: a fresh 4-bit base on the CPU and its identity."""
+
+    def load(architecture: str = "gpt_neox", **arguments):
+        import torch
+
+        from qlora_cli.core.base_model import load_base
+
+        options = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "cache": False, **arguments}
+        return load_base(str(tiny_model(architecture)), **options)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def gsm8k_rows() -> Path:
+    """The real GSM8K rows, where they are."""
+    path = SHARED_DATA / "gsm8k_train.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def neox_tokenizer():
+    """The real GPT-NeoX tokenizer, where it is."""
+    path = SHARED_DATA / "gpt-neox-tokenizer.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not on this machine")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>")
+
+
+def pytest_runtest_setup(item):
+    """Tests marked gpu need a CUDA device."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")
