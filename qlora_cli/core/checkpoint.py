@@ -1,0 +1,268 @@
+"""Training state in, verified checkpoint directories out: written atomically, found again by checksum, never pickled.
+
+A checkpoint is a directory `step-00000120` whose manifest names every file with its size and SHA-256, the identity of
+what produced it, and its own digest. It is built under a temporary name, flushed file by file, and renamed, so that a
+directory with the final name is complete whatever killed the process; what a disk does to it later, the digests show.
+"""
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qlora_cli.artifacts import atomic_directory, fsync_path, sha256_of, write_json
+from qlora_cli.errors import CheckpointError, DiskFull
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+_DIRECTORY = re.compile(r"step-(\d{8,})")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OS_ERROR = re.compile(r"os error (\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that verified: each file named in `files` had its recorded size and SHA-256 when it was read."""
+
+    path: Path
+    step: int
+    identity: dict[str, Any]
+    files: dict[str, int] = field(default_factory=dict)  # name -> bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that did not verify, with the reason as a clause."""
+
+    path: Path
+    reason: str
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Directory of the checkpoint after `step` optimizer steps."""
+    return root / f"step-{step:08d}"
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes tensors as safetensors, from any device, with or without shared storage."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads safetensors onto the CPU.
+
+    Raises:
+        CheckpointError: The file is not safetensors.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}.") from error
+
+
+def write_checkpoint(
+    root: Path, step: int, *, identity: dict[str, Any], fill: Callable[[Path], None], needed_bytes: int
+) -> Checkpoint:
+    """Writes the checkpoint of `step`, replacing one of the same step.
+
+    Args:
+        root: Directory of all checkpoints of a run.
+        step: Optimizer steps taken.
+        identity: What the state depends on (base, data, settings), compared on resume.
+        fill: Writes the files into the directory it is given.
+        needed_bytes: Expected size, told to the user when the disk is full.
+
+    Raises:
+        DiskFull: It did not fit. The older checkpoints are untouched and nothing of this one is left.
+    """
+    target = checkpoint_path(root, step)
+    root.mkdir(parents=True, exist_ok=True)
+    files: dict[str, int] = {}
+    with telling_disk_full(root, needed_bytes), atomic_directory(target, replace=True) as directory:
+        fill(directory)
+        entries = {}
+        for path in sorted(directory.iterdir()):
+            files[path.name] = path.stat().st_size
+            entries[path.name] = {"bytes": files[path.name], "sha256": sha256_of(path)}
+        manifest = {"format": MANIFEST_FORMAT, "step": step, "identity": identity, "files": entries}
+        write_json(directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+    return Checkpoint(target, step, identity, files)
+
+
+def verify(path: Path, required: Iterable[str] = ()) -> Checkpoint:
+    """Reads a checkpoint's manifest and checks every file against it.
+
+    Raises:
+        CheckpointError: With the reason as its message: what is missing, cut short, changed or not allowed.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{MANIFEST} was changed or cut short")
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise CheckpointError(f"{MANIFEST} has format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}")
+    try:
+        step, identity, entries = int(manifest["step"]), dict(manifest["identity"]), manifest["files"]
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{MANIFEST} is malformed ({error!r})") from error
+    for name in sorted({*expected, *required}):
+        if not _PLAIN_NAME.fullmatch(name):
+            raise CheckpointError(f"{MANIFEST} names {name!r}, which is not a plain file name")
+        if name not in expected:
+            raise CheckpointError(f"{MANIFEST} does not name {name}")
+        _check_file(path / name, *expected[name])
+    return Checkpoint(path, step, identity, {name: size_bytes for name, (size_bytes, _) in expected.items()})
+
+
+def newest_valid(root: Path, required: Iterable[str] = ()) -> tuple[Checkpoint | None, list[Skipped]]:
+    """The newest checkpoint that verifies, and the newer ones that do not.
+
+    Args:
+        root: Directory of all checkpoints of a run; may be absent.
+        required: File names a checkpoint must hold to be of use.
+    """
+    skipped: list[Skipped] = []
+    for path in reversed(list_checkpoints(root)):
+        try:
+            checkpoint = verify(path, required)
+            if checkpoint_path(root, checkpoint.step) != path:
+                raise CheckpointError(f"its manifest is of step {checkpoint.step}")
+        except CheckpointError as error:
+            skipped.append(Skipped(path, error.message))
+        else:
+            return checkpoint, skipped
+    return None, skipped
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Directories named as checkpoints, oldest first, verified or not."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if _DIRECTORY.fullmatch(path.name) and path.is_dir())
+
+
+def prune(root: Path, written: Checkpoint, *, keep: int, protect: Iterable[int] = ()) -> None:
+    """Removes what `written`, just saved, makes superfluous.
+
+    What stays: `written`, the `keep` - 1 checkpoints before it that look whole, and the steps in `protect`. Newer ones
+    go: the run went back behind them because they did not verify.
+    """
+    older = [path for path in list_checkpoints(root) if path.name < written.path.name and _looks_whole(path)]
+    staying = {written.path, *older[len(older) - (keep - 1) :]} | {checkpoint_path(root, step) for step in protect}
+    discard(path for path in list_checkpoints(root) if path not in staying)
+
+
+def discard(paths: Iterable[Path]) -> None:
+    """Removes checkpoint directories so that a kill in between leaves none that is half there under its name."""
+    for path in paths:
+        if path.exists():
+            trash = path.with_name(f".{path.name}.old")
+            shutil.rmtree(trash, ignore_errors=True)
+            path.rename(trash)
+            fsync_path(path.parent)
+            shutil.rmtree(trash)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes temporary directories of a killed process. Call it with the run's lock held."""
+    if root.is_dir():
+        for path in root.glob(".step-*"):
+            shutil.rmtree(path)
+
+
+def differences(saved: Any, now: Any, name: str = "") -> list[str]:
+    """Leaves that differ between two identities, each as `settings.rank: 8 → 16`."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted({*saved, *now}):
+            found += differences(saved.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return found
+    # Through JSON, so that a tuple equals the list it was saved as.
+    return [] if json.dumps(saved) == json.dumps(now) else [f"{name}: {saved!r} → {now!r}"]
+
+
+def require_space(directory: Path, needed_bytes: int) -> None:
+    """Checks that the disk under `directory` (which may not exist yet) has room.
+
+    Raises:
+        DiskFull: It has less than `needed_bytes` free.
+    """
+    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    if shutil.disk_usage(existing).free < needed_bytes:
+        raise _disk_full(existing, needed_bytes)
+
+
+@contextmanager
+def telling_disk_full(directory: Path, needed_bytes: int) -> Iterator[None]:
+    """Turns a full disk, in any of the ways libraries report it, into `DiskFull` with the bytes needed.
+
+    safetensors hides the system's error number in the text of its own exception.
+    """
+    try:
+        yield
+    except DiskFull as error:
+        raise _disk_full(directory, needed_bytes) from error
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise _disk_full(directory, needed_bytes) from error
+    except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        if number is None or int(number[1]) not in _DISK_FULL:
+            raise
+        raise _disk_full(directory, needed_bytes) from error
+
+
+def _disk_full(directory: Path, needed_bytes: int) -> DiskFull:
+    free_bytes = shutil.disk_usage(directory).free
+    return DiskFull(
+        f"The disk is full: {needed_bytes:,} bytes are needed in {directory}, {free_bytes:,} are free; "
+        "the checkpoints already written are intact.",
+        "Free some space and run the command again with --resume, or choose an --output on another disk.",
+    )
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_file(path: Path, size_bytes: int, sha256: str) -> None:
+    if path.is_symlink():
+        raise CheckpointError(f"{path.name} is a link, not a regular file")
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing")
+    found_bytes = path.stat().st_size
+    if found_bytes != size_bytes:
+        raise CheckpointError(f"{path.name} has {found_bytes:,} bytes instead of {size_bytes:,}")
+    if sha256_of(path) != sha256:
+        raise CheckpointError(f"{path.name} was changed: its SHA-256 is not the recorded one")
+
+
+def _looks_whole(path: Path) -> bool:
+    """A cheap check, without reading the tensors: the manifest is valid and every file has its size."""
+    try:
+        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in entries.items())
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
