@@ -98,9 +98,10 @@ def attach_adapter(
     for name in modules_to_save or ():
         if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
             raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")
+    whole_alpha: Any = int(alpha) if float(alpha).is_integer() else alpha  # as peft writes it
     config = LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=whole_alpha,
         lora_dropout=dropout,
         target_modules=find_targets(model, target_modules),
         bias="none",

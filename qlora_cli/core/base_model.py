@@ -315,11 +315,11 @@ class _FourBitConfig(BitsAndBytesConfig):
 class _CheckedQuantize(Bnb4bitQuantize):
     """Quantises one weight and remembers whether it was finite: quantisation hides a NaN."""
 
-    def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             self.hf_quantizer.finite[name] = torch.isfinite(tensor).all()  # stays on the device: no synchronisation
-        return super().convert(input_dict, **arguments)
+        return super().convert(input_dict, *args, **kwargs)
 
 
 class _FourBitQuantizer(Bnb4BitHfQuantizer):
@@ -329,7 +329,7 @@ class _FourBitQuantizer(Bnb4BitHfQuantizer):
         super().__init__(quantization_config, **arguments)
         self.finite: dict[str, torch.Tensor] = {}
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **arguments: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **arguments: Any) -> None:
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and type(module).__name__ in PLAIN_LINEAR_SUBCLASSES:
                 with torch.device("meta"):
@@ -413,7 +413,7 @@ def load_base(
     return freeze_base(base), identity
 
 
-def freeze_base(base: PreTrainedModel) -> PreTrainedModel:
+def freeze_base(base: Any) -> PreTrainedModel:
     """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no CPU repacking of the packed weights."""
     base.requires_grad_(False)
     base.eval()
@@ -429,7 +429,7 @@ def freeze_base(base: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def _check_weights(base: PreTrainedModel, model: str) -> None:
+def _check_weights(base: Any, model: str) -> None:
     left = [name for name in linear_names(base) if not is_4bit(base.get_submodule(name))]
     if left:
         raise ModelError(
@@ -470,7 +470,7 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False) ->
         ) from error
 
 
-def head_names(model: nn.Module) -> list[str]:
+def head_names(model: Any) -> list[str]:
     """Names of the output head, as far as there is one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [name for name, module in model.named_modules() if head is not None and module is head]
@@ -496,7 +496,7 @@ def four_bit_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if is_4bit(module))
 
 
-def dequantized_weight(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+def dequantized_weight(module: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The weight a 4-bit linear computes with.
 
     Args:
