@@ -309,7 +309,7 @@ class _FourBitConfig(BitsAndBytesConfig):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(load_in_4bit=True, **arguments)
-        self.quant_method = "qlora_4bit"
+        self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
 
 
 class _CheckedQuantize(Bnb4bitQuantize):
