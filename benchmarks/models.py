@@ -1,0 +1,144 @@
+"""Random checkpoints of the real architectures, and rows of real lengths, for the benchmarks.
+
+Weights are random (normal, 0.02): speed and memory do not depend on them, and no download is needed.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+CONFIGS = {
+    "llama-7b": (
+        "LlamaConfig",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "neox-20b": (
+        "GPTNeoXConfig",
+        {
+            "vocab_size": 50432,
+            "hidden_size": 6144,
+            "num_hidden_layers": 44,
+            "num_attention_heads": 64,
+            "intermediate_size": 24576,
+            "rotary_pct": 0.25,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "pythia-410m": (
+        "GPTNeoXConfig",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "rotary_pct": 0.25,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "falcon-7b": (
+        "FalconConfig",
+        {
+            "vocab_size": 65024,
+            "hidden_size": 4544,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 71,
+            "multi_query": True,
+            "parallel_attn": True,
+            "bias": False,
+            "alibi": False,
+            "new_decoder_architecture": False,
+        },
+    ),
+    "tiny-llama": (
+        "LlamaConfig",
+        {
+            "vocab_size": 1024,
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 256,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
+
+def make_config(name: str):
+    """The transformers configuration of a named architecture."""
+    import transformers
+
+    kind, arguments = CONFIGS[name]
+    return getattr(transformers, kind)(**arguments, bos_token_id=0, eos_token_id=0)
+
+
+def write_checkpoint(name: str, directory: Path, dtype: str = "bfloat16") -> Path:
+    """A random 16-bit checkpoint with a small tokenizer, written once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if (directory / "tokenizer.json").is_file():
+        return directory
+    shutil.rmtree(directory, ignore_errors=True)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(make_config(name), dtype=getattr(torch, dtype))
+    model.save_pretrained(directory, max_shard_size="4GB")
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer, so that the command line has one; the rows below are token ids already."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0, **{character: i + 1 for i, character in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
+
+
+def write_rows(kind: str, path: Path, *, rows: int, vocab_size: int, max_length: int = 2048) -> Path:
+    """JSON Lines of `input_ids`: `fixed` rows of max_length, `quotes` of 12 to 80, `gsm8k` of that set's lengths.
+
+    The GSM8K lengths (question and answer, GPT-NeoX tokenizer) are drawn from the measured quantiles, so that the
+    benchmark needs no data set.
+    """
+    import random
+
+    rng = random.Random(0)
+    # 0, 10, ... 100 % quantiles of the 7,473 training rows' token counts
+    gsm8k = [49, 90, 104, 116, 129, 142, 157, 174, 195, 230, 442]
+    with path.open("w") as stream:
+        for _ in range(rows):
+            if kind == "fixed":
+                length = max_length
+            elif kind == "quotes":
+                length = rng.randrange(12, 80)
+            else:
+                part = rng.random() * 10
+                low, high = gsm8k[int(part)], gsm8k[int(part) + 1]
+                length = int(low + (part % 1) * (high - low))
+            ids = [rng.randrange(5, vocab_size) for _ in range(length)]
+            stream.write(json.dumps({"input_ids": ids}) + "\n")
+    return path
