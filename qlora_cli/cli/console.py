@@ -1,0 +1,125 @@
+"""Events and a result in, the terminal out: progress on stderr, the result on stdout, one object there with --json."""
+
+import json
+import math
+import os
+import sys
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.text import Text
+
+from qlora_cli.cli.console_lines import LineView
+from qlora_cli.cli.console_live import LiveView
+from qlora_cli.cli.console_results import draw_result, draw_row
+from qlora_cli.errors import QloraError
+from qlora_cli.events import Event, RowShown, TextGenerated
+
+
+def has_live_view() -> bool:
+    """Whether both streams are terminals that may be drawn on."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stderr.isatty() and sys.stdout.isatty() and not plain
+
+
+class Console:
+    """The one sink of a command. Its `report` takes the stage's events; streams are those at construction.
+
+    Args:
+        as_json: Whether the result is printed as JSON, and nothing else goes to stdout.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.silent = os.environ.get("RANK", "0") != "0"  # of several ranks the first one talks
+        self._stdout = sys.stdout
+        self._next: list[str] = []
+        self._view: LiveView | LineView
+        self._view = LiveView(RichConsole(stderr=True)) if has_live_view() else LineView(sys.stderr)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
+        self._view.close()
+
+    def report(self, event: Event) -> None:
+        """Draws one event; generated text goes to stdout as it is."""
+        if self.silent:
+            return
+        match event:
+            case TextGenerated(text, final):
+                if not self.as_json:
+                    self._view.close()
+                    print(text, end="\n" if final else "", file=self._stdout, flush=True)
+            case RowShown():
+                self._view.close()
+                draw_row(RichConsole(file=sys.stderr if self.as_json else self._stdout, highlight=False), event)
+            case _:
+                self._view.show(event)
+
+    def suggest(self, command: str) -> None:
+        """Keeps a command to type next, shown under the result."""
+        self._next.append(command)
+
+    def show_result(self, result: Any) -> None:
+        """Prints what the command returned: facts and tables, or JSON; text that was streamed is not repeated."""
+        if self.silent:
+            return
+        self._view.close()
+        if self.as_json:
+            print(to_json(result), file=self._stdout, flush=True)
+        elif result is not None:
+            draw_result(RichConsole(file=self._stdout, highlight=False), result)
+        for command in self._next:
+            print(f"→ {command}", file=sys.stderr)
+
+    def read_line(self, prompt: str) -> str:
+        """One line of a conversation, with line editing where stdin is a terminal.
+
+        Raises:
+            EOFError: The input ended.
+        """
+        self._view.close()
+        if not (sys.stdin.isatty() and self._stdout.isatty()):
+            print(prompt, end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            return line.rstrip("\n")
+        import readline  # noqa: F401 - input() edits lines and remembers them once this is imported
+
+        replaced, sys.stdout = sys.stdout, self._stdout  # input() edits only on the real stdout
+        try:
+            return input(prompt)
+        finally:
+            sys.stdout = replaced
+
+
+def to_json(value: Any) -> str:
+    """One JSON object; a number that JSON does not have becomes null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=2)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show_error(error: QloraError, *, as_json: bool) -> None:
+    """One sentence on stderr and what to type next; with --json also one object on stdout."""
+    rank = os.environ.get("RANK", "0")
+    message = error.message if rank == "0" else f"rank {rank}: {error.message}"
+    if has_live_view():
+        console = RichConsole(stderr=True, highlight=False)
+        console.print(Text("error: ", "bold red") + Text(message))
+        if error.hint:
+            console.print(Text("→ ", "cyan") + Text(error.hint))
+    else:
+        print(f"error: {message}", *([f"→ {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
+    if as_json and rank == "0":
+        print(to_json({"error": message, "hint": error.hint, "exit_code": error.exit_code}))

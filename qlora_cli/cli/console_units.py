@@ -1,0 +1,103 @@
+"""Numbers in, short text out: bytes as GiB, seconds as h:mm:ss, settings and facts as words; and how long is left."""
+
+import math
+import time
+from typing import Any
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Bytes in the largest binary unit that keeps the number above a tenth: 4.57 GiB, 33.0 MiB, 512 B."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(size_bytes) >= unit / 10:
+            return f"{three_digits(size_bytes / unit)} {name}"
+    return f"{size_bytes:.0f} B"
+
+
+def three_digits(number: float) -> str:
+    """4.57, 33.0, 140, 12,345: three digits where that is enough."""
+    decimals = max(0, 2 - int(math.log10(abs(number)))) if abs(number) >= 1 else 2
+    return f"{number:,.{decimals}f}"
+
+
+def format_duration(seconds: float) -> str:
+    """0:03, 12:40, 1:02:03; days in front where there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return f"{days} d {clock}" if days else clock
+
+
+def format_seconds(seconds: float) -> str:
+    """Below two minutes 3.2 s, above it 12:40."""
+    return f"{seconds:.1f} s" if seconds < 120 else format_duration(seconds)
+
+
+def format_amount(done: float, unit: str) -> str:
+    """An amount of a progress event: 1,234 rows, or GiB where the unit is bytes."""
+    return format_bytes(done) if unit == "bytes" else f"{done:,.0f} {unit}"
+
+
+# A key's ending says its unit, everywhere in this project; here it becomes the unit that is drawn.
+_UNITS = {
+    "_bytes": format_bytes,
+    "_percent": lambda value: f"{value:.4g} %",
+    "_seconds": format_seconds,
+    "_per_second": lambda value: f"{value:,.0f}/s",
+}
+
+
+def split_unit(key: str) -> tuple[str, Any]:
+    """A key as words without its unit, and what formats its numbers (None for a plain number)."""
+    for ending, form in _UNITS.items():
+        if f"_{key}".endswith(ending):
+            return key.removesuffix(ending).replace("_", " "), form
+    return key.replace("_", " "), None
+
+
+def format_value(key: str, value: Any) -> str:
+    """One fact as text, its unit read from the key's ending."""
+    form = split_unit(key)[1]
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float) and not math.isfinite(value):
+        return str(value)
+    if form and isinstance(value, int | float):
+        return form(value)
+    if isinstance(value, int):
+        return str(value) if split_unit(key)[0] in ("seed", "format") else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{split_unit(str(k))[0]} {format_value(str(k), v)}" for k, v in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(format_value(key, item) for item in value) or "none"
+    return str(value)
+
+
+class Pace:
+    """How fast amounts grow, and the seconds left; the first mark only starts the clock (it holds the warm-up)."""
+
+    def __init__(self, done: float, now: float | None = None) -> None:
+        self.started_seconds = time.monotonic() if now is None else now
+        self.first_done = self.last_done = done
+        self.last_seconds = self.started_seconds
+
+    def mark(self, done: float, now: float | None = None) -> None:
+        """Says that `done` units are finished by now."""
+        self.last_done, self.last_seconds = done, time.monotonic() if now is None else now
+
+    @property
+    def per_second(self) -> float:
+        elapsed_seconds = self.last_seconds - self.started_seconds
+        return (self.last_done - self.first_done) / elapsed_seconds if elapsed_seconds > 0 else 0.0
+
+    def left_seconds(self, total: float | None) -> float | None:
+        """Seconds until `total` at this pace; None while it cannot be known."""
+        if total is None or self.per_second <= 0:
+            return None
+        return max(0.0, (total - self.last_done) / self.per_second)

@@ -1,0 +1,172 @@
+"""A settings dataclass in, a Typer command with one option a setting out; and back: a command line into the dataclass.
+
+Nothing is restated here: name, type, default, help, panel and choices all come from `config.py`.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import Field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from qlora_cli import config as settings
+
+PANEL_ORDER = (
+    settings.MODEL,
+    settings.DATA,
+    settings.ADAPTER,
+    settings.QUANTIZATION,
+    settings.OPTIMISATION,
+    settings.EVALUATION,
+    settings.MEMORY,
+    settings.SAMPLING,
+    settings.RUN,
+)
+THIS_CALL = "This call"
+CONTEXT = "context"  # name of the parameter through which Typer hands over its context
+
+
+def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    """One parameter of a command's signature."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = ()) -> inspect.Signature:
+    """The signature from which Typer makes a command: positional arguments, then every setting, panel by panel.
+
+    Args:
+        config_type: One of the dataclasses of `config.py`.
+        arguments: Positional arguments that are no setting, such as the prompt.
+    """
+    hints = get_type_hints(config_type)
+    owners = [*config_type.__mro__[1:-1], config_type]
+    ordered = sorted(
+        fields(config_type),
+        key=lambda field: (
+            PANEL_ORDER.index(field.metadata["panel"]),
+            next(i for i, owner in enumerate(owners) if field.name in owner.__annotations__),
+        ),
+    )
+    return inspect.Signature(
+        [
+            parameter(CONTEXT, typer.Context),
+            *arguments,
+            *(_option(field, hints[field.name]) for field in ordered),
+            _extra("config_file", Path | None, None, "--config", "YAML file of settings; flags override it."),
+            _extra("as_json", bool, False, "--json", "Print the result as one JSON object on stdout."),
+            _extra("debug", bool, False, "--debug", "Show tracebacks, and what the libraries say."),
+        ]
+    )
+
+
+def _extra(name: str, kind: Any, default: Any, flag: str, help: str) -> inspect.Parameter:
+    return parameter(name, Annotated[kind, typer.Option(flag, help=help, rich_help_panel=THIS_CALL)], default)
+
+
+def flag_of(field: Field) -> str:
+    """How a setting is spelt on the command line: `--target-modules`, or `--double-quant/--no-double-quant`."""
+    return "/".join(field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",))
+
+
+def _option(field: Field, hint: Any) -> inspect.Parameter:
+    kind, optional = _without_none(hint)
+    help, choices = field.metadata["help"], field.metadata["choices"]
+    metavar = None
+    if choices:
+        kind = Literal[choices]
+        if len("|".join(choices)) > 30:
+            metavar = "NAME"
+            help += f" One of: {', '.join(choices)}."
+    elif get_origin(kind) is tuple:
+        kind, metavar = (list[str], "TEXT") if field.metadata["repeated"] else (str, "A,B,...")
+    option = typer.Option(
+        flag_of(field),
+        help=help,
+        rich_help_panel=field.metadata["panel"],
+        show_default=field.default is not None,
+        metavar=metavar,
+    )
+    return parameter(field.name, Annotated[kind | None if optional else kind, option], field.default)
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """`X | None` as (X, True), any other type as (type, False)."""
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+        assert len(kinds) == 1, f"a setting has one type, not {hint}"
+        return kinds[0], True
+    return hint, False
+
+
+def overrides(context: typer.Context, config_type: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that stand on the command line, as the dataclass takes them.
+
+    A default that Typer filled in is left out, so that a `--config` file is not overridden by it.
+    """
+    hints = get_type_hints(config_type)
+    found = {}
+    for field in fields(config_type):
+        source = context.get_parameter_source(field.name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = values[field.name]
+        if get_origin(_without_none(hints[field.name])[0]) is tuple:
+            parts = value.split(",") if isinstance(value, str) else value
+            value = tuple(part for part in (p if field.metadata["repeated"] else p.strip() for p in parts) if part)
+        found[field.name] = value
+    return found
+
+
+class PanelledCommand(TyperCommand):
+    """A command whose help lists its options panel by panel, in 80 columns without cutting a name short."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes one section a panel (Typer's own panels draw with rich, which costs a third of the time there is)."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                panel = getattr(param, "rich_help_panel", None) or THIS_CALL
+                panels.setdefault("Arguments" if param.param_type_name == "argument" else panel, []).append(record)
+        for panel, records in panels.items():
+            with formatter.section(panel):
+                for flags, help in records:
+                    formatter.write(_definition(flags, " ".join(help.split()), formatter.width - 2))
+
+
+def _definition(flags: str, help: str, width: int, column: int = 30) -> str:
+    """One option of the help: its spelling, then its meaning in a column; no flag or default is broken in two."""
+    start = f"  {flags}" if len(flags) > column - 4 else f"  {flags:<{column - 2}}"
+    indent = " " * column
+    lines = textwrap.wrap(
+        help.replace("[default: ", "[default:\xa0"),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    if len(start) == column and lines:
+        lines[0] = start + lines[0][column:]
+    else:
+        lines.insert(0, start)
+    return "\n".join(lines).replace("\xa0", " ") + "\n"
+
+
+def as_command(body: Callable[..., None], config_type: type, arguments: tuple[inspect.Parameter, ...] = ()) -> Any:
+    """`body(**values)` under the name, help and signature that Typer reads."""
+
+    def command(**values: Any) -> None:
+        body(**values)
+
+    signature = signature_of(config_type, arguments)
+    command.__name__ = body.__name__
+    command.__doc__ = body.__doc__
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return command
