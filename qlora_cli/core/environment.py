@@ -1,0 +1,226 @@
+"""This machine in; its devices, drivers and versions, and what works or how to mend it, out."""
+
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub import constants as hub_constants
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora_cli.core.adapter import attach_adapter
+from qlora_cli.core.base_model import dequantized_weight, dtype_name, four_bit_linears, load_base
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "huggingface_hub",
+    "tokenizers",
+    "triton",
+)
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+CARD_NODE = Path("/dev/nvidiactl")
+SHORT_OF_DISK_BYTES = 20 * 2**30  # a 7B model in 16 bits with its 4-bit copy
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried: whether it works, what was found, and what mends it."""
+
+    name: str
+    works: bool
+    found: str
+    fix: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+
+def list_versions() -> dict[str, str | None]:
+    """Version of each library that is spoken to; None where it is not installed. Imports none of them."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = None
+    return found
+
+
+def read_driver() -> str | None:
+    """Version of the NVIDIA kernel driver, None without one."""
+    if not DRIVER_FILE.is_file():
+        return None
+    words = DRIVER_FILE.read_text(encoding="utf-8").split()
+    return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)
+
+
+def list_devices() -> list[dict[str, Any]]:
+    """Every CUDA device: name, compute capability, memory in bytes, whether it computes in bfloat16."""
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "total_bytes": total_bytes,
+                "free_bytes": free_bytes,
+                "bfloat16": properties.major >= 8,
+            }
+        )
+    return devices
+
+
+def describe_machine() -> dict[str, Any]:
+    """Facts of the host, JSON-ready."""
+    memory = psutil.virtual_memory()
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": psutil.cpu_count(logical=True),
+        "host_memory_bytes": memory.total,
+        "host_available_bytes": memory.available,
+        "driver": read_driver(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def check_environment(device: torch.device, compute_dtype: torch.dtype, directory: Path) -> list[Check]:
+    """Tries what training needs.
+
+    Args:
+        device: Where 4-bit arithmetic is tried.
+        compute_dtype: Its dtype.
+        directory: Where runs would be written.
+    """
+    return [
+        check_python(),
+        check_card(),
+        check_triton(device),
+        check_4bit_step(device, compute_dtype),
+        check_disk("hub cache", Path(hub_constants.HF_HUB_CACHE)),
+        check_disk("working directory", directory),
+    ]
+
+
+def check_python() -> Check:
+    """Whether this Python is new enough."""
+    found = platform.python_version()
+    fix = None if sys.version_info >= (3, 11) else "Install Python 3.11 or newer."
+    return Check("python", fix is None, found, fix)
+
+
+def check_card() -> Check:
+    """Whether PyTorch sees a CUDA card, and if not, which of driver, build or card is missing."""
+    if torch.cuda.is_available():
+        return Check("cuda", True, f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
+    driver = read_driver()
+    if torch.version.cuda is None:
+        if driver or CARD_NODE.exists():
+            return Check(
+                "cuda",
+                False,
+                f"the driver ({driver}) is there, but PyTorch {torch.__version__} was built for the CPU",
+                "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+            )
+        return Check("cuda", False, "no NVIDIA card or driver", "Small models train on the CPU; others need a card.")
+    if driver is None:
+        return Check(
+            "cuda", False, "no NVIDIA driver", "Install the NVIDIA driver, or pass the card into the container."
+        )
+    return Check(
+        "cuda",
+        False,
+        f"driver {driver} is there, but PyTorch's CUDA {torch.version.cuda} finds no usable card",
+        "Update the driver, or look at CUDA_VISIBLE_DEVICES and: nvidia-smi",
+    )
+
+
+def check_triton(device: torch.device) -> Check:
+    """Whether the compiler behind the fast kernels is there; the CPU does without."""
+    found = list_versions()["triton"]
+    if device.type != "cuda":
+        return Check("triton", True, found or "not needed on the CPU")
+    if found is None:
+        return Check("triton", False, "not installed: only --engine plain works", "pip install triton")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return Check("triton", False, f"{found}, but there is no C compiler", "apt-get install gcc")
+    return Check("triton", True, found)
+
+
+def check_disk(name: str, directory: Path) -> Check:
+    """Whether a disk has room for a 7B model."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    found = f"{free_bytes:,} bytes free at {directory}"
+    if free_bytes >= SHORT_OF_DISK_BYTES:
+        return Check(name, True, found)
+    return Check(name, False, found, "Free some space; HF_HOME moves the hub cache to another disk.")
+
+
+def check_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> Check:
+    """Loads a tiny model in 4 bits, compares a linear with its dequantised weight, and runs a forward and backward."""
+    name = "4-bit step"
+    where = f"on {device} in {dtype_name(compute_dtype)}"
+    try:
+        error, norm = run_4bit_step(device, compute_dtype)
+    except Exception as failure:  # whatever a broken installation raises is the finding
+        first_line = (str(failure).strip().splitlines() or [""])[0]
+        return Check(name, False, f"fails {where}: {type(failure).__name__}: {first_line}", FIXES[device.type])
+    if not error < 4 * torch.finfo(compute_dtype).eps:
+        return Check(name, False, f"a 4-bit linear {where} is off by {error:.2g}", FIXES[device.type])
+    if not 0 < norm < float("inf"):
+        return Check(name, False, f"the adapter's gradient {where} has norm {norm}", FIXES[device.type])
+    return Check(name, True, f"forward and backward work {where}")
+
+
+FIXES = {
+    "cuda": "pip install --force-reinstall bitsandbytes, then: python -m bitsandbytes",
+    "cpu": "pip install --upgrade bitsandbytes torch",
+}
+
+
+def run_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> tuple[float, float]:
+    """A real 4-bit training step on a tiny random model.
+
+    Returns:
+        Relative error of one 4-bit linear against its dequantised weight, and the norm of the adapter's gradient.
+    """
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            LlamaForCausalLM(config).save_pretrained(directory)
+        base, _ = load_base(directory, compute_dtype=compute_dtype, device=device, cache=False)
+        _, linear = next(four_bit_linears(base))
+        inputs = torch.linspace(-1, 1, 4 * 64, device=device, dtype=compute_dtype).view(4, 64)
+        exact = inputs.double() @ dequantized_weight(linear).double().T
+        error = float((linear(inputs).double() - exact).norm() / exact.norm())
+        model = attach_adapter(base, rank=4, alpha=8)
+        tokens = torch.arange(32, device=device)[None]
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+    return error, float(torch.stack(gradients).norm())
