@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all the set-up themselves: a .venv with pip, under the tested versions.
+
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= logical
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test faults lint clean
+
+help:
+	@echo "make demo    the whole road on a small model built here: no GPU, about three minutes"
+	@echo "make test    ruff, mypy, import-linter, then every test but the long ones"
+	@echo "make faults  the long fault-injection suite, with its table of figures"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make clean   remove .venv and what demo and the checkers left behind"
+
+# torch goes first and alone, so that pip takes the build that this machine offers and then leaves it as it is.
+.venv/torch-installed: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	@touch $@
+
+.venv/qlora-installed: .venv/torch-installed pyproject.toml
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/tests-installed: .venv/qlora-installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: .venv/qlora-installed
+	$(BIN)/python examples/demo.py
+
+lint: .venv/tests-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8
+
+faults: .venv/tests-installed
+	$(BIN)/python -m pytest -m slow tests/faults -s
+
+clean:
+	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
