@@ -22,6 +22,7 @@ METRICS = "metrics.jsonl"
 LOSS_CURVE = "loss.png"
 MODEL_CARD = "README.md"
 CHECKPOINTS = "checkpoints"
+TRACKER_LOGS = "logs"
 BAD_ROWS = "bad_rows.jsonl"
 LOCK = ".lock"
 
@@ -45,13 +46,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically: a reader sees the old file or the new one, never a part."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically: a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
+        with temporary.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -59,6 +59,12 @@ def write_json(path: Path, content: Any) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON as `write_bytes` does."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,147 @@
+"""The rows of an optimizer step in; its summed loss and the gradients of their mean over all ranks out."""
+
+import gc
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_cli.core.engine import Engine
+from qlora_cli.core.holdout import RowSubset
+from qlora_cli.core.packing import MicroBatch, collate
+from qlora_cli.core.parameters import TrainableParameters
+from qlora_cli.core.ranks import Ranks
+from qlora_cli.core.steps import split_to_fit
+from qlora_cli.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What one step came to, over all ranks."""
+
+    loss_sum: float  # nats, summed over the trained tokens
+    trained_tokens: int
+    tokens: int
+    gradient_norm: float  # of the mean loss times the loss scale
+    out_of_memory: bool  # on some rank: the other numbers then mean nothing
+    stopping: bool  # a signal came to some rank
+
+
+class Accumulation:
+    """Forward and backward over the micro-batches of a step.
+
+    Args:
+        engine: Losses of micro-batches.
+        rows: Where row indices point.
+        parameters: Whose gradients are gathered.
+        ranks: This process among those that share each step.
+    """
+
+    def __init__(self, engine: Engine, rows: RowSubset, parameters: TrainableParameters, ranks: Ranks) -> None:
+        self.engine = engine
+        self.rows = rows
+        self.parameters = parameters
+        self.ranks = ranks
+        self.device = parameters.device
+        self.failed: MicroBatch | None = None  # did not fit this rank's memory in the last `accumulate`
+
+    def lay_out(self, micro_batches: list[list[int]], limit_tokens: int | None) -> list[MicroBatch]:
+        """Reads the rows of a step into tensors, in micro-batches of at most `limit_tokens` (rows are never cut)."""
+        split = split_to_fit(micro_batches, self.rows.lengths, limit_tokens)
+        return [read_batch(self.rows, indices, self.device) for indices in split]
+
+    def accumulate(self, batches: list[MicroBatch], *, scale: float = 1.0, stopping: bool = False) -> Tensor:
+        """Gradients of `scale` times the mean loss over the trained tokens of all ranks' batches.
+
+        Nothing here waits for the device; `read_sums` does.
+
+        Returns:
+            (6,) float64 on the device, for `read_sums`.
+        """
+        self.parameters.zero_gradients()
+        trained = sum(batch.trained_tokens for batch in batches)
+        factor: Tensor | float = scale / max(trained, 1)
+        if self.ranks.world_size > 1:
+            factor = scale / self.ranks.add_up(torch.tensor(float(trained), device=self.device)).clamp_min(1)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.failed = None
+        for batch in batches:
+            if not self._forward_backward(batch, factor, loss_sum):
+                self.failed = batch
+                break
+        tokens = sum(batch.tokens for batch in batches)
+        counts = torch.tensor([trained, tokens, self.failed is not None, stopping], dtype=torch.float64)
+        sums = self.ranks.add_up(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))
+        for gradient in self.parameters.gradients():
+            self.ranks.add_up(gradient)
+        return torch.cat([sums, self.parameters.gradient_norm().double()[None]])
+
+    def _forward_backward(self, batch: MicroBatch, factor: Tensor | float, loss_sum: Tensor) -> bool:
+        """Adds one micro-batch's gradients and loss. False when memory ran out: the step has to be repeated."""
+        try:
+            loss = self.engine.loss(batch.to(self.device, non_blocking=True))
+            (loss * factor).backward()
+            loss_sum += loss.detach()
+            return True
+        except torch.OutOfMemoryError:
+            pass  # mended outside the handler, where the traceback no longer holds the activations
+        free_memory(self.device)
+        return False
+
+    def halved_limit(self, where: str) -> int:
+        """Tokens that a micro-batch may hold after memory ran out, on all ranks.
+
+        Raises:
+            TrainingError: What did not fit was a single row.
+        """
+        failed_tokens = self.failed.tokens if self.failed else 0
+        single_tokens = failed_tokens if self.failed and len(self.failed.row_indices) == 1 else 0
+        if tokens := self.ranks.highest(single_tokens, self.device):
+            raise TrainingError(
+                f"There is not enough memory {where}, for a single row of {tokens:,} tokens.",
+                "Lower --max-length, or use --gradient-checkpointing on.",
+            )
+        return self.ranks.highest(failed_tokens, self.device) // 2
+
+    def try_out(self, micro_batches: Iterable[list[int]], limit_tokens: int | None, reserve_bytes: int) -> int | None:
+        """Runs micro-batches forward and backward and forgets them, with room kept for `reserve_bytes` more.
+
+        Returns:
+            The limit on a micro-batch's tokens with which all of them fit.
+
+        Raises:
+            TrainingError: A single row does not fit.
+        """
+        for indices in micro_batches:
+            while True:
+                batches = self.lay_out([indices], limit_tokens)
+                reserved = torch.empty(
+                    reserve_bytes if self.device.type == "cuda" else 0, device=self.device, dtype=torch.uint8
+                )
+                sums = read_sums(self.accumulate(batches))
+                del reserved  # stays with the allocator, where the optimizer's state will find it
+                if not sums.out_of_memory:
+                    break
+                limit_tokens = self.halved_limit("for the longest rows")
+        self.parameters.zero_gradients()
+        return limit_tokens
+
+
+def read_sums(sums: Tensor) -> StepSums:
+    """Brings `accumulate`'s result to the host: waits for the device."""
+    loss_sum, trained, tokens, failures, stops, norm = sums.tolist()
+    return StepSums(loss_sum, int(trained), int(tokens), norm, failures > 0, stops > 0)
+
+
+def read_batch(rows: RowSubset, indices: list[int], device: torch.device) -> MicroBatch:
+    """Rows as one micro-batch, in pinned memory where it will be copied to a card."""
+    batch = collate([rows[i] for i in indices], indices)
+    return batch.pin() if device.type == "cuda" else batch
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives the allocator's unused blocks back after memory ran out."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,96 @@
+"""What a run trained on and how it went in, the model card of its adapter out: no local path and no token in it."""
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from qlora_cli import __version__
+
+SETTINGS = (
+    "rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "rslora",
+    "dora",
+    "quant_type",
+    "double_quant",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "packing",
+    "learning_rate",
+    "scheduler",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+
+
+def write_card(
+    *, base: str | None, dataset: str | None, settings: dict[str, Any], results: dict[str, Any], title: str
+) -> str:
+    """The text of a README.md with the metadata that the hub reads.
+
+    Args:
+        base: Hub id of the base model; None when it is a local directory, whose path stays private.
+        dataset: Hub id of the data; None when it is local.
+        settings: Settings of the run by name; those in `SETTINGS` are listed.
+        results: Named results, listed as they are.
+        title: Heading.
+    """
+    metadata = ModelCardData(
+        base_model=base,
+        datasets=[dataset] if dataset else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "qlora", "4-bit", "peft"] + ([f"base_model:adapter:{base}"] if base else []),
+    )
+    of_base = f"[{base}](https://huggingface.co/{base})" if base else "a local base model"
+    on_data = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else "local data"
+    lines = [
+        "---",
+        metadata.to_yaml().strip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"A LoRA adapter of {of_base}, trained on {on_data} by QLoRA: the base frozen in 4 bits, the adapter in "
+        f"float32. Written by qlora {__version__}.",
+        "",
+        "## Results",
+        "",
+        *_table({name: value for name, value in results.items() if value is not None}),
+        "",
+        "## Settings",
+        "",
+        *_table({name: settings[name] for name in SETTINGS if settings.get(name) is not None}),
+        "",
+        "## Use",
+        "",
+        "```sh",
+        'qlora generate --adapter . "Your prompt"',
+        "qlora merge --adapter . --output merged",
+        "```",
+        "",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(values: dict[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name.replace('_', ' ')} | {_text(value)} |" for name, value in values.items())]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(value) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,103 @@
+"""A model's trainable parameters in; a few contiguous buffers of values and gradients out, the parameters views of them.
+
+An adapter is hundreds of small matrices. As views of one buffer they are zeroed, reduced over ranks, measured, scaled
+and updated in one launch each: bitsandbytes takes 27 ms to step 448 separate tensors on an H200.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Of each parameter's place in its buffer. bitsandbytes scales 8-bit states by blocks of 256 elements, so no block
+# spans two parameters, and the update equals that of separate tensors.
+ALIGNMENT_ELEMENTS = 256
+LARGEST_BUFFER_ELEMENTS = 2**30  # bitsandbytes' kernels index with 32 bits
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Parameters of one dtype and device that decay alike, end to end."""
+
+    values: nn.Parameter  # (elements,), `values.grad` of the same shape stands always
+    names: tuple[str, ...]
+    views: tuple[nn.Parameter, ...]  # the model's own parameters, each sharing `values`' and `values.grad`'s storage
+    decays: bool  # whether weight decay applies: matrices, not magnitudes, norms or biases
+
+
+class TrainableParameters:
+    """The parameters of `model` that require gradients, moved into buffers. Their objects stay the model's own.
+
+    Raises:
+        ValueError: The model has no trainable parameter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        groups: dict[tuple, list[list[tuple[str, nn.Parameter]]]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                batches = groups.setdefault((parameter.device, parameter.dtype, parameter.ndim >= 2), [[]])
+                if _elements([*batches[-1], (name, parameter)]) > LARGEST_BUFFER_ELEMENTS and batches[-1]:
+                    batches.append([])
+                batches[-1].append((name, parameter))
+        if not groups:
+            raise ValueError("the model has no trainable parameter")
+        self.buffers = [
+            _move_into_buffer(batch, decays) for (_, _, decays), batches in groups.items() for batch in batches
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first buffer."""
+        return self.buffers[0].values.device
+
+    @property
+    def elements(self) -> int:
+        """Elements of all buffers, alignment included."""
+        return sum(buffer.values.numel() for buffer in self.buffers)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient buffers, (elements,) each."""
+        return [buffer.values.grad for buffer in self.buffers if buffer.values.grad is not None]
+
+    def zero_gradients(self) -> None:
+        """Sets every gradient to zero, in place: `zero_grad(set_to_none=True)` would cut the views off."""
+        for gradient in self.gradients():
+            gradient.zero_()
+
+    def scale_gradients(self, factor: float | Tensor) -> None:
+        """Multiplies every gradient, in place."""
+        for gradient in self.gradients():
+            gradient.mul_(factor)
+
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients: an fp32 scalar on the device, not finite when any gradient is not."""
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.gradients()]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    def layout(self) -> list[list[str]]:
+        """Parameter names by buffer: two models with equal layouts and shapes have interchangeable buffers."""
+        return [list(buffer.names) for buffer in self.buffers]
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
+
+
+def _elements(named: list[tuple[str, nn.Parameter]]) -> int:
+    return sum(_aligned(parameter.numel()) for _, parameter in named)
+
+
+def _move_into_buffer(named: list[tuple[str, nn.Parameter]], decays: bool) -> Buffer:
+    first = named[0][1]
+    values = nn.Parameter(torch.zeros(_elements(named), dtype=first.dtype, device=first.device))
+    values.grad = torch.zeros_like(values)
+    offset = 0
+    for _, parameter in named:
+        end = offset + parameter.numel()
+        place = values.data[offset:end].view(parameter.shape)
+        place.copy_(parameter.data)
+        parameter.data = place
+        parameter.grad = values.grad[offset:end].view(parameter.shape)
+        offset = _aligned(end)
+    return Buffer(values, tuple(name for name, _ in named), tuple(parameter for _, parameter in named), decays)

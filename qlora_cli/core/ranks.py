@@ -1,0 +1,52 @@
+"""The processes of a run: which one this is, and the few exchanges between them. One process exchanges nothing."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size`."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one reports and writes."""
+        return self.rank == 0
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Replaces `tensor` by its sum over all ranks, in place, without waiting for the device."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def highest(self, value: int, device: torch.device) -> int:
+        """The highest of the ranks' values. Waits for the device."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, device=device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def collect(self, state: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
+        """Every rank's tensors (on the CPU, of equal names, shapes and dtypes), by rank."""
+        if self.world_size == 1:
+            return [state]
+        collected: list[dict[str, Tensor]] = [{} for _ in range(self.world_size)]
+        for name, tensor in state.items():
+            raw = tensor.contiguous().view(-1).view(torch.uint8).to(device)
+            parts = [torch.empty_like(raw) for _ in range(self.world_size)]
+            dist.all_gather(parts, raw)
+            for rank, part in enumerate(parts):
+                collected[rank][name] = part.cpu().view(tensor.dtype).view(tensor.shape)
+        return collected
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier()

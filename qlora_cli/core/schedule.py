@@ -1,0 +1,34 @@
+"""A schedule's name, peak and length in; the learning rate of any step out, as a pure function with no state to save."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from transformers import get_scheduler
+
+LOWEST_SHARE = 0.1  # of the peak, where cosine_with_min_lr ends
+
+
+def count_warmup_steps(warmup_steps: int | None, warmup_ratio: float, total_steps: int) -> int:
+    """Warm-up steps: `warmup_steps` where given, else the share `warmup_ratio` of `total_steps`, rounded up."""
+    wanted = math.ceil(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
+    return min(wanted, total_steps)
+
+
+def learning_rate_schedule(name: str, *, peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of optimizer step 1, 2, … `total_steps`, shaped as transformers' schedule of that name.
+
+    transformers gives the first step of a warm-up a rate of 0, which trains nothing. Here step k of the warm-up has
+    k / warmup_steps of the peak, and the decay begins after it: no step is wasted at either end.
+
+    Args:
+        name: One of `config.SCHEDULERS`.
+        peak: Highest rate.
+        warmup_steps: Steps of linear warm-up; "constant" has none.
+        total_steps: Steps of the whole run, where the decay ends.
+    """
+    # Only the shape is wanted, a function of the step; the optimizer that transformers asks for carries the peak.
+    carrier = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    specific = {"min_lr_rate": LOWEST_SHARE} if name == "cosine_with_min_lr" else None
+    shape = get_scheduler(name, carrier, warmup_steps, total_steps, specific).lr_lambdas[0]
+    return lambda step: peak * shape(step if step <= warmup_steps else step - 1)
