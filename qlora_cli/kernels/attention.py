@@ -1,0 +1,180 @@
+"""Query, key and value of rows laid end to end in, causal attention within each row out: flash or cuDNN, opaque."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+CUDNN_HEAD_SIZES = frozenset((64, 96, 128))
+
+
+def use_cudnn(tokens: int, rows: int, longest: int, head_size: int, window: int | None) -> bool:
+    """Whether the pack is rows of one length that cuDNN's attention takes, the faster of the two."""
+    return rows * longest == tokens and longest >= 256 and head_size in CUDNN_HEAD_SIZES and window is None
+
+
+@torch.library.custom_op("qlora::packed_attention", mutates_args=())
+def _attention_op(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, head_size = query.shape
+    rows = boundaries.numel() - 1
+    if use_cudnn(tokens, rows, longest, head_size, window):
+        groups = heads // key.shape[1]
+        q, k, v = (_by_row(t, rows) for t in (query, _repeat(key, groups), _repeat(value, groups)))
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+        return _flat(out).contiguous(), lse.flatten()
+    out, lse, *_ = _aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        0.0,
+        window is None,
+        False,
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=-1 if window is None else 0,
+    )
+    return out, lse.flatten()
+
+
+@_attention_op.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.float32)
+    return out, lse
+
+
+@torch.library.custom_op("qlora::packed_attention_backward", mutates_args=())
+def _attention_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    boundaries: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, heads, head_size = query.shape
+    rows = boundaries.numel() - 1
+    if use_cudnn(tokens, rows, longest, head_size, window):
+        groups = heads // key.shape[1]
+        q, k, v = (_by_row(t, rows) for t in (query, _repeat(key, groups), _repeat(value, groups)))
+        none, seed = query.new_empty(0), query.new_empty((), dtype=torch.int64)  # dropout's state: there is none
+        grads = _aten._scaled_dot_product_cudnn_attention_backward(
+            _by_row(grad, rows),
+            q,
+            k,
+            v,
+            _by_row(out, rows),
+            lse.view(rows, heads, longest, 1),
+            seed,
+            seed,
+            none,
+            none,
+            none,
+            longest,
+            longest,
+            0.0,
+            True,
+            scale=scale,
+        )
+        grad_q, grad_k, grad_v = (_flat(g) for g in grads)
+        if groups > 1:
+            grad_k, grad_v = (g.unflatten(1, (-1, groups)).sum(dim=2) for g in (grad_k, grad_v))
+        return grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
+    return _aten._flash_attention_backward(
+        grad,
+        query,
+        key,
+        value,
+        out,
+        lse.view(heads, tokens),
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        0.0,
+        window is None,
+        query.new_zeros(2, dtype=torch.uint64),  # dropout's state: there is none
+        query.new_empty(0),
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=-1 if window is None else 0,
+    )
+
+
+@_attention_backward_op.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _by_row(t: Tensor, rows: int) -> Tensor:
+    """(rows * length, heads, size) to (rows, heads, length, size), a view."""
+    return t.unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """(rows, heads, length, size) to (rows * length, heads, size)."""
+    return t.transpose(1, 2).flatten(0, 1)
+
+
+def _repeat(t: Tensor, groups: int) -> Tensor:
+    """Each key head `groups` times over: (tokens, key heads, size) to (tokens, heads, size)."""
+    return t if groups == 1 else t.repeat_interleave(groups, dim=1)
+
+
+def _save(ctx, inputs: tuple, output: tuple) -> None:
+    query, key, value, boundaries, *ctx.constants = inputs
+    ctx.save_for_backward(query, key, value, *output, boundaries)
+
+
+def _differentiate(ctx, grad: Tensor, *_: Tensor) -> tuple:
+    grads = torch.ops.qlora.packed_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.constants)
+    return (*grads, None, None, None, None)
+
+
+_attention_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention within each row of a pack, differentiable.
+
+    Args:
+        query: (tokens, heads, size); bf16 or fp16 on CUDA, anything on the CPU.
+        key: (tokens, key heads, size); heads is a multiple of key heads.
+        value: Like `key`.
+        boundaries: (rows + 1,) int32 on the same device: where rows start, and the total.
+        longest: Tokens of the longest row.
+        scale: Factor on the scores.
+        window: A token sees itself and the window - 1 tokens before it; None for all.
+
+    Returns:
+        (tokens, heads, size).
+    """
+    if query.is_cuda:
+        return torch.ops.qlora.packed_attention(query, key, value, boundaries, longest, scale, window)[0]
+    groups = query.shape[1] // key.shape[1]
+    key, value = _repeat(key, groups), _repeat(value, groups)
+    rows = []
+    for start, end in pairwise(boundaries.tolist()):
+        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))  # (heads, length, size)
+        mask = None
+        if window is not None and end - start > window:
+            mask = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        rows.append(out.transpose(0, 1))
+    return torch.cat(rows)

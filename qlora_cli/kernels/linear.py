@@ -1,0 +1,361 @@
+"""A frozen (4-bit or dense) linear layer with a LoRA adapter as one op: activations in, activations out.
+
+Nothing is kept for the backward pass but the input, its rank-sized projection and the packed weight. The op is opaque
+to the compiler: were the dequantisation visible, the compiler would keep its 16-bit result from forward to backward.
+"""
+
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_cli.kernels.weights import FrozenWeight
+
+if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
+    from qlora_cli.kernels import dropout as triton_dropout
+
+
+class Dropout(NamedTuple):
+    """Dropout on the adapter's input: `rate` in [0, 1), an int64 scalar `seed`, a `salt` that tells layers apart."""
+
+    rate: float
+    seed: Tensor
+    salt: int
+
+
+class LinearOptions(NamedTuple):
+    """What is not a tensor: the LoRA scaling, and the most bytes of dequantised values at once (None: one weight)."""
+
+    scaling: float = 1.0
+    workspace_bytes: int | None = None
+
+
+def _drop(x: Tensor, dropout: Dropout, add_to: Tensor | None = None) -> Tensor:
+    if x.is_cuda:
+        return triton_dropout.drop(x, dropout.seed, dropout.salt, dropout.rate, add_to)
+    generator = torch.Generator().manual_seed((int(dropout.seed) + dropout.salt) % 2**63)
+    kept = torch.rand(x.shape, generator=generator) >= dropout.rate
+    dropped = torch.where(kept, x / (1 - dropout.rate), 0)
+    return dropped if add_to is None else add_to.add_(dropped)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right in one launch: with beta = 0 the first argument is never read."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)
+
+
+def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right with the fp32 accumulator itself as the result where `dtype` asks for it and the device can."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    dropout: Dropout | None,
+    options: LinearOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """x W^T + b + scaling (drop(x) A^T) B^T, and scaling drop(x) A^T for the backward pass.
+
+    Args:
+        x: (..., in) in the compute dtype.
+        weight: (out, in).
+        bias: (out,) in the compute dtype, or None.
+        lora_a: (rank, in) in the compute dtype, or None for a layer without an adapter.
+        lora_b: (out, rank) in the compute dtype, or None.
+        dropout: On the adapter's input; None for none.
+        options: See `LinearOptions`.
+
+    Returns:
+        (..., out) and (tokens, rank) or None.
+    """
+    flat = x.reshape(-1, weight.columns)
+    slices = weight.row_slices(options.workspace_bytes, x.element_size())
+    if len(slices) == 1:
+        values = weight.values(x.dtype)
+        y = flat @ values.t() if bias is None else torch.addmm(bias, flat, values.t())
+    else:
+        y = flat.new_empty(flat.shape[0], weight.rows)
+        for first, end in slices:
+            torch.mm(flat, weight.values(x.dtype, first, end).t(), out=y[:, first:end])
+        if bias is not None:
+            y += bias
+    projected = None
+    if lora_a is not None and lora_b is not None:
+        dropped = flat if dropout is None else _drop(flat.contiguous(), dropout)
+        projected = _scaled_product(dropped, lora_a.t(), options.scaling)
+        y.addmm_(projected, lora_b.t())
+    return y.view(*x.shape[:-1], weight.rows), projected
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    projected: Tensor | None,
+    weight: FrozenWeight,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    dropout: Dropout | None,
+    options: LinearOptions,
+    needs_x: bool,
+    adapter_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `forward` with respect to x, A and B.
+
+    Args:
+        grad: (..., out), the gradient of the output.
+        x: The forward's input; None for a layer without an adapter.
+        projected: The forward's second result.
+        weight: As in `forward`.
+        lora_a: As in `forward`.
+        lora_b: As in `forward`.
+        dropout: As in `forward`, with the same seed.
+        options: As in `forward`.
+        needs_x: Whether the gradient of x is wanted.
+        adapter_dtype: Dtype of the gradients of A and B.
+
+    Returns:
+        (..., in) or None; (rank, in) or None; (out, rank) or None.
+    """
+    flat_grad = grad.reshape(-1, weight.rows)
+    grad_x = grad_a = grad_b = grad_projected = None
+    if lora_a is not None and lora_b is not None and x is not None and projected is not None:
+        grad_projected = _scaled_product(flat_grad, lora_b, options.scaling)  # (tokens, rank)
+        flat = x.reshape(-1, weight.columns)
+        dropped = flat if dropout is None else _drop(flat.contiguous(), dropout)
+        grad_a = _wide_product(grad_projected.t(), dropped, adapter_dtype)
+        grad_b = _wide_product(flat_grad.t(), projected, adapter_dtype)
+        del dropped
+    if needs_x:
+        slices = weight.row_slices(options.workspace_bytes, grad.element_size())
+        for first, end in slices:
+            values = weight.values(grad.dtype, first, end)
+            if grad_x is None:
+                grad_x = flat_grad[:, first:end] @ values
+            else:
+                grad_x.addmm_(flat_grad[:, first:end], values)
+            del values
+        assert grad_x is not None
+        if grad_projected is not None and lora_a is not None:
+            if dropout is None:
+                grad_x.addmm_(grad_projected, lora_a)
+            else:
+                _drop(grad_projected @ lora_a, dropout, add_to=grad_x)
+        grad_x = grad_x.view(*grad.shape[:-1], weight.columns)
+    return grad_x, grad_a, grad_b
+
+
+class _QloraLinear(torch.autograd.Function):
+    """The op for eager mode: `forward` and `backward` above behind autograd, with the least Python in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, *rest: Any) -> Tensor:
+        weight, bias, lora_a, lora_b, dropout, options = rest
+        y, projected = forward(x, weight, bias, lora_a, lora_b, dropout, options)
+        # Everything, the packed weight too, goes where saved-tensor hooks and checkpointing see it.
+        ctx.save_for_backward(
+            x if a is not None else None,
+            projected,
+            lora_a,
+            lora_b,
+            None if dropout is None else dropout.seed,
+            *weight[2:9],
+        )
+        ctx.shape, ctx.blocksizes = weight[:2], weight[9:]
+        ctx.dropout, ctx.options = dropout and (dropout.rate, dropout.salt), options
+        ctx.adapter_dtype = x.dtype if a is None else a.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, projected, lora_a, lora_b, seed, *tensors = ctx.saved_tensors
+        dropout = None if seed is None else Dropout(ctx.dropout[0], seed, ctx.dropout[1])
+        weight = FrozenWeight(*ctx.shape, *tensors, *ctx.blocksizes)
+        results = backward(
+            grads[0],
+            x,
+            projected,
+            weight,
+            lora_a,
+            lora_b,
+            dropout,
+            ctx.options,
+            ctx.needs_input_grad[0],
+            ctx.adapter_dtype,
+        )
+        return (*results, *(None,) * 6)
+
+
+_Tensor = Tensor | None
+
+
+@torch.library.custom_op("qlora::linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    a: _Tensor,
+    b: _Tensor,
+    lora_a: _Tensor,
+    lora_b: _Tensor,
+    bias: _Tensor,
+    seed: _Tensor,
+    dense: _Tensor,
+    packed: _Tensor,
+    absmax: _Tensor,
+    code: _Tensor,
+    nested_absmax: _Tensor,
+    nested_code: _Tensor,
+    offset: _Tensor,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+    rate: float,
+    salt: int,
+    scaling: float,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor]:
+    weight = FrozenWeight(
+        rows, columns, dense, packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize
+    )
+    dropout = None if seed is None else Dropout(rate, seed, salt)
+    y, projected = forward(x, weight, bias, lora_a, lora_b, dropout, LinearOptions(scaling, workspace_bytes))
+    return y, x.new_empty(0) if projected is None else projected
+
+
+@_linear_op.register_fake
+def _(x: Tensor, a: _Tensor, b: _Tensor, lora_a: _Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows = rest[10]
+    y = x.new_empty(*x.shape[:-1], rows)
+    tokens = x.numel() // x.shape[-1]
+    return y, x.new_empty(0) if lora_a is None else x.new_empty(tokens, lora_a.shape[0])
+
+
+@torch.library.custom_op("qlora::linear_backward", mutates_args=())
+def _linear_backward_op(
+    grad: Tensor,
+    x: _Tensor,
+    projected: _Tensor,
+    lora_a: _Tensor,
+    lora_b: _Tensor,
+    seed: _Tensor,
+    dense: _Tensor,
+    packed: _Tensor,
+    absmax: _Tensor,
+    code: _Tensor,
+    nested_absmax: _Tensor,
+    nested_code: _Tensor,
+    offset: _Tensor,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+    rate: float,
+    salt: int,
+    scaling: float,
+    workspace_bytes: int | None,
+    needs_x: bool,
+    adapter_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = FrozenWeight(
+        rows, columns, dense, packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize
+    )
+    dropout = None if seed is None else Dropout(rate, seed, salt)
+    options = LinearOptions(scaling, workspace_bytes)
+    results = backward(grad, x, projected, weight, lora_a, lora_b, dropout, options, needs_x, adapter_dtype)
+    nothing = grad.new_empty(0)
+    return tuple(nothing.clone() if result is None else result for result in results)  # type: ignore[return-value]
+
+
+@_linear_backward_op.register_fake
+def _(grad: Tensor, x: _Tensor, projected: _Tensor, lora_a: _Tensor, lora_b: _Tensor, *rest: Any) -> tuple:
+    columns, needs_x, adapter_dtype = rest[9], rest[-2], rest[-1]
+    grad_x = grad.new_empty(*grad.shape[:-1], columns) if needs_x else grad.new_empty(0)
+    if lora_a is None or lora_b is None:
+        return grad_x, grad.new_empty(0), grad.new_empty(0)
+    return (
+        grad_x,
+        lora_a.new_empty(lora_a.shape, dtype=adapter_dtype),
+        lora_b.new_empty(lora_b.shape, dtype=adapter_dtype),
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, a, _, lora_a, lora_b, _, seed, *weight = inputs
+    ctx.save_for_backward(
+        *((None, None, None, None, None) if a is None else (x, output[1], lora_a, lora_b, seed)), *weight[:7]
+    )
+    ctx.constants = weight[7:]
+    ctx.adapter_dtype = x.dtype if a is None else a.dtype
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+    needs_x = ctx.needs_input_grad[0]
+    x_, a_, b_ = torch.ops.qlora.linear_backward(
+        grad.contiguous(), *ctx.saved_tensors, *ctx.constants, needs_x, ctx.adapter_dtype
+    )
+    adapted = ctx.saved_tensors[2] is not None
+    return (x_ if needs_x else None, *((a_, b_) if adapted else (None, None)), *(None,) * 19)
+
+
+_linear_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def qlora_linear(
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    dropout: Dropout | None,
+    options: LinearOptions,
+) -> Tensor:
+    """x W^T + b + scaling (drop(x) A^T) B^T, differentiable in x, A and B.
+
+    Args:
+        x: (..., in) in the compute dtype.
+        weight: (out, in).
+        bias: (out,) in the compute dtype, or None.
+        a: (rank, in), the trained parameter: it receives the gradient, in its own dtype.
+        b: (out, rank), likewise.
+        lora_a: The value of `a` in the compute dtype, made once a step rather than once a use.
+        lora_b: The value of `b`, likewise.
+        dropout: On the adapter's input; None for none.
+        options: See `LinearOptions`.
+
+    Returns:
+        (..., out).
+    """
+    if not torch.compiler.is_compiling():
+        return _QloraLinear.apply(x, a, b, weight, bias, lora_a, lora_b, dropout, options)
+    return torch.ops.qlora.linear(
+        x,
+        a,
+        b,
+        lora_a,
+        lora_b,
+        bias,
+        None if dropout is None else dropout.seed,
+        weight.dense,
+        weight.packed,
+        weight.absmax,
+        weight.code,
+        weight.nested_absmax,
+        weight.nested_code,
+        weight.offset,
+        weight.rows,
+        weight.columns,
+        weight.blocksize,
+        weight.nested_blocksize,
+        0.0 if dropout is None else dropout.rate,
+        0 if dropout is None else dropout.salt,
+        options.scaling,
+        options.workspace_bytes,
+    )[0]

@@ -1,0 +1,80 @@
+"""A frozen linear weight as raw tensors, packed or dense, in; its values, whole or by rows, out."""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_cli.kernels import reference
+
+if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
+    from qlora_cli.kernels import nf4
+
+
+class FrozenWeight(NamedTuple):
+    """(out, in) values, either `dense`, or packed two a byte with a scale a block.
+
+    Attributes:
+        rows: out features.
+        columns: in features.
+        dense: (out, in) in the compute dtype, or None.
+        packed: uint8, high nibble first.
+        absmax: fp32 (blocks,), or uint8 codes when nested.
+        code: fp32 (16,).
+        nested_absmax: fp32 (blocks / nested_blocksize,), or None.
+        nested_code: fp32 (256,), or None.
+        offset: fp32 scalar, or None.
+        blocksize: Values that share a scale.
+        nested_blocksize: Scales that share a nested scale.
+    """
+
+    rows: int
+    columns: int
+    dense: Tensor | None = None
+    packed: Tensor | None = None
+    absmax: Tensor | None = None
+    code: Tensor | None = None
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    offset: Tensor | None = None
+    blocksize: int = 64
+    nested_blocksize: int = 256
+
+    def values(self, dtype: torch.dtype, first_row: int = 0, end_row: int | None = None) -> Tensor:
+        """Rows first_row to end_row, (end_row - first_row, in) in `dtype`; a view when dense.
+
+        first_row * columns must be a multiple of the blocksize, as it is for `row_slices`.
+        """
+        end_row = self.rows if end_row is None else end_row
+        if self.dense is not None:
+            return self.dense[first_row:end_row]
+        assert self.packed is not None and self.absmax is not None and self.code is not None
+        if self.packed.is_cuda:
+            out = torch.empty(end_row - first_row, self.columns, dtype=dtype, device=self.packed.device)
+            return nf4.dequantize_4bit(
+                self.packed,
+                self.absmax,
+                self.code,
+                self.nested_absmax,
+                self.nested_code,
+                self.offset,
+                self.blocksize,
+                self.nested_blocksize,
+                out,
+                first_row * self.columns,
+            )
+        scales = reference.dequantize_statistics(
+            self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize
+        )
+        flat = reference.dequantize_4bit(self.packed, scales, self.code, self.blocksize, self.rows * self.columns)
+        return flat.view(self.rows, self.columns)[first_row:end_row].to(dtype)
+
+    def row_slices(self, limit_bytes: int | None, itemsize: int) -> list[tuple[int, int]]:
+        """Row ranges, each starting with a block, whose dequantised values take about `limit_bytes` or less."""
+        if limit_bytes is None or self.dense is not None:
+            return [(0, self.rows)]
+        step = max(1, limit_bytes // (self.columns * itemsize) // 128) * 128  # whole GEMM tiles
+        if step * self.columns % self.blocksize:
+            return [(0, self.rows)]
+        return [(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
