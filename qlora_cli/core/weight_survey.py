@@ -3,19 +3,19 @@
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.core.base_model import linear_names, round_trip
 from qlora_cli.core.footprint import base_name
+from qlora_cli.core.tensor_names import map_names
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Progress, Report
 
@@ -101,7 +101,7 @@ def measure_updates(directory: Path, scaling: float) -> list[LayerValue]:
 
 
 def measure_quantization_error(
-    model: nn.Module,
+    model: PreTrainedModel,
     directory: Path,
     *,
     quant_type: str,
@@ -125,9 +125,15 @@ def measure_quantization_error(
         ModelError: A linear layer's weight is not in the checkpoint, or cannot be read.
     """
     headers = read_headers(directory)
+    stored_names = map_names(headers, model)
     linears = linear_names(model)
     values = []
-    for done, (name, stored) in enumerate(_match_names(linears, headers, directory), start=1):
+    for done, name in enumerate(linears, start=1):
+        stored = stored_names.get(f"{name}.weight")
+        if stored is None:
+            raise ModelError(
+                f"{directory} holds no {name}.weight.", "It belongs to another architecture, or a file is missing."
+            )
         try:
             with safe_open(headers[stored][0], framework="pt") as reader:
                 weight = reader.get_tensor(stored)
@@ -135,24 +141,11 @@ def measure_quantization_error(
             raise ModelError(f"{headers[stored][0]} is damaged: {error}.", "Download the model again.") from error
         weight = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight  # (out, in)
         weight = weight.to(device, compute_dtype)
-        error = round_trip(weight, quant_type=quant_type, double_quant=double_quant).float() - weight.float()
-        value = float(error.norm() / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
+        lost = round_trip(weight, quant_type=quant_type, double_quant=double_quant).float() - weight.float()
+        value = float(lost.norm() / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
         values.append(LayerValue(layer_of(name), name.rsplit(".", 1)[-1], value))
         report(Progress("Measuring the 4-bit error", done, len(linears), "weights"))
     return values
-
-
-def _match_names(linears: list[str], stored: Any, directory: Path) -> Iterator[tuple[str, str]]:
-    """Module names with the names of their weights; older checkpoints leave out the model's own prefix."""
-    for name in linears:
-        wanted = f"{name}.weight"
-        candidates = (wanted, wanted.partition(".")[2])
-        match = next((candidate for candidate in candidates if candidate in stored), None)
-        if match is None:
-            raise ModelError(
-                f"{directory} holds no {wanted}.", "The checkpoint belongs to another architecture or is incomplete."
-            )
-        yield name, match
 
 
 def tabulate_layers(title: str, values: list[LayerValue], digits: int = 3) -> dict[str, Any]:
