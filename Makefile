@@ -4,9 +4,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= logical
 
-export OMP_NUM_THREADS ?= 1
-export TOKENIZERS_PARALLELISM ?= false
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults lint clean
 
@@ -40,6 +37,9 @@ lint: .venv/tests-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test faults: export OMP_NUM_THREADS = 1
+test faults: export TOKENIZERS_PARALLELISM = false
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8
