@@ -527,6 +527,42 @@ def round_trip(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> 
     return bnb.functional.dequantize_4bit(packed, state)
 
 
+def four_bit_values(quant_type: str) -> torch.Tensor:
+    """The 16 numbers of a 4-bit type, (16,) float32 on the CPU, at the places their codes name; from -1 to 1."""
+    return bnb.functional.get_4bit_type(quant_type, device="cpu")
+
+
+def round_trip_constants(constants: torch.Tensor) -> torch.Tensor:
+    """What double quantisation leaves of the constants of one weight, bit for bit.
+
+    Args:
+        constants: (blocks,) float32, the largest magnitude of each block.
+
+    Returns:
+        (blocks,) float32.
+    """
+    offset = constants.mean()
+    codes, state = bnb.functional.quantize_blockwise(constants - offset, blocksize=NESTED_BLOCK_SIZE)
+    return bnb.functional.dequantize_blockwise(codes, state) + offset
+
+
+def pack_weight(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> dict[str, torch.Tensor]:
+    """A weight as a 4-bit checkpoint holds it.
+
+    Args:
+        weight: (out, in), 16 or 32 bit.
+        quant_type: "nf4" or "fp4".
+        double_quant: As in `load_base`.
+
+    Returns:
+        The packed codes under "", and what undoes the quantisation under the ending each has in a checkpoint.
+    """
+    packed, state = bnb.functional.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
+    )
+    return {"": packed, **{f".{name}": value for name, value in state.as_dict(packed=True).items()}}
+
+
 def logical_numel(parameter: torch.Tensor) -> int:
     """Number of weights a parameter stands for: a packed 4-bit one holds two in a byte."""
     state = getattr(parameter, "quant_state", None)
