@@ -3,7 +3,7 @@
 import time
 from typing import TextIO
 
-from qlora_cli.cli.console_units import Pace, format_amount, format_bytes, format_duration, format_seconds
+from qlora_cli.cli.console_units import Pace, format_amount, format_bytes, format_duration, format_seconds, format_share
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -90,9 +90,7 @@ class LineView:
         if now_seconds - self._task_told_seconds.get(event.task, pace.started_seconds) < TASK_SECONDS:
             return None
         self._task_told_seconds[event.task] = now_seconds
-        line = f"{event.task}: {format_amount(event.done, event.unit)}"
-        if event.total:
-            line += f" of {format_amount(event.total, event.unit)} ({100 * event.done / event.total:.0f} %)"
+        line = f"{event.task}: {format_share(event.done, event.total, event.unit)}"
         line += f", {format_amount(pace.per_second, event.unit)}/s"
         left_seconds = pace.left_seconds(event.total)
         return line if left_seconds is None else f"{line}, ETA {format_duration(left_seconds)}"

@@ -40,6 +40,14 @@ def format_amount(done: float, unit: str) -> str:
     return format_bytes(done) if unit == "bytes" else f"{done:,.0f} {unit}"
 
 
+def format_share(done: float, total: float | None, unit: str) -> str:
+    """How much of how much: 200 rows of 300 (67 %), or the amount alone while the total is unknown."""
+    if not total:
+        return format_amount(done, unit)
+    whole = format_bytes(total) if unit == "bytes" else f"{total:,.0f}"
+    return f"{format_amount(done, unit)} of {whole} ({100 * done / total:.0f} %)"
+
+
 # A key's ending says its unit, everywhere in this project; here it becomes the unit that is drawn.
 _UNITS = {
     "_bytes": format_bytes,

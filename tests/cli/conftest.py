@@ -1,0 +1,61 @@
+"""A command line run in this process, its stage replaced by one that the test gives."""
+
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from qlora_cli.cli import commands
+
+STAGES = {
+    "prepare": "preparation",
+    "train": "training",
+    "merge": "merging",
+    "generate": "generation",
+    "inspect": "inspection",
+}
+
+
+@dataclass
+class Answer:
+    """What a stage returns where it is no plain dictionary."""
+
+    content: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.content
+
+
+@pytest.fixture
+def run_with(monkeypatch):
+    """`run_with(arguments, stage)`: exit code of a command whose stage is the function `stage(config, *rest)`."""
+
+    def run(arguments, stage):
+        module = types.ModuleType("stage")
+        setattr(module, arguments[0], stage)
+        package = __import__("qlora_cli.stages", fromlist=["stages"])
+        name = STAGES[arguments[0]]
+        monkeypatch.setitem(sys.modules, f"qlora_cli.stages.{name}", module)
+        monkeypatch.setattr(package, name, module, raising=False)
+        return commands.main([str(argument) for argument in arguments])
+
+    return run
+
+
+@pytest.fixture
+def config_of(run_with):
+    """`config_of(arguments)`: the configuration that a command line makes."""
+
+    def build(arguments):
+        seen = []
+
+        def stage(config, *rest):
+            seen.append(config)
+            return {} if arguments[0] == "inspect" else Answer()
+
+        assert run_with(arguments, stage) == 0
+        return seen[0]
+
+    return build

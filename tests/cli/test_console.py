@@ -1,0 +1,273 @@
+"""What is drawn: units, plain lines, the live view, rows, results; and which stream it goes to."""
+
+import io
+import json
+import math
+import os
+import sys
+
+import pexpect
+import pytest
+from rich.console import Console as RichConsole
+
+from qlora_cli.cli.console import to_json
+from qlora_cli.cli.console_lines import LineView
+from qlora_cli.cli.console_live import LiveView, sparkline
+from qlora_cli.cli.console_results import draw_result, draw_row
+from qlora_cli.cli.console_units import Pace, format_bytes, format_duration, format_value
+from qlora_cli.events import (
+    Caution,
+    CheckpointSaved,
+    EvaluationLogged,
+    Notice,
+    Progress,
+    RowShown,
+    RunStarted,
+    StepLogged,
+    TextGenerated,
+    Vram,
+)
+from tests.cli.conftest import Answer
+
+GIB = 2**30
+
+
+def step(number, total=20, loss=1.5, vram=None):
+    return StepLogged(number, total, number / total, loss, 2e-4, 0.7, 4096, 0.3, 14233.4, vram)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 B"),
+        (100, "100 B"),
+        (1500, "1.46 KiB"),
+        (35 * 2**20, "35.0 MiB"),
+        (GIB, "1.00 GiB"),
+        (140 * GIB, "140 GiB"),
+    ],
+)
+def test_bytes_are_drawn_in_binary_units(size_bytes, text):
+    assert format_bytes(size_bytes) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3, "0:03"), (760, "12:40"), (3723, "1:02:03"), (90061, "1 d 1:01:01")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("peak_vram_bytes", 6 * GIB, "6.00 GiB"),
+        ("trainable_percent", 0.0421, "0.0421 %"),
+        ("seconds", 3.21, "3.2 s"),
+        ("total_parameters", 8650752, "8,650,752"),
+        ("loss", 1.2345678, "1.2346"),
+        ("loss", math.nan, "nan"),
+        ("seed", 1234, "1234"),
+        ("best", None, "–"),
+        ("fits", True, "yes"),
+        ("targets", ["q", "v"], "q, v"),
+    ],
+)
+def test_a_value_is_drawn_by_the_unit_in_its_key(key, value, text):
+    assert format_value(key, value) == text
+
+
+def test_pace_leaves_out_what_came_before_its_start():
+    pace = Pace(5, now=100.0)
+    assert pace.left_seconds(20) is None
+    pace.mark(10, now=110.0)
+    assert pace.per_second == 0.5
+    assert pace.left_seconds(20) == 20.0
+    assert pace.left_seconds(None) is None
+
+
+def lines_of(*events):
+    stream = io.StringIO()
+    view = LineView(stream)
+    for event in events:
+        view.show(event)
+    return stream.getvalue().splitlines()
+
+
+def test_a_short_run_prints_every_step_and_a_long_one_about_a_hundred():
+    assert len(lines_of(*(step(n, 20) for n in range(1, 21)))) == 20
+    lines = lines_of(*(step(n, 5000) for n in range(1, 5001)))
+    assert 100 <= len(lines) <= 102
+    assert lines[0].startswith("step 1/5000") and lines[-1].startswith("step 5000/5000")
+
+
+def test_a_step_line_holds_every_figure():
+    (line,) = lines_of(step(1, vram=Vram(5 * GIB, 6 * GIB, 140 * GIB)))
+    for part in ("loss 1.5000", "14,233 tokens/s", "learning rate 2.00e-04", "5.00 GiB now, 6.00 GiB peak of 140 GiB"):
+        assert part in line
+    assert "VRAM" not in lines_of(step(1))[0]
+
+
+def test_other_events_are_one_line_each():
+    assert lines_of(
+        Notice("The text column is quote."),
+        Caution("Odd."),
+        RunStarted(1, 20, 100, 10_000, "cpu", "plain"),
+        EvaluationLogged(5, 2.0, 7.389),
+        CheckpointSaved(5, "out/checkpoints/5", 35 * 2**20, 0.31),
+    ) == [
+        "The text column is quote.",
+        "warning: Odd.",
+        "Training 100 of 10,000 parameters (1 %) on cpu, steps 1 to 20; engine: plain.",
+        "step 5: evaluation loss 2.0000, perplexity 7.39",
+        "step 5: checkpoint out/checkpoints/5 (35.0 MiB, 0.3 s)",
+    ]
+
+
+def test_quick_progress_writes_nothing_and_slow_progress_a_line(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 15.0])
+    monkeypatch.setattr("qlora_cli.cli.console_lines.time.monotonic", lambda: next(clock))
+    assert lines_of(*(Progress("Reading", n * 100, 300) for n in range(4))) == [
+        "Reading: 200 rows of 300 (67 %), 20 rows/s, ETA 0:05",
+        "Reading: 300 rows in 15.0 s",
+    ]
+    monkeypatch.undo()
+    assert lines_of(Progress("Reading", 0, 3), Progress("Reading", 3, 3)) == []
+
+
+def screen(width, *events):
+    """The last frame of the live view after these events, as text."""
+    console = RichConsole(file=io.StringIO(), width=width, height=40, force_terminal=True, _environ={})
+    view = LiveView(console)
+    for event in events:
+        view.show(event)
+    with console.capture() as captured:
+        console.print(view)
+    view.close()
+    return captured.get()
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_live_view_shows_every_figure_and_keeps_to_the_width(width):
+    shown = screen(
+        width,
+        *(step(n, 40, loss=3 - n / 20, vram=Vram(5 * GIB, 6 * GIB, 140 * GIB)) for n in range(1, 31)),
+        EvaluationLogged(20, 2.0, 7.389),
+        CheckpointSaved(20, "out/checkpoints/step-20", 1, 0.1),
+    )
+    plain = "".join(piece.partition("m")[2] for piece in ("m" + shown).split("\x1b["))
+    for part in (
+        "step 30 of 40",
+        "1.5000",
+        "14,233",
+        "2.00e-04",
+        "5.00 GiB",
+        "6.00 GiB",
+        "140 GiB",
+        "7.39",
+        "ETA",
+        "█",
+    ):
+        assert part in plain
+    assert max(len(line) for line in plain.splitlines()) <= width
+
+
+def test_the_live_view_shows_a_task_only_while_it_lasts():
+    half = Progress("Downloading", GIB, 2 * GIB, "bytes")
+    assert "Downloading" in screen(80, half) and "1.00 GiB" in screen(80, half)
+    assert "Downloading" not in screen(80, half, Progress("Downloading", 2 * GIB, 2 * GIB, "bytes"))
+
+
+def test_sparkline_falls_with_the_loss():
+    assert sparkline([4, 3, 2, 1], 4) == "█▆▃▁"
+    assert sparkline(list(range(100)), 10) == "▁▂▃▃▄▅▆▆▇█"
+    assert sparkline([1.0], 10) == "▁" and sparkline([], 10) == ""
+
+
+ROW = RowShown(0, (("Why?\n", False), ("Because", True), (".", True), ("<|endoftext|>", True)), 9, 3)
+
+
+def drawn_row(**options):
+    stream = io.StringIO()
+    draw_row(RichConsole(file=stream, width=80, _environ={}, **options), ROW)
+    return stream.getvalue()
+
+
+def test_a_row_tells_trained_from_untrained_with_and_without_colour():
+    assert drawn_row() == "Row 0: 9 tokens, 3 trained\nWhy?\n⟦Because.<|endoftext|>⟧\n\n"
+    coloured = drawn_row(force_terminal=True, color_system="truecolor")
+    assert "\x1b[2mWhy?↵" in coloured and "\x1b[1;32mBecause.<|endoftext|>\x1b[0m" in coloured
+
+
+def test_a_result_is_facts_and_tables():
+    stream = io.StringIO()
+    table = {"title": "By module", "columns": ["module", "base_bytes"], "rows": [["query_key_value", 3 * GIB]]}
+    result = {"kind": "base_model", "total_parameters": 1234567, "best": {"loss": 1.5, "step": 3}, "tables": [table]}
+    draw_result(RichConsole(file=stream, width=80), result)
+    text = stream.getvalue()
+    for part in ("base model", "total parameters  1,234,567", "  loss", "By module", "query_key_value", "3.00 GiB"):
+        assert part in text
+
+
+def test_json_has_null_where_a_number_is_not_finite():
+    assert json.loads(to_json({"loss": math.nan, "rows": [math.inf, 1]})) == {"loss": None, "rows": [None, 1]}
+
+
+def chatty(config, *rest):
+    report = rest[-1]
+    report(Notice("loading"))
+    report(ROW)
+    report(TextGenerated("Hello"))
+    report(TextGenerated(" there", final=True))
+    return Answer({"text": "Hello there"})
+
+
+def test_generated_text_alone_goes_to_stdout(run_with, capsys):
+    def only_text(config, prompts, report):
+        report(Notice(f"prompt {prompts[0]}"))
+        report(TextGenerated("Hello"))
+        report(TextGenerated(" there", final=True))
+        return Answer({"text": "Hello there"})
+
+    assert run_with(["generate", "hi"], only_text) == 0
+    assert capsys.readouterr() == ("Hello there\n", "prompt hi\n")
+
+
+def test_with_json_stdout_holds_one_object(run_with, capsys):
+    assert run_with(["generate", "hi", "--json"], chatty) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"text": "Hello there"}
+    assert "Row 0" in err
+
+
+def test_only_the_first_rank_talks(run_with, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run_with(["generate", "hi", "--json"], chatty) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_prompt_comes_from_stdin(run_with, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    run_with(["generate", "-"], lambda config, prompts, report: seen.extend(prompts) or Answer())
+    assert seen == ["from a pipe\n"]
+
+
+REHEARSAL = """
+from qlora_cli.cli.console import Console
+from qlora_cli.events import Notice
+with Console(as_json=False) as console:
+    console.report(Notice("a fact"))
+    print("got", repr(console.read_line("you> ")))
+"""
+
+
+@pytest.mark.parametrize(("no_color", "marks"), [("", "• "), ("1", "")])
+def test_a_terminal_gets_the_live_view_unless_no_color_is_set(no_color, marks):
+    environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm-256color"}
+    child = pexpect.spawn(sys.executable, ["-c", REHEARSAL], env=environment, encoding="utf-8", timeout=30)
+    child.expect("a fact")
+    assert ("•" in child.before) == bool(marks)
+    assert ("\x1b[" in child.before) == bool(marks)
+    child.expect("you> ")
+    child.sendline("helo\x1b[Dl")  # the left arrow moves the cursor: lines are edited
+    child.expect("got 'hello'")
+    child.close()

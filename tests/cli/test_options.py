@@ -1,0 +1,132 @@
+"""A command line becomes exactly the settings it names, over a recipe, over the defaults."""
+
+from dataclasses import fields, replace
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlora_cli.cli.options import flag_of
+from qlora_cli.config import GenerateConfig, TrainConfig
+
+
+def test_no_flags_give_the_defaults(config_of):
+    assert config_of(["train"]) == TrainConfig()
+
+
+def test_flags_give_their_fields_and_no_others(config_of):
+    line = "train --model m --rank 8 --alpha 4 --no-double-quant --packing --learning-rate 1e-5 --no-compile --resume"
+    made = config_of([*line.split(), "--compute-dtype", "float16", "--target-modules", "q_proj, v_proj"])
+    assert made == TrainConfig(
+        model="m",
+        rank=8,
+        alpha=4.0,
+        double_quant=False,
+        packing=True,
+        learning_rate=1e-5,
+        target_modules=("q_proj", "v_proj"),
+        compute_dtype="float16",
+        compile=False,
+        resume=True,
+    )
+
+
+def test_a_repeated_flag_keeps_commas_and_spaces(config_of):
+    made = config_of(["generate", "hello", "--stop", "one, two", "--stop", "\n\n"])
+    assert made == GenerateConfig(stop=("one, two", "\n\n"))
+
+
+def test_flags_override_the_recipe_which_overrides_the_defaults(config_of, tmp_path):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(yaml.safe_dump({"rank": 8, "alpha": 64, "packing": True, "target_modules": ["a", "b"]}))
+    made = config_of(["train", "--config", recipe, "--alpha", "16", "--no-packing"])
+    assert made == TrainConfig(rank=8, alpha=16.0, packing=False, target_modules=("a", "b"))
+
+
+def test_a_flag_that_repeats_the_default_still_overrides_the_recipe(config_of, tmp_path):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("rank: 8\n")
+    assert config_of(["train", "--config", recipe, "--rank", "16"]) == TrainConfig()
+
+
+def _typed(field, value) -> list[str]:
+    """The words that a user types for one field's value."""
+    flag, _, off = flag_of(field).partition("/")
+    if isinstance(value, bool):
+        return [flag if value else off]
+    if isinstance(value, tuple):
+        return [flag, ",".join(value)]
+    return [flag, str(value)]
+
+
+words = st.text("abcdefghij_.0", min_size=1, max_size=8)
+
+
+@st.composite
+def train_settings(draw):
+    """Some fields of a training configuration with values that are not their defaults."""
+    chosen = draw(st.lists(st.sampled_from(fields(TrainConfig)), unique_by=lambda field: field.name, max_size=12))
+    values = {}
+    for field in chosen:
+        kind, flags = str(field.type), flag_of(field)
+        if field.metadata["choices"]:
+            values[field.name] = draw(st.sampled_from(field.metadata["choices"]))
+        elif "bool" in kind or field.type is bool:
+            values[field.name] = draw(st.booleans()) if "/" in flags else True
+        elif "tuple" in kind:
+            values[field.name] = tuple(draw(st.lists(words, min_size=1, max_size=3)))
+        elif "float" in kind or field.type is float:
+            values[field.name] = draw(st.floats(0, 1e6, allow_subnormal=False))
+        elif "int" in kind or field.type is int:
+            values[field.name] = draw(st.integers(0, 10**9))
+        else:
+            values[field.name] = draw(words)
+    return values
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=train_settings())
+def test_any_settings_survive_the_command_line(config_of, values):
+    by_name = {field.name: field for field in fields(TrainConfig)}
+    typed = [word for name, value in values.items() for word in _typed(by_name[name], value)]
+    assert config_of(["train", *typed]) == replace(TrainConfig(), **values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--rank", "x"], "'--rank'"),
+        (["train", "--quant-type", "int8"], "'int8' is not one of 'nf4', 'fp4'"),
+        (["train", "--rnak", "8"], "--rnak"),
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "--rank"], "--rank"),
+        (["generate"], "PROMPT"),
+        (["generate", "hello", "--chat"], "PROMPT"),
+        (["train", "--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(arguments, says, capsys, tmp_path, monkeypatch):
+    from qlora_cli.cli import commands
+
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert err.startswith("error: ") and len(err.splitlines()) == 2 and err.splitlines()[1].startswith("→ ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [("rnak: 8\n", "rnak"), ("rank: eight\n", "rank"), ("- 8\n", "list"), ("a: [\n", "line 2"), ("rank: 8.5\n", "8.5")],
+)
+def test_a_wrong_recipe_is_named(recipe, says, capsys, tmp_path):
+    from qlora_cli.cli import commands
+
+    path = tmp_path / "run.yaml"
+    path.write_text(recipe)
+    assert commands.main(["train", "--config", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert str(path) in err and says in err and "Traceback" not in err
