@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from qlora_cli.core.parameters import TrainableParameters
 from qlora_cli.errors import CheckpointError, UsageError
 
-# Bytes of state for each trained parameter; 8-bit states add one fp32 scale for every 256.
-_STATE_BYTES = {"adamw": 8.0, "lion": 4.0, "sgd": 0.0, "adafactor": 0.1}
+# Bytes of state for each trained parameter; 8-bit states add one fp32 scale for every 256. Adafactor keeps a row and a
+# column of a matrix: 4 / rank bytes, here for the smallest ranks in use.
+_STATE_BYTES = {"adamw": 8.0, "lion": 4.0, "sgd": 0.0, "adafactor": 1.0}
 _STATE_BYTES |= {"paged_adamw_32bit": 8.0, "paged_lion_32bit": 4.0}
 _STATE_BYTES |= {"paged_adamw_8bit": 2 + 8 / 256, "adamw_8bit": 2 + 8 / 256}
 _STATE_BYTES |= {"paged_lion_8bit": 1 + 4 / 256, "lion_8bit": 1 + 4 / 256}
