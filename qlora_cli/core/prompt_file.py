@@ -1,0 +1,170 @@
+"""A JSON Lines file of prompts in; one of answers out, appended to as they come, so that a stopped run goes on."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from qlora_cli.artifacts import disk_full
+from qlora_cli.errors import DataError, RunError
+
+MAX_LINE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class FilePrompt:
+    """One line of the file: what `format_prompt` takes, and the adapter that its `adapter` column names."""
+
+    index: int
+    prompt: str | dict[str, Any] | list[dict[str, Any]]
+    adapter: str | None
+
+
+def read_prompts(path: Path) -> list[FilePrompt]:
+    """Reads prompts: each line a JSON string, a list of chat messages, or an object.
+
+    An object holds `prompt` (text or messages), `messages`, or the columns that the model was trained on; `adapter`
+    names a directory.
+
+    Raises:
+        DataError: The file is missing, unreadable or empty, or a line is none of these.
+    """
+    prompts: list[FilePrompt] = []
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                if line.strip():
+                    prompts.append(_parse(line, len(prompts), f"{path}, line {number}"))
+    except FileNotFoundError:
+        raise DataError(f"There is no file {path}.", "Give --input a JSON Lines file of prompts.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.", "Give --input a JSON Lines file.") from error
+    if not prompts:
+        raise DataError(f"{path} holds no prompts.", 'Give it lines such as: {"prompt": "Your question"}')
+    return prompts
+
+
+def _parse(line: bytes, index: int, place: str) -> FilePrompt:
+    hint = 'A line looks like: {"prompt": "Your question"}'
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"{place} is longer than {MAX_LINE_BYTES:,} bytes.", hint)
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON: {error}.", hint) from error
+    adapter = value.pop("adapter", None) if isinstance(value, dict) else None
+    if adapter is not None and not isinstance(adapter, str):
+        raise DataError(f"{place}: its adapter is no directory's name.", 'Write it like: "adapter": "out"')
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("prompt", "messages"):
+        (value,) = value.values()
+    if not isinstance(value, str | list | dict) or not value:
+        raise DataError(f"{place} holds no prompt.", hint)
+    return FilePrompt(index, value, adapter)
+
+
+def fingerprint(*facts: Any) -> str:
+    """Eight hexadecimal digits that stand for JSON-ready facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+class AnswerFile:
+    """Answers on disk, a line each: whole or not there, whatever stops the program.
+
+    When the file is opened again, a last line without its end is cut off and the finished answers are known. At the
+    end the lines are put in the prompts' order.
+
+    Args:
+        path: Of the file.
+        prompts: All that is to be answered.
+        settings: Stands for all that decides an answer beside its prompt.
+
+    Raises:
+        RunError: The file holds answers to other prompts or under other settings, or something else.
+    """
+
+    def __init__(self, path: Path, prompts: list[FilePrompt], settings: str) -> None:
+        self.path, self.settings = path, settings
+        self._digests = [fingerprint(p.prompt, p.adapter) for p in prompts]
+        self.finished: set[int] = set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = 0
+        if path.exists():
+            for index, end in self._read():
+                self.finished.add(index)
+                kept = end
+        self._stream = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._stream.truncate(kept)
+        self._stream.seek(kept)
+
+    def _read(self) -> Iterator[tuple[int, int]]:
+        """Index of each whole line and the place where it ends."""
+        other = "Choose another --output, or remove the file."
+        end = 0
+        with self.path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                end += len(line)
+                try:
+                    row = json.loads(line)
+                    index, found = row["index"], (row["key"], row["settings"])
+                    wanted = (self._digests[index], self.settings)
+                except (ValueError, KeyError, TypeError, IndexError):
+                    raise RunError(f"{self.path}, line {number} is no answer to these prompts.", other) from None
+                if found != wanted:
+                    what = "another prompt" if found[0] != wanted[0] else "other settings"
+                    raise RunError(f"{self.path}, line {number} was answered for {what}.", other)
+                yield index, end
+
+    def write(self, index: int, content: dict[str, Any]) -> None:
+        """Appends one answer.
+
+        Raises:
+            DiskFull: No room; the file ends with its last whole line.
+        """
+        row = {"index": index, **content, "key": self._digests[index], "settings": self.settings}
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        before = written = self._stream.tell()
+        try:
+            while written < before + len(line):
+                written += self._stream.write(line[written - before :])
+        except OSError as error:
+            self._stream.truncate(before)
+            self._stream.seek(before)
+            if error.errno == errno.ENOSPC:
+                raise disk_full(self.path, error) from error
+            raise
+        self.finished.add(index)
+
+    def put_in_order(self) -> None:
+        """Sorts the lines by their index; the file is replaced in one go."""
+        lines = sorted(self.path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["index"])
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as stream:
+                stream.writelines(lines)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
+        self._stream.close()
+
+
+def answer_row(prompt: FilePrompt, answer: Any) -> dict[str, Any]:
+    """What a line tells of an answer."""
+    content = asdict(answer)
+    row = {"prompt": prompt.prompt, "answer": content["text"], "finish": content["finish"]}
+    if prompt.adapter is not None:
+        row["adapter"] = prompt.adapter
+    return {**row, "prompt_tokens": content["prompt_tokens"], "new_tokens": len(content["ids"])}
