@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_cli.core.engine_fast import FastEngine
 from qlora_cli.errors import UsageError
-from qlora_cli.events import Notice, Report
+from qlora_cli.events import Report
 
 if TYPE_CHECKING:
     from qlora_cli.core.packing import MicroBatch
@@ -66,8 +67,19 @@ def install_engine(
     if kind == "plain":
         return PlainEngine(model, device=device, gradient_checkpointing=gradient_checkpointing)
     if kind == "fast":
-        report(Notice("The fast engine is not built yet; steps run on the plain one."))
-        return PlainEngine(model, device=device, gradient_checkpointing=gradient_checkpointing)
+        return FastEngine(
+            model,
+            device=device,
+            compute_dtype=compute_dtype,
+            recomputed=lambda layers: count_recomputed_layers(gradient_checkpointing, layers),
+            offload_activations=offload_activations,
+            offload_embeddings=offload_embeddings,
+            resident_weights=resident_weights,
+            compile=compile,
+            max_tokens=max_tokens,
+            total_steps=total_steps,
+            report=report,
+        )
     raise UsageError(f"There is no engine {kind!r}.", "Use --engine fast or --engine plain.")
 
 

@@ -25,10 +25,18 @@ class Dropout(NamedTuple):
 
 
 class LinearOptions(NamedTuple):
-    """What is not a tensor: the LoRA scaling, and the most bytes of dequantised values at once (None: one weight)."""
+    """What is not a tensor.
+
+    Attributes:
+        scaling: Of the adapter.
+        workspace_bytes: Most bytes of dequantised values at once; None for a whole weight.
+        output_needed: False where a recomputation needs only what the backward pass saves: the output is then not
+            written at all.
+    """
 
     scaling: float = 1.0
     workspace_bytes: int | None = None
+    output_needed: bool = True
 
 
 def _drop(x: Tensor, dropout: Dropout, add_to: Tensor | None = None) -> Tensor:
@@ -50,6 +58,18 @@ def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)
+
+
+def _project(flat: Tensor, weight: FrozenWeight, bias: Tensor | None, out: Tensor, workspace_bytes: int | None) -> None:
+    """(tokens, in) to `out` (tokens, out) through the frozen weight, whole or by slices of its rows."""
+    slices = weight.row_slices(workspace_bytes, flat.element_size())
+    if len(slices) == 1 and bias is not None:
+        torch.addmm(bias, flat, weight.values(flat.dtype).t(), out=out)  # the bias joins inside the GEMM
+        return
+    for first, end in slices:
+        torch.mm(flat, weight.values(flat.dtype, first, end).t(), out=out[:, first:end])
+    if bias is not None:
+        out += bias
 
 
 def forward(
@@ -76,22 +96,18 @@ def forward(
         (..., out) and (tokens, rank) or None.
     """
     flat = x.reshape(-1, weight.columns)
-    slices = weight.row_slices(options.workspace_bytes, x.element_size())
-    if len(slices) == 1:
-        values = weight.values(x.dtype)
-        y = flat @ values.t() if bias is None else torch.addmm(bias, flat, values.t())
-    else:
-        y = flat.new_empty(flat.shape[0], weight.rows)
-        for first, end in slices:
-            torch.mm(flat, weight.values(x.dtype, first, end).t(), out=y[:, first:end])
-        if bias is not None:
-            y += bias
+    # Not a view of a flat result: a model may add to its layer's output in place, which autograd forbids on views.
+    y = x.new_empty(*x.shape[:-1], weight.rows)
+    flat_y = y.view(-1, weight.rows)
+    if options.output_needed:
+        _project(flat, weight, bias, flat_y, options.workspace_bytes)
     projected = None
     if lora_a is not None and lora_b is not None:
         dropped = flat if dropout is None else _drop(flat.contiguous(), dropout)
         projected = _scaled_product(dropped, lora_a.t(), options.scaling)
-        y.addmm_(projected, lora_b.t())
-    return y.view(*x.shape[:-1], weight.rows), projected
+        if options.output_needed:
+            flat_y.addmm_(projected, lora_b.t())
+    return y, projected
 
 
 def backward(

@@ -1,0 +1,146 @@
+"""A decoder in; the same instance attending within the rows of a pack out, where its architecture allows that exactly.
+
+The pack's boundaries travel as the attention mask: a 4-D mask reaches every layer of every architecture untouched, and
+being a tensor it is carried through checkpointing and compilation. Its shape is (1, 1, longest, rows + 1), int32,
+every [0, 0, i] the same `cu_seqlens`; the third dimension is a view that takes no memory and only tells `longest`.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qlora_cli.kernels.attention import packed_attention
+
+NAME = "qlora_packed"
+MAX_HEAD_SIZE = 256
+
+
+def pack_mask(cu_seqlens: Tensor, longest: int) -> Tensor:
+    """Boundaries (rows + 1,) int32 to the mask described at the top, a view."""
+    return cu_seqlens.view(1, 1, 1, -1).expand(1, 1, longest, -1)
+
+
+def _is_pack(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (1, heads, T, size) in, (1, T, heads, size) out; SDPA for other masks."""
+    if attention_mask is None or not _is_pack(attention_mask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    out = packed_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        attention_mask[0, 0, 0],
+        attention_mask.shape[2],
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window,
+    )
+    return out[None], None
+
+
+# Additive: no model uses the name unless an engine sets it on that model's own config.
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, arXiv:2104.09864, on x (T, heads, size) with cos and sin (T, 1, size)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def _falcon_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Falcon's attention, which is outside the interface: one, some or all heads with keys and values of their own."""
+    mask = kwargs.get("attention_mask")
+    if args or mask is None or not _is_pack(mask):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    fused = self.query_key_value(hidden_states)[0]  # (T, all heads' features)
+    if self.new_decoder_architecture:
+        grouped = fused.unflatten(-1, (self.num_kv_heads, -1, self.head_dim))  # (T, key heads, queries + 2, size)
+        query, key, value = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
+    elif self.multi_query:
+        heads = fused.unflatten(-1, (self.num_heads + 2, self.head_dim))
+        query, key, value = heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
+    else:
+        query, key, value = fused.unflatten(-1, (self.num_heads, 3, self.head_dim)).unbind(2)
+    cos, sin = (t[0, :, None] for t in kwargs["position_embeddings"])  # (T, 1, size)
+    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    out = packed_attention(query, key, value, mask[0, 0, 0], mask.shape[2], self.head_dim**-0.5, None)
+    return self.dense(out.flatten(1)[None]), None
+
+
+def _head_sizes(decoder: nn.Module, config: Any) -> set[int]:
+    attention = [m for n, m in decoder.named_modules() if n.endswith(("attn", "attention"))]
+    sizes = {getattr(m, "head_dim", None) or getattr(m, "head_size", None) for m in attention}
+    default = config.hidden_size // config.num_attention_heads
+    return {size or getattr(config, "head_dim", None) or default for size in sizes or {None}}
+
+
+def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this model's rows have to be padded instead of packed; None when they can be packed exactly."""
+    config = decoder.config
+    is_falcon = config.model_type == "falcon"
+    if not is_falcon and not base._can_set_attn_implementation():
+        return f"{config.model_type} does not use transformers' attention interface"
+    if getattr(config, "alibi", False):
+        return "its attention has ALiBi biases"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention scores are soft-capped"
+    if any("sink" in name for name, _ in decoder.named_parameters()):
+        return "its attention has sinks"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return "its attention looks both ways"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    rates = [getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")]
+    if any(isinstance(rate, int | float) and rate > 0 for rate in rates):
+        return "its attention weights are dropped out"
+    if device.type == "cuda":
+        if dtype not in (torch.bfloat16, torch.float16):
+            return "flash attention computes in 16 bits only"
+        sizes = _head_sizes(decoder, config)
+        if any(size % 8 or size > MAX_HEAD_SIZE for size in sizes):
+            return f"flash attention takes no heads of size {max(sizes)}"
+    return None
+
+
+def install_packed_attention(base: Any, decoder: Any) -> Callable[[], None]:
+    """Makes one model instance's attention understand packs; returns what undoes it."""
+    config = decoder.config
+    before = config._attn_implementation
+    falcon = [m for m in decoder.modules() if type(m).__name__.startswith("Falcon") and hasattr(m, "query_key_value")]
+    if config.model_type == "falcon":
+        for module in falcon:
+            module.forward = MethodType(_falcon_forward, module)
+    else:
+        config._attn_implementation_internal = NAME
+
+    def put_back() -> None:
+        if config.model_type == "falcon":
+            for module in falcon:
+                del module.forward
+        else:
+            config._attn_implementation_internal = before
+
+    return put_back

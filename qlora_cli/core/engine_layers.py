@@ -1,0 +1,191 @@
+"""Decoder layers in; the same instances, each kept, recomputed, offloaded or compiled as planned, out."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from qlora_cli.core.engine_linear import StepState, fast_linear_of
+from qlora_cli.core.engine_offload import ActivationOffload
+
+_ATTRIBUTE = "_qlora_layer"
+
+
+@dataclass
+class LayerPlan:
+    """How one decoder layer runs.
+
+    Attributes:
+        number: Which layer.
+        recompute: Whether its forward pass is repeated in the backward pass instead of saving activations.
+        offload: Where what it saves waits; None for on the device.
+        compiled: Whether it runs compiled.
+        preserve_random_state: Whether a repetition must draw the same random numbers again.
+        step: The engine's shared state.
+    """
+
+    number: int
+    recompute: bool
+    offload: ActivationOffload | None
+    compiled: bool
+    preserve_random_state: bool
+    step: StepState
+
+
+def find_layers(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's blocks: its longest list of modules."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def _run(layer: Any, args: tuple, kwargs: dict) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _run_recomputed(layer: Any, args: tuple, kwargs: dict) -> Any:
+    """Inside a compiled region: the compiler drops from the repetition whatever the backward pass does not need."""
+    plan: LayerPlan = getattr(layer, _ATTRIBUTE)
+
+    def run(*inner: Any) -> Any:
+        return type(layer).forward(layer, *inner, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=plan.preserve_random_state)
+
+
+_compiled: dict[Callable, Callable] = {}
+
+
+def _compile(function: Callable) -> Callable:
+    """One compiled function for all layers: those alike share its code."""
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function)
+    return _compiled[function]
+
+
+def _mark_dynamic(tensors: Any, tokens: int) -> None:
+    """Tells the compiler which dimensions change from batch to batch, so that it compiles once for all of them."""
+    for value in tensors:
+        if isinstance(value, tuple | list):
+            _mark_dynamic(value, tokens)
+        elif isinstance(value, Tensor):
+            if value.dim() == 4 and value.dtype == torch.int32:  # boundaries of a pack
+                torch._dynamo.maybe_mark_dynamic(value, [2, 3])
+            elif value.dim() in (2, 3) and value.shape[1] == tokens:
+                torch._dynamo.maybe_mark_dynamic(value, 1)
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `forward` on one layer instance."""
+    plan: LayerPlan = getattr(self, _ATTRIBUTE)
+    if not torch.is_grad_enabled():
+        return _run(self, args, kwargs)
+    with plan.offload.layer(plan.number) if plan.offload is not None else nullcontext():
+        if plan.compiled:
+            _mark_dynamic((*args, *kwargs.values()), args[0].shape[1])
+            return _compile(_run_recomputed if plan.recompute else _run)(self, args, kwargs)
+        if not plan.recompute:
+            return _run(self, args, kwargs)
+        return checkpoint(
+            lambda *inner: _run(self, inner, kwargs),
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=plan.preserve_random_state,
+            context_fn=lambda: (nullcontext(), plan.step.recompute()),
+        )
+
+
+def swap_layers(layers: list[nn.Module], plans: list[LayerPlan]) -> Callable[[], None]:
+    """Runs each layer as planned; returns what puts the instances back."""
+    for layer, plan in zip(layers, plans, strict=True):
+        setattr(layer, _ATTRIBUTE, plan)
+        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign, assignment]
+
+    def put_back() -> None:
+        for layer in layers:
+            delattr(layer, _ATTRIBUTE)
+            del layer.forward
+
+    return put_back
+
+
+def replan(layer: nn.Module, **changes: Any) -> None:
+    """Changes how a swapped layer runs."""
+    setattr(layer, _ATTRIBUTE, replace(getattr(layer, _ATTRIBUTE), **changes))
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Arguments a layer was called with in a trial."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+def capture_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[LayerCall]:
+    """What each layer is called with while `run` runs."""
+    calls: list[LayerCall] = []
+
+    def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append(LayerCall(args, kwargs))
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _saved_by(layer: nn.Module, call: LayerCall) -> Iterator[Tensor]:
+    """The tensors autograd saves in one forward pass of a layer, run plainly."""
+    saved: list[Tensor] = []
+    hidden = call.args[0].detach().requires_grad_()
+    with torch.enable_grad(), saved_tensors_hooks(lambda t: saved.append(t.detach()), lambda t: t):  # type: ignore[func-returns-value]
+        _run(layer, (hidden, *call.args[1:]), call.kwargs)
+    return iter(saved)
+
+
+def saved_bytes(layer: nn.Module, call: LayerCall, persistent: frozenset[int]) -> int:
+    """Bytes of activations a layer keeps for its backward pass in that call, each storage once."""
+    storages = {}
+    for tensor in _saved_by(layer, call):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in persistent:
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list[str]:
+    """Lets repeated forward passes leave out the linear layers whose output no saved tensor depends on.
+
+    In a residual network that is the last one, often a third of the layer's arithmetic. It is found by trial: an
+    output made NaN that leaves every saved tensor free of NaN is not needed.
+
+    Returns:
+        Names, inside a layer, of the linears left out.
+    """
+    found: dict[type, list[str]] = {}
+    for layer, call in zip(layers, calls, strict=True):
+        if type(layer) not in found:
+            found[type(layer)] = [n for n, m in layer.named_modules() if fast_linear_of(m) and _unused(layer, call, m)]
+        for name in found[type(layer)]:
+            fast = fast_linear_of(layer.get_submodule(name))
+            if fast is not None:
+                fast.output_unused_in_recompute = True
+    return sorted({name for names in found.values() for name in names})
+
+
+def _unused(layer: nn.Module, call: LayerCall, linear: Any) -> bool:
+    original = linear.forward
+    linear.forward = lambda *args, **kwargs: original(*args, **kwargs) * float("nan")
+    try:
+        return not any(t.is_floating_point() and bool(t.isnan().any()) for t in _saved_by(layer, call))
+    finally:
+        linear.forward = original

@@ -1,0 +1,273 @@
+"""A model's frozen and adapted linear layers in; the same module instances, computing through the fused op, out."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.kernels.linear import Dropout, LinearOptions, qlora_linear
+from qlora_cli.kernels.weights import FrozenWeight
+
+_ATTRIBUTE = "_qlora_fast_linear"
+
+
+class StepState:
+    """What the layers of one engine share: the dropout seed of the micro-batch, and whether a pass is a repetition."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seed = torch.zeros((), dtype=torch.int64, device=device)
+        self.recomputing = False
+
+    def draw_seed(self) -> None:
+        """A new seed from torch's host generator, so that seeding torch decides it and no one waits for the device."""
+        seed = torch.randint(2**62, (), dtype=torch.int64)
+        self.seed = (
+            seed if self.seed.device.type == "cpu" else seed.pin_memory().to(self.seed.device, non_blocking=True)
+        )
+
+    @contextmanager
+    def recompute(self) -> Iterator[None]:
+        """Marks the repetition of a forward pass inside the backward pass."""
+        self.recomputing = True
+        try:
+            yield
+        finally:
+            self.recomputing = False
+
+
+class AdapterValues:
+    """The adapters' parameters in the compute dtype, refreshed once a micro-batch: one launch where they share a buffer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.linears: list[FastLinear] = []
+        self.sources: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        self.addresses: tuple[int, ...] = ()
+
+    def _build(self) -> None:
+        """Copies of whole storages, so that parameters that are views of one buffer are copied together."""
+        self.sources, self.copies = [], []
+        by_storage: dict[int, Tensor] = {}
+        for linear in self.linears:
+            views = []
+            for parameter in (linear.a, linear.b):
+                if parameter.dtype == self.dtype:
+                    views.append(parameter.detach())
+                    continue
+                storage = parameter.untyped_storage()
+                if storage.data_ptr() not in by_storage:
+                    source = torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(storage)
+                    by_storage[storage.data_ptr()] = source.to(self.dtype)
+                    self.sources.append(source)
+                    self.copies.append(by_storage[storage.data_ptr()])
+                copy = by_storage[storage.data_ptr()]
+                views.append(copy.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset()))
+            linear.lora_a, linear.lora_b = views
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Brings the copies up to date; rebuilds them when parameters have moved."""
+        addresses = tuple(p.data_ptr() for linear in self.linears for p in (linear.a, linear.b))
+        if addresses != self.addresses:
+            self._build()
+            self.addresses = addresses
+        elif self.copies:
+            # A graph waiting for its backward pass holds these copies; the values change only with an optimizer step,
+            # which no such graph survives in a training loop.
+            with torch.autograd._unsafe_preserve_version_counter(tuple(self.copies)):
+                torch._foreach_copy_(self.copies, self.sources)
+
+
+@dataclass
+class FastLinear:
+    """Everything one layer's forward needs.
+
+    Attributes:
+        weight: The frozen weight.
+        bias: (out,) in the compute dtype, or None.
+        dtype: The compute dtype.
+        step: Shared by the engine's layers.
+        options: Scaling and workspace.
+        salt: Number of the layer, so that layers drop different places.
+        adapter: Name of the covered adapter; None for a layer without one.
+        a: (rank, in) parameter.
+        b: (out, rank) parameter.
+        lora_a: `a` in the compute dtype.
+        lora_b: `b` in the compute dtype.
+        rate: Dropout on the adapter's input.
+    """
+
+    weight: FrozenWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+    step: StepState
+    options: LinearOptions
+    salt: int
+    adapter: str | None = None
+    a: Any = None
+    b: Any = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    rate: float = 0.0
+    output_unused_in_recompute: bool = False
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        dropout = Dropout(self.rate, self.step.seed, self.salt) if training and self.rate > 0 else None
+        options = self.options
+        if self.output_unused_in_recompute and self.step.recomputing:
+            options = options._replace(output_needed=False)
+        y = qlora_linear(
+            x.to(self.dtype), self.weight, self.bias, self.a, self.b, self.lora_a, self.lora_b, dropout, options
+        )
+        return y.to(x.dtype)
+
+
+def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Replaces `forward` on one instance; anything the op does not cover goes to the class's own forward."""
+    fast: FastLinear = getattr(self, _ATTRIBUTE)
+    if args or kwargs or (fast.adapter is not None and not _adapter_is_active(self, fast.adapter)):
+        return type(self).forward(self, x, *args, **kwargs)
+    return fast(x, self.training)
+
+
+def _adapter_is_active(module: Any, name: str) -> bool:
+    active = module.active_adapters
+    return not module.disable_adapters and not module.merged and len(active) == 1 and active[0] == name
+
+
+def frozen_weight(module: nn.Module, dtype: torch.dtype, *, resident: bool) -> FrozenWeight | None:
+    """The raw tensors of a frozen linear layer; None when it is not one, or is stored in a way not covered.
+
+    Args:
+        module: A 4-bit linear of bitsandbytes, or an nn.Linear in `dtype`.
+        dtype: The compute dtype.
+        resident: Keep the dequantised values rather than the packed ones.
+    """
+    weight: Any = getattr(module, "weight", None)
+    if weight is None or weight.requires_grad:
+        return None
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        plain = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+        if plain and isinstance(module, nn.Linear) and weight.dtype == dtype and weight.ndim == 2:
+            return FrozenWeight(weight.shape[0], weight.shape[1], dense=weight.detach())
+        return None
+    nested = state.state2
+    if getattr(state, "packing_format_for_cpu", False) or len(state.shape) != 2:
+        return None
+    packed = FrozenWeight(
+        rows=state.shape[0],
+        columns=state.shape[1],
+        packed=weight.detach().as_subclass(Tensor).view(torch.uint8).flatten(),
+        absmax=state.absmax,
+        code=state.code,
+        nested_absmax=nested.absmax if nested is not None else None,
+        nested_code=nested.code if nested is not None else None,
+        offset=state.offset if nested is not None else None,
+        blocksize=state.blocksize,
+        nested_blocksize=nested.blocksize if nested is not None else 256,
+    )
+    return FrozenWeight(packed.rows, packed.columns, dense=packed.values(dtype)) if resident else packed
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped this module with LoRA matrices."""
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
+
+
+def _covered_adapter(module: Any) -> str | None:
+    """The one plain LoRA adapter of a wrapped layer; None where PEFT's own forward has to do it (DoRA, biases, ...)."""
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if len(active) != 1 or len(module.active_adapters) != 1 or getattr(module, "fan_in_fan_out", False):
+        return None
+    name = active[0]
+    a, b = module.lora_A[name], module.lora_B[name]
+    plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
+    known_dropout = isinstance(module.lora_dropout[name], nn.Identity | nn.Dropout)
+    if not plain or not known_dropout or name in module.lora_variant or not _adapter_is_active(module, name):
+        return None
+    return name
+
+
+def fast_linear(
+    module: Any, dtype: torch.dtype, step: StepState, *, resident: bool, workspace_bytes: int | None, salt: int
+) -> FastLinear | None:
+    """The fused form of one layer, adapted or not; None where its own forward stays."""
+    adapted = is_adapted(module)
+    base = module.base_layer if adapted else module
+    if base.__class__.__module__.startswith("peft.") or (base.bias is not None and base.bias.requires_grad):
+        return None
+    name = _covered_adapter(module) if adapted else None
+    if adapted and name is None:
+        return None
+    weight = frozen_weight(base, dtype, resident=resident)
+    if weight is None:
+        return None
+    bias = None if base.bias is None else base.bias.detach().to(dtype)
+    fast = FastLinear(weight, bias, dtype, step, LinearOptions(1.0, workspace_bytes), salt)
+    if name is not None:
+        fast.adapter = name
+        fast.a, fast.b = module.lora_A[name].weight, module.lora_B[name].weight
+        fast.options = LinearOptions(float(module.scaling[name]), workspace_bytes)
+        fast.rate = float(getattr(module.lora_dropout[name], "p", 0.0))
+    return fast
+
+
+def linear_candidates(model: nn.Module, excluded: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers, adapted ones as a whole, except the head and whatever is inside an adapted one."""
+    inside: set[int] = {id(child) for child in excluded.modules()} if excluded is not None else set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if is_adapted(module):
+            inside.update(id(child) for child in module.modules())
+            yield name, module
+        elif isinstance(module, nn.Linear):
+            yield name, module
+
+
+def swap_linears(
+    candidates: Iterable[tuple[str, nn.Module]],
+    dtype: torch.dtype,
+    step: StepState,
+    values: AdapterValues,
+    *,
+    resident: bool,
+    workspace_bytes: int | None,
+) -> tuple[list[FastLinear], list[str], Callable[[], None]]:
+    """Gives each candidate instance the fused forward where it is covered.
+
+    Returns:
+        The fused layers; the names of layers that keep their own forward; a function that puts everything back.
+    """
+    swapped: list[nn.Module] = []
+    fast_layers: list[FastLinear] = []
+    kept: list[str] = []
+    for salt, (name, module) in enumerate(candidates):
+        fast = fast_linear(module, dtype, step, resident=resident, workspace_bytes=workspace_bytes, salt=salt)
+        if fast is None:
+            kept.append(name)
+            continue
+        setattr(module, _ATTRIBUTE, fast)
+        module.forward = MethodType(_forward, module)
+        swapped.append(module)
+        fast_layers.append(fast)
+        if fast.adapter is not None:
+            values.linears.append(fast)
+
+    def put_back() -> None:
+        for module in swapped:
+            delattr(module, _ATTRIBUTE)
+            del module.forward
+
+    return fast_layers, kept, put_back
+
+
+def fast_linear_of(module: nn.Module) -> FastLinear | None:
+    """The fused form a swapped instance computes with; None for any other module."""
+    return getattr(module, _ATTRIBUTE, None)
