@@ -1,84 +1,46 @@
-"""The three lines at the top of the README, as written, in an empty directory and offline."""
+"""What the README tells to type works as written, offline: its first three lines, and every other one after them."""
 
 import json
 import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import write_model
+from tests.hub import PROJECT, lay_model, lay_quotes, lay_rows, new_machine
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-LINES = [
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+FIRST_LINES = [
     "qlora train --model EleutherAI/gpt-neox-20b --data Abirate/english_quotes",
     'qlora generate --adapter out/ "Ask not what your country"',
     "qlora inspect",
 ]
-COMMIT = {"models--EleutherAI--gpt-neox-20b": "a" * 40, "datasets--Abirate--english_quotes": "b" * 40}
-QUOTES = [
-    ("Be yourself; everyone else is already taken.", "Oscar Wilde", ["be-yourself", "honesty"]),
-    ("A room without books is like a body without a soul.", "Marcus Tullius Cicero", ["books", "soul"]),
-    ("You only live once, but if you do it right, once is enough.", "Mae West", ["humor", "life"]),
-    ("In three words I can sum up everything I've learned about life: it goes on.", "Robert Frost", ["life"]),
-]
 
 
-def lay_snapshot(hub: Path, name: str) -> Path:
-    """An empty snapshot as huggingface_hub's cache keeps it; returns its directory."""
-    (hub / name / "refs").mkdir(parents=True)
-    (hub / name / "refs" / "main").write_text(COMMIT[name])
-    snapshot = hub / name / "snapshots" / COMMIT[name]
-    snapshot.mkdir(parents=True)
-    return snapshot
+def run_in(directory, environment, command):
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=280)
 
 
 @pytest.fixture(scope="module")
-def new_machine(tmp_path_factory):
-    """An empty working directory and the environment of a machine whose hub cache holds both names."""
-    home = tmp_path_factory.mktemp("home")
-    hub = home / "huggingface" / "hub"
-    write_model(lay_snapshot(hub, "models--EleutherAI--gpt-neox-20b"), "gpt_neox", dtype="float16")
-    quotes = lay_snapshot(hub, "datasets--Abirate--english_quotes") / "quotes.jsonl"
-    with quotes.open("w", encoding="utf-8") as stream:
-        for quote, author, tags in QUOTES * 8:
-            print(json.dumps({"quote": f"“{quote}”", "author": author, "tags": tags}, ensure_ascii=False), file=stream)
-    scripts = home / "bin"
-    scripts.mkdir()
-    script = scripts / "qlora"  # the entry point of pyproject.toml, whether or not the package is installed
-    script.write_text(f"#!{sys.executable}\nfrom qlora_cli.__main__ import main\nmain()\n")
-    script.chmod(0o755)
-    environment = {
-        **os.environ,
-        "HOME": str(home),
-        "HF_HOME": str(home / "huggingface"),
-        "HF_HUB_OFFLINE": "1",
-        "QLORA_CACHE": str(home / "cache"),
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(README.parent),
-    }
-    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "XDG_CACHE_HOME"):
-        environment.pop(name, None)
+def machine(tmp_path_factory):
+    """An empty working directory, and the environment of a machine whose hub cache holds the two names."""
+    hub, environment = new_machine(tmp_path_factory.mktemp("home"))
+    lay_model(hub, "EleutherAI/gpt-neox-20b", "gpt_neox")
+    lay_quotes(hub)
     return tmp_path_factory.mktemp("work"), environment
 
 
-def test_the_lines_stand_in_the_readme():
-    text = README.read_text()
-    assert "\n".join(LINES) in text.replace("\n    ", "\n")
+def test_the_first_lines_stand_in_the_readme():
+    assert "    " + "\n    ".join(FIRST_LINES) in README
 
 
-def test_the_lines_work_as_written(new_machine):
-    directory, environment = new_machine
-    results = []
-    for line in LINES:
-        done = subprocess.run(
-            shlex.split(line), cwd=directory, env=environment, capture_output=True, text=True, timeout=240
-        )
+def test_the_first_lines_work_as_written(machine):
+    directory, environment = machine
+    results = [run_in(directory, environment, shlex.split(line)) for line in FIRST_LINES]
+    for done in results:
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-        results.append(done)
     trained, generated, inspected = results
 
     assert "quote" in trained.stderr  # the text column is named
@@ -92,14 +54,54 @@ def test_the_lines_work_as_written(new_machine):
 
     assert generated.stdout
     assert "EleutherAI/gpt-neox-20b" in generated.stderr  # the base that the run recorded is named
-    assert "out" in inspected.stdout and "EleutherAI/gpt-neox-20b" in inspected.stdout
+    assert "EleutherAI/gpt-neox-20b" in inspected.stdout
 
 
-def test_inspect_in_an_empty_directory_tells_about_the_machine(new_machine, tmp_path):
-    _, environment = new_machine
-    done = subprocess.run(
-        ["qlora", "inspect", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+def test_inspect_in_an_empty_directory_tells_about_the_machine(machine, tmp_path):
+    done = run_in(tmp_path, machine[1], ["qlora", "inspect", "--json"])
     assert done.returncode == 0, done.stderr
     assert "torch" in json.dumps(json.loads(done.stdout))
     assert not list(tmp_path.iterdir())
+
+
+# One process runs them all, as each would take seconds to import what it needs.
+RUN_ALL = """
+import io, json, shlex, sys
+from qlora_cli.cli.commands import main
+for line in json.load(sys.stdin):
+    typed, _, command = line.rpartition("| ")
+    sys.stdin = io.StringIO(typed and shlex.split(typed)[1])
+    print(f"$ {line}", file=sys.stderr)
+    code = main(shlex.split(command, comments=True)[1:])
+    if code:
+        sys.exit(f"{line} ended with {code}")
+"""
+
+
+def test_every_other_line_works_as_written(tmp_path_factory):
+    lines = [line.strip() for line in README.splitlines() if line.startswith("    ") and "qlora " in line]
+    lines = [line for line in lines if line not in FIRST_LINES]
+    assert len(lines) > 15
+    directory = tmp_path_factory.mktemp("work")
+    hub, environment = new_machine(tmp_path_factory.mktemp("home"))
+    lay_model(hub, "EleutherAI/gpt-neox-20b", "gpt_neox")
+    lay_model(hub, "EleutherAI/pythia-410m", "gpt_neox")
+    lay_model(hub, "tiiuae/falcon-7b", "falcon")
+    lay_model(hub, "NousResearch/Llama-2-7b-chat-hf", "llama")
+    lay_quotes(hub)
+    lay_rows(hub, "kotzeje/lamini_docs.jsonl", "lamini_docs.jsonl", [{"question": "What?", "answer": "That."}] * 20)
+    chat = {"text": "<s>[INST] What is a token? [/INST] A piece of a word. </s>"}
+    lay_rows(hub, "mlabonne/guanaco-llama2-1k", "train.jsonl", [chat] * 40)
+    (directory / "examples").symlink_to(PROJECT / "examples")
+    (directory / "prompts.jsonl").write_text('{"prompt": "What does len() return?"}\n"And abs()?"\n')
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        input=json.dumps(lines),
+        cwd=directory,
+        env={**environment, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((directory / "answers.jsonl").read_text().splitlines()) == 2
