@@ -1,7 +1,7 @@
 """Row lengths to an epoch's micro-batches; rows to tensors laid end to end, with positions and boundaries, no padding."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from heapq import heapreplace
 
 import numpy as np
@@ -42,19 +42,20 @@ class MicroBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
         """The same batch with its tensors on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin(self) -> "MicroBatch":
         """The same batch in pinned host memory, from which a copy to the card need not wait."""
-        pinned = {
-            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **pinned)
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            labels=change(self.labels),
+            position_ids=change(self.position_ids),
+            cu_seqlens=change(self.cu_seqlens),
+        )
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One row a line, padded on the right, for models that know nothing of boundaries.
@@ -154,9 +155,11 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[
             open_packs[max_length - count * length].extend(numbers.tolist())
             packs_made += full_packs
             placed += full_packs * count
+    if not packs_made:
+        return []
     by_pack = np.argsort(pack_of_row, kind="stable")
-    borders = np.cumsum(np.bincount(pack_of_row, minlength=packs_made))[:-1] if packs_made else []
-    return [part.tolist() for part in np.split(by_pack, borders)] if packs_made else []
+    borders = np.cumsum(np.bincount(pack_of_row, minlength=packs_made))[:-1]
+    return [part.tolist() for part in np.split(by_pack, borders)]
 
 
 def plan_epoch(

@@ -6,7 +6,6 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.core.chat import (
-    FALLBACK_TEMPLATE,
     BadConversation,
     chat_process,
     check_messages,
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Record = dict[str, Any]
+_Part = str | int | tuple[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,9 @@ class RowFormatter:
             raise BadField(f"a conversation was given, but the model was trained on the shape {formatting.shape!r}")
         if formatting.shape == "prompt":
             if isinstance(prompt, str):
-                needed = [name for name in self._short.fields if name != formatting.completion_column]
+                needed = list(
+                    dict.fromkeys(name for name in self._short.fields if name != formatting.completion_column)
+                )
                 if len(needed) > 1:
                     raise BadField(f"the template has several fields; give an object with {_listed(needed)}")
                 prompt = {needed[0] if needed else str(formatting.prompt_column): prompt}
@@ -262,33 +264,42 @@ class PlainTemplate:
         Raises:
             UsageError: It is malformed, or does not hold the completion exactly once.
         """
-        hint = f'Write it like: --template "Question: {{question}}\\nAnswer: {{{completion_column}}}"'
-        try:
-            parsed = list(Formatter().parse(template))
-        except ValueError as error:
-            raise UsageError(f"The template {template!r} is malformed: {error}.", hint) from None
+        self.fields = self.fields_of(template)
+        if self.fields.count(completion_column) != 1:
+            raise UsageError(
+                f"The template {template!r} must hold the completion {{{completion_column}}} once.",
+                _template_hint(completion_column),
+            )
         # Each part is text of the template (str), a control token (int) or the name of a field (tuple of one).
-        sides: tuple[list[str | int | tuple[str]], list[str | int | tuple[str]]] = ([], [])
-        self.fields: list[str] = []
+        sides: tuple[list[_Part], list[_Part]] = ([], [])
         side = 0
-        for literal, field, spec, conversion in parsed:
+        for literal, name, _, _ in Formatter().parse(template):
             sides[side].extend(encoder.split_markup(literal))
-            if field is None:
-                continue
-            if not field or spec or conversion or not field.isprintable():
-                raise UsageError(f"The template {template!r} has a field that names no column: {field!r}.", hint)
-            if field == completion_column:
-                if side:
-                    raise UsageError(f"The template holds the completion {{{field}}} more than once.", hint)
-                side = 1
-            sides[side].append((field,))
-            self.fields.append(field)
-        if not side:
-            raise UsageError(f"The template {template!r} does not hold the completion {{{completion_column}}}.", hint)
+            if name is not None:
+                side = 1 if name == completion_column else side
+                sides[side].append((name,))
         answer = sides[1]
         if len(answer) > 1 and isinstance(answer[-1], str) and isinstance(answer[-2], int) and not answer[-1].strip():
             answer.pop()  # a line end after </s> is no part of the answer
         self._sides = sides
+
+    @staticmethod
+    def fields_of(template: str) -> list[str]:
+        """The columns that a template names.
+
+        Raises:
+            UsageError: It is malformed.
+        """
+        try:
+            parsed = list(Formatter().parse(template))
+        except ValueError as error:
+            raise UsageError(f"The template {template!r} is malformed: {error}.", _template_hint("answer")) from None
+        fields = [name for _, name, _, _ in parsed if name is not None]
+        if any(spec or conversion for _, _, spec, conversion in parsed) or not all(fields):
+            raise UsageError(
+                f"The template {template!r} has a field that is no plain column name.", _template_hint("answer")
+            )
+        return fields
 
     def fill(self, record: Record, trained: tuple[bool, bool]) -> tuple[list[Run], list[Run]]:
         """Prompt and answer of a record.
@@ -303,7 +314,7 @@ class PlainTemplate:
             answer[0:1] = [(spaces + first, flag)] if isinstance(first, str) else [(spaces, flag), answer[0]]
         return prompt, answer
 
-    def _fill(self, side: "list[str | int | tuple[str]]", record: Record, trained: bool) -> Iterator[Run]:
+    def _fill(self, side: "list[_Part]", record: Record, trained: bool) -> Iterator[Run]:
         text = ""
         for part in side:
             if isinstance(part, int):
@@ -315,6 +326,10 @@ class PlainTemplate:
                 text += part if isinstance(part, str) else _text(record, part[0])
         if text:
             yield text, trained
+
+
+def _template_hint(completion_column: str) -> str:
+    return f'Write it like: --template "Question: {{question}}\\nAnswer: {{{completion_column}}}" ({{{{ for a brace).'
 
 
 def _move_spaces(runs: list[Run]) -> str:
@@ -353,11 +368,6 @@ def default_formatting(tokenizer: "PreTrainedTokenizerBase") -> Formatting:
     if spec.chat_template is None:
         return Formatting(shape="text", column="text")
     return Formatting(shape="chat", column="messages", template=spec.chat_template, date=None)
-
-
-def chat_template_of(encoder: TextEncoder) -> str:
-    """The model's own chat template, or the plain one."""
-    return encoder.spec.chat_template or FALLBACK_TEMPLATE
 
 
 def format_prompt(

@@ -1,0 +1,51 @@
+"""`qlora prepare`: a data set and a model's tokenizer in, a prepared directory and its summary out."""
+
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from qlora_cli.config import PrepareConfig
+from qlora_cli.core.base_model import load_config, load_tokenizer
+from qlora_cli.core.examples import PreparedSummary, prepare_rows
+from qlora_cli.core.prepared import PreparedRows
+from qlora_cli.errors import UsageError
+from qlora_cli.events import Report, RowShown
+
+__all__ = ["PreparedSummary", "prepare"]
+
+
+def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
+    """Tokenises data for a model into `config.output`.
+
+    Raises:
+        UsageError: No model or data was given, or the settings do not fit the data.
+        ModelError: The model's tokenizer cannot be found or used.
+        DataError: The data is missing, or holds a bad row, or nothing to train on.
+        RunError: The output directory holds something else.
+    """
+    if config.model is None:
+        raise UsageError("No model was given, so there is no tokenizer.", "Add: --model ORG/NAME (or a directory).")
+    tokenizer = load_tokenizer(config.model, config.model_revision, trust_remote_code=config.trust_remote_code)
+    model_config = load_config(config.model, config.model_revision, trust_remote_code=config.trust_remote_code)
+    summary = prepare_rows(
+        config,
+        tokenizer,
+        model_config,
+        Path(config.output),
+        report,
+        overwrite=config.overwrite,
+        workers=config.workers,
+    )
+    show_rows(PreparedRows(summary.directory), tokenizer, config.show, report)
+    return summary
+
+
+def show_rows(rows: PreparedRows, tokenizer, count: int, report: Report) -> None:
+    """Reports the first rows as text, in pieces that are trained or not."""
+    for index in range(min(count, len(rows))):
+        input_ids, trained = rows[index]
+        pieces = []
+        for flag, positions in groupby(range(len(input_ids)), key=lambda i, trained=trained: bool(trained[i])):
+            pieces.append((tokenizer.decode(input_ids[list(positions)].tolist(), skip_special_tokens=False), flag))
+        report(RowShown(index, tuple(pieces), len(input_ids), int(np.sum(trained))))
