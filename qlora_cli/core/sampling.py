@@ -107,5 +107,5 @@ def _sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
         weights = weights.where(weights >= sampling.min_p * weights[:, :1], 0)
     mass = weights.cumsum(dim=-1)
     place = (mass <= uniforms[:, None] * mass[:, -1:]).sum(dim=-1)
-    last = (weights > 0).sum(dim=-1) - 1  # rounding must not step past what was kept
+    last = (weights > 0).sum(dim=-1).clamp(min=1) - 1  # rounding must not step past what was kept
     return ids.gather(-1, torch.minimum(place, last)[:, None]).squeeze(-1)
