@@ -6,6 +6,16 @@ from huggingface_hub import ModelCardData
 
 from qlora_cli import __version__
 
+RESULTS = (
+    "steps",
+    "tokens",
+    "final_loss",
+    "eval_loss",
+    "best_eval_loss",
+    "best_step",
+    "trainable_parameters",
+    "total_parameters",
+)
 SETTINGS = (
     "rank",
     "alpha",
@@ -26,17 +36,14 @@ SETTINGS = (
 )
 
 
-def write_card(
-    *, base: str | None, dataset: str | None, settings: dict[str, Any], results: dict[str, Any], title: str
-) -> str:
+def write_card(*, base: str | None, dataset: str | None, settings: dict[str, Any], results: dict[str, Any]) -> str:
     """The text of a README.md with the metadata that the hub reads.
 
     Args:
         base: Hub id of the base model; None when it is a local directory, whose path stays private.
         dataset: Hub id of the data; None when it is local.
         settings: Settings of the run by name; those in `SETTINGS` are listed.
-        results: Named results, listed as they are.
-        title: Heading.
+        results: What the run came to, by name; those in `RESULTS` are listed.
     """
     metadata = ModelCardData(
         base_model=base,
@@ -52,18 +59,18 @@ def write_card(
         metadata.to_yaml().strip(),
         "---",
         "",
-        f"# {title}",
+        f"# {base.rsplit('/', 1)[-1]} fine-tuned" if base else "# A fine-tuned adapter",
         "",
         f"A LoRA adapter of {of_base}, trained on {on_data} by QLoRA: the base frozen in 4 bits, the adapter in "
         f"float32. Written by qlora {__version__}.",
         "",
         "## Results",
         "",
-        *_table({name: value for name, value in results.items() if value is not None}),
+        *_table(results, RESULTS),
         "",
         "## Settings",
         "",
-        *_table({name: settings[name] for name in SETTINGS if settings.get(name) is not None}),
+        *_table(settings, SETTINGS),
         "",
         "## Use",
         "",
@@ -82,8 +89,9 @@ def write_card(
     return "\n".join(lines)
 
 
-def _table(values: dict[str, Any]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name.replace('_', ' ')} | {_text(value)} |" for name, value in values.items())]
+def _table(values: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    rows = [(name.replace("_", " "), values[name]) for name in names if values.get(name) is not None]
+    return ["| | |", "|---|---|", *(f"| {name} | {_text(value)} |" for name, value in rows)]
 
 
 def _text(value: Any) -> str:

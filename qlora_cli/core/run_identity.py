@@ -5,9 +5,6 @@ from typing import Any
 
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.base_model import BaseIdentity
-from qlora_cli.core.checkpoint import Checkpoint, differences
-from qlora_cli.errors import CheckpointError
-from qlora_cli.events import Caution, Report
 
 # Settings that change the numbers. Where the base and the data lie, how often the run saves, what it fits into memory
 # by, and how many cards share a step, do not.
@@ -62,21 +59,3 @@ def run_identity(
         "data": data_digest,
         "settings": settings,
     }
-
-
-def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], *, allow_changes: bool, report: Report) -> None:
-    """Refuses to go on from a checkpoint of another base, data set or setting.
-
-    Raises:
-        CheckpointError: It differs, and `allow_changes` is False.
-    """
-    differing = differences(checkpoint.identity, identity)
-    if not differing:
-        return
-    named = "; ".join(differing)
-    if not allow_changes:
-        raise CheckpointError(
-            f"The run saved in {checkpoint.path} was another one: {named}.",
-            "Restore these settings, add --allow-changes to go on all the same, or --overwrite to start anew.",
-        )
-    report(Caution(f"Going on from step {checkpoint.step} with changes: {named}."))

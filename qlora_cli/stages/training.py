@@ -1,0 +1,376 @@
+"""A base model and rows in, a run directory out: adapter, tokenizer, settings, metrics, loss curve, model card."""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, TRACKER_LOGS
+from qlora_cli.config import TrainConfig
+from qlora_cli.core.adapter import attach_adapter, count_parameters, save_adapter
+from qlora_cli.core.base_model import (
+    build_empty,
+    choose_device,
+    identify_base,
+    load_base,
+    load_config,
+    load_tokenizer,
+    resolve_compute_dtype,
+)
+from qlora_cli.core.checkpoint import list_checkpoints, remove_leftovers, require_space, telling_disk_full
+from qlora_cli.core.continuation import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
+from qlora_cli.core.encoding import encoder_of
+from qlora_cli.core.engine import install_engine
+from qlora_cli.core.examples import prepare_rows
+from qlora_cli.core.finished_run import write_run
+from qlora_cli.core.holdout import RowSubset, hold_out
+from qlora_cli.core.loop import Cadence, Loop, Saving
+from qlora_cli.core.memory import read_vram
+from qlora_cli.core.metrics import MetricsFile, as_metrics
+from qlora_cli.core.optimizer import build_optimizer, choose_optimizer, state_bytes
+from qlora_cli.core.parameters import TrainableParameters
+from qlora_cli.core.prepared import PreparedRows
+from qlora_cli.core.ranks import Ranks
+from qlora_cli.core.recipe import write_recipe
+from qlora_cli.core.run_directory import claimed
+from qlora_cli.core.run_identity import run_identity
+from qlora_cli.core.schedule import count_warmup_steps, learning_rate_schedule
+from qlora_cli.core.steps import StepPlan
+from qlora_cli.core.training_state import Progress, read_progress
+from qlora_cli.errors import DataError, UsageError
+from qlora_cli.events import EvaluationLogged, Event, Report, RunStarted, StepLogged
+
+SAVES_A_RUN = 10  # by default
+TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. Losses are in nats a trained token; None where there was no such thing."""
+
+    output: str
+    steps: int
+    total_steps: int
+    tokens: int
+    seconds: float  # of this process's training
+    final_loss: float | None
+    eval_loss: float | None
+    best_eval_loss: float | None
+    best_step: int | None
+    stopped_early: bool
+    trainable_parameters: int
+    total_parameters: int
+    peak_vram_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+
+def train(config: TrainConfig, report: Report) -> TrainResult:
+    """Trains an adapter and writes the run directory. What is cheap to check is checked before the base is loaded.
+
+    Raises:
+        QloraError: Any of its children.
+    """
+    check_settings(config)
+    output = Path(config.output)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # the engine keeps the dtypes
+        log_with=config.report_to,
+        project_dir=str(output / TRACKER_LOGS),
+    )
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+    if not ranks.is_main:
+        report = _tell_nobody
+    with ExitStack() as stack:
+        stack.callback(accelerator.end_training)
+        check_ranks(config, ranks)
+        if ranks.is_main:
+            stack.enter_context(claimed(output, resume=config.resume, overwrite=config.overwrite))
+            remove_leftovers(output / CHECKPOINTS)
+        ranks.wait()
+
+        # Cheap: configuration, targets, rows, plan, checkpoint, disk.
+        source = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+        model_config = load_config(config.model, **source)
+        tokenizer = load_tokenizer(config.model, **source)
+        skeleton = attach_adapter(build_empty(model_config, trust_remote_code=config.trust_remote_code), **lora(config))
+        trainable, total = count_parameters(skeleton)
+        del skeleton
+        with accelerator.main_process_first():
+            rows = open_rows(config, tokenizer, model_config, report)
+        max_length = config.max_length or rows.manifest["max_length"]
+        train_rows, eval_rows = hold_out(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
+        plan = plan_steps(config, train_rows, ranks, max_length)
+        warmup_steps = count_warmup_steps(config.warmup_steps, config.warmup_ratio, plan.total_steps)
+        device = choose_device()
+        compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
+        optimizer_name = choose_optimizer(config.optimizer, device)
+        identity = run_identity(
+            config,
+            identify_base(
+                config.model,
+                config.model_revision,
+                quant_type=config.quant_type,
+                double_quant=config.double_quant,
+                compute_dtype=compute_dtype,
+            ),
+            rows.manifest["rows_sha256"],
+            optimizer=optimizer_name,
+            total_steps=plan.total_steps,
+            warmup_steps=warmup_steps,
+            world_size=ranks.world_size,
+        )
+        checkpoint = None
+        if config.resume:
+            checkpoint = find_checkpoint(
+                output / CHECKPOINTS, identity, allow_changes=config.allow_changes, report=report
+            )
+        checkpoint_bytes = 4 * trainable + state_bytes(optimizer_name, trainable) + SMALL_FILES_BYTES
+        standing = len(list_checkpoints(output / CHECKPOINTS))
+        require_space(output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - standing))
+
+        # Dear: the base, and on it the adapter, the engine and the optimizer.
+        base, base_identity = load_base(
+            config.model,
+            **source,
+            quant_type=config.quant_type,
+            double_quant=config.double_quant,
+            compute_dtype=compute_dtype,
+            device=device,
+            cache=config.base_cache,
+            report=report,
+        )
+        model = attach_adapter(base, **lora(config))
+        progress = Progress()
+        if checkpoint:
+            progress = read_progress(checkpoint.path)
+            restore_adapter(checkpoint, model)
+        longest = plan.longest_micro_batches()
+        engine = install_engine(
+            model,
+            kind=config.engine,
+            device=device,
+            compute_dtype=compute_dtype,
+            gradient_checkpointing=config.gradient_checkpointing,
+            offload_activations=config.offload_activations,
+            offload_embeddings=config.offload_embeddings,
+            resident_weights=config.resident_weights,
+            compile=config.compile,
+            max_tokens=max(int(train_rows.lengths[batch].sum()) for batch in longest),
+            total_steps=plan.total_steps - progress.step,
+            report=report,
+        )
+        stack.callback(engine.close)
+        parameters = TrainableParameters(model)
+        optimizer = build_optimizer(optimizer_name, parameters, weight_decay=config.weight_decay)
+        if checkpoint:
+            restore_optimizer(checkpoint, optimizer, parameters, allow_changes=config.allow_changes, report=report)
+        restore_or_seed(checkpoint, parameters, seed=config.seed, rank=ranks.rank)
+
+        # From here on the directory is a run.
+        def save(directory: Path) -> None:
+            save_adapter(model, directory, base_name=base_identity.model)
+
+        if ranks.is_main:
+            write_recipe(config, output / RUN_YAML)
+        log = open_logs(config, accelerator, output, progress.step, stack) if ranks.is_main else _tell_nobody
+        report(RunStarted(progress.step + 1, plan.total_steps, trainable, total, str(device), engine.describe()))
+        loop = Loop(
+            model=model,
+            engine=engine,
+            rows=train_rows,
+            eval_rows=eval_rows,
+            plan=plan,
+            eval_plan=plan_evaluation(config, eval_rows, ranks, max_length),
+            parameters=parameters,
+            optimizer=optimizer,
+            optimizer_bytes=0 if checkpoint else state_bytes(optimizer_name, parameters.elements),
+            learning_rate=learning_rate_schedule(
+                config.scheduler, peak=config.learning_rate, warmup_steps=warmup_steps, total_steps=plan.total_steps
+            ),
+            max_grad_norm=config.max_grad_norm,
+            scaled=compute_dtype == torch.float16,
+            cadence=Cadence(
+                eval_every=config.eval_every,
+                save_every=config.save_every or -(-plan.total_steps // SAVES_A_RUN),
+                keep=config.keep,
+                keep_best=config.keep_best,
+                patience=config.patience,
+            ),
+            saving=Saving(output / CHECKPOINTS, identity, save, checkpoint_bytes),
+            progress=progress,
+            ranks=ranks,
+            report=report,
+            log=log,
+        )
+        started = time.perf_counter()
+        loop.run()
+        vram = read_vram(device)
+        result = TrainResult(
+            output=config.output,
+            steps=loop.progress.step,
+            total_steps=plan.total_steps,
+            tokens=loop.progress.tokens,
+            seconds=time.perf_counter() - started,
+            final_loss=loop.progress.last_loss,
+            eval_loss=loop.progress.last_eval_loss,
+            best_eval_loss=loop.progress.best_loss,
+            best_step=loop.progress.best_step,
+            stopped_early=loop.progress.stopped_early,
+            trainable_parameters=trainable,
+            total_parameters=total,
+            peak_vram_bytes=vram.peak_bytes if vram else None,
+        )
+        if ranks.is_main:
+            with telling_disk_full(output, checkpoint_bytes):
+                write_run(
+                    output,
+                    save_adapter=save,
+                    best_step=result.best_step if config.keep_best else None,
+                    tokenizer=tokenizer,
+                    base=base_identity,
+                    rows=rows,
+                    settings=asdict(config),
+                    training={name: value for name, value in result.to_dict().items() if name != "output"},
+                    report=report,
+                )
+        ranks.wait()
+        return result
+
+
+def _tell_nobody(event: Event) -> None:
+    """The report of ranks that are not the main one."""
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Checks what needs no file.
+
+    Raises:
+        UsageError: A setting is missing, out of range, or needs a package that is not installed.
+    """
+    if config.model is None:
+        raise UsageError("No base model was named.", "Add --model with a hub id or a directory.")
+    if (config.data is None) == (config.prepared is None):
+        raise UsageError(
+            "Training takes rows from one place.", "Give either --data or --prepared (written by qlora prepare)."
+        )
+    positive = ("max_steps", "save_every", "eval_every", "patience", "keep", "batch_size")
+    for name in (*positive, "gradient_accumulation_steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}.", "Use 1 or more.")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}.", "Use 0 or more.")
+    evaluates = config.eval_rows or config.eval_fraction
+    if (config.keep_best or config.patience or config.eval_every) and not evaluates:
+        wanting = next(n for n in ("keep_best", "patience", "eval_every") if getattr(config, n))
+        raise UsageError(
+            f"--{wanting.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
+        )
+    if config.report_to and not any(importlib.util.find_spec(name) for name in TRACKER_MODULES[config.report_to]):
+        raise UsageError(
+            f"--report-to {config.report_to} needs a package that is not installed.",
+            f"Type: pip install {config.report_to}",
+        )
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Checks that the processes started are those asked for.
+
+    Raises:
+        UsageError: They are not.
+    """
+    if config.gpus is not None and config.gpus != ranks.world_size:
+        raise UsageError(
+            f"--gpus {config.gpus} was asked for, {ranks.world_size} process runs.",
+            f"Start it with: torchrun --nproc-per-node {config.gpus} -m qlora_cli train ...",
+        )
+
+
+# ---------------------------------------------------------------- parts of the recipe
+
+
+def lora(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of `attach_adapter`."""
+    names = ("rank", "alpha", "dropout", "target_modules", "rslora", "dora", "modules_to_save", "seed")
+    return {name: getattr(config, name) for name in names}
+
+
+def open_rows(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, report: Report
+) -> PreparedRows:
+    """The rows to train on: prepared ones, or those of --data, prepared in the cache.
+
+    Raises:
+        DataError: The rows were prepared with another tokenizer, or there are none.
+    """
+    if config.prepared is None:
+        return PreparedRows(prepare_rows(config, tokenizer, model_config, None, report).directory)
+    rows = PreparedRows(config.prepared)
+    prepared_with = rows.manifest["tokenizer"]
+    if prepared_with["sha256"] != encoder_of(tokenizer).spec.sha256:
+        raise DataError(
+            f"The rows in {config.prepared} were prepared with another tokenizer ({prepared_with['name']}) than that "
+            f"of {config.model}.",
+            f"Prepare them anew: qlora prepare --model {config.model} --data ... --output {config.prepared}",
+        )
+    return rows
+
+
+def plan_steps(config: TrainConfig, rows: RowSubset, ranks: Ranks, max_length: int) -> StepPlan:
+    """The steps of the run."""
+    return StepPlan(
+        rows.lengths,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        packing=config.packing,
+        max_length=max_length,
+        seed=config.seed,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        ranks=ranks,
+    )
+
+
+def plan_evaluation(config: TrainConfig, rows: RowSubset, ranks: Ranks, max_length: int) -> StepPlan | None:
+    """One pass over the held-out rows, if there are any."""
+    if not len(rows):
+        return None
+    once = replace(config, gradient_accumulation_steps=1, epochs=1.0, max_steps=None)
+    return plan_steps(once, rows, ranks, max_length)
+
+
+def open_logs(
+    config: TrainConfig, accelerator: Accelerator, output: Path, last_step: int, stack: ExitStack
+) -> Callable[[StepLogged | EvaluationLogged], None]:
+    """Opens metrics.jsonl, and the tracker where one is asked for; returns what writes to both."""
+    metrics = MetricsFile(output, last_step=last_step)
+    stack.callback(metrics.close)
+    if config.report_to:
+        # Numbers and choices only: no path of this machine leaves it.
+        shared = {name: value for name, value in asdict(config).items() if isinstance(value, int | float)}
+        accelerator.init_trackers("qlora", config=shared)
+
+    def log(event: StepLogged | EvaluationLogged) -> None:
+        metrics.write(event)
+        if config.report_to:
+            line = as_metrics(event)
+            step = line.pop("step")
+            accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
+
+    return log
