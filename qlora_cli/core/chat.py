@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_cli.core import rendering
 from qlora_cli.core.encoding import TokenizerSpec
+from qlora_cli.core.records import describe_type
 from qlora_cli.core.rendering import Message, Piece
 from qlora_cli.errors import DataError
 
@@ -77,16 +78,6 @@ def _check_message(message: Any, number: int) -> Message:
         raise BadConversation(f"the {content_key!r} of message {number} is {describe_type(content)}, not text")
     rest = {key: item for key, item in message.items() if key not in (role_key, content_key) and item is not None}
     return {**rest, "role": ROLES.get(role.lower(), role.lower()), "content": content}
-
-
-def describe_type(value: Any) -> str:
-    """A JSON type in words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
 
 
 class ChatProcess:

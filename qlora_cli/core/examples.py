@@ -254,7 +254,8 @@ class _Collected:
     def __init__(self) -> None:
         self.lengths: list[np.ndarray] = []
         self.dropped: Counter[str] = Counter()
-        self.records = self.trained_tokens = self.truncated = self.split = self.closed = self.bad_rows = 0
+        self.records = self.trained_tokens = self.bad_rows = 0
+        self.truncated = self.split = self.closed = self.unanswered = 0
         self.first_bad: list[BadRow] = []
         self.hash = hashlib.sha256()
 
@@ -266,6 +267,7 @@ class _Collected:
         self.truncated += chunk.truncated
         self.split += chunk.split
         self.closed += chunk.closed
+        self.unanswered += chunk.unanswered
         self.bad_rows += len(chunk.bad_rows)
         self.first_bad += chunk.bad_rows[: 3 - len(self.first_bad)]
         for values in (chunk.input_ids, chunk.trained, chunk.lengths):
@@ -321,6 +323,8 @@ class _Collected:
             report(Caution(f"{count} of {self.records} rows were left out: {reason}."))
         if self.closed:
             report(Notice(f"{self.closed} rows were given the beginning or end token that they lacked."))
+        if self.unanswered:
+            report(Notice(f"{self.unanswered} conversations end in messages without an answer; those were left out."))
         if self.bad_rows:
             report(
                 Caution(

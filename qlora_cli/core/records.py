@@ -127,7 +127,7 @@ def is_cut_short(error: json.JSONDecodeError, length: int) -> bool:
 def problem_of_record(record: Any) -> str | None:
     """What the JSON parser lets through: rows that are no object, NUL, and halves of surrogate pairs."""
     if not isinstance(record, dict):
-        return f"a row must be an object with named fields, but this is {type(record).__name__}"
+        return f"a row must be an object with named fields, but this is {describe_type(record)}"
     stack: list[tuple[Any, str]] = [(value, f"field {name!r}") for name, value in record.items()]
     while stack:
         value, where = stack.pop()
@@ -147,3 +147,13 @@ def problem_of_record(record: Any) -> str | None:
         elif isinstance(value, list):
             stack += [(item, where) for item in value]
     return None
+
+
+def describe_type(value: Any) -> str:
+    """A JSON type in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

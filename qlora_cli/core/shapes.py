@@ -3,15 +3,15 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.config import DataSettings
 from qlora_cli.core.chat import FALLBACK_TEMPLATE
 from qlora_cli.core.encoding import TextEncoder
+from qlora_cli.core.plain_template import PlainTemplate
 from qlora_cli.core.records import Record
-from qlora_cli.core.templates import Formatting, PlainTemplate
+from qlora_cli.core.templates import Formatting, chat_formatting
 from qlora_cli.errors import DataError, UsageError
 
 # (prompt, columns that may be empty, completion), in the order they are looked for; names compare without case.
@@ -226,7 +226,7 @@ def _recognise_template(
     prompts = [name for name in fields if name != answer]
     formatting = Formatting(
         shape="prompt",
-        prompt_column=prompt if prompt in prompts else (prompts or [prompt])[0],
+        prompt_column=prompt if prompt in prompts else next(iter(prompts), None),
         completion_column=answer,
         template=template,
     )
@@ -271,9 +271,11 @@ def _recognise_chat(columns: _Columns, settings: DataSettings, encoder: TextEnco
         template, whose = encoder.spec.chat_template, "the model's own template"
     else:
         template, whose = FALLBACK_TEMPLATE, "a plain template (the model has none)"
-    date = datetime.now(UTC).date().isoformat() if "strftime_now" in template else None
-    formatting = Formatting(shape="chat", column=column, template=template, date=date)
-    return Recognised(formatting, train_on, f"chat messages in column {column!r}, {whose}, {_trained(train_on)}")
+    return Recognised(
+        chat_formatting(template, column),
+        train_on,
+        f"chat messages in column {column!r}, {whose}, {_trained(train_on)}",
+    )
 
 
 def _recognise_tokens(columns: _Columns, settings: DataSettings, encoder: TextEncoder) -> Recognised:

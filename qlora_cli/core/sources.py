@@ -68,17 +68,15 @@ class Source:
 
     def identify(self, report: Report) -> dict[str, Any]:
         """Name, split and SHA-256 of the data."""
-        digest = hashlib.sha256()
-        files = []
-        total, done = sum(path.stat().st_size for path in self.hashed), 0
-        for path in self.hashed:
-            sha256 = sha256_of(path)
-            files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256})
-            digest.update(sha256.encode())
-            done += files[-1]["bytes"]
-            if total > 2**30:
-                report(Progress("Checking the data", done, total, "bytes"))
-        return {"source": self.name, **self.facts, "files": files, "sha256": digest.hexdigest()}
+        sizes = [path.stat().st_size for path in self.hashed]
+        files, done = [], 0
+        for path, size in zip(self.hashed, sizes, strict=True):
+            files.append({"name": path.name, "bytes": size, "sha256": sha256_of(path)})
+            done += size
+            if sum(sizes) > 2**30:
+                report(Progress("Checking the data", done, sum(sizes), "bytes"))
+        sha256 = hashlib.sha256("".join(str(file["sha256"]) for file in files).encode()).hexdigest()
+        return {"source": self.name, **self.facts, "files": files, "sha256": sha256}
 
 
 def resolve_source(data: str, *, split: str, revision: str | None, report: Report) -> Source:

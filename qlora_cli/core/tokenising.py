@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from qlora_cli.core.chat import describe_type
 from qlora_cli.core.encoding import Run, TextEncoder, TokenizerSpec
-from qlora_cli.core.records import BadRow, Chunk, Record, parse_chunk
-from qlora_cli.core.templates import BadField, Blank, Formatting, RowFormatter
+from qlora_cli.core.plain_template import BadField
+from qlora_cli.core.records import BadRow, Chunk, Record, describe_type, parse_chunk
+from qlora_cli.core.templates import Blank, Formatting, RowFormatter
 from qlora_cli.errors import QloraError
 
 Row = tuple[np.ndarray, np.ndarray]  # input_ids (n,) int32, trained (n,) bool
@@ -42,7 +42,8 @@ class TokenisedChunk:
         truncated: Rows cut at the limit.
         split: Records that became several rows.
         dropped: Reason → records left out.
-        closed: Pre-tokenised rows to whose end an EOS was added, or made trained.
+        closed: Pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained.
+        unanswered: Conversations whose last messages had no answer and were left out.
         bad_rows: In order.
         source_bytes: As in Chunk.
     """
@@ -55,6 +56,7 @@ class TokenisedChunk:
     split: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     closed: int = 0
+    unanswered: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     source_bytes: int = 0
 
@@ -84,6 +86,7 @@ class Tokeniser:
         rows: list[list[Run]] = []
         dropped: Counter[str] = Counter()
         bad_rows = []
+        unanswered = self._formatter.unanswered
         formatted = self._formatter.format_records(chunk.records, self._settings.train_on)
         for line, row in zip(chunk.lines, formatted, strict=True):
             if isinstance(row, Blank):
@@ -100,7 +103,14 @@ class Tokeniser:
         first_runs = np.cumsum([0, *map(len, encoded)])[:-1]
         lengths = np.add.reduceat(run_lengths, first_runs) if rows else run_lengths
         trained = np.repeat(run_trained, run_lengths)
-        return TokenisedChunk(input_ids, trained, lengths.astype(np.int32), dropped=dropped, bad_rows=bad_rows)
+        return TokenisedChunk(
+            input_ids,
+            trained,
+            lengths.astype(np.int32),
+            dropped=dropped,
+            unanswered=self._formatter.unanswered - unanswered,
+            bad_rows=bad_rows,
+        )
 
     def _gather(self, chunk: Chunk) -> TokenisedChunk:
         rows: list[Row] = []

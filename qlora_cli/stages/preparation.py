@@ -1,9 +1,10 @@
 """`qlora prepare`: a data set and a model's tokenizer in, a prepared directory and its summary out."""
 
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.base_model import load_config, load_tokenizer
@@ -41,11 +42,13 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
     return summary
 
 
-def show_rows(rows: PreparedRows, tokenizer, count: int, report: Report) -> None:
+def show_rows(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, count: int, report: Report) -> None:
     """Reports the first rows as text, in pieces that are trained or not."""
     for index in range(min(count, len(rows))):
         input_ids, trained = rows[index]
-        pieces = []
-        for flag, positions in groupby(range(len(input_ids)), key=lambda i, trained=trained: bool(trained[i])):
-            pieces.append((tokenizer.decode(input_ids[list(positions)].tolist(), skip_special_tokens=False), flag))
-        report(RowShown(index, tuple(pieces), len(input_ids), int(np.sum(trained))))
+        borders = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(input_ids)]
+        pieces = tuple(
+            (tokenizer.decode(input_ids[start:stop].tolist(), skip_special_tokens=False), bool(trained[start]))
+            for start, stop in pairwise(borders)
+        )
+        report(RowShown(index, pieces, len(input_ids), int(trained.sum())))
