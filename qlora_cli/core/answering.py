@@ -82,7 +82,7 @@ class Answerer:
 
     def select(self, adapter: str | None) -> None:
         """Switches to the adapter of this name, None for the bare base."""
-        if not hasattr(self.model, "set_adapter"):
+        if not hasattr(self.model, "get_base_model"):  # no PEFT model: none was ever loaded
             assert adapter is None
         elif adapter is None:
             self.model.base_model.disable_adapter_layers()
