@@ -165,7 +165,7 @@ def packed_attention(
     Returns:
         (tokens, heads, size).
     """
-    if query.is_cuda:
+    if query.is_cuda or torch.compiler.is_compiling():
         return torch.ops.qlora.packed_attention(query, key, value, boundaries, longest, scale, window)[0]
     groups = query.shape[1] // key.shape[1]
     key, value = _repeat(key, groups), _repeat(value, groups)

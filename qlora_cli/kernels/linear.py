@@ -60,54 +60,46 @@ def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right).to(dtype)
 
 
-def _project(flat: Tensor, weight: FrozenWeight, bias: Tensor | None, out: Tensor, workspace_bytes: int | None) -> None:
-    """(tokens, in) to `out` (tokens, out) through the frozen weight, whole or by slices of its rows."""
-    slices = weight.row_slices(workspace_bytes, flat.element_size())
-    if len(slices) == 1 and bias is not None:
-        torch.addmm(bias, flat, weight.values(flat.dtype).t(), out=out)  # the bias joins inside the GEMM
-        return
-    for first, end in slices:
-        torch.mm(flat, weight.values(flat.dtype, first, end).t(), out=out[:, first:end])
-    if bias is not None:
-        out += bias
+def project(x: Tensor, lora_a: Tensor, dropout: Dropout | None, scaling: float) -> Tensor:
+    """scaling drop(x) A^T: (..., in) and (rank, in) to (tokens, rank)."""
+    flat = x.reshape(-1, x.shape[-1])
+    return _scaled_product(flat if dropout is None else _drop(flat.contiguous(), dropout), lora_a.t(), scaling)
 
 
 def forward(
     x: Tensor,
     weight: FrozenWeight,
     bias: Tensor | None,
-    lora_a: Tensor | None,
+    projected: Tensor | None,
     lora_b: Tensor | None,
-    dropout: Dropout | None,
-    options: LinearOptions,
-) -> tuple[Tensor, Tensor | None]:
-    """x W^T + b + scaling (drop(x) A^T) B^T, and scaling drop(x) A^T for the backward pass.
+    workspace_bytes: int | None,
+) -> Tensor:
+    """x W^T + b + projected B^T.
 
     Args:
         x: (..., in) in the compute dtype.
         weight: (out, in).
         bias: (out,) in the compute dtype, or None.
-        lora_a: (rank, in) in the compute dtype, or None for a layer without an adapter.
+        projected: (tokens, rank) from `project`, or None for a layer without an adapter.
         lora_b: (out, rank) in the compute dtype, or None.
-        dropout: On the adapter's input; None for none.
-        options: See `LinearOptions`.
+        workspace_bytes: See `LinearOptions`.
 
     Returns:
-        (..., out) and (tokens, rank) or None.
+        (..., out), not a view: a model may add to its layer's output in place, which autograd forbids on views.
     """
-    flat = x.reshape(-1, weight.columns)
-    # Not a view of a flat result: a model may add to its layer's output in place, which autograd forbids on views.
     y = x.new_empty(*x.shape[:-1], weight.rows)
-    flat_y = y.view(-1, weight.rows)
-    if options.output_needed:
-        _project(flat, weight, bias, flat_y, options.workspace_bytes)
-    projected = None
-    if lora_a is not None and lora_b is not None:
-        dropped = flat if dropout is None else _drop(flat.contiguous(), dropout)
-        projected = _scaled_product(dropped, lora_a.t(), options.scaling)
-        if options.output_needed:
-            flat_y.addmm_(projected, lora_b.t())
-    return y, projected
+    flat, flat_y = x.reshape(-1, weight.columns), y.view(-1, weight.rows)
+    slices = weight.row_slices(workspace_bytes, x.element_size())
+    if len(slices) == 1 and bias is not None:
+        torch.addmm(bias, flat, weight.values(x.dtype).t(), out=flat_y)  # the bias joins inside the GEMM
+    else:
+        for first, end in slices:
+            torch.mm(flat, weight.values(x.dtype, first, end).t(), out=flat_y[:, first:end])
+        if bias is not None:
+            flat_y += bias
+    if projected is not None and lora_b is not None:
+        flat_y.addmm_(projected, lora_b.t())
+    return y
 
 
 def backward(
@@ -122,17 +114,17 @@ def backward(
     needs_x: bool,
     adapter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `forward` with respect to x, A and B.
+    """Gradients of `forward` after `project` with respect to x, A and B.
 
     Args:
         grad: (..., out), the gradient of the output.
-        x: The forward's input; None for a layer without an adapter.
-        projected: The forward's second result.
+        x: Their input; None for a layer without an adapter.
+        projected: From `project`.
         weight: As in `forward`.
-        lora_a: As in `forward`.
+        lora_a: As in `project`.
         lora_b: As in `forward`.
-        dropout: As in `forward`, with the same seed.
-        options: As in `forward`.
+        dropout: As in `project`, with the same seed.
+        options: Scaling and workspace.
         needs_x: Whether the gradient of x is wanted.
         adapter_dtype: Dtype of the gradients of A and B.
 
@@ -173,7 +165,11 @@ class _QloraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, *rest: Any) -> Tensor:
         weight, bias, lora_a, lora_b, dropout, options = rest
-        y, projected = forward(x, weight, bias, lora_a, lora_b, dropout, options)
+        projected = None if lora_a is None else project(x, lora_a, dropout, options.scaling)
+        if options.output_needed:
+            y = forward(x, weight, bias, projected, lora_b, options.workspace_bytes)
+        else:
+            y = x.new_empty(*x.shape[:-1], weight.rows)
         # Everything, the packed weight too, goes where saved-tensor hooks and checkpointing see it.
         ctx.save_for_backward(
             x if a is not None else None,
@@ -211,11 +207,23 @@ class _QloraLinear(torch.autograd.Function):
 _Tensor = Tensor | None
 
 
+@torch.library.custom_op("qlora::project", mutates_args=())
+def _project_op(x: Tensor, lora_a: Tensor, seed: _Tensor, rate: float, salt: int, scaling: float) -> Tensor:
+    return project(x, lora_a, None if seed is None else Dropout(rate, seed, salt), scaling)
+
+
+@_project_op.register_fake
+def _(x: Tensor, lora_a: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1], lora_a.shape[0])
+
+
+# Apart from `project`, so that a recomputation whose output is not needed costs the small product alone.
 @torch.library.custom_op("qlora::linear", mutates_args=())
 def _linear_op(
     x: Tensor,
     a: _Tensor,
     b: _Tensor,
+    projected: _Tensor,
     lora_a: _Tensor,
     lora_b: _Tensor,
     bias: _Tensor,
@@ -235,21 +243,16 @@ def _linear_op(
     salt: int,
     scaling: float,
     workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     weight = FrozenWeight(
         rows, columns, dense, packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize
     )
-    dropout = None if seed is None else Dropout(rate, seed, salt)
-    y, projected = forward(x, weight, bias, lora_a, lora_b, dropout, LinearOptions(scaling, workspace_bytes))
-    return y, x.new_empty(0) if projected is None else projected
+    return forward(x, weight, bias, projected, lora_b, workspace_bytes)
 
 
 @_linear_op.register_fake
-def _(x: Tensor, a: _Tensor, b: _Tensor, lora_a: _Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    rows = rest[10]
-    y = x.new_empty(*x.shape[:-1], rows)
-    tokens = x.numel() // x.shape[-1]
-    return y, x.new_empty(0) if lora_a is None else x.new_empty(tokens, lora_a.shape[0])
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[14])
 
 
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
@@ -301,22 +304,20 @@ def _(grad: Tensor, x: _Tensor, projected: _Tensor, lora_a: _Tensor, lora_b: _Te
     )
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, a, _, lora_a, lora_b, _, seed, *weight = inputs
-    ctx.save_for_backward(
-        *((None, None, None, None, None) if a is None else (x, output[1], lora_a, lora_b, seed)), *weight[:7]
-    )
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, a, _, projected, lora_a, lora_b, _, seed, *weight = inputs
+    ctx.save_for_backward(x if a is not None else None, projected, lora_a, lora_b, seed, *weight[:7])
     ctx.constants = weight[7:]
     ctx.adapter_dtype = x.dtype if a is None else a.dtype
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple:
     needs_x = ctx.needs_input_grad[0]
     x_, a_, b_ = torch.ops.qlora.linear_backward(
         grad.contiguous(), *ctx.saved_tensors, *ctx.constants, needs_x, ctx.adapter_dtype
     )
     adapted = ctx.saved_tensors[2] is not None
-    return (x_ if needs_x else None, *((a_, b_) if adapted else (None, None)), *(None,) * 19)
+    return (x_ if needs_x else None, *((a_, b_) if adapted else (None, None)), *(None,) * 20)
 
 
 _linear_op.register_autograd(_differentiate, setup_context=_save)
@@ -351,27 +352,24 @@ def qlora_linear(
     """
     if not torch.compiler.is_compiling():
         return _QloraLinear.apply(x, a, b, weight, bias, lora_a, lora_b, dropout, options)
+    seed, rate, salt = (None, 0.0, 0) if dropout is None else (dropout.seed, dropout.rate, dropout.salt)
+    projected = None
+    if lora_a is not None:
+        projected = torch.ops.qlora.project(x.detach(), lora_a, seed, rate, salt, options.scaling)
     return torch.ops.qlora.linear(
         x,
         a,
         b,
+        projected,
         lora_a,
         lora_b,
         bias,
-        None if dropout is None else dropout.seed,
-        weight.dense,
-        weight.packed,
-        weight.absmax,
-        weight.code,
-        weight.nested_absmax,
-        weight.nested_code,
-        weight.offset,
-        weight.rows,
-        weight.columns,
-        weight.blocksize,
-        weight.nested_blocksize,
-        0.0 if dropout is None else dropout.rate,
-        0 if dropout is None else dropout.salt,
+        seed,
+        *weight[2:9],
+        *weight[:2],
+        *weight[9:],
+        rate,
+        salt,
         options.scaling,
         options.workspace_bytes,
-    )[0]
+    )

@@ -1,0 +1,262 @@
+"""Tokens per second, peak memory and a profile of the engine's step alone, on random 4-bit models of the real sizes.
+
+    python benchmarks/step_engine.py --json step_engine.json [--run llama-free --run neox-quotes ...] [--profile]
+
+Each run is a process of its own with a time limit. Models are built and quantised on the GPU, no checkpoint touches
+the disk; rows are random ids. The optimizer is torch's fused AdamW over one buffer. Tokens are real ones, no padding.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+ALL16 = {"rank": 16, "target_modules": None}
+QKV16 = {"rank": 16, "target_modules": ("query_key_value",)}
+QKV8 = {"rank": 8, "target_modules": ("query_key_value",), "dropout": 0.05}
+FREE = {"gradient_checkpointing": "off", "resident_weights": False, "compile": False}
+LEAN = {"gradient_checkpointing": "on", "offload_activations": True, "offload_embeddings": True, "compile": True}
+# run → (architecture, row lengths of a step, adapter, engine options)
+RUNS = {
+    "llama-free": ("llama-7b", (2048,) * 2, ALL16, FREE | {"compile": True, "resident_weights": True}),
+    "llama-free-packed4": ("llama-7b", (2048,) * 2, ALL16, FREE | {"compile": True}),
+    "llama-free-eager": ("llama-7b", (2048,) * 2, ALL16, FREE),
+    "llama-least": ("llama-7b", (2048,) * 2, ALL16, LEAN),
+    "llama-gsm8k": ("llama-7b", "gsm8k", ALL16, FREE | {"compile": True, "resident_weights": True}),
+    "neox-lean": ("neox-20b", (2048,), QKV8, LEAN),
+    "neox-lean-eager": ("neox-20b", (2048,), QKV8, LEAN | {"compile": False}),
+    "neox-half": ("neox-20b", (2048,), QKV8, LEAN | {"gradient_checkpointing": "22"}),
+    "neox-quotes": ("neox-20b", "quotes", QKV8, LEAN | {"gradient_checkpointing": "off"}),
+    "neox-quotes-eager": ("neox-20b", "quotes", QKV8, LEAN | {"gradient_checkpointing": "off", "compile": False}),
+    "neox-quotes-on": ("neox-20b", "quotes", QKV8, LEAN | {"offload_activations": False}),
+    "pythia": ("pythia-410m", (2048,) * 4, ALL16, FREE | {"compile": True, "resident_weights": True}),
+    "pythia-eager": ("pythia-410m", (2048,) * 4, ALL16, FREE | {"resident_weights": True}),
+    "falcon": ("falcon-7b", (2048,), QKV16, FREE | {"compile": True}),
+    "falcon-on": ("falcon-7b", (2048,), QKV16, FREE | {"compile": True, "gradient_checkpointing": "on"}),
+    "tiny": ("tiny-llama", (100, 28), ALL16, FREE),
+}
+KINDS = {
+    "GEMM": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk"),
+    "dequantise": ("_dequantize",),
+    "attention": ("flash", "fmha", "cudnn", "attention"),
+    "loss": ("_loss_and_gradient",),
+    "dropout": ("_drop",),
+    "compiled": ("triton_",),
+    "copies": ("memcpy", "memset", "copy"),
+    "optimizer": ("adam", "multi_tensor"),
+}
+
+
+def build(name: str, device: str):
+    """A random base of that architecture, linears in NF4 with double quantisation, frozen as `load_base` leaves it."""
+    import bitsandbytes
+    import torch
+    from models import make_config
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    from qlora_cli.core.base_model import freeze_base
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(make_config(name), dtype=torch.bfloat16)
+    for full_name, module in list(base.named_modules()):
+        if not isinstance(module, nn.Linear) or module is base.get_output_embeddings():
+            continue
+        with torch.device("meta"):
+            linear = bitsandbytes.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+        linear.weight = bitsandbytes.nn.Params4bit(
+            module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear
+        ).to(device)
+        linear.bias = module.bias
+        base.set_submodule(full_name, linear)
+        module.weight = None
+    return freeze_base(base)
+
+
+def lengths_of(kind, generator) -> list[int]:
+    """Row lengths of one step: given, packs of GSM8K-like rows (110-330 tokens), or 8 quotes (12-80 tokens)."""
+    if kind == "quotes":
+        return [int(n) for n in generator.integers(12, 81, 8)]
+    if kind != "gsm8k":
+        return list(kind)
+    lengths: list[int] = []
+    while True:
+        n = int(min(500, max(60, generator.lognormal(5.1, 0.35))))
+        if sum(lengths) + n > 4096:
+            return lengths
+        lengths.append(n)
+
+
+def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
+    """Trains one configuration and returns its figures."""
+    import numpy as np
+    import torch
+
+    from qlora_cli.core.adapter import attach_adapter
+    from qlora_cli.core.engine import install_engine
+    from qlora_cli.core.packing import collate
+    from qlora_cli.core.parameters import TrainableParameters
+
+    architecture, rows, adapter, options = RUNS[name]
+    cuda = device == "cuda"
+    started = time.time()
+    base = build(architecture, device)
+    model = attach_adapter(base, alpha=32, **adapter).train()
+    if cuda:
+        torch.cuda.empty_cache()
+    result: dict = {"run": name, "options": dict(options), "build_s": time.time() - started}
+    result["base_gib"] = torch.cuda.memory_allocated() / 2**30 if cuda else 0
+    generator = np.random.default_rng(0)
+    batches = []
+    for _ in range(steps + warm):
+        lengths = lengths_of(rows, generator)
+        ids = [(generator.integers(5, 1000, n).astype(np.int32), np.ones(n, dtype=bool)) for n in lengths]
+        batches.append(collate(ids, range(len(ids))))
+    parameters = TrainableParameters(model)
+    started = time.time()
+    engine = install_engine(
+        model,
+        kind="fast",
+        device=torch.device(device),
+        compute_dtype=torch.bfloat16,
+        max_tokens=max(b.tokens for b in batches),
+        total_steps=steps,
+        report=lambda event: print("   ", event.text, flush=True),
+        **options,
+    )
+    result["install_s"] = time.time() - started
+    result["engine"] = engine.describe()
+    print("   ", result["engine"], flush=True)
+    optimizer = torch.optim.AdamW([b.values for b in parameters.buffers], lr=1e-4, fused=cuda)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+    def step(batch) -> torch.Tensor:
+        parameters.zero_gradients()
+        loss = engine.loss(batch.pin() if cuda else batch)
+        (loss / batch.trained_tokens).backward()
+        optimizer.step()
+        return loss.detach() / batch.trained_tokens
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    started = time.time()
+    losses = [step(batch) for batch in batches[:warm]]
+    wait()
+    result["warm_s"] = time.time() - started
+    started = time.time()
+    hosts = []
+    for batch in batches[warm:]:
+        before = time.time()
+        losses.append(step(batch))
+        hosts.append(time.time() - before)
+    wait()
+    seconds = time.time() - started
+    result["step_ms"] = seconds / steps * 1e3
+    result["host_ms"] = sorted(hosts)[len(hosts) // 2] * 1e3
+    result["tok_s"] = sum(b.tokens for b in batches[warm:]) / seconds
+    result["losses"] = [float(losses[0]), float(losses[-1])]
+    if cuda:
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    if profile and cuda:
+        result |= profile_of(step, batches[-2:])
+    engine.close()
+    return result
+
+
+def profile_of(step, batches) -> dict:
+    """GPU milliseconds a step by kind of kernel, and the longest kernels."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for batch in batches:
+            step(batch)
+        torch.cuda.synchronize()
+    kinds: dict[str, float] = {}
+    kernels = []
+    for event in profiler.key_averages():
+        ms = event.self_device_time_total / 1e3 / len(batches)
+        if ms == 0:
+            continue
+        lower = event.key.lower()
+        kind = next((k for k, marks in KINDS.items() if any(mark in lower for mark in marks)), "other")
+        kinds[kind] = kinds.get(kind, 0) + ms
+        kernels.append((ms, event.count // len(batches), event.key[:100]))
+    kernels.sort(reverse=True)
+    return {
+        "gpu_ms": {k: round(v, 2) for k, v in sorted(kinds.items(), key=lambda item: -item[1])},
+        "kernels": [[round(ms, 2), count, key] for ms, count, key in kernels[:25]],
+        "launches": sum(count for _, count, _ in kernels),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="append", choices=RUNS)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm", type=int, default=4)
+    parser.add_argument("--limit-s", type=int, default=240)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", default="step_engine.json")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        try:
+            result = run(arguments.inside, arguments.steps, arguments.warm, arguments.profile, arguments.device)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"run": arguments.inside, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+        print("RESULT " + json.dumps(result), flush=True)
+        return
+    results = []
+    for name in arguments.run or [n for n in RUNS if n != "tiny"]:
+        print(name, flush=True)
+        command = [sys.executable, __file__, "--inside", name, "--steps", str(arguments.steps)]
+        command += ["--warm", str(arguments.warm), "--device", arguments.device]
+        command += ["--profile"] if arguments.profile else []
+        started = time.time()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_s, check=False)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            print(done.stdout[-2000:].split("RESULT ")[0], end="")
+            result = json.loads(lines[-1][7:]) if lines else {"run": name, "error": done.stderr[-800:]}
+            if "error" in result:
+                print(done.stderr[-2500:], flush=True)
+        except subprocess.TimeoutExpired:
+            result = {"run": name, "error": f"longer than {arguments.limit_s} s"}
+        result["total_s"] = time.time() - started
+        results.append(result)
+        for ms, count, key in result.get("kernels", [])[:12]:
+            print(f"    {ms:8.2f} ms {count:5d} x {key}")
+        print("   ", {k: v for k, v in result.items() if k not in ("kernels", "engine")}, flush=True)
+        Path(arguments.json).write_text(json.dumps(results, indent=1))
+    print(f"\n{'run':<20}{'tok/s':>10}{'step ms':>10}{'host ms':>10}{'gpu ms':>10}{'peak GiB':>10}")
+    for result in results:
+        if "error" in result:
+            print(f"{result['run']:<20} FAILED {result['error'].splitlines()[-1][:90]}")
+            continue
+        gpu = sum(result.get("gpu_ms", {}).values())
+        figures = (result["tok_s"], result["step_ms"], result["host_ms"], gpu, result.get("peak_gib", 0))
+        print(f"{result['run']:<20}" + "".join(f"{figure:>10.1f}" for figure in figures))
+
+
+if __name__ == "__main__":
+    main()
