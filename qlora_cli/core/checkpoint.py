@@ -198,8 +198,8 @@ def differences(saved: Any, now: Any, name: str = "") -> list[str]:
         for key in sorted({*saved, *now}):
             found += differences(saved.get(key), now.get(key), f"{name}.{key}" if name else key)
         return found
-    # Through JSON, so that a tuple equals the list it was saved as.
-    return [] if json.dumps(saved) == json.dumps(now) else [f"{name}: {saved!r} → {now!r}"]
+    # Through JSON, so that a tuple equals the list it was saved as, while 32 equals 32.0.
+    return [] if saved == json.loads(json.dumps(now)) else [f"{name}: {saved!r} → {now!r}"]
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:

@@ -154,7 +154,7 @@ class Loop:
                     self._evaluate()
                 last = upcoming is None or self.progress.stopped_early
                 stopping = self._stopping()
-                if last or stopping or self.progress.step - self.saved_step >= self.cadence.save_every:
+                if last or stopping or self.progress.step % self.cadence.save_every == 0:
                     self._save_once()
                 if stopping:
                     raise self._interrupted()

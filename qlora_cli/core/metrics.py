@@ -44,6 +44,7 @@ class MetricsFile:
 
 def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
     """The fields that a line of metrics holds; a number that is not finite is null."""
+    values: dict[str, Any]
     if isinstance(event, EvaluationLogged):
         values = {"step": event.step, "eval_loss": event.eval_loss, "perplexity": event.perplexity}
     else:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ def seed_everything(seed: int) -> None:
 def capture_random_state(device: torch.device) -> RandomState:
     """The state of all generators. Does not synchronise the device."""
     _, words, python_gauss = random.getstate()
-    _, keys, position, has_gauss, gauss = np.random.get_state()
+    _, keys, position, has_gauss, gauss = cast(tuple, np.random.get_state())
     state = {
         "cpu": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),

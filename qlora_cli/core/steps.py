@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class StepPlan:
         if max_steps is None and not epochs > 0:
             raise UsageError(f"--epochs is {epochs}.", "Use a number above 0, or --max-steps.")
         self.lengths = lengths
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "batch_size": batch_size,
             "accumulation": accumulation,
             "packing": packing,

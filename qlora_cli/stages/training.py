@@ -101,10 +101,11 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
         ranks.wait()
 
         # Cheap: configuration, targets, rows, plan, checkpoint, disk.
-        source = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-        model_config = load_config(config.model, **source)
-        tokenizer = load_tokenizer(config.model, **source)
-        skeleton = attach_adapter(build_empty(model_config, trust_remote_code=config.trust_remote_code), **lora(config))
+        name, revision, trusted = config.model, config.model_revision, config.trust_remote_code
+        assert name is not None
+        model_config = load_config(name, revision, trust_remote_code=trusted)
+        tokenizer = load_tokenizer(name, revision, trust_remote_code=trusted)
+        skeleton = attach_adapter(build_empty(model_config, trust_remote_code=trusted), **lora(config))
         trainable, total = count_parameters(skeleton)
         del skeleton
         with accelerator.main_process_first():
@@ -119,8 +120,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
         identity = run_identity(
             config,
             identify_base(
-                config.model,
-                config.model_revision,
+                name,
+                revision,
                 quant_type=config.quant_type,
                 double_quant=config.double_quant,
                 compute_dtype=compute_dtype,
@@ -142,8 +143,9 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
 
         # Dear: the base, and on it the adapter, the engine and the optimizer.
         base, base_identity = load_base(
-            config.model,
-            **source,
+            name,
+            revision=revision,
+            trust_remote_code=trusted,
             quant_type=config.quant_type,
             double_quant=config.double_quant,
             compute_dtype=compute_dtype,
