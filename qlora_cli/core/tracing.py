@@ -1,37 +1,36 @@
-"""A model on the meta device in; what each decoder layer reads, makes and keeps for its backward pass, per token, out."""
+"""A model on the meta device in; what each decoder layer keeps and how high its passes reach, a token, out.
+
+Nothing is computed or allocated: layers run forward and backward on tensors without values, and the bytes of the
+tensors alive are counted. Ops whose insides the meta device does not have are imitated by `stand_ins`.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.base_model import PLAIN_LINEAR_SUBCLASSES, linear_names
-from qlora_cli.core.footprint import base_name
+from qlora_cli.core.engine_layers import find_layers
+from qlora_cli.core.engine_loss import chunk_tokens, find_decoder
+from qlora_cli.core.live_bytes import LiveBytes
+from qlora_cli.core.stand_ins import Attention, CatchAttention, Linear, Loss, Sink, Source, stand_in_attention
 from qlora_cli.errors import ModelError
 
-TRACED_ATTENTION = "qlora_traced"
-TRACED_TOKENS = (32, 64)  # two lengths tell what grows with the tokens from what grows with their square
+# So many that what does not grow with the tokens, such as an adapter's gradient, is next to nothing. The second length
+# is needed only where attention is written out, and grows with the tokens' square.
+TRACED_TOKENS = (4096, 8192)
 
 
 @dataclass(frozen=True)
-class LinearUse:
-    """One linear layer as the forward pass meets it."""
-
-    name: str
-    in_features: int
-    out_features: int
-    rank: int  # of its adapter, 0 without one
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Bytes kept from the forward for the backward pass of one layer: so many a token, and a pair of a row's tokens."""
+class Growth:
+    """Bytes that grow with a micro-batch: so many a token, and so many a pair of tokens of one row."""
 
     per_token: float
     per_pair: float  # where attention is written out: scores of every pair
@@ -42,272 +41,314 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class LayerTrace:
-    """One decoder layer."""
+class Height:
+    """The highest moments of a pass: with so much scratch memory in use, the most that was alive beside it."""
 
-    hidden: int  # elements a token of its input
-    linears: tuple[LinearUse, ...]
+    moments: tuple[tuple[int, Growth], ...]
+
+    def bytes(self, tokens: int, row_tokens: int) -> float:
+        """Bytes at the highest moment."""
+        return max(scratch + growth.bytes(tokens, row_tokens) for scratch, growth in self.moments)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One layer's forward and backward pass."""
+
+    held: Growth  # between the two
+    forward: Height
+    backward: Height
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One decoder layer, its input counted as its own where it is held."""
+
+    hidden: int  # elements a token of its input and its output
     keys_and_values: int  # elements a token that a cache holds for it
-    kept: Kept  # by the forward as it is written
-    compiled: Kept  # under a compiler, which recomputes what is elementwise; meant for fused linears
+    kept: Pass  # its activations kept
+    recomputed: Pass  # its input kept, the rest made again
+    compiled: Pass  # activations kept, and a compiler that makes again what is elementwise
 
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """A forward pass."""
+    """A training step."""
 
     layers: tuple[LayerTrace, ...]
-    hidden: int  # elements a token that the output head reads
+    tail: Height  # all before the first and after the last layer, the loss included
     vocabulary: int
 
 
-@dataclass
-class _Record:
-    """What was seen of one layer. Storages are kept alive, so that their addresses name one tensor each."""
-
-    hidden: int = 0
-    linears: list[LinearUse] = field(default_factory=list)
-    keys_and_values: int = 0
-    saved: dict[int, Tensor] = field(default_factory=dict)  # by autograd
-    required: dict[int, Tensor] = field(default_factory=dict)  # by ops that no compiler looks into, and by norms
-    outputs: dict[int, Tensor] = field(default_factory=dict)  # of linears
-
-    def saved_bytes(self) -> int:
-        """By autograd, each storage once."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.saved.values())
-
-    def compiled_bytes(self) -> int:
-        """What opaque ops and norms read, and the outputs of linears that an activation's gradient needs.
-
-        Everything else is elementwise on these. Inductor's partitioner does not recompute in the backward pass what an
-        opaque op reads there (torch/_functorch/config.py, ban_recompute_materialized_backward).
-        """
-        kept = self.required | {key: tensor for key, tensor in self.outputs.items() if key in self.saved}
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
-
-
-def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the module list that holds most of the parameters.
-
-    Raises:
-        ModelError: There is none.
-    """
-    lists: list[Any] = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ModelError(
-            f"{type(model).__name__} has no list of decoder layers.", "This architecture is not supported."
-        )
-    largest = max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
-    return list(largest)
-
-
 def trace_model(model: Any, *, fused: bool) -> ModelTrace:
-    """Runs the forward pass on the meta device, without memory or arithmetic, and writes down what it keeps.
-
-    Attention is taken as memory-efficient wherever the model asks PyTorch or transformers for it.
+    """Follows a training step.
 
     Args:
         model: A causal language model on the meta device, in the compute dtype, with its adapter attached.
-        fused: Whether each linear and its adapter are one op, or computed as PEFT and bitsandbytes do.
+        fused: Whether the fast engine runs it, or PEFT, bitsandbytes and transformers alone.
 
     Raises:
-        ModelError: The forward pass cannot be followed without real numbers.
+        ModelError: The model cannot be followed without real numbers.
     """
     model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)  # as in a training loop, where gradients are added up
     try:
-        short, long = (_run(model, tokens, fused=fused) for tokens in TRACED_TOKENS)
+        short = _Trace(model, TRACED_TOKENS[0], fused)
+        linear = all(layer.keys_and_values for layer in short.result.layers)
+        long = None if linear else _Trace(model, TRACED_TOKENS[1], fused)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"The forward pass of {model.config.model_type} cannot be followed without weights: {first_line}.",
             "Its memory cannot be predicted; its parameters can be counted.",
         ) from error
-    layers = [
-        LayerTrace(
-            hidden=a.hidden,
-            linears=tuple(a.linears),
-            keys_and_values=a.keys_and_values,
-            kept=_fit(a.saved_bytes(), b.saved_bytes()),
-            compiled=_fit(a.compiled_bytes(), b.compiled_bytes()),
-        )
-        for a, b in zip(short, long, strict=True)
-    ]
-    vocabulary, hidden = model.get_output_embeddings().weight.shape
-    return ModelTrace(tuple(layers), hidden, vocabulary)
+    return short.result if long is None else _separate(short.result, long.result)
 
 
-def _fit(short_bytes: int, long_bytes: int) -> Kept:
-    """bytes(T) = per_token T + per_pair T², from two lengths."""
-    short, long = TRACED_TOKENS
-    per_pair = max(0.0, (long_bytes / long - short_bytes / short) / (long - short))
-    return Kept(short_bytes / short - per_pair * short, per_pair)
+def _separate(short: Any, long: Any) -> Any:
+    """One trace from two lengths, told apart what grows with the tokens and what with their square."""
+    if isinstance(short, Growth):
+        per_pair = max(0.0, (long.per_token - short.per_token) / (TRACED_TOKENS[1] - TRACED_TOKENS[0]))
+        return Growth(short.per_token - per_pair * TRACED_TOKENS[0], per_pair)
+    if isinstance(short, tuple):
+        return tuple(_separate(a, b) for a, b in zip(short, long, strict=True))
+    if is_dataclass(short):
+        parts = {part.name: _separate(getattr(short, part.name), getattr(long, part.name)) for part in fields(short)}
+        return replace(short, **parts)  # type: ignore[type-var]
+    return short
 
 
-def _run(model: Any, tokens: int, *, fused: bool) -> list[_Record]:
-    modules = find_decoder_layers(model)
-    records = [_Record() for _ in modules]
-    current: list[_Record] = []  # the layer being run, if any
-    parameters = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+@dataclass
+class _Call:
+    """How the model calls one of its layers."""
 
-    def enter(record: _Record) -> Callable:
-        def hook(_: nn.Module, arguments: tuple, keywords: dict) -> None:
-            record.hidden = (arguments[0] if arguments else keywords["hidden_states"]).shape[-1]
-            current[:] = [record]
+    module: Any
+    arguments: tuple
+    keywords: dict[str, Any]
+    output: Any
 
-        return hook
+    def answer(self, hidden: Tensor) -> Any:
+        """What the model expects of the layer, with these hidden states."""
+        return (hidden, *self.output[1:]) if isinstance(self.output, tuple) else hidden
 
-    def require(*tensors: Tensor) -> None:
-        if current:
-            current[0].required.update({_storage(tensor): tensor for tensor in tensors})
 
-    def see_linear(name: str, rank: int) -> Callable:
-        def hook(_: nn.Module, arguments: tuple, output: Any) -> None:
-            if current and isinstance(output, Tensor):  # a router's answer is none
-                uses, inputs = current[0].linears, arguments[0]
-                uses.append(LinearUse(name, inputs.shape[-1], output.shape[-1], rank))
-                current[0].outputs[_storage(output)] = output
-                if rank:
-                    require(inputs)
+class _Trace:
+    """One step at one length."""
 
-        return hook
+    def __init__(self, model: Any, tokens: int, fused: bool) -> None:
+        self.model, self.tokens, self.fused = model, tokens, fused
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder = find_decoder(self.base)
+        self.modules: list[Any] = find_layers(self.decoder)
+        self.live = LiveBytes()
+        self.keys_and_values = 0
+        self.noting = False  # whether what opaque ops read, and linears make of what, is written down and so kept alive
+        self.read: dict[int, Tensor] = {}
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+        self.anchor = torch.empty((), device="meta", requires_grad=True)
+        with _forwards(*self._stand_in_linears()), stand_in_attention(self.base, self._attend) as needs_mask:
+            ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+            self.inputs = {"attention_mask": torch.ones_like(ids)} if needs_mask else {}
+            # Layers of one kind are alike, but for the first, whose input asks for no gradient: embeddings are frozen.
+            kinds = [
+                (number == 0, type(module), tuple(parameter.shape for parameter in module.parameters()))
+                for number, module in enumerate(self.modules)
+            ]
+            calls = self._capture_calls(ids, kinds)
+            traced = {kind: self._trace_layer(call, differentiable=not kind[0]) for kind, call in calls.items()}
+            tail = self._trace_tail(ids, [calls[kind] for kind in kinds])
+        vocabulary = self.base.get_output_embeddings().weight.shape[0]
+        self.result = ModelTrace(tuple(traced[kind] for kind in kinds), tail, vocabulary)
 
-    def keep(tensor: Tensor) -> Tensor:
-        if current and _storage(tensor) not in parameters:
-            current[0].saved[_storage(tensor)] = tensor
-        return tensor
+    # ------------------------------------------------------------ stand-ins
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = _Attention.apply(query, key, value)
-        require(query, key, value, output)
-        if current:
-            current[0].keys_and_values += key.shape[1] * (key.shape[3] + value.shape[3])
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = Attention.apply(query, key, value)
+        self.keys_and_values += key.shape[1] * (key.shape[3] + value.shape[3])
+        self._note_read(query, key, value, output)
         return output
 
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with _hooks() as handles, _traced_attention(model, attend) as mask:
-        linears = [name.removesuffix(".base_layer") for name in linear_names(model)]
-        for module, record in zip(modules, records, strict=True):
-            handles.append(module.register_forward_pre_hook(enter(record), with_kwargs=True))
-            handles.append(module.register_forward_hook(lambda *_: current.clear()))
-        for name in linears:
-            module = model.get_submodule(name)
-            rank = next((part.weight.shape[0] for part in getattr(module, "lora_A", {}).values()), 0)
-            if fused and _is_plain(module):
-                handles.append(_Fused(module, rank))
-            handles.append(module.register_forward_hook(see_linear(base_name(name), rank)))
-        for module in _norms(modules, {model.get_submodule(name) for name in linears}):
-            handles.append(module.register_forward_pre_hook(lambda _, arguments: require(arguments[0])))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(input_ids=ids, use_cache=False, **mask(ids))
-    return records
+    def _stand_in_linears(self) -> tuple[list[Any], list[Callable]]:
+        """Every linear layer with its stand-in; with the fused engine its adapter is part of it."""
+        modules, forwards = [], []
+        for name in linear_names(self.model):
+            module = self.model.get_submodule(name.removesuffix(".base_layer") if self.fused else name)
+            base = getattr(module, "base_layer", module)
+            if type(base) in (nn.Linear, Conv1D) or type(base).__name__ in PLAIN_LINEAR_SUBCLASSES:
+                out_features = base.out_features if hasattr(base, "out_features") else base.nf  # Conv1D
+                modules.append(module)
+                forwards.append(self._linear(out_features, *_adapter_of(module)))
+        return modules, forwards
 
+    def _linear(self, out_features: int, a: Tensor | None, b: Tensor | None, dropout: float) -> Callable:
+        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            y = Linear.apply(x, out_features, dropout, self.live, a, b)
+            if self.noting:
+                self.made[_storage(y)] = (y, x)
+            if a is not None:
+                self._note_read(x)
+            return y
 
-def _norms(layers: list[nn.Module], linears: set[nn.Module]) -> list[nn.Module]:
-    """Modules with parameters of their own that are no linear layers, nor inside one."""
-    inside = {part for linear in linears for part in linear.modules()}
-    return [
-        module
-        for layer in layers
-        for module in layer.modules()
-        if module not in inside and any(True for _ in module.parameters(recurse=False)) and not list(module.children())
-    ]
+        return forward
 
+    def _grow(self, total_bytes: int) -> Growth:
+        return Growth(total_bytes / self.tokens, 0.0)
 
-def _is_plain(module: Any) -> bool:
-    base = getattr(module, "base_layer", module)
-    return type(base) in (nn.Linear, Conv1D) or type(base).__name__ in PLAIN_LINEAR_SUBCLASSES
+    def _rise(self, highest_bytes: dict[int, int]) -> Height:
+        return Height(tuple((scratch, self._grow(alive)) for scratch, alive in sorted(highest_bytes.items())))
 
+    # ------------------------------------------------------------ layers
 
-class _Fused:
-    """Gives a linear with its adapter the forward of the fused op, until `remove`."""
+    def _capture_calls(self, ids: Tensor, kinds: list[Any]) -> dict[Any, _Call]:
+        """How the model calls the first layer of each kind; those like it pass their input on."""
+        calls: dict[Any, _Call] = {}
 
-    def __init__(self, module: Any, rank: int) -> None:
-        base = getattr(module, "base_layer", module)
-        out_features = base.out_features if hasattr(base, "out_features") else base.nf  # Conv1D
-        parts = [next(iter(getattr(module, name).values())).weight for name in ("lora_A", "lora_B")] if rank else []
-        self.module = module
-        module.forward = lambda x, *_, **__: _FusedLinear.apply(x, out_features, *parts)
+        def pass_on(module: Any, kind: Any) -> Callable:
+            def forward(*arguments: Any, **keywords: Any) -> Any:
+                if kind in calls:
+                    return calls[kind].answer(arguments[0])
+                output = type(module).forward(module, *arguments, **keywords)
+                calls[kind] = _Call(module, arguments, keywords, output)
+                return output
 
-    def remove(self) -> None:
-        """Gives the module its own forward back."""
-        del self.module.forward
+            return forward
 
+        with (
+            torch.no_grad(),
+            CatchAttention(self._attend),
+            _forwards(self.modules, list(map(pass_on, self.modules, kinds))),
+        ):
+            self.decoder(input_ids=ids, use_cache=False, **self.inputs)
+        return calls
 
-class _FusedLinear(torch.autograd.Function):
-    """Shapes of `kernels.linear`: keeps the input and its rank-sized projection where there is an adapter."""
+    def _trace_layer(self, call: _Call, *, differentiable: bool) -> LayerTrace:
+        self.keys_and_values = 0
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out_features: int, *adapter: Tensor) -> Tensor:
-        if adapter:
-            ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], adapter[0].shape[0]))
-        return x.new_empty(*x.shape[:-1], out_features)
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            with CatchAttention(self._attend):
+                return call.module(*arguments, **keywords)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        raise NotImplementedError("a trace has no backward pass")
+        kept = self._follow(run, call, differentiable=differentiable)
+        keys_and_values = self.keys_and_values
 
+        def again(*arguments: Any, **keywords: Any) -> Any:
+            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
 
-class _Attention(torch.autograd.Function):
-    """Shapes of flash attention: keeps its inputs, its output and one float32 a head and token."""
+        recomputed = self._follow(again, call, differentiable=differentiable)
+        hidden = call.arguments[0].shape[-1]
+        return LayerTrace(hidden, keys_and_values, kept, recomputed, self._compile(call))
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows, heads, tokens, _ = query.shape
-        output = query.new_empty(rows, tokens, heads, value.shape[3]).transpose(1, 2)  # the layout flash attention has
-        ctx.save_for_backward(query, key, value, output, query.new_empty(rows, heads, tokens, dtype=torch.float32))
-        return output
+    def _follow(self, run: Callable, call: _Call, *, differentiable: bool) -> Pass:
+        """Runs a layer forward and backward and counts."""
+        self.live.reset()
+        with self.live:
+            inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
+            output = run(inputs if differentiable else inputs.detach(), *call.arguments[1:], **call.keywords)
+            output = output[0] if isinstance(output, tuple) else output
+            del inputs
+            held_bytes = self.live.now_bytes - output.untyped_storage().nbytes()
+            forward = self.live.restart()
+            end = Sink.apply(output)
+            del output
+            end.backward()
+        return Pass(self._grow(held_bytes), self._rise(forward), self._rise(self.live.highest_bytes))
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        raise NotImplementedError("a trace has no backward pass")
+    def _compile(self, call: _Call) -> Pass:
+        """The same under a compiler, by rule instead of by count.
 
+        Kept are what opaque ops (linears with adapters, attention) and norms read, and the outputs of linears that an
+        activation's gradient needs; all else is elementwise on these and made again. Inductor's partitioner does not
+        make again what an opaque op reads in the backward pass (functorch's ban_recompute_materialized_backward). The
+        backward pass is highest where the widest activation's gradients meet, or in a linear.
+        """
+        self.read, self.made, self.noting = {}, {}, True
+        saved: set[int] = set()
 
-class _CatchAttention(TorchFunctionMode):
-    """Architectures outside the attention interface call torch's attention themselves."""
+        def save(tensor: Tensor) -> Tensor:
+            saved.add(_storage(tensor))
+            return tensor
 
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.attend = attend
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            query, key, value = (*args, *(kwargs or {}).values())[:3]
-            return self.attend(query, key, value)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _traced_attention(model: Any, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[Callable]:
-    """Puts `attend` in the place of attention; yields what to pass beside the token ids."""
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple:
-        return attend(query, key, value).transpose(1, 2), None
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
-    if base._can_set_attn_implementation():
-        AttentionInterface.register(TRACED_ATTENTION, attention)  # it has no mask function: masks become None
-        base.set_attn_implementation(TRACED_ATTENTION)
+        norms = [
+            part for part in call.module.modules() if list(part.parameters(recurse=False)) and not list(part.children())
+        ]
+        handles = [
+            part.register_forward_pre_hook(lambda _, arguments: self._note_read(arguments[0]))
+            for part in norms
+            if "forward" not in vars(part)  # linears have their stand-in there
+        ]
         try:
-            yield lambda ids: {}
+            with saved_tensors_hooks(save, lambda tensor: tensor), CatchAttention(self._attend):
+                inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
+                call.module(inputs, *call.arguments[1:], **call.keywords)
         finally:
-            base.set_attn_implementation(before)
-    else:
-        with _CatchAttention(attend):
-            # A mask that is given keeps transformers from looking at position ids that have no values.
-            yield lambda ids: {"attention_mask": torch.ones_like(ids)} if before == "eager" else {}
+            self.noting = False
+            for handle in handles:
+                handle.remove()
+        made = {key: tensor for key, (tensor, _) in self.made.items() if key in saved}
+        kept_bytes = sum(tensor.nbytes for tensor in (self.read | made).values())
+        hidden_bytes = inputs.nbytes
+        linears = [(read.nbytes, tensor.nbytes) for tensor, read in self.made.values()]
+        widest = max((read for read, _ in linears), default=0)
+        gradients = widest + sum(tensor for _, tensor in linears if tensor >= widest) + hidden_bytes
+        backward = {0: kept_bytes + gradients}
+        for read, tensor in linears:
+            scratch = read // self.tokens * (tensor // self.tokens) // inputs.element_size()
+            backward[scratch] = max(backward.get(scratch, 0), kept_bytes + read + tensor + hidden_bytes)
+        return Pass(self._grow(kept_bytes), self._rise({0: kept_bytes + hidden_bytes}), self._rise(backward))
+
+    def _note_read(self, *tensors: Tensor) -> None:
+        if self.noting:
+            self.read.update({_storage(tensor): tensor for tensor in tensors})
+
+    # ------------------------------------------------------------ before and after the layers
+
+    def _trace_tail(self, ids: Tensor, calls: list[_Call]) -> Height:
+        """Everything but the layers: embeddings, last norm, head and loss, from the last layer on and back to it."""
+        self.live.reset()
+        positions = torch.zeros(self.tokens, dtype=torch.long, device="meta")
+        with _forwards(self.modules, [self._stand_in_layer(call) for call in calls]), self.live:
+            if self.fused:
+                self._fused_loss(ids, positions).backward()
+            else:
+                logits = self.model(input_ids=ids, use_cache=False, **self.inputs).logits
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+                del logits
+                loss.backward()
+        return self._rise(self.live.highest_bytes)
+
+    def _fused_loss(self, ids: Tensor, positions: Tensor) -> Tensor:
+        embedded = self.base.get_input_embeddings()(ids)  # held to the end, as by the engine
+        hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **self.inputs).last_hidden_state.flatten(0, 1)
+        vocabulary = self.base.get_output_embeddings().weight.shape[0]
+        chunk_bytes = chunk_tokens(vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
+        return Loss.apply(hidden[positions], chunk_bytes, self.live)
+
+    def _stand_in_layer(self, call: _Call) -> Callable:
+        return lambda hidden, *_, **__: call.answer(Source.apply(self.anchor, hidden.shape, hidden.dtype))
 
 
 @contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    """A list of handles that are all removed at the end."""
-    handles: list[Any] = []
+def _forwards(modules: list[Any], forwards: list[Callable]) -> Iterator[None]:
+    """Gives module instances other forwards for a while."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
     try:
-        yield handles
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in modules:
+            del module.forward
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None, float]:
+    """A, B and the dropout of a linear's adapter."""
+    if not hasattr(module, "lora_A"):
+        return None, None, 0.0
+    name = next(iter(module.lora_A))
+    dropout = getattr(module.lora_dropout[name], "p", 0.0)
+    return module.lora_A[name].weight, module.lora_B[name].weight, dropout
