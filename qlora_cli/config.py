@@ -323,7 +323,12 @@ class MergeConfig(ModelSettings):
         panel=RUN,
         flags=("--verify/--no-verify",),
     )
-    max_kl: float = setting(0.01, "Mean KL divergence, in nats a token, past which --verify fails.", panel=RUN)
+    max_kl: float | None = setting(
+        None,
+        "Mean KL divergence, in nats a token, past which --verify fails; by default 0.01, and with --quantize or "
+        "--base original, which lose more by nature, no limit.",
+        panel=RUN,
+    )
     push: str | None = setting(None, "Upload to this hub repository (ORG/NAME).", panel=RUN)
     public: bool = setting(False, "Make the pushed repository public.", panel=RUN, flags=("--public",))
     overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN, flags=("--overwrite",))

@@ -258,7 +258,11 @@ class _Planner:
         rows_of: RowsOf = read_rows
         if weight is not None and restore:
             rows_of = restored_rows(
-                weight, quant_type=a.quant_type, double_quant=a.double_quant, compute_dtype=a.compute_dtype
+                weight,
+                name=source.name,
+                quant_type=a.quant_type,
+                double_quant=a.double_quant,
+                compute_dtype=a.compute_dtype,
             )
         step = max(1, (ROWS_ELEMENTS if a.device.type == "cpu" else GPU_ROWS_ELEMENTS) // columns)
         for part in merge_rows(rows_of, load_factors(change, self.adapter, a.device), rows=rows, step=step):

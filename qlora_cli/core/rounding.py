@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from qlora_cli.core.base_model import BLOCK_SIZE, four_bit_values, round_trip, round_trip_constants
+from qlora_cli.errors import ModelError
 
 BINS = 16  # a unit: bins of 1/16 hold at most one border between NF4 values, the closest lying 0.08 apart
 SMALLEST_CONSTANT = 1e-38  # bitsandbytes' floor under the largest magnitude of a block
@@ -18,11 +19,14 @@ ROWS_ELEMENTS = 2**17  # elements worked on at a time: 512 KiB of float32 stay i
 RowsOf = Callable[[int, int], torch.Tensor]  # (start, stop) → rows of the restored weight, float32
 
 
-def restored_rows(weight: torch.Tensor, *, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> RowsOf:
+def restored_rows(
+    weight: torch.Tensor, *, name: str, quant_type: str, double_quant: bool, compute_dtype: torch.dtype
+) -> RowsOf:
     """Prepares the 4-bit round trip of one weight, as `load_base` quantises it and as training dequantises it.
 
     Args:
         weight: (out, in), on the device to work on.
+        name: For the error.
         quant_type: "nf4" or "fp4".
         double_quant: Whether the constants are quantised too.
         compute_dtype: Dtype it was quantised from and is dequantised to.
@@ -30,14 +34,19 @@ def restored_rows(weight: torch.Tensor, *, quant_type: str, double_quant: bool, 
     Returns:
         A function from a range of rows to those rows after the round trip, (stop - start, in) float32, each number
         one of `compute_dtype`'s.
+
+    Raises:
+        ModelError: The weight holds NaN or infinity, which quantisation would hide.
     """
     if weight.device.type != "cpu" or quant_type != "nf4" or weight.shape[1] % BLOCK_SIZE:
-        restored = round_trip(weight.to(compute_dtype), quant_type=quant_type, double_quant=double_quant)
+        weight = weight.to(compute_dtype)
+        _require_finite(weight, name)
+        restored = round_trip(weight, quant_type=quant_type, double_quant=double_quant)
         return lambda start, stop: restored[start:stop].float()
-    return _nf4_rows(weight, double_quant=double_quant, compute_dtype=compute_dtype)
+    return _nf4_rows(weight, name, double_quant=double_quant, compute_dtype=compute_dtype)
 
 
-def _nf4_rows(weight: torch.Tensor, *, double_quant: bool, compute_dtype: torch.dtype) -> RowsOf:
+def _nf4_rows(weight: torch.Tensor, name: str, *, double_quant: bool, compute_dtype: torch.dtype) -> RowsOf:
     rows, columns = weight.shape
     blocks = columns // BLOCK_SIZE  # of a row: rows are whole blocks, so that any range of rows stands alone
 
@@ -49,6 +58,7 @@ def _nf4_rows(weight: torch.Tensor, *, double_quant: bool, compute_dtype: torch.
     for start in range(0, rows, step):
         part = source(start, min(start + step, rows))
         torch.amax(part.abs().view(-1, blocks, BLOCK_SIZE), dim=-1, out=largest[start : start + step])
+    _require_finite(largest, name)
     scale = 1.0 / largest.clamp(min=SMALLEST_CONSTANT)
     constants = round_trip_constants(largest.view(-1)).view(rows, blocks) if double_quant else largest
     borders, values = _nf4_tables()
@@ -68,6 +78,11 @@ def _nf4_rows(weight: torch.Tensor, *, double_quant: bool, compute_dtype: torch.
         return part.view(stop - start, columns)
 
     return restore
+
+
+def _require_finite(numbers: torch.Tensor, name: str) -> None:
+    if not bool(torch.isfinite(numbers).all()):
+        raise ModelError(f"{name} of the base holds NaN or infinity.", "Download the base again.")
 
 
 @cache

@@ -1,0 +1,60 @@
+"""A finished model directory and a repository's name in, its address on the hub out."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub_errors
+
+from qlora_cli.errors import MergeError, UsageError
+
+
+def check_repository_name(repository: str) -> None:
+    """Raises unless it is ORG/NAME.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
+        raise UsageError(f"--push {repository} is no repository name.", "Write it as ORG/NAME.")
+
+
+def push_model(directory: Path, repository: str, *, public: bool, api: HfApi | None = None) -> str:
+    """Uploads a model directory in one commit, making the repository if need be.
+
+    Args:
+        directory: All of it is uploaded.
+        repository: ORG/NAME.
+        public: Whether everyone may see it; a repository that exists keeps what it is, and is not uploaded to when it
+            is public and this is False.
+        api: The hub; by default the one HF_ENDPOINT names, with the token of `hf auth login`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        MergeError: The hub refuses, cannot be reached, or the repository is public against the wish.
+    """
+    api = api or HfApi()
+    again = f"The model is complete in {directory}; upload it later with: hf upload {repository} {directory}"
+    try:
+        address = api.create_repo(repository, private=not public, exist_ok=True)
+        if not public and not api.repo_info(repository).private:
+            raise MergeError(
+                f"{repository} exists already and is public; nothing was uploaded.",
+                f"Add --public, or name another repository. {again}",
+            )
+        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload merged model")
+    except hub_errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        hint = "Run: hf auth login (with a token that may write)." if status in (401, 403) else "Try again later."
+        raise MergeError(f"The hub refused {repository} (HTTP {status}).", f"{hint} {again}") from error
+    except (hub_errors.LocalTokenNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
+        raise MergeError(
+            f"{repository} was not uploaded: {type(error).__name__}.", f"Run: hf auth login. {again}"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, MergeError):
+            raise
+        raise MergeError(f"{repository} could not be uploaded: {type(error).__name__}.", again) from error
+    return str(address)
