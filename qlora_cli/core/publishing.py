@@ -49,12 +49,9 @@ def push_model(directory: Path, repository: str, *, public: bool, api: HfApi | N
         status = error.response.status_code if error.response is not None else None
         hint = "Run: hf auth login (with a token that may write)." if status in (401, 403) else "Try again later."
         raise MergeError(f"The hub refused {repository} (HTTP {status}).", f"{hint} {again}") from error
-    except (hub_errors.LocalTokenNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
-        raise MergeError(
-            f"{repository} was not uploaded: {type(error).__name__}.", f"Run: hf auth login. {again}"
-        ) from error
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, MergeError):
-            raise
-        raise MergeError(f"{repository} could not be uploaded: {type(error).__name__}.", again) from error
+    except MergeError:
+        raise
+    except Exception as error:  # no token, offline, or an error of the HTTP library, which differs between versions
+        reason = type(error).__name__
+        raise MergeError(f"{repository} could not be uploaded ({reason}).", f"Run: hf auth login. {again}") from error
     return str(address)
