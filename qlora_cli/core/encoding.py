@@ -8,13 +8,14 @@ begins) borders a token too.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 
+from qlora_cli.core.word_cache import WordCache
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -132,10 +133,9 @@ class TextEncoder:
     def __init__(self, spec: TokenizerSpec) -> None:
         self.spec = spec
         content = json.loads(spec.backend)
-        self._at_start = _text_only(spec.backend)
-        self._inside = _text_only(json.dumps(_without_prefix(content), ensure_ascii=False))
-        if _same_prefix(content):
-            self._inside = self._at_start
+        continuing = _without_prefix(content)
+        self._at_start = _text_only(content)
+        self._inside = self._at_start if continuing == content else _text_only(continuing)
         special = [token for token in content["added_tokens"] if token["special"]]
         self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in special}
         longest_first = sorted(self.control_ids, key=len, reverse=True)
@@ -144,6 +144,7 @@ class TextEncoder:
         self._strips_right = {token["content"] for token in special if token["rstrip"]}
         unknown = content["model"].get("unk_token")
         self._forbidden = set(self.control_ids.values()) - {self.control_ids.get(unknown, -1)}
+        self._words = WordCache(content, self._at_start, self._inside, self._without_control)
 
     def split_markup(self, text: str) -> list[str | int]:
         """Text written by the template's author to text and control tokens, spaces eaten as the tokenizer would."""
@@ -177,51 +178,36 @@ class TextEncoder:
 
     def encode_rows(self, rows: Sequence[Sequence[Run]]) -> list[list[list[int]]]:
         """The ids of every run of every row."""
-        at_start: list[str] = []
-        inside: list[str] = []
+        texts: list[str] = []
+        starts: list[bool] = []
         for row in rows:
             before: str | int | None = None
             for content, _ in row:
                 if isinstance(content, str):
-                    starts = before is None or (isinstance(before, int) and self._prefix_follows(before))
-                    (at_start if starts else inside).append(content)
+                    texts.append(content)
+                    starts.append(before is None or (isinstance(before, int) and self._prefix_follows(before)))
                 before = content
-        starting = iter(self._encode(self._at_start, at_start))
-        continuing = iter(self._encode(self._inside, inside))
-        encoded = []
-        for row in rows:
-            runs = []
-            before = None
-            for content, _ in row:
-                if isinstance(content, int):
-                    runs.append([content])
-                else:
-                    starts = before is None or (isinstance(before, int) and self._prefix_follows(before))
-                    runs.append(next(starting if starts else continuing))
-                before = content
-            encoded.append(runs)
-        return encoded
+        encoded = iter(self._words.encode(texts, starts))
+        return [[[content] if isinstance(content, int) else next(encoded) for content, _ in row] for row in rows]
 
     def _prefix_follows(self, control: int) -> bool:
         return self.spec.prefix_after_control or control in self.spec.prefix_ids
 
-    def _encode(self, backend: Tokenizer, texts: list[str]) -> Iterable[list[int]]:
-        encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        for i, ids in enumerate(encoded):
-            if not self._forbidden.isdisjoint(ids):
-                # A vocabulary that is searched as a whole (Unigram, WordLevel) finds "</s>" in plain text too.
-                encoded[i] = self._encode_letters(backend, texts[i])
-        return encoded
+    def _without_control(self, backend: Tokenizer, text: str, ids: list[int]) -> list[int]:
+        """The ids of a text, letter by letter where they hold a control token.
 
-    def _encode_letters(self, backend: Tokenizer, text: str) -> list[int]:
+        A vocabulary that is searched as a whole (Unigram) finds "</s>" in plain text, whatever it is told.
+        """
+        if self._forbidden.isdisjoint(ids):
+            return ids
         first = backend.encode(text[0], add_special_tokens=False).ids
-        rest = self._inside.encode_batch_fast(list(text[1:]), add_special_tokens=False)
+        rest = self._inside.encode_batch(list(text[1:]), add_special_tokens=False)
         return [*first, *(id for letter in rest for id in letter.ids)]
 
 
-def _text_only(backend: str) -> Tokenizer:
+def _text_only(description: dict[str, Any]) -> Tokenizer:
     """A tokenizer that takes control tokens for the letters they are written with."""
-    tokenizer = Tokenizer.from_str(backend)
+    tokenizer = Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -249,7 +235,3 @@ def _without_prefix(part: Any) -> Any:
 
 def _is_prepend(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "Prepend"
-
-
-def _same_prefix(content: dict[str, Any]) -> bool:
-    return _without_prefix(content) == content

@@ -44,11 +44,16 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
 
 def show_rows(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, count: int, report: Report) -> None:
     """Reports the first rows as text, in pieces that are trained or not."""
+
+    def decode(ids: np.ndarray) -> str:
+        return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     for index in range(min(count, len(rows))):
         input_ids, trained = rows[index]
-        borders = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(input_ids)]
+        borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
+        texts = [decode(input_ids[:border]) for border in borders]  # a piece by itself may lose its first space
         pieces = tuple(
-            (tokenizer.decode(input_ids[start:stop].tolist(), skip_special_tokens=False), bool(trained[start]))
-            for start, stop in pairwise(borders)
+            (text[len(before) :], bool(trained[start]))
+            for (before, text), start in zip(pairwise(texts), borders, strict=False)
         )
         report(RowShown(index, pieces, len(input_ids), int(trained.sum())))

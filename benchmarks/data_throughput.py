@@ -1,0 +1,130 @@
+"""How fast `prepare` is beside the tokenizer alone, and how much memory it takes: a JSONL made by repeating rows in, two figures out.
+
+    python benchmarks/data_throughput.py --data gsm8k_train.jsonl --tokenizer tokenizer.json --gigabytes 5
+
+The first figure is rows/s of the whole preparation (reading, checking, formatting, tokenising, writing) over rows/s of
+the fast tokenizer's `encode_batch` on the same formatted rows, both on all cores. The second is the highest memory of
+the process and its children together, in resident bytes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora_cli.config import PrepareConfig
+from qlora_cli.core.examples import prepare_rows
+from qlora_cli.core.prepared import PreparedRows
+
+TEMPLATE = "### Question:\n{question}\n\n### Answer:\n{answer}"
+
+
+class PeakMemory:
+    """Samples the resident memory of this process and its children; shared pages count once for each."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak_bytes = self.start_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(0.2):
+            total = 0
+            for member in [process, *process.children(recursive=True)]:
+                try:
+                    total += member.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.start_bytes = self.start_bytes or total
+            self.peak_bytes = max(self.peak_bytes, total)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def repeat_rows(source: Path, target: Path, total_bytes: int) -> int:
+    """Writes the lines of `source` again and again, each numbered so that no two are alike; returns how many."""
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    rows = 0
+    with target.open("w", encoding="utf-8") as stream:
+        while stream.tell() < total_bytes:
+            for line in lines:
+                stream.write(json.dumps({"question": f"{rows}. {line['question']}", "answer": line["answer"]}) + "\n")
+                rows += 1
+    return rows
+
+
+def tokenizer_alone(tokenizer_file: Path, source: Path, seconds: float) -> float:
+    """Rows/s of encode_batch on formatted rows held in memory."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    with source.open(encoding="utf-8") as stream:
+        texts = [TEMPLATE.format(**json.loads(line)) for line, _ in zip(stream, range(20_000), strict=False)]
+    tokenizer.encode_batch(texts[:1000], add_special_tokens=False)
+    start, rows = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        tokenizer.encode_batch(texts, add_special_tokens=False)
+        rows += len(texts)
+    return rows / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Runs both measurements and prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="JSONL with question and answer")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
+    parser.add_argument("--gigabytes", type=float, default=0.1)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of encode_batch alone, before and after")
+    arguments = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="qlora-bench-"))
+    try:
+        data = directory / "rows.jsonl"
+        rows = repeat_rows(arguments.data, data, int(arguments.gigabytes * 1e9))
+        before = tokenizer_alone(arguments.tokenizer, data, arguments.seconds)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(arguments.tokenizer), eos_token="<|endoftext|>")
+        config = PrepareConfig(data=str(data), template=TEMPLATE)
+        start = time.perf_counter()
+        with PeakMemory() as memory:
+            summary = prepare_rows(config, tokenizer, None, directory / "prepared", lambda event: None)
+        seconds = time.perf_counter() - start
+        assert len(PreparedRows(summary.directory)) == rows == summary.manifest["rows"]
+        after = tokenizer_alone(arguments.tokenizer, data, arguments.seconds)
+    finally:
+        shutil.rmtree(directory)
+    alone = (before + after) / 2  # the machine may have been busier at one time than at the other
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "bytes": int(arguments.gigabytes * 1e9),
+                "seconds": round(seconds, 1),
+                "rows_per_second": round(rows / seconds),
+                "encode_batch_rows_per_second": [round(before), round(after)],
+                "ratio": round(rows / seconds / alone, 3),
+                "peak_resident_bytes": memory.peak_bytes,
+                "start_resident_bytes": memory.start_bytes,
+                "cores": len(os.sched_getaffinity(0)),
+                "cpu": platform.processor() or platform.machine(),
+                "tokenizers": tokenizers.__version__,
+                "python": platform.python_version(),
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
