@@ -142,8 +142,9 @@ class TextEncoder:
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._strips_left = {token["content"] for token in special if token["lstrip"]}
         self._strips_right = {token["content"] for token in special if token["rstrip"]}
-        unknown = content["model"].get("unk_token")
-        self._forbidden = set(self.control_ids.values()) - {self.control_ids.get(unknown, -1)}
+        model = content["model"]
+        unknown = model.get("unk_id", self.control_ids.get(model.get("unk_token")))  # may stand for any letter
+        self._forbidden = set(self.control_ids.values()) - {unknown}
         self._words = WordCache(content, self._at_start, self._inside, self._without_control)
 
     def split_markup(self, text: str) -> list[str | int]:
