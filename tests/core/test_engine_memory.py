@@ -1,0 +1,64 @@
+"""Memory measures are taken in order of what they cost, only as far as needed, and never against what was asked for."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_cli.core.engine_memory import StepNeeds, plan_memory
+
+GIB = 2**30
+NEEDS = StepNeeds(
+    layers=32,
+    saved_bytes=GIB // 2,
+    hidden_bytes=32 * 2**20,
+    trainable_parameters=40_000_000,
+    dense_bytes=13 * GIB,
+    largest_dense_bytes=90 * 2**20,
+    embedding_bytes=GIB // 4,
+)
+UNDECIDED = {
+    "recomputed": None,
+    "offload_activations": None,
+    "offload_embeddings": None,
+    "resident_weights": None,
+}
+
+
+def test_measures_come_one_after_another_as_memory_shrinks():
+    plenty, some, little, least = (plan_memory(NEEDS, n * GIB, **UNDECIDED) for n in (100, 17, 6, 3))
+    assert (plenty.recomputed, plenty.resident_weights) == (0, True)
+    assert 0 < some.recomputed < 10 and not some.resident_weights and not some.offload_activations
+    assert little.recomputed > some.recomputed and not little.offload_activations
+    assert least.recomputed == 32 and least.offload_activations and least.offload_embeddings
+
+
+@given(st.integers(1, 120), st.integers(1, 120))
+def test_more_memory_never_recomputes_more(one, other):
+    low, high = sorted((one, other))
+    assert (
+        plan_memory(NEEDS, high * GIB, **UNDECIDED).recomputed <= plan_memory(NEEDS, low * GIB, **UNDECIDED).recomputed
+    )
+
+
+@given(st.integers(1, 120), st.integers(0, 32), st.booleans(), st.booleans(), st.booleans())
+def test_what_was_asked_for_stands(gib, layers, activations, embeddings, resident):
+    plan = plan_memory(
+        NEEDS,
+        gib * GIB,
+        recomputed=layers,
+        offload_activations=activations,
+        offload_embeddings=embeddings,
+        resident_weights=resident,
+    )
+    assert (plan.recomputed, plan.offload_activations, plan.offload_embeddings, plan.resident_weights) == (
+        layers,
+        activations,
+        embeddings,
+        resident,
+    )
+
+
+def test_embeddings_that_cannot_move_buy_nothing():
+    fixed = replace(NEEDS, embedding_bytes=0)
+    assert plan_memory(fixed, 5 * GIB, **UNDECIDED).recomputed >= plan_memory(NEEDS, 5 * GIB, **UNDECIDED).recomputed

@@ -1,0 +1,148 @@
+"""Checks of the decoding kernels, run by test_gemv.py: under Triton's interpreter on a CPU, for real on a GPU."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from qlora_cli.kernels import gemv
+from qlora_cli.kernels.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU_ONLY = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cuts to bfloat16 where the GPU rounds")
+
+
+def stack(row_counts, columns, *, quant_type="nf4", nested=True, dtype=torch.float32):
+    """A stack, and the values of its weights as bitsandbytes dequantises them."""
+    parts, values = [], []
+    for rows in row_counts:
+        dense = torch.randn(rows, columns, dtype=dtype, device=DEVICE) * (0.5 + torch.rand(1, device=DEVICE).item())
+        packed, state = bnb.quantize_4bit(dense, quant_type=quant_type, compress_statistics=nested)
+        values.append(bnb.dequantize_4bit(packed, state))
+        parts.append((packed.flatten(), state))
+    second = [state.state2 for _, state in parts]
+    statistics = {}
+    if nested:
+        statistics = {
+            "nested_absmax": torch.cat([s.absmax for s in second]),
+            "nested_code": second[0].code,
+            "nested_offset": torch.cat(
+                [state.offset.expand(s.absmax.numel()) for (_, state), s in zip(parts, second, strict=True)]
+            ),
+        }
+    weight = StackedWeight(
+        rows=sum(row_counts),
+        columns=columns,
+        packed=torch.cat([packed for packed, _ in parts]),
+        absmax=torch.cat([state.absmax for _, state in parts]),
+        code=parts[0][1].code,
+        **statistics,
+    )
+    return weight, torch.cat(values)
+
+
+def adapt(row_counts, columns, ranks, *, dtype=torch.float32):
+    """Adapters of a stack, and the dense product scaling B A of all of them."""
+    widest = max(ranks)
+    a = torch.zeros(len(ranks) * widest, columns, device=DEVICE)
+    b = torch.zeros(sum(row_counts), widest, device=DEVICE)
+    scaling = torch.zeros(len(ranks) * widest, device=DEVICE)
+    first_rank, dense, row = [], [], 0
+    for number, (rows, rank) in enumerate(zip(row_counts, ranks, strict=True)):
+        at = number * widest
+        a[at : at + rank] = torch.randn(rank, columns, device=DEVICE)
+        b[row : row + rows, :rank] = torch.randn(rows, rank, device=DEVICE) / 8
+        scaling[at : at + widest] = 0.25 + number
+        first_rank += [at] * -(-rows // ROW_UNIT)
+        row += rows
+    a, b = a.to(dtype), b.to(dtype)
+    row = 0
+    for number, rows in enumerate(row_counts):
+        at = number * widest
+        dense.append((0.25 + number) * b[row : row + rows].double() @ a[at : at + widest].double())
+        row += rows
+    first = torch.tensor(first_rank, dtype=torch.int32, device=DEVICE)
+    return StackedAdapter(a, scaling, b, first), torch.cat(dense)
+
+
+def exact(x, values, adapter_product, bias):
+    """The product in float64."""
+    dense = values.double() if adapter_product is None else values.double() + adapter_product
+    return x.double() @ dense.T + (0 if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_every_format_is_read(quant_type, nested, tokens):
+    weight, values = stack([96], 256, quant_type=quant_type, nested=nested)
+    x = torch.randn(tokens, 256, device=DEVICE)
+    y = gemv.multiply(x, weight)
+    torch.testing.assert_close(y.double(), exact(x, values, None, None), atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17, 64])
+@pytest.mark.parametrize(
+    ("row_counts", "columns", "ranks"),
+    [([64, 64], 256, [8, 4]), ([70], 192, [16]), ([4], 2560, [1])],
+)
+def test_stacked_weights_with_adapters_and_bias(tokens, row_counts, columns, ranks):
+    weight, values = stack(row_counts, columns)
+    adapter, product = adapt(row_counts, columns, ranks)
+    bias = torch.randn(sum(row_counts), device=DEVICE)
+    x = torch.randn(tokens, columns, device=DEVICE) / 4
+    y = gemv.multiply(x, weight, adapter, bias)
+    torch.testing.assert_close(y.double(), exact(x, values, product, bias), atol=5e-4, rtol=1e-5)
+    adapter.scaling.zero_()  # turned off, as when the base is to speak
+    torch.testing.assert_close(
+        gemv.multiply(x, weight, adapter, bias).double(), exact(x, values, None, bias), atol=5e-4, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(
+    "tiling", [Tiling(2, 1, 1), Tiling(16, 8, 4), Tiling(64, 1, 4), Tiling(32, 4, 8)]
+)
+def test_no_tiling_changes_the_result(tokens, tiling):
+    if tokens > 1 and tiling.rows < 16:
+        pytest.skip("tensor cores take 16 rows or more")
+    weight, values = stack([40], 448)
+    adapter, product = adapt([40], 448, [8])
+    x = torch.randn(tokens, 448, device=DEVICE)
+    y = gemv.multiply(x, weight, adapter, tiling=tiling)
+    torch.testing.assert_close(y.double(), exact(x, values, product, None), atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_16_bit_error_is_within_twice_that_of_dequantise_and_multiply(dtype, tokens):
+    if DEVICE == "cpu" and (dtype == torch.bfloat16 or tokens > 8):
+        pytest.skip("the interpreter cuts to bfloat16 where the GPU rounds")
+    rows, columns = (64, 512) if DEVICE == "cpu" else (4096, 4096)
+    weight, values = stack([rows], columns, dtype=dtype)
+    adapter, product = adapt([rows], columns, [16], dtype=dtype)
+    x = torch.randn(tokens, columns, device=DEVICE).to(dtype)
+    truth = exact(x, values, product, None)
+    eager = x @ values.T + ((x @ adapter.a.T) * adapter.scaling.to(dtype)) @ adapter.b.T
+    error = (gemv.multiply(x, weight, adapter).double() - truth).norm()
+    assert error <= 2 * (eager.double() - truth).norm()
+    assert error < 0.01 * truth.norm()
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_shuffled_look_ups_are_the_loads(tokens):
+    weight, _ = stack([512], 1024, dtype=torch.bfloat16)
+    adapter, _ = adapt([512], 1024, [16], dtype=torch.bfloat16)
+    x = torch.randn(tokens, 1024, device=DEVICE).bfloat16()
+    assert torch.equal(
+        gemv.multiply(x, weight, adapter, shuffle=True), gemv.multiply(x, weight, adapter, shuffle=False)
+    )
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    weight, _ = stack([64], 128)
+    for shape in ((1, 64), (65, 128)):
+        with pytest.raises(ValueError, match="do not suit"):
+            gemv.multiply(torch.randn(shape, device=DEVICE), weight)
+    with pytest.raises(ValueError, match="do not suit"):
+        gemv.multiply(torch.randn(128, 2, device=DEVICE).T, weight)
