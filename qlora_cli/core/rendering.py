@@ -17,7 +17,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MEMORY_BYTES = 2**30  # address space of this process
+MEMORY_BYTES = 2**29  # address space of this process
 PROBE = "Certainly-42"  # an answer that no template writes by itself
 # Unicode noncharacters, set aside for use inside a program: they stand for control tokens that somebody typed.
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]

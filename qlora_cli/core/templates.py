@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.core.chat import BadConversation, chat_process, check_messages
 from qlora_cli.core.encoding import Run, TextEncoder, encoder_of
 from qlora_cli.core.plain_template import BadField, PlainTemplate, listed, move_spaces, text_of
-from qlora_cli.core.records import Record, describe_type
+from qlora_cli.core.records import Record, describe_type, problem_of_record
 from qlora_cli.core.rendering import Message, Piece
 from qlora_cli.errors import DataError
 
@@ -299,6 +299,8 @@ def format_prompt(
     Raises:
         DataError: The prompt does not have the form that the formatting needs.
     """
+    if problem := problem_of_record({"prompt": prompt}):
+        raise DataError(f"This prompt cannot be used: {problem}.", "Give it as UTF-8 text.")
     encoder = encoder_of(tokenizer)
     runs = RowFormatter(formatting, encoder).format_prompt(prompt)
     return [token for run in encoder.encode_rows([runs])[0] for token in run]
