@@ -101,17 +101,18 @@ def write_checkpoint(name: str, directory: Path, dtype: str = "bfloat16") -> Pat
     del model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    write_tokenizer(directory)
+    write_tokenizer(directory, CONFIGS[name][1]["vocab_size"])
     return directory
 
 
-def write_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer, so that the command line has one; the rows below are token ids already."""
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A byte-level tokenizer filled up to `vocab_size`; the rows below are token ids already."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, **{character: i + 1 for i, character in enumerate(alphabet)}}
+    vocabulary |= {f"<{i}>": i for i in range(len(vocabulary), vocab_size)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
