@@ -254,9 +254,11 @@ def host_cost() -> None:
         call = lambda w=w: linear.qlora_linear(x, w, None, a, b, *lora, None, linear.LinearOptions(2.0))  # noqa: E731
         note(f"host us, eager {kind} forward", clock(call))
         note(f"host us, eager {kind} forward + backward", clock(lambda c=call: c().sum().backward()))
-        op = lambda w=w: torch.ops.qlora.linear(
-            x, a, b, None, *lora, None, None, *w[2:9], *w[:2], *w[9:], 0.0, 0, 2.0, None
-        )
+
+        def op(w=w):
+            constants = *w[:2], *w[9:], 0.0, 0, 2.0, None
+            return torch.ops.qlora.linear(x, a, b, None, *lora, None, None, *w[2:9], *constants)
+
         with torch.no_grad():
             note(f"host us, op {kind} forward, no grad", clock(op))
             note(f"host us, plain {kind} forward", clock(lambda w=w: linear.forward(x, w, None, None, None, None)))
