@@ -54,7 +54,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory this process can still take on a CUDA device, its allocator's cache included."""
     free, total = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    index = torch.cuda.current_device() if device.index is None else device.index
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index)) - reserved
     return min(free, allowed) + reserved - allocated
 
 

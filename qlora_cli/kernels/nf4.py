@@ -10,7 +10,7 @@ from torch import Tensor
 
 # A program takes TILE values, 8 a thread: 4-byte loads, 16-byte stores, no layout change between them.
 TILE = 4096
-WARPS = 16
+WARPS = 4  # H200, 11008 x 4096: 40.5 us with 4, 50.5 with 16
 
 
 @triton.jit
