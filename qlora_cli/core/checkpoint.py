@@ -126,9 +126,10 @@ def verify(path: Path, required: Iterable[str] = ()) -> Checkpoint:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is malformed ({error!r})") from error
-    for name in sorted({*expected, *required}):
+    for name in expected:
         if not _PLAIN_NAME.fullmatch(name):
             raise CheckpointError(f"{MANIFEST} names {name!r}, which is not a plain file name")
+    for name in sorted({*expected, *required}):
         if name not in expected:
             raise CheckpointError(f"{MANIFEST} does not name {name}")
         _check_file(path / name, *expected[name])

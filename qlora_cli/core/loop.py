@@ -302,7 +302,8 @@ class Loop:
         if loss is None:
             return
         progress = self.progress
-        progress.evaluated_step, progress.last_eval_loss = progress.step, loss
+        progress.evaluated_step = progress.step
+        progress.last_eval_loss = loss if math.isfinite(loss) else None
         self._tell(EvaluationLogged(progress.step, loss, math.exp(loss) if loss < 700 else math.inf))
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0

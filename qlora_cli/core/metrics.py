@@ -13,7 +13,6 @@ from qlora_cli.artifacts import LOSS_CURVE, METRICS, write_bytes
 from qlora_cli.core.checkpoint import telling_disk_full
 from qlora_cli.events import EvaluationLogged, StepLogged
 
-
 LINE_BYTES = 300
 
 
@@ -29,13 +28,14 @@ class MetricsFile:
         self.path = directory / METRICS
         kept = [line for line in read_metrics(directory) if line["step"] <= last_step]
         write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.stream = self.path.open("a", encoding="utf-8")
+        self.stream = self.path.open("ab", buffering=0)  # nothing is held back, to fail again when it is closed
 
     def write(self, event: StepLogged | EvaluationLogged) -> None:
         """Appends one event."""
         with telling_disk_full(self.path.parent, LINE_BYTES):
-            self.stream.write(json.dumps(as_metrics(event), allow_nan=False) + "\n")
-            self.stream.flush()
+            line = (json.dumps(as_metrics(event), allow_nan=False) + "\n").encode()
+            while line:  # a disk with little room takes a part first
+                line = line[self.stream.write(line) :]
 
     def close(self) -> None:
         """Closes the file."""

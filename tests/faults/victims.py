@@ -1,0 +1,193 @@
+"""What the forked children do: a run of `train` with a fault in it, told by name."""
+
+import contextlib
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import safetensors.torch
+import torch
+
+from qlora_cli.config import TrainConfig
+from qlora_cli.core import adapter, checkpoint
+from qlora_cli.events import Event, RunStarted, StepLogged
+from qlora_cli.stages import training
+
+CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")  # of os, which pathlib and shutil go through
+
+
+def train(options: dict[str, Any], fault: dict[str, Any] | None = None, events: list[Event] | None = None) -> None:
+    """A run of `train`, with a fault that begins when training does.
+
+    Args:
+        options: Settings.
+        fault: `{"kind": name of a function below, ...its arguments}`.
+        events: Collects what is reported.
+    """
+    with contextlib.ExitStack() as stack:
+        arguments = dict(fault or {"kind": "nothing"})
+        on_event = stack.enter_context(globals()[arguments.pop("kind")](**arguments))
+
+        def report(event: Event) -> None:
+            if events is not None:
+                events.append(event)
+            else:
+                print(event, flush=True)
+            on_event(event)
+
+        training.train(TrainConfig(**options), report)
+
+
+@contextlib.contextmanager
+def nothing() -> Iterator[Callable[[Event], None]]:
+    """No fault."""
+    yield lambda event: None
+
+
+class FileCalls:
+    """Counts the calls that change files, from the start of training; at one of them the process is killed."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.kill_at = kill_at
+        self.names: list[str] = []
+        self.counting = False
+
+    def begin(self, name: str) -> bool:
+        """Notes a call; True when it is the one to die in."""
+        if not self.counting:
+            return False
+        self.names.append(name)
+        return len(self.names) == self.kill_at
+
+    def wrap(self, name: str, call: Callable) -> Callable:
+        """The call, dying before it."""
+
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
+            if self.begin(name):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **keywords)
+
+        return wrapped
+
+    def save_file(self, tensors: dict, path: Any, **keywords: Any) -> None:
+        """safetensors' save_file, dying with the file half written."""
+        dying = self.begin(f"write {Path(path).name}")
+        safetensors.torch.save_file(tensors, path, **keywords)
+        if dying:
+            os.truncate(path, Path(path).stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def file_calls(kill_at: int | None = None, names_to: str | None = None) -> Iterator[Callable[[Event], None]]:
+    """Kills the process at one of its file calls, or writes down which there are."""
+    calls = FileCalls(kill_at)
+
+    def on_event(event: Event) -> None:
+        calls.counting |= isinstance(event, RunStarted)
+
+    with contextlib.ExitStack() as stack:
+        for name in CALLS:
+            stack.enter_context(mock.patch.object(os, name, calls.wrap(name, getattr(os, name))))
+        for module in (adapter, checkpoint):
+            stack.enter_context(mock.patch.object(module, "save_file", calls.save_file))
+        yield on_event
+    if names_to:
+        Path(names_to).write_text("\n".join(calls.names))
+
+
+@contextlib.contextmanager
+def marked(mark: str) -> Iterator[Callable[[Event], None]]:
+    """Makes a file when training begins, from which the zygote counts the time to a kill; the end leaves the seconds."""
+    started = 0.0
+
+    def on_event(event: Event) -> None:
+        nonlocal started
+        if isinstance(event, RunStarted):
+            started = time.monotonic()
+            Path(mark).touch()
+
+    yield on_event
+    Path(mark).write_text(str(time.monotonic() - started))
+
+
+@contextlib.contextmanager
+def killed_after(step: int) -> Iterator[Callable[[Event], None]]:
+    """SIGKILL as soon as a step was told."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    yield on_event
+
+
+@contextlib.contextmanager
+def full_disk(ballast: str, step: int, room_bytes: int) -> Iterator[Callable[[Event], None]]:
+    """After a step, something else fills the disk but for `room_bytes`."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == step:
+            facts = os.statvfs(Path(ballast).parent)
+            with Path(ballast).open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, max(1, facts.f_bavail * facts.f_frsize - room_bytes))
+
+    yield on_event
+
+
+@contextlib.contextmanager
+def file_limit(step: int, limit_bytes: int) -> Iterator[Callable[[Event], None]]:
+    """After a step, no file may grow past `limit_bytes`: writes fail half-way with EFBIG, without root."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield on_event
+
+
+@contextlib.contextmanager
+def bad_engine(change: Callable[[Any, torch.Tensor, int], torch.Tensor]) -> Iterator[Callable[[Event], None]]:
+    """Passes every loss, with its batch and the number of the step, through `change`."""
+    step = 0
+    install = training.install_engine
+
+    def install_bad(*arguments: Any, **keywords: Any) -> Any:
+        engine = install(*arguments, **keywords)
+        loss = engine.loss
+        engine.loss = lambda batch: change(batch, loss(batch), step)
+        return engine
+
+    def on_event(event: Event) -> None:
+        nonlocal step
+        if isinstance(event, RunStarted | StepLogged):
+            step = event.first_step if isinstance(event, RunStarted) else event.step + 1
+
+    with mock.patch.object(training, "install_engine", install_bad):
+        yield on_event
+
+
+@contextlib.contextmanager
+def nan(steps: list[int]) -> Iterator[Callable[[Event], None]]:
+    """The loss of these steps is NaN."""
+    with bad_engine(lambda batch, loss, step: loss * torch.nan if step in steps else loss) as on_event:
+        yield on_event
+
+
+@contextlib.contextmanager
+def out_of_memory(above_tokens: int, from_step: int) -> Iterator[Callable[[Event], None]]:
+    """From a step on, micro-batches with more tokens do not fit."""
+
+    def change(batch: Any, loss: torch.Tensor, step: int) -> torch.Tensor:
+        if step >= from_step and batch.tokens > above_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return loss
+
+    with bad_engine(change) as on_event:
+        yield on_event

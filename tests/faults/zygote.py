@@ -1,0 +1,82 @@
+"""Requests on stdin, outcomes on stdout, one JSON object a line: forks a child for each, with everything imported.
+
+A process that is to be killed a hundred times would spend its time importing torch. This one imports once, does no
+arithmetic itself (so that no thread pool stands where it forks), and lets its children be killed.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+
+import qlora_cli.stages.training  # noqa: F401 - what the children need
+from qlora_cli.errors import QloraError
+from tests.faults import victims  # noqa: F401
+
+
+def run_child(request: dict, output: int) -> None:
+    """Runs one request in this (forked) process and leaves with its exit code. What is printed goes into a pipe."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = 1
+    try:
+        module, _, name = request["function"].partition(":")
+        getattr(importlib.import_module(module), name)(**request["arguments"])
+        code = 0
+    except QloraError as error:
+        print(f"{error.message}\n{error.hint}", flush=True)
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    """Serves until stdin ends."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            run_child(request, writing)
+        os.close(writing)
+        if request["kill_when"]:
+            threading.Thread(target=_kill_when, args=(child, *request["kill_when"]), daemon=True).start()
+        with os.fdopen(reading, errors="replace") as stream:
+            said = stream.read()
+        _, status = os.waitpid(child, 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "said": said}), flush=True)
+
+
+def _kill_when(child: int, mark: str, seconds: float) -> None:
+    """SIGKILL for the child so many seconds after the file `mark` appears."""
+    event = threading.Event()
+    while not Path(mark).exists():
+        if not _alive(child):
+            return
+        event.wait(0.002)
+    event.wait(seconds)
+    if _alive(child):
+        os.kill(child, signal.SIGKILL)
+
+
+def _alive(child: int) -> bool:
+    # Not reaped before `waitpid` above, so the number cannot be another process's yet.
+    try:
+        return Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
