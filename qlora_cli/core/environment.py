@@ -99,6 +99,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def measure_directory(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+
+
 def check_environment(device: torch.device, compute_dtype: torch.dtype, directory: Path) -> list[Check]:
     """Tries what training needs.
 

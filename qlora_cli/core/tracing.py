@@ -7,6 +7,7 @@ tensors alive are counted. Ops whose insides the meta device does not have are i
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ class Height:
 
     moments: tuple[tuple[int, Growth], ...]
 
-    def bytes(self, tokens: int, row_tokens: int) -> float:
-        """Bytes at the highest moment."""
-        return max(scratch + growth.bytes(tokens, row_tokens) for scratch, growth in self.moments)
+    def bytes(self, tokens: int, row_tokens: int, most_scratch: float = inf) -> float:
+        """Bytes at the highest moment, where no more scratch memory than `most_scratch` is ever needed."""
+        return max(min(scratch, most_scratch) + growth.bytes(tokens, row_tokens) for scratch, growth in self.moments)
 
 
 @dataclass(frozen=True)
