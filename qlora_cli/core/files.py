@@ -17,20 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from qlora_cli.core.json_files import read_array, read_object
 from qlora_cli.core.records import (
-    DECODER,
+    RECORDS_A_CHUNK,
     BadRow,
+    Batch,
     Chunk,
-    NotANumber,
-    is_cut_short,
-    json_cause,
+    Record,
     problem_of_record,
-    refuse_constant,
     too_long,
 )
 
 CHUNK_BYTES = 2**19
-RECORDS_A_CHUNK = 1024
+HEAD_BYTES = 2**20  # looked at to tell what a file is
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -61,21 +60,21 @@ def read_chunks(path: Path, name: str, max_line_bytes: int) -> Iterator[Chunk]:
     """
     kind = format_of(path)
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=HEAD_BYTES) as file:
             if kind == "parquet":
                 yield from _read_parquet(path, name, file)
                 return
             stream = _decompress(path, file)
-            head = _peek(stream)
+            head = stream.peek(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf")
             if problem := _problem_of(head):
                 yield Chunk(name, bad_rows=[BadRow(name, None, problem)])
                 return
             if kind in ("csv", "tsv"):
                 chunks = _read_csv(stream, name, max_line_bytes, tabs=kind == "tsv")
             elif kind in ("json", "jsonl") and head.lstrip()[:1] == b"[":
-                chunks = _read_array(stream, name, max_line_bytes)
+                chunks = read_array(stream, name, max_line_bytes, CHUNK_BYTES)
             elif kind == "json" and not _is_whole_json(head):
-                chunks = _read_object(stream, name)
+                chunks = read_object(stream, name)
             else:
                 chunks = _read_lines(stream, name, max_line_bytes, "txt" if kind == "txt" else "jsonl")
             seen = 0
@@ -92,9 +91,9 @@ def read_chunks(path: Path, name: str, max_line_bytes: int) -> Iterator[Chunk]:
 def _decompress(path: Path, file: IO[bytes]) -> io.BufferedReader:
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file))
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), HEAD_BYTES)
     if suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(file))
+        return io.BufferedReader(_ZstdStream(file), HEAD_BYTES)
     assert isinstance(file, io.BufferedReader)
     return file
 
@@ -104,37 +103,36 @@ class _ZstdStream(io.RawIOBase):
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._decoder = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(read_across_frames=True)
+        self._decoder: Any = None  # of the frame being read
         self._ready = b""
-        self._fed = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            compressed = self._file.read(2**17)
+            compressed = self._file.read(2**10)  # a kilobyte may hold 32 MB of one letter
             if not compressed:
-                if self._fed and not self._decoder.eof:
+                if self._decoder is not None:
                     raise EOFError("the last frame does not end")
                 return 0
-            self._fed = True
-            self._ready = self._decoder.decompress(compressed)
+            while compressed:
+                self._decoder = self._decoder or zstandard.ZstdDecompressor().decompressobj()
+                self._ready += self._decoder.decompress(compressed)
+                compressed = self._decoder.unused_data
+                if self._decoder.eof:
+                    self._decoder = None
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 
 
-def _peek(stream: io.BufferedReader) -> bytes:
-    return stream.peek(2**16)[: 2**16]
-
-
 def _problem_of(head: bytes) -> str | None:
     """What is wrong with a whole file, seen from its beginning."""
     if not head.strip():
         return "the file is empty"
-    if re.match(rb"\s*<(!doctype\s+html|html|head|body)", head.removeprefix(b"\xef\xbb\xbf"), re.IGNORECASE):
+    if re.match(rb"\s*<(!doctype\s+html|html|head|body)", head, re.IGNORECASE):
         return "this is an HTML page, not data (a download that went wrong?)"
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "not UTF-8: the file is in UTF-16"
@@ -145,7 +143,7 @@ def _problem_of(head: bytes) -> str | None:
 
 def _is_whole_json(head: bytes) -> bool:
     """Whether a file's first line is JSON by itself and another follows, as in JSON Lines under the name .json."""
-    first, newline, rest = head.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+    first, newline, rest = head.lstrip().partition(b"\n")
     if not newline:
         return False
     try:
@@ -179,142 +177,10 @@ def _read_lines(stream: io.BufferedReader, name: str, max_line_bytes: int, kind:
         yield Chunk(name, line, kind, rest)
 
 
-class _Batch:
-    """Collects records into chunks."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.chunk = Chunk(name)
-
-    def add(self, record: Any, line: int) -> None:
-        if problem := problem_of_record(record):
-            self.chunk.bad_rows.append(BadRow(self._name, line, problem))
-        else:
-            self.chunk.records.append(record)
-            self.chunk.lines.append(line)
-
-    def fail(self, line: int | None, cause: str) -> None:
-        self.chunk.bad_rows.append(BadRow(self._name, line, cause))
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.chunk.records) + len(self.chunk.bad_rows) >= RECORDS_A_CHUNK
-
-    def take(self) -> Chunk:
-        full, self.chunk = self.chunk, Chunk(self._name)
-        return full
-
-
-def _read_array(stream: io.BufferedReader, name: str, max_line_bytes: int) -> Iterator[Chunk]:
-    """The elements of one JSON array, without holding the array."""
-    batch = _Batch(name)
-    text = _Text(stream)
-    space = re.compile(r"[\s,]*")
-    buffer = text.more().lstrip("\ufeff")
-    start = buffer.index("[")
-    line, at = 1 + buffer.count("\n", 0, start), start + 1
-    while True:
-        end = space.match(buffer, at).end()  # type: ignore[union-attr]
-        line, at = line + buffer.count("\n", at, end), end
-        if at < len(buffer) and buffer[at] == "]":
-            break
-        try:
-            if at >= len(buffer) or text.problem:
-                raise json.JSONDecodeError("end of the text read so far", buffer, len(buffer))
-            record, end = DECODER.raw_decode(buffer, at)
-        except (ValueError, RecursionError) as error:
-            unfinished = isinstance(error, json.JSONDecodeError) and (
-                error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
-            )
-            if unfinished and len(buffer) - at <= max_line_bytes and (more := text.more()):
-                buffer, at = buffer[at:] + more, 0
-                continue
-            if text.problem:
-                batch.fail(line + buffer.count("\n", at), text.problem)
-            elif unfinished and len(buffer) - at > max_line_bytes:
-                batch.fail(line, f"an element of the array is longer than --max-line-bytes {max_line_bytes}")
-            elif unfinished:
-                batch.fail(line, "truncated JSON: the file ends before its array does")
-            elif isinstance(error, json.JSONDecodeError):
-                batch.fail(error.lineno + line - 1 - buffer.count("\n", 0, at), f"invalid JSON: {error.msg}")
-            else:
-                batch.fail(line, json_cause("", error))
-            break  # what follows a broken element cannot be told apart
-        batch.add(record, line)
-        line, at = line + buffer.count("\n", at, end), end
-        if batch.is_full:
-            yield batch.take()
-            buffer, at = buffer[at:], 0
-    yield batch.take()
-
-
-class _Text:
-    """Decodes a stream piece by piece; `problem` tells what is not UTF-8 once it is met."""
-
-    def __init__(self, stream: io.BufferedReader) -> None:
-        self._stream = stream
-        self._rest = b""
-        self._size = CHUNK_BYTES
-        self.problem: str | None = None
-
-    def more(self) -> str:
-        """The next piece, each twice as long as the one before; empty at the end."""
-        raw = self._rest + self._stream.read(self._size)
-        self._size = min(2 * self._size, 2**24)
-        if self.problem:
-            return ""
-        try:
-            self._rest = b""
-            return raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if error.end == len(raw) and error.reason == "unexpected end of data" and len(raw) > 3:
-                self._rest = raw[error.start :]
-            else:
-                self.problem = f"not UTF-8: byte 0x{raw[error.start]:02X}"
-            return raw[: error.start].decode("utf-8")
-
-
-def _read_object(stream: io.BufferedReader, name: str) -> Iterator[Chunk]:
-    """A JSON object that holds rows: a list of objects under some key, or a list for each column."""
-    batch = _Batch(name)
-    try:
-        content = json.loads(stream.read().decode("utf-8-sig"), parse_constant=refuse_constant)
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        batch.fail(line, f"not UTF-8: byte 0x{error.object[error.start]:02X}")
-    except NotANumber as error:
-        batch.fail(None, f"holds {error}, which is no JSON value")
-    except json.JSONDecodeError as error:
-        cut_short = is_cut_short(error, len(error.doc.rstrip()))
-        batch.fail(
-            error.lineno, "truncated JSON" if cut_short else f"invalid JSON at column {error.colno}: {error.msg}"
-        )
-    except RecursionError:
-        batch.fail(None, "JSON nested too deeply")
-    else:
-        for number, record in enumerate(_rows_of(content), start=1):
-            batch.add(record, number)
-    yield batch.take()
-
-
-def _rows_of(content: Any) -> list[Any]:
-    if not isinstance(content, dict) or {"messages", "conversations", "input_ids"} & content.keys():
-        return [content]
-    lists_of_objects = [
-        value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-    ]
-    if len(lists_of_objects) == 1:
-        return lists_of_objects[0]
-    columns = list(content.values())
-    if columns and all(isinstance(value, list) and len(value) == len(columns[0]) for value in columns):
-        return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
-    return [content]
-
-
 def _read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs: bool) -> Iterator[Chunk]:
     """Rows under a header line; numbered by the line a row ends on."""
-    batch = _Batch(name)
-    head = _peek(stream).partition(b"\n")[0]
+    batch = Batch(name)
+    head = stream.peek(HEAD_BYTES).partition(b"\n")[0]
     delimiter = "\t" if tabs else ";" if b";" in head and b"," not in head else ","
     # Bytes that are not UTF-8 pass as lone surrogates, so that the row which holds them can be named.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -322,8 +188,11 @@ def _read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs
     try:
         rows = csv.reader(_limited(text, max_line_bytes), delimiter=delimiter, strict=True)
         header = next(rows)
+        problem = problem_of_record({"header": header})
         if len(set(header)) < len(header) or not all(header):
-            batch.fail(1, f"the header names a column twice or not at all ({', '.join(map(repr, header))})")
+            problem = f"the header names a column twice or not at all ({', '.join(map(repr, header))})"
+        if problem:
+            batch.fail(1, problem)
             yield batch.take()
             return
         for row in rows:
@@ -357,16 +226,20 @@ def _read_parquet(path: Path, name: str, file: IO[bytes]) -> Iterator[Chunk]:
         yield Chunk(name, bad_rows=[BadRow(name, None, problem)])
         return
     file.seek(0)
-    batch = _Batch(name)
+    batch = Batch(name)
     line = 0
     total_bytes = path.stat().st_size
     try:
-        parquet = pq.ParquetFile(file)
+        # In pieces rather than whole column chunks, of which one may hold a gigabyte.
+        parquet = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         rows = max(1, parquet.metadata.num_rows)
         for table in parquet.iter_batches(batch_size=RECORDS_A_CHUNK):
-            for record in table.to_pylist():
+            for record in _records_of(table):
                 line += 1
-                batch.add(record, line)
+                if isinstance(record, UnicodeDecodeError):
+                    batch.fail(line, f"not UTF-8: byte 0x{record.object[record.start]:02X}")
+                else:
+                    batch.add(record, line)
             chunk = batch.take()
             chunk.source_bytes = total_bytes * table.num_rows // rows
             yield chunk
@@ -375,3 +248,12 @@ def _read_parquet(path: Path, name: str, file: IO[bytes]) -> Iterator[Chunk]:
     except (pa.ArrowException, OSError) as error:
         batch.fail(line + 1 if line else None, f"broken Parquet: {str(error).splitlines()[0]}")
     yield batch.take()
+
+
+def _records_of(table: pa.RecordBatch) -> list[Record | UnicodeDecodeError]:
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError as error:
+        if table.num_rows == 1:
+            return [error]
+        return [record for row in range(table.num_rows) for record in _records_of(table.slice(row, 1))]

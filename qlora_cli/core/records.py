@@ -10,6 +10,7 @@ from typing import Any
 Record = dict[str, Any]
 
 TEXT_COLUMN = "text"  # of a .txt file
+RECORDS_A_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,32 @@ class Chunk:
     lines: list[int] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     source_bytes: int = 0
+
+
+class Batch:
+    """Collects checked records of one file into chunks."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.chunk = Chunk(name)
+
+    def add(self, record: Any, line: int) -> None:
+        if problem := problem_of_record(record):
+            self.chunk.bad_rows.append(BadRow(self._name, line, problem))
+        else:
+            self.chunk.records.append(record)
+            self.chunk.lines.append(line)
+
+    def fail(self, line: int | None, cause: str) -> None:
+        self.chunk.bad_rows.append(BadRow(self._name, line, cause))
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.chunk.records) + len(self.chunk.bad_rows) >= RECORDS_A_CHUNK
+
+    def take(self) -> Chunk:
+        full, self.chunk = self.chunk, Chunk(self._name)
+        return full
 
 
 def too_long(name: str, line: int, max_line_bytes: int) -> BadRow:

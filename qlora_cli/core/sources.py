@@ -13,8 +13,8 @@ from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
 from qlora_cli.core.base_model import commit_of, download_snapshot
-from qlora_cli.core.files import COMPRESSIONS, FORMATS, RECORDS_A_CHUNK, format_of, read_chunks
-from qlora_cli.core.records import BadRow, Chunk
+from qlora_cli.core.files import COMPRESSIONS, FORMATS, format_of, read_chunks
+from qlora_cli.core.records import RECORDS_A_CHUNK, BadRow, Chunk
 from qlora_cli.errors import DataError, ModelError, UsageError
 from qlora_cli.events import Progress, Report
 
