@@ -95,7 +95,7 @@ def resolve_source(data: str, *, split: str, revision: str | None, report: Repor
         return _folder_source(data, path, split)
     if any(letter in data for letter in "*?["):
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        return _files_source(data, sorted(file for file in found if file.is_file()))
+        return _files_source(data, sorted(file for file in found if file.is_file() and not _is_hidden(file, path)))
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~" and format_of(path) is None:
         return _hub_source(data, split, revision, report)
     raise DataError(f"There is no file or folder {data}.", "Check --data.")
@@ -133,8 +133,11 @@ def _folder_source(data: str, folder: Path, split: str) -> Source:
     readme = folder / "README.md"
     if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
         return _dataset_folder(data, folder, None, split, {})
-    visible = [file for file in sorted(folder.rglob("*")) if not any(part[0] == "." for part in file.parts[1:])]
-    files = [file for file in visible if file.is_file() and format_of(file)]
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and format_of(file) and not _is_hidden(file, folder)
+    ]
     if not files:
         raise DataError(f"{data} holds no data files.", f"These are read: {READABLE}.")
     by_split: dict[str, list[Path]] = {}
@@ -145,6 +148,11 @@ def _folder_source(data: str, folder: Path, split: str) -> Source:
     if split not in by_split:
         raise _no_split(data, split, filter(None, by_split))
     return _files_source(data, by_split[split], split=split)
+
+
+def _is_hidden(file: Path, asked: Path) -> bool:
+    """Whether a file lies under a dotted name that the user did not write."""
+    return any(part.startswith(".") and part not in asked.parts for part in file.parts)
 
 
 def _split_of(path: Path) -> str:
