@@ -58,9 +58,9 @@ def merge_rows(rows_of: RowsOf, factors: Factors, *, rows: int, step: int) -> It
         part = rows_of(start, stop)
         if factors.a is not None and factors.b is not None:
             if factors.embedding:
-                part = part.addmm(factors.a[:, start:stop].T, factors.b.T, alpha=factors.scaling)
+                part.addmm_(factors.a[:, start:stop].T, factors.b.T, alpha=factors.scaling)
             else:
-                part = part.addmm(factors.b[start:stop], factors.a, alpha=factors.scaling)
+                part.addmm_(factors.b[start:stop], factors.a, alpha=factors.scaling)
         return part
 
     starts = range(0, rows, step)
@@ -72,9 +72,9 @@ def merge_rows(rows_of: RowsOf, factors: Factors, *, rows: int, step: int) -> It
         stop = min(start + step, rows)
         part = updated(start, stop)
         if columns is not None:
-            part = part * columns
+            part.mul_(columns)
         elif factors.magnitude is not None:
-            part = part * (factors.magnitude[start:stop] / torch.linalg.vector_norm(part, dim=1)).unsqueeze(1)
+            part.mul_((factors.magnitude[start:stop] / torch.linalg.vector_norm(part, dim=1)).unsqueeze(1))
         if factors.rows is not None and factors.token_indices is not None:
             here = (factors.token_indices >= start) & (factors.token_indices < stop)
             part[factors.token_indices[here] - start] = factors.rows[here]

@@ -216,7 +216,9 @@ class _Planner:
             made = [(output_name + end, kind, size) for end, kind, size in parts]
             held = prod(shape) * (source.dtype.itemsize * (1 + transposed) + 2 * dtype.itemsize + 1)
             return made, Task(held + buffers, lambda: self._pack(blocks(), output_name))
-        held = (restore or transposed) * source.total_bytes * (1 + 3 * transposed)
+        # Most weights are read row by row; only what bitsandbytes itself restores, and a transpose, need all of it.
+        whole = transposed or (restore and (a.quant_type != "nf4" or a.device.type != "cpu" or shape[1] % BLOCK_SIZE))
+        held = prod(shape) * (2 * source.dtype.itemsize + 8) if whole else 0
         return [(output_name, dtype, shape)], Task(held + buffers, run)
 
     def _copy(self, file: TensorFile, source: Entry, name: str, dtype: torch.dtype) -> Iterator[Piece]:
@@ -247,18 +249,18 @@ class _Planner:
         """Blocks of rows of the merged weight, (out, in) also where the checkpoint holds it transposed."""
         a = self.arithmetic
         rows, columns = source.shape[::-1] if transposed else source.shape
-        weight = file.read(source.name).to(a.device) if restore or transposed else None
-        if weight is not None and transposed:
-            weight = weight.T.contiguous()
+        whole = file.read(source.name).to(a.device).T.contiguous() if transposed else None
 
         def read_rows(start: int, stop: int) -> torch.Tensor:
-            part = file.read(source.name, slice(start, stop)) if weight is None else weight[start:stop].clone()
-            return part.to(a.device).float()
+            if whole is not None:
+                return whole[start:stop]
+            return file.read(source.name, slice(start, stop)).to(a.device)
 
-        rows_of: RowsOf = read_rows
-        if weight is not None and restore:
+        rows_of: RowsOf = lambda start, stop: read_rows(start, stop).to(torch.float32, copy=True)  # noqa: E731
+        if restore:
             rows_of = restored_rows(
-                weight,
+                read_rows,
+                (rows, columns),
                 name=source.name,
                 quant_type=a.quant_type,
                 double_quant=a.double_quant,
@@ -306,7 +308,10 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
     """
     result = values.to(dtype)
     # A sum is NaN or infinite when a term is, and 10 times cheaper than a test of every term.
-    if not bool(torch.isfinite(result.sum(dtype=torch.float32))) and not bool(torch.isfinite(result).all()):
+    checked = [values, result] if dtype == torch.float16 else [values]
+    if not all(bool(torch.isfinite(v.sum(dtype=torch.float32))) for v in checked) and not bool(
+        torch.isfinite(result).all()
+    ):
         source_bad = not bool(torch.isfinite(values).all())
         raise MergeError(
             f"{name} holds NaN or infinity in the base."

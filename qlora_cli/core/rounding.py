@@ -16,47 +16,53 @@ BINS = 16  # a unit: bins of 1/16 hold at most one border between NF4 values, th
 SMALLEST_CONSTANT = 1e-38  # bitsandbytes' floor under the largest magnitude of a block
 ROWS_ELEMENTS = 2**17  # elements worked on at a time: 512 KiB of float32 stay in the second cache
 
-RowsOf = Callable[[int, int], torch.Tensor]  # (start, stop) → rows of the restored weight, float32
+RowsOf = Callable[[int, int], torch.Tensor]  # (start, stop) → (stop - start, in)
 
 
 def restored_rows(
-    weight: torch.Tensor, *, name: str, quant_type: str, double_quant: bool, compute_dtype: torch.dtype
+    read_rows: RowsOf,
+    shape: tuple[int, int],
+    *,
+    name: str,
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
 ) -> RowsOf:
     """Prepares the 4-bit round trip of one weight, as `load_base` quantises it and as training dequantises it.
 
     Args:
-        weight: (out, in), on the device to work on.
+        read_rows: Gives rows of the stored weight on the device to work on; each row is read twice.
+        shape: (out, in) of the weight.
         name: For the error.
         quant_type: "nf4" or "fp4".
         double_quant: Whether the constants are quantised too.
         compute_dtype: Dtype it was quantised from and is dequantised to.
 
     Returns:
-        A function from a range of rows to those rows after the round trip, (stop - start, in) float32, each number
-        one of `compute_dtype`'s.
+        A function from a range of rows to fresh float32 rows after the round trip, each number one of
+        `compute_dtype`'s.
 
     Raises:
         ModelError: The weight holds NaN or infinity, which quantisation would hide.
     """
-    if weight.device.type != "cpu" or quant_type != "nf4" or weight.shape[1] % BLOCK_SIZE:
-        weight = weight.to(compute_dtype)
-        _require_finite(weight, name)
-        restored = round_trip(weight, quant_type=quant_type, double_quant=double_quant)
-        return lambda start, stop: restored[start:stop].float()
-    return _nf4_rows(weight, name, double_quant=double_quant, compute_dtype=compute_dtype)
+    first = read_rows(0, 1)
+    if first.device.type == "cpu" and quant_type == "nf4" and shape[1] % BLOCK_SIZE == 0:
+        return _nf4_rows(read_rows, shape, name, double_quant=double_quant, compute_dtype=compute_dtype)
+    weight = read_rows(0, shape[0]).to(compute_dtype)
+    _require_finite(weight, name)
+    restored = round_trip(weight, quant_type=quant_type, double_quant=double_quant)
+    return lambda start, stop: restored[start:stop].to(torch.float32, copy=True)
 
 
-def _nf4_rows(weight: torch.Tensor, name: str, *, double_quant: bool, compute_dtype: torch.dtype) -> RowsOf:
-    rows, columns = weight.shape
+def _nf4_rows(
+    read_rows: RowsOf, shape: tuple[int, int], name: str, *, double_quant: bool, compute_dtype: torch.dtype
+) -> RowsOf:
+    rows, columns = shape
     blocks = columns // BLOCK_SIZE  # of a row: rows are whole blocks, so that any range of rows stands alone
-
-    def source(start: int, stop: int) -> torch.Tensor:  # may share memory with `weight`
-        return weight[start:stop].to(compute_dtype).float()
-
     largest = torch.empty(rows, blocks)
     step = max(1, ROWS_ELEMENTS // columns)
     for start in range(0, rows, step):
-        part = source(start, min(start + step, rows))
+        part = read_rows(start, min(start + step, rows)).to(compute_dtype).float()
         torch.amax(part.abs().view(-1, blocks, BLOCK_SIZE), dim=-1, out=largest[start : start + step])
     _require_finite(largest, name)
     scale = 1.0 / largest.clamp(min=SMALLEST_CONSTANT)
@@ -64,15 +70,16 @@ def _nf4_rows(weight: torch.Tensor, name: str, *, double_quant: bool, compute_dt
     borders, values = _nf4_tables()
 
     def restore(start: int, stop: int) -> torch.Tensor:
-        shape = (stop - start, blocks, BLOCK_SIZE)
-        part = torch.mul(source(start, stop).view(shape), scale[start:stop].unsqueeze(-1)).view(-1)  # in [-1, 1]
+        blocked = (stop - start, blocks, BLOCK_SIZE)
+        part = read_rows(start, stop).to(compute_dtype).float().view(blocked)
+        part = torch.mul(part, scale[start:stop].unsqueeze(-1)).view(-1)  # in [-1, 1]
         place = torch.mul(part, BINS).add_(BINS)
         bins = place.to(torch.int32)
         torch.index_select(borders, 0, bins, out=place)
         torch.gt(part, place, out=place)  # 1.0 above the border in the bin
         bins = torch.add(place, bins, alpha=2, out=place).to(torch.int32)
         torch.index_select(values, 0, bins, out=part)
-        part.view(shape).mul_(constants[start:stop].unsqueeze(-1))
+        part.view(blocked).mul_(constants[start:stop].unsqueeze(-1))
         if compute_dtype != torch.float32:
             part = part.to(compute_dtype).float()  # training computes with the dequantised weight in this dtype
         return part.view(stop - start, columns)

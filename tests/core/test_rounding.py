@@ -8,6 +8,12 @@ from hypothesis import strategies as st
 from qlora_cli.core.base_model import dequantized_weight, four_bit_linears, four_bit_values, round_trip
 from qlora_cli.core.rounding import restored_rows
 
+
+def rows_after(weight: torch.Tensor, **quantization):
+    """`restored_rows` of a weight in memory."""
+    return restored_rows(lambda i, j: weight[i:j], tuple(weight.shape), name="w", **quantization)
+
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -29,7 +35,12 @@ def test_rows_are_those_of_bitsandbytes_bit_for_bit(
     weight = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale).to(stored)
     before = weight.clone()
     expected = round_trip(weight.to(compute), quant_type=quant_type, double_quant=double_quant).float()
-    rows_of = restored_rows(weight, name="w", quant_type=quant_type, double_quant=double_quant, compute_dtype=compute)
+    rows_of = rows_after(
+        weight,
+        quant_type=quant_type,
+        double_quant=double_quant,
+        compute_dtype=compute,
+    )
     found = torch.cat([rows_of(start, min(start + step, rows)) for start in range(0, rows, step)])
     assert torch.equal(found, expected)
     assert torch.equal(weight, before)
@@ -43,7 +54,12 @@ def test_numbers_on_and_beside_each_border_fall_as_in_bitsandbytes() -> None:
     weight[0, : len(beside)] = beside
     weight[0, 63] = 1.0  # so that the block's constant is 1 and its numbers stay where they are
     expected = round_trip(weight, quant_type="nf4", double_quant=False)
-    rows_of = restored_rows(weight, name="w", quant_type="nf4", double_quant=False, compute_dtype=torch.float32)
+    rows_of = rows_after(
+        weight,
+        quant_type="nf4",
+        double_quant=False,
+        compute_dtype=torch.float32,
+    )
     assert torch.equal(rows_of(0, 1), expected)
 
 
@@ -51,9 +67,7 @@ def test_a_block_of_zeros_stays_zero() -> None:
     weight = torch.zeros(4, 128)
     weight[2] = torch.randn(128)
     for double_quant in (False, True):
-        rows_of = restored_rows(
-            weight, name="w", quant_type="nf4", double_quant=double_quant, compute_dtype=torch.float32
-        )
+        rows_of = rows_after(weight, quant_type="nf4", double_quant=double_quant, compute_dtype=torch.float32)
         assert torch.equal(rows_of(0, 4), round_trip(weight, quant_type="nf4", double_quant=double_quant))
 
 
@@ -68,5 +82,10 @@ def test_rows_are_the_weights_a_loaded_base_computes_with(load_tiny, tiny_model,
     for name, module in four_bit_linears(base):
         source = plain.get_submodule(name)
         weight = source.weight.detach().T.contiguous() if isinstance(source, Conv1D) else source.weight.detach()
-        rows_of = restored_rows(weight, name="w", quant_type="nf4", double_quant=True, compute_dtype=compute)
+        rows_of = rows_after(
+            weight,
+            quant_type="nf4",
+            double_quant=True,
+            compute_dtype=compute,
+        )
         assert torch.equal(rows_of(0, len(weight)), dequantized_weight(module).float()), name

@@ -1,0 +1,185 @@
+"""Memory and time of `merge` beside a plain copy of the same bytes: a random checkpoint of several files in, a table out.
+
+    python benchmarks/merge_stream.py --model llama-7b --layers 8 --shard-bytes 500000000 --work /tmp/merge
+    python benchmarks/merge_stream.py --model llama-7b --work /mnt/disk/merge        # the whole 7B
+
+The merge runs in a process of its own without verification; its resident peak is VmHWM of that process, everything
+counted (interpreter, torch, transformers, bitsandbytes). The bound is the bytes of the two largest files + 1 GiB.
+Source files are dropped from the page cache before each run, and both runs end with fsync.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from math import prod
+from pathlib import Path
+
+import torch
+from models import CONFIGS, make_config, write_tokenizer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.core.base_model import linear_names
+from qlora_cli.core.companions import write_index
+from qlora_cli.core.shards import bytes_of, lay_out
+
+BLOCK_ELEMENTS = 2**24
+GIB = 2**30
+
+CHILD = """
+import json, resource, sys, time
+from qlora_cli.config import MergeConfig
+from qlora_cli.stages.merging import merge
+imported = time.perf_counter()
+def peak():
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+before = peak()
+result = merge(MergeConfig(**json.loads(sys.argv[1])), lambda event: None).to_dict()
+seconds = time.perf_counter() - imported
+used = resource.getrusage(resource.RUSAGE_SELF)
+result |= {"user_seconds": used.ru_utime, "system_seconds": used.ru_stime}
+print(json.dumps({"peak_bytes": peak(), "imported_bytes": before, "seconds": seconds, **result}))
+"""
+
+
+def write_checkpoint(directory: Path, config, shard_bytes: int) -> None:
+    """A random bfloat16 checkpoint, written tensor by tensor: it may be larger than memory."""
+    directory.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    groups: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, shape in shapes.items():
+        size = 2 * prod(shape)
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(name)
+        room -= size
+    block = (torch.randn(BLOCK_ELEMENTS) * 0.02).bfloat16()
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    for file_name, group in zip(names, groups, strict=True):
+        layout = lay_out([(name, torch.bfloat16, shapes[name]) for name in group])
+        with (directory / file_name).open("wb") as stream:
+            stream.write(layout.header)
+            for name in group:
+                left = prod(shapes[name])
+                while left:
+                    stream.write(bytes_of(block[: min(left, BLOCK_ELEMENTS)]))
+                    left -= min(left, BLOCK_ELEMENTS)
+            os.fsync(stream.fileno())
+    config.dtype = torch.bfloat16
+    config.architectures = [CONFIGS_ARCHITECTURE[type(config).__name__]]
+    config.save_pretrained(directory)
+    write_index(directory, names)
+    write_tokenizer(directory)
+
+
+CONFIGS_ARCHITECTURE = {
+    "LlamaConfig": "LlamaForCausalLM",
+    "GPTNeoXConfig": "GPTNeoXForCausalLM",
+    "FalconConfig": "FalconForCausalLM",
+}
+
+
+def write_adapter(directory: Path, base: Path, config, rank: int) -> None:
+    """A random adapter on every linear layer."""
+    directory.mkdir(parents=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tensors, names = {}, linear_names(model)
+    for name in names:
+        rows, columns = model.get_submodule(name).weight.shape
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, columns) * 0.02
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, rank) * 0.02
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    content = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": leaves}
+    (directory / "adapter_config.json").write_text(json.dumps({**content, "base_model_name_or_path": str(base)}))
+
+
+def forget(directory: Path) -> None:
+    """Drops the files from the page cache, so that reading them is reading the disk."""
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds a plain copy of all weight files takes, flushed to the disk."""
+    forget(source)
+    target.mkdir()
+    started = time.perf_counter()
+    for path in source.glob("*.safetensors"):
+        shutil.copyfile(path, target / path.name)
+        with (target / path.name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    seconds = time.perf_counter() - started
+    shutil.rmtree(target)
+    return seconds
+
+
+def run_merge(source: Path, adapter: Path, target: Path, method: str) -> dict:
+    """One merge in its own process."""
+    forget(source)
+    settings = {"adapter": str(adapter), "output": str(target), "base": method, "verify": False, "overwrite": True}
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(settings)], env=environment, check=True, stdout=subprocess.PIPE
+    )
+    shutil.rmtree(target)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Writes what is missing under --work, then measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-7b", choices=CONFIGS)
+    parser.add_argument("--layers", type=int, help="Use fewer layers than the architecture has.")
+    parser.add_argument("--shard-bytes", type=int, default=5_000_000_000)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    config = make_config(arguments.model)
+    if arguments.layers:
+        config.num_hidden_layers = arguments.layers
+    base, adapter = arguments.work / "base", arguments.work / "adapter"
+    if not (base / "tokenizer.json").exists():
+        shutil.rmtree(arguments.work, ignore_errors=True)
+        write_checkpoint(base, config, arguments.shard_bytes)
+        write_adapter(adapter, base, config, arguments.rank)
+    sizes = sorted((path.stat().st_size for path in base.glob("*.safetensors")), reverse=True)
+    bound = sum(sizes[:2]) + GIB
+    print(f"{arguments.model}, {config.num_hidden_layers} layers: {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB")
+    print(f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, {os.cpu_count()} cores")
+    results: dict = {"bound_bytes": bound, "total_bytes": sum(sizes), "files": len(sizes), "copy": [], "merge": {}}
+    for _ in range(arguments.repeat):  # interleaved, so that a slow spell of the disk meets all
+        results["copy"].append(copy(base, arguments.work / "copied"))
+        print(f"copy: {results['copy'][-1]:.1f} s")
+        for method in ("original", "dequantized"):
+            figures = run_merge(base, adapter, arguments.work / "merged", method)
+            results["merge"].setdefault(method, []).append(figures)
+            print(
+                f"merge into {method}: {figures['seconds']:.1f} s (files {figures['merge_seconds']:.1f} s, CPU "
+                f"{figures['user_seconds']:.1f} s + {figures['system_seconds']:.1f} s in the system), peak "
+                f"{figures['peak_bytes'] / GIB:.2f} GiB of {bound / GIB:.2f} allowed "
+                f"({figures['imported_bytes'] / GIB:.2f} GiB before it began)",
+                flush=True,
+            )
+    best = min(results["copy"])
+    for method, runs in results["merge"].items():
+        fastest, peak = min(r["merge_seconds"] for r in runs), max(r["peak_bytes"] for r in runs)
+        print(f"{method}: {fastest / best:.2f} x the copy, peak {peak / bound:.0%} of the bound")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
