@@ -180,8 +180,10 @@ def download_snapshot(
             ) from error
         except hub_errors.HFValidationError as error:
             raise ModelError(f"{repository} is neither a local path nor a hub id.", f"Check {flag}.") from error
-        except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+        except (hub_errors.LocalEntryNotFoundError, hub_errors.HTTPError, OSError) as error:
+            # A refused file comes as "not in the cache", caused by the refusal.
+            response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            status = getattr(response, "status_code", None)
             if status in (401, 403):
                 raise ModelError(
                     f"The hub refuses the {kind} {repository} to this account (HTTP {status}).", "Run: hf auth login"
@@ -430,6 +432,14 @@ def freeze_base(base: Any) -> PreTrainedModel:
 
 
 def _check_weights(base: Any, model: str) -> None:
+    odd = [n for n, m in four_bit_linears(base) if m.weight.device.type == "cpu" and m.in_features % BLOCK_SIZE]
+    if odd:
+        # bitsandbytes 0.50's AVX512 kernel starts a new block at each row: such weights come back wrong by their size.
+        raise ModelError(
+            f"{model} has linear layers such as {odd[0]} whose width is no multiple of {BLOCK_SIZE}, "
+            "which bitsandbytes cannot read back on a CPU.",
+            "Use a machine with a CUDA GPU for this model.",
+        )
     left = [name for name in linear_names(base) if not is_4bit(base.get_submodule(name))]
     if left:
         raise ModelError(

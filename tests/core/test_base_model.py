@@ -129,3 +129,9 @@ def test_identity_tells_siblings_of_one_shape_apart(tiny_model):
     assert first.differences(identity(0)) == []
     assert [line.split(":")[0] for line in first.differences(identity(1))] == ["weights_sha256"]
     assert [line.split(":")[0] for line in first.differences(identity(0, quant_type="fp4"))] == ["quant_type"]
+
+
+def test_widths_that_bitsandbytes_misreads_on_the_cpu_are_refused(tiny_model):
+    directory = tiny_model("llama", hidden_size=96)
+    with pytest.raises(ModelError, match="no multiple of 64"):
+        base_model.load_base(str(directory), compute_dtype=torch.float32, device=torch.device("cpu"))
