@@ -1,0 +1,39 @@
+"""Checks of the small decoding kernels, run by test_gemv.py: by the interpreter on a CPU, for real on a GPU."""
+
+import pytest
+import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.llama import modeling_llama
+
+from qlora_cli.kernels.decode_pointwise import rms_norm, rotate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [modeling_llama.LlamaRMSNorm, Gemma2RMSNorm])
+def test_normalises_as_the_module_does(kind, dtype):
+    module = kind(200, eps=1e-5).to(DEVICE, dtype)
+    module.weight.data.normal_(1, 0.3)
+    x = (3 * torch.randn(3, 2, 200, device=DEVICE)).to(dtype)
+    gemma = kind is Gemma2RMSNorm
+    found = rms_norm(x, module.weight.data, 1e-5, offset=float(gemma), round_first=not gemma)
+    torch.testing.assert_close(found, module(x), atol=1e-6 if dtype == torch.float32 else 1e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("module", [modeling_llama, modeling_gpt_neox])
+def test_rotates_as_the_function_does(module, dtype):
+    whole = torch.randn(3, 2, 6, 40, device=DEVICE).to(dtype)  # (rows, tokens, heads, size), as a projection leaves it
+    query, key = whole[:, :, :4].transpose(1, 2), whole[:, :, 4:].transpose(1, 2)
+    rotated = 40 if module is modeling_llama else 16
+    angles = torch.randn(3, 2, rotated // 2, device=DEVICE).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = module.apply_rotary_pos_emb(query, key, cos, sin)
+    for found, wanted in zip(rotate(query, key, cos, sin), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6 if dtype == torch.float32 else 1e-3, rtol=1e-3)
+    one = rotate(query[:1], key[:1], cos[:1], sin[:1])
+    same = rotate(query[:1].expand(2, -1, -1, -1), key[:1].expand(2, -1, -1, -1), cos[:1], sin[:1])
+    assert torch.equal(same[0][1:], one[0]) and torch.equal(same[1][:1], one[1])
