@@ -1,5 +1,6 @@
 """A model id or directory in, a frozen 4-bit model, its tokenizer and its identity out; bitsandbytes is spoken to here."""
 
+import copy
 import hashlib
 import json
 import os
@@ -516,8 +517,17 @@ def dequantized_weight(module: Any, dtype: torch.dtype | None = None) -> torch.T
     Returns:
         (out_features, in_features).
     """
-    weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    weight = _dequantize(module.weight.data, module.weight.quant_state)
     return weight if dtype is None else weight.to(dtype)
+
+
+def _dequantize(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    if packed.device.type != "cpu" or state.shape[-1] % BLOCK_SIZE == 0:
+        return bnb.functional.dequantize_4bit(packed, state)
+    # As one long row: the CPU kernel starts a new block at each row, where quantisation ran on.
+    flat = copy.copy(state)
+    flat.shape = torch.Size([1, state.shape.numel()])
+    return bnb.functional.dequantize_4bit(packed, flat).reshape(state.shape)
 
 
 def round_trip(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> torch.Tensor:
@@ -534,7 +544,7 @@ def round_trip(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> 
     packed, state = bnb.functional.quantize_4bit(
         weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
     )
-    return bnb.functional.dequantize_4bit(packed, state)
+    return _dequantize(packed, state)
 
 
 def four_bit_values(quant_type: str) -> torch.Tensor:
