@@ -433,7 +433,8 @@ def freeze_base(base: Any) -> PreTrainedModel:
 
 
 def _check_weights(base: Any, model: str) -> None:
-    odd = [n for n, m in four_bit_linears(base) if m.weight.device.type == "cpu" and m.in_features % BLOCK_SIZE]
+    on_cpu = base.device.type == "cpu"
+    odd = [n for n, m in four_bit_linears(base) if on_cpu and m.weight.quant_state.shape[-1] % BLOCK_SIZE]
     if odd:
         # bitsandbytes 0.50's AVX512 kernel starts a new block at each row: such weights come back wrong by their size.
         raise ModelError(
@@ -502,7 +503,7 @@ def is_4bit(module: nn.Module) -> bool:
     return isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight, "quant_state", None) is not None
 
 
-def four_bit_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def four_bit_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every quantised linear with its name."""
     return ((name, module) for name, module in model.named_modules() if is_4bit(module))
 
