@@ -305,7 +305,7 @@ class Loop:
         progress.evaluated_step = progress.step
         progress.last_eval_loss = loss if math.isfinite(loss) else None
         self._tell(EvaluationLogged(progress.step, loss, math.exp(loss) if loss < 700 else math.inf))
-        if progress.best_loss is None or loss < progress.best_loss:
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
             if self.cadence.keep_best:
                 self._save_once()
@@ -313,10 +313,11 @@ class Loop:
         progress.evaluations_since_best += 1
         if self.cadence.patience is not None and progress.evaluations_since_best >= self.cadence.patience:
             progress.stopped_early = True
+            best = f" than that of step {progress.best_step}" if progress.best_step else ""
             self._tell(
                 Notice(
                     f"Stopped at step {progress.step}: {progress.evaluations_since_best} evaluations without a lower "
-                    f"loss than {progress.best_loss:.4f} of step {progress.best_step}."
+                    f"loss{best}."
                 )
             )
 

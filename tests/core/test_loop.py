@@ -171,6 +171,17 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(base, tmp_path):
     assert resumed.events == []
 
 
+def test_an_evaluation_that_is_not_finite_is_never_the_best(base, tmp_path):
+    def fault(call, batch, loss):
+        return loss if loss.requires_grad else loss * torch.nan
+
+    options = {"eval_rows": 4, "eval_every": 1, "keep_best": True, "patience": 3}
+    case = make_case(base, tmp_path, wrap_engine=lambda e: FaultyEngine(e, fault), **options).run()
+    assert case.loop.progress.best_step is None and case.loop.progress.step == 3
+    assert all(math.isnan(e.eval_loss) for e in case.told(EvaluationLogged))
+    assert make_case(base, tmp_path, resume=True, **options).run().events == []
+
+
 # ---------------------------------------------------------------- numbers that are not finite
 
 

@@ -12,9 +12,11 @@ from unittest import mock
 
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 
 from qlora_cli.config import TrainConfig
 from qlora_cli.core import adapter, checkpoint
+from qlora_cli.core.base_model import resolve_model
 from qlora_cli.events import Event, RunStarted, StepLogged
 from qlora_cli.stages import training
 
@@ -191,3 +193,15 @@ def out_of_memory(above_tokens: int, from_step: int) -> Iterator[Callable[[Event
 
     with bad_engine(change) as on_event:
         yield on_event
+
+
+def download(model: str, cache: str) -> None:
+    """Resolves a hub model into a cache of its own, without the pauses between attempts."""
+    with mock.patch.object(constants, "HF_HUB_CACHE", cache), mock.patch.object(time, "sleep"):
+        resolve_model(model, report=lambda event: print(event, flush=True))
+
+
+def train_from_hub(options: dict[str, Any], cache: str) -> None:
+    """A run of `train` whose hub cache is its own."""
+    with mock.patch.object(constants, "HF_HUB_CACHE", cache):
+        train({**options, "base_cache": False})

@@ -1,0 +1,119 @@
+"""A hub that drops, truncates, stalls and refuses: downloads are tried again, or end in one clear sentence."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import Outcome, Zygote, count
+from .hub_server import Hub, serving
+
+ATTEMPTS = 5
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_model) -> Iterator[tuple[Hub, int]]:
+    served = Hub(tiny_model("llama"))
+    with serving(served) as port:
+        yield served, port
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory) -> Iterator[Zygote]:
+    """Processes that know no hub but this one, and are quick to lose patience with it."""
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub[1]}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_TOKEN": "hf_secret",
+        "QLORA_RETRY_SECONDS": "0.02",
+    }
+    started = Zygote(tmp_path_factory.mktemp("client"), environment)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def download(hub, client, tmp_path) -> Callable[..., Outcome]:
+    """Resolves org/model into an empty cache while the hub has a fault."""
+
+    def run(fault: str, times: int = 10**9, only: str = "") -> Outcome:
+        hub[0].fault, hub[0].times, hub[0].only = fault, times, only
+        hub[0].requests.clear()
+        outcome = client.run("tests.faults.victims:download", model="org/model", cache=str(tmp_path / "cache"))
+        assert "hf_secret" not in outcome.said
+        return outcome
+
+    return run
+
+
+def whole(cache: Path, served: Path) -> bool:
+    """Whether every file that matters is there, byte for byte."""
+    found = {path.name: path.read_bytes() for path in cache.glob("models--org--model/snapshots/*/*")}
+    wanted = ("config.json", "model.safetensors", "tokenizer.json")
+    return all(found.get(name) == (served / name).read_bytes() for name in wanted)
+
+
+@pytest.mark.parametrize("fault", ["drop", "truncate", "status:500", "status:503", "status:429", "stall"])
+def test_a_fault_that_passes_is_outlasted(download, hub, tmp_path, fault):
+    done = download(fault, times=1 if fault == "stall" else 2, only="model.safetensors")
+    good = done.code == 0 and whole(tmp_path / "cache", hub[0].directory)
+    count("hub that drops, truncates, stalls, fails, then recovers", downloads=1, failed=int(not good))
+    assert good, done.said
+
+
+@pytest.mark.parametrize("fault", ["drop", "truncate", "status:500"])
+def test_a_fault_that_stays_ends_in_one_sentence_and_no_half_file(download, hub, tmp_path, fault):
+    done = download(fault, only="model.safetensors")
+    assert done.code == 1 and f"could not be downloaded after {ATTEMPTS} attempts" in done.said, done.said
+    assert "Traceback" not in done.said
+    assert not list((tmp_path / "cache").glob("models--org--model/snapshots/*/model.safetensors"))
+    again = download("")
+    assert again.code == 0 and whole(tmp_path / "cache", hub[0].directory)
+
+
+@pytest.mark.parametrize(
+    ("fault", "only", "sentence"),
+    [
+        ("status:403:GatedRepo", "", "is gated"),
+        ("status:401:RepoNotFound", "", "no model org/model on the hub, or it is private"),
+        ("status:404:RepoNotFound", "", "no model org/model on the hub, or it is private"),
+        ("status:404:RevisionNotFound", "", "has no revision"),
+        ("status:403", "model.safetensors", "refuses the model"),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_said_at_once(download, hub, fault, only, sentence):
+    started = time.monotonic()
+    done = download(fault, only=only)
+    count("hub that refuses: gated, missing, unauthorised", refusals=1, not_said=int(sentence not in done.said))
+    assert done.code == 1 and sentence in done.said and "Traceback" not in done.said, done.said
+    assert "attempts" not in done.said and time.monotonic() - started < 30
+
+
+def test_a_hub_out_of_reach_is_said_and_what_is_cached_still_works(download, hub, tmp_path):
+    for fault in ("drop", "status:503"):
+        unreachable = download(fault)
+        assert unreachable.code == 1 and "could not be downloaded" in unreachable.said, unreachable.said
+    assert download("").code == 0
+    cached = download("status:503")
+    assert cached.code == 0 and whole(tmp_path / "cache", hub[0].directory), cached.said
+
+
+def test_a_run_trains_on_a_base_that_came_in_pieces_and_says_where_from(hub, client, tmp_path):
+    """The card names the hub's base; nothing else of this machine, nor the token, is in any file of the run."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"Row {i} of a few."}) + "\n" for i in range(8)))
+    output = tmp_path / "out"
+    hub[0].fault, hub[0].times, hub[0].only = "truncate", 2, "model.safetensors"
+    options = {"model": "org/model", "data": str(data), "output": str(output), "max_steps": 2, "batch_size": 2}
+    done = client.run("tests.faults.victims:train_from_hub", options=options, cache=str(tmp_path / "cache"))
+    assert done.code == 0, done.said
+    assert "base_model: org/model" in (output / "README.md").read_text()
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/model"
+    for path in output.rglob("*"):
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
+    assert str(tmp_path) not in (output / "README.md").read_text()
