@@ -221,7 +221,7 @@ class _Trace:
             CatchAttention(self._attend),
             _forwards(self.modules, list(map(pass_on, self.modules, kinds))),
         ):
-            self.decoder(input_ids=ids, use_cache=False, **self.inputs)
+            self.decoder(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs)
         return calls
 
     def _trace_layer(self, call: _Call, *, differentiable: bool) -> LayerTrace:
@@ -313,14 +313,17 @@ class _Trace:
             if self.fused:
                 self._fused_loss(ids, positions).backward()
             else:
-                logits = self.model(input_ids=ids, use_cache=False, **self.inputs).logits
+                logits = self.model(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs).logits
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
                 del logits
                 loss.backward()
         return self._rise(self.live.highest_bytes)
 
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.base.get_input_embeddings()(ids)  # models look at the values of ids, and there are none
+
     def _fused_loss(self, ids: Tensor, positions: Tensor) -> Tensor:
-        embedded = self.base.get_input_embeddings()(ids)  # held to the end, as by the engine
+        embedded = self._embed(ids)  # held to the end, as by the engine
         hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **self.inputs).last_hidden_state.flatten(0, 1)
         vocabulary = self.base.get_output_embeddings().weight.shape[0]
         chunk_bytes = chunk_tokens(vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
