@@ -201,9 +201,9 @@ def _recognise(source: Source, settings: DataSettings, encoder: TextEncoder) -> 
     sample: list[Record] = []
     for chunk in source.chunks(settings.max_line_bytes):
         parse_chunk(chunk, settings.max_line_bytes)
+        sample += chunk.records
         if chunk.bad_rows and settings.on_bad_row == "stop" and not sample:
             raise _bad_row_error(min(chunk.bad_rows, key=lambda bad: bad.line or 0))
-        sample += chunk.records
         if len(sample) >= SAMPLE_RECORDS:
             break
     if not sample:

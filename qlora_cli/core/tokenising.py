@@ -121,11 +121,11 @@ class Tokeniser:
             except BadField as reason:
                 result.bad_rows.append(BadRow(chunk.file, line, str(reason)))
                 continue
-            if not row[0].size:
-                result.dropped["no tokens"] += 1
+            if not row[1].any():
+                result.dropped["every token is masked" if row[0].size else "no tokens"] += 1
                 continue
             closed = self._close(*row)
-            result.closed += closed is not row
+            result.closed += closed[0] is not row[0]
             rows.append(closed)
         _lay(result, rows)
         return result
