@@ -16,7 +16,7 @@ from qlora_cli.events import (
     Vram,
 )
 
-STEP_LINES = 100  # of a long run; a short one prints every step
+STEP_LINES = 50  # of a long run; a short one prints every step
 QUIET_SECONDS = 30.0  # a step line comes at least this often
 TASK_SECONDS = 10.0  # between two lines of one task
 
@@ -38,7 +38,7 @@ def describe_start(event: RunStarted) -> str:
 
 
 class LineView:
-    """Writes each event as at most one line; of a long run's steps about a hundred."""
+    """Writes each event as at most one line; of a long run's steps about fifty."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
