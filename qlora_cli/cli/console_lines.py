@@ -30,6 +30,8 @@ def describe_vram(vram: Vram) -> str:
 
 def describe_start(event: RunStarted) -> str:
     """What is trained, where, by which engine."""
+    if event.first_step > event.total_steps:
+        return f"All {event.total_steps} steps are done already."
     percent = 100 * event.trainable_parameters / event.total_parameters
     return (
         f"Training {event.trainable_parameters:,} of {event.total_parameters:,} parameters ({percent:.3g} %) "

@@ -111,12 +111,14 @@ def test_other_events_are_one_line_each():
         Notice("The text column is quote."),
         Caution("Odd."),
         RunStarted(1, 20, 100, 10_000, "cpu", "plain"),
+        RunStarted(21, 20, 100, 10_000, "cpu", "plain"),
         EvaluationLogged(5, 2.0, 7.389),
         CheckpointSaved(5, "out/checkpoints/5", 35 * 2**20, 0.31),
     ) == [
         "The text column is quote.",
         "warning: Odd.",
         "Training 100 of 10,000 parameters (1 %) on cpu, steps 1 to 20; engine: plain.",
+        "All 20 steps are done already.",
         "step 5: evaluation loss 2.0000, perplexity 7.39",
         "step 5: checkpoint out/checkpoints/5 (35.0 MiB, 0.3 s)",
     ]
