@@ -4,7 +4,9 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from huggingface_hub import constants
 from qlora_cli.config import TrainConfig
 from qlora_cli.core import adapter, checkpoint
 from qlora_cli.core.base_model import resolve_model
+from qlora_cli.errors import QloraError
 from qlora_cli.events import Event, RunStarted, StepLogged
 from qlora_cli.stages import training
 
@@ -157,8 +160,8 @@ def file_limit(step: int, limit_bytes: int) -> Iterator[Callable[[Event], None]]
 @contextlib.contextmanager
 def bad_engine(change: Callable[[Any, torch.Tensor, int], torch.Tensor]) -> Iterator[Callable[[Event], None]]:
     """Passes every loss, with its batch and the number of the step, through `change`."""
-    step = 0
-    install = training.install_engine
+    step = 0  # 0 while the longest rows are tried
+    install, take = training.install_engine, training.Loop._take
 
     def install_bad(*arguments: Any, **keywords: Any) -> Any:
         engine = install(*arguments, **keywords)
@@ -166,13 +169,16 @@ def bad_engine(change: Callable[[Any, torch.Tensor, int], torch.Tensor]) -> Iter
         engine.loss = lambda batch: change(batch, loss(batch), step)
         return engine
 
-    def on_event(event: Event) -> None:
+    def take_known(loop: Any, now: Any, batches: Any) -> Any:
         nonlocal step
-        if isinstance(event, RunStarted | StepLogged):
-            step = event.first_step if isinstance(event, RunStarted) else event.step + 1
+        step = now.number
+        return take(loop, now, batches)
 
-    with mock.patch.object(training, "install_engine", install_bad):
-        yield on_event
+    with (
+        mock.patch.object(training, "install_engine", install_bad),
+        mock.patch.object(training.Loop, "_take", take_known),
+    ):
+        yield lambda event: None
 
 
 @contextlib.contextmanager
@@ -189,6 +195,55 @@ def out_of_memory(above_tokens: int, from_step: int) -> Iterator[Callable[[Event
     def change(batch: Any, loss: torch.Tensor, step: int) -> torch.Tensor:
         if step >= from_step and batch.tokens > above_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return loss
+
+    with bad_engine(change) as on_event:
+        yield on_event
+
+
+def train_as_ranks(
+    options: dict[str, Any], world_size: int, fault: dict[str, Any] | None = None, faulty_rank: int = 0
+) -> None:
+    """A run of `train` in several processes that share each step over gloo, as torchrun starts them.
+
+    Prints the exit code of each as `codes [...]`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(world_size):
+        child = os.fork()
+        if child == 0:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            numbers |= {"MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
+            _exit_as_rank(options, fault if rank == faulty_rank else None)
+        children.append(child)
+    print("codes", [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+
+
+def _exit_as_rank(options: dict[str, Any], fault: dict[str, Any] | None) -> None:
+    code = 1
+    try:
+        train(options, fault)
+        code = 0
+    except QloraError as error:
+        print(error.message, flush=True)
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def signalled(step: int, number: int = signal.SIGTERM) -> Iterator[Callable[[Event], None]]:
+    """A signal while the loss of a step is computed."""
+
+    def change(batch: Any, loss: torch.Tensor, now: int) -> torch.Tensor:
+        if now == step and loss.requires_grad:
+            os.kill(os.getpid(), number)
         return loss
 
     with bad_engine(change) as on_event:
