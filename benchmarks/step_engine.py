@@ -7,9 +7,12 @@ the disk; rows are random ids. The optimizer is torch's fused AdamW over one buf
 """
 
 import argparse
+import fcntl
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -19,31 +22,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 ALL16 = {"rank": 16, "target_modules": None}
 QKV16 = {"rank": 16, "target_modules": ("query_key_value",)}
 QKV8 = {"rank": 8, "target_modules": ("query_key_value",), "dropout": 0.05}
-FREE = {"gradient_checkpointing": "off", "resident_weights": False, "compile": False}
-LEAN = {"gradient_checkpointing": "on", "offload_activations": True, "offload_embeddings": True, "compile": True}
-# run → (architecture, row lengths of a step, adapter, engine options)
+FREE = {"gradient_checkpointing": "off", "resident_weights": False, "compile": True}
+RESIDENT = FREE | {"resident_weights": True}
+# run → (architecture, row lengths of a step, adapter, engine options; limit_gib is that of PyTorch's allocator)
 RUNS = {
-    "llama-free": ("llama-7b", (2048,) * 2, ALL16, FREE | {"compile": True, "resident_weights": True}),
-    "llama-free-packed4": ("llama-7b", (2048,) * 2, ALL16, FREE | {"compile": True}),
-    "llama-free-eager": ("llama-7b", (2048,) * 2, ALL16, FREE),
-    "llama-least": ("llama-7b", (2048,) * 2, ALL16, LEAN),
-    "llama-gsm8k": ("llama-7b", "gsm8k", ALL16, FREE | {"compile": True, "resident_weights": True}),
-    "neox-lean": ("neox-20b", (2048,), QKV8, LEAN),
-    "neox-lean-eager": ("neox-20b", (2048,), QKV8, LEAN | {"compile": False}),
-    "neox-half": ("neox-20b", (2048,), QKV8, LEAN | {"gradient_checkpointing": "22"}),
-    "neox-quotes": ("neox-20b", "quotes", QKV8, LEAN | {"gradient_checkpointing": "off"}),
-    "neox-quotes-eager": ("neox-20b", "quotes", QKV8, LEAN | {"gradient_checkpointing": "off", "compile": False}),
-    "neox-quotes-on": ("neox-20b", "quotes", QKV8, LEAN | {"offload_activations": False}),
-    "pythia": ("pythia-410m", (2048,) * 4, ALL16, FREE | {"compile": True, "resident_weights": True}),
-    "pythia-eager": ("pythia-410m", (2048,) * 4, ALL16, FREE | {"resident_weights": True}),
-    "falcon": ("falcon-7b", (2048,), QKV16, FREE | {"compile": True}),
-    "falcon-on": ("falcon-7b", (2048,), QKV16, FREE | {"compile": True, "gradient_checkpointing": "on"}),
+    "llama-free": ("llama-7b", (2048,) * 2, ALL16, RESIDENT),
+    "llama-free-flash": ("llama-7b", (2048,) * 2, ALL16, RESIDENT | {"cudnn": False}),
+    "llama-free-packed4": ("llama-7b", (2048,) * 2, ALL16, FREE),
+    "llama-free-eager": ("llama-7b", (2048,) * 2, ALL16, RESIDENT | {"compile": False}),
+    "llama-free-nograph": ("llama-7b", (2048,) * 2, ALL16, RESIDENT | {"graphs": False}),
+    "llama-least": ("llama-7b", (2048,) * 2, ALL16, {"compile": True, "limit_gib": 4.9}),
+    "llama-gsm8k": ("llama-7b", "gsm8k", ALL16, RESIDENT),
+    "neox-fixed": ("neox-20b", (2048,), QKV8, {"compile": True, "limit_gib": 11.6}),
+    "neox-quotes": ("neox-20b", "quotes", QKV8, {"compile": True, "limit_gib": 11.6}),
+    "neox-quotes-eager": ("neox-20b", "quotes", QKV8, {"compile": False, "limit_gib": 11.6}),
+    "neox-11gib": ("neox-20b", (512,), QKV8, {"compile": False, "limit_gib": 11.0}),
+    "pythia": ("pythia-410m", (2048,) * 4, ALL16, RESIDENT),
+    "pythia-eager": ("pythia-410m", (2048,) * 4, ALL16, RESIDENT | {"compile": False}),
+    "falcon": ("falcon-7b", (2048,), QKV16, {"compile": True, "limit_gib": 6.5}),
     "tiny": ("tiny-llama", (100, 28), ALL16, FREE),
 }
+PATIENCE_S = 90  # for the other runs to get warm
+HELD: list = []
 KINDS = {
+    "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
     "GEMM": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk"),
     "dequantise": ("_dequantize",),
-    "attention": ("flash", "fmha", "cudnn", "attention"),
     "loss": ("_loss_and_gradient",),
     "dropout": ("_drop",),
     "compiled": ("triton_",),
@@ -100,20 +104,44 @@ def lengths_of(kind, generator) -> list[int]:
         lengths.append(n)
 
 
-def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
+def wait_for_turn(folder: str | None, runs: int) -> None:
+    """Where runs warm up side by side: waits until all have, then until it is this one's turn."""
+    if folder is None:
+        return
+    Path(folder, f"warm-{os.getpid()}").touch()
+    started = time.time()
+    while len(list(Path(folder).glob("warm-*"))) < runs and time.time() - started < PATIENCE_S:
+        time.sleep(0.2)
+    turn = Path(folder, "turn").open("w")  # noqa: SIM115 - held, and with it the lock, until the process ends
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    HELD.append(turn)
+
+
+def run(name: str, steps: int, warm: int, profile: bool, device: str, folder: str | None = None, runs: int = 1) -> dict:
     """Trains one configuration and returns its figures."""
     import numpy as np
     import torch
 
+    from qlora_cli.core import engine_fast
     from qlora_cli.core.adapter import attach_adapter
     from qlora_cli.core.engine import install_engine
+    from qlora_cli.core.engine_memory import limit_memory
     from qlora_cli.core.packing import collate
     from qlora_cli.core.parameters import TrainableParameters
 
     architecture, rows, adapter, options = RUNS[name]
     cuda = device == "cuda"
+    options = dict(options)
     started = time.time()
+    if options.pop("cudnn", True) is False:
+        engine_fast.takes_equal_rows = lambda *_: False
+    if options.pop("graphs", True) is False:
+        engine_fast.GRAPHS_PAY_STEPS = 10**9
+    limit_gib = options.pop("limit_gib", None)
     base = build(architecture, device)
+    if limit_gib and cuda:
+        torch.cuda.empty_cache()
+        limit_memory(torch.device(device), int(limit_gib * 2**30))
     model = attach_adapter(base, alpha=32, **adapter).train()
     if cuda:
         torch.cuda.empty_cache()
@@ -121,7 +149,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     result["base_gib"] = torch.cuda.memory_allocated() / 2**30 if cuda else 0
     generator = np.random.default_rng(0)
     batches = []
-    for _ in range(steps + warm):
+    for _ in range(steps):
         lengths = lengths_of(rows, generator)
         ids = [(generator.integers(5, 1000, n).astype(np.int32), np.ones(n, dtype=bool)) for n in lengths]
         batches.append(collate(ids, range(len(ids))))
@@ -133,7 +161,8 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
         device=torch.device(device),
         compute_dtype=torch.bfloat16,
         max_tokens=max(b.tokens for b in batches),
-        total_steps=steps,
+        total_steps=100,
+        optimizer_bytes=12 * parameters.elements,
         report=lambda event: print("   ", event.text, flush=True),
         **options,
     )
@@ -156,12 +185,17 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
             torch.cuda.synchronize()
 
     started = time.time()
-    losses = [step(batch) for batch in batches[:warm]]
+    # Lengths that vary: every shape is met once before, as it is after a few dozen steps of a run.
+    losses = [step(batch) for batch in (batches[:1] + batches if isinstance(rows, str) else (batches * warm)[:warm])]
     wait()
     result["warm_s"] = time.time() - started
+    wait_for_turn(folder, runs)
+    for batch in batches[:2]:
+        step(batch)
+    wait()
     started = time.time()
     hosts = []
-    for batch in batches[warm:]:
+    for batch in batches:
         before = time.time()
         losses.append(step(batch))
         hosts.append(time.time() - before)
@@ -169,7 +203,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     seconds = time.time() - started
     result["step_ms"] = seconds / steps * 1e3
     result["host_ms"] = sorted(hosts)[len(hosts) // 2] * 1e3
-    result["tok_s"] = sum(b.tokens for b in batches[warm:]) / seconds
+    result["tok_s"] = sum(b.tokens for b in batches) / seconds
     result["losses"] = [float(losses[0]), float(losses[-1])]
     if cuda:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -207,6 +241,27 @@ def profile_of(step, batches) -> dict:
     }
 
 
+def finish(name: str, process, folder: str, limit_s: float, results: list, started: float, path: str) -> None:
+    """Waits for one run, prints what it said and adds its result."""
+    try:
+        process.wait(timeout=max(1.0, limit_s - (time.time() - started)))
+    except subprocess.TimeoutExpired:
+        process.kill()
+    out, err = (Path(folder, f"{name}.{end}").read_text() for end in ("out", "err"))
+    lines = [line for line in out.splitlines() if line.startswith("RESULT ")]
+    error = f"longer than {limit_s} s" if process.returncode is None else err[-800:]
+    result = json.loads(lines[-1][7:]) if lines else {"run": name, "error": error}
+    result["total_s"] = time.time() - started
+    results.append(result)
+    print(name + "\n" + out.split("RESULT ")[0][-2000:], end="")
+    if "error" in result:
+        print(err[-2500:])
+    for ms, count, key in result.get("kernels", [])[:12]:
+        print(f"    {ms:8.2f} ms {count:5d} x {key}")
+    print("   ", {k: v for k, v in result.items() if k not in ("kernels", "engine")}, flush=True)
+    Path(path).write_text(json.dumps(results, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", action="append", choices=RUNS)
@@ -216,38 +271,48 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", default="step_engine.json")
+    parser.add_argument("--together", action="store_true", help="warm up side by side, measure one after another")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
         try:
-            result = run(arguments.inside, arguments.steps, arguments.warm, arguments.profile, arguments.device)
+            result = run(
+                arguments.inside,
+                arguments.steps,
+                arguments.warm,
+                arguments.profile,
+                arguments.device,
+                arguments.folder,
+                arguments.runs,
+            )
         except Exception as error:
             traceback.print_exc()
             result = {"run": arguments.inside, "error": f"{type(error).__name__}: {str(error)[:300]}"}
         print("RESULT " + json.dumps(result), flush=True)
         return
     results = []
-    for name in arguments.run or [n for n in RUNS if n != "tiny"]:
-        print(name, flush=True)
-        command = [sys.executable, __file__, "--inside", name, "--steps", str(arguments.steps)]
-        command += ["--warm", str(arguments.warm), "--device", arguments.device]
-        command += ["--profile"] if arguments.profile else []
-        started = time.time()
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_s, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            print(done.stdout[-2000:].split("RESULT ")[0], end="")
-            result = json.loads(lines[-1][7:]) if lines else {"run": name, "error": done.stderr[-800:]}
-            if "error" in result:
-                print(done.stderr[-2500:], flush=True)
-        except subprocess.TimeoutExpired:
-            result = {"run": name, "error": f"longer than {arguments.limit_s} s"}
-        result["total_s"] = time.time() - started
-        results.append(result)
-        for ms, count, key in result.get("kernels", [])[:12]:
-            print(f"    {ms:8.2f} ms {count:5d} x {key}")
-        print("   ", {k: v for k, v in result.items() if k not in ("kernels", "engine")}, flush=True)
-        Path(arguments.json).write_text(json.dumps(results, indent=1))
+    names = arguments.run or [n for n in RUNS if n != "tiny"]
+    folder = tempfile.mkdtemp()
+
+    def command(name: str) -> list[str]:
+        flags = {"steps": arguments.steps, "warm": arguments.warm, "device": arguments.device}
+        if arguments.together:
+            flags |= {"folder": folder, "runs": len(names)}
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        return [sys.executable, __file__, "--inside", name, *words, *(["--profile"] if arguments.profile else [])]
+
+    def start(name: str) -> subprocess.Popen:
+        with Path(folder, f"{name}.out").open("w") as out, Path(folder, f"{name}.err").open("w") as err:
+            return subprocess.Popen(command(name), stdout=out, stderr=err)
+
+    started = time.time()
+    processes = [start(name) for name in names] if arguments.together else []
+    for i, name in enumerate(names):
+        started = started if arguments.together else time.time()
+        process = processes[i] if arguments.together else start(name)
+        finish(name, process, folder, arguments.limit_s, results, started, arguments.json)
     print(f"\n{'run':<20}{'tok/s':>10}{'step ms':>10}{'host ms':>10}{'gpu ms':>10}{'peak GiB':>10}")
     for result in results:
         if "error" in result:

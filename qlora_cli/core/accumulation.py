@@ -80,7 +80,7 @@ class Accumulation:
     def _forward_backward(self, batch: MicroBatch, factor: Tensor | float, loss_sum: Tensor) -> bool:
         """Adds one micro-batch's gradients and loss. False when memory ran out: the step has to be repeated."""
         try:
-            loss = self.engine.loss(batch.to(self.device, non_blocking=True))
+            loss = self.engine.loss(batch)
             (loss * factor).backward()
             loss_sum += loss.detach()
             return True

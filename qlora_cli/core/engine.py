@@ -43,6 +43,7 @@ def install_engine(
     compile: bool | None = None,
     max_tokens: int,
     total_steps: int,
+    optimizer_bytes: int = 0,
     report: Report,
 ) -> Engine:
     """Prepares one model instance for training steps.
@@ -59,6 +60,7 @@ def install_engine(
         compile: Whether decoder layers are compiled; None decides by the length of the run.
         max_tokens: Most tokens in one micro-batch.
         total_steps: Optimizer steps still to run.
+        optimizer_bytes: Of state that the optimizer has yet to allocate on the device.
         report: Receives notices of what was decided.
 
     Raises:
@@ -78,6 +80,7 @@ def install_engine(
             compile=compile,
             max_tokens=max_tokens,
             total_steps=total_steps,
+            optimizer_bytes=optimizer_bytes,
             report=report,
         )
     raise UsageError(f"There is no engine {kind!r}.", "Use --engine fast or --engine plain.")
@@ -105,7 +108,7 @@ class PlainEngine:
 
     def __init__(self, model: Any, *, device: torch.device, gradient_checkpointing: str) -> None:
         recomputed = count_recomputed_layers(gradient_checkpointing, layers=1)
-        self.model = model
+        self.model, self.device = model, device
         self.recompute = device.type == "cuda" if recomputed is None else recomputed > 0
         if self.recompute:
             # Non-reentrant: gradients flow although the embeddings' output does not require any.
@@ -113,7 +116,8 @@ class PlainEngine:
 
     def loss(self, batch: "MicroBatch") -> Tensor:
         """See `Engine.loss`."""
-        input_ids, attention_mask, labels = batch.padded()  # (rows, longest) each
+        padded = batch.to(self.device, non_blocking=True).padded()
+        input_ids, attention_mask, labels = padded  # (rows, longest) each
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"

@@ -3,6 +3,7 @@
 The pack's boundaries travel as the attention mask: a 4-D mask reaches every layer of every architecture untouched, and
 being a tensor it is carried through checkpointing and compilation. Its shape is (1, 1, longest, rows + 1), int32,
 every [0, 0, i] the same `cu_seqlens`; the third dimension is a view that takes no memory and only tells `longest`.
+Where all rows are of one length and cuDNN can attend to them, it is (1, rows, longest, 1), of which only the shape counts.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_cli.kernels.attention import packed_attention
+from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, packed_attention
 
 NAME = "qlora_packed"
 MAX_HEAD_SIZE = 256
 
 
-def pack_mask(cu_seqlens: Tensor, longest: int) -> Tensor:
-    """Boundaries (rows + 1,) int32 to the mask described at the top, a view."""
+def pack_mask(cu_seqlens: Tensor, longest: int, equal_rows: int = 0) -> Tensor:
+    """Boundaries (rows + 1,) int32 to the mask described at the top, a view.
+
+    Args:
+        cu_seqlens: Where rows start, and the total.
+        longest: Tokens of the longest row, or more.
+        equal_rows: How many rows of `longest` tokens there are; 0 to go by the boundaries.
+    """
+    if equal_rows:
+        return cu_seqlens[:1].view(1, 1, 1, 1).expand(1, equal_rows, longest, 1)
     return cu_seqlens.view(1, 1, 1, -1).expand(1, 1, longest, -1)
 
 
@@ -46,16 +55,12 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    out = packed_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        attention_mask[0, 0, 0],
-        attention_mask.shape[2],
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window,
-    )
-    return out[None], None
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, size)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows, longest = attention_mask.shape[1:3]
+    if attention_mask.shape[3] == 1:
+        return equal_rows_attention(query, key, value, rows, scale)[None], None
+    return packed_attention(query, key, value, attention_mask[0, 0, 0], longest, scale, sliding_window)[None], None
 
 
 # Additive: no model uses the name unless an engine sets it on that model's own config.
@@ -123,6 +128,19 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
         if any(size % 8 or size > MAX_HEAD_SIZE for size in sizes):
             return f"flash attention takes no heads of size {max(sizes)}"
     return None
+
+
+def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
+    """Whether packs of equal rows go to cuDNN: no windows, heads of a size it takes, a key for each."""
+    config = decoder.config
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return (
+        device.type == "cuda"
+        and config.model_type != "falcon"
+        and not getattr(config, "sliding_window", None)
+        and keys == config.num_attention_heads
+        and _head_sizes(decoder, config) <= CUDNN_HEAD_SIZES
+    )
 
 
 def install_packed_attention(base: Any, decoder: Any) -> Callable[[], None]:

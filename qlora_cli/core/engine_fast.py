@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, why_not_packed
+from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
+from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket
 from qlora_cli.core.engine_layers import (
+    LayerBytes,
     LayerPlan,
     capture_calls,
+    capture_first_call,
     find_layers,
-    saved_bytes,
+    measure_layer,
     skip_unused_outputs,
     swap_layers,
 )
@@ -27,8 +31,12 @@ if TYPE_CHECKING:
     from qlora_cli.core.packing import MicroBatch
 
 TRIAL_LENGTHS = (24, 40)  # rows of the pack that the engine is tried on
-# A compiled layer saves about a fifth of a step and takes about a minute to compile: it pays after five minutes.
-COMPILE_PAYS_SECONDS = 300
+LEAST_TRIAL_TOKENS = 32
+PLACES = ("offload_activations", "offload_embeddings", "resident_weights")
+EQUAL_ROWS_TOKENS = 256  # cuDNN's attention is the faster one from about here
+# Compiled layers save about a fifth of a step and take some 15 s to compile.
+COMPILE_PAYS_SECONDS = 120
+GRAPHS_PAY_STEPS = 8
 ASSUMED_FLOPS_PER_SECOND = 4e14
 
 
@@ -48,6 +56,7 @@ class FastEngine:
         compile: bool | None,
         max_tokens: int,
         total_steps: int,
+        optimizer_bytes: int,
         report: Report,
     ) -> None:
         self.model, self.device, self.report = model, device, report
@@ -55,10 +64,9 @@ class FastEngine:
         self.decoder = find_decoder(self.base)
         self.embedding = self.base.get_input_embeddings()
         self.undo: list[Callable[[], None]] = []
-        self.step = StepState(device)
         self.values = AdapterValues(compute_dtype)
-        self.packed = False
-        self.notes: list[str] = []
+        self.packed = self.equal_rows = False
+        self.graphs: StepGraphs | None = None
         try:
             self._install(
                 compute_dtype,
@@ -69,6 +77,7 @@ class FastEngine:
                 compile,
                 max_tokens,
                 total_steps,
+                optimizer_bytes,
             )
         except BaseException:
             self.close()
@@ -84,6 +93,7 @@ class FastEngine:
         compile: bool | None,
         max_tokens: int,
         total_steps: int,
+        optimizer_bytes: int,
     ) -> None:
         on_cuda = self.device.type == "cuda"
         self.head = find_head(self.base, self.decoder, self.device)
@@ -91,6 +101,7 @@ class FastEngine:
             self.report(Notice("The output head is not a plain one; logits are held in full."))
         head_module = self.base.get_output_embeddings()
         candidates = list(linear_candidates(self.base, head_module))
+        self.step = StepState(self.device, len(candidates))
         dense_bytes = sum(_logical_elements(m) for _, m in candidates) * dtype.itemsize
         resident = resident_weights
         if not on_cuda and resident is None:
@@ -109,39 +120,46 @@ class FastEngine:
         self._install_attention(dtype)
 
         layers = find_layers(self.decoder)
-        count = len(layers)
-        wish = recomputed(count)
-        persistent = self._persistent_storages()
         calls = capture_calls(layers, self._trial_run)
-        if len(calls) != count:  # layers that are called other than once each are left as they are
-            layers, calls, count = [], [], 0
-        plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident))
-        if on_cuda and count:
-            scale = max_tokens / sum(TRIAL_LENGTHS)
-            needs = StepNeeds(
-                layers=count,
-                saved_bytes=int(max(saved_bytes(layers[i], calls[i], persistent) for i in {0, count - 1}) * scale),
-                hidden_bytes=max_tokens * calls[0].args[0].shape[-1] * dtype.itemsize,
-                trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-                dense_bytes=dense_bytes,
-                largest_dense_bytes=max(_logical_elements(m) for _, m in candidates) * dtype.itemsize,
-                embedding_bytes=self._movable_embedding_bytes(),
-            )
-            plan = plan_memory(
+        if len(calls) != len(layers):  # layers that are called other than once each are left as they are
+            layers, calls = [], []
+        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for layer in layers for m in _outside_adapters(layer))
+        self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
+        self.undo.append(swap_layers(layers, self.layer_plans))
+        self.layers = layers
+
+        wish = recomputed(len(layers))
+        self.recomputed_by_tokens: Callable[[int], int] = lambda tokens: self.plan.recomputed
+        self.plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident))
+        if on_cuda and layers:
+            largest = bucket(max_tokens)
+            needs = self._measure(largest, dense_bytes, candidates, optimizer_bytes, dtype)
+            available = free_bytes(self.device)
+
+            def plan_for(needs: StepNeeds, **given: Any) -> MemoryPlan:
+                return plan_memory(needs, available, **{"recomputed": wish} | given)
+
+            self.plan = plan_for(
                 needs,
-                free_bytes(self.device),
-                recomputed=wish,
                 offload_activations=offload_activations,
                 offload_embeddings=offload_embeddings,
                 resident_weights=resident_weights,
             )
-        self.plan = plan
+            decided = {name: getattr(self.plan, name) for name in PLACES}
+            if wish is None and self.plan.recomputed:
+                # Micro-batches smaller than the largest one leave room for whole layers.
+                self.recomputed_by_tokens = cache(
+                    lambda tokens: plan_for(needs.for_share(tokens / largest), **decided).recomputed
+                )
+        plan = self.plan
         if plan.resident_weights and on_cuda:
-            self.undo.pop(-2 if self.packed else -1)()
+            self.undo.pop(0)()
             self.values.linears.clear()
             self.values.addresses = ()
             swap(True)
-            persistent = self._persistent_storages()
+            self.undo.insert(0, self.undo.pop())
+        for linear in self.fast_linears:
+            linear.options = linear.options._replace(workspace_bytes=plan.workspace_bytes)
         self.host_embedding = plan.offload_embeddings and self._movable_embedding_bytes() > 0
         if self.host_embedding:
             self.embedding.to("cpu")
@@ -151,16 +169,61 @@ class FastEngine:
             seconds = total_steps * 6 * elements * max_tokens / ASSUMED_FLOPS_PER_SECOND
             compile = seconds > COMPILE_PAYS_SECONDS
         self.compiled = compile and on_cuda and self.packed
-        offload = ActivationOffload(self.device, persistent) if plan.offload_activations and on_cuda else None
-        self.offload = offload
-        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for layer in layers for m in _outside_adapters(layer))
-        plans = [
-            LayerPlan(i, i < plan.recomputed, offload, self.compiled, drops, self.step) for i in range(len(layers))
-        ]
+        offloads = plan.offload_activations and on_cuda
+        self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
+        for layer_plan in self.layer_plans:
+            layer_plan.compiled = self.compiled
+        self._recompute_layers(plan.recomputed)
         if plan.recomputed and calls:
             self.skipped = skip_unused_outputs(layers[: plan.recomputed], calls[: plan.recomputed])
-        self.undo.append(swap_layers(layers, plans))
-        self.layers = layers
+        frozen_head = self.head is not None and self.head.frozen
+        if on_cuda and self.packed and layers and frozen_head and not drops and total_steps >= GRAPHS_PAY_STEPS:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.graphs = StepGraphs(self._packed_loss, trained, self._join, self.report)
+            self.undo.append(self.graphs.graphs.clear)
+        if on_cuda:
+            torch.cuda.empty_cache()
+
+    def _measure(
+        self, tokens: int, dense_bytes: int, candidates: list, optimizer_bytes: int, dtype: torch.dtype
+    ) -> StepNeeds:
+        """What a step of that many tokens needs, by running its first layer."""
+        share = 1
+        while (layer := self._measure_layer(tokens // share)) is None:
+            share *= 2  # not even a layer fits, but a smaller micro-batch may
+        largest = max(_logical_elements(m) for _, m in candidates) * dtype.itemsize
+        return StepNeeds(
+            layers=len(self.layers),
+            kept_bytes=layer.kept * share,
+            peak_bytes=(layer.peak - largest) * share + largest,
+            hidden_bytes=tokens * self._hidden_size * dtype.itemsize,
+            optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
+            dense_bytes=dense_bytes,
+            largest_dense_bytes=largest,
+            embedding_bytes=self._movable_embedding_bytes(),
+        )
+
+    def _measure_layer(self, tokens: int) -> LayerBytes | None:
+        first = self.layers[0]
+        try:
+            call = capture_first_call(first, lambda: self._trial_run((tokens,)))
+            self._hidden_size = call.args[0].shape[-1]
+            return measure_layer(first, call)
+        except torch.OutOfMemoryError:
+            if tokens < 2 * LEAST_TRIAL_TOKENS:
+                raise
+        torch.cuda.empty_cache()
+        return None
+
+    def _recompute_layers(self, count: int) -> None:
+        """The first `count` layers are recomputed; what these save, or all save where none is, may be on the host."""
+        for layer in self.layer_plans:
+            layer.recompute = layer.number < count
+            layer.offload = self.offload if layer.recompute or not self.plan.recomputed else None
+
+    def _join(self) -> None:
+        if self.offload is not None:
+            self.offload.join()
 
     def _install_attention(self, dtype: torch.dtype) -> None:
         """Packs rows where that is exact, which is tried out; otherwise rows stay padded."""
@@ -171,6 +234,7 @@ class FastEngine:
             reason = self._why_pack_differs()
             if reason is None:
                 self.undo.append(put_back)
+                self.equal_rows = takes_equal_rows(self.decoder, self.device)
             else:
                 self.packed = False
                 put_back()
@@ -225,12 +289,12 @@ class FastEngine:
         mask = pack_mask(boundaries.to(self.device), max(lengths))
         return self._hidden(self.embedding(ids), attention_mask=mask, position_ids=positions)[0]
 
-    def _trial_run(self) -> None:
+    def _trial_run(self, lengths: tuple[int, ...] = TRIAL_LENGTHS) -> None:
         self.values.refresh()
         with torch.no_grad():
-            ids = self._trial_ids(sum(TRIAL_LENGTHS))
+            ids = self._trial_ids(sum(lengths))
             if self.packed:
-                self._pack_states(ids, TRIAL_LENGTHS)
+                self._pack_states(ids, lengths)
             else:
                 self.decoder(inputs_embeds=self.embedding(ids), use_cache=False)
 
@@ -262,34 +326,62 @@ class FastEngine:
             rows = torch.empty(ids.numel(), weight.shape[1], dtype=weight.dtype, pin_memory=True)
             torch.index_select(weight.detach(), 0, ids.flatten().cpu(), out=rows)
             embedded = rows.to(self.device, non_blocking=True).view(*ids.shape, -1)
-        if self.compiled and torch.is_grad_enabled() and not embedded.requires_grad:
-            embedded.requires_grad_()  # so that the first layer is compiled like the others
         return embedded
 
     def loss(self, batch: "MicroBatch") -> Tensor:
         """See `Engine.loss`. A batch still on the host saves a wait where embeddings are on the host."""
         self.values.refresh()
+        training = self.model.training
+        if training and any(linear.rate > 0 for linear in self.fast_linears):
+            self.step.draw_seeds()
+        if self.packed:
+            inputs = self._inputs(batch)
+            loss = self.graphs.loss(inputs) if self.graphs is not None and training and _differentiates() else None
+            return self._packed_loss(inputs) if loss is None else loss
+        ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
+        # Without padding the mask is the plain causal one, which has kernels of its own.
+        mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
+        return self._loss(self._embed(ids), labels, batch.trained_tokens, **mask)
+
+    def _inputs(self, batch: "MicroBatch") -> StepInputs:
+        embedded = self._embed(batch.input_ids)
+        batch = batch.to(self.device, non_blocking=True)
+        rows = batch.cu_seqlens.numel() - 1
+        equal = self.equal_rows and rows * batch.max_seqlen == batch.tokens and batch.max_seqlen >= EQUAL_ROWS_TOKENS
+        return StepInputs(
+            embedded=embedded,
+            labels=batch.labels,
+            position_ids=batch.position_ids,
+            boundaries=batch.cu_seqlens,
+            longest=batch.max_seqlen,
+            equal_rows=rows if equal else 0,
+            trained_tokens=batch.trained_tokens,
+        )
+
+    def _packed_loss(self, inputs: StepInputs) -> Tensor:
+        mask = pack_mask(inputs.boundaries, inputs.longest, inputs.equal_rows)
+        return self._loss(
+            inputs.embedded,
+            inputs.labels,
+            inputs.trained_tokens,
+            attention_mask=mask,
+            position_ids=inputs.position_ids,
+        )
+
+    def _loss(self, embedded: Tensor, labels: Tensor, trained_tokens: int, **inputs: Tensor) -> Tensor:
+        """Sum over trained tokens, fp32; labels (rows, length) tell which those are."""
         if self.offload is not None:
             self.offload.start()
-        if any(linear.rate > 0 for linear in self.fast_linears) and self.model.training:
-            self.step.draw_seed()
-        if self.packed:
-            embedded = self._embed(batch.input_ids)
-            batch = batch.to(self.device, non_blocking=True)
-            labels = batch.labels
-            mask = pack_mask(batch.cu_seqlens, batch.max_seqlen)
-            inputs = {"attention_mask": mask, "position_ids": batch.position_ids}
-        else:
-            ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
-            embedded = self._embed(ids)
-            # Without padding the mask is the plain causal one, which has kernels of its own.
-            inputs = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
-        positions, targets = trained_positions(labels, batch.trained_tokens)
+        if self.compiled and torch.is_grad_enabled() and not embedded.requires_grad:
+            embedded = embedded.detach().requires_grad_()  # so that the first layer is compiled like the others
+        self._recompute_layers(self.recomputed_by_tokens(labels.numel()))
+        positions, targets = trained_positions(labels, trained_tokens)
         if self.head is None:
             logits = self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[positions]
             return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         hidden = self._hidden(embedded, **inputs).flatten(0, 1)  # (tokens, size)
-        return self.head.loss(hidden[positions], targets)
+        # Not indexing: its backward pass sorts. No place comes twice but those that count nothing.
+        return self.head.loss(hidden.index_select(0, positions), targets)
 
     def describe(self) -> str:
         """See `Engine.describe`."""
@@ -305,14 +397,22 @@ class FastEngine:
             parts.append("embeddings on the host")
         if self.plan.resident_weights:
             parts.append("dequantised weights resident")
+        if self.plan.workspace_bytes is not None:
+            parts.append("weights dequantised in slices")
         if self.compiled:
             parts.append("layers compiled")
+        if self.graphs is not None:
+            parts.append("CUDA graphs")
         return ", ".join(parts)
 
     def close(self) -> None:
         """See `Engine.close`."""
         while self.undo:
             self.undo.pop()()
+
+
+def _differentiates() -> bool:
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _logical_elements(module: Any) -> int:

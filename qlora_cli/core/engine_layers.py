@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -75,7 +75,7 @@ def _mark_dynamic(tensors: Any, tokens: int) -> None:
             _mark_dynamic(value, tokens)
         elif isinstance(value, Tensor):
             if value.dim() == 4 and value.dtype == torch.int32:  # boundaries of a pack
-                torch._dynamo.maybe_mark_dynamic(value, [2, 3])
+                torch._dynamo.maybe_mark_dynamic(value, [1, 2] if value.shape[3] == 1 else [2, 3])
             elif value.dim() in (2, 3) and value.shape[1] == tokens:
                 torch._dynamo.maybe_mark_dynamic(value, 1)
 
@@ -114,17 +114,34 @@ def swap_layers(layers: list[nn.Module], plans: list[LayerPlan]) -> Callable[[],
     return put_back
 
 
-def replan(layer: nn.Module, **changes: Any) -> None:
-    """Changes how a swapped layer runs."""
-    setattr(layer, _ATTRIBUTE, replace(getattr(layer, _ATTRIBUTE), **changes))
-
-
 @dataclass(frozen=True)
 class LayerCall:
     """Arguments a layer was called with in a trial."""
 
     args: tuple
     kwargs: dict[str, Any]
+
+
+class _EnoughSeen(Exception):
+    """Ends a trial run."""
+
+
+def capture_first_call(layer: nn.Module, run: Callable[[], Any]) -> LayerCall:
+    """What a layer is called with while `run` runs, which ends there."""
+    calls: list[LayerCall] = []
+
+    def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append(LayerCall(args, kwargs))
+        raise _EnoughSeen
+
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    except _EnoughSeen:
+        pass
+    finally:
+        hook.remove()
+    return calls[0]
 
 
 def capture_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[LayerCall]:
@@ -143,6 +160,43 @@ def capture_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[Layer
     return calls
 
 
+@dataclass(frozen=True)
+class LayerBytes:
+    """Memory one layer takes at some number of tokens.
+
+    Attributes:
+        kept: What it saves for its backward pass.
+        peak: The most it holds at once in a forward and backward pass, `kept` included.
+    """
+
+    kept: int
+    peak: int
+
+
+def measure_layer(layer: Any, call: LayerCall) -> LayerBytes:
+    """Runs a layer forward and backward on its CUDA device, as planned, and reads the allocator."""
+    _run_both_ways(layer, call)  # the first run also takes libraries' workspaces and compiles
+    return _run_both_ways(layer, call)
+
+
+def _run_both_ways(layer: Any, call: LayerCall) -> LayerBytes:
+    hidden = call.args[0].detach().requires_grad_()
+    device = hidden.device
+    torch.cuda.synchronize(device)
+    peak_before, start = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.enable_grad():
+        out = layer(hidden, *call.args[1:], **call.kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        kept = torch.cuda.memory_allocated(device) - start - out.numel() * out.element_size()
+        torch.autograd.backward(out, torch.zeros_like(out), inputs=[hidden])  # parameters' gradients stay untouched
+    peak = torch.cuda.max_memory_allocated(device) - start
+    del hidden, out
+    if (missing := peak_before - torch.cuda.memory_allocated(device)) > 0:
+        torch.empty(missing, dtype=torch.uint8, device=device)  # the peak of the process stays what it was
+    return LayerBytes(kept, peak)
+
+
 def _saved_by(layer: nn.Module, call: LayerCall) -> Iterator[Tensor]:
     """The tensors autograd saves in one forward pass of a layer, run plainly."""
     saved: list[Tensor] = []
@@ -150,16 +204,6 @@ def _saved_by(layer: nn.Module, call: LayerCall) -> Iterator[Tensor]:
     with torch.enable_grad(), saved_tensors_hooks(lambda t: saved.append(t.detach()), lambda t: t):  # type: ignore[func-returns-value]
         _run(layer, (hidden, *call.args[1:]), call.kwargs)
     return iter(saved)
-
-
-def saved_bytes(layer: nn.Module, call: LayerCall, persistent: frozenset[int]) -> int:
-    """Bytes of activations a layer keeps for its backward pass in that call, each storage once."""
-    storages = {}
-    for tensor in _saved_by(layer, call):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in persistent:
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list[str]:

@@ -16,18 +16,23 @@ _ATTRIBUTE = "_qlora_fast_linear"
 
 
 class StepState:
-    """What the layers of one engine share: the dropout seed of the micro-batch, and whether a pass is a repetition."""
+    """What the layers of one engine share: dropout seeds of the micro-batch, and whether a pass is a repetition.
 
-    def __init__(self, device: torch.device) -> None:
-        self.seed = torch.zeros((), dtype=torch.int64, device=device)
+    Args:
+        device: Where the seeds are read.
+        linears: Linear layers, each of which has a seed of its own.
+    """
+
+    def __init__(self, device: torch.device, linears: int) -> None:
+        # At one place for good, where compiled code and CUDA graphs read them.
+        self.seeds = torch.arange(linears, dtype=torch.int64, device=device)
+        self.steps_apart = torch.arange(linears, dtype=torch.int64)
         self.recomputing = False
 
-    def draw_seed(self) -> None:
-        """A new seed from torch's host generator, so that seeding torch decides it and no one waits for the device."""
-        seed = torch.randint(2**62, (), dtype=torch.int64)
-        self.seed = (
-            seed if self.seed.device.type == "cpu" else seed.pin_memory().to(self.seed.device, non_blocking=True)
-        )
+    def draw_seeds(self) -> None:
+        """New seeds from torch's host generator, so that seeding torch decides them and no one waits for the device."""
+        seeds = self.steps_apart + torch.randint(2**62, (), dtype=torch.int64)
+        self.seeds.copy_(seeds.pin_memory() if self.seeds.is_cuda else seeds, non_blocking=True)
 
     @contextmanager
     def recompute(self) -> Iterator[None]:
@@ -93,7 +98,7 @@ class FastLinear:
         dtype: The compute dtype.
         step: Shared by the engine's layers.
         options: Scaling and workspace.
-        salt: Number of the layer, so that layers drop different places.
+        seed: int64 scalar of the layer's own, so that layers drop different places.
         adapter: Name of the covered adapter; None for a layer without one.
         a: (rank, in) parameter.
         b: (out, rank) parameter.
@@ -107,7 +112,7 @@ class FastLinear:
     dtype: torch.dtype
     step: StepState
     options: LinearOptions
-    salt: int
+    seed: Tensor
     adapter: str | None = None
     a: Any = None
     b: Any = None
@@ -117,7 +122,7 @@ class FastLinear:
     output_unused_in_recompute: bool = False
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
-        dropout = Dropout(self.rate, self.step.seed, self.salt) if training and self.rate > 0 else None
+        dropout = Dropout(self.rate, self.seed) if training and self.rate > 0 else None
         options = self.options
         if self.output_unused_in_recompute and self.step.recomputing:
             options = options._replace(output_needed=False)
@@ -195,7 +200,7 @@ def _covered_adapter(module: Any) -> str | None:
 
 
 def fast_linear(
-    module: Any, dtype: torch.dtype, step: StepState, *, resident: bool, workspace_bytes: int | None, salt: int
+    module: Any, dtype: torch.dtype, step: StepState, *, resident: bool, workspace_bytes: int | None, seed: Tensor
 ) -> FastLinear | None:
     """The fused form of one layer, adapted or not; None where its own forward stays."""
     adapted = is_adapted(module)
@@ -209,7 +214,7 @@ def fast_linear(
     if weight is None:
         return None
     bias = None if base.bias is None else base.bias.detach().to(dtype)
-    fast = FastLinear(weight, bias, dtype, step, LinearOptions(1.0, workspace_bytes), salt)
+    fast = FastLinear(weight, bias, dtype, step, LinearOptions(1.0, workspace_bytes), seed)
     if name is not None:
         fast.adapter = name
         fast.a, fast.b = module.lora_A[name].weight, module.lora_B[name].weight
@@ -248,8 +253,10 @@ def swap_linears(
     swapped: list[nn.Module] = []
     fast_layers: list[FastLinear] = []
     kept: list[str] = []
-    for salt, (name, module) in enumerate(candidates):
-        fast = fast_linear(module, dtype, step, resident=resident, workspace_bytes=workspace_bytes, salt=salt)
+    for number, (name, module) in enumerate(candidates):
+        fast = fast_linear(
+            module, dtype, step, resident=resident, workspace_bytes=workspace_bytes, seed=step.seeds[number]
+        )
         if fast is None:
             kept.append(name)
             continue

@@ -106,17 +106,17 @@ def trained_positions(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Args:
         labels: (rows, length) int64, -100 where untrained; a row's first label always is.
-        count: How many labels are trained.
+        count: How many labels are trained, or more.
 
     Returns:
-        Indices into the flattened (rows * length), and targets: (count,) int64 each, in order.
+        Indices into the flattened (rows * length), and targets: (count,) int64 each, in order; beyond the trained
+        ones, the last place and -100.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
     trained = targets != -100
-    if labels.device.type == "cpu":
-        positions = trained.nonzero().squeeze(1)
-        return positions, targets[positions]
     # The k-th trained place is written to slot k, every other one to the slot past the end.
     slots = torch.where(trained, trained.cumsum(0) - 1, count)
-    positions = slots.new_empty(count + 1).scatter_(0, slots, torch.arange(slots.numel(), device=slots.device))
-    return positions[:count], targets[positions[:count]]
+    last = slots.numel() - 1  # never trained: nothing follows it
+    positions = slots.new_full((count + 1,), last).scatter_(0, slots, torch.arange(last + 1, device=slots.device))
+    positions = positions[:count]
+    return positions, targets[positions]

@@ -1,13 +1,17 @@
 """What a model's step needs and what the device has in; which layers keep, recompute or send away activations, out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
 
-MARGIN_BYTES = 2**30  # for what the estimate does not see: workspaces of libraries, fragmentation
-OPTIMIZER_BYTES_A_PARAMETER = 16  # fp32 value, gradient and two moments: the most any optimizer here takes
+MARGIN_BYTES = 96 * 2**20  # for what is not measured: labels, positions, the optimizer's temporary values
+SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole dequantised ones
+
+# Cost of each measure as a share of a step: recomputing all layers, of which the last linear is left out; a hidden state
+# a layer on its way to the host and back; embeddings looked up by the host; weights dequantised in slices; dequantising.
+RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.35, 0.03, 0.01, 0.01, 0.08
 
 
 @dataclass(frozen=True)
@@ -16,46 +20,99 @@ class StepNeeds:
 
     Attributes:
         layers: Decoder layers.
-        saved_bytes: What one layer saves at the largest micro-batch.
+        kept_bytes: What one layer saves at the largest micro-batch.
+        peak_bytes: The most one layer holds at once in its forward and backward pass, `kept_bytes` included.
         hidden_bytes: Hidden states of the largest micro-batch.
-        trainable_parameters: Of the adapter.
+        optimizer_bytes: Gradients of the adapter and the optimizer's state.
         dense_bytes: All linear weights dequantised.
-        largest_dense_bytes: The largest linear weight dequantised.
+        largest_dense_bytes: The largest linear weight dequantised, of which `peak_bytes` contains one.
         embedding_bytes: The input embeddings, 0 where they cannot leave the device.
     """
 
     layers: int
-    saved_bytes: int
+    kept_bytes: int
+    peak_bytes: int
     hidden_bytes: int
-    trainable_parameters: int
+    optimizer_bytes: int
     dense_bytes: int
     largest_dense_bytes: int
     embedding_bytes: int
 
+    def for_share(self, share: float) -> "StepNeeds":
+        """The same for a micro-batch with that share of the largest one's tokens."""
+        passing = self.peak_bytes - self.largest_dense_bytes
+        return replace(
+            self,
+            kept_bytes=int(self.kept_bytes * share),
+            peak_bytes=int(passing * share) + self.largest_dense_bytes,
+            hidden_bytes=int(self.hidden_bytes * share),
+        )
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The cheapest way, in time, to stay within memory.
+    """How a step stays within memory.
 
     Attributes:
         recomputed: How many layers, the first ones, are recomputed in the backward pass.
-        offload_activations: Whether what layers save waits on the host.
+        offload_activations: Whether what recomputed layers save, or all layers where none is, waits on the host.
         offload_embeddings: Whether input embeddings stay on the host.
         resident_weights: Whether dequantised weights stay on the device.
+        workspace_bytes: Most bytes of a weight dequantised at once; None for whole weights.
     """
 
     recomputed: int
     offload_activations: bool
     offload_embeddings: bool
     resident_weights: bool
+    workspace_bytes: int | None = None
+
+    def step_bytes(self, needs: StepNeeds) -> int:
+        """Most bytes beside the loaded model that a step with these measures holds at once."""
+        peak, kept = needs.peak_bytes, needs.kept_bytes
+        if self.workspace_bytes is not None:
+            peak -= max(0, needs.largest_dense_bytes - self.workspace_bytes)
+        whole = needs.layers - self.recomputed
+        waiting = self.recomputed * needs.hidden_bytes
+        if self.offload_activations:  # two layers' are on their way
+            waiting = min(self.recomputed, 2) * needs.hidden_bytes
+            whole = whole if self.recomputed else min(whole, 2)
+        head = 3 * needs.hidden_bytes + 2 * CHUNK_BYTES
+        # Either at the head or its neighbour, where all that is kept is there, or in a layer repeated later.
+        above = waiting + whole * kept + max(head, peak - kept if whole else 0)
+        below = waiting + peak + needs.hidden_bytes
+        step = max(above, below if self.recomputed else 0) + needs.optimizer_bytes + MARGIN_BYTES
+        step += needs.dense_bytes if self.resident_weights else 0
+        return step - (needs.embedding_bytes if self.offload_embeddings else 0)
+
+    def cost(self, needs: StepNeeds) -> float:
+        """Time the measures take, as a share of a step."""
+        return (
+            RECOMPUTE_COST * self.recomputed / max(needs.layers, 1)
+            + OFFLOAD_COST * self.offload_activations * (1 if self.recomputed else 10)
+            + HOST_EMBEDDING_COST * self.offload_embeddings
+            + SLICE_COST * (self.workspace_bytes is not None)
+            + DEQUANTISE_COST * (not self.resident_weights)
+        )
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def limit_memory(device: torch.device, limit_bytes: int) -> None:
+    """Keeps PyTorch's allocator within so many bytes of a CUDA device, from before anything is loaded."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), _index(device))
+    # Near a limit, pieces too small for the next tensor would be lost.
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory this process can still take on a CUDA device, its allocator's cache included."""
     free, total = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index)) - reserved
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(_index(device))) - reserved
     return min(free, allowed) + reserved - allocated
 
 
@@ -68,40 +125,28 @@ def plan_memory(
     offload_embeddings: bool | None,
     resident_weights: bool | None,
 ) -> MemoryPlan:
-    """Takes each measure only when those before it do not suffice; what is given is not decided anew.
-
-    The order is that of cost: dequantised weights are dropped first, then layers are recomputed one by one, then
-    activations go to the host, last the input embeddings.
+    """The fastest way to stay within memory, or the leanest where none does; what is given is not decided anew.
 
     Args:
         needs: Of a step.
         available_bytes: What the device has left.
         recomputed: Layers to recompute; None decides.
-        offload_activations: None decides.
+        offload_activations: None decides; that of layers kept whole is never decided on, it takes too long.
         offload_embeddings: None decides.
         resident_weights: None decides.
     """
-    # In a layer's backward pass: its activations, about as much of gradients, and one dequantised weight.
-    fixed = (
-        OPTIMIZER_BYTES_A_PARAMETER * needs.trainable_parameters
-        + 2 * needs.saved_bytes
-        + needs.largest_dense_bytes
-        + 3 * CHUNK_BYTES
-        + 2 * needs.hidden_bytes
-        + MARGIN_BYTES
-    )
-    room = available_bytes - fixed
-
-    def activations(recomputed_layers: int) -> int:
-        return recomputed_layers * needs.hidden_bytes + (needs.layers - recomputed_layers) * needs.saved_bytes
-
-    least = activations(needs.layers if recomputed is None else recomputed)
-    embeddings = least > room if offload_embeddings is None else offload_embeddings
-    room += needs.embedding_bytes if embeddings else 0
-    offload = least > room if offload_activations is None else offload_activations
-    if recomputed is None:
-        fitting = (n for n in range(needs.layers + 1) if activations(n) <= room)
-        recomputed = needs.layers if offload else next(fitting, needs.layers)
-    if resident_weights is None:
-        resident_weights = not offload and recomputed == 0 and activations(0) + needs.dense_bytes <= room
-    return MemoryPlan(recomputed, offload, embeddings, resident_weights)
+    either = (False, True)
+    plans = [
+        MemoryPlan(layers, away, embeddings, resident, workspace)
+        for layers in (range(needs.layers + 1) if recomputed is None else (recomputed,))
+        for away in (either if offload_activations is None and layers else (bool(offload_activations),))
+        for embeddings in (
+            either if offload_embeddings is None and needs.embedding_bytes else (bool(offload_embeddings),)
+        )
+        for resident in (either if resident_weights is None else (resident_weights,))
+        for workspace in ((None, SLICE_BYTES) if needs.largest_dense_bytes > SLICE_BYTES and not resident else (None,))
+    ]
+    fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]
+    if not fitting:
+        return min(plans, key=lambda plan: (plan.step_bytes(needs), plan.cost(needs)))
+    return min(fitting, key=lambda plan: plan.cost(needs))

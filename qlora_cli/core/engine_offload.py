@@ -119,6 +119,12 @@ class ActivationOffload:
         """Begins a forward pass."""
         self.previous = None
 
+    def join(self) -> None:
+        """Makes the computing stream wait for all copies so far."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)  # a CUDA graph takes in no stream that did not first wait for its own
+        current.wait_stream(self.stream)
+
     def fetch_around(self, layer: int) -> None:
         """Brings back a layer's tensors and starts on those of the layer below."""
         for number in (layer, layer - 1):

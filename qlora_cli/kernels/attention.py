@@ -1,4 +1,8 @@
-"""Query, key and value of rows laid end to end in, causal attention within each row out: flash or cuDNN, opaque."""
+"""Query, key and value of rows laid end to end in, causal attention within each row out.
+
+On CUDA, rows of unequal lengths go through torch's variable-length flash attention as an opaque op, rows of one length
+through cuDNN's attention, the faster of the two on Hopper, which knows no boundaries inside a row.
+"""
 
 from itertools import pairwise
 
@@ -7,25 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
-CUDNN_HEAD_SIZES: frozenset[int] = frozenset()  # torch 2.11 refuses its backward pass without a bias: none for now
-
-
-def use_cudnn(tokens: int, rows: int, longest: int, head_size: int, window: int | None) -> bool:
-    """Whether the pack is rows of one length that cuDNN's attention takes, the faster of the two."""
-    return rows * longest == tokens and longest >= 256 and head_size in CUDNN_HEAD_SIZES and window is None
+CUDNN_HEAD_SIZES = frozenset({64, 96, 128})
 
 
 @torch.library.custom_op("qlora::packed_attention", mutates_args=())
 def _attention_op(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    tokens, heads, head_size = query.shape
-    rows = boundaries.numel() - 1
-    if use_cudnn(tokens, rows, longest, head_size, window):
-        groups = heads // key.shape[1]
-        q, k, v = (_by_row(t, rows) for t in (query, _repeat(key, groups), _repeat(value, groups)))
-        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
-        return _flat(out).contiguous(), lse.flatten()
     out, lse, *_ = _aten._flash_attention_forward(
         query,
         key,
@@ -41,7 +33,7 @@ def _attention_op(
         window_size_left=-1 if window is None else window - 1,
         window_size_right=-1 if window is None else 0,
     )
-    return out, lse.flatten()
+    return out.contiguous(), lse.flatten()
 
 
 @_attention_op.register_fake
@@ -66,35 +58,8 @@ def _attention_backward_op(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, heads, head_size = query.shape
-    rows = boundaries.numel() - 1
-    if use_cudnn(tokens, rows, longest, head_size, window):
-        groups = heads // key.shape[1]
-        q, k, v = (_by_row(t, rows) for t in (query, _repeat(key, groups), _repeat(value, groups)))
-        none, seed = query.new_empty(0), query.new_empty((), dtype=torch.int64)  # dropout's state: there is none
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            _by_row(grad, rows),
-            q,
-            k,
-            v,
-            _by_row(out, rows),
-            lse.view(rows, heads, longest, 1),
-            seed,
-            seed,
-            none,
-            none,
-            none,
-            longest,
-            longest,
-            0.0,
-            True,
-            scale=scale,
-        )
-        grad_q, grad_k, grad_v = (_flat(g) for g in grads)
-        if groups > 1:
-            grad_k, grad_v = (g.unflatten(1, (-1, groups)).sum(dim=2) for g in (grad_k, grad_v))
-        return grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
-    return _aten._flash_attention_backward(
+    tokens, heads, _ = query.shape
+    grads = _aten._flash_attention_backward(
         grad,
         query,
         key,
@@ -113,21 +78,13 @@ def _attention_backward_op(
         window_size_left=-1 if window is None else window - 1,
         window_size_right=-1 if window is None else 0,
     )
+    grad_query, grad_key, grad_value = (g.contiguous() for g in grads)
+    return grad_query, grad_key, grad_value
 
 
 @_attention_backward_op.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _by_row(t: Tensor, rows: int) -> Tensor:
-    """(rows * length, heads, size) to (rows, heads, length, size), a view."""
-    return t.unflatten(0, (rows, -1)).transpose(1, 2)
-
-
-def _flat(t: Tensor) -> Tensor:
-    """(rows, heads, length, size) to (rows * length, heads, size)."""
-    return t.transpose(1, 2).flatten(0, 1)
 
 
 def _repeat(t: Tensor, groups: int) -> Tensor:
@@ -148,6 +105,16 @@ def _differentiate(ctx, grad: Tensor, *_: Tensor) -> tuple:
 _attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
+def equal_rows_attention(query: Tensor, key: Tensor, value: Tensor, rows: int, scale: float) -> Tensor:
+    """`packed_attention` for rows of one length on CUDA, every head with a key of its own.
+
+    Not an op of ours: torch's own backward of this one takes an undefined bias, which Python cannot pass.
+    """
+    q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (query, key, value))  # (rows, heads, length, size)
+    out = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[0]
+    return out.transpose(1, 2).reshape(query.shape)
+
+
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
@@ -166,6 +133,8 @@ def packed_attention(
         (tokens, heads, size).
     """
     if query.is_cuda or torch.compiler.is_compiling():
+        # Flash lays its results out like its inputs: token by token, what follows needs no copy.
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         return torch.ops.qlora.packed_attention(query, key, value, boundaries, longest, scale, window)[0]
     groups = query.shape[1] // key.shape[1]
     key, value = _repeat(key, groups), _repeat(value, groups)

@@ -9,10 +9,10 @@ BLOCK = 2048
 
 
 @triton.jit
-def _drop(x, seed, out, elements, rate, salt, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _drop(x, seed, out, elements, rate, ADD: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < elements
-    kept = tl.rand(tl.load(seed) + salt, place.to(tl.uint32)) >= rate
+    kept = tl.rand(tl.load(seed), place.to(tl.uint32)) >= rate
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     value = tl.where(kept, value / (1.0 - rate), 0.0)
     if ADD:
@@ -20,13 +20,12 @@ def _drop(x, seed, out, elements, rate, salt, ADD: tl.constexpr, BLOCK: tl.const
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-def drop(x: Tensor, seed: Tensor, salt: int, rate: float, add_to: Tensor | None = None) -> Tensor:
+def drop(x: Tensor, seed: Tensor, rate: float, add_to: Tensor | None = None) -> Tensor:
     """Zeroes each value with probability `rate` and divides the others by 1 - rate.
 
     Args:
         x: Contiguous, any shape, fewer than 2^32 values.
         seed: int64 scalar on x's device; never read by the host.
-        salt: Tells layers apart that share the seed.
         rate: In [0, 1).
         add_to: Contiguous, like x; receives the sum in place when given.
 
@@ -37,5 +36,5 @@ def drop(x: Tensor, seed: Tensor, salt: int, rate: float, add_to: Tensor | None 
     elements = x.numel()
     grid = (triton.cdiv(elements, BLOCK),)
     with torch.cuda.device_of(x):
-        _drop[grid](x, seed, out, elements, rate, salt, ADD=add_to is not None, BLOCK=BLOCK)
+        _drop[grid](x, seed, out, elements, rate, ADD=add_to is not None, BLOCK=BLOCK)
     return out

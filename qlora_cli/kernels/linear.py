@@ -17,11 +17,10 @@ if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
 
 
 class Dropout(NamedTuple):
-    """Dropout on the adapter's input: `rate` in [0, 1), an int64 scalar `seed`, a `salt` that tells layers apart."""
+    """Dropout on the adapter's input: `rate` in [0, 1) and an int64 scalar `seed` on the device."""
 
     rate: float
     seed: Tensor
-    salt: int
 
 
 class LinearOptions(NamedTuple):
@@ -41,8 +40,8 @@ class LinearOptions(NamedTuple):
 
 def _drop(x: Tensor, dropout: Dropout, add_to: Tensor | None = None) -> Tensor:
     if x.is_cuda:
-        return triton_dropout.drop(x, dropout.seed, dropout.salt, dropout.rate, add_to)
-    generator = torch.Generator().manual_seed((int(dropout.seed) + dropout.salt) % 2**63)
+        return triton_dropout.drop(x, dropout.seed, dropout.rate, add_to)
+    generator = torch.Generator().manual_seed(int(dropout.seed))
     kept = torch.rand(x.shape, generator=generator) >= dropout.rate
     dropped = torch.where(kept, x / (1 - dropout.rate), 0)
     return dropped if add_to is None else add_to.add_(dropped)
@@ -180,14 +179,14 @@ class _QloraLinear(torch.autograd.Function):
             *weight[2:9],
         )
         ctx.shape, ctx.blocksizes = weight[:2], weight[9:]
-        ctx.dropout, ctx.options = dropout and (dropout.rate, dropout.salt), options
+        ctx.dropout, ctx.options = dropout and dropout.rate, options
         ctx.adapter_dtype = x.dtype if a is None else a.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, projected, lora_a, lora_b, seed, *tensors = ctx.saved_tensors
-        dropout = None if seed is None else Dropout(ctx.dropout[0], seed, ctx.dropout[1])
+        dropout = None if seed is None else Dropout(ctx.dropout, seed)
         weight = FrozenWeight(*ctx.shape, *tensors, *ctx.blocksizes)
         results = backward(
             grads[0],
@@ -208,8 +207,8 @@ _Tensor = Tensor | None
 
 
 @torch.library.custom_op("qlora::project", mutates_args=())
-def _project_op(x: Tensor, lora_a: Tensor, seed: _Tensor, rate: float, salt: int, scaling: float) -> Tensor:
-    return project(x, lora_a, None if seed is None else Dropout(rate, seed, salt), scaling)
+def _project_op(x: Tensor, lora_a: Tensor, seed: _Tensor, rate: float, scaling: float) -> Tensor:
+    return project(x, lora_a, None if seed is None else Dropout(rate, seed), scaling)
 
 
 @_project_op.register_fake
@@ -240,7 +239,6 @@ def _linear_op(
     blocksize: int,
     nested_blocksize: int,
     rate: float,
-    salt: int,
     scaling: float,
     workspace_bytes: int | None,
 ) -> Tensor:
@@ -275,7 +273,6 @@ def _linear_backward_op(
     blocksize: int,
     nested_blocksize: int,
     rate: float,
-    salt: int,
     scaling: float,
     workspace_bytes: int | None,
     needs_x: bool,
@@ -284,7 +281,7 @@ def _linear_backward_op(
     weight = FrozenWeight(
         rows, columns, dense, packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize
     )
-    dropout = None if seed is None else Dropout(rate, seed, salt)
+    dropout = None if seed is None else Dropout(rate, seed)
     options = LinearOptions(scaling, workspace_bytes)
     results = backward(grad, x, projected, weight, lora_a, lora_b, dropout, options, needs_x, adapter_dtype)
     nothing = grad.new_empty(0)
@@ -317,7 +314,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple:
         grad.contiguous(), *ctx.saved_tensors, *ctx.constants, needs_x, ctx.adapter_dtype
     )
     adapted = ctx.saved_tensors[2] is not None
-    return (x_ if needs_x else None, *((a_, b_) if adapted else (None, None)), *(None,) * 20)
+    return (x_ if needs_x else None, *((a_, b_) if adapted else (None, None)), *(None,) * 19)
 
 
 _linear_op.register_autograd(_differentiate, setup_context=_save)
@@ -352,10 +349,10 @@ def qlora_linear(
     """
     if not torch.compiler.is_compiling():
         return _QloraLinear.apply(x, a, b, weight, bias, lora_a, lora_b, dropout, options)
-    seed, rate, salt = (None, 0.0, 0) if dropout is None else (dropout.seed, dropout.rate, dropout.salt)
+    seed, rate = (None, 0.0) if dropout is None else (dropout.seed, dropout.rate)
     projected = None
     if lora_a is not None:
-        projected = torch.ops.qlora.project(x.detach(), lora_a, seed, rate, salt, options.scaling)
+        projected = torch.ops.qlora.project(x.detach(), lora_a, seed, rate, options.scaling)
     return torch.ops.qlora.linear(
         x,
         a,
@@ -369,7 +366,6 @@ def qlora_linear(
         *weight[:2],
         *weight[9:],
         rate,
-        salt,
         options.scaling,
         options.workspace_bytes,
     )

@@ -34,8 +34,9 @@ def _loss_and_gradient(
         total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(x - new_highest), axis=0)
         highest = new_highest
     logsumexp = highest + tl.log(total)
-    wanted = _cap(tl.load(row + target).to(tl.float32) * scale, softcap, SOFTCAP)
-    tl.store(losses + token, logsumexp - wanted)
+    counts = target >= 0
+    wanted = _cap(tl.load(row + tl.maximum(target, 0)).to(tl.float32) * scale, softcap, SOFTCAP)
+    tl.store(losses + token, tl.where(counts, logsumexp - wanted, 0.0))
     tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
     for first in range(0, vocabulary, BLOCK):
         place = first + tl.arange(0, BLOCK)
@@ -44,6 +45,7 @@ def _loss_and_gradient(
         gradient = (tl.exp(x - logsumexp) - tl.where(place == target, 1.0, 0.0)) * scale
         if SOFTCAP:
             gradient *= 1.0 - (x / softcap) * (x / softcap)
+        gradient = tl.where(counts, gradient, 0.0)
         tl.store(row + place, gradient.to(logits.dtype.element_ty), mask=place < vocabulary)
 
 
@@ -52,7 +54,7 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, scale: float, softcap: f
 
     Args:
         logits: (tokens, vocabulary), rows contiguous; raw, before scale and cap.
-        targets: (tokens,) int64.
+        targets: (tokens,) int64; a negative one counts nothing.
         scale: Factor on the logits.
         softcap: Logits become softcap * tanh(logits / softcap); None for none.
 

@@ -28,14 +28,16 @@ from qlora_cli.core.checkpoint import list_checkpoints, remove_leftovers, requir
 from qlora_cli.core.continuation import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
 from qlora_cli.core.encoding import encoder_of
 from qlora_cli.core.engine import install_engine
+from qlora_cli.core.engine_memory import limit_memory
 from qlora_cli.core.examples import prepare_rows
 from qlora_cli.core.finished_run import write_run
 from qlora_cli.core.holdout import RowSubset, hold_out
 from qlora_cli.core.loop import Cadence, Loop, Saving
-from qlora_cli.core.memory import read_vram
+from qlora_cli.core.memory import parse_memory, read_vram
 from qlora_cli.core.metrics import MetricsFile, as_metrics
 from qlora_cli.core.optimizer import build_optimizer, choose_optimizer, state_bytes
 from qlora_cli.core.parameters import TrainableParameters
+from qlora_cli.core.prediction import CONTEXT_BYTES
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.ranks import Ranks
 from qlora_cli.core.recipe import write_recipe
@@ -141,6 +143,9 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
         standing = len(list_checkpoints(output / CHECKPOINTS))
         require_space(output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - standing))
 
+        if config.vram is not None and device.type == "cuda":
+            limit_memory(device, parse_memory(config.vram) - CONTEXT_BYTES)
+
         # Dear: the base, and on it the adapter, the engine and the optimizer.
         base, base_identity = load_base(
             name,
@@ -171,6 +176,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
             compile=config.compile,
             max_tokens=max(int(train_rows.lengths[batch].sum()) for batch in longest),
             total_steps=plan.total_steps - progress.step,
+            optimizer_bytes=state_bytes(optimizer_name, trainable),
             report=report,
         )
         stack.callback(engine.close)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_cli.kernels import reference
-from qlora_cli.kernels.attention import packed_attention
+from qlora_cli.kernels.attention import equal_rows_attention, packed_attention
 
 
 def inputs(lengths, heads, key_heads, size, device, dtype):
@@ -19,10 +19,10 @@ def inputs(lengths, heads, key_heads, size, device, dtype):
     return tensors, [0, *accumulate(lengths)]
 
 
-def check(lengths, window, heads, key_heads, size, device, dtype):
+def check(lengths, window, heads, key_heads, size, device, dtype, attend=packed_attention):
     tensors, boundaries = inputs(lengths, heads, key_heads, size, device, dtype)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    out = packed_attention(*tensors, cu_seqlens, max(lengths), 0.3, window)
+    out = attend(*tensors, cu_seqlens, max(lengths), 0.3, window)
     grad = torch.randn_like(out)
     got = (out, *torch.autograd.grad(out, tensors, grad))
 
@@ -43,8 +43,27 @@ def test_matches_float64_on_the_cpu(heads, key_heads, window):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (256, 256), (512,)])  # flash; cuDNN where rows are equal
+@pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (256, 256), (512, 0, 0)])
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 8, 64), (8, 8, 96), (8, 2, 128), (4, 1, 256)])
 def test_matches_float64_on_the_gpu(lengths, window, heads, key_heads, size):
     check(lengths, window, heads, key_heads, size, "cuda", torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(256, 256, 256), (512,)])
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_rows_of_one_length_match_float64_on_the_gpu(lengths, size):
+    def attend(query, key, value, cu_seqlens, longest, scale, window):
+        return equal_rows_attention(query, key, value, len(lengths), scale)
+
+    check(lengths, None, 4, 4, size, "cuda", torch.bfloat16, attend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (256, 256)])
+def test_the_compiler_is_told_the_truth_on_the_gpu(lengths):
+    (query, key, value), boundaries = inputs(lengths, 4, 2, 64, "cuda", torch.bfloat16)
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cuda")
+    arguments = (query, key, value, cu_seqlens, max(lengths), 0.3, None)
+    torch.library.opcheck(torch.ops.qlora.packed_attention.default, arguments)

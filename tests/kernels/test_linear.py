@@ -36,7 +36,7 @@ def test_error_against_float64_is_within_twice_eager_own(dtype, workspace_bytes,
     a = torch.randn(8, 64, device=device, requires_grad=True)
     b = torch.randn(384, 8, device=device, requires_grad=True)
     bias = torch.randn(384, dtype=dtype, device=device)
-    dropout = linear.Dropout(rate, torch.tensor(5, device=device), 3) if rate else None
+    dropout = linear.Dropout(rate, torch.tensor(5, device=device)) if rate else None
     mask = linear._drop(torch.ones(42, 64, device=device), dropout).view(2, 21, 64) if dropout else 1.0
     options = linear.LinearOptions(0.5, workspace_bytes)
 

@@ -1,0 +1,178 @@
+"""Tensors of a micro-batch in, its loss out, forward and backward each replayed as one CUDA graph.
+
+Launching a step's thousands of kernels from Python takes longer than small models or short steps compute. A graph
+stands for one shape, so a pack is laid into the next larger shape of a coarse grid: what is added is a row of its own,
+empty rows, and positions without a target. All graphs share one pool of memory, for only one runs at a time.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_cli.events import Notice, Report
+
+MOST_GRAPHS = 48
+COARSENESS = 8  # buckets from one power of two to the next
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A micro-batch on the device.
+
+    Attributes:
+        embedded: (1, T, size) in the compute dtype.
+        labels: (1, T) int64.
+        position_ids: (1, T) int64.
+        boundaries: (rows + 1,) int32.
+        longest: Tokens of the longest row, or more.
+        equal_rows: How many rows of `longest` tokens the pack consists of; 0 where they are not of one length.
+        trained_tokens: How many labels are trained, or more.
+    """
+
+    embedded: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    boundaries: Tensor
+    longest: int
+    equal_rows: int
+    trained_tokens: int
+
+
+def bucket(count: int, least: int = 16) -> int:
+    """The next larger of a grid of numbers, at most an eighth above `count` where that is above 8 * `least`."""
+    step = max(least, 2 ** max(0, count.bit_length() - 1) // COARSENESS)
+    return -(-count // step) * step
+
+
+def bucketed(inputs: StepInputs) -> StepInputs:
+    """The same loss and gradients in a shape of the grid. A pack of equal rows keeps its shape."""
+    tokens = inputs.labels.shape[1]
+    if inputs.equal_rows:
+        return replace(inputs, trained_tokens=min(bucket(inputs.trained_tokens), tokens))
+    wanted = bucket(tokens)
+    added = wanted - tokens
+    rows = bucket(inputs.boundaries.numel() + 1, 8)
+    longest = 2 ** (max(inputs.longest, added) - 1).bit_length()
+    return StepInputs(
+        embedded=F.pad(inputs.embedded, (0, 0, 0, added)),
+        labels=F.pad(inputs.labels, (0, added), value=-100),
+        position_ids=F.pad(inputs.position_ids, (0, added)),
+        boundaries=F.pad(inputs.boundaries, (0, rows - inputs.boundaries.numel()), value=wanted),
+        longest=min(longest, wanted),
+        equal_rows=0,
+        trained_tokens=min(bucket(inputs.trained_tokens), wanted),
+    )
+
+
+@dataclass
+class _Graph:
+    forward: Any
+    backward: Any
+    inputs: StepInputs  # what the graphs read
+    loss: Tensor
+    slope: Tensor  # gradient of the loss, read by the backward pass
+
+
+class StepGraphs:
+    """Graphs of one engine, made as shapes come.
+
+    Args:
+        run: Loss of a micro-batch; capturable, differentiable.
+        parameters: Which receive gradients, in place: a parameter's `grad` has to stand.
+        join: Makes the current stream wait for whatever other streams `run` and its backward pass use.
+        report: Receives a notice when graphs are given up.
+    """
+
+    def __init__(
+        self, run: Callable[[StepInputs], Tensor], parameters: list[Tensor], join: Callable[[], None], report: Report
+    ) -> None:
+        self.run, self.parameters, self.join, self.report = run, parameters, join, report
+        self.graphs: dict[tuple, _Graph] = {}
+        self.warm: set[bool] = set()
+        self.addresses: tuple[int, ...] = ()
+        self.pool: Any = None
+        self.stream: Any = None
+        self.replays = 0
+        self.failed = False
+
+    def loss(self, inputs: StepInputs) -> Tensor | None:
+        """The loss, or None where this micro-batch has to run without a graph."""
+        addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
+        if self.failed or 0 in addresses:
+            return None
+        if addresses != self.addresses:
+            self.graphs.clear()
+            self.addresses = addresses
+        # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend.
+        way = inputs.equal_rows > 0
+        if way not in self.warm:
+            self.warm.add(way)
+            return None
+        inputs = bucketed(inputs)
+        key = (*inputs.labels.shape, inputs.boundaries.numel(), *_numbers(inputs))
+        graph = self.graphs.get(key)
+        if graph is None:
+            if len(self.graphs) >= MOST_GRAPHS:
+                return None
+            graph = self._capture(inputs)
+            if graph is None:
+                return None
+            self.graphs[key] = graph
+        else:
+            for name in ("embedded", "labels", "position_ids", "boundaries"):
+                getattr(graph.inputs, name).copy_(getattr(inputs, name))
+        return _Replay.apply(self.parameters[0], graph, self)
+
+    def _capture(self, inputs: StepInputs) -> _Graph | None:
+        if self.pool is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "relaxed"}
+        inputs = replace(inputs, embedded=inputs.embedded.detach())
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        loss = None
+        try:
+            slope = torch.ones((), device=inputs.embedded.device)
+            with torch.cuda.graph(forward, **options):
+                loss = self.run(inputs)
+                self.join()
+            with torch.cuda.graph(backward, **options):
+                torch.autograd.backward(loss, slope, inputs=self.parameters)
+                self.join()
+            return _Graph(forward, backward, inputs, loss.detach(), slope)
+        except RuntimeError as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        # Outside the handler, whose traceback would keep the activations.
+        del loss
+        self.failed = True
+        self.graphs.clear()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self.report(Notice(f"Steps run without CUDA graphs, because capturing one failed ({reason})."))
+        return None
+
+
+def _numbers(inputs: StepInputs) -> tuple[int, int, int]:
+    return inputs.longest, inputs.equal_rows, inputs.trained_tokens
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, graph: _Graph, graphs: StepGraphs) -> Tensor:
+        graph.forward.replay()
+        graphs.replays += 1
+        ctx.graph, ctx.graphs, ctx.number = graph, graphs, graphs.replays
+        return graph.loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        if ctx.number != ctx.graphs.replays:
+            raise RuntimeError("another micro-batch ran between this one's forward and backward pass")
+        ctx.graph.slope.copy_(grads[0])
+        ctx.graph.backward.replay()
+        return None, None, None
