@@ -96,8 +96,10 @@ def resolve_source(data: str, *, split: str, revision: str | None, report: Repor
     if any(letter in data for letter in "*?["):
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
         return _files_source(data, sorted(file for file in found if file.is_file() and not _is_hidden(file, path)))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~" and format_of(path) is None:
-        return _hub_source(data, split, revision, report)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~":
+        # Some datasets are named like a file (ORG/docs.jsonl); one of a folder that is here is a file, though.
+        if format_of(path) is None or ("/" in data and not path.parent.is_dir()):
+            return _hub_source(data, split, revision, report)
     raise DataError(f"There is no file or folder {data}.", "Check --data.")
 
 

@@ -243,6 +243,20 @@ def test_online_only_the_files_of_the_split_are_downloaded(monkeypatch, tmp_path
     assert asked == [("org/set", "v1", ["README.md", "data/train.jsonl"], "dataset")]
 
 
+def test_a_hub_dataset_may_be_named_like_a_file(tmp_path, monkeypatch):
+    def download(repository, *_, **__):
+        assert repository == "org/docs.jsonl"
+        write(tmp_path / "train.jsonl", "a")
+        return tmp_path
+
+    monkeypatch.setattr(sources, "download_snapshot", download)
+    assert texts(resolve("org/docs.jsonl")) == ["a"]
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)  # org/ is here now, so that a file is meant
+    with pytest.raises(DataError, match=r"There is no file or folder org/docs\.jsonl"):
+        resolve("org/docs.jsonl")
+
+
 @pytest.mark.parametrize(
     "data", ["absent.jsonl", "no/such/folder/rows.jsonl", "./absent", "/absent", "a b c", "x/*.jsonl"]
 )
