@@ -96,10 +96,10 @@ def resolve_source(data: str, *, split: str, revision: str | None, report: Repor
     if any(letter in data for letter in "*?["):
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
         return _files_source(data, sorted(file for file in found if file.is_file() and not _is_hidden(file, path)))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~":
-        # Some datasets are named like a file (ORG/docs.jsonl); one of a folder that is here is a file, though.
-        if format_of(path) is None or ("/" in data and not path.parent.is_dir()):
-            return _hub_source(data, split, revision, report)
+    # Some datasets are named like a file (ORG/docs.jsonl); in a folder that is here a file is meant, though.
+    like_file = format_of(path) is not None and ("/" not in data or path.parent.is_dir())
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~" and not like_file:
+        return _hub_source(data, split, revision, report)
     raise DataError(f"There is no file or folder {data}.", "Check --data.")
 
 
