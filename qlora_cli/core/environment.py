@@ -4,18 +4,23 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from huggingface_hub import constants as hub_constants
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qlora_cli.core.adapter import attach_adapter
 from qlora_cli.core.base_model import dequantized_weight, dtype_name, four_bit_linears, load_base
+from qlora_cli.core.engine import install_engine
+from qlora_cli.core.packing import collate
 
 LIBRARIES = (
     "torch",
@@ -117,6 +122,7 @@ def check_environment(device: torch.device, compute_dtype: torch.dtype, director
         check_card(),
         check_triton(device),
         check_4bit_step(device, compute_dtype),
+        check_fast_engine(device, compute_dtype),
         check_disk("hub cache", Path(hub_constants.HF_HUB_CACHE)),
         check_disk("working directory", directory),
     ]
@@ -179,33 +185,46 @@ def check_disk(name: str, directory: Path) -> Check:
 
 
 def check_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> Check:
-    """Loads a tiny model in 4 bits, compares a linear with its dequantised weight, and runs a forward and backward."""
-    name = "4-bit step"
+    """Runs a tiny model in 4 bits forward and backward, and compares a linear with its dequantised weight."""
     where = f"on {device} in {dtype_name(compute_dtype)}"
     try:
         error, norm = run_4bit_step(device, compute_dtype)
     except Exception as failure:  # whatever a broken installation raises is the finding
-        first_line = (str(failure).strip().splitlines() or [""])[0]
-        return Check(name, False, f"fails {where}: {type(failure).__name__}: {first_line}", FIXES[device.type])
-    if not error < 4 * torch.finfo(compute_dtype).eps:
-        return Check(name, False, f"a 4-bit linear {where} is off by {error:.2g}", FIXES[device.type])
+        return Check("4-bit step", False, f"fails {where}: {_first_line(failure)}", FIXES[device.type])
+    if not error < TOLERANCE * torch.finfo(compute_dtype).eps:
+        return Check("4-bit step", False, f"a 4-bit linear {where} is off by {error:.2g}", FIXES[device.type])
     if not 0 < norm < float("inf"):
-        return Check(name, False, f"the adapter's gradient {where} has norm {norm}", FIXES[device.type])
-    return Check(name, True, f"forward and backward work {where}")
+        return Check("4-bit step", False, f"the adapter's gradient {where} has norm {norm}", FIXES[device.type])
+    return Check("4-bit step", True, f"forward and backward work {where}")
+
+
+def check_fast_engine(device: torch.device, compute_dtype: torch.dtype) -> Check:
+    """Runs a step of the fast engine and compares its loss with the plain one's."""
+    where = f"on {device} in {dtype_name(compute_dtype)}"
+    try:
+        fast, plain = run_engine_steps(device, compute_dtype)
+    except Exception as failure:  # as above
+        return Check("fast engine", False, f"fails {where}: {_first_line(failure)}", FAST_ENGINE_FIX)
+    if not abs(fast - plain) <= TOLERANCE * torch.finfo(compute_dtype).eps * abs(plain):
+        return Check("fast engine", False, f"its loss {where} is {fast:.6g}, not {plain:.6g}", FAST_ENGINE_FIX)
+    return Check("fast engine", True, f"agrees with the plain one {where}")
 
 
 FIXES = {
     "cuda": "pip install --force-reinstall bitsandbytes, then: python -m bitsandbytes",
     "cpu": "pip install --upgrade bitsandbytes torch",
 }
+FAST_ENGINE_FIX = "Train with --engine plain; on a card look at triton above."
+TOLERANCE = 4  # roundings of the compute dtype
 
 
-def run_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> tuple[float, float]:
-    """A real 4-bit training step on a tiny random model.
+def _first_line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
 
-    Returns:
-        Relative error of one 4-bit linear against its dequantised weight, and the norm of the adapter's gradient.
-    """
+
+@contextmanager
+def tiny_base(device: torch.device, compute_dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+    """A random model of one layer, loaded in 4 bits as any other."""
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
@@ -220,6 +239,16 @@ def run_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> tuple[flo
             torch.manual_seed(0)
             LlamaForCausalLM(config).save_pretrained(directory)
         base, _ = load_base(directory, compute_dtype=compute_dtype, device=device, cache=False)
+        yield base
+
+
+def run_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> tuple[float, float]:
+    """A forward and backward pass through bitsandbytes and PEFT.
+
+    Returns:
+        Relative error of one 4-bit linear against its dequantised weight, and the norm of the adapter's gradient.
+    """
+    with tiny_base(device, compute_dtype) as base:
         _, linear = next(four_bit_linears(base))
         inputs = torch.linspace(-1, 1, 4 * 64, device=device, dtype=compute_dtype).view(4, 64)
         exact = inputs.double() @ dequantized_weight(linear).double().T
@@ -229,3 +258,27 @@ def run_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> tuple[flo
         model(input_ids=tokens, labels=tokens).loss.backward()
         gradients = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
     return error, float(torch.stack(gradients).norm())
+
+
+def run_engine_steps(device: torch.device, compute_dtype: torch.dtype) -> tuple[float, float]:
+    """Losses in nats of the same two packed rows, with a backward pass, by the fast engine and by the plain one."""
+    rows = [(np.arange(length, dtype=np.int32), np.ones(length, dtype=bool)) for length in (20, 30)]
+    losses = []
+    for kind in ("fast", "plain"):
+        with tiny_base(device, compute_dtype) as base:
+            model = attach_adapter(base, rank=4, alpha=8).train()
+            engine = install_engine(
+                model,
+                kind=kind,
+                device=device,
+                compute_dtype=compute_dtype,
+                compile=False,
+                max_tokens=50,
+                total_steps=1,
+                report=lambda event: None,
+            )
+            loss = engine.loss(collate(rows, [0, 1]).to(device))
+            loss.backward()
+            losses.append(float(loss.detach()))
+            engine.close()
+    return losses[0], losses[1]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from qlora_cli import artifacts
@@ -51,6 +52,9 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     facts |= {
         name: record[name] for name in ("base", "data", "training", "versions", "qlora_version") if name in record
     }
+    settings = directory / artifacts.RUN_YAML
+    if settings.is_file():
+        facts["settings"] = yaml.safe_load(settings.read_text(encoding="utf-8"))
     metrics = directory / artifacts.METRICS
     if metrics.is_file():
         facts["progress"] = summarise_metrics(metrics.read_text(encoding="utf-8").splitlines())

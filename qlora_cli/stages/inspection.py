@@ -199,7 +199,7 @@ def write_command(config: InspectConfig, changes: dict[str, Any]) -> str:
     """The `qlora train` command with what was given to inspect, but for `changes`."""
     trained = {part.name: part for part in fields(TrainConfig)}
     given = {part.name: getattr(config, part.name) for part in fields(InspectConfig) if part.name in trained}
-    words = ["qlora train", "--data DATA"]
+    words = ["qlora train", f"--model {shlex.quote(given.pop('model'))}", "--data DATA"]
     for name, value in (given | changes).items():
         part = trained[name]
         if value is None or value == part.default:

@@ -12,6 +12,7 @@ from qlora_cli.core.environment import (
     check_card,
     check_disk,
     check_environment,
+    check_fast_engine,
     check_triton,
     describe_machine,
     list_versions,
@@ -41,6 +42,22 @@ def test_a_4bit_step_that_fails_says_how_and_what_to_do(monkeypatch):
     assert not check.works
     assert "cannot open" in check.found and "more" not in check.found
     assert "bitsandbytes" in check.fix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_engines_agree_here(dtype):
+    check = check_fast_engine(CPU, dtype)
+    assert check.works, check.found
+
+
+def test_a_fast_engine_that_is_off_or_fails_leaves_the_plain_one(monkeypatch):
+    monkeypatch.setattr(environment, "run_engine_steps", lambda *_: (100.0, 100.1))
+    assert "not 100.1" in check_fast_engine(CPU, torch.float32).found
+    assert check_fast_engine(CPU, torch.bfloat16).works
+    monkeypatch.setattr(environment, "run_engine_steps", lambda *_: 1 / 0)
+    check = check_fast_engine(CPU, torch.float32)
+    assert not check.works
+    assert "--engine plain" in check.fix
 
 
 def test_a_4bit_step_with_wrong_numbers_fails(monkeypatch):
@@ -120,7 +137,9 @@ def test_versions_are_read_without_importing_anything(monkeypatch):
 
 def test_every_check_has_a_fix_where_it_fails(tmp_path):
     checks = check_environment(CPU, torch.float32, tmp_path)
-    assert {"python", "cuda", "triton", "4-bit step", "hub cache", "working directory"} == {c.name for c in checks}
+    assert {"python", "cuda", "triton", "4-bit step", "fast engine", "hub cache", "working directory"} == {
+        c.name for c in checks
+    }
     assert all(check.works or check.fix for check in checks)
     assert describe_machine()["host_memory_bytes"] > 0
 
