@@ -1,5 +1,6 @@
 """A loaded model and tokenised prompts in, answers out: chooses how to decode, and with which adapter."""
 
+import importlib.util
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from qlora_cli.core.sampling import Sampling
 from qlora_cli.core.templates import Formatting, PlainTemplate, RowFormatter
 from qlora_cli.errors import DataError
 from qlora_cli.events import Report
+
+if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    from qlora_cli.core.decoding_graph import FastModel, GraphDecoder
 
 CAPACITY_STEP = 256  # rows are made for a multiple of so many tokens, so that the next prompt finds them long enough
 
@@ -75,10 +79,21 @@ class Answerer:
 
     def __init__(self, model: Any, tokenizer: Any, *, sampling: Sampling, engine: str, report: Report) -> None:
         self.model, self.tokenizer, self.sampling, self.report = model, tokenizer, sampling, report
-        reason = "--engine plain was given" if engine == "plain" else why_not_stepwise(model)
-        self._plain = reason is not None
-        self.path = f"transformers' own generate, because {reason}" if reason else "own steps, one forward a token"
+        self._reason = "--engine plain was given" if engine == "plain" else why_not_stepwise(model)
         self._decoder: Decoder | None = None
+        self._fast: Any = None  # the FastModel, where there is a GPU for it
+        self._fast_for: Any = None  # what it was made for
+
+    @property
+    def path(self) -> str:
+        """How answers are decoded, and why not faster."""
+        if self._reason is not None:
+            return f"transformers' own generate, because {self._reason}"
+        if self._fast is None:
+            return "own steps, one forward a token"
+        obstacle = getattr(self._decoder, "obstacle", None)
+        how = "CUDA graphs" if obstacle is None else f"steps launched one by one (not captured: {obstacle})"
+        return f"{how} over fused kernels: {self._fast.describe()}"
 
     def select(self, adapter: str | None) -> None:
         """Switches to the adapter of this name, None for the bare base."""
@@ -90,6 +105,18 @@ class Answerer:
             self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(adapter)
             self.model.eval()
+        if self._fast is not None:
+            self._fast.refresh()
+
+    def _make_fast(self) -> Any:
+        """The model with its fast kernels, made anew when adapters were loaded since."""
+        made_for = (id(self.model), *getattr(self.model, "peft_config", ()))
+        if self._fast_for != made_for:
+            if self._fast is not None:
+                self._fast.close()
+            self._decoder = None
+            self._fast, self._fast_for = FastModel(self.model), made_for
+        return self._fast
 
     def answer(
         self,
@@ -102,7 +129,7 @@ class Answerer:
         on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[Answer]:
         """Answers requests in any order; see `answer_all`."""
-        if self._plain:
+        if self._reason is not None:
             model = underlying_model(self.model)
             yield from answer_plainly(
                 requests,
@@ -130,13 +157,16 @@ class Answerer:
 
     def _open(self, slots: int, capacity: int) -> Decoder:
         """A decoder with room for so many rows and tokens; the last one again where it has."""
+        is_gpu = self.model.get_input_embeddings().weight.device.type == "cuda"
+        fast = self._make_fast() if is_gpu and importlib.util.find_spec("triton") else None
         last = self._decoder
         if last is None or last.cache.slots != slots or last.cache.capacity < capacity:
             self._decoder = last = None  # its memory is free before the next one asks
-            if torch.cuda.is_available():
+            if is_gpu:
                 torch.cuda.empty_cache()
             capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
             capacity = min(capacity, context_length(self.model.config) or capacity)
-            self._decoder = last = Decoder(self.model, slots=slots, capacity=capacity, sampling=self.sampling)
+            size: dict[str, Any] = {"slots": slots, "capacity": capacity, "sampling": self.sampling}
+            self._decoder = last = Decoder(self.model, **size) if fast is None else GraphDecoder(fast, **size)
         last.reset()
         return last

@@ -189,19 +189,19 @@ class Decoder:
     def _advance(self) -> None:
         """One step, by the model's own forward."""
         length = max(self.filled)
-        self._forward_step(length, masked=set(self.filled) != {length})
+        mask = None if set(self.filled) == {length} else self._mask(length)  # rows of one length need none
+        self.cache.start_step(self.positions, length)
+        self._forward_step(mask)
 
-    def _forward_step(self, length: int, *, masked: bool) -> None:
+    def _forward_step(self, mask: Any) -> None:
         """From `tokens` and `positions` to the next ones, on the device alone.
 
         Args:
-            length: Places of the cache that attention reads.
-            masked: Whether a mask is needed, because rows end at different places.
+            mask: As the model takes it; None where every row sees all places.
         """
-        self.cache.start_step(self.positions, length)
         arguments: dict[str, Any] = {"position_ids": self.positions[:, None]} if self._takes_positions else {}
-        if masked:
-            arguments["attention_mask"] = self._mask(length)
+        if mask is not None:
+            arguments["attention_mask"] = mask
         logits = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, **arguments).logits
         uniforms = None
         if self.uniforms is not None:

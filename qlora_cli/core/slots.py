@@ -26,14 +26,26 @@ class SlotCache(Cache):
         self.start = 0  # place of the first token being written, when filling
         self.positions = torch.empty(0)  # (slots,) int64, place of each row's new token, when stepping
         self.length = 0  # places that attention reads
+        self.joined = False  # stepping: attention itself stores the new keys and values, and finds the rest here
+        self.attention: Any = None  # whose turn it is then
+        self._row_numbers: Tensor | None = None
 
     def start_prefill(self, rows: Tensor, start: int, count: int) -> None:
         """The next forward brings `count` tokens for each of `rows`, after the `start` that are there."""
         self.rows, self.start, self.length = rows, start, start + count
 
-    def start_step(self, positions: Tensor, length: int) -> None:
-        """The next forward brings one token for every slot, at `positions`; attention reads places below `length`."""
-        self.rows, self.start, self.positions, self.length = None, length - 1, positions, length
+    def start_step(self, positions: Tensor, length: int, *, joined: bool = False) -> None:
+        """The next forward brings one token for every slot, at `positions`; attention reads places below `length`.
+
+        With `joined`, the attention function gets whole rows whose `slot` attribute leads to what is new, and stores it.
+        """
+        self.rows, self.start, self.positions, self.length, self.joined = None, length - 1, positions, length, joined
+
+    def row_numbers(self, device: torch.device) -> Tensor:
+        """(slots, 1), made once."""
+        if self._row_numbers is None:
+            self._row_numbers = torch.arange(self.slots, device=device)[:, None]
+        return self._row_numbers
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -44,12 +56,16 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
         self.cache = cache
+        self.fresh: tuple[Tensor, Tensor] | None = (
+            None  # key and value of the tokens of the step, (slots, heads, 1, size)
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(states: Tensor) -> Tensor:  # zeros: a masked place still multiplies its value
             return states.new_zeros(self.cache.slots, states.shape[1], self.cache.capacity, states.shape[3])
 
         self.keys, self.values = room(key_states), room(value_states)
+        self._head_numbers = torch.arange(self.keys.shape[1], device=self.keys.device)[None, :]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -64,12 +80,14 @@ class _SlotLayer(CacheLayerMixin):
             if cache.start == 0:
                 return key_states, value_states
             return keys[cache.rows, :, : cache.length], values[cache.rows, :, : cache.length]
-        rows = torch.arange(cache.slots, device=keys.device)[:, None]
-        heads = torch.arange(keys.shape[1], device=keys.device)[None, :]
-        places = (rows, heads, cache.positions[:, None])
-        keys.index_put_(places, key_states.squeeze(2))
-        values.index_put_(places, value_states.squeeze(2))
-        return keys[:, :, : cache.length], values[:, :, : cache.length]
+        self.fresh = key_states, value_states
+        if not cache.joined:
+            places = (cache.row_numbers(keys.device), self._head_numbers, cache.positions[:, None])
+            keys.index_put_(places, key_states.squeeze(2))
+            values.index_put_(places, value_states.squeeze(2))
+        seen_keys, seen_values = keys[:, :, : cache.length], values[:, :, : cache.length]
+        seen_keys.slot = self  # type: ignore[attr-defined]
+        return seen_keys, seen_values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.length, 0

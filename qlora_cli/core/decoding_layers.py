@@ -1,0 +1,122 @@
+"""A model instance in; its normalisations and rotary embeddings as one launch each out, wherever that gives the same.
+
+Each is compared with the module's own at its first use, on what it is really given; one that differs is left alone.
+"""
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.kernels.decode_pointwise import rms_norm, rotate
+
+ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
+# (offset, round_first) of known RMS norms: llama and most; those that multiply in float32; gemma.
+NORMS = ((0.0, True), (0.0, False), (1.0, False))
+WHOLE = 1e-6  # relative difference between two ways of computing the same in float32
+HALF = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # and in 16 bits: one rounding of the largest value
+
+
+def is_same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by rounding at most; waits for the device."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    largest = float(expected.abs().max())
+    return float((found.float() - expected.float()).abs().max()) <= HALF.get(expected.dtype, 4 * WHOLE) * largest
+
+
+class FastLayers:
+    """Takes over small modules of one model instance, for decoding steps only; `close` gives them back.
+
+    Attributes:
+        decoding: Whether the model is in a decoding step; elsewhere every module computes as it always did.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.decoding = False
+        self._norms: dict[type, tuple[float, bool] | None] = {}  # what was found out, None for nothing that fits
+        self._rotations: dict[int, bool] = {}  # by identity of the function that is replaced
+        self._taken: list[nn.Module] = []
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
+                self._take(module, self._norm_of(module, module.forward))
+            elif rotating := self._rotating_forward(module):
+                self._take(module, MethodType(rotating, module))
+
+    def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self._taken.append(module)
+
+    def close(self) -> None:
+        """Gives every module its own forward back."""
+        for module in self._taken:
+            del module.forward
+        self._taken = []
+
+    def describe(self) -> str:
+        """What is computed in one launch."""
+        norms = sum(fits is not None for fits in self._norms.values())
+        kinds = [f"{norms} kinds of norm" if norms > 1 else "norms"] if norms else []
+        kinds += ["rotary embeddings"] if any(self._rotations.values()) else []
+        return " and ".join(kinds)
+
+    # ------------------------------------------------------------ norms
+
+    def _norm_of(self, module: Any, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kind = type(module)
+        epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+
+        def forward(*given: Any, **named: Any) -> Tensor:
+            if not self.decoding or epsilon is None or len(given) != 1 or named:
+                return own(*given, **named)
+            (x,) = given
+            if kind not in self._norms:
+                expected = own(x)
+                fitting = (
+                    (offset, first)
+                    for offset, first in NORMS
+                    if is_same(rms_norm(x, module.weight, epsilon, offset=offset, round_first=first), expected)
+                )
+                self._norms[kind] = next(fitting, None)
+                return expected
+            fits = self._norms[kind]
+            if fits is None:
+                return own(x)
+            return rms_norm(x, module.weight, epsilon, offset=fits[0], round_first=fits[1])
+
+        return forward
+
+    # ------------------------------------------------------------ rotary embeddings
+
+    def _rotating_forward(self, module: nn.Module) -> FunctionType | None:
+        """The module's forward with another rotation behind the name it calls; nothing but this copy is changed."""
+        forward = type(module).forward
+        if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+            return None
+        original = forward.__globals__.get(ROTARY)
+        if original is None:
+            return None
+        names = {**forward.__globals__, ROTARY: self._rotation(original)}
+        copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+        copy.__kwdefaults__ = forward.__kwdefaults__
+        return copy
+
+    def _rotation(self, original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        known = id(original)
+
+        def apply(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
+            if not self.decoding or rest or named or self._rotations.get(known) is False:
+                return original(query, key, cos, sin, *rest, **named)
+            if known not in self._rotations:
+                expected = original(query, key, cos, sin)
+                try:
+                    found = rotate(query, key, cos, sin)
+                    self._rotations[known] = all(is_same(f, e) for f, e in zip(found, expected, strict=True))
+                except ValueError:  # a layout the kernel does not know
+                    self._rotations[known] = False
+                return expected
+            return rotate(query, key, cos, sin)
+
+        return apply

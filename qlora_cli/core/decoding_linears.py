@@ -1,0 +1,288 @@
+"""A 4-bit model instance in; its linear layers answered by stacked products of a few tokens, until it is closed, out.
+
+Layers that read the same tensor (query, key and value; gate and up) are found by watching one forward, and become one
+product. Their packed weights are laid one below the other, and the layers keep views of that, so that nothing is held
+twice and every other use of them goes on.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.base_model import is_4bit
+from qlora_cli.core.engine_linear import frozen_weight
+from qlora_cli.kernels import linear
+from qlora_cli.kernels.gemv import MAX_TOKENS, ROW_UNIT, StackedAdapter, StackedWeight, multiply
+
+
+@dataclass(eq=False)
+class Site:
+    """A 4-bit linear and what wraps it.
+
+    Attributes:
+        name: In the model.
+        module: What the model calls: a LoRA layer, or the 4-bit linear itself.
+        base: The 4-bit linear.
+    """
+
+    name: str
+    module: Any
+    base: Any
+
+    @property
+    def state(self) -> Any:
+        """bitsandbytes' quantisation state."""
+        return self.base.weight.quant_state
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight."""
+        rows, columns = self.state.shape
+        return rows, columns
+
+    def active_adapter(self) -> str | None:
+        """Name of the LoRA adapter in effect here; None for none."""
+        if self.module is self.base or self.module.disable_adapters:
+            return None
+        return next((name for name in self.module.active_adapters if name in self.module.lora_A), None)
+
+    def largest_rank(self) -> int:
+        """The largest rank among the adapters that were ever loaded here."""
+        return 0 if self.module is self.base else max(self.module.r.values(), default=0)
+
+    def is_plain(self) -> bool:
+        """Whether base product plus scaled B A is all that the module computes, and its format is a known one."""
+        state = self.state
+        if state.shape[1] % state.blocksize or (state.nested and state.state2.blocksize & (state.state2.blocksize - 1)):
+            return False
+        if self.module is self.base:
+            return True
+        active = [name for name in self.module.active_adapters if name in self.module.lora_A]
+        simple = not self.module.lora_variant and not any(self.module.lora_bias.values())
+        return simple and len(active) <= 1 and not self.module.merged
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every 4-bit linear that can be taken over, in the model's order."""
+    sites, inner = [], set()
+    for name, module in model.named_modules():
+        wrapped = getattr(module, "base_layer", None)
+        if wrapped is not None and is_4bit(wrapped) and hasattr(module, "lora_A"):
+            inner.add(wrapped)
+            sites.append(Site(name, module, wrapped))
+        elif is_4bit(module) and module not in inner:
+            sites.append(Site(name, module, module))
+    return [site for site in sites if site.is_plain()]
+
+
+def group_by_input(model: nn.Module, sites: list[Site], run: Callable[[], Any]) -> list[list[Site]]:
+    """Sites that were given the very same tensor during `run`, unchanged in between; the others stand alone."""
+    calls: list[tuple[Site, Tensor, int]] = []  # holding the tensors keeps their identities apart
+    hooks = [
+        site.module.register_forward_pre_hook(
+            lambda module, arguments, site=site: calls.append((site, arguments[0], arguments[0]._version))
+        )
+        for site in sites
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[tuple[int, int], list[Site]] = {}
+    met = [site for site, _, _ in calls]
+    for site, tensor, version in calls:
+        if met.count(site) == 1:  # a layer that is called twice (shared) cannot be part of one product
+            groups.setdefault((id(tensor), version), []).append(site)
+    return list(groups.values())
+
+
+def _may_stack(sites: list[Site]) -> bool:
+    first = sites[0].state
+    for site in sites:
+        state, (rows, columns) = site.state, site.shape
+        unit = state.blocksize * (state.state2.blocksize if state.nested else 1)
+        alike = (
+            columns == first.shape[1]
+            and state.blocksize == first.blocksize
+            and state.nested == first.nested
+            and state.quant_type == first.quant_type
+            and site.base.compute_dtype == sites[0].base.compute_dtype
+        )
+        if not alike or rows % ROW_UNIT or rows * columns % unit:
+            return False
+    return True
+
+
+def _lay_together(tensors: list[Tensor]) -> Tensor:
+    """One flat tensor of all; the same memory when they lie one after another already."""
+    flat = [tensor.detach().view(-1) for tensor in tensors]
+    end = flat[0].data_ptr()
+    for tensor in flat:
+        if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != flat[0].untyped_storage().data_ptr():
+            return torch.cat(flat)
+        end += tensor.numel() * tensor.element_size()
+    return flat[0].as_strided((sum(tensor.numel() for tensor in flat),), (1,))
+
+
+class Stack:
+    """Sites with the same input as one product.
+
+    Args:
+        sites: In the order in which the model calls them.
+    """
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+        self.dtype = sites[0].base.compute_dtype
+        self.rank = max(site.largest_rank() for site in sites)
+        self.weight = self._stack_weights()
+        self.bias = self._stack_biases()
+        self.adapter = self._make_room() if self.rank else None
+        self._starts = [0]
+        for site in sites:
+            self._starts.append(self._starts[-1] + site.shape[0])
+        self._frozen = {site: frozen_weight(site.base, self.dtype, resident=False) for site in sites}
+        self._last: tuple[Tensor, Tensor] | None = None  # the input that was multiplied, and the product
+        self.refresh()
+
+    def _stack_weights(self) -> StackedWeight:
+        states = [site.state for site in self.sites]
+        packed = _lay_together([site.base.weight.data for site in self.sites])
+        absmax = _lay_together([state.absmax for state in states])
+        at_byte = at_block = at_outer = 0
+        nested: dict[str, Any] = {}
+        if states[0].nested:
+            nested_absmax = _lay_together([state.state2.absmax for state in states])
+            offsets = [state.offset.float().expand(state.state2.absmax.numel()) for state in states]
+            nested = {
+                "nested_absmax": nested_absmax,
+                "nested_code": states[0].state2.code,
+                "nested_offset": torch.cat(offsets).contiguous(),
+                "nested_blocksize": states[0].state2.blocksize,
+            }
+        for site in self.sites:
+            state, weight = site.state, site.base.weight
+            count = weight.data.numel()
+            weight.data = packed[at_byte : at_byte + count].view(weight.data.shape)
+            at_byte += count
+            blocks = state.absmax.numel()
+            state.absmax = absmax[at_block : at_block + blocks]
+            at_block += blocks
+            if state.nested:
+                outer = state.state2.absmax.numel()
+                state.state2.absmax = nested["nested_absmax"][at_outer : at_outer + outer]
+                at_outer += outer
+        return StackedWeight(
+            rows=sum(site.shape[0] for site in self.sites),
+            columns=self.sites[0].shape[1],
+            packed=packed,
+            absmax=absmax,
+            code=states[0].code,
+            blocksize=states[0].blocksize,
+            **nested,
+        )
+
+    def _stack_biases(self) -> Tensor | None:
+        biases = [site.base.bias for site in self.sites]
+        if all(bias is None for bias in biases):
+            return None
+        parts = [
+            torch.zeros(site.shape[0], dtype=self.dtype, device=self.weight.packed.device)
+            if bias is None
+            else bias.detach().to(self.dtype)
+            for site, bias in zip(self.sites, biases, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _make_room(self) -> StackedAdapter:
+        device, count = self.weight.packed.device, len(self.sites)
+        first_rank = [
+            number * self.rank for number, site in enumerate(self.sites) for _ in range(-(-site.shape[0] // ROW_UNIT))
+        ]
+        return StackedAdapter(
+            a=torch.zeros(count * self.rank, self.weight.columns, dtype=self.dtype, device=device),
+            scaling=torch.zeros(count * self.rank, device=device),
+            b=torch.zeros(self.weight.rows, self.rank, dtype=self.dtype, device=device),
+            first_rank=torch.tensor(first_rank, dtype=torch.int32, device=device),
+        )
+
+    def refresh(self) -> None:
+        """Takes over which adapter is in effect, in place: a captured graph goes on with it."""
+        if self.adapter is None:
+            return
+        for tensor in self.adapter[:3]:
+            tensor.zero_()
+        for number, site in enumerate(self.sites):
+            name = site.active_adapter()
+            if name is None:
+                continue
+            a, b = site.module.lora_A[name].weight, site.module.lora_B[name].weight
+            at, row = number * self.rank, self._starts[number]
+            self.adapter.a[at : at + a.shape[0]].copy_(a)
+            self.adapter.b[row : row + b.shape[0], : b.shape[1]].copy_(b)
+            self.adapter.scaling[at : at + a.shape[0]] = site.module.scaling[name]
+
+    def product(self, site: Site, x: Tensor) -> Tensor:
+        """What the site's module returns for x, (..., in) to (..., out)."""
+        number = self.sites.index(site)
+        flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        if flat.shape[0] > MAX_TOKENS:
+            return self._product_of_many(number, site, flat).view(*x.shape[:-1], -1).to(x.dtype)
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, multiply(flat.contiguous(), self.weight, self.adapter, self.bias))
+        y = self._last[1][:, self._starts[number] : self._starts[number + 1]]
+        if number == len(self.sites) - 1:
+            self._last = None  # the sites are called in order, and this was the last
+        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+    def _product_of_many(self, number: int, site: Site, flat: Tensor) -> Tensor:
+        """Dequantised once and multiplied, as in training."""
+        rows = slice(self._starts[number], self._starts[number + 1])
+        projected = b = None
+        if self.adapter is not None:
+            at = slice(number * self.rank, (number + 1) * self.rank)
+            projected = (flat @ self.adapter.a[at].t()) * self.adapter.scaling[at].to(flat.dtype)
+            b = self.adapter.b[rows]
+        bias = None if self.bias is None else self.bias[rows]
+        frozen = self._frozen[site]
+        assert frozen is not None
+        return linear.forward(flat, frozen, bias, projected, b, None)
+
+
+class FastLinears:
+    """Takes over the 4-bit linears of one model instance; `close` gives them back.
+
+    Args:
+        model: With or without LoRA layers.
+        run: Runs one forward of the model, over any tokens.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        self.stacks: list[Stack] = []
+        for sites in group_by_input(model, find_sites(model), run):
+            self.stacks += [Stack(sites)] if _may_stack(sites) else [Stack([site]) for site in sites]
+        for stack, site in self._sites():
+            site.module.forward = lambda x, *rest, stack=stack, site=site, **named: stack.product(site, x)
+
+    def _sites(self) -> Iterator[tuple[Stack, Site]]:
+        return ((stack, site) for stack in self.stacks for site in stack.sites)
+
+    def refresh(self) -> None:
+        """Takes over which adapter is in effect."""
+        for stack in self.stacks:
+            stack.refresh()
+
+    def close(self) -> None:
+        """Gives every layer its own forward back."""
+        for _, site in self._sites():
+            del site.module.forward
+        self.stacks = []
+
+    def describe(self) -> str:
+        """How many layers became how many products."""
+        layers = sum(len(stack.sites) for stack in self.stacks)
+        return f"{layers} linear layers in {len(self.stacks)} products"
