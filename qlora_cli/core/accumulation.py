@@ -84,8 +84,10 @@ class Accumulation:
             (loss * factor).backward()
             loss_sum += loss.detach()
             return True
-        except torch.OutOfMemoryError:
-            pass  # mended outside the handler, where the traceback no longer holds the activations
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, where the traceback no longer holds the activations.
         free_memory(self.device)
         return False
 
@@ -138,6 +140,14 @@ def read_batch(rows: RowSubset, indices: list[int], device: torch.device) -> Mic
     """Rows as one micro-batch, in pinned memory where it will be copied to a card."""
     batch = collate([rows[i] for i in indices], indices)
     return batch.pin() if device.type == "cuda" else batch
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a failure means that the device has no room; libraries below PyTorch say so in their own words."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in text for sign in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
+    )
 
 
 def free_memory(device: torch.device) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.core.accumulation import free_memory, read_batch
+from qlora_cli.core.accumulation import free_memory, is_out_of_memory, read_batch
 from qlora_cli.core.engine import Engine
 from qlora_cli.core.holdout import RowSubset
 from qlora_cli.core.packing import split_micro_batch
@@ -63,7 +63,9 @@ def _add_loss(engine: Engine, rows: RowSubset, indices: list[int], sums: Tensor)
         sums[0] += engine.loss(batch.to(sums.device, non_blocking=True))
         sums[1] += batch.trained_tokens
         return
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if len(indices) == 1:
             raise TrainingError(
                 f"There is not enough memory to evaluate a single row of {batch.tokens:,} tokens.",

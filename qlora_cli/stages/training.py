@@ -18,6 +18,7 @@ from qlora_cli.core.adapter import attach_adapter, count_parameters, save_adapte
 from qlora_cli.core.base_model import (
     build_empty,
     choose_device,
+    dtype_name,
     identify_base,
     load_base,
     load_config,
@@ -77,8 +78,34 @@ class TrainResult:
         return asdict(self)
 
 
-def train(config: TrainConfig, report: Report) -> TrainResult:
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a run would do, found out without loading the base."""
+
+    output: str
+    device: str
+    compute_dtype: str
+    optimizer: str
+    rows: int
+    held_out_rows: int
+    first_step: int
+    total_steps: int
+    warmup_steps: int
+    largest_micro_batch_tokens: int
+    trainable_parameters: int
+    total_parameters: int
+    checkpoint_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return {"kind": "plan", **asdict(self)}
+
+
+def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
     """Trains an adapter and writes the run directory. What is cheap to check is checked before the base is loaded.
+
+    Returns:
+        What the run came to; with `dry_run` what it would do, and nothing is written.
 
     Raises:
         QloraError: Any of its children.
@@ -145,6 +172,23 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
 
         if config.vram is not None and device.type == "cuda":
             limit_memory(device, parse_memory(config.vram) - CONTEXT_BYTES)
+
+        if config.dry_run:
+            return TrainPlan(
+                output=config.output,
+                device=str(device),
+                compute_dtype=dtype_name(compute_dtype),
+                optimizer=optimizer_name,
+                rows=len(train_rows),
+                held_out_rows=len(eval_rows),
+                first_step=checkpoint.step + 1 if checkpoint else 1,
+                total_steps=plan.total_steps,
+                warmup_steps=warmup_steps,
+                largest_micro_batch_tokens=max(int(train_rows.lengths[b].sum()) for b in plan.longest_micro_batches()),
+                trainable_parameters=trainable,
+                total_parameters=total,
+                checkpoint_bytes=checkpoint_bytes,
+            )
 
         # Dear: the base, and on it the adapter, the engine and the optimizer.
         base, base_identity = load_base(
@@ -222,6 +266,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
             report=report,
             log=log,
         )
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # what is told is the peak of training, not of loading
         started = time.perf_counter()
         loop.run()
         vram = read_vram(device)

@@ -280,6 +280,9 @@ def test_float16_arithmetic_trains_on_the_cpu(base, tmp_path):
 # ---------------------------------------------------------------- memory
 
 
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def out_of_memory_above(tokens: int, seen: list[int], *, from_call: int = 0, in_backward: bool = False):
     def fault(call, batch, loss):
         if batch.tokens <= tokens or call < from_call:
@@ -289,7 +292,7 @@ def out_of_memory_above(tokens: int, seen: list[int], *, from_call: int = 0, in_
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
         def fail(gradient):
-            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+            raise CUBLAS
 
         loss.register_hook(fail)
         return loss
@@ -345,6 +348,14 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_what_to_do(base, tmp_p
     with pytest.raises(TrainingError, match="for a single row of") as caught:
         case.run()
     assert "--max-length" in caught.value.hint
+
+
+def test_any_other_failure_of_the_device_is_raised_as_it_is(base, tmp_path):
+    def fault(call, batch, loss):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        make_case(base, tmp_path, wrap_engine=lambda e: FaultyEngine(e, fault)).run()
 
 
 def test_evaluation_that_runs_out_of_memory_goes_on_in_halves(base, tmp_path):

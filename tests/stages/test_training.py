@@ -511,6 +511,14 @@ def test_a_lock_keeps_a_second_run_out_and_falls_with_its_process(options, tmp_p
         pass
 
 
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(options, monkeypatch):
+    monkeypatch.setattr("qlora_cli.stages.training.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    plan = run(options, dry_run=True, max_steps=None, epochs=2.0).to_dict()
+    assert (plan["rows"], plan["held_out_rows"], plan["total_steps"], plan["first_step"]) == (42, 6, 22, 1)
+    assert plan["trainable_parameters"] > 0 and plan["optimizer"] in ("adamw", "paged_adamw_8bit")
+    assert not Path(options["output"]).exists()
+
+
 def test_run_yaml_names_no_flag_of_one_invocation_only(options):
     run(options, max_steps=1)
     content = yaml.safe_load((Path(options["output"]) / RUN_YAML).read_text())
