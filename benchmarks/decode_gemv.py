@@ -1,0 +1,257 @@
+"""The decoding kernels on the GPU: error against float64, and achieved bandwidth against the card's copy rate.
+
+    python benchmarks/decode_gemv.py --json decode_gemv.json [--part correctness --part one --part few --part attention]
+
+Times are of kernels inside a CUDA graph, over so many copies of each weight that none is found in the second-level
+cache. Bandwidth counts the packed weights, their statistics and the adapter. Parts fail alone; the table comes last.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import torch
+
+from qlora_cli.kernels import decode_attention, gemv
+from qlora_cli.kernels.decode_pointwise import rms_norm, rotate
+from qlora_cli.kernels.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
+
+# name → (rows, columns, weights stacked)
+SHAPES = {
+    "llama qkv": (12288, 4096, 3),
+    "llama o": (4096, 4096, 1),
+    "llama gate+up": (22016, 4096, 2),
+    "llama down": (4096, 11008, 1),
+    "neox qkv": (18432, 6144, 1),
+    "neox dense": (6144, 6144, 1),
+    "neox up": (24576, 6144, 1),
+    "neox down": (6144, 24576, 1),
+}
+COLD_BYTES = 300e6  # of weights in a graph: several times the second-level cache
+TABLE: list[tuple[str, str]] = []
+RESULTS: dict[str, object] = {}
+
+
+def note(name: str, value: object) -> None:
+    """Keeps one figure and shows it."""
+    RESULTS[name] = value
+    TABLE.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    print(f"{name}: {TABLE[-1][1]}", flush=True)
+
+
+def make_stack(rows: int, columns: int, count: int, rank: int = 16):
+    """A random stack with an adapter, and bitsandbytes' own form of it as one weight."""
+    dense = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02
+    packed, state = bnb_functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+    second = state.state2
+    weight = StackedWeight(
+        rows,
+        columns,
+        packed.flatten(),
+        state.absmax,
+        state.code,
+        second.absmax,
+        second.code,
+        state.offset.expand(second.absmax.numel()).contiguous(),
+    )
+    first = torch.arange(count, device="cuda", dtype=torch.int32).repeat_interleave(rows // count // ROW_UNIT) * rank
+    adapter = StackedAdapter(
+        torch.randn(count * rank, columns, device="cuda", dtype=torch.bfloat16) * 0.02,
+        torch.full((count * rank,), 2.0, device="cuda"),
+        torch.randn(rows, rank, device="cuda", dtype=torch.bfloat16) * 0.02,
+        first,
+    )
+    return weight, adapter, packed, state
+
+
+def bytes_of(weight: StackedWeight, adapter: StackedAdapter | None) -> int:
+    """What one product has to read."""
+    tensors = [weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset]
+    tensors += [adapter.a, adapter.b] if adapter is not None else []
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def graph_seconds(calls, repeats: int = 20) -> float:
+    """Seconds of one call, of several captured in a graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats / len(calls)
+
+
+def copies(rows: int, columns: int, count: int) -> list:
+    """So many stacks that they do not fit a cache."""
+    number = max(2, int(COLD_BYTES / (rows * columns / 2)) + 1)
+    return [make_stack(rows, columns, count) for _ in range(number)]
+
+
+def copy_rate() -> float:
+    """Bytes a second that a copy reads and writes."""
+    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / graph_seconds([lambda: y.copy_(x)])
+
+
+def correctness() -> None:
+    """Relative error against float64, beside that of dequantise + matmul."""
+    for name, (rows, columns, count) in SHAPES.items():
+        weight, adapter, packed, state = make_stack(rows, columns, count)
+        values = bnb_functional.dequantize_4bit(packed, state)
+        rank = adapter.b.shape[1]
+        delta = torch.cat(
+            [
+                2.0 * b.double() @ adapter.a[i * rank : (i + 1) * rank].double()
+                for i, b in enumerate(adapter.b.split(rows // count))
+            ]
+        )
+        for tokens in (1, 2, 8, 16, 64):
+            x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            truth = x.double() @ (values.double() + delta).T
+            parts = [
+                x @ v.T + ((x @ adapter.a[i * rank : (i + 1) * rank].T) * 2.0) @ b.T
+                for i, (v, b) in enumerate(
+                    zip(values.split(rows // count), adapter.b.split(rows // count), strict=True)
+                )
+            ]
+            eager = (torch.cat(parts, 1).double() - truth).norm() / truth.norm()
+            ours = (gemv.multiply(x, weight, adapter).double() - truth).norm() / truth.norm()
+            note(f"{name} x{tokens} error / eager's", (ours / eager).item())
+        del values, delta, truth
+        torch.cuda.empty_cache()
+
+
+def sweep(tokens_list, tilings) -> None:
+    """Time of every tiling, the best of each shape beside the tiling in use and bitsandbytes."""
+    rate = copy_rate()
+    note("copy TB/s", rate / 1e12)
+    for name, (rows, columns, count) in SHAPES.items():
+        stacks = copies(rows, columns, count)
+        total = bytes_of(*stacks[0][:2])
+        for tokens in tokens_list:
+            x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            timed: dict[str, float] = {}
+
+            def calls(tiling, adapted=True, x=x, stacks=stacks):
+                return [
+                    lambda w=w, a=a: gemv.multiply(x, w, a if adapted else None, tiling=tiling) for w, a, _, _ in stacks
+                ]
+
+            for tiling in tilings:
+                try:
+                    timed[f"{tiling.rows}/{tiling.blocks}/{tiling.warps}"] = graph_seconds(calls(tiling)) * 1e6
+                except Exception as error:  # a tiling that does not fit the card
+                    print(name, tokens, tiling, type(error).__name__, str(error)[:100])
+            best = min(timed, key=timed.get)
+            chosen = graph_seconds(calls(None)) * 1e6
+            bare = graph_seconds(calls(None, adapted=False)) * 1e6
+            project = graph_seconds([lambda a=a, x=x: gemv.project(x, a) for _, a, _, _ in stacks]) * 1e6
+            RESULTS[f"{name} x{tokens} tilings us"] = dict(sorted(timed.items(), key=lambda item: item[1]))
+            note(f"{name} x{tokens} us", chosen)
+            note(f"{name} x{tokens} share of copy rate", total / chosen * 1e6 / rate)
+            note(f"{name} x{tokens} best", f"{best} {timed[best]:.2f} us")
+            note(
+                f"{name} x{tokens} top",
+                " ".join(f"{k}={v:.1f}" for k, v in list(RESULTS[f"{name} x{tokens} tilings us"].items())[:6]),
+            )
+            note(f"{name} x{tokens} no adapter us", bare)
+            note(f"{name} x{tokens} project us", project)
+            if tokens == 1:
+                y = x[None]
+                theirs = graph_seconds(
+                    [lambda p=p, s=s, y=y: bnb.matmul_4bit(y, p.t(), quant_state=s) for _, _, p, s in stacks]
+                )
+                note(f"{name} x{tokens} bitsandbytes us", theirs * 1e6)
+        del stacks
+        torch.cuda.empty_cache()
+
+
+def one() -> None:
+    """One token."""
+    sizes = itertools.product((1, 2, 4, 8), (8, 16, 32, 64), (1, 2, 4, 8))
+    sweep((1,), [Tiling(r, b, w) for r, b, w in sizes if 32 <= r * b * 64 // (32 * w) <= 256 and b * 8 >= 32 * w])
+
+
+def few() -> None:
+    """A few tokens."""
+    sizes = itertools.product((16, 32, 64, 128), (1, 2, 4), (4, 8))
+    sweep((8, 64), [Tiling(r, b, w) for r, b, w in sizes if 16 <= r * b * 64 // (32 * w) <= 128])
+
+
+def attention() -> None:
+    """Attention of one new token against torch's, and the small kernels."""
+    for rows, heads, key_heads, size, capacity, length in (
+        (1, 32, 32, 128, 256, 160),
+        (1, 32, 32, 128, 4096, 160),
+        (1, 32, 32, 128, 4096, 4000),
+        (8, 32, 32, 128, 256, 160),
+        (8, 32, 8, 128, 4096, 2000),
+        (1, 64, 64, 96, 256, 160),
+    ):
+        name = f"attention {rows}x{heads}/{key_heads}x{size} {length} of {capacity}"
+        q = torch.randn(rows, heads, 1, size, device="cuda", dtype=torch.bfloat16)
+        new = [torch.randn(rows, key_heads, 1, size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        cache = [torch.randn(rows, key_heads, capacity, size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        at = torch.full((rows,), length - 1, device="cuda")
+        ours = graph_seconds([lambda: decode_attention.attend(q, *new, *cache, at, scale=0.1)] * 20)  # noqa: B023
+        mask = torch.zeros(rows, 1, 1, capacity, device="cuda", dtype=torch.bfloat16)
+        mask[..., length:] = -torch.inf
+        wide = [c.repeat_interleave(heads // key_heads, 1) for c in cache]
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        theirs = graph_seconds([lambda: sdpa(q, *wide, attn_mask=mask, scale=0.1)] * 20)  # noqa: B023
+        note(f"{name} us", ours * 1e6)
+        note(f"{name} torch us", theirs * 1e6)
+    x = torch.randn(1, 1, 4096, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(4096, device="cuda", dtype=torch.bfloat16)
+    note("rms_norm 4096 us", graph_seconds([lambda: rms_norm(x, weight, 1e-5)] * 20) * 1e6)
+    q, k = (torch.randn(1, 1, 32, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    cos = torch.randn(1, 1, 128, device="cuda", dtype=torch.bfloat16)
+    note("rotate 32+32x128 us", graph_seconds([lambda: rotate(q, k, cos, cos)] * 20) * 1e6)
+    add = graph_seconds([lambda: x + x] * 20)
+    note("an addition us", add * 1e6)
+
+
+PARTS = {"correctness": correctness, "attention": attention, "one": one, "few": few}
+
+
+def main() -> None:
+    """Runs the parts asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path, default=Path("decode_gemv.json"))
+    parser.add_argument("--part", action="append", choices=list(PARTS))
+    arguments = parser.parse_args()
+    note("card", torch.cuda.get_device_name())
+    note("versions", f"torch {torch.__version__}, triton {__import__('triton').__version__}")
+    for part in arguments.part or PARTS:
+        started = time.time()
+        try:
+            PARTS[part]()
+        except Exception:
+            traceback.print_exc()
+            note(f"{part} FAILED", traceback.format_exc().strip().splitlines()[-1][:300])
+        note(f"{part} seconds", round(time.time() - started))
+        arguments.json.write_text(json.dumps(RESULTS, indent=1))
+    print("\n" + "\n".join(f"{name:60} {value}" for name, value in TABLE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Decoding, prefill and where a step's time goes, on random 4-bit models of the real sizes with an adapter attached.
+
+    python benchmarks/decode_speed.py --json decode_speed.json [--model llama-7b --model neox-20b] [--skip-peer]
+
+Each model is a process of its own with a time limit. It is built and quantised on the GPU; no checkpoint touches the
+disk. Decoding takes 128 new tokens after 32, greedily; tokens per second are those of the whole call, as a user waits
+for it: prefill, and in the first call capture, included. The peer is transformers' generate of the same 4-bit model
+with the same PEFT adapter, in the same process.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+MODELS = {
+    "llama-7b": {"rank": 16, "target_modules": None},
+    "neox-20b": {"rank": 8, "target_modules": ("query_key_value",)},
+    "falcon-7b": {"rank": 16, "target_modules": ("query_key_value",)},
+    "pythia-410m": {"rank": 16, "target_modules": None},
+    "tiny-llama": {"rank": 8, "target_modules": None},
+}
+NEW, PROMPT = 128, 32
+NEVER = 10**9  # an end token that never comes
+
+
+class Words:
+    """A tokenizer as far as an answer needs one: ids as words."""
+
+    def decode(self, ids, **_):
+        """Ids as text."""
+        return "".join(f" {i}" for i in ids)
+
+
+class Bench:
+    """One model, and the figures it gave."""
+
+    def __init__(self, name: str, device: str) -> None:
+        import torch
+        from step_engine import build
+
+        from qlora_cli.core.adapter import attach_adapter
+
+        self.name, self.device, self.figures = name, device, {}
+        started = time.time()
+        base = build(name, device)
+        self.model = attach_adapter(base, alpha=32, **MODELS[name]).eval()
+        generator = torch.Generator(device).manual_seed(0)
+        for parameter_name, parameter in self.model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.data.normal_(0, 0.01, generator=generator)
+        self.vocabulary = base.config.vocab_size
+        self.note("build seconds", time.time() - started)
+        self.note("weights GiB", torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0)
+
+    def note(self, name: str, value: object) -> None:
+        """Keeps one figure and shows it."""
+        self.figures[name] = value
+        print(
+            f"{self.name} {name}: {value:.4g}" if isinstance(value, float) else f"{self.name} {name}: {value}",
+            flush=True,
+        )
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def prompts(self, count: int, length: int = PROMPT) -> list[list[int]]:
+        """Random ids, the same in every call."""
+        import torch
+
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(5, self.vocabulary, (count, length), generator=generator).tolist()
+
+    # -------------------------------------------------------- parts
+
+    def peer(self) -> None:
+        """transformers' own generate, before anything is taken over."""
+        import torch
+
+        self.expected = {}
+        for count in (1, 8):
+            ids = torch.tensor(self.prompts(count), device=self.device)
+            for new in (4, 64):
+                self.wait()
+                started = time.time()
+                with torch.no_grad():
+                    output = self.model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=new,
+                        min_new_tokens=new,
+                        do_sample=False,
+                        use_cache=True,
+                        pad_token_id=0,
+                    )
+                self.wait()
+            self.note(f"peer batch {count} tok/s", count * 64 / (time.time() - started))
+            self.expected[count] = output[:, PROMPT:].tolist()
+
+    def decode(self) -> None:
+        """Tokens per second of whole calls, and of steps alone."""
+        import torch
+
+        from qlora_cli.core.answering import Answerer
+        from qlora_cli.core.answers import Request
+        from qlora_cli.core.sampling import Sampling
+
+        for count in (1, 8, 64):
+            answerer = Answerer(self.model, Words(), sampling=Sampling(), engine="fast", report=print)
+            if getattr(self, "fast", None) is not None:
+                answerer._fast, answerer._fast_for = self.fast
+            requests = [Request(i, ids, NEW) for i, ids in enumerate(self.prompts(count))]
+            for attempt in ("first", "second", "third"):
+                self.wait()
+                started = time.time()
+                answers = list(answerer.answer(requests, batch_size=count, seed=0, end_ids=[NEVER]))
+                self.wait()
+                seconds = time.time() - started
+                self.note(f"batch {count} {attempt} call tok/s", count * NEW / seconds)
+            self.fast = answerer._fast, answerer._fast_for
+            found = {answer.index: list(answer.ids) for answer in answers}
+            if count in getattr(self, "expected", {}):
+                same = [
+                    next((i for i, (a, b) in enumerate(zip(found[r], row, strict=False)) if a != b), len(row))
+                    for r, row in enumerate(self.expected[count])
+                ]
+                self.note(f"batch {count} tokens equal to the peer's", f"{min(same)}-{max(same)} of 64")
+            decoder = answerer._decoder
+            self.note(f"batch {count} path", answerer.path)
+            self.note(f"batch {count} step ms", self.step_seconds(decoder) * 1e3)
+            if count in (1, 8):
+                self.profile(decoder, count)
+            del answerer, decoder
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+        if self.device == "cuda":
+            self.note("peak GiB", torch.cuda.max_memory_allocated() / 2**30)
+
+    def step_seconds(self, decoder, steps: int = 50) -> float:
+        """Seconds of one step, the device kept busy."""
+        from qlora_cli.core.decoding import Prompt
+
+        slots = decoder.cache.slots
+        decoder.reset()
+        decoder.prefill(range(slots), [Prompt(ids) for ids in self.prompts(slots)])
+        for _ in range(5):
+            decoder.step()
+        self.wait()
+        started = time.time()
+        for _ in range(steps):
+            pending = decoder.step()
+        pending.wait()
+        self.wait()
+        return (time.time() - started) / steps
+
+    def profile(self, decoder, count: int) -> None:
+        """Kernels of a step by the time they take."""
+        from torch.profiler import ProfilerActivity, profile
+
+        if self.device != "cuda":
+            return
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(10):
+                decoder.step()
+            self.wait()
+        rows = sorted(seen.key_averages(), key=lambda row: -row.device_time_total)
+        kernels = [(row.key[:70], row.count / 10, row.device_time_total / 10) for row in rows if row.device_time_total]
+        self.note(f"batch {count} kernels a step", sum(calls for _, calls, _ in kernels))
+        self.note(f"batch {count} kernel ms a step", sum(us for _, _, us in kernels) / 1e3)
+        self.figures[f"batch {count} profile"] = kernels[:30]
+        for key, calls, us in kernels[:16]:
+            print(f"    {us:8.1f} us {calls:6.1f} x  {key}", flush=True)
+
+    def prefill(self) -> None:
+        """Seconds to the first token of prompts, and their rate."""
+        if self.device != "cuda":
+            return
+        from qlora_cli.core.decoding import Prompt
+        from qlora_cli.core.decoding_graph import GraphDecoder
+        from qlora_cli.core.sampling import Sampling
+
+        for count, length in ((1, 32), (1, 512), (1, 1900), (8, 512)):
+            decoder = GraphDecoder(self.fast[0], slots=count, capacity=2048, sampling=Sampling())
+            prompts = [Prompt(ids) for ids in self.prompts(count, length)]
+            for _ in range(3):
+                self.wait()
+                started = time.time()
+                decoder.prefill(range(count), prompts).wait()
+                seconds = time.time() - started
+            self.note(f"prefill {count} x {length} ms", seconds * 1e3)
+            self.note(f"prefill {count} x {length} tok/s", count * length / seconds)
+
+
+def run(name: str, skip_peer: bool, device: str) -> dict:
+    """All parts of one model; each fails alone."""
+    bench = Bench(name, device)
+    for part in ("peer", "decode", "prefill"):
+        if part == "peer" and skip_peer:
+            continue
+        try:
+            getattr(bench, part)()
+        except Exception:
+            traceback.print_exc()
+            bench.note(f"{part} FAILED", traceback.format_exc().strip().splitlines()[-1][:300])
+        Path(f"decode_speed.{name}.part.json").write_text(json.dumps(bench.figures))
+    return bench.figures
+
+
+def main() -> None:
+    """Starts a process a model and prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path, default=Path("decode_speed.json"))
+    parser.add_argument("--model", action="append", choices=list(MODELS))
+    parser.add_argument("--skip-peer", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit", type=int, default=280, help="seconds for one model")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        run(arguments.inside, arguments.skip_peer, arguments.device)
+        return
+    results = {}
+    for name in arguments.model or ("llama-7b", "neox-20b"):
+        part = Path(f"decode_speed.{name}.part.json")
+        part.unlink(missing_ok=True)
+        command = [sys.executable, __file__, "--inside", name, "--device", arguments.device]
+        command += ["--skip-peer"] if arguments.skip_peer else []
+        try:
+            subprocess.run(command, timeout=arguments.limit, check=False)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: stopped after {arguments.limit} s", flush=True)
+        if part.exists():
+            results[name] = json.loads(part.read_text())
+            part.unlink()
+        arguments.json.write_text(json.dumps(results, indent=1))
+    for name, figures in results.items():
+        for key, value in figures.items():
+            if not isinstance(value, list):
+                print(f"{name:12} {key:40} {value:.4g}" if isinstance(value, float) else f"{name:12} {key:40} {value}")
+
+
+if __name__ == "__main__":
+    main()
