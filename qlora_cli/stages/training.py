@@ -4,7 +4,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from qlora_cli.core.loop import Cadence, Loop, Saving
 from qlora_cli.core.memory import parse_memory, read_vram
 from qlora_cli.core.metrics import MetricsFile, as_metrics
 from qlora_cli.core.optimizer import build_optimizer, choose_optimizer, state_bytes
+from qlora_cli.core.outcome import TrainPlan, TrainResult
 from qlora_cli.core.parameters import TrainableParameters
 from qlora_cli.core.prediction import CONTEXT_BYTES
 from qlora_cli.core.prepared import PreparedRows
@@ -53,52 +54,6 @@ from qlora_cli.events import EvaluationLogged, Event, Report, RunStarted, StepLo
 SAVES_A_RUN = 10  # by default
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to. Losses are in nats a trained token; None where there was no such thing."""
-
-    output: str
-    steps: int
-    total_steps: int
-    tokens: int
-    seconds: float  # of this process's training
-    final_loss: float | None
-    eval_loss: float | None
-    best_eval_loss: float | None
-    best_step: int | None
-    stopped_early: bool
-    trainable_parameters: int
-    total_parameters: int
-    peak_vram_bytes: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """What a run would do, found out without loading the base."""
-
-    output: str
-    device: str
-    compute_dtype: str
-    optimizer: str
-    rows: int
-    held_out_rows: int
-    first_step: int
-    total_steps: int
-    warmup_steps: int
-    largest_micro_batch_tokens: int
-    trainable_parameters: int
-    total_parameters: int
-    checkpoint_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return {"kind": "plan", **asdict(self)}
 
 
 def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
