@@ -131,6 +131,7 @@ class StepGraphs:
     def _capture(self, inputs: StepInputs) -> _Graph | None:
         if self.pool is None:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        gc.collect()  # capturing begins by giving back unused memory
         options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "relaxed"}
         inputs = replace(inputs, embedded=inputs.embedded.detach())
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

@@ -1,7 +1,8 @@
 """Decoder layers in; the same instances, each kept, recomputed, offloaded or compiled as planned, out."""
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -189,11 +190,16 @@ def _run_both_ways(layer: Any, call: LayerCall) -> LayerBytes:
         out = layer(hidden, *call.args[1:], **call.kwargs)
         out = out[0] if isinstance(out, tuple) else out
         kept = torch.cuda.memory_allocated(device) - start - out.numel() * out.element_size()
-        torch.autograd.backward(out, torch.zeros_like(out), inputs=[hidden])  # parameters' gradients stay untouched
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # autograd's thread is a new one
+            torch.autograd.backward(
+                out, torch.zeros_like(out), inputs=[hidden]
+            )  # parameters' gradients stay as they are
     peak = torch.cuda.max_memory_allocated(device) - start
     del hidden, out
-    if (missing := peak_before - torch.cuda.memory_allocated(device)) > 0:
-        torch.empty(missing, dtype=torch.uint8, device=device)  # the peak of the process stays what it was
+    missing = peak_before - torch.cuda.memory_allocated(device)
+    with suppress(torch.OutOfMemoryError):  # the peak was before memory was limited
+        torch.empty(max(0, missing), dtype=torch.uint8, device=device)  # the peak of the process stays what it was
     return LayerBytes(kept, peak)
 
 

@@ -6,7 +6,9 @@ import torch
 
 from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
 
-MARGIN_BYTES = 96 * 2**20  # for what is not measured: labels, positions, the optimizer's temporary values
+# For what is not measured: libraries' workspaces, fragmentation, the optimizer's temporary values, a compiled layer's
+# other order of allocation. With 96 MiB each of three models near their limit ran out of memory.
+MARGIN_BYTES = 320 * 2**20
 SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole dequantised ones
 
 # Cost of each measure as a share of a step: recomputing all layers, of which the last linear is left out; a hidden state
@@ -77,7 +79,7 @@ class MemoryPlan:
         if self.offload_activations:  # two layers' are on their way
             waiting = min(self.recomputed, 2) * needs.hidden_bytes
             whole = whole if self.recomputed else min(whole, 2)
-        head = 3 * needs.hidden_bytes + 2 * CHUNK_BYTES
+        head = 4 * needs.hidden_bytes + 2 * CHUNK_BYTES
         # Either at the head or its neighbour, where all that is kept is there, or in a layer repeated later.
         above = waiting + whole * kept + max(head, peak - kept if whole else 0)
         below = waiting + peak + needs.hidden_bytes
@@ -105,7 +107,7 @@ def limit_memory(device: torch.device, limit_bytes: int) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), _index(device))
     # Near a limit, pieces too small for the next tensor would be lost.
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def free_bytes(device: torch.device) -> int:
