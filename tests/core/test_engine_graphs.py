@@ -1,0 +1,75 @@
+"""Shapes of the grid give the same loss, compiled layers share one graph, and CUDA graphs repeat what eager steps do."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_cli.core import engine_attention, engine_layers
+from qlora_cli.core.engine_graphs import StepGraphs, bucket, bucketed
+from tests.core.test_engine import adapted, batch_of, gradients, install
+
+
+@given(st.integers(1, 10**6), st.sampled_from([8, 16, 128]))
+def test_a_bucket_is_never_smaller_nor_much_larger(count, least):
+    found = bucket(count, least)
+    assert count <= found <= max(count + least - 1, count * 9 / 8 + 1)
+    assert bucket(found, least) == found
+    assert bucket(count + 1, least) >= found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon", "gemma3"])
+@pytest.mark.parametrize("lengths", [(40, 7, 33), (64,), (1, 2, 90)])
+def test_a_pack_laid_into_the_grid_has_the_same_loss_and_gradients(load_tiny, architecture, lengths):
+    model = adapted(load_tiny, architecture)
+    engine = install(model)
+    found = []
+    for form in (lambda inputs: inputs, bucketed):
+        model.zero_grad(set_to_none=True)
+        engine.values.refresh()
+        loss = engine._packed_loss(form(engine._inputs(batch_of(lengths))))
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (loss, plain), (again, padded) = found
+    assert torch.allclose(loss, again, rtol=1e-6)
+    assert (plain - padded).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture, recomputed, monkeypatch):
+    graphs = []
+
+    eager = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return eager(graph, inputs)
+
+    def mix(query, key, value, boundaries, longest, scale, window):
+        """Stands for flash attention, which no CPU has; of its shape."""
+        return query * (key + value).mean(dim=1, keepdim=True)
+
+    monkeypatch.setattr(engine_layers, "_compiled", {})
+    torch._dynamo.reset()
+    model = adapted(load_tiny, architecture, dropout=0.1)
+    engine = install(model)
+    monkeypatch.setattr(engine_attention, "packed_attention", mix)
+    assert len(engine.layers) > 1
+    for name in ("_run", "_run_recomputed"):
+        function = getattr(engine_layers, name)
+        monkeypatch.setitem(engine_layers._compiled, function, torch.compile(function, backend=count))
+    engine.compiled = True
+    for plan in engine.layer_plans:
+        plan.compiled = True
+    if recomputed:
+        engine.recomputed_by_tokens = lambda tokens: len(engine.layers)
+    for lengths in ((40, 7, 33), (60, 50), (9, 8, 7, 6, 5), (30, 34)):
+        engine.loss(batch_of(lengths)).backward()
+    assert len(graphs) == 1
+
+
+def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
+    parameter = torch.ones(2, requires_grad=True)
+    graphs = StepGraphs(lambda inputs: parameter.sum(), [parameter], lambda: None, lambda event: None)
+    assert graphs.loss(None) is None and not graphs.graphs
