@@ -10,21 +10,18 @@ import psutil
 import torch
 
 from qlora_cli.core.engine import count_recomputed_layers
+from qlora_cli.core.engine_graphs import bucket
+from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds
 from qlora_cli.core.memory import parse_memory, read_free_bytes
 from qlora_cli.core.model_facts import ModelFacts
 from qlora_cli.core.optimizer import choose_optimizer
 from qlora_cli.core.prediction import CONTEXT_BYTES, StepSettings, TrainingMemory, predict_training
 from qlora_cli.errors import DoesNotFit
 
-# Cost of each measure as a share of a step's time. A QLoRA step is one forward pass and one backward pass of about the
-# same arithmetic (frozen weights have no gradient), so recomputing every layer adds a half: 16,604 against 10,886
-# tokens/s were measured on llama-7b. A micro-batch costs a fixed time as well: launches, and dequantising each weight
-# twice, the time of about so many tokens.
-RECOMPUTE_COST = 0.5
-OFFLOAD_ACTIVATIONS_COST = 0.06
-OFFLOAD_EMBEDDINGS_COST = 0.01
-LAUNCH_TOKENS = 300
-DEQUANTISE_TOKENS = 200
+# Beside the measures, whose cost the engine knows, a micro-batch takes a fixed time, that of about so many tokens: it
+# launches every kernel and dequantises every weight twice.
+FIXED_TOKENS = 500
+CERTAINTY = 1.05  # past so much of the limit a prediction is never wrong (benchmarks/memory.md)
 SHORTEST_ROW_TOKENS = 128  # below this a suggestion helps nobody
 
 
@@ -53,6 +50,7 @@ class TrainingPlan:
     offload_activations: bool
     offload_embeddings: bool
     resident_weights: bool
+    workspace_bytes: int | None  # most of a weight dequantised at once, where whole ones are too much
     token_budget: int  # most tokens in a micro-batch
     optimizer: str
     memory: TrainingMemory | None  # None where the model's forward pass cannot be followed
@@ -136,6 +134,7 @@ def plan_training(
             offload_activations=bool(wishes.offload_activations),
             offload_embeddings=bool(wishes.offload_embeddings),
             resident_weights=bool(wishes.resident_weights),
+            workspace_bytes=None,
             token_budget=tokens,
             optimizer=optimizer,
             memory=None,
@@ -143,8 +142,11 @@ def plan_training(
             fits=None,
         )
     best: tuple[tuple[bool, float], StepSettings, TrainingMemory] | None = None
-    for step in _candidates(facts, wishes, tokens, row_tokens, optimizer, on_cuda, vram_bytes is not None):
-        step, memory = _recompute_least(facts, step, wishes.compile, recomputed, vram_bytes)
+    for candidate in _candidates(facts, wishes, tokens, row_tokens, optimizer, on_cuda, vram_bytes is not None):
+        taken = _recompute_least(facts, candidate, wishes, vram_bytes)
+        if taken is None:
+            continue
+        step, memory = taken
         too_much = vram_bytes is not None and memory.device_bytes > vram_bytes
         rank = too_much, (memory.device_bytes if too_much else _cost(step, facts.layers))
         if best is None or rank < best[0]:
@@ -158,6 +160,7 @@ def plan_training(
         offload_activations=step.offload_activations,
         offload_embeddings=step.offload_embeddings,
         resident_weights=step.resident_weights,
+        workspace_bytes=step.workspace_bytes,
         token_budget=step.tokens,
         optimizer=optimizer,
         memory=memory,
@@ -173,28 +176,28 @@ def _candidates(
     budgets = [tokens]
     while budgets[-1] // 2 >= row_tokens:
         budgets.append(budgets[-1] // 2)
-    fast = wishes.engine == "fast"
-    # One hidden state a layer travels without being noticed; all that a layer keeps, some twenty times as much, takes
-    # PCIe longer than the layer takes the card.
-    all_recomputed = count_recomputed_layers(wishes.gradient_checkpointing, facts.layers) in (None, facts.layers)
-    offers = [
-        _options(wishes.offload_activations, possible=fast and on_cuda, limited=limited and all_recomputed),
-        _options(wishes.offload_embeddings, possible=fast and on_cuda and facts.embedding_bytes > 0, limited=limited),
-        _options(wishes.resident_weights, possible=fast, limited=limited),
-    ]
+    movable = wishes.engine == "fast" and on_cuda
+    offers = (
+        _options(wishes.offload_activations, possible=movable, limited=limited),
+        _options(wishes.offload_embeddings, possible=movable and facts.embedding_bytes > 0, limited=limited),
+        _options(wishes.resident_weights, possible=wishes.engine == "fast", limited=limited),
+    )
     for budget, (activations, embeddings, resident) in product(budgets, product(*offers)):
-        yield StepSettings(
-            tokens=budget,
-            row_tokens=row_tokens,
-            engine=wishes.engine,
-            optimizer=optimizer,
-            recomputed_layers=0,
-            offload_activations=activations,
-            offload_embeddings=embeddings,
-            resident_weights=resident,
-            compiled=False,
-            on_cuda=on_cuda,
-        )
+        sliced = movable and limited and not resident and facts.largest_weight_bytes > SLICE_BYTES
+        for workspace_bytes in (None, SLICE_BYTES) if sliced else (None,):
+            yield StepSettings(
+                tokens=budget,
+                row_tokens=row_tokens,
+                engine=wishes.engine,
+                optimizer=optimizer,
+                recomputed_layers=0,
+                offload_activations=activations,
+                offload_embeddings=embeddings,
+                resident_weights=resident,
+                compiled=False,
+                workspace_bytes=workspace_bytes,
+                on_cuda=on_cuda,
+            )
 
 
 def _options(wish: bool | None, *, possible: bool, limited: bool) -> tuple[bool, ...]:
@@ -206,48 +209,55 @@ def _options(wish: bool | None, *, possible: bool, limited: bool) -> tuple[bool,
 
 
 def _recompute_least(
-    facts: ModelFacts, step: StepSettings, compile: bool | None, wish: int | None, vram_bytes: int | None
-) -> tuple[StepSettings, TrainingMemory]:
-    """The step with as many layers recomputed as asked for, or else as few as fit, or all."""
+    facts: ModelFacts, step: StepSettings, wishes: Wishes, vram_bytes: int | None
+) -> tuple[StepSettings, TrainingMemory] | None:
+    """The step with as many layers recomputed as asked for, or else as few as fit, or all; None for what makes no sense."""
+    wish = count_recomputed_layers(wishes.gradient_checkpointing, facts.layers)
+    # What layers keep whole takes PCIe longer than the layers take the card: only hidden states travel unasked.
+    least = 1 if step.offload_activations and not wishes.offload_activations else 0
 
     def take(layers: int) -> tuple[StepSettings, TrainingMemory]:
         planned = replace(step, recomputed_layers=layers)
         # Whether it will be compiled depends on the run's length: the larger of the two counts.
-        modes = (False, True) if compile is None and step.on_cuda and step.engine == "fast" else (bool(compile),)
-        memories = [predict_training(facts, replace(planned, compiled=mode)) for mode in modes]
+        open_choice = wishes.compile is None and step.on_cuda and step.engine == "fast"
+        modes = (False, True) if open_choice else (bool(wishes.compile) and step.on_cuda,)
+        # A micro-batch may be laid into a slightly larger shape, for which there is a graph.
+        tokens = bucket(step.tokens) if step.on_cuda and step.engine == "fast" else step.tokens
+        memories = [predict_training(facts, replace(planned, compiled=mode, tokens=tokens)) for mode in modes]
         return planned, max(memories, key=lambda memory: memory.device_bytes)
 
     if wish is not None:
-        return take(wish)
-    if step.offload_activations:
-        return take(facts.layers)
+        return take(wish) if wish >= least else None
     if vram_bytes is None:
-        return take(0)
-    # Without recomputation in part, the plain engine has all layers or none.
-    numbers = [0, facts.layers] if step.engine == "plain" else list(range(facts.layers + 1))
+        return take(least)
+    # The plain engine recomputes all layers or none.
+    numbers = [0, facts.layers] if step.engine == "plain" else list(range(least, facts.layers + 1))
     place = bisect_left(numbers, True, key=lambda layers: take(layers)[1].device_bytes <= vram_bytes)
     return take(numbers[min(place, len(numbers) - 1)])
 
 
 def _cost(step: StepSettings, layers: int) -> float:
     """Time a token of training takes, 1 for arithmetic alone."""
-    recomputed = step.recomputed_layers / layers
-    fixed_tokens = LAUNCH_TOKENS + (0 if step.resident_weights else DEQUANTISE_TOKENS)
-    return (
-        (1 + RECOMPUTE_COST * recomputed) * (1 + fixed_tokens / step.tokens)
-        + OFFLOAD_ACTIVATIONS_COST * step.offload_activations
-        + OFFLOAD_EMBEDDINGS_COST * step.offload_embeddings
+    measures = MemoryPlan(
+        recomputed=step.recomputed_layers,
+        offload_activations=step.offload_activations,
+        offload_embeddings=step.offload_embeddings,
+        resident_weights=step.resident_weights,
+        workspace_bytes=step.workspace_bytes,
     )
+    needs = StepNeeds(layers, *[0] * 7)  # of which the cost looks at the layers alone
+    return (1 + measures.cost(needs)) * (1 + FIXED_TOKENS / step.tokens)
 
 
 def require_fit(plan: TrainingPlan) -> None:
-    """Refuses to begin what is predicted not to end well.
+    """Refuses to begin what is certain not to end well, the prediction's own error allowed for.
 
     Raises:
         DoesNotFit: The leanest plan takes more than the limit.
     """
-    if plan.fits is False:
-        assert plan.memory is not None
+    if plan.memory is not None and plan.vram_bytes is not None:
+        if plan.memory.device_bytes <= plan.vram_bytes * CERTAINTY:
+            return
         raise DoesNotFit(
             f"Training needs {plan.memory.device_bytes:,} bytes at the least, and {plan.vram_bytes:,} may be taken.",
             "See which settings fit with: qlora inspect --model ... --vram ..., or lower --max-length.",

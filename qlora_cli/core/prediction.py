@@ -7,6 +7,7 @@ reaches by itself; here they are put together.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 from qlora_cli.core.decoding import PREFILL_TOKENS
@@ -42,7 +43,12 @@ class StepSettings:
     offload_embeddings: bool
     resident_weights: bool
     compiled: bool
+    workspace_bytes: int | None = None  # most of a weight dequantised at once; None for whole weights
     on_cuda: bool = True
+
+    def away(self, index: int) -> bool:
+        """Whether what a layer holds waits on the host: what recomputed layers do, or all where none is recomputed."""
+        return self.offload_activations and (index < self.recomputed_layers or self.recomputed_layers == 0)
 
 
 @dataclass(frozen=True)
@@ -102,40 +108,39 @@ def predict_training(facts: ModelFacts, step: StepSettings) -> TrainingMemory:
         "activation_bytes": int(activation_bytes),
         "working_bytes": int(working_bytes) + CUBLAS_BYTES * step.on_cuda,
     }
-    offloaded_bytes = sum(_held(layer, index, step) for index, layer in enumerate(facts.trace.layers))
+    away_bytes = sum(_held(layer, index, step) for index, layer in enumerate(facts.trace.layers) if step.away(index))
     return TrainingMemory(
         moment=moment,
         **parts,
         allocator_bytes=int(ALLOCATOR_SHARE * sum(parts.values())) if step.on_cuda else 0,
         paged_bytes=states_bytes if paged else 0,
         context_bytes=CONTEXT_BYTES if step.on_cuda else 0,
-        host_bytes=PROCESS_BYTES
-        + facts.embedding_bytes * step.offload_embeddings
-        + int(offloaded_bytes) * step.offload_activations,
+        host_bytes=PROCESS_BYTES + facts.embedding_bytes * step.offload_embeddings + int(away_bytes),
     )
 
 
 def _moments(trace: ModelTrace, itemsize: int, step: StepSettings) -> Iterator[tuple[str, float, float]]:
     """(name, bytes that other layers hold, bytes of the moment itself) of every moment that can be the highest."""
-    size = step.tokens, step.row_tokens
-    below = 0.0  # held by the layers below
-    last = 0.0  # by the one just below, the only one on the device when activations are offloaded
+    size, most_scratch = (step.tokens, step.row_tokens), inf if step.workspace_bytes is None else step.workspace_bytes
+    below = 0.0  # held on the device by the layers below
+    passing = 0.0  # on its way to or from the host: of the layer just below of those that wait there
     for index, layer in enumerate(trace.layers):
-        present = last if step.offload_activations else below
         hidden_bytes = layer.recomputed.held.bytes(*size)
-        if index < step.recomputed_layers:
-            forward, backward = (layer.recomputed.forward, layer.recomputed.backward)
-            if step.compiled:
-                forward, backward = layer.compiled.forward, layer.compiled.backward
+        if step.compiled:
+            forward, backward = layer.compiled.forward, layer.compiled.backward
         else:
-            chosen = layer.compiled if step.compiled else layer.kept
+            chosen = layer.recomputed if index < step.recomputed_layers else layer.kept
             forward, backward = chosen.forward, chosen.backward
-        yield f"forward pass of layer {index}", present, forward.bytes(*size) + hidden_bytes
-        yield f"backward pass of layer {index}", present, backward.bytes(*size)
-        last = _held(layer, index, step)
-        below += last
+        present = below + passing
+        yield f"forward pass of layer {index}", present, forward.bytes(*size, most_scratch) + hidden_bytes
+        yield f"backward pass of layer {index}", present, backward.bytes(*size, most_scratch)
+        held = _held(layer, index, step)
+        if step.away(index):
+            passing = held
+        else:
+            below += held
     logits_bytes = step.tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
-    yield "loss", last if step.offload_activations else below, trace.tail.bytes(*size, logits_bytes)
+    yield "loss", below + passing, trace.tail.bytes(*size, logits_bytes)
 
 
 def _held(layer: LayerTrace, index: int, step: StepSettings) -> float:

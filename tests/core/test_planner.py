@@ -9,6 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.core.engine_graphs import bucket
 from qlora_cli.core.model_facts import ModelFacts, gather_facts
 from qlora_cli.core.planner import Wishes, _cost, plan_training, read_limit_bytes, require_fit, suggest_fit
 from qlora_cli.core.prediction import CONTEXT_BYTES, StepSettings, predict_training
@@ -61,7 +62,7 @@ def test_a_plan_that_says_it_fits_is_predicted_to_stay_within(vram_bytes, batch_
     wishes = Wishes(batch_size=batch_size, max_length=max_length, optimizer=optimizer)
     plan = plan_training(facts_of(), wishes, vram_bytes=vram_bytes)
     step = StepSettings(
-        tokens=plan.token_budget,
+        tokens=bucket(plan.token_budget),
         row_tokens=max_length,
         engine="fast",
         optimizer=plan.optimizer,
@@ -70,6 +71,7 @@ def test_a_plan_that_says_it_fits_is_predicted_to_stay_within(vram_bytes, batch_
         offload_embeddings=plan.offload_embeddings,
         resident_weights=plan.resident_weights,
         compiled=False,
+        workspace_bytes=plan.workspace_bytes,
     )
     predicted = max(
         predict_training(facts_of(), replace(step, compiled=compiled)).device_bytes for compiled in (False, True)
@@ -95,6 +97,7 @@ def test_more_memory_is_never_slower():
             plan.offload_embeddings,
             plan.resident_weights,
             False,
+            plan.workspace_bytes,
         )
         costs.append(_cost(step, LAYERS))
     assert costs == sorted(costs, reverse=True)

@@ -58,11 +58,12 @@ def steps(draw, name: str):
         offload_embeddings=draw(st.booleans()),
         resident_weights=draw(st.booleans()),
         compiled=draw(st.booleans()),
+        workspace_bytes=draw(st.sampled_from((None, 2**20, 2**26))),
     )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_more_work_never_takes_less_and_savings_never_more(name, data):
     facts = facts_of(name)
@@ -76,6 +77,7 @@ def test_more_work_never_takes_less_and_savings_never_more(name, data):
     for name_ in ("offload_activations", "offload_embeddings"):
         assert predict_training(facts, replace(step, **{name_: True})).peak_bytes <= peak_bytes + 1
     assert predict_training(facts, replace(step, resident_weights=True)).peak_bytes >= peak_bytes
+    assert predict_training(facts, replace(step, workspace_bytes=2**18)).peak_bytes <= peak_bytes
     heavier = replace(step, optimizer="adamw")
     assert predict_training(facts, heavier).peak_bytes >= peak_bytes
 
