@@ -59,8 +59,8 @@ def ask_transformers() -> list[str]:
 def show(answers: list[str]) -> list[str]:
     """Prints each question with its answer."""
     for question, text in zip(QUESTIONS, answers, strict=True):
-        print(f"  {BOLD}{question}{PLAIN}\n    {' '.join(text.split())}")
-    return answers
+        print(f"  {BOLD}{question}{PLAIN}\n    {' '.join(text.split())}", flush=True)
+    return [text.strip() for text in answers]
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def main() -> None:
 
     rows = map(json.loads, (ROOT / ROWS).read_text(encoding="utf-8").splitlines())
     taught = {row["question"]: row["answer"] for row in rows}
-    learned = sum(text.strip() == taught[question] for question, text in zip(QUESTIONS, after, strict=True))
+    learned = sum(text == taught[question] for question, text in zip(QUESTIONS, after, strict=True))
     if before == after or learned < len(QUESTIONS) - 1:
         sys.exit(f"Training taught {learned} of {len(QUESTIONS)} answers.")
     if merged != after:

@@ -1,7 +1,7 @@
 """A command's result as a dictionary in, facts and tables on stdout out; a prepared row in colour or in brackets."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich import box
@@ -24,13 +24,20 @@ def draw_result(console: Console, result: dict[str, Any]) -> None:
     if result.get("kind"):
         console.print(Text(str(result["kind"]).replace("_", " "), "bold"))
     facts = {key: value for key, value in result.items() if key not in ("kind", "facts", "tables")}
+    with console.capture() as captured:  # so that no line ends in the blanks that fill a column
+        _draw(console, {**result.get("facts", {}), **facts}, result.get("tables", ()))
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    console.file.flush()
+
+
+def _draw(console: Console, facts: dict[str, Any], tables: Iterable[dict[str, Any]]) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for label, value in _rows({**result.get("facts", {}), **facts}):
-        grid.add_row(Text(label, "dim"), value)
+    for label, value in _rows(facts):
+        grid.add_row(Text(label, "dim"), Text(value))
     console.print(grid)
-    for table in result.get("tables", ()):
+    for table in tables:
         console.print()
         console.print(_table(table))
 
@@ -38,6 +45,8 @@ def draw_result(console: Console, result: dict[str, Any]) -> None:
 def _rows(facts: dict[str, Any], depth: int = 0) -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
         label = "  " * depth + split_unit(key)[0]
+        if value is None:
+            continue  # JSON has it; for the eye it says nothing
         if isinstance(value, dict) and value:
             yield label, ""
             yield from _rows(value, depth + 1)
@@ -57,7 +66,7 @@ def _table(content: dict[str, Any]) -> Table:
         numeric = all(isinstance(row[position], int | float | None) for row in rows)
         table.add_column(split_unit(column)[0], justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(format_value(column, value) for column, value in zip(columns, row, strict=True)))
+        table.add_row(*(Text(format_value(column, value)) for column, value in zip(columns, row, strict=True)))
     return table
 
 

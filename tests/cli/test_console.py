@@ -202,11 +202,19 @@ def test_a_row_tells_trained_from_untrained_with_and_without_colour():
 def test_a_result_is_facts_and_tables():
     stream = io.StringIO()
     table = {"title": "By module", "columns": ["module", "base_bytes"], "rows": [["query_key_value", 3 * GIB]]}
-    result = {"kind": "base_model", "total_parameters": 1234567, "best": {"loss": 1.5, "step": 3}, "tables": [table]}
-    draw_result(RichConsole(file=stream, width=80), result)
-    text = stream.getvalue()
-    for part in ("base model", "total parameters  1,234,567", "  loss", "By module", "query_key_value", "3.00 GiB"):
-        assert part in text
+    facts = {"total_parameters": 1234567, "best": {"loss": 1.5, "step": None}, "template": "[INST] {prompt} [/INST]"}
+    draw_result(RichConsole(file=stream, width=80), {"kind": "base_model", **facts, "tables": [table]})
+    lines = stream.getvalue().splitlines()
+    assert lines[:5] == [
+        "base model",
+        "total parameters  1,234,567",
+        "best",
+        "  loss            1.5",
+        "template          [INST] {prompt} [/INST]",
+    ]
+    for part in ("By module", "query_key_value", "3.00 GiB"):
+        assert any(part in line for line in lines[5:])
+    assert all(line == line.rstrip() for line in lines)
 
 
 def test_json_has_null_where_a_number_is_not_finite():
