@@ -11,10 +11,14 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -67,18 +71,30 @@ def repeat_rows(source: Path, target: Path, total_bytes: int) -> int:
     return rows
 
 
-def tokenizer_alone(tokenizer_file: Path, source: Path, seconds: float) -> float:
-    """Rows/s of encode_batch on formatted rows held in memory."""
+def tokenizer_alone(tokenizer_file: Path, source: Path, seconds: float) -> tuple[float, float]:
+    """Rows/s of encode_batch on formatted rows held in memory, and CPU seconds a row."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     with source.open(encoding="utf-8") as stream:
         texts = [TEMPLATE.format(**json.loads(line)) for line, _ in zip(stream, range(20_000), strict=False)]
     tokenizer.encode_batch(texts[:1000], add_special_tokens=False)
-    start, rows = time.perf_counter(), 0
+    start, cpu_start, rows = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         tokenizer.encode_batch(texts, add_special_tokens=False)
         rows += len(texts)
-    return rows / (time.perf_counter() - start)
+    return rows / (time.perf_counter() - start), (time.process_time() - cpu_start) / rows
+
+
+def in_child(work: Callable[..., tuple[float, float]], *arguments: object) -> tuple[float, float]:
+    """Runs in a process of its own, so that its memory is not counted."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def main() -> None:
@@ -93,18 +109,19 @@ def main() -> None:
     try:
         data = directory / "rows.jsonl"
         rows = repeat_rows(arguments.data, data, int(arguments.gigabytes * 1e9))
-        before = tokenizer_alone(arguments.tokenizer, data, arguments.seconds)
+        before = in_child(tokenizer_alone, arguments.tokenizer, data, arguments.seconds)
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(arguments.tokenizer), eos_token="<|endoftext|>")
         config = PrepareConfig(data=str(data), template=TEMPLATE)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), cpu_seconds()
         with PeakMemory() as memory:
             summary = prepare_rows(config, tokenizer, None, directory / "prepared", lambda event: None)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu_start
         assert len(PreparedRows(summary.directory)) == rows == summary.manifest["rows"]
-        after = tokenizer_alone(arguments.tokenizer, data, arguments.seconds)
+        after = in_child(tokenizer_alone, arguments.tokenizer, data, arguments.seconds)
     finally:
         shutil.rmtree(directory)
-    alone = (before + after) / 2  # the machine may have been busier at one time than at the other
+    # The machine may have been busier at one time than at the other.
+    alone, cpu_alone = ((first + second) / 2 for first, second in zip(before, after, strict=True))
     print(
         json.dumps(
             {
@@ -112,8 +129,10 @@ def main() -> None:
                 "bytes": int(arguments.gigabytes * 1e9),
                 "seconds": round(seconds, 1),
                 "rows_per_second": round(rows / seconds),
-                "encode_batch_rows_per_second": [round(before), round(after)],
+                "encode_batch_rows_per_second": [round(before[0]), round(after[0])],
                 "ratio": round(rows / seconds / alone, 3),
+                "cpu_microseconds_a_row": round(cpu / rows * 1e6),
+                "encode_batch_cpu_microseconds_a_row": round(cpu_alone * 1e6),
                 "peak_resident_bytes": memory.peak_bytes,
                 "start_resident_bytes": memory.start_bytes,
                 "cores": len(os.sched_getaffinity(0)),

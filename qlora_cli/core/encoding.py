@@ -10,12 +10,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 
 from qlora_cli.core.word_cache import WordCache
+from qlora_cli.core.word_cuts import find_cut
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ class TextEncoder:
         model = content["model"]
         unknown = model.get("unk_id", self.control_ids.get(model.get("unk_token")))  # may stand for any letter
         self._forbidden = set(self.control_ids.values()) - {unknown}
-        self._words = WordCache(content, self._at_start, self._inside, self._without_control)
+        self._words = WordCache(find_cut(content), self._at_start, self._inside, self._without_control)
 
     def split_markup(self, text: str) -> list[str | int]:
         """Text written by the template's author to text and control tokens, spaces eaten as the tokenizer would."""
@@ -194,13 +196,19 @@ class TextEncoder:
     def _prefix_follows(self, control: int) -> bool:
         return self.spec.prefix_after_control or control in self.spec.prefix_ids
 
-    def _without_control(self, backend: Tokenizer, text: str, ids: list[int]) -> list[int]:
-        """The ids of a text, letter by letter where they hold a control token.
+    def _without_control(self, backend: Tokenizer, texts: list[str], encoded: list[list[int]]) -> list[list[int]]:
+        """The ids of texts, letter by letter where they hold a control token.
 
         A vocabulary that is searched as a whole (Unigram) finds "</s>" in plain text, whatever it is told.
         """
-        if self._forbidden.isdisjoint(ids):
-            return ids
+        if self._forbidden.isdisjoint(chain.from_iterable(encoded)):
+            return encoded
+        return [
+            ids if self._forbidden.isdisjoint(ids) else self._encode_letters(backend, text)
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def _encode_letters(self, backend: Tokenizer, text: str) -> list[int]:
         first = backend.encode(text[0], add_special_tokens=False).ids
         rest = self._inside.encode_batch(list(text[1:]), add_special_tokens=False)
         return [*first, *(id for letter in rest for id in letter.ids)]

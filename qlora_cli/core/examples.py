@@ -41,7 +41,7 @@ PREPARATION = 1  # raised when the same input would give other rows, so that old
 DEFAULT_MAX_LENGTH = 2048
 SAMPLE_RECORDS = 256  # looked at to recognise the shape
 SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
-MOST_PROCESSES = 12  # past this, their tokenizers alone would take a gigabyte
+MOST_PROCESSES = 8  # of 100 MB each beside 600 MB here; --workers may ask for more
 LEARNED_POSITIONS = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "ctrl", "openai-gpt"}
 TASK = "Preparing"
 

@@ -1,119 +1,106 @@
 """Texts in, token ids out, the same as the tokenizer gives but faster: words that were met before are looked up.
 
-A fast tokenizer spends 1.7 µs on a token; a look-up takes a tenth of that. Prose repeats its words, so a text is cut
-before a space that follows a printable ASCII character and precedes a letter or digit, and each piece is tokenised
-once. That is exact where no token of the vocabulary reaches across such a cut, which is checked, on the vocabulary
-first and then on the first real texts; other tokenizers get whole texts.
+A fast tokenizer spends 1.7 µs on a token; a look-up takes a tenth of that, and prose repeats its words.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
 
 from tokenizers import Tokenizer
 
-CUT = re.compile(r"(?<=[!-~])(?= [A-Za-z0-9])")
-REACHES_ACROSS = re.compile(r"[!-~][Ġ▁ ]")  # how byte-level, SentencePiece-like and other vocabularies write a space
-LOCAL_STEPS = {
-    "Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Replace", "Prepend", "ByteLevel", "Metaspace", "Split",
-    "Digits", "Punctuation",
-}  # fmt: skip
-LONGEST_WORD = 24  # longer pieces are formulas and addresses, which do not come again
-MOST_WORDS = 2**16  # about 20 MB
+from qlora_cli.core.word_cuts import Cut
+
+LONGEST_WORD = 32  # letters; longer pieces, and whole texts, are not kept at all
+MOST_WORDS = 2**15  # of each generation; two take about 20 MB
 PROVED_BY = 64  # texts compared with the tokenizer's own answer before the cuts are trusted
+
+Correction = Callable[[Tokenizer, list[str], list[list[int]]], list[list[int]]]
+
+
+class _Words:
+    """Pieces and their ids for one variant of a tokenizer; those not met for a while are forgotten.
+
+    Two generations: when the younger is full it becomes the older, and a piece found only there moves back up. So
+    the words of a language stay, and formulas and numbers, which seldom come again, pass through.
+    """
+
+    def __init__(self, backend: Tokenizer, correct: Correction) -> None:
+        self._backend, self._correct = backend, correct
+        self._older: dict[str, list[int]] = {}
+        self.known: dict[str, list[int]] = {}
+        self._passing: list[str] = []  # in `known` until the next batch only
+
+    def learn(self, pieces: set[str]) -> None:
+        """Makes `known` hold the ids of all these pieces."""
+        for piece in self._passing:
+            del self.known[piece]
+        if len(self.known) > MOST_WORDS:
+            self._older, self.known = self.known, {}
+        missing = pieces.difference(self.known)
+        remembered = missing.intersection(self._older)
+        self.known.update((piece, self._older[piece]) for piece in remembered)
+        unmet = list(missing.difference(remembered))
+        self._passing = [piece for piece in unmet if len(piece) > LONGEST_WORD]
+        self.known.update(zip(unmet, self.tokenise(unmet), strict=True))
+
+    def tokenise(self, texts: list[str]) -> list[list[int]]:
+        """The tokenizer's own answer."""
+        # Not encode_batch_fast: it leaves the offsets out, but in tokenizers 0.23 it takes 1.6 times as long.
+        encoded = self._backend.encode_batch(texts, add_special_tokens=False)
+        return self._correct(self._backend, texts, [encoding.ids for encoding in encoded])
 
 
 class WordCache:
     """Encodes texts with one tokenizer, in two variants: at the start of a row, and inside one.
 
     Args:
-        description: The tokenizer.json, parsed.
+        cut: How texts may be cut into words, if they may.
         at_start: Tokenizer for the first words of a text at the start of a row.
         inside: Tokenizer for all other words; may be the same.
-        correct: Called with the variant, a piece and its ids; returns the ids to use.
+        correct: Called with the variant, texts and the ids of each; returns the ids to use.
     """
 
-    def __init__(
-        self,
-        description: dict[str, Any],
-        at_start: Tokenizer,
-        inside: Tokenizer,
-        correct: Callable[[Tokenizer, str, list[int]], list[int]],
-    ) -> None:
-        self._at_start, self._inside, self._correct = at_start, inside, correct
-        self._words: dict[str, list[int]] = {}
-        self._first_words = self._words if at_start is inside else {}
-        self.is_cutting = _is_local(description)
-        self._proved = 0
+    def __init__(self, cut: Cut | None, at_start: Tokenizer, inside: Tokenizer, correct: Correction) -> None:
+        self._inside = _Words(inside, correct)
+        self._first = self._inside if at_start is inside else _Words(at_start, correct)
+        self._cut = cut
+        self._is_proved = False
+
+    @property
+    def is_cutting(self) -> bool:
+        """Whether words are looked up, or whole texts are tokenised."""
+        return self._cut is not None
 
     def encode(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
         """The ids of each text; `starts` says which of them stand at the start of a row."""
-        if self.is_cutting and self._proved < PROVED_BY:
-            self._prove(texts[:PROVED_BY], starts[:PROVED_BY])
-        cut = CUT.split if self.is_cutting else lambda text: [text]
-        pieces = [cut(text) for text in texts]
-        heads = {words[0] for words, start in zip(pieces, starts, strict=True) if start}
-        tails = set(
-            chain.from_iterable(words[1:] if start else words for words, start in zip(pieces, starts, strict=True))
-        )
-        self._learn(self._first_words, self._at_start, heads)
-        self._learn(self._words, self._inside, tails)
-        first, word = self._first_words.__getitem__, self._words.__getitem__
-        encoded = [
+        if self._cut is not None and not self._is_proved:
+            self._is_proved = True
+            sample, sample_starts = texts[:PROVED_BY], starts[:PROVED_BY]
+            whole = self._encode_whole(sample, sample_starts)
+            if self._encode_in_words(self._cut, sample, sample_starts) != whole:
+                self._cut = None  # whatever was overlooked, the tokenizer's own answer counts
+        if self._cut is None:
+            return self._encode_whole(texts, starts)
+        return self._encode_in_words(self._cut, texts, starts)
+
+    def _encode_whole(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
+        both = list(zip(texts, starts, strict=True))
+        first = iter(self._first.tokenise([text for text, start in both if start]))
+        inside = iter(self._inside.tokenise([text for text, start in both if not start]))
+        return [next(first if start else inside) for start in starts]
+
+    def _encode_in_words(self, cut: Cut, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
+        pieces = list(map(cut, texts))
+        rest = pieces
+        if self._first is not self._inside:
+            both = list(zip(pieces, starts, strict=True))
+            self._first.learn({words[0] for words, start in both if start and words})
+            rest = [words[1:] if start else words for words, start in both]
+        self._inside.learn(set(chain.from_iterable(rest)))
+        first, word = self._first.known.__getitem__, self._inside.known.__getitem__
+        return [
             [*first(words[0]), *chain.from_iterable(map(word, words[1:]))]
-            if start
+            if start and words
             else list(chain.from_iterable(map(word, words)))
             for words, start in zip(pieces, starts, strict=True)
         ]
-        self._forget(self._first_words, heads)
-        self._forget(self._words, tails)
-        return encoded
-
-    def _learn(self, known: dict[str, list[int]], backend: Tokenizer, pieces: set[str]) -> None:
-        missing = list(pieces.difference(known))
-        # Not encode_batch_fast: without offsets, but in tokenizers 0.23 it takes 1.6 times as long.
-        for piece, encoding in zip(missing, backend.encode_batch(missing, add_special_tokens=False), strict=True):
-            known[piece] = self._correct(backend, piece, encoding.ids)
-
-    def _forget(self, known: dict[str, list[int]], pieces: set[str]) -> None:
-        if not self.is_cutting or len(known) > MOST_WORDS:
-            known.clear()
-        else:
-            for piece in pieces:
-                if len(piece) > LONGEST_WORD:
-                    known.pop(piece, None)
-
-    def _prove(self, texts: Sequence[str], starts: Sequence[bool]) -> None:
-        """Compares with the tokenizer's own answer; a difference ends the cutting for good."""
-        self._proved = PROVED_BY
-        in_words = self.encode(texts, starts)
-        self.is_cutting = False
-        if in_words == self.encode(texts, starts):
-            self.is_cutting, self._proved = True, self._proved + len(texts)
-
-
-def _is_local(description: dict[str, Any]) -> bool:
-    """Whether no token can reach across a cut, and no rule looks across it."""
-    model = description["model"]
-    if model["type"] not in ("BPE", "Unigram") or model.get("dropout"):
-        return False
-    vocabulary = model["vocab"] if isinstance(model["vocab"], dict) else (piece for piece, _ in model["vocab"])
-    if any(map(REACHES_ACROSS.search, vocabulary)):
-        return False
-    for token in description["added_tokens"]:
-        if not token["special"] and (
-            token["lstrip"] or token["rstrip"] or token["single_word"] or REACHES_ACROSS.search(token["content"])
-        ):
-            return False
-    steps = _steps(description.get("normalizer")) | _steps(description.get("pre_tokenizer"))
-    return steps <= LOCAL_STEPS
-
-
-def _steps(part: Any) -> set[str]:
-    """Types of a normalizer or pre-tokenizer and of all it is made of."""
-    if isinstance(part, list):
-        return set().union(*map(_steps, part))
-    if not isinstance(part, dict) or "type" not in part:
-        return set()
-    return {part["type"]}.union(*(_steps(inner) for inner in part.values() if isinstance(inner, list)))

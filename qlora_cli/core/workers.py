@@ -18,7 +18,14 @@ from qlora_cli.errors import DataError
 
 CHUNKS_AHEAD = 3  # chunks held for each process, waiting, in work or done; bounds the memory
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-# A bare interpreter rather than a fork: it holds a tokenizer and numpy (70 MB) and none of torch's threads.
+# One thread and one heap that gives memory back: 100 MB a process instead of 140, at the same speed.
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+# A bare interpreter rather than a fork: it holds a tokenizer and numpy and none of torch's threads.
 CODE = (
     f"import sys; sys.path.insert(0, {PACKAGE_ROOT!r})\n"
     "from multiprocessing.connection import Connection\n"
@@ -34,7 +41,6 @@ class TokeniserPool:
         self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
         self._idle: SimpleQueue[tuple[subprocess.Popen[bytes], Connection]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(processes)  # each only waits for a process
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         for _ in range(processes):
             ours, theirs = Pipe()
             with theirs:
@@ -42,7 +48,7 @@ class TokeniserPool:
                     [sys.executable, "-c", CODE, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env=environment,
+                    env={**os.environ, **ENVIRONMENT},
                 )
             self._workers.append((process, ours))
             ours.send(settings)

@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import SHARED_DATA, TEXT
@@ -74,6 +74,38 @@ def byte_level(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return fast
 
 
+# The patterns of Llama 3 and of GPT-4o, as their tokenizer.json hold them.
+PATTERNS = {
+    "llama_3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    "gpt_4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+@lru_cache
+def with_pattern(name: str) -> PreTrainedTokenizerFast:
+    """Byte-level under a pattern of its own; BOS before every text."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERNS[name]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
+
+
 @lru_cache
 def neox() -> PreTrainedTokenizerFast:
     """The real GPT-NeoX tokenizer, whose BOS, EOS and unknown token are one and which puts none of them by itself."""
@@ -93,5 +125,7 @@ KINDS = {
     "llama_legacy": lambda: sentencepiece_like("legacy"),
     "unigram": lambda: sentencepiece_like("first", "unigram"),
     "byte_level": byte_level,
+    "llama_3": lambda: with_pattern("llama_3"),
+    "gpt_4o": lambda: with_pattern("gpt_4o"),
     "neox": neox,
 }
