@@ -1,6 +1,7 @@
 """A command's result as a dictionary in, facts and tables on stdout out; a prepared row in colour or in brackets."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,9 +25,10 @@ def draw_result(console: Console, result: dict[str, Any]) -> None:
     if result.get("kind"):
         console.print(Text(str(result["kind"]).replace("_", " "), "bold"))
     facts = {key: value for key, value in result.items() if key not in ("kind", "facts", "tables")}
-    with console.capture() as captured:  # so that no line ends in the blanks that fill a column
+    with console.capture() as captured:  # so that the blanks that fill a column or follow a table can go
         _draw(console, {**result.get("facts", {}), **facts}, result.get("tables", ()))
-    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    text = "\n".join(line.rstrip() for line in captured.get().splitlines())
+    console.file.write(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
     console.file.flush()
 
 

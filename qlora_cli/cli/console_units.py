@@ -53,7 +53,6 @@ _UNITS = {
     "_bytes": format_bytes,
     "_percent": lambda value: f"{value:.4g} %",
     "_seconds": format_seconds,
-    "_per_second": lambda value: f"{value:,.0f}/s",
 }
 
 
@@ -79,7 +78,9 @@ def format_value(key: str, value: Any) -> str:
     if isinstance(value, int):
         return str(value) if split_unit(key)[0] in ("seed", "format") else f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.5g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
+    if key.endswith("sha256") and isinstance(value, str):
+        return f"{value[:12]}…"
     if isinstance(value, dict):
         return ", ".join(f"{split_unit(str(k))[0]} {format_value(str(k), v)}" for k, v in value.items())
     if isinstance(value, list | tuple | set | frozenset):

@@ -67,6 +67,8 @@ def test_durations(seconds, text):
         ("loss", math.nan, "nan"),
         ("seed", 1234, "1234"),
         ("best", None, "–"),
+        ("tokens_per_second", 14233.4, "14,233"),
+        ("weights_sha256", "0123456789abcdef" * 4, "0123456789ab…"),
         ("fits", True, "yes"),
         ("targets", ["q", "v"], "q, v"),
     ],
