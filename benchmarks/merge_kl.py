@@ -85,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--topics", type=int, default=6)
-    parser.add_argument("--base-steps", type=int, default=600)
-    parser.add_argument("--adapter-steps", type=int, default=120)
+    parser.add_argument("--base-steps", type=int, default=1000)
+    parser.add_argument("--adapter-steps", type=int, default=400)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--json", type=Path)
@@ -113,12 +113,12 @@ def main() -> None:
             data=str(rows),
             output=str(run),
             compute_dtype="bfloat16",
-            rank=16,
-            alpha=32,
+            rank=32,
+            alpha=64,
             max_steps=arguments.adapter_steps,
             batch_size=8,
             gradient_accumulation_steps=1,
-            learning_rate=2e-3,
+            learning_rate=3e-3,
         )
         result = train(config, tell)
         print(f"adapter: last loss {result.final_loss:.3f}")

@@ -76,7 +76,7 @@ def write_checkpoint(directory: Path, config, shard_bytes: int) -> None:
     config.architectures = [CONFIGS_ARCHITECTURE[type(config).__name__]]
     config.save_pretrained(directory)
     write_index(directory, names)
-    write_tokenizer(directory)
+    write_tokenizer(directory, config.vocab_size)
 
 
 CONFIGS_ARCHITECTURE = {

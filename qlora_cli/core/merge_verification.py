@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.core.adapter import AdapterFacts, load_adapter
-from qlora_cli.core.base_model import freeze_base, is_4bit, linear_names, load_base, load_tokenizer
+from qlora_cli.core.base_model import BLOCK_SIZE, freeze_base, is_4bit, linear_names, load_base, load_tokenizer
 from qlora_cli.core.comparison import KEPT_BYTES, Comparison, choose_rows, compare_models
 from qlora_cli.core.memory import read_free_bytes
 from qlora_cli.core.merge_base import Base
@@ -32,25 +32,26 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if device.type == "cuda" else torch.float32
 
 
-def fits(plan: MergePlan, base: Base, facts: AdapterFacts, arithmetic: Arithmetic, report: Report) -> bool:
-    """Whether each of the two models to compare fits in memory; says so where not."""
-    sizes = {name: parameter.numel() for name, parameter in base.model.named_parameters()}
-    linear = sum(sizes[f"{name}.weight"] for name in linear_names(base.model))
-    trained = linear * FOUR_BIT_BYTES + (sum(sizes.values()) - linear) * arithmetic.compute_dtype.itemsize
+def can_verify(plan: MergePlan, base: Base, facts: AdapterFacts, arithmetic: Arithmetic, report: Report) -> bool:
+    """Whether each of the two models to compare can be loaded here, one at a time; says so where not."""
+    shapes = {name: parameter.shape for name, parameter in base.model.named_parameters()}
+    linears = [f"{name}.weight" for name in linear_names(base.model)]
+    linear, total = (sum(shapes[name].numel() for name in names) for names in (linears, shapes))
+    trained = linear * FOUR_BIT_BYTES + (total - linear) * arithmetic.compute_dtype.itemsize
     trained += sum(4 * prod(shape) for shape, _ in facts.tensors.values())
     growth = 1 if arithmetic.pack else evaluation_dtype(arithmetic.dtype, arithmetic.device).itemsize
     merged = plan.total_bytes * growth / (1 if arithmetic.pack else arithmetic.dtype.itemsize)
     needed = int(max(trained, merged)) + KEPT_BYTES + WORKING_BYTES
     free = read_free_bytes(arithmetic.device)
     free = psutil.virtual_memory().available if free is None else free
+    reason = None
     if needed > free:
-        report(
-            Caution(
-                f"The merged model is not compared with base + adapter: that takes about {needed:,} bytes of memory, "
-                f"and {free:,} are free. Add --verify to try all the same."
-            )
-        )
-    return needed <= free
+        reason = f"that takes about {needed:,} bytes of memory, and {free:,} are free"
+    elif arithmetic.device.type == "cpu" and any(shapes[name][-1] % BLOCK_SIZE for name in linears):
+        reason = f"a CPU cannot load a 4-bit base whose widths are no multiples of {BLOCK_SIZE}"
+    if reason:
+        report(Caution(f"The merged model is not compared with base + adapter: {reason}. --verify tries all the same."))
+    return reason is None
 
 
 def verify(

@@ -24,13 +24,18 @@ JOURNAL = ".journal.json"
 READ_BYTES = 8 * 2**20
 REPORT_SECONDS = 0.1
 MOST_WORKERS = 16
+MOST_GPU_WORKERS = 4
 
 
-def choose_workers(files: tuple[OutputFile, ...], allowed_bytes: int) -> int:
-    """Threads that may work at once: as many as there are cores, and as hold at most `allowed_bytes` together."""
+def choose_workers(files: tuple[OutputFile, ...], allowed_bytes: int, device: torch.device) -> int:
+    """Threads that may work at once: as many as there are cores, and as hold at most `allowed_bytes` together.
+
+    On a GPU four keep it busy, and each holds a weight there.
+    """
     largest = max((task.held_bytes for file in files for task in file.tasks), default=1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, MOST_WORKERS, allowed_bytes // max(1, largest)))
+    most = MOST_WORKERS if device.type == "cpu" else MOST_GPU_WORKERS
+    return max(1, min(cores, most, allowed_bytes // max(1, largest)))
 
 
 def write_files(

@@ -23,7 +23,7 @@ from qlora_cli.core.companions import copy_companions, four_bit_config, write_co
 from qlora_cli.core.comparison import Comparison
 from qlora_cli.core.merge_base import Base, find_base
 from qlora_cli.core.merge_plan import Arithmetic, MergePlan, plan_merge
-from qlora_cli.core.merge_verification import fits, judge, verify
+from qlora_cli.core.merge_verification import can_verify, judge, verify
 from qlora_cli.core.merged_card import write_merged_card
 from qlora_cli.core.merged_directory import require_free, unfinished_directory, unfinished_path
 from qlora_cli.core.publishing import check_repository_name, push_model
@@ -86,18 +86,23 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         names = map_names((name for file in files for name in file.entries), base.model)
         keep_tied = bool(facts.config.get("ensure_weight_tying"))
         plan = plan_merge(files, names, base.model, changes, adapter, arithmetic, keep_tied=keep_tied)
-        verifies = fits(plan, base, facts, arithmetic, report) if config.verify is None else config.verify
+        verifies = can_verify(plan, base, facts, arithmetic, report) if config.verify is None else config.verify
         require_space(output, plan)
         with unfinished_directory(output, overwrite=config.overwrite, resume=config.resume) as directory:
             started = time.perf_counter()
             largest = max(file.layout.total_bytes for file in plan.files)
-            reused = write_files(
-                plan.files,
-                directory,
-                key=merge_key(config, base, adapter_directory, arithmetic),
-                workers=choose_workers(plan.files, largest),
-                report=report,
-            )
+            try:
+                reused = write_files(
+                    plan.files,
+                    directory,
+                    key=merge_key(config, base, adapter_directory, arithmetic),
+                    workers=choose_workers(plan.files, largest, arithmetic.device),
+                    report=report,
+                )
+            except torch.OutOfMemoryError as error:
+                raise MergeError(
+                    "The GPU has no memory left to merge on.", "Put CUDA_VISIBLE_DEVICES= before the command."
+                ) from error
             seconds = time.perf_counter() - started
             write_companions(directory, adapter_directory, base, plan, arithmetic)
             comparison = rows = None

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapter import find_targets
-from qlora_cli.core.base_model import dtype_name, freeze_base, load_base
+from qlora_cli.core.base_model import choose_device, dtype_name, freeze_base, load_base
 from qlora_cli.events import Event
 from qlora_cli.stages.merging import MergeResult, merge
 
-CPU = torch.device("cpu")
+DEVICE = choose_device()  # where the stage works too: CPU and GPU may round a weight near a border differently
 IDS = torch.arange(2, 66).unsqueeze(0)  # every prediction depends on all of these
 
 
@@ -37,7 +37,9 @@ class Case:
 
     def merged_logits(self, **loading: Any) -> torch.Tensor:
         """Of the merged checkpoint, as transformers loads it by itself."""
-        model, found = AutoModelForCausalLM.from_pretrained(self.output, output_loading_info=True, **loading)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            self.output, output_loading_info=True, device_map={"": DEVICE}, **loading
+        )
         assert not found["missing_keys"] and not found["mismatched_keys"], found
         return logits_of(freeze_base(model) if hasattr(model.config, "quantization_config") else model.eval())
 
@@ -50,7 +52,7 @@ class Case:
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     """(tokens, vocabulary) float32."""
     with torch.inference_mode():
-        return model(input_ids=IDS).logits[0].float()
+        return model(input_ids=IDS.to(DEVICE)).logits[0].float().cpu()
 
 
 def make_case(
@@ -81,7 +83,7 @@ def make_case(
     model, identity = load_base(
         str(base),
         compute_dtype=compute_dtype,
-        device=CPU,
+        device=DEVICE,
         cache=False,
         quant_type=quant_type,
         double_quant=double_quant,

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from qlora_cli.core.base_model import dequantized_weight, four_bit_linears, load_base
 from tests.conftest import ARCHITECTURES
-from tests.stages.merge_case import CPU, Case, logits_of, make_case
+from tests.stages.merge_case import DEVICE, Case, logits_of, make_case
 
 
 def assert_same(case: Case, tolerance: float = 2e-4) -> None:
@@ -107,9 +107,9 @@ def test_weights_are_those_trained_against_bit_for_bit(tiny_model, tmp_path, com
 
     case = make_case(base, tmp_path, compute_dtype=compute, change=silence)
     result = case.merge(dtype=str(compute).removeprefix("torch."))
-    live, _ = load_base(str(base), compute_dtype=compute, device=CPU, cache=False)
+    live, _ = load_base(str(base), compute_dtype=compute, device=DEVICE, cache=False)
     merged, stored = load_file(case.output / "model.safetensors"), load_file(base / "model.safetensors")
-    restored = {f"{name}.weight": dequantized_weight(module).T for name, module in four_bit_linears(live)}
+    restored = {f"{name}.weight": dequantized_weight(module).T.cpu() for name, module in four_bit_linears(live)}
     assert len(restored) == result.restored_weights == 8
     for name, weight in merged.items():
         expected = restored[name] if name in restored else stored[name].to(compute)
@@ -209,7 +209,7 @@ def test_a_four_bit_checkpoint_loads_at_once(tiny_model, tmp_path, architecture,
     plain.merge()
     assert result.total_bytes < 0.7 * (plain.output / "model.safetensors").stat().st_size
     requantised, _ = load_base(
-        str(plain.output), compute_dtype=torch.float32, device=CPU, cache=False, double_quant=double_quant
+        str(plain.output), compute_dtype=torch.float32, device=DEVICE, cache=False, double_quant=double_quant
     )
     assert (case.merged_logits() - logits_of(requantised)).abs().max() < 1e-4  # as quantising the merged model would
 
