@@ -1,6 +1,7 @@
 """Numbers in, short text out: bytes as GiB, seconds as h:mm:ss, settings and facts as words; and how long is left."""
 
 import math
+import re
 import time
 from typing import Any
 
@@ -79,10 +80,10 @@ def format_value(key: str, value: Any) -> str:
         return str(value) if split_unit(key)[0] in ("seed", "format") else f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
-    if key.endswith("sha256") and isinstance(value, str):
-        return f"{value[:12]}…"
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"{value[:12]}…"  # a digest
     if isinstance(value, dict):
-        return ", ".join(f"{split_unit(str(k))[0]} {format_value(str(k), v)}" for k, v in value.items())
+        return ", ".join(f"{split_unit(str(k))[0]} {format_value(str(k), v)}" for k, v in value.items()) or "none"
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(format_value(key, item) for item in value) or "none"
     return str(value)
