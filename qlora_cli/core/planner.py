@@ -15,7 +15,7 @@ from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds
 from qlora_cli.core.memory import parse_memory, read_free_bytes
 from qlora_cli.core.model_facts import ModelFacts
 from qlora_cli.core.optimizer import choose_optimizer
-from qlora_cli.core.prediction import CONTEXT_BYTES, StepSettings, TrainingMemory, predict_training
+from qlora_cli.core.prediction import CONTEXT_BYTES, StepSettings, TrainingMemory, count_flops, predict_training
 from qlora_cli.errors import DoesNotFit
 
 # Beside the measures, whose cost the engine knows, a micro-batch takes a fixed time, that of about so many tokens: it
@@ -54,6 +54,7 @@ class TrainingPlan:
     token_budget: int  # most tokens in a micro-batch
     optimizer: str
     memory: TrainingMemory | None  # None where the model's forward pass cannot be followed
+    flops_per_token: float | None  # likewise
     vram_bytes: int | None  # the limit; None for none
     fits: bool | None  # None where either is not known
 
@@ -138,6 +139,7 @@ def plan_training(
             token_budget=tokens,
             optimizer=optimizer,
             memory=None,
+            flops_per_token=None,
             vram_bytes=vram_bytes,
             fits=None,
         )
@@ -164,6 +166,7 @@ def plan_training(
         token_budget=step.tokens,
         optimizer=optimizer,
         memory=memory,
+        flops_per_token=count_flops(facts, step),
         vram_bytes=vram_bytes,
         fits=None if vram_bytes is None else memory.device_bytes <= vram_bytes,
     )

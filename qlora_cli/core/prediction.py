@@ -152,6 +152,21 @@ def _held(layer: LayerTrace, index: int, step: StepSettings) -> float:
     return chosen.held.bytes(step.tokens, step.row_tokens)
 
 
+def count_flops(facts: ModelFacts, step: StepSettings) -> float:
+    """Arithmetic of training on one token, in floating-point operations.
+
+    A weight takes 2 in the forward pass and 2 in the backward pass to its input, and 2 more where its layer is
+    recomputed; a frozen one has no gradient of its own, an adapter's takes 2 (https://arxiv.org/abs/2001.08361, 2.1).
+    Causal attention takes 2 * row_tokens * width a layer forward and 2.5 times that backward.
+    """
+    assert facts.trace is not None
+    passes = 2 + step.recomputed_layers / max(1, facts.layers)
+    head = facts.trace.vocabulary * facts.trace.layers[-1].hidden
+    attention = sum(2 * step.row_tokens * layer.hidden for layer in facts.trace.layers)
+    frozen = 2 * passes * sum(facts.footprint.quantized_numels) + 4 * head
+    return frozen + 2 * (passes + 1) * facts.footprint.trainable_parameters + (passes + 1.5) * attention
+
+
 @dataclass(frozen=True)
 class GenerationMemory:
     """Bytes while answering."""

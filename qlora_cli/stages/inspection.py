@@ -178,6 +178,7 @@ def _predict(
             **{name: getattr(plan, name) for name in settings},
             "token_budget": plan.token_budget,
         },
+        "flops_per_token": plan.flops_per_token,
         "training": plan.memory.to_dict(),
         "generation": predict_generation(model, rows=1, row_tokens=max_length).to_dict(),
         "merging": predict_merging(model),

@@ -13,6 +13,7 @@ from qlora_cli.core.model_facts import ModelFacts, gather_facts
 from qlora_cli.core.prediction import (
     CONTEXT_BYTES,
     StepSettings,
+    count_flops,
     predict_disk,
     predict_generation,
     predict_merging,
@@ -194,3 +195,77 @@ def test_the_checkpoint_s_dtype_decides_the_download():
         for config in (halves, floats)
     )
     assert whole == 2 * half
+
+
+def test_arithmetic_is_four_operations_a_weight_and_half_as_much_again_recomputed():
+    facts = facts_of("llama")
+    weights = sum(facts.footprint.quantized_numels) + 32000 * 1024
+    step = StepSettings(2048, 1, "fast", "adamw", 0, False, False, False, False)
+    adapter = facts.footprint.trainable_parameters
+    assert count_flops(facts, step) == pytest.approx(4 * weights + 6 * adapter, rel=1e-3)
+    again = count_flops(facts, replace(step, recomputed_layers=6))
+    assert again - count_flops(facts, step) == pytest.approx(2 * (weights - 32000 * 1024) + 2 * adapter, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("measure", ["kept", "recomputed", "offloaded"])
+def test_the_card_takes_what_was_predicted(tmp_path, measure):
+    import numpy as np
+
+    from qlora_cli.core.adapter import attach_adapter
+    from qlora_cli.core.base_model import load_base
+    from qlora_cli.core.engine import install_engine
+    from qlora_cli.core.optimizer import build_optimizer, set_learning_rate, step_optimizer
+    from qlora_cli.core.packing import collate
+    from qlora_cli.core.parameters import TrainableParameters
+
+    device, rows, row_tokens = torch.device("cuda", 0), 8, 2048
+    transformers.LlamaForCausalLM(CONFIGS["llama"]).to(torch.bfloat16).save_pretrained(tmp_path)
+    start_bytes = torch.cuda.memory_allocated()
+    base, _ = load_base(str(tmp_path), compute_dtype=torch.bfloat16, device=device, cache=False)
+    model = attach_adapter(base, rank=16, alpha=16).train()
+    options = {
+        "gradient_checkpointing": "off" if measure == "kept" else "on",
+        "offload_activations": measure == "offloaded",
+        "offload_embeddings": measure == "offloaded",
+        "resident_weights": False,
+    }
+    engine = install_engine(
+        model,
+        kind="fast",
+        device=device,
+        compute_dtype=torch.bfloat16,
+        compile=False,
+        max_tokens=rows * row_tokens,
+        total_steps=3,
+        report=lambda event: None,
+        **options,
+    )
+    parameters = TrainableParameters(model)
+    optimizer = build_optimizer("adamw", parameters, weight_decay=0.0)
+    set_learning_rate(optimizer, 1e-4)
+    random = np.random.default_rng(0)
+    ids = [random.integers(0, 32000, row_tokens).astype(np.int32) for _ in range(rows)]
+    batch = collate([(row, np.ones(row_tokens, dtype=bool)) for row in ids], range(rows)).pin()
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        engine.loss(batch).backward()
+        step_optimizer(optimizer)
+        parameters.zero_gradients()
+    measured_bytes = torch.cuda.max_memory_allocated() - start_bytes
+    engine.close()
+    step = StepSettings(
+        tokens=rows * row_tokens,
+        row_tokens=row_tokens,
+        engine="fast",
+        optimizer="adamw",
+        recomputed_layers=0 if measure == "kept" else LAYERS["llama"],
+        offload_activations=options["offload_activations"],
+        offload_embeddings=options["offload_embeddings"],
+        resident_weights=False,
+        compiled=False,
+    )
+    assert predict_training(facts_of("llama"), step).peak_bytes == pytest.approx(measured_bytes, rel=0.05)
