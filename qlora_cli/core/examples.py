@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -19,19 +18,18 @@ from qlora_cli.artifacts import (
     PREPARED_MANIFEST,
     PREPARED_ROWS,
     atomic_directory,
-    is_prepared,
-    read_json,
     write_json,
 )
 from qlora_cli.config import DataSettings
 from qlora_cli.core.encoding import TextEncoder, encoder_of
-from qlora_cli.core.prepared import RowWriter
+from qlora_cli.core.prepared import PreparedRows, RowWriter
 from qlora_cli.core.records import BadRow, Chunk, Record, parse_chunk
 from qlora_cli.core.shapes import Recognised, read_template, recognise
 from qlora_cli.core.sources import Source, resolve_source
+from qlora_cli.core.tally import Tally
 from qlora_cli.core.tokenising import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.workers import TokeniserPool
-from qlora_cli.errors import DataError, UsageError
+from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report
 
 if TYPE_CHECKING:
@@ -142,7 +140,7 @@ def prepare_rows(
     if directory is None:
         directory = cache_directory() / digest[:32]
         overwrite = True  # whatever is there under this name is a part of the same
-    if is_prepared(directory) and (manifest := read_json(directory / PREPARED_MANIFEST)).get("digest") == digest:
+    if (manifest := _manifest_of(directory, digest)) is not None:
         report(Notice(f"These rows are prepared already in {directory} (same data, tokenizer and settings)."))
         return PreparedSummary(str(directory), True, manifest)
     recognised = _recognise(source, settings, encoder)
@@ -159,16 +157,16 @@ def prepare_rows(
         vocabulary_size=len(tokenizer),
     )
     with atomic_directory(directory, replace=overwrite) as temporary:
-        collected = _Collected()
+        tally = Tally()
         with ExitStack() as stack:
             chunks = _limited(source.chunks(settings.max_line_bytes), settings)
             results = _tokenise(chunks, tokeniser_settings, source, workers, stack)
-            _write(results, temporary, collected, settings, source.total_bytes, report)
-        collected.check(settings)
+            _write(results, temporary, tally, settings, source.total_bytes, report)
+        tally.check(settings.data)
         manifest = {
             "format": FORMAT,
             "qlora_version": __version__,
-            **collected.statistics(),
+            **tally.statistics(),
             "max_length": max_length,
             "overlong": settings.overlong,
             "shape": recognised.formatting.shape,
@@ -180,8 +178,17 @@ def prepare_rows(
             "digest": digest,
         }
         write_json(temporary / PREPARED_MANIFEST, manifest)
-    collected.tell(report, settings, directory)
+    tally.tell(report, directory)
     return PreparedSummary(str(directory), False, manifest)
+
+
+def _manifest_of(directory: Path, digest: str) -> dict[str, Any] | None:
+    """The manifest, if the rows in a directory are whole and the ones wanted."""
+    try:
+        manifest = PreparedRows(directory).manifest
+    except RunError:
+        return None
+    return manifest if manifest.get("digest") == digest else None
 
 
 def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, identity: dict[str, Any]) -> str:
@@ -248,96 +255,10 @@ def _tokenise(
     return stack.enter_context(TokeniserPool(settings, processes)).process_all(chunks)
 
 
-class _Collected:
-    """What is known of all rows at the end."""
-
-    def __init__(self) -> None:
-        self.lengths: list[np.ndarray] = []
-        self.dropped: Counter[str] = Counter()
-        self.records = self.trained_tokens = self.bad_rows = 0
-        self.truncated = self.split = self.closed = self.unanswered = 0
-        self.first_bad: list[BadRow] = []
-        self.hash = hashlib.sha256()
-
-    def add(self, chunk: TokenisedChunk) -> None:
-        self.lengths.append(chunk.lengths)
-        self.dropped += chunk.dropped
-        self.records += chunk.records
-        self.trained_tokens += int(chunk.trained.sum())
-        self.truncated += chunk.truncated
-        self.split += chunk.split
-        self.closed += chunk.closed
-        self.unanswered += chunk.unanswered
-        self.bad_rows += len(chunk.bad_rows)
-        self.first_bad += chunk.bad_rows[: 3 - len(self.first_bad)]
-        for values in (chunk.input_ids, chunk.trained, chunk.lengths):
-            self.hash.update(values.tobytes())
-
-    @property
-    def rows(self) -> int:
-        return sum(lengths.size for lengths in self.lengths)
-
-    def check(self, settings: DataSettings) -> None:
-        """Raises DataError if no row is left."""
-        if self.rows:
-            return
-        reasons = [f"{count} {reason}" for reason, count in self.dropped.most_common()]
-        if self.bad_rows:
-            reasons.append(f"{self.bad_rows} bad rows, the first {self.first_bad[0]}")
-        raise DataError(
-            f"Of {self.records} rows in {settings.data} none is left to train on ({'; '.join(reasons) or 'no rows'}).",
-            "Check the columns and --max-length.",
-        )
-
-    def statistics(self) -> dict[str, Any]:
-        lengths = np.concatenate(self.lengths)
-        low, median, p90, p99, high = np.percentile(lengths, [0, 50, 90, 99, 100], method="nearest").tolist()
-        return {
-            "rows": int(lengths.size),
-            "tokens": int(lengths.sum(dtype=np.int64)),
-            "trained_tokens": self.trained_tokens,
-            "lengths": {
-                "min": low,
-                "p50": median,
-                "p90": p90,
-                "p99": p99,
-                "max": high,
-                "mean": round(float(lengths.mean()), 1),
-            },
-            "records": self.records,
-            "truncated": self.truncated,
-            "split": self.split,
-            "dropped": dict(self.dropped),
-            "bad_rows": self.bad_rows,
-            "rows_sha256": self.hash.hexdigest(),
-        }
-
-    def tell(self, report: Report, settings: DataSettings, directory: Path) -> None:
-        """Reports everything that was not taken as it came."""
-        limit = "--max-length"
-        if self.truncated:
-            report(Caution(f"{self.truncated} of {self.records} rows were cut at {limit} and have no end of text."))
-        if self.split:
-            report(Notice(f"{self.split} rows past {limit} were split."))
-        for reason, count in self.dropped.most_common():
-            report(Caution(f"{count} of {self.records} rows were left out: {reason}."))
-        if self.closed:
-            report(Notice(f"{self.closed} rows were given the beginning or end token that they lacked."))
-        if self.unanswered:
-            report(Notice(f"{self.unanswered} conversations end in messages without an answer; those were left out."))
-        if self.bad_rows:
-            report(
-                Caution(
-                    f"{self.bad_rows} of {self.records} rows are bad and were skipped; they are listed in "
-                    f"{directory / BAD_ROWS}. The first: {self.first_bad[0]}."
-                )
-            )
-
-
 def _write(
     results: Iterator[TokenisedChunk],
     directory: Path,
-    collected: _Collected,
+    tally: Tally,
     settings: DataSettings,
     total_bytes: int | None,
     report: Report,
@@ -353,13 +274,13 @@ def _write(
                 for bad in chunk.bad_rows:
                     bad_rows = bad_rows or stack.enter_context((directory / BAD_ROWS).open("w", encoding="utf-8"))
                     bad_rows.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
-                collected.add(chunk)
+                tally.add(chunk)
                 writer.write(chunk.input_ids, chunk.trained, np.cumsum([0, *chunk.lengths], dtype=np.int32))
                 done_bytes += chunk.source_bytes
-                report(Progress(TASK, collected.records, _estimate(collected.records, done_bytes, total_bytes)))
+                report(Progress(TASK, tally.records, _estimate(tally.records, done_bytes, total_bytes)))
         finally:
             writer.close()
-    report(Progress(TASK, collected.records, collected.records))
+    report(Progress(TASK, tally.records, tally.records))
 
 
 def _estimate(records: int, done_bytes: int, total_bytes: int | None) -> int | None:

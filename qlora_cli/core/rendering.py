@@ -73,12 +73,11 @@ class ChatRenderer:
         longest_first = sorted(control_tokens, key=len, reverse=True)
         self._control_tokens = control_tokens
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._merges_system = False
         self._dropped_suffix = ""
         self._probe()
 
     def _probe(self) -> None:
-        """Learns the template's habits from a conversation of its own."""
+        """Learns the template's habits from conversations of its own."""
         user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}
         try:
             prompt = self._render([user], None, generation=True)
@@ -89,14 +88,17 @@ class ChatRenderer:
             # It opens an answer at generation with what an answer in the history does not begin with (a <think> tag).
             common = next(i for i, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
             self._dropped_suffix = prompt[common:]
-        try:
-            self._render([{"role": "system", "content": "Be kind"}, user, assistant], None)
-        except RenderError:
-            self._merges_system = True
-        history = self._render([user, assistant, user], None)
-        after_answer = history.find(PROBE) + len(PROBE)
-        stop = self._control.search(history, after_answer) if PROBE in history else None
+        self._merges_system = self._try([{"role": "system", "content": "Be kind"}, user, assistant]) is None
+        history = self._try([user, assistant, user]) or whole
+        stop = self._control.search(history, history.find(PROBE) + len(PROBE)) if PROBE in history else None
         self._turn_end = stop[0] if stop else None
+
+    def _try(self, messages: list[Message]) -> str | None:
+        """A conversation rendered, or None where the template refuses it."""
+        try:
+            return self._render(messages, None)
+        except RenderError:
+            return None
 
     def lay_out(
         self, messages: list[Message], tools: list[Any] | None, *, required: str, prompt_only: bool

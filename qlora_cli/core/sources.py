@@ -75,7 +75,9 @@ class Source:
             done += size
             if sum(sizes) > 2**30:
                 report(Progress("Checking the data", done, sum(sizes), "bytes"))
-        sha256 = hashlib.sha256("".join(str(file["sha256"]) for file in files).encode()).hexdigest()
+        # How a file is read depends on its kind, so the same bytes under .txt and .jsonl are two inputs.
+        facts = [(format_of(path), file["sha256"]) for path, file in zip(self.hashed, files, strict=True)]
+        sha256 = hashlib.sha256(repr(facts).encode()).hexdigest()
         return {"source": self.name, **self.facts, "files": files, "sha256": sha256}
 
 
