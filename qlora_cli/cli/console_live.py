@@ -1,6 +1,8 @@
 """Events in, a live view on a terminal out: bars for tasks, and a panel for the run with its loss curve."""
 
 import itertools
+import sys
+import termios
 import time
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -36,6 +38,15 @@ def sparkline(values: list[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
+
+
+def echo_control_keys(shown: bool) -> None:
+    """Whether the terminal of stdin shows a Ctrl-C as ^C."""
+    if not sys.stdin.isatty():
+        return
+    settings = termios.tcgetattr(sys.stdin)
+    settings[3] = settings[3] | termios.ECHOCTL if shown else settings[3] & ~termios.ECHOCTL
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
 class LiveView:
@@ -75,12 +86,14 @@ class LiveView:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            echo_control_keys(True)
         self._step = None
 
     def _open(self) -> None:
         if self._live is None:
             self._live = Live(self, console=self.console, refresh_per_second=4)
             self._live.start()
+            echo_control_keys(False)  # a ^C at the end of a full line would break the frame
 
     def _follow_task(self, event: Progress) -> None:
         now_seconds = time.monotonic()
