@@ -13,6 +13,7 @@ from qlora_cli.core.encoding import encoder_of
 from qlora_cli.core.plain_decoding import answer_plainly
 from qlora_cli.core.sampling import Sampling
 from qlora_cli.core.templates import Formatting, PlainTemplate, RowFormatter
+from qlora_cli.core.unpacked_linears import unpack_linears
 from qlora_cli.errors import DataError
 from qlora_cli.events import Report
 
@@ -83,6 +84,7 @@ class Answerer:
         self._decoder: Decoder | None = None
         self._fast: Any = None  # the FastModel, where there is a GPU for it
         self._fast_for: Any = None  # what it was made for
+        self._unpacked: bool | None = None  # whether the weights were, None before anybody tried
 
     @property
     def path(self) -> str:
@@ -90,7 +92,8 @@ class Answerer:
         if self._reason is not None:
             return f"transformers' own generate, because {self._reason}"
         if self._fast is None:
-            return "own steps, one forward a token"
+            held = "unpacked" if self._unpacked else "packed"
+            return f"own steps, one forward a token, weights {held}"
         obstacle = getattr(self._decoder, "obstacle", None)
         how = "CUDA graphs" if obstacle is None else f"steps launched one by one (not captured: {obstacle})"
         return f"{how} over fused kernels: {self._fast.describe()}"
@@ -159,6 +162,8 @@ class Answerer:
         """A decoder with room for so many rows and tokens; the last one again where it has."""
         is_gpu = self.model.get_input_embeddings().weight.device.type == "cuda"
         fast = self._make_fast() if is_gpu and importlib.util.find_spec("triton") else None
+        if not is_gpu and self._unpacked is None:
+            self._unpacked = unpack_linears(underlying_model(self.model))
         last = self._decoder
         if last is None or last.cache.slots != slots or last.cache.capacity < capacity:
             self._decoder = last = None  # its memory is free before the next one asks

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlora_cli.core import unpacked_linears
 from qlora_cli.core.adapter import attach_adapter
 from qlora_cli.core.answering import Answerer, context_length, find_end_ids, make_request
 from qlora_cli.core.answers import ENDED, LENGTH, STOPPED
@@ -10,6 +11,7 @@ from qlora_cli.core.base_model import load_base, load_tokenizer
 from qlora_cli.core.decoding import Decoder, Prompt, underlying_model, why_not_stepwise
 from qlora_cli.core.sampling import Sampling
 from qlora_cli.core.templates import Formatting, default_formatting
+from qlora_cli.core.unpacked_linears import unpack_linears
 from qlora_cli.errors import DataError, ModelError
 from tests.conftest import make_tokenizer
 
@@ -227,6 +229,22 @@ def test_models_that_keep_another_state_take_the_plain_path():
         GPTNeoConfig(vocab_size=16, hidden_size=8, num_layers=1, num_heads=2, attention_types=[[["local"], 1]])
     )
     assert "attention code of its own" in why_not_stepwise(neo)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"compute_dtype": torch.bfloat16, "quant_type": "fp4"}])
+def test_unpacked_weights_give_the_same_logits_bit_for_bit(load_tiny, arguments, monkeypatch):
+    base, _ = load_tiny("opt", **arguments)  # with biases
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        packed = base(input_ids=ids).logits
+        monkeypatch.setattr(unpacked_linears, "free_bytes", lambda: 1000)
+        assert not unpack_linears(base) and torch.equal(base(input_ids=ids).logits, packed)
+        monkeypatch.undo()
+        assert unpack_linears(base) and torch.equal(base(input_ids=ids).logits, packed)
+        layer = base.model.decoder.layers[0].fc1
+        assert layer.weight.dtype == torch.uint8 and layer.forward.__name__ == "forward"
+        model = attach_adapter(base, rank=2, alpha=4).eval()
+        assert torch.equal(model(input_ids=ids).logits, packed)  # B is zero
 
 
 # ---------------------------------------------------------------- requests
