@@ -26,6 +26,9 @@ TRACKER_LOGS = "logs"
 BAD_ROWS = "bad_rows.jsonl"
 LOCK = ".lock"
 
+# Merged model: beside the checkpoint, how prompts were formatted.
+MERGE_RECORD = "qlora_merge.json"
+
 # Prepared directory.
 PREPARED_MANIFEST = "prepared.json"
 PREPARED_ROWS = "rows.arrow"  # Arrow IPC file: input_ids list<int32>, trained list<bool>

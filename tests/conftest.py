@@ -1,9 +1,11 @@
 """Tiny real models and data for the tests: built once a session, on the CPU, in milliseconds."""
 
 import os
+import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("QLORA_CACHE", tempfile.mkdtemp(prefix="qlora-test-cache-"))
 
 from collections.abc import Callable
 from pathlib import Path

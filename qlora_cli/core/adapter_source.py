@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_cli.artifacts import RUN_RECORD, read_run_record
+from qlora_cli.artifacts import MERGE_RECORD, RUN_RECORD, read_json, read_run_record
 from qlora_cli.core.adapter import read_adapter
 from qlora_cli.core.base_model import BaseIdentity
 from qlora_cli.core.templates import Formatting
@@ -66,3 +66,16 @@ def read_source(directory: Path) -> AdapterSource:
         BaseIdentity.from_dict(base) if base else None,
         Formatting.from_dict(formatting) if formatting else None,
     )
+
+
+def read_merge_record(model_directory: Path) -> tuple[bool, Formatting | None]:
+    """Whether a model was merged by `qlora merge`, and how prompts were formatted in its training.
+
+    Raises:
+        RunError: The record cannot be read.
+    """
+    path = model_directory / MERGE_RECORD
+    if not path.is_file():
+        return False, None
+    formatting = read_json(path).get("formatting")
+    return True, Formatting.from_dict(formatting) if formatting else None

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from qlora_cli.artifacts import MERGE_RECORD
+from qlora_cli.core.base_cache import restore_base, save_base
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Notice, Report
 
@@ -40,7 +43,7 @@ NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quan
 DOWNLOAD_ATTEMPTS = 5
 # Subclasses of nn.Linear whose forward is that of nn.Linear in other words; transformers leaves them in 16 bits.
 PLAIN_LINEAR_SUBCLASSES = {"FalconLinear"}
-CONFIG_FILES = ["config.json", "generation_config.json"]
+CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
 TOKENIZER_FILES = [
     "tokenizer*",
     "*.model",
@@ -384,36 +387,110 @@ def load_base(
     """
     config = load_config(model, revision, trust_remote_code=trust_remote_code)
     directory = resolve_model(model, revision, weights=True, report=report)
+    stored = _stored_quantization(config, model)
+    if stored is not None:
+        quant_type, double_quant = stored["bnb_4bit_quant_type"], stored["bnb_4bit_use_double_quant"]
     identity = identify_base(
         model, revision, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
     )
+    cached_facts = {**identity.to_dict(), "model": None, "revision": None, "device": device.type}
+
+    def build() -> PreTrainedModel:
+        return build_empty(config, trust_remote_code=trust_remote_code)
+
+    if report:
+        report(Notice(f"Loading {model} in 4 bits ({quant_type}, arithmetic in {dtype_name(compute_dtype)})."))
+    if cache and stored is None:
+        base = restore_base(cached_facts, build, partial(_restored_linear, compute_dtype, device), device, report)
+        if base is not None:
+            base.config.dtype = compute_dtype
+            return freeze_base(base), identity
     quantization = _FourBitConfig(
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=head_names(build_empty(config, trust_remote_code=trust_remote_code)),
+        llm_int8_skip_modules=head_names(build()),
     )
-    if report:
-        report(Notice(f"Loading {model} in 4 bits ({quant_type}, arithmetic in {dtype_name(compute_dtype)})."))
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            quantization_config=quantization,
-            dtype=compute_dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+    base = _load(
+        directory,
+        model,
+        config=config,
+        quantization_config=None if stored is not None else quantization,
+        dtype=compute_dtype,
+        device_map={"": device},
+        trust_remote_code=trust_remote_code,
+    )
+    _check_weights(base, model)
+    base = freeze_base(base)
+    if cache and stored is None:
+        save_base(base, cached_facts, report)
+    return base, identity
+
+
+def _stored_quantization(config: PreTrainedConfig, model: str) -> dict[str, Any] | None:
+    """How a checkpoint that is 4-bit already was quantised; None for a plain one."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    if not settings.get("load_in_4bit"):
+        raise ModelError(
+            f"{model} is quantised already, by {settings.get('quant_method')}.",
+            "Give --model the 16-bit checkpoint, or one in bitsandbytes' 4 bits.",
         )
+    return {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, **settings}
+
+
+def load_unquantized(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    report: Report | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model frozen with its weights as they are stored, in `dtype`: a merged one, for example.
+
+    Raises:
+        ModelError: Missing, no causal language model, or non-finite weights.
+    """
+    config = load_config(model, revision, trust_remote_code=trust_remote_code)
+    directory = resolve_model(model, revision, weights=True, report=report)
+    if report:
+        report(Notice(f"Loading {model} in {dtype_name(dtype)}, not quantised."))
+    base = _load(
+        directory, model, config=config, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code
+    )
+    _check_finite(base, model, {})
+    base.requires_grad_(False)
+    base.eval()
+    return base
+
+
+def _load(directory: Path, model: str, **arguments: Any) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True, **arguments)
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError(
-                f"{model} does not fit in the GPU's memory while it is quantised.",
-                f"See: qlora inspect --model {model}",
+                f"{model} does not fit in the GPU's memory while it is loaded.", f"See: qlora inspect --model {model}"
             ) from error
         raise ModelError(f"{model} cannot be loaded: {_first_line(error)}") from error
-    _check_weights(base, model)
-    return freeze_base(base), identity
+
+
+def _restored_linear(
+    compute_dtype: torch.dtype, device: torch.device, packed: dict[str, torch.Tensor], bias: torch.Tensor | None
+) -> nn.Module:
+    """A 4-bit linear of tensors that a checkpoint or the cache holds."""
+    weight = packed.pop("")
+    with torch.device("meta"):
+        linear = bnb.nn.Linear4bit(1, 1, bias is not None, compute_dtype)
+    linear.weight = bnb.nn.Params4bit.from_prequantized(weight, packed, device=device, module=linear)
+    linear.out_features, linear.in_features = linear.weight.quant_state.shape
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 def freeze_base(base: Any) -> PreTrainedModel:
@@ -449,18 +526,22 @@ def _check_weights(base: Any, model: str) -> None:
             f"({type(base.get_submodule(left[0])).__name__}).",
             "This architecture is not supported yet.",
         )
-    finite = dict(base.hf_quantizer.finite)
+    _check_finite(base, model, getattr(base.hf_quantizer, "finite", {}))
+
+
+def _check_finite(base: Any, model: str, quantised: dict[str, torch.Tensor]) -> None:
+    """Raises when a weight is not finite; `quantised` says it of those that were looked at before quantisation."""
+    finite = dict(quantised)
     for name, parameter in base.named_parameters():
         if parameter.is_floating_point():
             finite[name] = torch.isfinite(parameter).all()
-    if finite:
-        good = torch.stack([flag.to("cpu") for flag in finite.values()])
-        if not bool(good.all()):
-            bad = [name for name, flag in zip(finite, good.tolist(), strict=True) if not flag]
-            raise ModelError(
-                f"The weights of {model} hold NaN or infinity in {len(bad)} tensors, first {bad[0]}.",
-                "Download the model again, or use another --compute-dtype if they overflow float16.",
-            )
+    good = torch.stack([flag.to("cpu") for flag in finite.values()])
+    if not bool(good.all()):
+        bad = [name for name, flag in zip(finite, good.tolist(), strict=True) if not flag]
+        raise ModelError(
+            f"The weights of {model} hold NaN or infinity in {len(bad)} tensors, first {bad[0]}.",
+            "Download the model again, or use another --compute-dtype if they overflow float16.",
+        )
 
 
 # ---------------------------------------------------------------- structure

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from qlora_cli.artifacts import write_json
+from qlora_cli.artifacts import FORMAT, MERGE_RECORD, RUN_RECORD, read_run_record, write_json
 from qlora_cli.core.base_model import TOKENIZER_FILES, dtype_name
 from qlora_cli.core.shards import INDEX_FILE, TensorFile
 from qlora_cli.errors import ModelError
@@ -77,6 +77,8 @@ def four_bit_config(quant_type: str, double_quant: bool, dtype: torch.dtype, ski
 def copy_companions(base: Path, adapter: Path, directory: Path) -> bool:
     """Copies the tokenizer (the adapter's, else the base's) with its chat template, generation config and own code.
 
+    How prompts were formatted in training is recorded too, so that `generate --model` formats them so.
+
     Returns:
         Whether the tokenizer is the adapter's.
     """
@@ -88,6 +90,8 @@ def copy_companions(base: Path, adapter: Path, directory: Path) -> bool:
     for path in [base / GENERATION_CONFIG, *base.glob("*.py")]:  # *.py: of a model that comes with its code
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
+    formatting = read_run_record(adapter).get("formatting") if (adapter / RUN_RECORD).is_file() else None
+    write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": formatting})
     return trained
 
 

@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qlora_cli.core.adapter import load_adapter
-from qlora_cli.core.adapter_source import AdapterSource, read_source
+from qlora_cli.core.adapter_source import AdapterSource, read_merge_record, read_source
 from qlora_cli.core.answering import Answerer, context_length, find_end_ids, make_request
 from qlora_cli.core.answers import Answer, Request
-from qlora_cli.core.base_model import identify_base, load_base, load_config, load_tokenizer
+from qlora_cli.core.base_model import (
+    identify_base,
+    load_base,
+    load_config,
+    load_tokenizer,
+    load_unquantized,
+    resolve_model,
+)
 from qlora_cli.core.sampling import Sampling
 from qlora_cli.core.templates import Formatting, default_formatting, format_prompt
 from qlora_cli.errors import UsageError
@@ -26,7 +34,7 @@ class BaseSettings:
 
     model: str
     revision: str | None
-    quant_type: str
+    quant_type: str | None  # None: the weights as they are stored
     double_quant: bool
     compute_dtype: torch.dtype
     device: torch.device
@@ -72,6 +80,7 @@ class Speaker:
         config = load_config(base.model, base.revision, trust_remote_code=base.trust_remote_code)
         self.context = context_length(config)
         self.tokenizer = load_tokenizer(base.model, base.revision, trust_remote_code=base.trust_remote_code)
+        _, self._merged_formatting = read_merge_record(resolve_model(base.model, base.revision, weights=False))
         self._sources: dict[str, AdapterSource] = {}
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
         self._answerer: Answerer | None = None
@@ -89,7 +98,7 @@ class Speaker:
                     identify_base(
                         base.model,
                         base.revision,
-                        quant_type=base.quant_type,
+                        quant_type=base.quant_type or "none",
                         double_quant=base.double_quant,
                         compute_dtype=base.compute_dtype,
                     )
@@ -98,10 +107,10 @@ class Speaker:
         return self._sources[adapter]
 
     def formatting(self, adapter: str | None) -> Formatting:
-        """How prompts are formatted: as in the adapter's training, else as the model's own template has it."""
+        """How prompts are formatted: as in the training of the adapter or merged model, else by the model's template."""
         if self.settings.raw:
             return RAW
-        trained = self.source(adapter).formatting if adapter is not None else None
+        trained = self.source(adapter).formatting if adapter is not None else self._merged_formatting
         return trained or default_formatting(self.tokenizer)
 
     def request(self, index: int, prompt: Any, adapter: str | None) -> Request:
@@ -128,17 +137,28 @@ class Speaker:
         """The loaded model."""
         if self._answerer is None:
             base = self.base
-            model, _ = load_base(
-                base.model,
-                revision=base.revision,
-                quant_type=base.quant_type,
-                double_quant=base.double_quant,
-                compute_dtype=base.compute_dtype,
-                device=base.device,
-                trust_remote_code=base.trust_remote_code,
-                cache=base.cache,
-                report=self.report,
-            )
+            model: PreTrainedModel
+            if base.quant_type is None:
+                model = load_unquantized(
+                    base.model,
+                    revision=base.revision,
+                    dtype=base.compute_dtype,
+                    device=base.device,
+                    trust_remote_code=base.trust_remote_code,
+                    report=self.report,
+                )
+            else:
+                model, _ = load_base(
+                    base.model,
+                    revision=base.revision,
+                    quant_type=base.quant_type,
+                    double_quant=base.double_quant,
+                    compute_dtype=base.compute_dtype,
+                    device=base.device,
+                    trust_remote_code=base.trust_remote_code,
+                    cache=base.cache,
+                    report=self.report,
+                )
             self._answerer = Answerer(
                 model,
                 self.tokenizer,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.config import GenerateConfig, default_of
-from qlora_cli.core.adapter_source import read_source
+from qlora_cli.core.adapter_source import read_merge_record, read_source
 from qlora_cli.core.answers import Request
-from qlora_cli.core.base_model import choose_device, resolve_compute_dtype
+from qlora_cli.core.base_model import choose_device, load_config, resolve_compute_dtype, resolve_model
 from qlora_cli.core.conversation import COMMANDS, Conversation, obey
 from qlora_cli.core.prompt_file import AnswerFile, FilePrompt, answer_row, fingerprint, read_prompts
 from qlora_cli.core.sampling import Sampling
@@ -233,6 +233,11 @@ def open_speaker(config: GenerateConfig, report: Report) -> Speaker:
         held[name] = recorded if asked == default_of(GenerateConfig, name) else asked
         if held[name] != recorded:
             report(Caution(f"The adapter was trained with {name} {recorded}; {asked} was asked for."))
+    if source is None and held["quant_type"] == default_of(GenerateConfig, "quant_type"):
+        merged, _ = read_merge_record(resolve_model(model, revision, weights=False))
+        stored_in_4bit = getattr(load_config(model, revision), "quantization_config", None) is not None
+        if merged and not stored_in_4bit:
+            held["quant_type"] = None  # 4 bits again would lose much of what was learned
     device = choose_device()
     dtype = config.compute_dtype or (trained.compute_dtype if trained is not None else None)
     base = BaseSettings(

@@ -143,3 +143,27 @@ def test_a_round_trip_is_close_at_any_width(width):
     again = base_model.round_trip(weight, quant_type="nf4", double_quant=True)
     assert again.shape == weight.shape
     assert (again - weight).abs().mean() < 0.1  # NF4 of a normal weight: 0.073
+
+
+def test_the_second_load_comes_from_the_cache_with_the_same_bits(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    ids, told = torch.arange(5, 25)[None], []
+    options = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "report": told.append}
+    logits = [base_model.load_base(str(tiny_model("qwen2")), **options)[0](ids).logits for _ in range(2)]
+    assert torch.equal(*logits)
+    assert [event.text for event in told if "kept in" in event.text] == [
+        f"Using the quantised base kept in {tmp_path / 'base'}."
+    ]
+
+
+def test_a_checkpoint_that_is_4bit_already_is_taken_as_it_is(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32)
+    stored = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), quantization_config=config, dtype=torch.float32)
+    stored.save_pretrained(tmp_path)
+    base, identity = base_model.load_base(str(tmp_path), compute_dtype=torch.float32, device=torch.device("cpu"))
+    assert (identity.quant_type, identity.double_quant) == ("fp4", False)
+    base_model.freeze_base(stored)
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(base(ids).logits, stored(ids).logits)
