@@ -218,19 +218,16 @@ def require_space(directory: Path, needed_bytes: int) -> None:
 def telling_disk_full(directory: Path, needed_bytes: int) -> Iterator[None]:
     """Turns a full disk, in any of the ways libraries report it, into `DiskFull` with the bytes needed.
 
-    safetensors hides the system's error number in the text of its own exception.
+    safetensors and tokenizers hide the system's error number in the text of exceptions of their own.
     """
     try:
         yield
     except DiskFull as error:
         raise _disk_full(directory, needed_bytes) from error
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        raise _disk_full(directory, needed_bytes) from error
-    except SafetensorError as error:
-        number = _OS_ERROR.search(str(error))
-        if number is None or int(number[1]) not in _DISK_FULL:
+    except Exception as error:
+        hidden = _OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
+        if number not in _DISK_FULL:
             raise
         raise _disk_full(directory, needed_bytes) from error
 
