@@ -8,8 +8,8 @@ from qlora_cli.core.comparison import Comparison
 
 def write_merged_card(
     *,
-    title: str,
     base: str | None,
+    dataset: str | None,
     method: str,
     dtype: str,
     packed: str | None,
@@ -19,8 +19,8 @@ def write_merged_card(
     """The text of a README.md with the metadata the hub reads.
 
     Args:
-        title: Heading.
-        base: Hub id of the base; None when it is a local directory.
+        base: Hub id of the base; None when it is a local directory, whose path stays private.
+        dataset: Hub id of the data it was tuned on; None when it is local or unknown.
         method: "dequantized" or "original".
         dtype: Of the weights.
         packed: 4-bit type of the linear layers, None where they are in `dtype`.
@@ -29,7 +29,8 @@ def write_merged_card(
     """
     metadata = ModelCardData(
         base_model=base,
-        base_model_relation="finetune" if base else None,
+        base_model_relation=("quantized" if packed else "finetune") if base else None,
+        datasets=[dataset] if dataset else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qlora", "merged"] + (["bitsandbytes", "4-bit"] if packed else []),
@@ -45,7 +46,7 @@ def write_merged_card(
         metadata.to_yaml().strip(),
         "---",
         "",
-        f"# {title}",
+        f"# {base.rpartition('/')[2]}, fine-tuned" if base else "# A fine-tuned model",
         "",
         f"{of_base[0].upper()}{of_base[1:]}, fine-tuned with QLoRA; the adapter is merged into {weights}. Stored: "
         f"{stored}. Written by qlora {__version__}.",
@@ -70,7 +71,8 @@ def _comparison(comparison: Comparison | None, rows_described: str | None) -> li
     return [
         "## Against base + adapter",
         "",
-        f"Measured on {comparison.tokens:,} tokens of {comparison.rows} rows ({rows_described}).",
+        f"Measured on {comparison.tokens:,} tokens of {comparison.rows} row{'s' * (comparison.rows != 1)} "
+        f"{rows_described}.",
         "",
         "| | |",
         "|---|---|",

@@ -1,6 +1,7 @@
 """An adapter's directory and a tokenizer in; rows of tokens to compare two models on, and what they are, out."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.artifacts import RUN_RECORD, RUN_YAML, is_prepared, read_run_record
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.comparison import Row
-from qlora_cli.core.holdout import hold_out
+from qlora_cli.core.holdout import RowSubset, hold_out
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.recipe import read_recipe
 
+LEAST_TOKENS = 512  # held out, below which rows trained on are added: a mean over few tokens says little
 # Plain prose, code and a dialogue: read where a run's own rows are gone.
 TEXTS = (
     "The harbour lay still in the early light. A single boat moved along the far wall, its engine barely audible, and "
@@ -49,8 +51,15 @@ def find_rows(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Iterat
         settings = read_recipe(adapter / RUN_YAML, TrainConfig)
     run = TrainConfig(**settings)
     trained, held = hold_out(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
-    subset, described = (held, "held out from training") if len(held) else (trained, "trained on")
-    return (subset[index] for index in range(len(subset))), described
+    if held.lengths.sum() >= LEAST_TOKENS:
+        return _each(held), "held out from training"
+    if len(held):
+        return chain(_each(held), _each(trained)), "held out from training and trained on"
+    return _each(trained), "trained on"
+
+
+def _each(rows: RowSubset) -> Iterator[Row]:
+    return (rows[index] for index in range(len(rows)))
 
 
 def _rows_of_run(adapter: Path) -> PreparedRows | None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qlora_cli import __version__
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, sha256_of
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, RUN_RECORD, read_run_record, sha256_of
 from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapter import read_adapter
 from qlora_cli.core.adapter_source import read_source
@@ -111,8 +111,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
                 faithful = arithmetic.restore and not arithmetic.pack
                 judge(comparison, rows, faithful=faithful, max_kl=config.max_kl, report=report)
             card = write_merged_card(
-                title=f"{base.hub_id.rpartition('/')[2] if base.hub_id else 'Model'}, fine-tuned",
                 base=base.hub_id,
+                dataset=dataset_of(adapter_directory),
                 method=config.base,
                 dtype=dtype_name(arithmetic.dtype),
                 packed=arithmetic.quant_type if config.quantize else None,
@@ -136,6 +136,12 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         verification=comparison,
         pushed_to=pushed,
     )
+
+
+def dataset_of(adapter: Path) -> str | None:
+    """Hub id of the data a run trained on; None where it is local or unknown."""
+    data = (read_run_record(adapter).get("data") or {}) if (adapter / RUN_RECORD).is_file() else {}
+    return data["source"].partition(":")[0] if "revision" in data else None
 
 
 # ---------------------------------------------------------------- the arithmetic

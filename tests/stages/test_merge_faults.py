@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.artifacts import RUN_RECORD, sha256_of
+from qlora_cli.artifacts import PREPARED_MANIFEST, RUN_RECORD, sha256_of
 from qlora_cli.config import PrepareConfig
-from qlora_cli.core import changes, rewriting
+from qlora_cli.core import changes, rewriting, verification_rows
 from qlora_cli.core.holdout import hold_out
 from qlora_cli.core.merged_directory import unfinished_path
 from qlora_cli.core.prepared import PreparedRows
@@ -22,7 +22,7 @@ from qlora_cli.core.verification_rows import find_rows
 from qlora_cli.errors import AdapterError, DiskFull, MergeError, ModelError, QloraError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress
 from qlora_cli.stages.preparation import prepare
-from tests.conftest import TEXT
+from tests.conftest import TEXT, make_tokenizer
 from tests.stages.merge_case import Case, make_case
 
 
@@ -321,7 +321,7 @@ def test_the_figures_are_told_and_stand_in_a_card_the_hub_can_read(case) -> None
     assert json.loads(json.dumps(result.to_dict()))["verification"]["tokens"] == figures.tokens
 
 
-def test_held_out_rows_of_the_run_are_used_where_they_are(case, tmp_path) -> None:
+def test_held_out_rows_of_the_run_are_used_where_they_are(case, tmp_path, monkeypatch) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": text * n}) + "\n" for n in (1, 2) for text in TEXT)
     )
@@ -333,15 +333,20 @@ def test_held_out_rows_of_the_run_are_used_where_they_are(case, tmp_path) -> Non
     record["data"] = {"prepared": str(directory), "rows_sha256": rows.manifest["rows_sha256"]}
     (case.adapter / RUN_RECORD).write_text(json.dumps(record))
     (case.adapter / "run.yaml").write_text("eval_rows: 3\nseed: 5\n")
+    trained, held = hold_out(rows, fraction=0, count=3, seed=5)
     found, described = find_rows(case.adapter, None)
-    _, held = hold_out(rows, fraction=0, count=3, seed=5)
-    assert described == "held out from training"
-    assert [ids.tolist() for ids, _ in found] == [held[i][0].tolist() for i in range(3)]
+    assert described == "held out from training and trained on"  # the three are too few by themselves
+    expected = [subset[i][0].tolist() for subset in (held, trained) for i in range(len(subset))]
+    assert [ids.tolist() for ids, _ in found] == expected
+    monkeypatch.setattr(verification_rows, "LEAST_TOKENS", 1)
     result = case.merge(verify=True)
     assert result.verification.rows == 3
     assert result.verification.tokens == sum(int(held[i][1][1:].sum()) for i in range(3))
+    assert "of 3 rows held out from training." in (case.output / "README.md").read_text()
     (case.adapter / "run.yaml").write_text("seed: 5\n")
     assert find_rows(case.adapter, None)[1] == "trained on"
+    (directory / PREPARED_MANIFEST).write_text(json.dumps(rows.manifest | {"rows_sha256": "other"}))
+    assert find_rows(case.adapter, make_tokenizer())[1] == "of a built-in text"  # not the rows of the run any more
 
 
 def test_a_merge_that_is_not_the_trained_model_fails(case, monkeypatch) -> None:

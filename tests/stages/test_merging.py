@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from qlora_cli.core.base_model import dequantized_weight, four_bit_linears, load_base
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, write_model
 from tests.stages.merge_case import DEVICE, Case, logits_of, make_case
 
 
@@ -31,6 +31,21 @@ def test_every_architecture_predicts_the_same_once_merged(tiny_model, tmp_path, 
     case = make_case(tiny_model(architecture), tmp_path)
     case.merge()
     assert_same(case)
+
+
+def test_experts_that_are_stacked_as_they_load_are_kept_and_the_rest_is_merged(tmp_path, monkeypatch) -> None:
+    """transformers makes one parameter of a layer's experts, which training leaves in 16 bits."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "intermediate_size": 128}
+    shape = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    monkeypatch.setitem(ARCHITECTURES, "mixtral", ("MixtralConfig", {**shape, **sizes}))
+    case = make_case(write_model(tmp_path / "base", "mixtral"), tmp_path)
+    assert case.merge().restored_weights == 8  # q, k, v, o of two layers
+    assert_same(case)
+    merged, stored = load_file(case.output / "model.safetensors"), load_file(case.base / "model.safetensors")
+    assert set(merged) == set(stored)
+    experts = [name for name in stored if "experts" in name]
+    assert len(experts) == 2 * 4 * 3
+    assert all(torch.equal(merged[name], stored[name]) for name in experts)
 
 
 # What is peculiar → (architecture, LoraConfig arguments or make_case arguments).
