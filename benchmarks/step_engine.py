@@ -42,6 +42,7 @@ RUNS = {
     "falcon": ("falcon-7b", (2048,), QKV16, {"compile": True, "limit_gib": 6.6}),
     "tiny": ("tiny-llama", (100, 28), ALL16, FREE),
 }
+STAGGER_S = 3  # models are built one after another: NeoX-20B takes 40 GiB before it is quantised
 PATIENCE_S = 90  # for the other runs to get warm
 HELD: list = []
 KINDS = {
@@ -312,7 +313,10 @@ def main() -> None:
             return subprocess.Popen(command(name), stdout=out, stderr=err)
 
     started = time.time()
-    processes = [start(name) for name in names] if arguments.together else []
+    processes = []
+    for name in names if arguments.together else []:
+        processes.append(start(name))
+        time.sleep(STAGGER_S)
     for i, name in enumerate(names):
         started = started if arguments.together else time.time()
         process = processes[i] if arguments.together else start(name)

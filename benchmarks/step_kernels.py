@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -336,7 +337,7 @@ def attend() -> None:
                 except Exception as error:
                     note(f"{key} {form} FAILED", str(error).splitlines()[0][:120])
             if kind == "equal":
-                forward = lambda a=(q, k, v, len(rows), size**-0.5): attention.equal_rows_attention(*a)  # noqa: E731
+                forward = partial(attention.equal_rows_attention, q, k, v, len(rows), size**-0.5)
                 try:
                     note(
                         f"{key} cuDNN fwd, bwd us",

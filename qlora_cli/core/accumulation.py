@@ -91,6 +91,11 @@ class Accumulation:
         free_memory(self.device)
         return False
 
+    def relieve(self) -> bool:
+        """Has the engine give up speed for memory where that ran out; False where some rank has nothing to give up."""
+        stuck = self.failed is not None and not self.engine.relieve()
+        return not self.ranks.highest(int(stuck), self.device)
+
     def halved_limit(self, where: str) -> int:
         """Tokens that a micro-batch may hold after memory ran out, on all ranks.
 
@@ -125,7 +130,8 @@ class Accumulation:
                 del reserved  # stays with the allocator, where the optimizer's state will find it
                 if not sums.out_of_memory:
                     break
-                limit_tokens = self.halved_limit("for the longest rows")
+                if not self.relieve():
+                    limit_tokens = self.halved_limit("for the longest rows")
         self.parameters.zero_gradients()
         return limit_tokens
 

@@ -21,6 +21,10 @@ class Engine(Protocol):
         """Cross-entropy in nats, summed over the batch's trained tokens: a differentiable fp32 scalar."""
         ...
 
+    def relieve(self) -> bool:
+        """Gives up speed for memory, after it ran out. False where nothing is left to give up."""
+        ...
+
     def describe(self) -> str:
         """One line: which fast paths are in use."""
         ...
@@ -122,6 +126,10 @@ class PlainEngine:
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
         )
+
+    def relieve(self) -> bool:
+        """See `Engine.relieve`."""
+        return False
 
     def describe(self) -> str:
         """See `Engine.describe`."""

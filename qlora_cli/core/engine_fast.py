@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from qlora_cli.core.engine_layers import (
 )
 from qlora_cli.core.engine_linear import AdapterValues, StepState, linear_candidates, swap_linears
 from qlora_cli.core.engine_loss import find_decoder, find_head, trained_positions
-from qlora_cli.core.engine_memory import MemoryPlan, StepNeeds, free_bytes, plan_memory
+from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes, plan_memory
 from qlora_cli.core.engine_offload import ActivationOffload
 from qlora_cli.events import Notice, Report
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 TRIAL_LENGTHS = (24, 40)  # rows of the pack that the engine is tried on
 LEAST_TRIAL_TOKENS = 32
-PLACES = ("offload_activations", "offload_embeddings", "resident_weights")
+RELIEF_BYTES, MOST_RELIEFS = 2**28, 16  # how much less memory is planned with each time it runs out
 EQUAL_ROWS_TOKENS = 256  # cuDNN's attention is the faster one from about here
 # Compiled layers save about a fifth of a step and take some 15 s to compile.
 COMPILE_PAYS_SECONDS = 120
@@ -65,7 +66,8 @@ class FastEngine:
         self.embedding = self.base.get_input_embeddings()
         self.undo: list[Callable[[], None]] = []
         self.values = AdapterValues(compute_dtype)
-        self.packed = self.equal_rows = False
+        self.packed = self.equal_rows = self.host_embedding = self.adapts = False
+        self.choose_plan: Callable[..., MemoryPlan] | None = None
         self.graphs: StepGraphs | None = None
         try:
             self._install(
@@ -96,106 +98,131 @@ class FastEngine:
         optimizer_bytes: int,
     ) -> None:
         on_cuda = self.device.type == "cuda"
-        self.head = find_head(self.base, self.decoder, self.device)
-        if self.head is None:
-            self.report(Notice("The output head is not a plain one; logits are held in full."))
-        head_module = self.base.get_output_embeddings()
-        candidates = list(linear_candidates(self.base, head_module))
-        self.step = StepState(self.device, len(candidates))
-        dense_bytes = sum(_logical_elements(m) for _, m in candidates) * dtype.itemsize
+        self.candidates = list(linear_candidates(self.base, self.base.get_output_embeddings()))
+        self.step = StepState(self.device, len(self.candidates))
+        dense_bytes = sum(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
         resident = resident_weights
         if not on_cuda and resident is None:
             resident = dense_bytes < _host_free_bytes() // 2
-
-        def swap(resident_now: bool) -> None:
-            fast, kept, put_back = swap_linears(
-                candidates, dtype, self.step, self.values, resident=resident_now, workspace_bytes=None
-            )
-            self.undo.append(put_back)
-            self.fast_linears, self.kept_linears = fast, kept
-
-        swap(bool(resident) and not on_cuda)
+        self.put_linears_back: Callable[[], None] = lambda: None
+        self.undo.append(lambda: self.put_linears_back())
+        # Trials run on weights in slices: there may be no room for a whole one.
+        self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
         if self.kept_linears:
             self.report(Notice(f"{len(self.kept_linears)} linear layers keep PEFT's own forward, which is slower."))
+        self.head = find_head(self.base, self.decoder, self.device)
+        if self.head is None:
+            self.report(Notice("The output head is not a plain one; logits are held in full."))
         self._install_attention(dtype)
 
         layers = find_layers(self.decoder)
-        calls = capture_calls(layers, self._trial_run)
-        if len(calls) != len(layers):  # layers that are called other than once each are left as they are
-            layers, calls = [], []
+        self.calls = capture_calls(layers, self._trial_run)
+        if len(self.calls) != len(layers):  # layers that are called other than once each are left as they are
+            layers, self.calls = [], []
+        self.layers = layers
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for layer in layers for m in _outside_adapters(layer))
         self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
         self.undo.append(swap_layers(layers, self.layer_plans))
-        self.layers = layers
 
         wish = recomputed(len(layers))
-        self.recomputed_by_tokens: Callable[[int], int] = lambda tokens: self.plan.recomputed
-        self.plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident))
+        plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident))
         if on_cuda and layers:
-            largest = bucket(max_tokens)
-            needs = self._measure(largest, dense_bytes, candidates, optimizer_bytes, dtype)
-            available = free_bytes(self.device)
-
-            def plan_for(needs: StepNeeds, **given: Any) -> MemoryPlan:
-                return plan_memory(needs, available, **{"recomputed": wish} | given)
-
-            self.plan = plan_for(
-                needs,
+            self.largest_tokens = bucket(max_tokens)
+            self.needs = self._measure(self.largest_tokens, dense_bytes, optimizer_bytes, dtype)
+            self.available_bytes = free_bytes(self.device)
+            self.choose_plan = partial(
+                plan_memory,
+                recomputed=wish,
                 offload_activations=offload_activations,
                 offload_embeddings=offload_embeddings,
                 resident_weights=resident_weights,
             )
-            decided = {name: getattr(self.plan, name) for name in PLACES}
-            if wish is None and self.plan.recomputed:
-                # Micro-batches smaller than the largest one leave room for whole layers.
-                self.recomputed_by_tokens = cache(
-                    lambda tokens: plan_for(needs.for_share(tokens / largest), **decided).recomputed
-                )
-        plan = self.plan
-        if plan.resident_weights and on_cuda:
-            self.undo.pop(0)()
-            self.values.linears.clear()
-            self.values.addresses = ()
-            swap(True)
-            self.undo.insert(0, self.undo.pop())
-        for linear in self.fast_linears:
-            linear.options = linear.options._replace(workspace_bytes=plan.workspace_bytes)
-        self.host_embedding = plan.offload_embeddings and self._movable_embedding_bytes() > 0
-        if self.host_embedding:
-            self.embedding.to("cpu")
-            self.undo.append(lambda: self.embedding.to(self.device))
+            self.adapts = wish is None
+            plan = self.choose_plan(self.needs, self.available_bytes)
         if compile is None:
-            elements = sum(_logical_elements(m) for _, m in candidates)
+            elements = sum(_logical_elements(m) for _, m in self.candidates)
             seconds = total_steps * 6 * elements * max_tokens / ASSUMED_FLOPS_PER_SECOND
             compile = seconds > COMPILE_PAYS_SECONDS
         self.compiled = compile and on_cuda and self.packed
-        offloads = plan.offload_activations and on_cuda
-        self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled
-        self._recompute_layers(plan.recomputed)
-        if plan.recomputed and calls:
-            self.skipped = skip_unused_outputs(layers[: plan.recomputed], calls[: plan.recomputed])
+        self._apply(plan)
         frozen_head = self.head is not None and self.head.frozen
         if on_cuda and self.packed and layers and frozen_head and not drops and total_steps >= GRAPHS_PAY_STEPS:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.graphs = StepGraphs(self._packed_loss, trained, self._join, self.report)
-            self.undo.append(self.graphs.graphs.clear)
+            self.undo.append(self.graphs.clear)
+
+    def _swap_linears(self, resident: bool, workspace_bytes: int | None) -> None:
+        """Gives the linear layers their fused forward, on packed or on dequantised weights."""
+        self.put_linears_back()
+        self.values.linears.clear()
+        self.values.addresses = ()
+        self.fast_linears, self.kept_linears, self.put_linears_back = swap_linears(
+            self.candidates,
+            self.values.dtype,
+            self.step,
+            self.values,
+            resident=resident,
+            workspace_bytes=workspace_bytes,
+        )
+        self.resident = resident
+
+    def _apply(self, plan: MemoryPlan) -> None:
+        """Runs steps from now on as planned."""
+        self.plan = plan
+        on_cuda = self.device.type == "cuda"
+        if plan.resident_weights != self.resident:
+            self._swap_linears(plan.resident_weights, plan.workspace_bytes)
+        for linear in self.fast_linears:
+            linear.options = linear.options._replace(workspace_bytes=plan.workspace_bytes)
+        if plan.offload_embeddings and not self.host_embedding and self._movable_embedding_bytes():
+            self.host_embedding = True
+            self.embedding.to("cpu")
+            self.undo.append(lambda: self.embedding.to(self.device))
+        offloads = plan.offload_activations and on_cuda
+        self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
+        if plan.recomputed and self.calls:
+            self._recompute_layers(0)  # the trials below run layers plainly
+            self.skipped = skip_unused_outputs(self.layers[: plan.recomputed], self.calls[: plan.recomputed])
+        self.recomputed_by_tokens = cache(self._count_recomputed)
+        self._recompute_layers(plan.recomputed)
         if on_cuda:
             torch.cuda.empty_cache()
 
-    def _measure(
-        self, tokens: int, dense_bytes: int, candidates: list, optimizer_bytes: int, dtype: torch.dtype
-    ) -> StepNeeds:
+    def _count_recomputed(self, tokens: int) -> int:
+        """Layers to recompute in a micro-batch: smaller ones than the largest leave room for whole layers."""
+        if not self.adapts or not self.plan.recomputed:
+            return self.plan.recomputed
+        needs = self.needs.for_share(tokens / self.largest_tokens)
+        plans = (replace(self.plan, recomputed=count) for count in range(self.plan.recomputed))
+        fitting = (plan.recomputed for plan in plans if plan.step_bytes(needs) <= self.available_bytes)
+        return next(fitting, self.plan.recomputed)
+
+    def relieve(self) -> bool:
+        """See `Engine.relieve`."""
+        for _ in range(MOST_RELIEFS if self.choose_plan is not None else 0):
+            self.available_bytes -= RELIEF_BYTES
+            plan = self.choose_plan(self.needs, self.available_bytes)
+            if plan != self.plan:
+                if self.graphs is not None:
+                    self.graphs.clear()
+                self._apply(plan)
+                self.report(Notice(f"Memory ran out; the engine is now: {self.describe()}."))
+                return True
+        return False
+
+    def _measure(self, tokens: int, dense_bytes: int, optimizer_bytes: int, dtype: torch.dtype) -> StepNeeds:
         """What a step of that many tokens needs, by running its first layer."""
         share = 1
         while (layer := self._measure_layer(tokens // share)) is None:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
-        largest = max(_logical_elements(m) for _, m in candidates) * dtype.itemsize
+        largest = max(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
         return StepNeeds(
             layers=len(self.layers),
             kept_bytes=layer.kept * share,
-            peak_bytes=(layer.peak - largest) * share + largest,
+            # Trials dequantise in slices.
+            peak_bytes=(layer.peak - min(largest, SLICE_BYTES)) * share + largest,
             hidden_bytes=tokens * self._hidden_size * dtype.itemsize,
             optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
             dense_bytes=dense_bytes,

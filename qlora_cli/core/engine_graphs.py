@@ -100,6 +100,12 @@ class StepGraphs:
         self.replays = 0
         self.failed = False
 
+    def clear(self) -> None:
+        """Forgets all graphs; new ones are made of what `run` does then."""
+        self.graphs.clear()
+        self.warm.clear()
+        self.failed = False
+
     def loss(self, inputs: StepInputs) -> Tensor | None:
         """The loss, or None where this micro-batch has to run without a graph."""
         addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)

@@ -166,7 +166,7 @@ class LayerBytes:
     """Memory one layer takes at some number of tokens.
 
     Attributes:
-        kept: What it saves for its backward pass.
+        kept: What it saves for its backward pass, its output included, which the next layer saves.
         peak: The most it holds at once in a forward and backward pass, `kept` included.
     """
 
@@ -189,7 +189,7 @@ def _run_both_ways(layer: Any, call: LayerCall) -> LayerBytes:
     with torch.enable_grad():
         out = layer(hidden, *call.args[1:], **call.kwargs)
         out = out[0] if isinstance(out, tuple) else out
-        kept = torch.cuda.memory_allocated(device) - start - out.numel() * out.element_size()
+        kept = torch.cuda.memory_allocated(device) - start
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # autograd's thread is a new one
             torch.autograd.backward(

@@ -13,7 +13,7 @@ SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole deq
 
 # Cost of each measure as a share of a step: recomputing all layers, of which the last linear is left out; a hidden state
 # a layer on its way to the host and back; embeddings looked up by the host; weights dequantised in slices; dequantising.
-RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.35, 0.03, 0.01, 0.01, 0.08
+RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.35, 0.03, 0.01, 0.05, 0.08
 
 
 @dataclass(frozen=True)

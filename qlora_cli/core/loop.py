@@ -178,8 +178,9 @@ class Loop:
             sums = read_sums(pending)  # the step's one wait for the device
             loss, norm = sums.loss_sum / max(sums.trained_tokens, 1), sums.gradient_norm / scale
             if sums.out_of_memory:
-                self._set_limit(self.accumulation.halved_limit(f"in step {step.number}"))
-                following = None  # it was laid out by the old limit
+                if not self.accumulation.relieve():
+                    self._set_limit(self.accumulation.halved_limit(f"in step {step.number}"))
+                    following = None  # it was laid out by the old limit
             elif not (math.isfinite(loss) and self.scaled and not math.isfinite(norm) and self._lower_scale()):
                 break
             # Once more, with the same rows, order and random numbers.

@@ -1,11 +1,14 @@
 """The fast engine computes what the plain one does, rows never see one another, and the model comes back as it was."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from qlora_cli.core.adapter import attach_adapter
 from qlora_cli.core.engine import count_recomputed_layers, install_engine
+from qlora_cli.core.engine_memory import StepNeeds, plan_memory
 from qlora_cli.core.packing import collate
 from qlora_cli.errors import UsageError
 from tests.conftest import ARCHITECTURES
@@ -312,3 +315,34 @@ def test_unknown_words_are_refused(load_tiny):
         install(model, gradient_checkpointing="sometimes")
     with pytest.raises(UsageError, match="warp"):
         install(model, kind="warp")
+
+
+def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(load_tiny):
+    model = adapted(load_tiny, "llama")
+    batch = batch_of()
+    loss, expected, _ = step(model, batch)
+    engine = install(model, events=(events := []))
+    assert not engine.relieve()  # nothing is planned on the CPU
+    mebi = 2**20
+    engine.needs = StepNeeds(
+        layers=2,
+        kept_bytes=300 * mebi,
+        peak_bytes=300 * mebi,
+        hidden_bytes=mebi,
+        optimizer_bytes=0,
+        dense_bytes=0,
+        largest_dense_bytes=0,
+        embedding_bytes=0,
+    )
+    engine.available_bytes, engine.largest_tokens, engine.adapts = 2**30 + 2**28, 128, True
+    engine.choose_plan = partial(
+        plan_memory, recomputed=None, offload_activations=False, offload_embeddings=False, resident_weights=False
+    )
+    counts = []
+    while engine.relieve():
+        counts.append(engine.plan.recomputed)
+        model.zero_grad(set_to_none=True)
+        again = engine.loss(batch)
+        again.backward()
+        assert torch.allclose(again, loss) and torch.allclose(gradients(model), expected, atol=1e-5)
+    assert counts[-1] == 2 and counts == sorted(counts) and len(events) == len(counts)

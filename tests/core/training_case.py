@@ -176,6 +176,9 @@ class FaultyEngine:
         self.calls += 1
         return self.fault(self.calls, batch, self.engine.loss(batch))
 
+    def relieve(self) -> bool:
+        return self.engine.relieve()
+
     def describe(self) -> str:
         return "faulty"
 
