@@ -60,3 +60,15 @@ def test_a_process_that_dies_does_not_leave_the_other_waiting_and_the_run_goes_o
     assert "codes [1, -9]" in died.said, died.said
     done = zygote.train({**run.options, "resume": True})
     assert done.code == 0 and same_numbers(run, single), done.said
+
+
+def test_two_processes_resumed_are_bit_for_bit_two_processes_never_stopped(zygote, make_run, tmp_path):
+    """Each with its own dropout: the random state of every rank is in the checkpoint."""
+    straight, run = make_run(tmp_path / "straight"), make_run(tmp_path / "out")
+    assert "codes [0, 0]" in train_as_two(zygote, straight).said
+    stopped = train_as_two(zygote, run, fault={"kind": "signalled", "step": 3}, faulty_rank=1)
+    assert "codes [143, 143]" in stopped.said, stopped.said
+    run.options["resume"] = True
+    done = train_as_two(zygote, run)
+    assert "codes [0, 0]" in done.said and "first_step=4" in done.said, done.said
+    assert run.weights() == straight.weights() and run.metrics() == straight.metrics()
