@@ -92,19 +92,39 @@ def test_heights_are_the_higher_of_their_moments():
     assert height.bytes(10, 2, most_scratch=30) == 10 * 10
 
 
+class ZeroAttention(Attention):
+    """Attention that keeps what the card's does, with zeros for values: the CPU's own keeps scores of every pair."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return Attention.forward(ctx, *inputs).zero_()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return tuple(gradient.zero_() for gradient in Attention.backward(ctx, *gradients))
+
+
 def flash_attention(query, key, value, *_, **__):
-    """Attention that keeps what the card's does: the CPU's keeps scores of every pair in float32."""
-    return Attention.apply(query, key, value)
+    return ZeroAttention.apply(query, key, value)
 
 
 def packed_flash_attention(query, key, value, *_):
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    return Attention.apply(query, key, value)[0].transpose(0, 1)
+    return ZeroAttention.apply(query, key, value)[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("recompute", ["off", "1", "on"])
-@pytest.mark.parametrize("engine", ["fast", "plain"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("architecture", "engine", "recompute"),
+    [
+        ("llama", "fast", "off"),
+        ("llama", "fast", "1"),
+        ("llama", "fast", "on"),
+        ("llama", "plain", "off"),
+        ("gpt_neox", "fast", "off"),
+        ("gpt_neox", "fast", "on"),
+        ("gpt_neox", "plain", "on"),
+    ],
+)
 def test_a_real_step_is_as_high_as_predicted(tmp_path, monkeypatch, architecture, engine, recompute):
     config_class = {"llama": transformers.LlamaConfig, "gpt_neox": transformers.GPTNeoXConfig}[architecture]
     config = config_class(
