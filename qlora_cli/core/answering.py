@@ -60,8 +60,9 @@ def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]
         record = dict.fromkeys(fields, "a")
     else:
         return found
-    (row,) = RowFormatter(formatting, encoder).format_records([record], "last")
-    assert isinstance(row, list)
+    (rows,) = RowFormatter(formatting, encoder).format_records([record], "last")
+    assert isinstance(rows, list)
+    row: Any = rows[-1] if isinstance(rows[0], list) else rows
     last_text = max(place for place, (content, _) in enumerate(row) if isinstance(content, str))
     closing = next((content for content, _ in row[last_text + 1 :] if isinstance(content, int)), None)
     return found | ({closing} if closing is not None else set())

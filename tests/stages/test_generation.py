@@ -4,24 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.config import GenerateConfig
-from qlora_cli.core.adapter import attach_adapter, save_adapter
-from qlora_cli.core.base_model import load_base
 from qlora_cli.core.templates import Formatting
 from qlora_cli.errors import AdapterError, DataError, ModelError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, TextGenerated
 from qlora_cli.stages.generation import converse, generate
+from tests.stages.generation_case import CHAT, write_run
 
 PAIR = Formatting(shape="prompt", prompt_column="q", completion_column="a", template="Question: {q}\nAnswer: {a}")
-CHAT = Formatting(
-    shape="chat",
-    column="messages",
-    template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}",
-)
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +23,8 @@ def make_run(tiny_model, tmp_path_factory):
     def make(seed=0, formatting=None, **identity):
         key = (seed, formatting, tuple(identity.items()))
         if key not in built:
-            base_directory = tiny_model("llama")
-            base, found = load_base(
-                str(base_directory), compute_dtype=torch.float32, device=torch.device("cpu"), cache=False
-            )
-            model = attach_adapter(base, rank=4, alpha=16)
-            generator = torch.Generator().manual_seed(seed)
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             run = tmp_path_factory.mktemp("run")
-            save_adapter(model, run, base_name=str(base_directory))
-            record = {"format": FORMAT, "base": {**found.to_dict(), **identity}}
-            if formatting is not None:
-                record["formatting"] = formatting.to_dict()
-            (run / RUN_RECORD).write_text(json.dumps(record))
-            built[key] = run
+            built[key] = write_run(run, tiny_model("llama"), seed=seed, formatting=formatting, **identity)
         return built[key]
 
     return make
