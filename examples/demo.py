@@ -45,17 +45,6 @@ def ask(source: str, name: str) -> list[str]:
     return show([json.loads(row)["answer"] for row in answers.read_text(encoding="utf-8").splitlines()])
 
 
-def ask_transformers() -> list[str]:
-    """The greedy answers of the merged model, by transformers alone."""
-    command = ["examples/demo_merged.py", "demo/merged", "demo/run", *QUESTIONS]
-    print(f"{DIM}$ python {' '.join(command[:3])} ...{PLAIN}", flush=True)
-    quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=quiet, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return show(json.loads(done.stdout))
-
-
 def show(answers: list[str]) -> list[str]:
     """Prints each question with its answer."""
     for question, text in zip(QUESTIONS, answers, strict=True):
@@ -96,8 +85,7 @@ def main() -> None:
 
     say("Merging", "Base and adapter become one plain transformers checkpoint.")
     qlora("merge --adapter demo/run --output demo/merged --overwrite")
-    say("The merged model", "Loaded by transformers, without this program.")
-    merged = ask_transformers()
+    merged = ask("--model demo/merged", "merged")
 
     rows = map(json.loads, (ROOT / ROWS).read_text(encoding="utf-8").splitlines())
     taught = {row["question"]: row["answer"] for row in rows}

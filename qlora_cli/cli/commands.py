@@ -111,7 +111,7 @@ def merge(call: Call) -> Any:
     from qlora_cli.stages.merging import merge as run
 
     result = run(call.config, call.console.report)
-    call.console.suggest(f'AutoModelForCausalLM.from_pretrained("{call.config.output}") of transformers loads it')
+    call.console.suggest(f'qlora generate --model {call.config.output} "Your question"')
     return result.to_dict()
 
 
