@@ -12,7 +12,7 @@ from typing import Any
 from qlora_cli.core import rendering
 from qlora_cli.core.encoding import TokenizerSpec
 from qlora_cli.core.records import describe_type
-from qlora_cli.core.rendering import Message, Piece
+from qlora_cli.core.rendering import Laid, Message
 from qlora_cli.errors import DataError
 
 RENDER_SECONDS = 10.0  # for one conversation; a real template takes far less than a millisecond
@@ -124,8 +124,8 @@ class ChatProcess:
         *,
         required: str = "none",
         prompt_only: bool = False,
-    ) -> list[list[Piece] | BadConversation]:
-        """Renders conversations; those that cannot be rendered come back as the reason why.
+    ) -> list[list[Laid] | BadConversation]:
+        """Renders conversations, each to one row or several; those that cannot be come back as the reason why.
 
         Raises:
             DataError: The template loops for ever or fills the memory.
@@ -135,7 +135,7 @@ class ChatProcess:
         if self._connection.closed:
             self._start()
         self._connection.send([(messages, tools, required, prompt_only) for messages, tools in conversations])
-        rendered: list[list[Piece] | BadConversation] = []
+        rendered: list[list[Laid] | BadConversation] = []
         for _ in conversations:
             kind, answer = self._receive()
             if kind == "dead":

@@ -23,6 +23,7 @@ PROBE = "Certainly-42"  # an answer that no template writes by itself
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 Piece = tuple[str, bool, int]  # text, whether it is a control token of the template, number of the assistant turn or -1
+Laid = tuple[list[Piece], bool]  # a row, and whether only its last turn counts
 Message = dict[str, Any]
 
 
@@ -74,36 +75,54 @@ class ChatRenderer:
         self._control_tokens = control_tokens
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._dropped_suffix = ""
+        self._wants_parts = False
+        self._turn_end: str | None = None
         self._probe()
 
     def _probe(self) -> None:
         """Learns the template's habits from conversations of its own."""
         user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}
-        try:
-            prompt = self._render([user], None, generation=True)
-            whole = self._render([user, assistant], None)
-        except RenderError as error:
-            raise RenderError(f"the chat template refuses a user's question and an answer: {error}") from error
+        refusal = self._try([user, assistant])
+        if isinstance(refusal, RenderError) or PROBE not in refusal:
+            self._wants_parts = True  # contents as lists of parts, as templates of models that see pictures do
+        whole = self._try([user, assistant])
+        if isinstance(whole, RenderError):
+            reason = refusal if isinstance(refusal, RenderError) else whole
+            raise RenderError(f"the chat template refuses a user's question and an answer: {reason}")
+        if PROBE not in whole:
+            raise RenderError("the chat template leaves out what the assistant says")
+        prompt = self._render([user], None, generation=True)
         if not whole.startswith(prompt):
             # It opens an answer at generation with what an answer in the history does not begin with (a <think> tag).
             common = next(i for i, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
             self._dropped_suffix = prompt[common:]
-        self._merges_system = self._try([{"role": "system", "content": "Be kind"}, user, assistant]) is None
-        history = self._try([user, assistant, user]) or whole
-        stop = self._control.search(history, history.find(PROBE) + len(PROBE)) if PROBE in history else None
-        self._turn_end = stop[0] if stop else None
+        with_system = self._try([{"role": "system", "content": "Be kind"}, user, assistant])
+        self._merges_system = isinstance(with_system, RenderError)
+        history = self._try([user, assistant, user])
+        if isinstance(history, str) and PROBE in history:
+            self._turn_end = self._find_turn_end(whole.rpartition(PROBE)[2].rstrip(), history.partition(PROBE)[2])
 
-    def _try(self, messages: list[Message]) -> str | None:
-        """A conversation rendered, or None where the template refuses it."""
+    def _find_turn_end(self, after_last: str, after_earlier: str) -> str | None:
+        """What closes an answer: what follows the last one, if it follows earlier ones too, or one control token."""
+        if self._control.search(after_last) and after_earlier.startswith(after_last):
+            return after_last
+        stop = self._control.search(after_earlier)
+        return stop[0] if stop else None
+
+    def _try(self, messages: list[Message]) -> str | RenderError:
+        """A conversation rendered, or why the template refuses it."""
         try:
             return self._render(messages, None)
-        except RenderError:
-            return None
+        except RenderError as error:
+            return error
 
     def lay_out(
         self, messages: list[Message], tools: list[Any] | None, *, required: str, prompt_only: bool
-    ) -> list[Piece]:
+    ) -> list[Laid]:
         """Renders a conversation and tells the assistant's turns from the rest.
+
+        Where a template shows an answer differently once another follows (without its reasoning, mostly), and so
+        earlier answers cannot be found, each answer gets a row of its own that ends with it, as at generation.
 
         Args:
             messages: role and content (and what else the template knows) of each.
@@ -112,36 +131,53 @@ class ChatRenderer:
             prompt_only: Render up to where the next answer starts.
 
         Returns:
-            Pieces in order; a turn's piece runs from where generation would start to where it would stop.
+            Pieces in order, a turn's from where generation would start to where it would stop, and whether only the
+            last turn counts; of one row, or of several.
 
         Raises:
-            RenderError: The template refuses the conversation, or rewrites earlier turns.
+            RenderError: The template refuses the conversation, or even the last answer cannot be found.
         """
         everything = json.dumps(messages, ensure_ascii=False, default=str)
         mark = next((m for m in MARKS if m not in everything), None)
         if mark is None:
             raise RenderError("a message holds every one of the noncharacters U+FDD0 to U+FDEF")
-        typed = re.compile(f"{mark}([0-9]+){mark}")
         messages = self._mark(messages, mark)
         if self._merges_system:
             messages = _merge_system(messages)
-        text = self._prompt(messages, tools) if prompt_only else self._render(messages, tools)
         turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+        pieces, missing = self._lay_out_row(messages, tools, turns, mark, prompt_only=prompt_only)
+        if not missing or required == "none" or (required == "last" and turns[-1] not in missing):
+            return [(pieces, False)]
+        rows: list[Laid] = []
+        for turn in turns if required == "all" else turns[-1:]:
+            pieces, missing = self._lay_out_row(
+                messages[: turn + 1], tools, [i for i in turns if i <= turn], mark, prompt_only=False
+            )
+            if turn in missing:
+                raise RenderError("the chat template changes what stands before an answer once the answer is there")
+            if messages[turn]["content"].strip() or messages[turn].get("tool_calls"):
+                rows.append((pieces, True))
+        return rows
+
+    def _lay_out_row(
+        self, messages: list[Message], tools: list[Any] | None, turns: list[int], mark: str, *, prompt_only: bool
+    ) -> tuple[list[Piece], set[int]]:
+        """One row's pieces, and the turns that were not found."""
+        text = self._render(messages, tools, generation=prompt_only)
         spans: list[tuple[int, int, int]] = []
-        for number, position in enumerate(turns):
-            is_last = number == len(turns) - 1 and not prompt_only
-            if span := self._find_turn(text, messages, tools, position, spans[-1][1] if spans else 0, is_last):
+        missing = set()
+        for number, turn in enumerate(turns):
+            is_last = turn == len(messages) - 1
+            if span := self._find_turn(text, messages, tools, turn, spans[-1][1] if spans else 0, is_last):
                 spans.append((*span, number))
-            elif required == "all" or (required == "last" and is_last):
-                raise RenderError(
-                    f"the chat template rewrites earlier turns, so answer {number + 1} cannot be told from the rest"
-                )
-        return self._cut(text, spans, typed)
+            else:
+                missing.add(turn)
+        return self._cut(text, spans, re.compile(f"{mark}([0-9]+){mark}")), missing
 
     def _find_turn(
         self, text: str, messages: list[Message], tools: list[Any] | None, position: int, after: int, is_last: bool
     ) -> tuple[int, int] | None:
-        prompt = self._prompt(messages[:position], tools)
+        prompt = self._render(messages[:position], tools, generation=True)
         if not text.startswith(prompt) or len(prompt) < after:
             return None
         start, end = len(prompt), None
@@ -196,12 +232,11 @@ class ChatRenderer:
     def _unmark(self, text: str, typed: re.Pattern[str]) -> str:
         return typed.sub(lambda match: self._control_tokens[int(match[1])], text)
 
-    def _prompt(self, messages: list[Message], tools: list[Any] | None) -> str:
-        return self._render(messages, tools, generation=True).removesuffix(self._dropped_suffix)
-
     def _render(self, messages: list[Message], tools: list[Any] | None, *, generation: bool = False) -> str:
+        if self._wants_parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=messages, tools=tools, add_generation_prompt=generation, **self._names
             )
         except RenderError:
@@ -212,6 +247,7 @@ class ChatRenderer:
             raise RenderError("the chat template never stops calling itself") from None
         except Exception as error:  # a template can fail in every way that a program can
             raise RenderError(f"the chat template fails: {type(error).__name__}: {error}") from error
+        return text.removesuffix(self._dropped_suffix) if generation else text
 
 
 def _merge_system(messages: list[Message]) -> list[Message]:

@@ -21,7 +21,7 @@ class Tally:
         self.lengths: list[np.ndarray] = []
         self.dropped: Counter[str] = Counter()
         self.records = self.trained_tokens = self.bad_rows = 0
-        self.truncated = self.split = self.closed = self.unanswered = 0
+        self.truncated = self.split = self.closed = self.unanswered = self.unfolded = 0
         self.first_bad: list[BadRow] = []
         self._hashes = [hashlib.sha256() for _ in range(3)]
 
@@ -35,6 +35,7 @@ class Tally:
         self.split += chunk.split
         self.closed += chunk.closed
         self.unanswered += chunk.unanswered
+        self.unfolded += chunk.unfolded
         self.bad_rows += len(chunk.bad_rows)
         self.first_bad += chunk.bad_rows[: 3 - len(self.first_bad)]
         for hashed, values in zip(self._hashes, (chunk.input_ids, chunk.trained, chunk.lengths), strict=True):
@@ -98,6 +99,13 @@ class Tally:
             report(Notice(f"{self.closed} rows were given the beginning or end token that they lacked."))
         if self.unanswered:
             report(Notice(f"{self.unanswered} conversations end in messages without an answer; those were left out."))
+        if self.unfolded:
+            report(
+                Notice(
+                    f"{self.unfolded} of {self.records} conversations became a row for each answer, because the chat "
+                    "template shows an answer differently once another follows; --train-on last takes one each."
+                )
+            )
         if self.bad_rows:
             report(
                 Caution(

@@ -10,7 +10,7 @@ from qlora_cli.core.chat import BadConversation, chat_process, check_messages
 from qlora_cli.core.encoding import Run, TextEncoder, encoder_of
 from qlora_cli.core.plain_template import BadField, PlainTemplate, listed, move_spaces, text_of
 from qlora_cli.core.records import Record, describe_type, problem_of_record
-from qlora_cli.core.rendering import Message, Piece
+from qlora_cli.core.rendering import Laid, Message, Piece
 from qlora_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,12 +57,16 @@ class Blank(Exception):
     """A record with nothing to train on; says which part is empty."""
 
 
+Formatted = list[list[Run]] | BadField | Blank
+
+
 class RowFormatter:
     """Formats records, and prompts, under one Formatting for one tokenizer.
 
     Attributes:
         formatting: As given.
         unanswered: Conversations so far whose last messages had no answer and were left out.
+        unfolded: Conversations so far that became a row for each answer.
 
     Raises:
         UsageError: The template has no place for the completion, or other faults.
@@ -71,7 +75,7 @@ class RowFormatter:
 
     def __init__(self, formatting: Formatting, encoder: TextEncoder) -> None:
         self.formatting = formatting
-        self.unanswered = 0
+        self.unanswered = self.unfolded = 0
         self._encoder = encoder
         if formatting.shape == "prompt":
             assert formatting.template is not None and formatting.completion_column is not None
@@ -85,8 +89,8 @@ class RowFormatter:
             assert formatting.template is not None
             self._chat = chat_process(formatting.template, encoder.spec, tuple(encoder.control_ids), formatting.date)
 
-    def format_records(self, records: Sequence[Record], train_on: str) -> list[list[Run] | BadField | Blank]:
-        """The runs of each record, BOS and EOS included; or why there are none.
+    def format_records(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
+        """The rows of each record (one, but for some chats) as runs, BOS and EOS included; or why there are none.
 
         Args:
             records: One object a row.
@@ -95,10 +99,10 @@ class RowFormatter:
         if self.formatting.shape == "chat":
             return self._format_chats(records, train_on)
         make = self._format_text if self.formatting.shape == "text" else self._format_pair
-        rows: list[list[Run] | BadField | Blank] = []
+        rows: list[Formatted] = []
         for record in records:
             try:
-                rows.append(self._close(make(record, train_on)))
+                rows.append([self._close(make(record, train_on))])
             except (BadField, Blank) as reason:
                 rows.append(reason)
         return rows
@@ -173,30 +177,35 @@ class RowFormatter:
             prompt = {column: prompt}
         if isinstance(prompt[column], str):
             prompt = {**prompt, column: [{"role": "user", "content": prompt[column]}]}
-        pieces = self._render([prompt], train_on="all", prompt_only=True)[0]
-        if isinstance(pieces, BadField | Blank):
-            raise BadField(str(pieces))
-        return self._runs_of(pieces, lambda turn: False)
+        laid = self._render([prompt], train_on="all", prompt_only=True)[0]
+        if isinstance(laid, BadField | Blank):
+            raise BadField(str(laid))
+        return self._runs_of(laid[0][0], lambda turn: False)
 
-    def _format_chats(self, records: Sequence[Record], train_on: str) -> list[list[Run] | BadField | Blank]:
-        rows: list[list[Run] | BadField | Blank] = []
-        for pieces in self._render(records, train_on=train_on, prompt_only=False):
-            if isinstance(pieces, BadField | Blank):
-                rows.append(pieces)
-                continue
-            last = max(turn for _, _, turn in pieces)
-            while pieces[-1][2] != last:  # what a template prints after the last answer
-                pieces.pop()
-
-            def trained(turn: int, last: int = last) -> bool:
-                return train_on == "all" or (turn >= 0 and train_on == "completion") or turn == last
-
-            rows.append(self._close(self._runs_of(pieces, trained)))
+    def _format_chats(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
+        rows: list[Formatted] = []
+        for laid in self._render(records, train_on=train_on, prompt_only=False):
+            if isinstance(laid, BadField | Blank):
+                rows.append(laid)
+            else:
+                self.unfolded += len(laid) > 1
+                rows.append([self._chat_row(pieces, "last" if only_last else train_on) for pieces, only_last in laid])
         return rows
+
+    def _chat_row(self, pieces: list[Piece], train_on: str) -> list[Run]:
+        last = max(turn for _, _, turn in pieces)
+        while pieces[-1][2] != last:  # what a template prints after the last answer
+            pieces.pop()
+        return self._close(
+            self._runs_of(
+                pieces,
+                lambda turn: train_on == "all" or turn == last or (train_on == "completion" and turn >= 0),
+            )
+        )
 
     def _render(
         self, records: Sequence[Record], *, train_on: str, prompt_only: bool
-    ) -> list[list[Piece] | BadField | Blank]:
+    ) -> list[list[Laid] | BadField | Blank]:
         reasons: list[BadField | Blank | None] = []
         sent: list[tuple[list[Message], list[Any] | None]] = []
         for record in records:
@@ -208,7 +217,7 @@ class RowFormatter:
                 reasons.append(reason)
         required = {"completion": "all", "last": "last", "all": "none"}[train_on]
         answers = iter(self._chat.render(sent, required=required, prompt_only=prompt_only))
-        return [reason or _pieces(next(answers)) for reason in reasons]
+        return [reason or _laid(next(answers)) for reason in reasons]
 
     def _messages(self, record: Record) -> list[Message]:
         column = str(self.formatting.column)
@@ -257,7 +266,7 @@ class RowFormatter:
         return [*runs, (eos, True)]
 
 
-def _pieces(answer: "list[Piece] | BadConversation") -> "list[Piece] | BadField":
+def _laid(answer: list[Laid] | BadConversation) -> list[Laid] | BadField:
     return BadField(str(answer)) if isinstance(answer, BadConversation) else answer
 
 

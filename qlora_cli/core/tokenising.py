@@ -44,6 +44,7 @@ class TokenisedChunk:
         dropped: Reason → records left out.
         closed: Pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained.
         unanswered: Conversations whose last messages had no answer and were left out.
+        unfolded: Conversations that became a row for each answer.
         bad_rows: In order.
         source_bytes: As in Chunk.
     """
@@ -57,6 +58,7 @@ class TokenisedChunk:
     dropped: Counter[str] = field(default_factory=Counter)
     closed: int = 0
     unanswered: int = 0
+    unfolded: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     source_bytes: int = 0
 
@@ -86,7 +88,7 @@ class Tokeniser:
         rows: list[list[Run]] = []
         dropped: Counter[str] = Counter()
         bad_rows = []
-        unanswered = self._formatter.unanswered
+        self._formatter.unanswered = self._formatter.unfolded = 0
         formatted = self._formatter.format_records(chunk.records, self._settings.train_on)
         for line, row in zip(chunk.lines, formatted, strict=True):
             if isinstance(row, Blank):
@@ -94,7 +96,7 @@ class Tokeniser:
             elif isinstance(row, BadField):
                 bad_rows.append(BadRow(chunk.file, line, str(row)))
             else:
-                rows.append(row)
+                rows += row
         encoded = self._encoder.encode_rows(rows)  # row → run → ids
         runs = list(chain.from_iterable(encoded))
         run_lengths = np.fromiter(map(len, runs), dtype=np.int64, count=len(runs))
@@ -108,7 +110,8 @@ class Tokeniser:
             trained,
             lengths.astype(np.int32),
             dropped=dropped,
-            unanswered=self._formatter.unanswered - unanswered,
+            unanswered=self._formatter.unanswered,
+            unfolded=self._formatter.unfolded,
             bad_rows=bad_rows,
         )
 

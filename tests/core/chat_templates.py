@@ -29,6 +29,18 @@ FORGETFUL = (
     "{{ m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Opens every answer with <think>, at generation too, and takes the whole block away once another turn follows.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+# Knows contents as lists of parts only, as models that see pictures do.
+PARTS = CHATML.replace("message['content']", "(message['content'] | selectattr('type', 'eq', 'text') | first)['text']")
+# Closes a turn with two control tokens.
+TWO_ENDS = CHATML.replace("'<|im_end|>'", "'<|endoftext|><|im_end|>'")
+DEAF = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_end|>' }}{% endfor %}"
 # Prints how many messages there are before the first, so that no prompt is the beginning of a longer chat.
 COUNTING = "{{ messages | length }}: " + CHATML
 # Plain words instead of control tokens.

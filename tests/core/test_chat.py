@@ -86,12 +86,45 @@ def test_a_template_that_forgets_earlier_reasoning():
     assert trained_text(byte_level(), ids, trained) == "first<|im_end|><think>\nr2\n</think>\nsecond<|im_end|>"
 
 
-def test_a_template_that_rewrites_earlier_turns():
+def test_a_template_that_rewrites_what_stands_before_an_answer():
     reason = RowFormatter(formatting_of(manners.COUNTING), encoder_of(byte_level())).format_records(
         [{"messages": CHAT}], "completion"
     )[0]
     assert isinstance(reason, BadField)
-    assert str(reason) == "the chat template rewrites earlier turns, so answer 1 cannot be told from the rest"
+    assert str(reason) == "the chat template changes what stands before an answer once the answer is there"
+
+
+def test_answers_that_change_once_another_follows_get_a_row_each():
+    tokenizer = byte_level()
+    formatter = RowFormatter(formatting_of(manners.THINKING), encoder_of(tokenizer))
+    (rows,) = formatter.format_records([{"messages": CHAT}], "completion")
+    assert formatter.unfolded == 1
+    assert len(rows) == 2
+    expected = ["\n</think>\n\nfirst<|im_end|>", "\n</think>\n\nsecond<|im_end|>"]
+    for position, runs, answer in zip((1, 3), rows, expected, strict=True):
+        encoded = encoder_of(tokenizer).encode_rows([runs])[0]
+        ids = [token for run in encoded for token in run]
+        prompt = format_prompt(CHAT[:position], formatting_of(manners.THINKING), tokenizer)
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode(ids[len(prompt) :]) == answer
+        assert [flag for _, flag in runs].count(True) == len(runs) - [flag for _, flag in runs].index(True)
+    (last,) = formatter.format_records([{"messages": CHAT}], "last")[0]
+    assert last == rows[1]
+
+
+def test_a_template_that_wants_parts_gets_parts():
+    assert row_of(formatting_of(manners.PARTS), byte_level(), {"messages": CHAT}) == row_of(
+        formatting_of(manners.CHATML), byte_level(), {"messages": CHAT}
+    )
+    prompts = [format_prompt("Hi", formatting_of(t), byte_level()) for t in (manners.PARTS, manners.CHATML)]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_turn_that_closes_with_two_tokens_is_trained_to_close_with_both():
+    tokenizer = byte_level.__wrapped__()
+    tokenizer.bos_token = tokenizer.pad_token = None
+    ids, trained = check_prompts(manners.TWO_ENDS, tokenizer)
+    assert trained_text(tokenizer, ids, trained) == "first<|endoftext|><|im_end|>second<|endoftext|><|im_end|>"
 
 
 def test_a_template_of_plain_words():
@@ -187,6 +220,7 @@ ON_BOMB = "{% if messages[0]['content'] == 'bomb' %}" + "BOMB" + "{% endif %}" +
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{{ cycler.__init__.__globals__.os.system('touch x') }}", "SecurityError"),
         ("{% for", "does not compile"),
+        (manners.DEAF, "leaves out what the assistant says"),
         ("{{ raise_exception('never') }}", "refuses a user's question and an answer: never"),
     ],
 )
@@ -237,5 +271,5 @@ def test_marks_are_chosen_so_that_no_text_is_mistaken_for_one():
     with pytest.raises(RenderError, match="noncharacters"):
         renderer.lay_out([{"role": "user", "content": everything}], None, required="none", prompt_only=True)
     almost = everything[:-1] + "0<|im_end|>"
-    pieces = renderer.lay_out([{"role": "user", "content": almost}], None, required="none", prompt_only=True)
+    ((pieces, _),) = renderer.lay_out([{"role": "user", "content": almost}], None, required="none", prompt_only=True)
     assert ("user\n" + almost, False, -1) in pieces

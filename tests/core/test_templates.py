@@ -52,8 +52,9 @@ FILLED = TYPED.filter(lambda text: text.strip())
 def row_of(formatting, tokenizer, record, train_on="completion"):
     """(ids, trained) of one record."""
     encoder = encoder_of(tokenizer)
-    runs = RowFormatter(formatting, encoder).format_records([record], train_on)[0]
-    assert isinstance(runs, list), runs
+    rows = RowFormatter(formatting, encoder).format_records([record], train_on)[0]
+    assert isinstance(rows, list), rows
+    (runs,) = rows
     encoded = encoder.encode_rows([runs])[0]
     ids = [token for run in encoded for token in run]
     trained = [flag for run, (_, flag) in zip(encoded, runs, strict=True) for _ in run]
@@ -143,7 +144,7 @@ def test_spaces_before_an_answer_belong_to_the_answer():
     tokenizer = sentencepiece_like()
     encoder = encoder_of(tokenizer)
     record = {"question": "Where?", "answer": "the fox"}
-    runs = RowFormatter(PAIR, encoder).format_records([record], "completion")[0]
+    (runs,) = RowFormatter(PAIR, encoder).format_records([record], "completion")[0]
     assert runs[-2:] == [(" the fox", True), (encoder.spec.eos_id, True)]
     assert runs[-3] == ("### Question:\nWhere?\n\n### Answer:", False)
 
