@@ -23,7 +23,7 @@ class ModelFacts:
     trace: ModelTrace | None  # None where the forward pass cannot be followed without weights
     untraced: str | None  # then, why
     itemsize: int  # bytes of the compute dtype
-    embedding_bytes: int  # input embeddings, where the head does not share them
+    embedding_bytes: int  # input embeddings, where they can stay on the host
     stored_bytes: int  # of the checkpoint, in the dtype its configuration names
 
     @property
@@ -71,7 +71,6 @@ def gather_facts(
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
-    embedding_bytes = 0 if tied else embeddings.weight.numel() * compute_dtype.itemsize
     adapted = attach_adapter(
         model,
         rank=rank,
@@ -87,6 +86,7 @@ def gather_facts(
         trace = trace_model(adapted, fused=engine == "fast" and not dora)
     except ModelError as error:
         untraced = error.message
+    movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
     text_config = config.get_text_config()
     stored = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
     return ModelFacts(
@@ -98,6 +98,6 @@ def gather_facts(
         trace=trace,
         untraced=untraced,
         itemsize=compute_dtype.itemsize,
-        embedding_bytes=embedding_bytes,
+        embedding_bytes=embeddings.weight.numel() * compute_dtype.itemsize * movable,
         stored_bytes=base_parameters * stored.itemsize,
     )

@@ -130,6 +130,20 @@ def test_the_weights_of_the_prediction_are_those_of_the_count():
     assert without.host_bytes - memory.host_bytes == 50304 * 1024 * 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "movable"),
+    [
+        ({}, True),
+        ({"modules_to_save": ("embed_tokens",)}, False),
+        ({"target_modules": ("q_proj", "embed_tokens")}, False),
+        ({"modules_to_save": ("lm_head",)}, True),
+    ],
+)
+def test_embeddings_that_are_trained_stay_on_the_card(changes, movable):
+    facts = gather_facts(CONFIGS["llama"], rank=4, dropout=0.0, engine="fast", **{**ADAPTER, **BASE, **changes})
+    assert (facts.embedding_bytes > 0) == movable
+
+
 def test_the_plain_engine_takes_more_than_the_fast_one():
     fast = StepSettings(4096, 2048, "fast", "adamw", 0, False, False, False, False)
     plain = replace(fast, engine="plain")
