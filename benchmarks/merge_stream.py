@@ -128,7 +128,8 @@ def run_merge(source: Path, adapter: Path, target: Path, method: str) -> dict:
     forget(source)
     settings = {"adapter": str(adapter), "output": str(target), "base": method, "verify": False, "overwrite": True}
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(settings)], env=environment, check=True, stdout=subprocess.PIPE
     )
