@@ -201,7 +201,9 @@ class FastEngine:
 
     def relieve(self) -> bool:
         """See `Engine.relieve`."""
-        for _ in range(MOST_RELIEFS if self.choose_plan is not None else 0):
+        if self.choose_plan is None:
+            return False
+        for _ in range(MOST_RELIEFS):
             self.available_bytes -= RELIEF_BYTES
             plan = self.choose_plan(self.needs, self.available_bytes)
             if plan != self.plan:

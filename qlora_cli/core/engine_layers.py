@@ -42,7 +42,8 @@ class LayerPlan:
 def find_layers(decoder: nn.Module) -> list[nn.Module]:
     """The decoder's blocks: its longest list of modules."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    longest = max(lists, key=len, default=nn.ModuleList())
+    return list(longest)
 
 
 def _run(layer: Any, args: tuple, kwargs: dict) -> Any:
@@ -105,7 +106,7 @@ def swap_layers(layers: list[nn.Module], plans: list[LayerPlan]) -> Callable[[],
     """Runs each layer as planned; returns what puts the instances back."""
     for layer, plan in zip(layers, plans, strict=True):
         setattr(layer, _ATTRIBUTE, plan)
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign, assignment]
+        layer.forward = MethodType(_forward, layer)
 
     def put_back() -> None:
         for layer in layers:
@@ -207,7 +208,7 @@ def _saved_by(layer: nn.Module, call: LayerCall) -> Iterator[Tensor]:
     """The tensors autograd saves in one forward pass of a layer, run plainly."""
     saved: list[Tensor] = []
     hidden = call.args[0].detach().requires_grad_()
-    with torch.enable_grad(), saved_tensors_hooks(lambda t: saved.append(t.detach()), lambda t: t):  # type: ignore[func-returns-value]
+    with torch.enable_grad(), saved_tensors_hooks(lambda t: saved.append(t.detach()), lambda t: t):
         _run(layer, (hidden, *call.args[1:]), call.kwargs)
     return iter(saved)
 

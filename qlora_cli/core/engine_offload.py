@@ -21,7 +21,8 @@ class _Away:
     __slots__ = ("__weakref__", "copied", "fetched", "host", "layer", "offload", "on_device", "shape", "strides")
 
     def __init__(self, offload: "ActivationOffload", tensor: Tensor, layer: int) -> None:
-        self.offload, self.layer, self.on_device = offload, layer, tensor
+        self.offload, self.layer = offload, layer
+        self.on_device: Tensor | None = tensor
         self.shape, self.strides = tensor.shape, tensor.stride()
         self.host = offload.borrow(tensor)
         self.fetched: torch.cuda.Event | None = None
