@@ -13,7 +13,6 @@ if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
     from qlora_cli.kernels import softmax
 
 CHUNK_BYTES = 64 * 2**20  # of logits; 1,024 tokens of a vocabulary of 32,000 in bf16
-ROOMY_CHUNK_BYTES = 4 * CHUNK_BYTES  # H200, 8,192 x 1,024 x 50,304: 3.3 ms with chunks of 2,048 tokens, 3.6 with 512
 
 
 def chunk_tokens(vocabulary: int, itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> int:
