@@ -86,8 +86,6 @@ def unfinished_directory(output: Path, *, overwrite: bool, resume: bool) -> Iter
 
 def _publish(directory: Path, output: Path, *, overwrite: bool) -> None:
     require_free(output, overwrite=overwrite)
-    for name in (JOURNAL, LOCK):
-        (directory / name).unlink(missing_ok=True)
     for path in sorted(directory.rglob("*")):
         fsync_path(path)
     fsync_path(directory)
@@ -95,6 +93,9 @@ def _publish(directory: Path, output: Path, *, overwrite: bool) -> None:
     if output.exists():
         output.rename(old)
     directory.rename(output)
+    for name in (JOURNAL, LOCK):  # after the rename: a crash before it finds the journal where it looks for it
+        (output / name).unlink(missing_ok=True)
+    fsync_path(output)
     fsync_path(output.parent)
     if old.exists():
         shutil.rmtree(old)

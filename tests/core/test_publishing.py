@@ -13,6 +13,7 @@ from huggingface_hub.utils import close_session
 
 from qlora_cli.core.publishing import check_repository_name, push_model
 from qlora_cli.errors import MergeError, UsageError
+from tests.stages.merge_case import make_case
 
 TOKEN = "hf_a_token_for_the_stand_in"
 COMMIT = "b" * 40
@@ -162,6 +163,17 @@ def test_a_hub_out_of_reach_is_one_sentence(model, api, hub) -> None:
     away = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)
     with pytest.raises(MergeError, match="could not be uploaded"):
         push_model(model, "someone/tuned", public=False, api=away)
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_merge_pushes_all_it_made(hub, api, tiny_model, tmp_path, monkeypatch, public) -> None:
+    case = make_case(tiny_model("llama"), tmp_path, target_modules=["q_proj"])
+    monkeypatch.setattr("qlora_cli.core.publishing.HfApi", lambda: api)
+    result = case.merge(push="someone/tuned", public=public)
+    assert result.pushed_to == f"{hub.endpoint}/someone/tuned"
+    assert hub.visibility == {"someone/tuned": not public}
+    assert hub.files == {path.name: path.read_bytes() for path in case.output.iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
 
 
 @pytest.mark.parametrize("name", ["tuned", "a/b/c", "/x", "a b/c", "../x/y", "-a/b"])

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +262,36 @@ def test_files_that_no_longer_hold_are_made_anew(case, monkeypatch, damage) -> N
     assert case.merge(**settings).files_reused == reused
     whole = Case(case.base, case.adapter, case.output.with_name("whole"), case.live)
     whole.merge()
+    assert contents(case.output) == contents(whole.output)
+
+
+CHILD = """
+import sys, time
+from qlora_cli.config import MergeConfig
+from qlora_cli.core import rewriting
+from qlora_cli.stages.merging import merge
+write_file = rewriting._write_file
+def slowly(file, path, *rest):
+    digest = write_file(file, path, *rest)
+    print(file.name, flush=True)
+    time.sleep(0.3)
+    return digest
+rewriting._write_file = slowly
+merge(MergeConfig(adapter=sys.argv[1], output=sys.argv[2], verify=False), lambda event: None)
+"""
+
+
+def test_a_killed_merge_leaves_no_model_and_goes_on(case) -> None:
+    command = [sys.executable, "-c", CHILD, str(case.adapter), str(case.output)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        for _ in range(2):
+            child.stdout.readline()
+        child.kill()
+    assert not case.output.exists()
+    whole = Case(case.base, case.adapter, case.output.with_name("whole"), case.live)
+    whole.merge()
+    assert case.merge().files_reused in (1, 2)  # the second may have been killed before it stood in the journal
     assert contents(case.output) == contents(whole.output)
 
 
