@@ -62,7 +62,7 @@ def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]
         return found
     (rows,) = RowFormatter(formatting, encoder).format_records([record], "last")
     assert isinstance(rows, list)
-    row: Any = rows[-1] if isinstance(rows[0], list) else rows
+    row = rows[-1]
     last_text = max(place for place, (content, _) in enumerate(row) if isinstance(content, str))
     closing = next((content for content, _ in row[last_text + 1 :] if isinstance(content, int)), None)
     return found | ({closing} if closing is not None else set())

@@ -14,7 +14,7 @@ CHECKS = Path(__file__).with_name("fast_decoding_checks.py")
 def run_checks(**environment: str) -> None:
     # A process of its own: Triton reads TRITON_INTERPRET when kernels are defined.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

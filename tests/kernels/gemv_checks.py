@@ -80,10 +80,10 @@ def test_every_format_is_read(quant_type, nested, tokens):
     torch.testing.assert_close(y.double(), exact(x, values, None, None), atol=2e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 17, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 17, 64] if DEVICE == "cuda" else [1, 17])
 @pytest.mark.parametrize(
     ("row_counts", "columns", "ranks"),
-    [([64, 64], 256, [8, 4]), ([70], 192, [16]), ([4], 2560, [1])],
+    [([64, 64], 256, [8, 4]), ([70], 192, [16]), ([4], 1600, [1])],
 )
 def test_stacked_weights_with_adapters_and_bias(tokens, row_counts, columns, ranks):
     weight, values = stack(row_counts, columns)
@@ -99,9 +99,7 @@ def test_stacked_weights_with_adapters_and_bias(tokens, row_counts, columns, ran
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize(
-    "tiling", [Tiling(2, 1, 1), Tiling(16, 8, 4), Tiling(64, 1, 4), Tiling(32, 4, 8)]
-)
+@pytest.mark.parametrize("tiling", [Tiling(8, 1, 1), Tiling(16, 8, 4), Tiling(64, 1, 4), Tiling(32, 4, 8)])
 def test_no_tiling_changes_the_result(tokens, tiling):
     if tokens > 1 and tiling.rows < 16:
         pytest.skip("tensor cores take 16 rows or more")

@@ -12,7 +12,7 @@ import pytest
 def run_checks(name: str, **environment: str) -> None:
     # A process of its own: Triton reads TRITON_INTERPRET when kernels are defined.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -22,11 +22,22 @@ def run_checks(name: str, **environment: str) -> None:
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_products_under_the_interpreter():
-    run_checks("gemv_checks.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CHECKS = ["gemv_checks.py", "decode_attention_checks.py", "decode_pointwise_checks.py"]
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels_under_the_interpreter(name):
+    run_checks(name, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@NEEDS_TRITON
+def test_kernels_compile_for_a_card_that_is_not_here():
+    run_checks("compile_checks.py", TRITON_INTERPRET="0")
 
 
 @pytest.mark.gpu
-def test_products_on_the_gpu():
-    run_checks("gemv_checks.py", TRITON_INTERPRET="0")
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels_on_the_gpu(name):
+    run_checks(name, TRITON_INTERPRET="0")

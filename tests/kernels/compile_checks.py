@@ -1,0 +1,74 @@
+"""Compiles every decoding kernel for a Hopper card, without one: run by test_gemv.py where no GPU finds the mistakes."""
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qlora_cli.kernels import decode_attention, decode_pointwise, gemv
+
+POINTERS = {
+    "packed": "*i32",
+    "absmax": "*u8",
+    "first_rank": "*i32",
+    "positions": "*i64",
+    **dict.fromkeys(("code", "nested_absmax", "nested_code", "nested_offset", "projected", "scaling"), "*fp32"),
+    **dict.fromkeys(("spread", "parts_out", "highest", "weight"), "*fp32"),
+}
+FLOATS = {"scale", "softcap", "epsilon", "offset"}
+NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
+NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
+NUMBERS |= {"cos_row", "x_heads", "y_heads"}
+PRODUCT = {
+    "BLOCKSIZE": 64,
+    "NESTED_BLOCKSIZE": 256,
+    "RANK": 16,
+    "RANK_ROOM": 16,
+    "HAS_BIAS": True,
+    "ROW_UNIT": 64,
+    "SHUFFLE": True,
+}
+CASES = [
+    (gemv._multiply_one, {**PRODUCT, "PART_ROOM": 4, "ROWS": 4, "BLOCKS": 64}, 4),
+    (gemv._multiply_few, {**PRODUCT, "TOKENS": 16, "ROWS": 32, "BLOCKS": 2}, 4),
+    (gemv._multiply_few, {**PRODUCT, "TOKENS": 64, "ROWS": 64, "BLOCKS": 2}, 4),
+    (gemv._project, {"SPAN": 1024, "STEP": 1024, "TOKENS": 1, "RANKS": 2}, 4),
+    (gemv._project, {"SPAN": 1024, "STEP": 256, "TOKENS": 16, "RANKS": 16}, 4),
+    (
+        decode_attention._attend_part,
+        {"GROUP": 4, "GROUP_ROOM": 16, "SIZE": 80, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "STEP": 64}
+        | {"WINDOW": True, "SOFTCAP": True},
+        4,
+    ),
+    (
+        decode_attention._join_parts,
+        {"SIZE": 128, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "PARTS_ROOM": 4, "WINDOW": True},
+        2,
+    ),
+    (decode_pointwise._normalise, {"SIZE": 4096, "SIZE_ROOM": 4096, "ROUND_FIRST": True}, 8),
+    (decode_pointwise._rotate, {"SIZE": 96, "ROTATED": 24, "ROOM": 128}, 1),
+]
+
+
+@pytest.mark.parametrize(("kernel", "constants", "warps"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+def test_compiles_for_hopper(kernel, constants, warps):
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in FLOATS:
+            types[name] = "fp32"
+        elif name in NUMBERS:
+            types[name] = "i32"
+        else:
+            types[name] = POINTERS.get(name, "*bf16")
+    if kernel is decode_pointwise._normalise:
+        types["weight"] = "*bf16"
+    if kernel in (gemv._project, decode_attention._attend_part):
+        types["out"] = "*fp32"
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=places)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert built.asm["cubin"]
+    if "_multiply" in kernel.__name__:
+        assert "shfl.sync.idx" in built.asm["ptx"]
