@@ -256,7 +256,10 @@ class _Planner:
                 return whole[start:stop]
             return file.read(source.name, slice(start, stop)).to(a.device)
 
-        rows_of: RowsOf = lambda start, stop: read_rows(start, stop).to(torch.float32, copy=True)  # noqa: E731
+        def stored_rows(start: int, stop: int) -> torch.Tensor:
+            return read_rows(start, stop).to(torch.float32, copy=True)
+
+        rows_of: RowsOf = stored_rows
         if restore:
             rows_of = restored_rows(
                 read_rows,
