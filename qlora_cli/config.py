@@ -293,7 +293,6 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     )
     dry_run: bool = setting(False, "Print the plan and stop.", panel=RUN, flags=("--dry-run",), recorded=False)
     gpus: int | None = setting(None, "Cards of this machine to train on.", panel=RUN)
-    shard: bool = setting(False, "Spread the base over the cards instead of copying it.", panel=RUN, flags=("--shard",))
 
 
 @dataclass(frozen=True, kw_only=True)
