@@ -1,8 +1,11 @@
 """Text to ids: the tokenizer's own answer, whatever way it was reached; typed control tokens stay text."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from qlora_cli.core import word_cache
 from qlora_cli.core.encoding import TextEncoder, describe_tokenizer, encoder_of
@@ -71,6 +74,18 @@ def test_no_text_becomes_a_control_token_and_none_is_lost(kind, before, text):
     assert not {id for token, id in encoder.control_ids.items() if id != unknown} & set(ids)
     if kind not in ("neox", "unigram"):  # these write every text back exactly
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "a" + before + text
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_legacy", "byte_level", "llama_3", "neox"])
+def test_typed_control_tokens_are_tokenised_as_any_text(kind):
+    """As a tokenizer that never heard of them would do it, and not letter by letter."""
+    encoder = encoder_of(KINDS[kind]())
+    content = json.loads(encoder.spec.backend)
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+    ignorant = Tokenizer.from_str(json.dumps(content))
+    for token in encoder.control_ids:
+        text = f"the quick {token} fox"
+        assert encode(encoder, text) == [ignorant.encode(text, add_special_tokens=False).ids]
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_always", "llama_legacy"])
