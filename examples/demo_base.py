@@ -39,7 +39,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, model_max_length=CONTEXT)
 
 
-def train_model(tokens: torch.Tensor, *, steps: int = STEPS, seed: int = 0) -> LlamaForCausalLM:
+def train_model(tokens: torch.Tensor, *, steps: int, seed: int = 0) -> LlamaForCausalLM:
     """A small llama trained on random windows of a text.
 
     Args:
@@ -77,13 +77,13 @@ def train_model(tokens: torch.Tensor, *, steps: int = STEPS, seed: int = 0) -> L
     return model.eval()
 
 
-def build_base(directory: Path) -> None:
+def build_base(directory: Path, *, steps: int = STEPS) -> None:
     """Writes the model and its tokenizer as the hub would hold them."""
     texts = list(pydoc_data.topics.topics.values())
     tokenizer = train_tokenizer(texts)
     tokens = torch.tensor(tokenizer(END.join(texts), verbose=False)["input_ids"])
     print(f"{len(texts)} help topics, {len(tokens):,} tokens, a vocabulary of {VOCABULARY:,}")
-    model = train_model(tokens)
+    model = train_model(tokens, steps=steps)
     print(f"{model.num_parameters():,} parameters")
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
