@@ -5,7 +5,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora_cli.kernels import decode_attention, decode_pointwise, gemv
+from qlora_cli.kernels import decode_attention, decode_pointwise, gemv_programs
 
 POINTERS = {
     "packed": "*i32",
@@ -29,11 +29,11 @@ PRODUCT = {
     "SHUFFLE": True,
 }
 CASES = [
-    (gemv._multiply_one, {**PRODUCT, "PART_ROOM": 4, "ROWS": 4, "BLOCKS": 64}, 4),
-    (gemv._multiply_few, {**PRODUCT, "TOKENS": 16, "ROWS": 32, "BLOCKS": 2}, 4),
-    (gemv._multiply_few, {**PRODUCT, "TOKENS": 64, "ROWS": 64, "BLOCKS": 2}, 4),
-    (gemv._project, {"SPAN": 1024, "STEP": 1024, "TOKENS": 1, "RANKS": 2}, 4),
-    (gemv._project, {"SPAN": 1024, "STEP": 256, "TOKENS": 16, "RANKS": 16}, 4),
+    (gemv_programs.multiply_one, {**PRODUCT, "PART_ROOM": 4, "ROWS": 4, "BLOCKS": 64}, 4),
+    (gemv_programs.multiply_few, {**PRODUCT, "TOKENS": 16, "ROWS": 32, "BLOCKS": 2}, 4),
+    (gemv_programs.multiply_few, {**PRODUCT, "TOKENS": 64, "ROWS": 64, "BLOCKS": 2}, 4),
+    (gemv_programs.project, {"SPAN": 1024, "STEP": 1024, "TOKENS": 1, "RANKS": 2}, 4),
+    (gemv_programs.project, {"SPAN": 1024, "STEP": 256, "TOKENS": 16, "RANKS": 16}, 4),
     (
         decode_attention._attend_part,
         {"GROUP": 4, "GROUP_ROOM": 16, "SIZE": 80, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "STEP": 64}
@@ -64,11 +64,11 @@ def test_compiles_for_hopper(kernel, constants, warps):
             types[name] = POINTERS.get(name, "*bf16")
     if kernel is decode_pointwise._normalise:
         types["weight"] = "*bf16"
-    if kernel in (gemv._project, decode_attention._attend_part):
+    if kernel in (gemv_programs.project, decode_attention._attend_part):
         types["out"] = "*fp32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     assert built.asm["cubin"]
-    if "_multiply" in kernel.__name__:
+    if "multiply" in kernel.__name__:
         assert "shfl.sync.idx" in built.asm["ptx"]
