@@ -100,6 +100,7 @@ class ChatProcess:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={"PATH": os.environ.get("PATH", "")},
+                start_new_session=True,  # a Ctrl-C in a conversation stops the answer, not this process
             )
         self._connection.send(self._setup)
         kind, message = self._receive()

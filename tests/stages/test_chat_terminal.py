@@ -11,10 +11,7 @@ from tests.stages.generation_case import CHAT, write_run
 
 @pytest.mark.parametrize(
     "formatting",
-    [
-        None,
-        pytest.param(CHAT, marks=pytest.mark.xfail(reason="Ctrl-C also reaches the process that renders templates")),
-    ],
+    [None, CHAT],
     ids=["text", "chat"],
 )
 def test_a_conversation_at_the_terminal(formatting, tiny_model, tmp_path):
