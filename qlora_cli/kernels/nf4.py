@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program takes TILE values, 8 a thread: 4-byte loads, 16-byte stores, no layout change between them.
+# A program takes TILE values, 8 a thread: a 4-byte load and a 16-byte store each. H200, six layers of GPT-NeoX-20B:
+# 1.76 ms with 4,096 values and 4 warps, 1.94 with 8, 2.03 with 8,192; tiles of whole blocks, 32 values a thread, 2.20.
 TILE = 4096
-WARPS = 4  # H200, 11008 x 4096: 40.5 us with 4, 50.5 with 16
+WARPS = 4
 
 
 @triton.jit
@@ -24,27 +25,30 @@ def _dequantize(
     out,
     first_block,
     elements,
+    bytes_,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    half: tl.constexpr = BLOCKSIZE // 2
-    local_block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    block = first_block + local_block  # (BLOCKS,) int64: a large embedding has more than 2^31 values
-    used = local_block * BLOCKSIZE < elements
+    # The last values first: the product that follows begins with the first ones, which are then still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    group = program.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)  # of 8 values; a large embedding has more than 2^31
+    used = group * 8 < elements
+    block = first_block + group * 8 // BLOCKSIZE
     if NESTED:
         level = tl.load(absmax + block, mask=used, other=0).to(tl.int32)
         scale = tl.load(nested_code + level) * tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=used, other=0.0)
         scale = scale + tl.load(offset)
     else:
         scale = tl.load(absmax + block, mask=used, other=0.0)
-    local_byte = local_block[:, None] * half + tl.arange(0, half)[None, :]
-    byte = tl.load(packed + first_block * half + local_byte, mask=local_byte * 2 < elements, other=0).to(tl.int32)
+    local_byte = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    byte_at = packed + first_block * (BLOCKSIZE // 2) + local_byte
+    byte = tl.load(byte_at, mask=local_byte < bytes_, other=0).to(tl.int32)
     high = tl.load(code + (byte >> 4))
     low = tl.load(code + (byte & 15))
-    values = tl.interleave(high, low) * scale[:, None]  # (BLOCKS, BLOCKSIZE) fp32
-    local = local_block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    values = tl.interleave(high, low) * scale[:, None]  # (GROUPS, 8) fp32
+    local = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(out + local, values.to(out.dtype.element_ty), mask=local < elements)
 
 
@@ -72,11 +76,11 @@ def dequantize_4bit(
         nested_absmax: fp32 scale of each `nested_blocksize` scales; None for plain statistics.
         nested_code: fp32 (256,); None for plain statistics.
         offset: fp32 scalar, the mean that was taken off the scales; None for plain statistics.
-        blocksize: Values that share a scale, a power of two.
+        blocksize: Values that share a scale, a power of two from 8 on.
         nested_blocksize: Scales that share a nested scale.
         out: Contiguous bf16, fp16 or fp32 of any shape.
         first_element: Multiple of `blocksize`.
-        tile: Values a program writes.
+        tile: Values a program writes, a power of two from 8 on.
         warps: Warps a program has.
 
     Raises:
@@ -85,8 +89,7 @@ def dequantize_4bit(
     if first_element % blocksize or not (packed.is_contiguous() and absmax.is_contiguous() and out.is_contiguous()):
         raise ValueError(f"element {first_element} is inside a block of {blocksize}, or a tensor is not contiguous")
     elements = out.numel()
-    blocks = max(1, tile // blocksize)
-    grid = (triton.cdiv(elements, blocks * blocksize),)
+    grid = (triton.cdiv(elements, tile),)
     with torch.cuda.device_of(out):
         _dequantize[grid](
             packed,
@@ -98,10 +101,11 @@ def dequantize_4bit(
             out,
             first_element // blocksize,
             elements,
+            (elements + 1) // 2,
             BLOCKSIZE=blocksize,
             NESTED_BLOCKSIZE=nested_blocksize,
             NESTED=nested_absmax is not None,
-            BLOCKS=blocks,
+            GROUPS=tile // 8,
             num_warps=warps,
             enable_fp_fusion=False,
         )
