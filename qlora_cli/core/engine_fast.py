@@ -12,27 +12,17 @@ from torch import Tensor, nn
 
 from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
 from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket
-from qlora_cli.core.engine_layers import (
-    LayerBytes,
-    LayerPlan,
-    capture_calls,
-    capture_first_call,
-    find_layers,
-    measure_layer,
-    skip_unused_outputs,
-    swap_layers,
-)
+from qlora_cli.core.engine_layers import LayerPlan, capture_calls, find_layers, skip_unused_outputs, swap_layers
 from qlora_cli.core.engine_linear import AdapterValues, StepState, linear_candidates, swap_linears
 from qlora_cli.core.engine_loss import find_decoder, find_head, trained_positions
-from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes, plan_memory
-from qlora_cli.core.engine_offload import ActivationOffload
+from qlora_cli.core.engine_memory import SLICE_BYTES, LayerSeconds, MemoryPlan, StepNeeds, free_bytes, plan_memory
+from qlora_cli.core.engine_offload import ActivationOffload, link_bytes_per_second
+from qlora_cli.core.engine_trials import LEAST_TRIAL_TOKENS, Trials
 from qlora_cli.events import Notice, Report
 
 if TYPE_CHECKING:
     from qlora_cli.core.packing import MicroBatch
 
-TRIAL_LENGTHS = (24, 40)  # rows of the pack that the engine is tried on
-LEAST_TRIAL_TOKENS = 32
 RELIEF_BYTES, MOST_RELIEFS = 2**28, 16  # how much less memory is planned with each time it runs out
 EQUAL_ROWS_TOKENS = 256  # cuDNN's attention is the faster one from about here
 # Compiled layers save about a fifth of a step and take some 15 s to compile.
@@ -66,7 +56,8 @@ class FastEngine:
         self.embedding = self.base.get_input_embeddings()
         self.undo: list[Callable[[], None]] = []
         self.values = AdapterValues(compute_dtype)
-        self.packed = self.equal_rows = self.host_embedding = self.adapts = False
+        self.trials = Trials(model, self.decoder, self.embedding, self.values, device)
+        self.packed = self.equal_rows = self.host_embedding = self.adapts = self.may_send = False
         self.choose_plan: Callable[..., MemoryPlan] | None = None
         self.graphs: StepGraphs | None = None
         try:
@@ -116,7 +107,7 @@ class FastEngine:
         self._install_attention(dtype)
 
         layers = find_layers(self.decoder)
-        self.calls = capture_calls(layers, self._trial_run)
+        self.calls = capture_calls(layers, self.trials.run)
         if len(self.calls) != len(layers):  # layers that are called other than once each are left as they are
             layers, self.calls = [], []
         self.layers = layers
@@ -124,12 +115,19 @@ class FastEngine:
         self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
         self.undo.append(swap_layers(layers, self.layer_plans))
 
+        if compile is None:
+            elements = sum(_logical_elements(m) for _, m in self.candidates)
+            seconds = total_steps * 6 * elements * max_tokens / ASSUMED_FLOPS_PER_SECOND
+            compile = seconds > COMPILE_PAYS_SECONDS
+        self.compiled = compile and on_cuda and self.packed
+
         wish = recomputed(len(layers))
-        plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident))
+        sent = len(layers) if offload_activations and wish == 0 else 0
+        plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident), sent=sent)
         if on_cuda and layers:
             self.largest_tokens = bucket(max_tokens)
-            self.needs = self._measure(self.largest_tokens, dense_bytes, optimizer_bytes, dtype)
-            self.available_bytes = free_bytes(self.device)
+            self.adapts = wish is None
+            self.may_send = offload_activations is None
             self.choose_plan = partial(
                 plan_memory,
                 recomputed=wish,
@@ -137,13 +135,7 @@ class FastEngine:
                 offload_embeddings=offload_embeddings,
                 resident_weights=resident_weights,
             )
-            self.adapts = wish is None
-            plan = self.choose_plan(self.needs, self.available_bytes)
-        if compile is None:
-            elements = sum(_logical_elements(m) for _, m in self.candidates)
-            seconds = total_steps * 6 * elements * max_tokens / ASSUMED_FLOPS_PER_SECOND
-            compile = seconds > COMPILE_PAYS_SECONDS
-        self.compiled = compile and on_cuda and self.packed
+            plan = self._plan(dense_bytes, optimizer_bytes, dtype)
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled
         self._apply(plan)
@@ -174,30 +166,38 @@ class FastEngine:
         on_cuda = self.device.type == "cuda"
         if plan.resident_weights != self.resident:
             self._swap_linears(plan.resident_weights, plan.workspace_bytes)
-        for linear in self.fast_linears:
-            linear.options = linear.options._replace(workspace_bytes=plan.workspace_bytes)
+        self._set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings and not self.host_embedding and self._movable_embedding_bytes():
             self.host_embedding = True
             self.embedding.to("cpu")
             self.undo.append(lambda: self.embedding.to(self.device))
-        offloads = plan.offload_activations and on_cuda
+        offloads = on_cuda and (plan.offload_activations or plan.sent or (self.may_send and plan.recomputed))
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:
-            self._recompute_layers(0)  # the trials below run layers plainly
-            self.skipped = skip_unused_outputs(self.layers[: plan.recomputed], self.calls[: plan.recomputed])
-        self.recomputed_by_tokens = cache(self._count_recomputed)
-        self._recompute_layers(plan.recomputed)
+            self._lay_out(replace(plan, recomputed=0, sent=0, offload_activations=False))  # trials run layers plainly
+            low = plan.recomputed + plan.sent
+            self.skipped = skip_unused_outputs(self.layers[:low], self.calls[:low])
+        self.plan_by_tokens = cache(self._plan_for)
+        self._lay_out(plan)
         if on_cuda:
             torch.cuda.empty_cache()
 
-    def _count_recomputed(self, tokens: int) -> int:
-        """Layers to recompute in a micro-batch: smaller ones than the largest leave room for whole layers."""
-        if not self.adapts or not self.plan.recomputed:
-            return self.plan.recomputed
+    def _set_workspace(self, bytes_: int | None) -> None:
+        for linear in self.fast_linears:
+            linear.options = linear.options._replace(workspace_bytes=bytes_)
+
+    def _plan_for(self, tokens: int) -> MemoryPlan:
+        """The plan of a micro-batch: smaller ones than the largest leave room for whole layers."""
+        if not self.adapts or not (self.plan.recomputed or self.plan.sent):
+            return self.plan
         needs = self.needs.for_share(tokens / self.largest_tokens)
-        plans = (replace(self.plan, recomputed=count) for count in range(self.plan.recomputed))
-        fitting = (plan.recomputed for plan in plans if plan.step_bytes(needs) <= self.available_bytes)
-        return next(fitting, self.plan.recomputed)
+        plans = [
+            replace(self.plan, recomputed=recomputed, sent=sent)
+            for recomputed in range(self.plan.recomputed + 1)
+            for sent in range(self.plan.sent + self.plan.recomputed - recomputed + 1 if self.may_send else 1)
+        ]
+        fitting = [plan for plan in plans if plan.step_bytes(needs) <= self.available_bytes]
+        return min(fitting, key=lambda plan: plan.cost(needs), default=self.plan)
 
     def relieve(self) -> bool:
         """See `Engine.relieve`."""
@@ -214,41 +214,54 @@ class FastEngine:
                 return True
         return False
 
-    def _measure(self, tokens: int, dense_bytes: int, optimizer_bytes: int, dtype: torch.dtype) -> StepNeeds:
-        """What a step of that many tokens needs, by running its first layer."""
+    def _plan(self, dense_bytes: int, optimizer_bytes: int, dtype: torch.dtype) -> MemoryPlan:
+        """Measures a layer at the largest micro-batch and plans for it; once more compiled, where that decides."""
+        assert self.choose_plan is not None
+        self.needs = self._measure(dense_bytes, optimizer_bytes, dtype, SLICE_BYTES)
+        self.available_bytes = free_bytes(self.device)
+        plan = self.choose_plan(self.needs, self.available_bytes)
+        if self.compiled and (plan.recomputed or plan.sent):
+            # Compiled, a layer saves less, for it keeps to the slices that it is compiled with.
+            self._set_workspace(plan.workspace_bytes)
+            self.choose_plan = partial(self.choose_plan, workspaces=(plan.workspace_bytes,))
+            self.layer_plans[0].compiled = True
+            self.needs = self._measure(dense_bytes, optimizer_bytes, dtype, plan.workspace_bytes)
+            plan = self.choose_plan(self.needs, self.available_bytes)
+        return plan
+
+    def _measure(
+        self, dense_bytes: int, optimizer_bytes: int, dtype: torch.dtype, workspace_bytes: int | None
+    ) -> StepNeeds:
+        """What a step of the largest micro-batch needs, by running its first layer, weights in slices of that size."""
         share = 1
-        while (layer := self._measure_layer(tokens // share)) is None:
+        while (measured := self.trials.measure(self.layers[0], self.largest_tokens // share)) is None:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
+        layer, seconds = measured
+        few = self.trials.measure(self.layers[0], max(LEAST_TRIAL_TOKENS, self.largest_tokens // share // 4))
         largest = max(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
+        held = largest if workspace_bytes is None else min(largest, workspace_bytes)
         return StepNeeds(
             layers=len(self.layers),
             kept_bytes=layer.kept * share,
-            # Trials dequantise in slices.
-            peak_bytes=(layer.peak - min(largest, SLICE_BYTES)) * share + largest,
-            hidden_bytes=tokens * self._hidden_size * dtype.itemsize,
+            peak_bytes=(layer.peak - held) * share + largest,
+            hidden_bytes=self.largest_tokens * self.trials.hidden_size * dtype.itemsize,
             optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
             dense_bytes=dense_bytes,
             largest_dense_bytes=largest,
             embedding_bytes=self._movable_embedding_bytes(),
+            seconds=_scaled(seconds, share),
+            fixed_seconds=_fixed(seconds, few[1]) if few is not None else None,
+            link_bytes_per_second=link_bytes_per_second(self.device),
+            host_bytes=_host_free_bytes() // 2,
         )
 
-    def _measure_layer(self, tokens: int) -> LayerBytes | None:
-        first = self.layers[0]
-        try:
-            call = capture_first_call(first, lambda: self._trial_run((tokens,)))
-            self._hidden_size = call.args[0].shape[-1]
-            return measure_layer(first, call)
-        except torch.OutOfMemoryError:
-            if tokens < 2 * LEAST_TRIAL_TOKENS:
-                raise
-        torch.cuda.empty_cache()
-        return None
-
-    def _recompute_layers(self, count: int) -> None:
-        """The first `count` layers are recomputed; what these save, or all save where none is, may be on the host."""
+    def _lay_out(self, plan: MemoryPlan) -> None:
+        """Which layers are recomputed and which wait on the host."""
+        recomputed, sent = plan.numbers(len(self.layer_plans))
         for layer in self.layer_plans:
-            layer.recompute = layer.number < count
-            layer.offload = self.offload if layer.recompute or not self.plan.recomputed else None
+            layer.recompute = layer.number in recomputed
+            away = layer.number in sent or (layer.recompute and plan.offload_activations)
+            layer.offload = self.offload if away else None
 
     def _join(self) -> None:
         if self.offload is not None:
@@ -260,72 +273,16 @@ class FastEngine:
         if reason is None:
             put_back = install_packed_attention(self.base, self.decoder)
             self.packed = True
-            reason = self._why_pack_differs()
+            self.trials.packed = True
+            reason = self.trials.why_pack_differs()
             if reason is None:
                 self.undo.append(put_back)
                 self.equal_rows = takes_equal_rows(self.decoder, self.device)
             else:
-                self.packed = False
+                self.packed = self.trials.packed = False
                 put_back()
         if reason is not None:
             self.report(Notice(f"Rows are padded instead of packed, because {reason}."))
-
-    @torch.no_grad()
-    def _why_pack_differs(self) -> str | None:
-        """Tries a pack of two rows: neither the other row nor a later token may change anything, not by one bit more
-        than rounding, and each row must come out as it does alone."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            self.values.refresh()
-            short, long = TRIAL_LENGTHS
-            ids = self._trial_ids(short + long)
-            pack = self._pack_states(ids, TRIAL_LENGTHS)
-            changed = ids.clone()
-            changed[0, :short] = (changed[0, :short] + 1) % self._vocabulary
-            other_row = self._pack_states(changed, TRIAL_LENGTHS)[short:]
-            changed = ids.clone()
-            changed[0, -1] = (changed[0, -1] + 1) % self._vocabulary
-            earlier = self._pack_states(changed, TRIAL_LENGTHS)[:-1]
-            alone = self.decoder(input_ids=ids[:, short:], use_cache=False).last_hidden_state[0]
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            return f"this architecture refused a pack ({type(error).__name__}: {str(error).splitlines()[0]})"
-        finally:
-            self.model.train(was_training)
-        spread = pack.float().std()
-        rounding = torch.finfo(pack.dtype).eps * 8 * spread
-        if not bool(((other_row - pack[short:]).float().abs().max() <= rounding).item()):
-            return "rows of a pack saw one another in a trial"
-        if not bool(((earlier - pack[:-1]).float().abs().max() <= rounding).item()):
-            return "tokens saw later ones in a trial"
-        error_ = (alone - pack[short:]).float().norm() / alone.float().norm()
-        if not bool((error_ <= 0.1).item()):
-            return "a packed row came out unlike the same row alone in a trial"
-        return None
-
-    @property
-    def _vocabulary(self) -> int:
-        return self.embedding.weight.shape[0]
-
-    def _trial_ids(self, tokens: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(self._vocabulary, (1, tokens), generator=generator).to(self.device)
-
-    def _pack_states(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Hidden states (T, size) of rows of those lengths, end to end."""
-        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
-        boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-        mask = pack_mask(boundaries.to(self.device), max(lengths))
-        return self._hidden(self.embedding(ids), attention_mask=mask, position_ids=positions)[0]
-
-    def _trial_run(self, lengths: tuple[int, ...] = TRIAL_LENGTHS) -> None:
-        self.values.refresh()
-        with torch.no_grad():
-            ids = self._trial_ids(sum(lengths))
-            if self.packed:
-                self._pack_states(ids, lengths)
-            else:
-                self.decoder(inputs_embeds=self.embedding(ids), use_cache=False)
 
     def _hidden(self, embedded: Tensor, **inputs: Any) -> Tensor:
         return self.decoder(inputs_embeds=embedded, use_cache=False, **inputs).last_hidden_state
@@ -403,7 +360,7 @@ class FastEngine:
             self.offload.start()
         if self.compiled and torch.is_grad_enabled() and not embedded.requires_grad:
             embedded = embedded.detach().requires_grad_()  # so that the first layer is compiled like the others
-        self._recompute_layers(self.recomputed_by_tokens(labels.numel()))
+        self._lay_out(self.plan_by_tokens(labels.numel()))
         positions, targets = trained_positions(labels, trained_tokens)
         if self.head is None:
             logits = self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[positions]
@@ -420,8 +377,10 @@ class FastEngine:
             parts.append("chunked loss")
         if self.plan.recomputed:
             parts.append(f"{self.plan.recomputed} of {len(self.layers)} layers recomputed")
-        if self.offload is not None:
-            parts.append("activations on the host")
+        if self.plan.sent:
+            parts.append(f"activations of {self.plan.sent} on the host")
+        elif self.plan.offload_activations:
+            parts.append("hidden states on the host")
         if self.host_embedding:
             parts.append("embeddings on the host")
         if self.plan.resident_weights:
@@ -453,6 +412,20 @@ def _logical_elements(module: Any) -> int:
 def _outside_adapters(layer: nn.Module) -> list[nn.Module]:
     """Modules of a layer but those of adapters, whose dropout has its own seed."""
     return [m for name, m in layer.named_modules() if "lora_dropout" not in name]
+
+
+def _scaled(seconds: LayerSeconds, factor: float) -> LayerSeconds:
+    return LayerSeconds(factor * seconds.forward, factor * seconds.backward)
+
+
+def _fixed(seconds: LayerSeconds, quarter: LayerSeconds) -> LayerSeconds:
+    """What does not grow with tokens, from a measurement and one with a quarter of the tokens."""
+    forward, backward = ((4 * q - s) / 3 for s, q in zip(_both(seconds), _both(quarter), strict=True))
+    return LayerSeconds(min(max(forward, 0.0), seconds.forward), min(max(backward, 0.0), seconds.backward))
+
+
+def _both(seconds: LayerSeconds) -> tuple[float, float]:
+    return seconds.forward, seconds.backward
 
 
 def _host_free_bytes() -> int:

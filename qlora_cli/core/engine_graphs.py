@@ -17,7 +17,9 @@ from torch import Tensor
 from qlora_cli.events import Notice, Report
 
 MOST_GRAPHS = 48
-COARSENESS = 8  # buckets from one power of two to the next
+COARSENESS = 8  # buckets of tokens from one power of two to the next
+TRAINED_COARSENESS = 4  # of trained tokens, which cost little: fewer shapes to capture
+LEAST_LONGEST = 128  # tokens; only a bound for attention's launch
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class StepInputs:
     trained_tokens: int
 
 
-def bucket(count: int, least: int = 16) -> int:
-    """The next larger of a grid of numbers, at most an eighth above `count` where that is above 8 * `least`."""
-    step = max(least, 2 ** max(0, count.bit_length() - 1) // COARSENESS)
+def bucket(count: int, least: int = 16, coarseness: int = COARSENESS) -> int:
+    """The next larger of a grid of numbers, at most 1 / coarseness above `count` where that is above 8 * `least`."""
+    step = max(least, 2 ** max(0, count.bit_length() - 1) // coarseness)
     return -(-count // step) * step
 
 
@@ -53,11 +55,11 @@ def bucketed(inputs: StepInputs) -> StepInputs:
     """The same loss and gradients in a shape of the grid. A pack of equal rows keeps its shape."""
     tokens = inputs.labels.shape[1]
     if inputs.equal_rows:
-        return replace(inputs, trained_tokens=min(bucket(inputs.trained_tokens), tokens))
+        return replace(inputs, trained_tokens=_trained(inputs, tokens))
     wanted = bucket(tokens)
     added = wanted - tokens
     rows = bucket(inputs.boundaries.numel() + 1, 8)
-    longest = 2 ** (max(inputs.longest, added) - 1).bit_length()
+    longest = max(LEAST_LONGEST, 2 ** (max(inputs.longest, added) - 1).bit_length())
     return StepInputs(
         embedded=F.pad(inputs.embedded, (0, 0, 0, added)),
         labels=F.pad(inputs.labels, (0, added), value=-100),
@@ -65,8 +67,12 @@ def bucketed(inputs: StepInputs) -> StepInputs:
         boundaries=F.pad(inputs.boundaries, (0, rows - inputs.boundaries.numel()), value=wanted),
         longest=min(longest, wanted),
         equal_rows=0,
-        trained_tokens=min(bucket(inputs.trained_tokens), wanted),
+        trained_tokens=_trained(inputs, wanted),
     )
+
+
+def _trained(inputs: StepInputs, most: int) -> int:
+    return min(bucket(inputs.trained_tokens, coarseness=TRAINED_COARSENESS), most)
 
 
 @dataclass

@@ -13,9 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.engine_linear import StepState, fast_linear_of
+from qlora_cli.core.engine_memory import LayerSeconds
 from qlora_cli.core.engine_offload import ActivationOffload
 
 _ATTRIBUTE = "_qlora_layer"
+HEAD_START_CYCLES = 50_000_000  # some 30 ms
 
 
 @dataclass
@@ -175,20 +177,24 @@ class LayerBytes:
     peak: int
 
 
-def measure_layer(layer: Any, call: LayerCall) -> LayerBytes:
-    """Runs a layer forward and backward on its CUDA device, as planned, and reads the allocator."""
+def measure_layer(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
+    """Runs a layer forward and backward on its CUDA device, as planned, and reads the allocator and the clock."""
     _run_both_ways(layer, call)  # the first run also takes libraries' workspaces and compiles
     return _run_both_ways(layer, call)
 
 
-def _run_both_ways(layer: Any, call: LayerCall) -> LayerBytes:
+def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
     hidden = call.args[0].detach().requires_grad_()
+    times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     device = hidden.device
     torch.cuda.synchronize(device)
     peak_before, start = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda._sleep(HEAD_START_CYCLES)  # so that the device, once it begins, need not wait for launches
     with torch.enable_grad():
+        times[0].record()
         out = layer(hidden, *call.args[1:], **call.kwargs)
+        times[1].record()
         out = out[0] if isinstance(out, tuple) else out
         kept = torch.cuda.memory_allocated(device) - start
         with warnings.catch_warnings():
@@ -196,12 +202,15 @@ def _run_both_ways(layer: Any, call: LayerCall) -> LayerBytes:
             torch.autograd.backward(
                 out, torch.zeros_like(out), inputs=[hidden]
             )  # parameters' gradients stay as they are
+        times[2].record()
+    times[2].synchronize()
+    seconds = LayerSeconds(times[0].elapsed_time(times[1]) / 1000, times[1].elapsed_time(times[2]) / 1000)
     peak = torch.cuda.max_memory_allocated(device) - start
     del hidden, out
     missing = peak_before - torch.cuda.memory_allocated(device)
     with suppress(torch.OutOfMemoryError):  # the peak was before memory was limited
         torch.empty(max(0, missing), dtype=torch.uint8, device=device)  # the peak of the process stays what it was
-    return LayerBytes(kept, peak)
+    return LayerBytes(kept, peak), seconds
 
 
 def _saved_by(layer: nn.Module, call: LayerCall) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """What a model's step needs and what the device has in; which layers keep, recompute or send away activations, out."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,14 +12,24 @@ from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
 MARGIN_BYTES = 320 * 2**20
 SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole dequantised ones
 
-# Cost of each measure as a share of a step: recomputing all layers, of which the last linear is left out; a hidden state
-# a layer on its way to the host and back; embeddings looked up by the host; weights dequantised in slices; dequantising.
-RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.35, 0.03, 0.01, 0.05, 0.08
+# Cost of each measure as a share of a step, or of one layer's forward pass: recomputing a layer, whose last linear is
+# left out; hidden states on their way to the host and back; embeddings looked up by the host; weights dequantised in
+# slices; dequantising. Copies hide behind so much of the time that layers compute.
+RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.7, 0.03, 0.01, 0.05, 0.08
+HIDDEN_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """Device time of one layer at some number of tokens."""
+
+    forward: float
+    backward: float
 
 
 @dataclass(frozen=True)
 class StepNeeds:
-    """Bytes a training step asks for beside the loaded model.
+    """Bytes a training step asks for beside the loaded model, and how long its parts take.
 
     Attributes:
         layers: Decoder layers.
@@ -29,6 +40,10 @@ class StepNeeds:
         dense_bytes: All linear weights dequantised.
         largest_dense_bytes: The largest linear weight dequantised, of which `peak_bytes` contains one.
         embedding_bytes: The input embeddings, 0 where they cannot leave the device.
+        seconds: Of one layer at the largest micro-batch; None where it was not measured.
+        fixed_seconds: The part of `seconds` that does not grow with tokens: reading weights, dequantising them.
+        link_bytes_per_second: Of copies between the device and pinned host memory; 0 where not measured.
+        host_bytes: Host memory that activations may take.
     """
 
     layers: int
@@ -39,15 +54,26 @@ class StepNeeds:
     dense_bytes: int
     largest_dense_bytes: int
     embedding_bytes: int
+    seconds: LayerSeconds | None = None
+    fixed_seconds: LayerSeconds | None = None
+    link_bytes_per_second: float = 0.0
+    host_bytes: int = 0
 
     def for_share(self, share: float) -> "StepNeeds":
         """The same for a micro-batch with that share of the largest one's tokens."""
         passing = self.peak_bytes - self.largest_dense_bytes
+        seconds, fixed = self.seconds, self.fixed_seconds
+        if seconds is not None and fixed is not None:
+            seconds = LayerSeconds(
+                fixed.forward + share * (seconds.forward - fixed.forward),
+                fixed.backward + share * (seconds.backward - fixed.backward),
+            )
         return replace(
             self,
             kept_bytes=int(self.kept_bytes * share),
             peak_bytes=int(passing * share) + self.largest_dense_bytes,
             hidden_bytes=int(self.hidden_bytes * share),
+            seconds=seconds,
         )
 
 
@@ -56,11 +82,12 @@ class MemoryPlan:
     """How a step stays within memory.
 
     Attributes:
-        recomputed: How many layers, the first ones, are recomputed in the backward pass.
-        offload_activations: Whether what recomputed layers save, or all layers where none is, waits on the host.
+        recomputed: How many layers are recomputed in the backward pass.
+        offload_activations: Whether the hidden states that recomputed layers save wait on the host.
         offload_embeddings: Whether input embeddings stay on the host.
         resident_weights: Whether dequantised weights stay on the device.
         workspace_bytes: Most bytes of a weight dequantised at once; None for whole weights.
+        sent: How many other layers have all that they save wait on the host.
     """
 
     recomputed: int
@@ -68,34 +95,59 @@ class MemoryPlan:
     offload_embeddings: bool
     resident_weights: bool
     workspace_bytes: int | None = None
+    sent: int = 0
 
     def step_bytes(self, needs: StepNeeds) -> int:
         """Most bytes beside the loaded model that a step with these measures holds at once."""
         peak, kept = needs.peak_bytes, needs.kept_bytes
         if self.workspace_bytes is not None:
             peak -= max(0, needs.largest_dense_bytes - self.workspace_bytes)
-        whole = needs.layers - self.recomputed
-        waiting = self.recomputed * needs.hidden_bytes
-        if self.offload_activations:  # two layers' are on their way
-            waiting = min(self.recomputed, 2) * needs.hidden_bytes
-            whole = whole if self.recomputed else min(whole, 2)
+        whole = needs.layers - self.recomputed - self.sent
+        away = min(self.recomputed, 2) if self.offload_activations else self.recomputed  # two are on their way
+        waiting = away * needs.hidden_bytes + min(self.sent, 1) * kept
         head = 4 * needs.hidden_bytes + 2 * CHUNK_BYTES
-        # Either at the head or its neighbour, where all that is kept is there, or in a layer repeated later.
-        above = waiting + whole * kept + max(head, peak - kept if whole else 0)
-        below = waiting + peak + needs.hidden_bytes
-        step = max(above, below if self.recomputed else 0) + needs.optimizer_bytes + MARGIN_BYTES
+        # Highest at the head or its neighbour, where all that is kept is there, in a layer that is repeated, or in one
+        # whose tensors came back, while those of the next are on their way.
+        heights = [waiting + whole * kept + max(head, peak - kept if whole else 0)]
+        heights += [waiting + peak + needs.hidden_bytes] if self.recomputed else []
+        heights += [waiting + peak] if self.sent else []
+        step = max(heights) + needs.optimizer_bytes + MARGIN_BYTES
         step += needs.dense_bytes if self.resident_weights else 0
         return step - (needs.embedding_bytes if self.offload_embeddings else 0)
 
+    def sent_bytes(self, needs: StepNeeds) -> int:
+        """Bytes that wait on the host."""
+        return self.sent * needs.kept_bytes + self.recomputed * needs.hidden_bytes * self.offload_activations
+
     def cost(self, needs: StepNeeds) -> float:
         """Time the measures take, as a share of a step."""
+        seconds = needs.seconds or LayerSeconds(1.0, 1.0)
+        layers = max(needs.layers, 1)
+        step = layers * (seconds.forward + seconds.backward)
+        repeated = RECOMPUTE_COST * self.recomputed * seconds.forward
         return (
-            RECOMPUTE_COST * self.recomputed / max(needs.layers, 1)
-            + OFFLOAD_COST * self.offload_activations * (1 if self.recomputed else 10)
+            repeated / step
+            + self._waiting_seconds(needs, seconds, repeated) / step
+            + OFFLOAD_COST * (self.offload_activations or self.sent > 0)
             + HOST_EMBEDDING_COST * self.offload_embeddings
             + SLICE_COST * (self.workspace_bytes is not None)
             + DEQUANTISE_COST * (not self.resident_weights)
         )
+
+    def _waiting_seconds(self, needs: StepNeeds, seconds: LayerSeconds, repeated: float) -> float:
+        """How long layers wait for copies to the host and back."""
+        if not needs.link_bytes_per_second:  # hidden states travel in time, whole layers' tensors do not
+            return 10 * OFFLOAD_COST * self.sent * (seconds.forward + seconds.backward)
+        copying = self.sent_bytes(needs) / needs.link_bytes_per_second
+        forward, backward = needs.layers * seconds.forward, needs.layers * seconds.backward + repeated
+        return max(0.0, copying - HIDDEN_SHARE * forward) + max(0.0, copying - HIDDEN_SHARE * backward)
+
+    def numbers(self, layers: int) -> tuple[frozenset[int], frozenset[int]]:
+        """Which layers are recomputed, and which are sent: the first ones, the sent ones evenly among the others, so
+        that their copies have the time of the layers between."""
+        low = min(self.recomputed + self.sent, layers)
+        sent = frozenset(n for n in range(low) if (n + 1) * self.sent // low > n * self.sent // low)
+        return frozenset(range(low)) - sent, sent
 
 
 def _index(device: torch.device) -> int:
@@ -126,6 +178,7 @@ def plan_memory(
     offload_activations: bool | None,
     offload_embeddings: bool | None,
     resident_weights: bool | None,
+    workspaces: tuple[int | None, ...] = (None, SLICE_BYTES),
 ) -> MemoryPlan:
     """The fastest way to stay within memory, or the leanest where none does; what is given is not decided anew.
 
@@ -133,22 +186,34 @@ def plan_memory(
         needs: Of a step.
         available_bytes: What the device has left.
         recomputed: Layers to recompute; None decides.
-        offload_activations: None decides; that of layers kept whole is never decided on, it takes too long.
+        offload_activations: Whether anything may wait on the host: True sends the hidden states of recomputed layers,
+            or all that layers save where none is recomputed; None decides by memory and time.
         offload_embeddings: None decides.
         resident_weights: None decides.
+        workspaces: Which limits of dequantised values at once may be chosen, None for whole weights.
     """
     either = (False, True)
     plans = [
-        MemoryPlan(layers, away, embeddings, resident, workspace)
+        MemoryPlan(layers, away, embeddings, resident, workspace, sent)
         for layers in (range(needs.layers + 1) if recomputed is None else (recomputed,))
         for away in (either if offload_activations is None and layers else (bool(offload_activations),))
+        for sent in _sent_counts(needs, layers, offload_activations)
         for embeddings in (
             either if offload_embeddings is None and needs.embedding_bytes else (bool(offload_embeddings),)
         )
         for resident in (either if resident_weights is None else (resident_weights,))
-        for workspace in ((None, SLICE_BYTES) if needs.largest_dense_bytes > SLICE_BYTES and not resident else (None,))
+        for workspace in (workspaces if needs.largest_dense_bytes > SLICE_BYTES and not resident else (None,))
     ]
     fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]
     if not fitting:
         return min(plans, key=lambda plan: (plan.step_bytes(needs), plan.cost(needs)))
     return min(fitting, key=lambda plan: plan.cost(needs))
+
+
+def _sent_counts(needs: StepNeeds, recomputed: int, offload_activations: bool | None) -> Iterable[int]:
+    """How many layers may have all that they save on the host."""
+    left = needs.layers - recomputed
+    if offload_activations is not None:
+        return (left if offload_activations and not recomputed else 0,)
+    room = needs.host_bytes // needs.kept_bytes if needs.kept_bytes else 0
+    return range(min(left, room) + 1) if needs.link_bytes_per_second else (0,)

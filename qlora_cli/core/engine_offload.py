@@ -4,7 +4,7 @@ Copies run on a stream of their own: a layer's tensors leave while the next laye
 ahead of the backward pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
@@ -13,18 +13,33 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 SMALLEST_BYTES = 2**20  # below this a copy costs more than the memory is worth
+TRIAL_BYTES = 2**25  # of the link
+CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each request up to a power of two
 
 
 class _Away:
     """One saved tensor: on the device until its copy is done and its layer is past, then on the host, then back."""
 
-    __slots__ = ("__weakref__", "copied", "fetched", "host", "layer", "offload", "on_device", "shape", "strides")
+    __slots__ = (
+        "__weakref__",
+        "buffer",
+        "copied",
+        "fetched",
+        "host",
+        "layer",
+        "offload",
+        "on_device",
+        "shape",
+        "strides",
+    )
 
     def __init__(self, offload: "ActivationOffload", tensor: Tensor, layer: int) -> None:
         self.offload, self.layer = offload, layer
         self.on_device: Tensor | None = tensor
         self.shape, self.strides = tensor.shape, tensor.stride()
-        self.host = offload.borrow(tensor)
+        bytes_ = tensor.numel() * tensor.element_size()
+        self.buffer = offload.borrow(bytes_)
+        self.host = self.buffer[:bytes_].view(tensor.dtype)  # flat
         self.fetched: torch.cuda.Event | None = None
         stream = offload.stream
         stream.wait_stream(torch.cuda.current_stream())
@@ -60,7 +75,12 @@ class _Away:
         return self.on_device
 
     def __del__(self) -> None:
-        self.offload.give_back(self.host)
+        self.offload.give_back(self.buffer)
+
+
+def _ahead(layers: Iterable[int], number: int) -> int | None:
+    """The next of these layers that the backward pass reaches after `number`."""
+    return max((n for n in layers if n < number), default=None)
 
 
 class ActivationOffload:
@@ -74,18 +94,32 @@ class ActivationOffload:
     def __init__(self, device: torch.device, persistent: frozenset[int]) -> None:
         self.device, self.persistent = device, persistent
         self.stream = torch.cuda.Stream(device)
-        self.pool: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self.free: list[Tensor] = []  # uint8 buffers not in use
+        self.chunk: Tensor | None = None
+        self.chunk_used = 0
         self.layers: dict[int, WeakSet[_Away]] = {}
         self.previous: int | None = None
 
-    def borrow(self, tensor: Tensor) -> Tensor:
-        """A flat pinned buffer for one dense tensor. All copies share one stream, so reuse needs no waiting."""
-        free = self.pool.get((tensor.numel(), tensor.dtype))
-        return free.pop() if free else torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+    def borrow(self, bytes_: int) -> Tensor:
+        """A pinned uint8 buffer of so many bytes or more. All copies share one stream, so reuse needs no waiting.
 
-    def give_back(self, host: Tensor) -> None:
-        """Takes a buffer back for the next tensor of its size."""
-        self.pool.setdefault((host.numel(), host.dtype), []).append(host)
+        Micro-batches differ in size: the smallest buffer that is large enough is taken, so that those of the largest
+        micro-batch serve all.
+        """
+        fitting = [i for i, buffer in enumerate(self.free) if buffer.numel() >= bytes_]
+        return self.free.pop(min(fitting, key=lambda i: self.free[i].numel())) if fitting else self._carve(bytes_)
+
+    def _carve(self, bytes_: int) -> Tensor:
+        room = -(-bytes_ // 512) * 512
+        if self.chunk is None or self.chunk_used + room > self.chunk.numel():
+            self.chunk = torch.empty(max(CHUNK_BYTES, room), dtype=torch.uint8, pin_memory=True)
+            self.chunk_used = 0
+        first, self.chunk_used = self.chunk_used, self.chunk_used + room
+        return self.chunk[first : self.chunk_used]
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Takes a buffer back for the next tensor that fits."""
+        self.free.append(buffer)
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
@@ -119,6 +153,7 @@ class ActivationOffload:
     def start(self) -> None:
         """Begins a forward pass."""
         self.previous = None
+        self.layers.clear()
 
     def join(self) -> None:
         """Makes the computing stream wait for all copies so far."""
@@ -127,7 +162,23 @@ class ActivationOffload:
         current.wait_stream(self.stream)
 
     def fetch_around(self, layer: int) -> None:
-        """Brings back a layer's tensors and starts on those of the layer below."""
-        for number in (layer, layer - 1):
-            for away in self.layers.get(number, ()):
+        """Brings back a layer's tensors and starts on those of the next layer that is sent."""
+        for number in (layer, _ahead(self.layers, layer)):
+            for away in self.layers.get(number, ()) if number is not None else ():
                 away.fetch()
+
+
+def link_bytes_per_second(device: torch.device) -> float:
+    """How fast a CUDA device and pinned host memory exchange data, by the slower direction."""
+    there = torch.empty(TRIAL_BYTES, dtype=torch.uint8, device=device)
+    here = torch.empty(TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
+    slowest = 0.0
+    for target, source in ((here, there), (there, here)):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        target.copy_(source, non_blocking=True)
+        begin.record()
+        target.copy_(source, non_blocking=True)
+        end.record()
+        end.synchronize()
+        slowest = max(slowest, begin.elapsed_time(end) / 1000)
+    return TRIAL_BYTES / slowest

@@ -248,7 +248,7 @@ def _cost(step: StepSettings, layers: int) -> float:
         resident_weights=step.resident_weights,
         workspace_bytes=step.workspace_bytes,
     )
-    needs = StepNeeds(layers, *[0] * 7)  # of which the cost looks at the layers alone
+    needs = StepNeeds(layers, 0, 0, 0, 0, 0, 0, 0)  # of which the cost looks at the layers alone
     return (1 + measures.cost(needs)) * (1 + FIXED_TOKENS / step.tokens)
 
 

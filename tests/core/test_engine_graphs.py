@@ -1,5 +1,7 @@
 """Shapes of the grid give the same loss, compiled layers share one graph, and CUDA graphs repeat what eager steps do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -63,7 +65,8 @@ def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture,
     for plan in engine.layer_plans:
         plan.compiled = True
     if recomputed:
-        engine.recomputed_by_tokens = lambda tokens: len(engine.layers)
+        everything = replace(engine.plan, recomputed=len(engine.layers))
+        engine.plan_by_tokens = lambda tokens: everything
     for lengths in ((40, 7, 33), (60, 50), (9, 8, 7, 6, 5), (30, 34)):
         engine.loss(batch_of(lengths)).backward()
     assert len(graphs) == 1

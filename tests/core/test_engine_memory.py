@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core.engine_memory import StepNeeds, plan_memory
+from qlora_cli.core.engine_memory import LayerSeconds, MemoryPlan, StepNeeds, plan_memory
 
 GIB = 2**30
 NEEDS = StepNeeds(
@@ -76,3 +77,44 @@ def test_what_was_asked_for_stands(gib, layers, activations, embeddings, residen
 def test_embeddings_that_cannot_move_buy_nothing():
     fixed = replace(NEEDS, embedding_bytes=0)
     assert plan_memory(fixed, 5 * GIB, **UNDECIDED).recomputed >= plan_memory(NEEDS, 5 * GIB, **UNDECIDED).recomputed
+
+
+LINKED = replace(
+    NEEDS, seconds=LayerSeconds(0.03, 0.03), link_bytes_per_second=50e9, host_bytes=100 * GIB, kept_bytes=GIB // 8
+)
+
+
+def test_layers_wait_on_the_host_while_copies_hide_behind_the_others_and_are_recomputed_beyond():
+    quick = plan_memory(LINKED, 5 * GIB, **UNDECIDED)
+    assert quick.sent > 0 and quick.recomputed == 0
+    slow = plan_memory(replace(LINKED, link_bytes_per_second=2e8), 5 * GIB, **UNDECIDED)
+    assert 0 <= slow.sent < quick.sent and slow.recomputed > 0
+    nothing = plan_memory(replace(LINKED, host_bytes=0), 5 * GIB, **UNDECIDED)
+    assert nothing.sent == 0 and nothing.recomputed > 0
+
+
+def test_no_layer_waits_on_the_host_against_the_users_word():
+    refused = plan_memory(LINKED, 5 * GIB, **{**UNDECIDED, "offload_activations": False})
+    assert (refused.sent, refused.offload_activations) == (0, False)
+    asked = plan_memory(LINKED, 5 * GIB, **{**UNDECIDED, "recomputed": 0, "offload_activations": True})
+    assert asked.sent == LINKED.layers
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40))
+def test_sent_layers_lie_evenly_among_the_recomputed_ones_below_the_kept(recomputed, sent, layers):
+    recomputed = min(recomputed, layers)
+    sent = min(sent, layers - recomputed)
+    plan = MemoryPlan(recomputed, False, False, False, sent=sent)
+    first, others = plan.numbers(layers)
+    assert (len(first), len(others)) == (recomputed, sent) and not first & others
+    assert first | others == frozenset(range(recomputed + sent))
+    places = sorted(others)
+    gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@given(st.floats(0.1, 1.0))
+def test_time_of_smaller_micro_batches_keeps_what_does_not_grow(share):
+    needs = replace(LINKED, fixed_seconds=LayerSeconds(0.01, 0.02)).for_share(share)
+    assert needs.seconds.forward == pytest.approx(0.01 + share * 0.02)
+    assert needs.seconds.backward == pytest.approx(0.02 + share * 0.01)

@@ -1,0 +1,112 @@
+"""A model in; what small packs of random tokens through it show out: whether packing is exact, what a layer takes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.engine_attention import pack_mask
+from qlora_cli.core.engine_layers import LayerBytes, capture_first_call, measure_layer
+from qlora_cli.core.engine_linear import AdapterValues
+from qlora_cli.core.engine_memory import LayerSeconds
+
+TRIAL_LENGTHS = (24, 40)  # rows of the pack that the engine is tried on
+LEAST_TRIAL_TOKENS = 32
+
+
+class Trials:
+    """Runs of one model instance before its first step.
+
+    Args:
+        model: The whole model, which says whether it is training.
+        decoder: The part below the head.
+        embedding: The input embeddings.
+        values: The adapters' values, brought up to date before each run.
+        device: Where the model computes.
+
+    Attributes:
+        packed: Whether attention takes packs by now.
+        hidden_size: Of the first layer that was measured.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoder: Any, embedding: Any, values: AdapterValues, device: torch.device
+    ) -> None:
+        self.model, self.decoder, self.embedding, self.values, self.device = model, decoder, embedding, values, device
+        self.packed = False
+        self.hidden_size = 0
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.embedding.weight.shape[0]
+
+    def _ids(self, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self._vocabulary, (1, tokens), generator=generator).to(self.device)
+
+    def _pack_states(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Hidden states (T, size) of rows of those lengths, end to end."""
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
+        boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        mask = pack_mask(boundaries.to(self.device), max(lengths))
+        inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        return self.decoder(inputs_embeds=self.embedding(ids), **inputs).last_hidden_state[0]
+
+    def run(self, lengths: tuple[int, ...] = TRIAL_LENGTHS) -> None:
+        """One forward pass of rows of those lengths."""
+        self.values.refresh()
+        with torch.no_grad():
+            ids = self._ids(sum(lengths))
+            if self.packed:
+                self._pack_states(ids, lengths)
+            else:
+                self.decoder(inputs_embeds=self.embedding(ids), use_cache=False)
+
+    @torch.no_grad()
+    def why_pack_differs(self) -> str | None:
+        """Tries a pack of two rows: neither the other row nor a later token may change anything, not by one bit more
+        than rounding, and each row must come out as it does alone."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self.values.refresh()
+            short, long = TRIAL_LENGTHS
+            ids = self._ids(short + long)
+            pack = self._pack_states(ids, TRIAL_LENGTHS)
+            changed = ids.clone()
+            changed[0, :short] = (changed[0, :short] + 1) % self._vocabulary
+            other_row = self._pack_states(changed, TRIAL_LENGTHS)[short:]
+            changed = ids.clone()
+            changed[0, -1] = (changed[0, -1] + 1) % self._vocabulary
+            earlier = self._pack_states(changed, TRIAL_LENGTHS)[:-1]
+            alone = self.decoder(input_ids=ids[:, short:], use_cache=False).last_hidden_state[0]
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            return f"this architecture refused a pack ({type(error).__name__}: {str(error).splitlines()[0]})"
+        finally:
+            self.model.train(was_training)
+        spread = pack.float().std()
+        rounding = torch.finfo(pack.dtype).eps * 8 * spread
+        if not bool(((other_row - pack[short:]).float().abs().max() <= rounding).item()):
+            return "rows of a pack saw one another in a trial"
+        if not bool(((earlier - pack[:-1]).float().abs().max() <= rounding).item()):
+            return "tokens saw later ones in a trial"
+        error_ = (alone - pack[short:]).float().norm() / alone.float().norm()
+        if not bool((error_ <= 0.1).item()):
+            return "a packed row came out unlike the same row alone in a trial"
+        return None
+
+    def measure(self, layer: nn.Module, tokens: int) -> tuple[LayerBytes, LayerSeconds] | None:
+        """Memory and time that the first layer takes at so many tokens; None where there is not the memory.
+
+        Raises:
+            torch.OutOfMemoryError: There is not even the memory for a few tokens.
+        """
+        try:
+            call = capture_first_call(layer, lambda: self.run((tokens,)))
+            self.hidden_size = call.args[0].shape[-1]
+            return measure_layer(layer, call)
+        except torch.OutOfMemoryError:
+            if tokens < 2 * LEAST_TRIAL_TOKENS:
+                raise
+        torch.cuda.empty_cache()
+        return None

@@ -1,0 +1,85 @@
+"""On a GPU: whatever is recomputed, sent to the host, compiled or replayed as a graph, gradients stay what they are."""
+
+import pytest
+import torch
+
+from qlora_cli.core import engine_offload
+from qlora_cli.core.engine import install_engine
+from qlora_cli.core.engine_memory import MemoryPlan, StepNeeds
+from tests.core.test_engine import adapted, batch_of, gradients
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+def on_gpu(load_tiny, architecture, **arguments):
+    options = {"compute_dtype": torch.bfloat16, "device": CUDA}
+    return adapted(lambda name: load_tiny(name, **options), architecture, **arguments)
+
+
+def install(model, **options):
+    options = {"gradient_checkpointing": "off", "max_tokens": 128, "total_steps": 100, "compile": False, **options}
+    return install_engine(
+        model, kind="fast", device=CUDA, compute_dtype=torch.bfloat16, report=lambda event: None, **options
+    )
+
+
+def steps(model, engine, batches):
+    """Losses, and gradients summed over all batches, which parameters hold in place as in training."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    losses = []
+    for batch in batches:
+        loss = engine.loss(batch)
+        loss.backward()
+        losses.append(loss.item())
+    return torch.tensor(losses), gradients(model)
+
+
+def batches():
+    """The first runs eagerly, the second is captured, the third replayed; the last ones are other shapes."""
+    return [batch_of(seed=seed) for seed in range(4)] + [batch_of((64, 64), seed=9), batch_of((9, 8, 7), seed=10)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon"])
+def test_measures_and_graphs_leave_gradients_as_they_are(load_tiny, architecture, compiled, monkeypatch):
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    model = on_gpu(load_tiny, architecture)
+    plain = install(model, total_steps=1)
+    assert plain.graphs is None
+    expected = steps(model, plain, batches())
+    plain.close()
+    engine = install(model, compile=compiled)
+    layers = len(engine.layers)
+    for recomputed, sent, away in ((0, 0, False), (layers, 0, True), (0, layers, False), (1, layers - 1, False)):
+        engine._apply(MemoryPlan(recomputed, away, False, False, sent=sent))
+        engine.plan_by_tokens = lambda tokens: engine.plan
+        engine.graphs.clear()
+        losses, found = steps(model, engine, batches())
+        assert not engine.graphs.failed and engine.graphs.graphs
+        assert torch.allclose(losses, expected[0], rtol=2e-2)
+        assert (found - expected[1]).norm() <= 3e-2 * expected[1].norm(), engine.describe()
+    engine.close()
+
+
+def test_dropout_is_the_same_when_a_layer_is_repeated(load_tiny):
+    found = []
+    for word in ("off", "on"):
+        torch.manual_seed(0)
+        model = on_gpu(load_tiny, "llama", dropout=0.3)
+        engine = install(model, gradient_checkpointing=word)
+        torch.manual_seed(1)
+        found.append(steps(model, engine, batches())[1])
+        engine.close()
+    assert (found[0] - found[1]).norm() <= 3e-2 * found[0].norm()
+
+
+def test_a_plan_is_measured_and_layers_are_sent_where_memory_is_short(load_tiny):
+    model = on_gpu(load_tiny, "llama")
+    engine = install(model, gradient_checkpointing="auto", max_tokens=2048)
+    needs: StepNeeds = engine.needs
+    assert needs.seconds.forward > 0 and needs.seconds.backward > 0
+    assert 0 <= needs.fixed_seconds.forward <= needs.seconds.forward
+    assert needs.link_bytes_per_second > 1e9 and needs.kept_bytes > 0 and needs.peak_bytes > needs.kept_bytes
+    engine.close()
