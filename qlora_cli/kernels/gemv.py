@@ -5,16 +5,19 @@ their input (query, key and value; gate and up) are stacked and read by one laun
 launch before it: `project` gives scaling A x, and the big kernel adds B times that to what it writes.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from qlora_cli.kernels import gemv_programs
+from qlora_cli.kernels import gemv_lanes, gemv_programs
 
-MAX_TOKENS = 64  # rows of activations that one launch takes; more are better dequantised once and multiplied as usual
-PROJECT_COLUMNS = 1024  # columns of A a program of `project` sums over
+MAX_TOKENS = 64  # rows of activations; more are better dequantised once and multiplied as usual
+LANE_TOKENS = 32  # of them in one launch of `multiply_lanes`
+KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # what tensor cores call them
+PROJECT_COLUMNS = 512  # columns of A a program of `project` sums over
 
 
 class StackedWeight(NamedTuple):
@@ -65,60 +68,71 @@ ROW_UNIT = 64  # a weight in a stack has a multiple of so many rows
 
 
 class Tiling(NamedTuple):
-    """How a kernel divides its work.
+    """How `multiply_lanes` divides its work.
 
     Attributes:
-        rows: Weight rows a program takes, at most ROW_UNIT.
-        blocks: Quantisation blocks of each row taken at once.
-        warps: Of a program.
+        tiles: 16 weight rows each, of a program's unit of work; at most ROW_UNIT rows.
+        warps: Of a program; they share out the columns.
+        ahead: 1 where the next weights are loaded before the present ones are multiplied.
+        registers: Most a thread may have; None for what the compiler takes.
+        resident: Programs a multiprocessor that take one unit after another; 0 for one program a unit.
     """
 
-    rows: int
-    blocks: int
+    tiles: int
     warps: int
+    ahead: int = 0
+    registers: int | None = None
+    resident: int = 0
 
 
 def choose_tiling(tokens: int, rows: int, columns: int) -> Tiling:
     """How to divide a product; measured by benchmarks/decode_gemv.py."""
-    if tokens == 1:
-        return Tiling(rows=4, blocks=64, warps=4)
-    return Tiling(rows=32 if tokens <= 16 else 64, blocks=2, warps=4)
+    return Tiling(tiles=1 if tokens <= 8 else 2, warps=8)
 
 
-def project(x: Tensor, adapter: StackedAdapter | None) -> tuple[Tensor, Tensor | None]:
-    """scaling A x, in parts that have yet to be summed; and what `gemv_programs.multiply_one` wants to read of x.
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many the device has; 0 where `multiply_lanes` cannot run: it needs tensor cores that take bfloat16."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def takes_lanes(x: Tensor, weight: StackedWeight) -> bool:
+    """Whether a product is computed by `multiply_lanes`, and not by the portable program."""
+    return x.dtype in KINDS and weight.blocksize == 64 and _multiprocessors(x.device) > 0
+
+
+def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
+    """scaling A x, in parts that have yet to be summed.
 
     Args:
         x: (tokens, columns), contiguous.
-        adapter: `a` in the dtype of x; None where there is nothing to project.
+        adapter: `a` in the dtype of x.
 
     Returns:
-        fp32 (parts, tokens, ranks); and of one token its values in fp32, (8, columns / 8): every 8th, from each of
-        the first 8 on. None for more tokens.
+        fp32 (parts, tokens, ranks).
     """
     tokens, columns = x.shape
-    ranks = adapter.a.shape[0] if adapter is not None else 0
+    ranks = adapter.a.shape[0]
     parts = triton.cdiv(columns, PROJECT_COLUMNS)
     out = torch.empty(parts, tokens, ranks, dtype=torch.float32, device=x.device)
-    spread = torch.empty(8, columns // 8, dtype=torch.float32, device=x.device) if tokens == 1 else None
     rows = 2 if tokens == 1 else 16
     with torch.cuda.device_of(x):
-        gemv_programs.project[(max(1, triton.cdiv(ranks, rows)), parts)](
+        gemv_programs.project[(triton.cdiv(ranks, rows), parts)](
             x,
-            adapter.a if adapter is not None else x,
-            adapter.scaling if adapter is not None else out,
+            adapter.a,
+            adapter.scaling,
             out,
-            spread,
             tokens,
             columns,
             ranks,
             SPAN=PROJECT_COLUMNS,
-            STEP=PROJECT_COLUMNS if tokens == 1 else 256,
             TOKENS=1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)),
             RANKS=rows,
             num_warps=4,
         )
-    return out, spread
+    return out
 
 
 def multiply(
@@ -128,20 +142,18 @@ def multiply(
     bias: Tensor | None = None,
     *,
     tiling: Tiling | None = None,
-    shuffle: bool | None = None,
 ) -> Tensor:
     """x W^T + scaling (x A^T) B^T + bias for every weight in the stack.
 
-    One token is computed in fp32 from the exact 4-bit values. More tokens take the values rounded to the dtype of x,
-    bit for bit those of a dequantisation.
+    In 16 bits on tensor cores the 16 values are rounded to the dtype of x, and their sums multiplied by the scales in
+    fp32; elsewhere the values are rounded after they were scaled, bit for bit as by a dequantisation.
 
     Args:
         x: (tokens, columns), contiguous, at most MAX_TOKENS tokens.
         weight: The stack.
         adapter: Of the stack; `a` and `b` in the dtype of x.
         bias: (rows,) or None.
-        tiling: How to divide the work; None for what is known to be fast.
-        shuffle: Whether table look-ups go through warp shuffles, which the interpreter lacks; None for on CUDA only.
+        tiling: How to divide the work on tensor cores; None for what is known to be fast.
 
     Returns:
         (tokens, rows) in the dtype of x.
@@ -153,48 +165,104 @@ def multiply(
     if columns != weight.columns or columns % weight.blocksize or tokens > MAX_TOKENS or not x.is_contiguous():
         raise ValueError(f"{tuple(x.shape)} activations do not suit a ({weight.rows}, {weight.columns}) stack")
     y = torch.empty(tokens, weight.rows, dtype=x.dtype, device=x.device)
-    tiling = tiling or choose_tiling(tokens, weight.rows, columns)
-    projected = spread = None
-    if adapter is not None or tokens == 1:
-        projected, spread = project(x, adapter)
-    rank, ranks = (adapter.b.shape[1], adapter.a.shape[0]) if adapter is not None else (0, 0)
-    parts = projected.shape[0] if projected is not None else 0
-    arguments = {
-        "BLOCKSIZE": weight.blocksize,
-        "NESTED_BLOCKSIZE": weight.nested_blocksize if weight.nested_absmax is not None else 0,
-        "RANK": rank,
-        "RANK_ROOM": max(16, triton.next_power_of_2(rank)),
-        "HAS_BIAS": bias is not None,
-        "ROW_UNIT": ROW_UNIT,
-        "ROWS": tiling.rows,
-        "BLOCKS": tiling.blocks,
-        "SHUFFLE": x.is_cuda if shuffle is None else shuffle,
-        "num_warps": tiling.warps,
-    }
-    tensors = (
-        weight.packed.view(torch.int32),
-        weight.absmax,
-        weight.code,
-        weight.nested_absmax,
-        weight.nested_code,
-        weight.nested_offset,
-        projected,
-        adapter.b if adapter is not None else None,
-        adapter.first_rank if adapter is not None else None,
-        bias,
-        y,
-    )
-    sizes = (weight.rows, columns // 8, ranks, parts)
-    grid = (triton.cdiv(weight.rows, tiling.rows),)
-    with torch.cuda.device_of(x):
-        if tokens == 1:
-            gemv_programs.multiply_one[grid](
-                spread, *tensors, *sizes, PART_ROOM=triton.next_power_of_2(parts), **arguments
-            )
-        else:
-            room = max(16, triton.next_power_of_2(tokens))
-            # Rounding is that of a dequantisation only when no product of it is fused into a sum.
-            gemv_programs.multiply_few[grid](
-                x, *tensors, tokens, *sizes, TOKENS=room, enable_fp_fusion=False, **arguments
-            )
+    if not takes_lanes(x, weight):
+        _multiply_portably(x, weight, adapter, bias, y)
+        return y
+    if x.data_ptr() % 16:
+        x = x.clone()  # loads are of 16 bytes
+    for first in range(0, tokens, LANE_TOKENS):
+        few = slice(first, first + LANE_TOKENS)
+        _multiply_lanes(x[few], weight, adapter, bias, y[few], tiling)
     return y
+
+
+def _multiply_lanes(
+    x: Tensor,
+    weight: StackedWeight,
+    adapter: StackedAdapter | None,
+    bias: Tensor | None,
+    y: Tensor,
+    tiling: Tiling | None,
+) -> None:
+    tokens, columns = x.shape
+    tiling = tiling or choose_tiling(tokens, weight.rows, columns)
+    projected = project(x, adapter) if adapter is not None else None
+    parts = projected.shape[0] if projected is not None else 0
+    rank, ranks = (adapter.b.shape[1], adapter.a.shape[0]) if adapter is not None else (0, 0)
+    units = triton.cdiv(weight.rows, 16 * tiling.tiles)
+    programs = min(units, _multiprocessors(x.device) * tiling.resident) if tiling.resident else units
+    with torch.cuda.device_of(x):
+        gemv_lanes.multiply_lanes[(programs,)](
+            x,
+            weight.packed.view(torch.int64),
+            weight.absmax,
+            weight.code,
+            weight.nested_absmax,
+            weight.nested_code,
+            weight.nested_offset,
+            projected,
+            adapter.b if adapter is not None else None,
+            adapter.first_rank if adapter is not None else None,
+            bias,
+            y,
+            tokens,
+            weight.rows,
+            columns // weight.blocksize,
+            ranks,
+            parts,
+            units,
+            NESTED_BLOCKSIZE=weight.nested_blocksize if weight.nested_absmax is not None else 0,
+            RANK=rank,
+            ROOM=max(16, triton.next_power_of_2(rank)),
+            PARTS=triton.next_power_of_2(parts),
+            HAS_BIAS=bias is not None,
+            ROW_UNIT=ROW_UNIT,
+            TILES=tiling.tiles,
+            EIGHTS=triton.next_power_of_2(triton.cdiv(tokens, 8)),
+            WARPS=tiling.warps,
+            AHEAD=tiling.ahead,
+            KIND=KINDS[x.dtype],
+            num_warps=tiling.warps,
+            maxnreg=tiling.registers,
+        )
+
+
+def _multiply_portably(
+    x: Tensor, weight: StackedWeight, adapter: StackedAdapter | None, bias: Tensor | None, y: Tensor
+) -> None:
+    tokens, columns = x.shape
+    projected = project(x, adapter) if adapter is not None else None
+    rank, ranks = (adapter.b.shape[1], adapter.a.shape[0]) if adapter is not None else (0, 0)
+    rows = 32 if tokens <= 16 else 64
+    with torch.cuda.device_of(x):
+        # Rounding is that of a dequantisation only when no product of it is fused into a sum.
+        gemv_programs.multiply_few[(triton.cdiv(weight.rows, rows),)](
+            x,
+            weight.packed.view(torch.int32),
+            weight.absmax,
+            weight.code,
+            weight.nested_absmax,
+            weight.nested_code,
+            weight.nested_offset,
+            projected,
+            adapter.b if adapter is not None else None,
+            adapter.first_rank if adapter is not None else None,
+            bias,
+            y,
+            tokens,
+            weight.rows,
+            columns // 8,
+            ranks,
+            projected.shape[0] if projected is not None else 0,
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize if weight.nested_absmax is not None else 0,
+            RANK=rank,
+            RANK_ROOM=max(16, triton.next_power_of_2(rank)),
+            HAS_BIAS=bias is not None,
+            ROW_UNIT=ROW_UNIT,
+            TOKENS=max(16, triton.next_power_of_2(tokens)),
+            ROWS=rows,
+            BLOCKS=2,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

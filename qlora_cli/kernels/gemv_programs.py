@@ -1,56 +1,11 @@
-"""The Triton programs behind gemv.py: packed 4-bit words, activations and rank-sized parts in, products out."""
+"""The portable Triton programs behind gemv.py: packed 4-bit words, activations and rank-sized parts in, products out."""
 
 import triton
 import triton.language as tl
 
-# ---------------------------------------------------------------- table look-up
-
 
 @triton.jit
-def _lane_table(code):
-    """The entry of a table of 16 that belongs to this lane: lane mod 16. Not the same number in every thread."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .u32 lane;
-        .reg .u64 place;
-        mov.u32 lane, %laneid;
-        and.b32 lane, lane, 15;
-        mul.wide.u32 place, lane, 4;
-        add.u64 place, place, $1;
-        ld.global.nc.f32 $0, [place];
-        }""",
-        "=f,l",
-        [code],
-        dtype=tl.float32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _look_up(code, table, word, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
-    """code[nibble of `word` at SHIFT].
-
-    A shuffle reads another lane's register by the five lowest bits of its index. The table stands twice in a warp, so
-    that four bits decide and the fifth is free: no mask, no address; a load needs both and keeps the integer units
-    busy for longer than the memory takes.
-    """
-    if SHUFFLE:
-        value = tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
-            "=f,f,r",
-            [table, word >> SHIFT],
-            dtype=tl.float32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        value = tl.load(code + ((word >> SHIFT) & 15))
-    return value
-
-
-@triton.jit
-def _load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used, NESTED_BLOCKSIZE: tl.constexpr):
+def load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used, NESTED_BLOCKSIZE: tl.constexpr):
     """fp32 scales of blocks, from their 8-bit codes or as they are."""
     if NESTED_BLOCKSIZE:
         level = tl.load(absmax + block, mask=used, other=0).to(tl.int32)
@@ -62,120 +17,35 @@ def _load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used,
     return scale
 
 
-# ---------------------------------------------------------------- kernels
-
-
 @triton.jit
 def project(
     x,
     a,
     scaling,
     out,
-    spread,
     tokens,
     columns,
     ranks,
     SPAN: tl.constexpr,
-    STEP: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """One span of columns of scaling A x, for RANKS rows of A; of one token, also x in the order of `multiply_one`."""
+    """One span of columns of scaling A x, for RANKS rows of A."""
     rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
     token = tl.arange(0, TOKENS)
-    total = tl.zeros((RANKS, TOKENS), tl.float32)
-    for step in range(0, SPAN, STEP):
-        column = tl.program_id(1) * SPAN + step + tl.arange(0, STEP)
-        used = (rank[:, None] < ranks) & (column[None, :] < columns)
-        down = tl.load(a + rank[:, None] * columns + column[None, :], mask=used, other=0.0)
-        if TOKENS == 1:
-            values = tl.load(x + column, mask=column < columns, other=0.0)
-            total += tl.sum(down.to(tl.float32) * values.to(tl.float32)[None, :], 1)[:, None]
-            order = (column % 8) * (columns // 8) + column // 8
-            if tl.program_id(0) == 0:
-                tl.store(spread + order, values.to(tl.float32), mask=column < columns)
-        else:
-            seen = (token[None, :] < tokens) & (column[:, None] < columns)
-            values = tl.load(x + token[None, :] * columns + column[:, None], mask=seen, other=0.0)
-            total = tl.dot(down, values, total, input_precision="ieee")
+    column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    used = (rank[:, None] < ranks) & (column[None, :] < columns)
+    down = tl.load(a + rank[:, None] * columns + column[None, :], mask=used, other=0.0)
+    if TOKENS == 1:
+        values = tl.load(x + column, mask=column < columns, other=0.0)
+        total = tl.sum(down.to(tl.float32) * values.to(tl.float32)[None, :], 1)[:, None]
+    else:
+        seen = (token[None, :] < tokens) & (column[:, None] < columns)
+        values = tl.load(x + token[None, :] * columns + column[:, None], mask=seen, other=0.0)
+        total = tl.dot(down, values, input_precision="ieee")
     total *= tl.load(scaling + rank, mask=rank < ranks, other=0.0)[:, None]
     place = (tl.program_id(1) * tokens + token[None, :]) * ranks + rank[:, None]
     tl.store(out + place, total, mask=(token[None, :] < tokens) & (rank[:, None] < ranks))
-
-
-@triton.jit
-def multiply_one(
-    spread,
-    packed,
-    absmax,
-    code,
-    nested_absmax,
-    nested_code,
-    nested_offset,
-    projected,
-    b,
-    first_rank,
-    bias,
-    y,
-    rows,
-    row_words,
-    ranks,
-    parts,
-    BLOCKSIZE: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_ROOM: tl.constexpr,
-    PART_ROOM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROW_UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SHUFFLE: tl.constexpr,
-):
-    """One token: products on the ordinary units, in fp32 throughout.
-
-    3.6 instructions a weight on a Hopper card, where the memory leaves time for 4: a shift, a shuffle and a fused
-    multiply-add, because the activations come in the order in which a thread holds the weights.
-    """
-    WORDS: tl.constexpr = BLOCKSIZE // 8  # 32-bit words of 8 weights in a block
-    row_words = tl.multiple_of(row_words, WORDS)
-    row_blocks = row_words // WORDS
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    table = _lane_table(code) if SHUFFLE else 0.0
-    total = tl.zeros((ROWS, BLOCKS, WORDS), tl.float32)
-    for first in range(0, row_words, BLOCKS * WORDS):
-        place = first + tl.arange(0, BLOCKS * WORDS)
-        there = place < row_words
-        used = (row[:, None] < rows) & there[None, :]
-        word = tl.load(packed + row[:, None] * row_words + place[None, :], mask=used, other=0)
-        column_block = first // WORDS + tl.arange(0, BLOCKS)
-        used_block = (row[:, None] < rows) & (column_block[None, :] < row_blocks)
-        block = row[:, None] * row_blocks + column_block[None, :]  # (ROWS, BLOCKS)
-        scale = _load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used_block, NESTED_BLOCKSIZE)
-        x = spread + place
-        part = _look_up(code, table, word, 4, SHUFFLE) * tl.load(x, mask=there, other=0.0)[None, :]
-        part += _look_up(code, table, word, 0, SHUFFLE) * tl.load(x + row_words, mask=there, other=0.0)[None, :]
-        part += _look_up(code, table, word, 12, SHUFFLE) * tl.load(x + 2 * row_words, mask=there, other=0.0)[None, :]
-        part += _look_up(code, table, word, 8, SHUFFLE) * tl.load(x + 3 * row_words, mask=there, other=0.0)[None, :]
-        part += _look_up(code, table, word, 20, SHUFFLE) * tl.load(x + 4 * row_words, mask=there, other=0.0)[None, :]
-        part += _look_up(code, table, word, 16, SHUFFLE) * tl.load(x + 5 * row_words, mask=there, other=0.0)[None, :]
-        part += _look_up(code, table, word, 28, SHUFFLE) * tl.load(x + 6 * row_words, mask=there, other=0.0)[None, :]
-        part += _look_up(code, table, word, 24, SHUFFLE) * tl.load(x + 7 * row_words, mask=there, other=0.0)[None, :]
-        total += tl.reshape(part, (ROWS, BLOCKS, WORDS)) * scale[:, :, None]
-    result = tl.sum(tl.sum(total, 2), 1)  # (ROWS,)
-    if RANK:
-        rank = tl.arange(0, RANK_ROOM)
-        start = tl.load(first_rank + tl.program_id(0) * ROWS // ROW_UNIT)
-        part_number = tl.arange(0, PART_ROOM)
-        place = part_number[:, None] * ranks + start + rank[None, :]
-        used_part = (part_number[:, None] < parts) & (rank[None, :] < RANK)
-        small = tl.sum(tl.load(projected + place, mask=used_part, other=0.0), 0)  # (RANK_ROOM,)
-        used_b = (row[:, None] < rows) & (rank[None, :] < RANK)
-        up = tl.load(b + row[:, None] * RANK + rank[None, :], mask=used_b, other=0.0).to(tl.float32)
-        result += tl.sum(up * small[None, :], 1)
-    if HAS_BIAS:
-        result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
-    tl.store(y + row, result.to(y.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
@@ -206,16 +76,14 @@ def multiply_few(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SHUFFLE: tl.constexpr,
 ):
-    """2 to 64 tokens: weights rounded to the activations' dtype as a dequantisation does, products on tensor cores."""
+    """Up to 64 tokens, in any dtype: weights rounded as a dequantisation does, then multiplied a tile at a time."""
     WORDS: tl.constexpr = BLOCKSIZE // 8
     row_words = tl.multiple_of(row_words, WORDS)
     row_blocks = row_words // WORDS
     columns = row_words * 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
-    table = _lane_table(code) if SHUFFLE else 0.0
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, row_words, BLOCKS * WORDS):
         place = first + tl.arange(0, BLOCKS * WORDS)
@@ -224,20 +92,20 @@ def multiply_few(
         column_block = first // WORDS + tl.arange(0, BLOCKS)
         used_block = (row[:, None] < rows) & (column_block[None, :] < row_blocks)
         block = row[:, None] * row_blocks + column_block[None, :]
-        scale = _load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used_block, NESTED_BLOCKSIZE)
+        scale = load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used_block, NESTED_BLOCKSIZE)
         scale = scale[:, :, None]
         column = first * 8 + tl.arange(0, BLOCKS * BLOCKSIZE)
         seen = (token[None, :] < tokens) & (column[:, None] < columns)
         values = tl.load(x + token[None, :] * columns + column[:, None], mask=seen, other=0.0)  # (tile, TOKENS)
         word = tl.reshape(word, (ROWS, BLOCKS, WORDS))
-        w0 = (_look_up(code, table, word, 4, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w1 = (_look_up(code, table, word, 0, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w2 = (_look_up(code, table, word, 12, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w3 = (_look_up(code, table, word, 8, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w4 = (_look_up(code, table, word, 20, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w5 = (_look_up(code, table, word, 16, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w6 = (_look_up(code, table, word, 28, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w7 = (_look_up(code, table, word, 24, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w0 = (tl.load(code + ((word >> 4) & 15)) * scale).to(x.dtype.element_ty)
+        w1 = (tl.load(code + (word & 15)) * scale).to(x.dtype.element_ty)
+        w2 = (tl.load(code + ((word >> 12) & 15)) * scale).to(x.dtype.element_ty)
+        w3 = (tl.load(code + ((word >> 8) & 15)) * scale).to(x.dtype.element_ty)
+        w4 = (tl.load(code + ((word >> 20) & 15)) * scale).to(x.dtype.element_ty)
+        w5 = (tl.load(code + ((word >> 16) & 15)) * scale).to(x.dtype.element_ty)
+        w6 = (tl.load(code + ((word >> 28) & 15)) * scale).to(x.dtype.element_ty)
+        w7 = (tl.load(code + ((word >> 24) & 15)) * scale).to(x.dtype.element_ty)
         even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
         odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
         weight = tl.reshape(tl.join(even, odd), (ROWS, BLOCKS * BLOCKSIZE))

@@ -5,7 +5,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora_cli.kernels import decode_attention, decode_pointwise, gemv_programs
+from qlora_cli.kernels import decode_attention, decode_pointwise, gemv_lanes, gemv_programs
 
 POINTERS = {
     "packed": "*i32",
@@ -13,27 +13,22 @@ POINTERS = {
     "first_rank": "*i32",
     "positions": "*i64",
     **dict.fromkeys(("code", "nested_absmax", "nested_code", "nested_offset", "projected", "scaling"), "*fp32"),
-    **dict.fromkeys(("spread", "parts_out", "highest", "weight"), "*fp32"),
+    **dict.fromkeys(("parts_out", "highest", "weight"), "*fp32"),
 }
 FLOATS = {"scale", "softcap", "epsilon", "offset"}
 NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
-NUMBERS |= {"cos_row", "x_heads", "y_heads"}
-PRODUCT = {
-    "BLOCKSIZE": 64,
-    "NESTED_BLOCKSIZE": 256,
-    "RANK": 16,
-    "RANK_ROOM": 16,
-    "HAS_BIAS": True,
-    "ROW_UNIT": 64,
-    "SHUFFLE": True,
-}
+NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units"}
+PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
+FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2}
+LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "AHEAD": 0}
 CASES = [
-    (gemv_programs.multiply_one, {**PRODUCT, "PART_ROOM": 4, "ROWS": 4, "BLOCKS": 64}, 4),
-    (gemv_programs.multiply_few, {**PRODUCT, "TOKENS": 16, "ROWS": 32, "BLOCKS": 2}, 4),
-    (gemv_programs.multiply_few, {**PRODUCT, "TOKENS": 64, "ROWS": 64, "BLOCKS": 2}, 4),
-    (gemv_programs.project, {"SPAN": 1024, "STEP": 1024, "TOKENS": 1, "RANKS": 2}, 4),
-    (gemv_programs.project, {"SPAN": 1024, "STEP": 256, "TOKENS": 16, "RANKS": 16}, 4),
+    (gemv_lanes.multiply_lanes, {**LANES, "TILES": 1, "EIGHTS": 1, "KIND": "bf16"}, 8),
+    (gemv_lanes.multiply_lanes, {**LANES, "TILES": 2, "EIGHTS": 2, "KIND": "f16"}, 8),
+    (gemv_programs.multiply_few, {**FEW, "TOKENS": 16, "ROWS": 32}, 4),
+    (gemv_programs.multiply_few, {**FEW, "TOKENS": 64, "ROWS": 64}, 4),
+    (gemv_programs.project, {"SPAN": 512, "TOKENS": 1, "RANKS": 2}, 4),
+    (gemv_programs.project, {"SPAN": 512, "TOKENS": 64, "RANKS": 16}, 4),
     (
         decode_attention._attend_part,
         {"GROUP": 4, "GROUP_ROOM": 16, "SIZE": 80, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "STEP": 64}
@@ -62,6 +57,10 @@ def test_compiles_for_hopper(kernel, constants, warps):
             types[name] = "i32"
         else:
             types[name] = POINTERS.get(name, "*bf16")
+    if kernel is gemv_lanes.multiply_lanes:
+        types["packed"] = "*i64"
+        if constants["KIND"] == "f16":
+            types |= dict.fromkeys(("x", "b", "bias", "y"), "*fp16")
     if kernel is decode_pointwise._normalise:
         types["weight"] = "*bf16"
     if kernel in (gemv_programs.project, decode_attention._attend_part):
@@ -70,5 +69,7 @@ def test_compiles_for_hopper(kernel, constants, warps):
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     assert built.asm["cubin"]
-    if "multiply" in kernel.__name__:
-        assert "shfl.sync.idx" in built.asm["ptx"]
+    if kernel is gemv_lanes.multiply_lanes:
+        # 4 blocks of 4 products, and the adapter's; a table of 32 KiB, once.
+        assert built.asm["ptx"].count("mma.sync") >= 16 * constants["TILES"] * constants["EIGHTS"]
+        assert built.asm["ptx"].count("32768]") == 1

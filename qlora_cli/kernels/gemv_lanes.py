@@ -1,0 +1,370 @@
+"""Packed 4-bit words and up to a few dozen rows of activations in, products out, at the speed of the memory.
+
+The Triton program behind gemv.py for tensor cores of compute capability 8.0 and later, written a lane at a time: every
+tensor has one element a thread, so that Triton's layouts have no say and nothing is rearranged on the way from the
+memory to the tensor cores. What a lane holds is what `mma.m16n8k16` wants of it (PTX ISA, "Matrix Fragments"): lane
+4 g + t has rows g and g + 8 of 16 weight rows and token g of 8; its 16 columns of a block of 64 are 16 t to 16 t + 15
+of the weights and of the activations alike, since a sum over columns may be taken in any order.
+
+Two weights are looked up at once, a byte of the packed words in a table of 256 pairs. The table stands in shared memory
+32 times, once a bank, so that no two lanes wait for each other: 1 look-up and 2 integer instructions for 2 weights.
+Scales multiply the sums of each block in float32.
+"""
+# mypy: disable-error-code="assignment"
+
+import triton
+import triton.language as tl
+
+from qlora_cli.kernels.gemv_programs import load_scales
+
+# ---------------------------------------------------------------- the table
+
+
+@triton.jit
+def _make_table(seed):
+    """Address of 32 KiB of shared memory. To be called once in a program."""
+    return tl.inline_asm_elementwise(
+        """{
+        .shared .align 128 .b8 pairs[32768];
+        mov.u32 $0, pairs;
+        }""",
+        "=r,r",
+        [seed],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _store_pair(table, entry, pair):
+    """Writes an entry into all banks; lanes next to each other start at different ones."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 row, at;
+        shl.b32 row, $2, 7;
+        add.u32 row, row, $1;
+        shl.b32 at, $2, 4;
+        and.b32 at, at, 112;
+        add.u32 at, at, row;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 16;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 48;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 16;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 112;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 16;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 48;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 16;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        mov.u32 $0, $1;
+        }""",
+        "=r,r,r,r",
+        [table, entry, pair],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _own_bank(table):
+    """Where the table stands for this lane. Volatile, so that no look-up moves above the barrier before it."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .u32 lane;
+        mov.u32 lane, %laneid;
+        shl.b32 lane, lane, 2;
+        add.u32 $0, lane, $1;
+        }""",
+        "=r,r",
+        [table],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _expand(words, bank):
+    """16 packed weights (64 bits) to 8 registers of two, in order."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 w, v, a0, a1, a2, a3;
+        mov.b64 {w, v}, $8;
+        shl.b32 a0, w, 7;
+        shr.u32 a1, w, 1;
+        shr.u32 a2, w, 9;
+        shr.u32 a3, w, 17;
+        lop3.b32 a0, a0, 0x7f80, $9, 0xea;
+        lop3.b32 a1, a1, 0x7f80, $9, 0xea;
+        lop3.b32 a2, a2, 0x7f80, $9, 0xea;
+        lop3.b32 a3, a3, 0x7f80, $9, 0xea;
+        ld.shared.b32 $0, [a0];
+        ld.shared.b32 $1, [a1];
+        ld.shared.b32 $2, [a2];
+        ld.shared.b32 $3, [a3];
+        shl.b32 a0, v, 7;
+        shr.u32 a1, v, 1;
+        shr.u32 a2, v, 9;
+        shr.u32 a3, v, 17;
+        lop3.b32 a0, a0, 0x7f80, $9, 0xea;
+        lop3.b32 a1, a1, 0x7f80, $9, 0xea;
+        lop3.b32 a2, a2, 0x7f80, $9, 0xea;
+        lop3.b32 a3, a3, 0x7f80, $9, 0xea;
+        ld.shared.b32 $4, [a0];
+        ld.shared.b32 $5, [a1];
+        ld.shared.b32 $6, [a2];
+        ld.shared.b32 $7, [a3];
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,r",
+        [words, bank],
+        dtype=(tl.int32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+# ---------------------------------------------------------------- fragments
+
+
+@triton.jit
+def _load_activations(pointer):
+    """16 values of 16 bits as 8 registers of two."""
+    return tl.inline_asm_elementwise(
+        """
+        ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8];
+        ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8 + 16];
+        """,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l",
+        [pointer],
+        dtype=(tl.int32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _multiply_block(a, b, x, KIND: tl.constexpr):
+    """(16 rows, 64 columns) times (64 columns, 8 tokens): rows g, rows g + 8 and token g of each lane."""
+    zero = tl.zeros(a[0].shape, tl.float32)
+    mma: tl.constexpr = "mma.sync.aligned.m16n8k16.row.col.f32." + KIND + "." + KIND + ".f32 "
+    return tl.inline_asm_elementwise(
+        "{\n.reg .f32 d<4>;\n"
+        + mma
+        + "{d0, d1, d2, d3}, {$4, $12, $5, $13}, {$20, $21}, {$28, $28, $28, $28};\n"
+        + mma
+        + "{d0, d1, d2, d3}, {$6, $14, $7, $15}, {$22, $23}, {d0, d1, d2, d3};\n"
+        + mma
+        + "{d0, d1, d2, d3}, {$8, $16, $9, $17}, {$24, $25}, {d0, d1, d2, d3};\n"
+        + mma
+        + "{$0, $1, $2, $3}, {$10, $18, $11, $19}, {$26, $27}, {d0, d1, d2, d3};\n}",
+        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,f",
+        a + b + x + (zero,),
+        dtype=(tl.float32,) * 4,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _of_quarter(value, number):
+    """The value of lane 4 g + number."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;",
+        "=f,f,r",
+        [value, number],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _load_chunk(
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    chunk,
+    first_row,
+    rows,
+    row_blocks,
+    t,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Of 4 blocks: a lane's words, block after block of one row after another, and the scale of block t of each row."""
+    words = ()
+    scales = ()
+    for half in tl.static_range(2 * TILES):
+        row = first_row + half * 8
+        for block in tl.static_range(4):
+            at = chunk * 4 + block
+            used = (at < row_blocks) & (row < rows)
+            words += (tl.load(packed + (row * row_blocks + at) * 4 + t, used, 0, eviction_policy="evict_first"),)
+        at = chunk * 4 + t
+        used = (at < row_blocks) & (row < rows)
+        block = row * row_blocks + at
+        scales += (load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used, NESTED_BLOCKSIZE),)
+    return words, scales
+
+
+@triton.jit
+def _load_projected(
+    projected, first_rank, eight, tokens, ranks, parts, RANK: tl.constexpr, ROOM: tl.constexpr, PARTS: tl.constexpr
+):
+    """The parts of scaling A x of 8 tokens: (PARTS, 8, ROOM)."""
+    part, token, rank = tl.arange(0, PARTS), eight * 8 + tl.arange(0, 8), tl.arange(0, ROOM)
+    at = (part[:, None, None] * tokens + token[None, :, None]) * ranks + first_rank + rank[None, None, :]
+    used = (part < parts)[:, None, None] & (token < tokens)[None, :, None] & (rank < RANK)[None, None, :]
+    return tl.load(projected + at, mask=used, other=0.0)
+
+
+# ---------------------------------------------------------------- the program
+
+
+@triton.jit
+def multiply_lanes(
+    x,
+    packed,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    projected,
+    b,
+    first_rank,
+    bias,
+    y,
+    tokens,
+    rows,
+    row_blocks,
+    ranks,
+    parts,
+    units,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    TILES: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """TILES times 16 rows of weights a unit, EIGHTS times 8 tokens; the warps of a program share out the columns."""
+    THREADS: tl.constexpr = WARPS * 32
+    EARLY: tl.constexpr = EIGHTS * PARTS * ROOM <= WARPS * 64  # at most 16 registers
+    entry = tl.arange(0, 256)
+    first = tl.load(code + (entry >> 4)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
+    second = tl.load(code + (entry & 15)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
+    table = _make_table(tokens)
+    _store_pair(table, entry, (first & 0xFFFF) | (second << 16))
+    tl.debug_barrier()
+    thread = tl.arange(0, THREADS)
+    bank = _own_bank(table + thread * 0)
+    g = (thread & 31) >> 2
+    t = thread & 3
+    warp = thread >> 5
+    chunks = (row_blocks + 3) // 4
+
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+        first_row = unit * (16 * TILES)
+        total = ()
+        for _ in tl.static_range(TILES * EIGHTS * 4):
+            total += (tl.zeros((THREADS,), tl.float32),)
+        if RANK:
+            place = tl.load(first_rank + first_row // ROW_UNIT)
+            if EARLY:  # asked for before the weights, needed after them
+                smalls = ()
+                for eight in tl.static_range(EIGHTS):
+                    smalls += (_load_projected(projected, place, eight, tokens, ranks, parts, RANK, ROOM, PARTS),)
+        if AHEAD:
+            words, scales = _load_chunk(
+                packed,
+                absmax,
+                nested_absmax,
+                nested_code,
+                nested_offset,
+                warp,
+                first_row + g,
+                rows,
+                row_blocks,
+                t,
+                NESTED_BLOCKSIZE,
+                TILES,
+            )
+        for first_chunk in range(0, chunks, WARPS):
+            chunk = first_chunk + warp
+            loaded = _load_chunk(
+                packed,
+                absmax,
+                nested_absmax,
+                nested_code,
+                nested_offset,
+                chunk + WARPS * AHEAD,
+                first_row + g,
+                rows,
+                row_blocks,
+                t,
+                NESTED_BLOCKSIZE,
+                TILES,
+            )
+            if not AHEAD:
+                words, scales = loaded
+            for block in tl.static_range(4):
+                at = tl.minimum(chunk * 4 + block, row_blocks - 1)
+                values = ()
+                for eight in tl.static_range(EIGHTS):
+                    token = tl.minimum(eight * 8 + g, tokens - 1)
+                    values += (_load_activations(x + (token * row_blocks + at) * 64 + t * 16),)
+                new = ()
+                for tile in tl.static_range(TILES):
+                    low = _expand(words[tile * 8 + block], bank)
+                    high = _expand(words[tile * 8 + 4 + block], bank)
+                    low_scale = _of_quarter(scales[tile * 2], t * 0 + block)
+                    high_scale = _of_quarter(scales[tile * 2 + 1], t * 0 + block)
+                    for eight in tl.static_range(EIGHTS):
+                        d = _multiply_block(low, high, values[eight], KIND)
+                        new += (
+                            total[(tile * EIGHTS + eight) * 4] + d[0] * low_scale,
+                            total[(tile * EIGHTS + eight) * 4 + 1] + d[1] * low_scale,
+                            total[(tile * EIGHTS + eight) * 4 + 2] + d[2] * high_scale,
+                            total[(tile * EIGHTS + eight) * 4 + 3] + d[3] * high_scale,
+                        )
+                total = new
+            if AHEAD:
+                words, scales = loaded
+
+        for eight in tl.static_range(EIGHTS):
+            token = eight * 8 + tl.arange(0, 8)
+            if RANK:
+                if EARLY:
+                    small = tl.sum(smalls[eight], 0)  # (8, ROOM)
+                else:
+                    small = tl.sum(_load_projected(projected, place, eight, tokens, ranks, parts, RANK, ROOM, PARTS), 0)
+            for tile in tl.static_range(TILES):
+                row = first_row + tile * 16 + tl.arange(0, 16)
+                even = tl.join(total[(tile * EIGHTS + eight) * 4], total[(tile * EIGHTS + eight) * 4 + 2])
+                odd = tl.join(total[(tile * EIGHTS + eight) * 4 + 1], total[(tile * EIGHTS + eight) * 4 + 3])
+                whole = tl.sum(tl.reshape(tl.join(even, odd), (WARPS, 8, 4, 2, 2)), 0)  # (g, t, half, odd)
+                whole = tl.reshape(tl.permute(whole, (2, 0, 1, 3)), (16, 8))
+                if RANK:
+                    rank = tl.arange(0, ROOM)
+                    used = (row[:, None] < rows) & (rank[None, :] < RANK)
+                    up = tl.load(b + row[:, None] * RANK + rank[None, :], mask=used, other=0.0)
+                    whole = tl.dot(up, tl.trans(small).to(up.dtype), whole, input_precision="ieee")
+                if HAS_BIAS:
+                    whole += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+                out = y + token[None, :] * rows + row[:, None]
+                tl.store(out, whole.to(y.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))
