@@ -5,13 +5,16 @@
 
 The merge runs in a process of its own without verification; its resident peak is VmHWM of that process, everything
 counted (interpreter, torch, transformers, bitsandbytes). The bound is the bytes of the two largest files + 1 GiB.
-Source files are dropped from the page cache before each run, and both runs end with fsync.
+Source files are dropped from the page cache before each run, and every run ends with fsync. A round is a copy, a merge, a
+copy and the other merge, so that a slow spell of the disk meets all: a merge is held against the copy just before it.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +32,7 @@ from qlora_cli.core.shards import bytes_of, lay_out
 
 BLOCK_ELEMENTS = 2**24
 GIB = 2**30
+CLOCKS = ("user", "system")
 
 CHILD = """
 import json, resource, sys, time
@@ -109,24 +113,26 @@ def forget(directory: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def copy(source: Path, target: Path) -> float:
-    """Seconds a plain copy of all weight files takes, flushed to the disk."""
+def copy(source: Path, target: Path) -> dict:
+    """What a plain copy of all weight files takes, flushed to the disk."""
     forget(source)
     target.mkdir()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     for path in source.glob("*.safetensors"):
         shutil.copyfile(path, target / path.name)
         with (target / path.name).open("rb") as stream:
             os.fsync(stream.fileno())
-    seconds = time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     shutil.rmtree(target)
-    return seconds
+    processor = {name: getattr(after, f"ru_{name[0]}time") - getattr(before, f"ru_{name[0]}time") for name in CLOCKS}
+    return {"seconds": seconds, "load": os.getloadavg()[0], **{f"{name}_seconds": processor[name] for name in CLOCKS}}
 
 
 def run_merge(source: Path, adapter: Path, target: Path, method: str) -> dict:
     """One merge in its own process."""
     forget(source)
-    settings = {"adapter": str(adapter), "output": str(target), "base": method, "verify": False, "overwrite": True}
+    settings = {"model": str(source), "adapter": str(adapter), "output": str(target), "base": method}
+    settings |= {"verify": False, "overwrite": True}
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
@@ -161,25 +167,30 @@ def main() -> None:
     print(f"{arguments.model}, {config.num_hidden_layers} layers: {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB")
     print(f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, {os.cpu_count()} cores")
     results: dict = {"bound_bytes": bound, "total_bytes": sum(sizes), "files": len(sizes), "copy": [], "merge": {}}
-    for _ in range(arguments.repeat):  # interleaved, so that a slow spell of the disk meets all
-        results["copy"].append(copy(base, arguments.work / "copied"))
-        print(f"copy: {results['copy'][-1]:.1f} s")
-        for method in ("original", "dequantized"):
+    for _ in range(arguments.repeat):
+        for method in ("dequantized", "original"):
+            plain = copy(base, arguments.work / "copied")
+            results["copy"].append(plain)
             figures = run_merge(base, adapter, arguments.work / "merged", method)
+            figures |= {"load": os.getloadavg()[0], "copies": figures["merge_seconds"] / plain["seconds"]}
             results["merge"].setdefault(method, []).append(figures)
             print(
-                f"merge into {method}: {figures['seconds']:.1f} s (files {figures['merge_seconds']:.1f} s, CPU "
-                f"{figures['user_seconds']:.1f} s + {figures['system_seconds']:.1f} s in the system), peak "
-                f"{figures['peak_bytes'] / GIB:.2f} GiB of {bound / GIB:.2f} allowed "
-                f"({figures['imported_bytes'] / GIB:.2f} GiB before it began)",
+                f"copy: {plain['seconds']:.1f} s ({plain['system_seconds']:.1f} s in the system); then merge into "
+                f"{method}: {figures['seconds']:.1f} s (files {figures['merge_seconds']:.1f} s = "
+                f"{figures['copies']:.2f} copies, CPU {figures['user_seconds']:.1f} s + "
+                f"{figures['system_seconds']:.1f} s in the system), peak {figures['peak_bytes'] / GIB:.2f} GiB of "
+                f"{bound / GIB:.2f} allowed ({figures['imported_bytes'] / GIB:.2f} GiB before it began), load "
+                f"{figures['load']:.1f}",
                 flush=True,
             )
-    best = min(results["copy"])
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1))
     for method, runs in results["merge"].items():
-        fastest, peak = min(r["merge_seconds"] for r in runs), max(r["peak_bytes"] for r in runs)
-        print(f"{method}: {fastest / best:.2f} x the copy, peak {peak / bound:.0%} of the bound")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        copies, peak = [run["copies"] for run in runs], max(run["peak_bytes"] for run in runs)
+        spread = f"{min(copies):.2f} to {max(copies):.2f}"
+        print(
+            f"{method}: median {statistics.median(copies):.2f} x the copy ({spread}), peak {peak / bound:.0%} of the bound"
+        )
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def gather_facts(
     compute_dtype: torch.dtype,
     engine: str,
     trust_remote_code: bool = False,
+    followed: bool = True,
 ) -> ModelFacts:
     """Builds the model on the meta device, attaches the adapter, counts, and follows one forward pass.
 
@@ -61,6 +62,7 @@ def gather_facts(
         quant_type: And the following: as `load_base`.
         engine: "fast" or "plain".
         trust_remote_code: Run the model's own code.
+        followed: Whether to follow the forward pass at all; without, memory cannot be predicted.
 
     Raises:
         ModelError: The configuration is no causal language model.
@@ -83,7 +85,7 @@ def gather_facts(
     )
     trace, untraced = None, None
     try:
-        trace = trace_model(adapted, fused=engine == "fast" and not dora)
+        trace = trace_model(adapted, fused=engine == "fast" and not dora) if followed else None
     except ModelError as error:
         untraced = error.message
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared

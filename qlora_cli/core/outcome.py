@@ -29,22 +29,28 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a run would do, found out without loading the base."""
+    """What a run would do, found out without loading the base, nor downloading its weights."""
 
     output: str
-    device: str
+    device: str  # what is planned for: this machine's, or with `--vram` and no card here, one of that size
     compute_dtype: str
-    optimizer: str
     rows: int
     held_out_rows: int
     first_step: int
     total_steps: int
     warmup_steps: int
-    largest_micro_batch_tokens: int
     trainable_parameters: int
     total_parameters: int
     checkpoint_bytes: int
+    disk: dict[str, Any]  # bytes downloaded and written
+    vram_bytes: int | None  # the limit; None without a card
+    fits: bool | None  # None where there is no limit or no prediction
+    settings: dict[str, Any]  # what was left open, decided
+    memory: dict[str, Any] | str  # predicted bytes, or why there are none
+    configuration: dict[str, Any]  # every setting that `run.yaml` keeps, those decided included
+    next: tuple[str, ...] = ()  # commands to type where it does not fit
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
-        return {"kind": "plan", **asdict(self)}
+        content = {"kind": "plan", **asdict(self)}
+        return content if self.next else {name: value for name, value in content.items() if name != "next"}

@@ -1,7 +1,7 @@
 """Facts on a model, wishes and a limit in; the fastest settings of a training step that stay within it out."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -11,18 +11,15 @@ import torch
 
 from qlora_cli.core.engine import count_recomputed_layers
 from qlora_cli.core.engine_graphs import bucket
-from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds
+from qlora_cli.core.engine_memory import MARGIN_BYTES, SLICE_BYTES, MemoryPlan, StepNeeds
 from qlora_cli.core.memory import parse_memory, read_free_bytes
 from qlora_cli.core.model_facts import ModelFacts
 from qlora_cli.core.optimizer import choose_optimizer
 from qlora_cli.core.prediction import CONTEXT_BYTES, StepSettings, TrainingMemory, count_flops, predict_training
-from qlora_cli.errors import DoesNotFit
 
 # Beside the measures, whose cost the engine knows, a micro-batch takes a fixed time, that of about so many tokens: it
 # launches every kernel and dequantises every weight twice.
 FIXED_TOKENS = 500
-CERTAINTY = 1.05  # past so much of the limit a prediction is never wrong (benchmarks/memory.md)
-SHORTEST_ROW_TOKENS = 128  # below this a suggestion helps nobody
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,6 @@ class TrainingPlan:
         return content | {"memory": self.memory.to_dict() if self.memory else None}
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """Other settings that fit."""
-
-    changes: dict[str, Any]  # setting → value, in the words of the configuration
-    plan: TrainingPlan
-
-
 def read_limit_bytes(vram: str | None, device: torch.device) -> int:
     """Memory to keep within: as asked for, or what the CUDA device has free, or on the CPU the host.
 
@@ -106,7 +95,8 @@ def plan_training(
 ) -> TrainingPlan:
     """Chooses what was left open, so that training is fastest within the limit.
 
-    Micro-batches may be made smaller than asked for: a step's rows stay the same and so does its arithmetic.
+    Micro-batches may be made smaller than asked for: a step's rows stay the same and so does its arithmetic. The engine
+    decides by measurement on the device once more, with the same costs and the same margin.
 
     Args:
         facts: On the model and its adapter.
@@ -127,6 +117,9 @@ def plan_training(
     row_tokens = min(wishes.max_length, longest_row_tokens or wishes.max_length)
     tokens = max(row_tokens, min(wishes.batch_size * wishes.max_length, largest_batch_tokens or 2**62))
     recomputed = count_recomputed_layers(wishes.gradient_checkpointing, facts.layers)
+    if not on_cuda and wishes.engine == "fast" and wishes.resident_weights is None:  # as the engine decides it there
+        dense_bytes = sum(facts.footprint.quantized_numels) * facts.itemsize
+        wishes = replace(wishes, resident_weights=dense_bytes < psutil.virtual_memory().available // 2)
     if facts.trace is None:
         return TrainingPlan(
             gradient_checkpointing="on" if recomputed is None else wishes.gradient_checkpointing,
@@ -149,8 +142,8 @@ def plan_training(
         if taken is None:
             continue
         step, memory = taken
-        too_much = vram_bytes is not None and memory.device_bytes > vram_bytes
-        rank = too_much, (memory.device_bytes if too_much else _cost(step, facts.layers))
+        crowded = not _has_room(memory, vram_bytes)
+        rank = crowded, (memory.device_bytes if crowded else _cost(step, facts.layers))
         if best is None or rank < best[0]:
             best = rank, step, memory
     assert best is not None
@@ -183,7 +176,7 @@ def _candidates(
     offers = (
         _options(wishes.offload_activations, possible=movable, limited=limited),
         _options(wishes.offload_embeddings, possible=movable and facts.embedding_bytes > 0, limited=limited),
-        _options(wishes.resident_weights, possible=wishes.engine == "fast", limited=limited),
+        _options(wishes.resident_weights, possible=wishes.engine == "fast", limited=limited and on_cuda),
     )
     for budget, (activations, embeddings, resident) in product(budgets, product(*offers)):
         sliced = movable and limited and not resident and facts.largest_weight_bytes > SLICE_BYTES
@@ -229,14 +222,19 @@ def _recompute_least(
         memories = [predict_training(facts, replace(planned, compiled=mode, tokens=tokens)) for mode in modes]
         return planned, max(memories, key=lambda memory: memory.device_bytes)
 
+    if wish is None and step.engine == "plain":  # all or none, and on a card all
+        wish = facts.layers if step.on_cuda else 0
     if wish is not None:
         return take(wish) if wish >= least else None
     if vram_bytes is None:
         return take(least)
-    # The plain engine recomputes all layers or none.
-    numbers = [0, facts.layers] if step.engine == "plain" else list(range(least, facts.layers + 1))
-    place = bisect_left(numbers, True, key=lambda layers: take(layers)[1].device_bytes <= vram_bytes)
-    return take(numbers[min(place, len(numbers) - 1)])
+    place = bisect_left(range(facts.layers + 1), True, lo=least, key=lambda n: _has_room(take(n)[1], vram_bytes))
+    return take(min(place, facts.layers))
+
+
+def _has_room(memory: TrainingMemory, vram_bytes: int | None) -> bool:
+    """Whether this is within the limit and leaves the engine its margin."""
+    return vram_bytes is None or memory.device_bytes + MARGIN_BYTES * (memory.context_bytes > 0) <= vram_bytes
 
 
 def _cost(step: StepSettings, layers: int) -> float:
@@ -250,76 +248,3 @@ def _cost(step: StepSettings, layers: int) -> float:
     )
     needs = StepNeeds(layers, 0, 0, 0, 0, 0, 0, 0)  # of which the cost looks at the layers alone
     return (1 + measures.cost(needs)) * (1 + FIXED_TOKENS / step.tokens)
-
-
-def require_fit(plan: TrainingPlan) -> None:
-    """Refuses to begin what is certain not to end well, the prediction's own error allowed for.
-
-    Raises:
-        DoesNotFit: The leanest plan takes more than the limit.
-    """
-    if plan.memory is not None and plan.vram_bytes is not None:
-        if plan.memory.device_bytes <= plan.vram_bytes * CERTAINTY:
-            return
-        raise DoesNotFit(
-            f"Training needs {plan.memory.device_bytes:,} bytes at the least, and {plan.vram_bytes:,} may be taken.",
-            "See which settings fit with: qlora inspect --model ... --vram ..., or lower --max-length.",
-        )
-
-
-def suggest_fit(
-    facts: ModelFacts, wishes: Wishes, *, vram_bytes: int, rank: int, regather: Callable[[int], ModelFacts]
-) -> Suggestion | None:
-    """The nearest settings that fit: memory measures first, then shorter rows, then a lower rank.
-
-    Args:
-        facts: On the model and its adapter.
-        wishes: What does not fit.
-        vram_bytes: The limit.
-        rank: Of the adapter.
-        regather: Facts for another rank.
-
-    Returns:
-        None where nothing fits.
-    """
-    free = replace(
-        wishes,
-        gradient_checkpointing="auto",
-        offload_activations=None,
-        offload_embeddings=None,
-        resident_weights=None,
-    )
-    smallest = replace(free, batch_size=1)
-    lengths = []
-    length = wishes.max_length // 2
-    while length >= SHORTEST_ROW_TOKENS:
-        lengths.append(length)
-        length //= 2
-    for tried in (free, smallest, *(replace(smallest, max_length=length) for length in lengths)):
-        plan = plan_training(facts, tried, vram_bytes=vram_bytes)
-        if plan.fits:
-            return Suggestion(_changes(wishes, tried, plan), plan)
-    while rank > 1 and lengths:
-        rank //= 2
-        tried = replace(smallest, max_length=lengths[-1])
-        plan = plan_training(regather(rank), tried, vram_bytes=vram_bytes)
-        if plan.fits:
-            return Suggestion({**_changes(wishes, tried, plan), "rank": rank}, plan)
-    return None
-
-
-def _changes(wishes: Wishes, tried: Wishes, plan: TrainingPlan) -> dict[str, Any]:
-    """Settings of a plan that differ from the wishes; what was left open counts as off."""
-    changes: dict[str, Any] = {
-        name: getattr(tried, name)
-        for name in ("batch_size", "max_length")
-        if getattr(tried, name) != getattr(wishes, name)
-    }
-    if plan.gradient_checkpointing != wishes.gradient_checkpointing:
-        changes["gradient_checkpointing"] = plan.gradient_checkpointing
-    for name in ("offload_activations", "offload_embeddings"):
-        if getattr(plan, name) != bool(getattr(wishes, name)):
-            changes[name] = getattr(plan, name)
-    if wishes.resident_weights and not plan.resident_weights:
-        changes["resident_weights"] = False
-    return changes

@@ -53,12 +53,16 @@ class Linear(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """Flash attention: keeps its inputs, its output and one float32 a head and token."""
+    """Flash or cuDNN attention: keeps its inputs, its output and one float32 a head and token."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows, heads, tokens, _ = query.shape
-        output = query.new_empty(rows, tokens, heads, value.shape[3]).transpose(1, 2)
+        rows, heads, tokens, size = query.shape
+        # Both lay the output out like the query. Head by head, as where part of each head is rotated and both parts
+        # are put together anew, the model copies it for its output projection: both the copy and this are kept.
+        output = (
+            torch.empty_like(query) if value.shape[3] == size else query.new_empty(*query.shape[:3], value.shape[3])
+        )
         ctx.save_for_backward(query, key, value, output, query.new_empty(rows, heads, tokens, dtype=torch.float32))
         return output
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.base_model import PLAIN_LINEAR_SUBCLASSES, linear_names
+from qlora_cli.core.engine_attention import takes_equal_rows
 from qlora_cli.core.engine_layers import find_layers
 from qlora_cli.core.engine_loss import chunk_tokens, find_decoder
 from qlora_cli.core.live_bytes import LiveBytes
@@ -143,6 +144,8 @@ class _Trace:
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = find_decoder(self.base)
         self.modules: list[Any] = find_layers(self.decoder)
+        # As `packed_attention` has them. Rows of one length, what takes most, go to cuDNN as they are, where it takes them.
+        self.token_by_token = fused and not takes_equal_rows(self.decoder, torch.device("cuda"))
         self.live = LiveBytes()
         self.keys_and_values = 0
         self.noting = False  # whether what opaque ops read, and linears make of what, is written down and so kept alive
@@ -166,6 +169,8 @@ class _Trace:
     # ------------------------------------------------------------ stand-ins
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.token_by_token:
+            query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
         output = Attention.apply(query, key, value)
         self.keys_and_values += key.shape[1] * (key.shape[3] + value.shape[3])
         self._note_read(query, key, value, output)

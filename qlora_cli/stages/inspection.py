@@ -6,7 +6,6 @@ list of commands to type. A name's ending says the unit, for facts and columns a
 Where memory was predicted against a limit, `fits` says whether it is enough.
 """
 
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,10 +25,11 @@ from qlora_cli.core.environment import (
 from qlora_cli.core.examples import cache_directory, choose_max_length
 from qlora_cli.core.model_facts import ModelFacts, gather_facts
 from qlora_cli.core.optimizer import choose_optimizer, state_bytes
-from qlora_cli.core.planner import Wishes, plan_training, read_limit_bytes, suggest_fit
+from qlora_cli.core.planner import Wishes, plan_training, read_limit_bytes
 from qlora_cli.core.prediction import predict_disk, predict_generation, predict_merging
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.run_facts import describe_run, holds_run
+from qlora_cli.core.suggestion import suggest_fit, write_train_command
 from qlora_cli.core.weight_survey import (
     group_tensors,
     measure_quantization_error,
@@ -192,26 +192,8 @@ def _predict(
         else:
             assert nearest.plan.memory is not None
             facts["nearest"] = {**nearest.changes, "device_bytes": nearest.plan.memory.device_bytes}
-            facts["next"] = [write_command(config, nearest.changes)]
+            facts["next"] = [write_train_command(config, nearest.changes)]
     return facts, _table("Ways to train", ways)
-
-
-def write_command(config: InspectConfig, changes: dict[str, Any]) -> str:
-    """The `qlora train` command with what was given to inspect, but for `changes`."""
-    trained = {part.name: part for part in fields(TrainConfig)}
-    given = {part.name: getattr(config, part.name) for part in fields(InspectConfig) if part.name in trained}
-    words = ["qlora train", f"--model {shlex.quote(given.pop('model'))}", "--data DATA"]
-    for name, value in (given | changes).items():
-        part = trained[name]
-        if value is None or value == part.default:
-            continue
-        flags = (part.metadata["flags"] or (f"--{name.replace('_', '-')}",))[0].split("/")
-        if isinstance(value, bool):
-            words.append(flags[0] if value else flags[-1])
-        else:
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            words.append(f"{flags[0]} {shlex.quote(text)}")
-    return " ".join(words)
 
 
 # ---------------------------------------------------------------- this machine

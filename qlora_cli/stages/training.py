@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, TRACKER_LOGS
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.adapter import attach_adapter, count_parameters, save_adapter
+from qlora_cli.core.adapter import attach_adapter, save_adapter
 from qlora_cli.core.base_model import (
-    build_empty,
     choose_device,
     dtype_name,
     identify_base,
@@ -39,14 +37,22 @@ from qlora_cli.core.metrics import MetricsFile, as_metrics
 from qlora_cli.core.optimizer import build_optimizer, choose_optimizer, state_bytes
 from qlora_cli.core.outcome import TrainPlan, TrainResult
 from qlora_cli.core.parameters import TrainableParameters
-from qlora_cli.core.prediction import CONTEXT_BYTES
+from qlora_cli.core.prediction import CONTEXT_BYTES, predict_disk
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.ranks import Ranks
 from qlora_cli.core.recipe import write_recipe
 from qlora_cli.core.run_directory import claimed
 from qlora_cli.core.run_identity import run_identity
+from qlora_cli.core.run_memory import (
+    adapter_settings,
+    gather_run_facts,
+    plan_is_for_card,
+    plan_run_memory,
+    planned_dtype,
+    resolved_configuration,
+)
 from qlora_cli.core.schedule import count_warmup_steps, learning_rate_schedule
-from qlora_cli.core.steps import StepPlan
+from qlora_cli.core.steps import StepPlan, split_to_fit
 from qlora_cli.core.training_state import Progress, read_progress
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.events import EvaluationLogged, Event, Report, RunStarted, StepLogged
@@ -89,63 +95,81 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         assert name is not None
         model_config = load_config(name, revision, trust_remote_code=trusted)
         tokenizer = load_tokenizer(name, revision, trust_remote_code=trusted)
-        skeleton = attach_adapter(build_empty(model_config, trust_remote_code=trusted), **lora(config))
-        trainable, total = count_parameters(skeleton)
-        del skeleton
+        device = choose_device()
+        facts = gather_run_facts(config, model_config, device)
+        trainable, total = facts.footprint.trainable_parameters, facts.footprint.total_parameters
         with accelerator.main_process_first():
             rows = open_rows(config, tokenizer, model_config, report)
         max_length = config.max_length or rows.manifest["max_length"]
         train_rows, eval_rows = hold_out(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
         plan = plan_steps(config, train_rows, ranks, max_length)
         warmup_steps = count_warmup_steps(config.warmup_steps, config.warmup_ratio, plan.total_steps)
-        device = choose_device()
-        compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
-        optimizer_name = choose_optimizer(config.optimizer, device)
-        identity = run_identity(
+        memory = plan_run_memory(
             config,
-            identify_base(
-                name,
-                revision,
-                quant_type=config.quant_type,
-                double_quant=config.double_quant,
-                compute_dtype=compute_dtype,
-            ),
-            rows.manifest["rows_sha256"],
-            optimizer=optimizer_name,
-            total_steps=plan.total_steps,
-            warmup_steps=warmup_steps,
-            world_size=ranks.world_size,
+            model_config,
+            facts,
+            max_length=max_length,
+            lengths=train_rows.lengths,
+            longest=plan.longest_micro_batches(),
+            device=device,
+            ranks=ranks,
+            report=report,
         )
-        checkpoint = None
-        if config.resume:
-            checkpoint = find_checkpoint(
-                output / CHECKPOINTS, identity, allow_changes=config.allow_changes, report=report
+        optimizer_name = choose_optimizer(config.optimizer, device)
+        compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
+        identity = checkpoint = None
+        if config.resume or not config.dry_run:  # a dry run downloads no weights to tell a base by
+            identity = run_identity(
+                config,
+                identify_base(
+                    name,
+                    revision,
+                    quant_type=config.quant_type,
+                    double_quant=config.double_quant,
+                    compute_dtype=compute_dtype,
+                ),
+                rows.manifest["rows_sha256"],
+                optimizer=optimizer_name,
+                total_steps=plan.total_steps,
+                warmup_steps=warmup_steps,
+                world_size=ranks.world_size,
             )
+            if config.resume:
+                checkpoint = find_checkpoint(
+                    output / CHECKPOINTS, identity, allow_changes=config.allow_changes, report=report
+                )
         checkpoint_bytes = 4 * trainable + state_bytes(optimizer_name, trainable) + SMALL_FILES_BYTES
         standing = len(list_checkpoints(output / CHECKPOINTS))
         require_space(output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - standing))
-
-        if config.vram is not None and device.type == "cuda":
-            limit_memory(device, parse_memory(config.vram) - CONTEXT_BYTES)
-
         if config.dry_run:
+            dtype = dtype_name(planned_dtype(config, device))
             return TrainPlan(
                 output=config.output,
-                device=str(device),
-                compute_dtype=dtype_name(compute_dtype),
-                optimizer=optimizer_name,
+                device="cuda" if plan_is_for_card(config, device) else "cpu",
+                compute_dtype=dtype,
                 rows=len(train_rows),
                 held_out_rows=len(eval_rows),
                 first_step=checkpoint.step + 1 if checkpoint else 1,
                 total_steps=plan.total_steps,
                 warmup_steps=warmup_steps,
-                largest_micro_batch_tokens=max(int(train_rows.lengths[b].sum()) for b in plan.longest_micro_batches()),
                 trainable_parameters=trainable,
                 total_parameters=total,
                 checkpoint_bytes=checkpoint_bytes,
+                disk=predict_disk(facts, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
+                vram_bytes=memory.plan.vram_bytes,
+                fits=memory.plan.fits,
+                settings={**memory.decided, "token_budget": memory.plan.token_budget},
+                memory=memory.predicted(),
+                configuration=resolved_configuration(
+                    config, memory, max_length=max_length, compute_dtype=dtype, warmup_steps=warmup_steps
+                ),
+                next=memory.commands,
             )
+        assert identity is not None
 
         # Dear: the base, and on it the adapter, the engine and the optimizer.
+        if config.vram is not None and device.type == "cuda":
+            limit_memory(device, parse_memory(config.vram) - CONTEXT_BYTES)
         base, base_identity = load_base(
             name,
             revision=revision,
@@ -157,12 +181,14 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             cache=config.base_cache,
             report=report,
         )
-        model = attach_adapter(base, **lora(config))
+        model = attach_adapter(base, **adapter_settings(config), seed=config.seed)
         progress = Progress()
         if checkpoint:
             progress = read_progress(checkpoint.path)
             restore_adapter(checkpoint, model)
-        longest = plan.longest_micro_batches()
+        limits = [limit for limit in (progress.micro_batch_limit_tokens, memory.limit_tokens) if limit is not None]
+        progress.micro_batch_limit_tokens = min(limits, default=None)
+        largest = split_to_fit(plan.longest_micro_batches(), train_rows.lengths, progress.micro_batch_limit_tokens)
         engine = install_engine(
             model,
             kind=config.engine,
@@ -173,7 +199,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             offload_embeddings=config.offload_embeddings,
             resident_weights=config.resident_weights,
             compile=config.compile,
-            max_tokens=max(int(train_rows.lengths[batch].sum()) for batch in longest),
+            max_tokens=max(int(train_rows.lengths[batch].sum()) for batch in largest),
             total_steps=plan.total_steps - progress.step,
             optimizer_bytes=state_bytes(optimizer_name, trainable),
             report=report,
@@ -312,12 +338,6 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
 
 
 # ---------------------------------------------------------------- parts of the recipe
-
-
-def lora(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of `attach_adapter`."""
-    names = ("rank", "alpha", "dropout", "target_modules", "rslora", "dora", "modules_to_save", "seed")
-    return {name: getattr(config, name) for name in names}
 
 
 def open_rows(

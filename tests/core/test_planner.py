@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from qlora_cli.core.engine_graphs import bucket
 from qlora_cli.core.model_facts import ModelFacts, gather_facts
-from qlora_cli.core.planner import Wishes, _cost, plan_training, read_limit_bytes, require_fit, suggest_fit
+from qlora_cli.core.planner import Wishes, _cost, plan_training, read_limit_bytes
 from qlora_cli.core.prediction import CONTEXT_BYTES, StepSettings, predict_training
-from qlora_cli.errors import DoesNotFit, UsageError
+from qlora_cli.core.suggestion import certainly_too_large, refuse, suggest_fit
+from qlora_cli.errors import UsageError
 
 GIB = 2**30
 LAYERS = 8
@@ -199,13 +200,19 @@ def test_where_nothing_fits_nothing_is_suggested():
     assert suggest_fit(facts_of(), Wishes(), vram_bytes=GIB // 4, rank=2, regather=facts_of) is None
 
 
-def test_a_plan_that_does_not_fit_is_refused_with_exit_code_3():
-    require_fit(plan_training(facts_of(), Wishes(), vram_bytes=80 * GIB))
-    require_fit(plan_training(facts_of(), Wishes(), vram_bytes=None))
-    with pytest.raises(DoesNotFit) as caught:
-        require_fit(plan_training(facts_of(), Wishes(), vram_bytes=GIB // 4))
-    assert caught.value.exit_code == 3
-    assert "inspect" in caught.value.hint
+def test_only_what_is_certain_to_fail_is_refused_and_with_exit_code_3():
+    plan = plan_training(facts_of(), Wishes(), vram_bytes=80 * GIB)
+    assert not certainly_too_large(plan)
+    assert not certainly_too_large(plan_training(facts_of(), Wishes(), vram_bytes=None))
+    least_bytes = leanest_bytes(Wishes())
+    nearly = plan_training(facts_of(), Wishes(), vram_bytes=least_bytes - 2**20)
+    assert nearly.fits is False and not certainly_too_large(nearly)
+    much_too_large = plan_training(facts_of(), Wishes(), vram_bytes=least_bytes * 9 // 10)
+    assert certainly_too_large(much_too_large)
+    error = refuse(much_too_large, ("qlora train --max-length 512",))
+    assert error.exit_code == 3
+    assert f"{least_bytes:,} bytes" in error.message and "--max-length 512" in error.hint
+    assert "Nothing fits" in refuse(much_too_large, ()).hint
 
 
 def test_a_plan_is_ready_for_json_and_the_allocator():
@@ -221,7 +228,7 @@ def test_a_model_that_cannot_be_followed_is_planned_carefully():
     plan = plan_training(blind, Wishes(batch_size=2), vram_bytes=GIB)
     assert plan.memory is None and plan.fits is None
     assert plan.gradient_checkpointing == "on"
-    require_fit(plan)
+    assert not certainly_too_large(plan)
 
 
 def test_a_wrong_word_for_checkpointing_is_refused():

@@ -15,8 +15,9 @@ from qlora_cli.cli.commands import main
 from qlora_cli.config import InspectConfig, PrepareConfig, TrainConfig
 from qlora_cli.core.memory import parse_memory
 from qlora_cli.core.run_facts import summarise_metrics
+from qlora_cli.core.suggestion import write_train_command
 from qlora_cli.errors import AdapterError, ModelError, RunError, UsageError
-from qlora_cli.stages.inspection import inspect, write_command
+from qlora_cli.stages.inspection import inspect
 from qlora_cli.stages.preparation import prepare
 from qlora_cli.stages.training import train
 
@@ -225,7 +226,9 @@ def test_the_command_repeats_what_was_given_and_no_more():
     config = InspectConfig(
         model="org/a model", rank=8, double_quant=False, target_modules=("q_proj", "v_proj"), vram="12GiB", rslora=True
     )
-    command = write_command(config, {"max_length": 512, "offload_activations": True, "gradient_checkpointing": "on"})
+    command = write_train_command(
+        config, {"max_length": 512, "offload_activations": True, "gradient_checkpointing": "on"}
+    )
     assert command.startswith("qlora train --model 'org/a model' --data DATA ")
     given = "--rank 8 --target-modules q_proj,v_proj --rslora --no-double-quant --vram 12GiB"
     changed = "--max-length 512 --offload-activations --gradient-checkpointing on"

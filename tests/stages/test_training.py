@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli import artifacts
 from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, MODEL_CARD, RUN_RECORD, RUN_YAML
+from qlora_cli.cli.commands import main
 from qlora_cli.config import PrepareConfig, TrainConfig
 from qlora_cli.core.base_model import load_base
 from qlora_cli.core.checkpoint import checkpoint_path, list_checkpoints
+from qlora_cli.core.engine_fast import FastEngine
 from qlora_cli.core.recipe import read_recipe
 from qlora_cli.core.run_directory import claimed
 from qlora_cli.errors import (
@@ -35,6 +38,7 @@ from qlora_cli.errors import (
     UsageError,
 )
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, RunStarted, StepLogged
+from qlora_cli.stages import training
 from qlora_cli.stages.preparation import prepare
 from qlora_cli.stages.training import train
 
@@ -515,8 +519,62 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(options, monkeypat
     monkeypatch.setattr("qlora_cli.stages.training.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     plan = run(options, dry_run=True, max_steps=None, epochs=2.0).to_dict()
     assert (plan["rows"], plan["held_out_rows"], plan["total_steps"], plan["first_step"]) == (42, 6, 22, 1)
-    assert plan["trainable_parameters"] > 0 and plan["optimizer"] in ("adamw", "paged_adamw_8bit")
+    assert plan["trainable_parameters"] > 0 and plan["settings"]["optimizer"] in ("adamw", "paged_adamw_8bit")
+    assert plan["memory"]["peak_bytes"] > plan["memory"]["base_bytes"] > 0
+    assert plan["configuration"]["rank"] == 4 and plan["configuration"]["gradient_checkpointing"] == "off"
+    assert json.loads(json.dumps(plan)) == {**plan}
     assert not Path(options["output"]).exists()
+
+
+def test_a_dry_run_needs_no_weights_and_says_whether_a_card_suffices(options, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(options["model"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    plan = run(options, model=str(bare), dry_run=True, vram="40GiB").to_dict()
+    assert plan["fits"] is True and plan["device"] == "cuda" and "next" not in plan
+    assert plan["memory"]["device_bytes"] <= plan["vram_bytes"] == 40 * 2**30
+    assert plan["configuration"]["compute_dtype"] == "bfloat16"
+    with pytest.raises(ModelError):  # it is the weights that are missing
+        run(options, model=str(bare))
+
+    words = ["train", "--model", str(bare), "--data", options["data"], "--output", options["output"], "--dry-run"]
+    assert main([*words, "--vram", "10MiB", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+    assert main([*words, "--vram", "20GiB"]) == 0
+    assert "token budget" in capsys.readouterr().out
+
+
+def test_micro_batches_stay_within_the_planned_tokens_and_resume_keeps_them(options, monkeypatch):
+    planned = training.plan_run_memory
+
+    def short_of_memory(*arguments, **settings):
+        memory = planned(*arguments, **settings)
+        return replace(memory, plan=replace(memory.plan, token_budget=70))
+
+    seen: list[int] = []
+    forward = FastEngine.loss
+    monkeypatch.setattr(FastEngine, "loss", lambda self, batch: seen.append(batch.tokens) or forward(self, batch))
+    settings = {"max_steps": 2, "save_every": 1, "eval_rows": None, "eval_every": None, "dropout": 0.0}
+    run(options, **settings)
+    whole, largest = metrics(Path(options["output"])), max(seen)
+    monkeypatch.setattr(training, "plan_run_memory", short_of_memory)
+    seen.clear()
+    events: list = []
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**{**options, **settings}, overwrite=True), stopping_at(1, events))
+    monkeypatch.setattr(training, "plan_run_memory", planned)  # as where another program has ended since
+    run(options, **settings, resume=True)
+    assert max(seen) <= 70 < largest
+    split = metrics(Path(options["output"]))
+    assert [line["tokens"] for line in split] == [line["tokens"] for line in whole]
+    assert [line["loss"] for line in split] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
+
+
+def test_a_run_on_the_cpu_is_not_refused_for_a_gpu_s_memory(options):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    events: list = []
+    assert run(options, events, max_steps=1, vram="1MiB").steps == 1
+    assert any(isinstance(event, Notice) and "--vram" in event.text for event in events)
 
 
 def test_run_yaml_names_no_flag_of_one_invocation_only(options):
