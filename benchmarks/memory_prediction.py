@@ -4,15 +4,20 @@
 
 Each architecture is a process of its own: a random base is built and quantised on the card, the real engine and
 optimizer train a few steps of rows of 2,048 random ids in each setting, and `torch.cuda.max_memory_allocated` is
-compared with what `qlora inspect` says from the configuration alone. On the CPU nothing is measured; it shows that the
-steps run (--architecture tiny-llama --row-tokens 128).
+compared with what `qlora inspect` says from the configuration alone. The cap is set as `qlora train --vram` sets it: on
+all that PyTorch's allocator reserves, in segments that can grow. In the setting "planned" the engine itself decides how
+to keep within a limit, and what the planner predicted for that limit is compared. On the CPU nothing is measured; it
+shows that the steps run (--architecture tiny-llama --row-tokens 128).
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,24 +33,28 @@ SETTINGS = {
     "kept": (2, KEPT | {"compile": False}, 4),
     "recomputed": (4, RECOMPUTED | {"compile": False}, 4),
     "offloaded": (2, OFFLOADED | {"compile": False}, 4),
+    "planned": (2, {"compile": False}, 4),
     "kept, graphs": (2, KEPT | {"compile": False}, 100),
     "kept, compiled": (2, KEPT | {"compile": True}, 4),
     "offloaded, compiled": (1, OFFLOADED | {"compile": True}, 4),
 }
+MAIN = ("kept", "recomputed", "offloaded")
+# Of the card, for "planned": less than keeping everything takes, more than the least.
+LIMITS_GIB = {"llama-7b": 14, "neox-20b": 18, "pythia-410m": 3.5, "falcon-7b": 9, "tiny-llama": 1.5}
 ROW_TOKENS = 2048
 STEPS = 4
+LEAST_SECONDS = 10  # that an architecture takes
 CAP = 1.03
 OPTIMIZER = "paged_adamw_8bit"
 
 
-def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool):
-    """What `qlora inspect` says."""
+def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool, limit_bytes: int | None = None):
+    """What `qlora inspect` says; with a limit, of what was left open as it decides."""
     import torch
     from models import make_config
 
-    from qlora_cli.core.engine import count_recomputed_layers
     from qlora_cli.core.model_facts import gather_facts
-    from qlora_cli.core.prediction import StepSettings, predict_training
+    from qlora_cli.core.planner import Wishes, plan_training
 
     adapter = {"dropout": 0.0, "target_modules": None} | ADAPTERS[name]
     facts = gather_facts(
@@ -60,21 +69,8 @@ def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool)
         engine="fast",
         **adapter,
     )
-    recomputed = count_recomputed_layers(options["gradient_checkpointing"], facts.layers)
-    assert recomputed is not None
-    step = StepSettings(
-        tokens=rows * row_tokens,
-        row_tokens=row_tokens,
-        engine="fast",
-        optimizer=OPTIMIZER,
-        recomputed_layers=recomputed,
-        offload_activations=options["offload_activations"],
-        offload_embeddings=options["offload_embeddings"] and facts.embedding_bytes > 0,
-        resident_weights=False,
-        compiled=options["compile"],
-        on_cuda=on_cuda,
-    )
-    return predict_training(facts, step)
+    wishes = Wishes(batch_size=rows, max_length=row_tokens, optimizer=OPTIMIZER, resident_weights=False, **options)
+    return plan_training(facts, wishes, vram_bytes=limit_bytes, on_cuda=on_cuda)
 
 
 def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -> None:
@@ -82,10 +78,13 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     import torch
 
     from qlora_cli.core.adapter import attach_adapter
+    from qlora_cli.core.engine_memory import limit_memory
     from qlora_cli.core.parameters import TrainableParameters
 
     device = torch.device(device_name)
     cuda = device.type == "cuda"
+    if cuda:
+        limit_memory(device, torch.cuda.get_device_properties(device).total_memory)  # before the first allocation
     started = time.time()
     model = attach_adapter(build(name, device_name), alpha=32, **ADAPTERS[name]).train()
     parameters = TrainableParameters(model)
@@ -96,11 +95,19 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     for setting in settings:
         rows, options, told_steps = SETTINGS[setting]
         result: dict = {"architecture": name, "setting": setting, "rows": rows}
+        limit_bytes = int(LIMITS_GIB[name] * 2**30) if setting == "planned" else None
         try:
-            predicted = predict(name, rows, row_tokens, options, cuda)
-            result |= {"predicted_bytes": predicted.peak_bytes, "predicted": predicted.to_dict()}
+            plan = predict(name, rows, row_tokens, options, cuda, limit_bytes)
+            predicted = plan.memory
+            result |= {
+                "limit_bytes": limit_bytes,
+                "recomputed_layers": plan.recomputed_layers,
+                "token_budget": plan.token_budget,
+                "predicted_bytes": predicted.peak_bytes,
+                "predicted": predicted.to_dict(),
+            }
             result |= measure_setting(
-                model, parameters, rows, row_tokens, options, told_steps, predicted.peak_bytes, device
+                model, parameters, plan.token_budget // row_tokens, row_tokens, options, told_steps, plan, device
             )
         except Exception as error:  # the other settings are still of interest
             result["error"] = f"{type(error).__name__}: {str(error)[:500]}"
@@ -108,18 +115,22 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
 
 
 def measure_setting(
-    model, parameters, rows: int, row_tokens: int, options: dict, told_steps: int, predicted_bytes: int, device
+    model, parameters, rows: int, row_tokens: int, options: dict, told_steps: int, plan, device
 ) -> dict:
-    """Peak of a few steps, and whether they run again under the cap."""
+    """Peak of a few steps, and whether they run again under caps: the allocator's, and that of the whole card."""
     import gc
 
     import torch
 
     from qlora_cli.core.engine import install_engine
-    from qlora_cli.core.optimizer import build_optimizer, set_learning_rate, step_optimizer
+    from qlora_cli.core.engine_memory import limit_memory
+    from qlora_cli.core.optimizer import build_optimizer, set_learning_rate, state_bytes, step_optimizer
+    from qlora_cli.core.prediction import CONTEXT_BYTES
 
     cuda = device.type == "cuda"
     notices: list = []
+    if cuda and plan.vram_bytes:
+        limit_memory(device, plan.vram_bytes - CONTEXT_BYTES)
     engine = install_engine(
         model,
         kind="fast",
@@ -128,6 +139,7 @@ def measure_setting(
         resident_weights=False,
         max_tokens=rows * row_tokens,
         total_steps=told_steps,
+        optimizer_bytes=state_bytes(OPTIMIZER, parameters.elements),
         report=notices.append,
         **options,
     )
@@ -163,15 +175,20 @@ def measure_setting(
             "reserved_bytes": torch.cuda.max_memory_reserved(),
             "outside_allocator_bytes": total - free - torch.cuda.memory_reserved(),
         }
-        result["error_percent"] = round(100 * (predicted_bytes / result["measured_bytes"] - 1), 2)
-        clear()
-        torch.cuda.set_per_process_memory_fraction(CAP * predicted_bytes / total)
-        try:
-            train()
-            torch.cuda.synchronize()
-            result["runs_under_cap"] = True
-        except torch.OutOfMemoryError as error:
-            result |= {"runs_under_cap": False, "cap_error": str(error)[:400]}
+        result["error_percent"] = round(100 * (plan.memory.peak_bytes / result["measured_bytes"] - 1), 2)
+        # Of what PyTorch reserves; and of the card, of which `qlora train --vram` leaves the rest to CUDA's context.
+        caps = {"allocator": CAP * plan.memory.peak_bytes, "card": CAP * plan.memory.device_bytes - CONTEXT_BYTES}
+        for cap, cap_bytes in caps.items():
+            clear()
+            limit_memory(device, int(cap_bytes))
+            try:
+                train()
+                torch.cuda.synchronize()
+                result[f"runs_under_{cap}_cap"] = True
+            except torch.OutOfMemoryError as error:
+                result |= {f"runs_under_{cap}_cap": False, f"{cap}_cap_error": str(error)[:600]}
+            parameters.zero_gradients()
+            result[f"reserved_under_{cap}_cap_bytes"] = torch.cuda.max_memory_reserved()
     finally:
         if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
@@ -197,6 +214,7 @@ def make_batch(model, rows: int, row_tokens: int, seed: int):
 def write_table(results: list[dict], path: Path, device: str) -> None:
     """The results as the table between the markers of a Markdown file."""
     lines = [
+        "",
         f"{device}; rows of {ROW_TOKENS} tokens, bf16, NF4 with double quantisation, {OPTIMIZER}.",
         "",
         "| model | setting | rows | predicted GiB | measured GiB | error | reserved GiB | runs at prediction + 3 % |",
@@ -209,13 +227,34 @@ def write_table(results: list[dict], path: Path, device: str) -> None:
         predicted, measured, reserved = (
             f"{r[key] / 2**30:.2f}" for key in ("predicted_bytes", "measured_bytes", "reserved_bytes")
         )
-        runs = "yes" if r["runs_under_cap"] else "no"
-        head = f"| {r['architecture']} | {r['setting']} | {r['rows']} "
+        runs = " / ".join("yes" if r.get(f"runs_under_{cap}_cap") else "no" for cap in ("allocator", "card"))
+        limit = f" {r['limit_bytes'] / 2**30:g} GiB" if r["limit_bytes"] else ""
+        head = f"| {r['architecture']} | {r['setting']}{limit} | {r['rows']} "
         lines.append(f"{head}| {predicted} | {measured} | {r['error_percent']:+.1f} % | {reserved} | {runs} |")
     start, end = "<!-- results -->", "<!-- end of results -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(start)
     after = rest.partition(end)[2]
-    path.write_text("\n".join([before + start, *lines, end + after]), encoding="utf-8")
+    path.write_text("\n".join([before + start, *lines, "", end + after]), encoding="utf-8")
+
+
+def run_child(command: list[str], timeout: float, results: list[dict], write: Callable[[], None]) -> str:
+    """Runs one architecture and takes over its lines as they come; returns what went wrong, if anything did."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        timer = threading.Timer(timeout, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue
+            content = json.loads(line)
+            if "setting" in content:
+                results.append(content)
+                write()
+            print(json.dumps({key: value for key, value in content.items() if key != "predicted"}), flush=True)
+        timer.cancel()
+        log.seek(0)
+        return "" if process.wait() == 0 else log.read()[-2000:] or "it took too long"
 
 
 def main() -> None:
@@ -226,7 +265,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=ROW_TOKENS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, help="Markdown file with the markers of a results table.")
-    parser.add_argument("--timeout", type=float, default=240, help="Seconds for one architecture.")
+    parser.add_argument("--timeout", type=float, default=1200, help="Seconds in all.")
     parser.add_argument("--device", default=None)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -237,30 +276,29 @@ def main() -> None:
     if arguments.child:
         measure(arguments.child, settings, arguments.row_tokens, device)
         return
-    results = []
-    for name in arguments.architecture or [name for name in ADAPTERS if not name.startswith("tiny")]:
-        command = [sys.executable, __file__, "--child", name, "--device", device]
-        command += ["--row-tokens", str(arguments.row_tokens)]
-        command += [word for setting in settings for word in ("--setting", setting)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout)
-            output, log = done.stdout, done.stderr if done.returncode else ""
-        except subprocess.TimeoutExpired as late:
-            output = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-            log = f"timed out after {arguments.timeout} s"
-        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        results += [line for line in lines if "setting" in line]
-        for line in lines:
-            print(json.dumps({key: value for key, value in line.items() if key != "predicted"}), flush=True)
-        if log:
-            print(f"{name}: {log[-2000:]}", file=sys.stderr, flush=True)
-    if arguments.json:
-        card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        content = {"device": card, "torch": torch.__version__, "results": results}
-        arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    if arguments.table:
-        card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        write_table(results, arguments.table, f"{card}, torch {torch.__version__}")
+    card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    results: list[dict] = []
+
+    def write() -> None:
+        if arguments.json:
+            content = {"device": card, "torch": torch.__version__, "results": results}
+            arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        if arguments.table:
+            write_table(results, arguments.table, f"{card}, torch {torch.__version__}")
+
+    names = arguments.architecture or [name for name in ADAPTERS if not name.startswith("tiny")]
+    ends = time.time() + arguments.timeout
+    # What has to be shown first.
+    for part in ([name for name in settings if name in MAIN], [name for name in settings if name not in MAIN]):
+        for name in names if part else ():
+            command = [sys.executable, __file__, "--child", name, "--device", device]
+            command += ["--row-tokens", str(arguments.row_tokens)]
+            command += [word for setting in part for word in ("--setting", setting)]
+            if ends - time.time() < LEAST_SECONDS:
+                print(f"{name}, {', '.join(part)}: left out, the time is up", file=sys.stderr, flush=True)
+                continue
+            if log := run_child(command, ends - time.time(), results, write):
+                print(f"{name}: {log}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
