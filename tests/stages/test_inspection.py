@@ -164,7 +164,10 @@ def test_every_optimizer_and_engine_is_predicted(seven_b):
     eight_bit, full = (look(model=seven_b, optimizer=name) for name in ("adamw_8bit", "adamw"))
     assert full["optimizer_bytes"] == 8 * 39_976_960
     assert 3.9 < full["optimizer_bytes"] / eight_bit["optimizer_bytes"] < 4
-    assert look(model=seven_b, engine="plain")["training"]["peak_bytes"] > full["training"]["peak_bytes"]
+    # On a card the plain engine recomputes every layer.
+    fast, plain = (look(model=seven_b, engine=name, gradient_checkpointing="on") for name in ("fast", "plain"))
+    assert plain["training"]["peak_bytes"] > fast["training"]["peak_bytes"]
+    assert look(model=seven_b, engine="plain")["training"] == plain["training"]
 
 
 def test_local_weights_are_surveyed(tiny_model):
