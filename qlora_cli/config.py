@@ -186,7 +186,9 @@ class StepSettings:
     """What one optimizer step costs: shared by training and by the memory prediction."""
 
     batch_size: int = setting(1, "Rows (packs with --packing) in a micro-batch on one device.", panel=OPTIMISATION)
-    gradient_accumulation_steps: int = setting(16, "Micro-batches in an optimizer step.", panel=OPTIMISATION)
+    gradient_accumulation_steps: int = setting(
+        16, "Micro-batches in an optimizer step, on all cards together.", panel=OPTIMISATION
+    )
     packing: bool = setting(
         False,
         "Fill each row up to --max-length with several examples that never see one another.",

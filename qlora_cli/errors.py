@@ -10,6 +10,7 @@ class QloraError(Exception):
     """
 
     exit_code = 1
+    told = False  # by another of several ranks: one voice tells it
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -45,6 +46,10 @@ class CheckpointError(QloraError):
 
 class TrainingError(QloraError):
     """Training cannot go on: non-finite numbers, no memory left to give."""
+
+
+class RankLost(QloraError):
+    """One of the processes that share a run has ended; the others end too."""
 
 
 class MergeError(QloraError):

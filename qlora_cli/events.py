@@ -67,7 +67,8 @@ class StepLogged(Event):
     tokens: int
     step_seconds: float
     tokens_per_second: float
-    vram: Vram | None  # None on CPU
+    vram: Vram | None  # of the main rank's card; None on CPU
+    cards: tuple[Vram, ...] = ()  # of every card, by rank
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def test_every_other_line_works_as_written(tmp_path_factory):
         [sys.executable, "-c", RUN_ALL],
         input=json.dumps(lines),
         cwd=directory,
-        env={**environment, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]},
+        env={**environment, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "ACCELERATE_USE_CPU": "1"},
         capture_output=True,
         text=True,
         timeout=280,

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class Call:
     config: Any
     console: "Console"
     arguments: dict[str, Any]
+    command_line: list[str]
 
 
 def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], Any]], None]:
@@ -71,7 +73,7 @@ def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], An
                     from qlora_cli.core.recipe import read_recipe
 
                     from_file = read_recipe(values["config_file"], config_type)
-                result = body(Call(config_type(**{**from_file, **given}), console, positional))
+                result = body(Call(config_type(**{**from_file, **given}), console, positional, values[CONTEXT].obj))
                 console.show_result(result)
             if result is not None and result.get("fits") is False:
                 raise typer.Exit(DoesNotFit.exit_code)
@@ -96,6 +98,10 @@ def prepare(call: Call) -> Any:
 @command(TrainConfig)
 def train(call: Call) -> Any:
     """Train an adapter on rows; --output holds what came of it."""
+    if (call.config.gpus or 1) > 1 and "RANK" not in os.environ:
+        from qlora_cli.core.launcher import launch
+
+        raise typer.Exit(launch(call.config.gpus, call.command_line))
     from qlora_cli.stages.training import train as run
 
     result = run(call.config, call.console.report)
@@ -162,13 +168,15 @@ def main(arguments: list[str] | None = None) -> int:
     failure: QloraError
     cause: BaseException
     try:
-        return app(arguments, prog_name="qlora", standalone_mode=False) or 0
+        return app(arguments, prog_name="qlora", standalone_mode=False, obj=arguments) or 0
     except QloraError as error:
         failure, cause = error, error
     except ClickException as error:  # type: ignore[misc]
         failure, cause = _usage_error(error), error
     except Exception as error:
         failure, cause = _unexpected(error), error
+    if failure.told or (isinstance(failure, UsageError) and os.environ.get("RANK", "0") != "0"):
+        return failure.exit_code  # the main rank tells it
     if "--debug" in arguments:
         traceback.print_exception(cause)
     from qlora_cli.cli.console import show_error

@@ -13,7 +13,7 @@ from rich.text import Text
 from qlora_cli.cli.console_lines import LineView
 from qlora_cli.cli.console_live import LiveView
 from qlora_cli.cli.console_results import draw_result, draw_row
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Event, RowShown, TextGenerated
 
 
@@ -113,7 +113,8 @@ def _finite(value: Any) -> Any:
 def show_error(error: QloraError, *, as_json: bool) -> None:
     """One sentence on stderr and what to type next; with --json also one object on stdout."""
     rank = os.environ.get("RANK", "0")
-    message = error.message if rank == "0" else f"rank {rank}: {error.message}"
+    named = rank == "0" or isinstance(error, RankLost)
+    message = error.message if named else f"rank {rank}: {error.message}"
     if has_live_view():
         console = RichConsole(stderr=True, highlight=False)
         console.print(Text("error: ", "bold red") + Text(message))

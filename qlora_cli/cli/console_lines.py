@@ -114,7 +114,9 @@ class LineView:
             f"learning rate {event.learning_rate:.2e}",
             f"gradient norm {event.grad_norm:.3g}",
         ]
-        if event.vram is not None:
+        if len(event.cards) > 1:
+            parts += [f"VRAM {rank}: {describe_vram(card)}" for rank, card in enumerate(event.cards)]
+        elif event.vram is not None:
             parts.append(f"VRAM {describe_vram(event.vram)}")
         left_seconds = self._steps.left_seconds(event.total_steps)
         if left_seconds:

@@ -165,12 +165,12 @@ class LiveView:
                 ("gradient norm", f"{step.grad_norm:.3g}"),
             )
         )
-        if step.vram is not None:
+        for rank, card in enumerate(step.cards or filter(None, [step.vram])):
             lines.append(
                 _facts(
-                    ("VRAM now", format_bytes(step.vram.now_bytes)),
-                    ("peak", format_bytes(step.vram.peak_bytes)),
-                    ("total", format_bytes(step.vram.total_bytes)),
+                    (f"VRAM {rank} now" if len(step.cards) > 1 else "VRAM now", format_bytes(card.now_bytes)),
+                    ("peak", format_bytes(card.peak_bytes)),
+                    ("total", format_bytes(card.total_bytes)),
                 )
             )
         if self._evaluation is not None:

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from qlora_cli.core.engine import Engine
 from qlora_cli.core.holdout import RowSubset
+from qlora_cli.core.memory import read_vram
 from qlora_cli.core.packing import MicroBatch, collate
 from qlora_cli.core.parameters import TrainableParameters
 from qlora_cli.core.ranks import Ranks
+from qlora_cli.core.reduction import GradientReduction
 from qlora_cli.core.steps import split_to_fit
 from qlora_cli.errors import TrainingError
+from qlora_cli.events import Vram
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class StepSums:
     gradient_norm: float  # of the mean loss times the loss scale
     out_of_memory: bool  # on some rank: the other numbers then mean nothing
     stopping: bool  # a signal came to some rank
+    cards: tuple[Vram, ...]  # memory of every rank's card, by rank; () on the CPU
 
 
 class Accumulation:
@@ -43,6 +47,7 @@ class Accumulation:
         self.rows = rows
         self.parameters = parameters
         self.ranks = ranks
+        self.reduction = GradientReduction(parameters, ranks)
         self.device = parameters.device
         self.failed: MicroBatch | None = None  # did not fit this rank's memory in the last `accumulate`
 
@@ -57,7 +62,7 @@ class Accumulation:
         Nothing here waits for the device; `read_sums` does.
 
         Returns:
-            (6,) float64 on the device, for `read_sums`.
+            (6 + 3 * ranks,) float64 on the device, for `read_sums`.
         """
         self.parameters.zero_gradients()
         trained = sum(batch.trained_tokens for batch in batches)
@@ -67,15 +72,25 @@ class Accumulation:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.failed = None
         for batch in batches:
+            if batch is batches[-1]:
+                self.reduction.arm()
             if not self._forward_backward(batch, factor, loss_sum):
                 self.failed = batch
                 break
+        self.reduction.finish()
         tokens = sum(batch.tokens for batch in batches)
-        counts = torch.tensor([trained, tokens, self.failed is not None, stopping], dtype=torch.float64)
+        counts = torch.tensor([trained, tokens, self.failed is not None, stopping, *self._card()], dtype=torch.float64)
         sums = self.ranks.add_up(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))
-        for gradient in self.parameters.gradients():
-            self.ranks.add_up(gradient)
-        return torch.cat([sums, self.parameters.gradient_norm().double()[None]])
+        return torch.cat([self.parameters.gradient_norm().double()[None], sums])
+
+    def _card(self) -> list[int]:
+        """This card's memory at its rank's place, zeros at all others: added up, that of every card."""
+        numbers = [0] * (3 * self.ranks.world_size)
+        vram = read_vram(self.device)
+        if vram is not None:
+            place = 3 * self.ranks.rank
+            numbers[place : place + 3] = vram.now_bytes, vram.peak_bytes, vram.total_bytes
+        return numbers
 
     def _forward_backward(self, batch: MicroBatch, factor: Tensor | float, loss_sum: Tensor) -> bool:
         """Adds one micro-batch's gradients and loss. False when memory ran out: the step has to be repeated."""
@@ -138,8 +153,9 @@ class Accumulation:
 
 def read_sums(sums: Tensor) -> StepSums:
     """Brings `accumulate`'s result to the host: waits for the device."""
-    loss_sum, trained, tokens, failures, stops, norm = sums.tolist()
-    return StepSums(loss_sum, int(trained), int(tokens), norm, failures > 0, stops > 0)
+    norm, loss_sum, trained, tokens, failures, stops, *memory = sums.tolist()
+    cards = tuple(Vram(*map(int, memory[i : i + 3])) for i in range(0, len(memory), 3) if memory[i + 2])
+    return StepSums(loss_sum, int(trained), int(tokens), norm, failures > 0, stops > 0, cards)
 
 
 def read_batch(rows: RowSubset, indices: list[int], device: torch.device) -> MicroBatch:

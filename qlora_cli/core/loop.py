@@ -20,7 +20,6 @@ from qlora_cli.core.engine import Engine
 from qlora_cli.core.evaluation import measure_loss
 from qlora_cli.core.holdout import RowSubset
 from qlora_cli.core.interruption import StopRequest, stopping_on_signals
-from qlora_cli.core.memory import read_vram
 from qlora_cli.core.optimizer import set_learning_rate, step_optimizer
 from qlora_cli.core.packing import MicroBatch
 from qlora_cli.core.parameters import TrainableParameters
@@ -232,7 +231,8 @@ class Loop:
                 tokens=sums.tokens,
                 step_seconds=seconds,
                 tokens_per_second=sums.tokens / seconds,
-                vram=read_vram(self.device),
+                vram=sums.cards[self.ranks.rank] if sums.cards else None,
+                cards=sums.cards,
             )
         )
 

@@ -58,6 +58,7 @@ def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
             "tokens_per_second": event.tokens_per_second,
             "peak_vram_bytes": event.vram.peak_bytes if event.vram else None,
         }
+        values |= {f"peak_vram_bytes_{rank}": card.peak_bytes for rank, card in enumerate(event.cards) if rank}
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }

@@ -172,36 +172,33 @@ def plan_epoch(
     seed: int,
     epoch: int,
     world_size: int = 1,
-    rank: int = 0,
     token_budget: int | None = None,
-) -> list[list[list[int]]]:
-    """What one rank computes in one epoch, the same for the same (seed, epoch) on every machine.
+) -> list[list[list[list[int]]]]:
+    """What each rank computes in one epoch, the same for the same (seed, epoch) on every machine.
 
-    A step takes batch_size * accumulation * world_size rows (packs, with packing) of similar length. As the loss is
-    a mean over the step's trained tokens, how its rows are laid into micro-batches does not change the mathematics:
-    they are laid into as few of at most `token_budget` tokens as possible. All ranks get equally many micro-batches
-    in a step and, within the spread that whole rows allow, equally many tokens.
-
-    Every row comes up once, but for one case: with several ranks, fewer than world_size rows stay out of this epoch
-    (others in the next) where the last step's rows cannot be dealt out evenly within the budget.
+    A step takes batch_size * accumulation rows (packs, with packing) of similar length, however many ranks share it: a
+    run goes through the same steps on any number of cards. As the loss is a mean over the step's trained tokens, how
+    its rows are laid into micro-batches does not change the mathematics: they are laid into as few of at most
+    `token_budget` tokens as possible. All ranks get equally many micro-batches in a full step and, within the spread
+    that whole rows allow, equally many tokens. Of the unfull last step, which may hold fewer rows than there are ranks,
+    a rank may get nothing.
 
     Args:
         lengths: Tokens of each row.
         batch_size: Rows (packs) of a micro-batch on one rank.
-        accumulation: Micro-batches of a step on one rank, before they are laid together.
+        accumulation: Micro-batches of a step on all ranks, before they are laid together.
         packing: Whether to fill packs of `max_length` tokens.
         max_length: Tokens in the longest row, and in a pack.
         seed: Seed of the order.
         epoch: Number of the pass, from 0.
-        world_size: Number of ranks.
-        rank: Which of them.
+        world_size: Number of ranks; batch_size * accumulation is a multiple of it.
         token_budget: Most tokens in a micro-batch; by default batch_size * max_length.
 
     Returns:
-        Steps, each a list of micro-batches, each a list of row indices.
+        Steps, each a list of ranks, each a list of micro-batches, each a list of row indices.
 
     Raises:
-        DataError: A row is longer than `max_length`, or there are fewer rows than ranks.
+        DataError: A row is longer than `max_length`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     budget = max(token_budget or batch_size * max_length, int(lengths.max(initial=1)))
@@ -212,29 +209,17 @@ def plan_epoch(
         items = [order[packs[i]] for i in random.permutation(len(packs))]
     else:
         items = list(order[:, None])
-    if lengths.size < world_size:
-        raise DataError(
-            f"{lengths.size} rows cannot be spread over {world_size} processes.", "Use more rows or fewer cards."
-        )
     tokens = np.array([lengths[item].sum() for item in items], dtype=np.int64)
     planned = []
-    for step in _group_by_length(tokens, batch_size * accumulation * world_size, world_size, random):
+    for step in _group_by_length(tokens, batch_size * accumulation, random):
         parts = [items[i] for i in step]
-        bins = _lay_out(parts, lengths, budget, world_size)
-        if bins is None:  # the unfull last step: deal out single rows, as many as the ranks can share
-            rows = np.concatenate(parts)
-            bins = _lay_out(list(rows[:, None]), lengths, budget, world_size)
-            if bins is None:
-                rows = rows[: rows.size // world_size * world_size]
-                bins = _lay_out(list(rows[:, None]), lengths, budget, world_size)
-        if bins:
-            planned.append(_deal_out(bins, world_size)[rank])
+        if len(parts) % world_size:  # the unfull last step: single rows are dealt out more evenly
+            parts = list(np.concatenate(parts)[:, None])
+        planned.append(_deal_out(_lay_out(parts, lengths, budget, world_size), world_size))
     return planned
 
 
-def _group_by_length(
-    tokens: np.ndarray, step_items: int, world_size: int, random: np.random.Generator
-) -> list[np.ndarray]:
+def _group_by_length(tokens: np.ndarray, step_items: int, random: np.random.Generator) -> list[np.ndarray]:
     """Items (already in random order) to steps of similar length, in random order, the unfull one last."""
     steps: list[np.ndarray] = []
     for start in range(0, tokens.size, WINDOW_STEPS * step_items):
@@ -244,26 +229,22 @@ def _group_by_length(
         window = window[np.argsort(tokens[window], kind="stable")]
         groups = window.reshape(-1, step_items)
         steps += [groups[i] for i in random.permutation(len(groups))]
-        if steps and 0 < last.size < world_size:
-            steps[-1] = np.concatenate([steps[-1], last])
-        elif last.size:
+        if last.size:
             steps.append(last)
     return steps
 
 
-def _lay_out(
-    parts: list[np.ndarray], lengths: np.ndarray, budget: int, world_size: int
-) -> list[tuple[int, list[int]]] | None:
-    """Packs (or single rows) in the fewest bins within budget, a multiple of world_size; None if there is no way.
+def _lay_out(parts: list[np.ndarray], lengths: np.ndarray, budget: int, world_size: int) -> list[tuple[int, list[int]]]:
+    """Packs (or single rows) in the fewest bins within budget, a multiple of world_size.
 
-    Longest first into the emptiest bin (LPT), which keeps the bins even and none empty.
+    Longest first into the emptiest bin (LPT), which keeps the bins even and, where there are enough parts, none empty.
 
     Returns:
         (tokens, row indices) of each bin.
     """
     sized = sorted(((int(lengths[part].sum()), part.tolist()) for part in parts), key=lambda item: -item[0])
     count = world_size * max(1, -(-sum(tokens for tokens, _ in sized) // (world_size * budget)))
-    while count <= len(sized):
+    while True:  # ends where every part has a bin of its own, if not before
         bins: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(count)]  # a heap
         for tokens, rows in sized:
             load, number, members = bins[0]
@@ -271,18 +252,17 @@ def _lay_out(
         if max(bins)[0] <= budget:
             return [(load, members) for load, _, members in bins]
         count += world_size
-    return None
 
 
 def _deal_out(bins: list[tuple[int, list[int]]], world_size: int) -> list[list[list[int]]]:
-    """Equally many bins to each rank, fullest first to the rank that has least."""
+    """Equally many bins to each rank, fullest first to the rank that has least; then empty ones are left out."""
     dealt: list[list[list[int]]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for load, rows in sorted(bins, key=lambda item: -item[0]):
         rank = min((r for r in range(world_size) if len(dealt[r]) < len(bins) // world_size), key=loads.__getitem__)
         dealt[rank].append(rows)
         loads[rank] += load
-    return dealt
+    return [[rows for rows in share if rows] for share in dealt]
 
 
 def split_micro_batch(row_indices: Sequence[int], lengths: Sequence[int] | np.ndarray) -> tuple[list[int], list[int]]:

@@ -1,6 +1,7 @@
 """The processes of a run: which one this is, and the few exchanges between them. One process exchanges nothing."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,10 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def start_adding_up(self, tensor: Tensor) -> Any:
+        """Begins to replace `tensor` by its sum over all ranks; its `wait()` makes the device wait, on the CPU this thread."""
+        return dist.all_reduce(tensor, async_op=True)
 
     def highest(self, value: int, device: torch.device) -> int:
         """The highest of the ranks' values. Waits for the device."""

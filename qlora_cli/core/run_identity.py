@@ -37,7 +37,6 @@ def run_identity(
     optimizer: str,
     total_steps: int,
     warmup_steps: int,
-    world_size: int,
 ) -> dict[str, Any]:
     """The identity kept in every checkpoint.
 
@@ -48,10 +47,9 @@ def run_identity(
         optimizer: Its name, resolved.
         total_steps: Of the whole run.
         warmup_steps: Of the schedule.
-        world_size: Ranks that share a step.
     """
     settings = {name: value for name, value in asdict(config).items() if name in SETTINGS}
-    settings["batches_per_step"] = config.gradient_accumulation_steps * world_size
+    settings["batches_per_step"] = config.gradient_accumulation_steps
     settings |= {"optimizer": optimizer, "total_steps": total_steps, "warmup_steps": warmup_steps}
     located = {"model", "revision"}
     return {

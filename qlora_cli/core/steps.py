@@ -26,7 +26,7 @@ class StepPlan:
     Args:
         lengths: (rows,) tokens of each row.
         batch_size: Rows (packs) of a micro-batch.
-        accumulation: Micro-batches of a step.
+        accumulation: Micro-batches of a step, on all ranks together.
         packing: Whether rows are packed to `max_length`.
         max_length: Tokens in a pack, and in the longest row.
         seed: Of the order.
@@ -35,7 +35,7 @@ class StepPlan:
         ranks: This process among those that share each step.
 
     Raises:
-        UsageError: The run would have no step.
+        UsageError: The run would have no step, or its steps cannot be shared evenly.
     """
 
     def __init__(
@@ -60,7 +60,14 @@ class StepPlan:
             raise UsageError(f"--max-steps is {max_steps}.", "Use 1 or more, or leave it out and use --epochs.")
         if max_steps is None and not epochs > 0:
             raise UsageError(f"--epochs is {epochs}.", "Use a number above 0, or --max-steps.")
+        if batch_size * accumulation % ranks.world_size:
+            raise UsageError(
+                f"A step of {batch_size * accumulation} rows (--batch-size {batch_size} times "
+                f"--gradient-accumulation-steps {accumulation}) cannot be dealt out evenly to {ranks.world_size} cards.",
+                f"Use --gradient-accumulation-steps {_evenly_shared(batch_size, accumulation, ranks.world_size)}.",
+            )
         self.lengths = lengths
+        self.rank = ranks.rank
         self._arguments: dict[str, Any] = {
             "batch_size": batch_size,
             "accumulation": accumulation,
@@ -68,10 +75,9 @@ class StepPlan:
             "max_length": max_length,
             "seed": seed,
             "world_size": ranks.world_size,
-            "rank": ranks.rank,
         }
         self._ends: list[int] = []  # steps taken when each epoch ends
-        self._planned: tuple[int, list[list[list[int]]]] = (-1, [])
+        self._planned: tuple[int, list[list[list[list[int]]]]] = (-1, [])
         if max_steps is not None:
             self.total_steps = max_steps
         else:
@@ -85,7 +91,7 @@ class StepPlan:
         epoch = self._epoch_of(number)
         plan = self._plan(epoch)
         index = number - 1 - (self.epoch_end(epoch - 1) if epoch else 0)
-        return Step(number, epoch + (index + 1) / len(plan), plan[index])
+        return Step(number, epoch + (index + 1) / len(plan), plan[index][self.rank])
 
     def ends_epoch(self, number: int) -> bool:
         """Whether step `number` is the last of its epoch."""
@@ -99,8 +105,8 @@ class StepPlan:
         return self._ends[epoch]
 
     def longest_micro_batches(self) -> list[list[int]]:
-        """Of the first epoch: the micro-batch with most tokens, and the one with most once padded."""
-        batches = [batch for step in self._plan(0)[: self.total_steps] for batch in step]
+        """Of the first epoch and all ranks: the micro-batch with most tokens, and the one with most once padded."""
+        batches = [batch for step in self._plan(0)[: self.total_steps] for share in step for batch in share]
         most = max(batches, key=lambda batch: int(self.lengths[batch].sum()))
         widest = max(batches, key=lambda batch: len(batch) * int(self.lengths[batch].max()))
         return [most] if most == widest else [most, widest]
@@ -111,10 +117,17 @@ class StepPlan:
             epoch += 1
         return epoch
 
-    def _plan(self, epoch: int) -> list[list[list[int]]]:
+    def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
         if self._planned[0] != epoch:
             self._planned = (epoch, plan_epoch(self.lengths, epoch=epoch, **self._arguments))
         return self._planned[1]
+
+
+def _evenly_shared(batch_size: int, accumulation: int, world_size: int) -> int:
+    """The next higher number of micro-batches whose rows can be dealt out evenly."""
+    while batch_size * accumulation % world_size:
+        accumulation += 1
+    return accumulation
 
 
 def split_to_fit(micro_batches: list[list[int]], lengths: np.ndarray, limit_tokens: int | None) -> list[list[int]]:

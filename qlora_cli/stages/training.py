@@ -1,14 +1,17 @@
 """A base model and rows in, a run directory out: adapter, tokenizer, settings, metrics, loss curve, model card."""
 
 import importlib.util
+import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, TRACKER_LOGS
@@ -31,6 +34,7 @@ from qlora_cli.core.engine_memory import limit_memory
 from qlora_cli.core.examples import prepare_rows
 from qlora_cli.core.finished_run import write_run
 from qlora_cli.core.holdout import RowSubset, hold_out
+from qlora_cli.core.liveness import watching
 from qlora_cli.core.loop import Cadence, Loop, Saving
 from qlora_cli.core.memory import parse_memory, read_vram
 from qlora_cli.core.metrics import MetricsFile, as_metrics
@@ -54,11 +58,13 @@ from qlora_cli.core.run_memory import (
 from qlora_cli.core.schedule import count_warmup_steps, learning_rate_schedule
 from qlora_cli.core.steps import StepPlan, split_to_fit
 from qlora_cli.core.training_state import Progress, read_progress
-from qlora_cli.errors import DataError, UsageError
+from qlora_cli.errors import DataError, Interrupted, UsageError
 from qlora_cli.events import EvaluationLogged, Event, Report, RunStarted, StepLogged
 
 SAVES_A_RUN = 10  # by default
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+# The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `watching`.
+EXCHANGE_TIMEOUT = timedelta(hours=24)
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
 
 
@@ -78,12 +84,14 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         mixed_precision="no",  # the engine keeps the dtypes
         log_with=config.report_to,
         project_dir=str(output / TRACKER_LOGS),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=EXCHANGE_TIMEOUT)],
     )
     ranks = Ranks(accelerator.process_index, accelerator.num_processes)
     if not ranks.is_main:
         report = _tell_nobody
     with ExitStack() as stack:
-        stack.callback(accelerator.end_training)
+        stack.enter_context(watching(ranks, choose_device()))
+        stack.enter_context(tracking(accelerator))
         check_ranks(config, ranks)
         if ranks.is_main:
             stack.enter_context(claimed(output, resume=config.resume, overwrite=config.overwrite))
@@ -132,7 +140,6 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
                 optimizer=optimizer_name,
                 total_steps=plan.total_steps,
                 warmup_steps=warmup_steps,
-                world_size=ranks.world_size,
             )
             if config.resume:
                 checkpoint = find_checkpoint(
@@ -218,7 +225,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         if ranks.is_main:
             write_recipe(config, output / RUN_YAML)
         log = open_logs(config, accelerator, output, progress.step, stack) if ranks.is_main else _tell_nobody
-        report(RunStarted(progress.step + 1, plan.total_steps, trainable, total, str(device), engine.describe()))
+        place = str(device) if ranks.world_size == 1 else f"{ranks.world_size} × {device.type}"
+        report(RunStarted(progress.step + 1, plan.total_steps, trainable, total, place, engine.describe()))
         loop = Loop(
             model=model,
             engine=engine,
@@ -265,7 +273,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             stopped_early=loop.progress.stopped_early,
             trainable_parameters=trainable,
             total_parameters=total,
-            peak_vram_bytes=vram.peak_bytes if vram else None,
+            peak_vram_bytes=ranks.highest(vram.peak_bytes, device) if vram else None,
         )
         if ranks.is_main:
             with telling_disk_full(output, checkpoint_bytes):
@@ -330,10 +338,11 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
     Raises:
         UsageError: They are not.
     """
-    if config.gpus is not None and config.gpus != ranks.world_size:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    if config.gpus is not None and config.gpus != here:
         raise UsageError(
-            f"--gpus {config.gpus} was asked for, {ranks.world_size} process runs.",
-            f"Start it with: torchrun --nproc-per-node {config.gpus} -m qlora_cli train ...",
+            f"--gpus {config.gpus} was asked for, and {here} process{'es run' if here > 1 else ' runs'} on this machine.",
+            "Leave --gpus out where torchrun or accelerate starts the processes.",
         )
 
 
@@ -380,8 +389,23 @@ def plan_evaluation(config: TrainConfig, rows: RowSubset, ranks: Ranks, max_leng
     """One pass over the held-out rows, if there are any."""
     if not len(rows):
         return None
-    once = replace(config, gradient_accumulation_steps=1, epochs=1.0, max_steps=None)
+    once = replace(config, gradient_accumulation_steps=ranks.world_size, epochs=1.0, max_steps=None)
     return plan_steps(once, rows, ranks, max_length)
+
+
+@contextmanager
+def tracking(accelerator: Accelerator) -> Iterator[None]:
+    """Closes the tracker at the end, and the process group unless others may be waiting in it."""
+    try:
+        yield
+    except Interrupted:
+        accelerator.end_training()
+        raise
+    except BaseException:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
+    accelerator.end_training()
 
 
 def open_logs(

@@ -61,7 +61,7 @@ def test_gsm8k_fills_at_least_98_percent_of_2048():
     steps = plan_epoch(
         lengths, batch_size=2, accumulation=2, packing=True, max_length=2048, seed=0, epoch=0, token_budget=4096
     )
-    filled = [lengths[micro].sum() for step in steps[:-1] for micro in step]
+    filled = [lengths[micro].sum() for (step,) in steps[:-1] for micro in step]
     assert np.mean(filled) / 4096 > 0.98
 
 
@@ -80,7 +80,7 @@ def test_an_epoch_is_complete_fair_and_within_budget(
 ):
     arguments = {
         "batch_size": batch_size,
-        "accumulation": accumulation,
+        "accumulation": accumulation * world_size,
         "packing": packing,
         "max_length": 64,
         "seed": 7,
@@ -88,24 +88,32 @@ def test_an_epoch_is_complete_fair_and_within_budget(
         "world_size": world_size,
         "token_budget": budget,
     }
-    if len(lengths) < world_size:
-        with pytest.raises(DataError, match="cannot be spread"):
-            plan_epoch(lengths, rank=0, **arguments)
-        return
-    ranks = [plan_epoch(lengths, rank=rank, **arguments) for rank in range(world_size)]
-    assert ranks[0] == plan_epoch(lengths, rank=0, **arguments)
-    rows = [row for plan in ranks for step in plan for micro in step for row in micro]
-    assert len(rows) == len(set(rows))
-    assert len(lengths) - len(rows) < world_size
+    steps = plan_epoch(lengths, **arguments)
+    assert steps == plan_epoch(lengths, **arguments)
+    rows = [row for step in steps for share in step for micro in share for row in micro]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert all(len(step) == world_size for step in steps)
+    assert all(len({len(share) for share in step}) == 1 for step in steps[:-1])
     allowed = budget or batch_size * 64
-    for steps in zip(*ranks, strict=True):
-        assert len({len(step) for step in steps}) == 1
-        for step in steps:
-            assert all(micro and sum(lengths[row] for row in micro) <= allowed for micro in step)
+    for micro in (micro for step in steps for share in step for micro in share):
+        assert micro and sum(lengths[row] for row in micro) <= allowed
     if not packing:
-        step_rows = batch_size * accumulation * world_size
-        sizes = [sum(len(micro) for step in steps for micro in step) for steps in zip(*ranks, strict=True)]
-        assert all(size == step_rows for size in sizes[:-2])
+        sizes = [sum(len(micro) for share in step for micro in share) for step in steps]
+        assert all(size == batch_size * accumulation * world_size for size in sizes[:-1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=LENGTHS, packing=st.booleans(), batch_size=st.integers(1, 4), epoch=st.integers(0, 3))
+def test_a_step_holds_the_same_rows_however_many_ranks_share_it(lengths, packing, batch_size, epoch):
+    arguments = {"batch_size": batch_size, "accumulation": 4, "packing": packing, "max_length": 64, "seed": 7}
+    plans = [
+        [
+            sorted(row for share in step for micro in share for row in micro)
+            for step in plan_epoch(lengths, world_size=world_size, epoch=epoch, **arguments)
+        ]
+        for world_size in (1, 2, 4)
+    ]
+    assert plans[0] == plans[1] == plans[2]
 
 
 def test_epochs_and_seeds_differ_in_their_order():
@@ -123,9 +131,9 @@ def test_epochs_and_seeds_differ_in_their_order():
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_ranks_get_the_same_tokens_within_two_percent(world_size, packing):
     lengths = np.random.default_rng(1).lognormal(5, 0.4, 6000).astype(int).clip(8, 1024)
-    arguments = {"batch_size": 2, "accumulation": 4, "packing": packing, "max_length": 1024, "seed": 0, "epoch": 0}
-    ranks = [plan_epoch(lengths, world_size=world_size, rank=rank, **arguments) for rank in range(world_size)]
-    tokens = np.array([[lengths[np.concatenate(step)].sum() for step in plan] for plan in ranks])
+    arguments = {"batch_size": 2, "packing": packing, "max_length": 1024, "seed": 0, "epoch": 0}
+    steps = plan_epoch(lengths, world_size=world_size, accumulation=4 * world_size, **arguments)
+    tokens = np.array([[lengths[np.concatenate(share)].sum() for share in step] for step in steps]).T  # (ranks, steps)
     totals = tokens.sum(axis=1)
     assert totals.max() / totals.min() < 1.02
     spread = tokens.max(axis=0) / tokens.mean(axis=0)  # a step waits for its slowest rank
@@ -136,12 +144,12 @@ def test_ranks_get_the_same_tokens_within_two_percent(world_size, packing):
 def test_rows_of_a_step_are_of_similar_length_and_laid_together():
     lengths = np.random.default_rng(2).integers(8, 512, 4096)
     steps = plan_epoch(lengths, batch_size=4, accumulation=4, packing=False, max_length=512, seed=0, epoch=0)
-    padded = sum(len(micro) * lengths[micro].max() for step in steps for micro in step)
+    padded = sum(len(micro) * lengths[micro].max() for (step,) in steps for micro in step)
     at_random = np.random.default_rng(0).permutation(lengths).reshape(-1, 4)
     assert padded / lengths.sum() < 1.1
     assert at_random.max(axis=1).sum() * 4 / lengths.sum() > 1.5  # what grouping saves
     short = plan_epoch(np.full(64, 100), batch_size=4, accumulation=4, packing=False, max_length=512, seed=0, epoch=0)
-    assert [len(step) for step in short] == [1] * 4  # 1,600 tokens in one launch instead of four
+    assert [len(step) for (step,) in short] == [1] * 4  # 1,600 tokens in one launch instead of four
 
 
 @settings(max_examples=40, deadline=None)
@@ -204,7 +212,7 @@ def test_the_loss_is_the_same_however_a_step_is_split(tiny_model):
     rows = random_rows(lengths)
     results = []
     for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
-        (step,) = plan_epoch(
+        ((step,),) = plan_epoch(
             lengths,
             batch_size=batch_size,
             accumulation=accumulation,

@@ -67,3 +67,13 @@ def test_splitting_keeps_every_row_and_the_limit(limit, rows):
     split = split_to_fit([list(range(rows))], LENGTHS, limit)
     assert sorted(row for batch in split for row in batch) == list(range(rows))
     assert all(len(batch) == 1 or LENGTHS[batch].sum() <= limit for batch in split)
+
+
+def test_a_step_that_cannot_be_shared_evenly_is_refused_with_the_setting_that_can():
+    with pytest.raises(UsageError) as refused:
+        make(ranks=Ranks(0, 3))
+    assert refused.value.hint == "Use --gradient-accumulation-steps 3."
+
+
+def test_all_ranks_try_the_same_longest_micro_batches():
+    assert make(ranks=Ranks(0, 2)).longest_micro_batches() == make(ranks=Ranks(1, 2)).longest_micro_batches()

@@ -9,8 +9,7 @@ ALONE = {"dropout": 0.0, "optimizer": "adamw"}  # where dropout falls depends on
 
 def train_as_two(zygote: Zygote, run: Run, **fault) -> Outcome:
     function = "tests.faults.victims:train_as_ranks"
-    shared = {**run.options, "gradient_accumulation_steps": run.options["gradient_accumulation_steps"] // 2}
-    return zygote.run(function, options=shared, world_size=2, **fault)
+    return zygote.run(function, options=run.options, world_size=2, **fault)
 
 
 def same_numbers(left: Run, right: Run) -> bool:
