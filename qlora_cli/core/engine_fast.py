@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
 from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket
 from qlora_cli.core.engine_layers import LayerPlan, capture_calls, find_layers, skip_unused_outputs, swap_layers
-from qlora_cli.core.engine_linear import AdapterValues, StepState, linear_candidates, swap_linears
+from qlora_cli.core.engine_linear import (
+    AdapterValues,
+    StepState,
+    fast_linear_of,
+    linear_candidates,
+    share_projections,
+    swap_linears,
+)
 from qlora_cli.core.engine_loss import find_decoder, find_head, trained_positions
 from qlora_cli.core.engine_memory import SLICE_BYTES, LayerSeconds, MemoryPlan, StepNeeds, free_bytes, plan_memory
 from qlora_cli.core.engine_offload import ActivationOffload, link_bytes_per_second
@@ -120,6 +127,7 @@ class FastEngine:
             seconds = total_steps * 6 * elements * max_tokens / ASSUMED_FLOPS_PER_SECOND
             compile = seconds > COMPILE_PAYS_SECONDS
         self.compiled = compile and on_cuda and self.packed
+        self._share_projections()
 
         wish = recomputed(len(layers))
         sent = len(layers) if offload_activations and wish == 0 else 0
@@ -142,7 +150,13 @@ class FastEngine:
         frozen_head = self.head is not None and self.head.frozen
         if on_cuda and self.packed and layers and frozen_head and not drops and total_steps >= GRAPHS_PAY_STEPS:
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.graphs = StepGraphs(self._packed_loss, trained, self._join, self.report)
+            self.graphs = StepGraphs(
+                self._packed_loss,
+                trained,
+                self._join,
+                lambda: not (self.plan.recomputed or self.plan.sent),
+                self.report,
+            )
             self.undo.append(self.graphs.clear)
 
     def _swap_linears(self, resident: bool, workspace_bytes: int | None) -> None:
@@ -166,6 +180,7 @@ class FastEngine:
         on_cuda = self.device.type == "cuda"
         if plan.resident_weights != self.resident:
             self._swap_linears(plan.resident_weights, plan.workspace_bytes)
+            self._share_projections()
         self._set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings and not self.host_embedding and self._movable_embedding_bytes():
             self.host_embedding = True
@@ -181,6 +196,15 @@ class FastEngine:
         self._lay_out(plan)
         if on_cuda:
             torch.cuda.empty_cache()
+
+    def _share_projections(self) -> None:
+        """In compiled layers, linears with the same input have one projection; not in layers that are recomputed,
+        whose repetition is traced as a function without side effects."""
+        if self.compiled and self.layers:
+            share_projections((m for layer in self.layers for m in layer.modules()), self.trials.run)
+        for layer_plan, layer in zip(self.layer_plans, self.layers, strict=True):
+            shared = (fast.shared for m in layer.modules() if (fast := fast_linear_of(m)) and fast.shared)
+            layer_plan.shared = tuple({id(s): s for s in shared}.values())
 
     def _set_workspace(self, bytes_: int | None) -> None:
         for linear in self.fast_linears:
@@ -260,6 +284,8 @@ class FastEngine:
         recomputed, sent = plan.numbers(len(self.layer_plans))
         for layer in self.layer_plans:
             layer.recompute = layer.number in recomputed
+            for shared in layer.shared:
+                shared.enabled = not layer.recompute
             away = layer.number in sent or (layer.recompute and plan.offload_activations)
             layer.offload = self.offload if away else None
 

@@ -91,13 +91,19 @@ class StepGraphs:
         run: Loss of a micro-batch; capturable, differentiable.
         parameters: Which receive gradients, in place: a parameter's `grad` has to stand.
         join: Makes the current stream wait for whatever other streams `run` and its backward pass use.
+        gather: Whether there is memory for all new gradients at once, which are then added in a few launches.
         report: Receives a notice when graphs are given up.
     """
 
     def __init__(
-        self, run: Callable[[StepInputs], Tensor], parameters: list[Tensor], join: Callable[[], None], report: Report
+        self,
+        run: Callable[[StepInputs], Tensor],
+        parameters: list[Tensor],
+        join: Callable[[], None],
+        gather: Callable[[], bool],
+        report: Report,
     ) -> None:
-        self.run, self.parameters, self.join, self.report = run, parameters, join, report
+        self.run, self.parameters, self.join, self.gather, self.report = run, parameters, join, gather, report
         self.graphs: dict[tuple, _Graph] = {}
         self.warm: set[bool] = set()
         self.addresses: tuple[int, ...] = ()
@@ -154,7 +160,12 @@ class StepGraphs:
                 loss = self.run(inputs)
                 self.join()
             with torch.cuda.graph(backward, **options):
-                torch.autograd.backward(loss, slope, inputs=self.parameters)
+                if self.gather():
+                    found = torch.autograd.grad(loss, self.parameters, slope)
+                    torch._foreach_add_([p.grad for p in self.parameters], found)
+                    del found
+                else:
+                    torch.autograd.backward(loss, slope, inputs=self.parameters)
                 self.join()
             return _Graph(forward, backward, inputs, loss.detach(), slope)
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from qlora_cli.core.engine_linear import StepState, fast_linear_of
+from qlora_cli.core.engine_linear import SharedProjection, StepState, fast_linear_of
 from qlora_cli.core.engine_memory import LayerSeconds
 from qlora_cli.core.engine_offload import ActivationOffload
 
@@ -31,6 +31,7 @@ class LayerPlan:
         compiled: Whether it runs compiled.
         preserve_random_state: Whether a repetition must draw the same random numbers again.
         step: The engine's shared state.
+        shared: What linears of the layer have in common while they are compiled.
     """
 
     number: int
@@ -39,6 +40,7 @@ class LayerPlan:
     compiled: bool
     preserve_random_state: bool
     step: StepState
+    shared: tuple[SharedProjection, ...] = ()
 
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.kernels.linear import Dropout, LinearOptions, qlora_linear
+from qlora_cli.kernels.linear import Dropout, LinearOptions, project_shared, qlora_linear
 from qlora_cli.kernels.weights import FrozenWeight
 
 _ATTRIBUTE = "_qlora_fast_linear"
@@ -88,6 +88,33 @@ class AdapterValues:
                 torch._foreach_copy_(self.copies, self.sources)
 
 
+class SharedProjection:
+    """Adapted layers that read the same tensor, whose first products are one while a layer is being compiled.
+
+    Between the first and the last of them it holds what the others will ask for; an eager step does without, where
+    the state would only be in the way.
+
+    Args:
+        members: In the order of their calls, of one scaling, without dropout.
+    """
+
+    def __init__(self, members: list["FastLinear"]) -> None:
+        self.members = members
+        self.enabled = True
+        self.x: Tensor | None = None
+        self.parts: tuple[Tensor, ...] = ()
+
+    def part(self, x: Tensor, place: int) -> Tensor:
+        """(tokens, rank) of the member in that place."""
+        if self.x is not x:
+            self.x = x
+            self.parts = project_shared(x, [member.a for member in self.members], self.members[0].options.scaling)
+        part = self.parts[place]
+        if place + 1 == len(self.members):
+            self.x, self.parts = None, ()
+        return part
+
+
 @dataclass
 class FastLinear:
     """Everything one layer's forward needs.
@@ -105,6 +132,9 @@ class FastLinear:
         lora_a: `a` in the compute dtype.
         lora_b: `b` in the compute dtype.
         rate: Dropout on the adapter's input.
+        output_unused_in_recompute: Whether a repetition of the forward pass can do without its output.
+        shared: What it has in common with layers that read the same tensor; None for nothing.
+        place: Its place among these.
     """
 
     weight: FrozenWeight
@@ -120,8 +150,15 @@ class FastLinear:
     lora_b: Tensor | None = None
     rate: float = 0.0
     output_unused_in_recompute: bool = False
+    shared: SharedProjection | None = None
+    place: int = 0
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
+        if self.shared is not None and self.shared.enabled and x.dtype == self.dtype and torch.compiler.is_compiling():
+            projected = self.shared.part(x, self.place)
+            return qlora_linear(
+                x, self.weight, self.bias, None, self.b, None, self.lora_b, None, self.options, projected
+            )
         dropout = Dropout(self.rate, self.seed) if training and self.rate > 0 else None
         options = self.options
         if self.output_unused_in_recompute and self.step.recomputing:
@@ -273,6 +310,33 @@ def swap_linears(
             del module.forward
 
     return fast_layers, kept, put_back
+
+
+def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[SharedProjection]:
+    """Finds swapped layers that get the same tensor while `run` runs, and lets them share one projection."""
+    readers: dict[int, list[FastLinear]] = {}
+    inputs: list[Tensor] = []  # kept, so that no other tensor gets their identity
+
+    def note(module: nn.Module, args: tuple) -> None:
+        fast = fast_linear_of(module)
+        if fast is not None and fast.adapter is not None and fast.rate == 0 and args:
+            inputs.append(args[0])
+            readers.setdefault(id(args[0]), []).append(fast)
+
+    hooks = [module.register_forward_pre_hook(note) for module in modules if fast_linear_of(module)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for members in readers.values():
+        distinct = len({id(member) for member in members}) == len(members)
+        if len(members) > 1 and distinct and len({member.options.scaling for member in members}) == 1:
+            found.append(SharedProjection(members))
+            for place, member in enumerate(members):
+                member.shared, member.place = found[-1], place
+    return found
 
 
 def fast_linear_of(module: nn.Module) -> FastLinear | None:

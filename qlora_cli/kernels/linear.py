@@ -113,14 +113,14 @@ def backward(
     needs_x: bool,
     adapter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `forward` after `project` with respect to x, A and B.
+    """Gradients of `forward` after `project` with respect to x, A and B, or x, `projected` and B.
 
     Args:
         grad: (..., out), the gradient of the output.
-        x: Their input; None for a layer without an adapter.
+        x: Their input; None for a layer without an adapter, or with one whose projection is an input of its own.
         projected: From `project`.
         weight: As in `forward`.
-        lora_a: As in `project`.
+        lora_a: As in `project`; None where x is.
         lora_b: As in `forward`.
         dropout: As in `project`, with the same seed.
         options: Scaling and workspace.
@@ -128,10 +128,13 @@ def backward(
         adapter_dtype: Dtype of the gradients of A and B.
 
     Returns:
-        (..., in) or None; (rank, in) or None; (out, rank) or None.
+        (..., in) or None; (rank, in), or (tokens, rank) where the projection is an input, or None; (out, rank) or None.
     """
     flat_grad = grad.reshape(-1, weight.rows)
     grad_x = grad_a = grad_b = grad_projected = None
+    if lora_a is None and lora_b is not None and projected is not None:
+        grad_a = flat_grad @ lora_b
+        grad_b = _wide_product(flat_grad.t(), projected, adapter_dtype)
     if lora_a is not None and lora_b is not None and x is not None and projected is not None:
         grad_projected = _scaled_product(flat_grad, lora_b, options.scaling)  # (tokens, rank)
         flat = x.reshape(-1, weight.columns)
@@ -292,20 +295,19 @@ def _linear_backward_op(
 def _(grad: Tensor, x: _Tensor, projected: _Tensor, lora_a: _Tensor, lora_b: _Tensor, *rest: Any) -> tuple:
     columns, needs_x, adapter_dtype = rest[9], rest[-2], rest[-1]
     grad_x = grad.new_empty(*grad.shape[:-1], columns) if needs_x else grad.new_empty(0)
-    if lora_a is None or lora_b is None:
+    if lora_b is None or projected is None:
         return grad_x, grad.new_empty(0), grad.new_empty(0)
-    return (
-        grad_x,
-        lora_a.new_empty(lora_a.shape, dtype=adapter_dtype),
-        lora_b.new_empty(lora_b.shape, dtype=adapter_dtype),
-    )
+    grad_b = lora_b.new_empty(lora_b.shape, dtype=adapter_dtype)
+    if lora_a is None:
+        return grad_x, projected.new_empty(projected.shape), grad_b
+    return grad_x, lora_a.new_empty(lora_a.shape, dtype=adapter_dtype), grad_b
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, a, _, projected, lora_a, lora_b, _, seed, *weight = inputs
+    x, a, b, projected, lora_a, lora_b, _, seed, *weight = inputs
     ctx.save_for_backward(x if a is not None else None, projected, lora_a, lora_b, seed, *weight[:7])
     ctx.constants = weight[7:]
-    ctx.adapter_dtype = x.dtype if a is None else a.dtype
+    ctx.adapter_dtype = x.dtype if b is None else b.dtype
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple:
@@ -313,11 +315,69 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple:
     x_, a_, b_ = torch.ops.qlora.linear_backward(
         grad.contiguous(), *ctx.saved_tensors, *ctx.constants, needs_x, ctx.adapter_dtype
     )
-    adapted = ctx.saved_tensors[2] is not None
-    return (x_ if needs_x else None, *((a_, b_) if adapted else (None, None)), *(None,) * 19)
+    _, projected, lora_a, lora_b, *_ = ctx.saved_tensors
+    if lora_b is None:
+        a_ = b_ = None
+    shared = lora_a is None and projected is not None
+    return (x_ if needs_x else None, None if shared else a_, b_, a_ if shared else None, *(None,) * 18)
 
 
 _linear_op.register_autograd(_differentiate, setup_context=_save)
+
+
+# One projection for several adapted layers with the same input: the input is read once forward, once backward.
+@torch.library.custom_op("qlora::project_shared", mutates_args=())
+def _project_shared_op(x: Tensor, a: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+    return project(x, lora_a, None, scaling)
+
+
+@_project_shared_op.register_fake
+def _(x: Tensor, a: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1], lora_a.shape[0])
+
+
+@torch.library.custom_op("qlora::project_shared_backward", mutates_args=())
+def _project_shared_backward_op(
+    grad: Tensor, x: Tensor, lora_a: Tensor, adapter_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    grad_a = _wide_product(grad.t(), x.reshape(-1, x.shape[-1]), adapter_dtype)
+    return (grad @ lora_a).view(x.shape), grad_a
+
+
+@_project_shared_backward_op.register_fake
+def _(grad: Tensor, x: Tensor, lora_a: Tensor, adapter_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), lora_a.new_empty(lora_a.shape, dtype=adapter_dtype)
+
+
+def _save_shared(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, a, lora_a, ctx.scaling = inputs
+    ctx.save_for_backward(x, lora_a)
+    ctx.adapter_dtype = a.dtype
+
+
+def _differentiate_shared(ctx: Any, grad: Tensor) -> tuple:
+    scaled = (grad * ctx.scaling).contiguous()
+    x_, a_ = torch.ops.qlora.project_shared_backward(scaled, *ctx.saved_tensors, ctx.adapter_dtype)
+    return x_, a_, None, None
+
+
+_project_shared_op.register_autograd(_differentiate_shared, setup_context=_save_shared)
+
+
+def project_shared(x: Tensor, a: list[Tensor], scaling: float) -> tuple[Tensor, ...]:
+    """scaling x A^T for several A at once, differentiable in x and each A.
+
+    Args:
+        x: (..., in) in the compute dtype.
+        a: (rank, in) each: the trained parameters.
+        scaling: Of these adapters.
+
+    Returns:
+        (tokens, rank) each, in the compute dtype: views of one tensor.
+    """
+    together = torch.cat(a)
+    projected = torch.ops.qlora.project_shared(x, together, together.detach().to(x.dtype), scaling)
+    return projected.split([part.shape[0] for part in a], dim=1)
 
 
 def qlora_linear(
@@ -330,6 +390,7 @@ def qlora_linear(
     lora_b: Tensor | None,
     dropout: Dropout | None,
     options: LinearOptions,
+    projected: Tensor | None = None,
 ) -> Tensor:
     """x W^T + b + scaling (drop(x) A^T) B^T, differentiable in x, A and B.
 
@@ -343,6 +404,7 @@ def qlora_linear(
         lora_b: The value of `b`, likewise.
         dropout: On the adapter's input; None for none.
         options: See `LinearOptions`.
+        projected: (tokens, rank) from `project_shared`, in place of `a`, `lora_a` and dropout; compiled code only.
 
     Returns:
         (..., out).
@@ -350,7 +412,6 @@ def qlora_linear(
     if not torch.compiler.is_compiling():
         return _QloraLinear.apply(x, a, b, weight, bias, lora_a, lora_b, dropout, options)
     seed, rate = (None, 0.0) if dropout is None else (dropout.seed, dropout.rate)
-    projected = None
     if lora_a is not None:
         projected = torch.ops.qlora.project(x.detach(), lora_a, seed, rate, options.scaling)
     return torch.ops.qlora.linear(

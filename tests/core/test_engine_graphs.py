@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from qlora_cli.core import engine_attention, engine_layers
 from qlora_cli.core.engine_graphs import StepGraphs, bucket, bucketed
-from tests.core.test_engine import adapted, batch_of, gradients, install
+from qlora_cli.kernels import linear
+from tests.core.test_engine import adapted, batch_of, gradients, install, step
+
+project = linear.project
+
+
+def mix(query, key, value, boundaries, longest, scale, window):
+    """Stands for flash attention, which no CPU has; of its shape."""
+    return query * (key + value).mean(dim=1, keepdim=True)
 
 
 @given(st.integers(1, 10**6), st.sampled_from([8, 16, 128]))
@@ -48,10 +56,6 @@ def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture,
         graphs.append(graph)
         return eager(graph, inputs)
 
-    def mix(query, key, value, boundaries, longest, scale, window):
-        """Stands for flash attention, which no CPU has; of its shape."""
-        return query * (key + value).mean(dim=1, keepdim=True)
-
     monkeypatch.setattr(engine_layers, "_compiled", {})
     torch._dynamo.reset()
     model = adapted(load_tiny, architecture, dropout=0.1)
@@ -62,6 +66,7 @@ def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture,
         function = getattr(engine_layers, name)
         monkeypatch.setitem(engine_layers._compiled, function, torch.compile(function, backend=count))
     engine.compiled = True
+    engine._share_projections()
     for plan in engine.layer_plans:
         plan.compiled = True
     if recomputed:
@@ -74,5 +79,39 @@ def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture,
 
 def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
     parameter = torch.ones(2, requires_grad=True)
-    graphs = StepGraphs(lambda inputs: parameter.sum(), [parameter], lambda: None, lambda event: None)
+    graphs = StepGraphs(lambda inputs: parameter.sum(), [parameter], lambda: None, lambda: True, lambda event: None)
     assert graphs.loss(None) is None and not graphs.graphs
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, architecture, recomputed, monkeypatch):
+    monkeypatch.setattr(engine_layers, "_compiled", {})
+    torch._dynamo.reset()
+    monkeypatch.setattr(engine_attention, "packed_attention", mix)
+    model = adapted(load_tiny, architecture)
+    batch = batch_of((40, 7, 33))
+    expected_loss, expected, _ = step(model, batch)
+    engine = install(model, gradient_checkpointing=str(recomputed))
+    for name in ("_run", "_run_recomputed"):
+        function = getattr(engine_layers, name)
+        backend = "aot_eager_decomp_partition"
+        monkeypatch.setitem(engine_layers._compiled, function, torch.compile(function, backend=backend))
+    engine.compiled = True
+    engine._share_projections()
+    groups = [len(shared.members) for shared in engine.layer_plans[-1].shared]
+    assert groups == ([] if architecture == "gpt_neox" else [3, 2])
+    for plan in engine.layer_plans:
+        plan.compiled = True
+    calls = []
+    monkeypatch.setattr(linear, "project", lambda *a: calls.append(a[1].shape[0]) or project(*a))
+    model.zero_grad(set_to_none=True)
+    loss = engine.loss(batch)
+    loss.backward()
+    assert torch.allclose(loss, expected_loss, rtol=1e-5)
+    found = gradients(model)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    if groups:
+        assert {12, 8} <= set(calls), "three and two projections of rank 4 in one"
+    assert all(shared.x is None for plan in engine.layer_plans for shared in plan.shared)
+    engine.close()

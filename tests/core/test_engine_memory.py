@@ -1,6 +1,7 @@
 """Memory measures are taken in order of what they cost, only as far as needed, and never against what was asked for."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -109,7 +110,7 @@ def test_sent_layers_lie_evenly_among_the_recomputed_ones_below_the_kept(recompu
     assert (len(first), len(others)) == (recomputed, sent) and not first & others
     assert first | others == frozenset(range(recomputed + sent))
     places = sorted(others)
-    gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(places)}
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
