@@ -148,6 +148,22 @@ def read_run_record(directory: Path) -> dict[str, Any]:
     return record
 
 
+def run_of(adapter: Path) -> Path:
+    """The run directory of an adapter: its own, or for one in a checkpoint the one above."""
+    place = adapter.absolute().parent
+    return place.parent if place.name == CHECKPOINTS else adapter
+
+
+def find_run_record(adapter: Path) -> dict[str, Any]:
+    """The record beside an adapter, or for a checkpoint without one that of its run; empty where there is none.
+
+    Raises:
+        RunError: As `read_run_record`.
+    """
+    places = [place for place in (adapter, run_of(adapter)) if (place / RUN_RECORD).is_file()]
+    return read_run_record(places[0]) if places else {}
+
+
 def is_adapter(directory: Path) -> bool:
     """Whether the directory holds a PEFT adapter."""
     return (directory / ADAPTER_CONFIG).is_file()

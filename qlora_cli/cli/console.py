@@ -13,6 +13,7 @@ from rich.text import Text
 from qlora_cli.cli.console_lines import LineView
 from qlora_cli.cli.console_live import LiveView
 from qlora_cli.cli.console_results import draw_result, draw_row
+from qlora_cli.cli.console_units import say_bytes
 from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Event, RowShown, TextGenerated
 
@@ -72,7 +73,8 @@ class Console:
             print(to_json(result), file=self._stdout, flush=True)
         elif result is not None:
             draw_result(RichConsole(file=self._stdout, highlight=False), result)
-        for command in self._next:
+        told = () if self.as_json or not isinstance(result, dict) else result.get("next", ())
+        for command in (*told, *self._next):
             print(f"→ {command}", file=sys.stderr)
 
     def read_line(self, prompt: str) -> str:
@@ -114,13 +116,13 @@ def show_error(error: QloraError, *, as_json: bool) -> None:
     """One sentence on stderr and what to type next; with --json also one object on stdout."""
     rank = os.environ.get("RANK", "0")
     named = rank == "0" or isinstance(error, RankLost)
-    message = error.message if named else f"rank {rank}: {error.message}"
+    message = say_bytes(error.message if named else f"rank {rank}: {error.message}")
     if has_live_view():
         console = RichConsole(stderr=True, highlight=False)
         console.print(Text("error: ", "bold red") + Text(message))
         if error.hint:
-            console.print(Text("→ ", "cyan") + Text(error.hint))
+            console.print(Text("→ ", "cyan") + Text(error.hint), soft_wrap=True)  # a command is copied in one piece
     else:
         print(f"error: {message}", *([f"→ {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
     if as_json and rank == "0":
-        print(to_json({"error": message, "hint": error.hint, "exit_code": error.exit_code}))
+        print(to_json({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))

@@ -20,11 +20,11 @@ def draw_result(console: Console, result: dict[str, Any]) -> None:
     Args:
         console: Where to.
         result: Facts by name, nested ones too; `kind` is the heading, `tables` a list of
-            `{"title", "columns", "rows"}`.
+            `{"title", "columns", "rows"}`; `next`, commands to type, are the caller's to show.
     """
     if result.get("kind"):
         console.print(Text(str(result["kind"]).replace("_", " "), "bold"))
-    facts = {key: value for key, value in result.items() if key not in ("kind", "facts", "tables")}
+    facts = {key: value for key, value in result.items() if key not in ("kind", "facts", "tables", "next")}
     with console.capture() as captured:  # so that the blanks that fill a column or follow a table can go
         _draw(console, {**result.get("facts", {}), **facts}, result.get("tables", ()))
     text = "\n".join(line.rstrip() for line in captured.get().splitlines())

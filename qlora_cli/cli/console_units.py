@@ -16,6 +16,11 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def say_bytes(sentence: str) -> str:
+    """A sentence with its long counts of bytes drawn as `format_bytes` does: 12,884,901,888 bytes becomes 12.0 GiB."""
+    return re.sub(r"\b(\d{1,3}(?:,\d{3}){2,}) bytes\b", lambda m: format_bytes(int(m[1].replace(",", ""))), sentence)
+
+
 def three_digits(number: float) -> str:
     """4.57, 33.0, 140, 12,345: three digits where that is enough."""
     decimals = max(0, 2 - int(math.log10(abs(number)))) if abs(number) >= 1 else 2
@@ -86,7 +91,7 @@ def format_value(key: str, value: Any) -> str:
         return ", ".join(f"{split_unit(str(k))[0]} {format_value(str(k), v)}" for k, v in value.items()) or "none"
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(format_value(key, item) for item in value) or "none"
-    return str(value)
+    return say_bytes(str(value))
 
 
 class Pace:

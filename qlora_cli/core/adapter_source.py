@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_cli.artifacts import MERGE_RECORD, RUN_RECORD, read_json, read_run_record
+from qlora_cli.artifacts import MERGE_RECORD, find_run_record, read_json
 from qlora_cli.core.adapter import read_adapter
 from qlora_cli.core.base_model import BaseIdentity
 from qlora_cli.core.templates import Formatting
@@ -58,7 +58,7 @@ def read_source(directory: Path) -> AdapterSource:
         RunError: Its run record cannot be read.
     """
     facts = read_adapter(directory)
-    record = read_run_record(directory) if (directory / RUN_RECORD).is_file() else {}
+    record = find_run_record(directory)
     base, formatting = record.get("base"), record.get("formatting")
     return AdapterSource(
         directory,

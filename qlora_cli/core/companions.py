@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from qlora_cli.artifacts import FORMAT, MERGE_RECORD, RUN_RECORD, read_run_record, write_json
+from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_json
 from qlora_cli.core.base_model import TOKENIZER_FILES, dtype_name
 from qlora_cli.core.shards import INDEX_FILE, TensorFile
 from qlora_cli.errors import ModelError
@@ -90,7 +90,7 @@ def copy_companions(base: Path, adapter: Path, directory: Path) -> bool:
     for path in [base / GENERATION_CONFIG, *base.glob("*.py")]:  # *.py: of a model that comes with its code
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
-    formatting = read_run_record(adapter).get("formatting") if (adapter / RUN_RECORD).is_file() else None
+    formatting = find_run_record(adapter).get("formatting")
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": formatting})
     return trained
 

@@ -63,16 +63,7 @@ def write_run(
         tokenizer.save_pretrained(directory)
         if best_step is None or not _copy_best(output, best_step, directory, report):
             save_adapter(directory)
-        record = {
-            "format": FORMAT,
-            "qlora_version": __version__,
-            "base": base.to_dict(),
-            "data": {**data, "prepared": str(rows.directory.absolute()), "rows_sha256": rows.manifest["rows_sha256"]},
-            "formatting": rows.manifest["formatting"],
-            "training": training,
-            "versions": list_versions(),
-        }
-        write_json(directory / RUN_RECORD, record)
+        write_record(directory, base, rows, training=training)
         card = write_card(
             base=base.model if base.revision else None,  # a directory has no revision, and its path stays private
             dataset=data["source"].partition(":")[0] if "revision" in data else None,
@@ -80,6 +71,22 @@ def write_run(
             results=training,
         )
         (directory / MODEL_CARD).write_text(card, encoding="utf-8")
+
+
+def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more: Any) -> None:
+    """Writes what has to be known to use an adapter beside it: its base, how that was held, how prompts were formatted."""
+    manifest = rows.manifest
+    origin = {"prepared": str(rows.directory.absolute()), "rows_sha256": manifest["rows_sha256"]}
+    record = {
+        "format": FORMAT,
+        "qlora_version": __version__,
+        "base": base.to_dict(),
+        "data": {**manifest["data"], **origin},
+        "formatting": manifest["formatting"],
+        **more,
+        "versions": list_versions(),
+    }
+    write_json(directory / RUN_RECORD, record)
 
 
 def _copy_best(output: Path, step: int, directory: Path, report: Report) -> bool:

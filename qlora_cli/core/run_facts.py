@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     Raises:
         RunError, AdapterError: There is neither a run nor an adapter, or it cannot be read.
     """
-    recorded = (directory / artifacts.RUN_RECORD).is_file()
-    record = artifacts.read_run_record(directory) if recorded else {}
-    facts: dict[str, Any] = {"kind": "run" if recorded else "adapter", "directory": str(directory)}
+    record = artifacts.find_run_record(directory)
+    in_checkpoint = artifacts.run_of(directory) != directory
+    kind = "checkpoint" if in_checkpoint else "run" if record else "adapter"
+    facts: dict[str, Any] = {"kind": kind, "directory": str(directory)}
     tables: list[dict[str, Any]] = []
     if not artifacts.is_adapter(directory) and holds_run(directory):
         facts |= {"kind": "run", "adapter": "none yet: training has not ended"}
@@ -52,7 +54,7 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     facts |= {
         name: record[name] for name in ("base", "data", "training", "versions", "qlora_version") if name in record
     }
-    settings = directory / artifacts.RUN_YAML
+    settings = artifacts.run_of(directory) / artifacts.RUN_YAML
     if settings.is_file():
         facts["settings"] = yaml.safe_load(settings.read_text(encoding="utf-8"))
     metrics = directory / artifacts.METRICS
@@ -61,7 +63,16 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     checkpoints = directory / artifacts.CHECKPOINTS
     if checkpoints.is_dir():
         facts["checkpoints"] = sorted(path.name for path in checkpoints.iterdir() if path.name[0] != ".")
-    return {**facts, "tables": tables}
+    return {**facts, "next": _commands(directory, facts), "tables": tables}
+
+
+def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
+    """What to type next: go on with a run that has not ended, else use its adapter."""
+    if "adapter" in facts:
+        settings = artifacts.run_of(directory) / artifacts.RUN_YAML
+        return [f"qlora train --config {shlex.quote(str(settings))} --resume"] if settings.is_file() else []
+    place = shlex.quote(str(directory))
+    return [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output merged"]
 
 
 def summarise_metrics(lines: Iterable[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.artifacts import RUN_RECORD, RUN_YAML, is_prepared, read_run_record
+from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.comparison import Row
 from qlora_cli.core.holdout import RowSubset, hold_out
@@ -47,8 +47,8 @@ def find_rows(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Iterat
     if rows is None:
         return (_whole(tokenizer(text)["input_ids"]) for text in TEXTS), "of a built-in text"
     settings: dict[str, Any] = {}
-    if (adapter / RUN_YAML).is_file():
-        settings = read_recipe(adapter / RUN_YAML, TrainConfig)
+    if (run_of(adapter) / RUN_YAML).is_file():
+        settings = read_recipe(run_of(adapter) / RUN_YAML, TrainConfig)
     run = TrainConfig(**settings)
     trained, held = hold_out(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
     if held.lengths.sum() >= LEAST_TOKENS:
@@ -64,9 +64,7 @@ def _each(rows: RowSubset) -> Iterator[Row]:
 
 def _rows_of_run(adapter: Path) -> PreparedRows | None:
     """The rows a run recorded, where they lie unchanged."""
-    if not (adapter / RUN_RECORD).is_file():
-        return None
-    data = read_run_record(adapter).get("data") or {}
+    data = find_run_record(adapter).get("data") or {}
     directory = Path(data.get("prepared") or "")
     if not data.get("prepared") or not is_prepared(directory):
         return None

@@ -6,6 +6,7 @@ list of commands to type. A name's ending says the unit, for facts and columns a
 Where memory was predicted against a limit, `fits` says whether it is enough.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_cli.config import InspectConfig, TrainConfig, default_of
+from qlora_cli.core.base_cache import cache_root, cache_size_bytes
 from qlora_cli.core.base_model import build_empty, choose_device, load_config, resolve_compute_dtype, resolve_model
 from qlora_cli.core.environment import (
     check_environment,
@@ -29,6 +31,7 @@ from qlora_cli.core.planner import Wishes, plan_training, read_limit_bytes
 from qlora_cli.core.prediction import predict_disk, predict_generation, predict_merging
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.run_facts import describe_run, holds_run
+from qlora_cli.core.speed import bound_speed
 from qlora_cli.core.suggestion import suggest_fit, write_train_command
 from qlora_cli.core.weight_survey import (
     group_tensors,
@@ -129,9 +132,10 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     if model.trace is None:
         facts["memory"] = f"cannot be predicted: {model.untraced}"
     else:
-        predicted, ways = _predict(config, model, gather, choose_max_length(config.max_length, model_config, report))
+        max_length = choose_max_length(config.max_length, model_config, report)
+        predicted, predicted_tables = _predict(config, model, gather, max_length)
         facts |= predicted
-        tables.append(ways)
+        tables += predicted_tables
     directory = Path(config.model).expanduser()
     if config.quantization_error:
         directory = resolve_model(config.model, config.model_revision, weights=True, report=report)
@@ -153,15 +157,15 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
 
 def _predict(
     config: InspectConfig, model: ModelFacts, gather: Callable[[int], ModelFacts], max_length: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Facts on training, generation and merging; and a table of ways to train."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Facts on training, generation and merging; and tables of ways to train and of speed."""
     device = choose_device()
     known = config.vram is not None or device.type == "cuda"
     vram_bytes = read_limit_bytes(config.vram, device) if known else None
     names = [part.name for part in fields(Wishes) if part.name != "max_length"]
     wishes = Wishes(max_length=max_length, **{name: getattr(config, name) for name in names})
     plan = plan_training(model, wishes, vram_bytes=vram_bytes)
-    assert plan.memory is not None
+    assert plan.memory is not None and plan.flops_per_token is not None
     ways = []
     for name, open_choices in WAYS.items():
         memory = plan_training(model, replace(wishes, **open_choices), vram_bytes=None).memory
@@ -183,17 +187,19 @@ def _predict(
         "generation": predict_generation(model, rows=1, row_tokens=max_length).to_dict(),
         "merging": predict_merging(model),
         "disk": predict_disk(model, optimizer=plan.optimizer, kept_checkpoints=default_of(TrainConfig, "keep")),
+        "next": [write_train_command(config, {})],
     }
     if plan.fits is False:
         assert vram_bytes is not None
         nearest = suggest_fit(model, wishes, vram_bytes=vram_bytes, rank=config.rank, regather=gather)
         if nearest is None:
             facts["nearest"] = "nothing fits: take a smaller model or a larger card"
+            del facts["next"]
         else:
             assert nearest.plan.memory is not None
             facts["nearest"] = {**nearest.changes, "device_bytes": nearest.plan.memory.device_bytes}
             facts["next"] = [write_train_command(config, nearest.changes)]
-    return facts, _table("Ways to train", ways)
+    return facts, [_table("Ways to train", ways), bound_speed(plan.flops_per_token)]
 
 
 # ---------------------------------------------------------------- this machine
@@ -204,13 +210,13 @@ def inspect_machine(config: InspectConfig) -> dict[str, Any]:
     device = choose_device()
     compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
     checks = check_environment(device, compute_dtype, Path.cwd())
-    caches, devices = cache_directory().parent, list_devices()
+    prepared, devices = cache_directory(), list_devices()
     return {
         "kind": "machine",
         "works": all(check.works for check in checks if check.name != "cuda"),
         **describe_machine(),
-        "cache": str(caches),
-        "caches": {f"{path.name}_bytes": measure_directory(path) for path in sorted(caches.glob("*")) if path.is_dir()},
+        "cache": str(cache_root()),
+        "caches": {"bases_bytes": cache_size_bytes(), "prepared_rows_bytes": measure_directory(prepared)},
         "versions": list_versions(),
         "tables": [
             *([_table("Devices", devices)] if devices else []),
@@ -226,7 +232,9 @@ def inspect_prepared(directory: Path) -> dict[str, Any]:
     """What `prepare` printed, from the manifest."""
     rows = PreparedRows(directory)
     facts = {name: value for name, value in rows.manifest.items() if name not in ("kind", "tables")}
-    return {"kind": "prepared rows", "directory": str(directory), **facts, "tables": []}
+    model = (facts.get("tokenizer") or {}).get("name") or "MODEL"
+    train = f"qlora train --model {shlex.quote(model)} --prepared {shlex.quote(str(directory))}"
+    return {"kind": "prepared rows", "directory": str(directory), **facts, "next": [train], "tables": []}
 
 
 def _table(title: str, entries: list[dict[str, Any]]) -> dict[str, Any]:

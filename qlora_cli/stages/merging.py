@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qlora_cli import __version__
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, RUN_RECORD, read_run_record, sha256_of
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, sha256_of
 from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapter import read_adapter
 from qlora_cli.core.adapter_source import read_source
@@ -140,7 +140,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
 
 def dataset_of(adapter: Path) -> str | None:
     """Hub id of the data a run trained on; None where it is local or unknown."""
-    data = (read_run_record(adapter).get("data") or {}) if (adapter / RUN_RECORD).is_file() else {}
+    data = find_run_record(adapter).get("data") or {}
     return data["source"].partition(":")[0] if "revision" in data else None
 
 

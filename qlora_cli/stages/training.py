@@ -32,7 +32,7 @@ from qlora_cli.core.encoding import encoder_of
 from qlora_cli.core.engine import install_engine
 from qlora_cli.core.engine_memory import limit_memory
 from qlora_cli.core.examples import prepare_rows
-from qlora_cli.core.finished_run import write_run
+from qlora_cli.core.finished_run import write_record, write_run
 from qlora_cli.core.holdout import RowSubset, hold_out
 from qlora_cli.core.liveness import watching
 from qlora_cli.core.loop import Cadence, Loop, Saving
@@ -221,6 +221,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         # From here on the directory is a run.
         def save(directory: Path) -> None:
             save_adapter(model, directory, base_name=base_identity.model)
+            write_record(directory, base_identity, rows)  # a checkpoint can be used like a run, also once it is moved
 
         if ranks.is_main:
             write_recipe(config, output / RUN_YAML)

@@ -10,11 +10,11 @@ import pexpect
 import pytest
 from rich.console import Console as RichConsole
 
-from qlora_cli.cli.console import to_json
+from qlora_cli.cli.console import Console, to_json
 from qlora_cli.cli.console_lines import LineView
 from qlora_cli.cli.console_live import LiveView, sparkline
 from qlora_cli.cli.console_results import draw_result, draw_row
-from qlora_cli.cli.console_units import Pace, format_bytes, format_duration, format_value
+from qlora_cli.cli.console_units import Pace, format_bytes, format_duration, format_value, say_bytes
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -283,3 +283,21 @@ def test_a_terminal_gets_the_live_view_unless_no_color_is_set(no_color, marks):
     child.sendline("helo\x1b[Dl")  # the left arrow moves the cursor: lines are edited
     child.expect("got 'hello'")
     child.close()
+
+
+def test_long_counts_of_bytes_in_sentences_are_drawn_as_gib():
+    assert say_bytes("Training needs 5,368,709,120 bytes at the least.") == "Training needs 5.00 GiB at the least."
+    assert say_bytes("12,000 bytes, 5 bytes and 1,234,567 rows") == "12,000 bytes, 5 bytes and 1,234,567 rows"
+
+
+def test_commands_to_type_are_told_in_one_piece_beside_the_result(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    command = "qlora train --model org/model --data DATA --gradient-checkpointing on --max-length 512"
+    with Console(as_json=False) as console:
+        console.show_result({"kind": "model", "fits": False, "next": [command]})
+    told = capsys.readouterr()
+    assert f"→ {command}\n" in told.err and "qlora" not in told.out
+    with Console(as_json=True) as console:
+        console.show_result({"kind": "model", "next": [command]})
+    told = capsys.readouterr()
+    assert json.loads(told.out)["next"] == [command] and not told.err

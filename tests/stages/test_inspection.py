@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,17 @@ def test_what_fits_is_said_with_the_settings_that_make_it_fit(seven_b):
     assert facts["fits"] is True
     assert facts["training"]["device_bytes"] <= parse_memory("8GiB")
     assert int(facts["settings"]["gradient_checkpointing"]) > 0
-    assert "next" not in facts
+    assert facts["next"] == [f"qlora train --model {seven_b} --data DATA --vram 8GiB"]
+
+
+def test_speed_is_bounded_by_arithmetic(seven_b):
+    facts = look(model=seven_b, vram="80GiB")
+    bounds = {row["card"]: row["tokens_per_second"] for row in table_of(facts, "Speed at most")}
+    # Four operations a weight, a little for attention and adapters: 18,000 tokens a second were measured on an H200.
+    assert 989e12 / (4.6 * 6.7e9) < bounds["H100, H200"] < 989e12 / (4 * 6.7e9)
+    recomputed = look(model=seven_b, gradient_checkpointing="on")
+    slower = {row["card"]: row["tokens_per_second"] for row in table_of(recomputed, "Speed at most")}
+    assert all(slower[card] < 0.8 * bounds[card] for card in bounds)
 
 
 def test_what_does_not_fit_gets_a_command_that_does(seven_b):
@@ -241,6 +252,19 @@ def test_the_command_repeats_what_was_given_and_no_more():
 # ---------------------------------------------------------------- runs and adapters
 
 
+def test_a_checkpoint_says_what_its_run_recorded(run, tmp_path):
+    checkpoint = max((run / artifacts.CHECKPOINTS).iterdir())
+    facts = look(adapter=str(checkpoint))
+    whole = look(adapter=str(run))
+    assert (facts["kind"], whole["kind"]) == ("checkpoint", "run")
+    assert facts["base"] == whole["base"] and facts["settings"] == whole["settings"]
+    assert facts["total_parameters"] == whole["total_parameters"]
+    assert facts["next"][0] == f'qlora generate --adapter {checkpoint} "Your question"'
+    assert whole["next"][1] == f"qlora merge --adapter {run} --output merged"
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")  # it holds its own record
+    assert look(adapter=str(moved))["base"] == whole["base"]
+
+
 def test_a_run_says_what_it_is_and_what_produced_it(run, tiny_model):
     facts = look(adapter=str(run))
     base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
@@ -356,12 +380,14 @@ def test_a_prepared_set_repeats_what_prepare_said(run):
 def test_with_nothing_to_read_the_machine_is_looked_at(tmp_path, monkeypatch):
     (tmp_path / "cache" / "prepared").mkdir(parents=True)
     (tmp_path / "cache" / "prepared" / "rows").write_bytes(b"x" * 1234)
+    (tmp_path / "cache" / "base" / "digest").mkdir(parents=True)
+    (tmp_path / "cache" / "base" / "digest" / "weights").write_bytes(b"x" * 99)
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     facts = look()
     assert facts["kind"] == "machine"
     assert facts["works"] is True
-    assert facts["caches"] == {"prepared_bytes": 1234}
+    assert facts["caches"] == {"bases_bytes": 99, "prepared_rows_bytes": 1234}
     assert facts["versions"]["peft"]
     checks = {row["name"]: row for row in table_of(facts, "Checks")}
     assert checks["4-bit step"]["works"] is True

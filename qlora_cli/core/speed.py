@@ -1,0 +1,28 @@
+"""The arithmetic of a token in; how many tokens a second cards could train on at most, out."""
+
+from typing import Any
+
+# Dense 16-bit tensor-core arithmetic with sums in float32, in floating-point operations a second, from NVIDIA's data
+# sheets (where those count sparsity, half of it).
+CARDS = {
+    "T4": 65e12,
+    "RTX 3090": 71e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "H100, H200": 989e12,
+}
+# Measured on an H200 through the fast engine with micro-batches of 2,048 tokens and more (benchmarks/step.md).
+REACHED = "an H200 reaches a third to a half of it, with short micro-batches less"
+
+
+def bound_speed(flops_per_token: float) -> dict[str, Any]:
+    """A table of the bound for some cards; memory, launches and the host only make it less.
+
+    Args:
+        flops_per_token: Of training, recomputation included (`prediction.count_flops`).
+    """
+    rows = [[card, int(flops / flops_per_token)] for card, flops in CARDS.items()]
+    return {"title": f"Speed at most: {REACHED}", "columns": ["card", "tokens_per_second"], "rows": rows}
