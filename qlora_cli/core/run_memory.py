@@ -123,7 +123,7 @@ def plan_run_memory(
     )
     padded = config.engine == "plain"
     sizes = [len(rows) * lengths[rows].max() if padded else lengths[rows].sum() for rows in map(list, longest)]
-    largest_tokens = int(max(sizes))
+    largest_tokens = ranks.highest(int(max(sizes)), device)  # the same decision everywhere
     data = {"longest_row_tokens": int(lengths.max()), "largest_batch_tokens": largest_tokens}
     plan = plan_training(facts, wishes, vram_bytes=vram_bytes, on_cuda=for_card, **data)
     refused = certainly_too_large(plan) and not config.dry_run
