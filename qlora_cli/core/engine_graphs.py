@@ -146,6 +146,12 @@ class StepGraphs:
                 getattr(graph.inputs, name).copy_(getattr(inputs, name))
         return _Replay.apply(self.parameters[0], graph, self)
 
+    def _add_together(self, found: tuple[Tensor | None, ...]) -> None:
+        pairs = [
+            (p.grad, g) for p, g in zip(self.parameters, found, strict=True) if p.grad is not None and g is not None
+        ]
+        torch._foreach_add_([grad for grad, _ in pairs], [new for _, new in pairs])
+
     def _capture(self, inputs: StepInputs) -> _Graph | None:
         if self.pool is None:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -161,9 +167,7 @@ class StepGraphs:
                 self.join()
             with torch.cuda.graph(backward, **options):
                 if self.gather():
-                    found = torch.autograd.grad(loss, self.parameters, slope)
-                    torch._foreach_add_([p.grad for p in self.parameters], found)
-                    del found
+                    self._add_together(torch.autograd.grad(loss, self.parameters, slope, allow_unused=True))
                 else:
                     torch.autograd.backward(loss, slope, inputs=self.parameters)
                 self.join()
