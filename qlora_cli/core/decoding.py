@@ -88,7 +88,9 @@ class Decoder:
         config = self.model.config.get_text_config(decoder=True)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._mask_dtype = self.model.get_input_embeddings().weight.dtype
-        self._mask_by_place = not self.model._can_set_attn_implementation()
+        # Slopes of ALiBi are made from a 2-D mask; everyone else hands a finished one of 4 dimensions on.
+        alibi = config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)
+        self._mask_by_place = alibi and not self.model._can_set_attn_implementation()
         self._window: Any = getattr(config, "sliding_window", None)
         default = "sliding_attention" if self._window else "full_attention"
         self._kinds = sorted(set(getattr(config, "layer_types", None) or [default]))

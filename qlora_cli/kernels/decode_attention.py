@@ -79,8 +79,11 @@ def _attend_part(
             key = tl.where(is_new, fresh_key[None, :], key)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (GROUP_ROOM, STEP)
             if SOFTCAP:
-                half = scores / softcap  # tanh by the exponential, which every Triton has
-                scores = softcap * (1 - 2 / (tl.exp(2 * half) + 1))
+                # tanh by the exponential, which every Triton has, and by its series where that would cancel
+                ratio = scores / softcap
+                square = ratio * ratio
+                series = ratio * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+                scores = softcap * tl.where(square < 0.04, series, 1 - 2 / (tl.exp(2 * ratio) + 1))
             scores = tl.where(seen[None, :], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             safe = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: below the window

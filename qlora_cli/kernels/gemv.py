@@ -73,21 +73,21 @@ class Tiling(NamedTuple):
     Attributes:
         tiles: 16 weight rows each, of a program's unit of work; at most ROW_UNIT rows.
         warps: Of a program; they share out the columns.
-        ahead: 1 where the next weights are loaded before the present ones are multiplied.
+        resident: Programs a multiprocessor, at most; each takes one unit after another.
         registers: Most a thread may have; None for what the compiler takes.
-        resident: Programs a multiprocessor that take one unit after another; 0 for one program a unit.
+        ahead: Whether the next weights are loaded before the present ones are multiplied.
     """
 
     tiles: int
     warps: int
-    ahead: int = 0
+    resident: int
     registers: int | None = None
-    resident: int = 0
+    ahead: bool = True
 
 
 def choose_tiling(tokens: int, rows: int, columns: int) -> Tiling:
     """How to divide a product; measured by benchmarks/decode_gemv.py."""
-    return Tiling(tiles=1 if tokens <= 8 else 2, warps=8)
+    return Tiling(tiles=1, warps=8, resident=2, registers=128)
 
 
 @functools.cache
@@ -96,6 +96,12 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it, if that allows it, is running."""
+    return _multiprocessors(device) > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def takes_lanes(x: Tensor, weight: StackedWeight) -> bool:
@@ -130,6 +136,7 @@ def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
             SPAN=PROJECT_COLUMNS,
             TOKENS=1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)),
             RANKS=rows,
+            OVERLAP=_overlaps(x.device),
             num_warps=4,
         )
     return out
@@ -190,7 +197,9 @@ def _multiply_lanes(
     parts = projected.shape[0] if projected is not None else 0
     rank, ranks = (adapter.b.shape[1], adapter.a.shape[0]) if adapter is not None else (0, 0)
     units = triton.cdiv(weight.rows, 16 * tiling.tiles)
-    programs = min(units, _multiprocessors(x.device) * tiling.resident) if tiling.resident else units
+    programs = min(units, _multiprocessors(x.device) * tiling.resident)
+    row_blocks = columns // weight.blocksize
+    overlap = projected is not None and _overlaps(x.device)
     with torch.cuda.device_of(x):
         gemv_lanes.multiply_lanes[(programs,)](
             x,
@@ -207,7 +216,7 @@ def _multiply_lanes(
             y,
             tokens,
             weight.rows,
-            columns // weight.blocksize,
+            row_blocks,
             ranks,
             parts,
             units,
@@ -221,9 +230,12 @@ def _multiply_lanes(
             EIGHTS=triton.next_power_of_2(triton.cdiv(tokens, 8)),
             WARPS=tiling.warps,
             AHEAD=tiling.ahead,
+            WHOLE=row_blocks % 4 == 0 and weight.rows % (16 * tiling.tiles) == 0,
+            OVERLAP=overlap,
             KIND=KINDS[x.dtype],
             num_warps=tiling.warps,
             maxnreg=tiling.registers,
+            launch_pdl=overlap,
         )
 
 

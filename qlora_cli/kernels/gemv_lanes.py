@@ -7,15 +7,14 @@ memory to the tensor cores. What a lane holds is what `mma.m16n8k16` wants of it
 of the weights and of the activations alike, since a sum over columns may be taken in any order.
 
 Two weights are looked up at once, a byte of the packed words in a table of 256 pairs. The table stands in shared memory
-32 times, once a bank, so that no two lanes wait for each other: 1 look-up and 2 integer instructions for 2 weights.
+32 times, once a bank, so that no two lanes wait for each other: a look-up and 2 integer instructions for 2 weights.
 Scales multiply the sums of each block in float32.
 """
 # mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
-
-from qlora_cli.kernels.gemv_programs import load_scales
+from triton.language.extra.cuda import gdc_wait
 
 # ---------------------------------------------------------------- the table
 
@@ -95,32 +94,32 @@ def _expand(words, bank):
     """16 packed weights (64 bits) to 8 registers of two, in order."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 w, v, a0, a1, a2, a3;
-        mov.b64 {w, v}, $8;
-        shl.b32 a0, w, 7;
-        shr.u32 a1, w, 1;
-        shr.u32 a2, w, 9;
-        shr.u32 a3, w, 17;
-        lop3.b32 a0, a0, 0x7f80, $9, 0xea;
-        lop3.b32 a1, a1, 0x7f80, $9, 0xea;
-        lop3.b32 a2, a2, 0x7f80, $9, 0xea;
-        lop3.b32 a3, a3, 0x7f80, $9, 0xea;
-        ld.shared.b32 $0, [a0];
-        ld.shared.b32 $1, [a1];
-        ld.shared.b32 $2, [a2];
-        ld.shared.b32 $3, [a3];
-        shl.b32 a0, v, 7;
-        shr.u32 a1, v, 1;
-        shr.u32 a2, v, 9;
-        shr.u32 a3, v, 17;
-        lop3.b32 a0, a0, 0x7f80, $9, 0xea;
-        lop3.b32 a1, a1, 0x7f80, $9, 0xea;
-        lop3.b32 a2, a2, 0x7f80, $9, 0xea;
-        lop3.b32 a3, a3, 0x7f80, $9, 0xea;
-        ld.shared.b32 $4, [a0];
-        ld.shared.b32 $5, [a1];
-        ld.shared.b32 $6, [a2];
-        ld.shared.b32 $7, [a3];
+        .reg .b32 low, high, a;
+        mov.b64 {low, high}, $8;
+        prmt.b32 a, low, 0, 0x4440;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $0, [a];
+        prmt.b32 a, low, 0, 0x4441;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $1, [a];
+        prmt.b32 a, low, 0, 0x4442;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $2, [a];
+        prmt.b32 a, low, 0, 0x4443;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $3, [a];
+        prmt.b32 a, high, 0, 0x4440;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $4, [a];
+        prmt.b32 a, high, 0, 0x4441;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $5, [a];
+        prmt.b32 a, high, 0, 0x4442;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $6, [a];
+        prmt.b32 a, high, 0, 0x4443;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $7, [a];
         }""",
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,r",
         [words, bank],
@@ -190,30 +189,51 @@ def _load_chunk(
     packed,
     absmax,
     nested_absmax,
-    nested_code,
     nested_offset,
     chunk,
     first_row,
     rows,
     row_blocks,
     t,
+    live,
     NESTED_BLOCKSIZE: tl.constexpr,
     TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Of 4 blocks: a lane's words, block after block of one row after another, and the scale of block t of each row."""
+    """Of 4 blocks a row: a lane's words, row after row, and what the scale of block t is made of. Waits for nothing."""
     words = ()
     scales = ()
     for half in tl.static_range(2 * TILES):
         row = first_row + half * 8
+        start = row * row_blocks + chunk * 4
+        word = packed + (start * 4 + t)
         for block in tl.static_range(4):
-            at = chunk * 4 + block
-            used = (at < row_blocks) & (row < rows)
-            words += (tl.load(packed + (row * row_blocks + at) * 4 + t, used, 0, eviction_policy="evict_first"),)
-        at = chunk * 4 + t
-        used = (at < row_blocks) & (row < rows)
-        block = row * row_blocks + at
-        scales += (load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used, NESTED_BLOCKSIZE),)
+            used = live
+            if not WHOLE:
+                used = live & (chunk * 4 + block < row_blocks) & (row < rows)
+            words += (tl.load(word + block * 4, mask=used, other=0, eviction_policy="evict_first"),)
+        used = live
+        if not WHOLE:
+            used = live & (chunk * 4 + t < row_blocks) & (row < rows)
+        level = tl.load(absmax + (start + t), mask=used, other=0)
+        if NESTED_BLOCKSIZE:
+            outer = (start + t) // NESTED_BLOCKSIZE
+            factor = tl.load(nested_absmax + outer, mask=used, other=0.0)
+            offset = tl.load(nested_offset + outer, mask=used, other=0.0)
+            scales += ((level, factor, offset),)
+        else:
+            scales += ((level,),)
     return words, scales
+
+
+@triton.jit
+def _finish_scale(parts, nested_code, NESTED_BLOCKSIZE: tl.constexpr):
+    """fp32 scale of what `_load_chunk` loaded for one row; 0 for what is not there."""
+    if NESTED_BLOCKSIZE:
+        scale = tl.load(nested_code + parts[0].to(tl.int32)) * parts[1] + parts[2]
+    else:
+        scale = parts[0]
+    return scale
 
 
 @triton.jit
@@ -260,26 +280,51 @@ def multiply_lanes(
     EIGHTS: tl.constexpr,
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """TILES times 16 rows of weights a unit, EIGHTS times 8 tokens; the warps of a program share out the columns."""
+    """TILES times 16 rows of weights a unit, EIGHTS times 8 tokens; the warps of a program share out the columns.
+
+    AHEAD: while a chunk is multiplied the next one is under way, also across units. WHOLE: there are no rests, in rows or in
+    blocks of 4. OVERLAP: the launch before may still be running, and nothing of it is read before it has ended.
+    """
     THREADS: tl.constexpr = WARPS * 32
     EARLY: tl.constexpr = EIGHTS * PARTS * ROOM <= WARPS * 64  # at most 16 registers
+    thread = tl.arange(0, THREADS)
+    g = (thread & 31) >> 2
+    t = thread & 3
+    warp = thread >> 5
+    chunks = (row_blocks + 3) // 4
+    unit_rows: tl.constexpr = 16 * TILES
+    if AHEAD:
+        words, scales = _load_chunk(
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            warp,
+            tl.program_id(0) * unit_rows + g,
+            rows,
+            row_blocks,
+            t,
+            warp < chunks,
+            NESTED_BLOCKSIZE,
+            TILES,
+            WHOLE,
+        )
     entry = tl.arange(0, 256)
     first = tl.load(code + (entry >> 4)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
     second = tl.load(code + (entry & 15)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
     table = _make_table(tokens)
     _store_pair(table, entry, (first & 0xFFFF) | (second << 16))
     tl.debug_barrier()
-    thread = tl.arange(0, THREADS)
     bank = _own_bank(table + thread * 0)
-    g = (thread & 31) >> 2
-    t = thread & 3
-    warp = thread >> 5
-    chunks = (row_blocks + 3) // 4
+    if OVERLAP:
+        gdc_wait()
 
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
-        first_row = unit * (16 * TILES)
+        first_row = unit * unit_rows
         total = ()
         for _ in tl.static_range(TILES * EIGHTS * 4):
             total += (tl.zeros((THREADS,), tl.float32),)
@@ -289,39 +334,47 @@ def multiply_lanes(
                 smalls = ()
                 for eight in tl.static_range(EIGHTS):
                     smalls += (_load_projected(projected, place, eight, tokens, ranks, parts, RANK, ROOM, PARTS),)
-        if AHEAD:
-            words, scales = _load_chunk(
-                packed,
-                absmax,
-                nested_absmax,
-                nested_code,
-                nested_offset,
-                warp,
-                first_row + g,
-                rows,
-                row_blocks,
-                t,
-                NESTED_BLOCKSIZE,
-                TILES,
-            )
         for first_chunk in range(0, chunks, WARPS):
             chunk = first_chunk + warp
-            loaded = _load_chunk(
-                packed,
-                absmax,
-                nested_absmax,
-                nested_code,
-                nested_offset,
-                chunk + WARPS * AHEAD,
-                first_row + g,
-                rows,
-                row_blocks,
-                t,
-                NESTED_BLOCKSIZE,
-                TILES,
-            )
-            if not AHEAD:
-                words, scales = loaded
+            if AHEAD:
+                last = tl.maximum(first_chunk + WARPS - chunks + 1, 0)  # above 0 where this was the unit's last chunk
+                last = tl.minimum(last, 1)
+                next_unit = unit + last * tl.num_programs(0)
+                next_chunk = (first_chunk + WARPS) * (1 - last) + warp
+                next_words, next_scales = _load_chunk(
+                    packed,
+                    absmax,
+                    nested_absmax,
+                    nested_offset,
+                    next_chunk,
+                    next_unit * unit_rows + g,
+                    rows,
+                    row_blocks,
+                    t,
+                    (next_chunk < chunks) & (next_unit + warp * 0 < units),
+                    NESTED_BLOCKSIZE,
+                    TILES,
+                    WHOLE,
+                )
+            else:
+                words, scales = _load_chunk(
+                    packed,
+                    absmax,
+                    nested_absmax,
+                    nested_offset,
+                    chunk,
+                    first_row + g,
+                    rows,
+                    row_blocks,
+                    t,
+                    chunk < chunks,
+                    NESTED_BLOCKSIZE,
+                    TILES,
+                    WHOLE,
+                )
+            finished = ()
+            for half in tl.static_range(2 * TILES):
+                finished += (_finish_scale(scales[half], nested_code, NESTED_BLOCKSIZE),)
             for block in tl.static_range(4):
                 at = tl.minimum(chunk * 4 + block, row_blocks - 1)
                 values = ()
@@ -332,8 +385,8 @@ def multiply_lanes(
                 for tile in tl.static_range(TILES):
                     low = _expand(words[tile * 8 + block], bank)
                     high = _expand(words[tile * 8 + 4 + block], bank)
-                    low_scale = _of_quarter(scales[tile * 2], t * 0 + block)
-                    high_scale = _of_quarter(scales[tile * 2 + 1], t * 0 + block)
+                    low_scale = _of_quarter(finished[tile * 2], t * 0 + block)
+                    high_scale = _of_quarter(finished[tile * 2 + 1], t * 0 + block)
                     for eight in tl.static_range(EIGHTS):
                         d = _multiply_block(low, high, values[eight], KIND)
                         new += (
@@ -344,7 +397,7 @@ def multiply_lanes(
                         )
                 total = new
             if AHEAD:
-                words, scales = loaded
+                words, scales = next_words, next_scales
 
         for eight in tl.static_range(EIGHTS):
             token = eight * 8 + tl.arange(0, 8)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @triton.jit
@@ -29,8 +30,11 @@ def project(
     SPAN: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One span of columns of scaling A x, for RANKS rows of A."""
+    """One span of columns of scaling A x, for RANKS rows of A. OVERLAP: the next launch may get ready meanwhile."""
+    if OVERLAP:
+        gdc_launch_dependents()
     rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
     token = tl.arange(0, TOKENS)
     column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)

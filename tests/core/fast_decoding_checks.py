@@ -10,7 +10,6 @@ from qlora_cli.core.batching import answer_all
 from qlora_cli.core.decoding import underlying_model
 from qlora_cli.core.decoding_graph import FastModel, GraphDecoder
 from qlora_cli.core.sampling import Sampling
-from qlora_cli.kernels import gemv
 from tests.conftest import make_tokenizer, write_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,13 +34,7 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter runs programs one after another: a few large ones."""
-    if not ON_GPU:
-        monkeypatch.setattr(gemv, "choose_tiling", lambda tokens, rows, columns: gemv.Tiling(64, 2, 4))
-
-
+NOT_CAPTURED = ("bloom", "falcon with ALiBi")  # transformers makes their masks from numbers on the host
 SAMPLING = Sampling(repetition_penalty=1.4)  # keeps a random model from repeating itself
 
 
@@ -108,7 +101,8 @@ def test_answers_are_those_of_transformers(tmp_path, name):
             found, decoder = fast_answers(fast, questions, counts, slots)
             assert found == expected
             if ON_GPU:
-                assert decoder.obstacle is None and decoder._graphs
+                assert bool(decoder.obstacle) is (name in NOT_CAPTURED)
+                assert bool(decoder._graphs) is (name not in NOT_CAPTURED)
         assert fast.attention.usable is (name not in ("falcon", "falcon with ALiBi", "bloom"))
     finally:
         fast.close()

@@ -21,14 +21,14 @@ NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row",
 NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2}
-LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "AHEAD": 0}
+LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "WHOLE": False}
 CASES = [
-    (gemv_lanes.multiply_lanes, {**LANES, "TILES": 1, "EIGHTS": 1, "KIND": "bf16"}, 8),
-    (gemv_lanes.multiply_lanes, {**LANES, "TILES": 2, "EIGHTS": 2, "KIND": "f16"}, 8),
+    (gemv_lanes.multiply_lanes, {**LANES, "TILES": 1, "EIGHTS": 1, "AHEAD": True, "OVERLAP": True, "KIND": "bf16"}, 8),
+    (gemv_lanes.multiply_lanes, {**LANES, "TILES": 2, "EIGHTS": 2, "AHEAD": False, "OVERLAP": False, "KIND": "f16"}, 8),
     (gemv_programs.multiply_few, {**FEW, "TOKENS": 16, "ROWS": 32}, 4),
     (gemv_programs.multiply_few, {**FEW, "TOKENS": 64, "ROWS": 64}, 4),
-    (gemv_programs.project, {"SPAN": 512, "TOKENS": 1, "RANKS": 2}, 4),
-    (gemv_programs.project, {"SPAN": 512, "TOKENS": 64, "RANKS": 16}, 4),
+    (gemv_programs.project, {"SPAN": 512, "TOKENS": 1, "RANKS": 2, "OVERLAP": True}, 4),
+    (gemv_programs.project, {"SPAN": 512, "TOKENS": 64, "RANKS": 16, "OVERLAP": False}, 4),
     (
         decode_attention._attend_part,
         {"GROUP": 4, "GROUP_ROOM": 16, "SIZE": 80, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "STEP": 64}

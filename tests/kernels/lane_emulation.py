@@ -1,122 +1,183 @@
-"""What the instructions of gemv_lanes.py do, in numpy, so that Triton's interpreter can run its program on a CPU.
+"""Runs the PTX inside gemv_lanes.py in numpy, so that Triton's interpreter can run its program on a CPU.
 
-A tensor there has one element a thread. Fragments are those of the PTX ISA, section "Matrix Fragments for mma.m16n8k16".
+A tensor there has one element a thread, and so has a register here. Shared memory starts where it starts on a card,
+after a kilobyte of the system's own. Fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16".
 """
+
+import ctypes
+import re
 
 import numpy as np
 import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
 
-from qlora_cli.kernels import gemv_lanes
-
-TABLE: dict[int, int] = {}  # entry → pair
-
-
-def _wrap(data, like, dtype):
-    from triton.runtime.interpreter import TensorHandle
-
-    return tl.core.tensor(TensorHandle(data, dtype), tl.core.block_type(dtype, list(data.shape)))
+SHARED_START = 0x400
+STORAGE = {tl.int32: np.int32, tl.float32: np.float32}
 
 
-def _array(tensor):
-    return tensor.handle.data
+class Shared:
+    """The shared memory of one program after another."""
+
+    def __init__(self) -> None:
+        self.words = np.zeros(2**16 // 4, np.uint32)
+        self.end = SHARED_START
+
+    def allocate(self, size: int) -> int:
+        """A place of so many bytes; there is one in a program, and programs come one after another."""
+        self.words[:] = 0xDEADBEEF
+        self.end = SHARED_START + size
+        return SHARED_START
+
+    def index(self, places, width):
+        """Places of accesses of `width` bytes as word numbers."""
+        assert (places % width == 0).all(), "not aligned"
+        assert (places >= SHARED_START).all() and (places + width <= self.end).all(), "outside the table"
+        return places // 4
 
 
-def make_table(seed):
-    """Place 0; the table itself is `TABLE`."""
-    TABLE.clear()
-    return seed * 0
+class Machine:
+    """Registers by name, one element a thread."""
 
+    def __init__(self, threads: int, shared: Shared) -> None:
+        self.threads, self.shared = threads, shared
+        self.registers: dict[str, np.ndarray] = {}
+        self.variables: dict[str, int] = {}
 
-def store_pair(table, entry, pair):
-    """Keeps the entries."""
-    assert (_array(table) == 0).all()
-    TABLE.update(zip(_array(entry).tolist(), _array(pair).tolist(), strict=True))
-    return entry
+    def read(self, name: str) -> np.ndarray:
+        """An operand: a register, a number, the lane's number or a variable's place."""
+        if name == "%laneid":
+            return np.arange(self.threads, dtype=np.uint32) % 32
+        if re.fullmatch(r"0x[0-9a-f]+|\d+", name):
+            return np.full(self.threads, int(name, 0), np.uint32)
+        if name in self.variables:
+            return np.full(self.threads, self.variables[name], np.uint32)
+        return self.registers[name]
 
+    def group(self, text: str) -> list[np.ndarray]:
+        """Operands in braces."""
+        return [self.read(name.strip()) for name in text.strip("{} ").split(",")]
 
-def own_bank(table):
-    """No banks here."""
-    return table
+    def place(self, text: str) -> np.ndarray:
+        """An address in brackets."""
+        name, _, offset = text.strip("[] ").partition("+")
+        return self.read(name.strip()).astype(np.uint64) + np.uint64(int(offset or 0))
 
+    def run(self, text: str) -> None:
+        """Every instruction, one after another."""
+        for line in re.sub(r"[{}]\s*\n|\n\s*}$", "\n", text).split(";"):
+            words = line.strip().strip("{}").strip() if line.strip() in ("{", "}") else line.strip()
+            if words:
+                name, _, rest = words.partition(" ")
+                self.step(name, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest))
 
-def expand(words, bank):
-    """8 pairs a lane, lowest byte first."""
-    data = _array(words).astype(np.uint64)
-    look = np.vectorize(TABLE.__getitem__)
-    pairs = [look((data >> np.uint64(8 * i)) & np.uint64(255)).astype(np.int32) for i in range(8)]
-    return tuple(_wrap(pair, words, tl.int32) for pair in pairs)
+    def step(self, name: str, operands: list[str]) -> None:
+        """One instruction."""
+        values = self.registers
+        if name == ".reg":
+            return
+        if name == ".shared":
+            variable, size = re.fullmatch(r"(\w+)\[(\d+)\]", operands[-1]).groups()
+            self.variables[variable] = self.shared.allocate(int(size))
+            return
+        target, given = operands[0], operands[1:]
+        if name in ("mov.u32", "mov.b32"):
+            values[target] = self.read(given[0])
+        elif name == "mov.b64":
+            low, high = (part.strip() for part in target.strip("{}").split(","))
+            whole = self.read(given[0]).view(np.uint64)
+            values[low], values[high] = whole.astype(np.uint32), (whole >> np.uint64(32)).astype(np.uint32)
+        elif name == "shl.b32":
+            values[target] = self.read(given[0]) << self.read(given[1])
+        elif name == "and.b32":
+            values[target] = self.read(given[0]) & self.read(given[1])
+        elif name == "xor.b32":
+            values[target] = self.read(given[0]) ^ self.read(given[1])
+        elif name == "add.u32":
+            values[target] = self.read(given[0]) + self.read(given[1])
+        elif name == "mad.lo.u32":
+            values[target] = self.read(given[0]) * self.read(given[1]) + self.read(given[2])
+        elif name == "prmt.b32":
+            both = np.stack([self.read(given[0]), self.read(given[1])], 1).astype("<u4").view(np.uint8)
+            selectors = [(int(given[2], 0) >> (4 * i)) & 15 for i in range(4)]
+            assert max(selectors) < 8, "signs are not copied here"
+            values[target] = np.ascontiguousarray(both[:, selectors]).view("<u4")[:, 0]
+        elif name == "ld.shared.b32":
+            values[target] = self.shared.words[self.shared.index(self.place(given[0]), 4)]
+        elif name == "st.shared.v4.b32":
+            first = self.shared.index(self.place(target), 16)
+            for number, value in enumerate(self.group(given[0])):
+                self.shared.words[first + number] = value
+        elif name == "ld.global.nc.v4.b32":
+            places = self.place(given[0])
+            assert (places % 16 == 0).all(), "not aligned"
+            raw = np.stack([np.frombuffer(ctypes.string_at(int(at), 16), np.uint32) for at in places])
+            for number, register in enumerate(target.strip("{}").split(",")):
+                values[register.strip()] = np.ascontiguousarray(raw[:, number])
+        elif name == "shfl.sync.idx.b32":
+            assert given[2:] == ["0x1c1f", "0xffffffff"]  # among four
+            lanes = np.arange(self.threads)
+            values[target] = self.read(given[0])[(lanes & ~3) | self.read(given[1])]
+        elif name == "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32":
+            self.multiply(target, *(self.group(operand) for operand in given))
+        else:
+            raise NotImplementedError(name)
 
-
-def load_activations(pointer):
-    """16 values a lane from its address, as 8 pairs."""
-    import ctypes
-
-    addresses = _array(pointer).astype(np.int64)
-    assert (addresses % 16 == 0).all(), "loads of 16 bytes at another address"
-    raw = np.stack([np.frombuffer(ctypes.string_at(int(a), 32), dtype=np.int32) for a in addresses])
-    return tuple(_wrap(np.ascontiguousarray(raw[:, i]), pointer, tl.int32) for i in range(8))
-
-
-def _halves(registers):
-    """(threads,) pairs to (threads, 2) values of float16."""
-    return _array(registers).view(np.float16).reshape(-1, 2).astype(np.float32)
-
-
-def _mma(a, b):
-    """One m16n8k16: 4 and 2 registers of every lane of a warp to 4."""
-    left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
-    for lane in range(32):
-        group, member = divmod(lane, 4)
-        for number, registers in enumerate(a):
-            row, column = group + 8 * (number % 2), 2 * member + 8 * (number // 2)
-            left[row, column : column + 2] = registers[lane]
-        for number, registers in enumerate(b):
-            at = 2 * member + 8 * number
-            right[at : at + 2, group] = registers[lane]
-    product = left @ right
-    rows = np.arange(32) // 4
-    columns = 2 * (np.arange(32) % 4)
-    return [
-        product[rows, columns],
-        product[rows, columns + 1],
-        product[rows + 8, columns],
-        product[rows + 8, columns + 1],
-    ]
-
-
-def multiply_block(a, b, x, kind):
-    """Four m16n8k16 one after another, warp by warp."""
-    assert str(getattr(kind, "value", kind)) == "f16"
-    low, high, right = ([_halves(r) for r in registers] for registers in (a, b, x))
-    threads = low[0].shape[0]
-    total = np.zeros((4, threads), np.float32)
-    for warp in range(0, threads, 32):
-        lanes = slice(warp, warp + 32)
-        for i in range(0, 8, 2):
-            left = [low[i][lanes], high[i][lanes], low[i + 1][lanes], high[i + 1][lanes]]
-            total[:, lanes] += _mma(left, [right[i][lanes], right[i + 1][lanes]])
-    return tuple(_wrap(total[i], a[0], tl.float32) for i in range(4))
-
-
-def of_quarter(value, number):
-    """What a shuffle among four lanes gives."""
-    data, numbers = _array(value), _array(number)
-    lanes = np.arange(data.shape[0])
-    return _wrap(data[(lanes & ~3) | numbers], value, tl.float32)
+    def multiply(self, target: str, a: list, b: list, c: list) -> None:
+        """One mma of every warp."""
+        lane = np.arange(32)
+        group, member = lane // 4, lane % 4
+        result = [np.zeros(self.threads, np.float32) for _ in range(4)]
+        for warp in range(0, self.threads, 32):
+            part = slice(warp, warp + 32)
+            left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
+            for number, register in enumerate(a):
+                pair = register[part].view(np.float16).reshape(32, 2)
+                for i in range(2):
+                    left[group + 8 * (number % 2), 2 * member + 8 * (number // 2) + i] = pair[:, i]
+            for number, register in enumerate(b):
+                pair = register[part].view(np.float16).reshape(32, 2)
+                for i in range(2):
+                    right[2 * member + 8 * number + i, group] = pair[:, i]
+            product = left @ right
+            for number in range(4):
+                found = product[group + 8 * (number // 2), 2 * member + number % 2]
+                result[number][part] = found + c[number][part]
+        for register, value in zip(target.strip("{}").split(","), result, strict=True):
+            self.registers[register.strip()] = value
 
 
 def emulate(monkeypatch):
-    """Puts the functions above in the place of the instructions, and lets products on the CPU take them."""
+    """Lets products on the CPU take the lanes, and their PTX run here."""
     from qlora_cli.kernels import gemv
 
-    for name in (
-        "make_table",
-        "store_pair",
-        "own_bank",
-        "expand",
-        "load_activations",
-        "multiply_block",
-        "of_quarter",
-    ):
-        monkeypatch.setattr(gemv_lanes, f"_{name}", globals()[name])
-    monkeypatch.setattr(gemv, "_multiprocessors", lambda device: 2)
+    shared = Shared()
+
+    def run_ptx(text, constraints, given, dtype, is_pure, pack):
+        assert pack == 1
+        kinds = dtype if isinstance(dtype, tuple) else (dtype,)
+        assert constraints.count("=") == len(kinds)
+        arrays = [value.handle.data for value in given]
+        threads = max(array.size for array in arrays)
+        machine = Machine(threads, shared)
+        for number, array in enumerate(arrays, len(kinds)):
+            wide = np.ascontiguousarray(np.broadcast_to(array, (threads,)))
+            wide = wide if wide.dtype == np.float32 or wide.itemsize == 8 else wide.astype(np.int32).view(np.uint32)
+            machine.registers[f"${number}"] = wide
+        machine.run(text)
+        shape = arrays[0].shape
+        made = []
+        for number, kind in enumerate(kinds):
+            value = np.ascontiguousarray(
+                machine.registers[f"${number}"].astype(np.uint32, copy=False)
+                if kind is tl.int32
+                else machine.registers[f"${number}"]
+            )
+            data = value.view(STORAGE[kind])
+            data = data[:1] if shape == (1,) and given[0].shape == [] else data.reshape(shape)
+            type_ = tl.core.block_type(kind, list(given[0].shape)) if given[0].shape else kind
+            made.append(tl.core.tensor(TensorHandle(data, kind), type_))
+        return tuple(made) if isinstance(dtype, tuple) else made[0]
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", run_ptx)
+    monkeypatch.setattr(gemv, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(gemv, "_overlaps", lambda device: False)
