@@ -318,14 +318,28 @@ class _FourBitConfig(BitsAndBytesConfig):
         self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
 
 
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """A bool scalar that stays on the device: no synchronisation, and no memory, of which there may be little."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    lowest, highest = torch.aminmax(tensor)  # NaN wins
+    return torch.isfinite(lowest) & torch.isfinite(highest)
+
+
 class _CheckedQuantize(Bnb4bitQuantize):
     """Quantises one weight and remembers whether it was finite: quantisation hides a NaN."""
+
+    out_of_memory: torch.OutOfMemoryError | None = None  # of the load that is under way
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            self.hf_quantizer.finite[name] = torch.isfinite(tensor).all()  # stays on the device: no synchronisation
-        return super().convert(input_dict, *args, **kwargs)
+            self.hf_quantizer.finite[name] = _is_finite(tensor)
+        try:
+            return super().convert(input_dict, *args, **kwargs)
+        except torch.OutOfMemoryError as error:  # transformers goes on, and reports that something failed
+            _CheckedQuantize.out_of_memory = error.with_traceback(None)
+            raise
 
 
 class _FourBitQuantizer(Bnb4BitHfQuantizer):
@@ -469,10 +483,11 @@ def load_unquantized(
 
 
 def _load(directory: Path, model: str, **arguments: Any) -> Any:
+    _CheckedQuantize.out_of_memory = None
     try:
         return AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True, **arguments)
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or _CheckedQuantize.out_of_memory:
             raise ModelError(
                 f"{model} does not fit in the GPU's memory while it is loaded.", f"See: qlora inspect --model {model}"
             ) from error
@@ -534,7 +549,7 @@ def _check_finite(base: Any, model: str, quantised: dict[str, torch.Tensor]) -> 
     finite = dict(quantised)
     for name, parameter in base.named_parameters():
         if parameter.is_floating_point():
-            finite[name] = torch.isfinite(parameter).all()
+            finite[name] = _is_finite(parameter)
     good = torch.stack([flag.to("cpu") for flag in finite.values()])
     if not bool(good.all()):
         bad = [name for name, flag in zip(finite, good.tolist(), strict=True) if not flag]

@@ -66,6 +66,15 @@ def test_parameters_are_counted_true_not_packed(load_tiny, tiny_model):
     assert count_parameters(base) == (0, sum(p.numel() for p in empty.parameters()))
 
 
+def test_memory_that_runs_out_while_a_weight_is_quantised_is_said(load_tiny, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(base_model.Bnb4bitQuantize, "convert", no_memory)
+    with pytest.raises(ModelError, match="does not fit in the GPU's memory while it is loaded"):
+        load_tiny("llama")
+
+
 def test_nan_in_a_quantised_weight_is_found_at_load(tiny_model, tmp_path):
     directory = shutil.copytree(tiny_model("llama"), tmp_path / "nan")
     weights = load_file(directory / "model.safetensors")

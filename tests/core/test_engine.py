@@ -24,7 +24,7 @@ def adapted(load_tiny, architecture, *, rank=4, **arguments):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0, 0.05, generator=generator)
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model.train()
 
 
