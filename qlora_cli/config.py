@@ -295,6 +295,15 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     )
     dry_run: bool = setting(False, "Print the plan and stop.", panel=RUN, flags=("--dry-run",), recorded=False)
     gpus: int | None = setting(None, "Cards of this machine to train on.", panel=RUN)
+    shard: bool | None = setting(
+        None,
+        "Spread the 4-bit base over the cards, each holding a share; by default where one card cannot hold it.",
+        panel=MEMORY,
+        flags=("--shard/--no-shard",),
+    )
+    shard_offload: bool = setting(
+        False, "With --shard: the shares wait in host memory.", panel=MEMORY, flags=("--shard-offload",)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,13 +40,22 @@ class Accumulation:
         rows: Where row indices point.
         parameters: Whose gradients are gathered.
         ranks: This process among those that share each step.
+        lockstep: Whether all ranks have to run equally many micro-batches: their weights are gathered from all.
     """
 
-    def __init__(self, engine: Engine, rows: RowSubset, parameters: TrainableParameters, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        rows: RowSubset,
+        parameters: TrainableParameters,
+        ranks: Ranks,
+        lockstep: bool = False,
+    ) -> None:
         self.engine = engine
         self.rows = rows
         self.parameters = parameters
         self.ranks = ranks
+        self.lockstep = lockstep
         self.reduction = GradientReduction(parameters, ranks)
         self.device = parameters.device
         self.failed: MicroBatch | None = None  # did not fit this rank's memory in the last `accumulate`
@@ -71,17 +80,24 @@ class Accumulation:
             factor = scale / self.ranks.add_up(torch.tensor(float(trained), device=self.device)).clamp_min(1)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.failed = None
-        for batch in batches:
-            if batch is batches[-1]:
+        idle = self.ranks.highest(len(batches), self.device) - len(batches) if self.lockstep else 0
+        for number, batch in enumerate(batches, start=1):
+            if number == len(batches) + idle:
                 self.reduction.arm()
             if not self._forward_backward(batch, factor, loss_sum):
                 self.failed = batch
                 break
+        for _ in range(idle):
+            self._accompany(self.engine.loss(read_batch(self.rows, [0], self.device)))
         self.reduction.finish()
         tokens = sum(batch.tokens for batch in batches)
         counts = torch.tensor([trained, tokens, self.failed is not None, stopping, *self._card()], dtype=torch.float64)
         sums = self.ranks.add_up(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))
         return torch.cat([self.parameters.gradient_norm().double()[None], sums])
+
+    def _accompany(self, loss: Tensor) -> None:
+        """Runs a row that counts nothing, where other ranks have one micro-batch more."""
+        torch.autograd.backward(loss, torch.zeros_like(loss))
 
     def _card(self) -> list[int]:
         """This card's memory at its rank's place, zeros at all others: added up, that of every card."""
@@ -102,6 +118,12 @@ class Accumulation:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            if self.lockstep:
+                raise TrainingError(
+                    f"There is not enough memory for a micro-batch of {batch.tokens:,} tokens, and with --shard the "
+                    "other cards wait for it.",
+                    "Lower --max-length or --batch-size, or add --gradient-checkpointing on.",
+                ) from error
         # Outside the handler, where the traceback no longer holds the activations.
         free_memory(self.device)
         return False

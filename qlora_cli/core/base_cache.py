@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qlora_cli.artifacts import atomic_directory, read_json
+from qlora_cli.core.slices import Slices
 from qlora_cli.errors import DiskFull, QloraError, RunError
 from qlora_cli.events import Caution, Notice, Report
 
@@ -170,6 +171,7 @@ def restore_base(
     make_linear: MakeLinear,
     device: torch.device,
     report: Report | None = None,
+    slices: Slices | None = None,
 ) -> Any | None:
     """The base whose copy is here; None where there is none that can be used.
 
@@ -182,6 +184,7 @@ def restore_base(
             has in a checkpoint, such as ".absmax") and a bias.
         device: Where it goes.
         report: Told what is read.
+        slices: Keep this rank's share of each packed weight and its constants only.
 
     Returns:
         The model, every tensor on `device`, bit for bit the one that was saved.
@@ -191,7 +194,7 @@ def restore_base(
         return None
     try:
         manifest = read_json(directory / MANIFEST)
-        tensors = _read(directory / WEIGHTS, manifest, device)
+        tensors = _read(directory / WEIGHTS, manifest, device, slices)
         model = build()
         _fill(model, tensors, make_linear)
     except (RunError, OSError, ValueError, KeyError, AttributeError) as error:
@@ -206,7 +209,7 @@ def restore_base(
     return model
 
 
-def _read(path: Path, manifest: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+def _read(path: Path, manifest: Mapping[str, Any], device: torch.device, slices: Slices | None) -> dict[str, Tensor]:
     """Every tensor of the file, on the device, while other threads verify its bytes.
 
     Raises:
@@ -224,6 +227,8 @@ def _read(path: Path, manifest: Mapping[str, Any], device: torch.device) -> dict
         if header_bytes > size:
             raise RunError(f"{path.name} is damaged.")
         header = json.loads(os.pread(descriptor, header_bytes, 8))
+        packed = {name.split(f".{FOUR_BIT}")[0] for name in header if f".weight.{FOUR_BIT}" in name}
+        spread = {name for weight in packed for name in (weight, f"{weight}.absmax")} if slices else set()
 
         def load(name: str) -> Tensor:
             entry = header[name]
@@ -237,7 +242,12 @@ def _read(path: Path, manifest: Mapping[str, Any], device: torch.device) -> dict
                     raise RunError(f"{path.name} is shorter than its header says.")
                 done += count
             tensor = raw.view(TORCH_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-            return tensor if FOUR_BIT in name else tensor.to(device)  # the state itself is read by the host
+            if FOUR_BIT in name:  # the state itself is read by the host
+                return tensor
+            if slices and name in spread:
+                tensor = slices.keep(tensor)
+                return tensor if slices.on_host else tensor.to(device)
+            return tensor.to(device)
 
         names = [name for name in header if not name.startswith("__")]
         tensors = dict(zip(names, pool.map(load, names), strict=True))

@@ -34,6 +34,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_cli.artifacts import MERGE_RECORD
 from qlora_cli.core.base_cache import restore_base, save_base
+from qlora_cli.core.slices import Slices
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Notice, Report
 
@@ -311,11 +312,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class _FourBitConfig(BitsAndBytesConfig):
-    """BitsAndBytesConfig that selects the quantizer below."""
+    """BitsAndBytesConfig that selects the quantizer below, which may keep a share of each weight only."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, slices: Slices | None = None, **arguments: Any) -> None:
         super().__init__(load_in_4bit=True, **arguments)
         self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
+        self.slices = slices
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "slices"}
 
 
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -336,10 +341,16 @@ class _CheckedQuantize(Bnb4bitQuantize):
             tensor = value[0] if isinstance(value, list) else value
             self.hf_quantizer.finite[name] = _is_finite(tensor)
         try:
-            return super().convert(input_dict, *args, **kwargs)
+            converted = super().convert(input_dict, *args, **kwargs)
         except torch.OutOfMemoryError as error:  # transformers goes on, and reports that something failed
             _CheckedQuantize.out_of_memory = error.with_traceback(None)
             raise
+        if slices := self.hf_quantizer.quantization_config.slices:
+            weights: Any = converted.values()
+            for weight in weights:
+                weight.data = slices.keep(weight.data)
+                weight.quant_state.absmax = slices.keep(weight.quant_state.absmax)
+        return converted
 
 
 class _FourBitQuantizer(Bnb4BitHfQuantizer):
@@ -375,6 +386,7 @@ def load_base(
     device: torch.device,
     trust_remote_code: bool = False,
     cache: bool = True,
+    slices: Slices | None = None,
     report: Report | None = None,
 ) -> tuple[PreTrainedModel, BaseIdentity]:
     """Loads a causal language model frozen, every linear layer but the output head in 4 bits.
@@ -391,6 +403,8 @@ def load_base(
         device: Where it goes.
         trust_remote_code: Run the model's own code; needs a pinned revision.
         cache: Reuse and write the local cache of quantised bases.
+        slices: Keep this rank's share of each 4-bit weight only, for `engine_sharding.spread`. Such a base is not written to
+            the cache, but taken from it.
         report: Receives progress.
 
     Returns:
@@ -415,11 +429,15 @@ def load_base(
     if report:
         report(Notice(f"Loading {model} in 4 bits ({quant_type}, arithmetic in {dtype_name(compute_dtype)})."))
     if cache and stored is None:
-        base = restore_base(cached_facts, build, partial(_restored_linear, compute_dtype, device), device, report)
+        make_linear = partial(_restored_linear, compute_dtype, device)
+        base = restore_base(cached_facts, build, make_linear, device, report, slices)
         if base is not None:
             base.config.dtype = compute_dtype
             return freeze_base(base), identity
+    if slices is not None and stored is not None:
+        raise ModelError(f"{model} is stored in 4 bits, which cannot be spread.", "Give --model the 16-bit checkpoint.")
     quantization = _FourBitConfig(
+        slices=slices,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
@@ -436,7 +454,7 @@ def load_base(
     )
     _check_weights(base, model)
     base = freeze_base(base)
-    if cache and stored is None:
+    if cache and stored is None and slices is None:
         save_base(base, cached_facts, report)
     return base, identity
 
@@ -502,6 +520,8 @@ def _restored_linear(
     with torch.device("meta"):
         linear = bnb.nn.Linear4bit(1, 1, bias is not None, compute_dtype)
     linear.weight = bnb.nn.Params4bit.from_prequantized(weight, packed, device=device, module=linear)
+    if weight.device != device:  # shares that wait on the host, which has moved them
+        linear.weight.data, linear.weight.quant_state.absmax = weight, packed[".absmax"]
     linear.out_features, linear.in_features = linear.weight.quant_state.shape
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
 from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket
@@ -24,8 +25,12 @@ from qlora_cli.core.engine_linear import (
 from qlora_cli.core.engine_loss import find_decoder, find_head, trained_positions
 from qlora_cli.core.engine_memory import SLICE_BYTES, LayerSeconds, MemoryPlan, StepNeeds, free_bytes, plan_memory
 from qlora_cli.core.engine_offload import ActivationOffload, link_bytes_per_second
+from qlora_cli.core.engine_sharding import is_spread
+from qlora_cli.core.engine_sliced import sliced_weight_of
 from qlora_cli.core.engine_trials import LEAST_TRIAL_TOKENS, Trials
+from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
+from qlora_cli.kernels.weights import FrozenWeight
 
 if TYPE_CHECKING:
     from qlora_cli.core.packing import MicroBatch
@@ -96,16 +101,22 @@ class FastEngine:
         optimizer_bytes: int,
     ) -> None:
         on_cuda = self.device.type == "cuda"
+        self.spread = is_spread(self.base)
         self.candidates = list(linear_candidates(self.base, self.base.get_output_embeddings()))
         self.step = StepState(self.device, len(self.candidates))
         dense_bytes = sum(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
-        resident = resident_weights
+        resident = False if self.spread else resident_weights
         if not on_cuda and resident is None:
             resident = dense_bytes < _host_free_bytes() // 2
         self.put_linears_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
         # Trials run on weights in slices: there may be no room for a whole one.
         self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
+        if self.kept_linears and self.spread:
+            raise UsageError(
+                f"{self.kept_linears[0]} needs its whole weight at all times, which --shard spreads.",
+                "Leave out --shard, or --dora and what else gives this layer a forward pass of its own.",
+            )
         if self.kept_linears:
             self.report(Notice(f"{len(self.kept_linears)} linear layers keep PEFT's own forward, which is slower."))
         self.head = find_head(self.base, self.decoder, self.device)
@@ -125,14 +136,14 @@ class FastEngine:
         if compile is None:
             elements = sum(_logical_elements(m) for _, m in self.candidates)
             seconds = total_steps * 6 * elements * max_tokens / ASSUMED_FLOPS_PER_SECOND
-            compile = seconds > COMPILE_PAYS_SECONDS
+            compile = seconds > COMPILE_PAYS_SECONDS and not self.spread
         self.compiled = compile and on_cuda and self.packed
         self._share_projections()
 
         wish = recomputed(len(layers))
         sent = len(layers) if offload_activations and wish == 0 else 0
         plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident), sent=sent)
-        if on_cuda and layers:
+        if on_cuda and layers and not self.spread:  # a layer by itself is not measured where all ranks gather it
             self.largest_tokens = bucket(max_tokens)
             self.adapts = wish is None
             self.may_send = offload_activations is None
@@ -148,7 +159,8 @@ class FastEngine:
             layer_plan.compiled = self.compiled
         self._apply(plan)
         frozen_head = self.head is not None and self.head.frozen
-        if on_cuda and self.packed and layers and frozen_head and not drops and total_steps >= GRAPHS_PAY_STEPS:
+        graphs = on_cuda and self.packed and layers and frozen_head and not drops and not self.spread
+        if graphs and total_steps >= GRAPHS_PAY_STEPS:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.graphs = StepGraphs(
                 self._packed_loss,
@@ -316,8 +328,9 @@ class FastEngine:
     def _persistent_storages(self) -> frozenset[int]:
         tensors = [*self.base.parameters(), *self.base.buffers()]
         for linear in self.fast_linears:
-            tensors += [t for t in linear.weight if isinstance(t, Tensor)]
-        return frozenset(t.untyped_storage().data_ptr() for t in tensors)
+            if isinstance(linear.weight, FrozenWeight):
+                tensors += [t for t in linear.weight if isinstance(t, Tensor)]
+        return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
 
     def _movable_embedding_bytes(self) -> int:
         """Bytes of the input embeddings, 0 where they must stay: tied to the head, adapted or trained."""
@@ -413,6 +426,8 @@ class FastEngine:
             parts.append("dequantised weights resident")
         if self.plan.workspace_bytes is not None:
             parts.append("weights dequantised in slices")
+        if self.spread:
+            parts.append("base spread over the cards")
         if self.compiled:
             parts.append("layers compiled")
         if self.graphs is not None:
@@ -430,7 +445,10 @@ def _differentiates() -> bool:
 
 
 def _logical_elements(module: Any) -> int:
-    weight = (module.base_layer if hasattr(module, "base_layer") else module).weight
+    linear = module.base_layer if hasattr(module, "base_layer") else module
+    if (sliced := sliced_weight_of(linear)) is not None:
+        return sliced.elements
+    weight = linear.weight
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else math.prod(state.shape)
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_cli.core.engine_linear import SharedProjection, StepState, fast_linear_of
 from qlora_cli.core.engine_memory import LayerSeconds
 from qlora_cli.core.engine_offload import ActivationOffload
+from qlora_cli.core.engine_sharding import gathered
 
 _ATTRIBUTE = "_qlora_layer"
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
@@ -236,7 +237,9 @@ def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list
     found: dict[type, list[str]] = {}
     for layer, call in zip(layers, calls, strict=True):
         if type(layer) not in found:
-            found[type(layer)] = [n for n, m in layer.named_modules() if fast_linear_of(m) and _unused(layer, call, m)]
+            with gathered(layer):
+                linears = [(n, m) for n, m in layer.named_modules() if fast_linear_of(m)]
+                found[type(layer)] = [name for name, linear in linears if _unused(layer, call, linear)]
         for name in found[type(layer)]:
             fast = fast_linear_of(layer.get_submodule(name))
             if fast is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.core.engine_sliced import SlicedWeight, sliced_weight_of
 from qlora_cli.kernels.linear import Dropout, LinearOptions, project_shared, qlora_linear
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -120,7 +121,7 @@ class FastLinear:
     """Everything one layer's forward needs.
 
     Attributes:
-        weight: The frozen weight.
+        weight: The frozen weight, or what gives it while it is gathered from all ranks.
         bias: (out,) in the compute dtype, or None.
         dtype: The compute dtype.
         step: Shared by the engine's layers.
@@ -137,7 +138,7 @@ class FastLinear:
         place: Its place among these.
     """
 
-    weight: FrozenWeight
+    weight: FrozenWeight | SlicedWeight
     bias: Tensor | None
     dtype: torch.dtype
     step: StepState
@@ -154,17 +155,16 @@ class FastLinear:
     place: int = 0
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
+        weight = self.weight if isinstance(self.weight, FrozenWeight) else self.weight.gathered()
         if self.shared is not None and self.shared.enabled and x.dtype == self.dtype and torch.compiler.is_compiling():
             projected = self.shared.part(x, self.place)
-            return qlora_linear(
-                x, self.weight, self.bias, None, self.b, None, self.lora_b, None, self.options, projected
-            )
+            return qlora_linear(x, weight, self.bias, None, self.b, None, self.lora_b, None, self.options, projected)
         dropout = Dropout(self.rate, self.seed) if training and self.rate > 0 else None
         options = self.options
         if self.output_unused_in_recompute and self.step.recomputing:
             options = options._replace(output_needed=False)
         y = qlora_linear(
-            x.to(self.dtype), self.weight, self.bias, self.a, self.b, self.lora_a, self.lora_b, dropout, options
+            x.to(self.dtype), weight, self.bias, self.a, self.b, self.lora_a, self.lora_b, dropout, options
         )
         return y.to(x.dtype)
 
@@ -247,7 +247,7 @@ def fast_linear(
     name = _covered_adapter(module) if adapted else None
     if adapted and name is None:
         return None
-    weight = frozen_weight(base, dtype, resident=resident)
+    weight = sliced_weight_of(base) or frozen_weight(base, dtype, resident=resident)
     if weight is None:
         return None
     bias = None if base.bias is None else base.bias.detach().to(dtype)

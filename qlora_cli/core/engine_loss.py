@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.core.engine_sharding import gathered
 from qlora_cli.kernels.cross_entropy import chunk_tokens, linear_cross_entropy
 
 
@@ -35,15 +36,16 @@ class Head:
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats summed over `targets` (tokens,), for hidden (tokens, size): an fp32 scalar."""
         if self.frozen:
-            weight = self.module.weight
-            return linear_cross_entropy(
-                hidden.to(weight.dtype),
-                weight,
-                self.module.bias,
-                targets,
-                logit_scale=self.logit_scale,
-                softcap=self.softcap,
-            )
+            with gathered(self.module):
+                weight = self.module.weight
+                return linear_cross_entropy(
+                    hidden.to(weight.dtype),
+                    weight,
+                    self.module.bias,
+                    targets,
+                    logit_scale=self.logit_scale,
+                    softcap=self.softcap,
+                )
         # A trained head: chunks as well, but through autograd, each made again in the backward pass.
         size = chunk_tokens(self.module.weight.shape[0], hidden.element_size())
         losses = [
@@ -87,7 +89,7 @@ def find_head(base: Any, decoder: Any, device: torch.device) -> Head | None:
         ids = torch.randint(decoder.get_input_embeddings().weight.shape[0], (1, 8), generator=generator).to(device)
         wanted = base(input_ids=ids, use_cache=False).logits.float()
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-        plain = type(module) is nn.Linear
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward  # spread or not
         frozen = plain and not any(p.requires_grad for p in module.parameters())
         for scale, cap in _transforms(base.config.get_text_config()):
             head = Head(module, scale, cap, frozen)

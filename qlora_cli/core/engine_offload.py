@@ -131,7 +131,8 @@ class ActivationOffload:
             bytes_ = tensor.numel() * tensor.element_size()
             dense = tensor.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(tensor)
             storage = tensor.untyped_storage().data_ptr()
-            if not tensor.is_cuda or bytes_ < SMALLEST_BYTES or not dense or storage in self.persistent:
+            weight = storage in self.persistent or tensor.dtype == torch.uint8  # a gathered one has no fixed address
+            if not tensor.is_cuda or bytes_ < SMALLEST_BYTES or not dense or weight:
                 return tensor
             # One tensor saved by several operations travels once. `seen` keeps it alive, so addresses are not reused.
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)

@@ -24,6 +24,7 @@ def measure_loss(
     device: torch.device,
     ranks: Ranks,
     stopping: Callable[[], bool],
+    lockstep: bool = False,
 ) -> float | None:
     """Mean loss in nats per trained token, without dropout and without touching random state.
 
@@ -35,6 +36,7 @@ def measure_loss(
         device: Where the engine computes.
         ranks: Each measures its share.
         stopping: Asked after every step of the plan; the answer is the same on all ranks.
+        lockstep: Whether all ranks have to run equally many micro-batches.
 
     Returns:
         The loss, or None when `stopping` broke it off.
@@ -47,8 +49,11 @@ def measure_loss(
     try:
         with undisturbed_random_state(device), torch.no_grad():
             for number in range(1, plan.total_steps + 1):
-                for indices in plan.step(number).micro_batches:
-                    _add_loss(engine, rows, indices, sums)
+                batches = plan.step(number).micro_batches
+                for indices in batches:
+                    _add_loss(engine, rows, indices, sums, lockstep)
+                for _ in range(ranks.highest(len(batches), device) - len(batches) if lockstep else 0):
+                    engine.loss(read_batch(rows, [0], device))  # counts nothing
                 if stopping():
                     return None
     finally:
@@ -57,7 +62,7 @@ def measure_loss(
     return loss_sum / max(trained, 1)
 
 
-def _add_loss(engine: Engine, rows: RowSubset, indices: list[int], sums: Tensor) -> None:
+def _add_loss(engine: Engine, rows: RowSubset, indices: list[int], sums: Tensor, lockstep: bool) -> None:
     batch = read_batch(rows, indices, sums.device)
     try:
         sums[0] += engine.loss(batch.to(sums.device, non_blocking=True))
@@ -66,11 +71,11 @@ def _add_loss(engine: Engine, rows: RowSubset, indices: list[int], sums: Tensor)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        if len(indices) == 1:
+        if len(indices) == 1 or lockstep:
             raise TrainingError(
-                f"There is not enough memory to evaluate a single row of {batch.tokens:,} tokens.",
+                f"There is not enough memory to evaluate {len(indices)} rows of {batch.tokens:,} tokens.",
                 "Lower --max-length.",
             ) from None
     free_memory(sums.device)
     for half in split_micro_batch(indices, rows.lengths):
-        _add_loss(engine, rows, half, sums)
+        _add_loss(engine, rows, half, sums, lockstep)

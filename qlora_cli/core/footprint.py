@@ -39,6 +39,7 @@ class Footprint:
     trainable_parameters: int
     trainable_numels: tuple[int, ...]  # of each trained tensor
     quantized_numels: tuple[int, ...]  # of each weight held in 4 bits
+    quantized_bytes: int  # of all of them, as they are held
     base_bytes: int
     adapter_bytes: int
 
@@ -81,6 +82,7 @@ def measure_footprint(model: Any, *, quant_type: str, double_quant: bool, comput
     owners = {base_name(name): type(module).__name__ for name, module in model.named_modules() if ".lora_" not in name}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     quantized_numels: list[int] = []
+    quantized_bytes = 0
     for name, parameter in model.named_parameters():
         owner = base_name(name) if ".lora_" in name else base_name(name).rpartition(".")[0]
         held = quant_type if owner in quantized else dtype_name(compute_dtype)
@@ -94,6 +96,7 @@ def measure_footprint(model: Any, *, quant_type: str, double_quant: bool, comput
         group["parameters"] += numel
         if owner in quantized and name.endswith("weight"):
             quantized_numels.append(numel)
+            quantized_bytes += packed_bytes(numel, double_quant=double_quant)
             group["held_bytes"] += packed_bytes(numel, double_quant=double_quant)
         else:
             group["held_bytes"] += numel * compute_dtype.itemsize
@@ -105,6 +108,7 @@ def measure_footprint(model: Any, *, quant_type: str, double_quant: bool, comput
         trainable_parameters=trainable,
         trainable_numels=tuple(p.numel() for p in model.parameters() if p.requires_grad),
         quantized_numels=tuple(quantized_numels),
+        quantized_bytes=quantized_bytes,
         base_bytes=sum(row.held_bytes for row in rows),
         adapter_bytes=trainable * ADAPTER_ITEMSIZE,
     )

@@ -117,13 +117,24 @@ class Watch:
                     self.launcher = 0
                     os.kill(os.getpid(), signal.SIGTERM)  # nobody is left to stop this run: it saves and ends
                 if self.known.is_set():
-                    if not self.handled.wait(GRACE_SECONDS):
-                        self._end_process()
                     break
-        if self.known.is_set():
-            assert self.verdict is not None
-            time.sleep(LAST_SECONDS)
-            os._exit(self.verdict.exit_code)
+            if self.known.is_set():
+                self._see_to_the_end(selector)
+
+    def _see_to_the_end(self, selector: selectors.BaseSelector) -> None:
+        """Ends the process where the main thread does not: it hangs in a collective, or in tidying up after one."""
+        concluded = time.monotonic()
+        while True:
+            since_seconds = time.monotonic() - concluded
+            if since_seconds > (LAST_SECONDS if self.handled.is_set() else GRACE_SECONDS):
+                self._end_process()
+            for key, _ in selector.select(POLL_SECONDS / 10) if selector.get_map() else ():
+                if not _receive(key.data):
+                    selector.unregister(key.fileobj)
+                    if self.peers[key.data]["rank"] == 0:
+                        self.parted.set()
+            if not selector.get_map():
+                time.sleep(POLL_SECONDS / 10)
 
     def _hear(self, peer: socket.socket, word: dict[str, Any]) -> None:
         if "left" in word:
@@ -166,9 +177,8 @@ class Watch:
         self.known.set()
 
     def _end_process(self) -> None:
-        """For a main thread that hangs in a collective which will never end."""
         assert self.verdict is not None
-        if not self.verdict.told:
+        if not self.verdict.told and not self.handled.is_set():
             if sys.stderr.isatty():
                 os.write(sys.stderr.fileno(), SHOW_CURSOR)
             hint = f"→ {self.verdict.hint}\n" if self.verdict.hint else ""

@@ -82,6 +82,7 @@ class Loop:
         saving: Where checkpoints go.
         progress: Where the run stands; `Progress()` for a new one.
         ranks: This process among those of the run.
+        lockstep: Whether all ranks have to run equally many micro-batches.
         report: Receives events, on the main rank only.
         log: Receives each step and evaluation before `report` does, on the main rank only.
     """
@@ -105,6 +106,7 @@ class Loop:
         saving: Saving,
         progress: Progress,
         ranks: Ranks,
+        lockstep: bool,
         report: Report,
         log: Callable[[StepLogged | EvaluationLogged], None],
     ) -> None:
@@ -124,10 +126,11 @@ class Loop:
         self.saving = saving
         self.progress = progress
         self.ranks = ranks
+        self.lockstep = lockstep
         self.report = report
         self.log = log
         self.device = parameters.device
-        self.accumulation = Accumulation(engine, rows, parameters, ranks)
+        self.accumulation = Accumulation(engine, rows, parameters, ranks, lockstep)
         self.stop = StopRequest()
         self.agreed_to_stop = False  # by all ranks, at the end of a step
         self.saved_step = progress.step
@@ -299,6 +302,7 @@ class Loop:
             device=self.device,
             ranks=self.ranks,
             stopping=self._agree_to_stop,
+            lockstep=self.lockstep,
         )
         if loss is None:
             return

@@ -92,6 +92,8 @@ def plan_training(
     on_cuda: bool = True,
     longest_row_tokens: int | None = None,
     largest_batch_tokens: int | None = None,
+    shards: int = 1,
+    shard_offload: bool = False,
 ) -> TrainingPlan:
     """Chooses what was left open, so that training is fastest within the limit.
 
@@ -105,6 +107,8 @@ def plan_training(
         on_cuda: Whether a CUDA device is meant; on the CPU nothing is offloaded, and memory is the host's.
         longest_row_tokens: Of the data; by default `max_length`.
         largest_batch_tokens: Tokens of the largest micro-batch of the data; by default batch_size * max_length.
+        shards: Cards that the base is spread over; the plan is of each.
+        shard_offload: Whether their shares of it wait on the host.
 
     Returns:
         The plan. Where nothing fits it is the leanest one there is, and `fits` is False.
@@ -137,7 +141,10 @@ def plan_training(
             fits=None,
         )
     best: tuple[tuple[bool, float], StepSettings, TrainingMemory] | None = None
-    for candidate in _candidates(facts, wishes, tokens, row_tokens, optimizer, on_cuda, vram_bytes is not None):
+    if shards > 1:
+        wishes = replace(wishes, offload_embeddings=False, resident_weights=False, compile=bool(wishes.compile))
+    for open_step in _candidates(facts, wishes, tokens, row_tokens, optimizer, on_cuda, vram_bytes is not None):
+        candidate = replace(open_step, shards=shards, shard_offload=shard_offload)
         taken = _recompute_least(facts, candidate, wishes, vram_bytes)
         if taken is None:
             continue

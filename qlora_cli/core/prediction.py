@@ -25,6 +25,7 @@ ALLOCATOR_SHARE = 0.003
 # cuBLAS's workspaces and the like, from the same allocator; measured as what is left on a model of 0.6 GB.
 CUBLAS_BYTES = 90 * 2**20
 PROCESS_BYTES = 3 * 2**30  # host memory of Python with PyTorch, transformers and CUDA's libraries
+GATHERED_LAYERS = 4  # of a spread base: the one that computes and the next, each as it arrives and as it is used
 SHARD_BYTES = 5 * 10**9  # of a checkpoint on the hub, at most
 MERGED_AT_ONCE = 16  # weights that `qlora merge` holds, one a core
 MERGE_DEVICE_BYTES = (
@@ -47,6 +48,8 @@ class StepSettings:
     compiled: bool
     workspace_bytes: int | None = None  # most of a weight dequantised at once; None for whole weights
     on_cuda: bool = True
+    shards: int = 1  # cards that the base is spread over
+    shard_offload: bool = False  # their shares of it wait on the host
 
     def away(self, index: int) -> bool:
         """Whether what a layer holds waits on the host: what recomputed layers do, or all where none is recomputed."""
@@ -68,12 +71,15 @@ class TrainingMemory:
     allocator_bytes: int
     paged_bytes: int  # states in managed memory: on the card while it has room, and in no peak that PyTorch reports
     context_bytes: int
-    host_bytes: int  # memory of the host beside all that
+    host_bytes: int  # memory of the host beside all that, for each card
+    gathered_bytes: int = 0  # of a base spread over several cards: what is there whole at once
 
     @property
     def peak_bytes(self) -> int:
         """As `torch.cuda.max_memory_allocated` reports it."""
-        static_bytes = self.base_bytes + self.resident_bytes + self.adapter_bytes + self.gradient_bytes
+        static_bytes = (
+            self.base_bytes + self.gathered_bytes + self.resident_bytes + self.adapter_bytes + self.gradient_bytes
+        )
         return static_bytes + self.optimizer_bytes + self.activation_bytes + self.working_bytes + self.allocator_bytes
 
     @property
@@ -101,8 +107,10 @@ def predict_training(facts: ModelFacts, step: StepSettings) -> TrainingMemory:
     copies_bytes = trained * facts.itemsize if step.engine == "fast" and facts.itemsize < 4 else 0
     states_bytes = state_bytes(step.optimizer, trained)
     paged = step.on_cuda and step.optimizer.startswith("paged")
+    base_bytes, gathered_bytes, waiting_bytes = _spread_base(facts, step)
     parts = {
-        "base_bytes": facts.footprint.base_bytes - facts.embedding_bytes * step.offload_embeddings,
+        "base_bytes": base_bytes - facts.embedding_bytes * step.offload_embeddings,
+        "gathered_bytes": gathered_bytes,
         "resident_bytes": sum(facts.footprint.quantized_numels) * facts.itemsize * step.resident_weights,
         "adapter_bytes": 4 * trained + copies_bytes,
         "gradient_bytes": 4 * trained,
@@ -117,8 +125,28 @@ def predict_training(facts: ModelFacts, step: StepSettings) -> TrainingMemory:
         allocator_bytes=int(ALLOCATOR_SHARE * sum(parts.values())) if step.on_cuda else 0,
         paged_bytes=states_bytes if paged else 0,
         context_bytes=CONTEXT_BYTES if step.on_cuda else 0,
-        host_bytes=PROCESS_BYTES + facts.embedding_bytes * step.offload_embeddings + int(away_bytes),
+        host_bytes=PROCESS_BYTES
+        + facts.embedding_bytes * step.offload_embeddings
+        + int(away_bytes)
+        + waiting_bytes * step.shard_offload,
     )
+
+
+def _spread_base(facts: ModelFacts, step: StepSettings) -> tuple[int, int, int]:
+    """Bytes of the base that a card holds, of what it gathers from the others at once, and of its share of what is spread.
+
+    Spread are the 4-bit weights, and embeddings and head where these are two plain tables (core/engine_sharding.py).
+    """
+    whole_bytes = facts.footprint.base_bytes
+    if step.shards == 1:
+        return whole_bytes, 0, 0
+    weights_bytes = facts.footprint.quantized_bytes
+    table_bytes = facts.embedding_bytes
+    spread_bytes = weights_bytes + 2 * table_bytes
+    share_bytes = -(-spread_bytes // step.shards)
+    gathered_bytes = max(GATHERED_LAYERS * weights_bytes // max(1, facts.layers), 2 * table_bytes)
+    held_bytes = whole_bytes - spread_bytes + (0 if step.shard_offload else share_bytes)
+    return held_bytes, gathered_bytes, share_bytes
 
 
 def _moments(trace: ModelTrace, itemsize: int, step: StepSettings) -> Iterator[tuple[str, float, float]]:

@@ -28,6 +28,7 @@ class RunMemory:
     plan: TrainingPlan
     largest_tokens: int  # in a micro-batch, as the settings have it
     commands: tuple[str, ...]  # to type instead, where it does not fit
+    spread: bool  # whether the base is spread over the cards
 
     @property
     def limit_tokens(self) -> int | None:
@@ -125,7 +126,15 @@ def plan_run_memory(
     sizes = [len(rows) * lengths[rows].max() if padded else lengths[rows].sum() for rows in map(list, longest)]
     largest_tokens = ranks.highest(int(max(sizes)), device)  # the same decision everywhere
     data = {"longest_row_tokens": int(lengths.max()), "largest_batch_tokens": largest_tokens}
-    plan = plan_training(facts, wishes, vram_bytes=vram_bytes, on_cuda=for_card, **data)
+    spread = bool(config.shard or config.shard_offload)
+    in_shares: dict[str, Any] = {"shards": ranks.world_size, "shard_offload": config.shard_offload}
+    given: dict[str, Any] = {"vram_bytes": vram_bytes, "on_cuda": for_card, **data}
+    plan = plan_training(facts, wishes, **given, **(in_shares if spread else {}))
+    if plan.fits is False and can_be_spread(config, ranks) and config.shard is None:
+        lean = plan_training(facts, wishes, **given, **in_shares)
+        if lean.fits:
+            plan, spread = lean, True
+            report(Notice(f"The base is spread over {ranks.world_size} cards: one cannot hold it and a step."))
     refused = certainly_too_large(plan) and not config.dry_run
     commands: tuple[str, ...] = ()
     if refused or plan.fits is False:
@@ -141,7 +150,12 @@ def plan_run_memory(
         commands = write_commands(config, found.changes) if found else ()
     if refused:
         raise refuse(plan, commands)
-    return RunMemory(facts, plan, largest_tokens, commands)
+    return RunMemory(facts, plan, largest_tokens, commands, spread)
+
+
+def can_be_spread(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether the base may be held in shares, gathered layer by layer as it computes."""
+    return ranks.world_size > 1 and config.engine == "fast" and not config.dora and not config.modules_to_save
 
 
 def write_commands(config: TrainConfig, changes: dict[str, Any]) -> tuple[str, ...]:

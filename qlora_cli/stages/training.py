@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +31,9 @@ from qlora_cli.core.checkpoint import list_checkpoints, remove_leftovers, requir
 from qlora_cli.core.continuation import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
 from qlora_cli.core.encoding import encoder_of
 from qlora_cli.core.engine import install_engine
+from qlora_cli.core.engine_layers import find_layers
 from qlora_cli.core.engine_memory import limit_memory
+from qlora_cli.core.engine_sharding import spread
 from qlora_cli.core.examples import prepare_rows
 from qlora_cli.core.finished_run import write_record, write_run
 from qlora_cli.core.holdout import RowSubset, hold_out
@@ -41,6 +44,7 @@ from qlora_cli.core.metrics import MetricsFile, as_metrics
 from qlora_cli.core.optimizer import build_optimizer, choose_optimizer, state_bytes
 from qlora_cli.core.outcome import TrainPlan, TrainResult
 from qlora_cli.core.parameters import TrainableParameters
+from qlora_cli.core.planner import TrainingPlan
 from qlora_cli.core.prediction import CONTEXT_BYTES, predict_disk
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.ranks import Ranks
@@ -49,6 +53,7 @@ from qlora_cli.core.run_directory import claimed
 from qlora_cli.core.run_identity import run_identity
 from qlora_cli.core.run_memory import (
     adapter_settings,
+    can_be_spread,
     gather_run_facts,
     plan_is_for_card,
     plan_run_memory,
@@ -56,6 +61,7 @@ from qlora_cli.core.run_memory import (
     resolved_configuration,
 )
 from qlora_cli.core.schedule import count_warmup_steps, learning_rate_schedule
+from qlora_cli.core.slices import Slices
 from qlora_cli.core.steps import StepPlan, split_to_fit
 from qlora_cli.core.training_state import Progress, read_progress
 from qlora_cli.errors import DataError, Interrupted, UsageError
@@ -177,6 +183,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         # Dear: the base, and on it the adapter, the engine and the optimizer.
         if config.vram is not None and device.type == "cuda":
             limit_memory(device, parse_memory(config.vram) - CONTEXT_BYTES)
+        slices = Slices(ranks, on_host=config.shard_offload) if memory.spread else None
         base, base_identity = load_base(
             name,
             revision=revision,
@@ -186,9 +193,12 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             compute_dtype=compute_dtype,
             device=device,
             cache=config.base_cache,
+            slices=slices,
             report=report,
         )
         model = attach_adapter(base, **adapter_settings(config), seed=config.seed)
+        if slices is not None:
+            spread(base, find_layers(base.get_decoder()), slices, device)
         progress = Progress()
         if checkpoint:
             progress = read_progress(checkpoint.path)
@@ -201,10 +211,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             kind=config.engine,
             device=device,
             compute_dtype=compute_dtype,
-            gradient_checkpointing=config.gradient_checkpointing,
-            offload_activations=config.offload_activations,
-            offload_embeddings=config.offload_embeddings,
-            resident_weights=config.resident_weights,
+            # Where the base is spread no layer is measured by itself: what was predicted decides.
+            **measures_of(memory.plan if slices is not None and device.type == "cuda" else config),
             compile=config.compile,
             max_tokens=max(int(train_rows.lengths[batch].sum()) for batch in largest),
             total_steps=plan.total_steps - progress.step,
@@ -253,6 +261,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             saving=Saving(output / CHECKPOINTS, identity, save, checkpoint_bytes),
             progress=progress,
             ranks=ranks,
+            lockstep=slices is not None,
             report=report,
             log=log,
         )
@@ -339,6 +348,14 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
     Raises:
         UsageError: They are not.
     """
+    if (config.shard or config.shard_offload) and not can_be_spread(config, ranks):
+        alone = ranks.world_size == 1
+        raise UsageError(
+            "--shard spreads the base over several cards, and one process runs."
+            if alone
+            else "--shard takes the fast engine and plain LoRA adapters only.",
+            "Add --gpus 2, or leave --shard out." if alone else "Leave out --engine, --dora and --modules-to-save.",
+        )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     if config.gpus is not None and config.gpus != here:
         raise UsageError(
@@ -348,6 +365,12 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
 
 
 # ---------------------------------------------------------------- parts of the recipe
+
+
+def measures_of(settings: TrainConfig | TrainingPlan) -> dict[str, Any]:
+    """How a step keeps within memory: what the engine takes as given."""
+    names = ("gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
+    return {name: getattr(settings, name) for name in names}
 
 
 def open_rows(

@@ -152,6 +152,7 @@ def make_case(
         cadence=Cadence(eval_every, save_every, keep, keep_best, patience),
         saving=Saving(root, {"case": 1}, lambda path: save_adapter(model, path, base_name="base"), 10_000),
         progress=progress,
+        lockstep=False,
         ranks=ranks,
         report=events.append,
         log=lambda event: None,

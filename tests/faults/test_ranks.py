@@ -7,9 +7,9 @@ from .conftest import Outcome, Run, Zygote
 ALONE = {"dropout": 0.0, "optimizer": "adamw"}  # where dropout falls depends on how a step is shared
 
 
-def train_as_two(zygote: Zygote, run: Run, **fault) -> Outcome:
+def train_as_two(zygote: Zygote, run: Run, **arguments) -> Outcome:
     function = "tests.faults.victims:train_as_ranks"
-    return zygote.run(function, options=run.options, world_size=2, **fault)
+    return zygote.run(function, options=run.options, **{"world_size": 2, **arguments})
 
 
 def same_numbers(left: Run, right: Run) -> bool:
@@ -57,6 +57,7 @@ def test_a_process_that_dies_does_not_leave_the_other_waiting_and_the_run_goes_o
     run = make_run(tmp_path / "out", **ALONE)
     died = train_as_two(zygote, run, fault={"kind": "signalled", "step": 4, "number": 9}, faulty_rank=1)
     assert "codes [1, -9]" in died.said, died.said
+    assert "Rank 1 of 2 (process " in died.said and "ended without a word" in died.said, died.said
     done = zygote.train({**run.options, "resume": True})
     assert done.code == 0 and same_numbers(run, single), done.said
 
@@ -71,3 +72,88 @@ def test_two_processes_resumed_are_bit_for_bit_two_processes_never_stopped(zygot
     done = train_as_two(zygote, run)
     assert "codes [0, 0]" in done.said and "first_step=4" in done.said, done.said
     assert run.weights() == straight.weights() and run.metrics() == straight.metrics()
+
+
+# ---------------------------------------------------------------- the base spread over the ranks
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": "on", "shard_offload": True},
+        {"double_quant": False, "gradient_checkpointing": "1"},
+        {"quant_type": "fp4", "packing": True, "max_length": 64},
+    ],
+)
+def test_a_spread_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, changes):
+    """Bit for bit: what is gathered are the very bytes."""
+    whole = make_run(tmp_path / "whole", **{**ALONE, **changes, "shard_offload": False})
+    spread = make_run(tmp_path / "spread", **ALONE, shard=True, **changes)
+    assert "codes [0, 0]" in train_as_two(zygote, whole).said
+    done = train_as_two(zygote, spread)
+    assert "codes [0, 0]" in done.said and "base spread over the cards" in done.said, done.said
+    assert spread.metrics() == whole.metrics() and spread.weights() == whole.weights()
+
+
+def test_a_spread_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_whole_one(zygote, make_run, tmp_path):
+    runs = [make_run(tmp_path / name, **ALONE, base_cache=True, max_steps=2) for name in ("first", "spread")]
+    assert zygote.train(runs[0].options).code == 0  # keeps the copy
+    quantised = make_run(tmp_path / "quantised", **ALONE, shard=True, max_steps=2)
+    runs[1].options["shard"] = True
+    told = [train_as_two(zygote, run).said for run in (runs[1], quantised)]
+    assert "Using the quantised base" in told[0] and "Using the quantised base" not in told[1]
+    assert runs[1].weights() == quantised.weights()
+
+
+def test_three_ranks_share_what_does_not_divide_by_three(zygote, make_run, tmp_path):
+    """Shares are filled up, and a last step of few rows leaves ranks without any, which still take part."""
+    changes = {**ALONE, "batch_size": 3, "gradient_accumulation_steps": 1, "max_steps": 11, "eval_rows": 4}
+    whole, spread = make_run(tmp_path / "whole", **changes), make_run(tmp_path / "spread", **changes, shard=True)
+    assert zygote.train(whole.options).code == 0
+    done = train_as_two(zygote, spread, world_size=3)
+    assert "codes [0, 0, 0]" in done.said, done.said
+    assert same_numbers(spread, whole)
+
+
+def test_a_spread_run_is_stopped_and_resumed_whole_by_one_process_and_back(zygote, make_run, single, tmp_path):
+    run = make_run(tmp_path / "out", **ALONE, shard=True)
+    stopped = train_as_two(zygote, run, fault={"kind": "signalled", "step": 2}, faulty_rank=1)
+    assert "codes [143, 143]" in stopped.said, stopped.said
+    alone = {**run.options, "resume": True, "shard": None}
+    stopped = zygote.train(alone, {"kind": "signalled", "step": 4})
+    assert stopped.code == 143 and "first_step=4" in stopped.said, stopped.said
+    run.options["resume"] = True
+    done = train_as_two(zygote, run)
+    assert "codes [0, 0]" in done.said and "first_step=5" in done.said, done.said
+    assert same_numbers(run, single)
+
+
+def test_a_rank_of_a_spread_run_that_dies_ends_the_others(zygote, make_run, tmp_path):
+    run = make_run(tmp_path / "out", **ALONE, shard=True)
+    died = train_as_two(zygote, run, fault={"kind": "signalled", "step": 4, "number": 9}, faulty_rank=1)
+    assert "codes [1, -9]" in died.said and "Rank 1 of 2" in died.said, died.said
+    assert [int(path.name[5:]) for path in run.checkpoints] == [2]
+
+
+def test_memory_that_runs_out_in_a_spread_run_ends_it_with_a_reason(zygote, make_run, tmp_path):
+    run = make_run(tmp_path / "out", **ALONE, shard=True)
+    fault = {"kind": "out_of_memory", "above_tokens": 20, "from_step": 1}
+    done = train_as_two(zygote, run, fault=fault, faulty_rank=1)
+    assert "codes [1, 1]" in done.said and "the other cards wait for it" in done.said, done.said
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"shard": True}, "one process runs"), ({"shard": True, "dora": True}, "one process runs")],
+)
+def test_a_base_that_cannot_be_spread_is_refused(zygote, make_run, tmp_path, changes, says):
+    run = make_run(tmp_path / "out", **changes)
+    refused = zygote.train(run.options)
+    assert refused.code == 2 and says in refused.said
+
+
+def test_a_layer_with_a_forward_pass_of_its_own_cannot_be_spread(zygote, make_run, tmp_path):
+    run = make_run(tmp_path / "out", **ALONE, shard=True, dora=True)
+    refused = train_as_two(zygote, run)
+    assert "codes [2, 2]" in refused.said and "plain LoRA adapters only" in refused.said

@@ -1,0 +1,34 @@
+"""Tensors of a base as they are loaded in, the share of each that one rank keeps out."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_cli.core.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How a base is spread while it is loaded: no rank ever holds more than its share and the weight in hand.
+
+    Attributes:
+        ranks: This process among those that share the base.
+        on_host: Whether shares wait in host memory.
+    """
+
+    ranks: Ranks
+    on_host: bool = False
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """This rank's share of a tensor, flattened: one of equal parts, the last ones filled up with zeros."""
+        flat = tensor.reshape(-1)
+        share = padded_size(flat.numel(), self.ranks.world_size) // self.ranks.world_size
+        mine = flat[share * self.ranks.rank : share * (self.ranks.rank + 1)]
+        mine = F.pad(mine, (0, share - mine.numel())) if mine.numel() < share else mine.clone()
+        return mine.cpu() if self.on_host else mine
+
+
+def padded_size(elements: int, world_size: int) -> int:
+    """Elements once every rank's share is of one size."""
+    return -(-elements // world_size) * world_size
