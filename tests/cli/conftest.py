@@ -1,5 +1,6 @@
 """A command line run in this process, its stage replaced by one that the test gives."""
 
+import os
 import sys
 import types
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ def run_with(monkeypatch):
     """`run_with(arguments, stage)`: exit code of a command whose stage is the function `stage(config, *rest)`."""
 
     def run(arguments, stage):
-        monkeypatch.setenv("RANK", "0")  # so that --gpus starts no processes: this is one already
+        monkeypatch.setenv(
+            "RANK", os.environ.get("RANK", "0")
+        )  # so that --gpus starts no processes: this is one already
         module = types.ModuleType("stage")
         setattr(module, arguments[0], stage)
         package = __import__("qlora_cli.stages", fromlist=["stages"])
