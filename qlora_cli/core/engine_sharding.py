@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.base_model import four_bit_linears
 from qlora_cli.core.engine_sliced import mark_sliced, on_meta
@@ -55,7 +55,7 @@ def spread(base: Any, layers: list[nn.Module], slices: Slices, device: torch.dev
         shares = [share for _, linear in list(four_bit_linears(unit)) for share in _take_shares(linear, slices)]
         hand_over(unit, {getattr(module, name) for module, name, _ in shares})
         for module, name, share in shares:
-            _put_share(module, name, share, mesh)
+            _put_share(module, name, share, device)
     tables = (base.get_input_embeddings(), base.get_output_embeddings())
     if tables[1] is None or tables[0].weight is not tables[1].weight:
         for table in tables:
@@ -90,11 +90,13 @@ def _take_shares(linear: Any, slices: Slices) -> list[tuple[nn.Module, str, Tens
     return [(linear, name, share) for name, share in shares.items()]
 
 
-def _put_share(module: nn.Module, name: str, share: Tensor, mesh: DeviceMesh) -> None:
+def _put_share(module: nn.Module, name: str, share: Tensor, device: torch.device) -> None:
     """Gives FSDP2 this rank's part of a parameter that it has no memory for yet; it is taken up before the first use."""
-    pinned = share.pin_memory() if share.device.type == "cpu" and mesh.device_type == "cuda" else share
-    whole = DTensor.from_local(pinned, mesh, (Shard(0),), run_check=False)
-    module.register_parameter(name, nn.Parameter(whole, requires_grad=False))
+    pinned = share.pin_memory() if share.device.type == "cpu" and device.type == "cuda" else share
+    whole: Any = getattr(module, name)  # on the meta device
+    # Not `DTensor.from_local`, which moves what waits on the host to the card.
+    filled = DTensor(pinned, whole._spec, requires_grad=False)
+    module.register_parameter(name, nn.Parameter(filled, requires_grad=False))
 
 
 @contextmanager

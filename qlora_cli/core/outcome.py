@@ -20,7 +20,9 @@ class TrainResult:
     stopped_early: bool
     trainable_parameters: int
     total_parameters: int
-    peak_vram_bytes: int | None
+    base_vram_bytes: int | None  # of the card that holds most, once the base is loaded
+    loading_vram_bytes: int | None  # the most until then
+    peak_vram_bytes: int | None  # of training
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""

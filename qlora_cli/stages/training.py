@@ -199,6 +199,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         model = attach_adapter(base, **adapter_settings(config), seed=config.seed)
         if slices is not None:
             spread(base, find_layers(base.get_decoder()), slices, device)
+        loaded = read_vram(device)
         progress = Progress()
         if checkpoint:
             progress = read_progress(checkpoint.path)
@@ -283,6 +284,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             stopped_early=loop.progress.stopped_early,
             trainable_parameters=trainable,
             total_parameters=total,
+            base_vram_bytes=ranks.highest(loaded.now_bytes, device) if loaded else None,
+            loading_vram_bytes=ranks.highest(loaded.peak_bytes, device) if loaded else None,
             peak_vram_bytes=ranks.highest(vram.peak_bytes, device) if vram else None,
         )
         if ranks.is_main:

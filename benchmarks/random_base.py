@@ -1,0 +1,89 @@
+"""A base of a real architecture with random 4-bit weights, laid into the cache of quantised bases: minutes less than a
+16-bit checkpoint takes to be written, read and quantised.
+
+The checkpoint beside it is a file of holes, which is never read but for the few bytes that tell one base from another.
+Layers share their random weights: neither speed nor memory depends on them, as long as they are no zeros.
+"""
+
+import json
+from pathlib import Path
+
+from models import CONFIGS, make_config, write_tokenizer
+
+
+def lay_base(name: str, directory: Path, *, dtype_name: str, device_name: str) -> Path:
+    """Makes the model's directory and its copy in the cache (QLORA_CACHE), once.
+
+    Args:
+        name: Of the architecture, see models.py.
+        directory: Where the model goes.
+        dtype_name: Compute dtype of the runs that will use it.
+        device_name: "cuda" or "cpu", where they will run.
+    """
+    import torch
+    from torch import nn
+
+    from qlora_cli.core import base_model
+    from qlora_cli.core.base_cache import base_directory, save_base
+
+    dtype, device = base_model.DTYPES[dtype_name], torch.device(device_name)
+    if not (directory / "tokenizer.json").is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        make_config(name).save_pretrained(directory)
+        _write_holes(base_model.build_empty(make_config(name)), directory / "model.safetensors")
+        write_tokenizer(directory, CONFIGS[name][1]["vocab_size"])
+    quantised = {"quant_type": "nf4", "double_quant": True}
+    identity = base_model.identify_base(str(directory), compute_dtype=dtype, **quantised)
+    facts = {**identity.to_dict(), "model": None, "revision": None, "device": device.type}
+    if base_directory(facts).exists():
+        return directory
+    model = base_model.build_empty(base_model.load_config(str(directory)))
+    torch.manual_seed(0)
+    packed: dict[torch.Size, dict] = {}
+    biases: dict[int, torch.Tensor] = {}
+    for linear_name in base_model.linear_names(model):
+        linear = model.get_submodule(linear_name)
+        shape = linear.weight.shape
+        if shape not in packed:
+            weight = torch.randn(shape, dtype=dtype, device=device) * 0.02
+            packed[shape] = base_model.pack_weight(weight, **quantised)
+        bias = None
+        if linear.bias is not None:
+            bias = biases.setdefault(shape[0], torch.zeros(shape[0], dtype=dtype, device=device))
+        made = base_model._restored_linear(dtype, device, dict(packed[shape]), bias)
+        model.set_submodule(linear_name, made)
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                value = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02
+                value = value if parameter.ndim > 1 else torch.full_like(value, float(leaf == "weight"))
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    for owner in model.modules():
+        if any(buffer.is_meta for buffer in owner.buffers(recurse=False)):  # rotary embeddings, computed when made
+            for leaf, buffer in type(owner)(model.config).named_buffers():
+                owner._buffers[leaf] = buffer.to(device)
+    save_base(model, facts)
+    assert base_directory(facts).exists()
+    return directory
+
+
+def _write_holes(model, path: Path) -> None:
+    """A safetensors file of the model's shapes in bfloat16 that takes no room."""
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(parameter.shape),
+            "data_offsets": [end, end + 2 * parameter.numel()],
+        }
+        end += 2 * parameter.numel()
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+
+
+if __name__ == "__main__":
+    import sys
+
+    lay_base(sys.argv[1], Path(sys.argv[2]), dtype_name=sys.argv[3], device_name=sys.argv[4])
