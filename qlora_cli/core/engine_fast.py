@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
-from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket
+from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket, bucketed
 from qlora_cli.core.engine_layers import LayerPlan, capture_calls, find_layers, skip_unused_outputs, swap_layers
 from qlora_cli.core.engine_linear import (
     AdapterValues,
@@ -69,7 +69,7 @@ class FastEngine:
         self.undo: list[Callable[[], None]] = []
         self.values = AdapterValues(compute_dtype)
         self.trials = Trials(model, self.decoder, self.embedding, self.values, device)
-        self.packed = self.equal_rows = self.host_embedding = self.adapts = self.may_send = False
+        self.packed = self.equal_rows = self.host_embedding = self.adapts = False
         self.choose_plan: Callable[..., MemoryPlan] | None = None
         self.graphs: StepGraphs | None = None
         try:
@@ -146,7 +146,6 @@ class FastEngine:
         if on_cuda and layers and not self.spread:  # a layer by itself is not measured where all ranks gather it
             self.largest_tokens = bucket(max_tokens)
             self.adapts = wish is None
-            self.may_send = offload_activations is None
             self.choose_plan = partial(
                 plan_memory,
                 recomputed=wish,
@@ -198,7 +197,7 @@ class FastEngine:
             self.host_embedding = True
             self.embedding.to("cpu")
             self.undo.append(lambda: self.embedding.to(self.device))
-        offloads = on_cuda and (plan.offload_activations or plan.sent or (self.may_send and plan.recomputed))
+        offloads = on_cuda and (plan.offload_activations or plan.sent)
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:
             self._lay_out(replace(plan, recomputed=0, sent=0, offload_activations=False))  # trials run layers plainly
@@ -230,7 +229,7 @@ class FastEngine:
         plans = [
             replace(self.plan, recomputed=recomputed, sent=sent)
             for recomputed in range(self.plan.recomputed + 1)
-            for sent in range(self.plan.sent + self.plan.recomputed - recomputed + 1 if self.may_send else 1)
+            for sent in range(self.plan.sent + self.plan.recomputed - recomputed + 1 if self.plan.sent else 1)
         ]
         fitting = [plan for plan in plans if plan.step_bytes(needs) <= self.available_bytes]
         return min(fitting, key=lambda plan: plan.cost(needs), default=self.plan)
@@ -287,7 +286,8 @@ class FastEngine:
             embedding_bytes=self._movable_embedding_bytes(),
             seconds=_scaled(seconds, share),
             fixed_seconds=_fixed(seconds, few[1]) if few is not None else None,
-            link_bytes_per_second=link_bytes_per_second(self.device),
+            # Without graphs launches must not be what takes the time.
+            link_bytes_per_second=link_bytes_per_second(self.device) if seconds.launch < seconds.device else 0.0,
             host_bytes=_host_free_bytes() // 2,
         )
 
@@ -361,7 +361,12 @@ class FastEngine:
             self.step.draw_seeds()
         if self.packed:
             inputs = self._inputs(batch)
-            loss = self.graphs.loss(inputs) if self.graphs is not None and training and _differentiates() else None
+            if self.graphs is None or not training or not _differentiates():
+                return self._packed_loss(inputs)
+            if self.offload is not None:  # its stream is not one that a graph takes in
+                return self._packed_loss(bucketed(inputs))
+            inputs = bucketed(inputs)  # with or without a graph, so that a resumed run computes the same
+            loss = self.graphs.loss(inputs)
             return self._packed_loss(inputs) if loss is None else loss
         ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
         # Without padding the mask is the plain causal one, which has kernels of its own.
@@ -430,7 +435,7 @@ class FastEngine:
             parts.append("base spread over the cards")
         if self.compiled:
             parts.append("layers compiled")
-        if self.graphs is not None:
+        if self.graphs is not None and self.offload is None:
             parts.append("CUDA graphs")
         return ", ".join(parts)
 
@@ -459,7 +464,7 @@ def _outside_adapters(layer: nn.Module) -> list[nn.Module]:
 
 
 def _scaled(seconds: LayerSeconds, factor: float) -> LayerSeconds:
-    return LayerSeconds(factor * seconds.forward, factor * seconds.backward)
+    return LayerSeconds(factor * seconds.forward, factor * seconds.backward, factor * seconds.launch)
 
 
 def _fixed(seconds: LayerSeconds, quarter: LayerSeconds) -> LayerSeconds:

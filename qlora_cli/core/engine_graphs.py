@@ -119,7 +119,7 @@ class StepGraphs:
         self.failed = False
 
     def loss(self, inputs: StepInputs) -> Tensor | None:
-        """The loss, or None where this micro-batch has to run without a graph."""
+        """The loss of a shape of the grid, or None where this micro-batch has to run without a graph."""
         addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
         if self.failed or 0 in addresses:
             return None
@@ -131,7 +131,6 @@ class StepGraphs:
         if way not in self.warm:
             self.warm.add(way)
             return None
-        inputs = bucketed(inputs)
         key = (*inputs.labels.shape, inputs.boundaries.numel(), *_numbers(inputs))
         graph = self.graphs.get(key)
         if graph is None:

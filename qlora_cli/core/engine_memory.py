@@ -21,10 +21,16 @@ HIDDEN_SHARE = 0.8
 
 @dataclass(frozen=True)
 class LayerSeconds:
-    """Device time of one layer at some number of tokens."""
+    """Device time of one layer at some number of tokens, and host time to launch both passes."""
 
     forward: float
     backward: float
+    launch: float = 0.0
+
+    @property
+    def device(self) -> float:
+        """Both passes."""
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class StepNeeds:
             seconds = LayerSeconds(
                 fixed.forward + share * (seconds.forward - fixed.forward),
                 fixed.backward + share * (seconds.backward - fixed.backward),
+                seconds.launch,
             )
         return replace(
             self,
@@ -123,7 +130,7 @@ class MemoryPlan:
         """Time the measures take, as a share of a step."""
         seconds = needs.seconds or LayerSeconds(1.0, 1.0)
         layers = max(needs.layers, 1)
-        step = layers * (seconds.forward + seconds.backward)
+        step = layers * seconds.device
         repeated = RECOMPUTE_COST * self.recomputed * seconds.forward
         return (
             repeated / step
@@ -137,7 +144,7 @@ class MemoryPlan:
     def _waiting_seconds(self, needs: StepNeeds, seconds: LayerSeconds, repeated: float) -> float:
         """How long layers wait for copies to the host and back."""
         if not needs.link_bytes_per_second:  # hidden states travel in time, whole layers' tensors do not
-            return 10 * OFFLOAD_COST * self.sent * (seconds.forward + seconds.backward)
+            return 10 * OFFLOAD_COST * self.sent * seconds.device
         copying = self.sent_bytes(needs) / needs.link_bytes_per_second
         forward, backward = needs.layers * seconds.forward, needs.layers * seconds.backward + repeated
         return max(0.0, copying - HIDDEN_SHARE * forward) + max(0.0, copying - HIDDEN_SHARE * backward)

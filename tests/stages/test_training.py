@@ -15,6 +15,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli import artifacts
@@ -276,6 +277,24 @@ def test_an_interrupted_run_goes_on_bit_for_bit(options, tmp_path, changes):
     assert next(e for e in events if isinstance(e, RunStarted)).first_step == 6
     assert metrics(output) == metrics(tmp_path / "straight")
     assert weights(output) == weights(tmp_path / "straight")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw"])
+def test_on_a_gpu_a_resumed_run_is_the_same_run_within_the_noise_of_two_equal_ones(options, tmp_path, optimizer):
+    options |= {"optimizer": optimizer, "max_steps": 30, "packing": True, "save_every": 5}
+    for name in ("straight", "again"):
+        run(options, output=str(tmp_path / name))
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**options), stopping_at(17, []))
+    run(options, resume=True)
+    straight, again, resumed = (
+        torch.cat([t.flatten() for t in load_file(Path(directory) / ADAPTER_WEIGHTS).values()])
+        for directory in (tmp_path / "straight", tmp_path / "again", options["output"])
+    )
+    noise, difference = (straight - again).abs().max().item(), (straight - resumed).abs().max().item()
+    print(f"{optimizer}: two equal runs differ by at most {noise:.2e}, a resumed one by {difference:.2e}")
+    assert difference <= 2 * noise
 
 
 def test_resuming_a_finished_run_writes_the_same_adapter_again(options):
