@@ -22,7 +22,8 @@ CONTEXT_BYTES = 2**30
 # What PyTorch's allocator counts beyond what was asked for: it cuts blocks in steps of 512 bytes and leaves up to 1 MiB
 # of a large one unused (c10/cuda/CUDACachingAllocator.cpp, should_split). Measured: 0.3 % on models of 4 to 39 GB.
 ALLOCATOR_SHARE = 0.003
-# cuBLAS's workspaces and the like, from the same allocator; measured as what is left on a model of 0.6 GB.
+# Two cuBLAS workspaces of 32 MiB (of the forward pass and of autograd's thread) and the like, from the same allocator;
+# measured as what is left on a model of 0.6 GB.
 CUBLAS_BYTES = 90 * 2**20
 PROCESS_BYTES = 3 * 2**30  # host memory of Python with PyTorch, transformers and CUDA's libraries
 GATHERED_LAYERS = 4  # of a spread base: the one that computes and the next, each as it arrives and as it is used
