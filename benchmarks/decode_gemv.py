@@ -26,6 +26,7 @@ import torch
 from qlora_cli.kernels import decode_attention, gemv
 from qlora_cli.kernels.decode_pointwise import rms_norm, rotate
 from qlora_cli.kernels.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
+from qlora_cli.kernels.weights import FrozenWeight
 
 # name → (rows, columns, weights stacked)
 SHAPES = {
@@ -38,9 +39,10 @@ SHAPES = {
     "neox up": (24576, 6144, 1),
     "neox down": (6144, 24576, 1),
 }
-COLD_BYTES = 300e6  # of weights in a graph: several times the second-level cache
+COLD_BYTES = 150e6  # of weights in a graph: several times the second-level cache
 TABLE: list[tuple[str, str]] = []
 RESULTS: dict[str, object] = {}
+BEST: dict[str, dict[str, list]] = {}  # shape → tokens → tiling: what decode_speed.py --tilings reads
 
 
 def note(name: str, value: object) -> None:
@@ -82,7 +84,7 @@ def bytes_of(weight: StackedWeight, adapter: StackedAdapter | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def graph_seconds(calls, repeats: int = 20) -> float:
+def graph_seconds(calls, repeats: int = 10) -> float:
     """Seconds of one call, of several captured in a graph."""
     for call in calls:
         call()
@@ -110,9 +112,9 @@ def copies(rows: int, columns: int, count: int) -> list:
 
 def copy_rate() -> float:
     """Bytes a second that a copy reads and writes."""
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    x = torch.zeros(2**30, dtype=torch.bfloat16, device="cuda")
     y = torch.empty_like(x)
-    return 2 * x.numel() / graph_seconds([lambda: y.copy_(x)])
+    return 4 * x.numel() / graph_seconds([lambda: torch.neg(x, out=y)])
 
 
 def correctness() -> None:
@@ -143,30 +145,33 @@ def correctness() -> None:
         torch.cuda.empty_cache()
 
 
-def warm(work: tuple[tuple[int, ...], list[Tiling]]) -> None:
+def warm(work: tuple[list[int], int, Tiling]) -> None:
     """Compiles what a sweep will use, into Triton's cache; in a process of its own."""
-    tokens_list, tilings = work
-    weight = make_stack(256, 4096, 1)[0]
-    for tokens, tiling in itertools.product(tokens_list, tilings):
-        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    widths, tokens, tiling = work
+    for columns in widths:
+        weight, adapter, _, _ = make_stack(256, columns, 1)
+        x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
         with contextlib.suppress(Exception):  # the sweep names it
+            gemv.multiply(x, weight, adapter, tiling=tiling)
             gemv.multiply(x, weight, tiling=tiling)
 
 
 def sweep(tokens_list, tilings) -> None:
-    """Time of every tiling, the best of each shape beside the tiling in use and bitsandbytes."""
-    with concurrent.futures.ProcessPoolExecutor(8, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(warm, [(tokens_list, tilings[i::8]) for i in range(8)]))
+    """Time of every tiling with an adapter, the best of each shape beside the tiling in use and others' ways."""
+    widths = sorted({columns for _, columns, _ in SHAPES.values()})
+    with concurrent.futures.ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(warm, [(widths, tokens, tiling) for tokens, tiling in itertools.product(tokens_list, tilings)]))
     rate = copy_rate()
     note("copy TB/s", rate / 1e12)
     for name, (rows, columns, count) in SHAPES.items():
         stacks = copies(rows, columns, count)
-        total = bytes_of(stacks[0][0], None)
         for tokens in tokens_list:
             x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            values = bnb_functional.dequantize_4bit(*stacks[0][2:])
+            expected = (x @ values.T).float()
             timed: dict[str, float] = {}
 
-            def seconds(tiling=None, adapted=False, x=x, stacks=stacks):
+            def seconds(tiling=None, adapted=True, x=x, stacks=stacks):
                 return graph_seconds(
                     [
                         lambda w=w, a=a: gemv.multiply(x, w, a if adapted else None, tiling=tiling)
@@ -176,39 +181,65 @@ def sweep(tokens_list, tilings) -> None:
 
             for tiling in tilings:
                 try:
-                    timed["/".join(str(part) for part in tiling)] = seconds(tiling) * 1e6
+                    found = gemv.multiply(x, stacks[0][0], tiling=tiling).float()
+                    error = ((found - expected).norm() / expected.norm()).item()
+                    assert error < 0.01, f"relative error {error:.3g}"
+                    timed[json.dumps(list(tiling))] = seconds(tiling) * 1e6
                 except Exception as error:  # a tiling that does not fit the card
-                    print(name, tokens, tiling, type(error).__name__, str(error)[:100])
+                    print(name, tokens, tiling, type(error).__name__, str(error)[:100], flush=True)
             ranking = dict(sorted(timed.items(), key=lambda item: item[1]))
-            chosen, adapted = seconds() * 1e6, seconds(adapted=True) * 1e6
-            project = graph_seconds([lambda a=a, x=x: gemv.project(x, a) for _, a, _, _ in stacks]) * 1e6
             RESULTS[f"{name} x{tokens} tilings us"] = ranking
-            note(f"{name} x{tokens} us", chosen)
-            note(f"{name} x{tokens} share of copy rate", total / chosen * 1e6 / rate)
-            note(f"{name} x{tokens} top", " ".join(f"{k}={v:.1f}" for k, v in list(ranking.items())[:6]))
-            note(f"{name} x{tokens} with adapter us", adapted)
-            note(f"{name} x{tokens} project us", project)
+            note(f"{name} x{tokens} top", "  ".join(f"{k}={v:.1f}" for k, v in list(ranking.items())[:6]))
+            if ranking:
+                best = json.loads(next(iter(ranking)))
+                BEST.setdefault(f"{rows}x{columns}", {})[str(tokens)] = best
+                bare = seconds(Tiling(*best), adapted=False) * 1e6
+                note(f"{name} x{tokens} best, no adapter us", bare)
+                note(f"{name} x{tokens} share of copy rate", bytes_of(stacks[0][0], None) / bare * 1e6 / rate)
+                overlaps, gemv._overlaps = gemv._overlaps, lambda device: False
+                note(f"{name} x{tokens} best, no overlap us", seconds(Tiling(*best)) * 1e6)
+                gemv._overlaps = overlaps
+            note(f"{name} x{tokens} in use us", seconds() * 1e6)
             if tokens == 1:
                 y = x[None]
                 theirs = graph_seconds(
                     [lambda p=p, s=s, y=y: bnb.matmul_4bit(y, p.t(), quant_state=s) for _, _, p, s in stacks]
                 )
                 note(f"{name} x{tokens} bitsandbytes us", theirs * 1e6)
+            if tokens >= 16:
+                frozen = [FrozenWeight(w.rows, w.columns, None, *w[2:7], s.offset) for w, _, _, s in stacks]
+                whole = graph_seconds([lambda f=f, x=x: x @ f.values(x.dtype).t() for f in frozen])
+                note(f"{name} x{tokens} dequantised whole us", whole * 1e6)
         del stacks
         torch.cuda.empty_cache()
 
 
 def one() -> None:
     """1 and 8 tokens, which are the same program."""
-    sizes = [(1, 4, 0), (1, 4, 1), (1, 8, 0), (1, 8, 0, 64), (1, 8, 0, 80), (1, 8, 1, 80), (1, 8, 1, 128), (1, 16, 0)]
-    sizes += [(1, 16, 0, 64), (2, 4, 0), (2, 4, 1), (2, 8, 0, 96), (2, 8, 0, 128), (2, 8, 1, 128), (2, 16, 0, 64)]
-    sizes += [(4, 4, 0), (4, 8, 0, 128), (1, 8, 0, 64, 4), (1, 8, 0, 80, 3), (2, 8, 0, 128, 2), (2, 4, 0, 128, 4)]
+    sizes = [
+        (1, 8, 2, 128),
+        (1, 8, 2, 96),
+        (1, 8, 3, 80),
+        (1, 4, 4, 128),
+        (1, 4, 5, 96),
+        (1, 4, 6, 80),
+        (1, 16, 1, 128),
+    ]
+    sizes += [(1, 8, 2, 128, False), (1, 8, 3, 80, False), (1, 4, 6, 80, False), (2, 8, 1), (2, 8, 2, 128)]
+    sizes += [(2, 4, 4, 128), (2, 4, 3, 168), (2, 4, 4, 128, False), (2, 8, 2, 128, False)]
     sweep((1, 8), [Tiling(*size) for size in sizes])
 
 
 def few() -> None:
     """16 and 64 tokens, the latter in two launches."""
-    sizes = [(1, 4), (1, 8), (1, 8, 0, 128), (2, 4), (2, 8), (2, 8, 0, 128), (4, 4), (4, 8)]
+    sizes = [
+        (1, 8, 2, 128),
+        (1, 4, 4, 128),
+        (2, 8, 1),
+        (2, 8, 1, None, False),
+        (2, 4, 2, None, False),
+        (4, 8, 1, None, False),
+    ]
     sweep((16, 64), [Tiling(*size) for size in sizes])
 
 
@@ -253,7 +284,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, default=Path("decode_gemv.json"))
     parser.add_argument("--part", action="append", choices=list(PARTS))
+    parser.add_argument("--shape", action="append", choices=list(SHAPES))
     arguments = parser.parse_args()
+    for name in set(SHAPES) - set(arguments.shape or SHAPES):
+        del SHAPES[name]
     note("card", torch.cuda.get_device_name())
     note("versions", f"torch {torch.__version__}, triton {__import__('triton').__version__}")
     for part in arguments.part or PARTS:
@@ -264,7 +298,7 @@ def main() -> None:
             traceback.print_exc()
             note(f"{part} FAILED", traceback.format_exc().strip().splitlines()[-1][:300])
         note(f"{part} seconds", round(time.time() - started))
-        arguments.json.write_text(json.dumps(RESULTS, indent=1))
+        arguments.json.write_text(json.dumps({**RESULTS, "best": BEST}, indent=1))
     print("\n" + "\n".join(f"{name:60} {value}" for name, value in TABLE))
 
 

@@ -26,6 +26,7 @@ MODELS = {
     "tiny-llama": {"rank": 8, "target_modules": None},
 }
 NEW, PROMPT = 128, 32
+BATCHES = [1, 8, 64]
 NEVER = 10**9  # an end token that never comes
 
 
@@ -87,7 +88,7 @@ class Bench:
         import torch
 
         self.expected = {}
-        for count in (1, 8):
+        for count in [count for count in BATCHES if count <= 8]:
             ids = torch.tensor(self.prompts(count), device=self.device)
             for new in (4, 64):
                 self.wait()
@@ -114,7 +115,7 @@ class Bench:
         from qlora_cli.core.answers import Request
         from qlora_cli.core.sampling import Sampling
 
-        for count in (1, 8, 64):
+        for count in BATCHES:
             answerer = Answerer(self.model, Words(), sampling=Sampling(), engine="fast", report=print)
             if getattr(self, "fast", None) is not None:
                 answerer._fast, answerer._fast_for = self.fast
@@ -200,6 +201,20 @@ class Bench:
             self.note(f"prefill {count} x {length} tok/s", count * length / seconds)
 
 
+def use_tilings(path: Path) -> None:
+    """Divides products as decode_gemv.py found best; shapes it has not seen as its first."""
+    from qlora_cli.kernels import gemv
+
+    best, chosen = json.loads(path.read_text())["best"], gemv.choose_tiling
+
+    def choose(tokens: int, rows: int, columns: int):
+        few = 1 if tokens == 1 else 8 if tokens <= 8 else 16 if tokens <= 16 else 64
+        found = {**next(iter(best.values()), {}), **best.get(f"{rows}x{columns}", {})}.get(str(few))
+        return gemv.Tiling(*found) if found else chosen(tokens, rows, columns)
+
+    gemv.choose_tiling = choose
+
+
 def run(name: str, skip_peer: bool, device: str) -> dict:
     """All parts of one model; each fails alone."""
     bench = Bench(name, device)
@@ -224,8 +239,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=int, default=280, help="seconds for one model")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--tilings", type=Path, help="what decode_gemv.py wrote")
+    parser.add_argument("--batch", type=int, action="append")
     arguments = parser.parse_args()
     if arguments.inside:
+        if arguments.tilings:
+            use_tilings(arguments.tilings)
+        BATCHES[:] = arguments.batch or BATCHES
         run(arguments.inside, arguments.skip_peer, arguments.device)
         return
     results = {}
@@ -234,6 +254,8 @@ def main() -> None:
         part.unlink(missing_ok=True)
         command = [sys.executable, __file__, "--inside", name, "--device", arguments.device]
         command += ["--skip-peer"] if arguments.skip_peer else []
+        command += ["--tilings", str(arguments.tilings)] if arguments.tilings else []
+        command += [f"--batch={batch}" for batch in arguments.batch or ()]
         try:
             subprocess.run(command, timeout=arguments.limit, check=False)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""A model instance in; its normalisations and rotary embeddings as one launch each out, wherever that gives the same.
+"""A model instance in; its norms, rotary embeddings and gates as one launch each out, wherever that gives the same.
 
 Each is compared with the module's own at its first use, on what it is really given; one that differs is left alone.
 """
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.kernels.decode_pointwise import rms_norm, rotate
+from qlora_cli.kernels.decode_pointwise import GATES, gate, rms_norm, rotate
 
 ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
+GATED = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls its parts
 # (offset, round_first) of known RMS norms: llama and most; those that multiply in float32; gemma.
 NORMS = ((0.0, True), (0.0, False), (1.0, False))
 WHOLE = 1e-6  # relative difference between two ways of computing the same in float32
@@ -38,10 +39,13 @@ class FastLayers:
         self.decoding = False
         self._norms: dict[type, tuple[float, bool] | None] = {}  # what was found out, None for nothing that fits
         self._rotations: dict[int, bool] = {}  # by identity of the function that is replaced
+        self._gates: dict[type, str | None] = {}  # what was found out, None for nothing that fits
         self._taken: list[nn.Module] = []
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
                 self._take(module, self._norm_of(module, module.forward))
+            elif isinstance(own := type(module).forward, FunctionType) and set(own.__code__.co_names) >= GATED:
+                self._take(module, self._gating_of(module, module.forward))
             elif rotating := self._rotating_forward(module):
                 self._take(module, MethodType(rotating, module))
 
@@ -60,7 +64,8 @@ class FastLayers:
         norms = sum(fits is not None for fits in self._norms.values())
         kinds = [f"{norms} kinds of norm" if norms > 1 else "norms"] if norms else []
         kinds += ["rotary embeddings"] if any(self._rotations.values()) else []
-        return " and ".join(kinds)
+        kinds += ["gates"] if any(self._gates.values()) else []
+        return " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
 
     # ------------------------------------------------------------ norms
 
@@ -85,6 +90,31 @@ class FastLayers:
             if fits is None:
                 return own(x)
             return rms_norm(x, module.weight, epsilon, offset=fits[0], round_first=fits[1])
+
+        return forward
+
+    # ------------------------------------------------------------ gates
+
+    def _gating_of(self, module: Any, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kind = type(module)
+
+        def forward(*given: Any, **named: Any) -> Tensor:
+            if not self.decoding or len(given) != 1 or named:
+                return own(*given, **named)
+            (x,) = given
+            if kind not in self._gates:
+                expected = own(x)
+                gated, straight = module.gate_proj(x), module.up_proj(x)
+                inner = module.act_fn(gated) * straight
+                plain = is_same(module.down_proj(inner), expected)  # nothing else happens in there
+                fitting = (name for name in GATES if plain and is_same(gate(gated, straight, name), inner))
+                self._gates[kind] = next(fitting, None)
+                return expected
+            fits = self._gates[kind]
+            if fits is None:
+                return own(x)
+            gated, straight = module.gate_proj(x), module.up_proj(x)
+            return module.down_proj(gate(gated, straight, fits))
 
         return forward
 

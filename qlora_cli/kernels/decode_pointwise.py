@@ -1,4 +1,4 @@
-"""The small steps of a decoder layer in, one launch each out: RMS normalisation, and rotation of query and key."""
+"""The small steps of a decoder layer in, one launch each out: RMS normalisation, rotation of query and key, gating."""
 
 import torch
 import triton
@@ -156,3 +156,51 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
             num_warps=1,
         )
     return out_query, out_key
+
+
+# ---------------------------------------------------------------- gating
+
+GATES = ("silu", "gelu_tanh", "gelu")
+
+
+@triton.jit
+def _gate(x, y, out, x_row, y_row, size, KIND: tl.constexpr, ROOM: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * ROOM + tl.arange(0, ROOM)
+    used = place < size
+    gate = tl.load(x + row * x_row + place, mask=used, other=0.0)
+    value = gate.to(tl.float32)
+    if KIND == "silu":
+        value = value / (1 + tl.exp(-value))
+    elif KIND == "gelu_tanh":
+        inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
+        value = value / (1 + tl.exp(-2 * inner))  # (1 + tanh z) / 2 = 1 / (1 + exp(-2 z))
+    else:
+        value = 0.5 * value * (1 + tl.erf(value * 0.7071067811865476))
+    other = tl.load(y + row * y_row + place, mask=used, other=0.0)
+    # Rounded before it is multiplied, as where the steps are launched one by one.
+    result = value.to(gate.dtype).to(tl.float32) * other.to(tl.float32)
+    tl.store(out + row * size + place, result.to(gate.dtype), mask=used)
+
+
+def gate(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """act(x) y (https://arxiv.org/abs/2002.05202).
+
+    Args:
+        x: (..., size), a view whose last dimension is contiguous and whose others are one row after another.
+        y: Like `x`.
+        kind: One of GATES.
+
+    Returns:
+        (..., size), contiguous, in their dtype.
+    """
+    size = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = x.numel() // size
+    x, y = x.reshape(rows, size), y.reshape(rows, size)
+    room = 1024 if rows < 16 else 4096
+    with torch.cuda.device_of(x):
+        _gate[(rows, triton.cdiv(size, room))](
+            x, y, out, x.stride(0), y.stride(0), size, KIND=kind, ROOM=room, num_warps=4
+        )
+    return out

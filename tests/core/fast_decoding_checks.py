@@ -119,7 +119,7 @@ def test_what_is_fused_is_told_and_layers_with_one_input_become_one_product(tmp_
     layers = len(model.get_base_model().model.layers)
     assert (
         fast.describe()
-        == f"{7 * layers} linear layers in {4 * layers} products, norms and rotary embeddings, joined attention"
+        == f"{7 * layers} linear layers in {4 * layers} products, norms, rotary embeddings and gates, joined attention"
     )
     assert {len(stack.sites) for stack in fast.linears.stacks} == {1, 2, 3}
     again = FastModel(model)  # finds the weights side by side already

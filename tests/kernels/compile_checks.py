@@ -18,7 +18,7 @@ POINTERS = {
 FLOATS = {"scale", "softcap", "epsilon", "offset"}
 NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
-NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units"}
+NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units", "size"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2}
 LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "WHOLE": False}
@@ -41,6 +41,7 @@ CASES = [
         2,
     ),
     (decode_pointwise._normalise, {"SIZE": 4096, "SIZE_ROOM": 4096, "ROUND_FIRST": True}, 8),
+    (decode_pointwise._gate, {"KIND": "gelu", "ROOM": 1024}, 4),
     (decode_pointwise._rotate, {"SIZE": 96, "ROTATED": 24, "ROOM": 128}, 1),
 ]
 

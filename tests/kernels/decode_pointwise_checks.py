@@ -6,7 +6,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from qlora_cli.kernels.decode_pointwise import rms_norm, rotate
+from qlora_cli.kernels.decode_pointwise import GATES, gate, rms_norm, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -37,3 +37,19 @@ def test_rotates_as_the_function_does(module, dtype):
     one = rotate(query[:1], key[:1], cos[:1], sin[:1])
     same = rotate(query[:1].expand(2, -1, -1, -1), key[:1].expand(2, -1, -1, -1), cos[:1], sin[:1])
     assert torch.equal(same[0][1:], one[0]) and torch.equal(same[1][:1], one[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", GATES)
+def test_gates_as_torch_does(kind, dtype):
+    whole = (3 * torch.randn(3, 1, 2600, device=DEVICE)).to(dtype)
+    x, y = whole[..., :1300], whole[..., 1300:]
+    functional = torch.nn.functional
+    own = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda value: functional.gelu(value, approximate="tanh"),
+    }
+    found = gate(x, y, kind)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, own[kind](x) * y, atol=2e-6 if dtype == torch.float32 else 2e-3, rtol=2e-3)
