@@ -142,7 +142,8 @@ def generate(call: Call) -> Any:
     if call.config.chat:
         result = generation.converse(call.config, call.console.report, call.console.read_line)
     else:
-        prompts = [] if prompt is None else [sys.stdin.read() if prompt == "-" else prompt]
+        # The newline that ends what echo and editors write is no part of the question.
+        prompts = [] if prompt is None else [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt]
         result = generation.generate(call.config, prompts, call.console.report)
     return result.to_dict() if call.console.as_json and result is not None else None
 

@@ -143,6 +143,10 @@ def obey(conversation: Conversation, line: str, report: Report) -> None:
         case "/save", path if path:
             conversation.save(Path(path).expanduser())
             report(Notice(f"Added to {path}."))
+        case "/adapter" | "/save", _:
+            raise UsageError(
+                f"{command} of what?", "Type: /adapter DIR" if command == "/adapter" else "Type: /save FILE"
+            )
         case _ if line.startswith("/"):
             raise UsageError(f"{line} is no command.", f"There are: {COMMANDS}.")
         case _:

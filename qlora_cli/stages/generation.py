@@ -121,7 +121,7 @@ def generate(config: GenerateConfig, prompts: Sequence[str], report: Report) -> 
     else:
         rows = answer_file(speaker, config, Path(config.input), Path(config.output), clock, report)
     result = GenerateResult.of(speaker, config.adapter, rows, clock, config.output)
-    if config.output is not None:
+    if config.output is not None and rows:
         report(Notice(f"{config.output} holds the answers: {result.describe_speed()}."))
     if config.verbose:
         report(Notice(f"Decoded by {result.path}: {result.describe_speed()}."))

@@ -258,9 +258,9 @@ def test_only_the_first_rank_talks(run_with, capsys, monkeypatch):
 
 def test_the_prompt_comes_from_stdin(run_with, monkeypatch):
     seen = []
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from\na pipe\n"))
     run_with(["generate", "-"], lambda config, prompts, report: seen.extend(prompts) or Answer())
-    assert seen == ["from a pipe\n"]
+    assert seen == ["from\na pipe"]  # the last newline is the shell's
 
 
 REHEARSAL = """
