@@ -205,7 +205,10 @@ def use_tilings(path: Path) -> None:
     """Divides products as decode_gemv.py found best; shapes it has not seen as its first."""
     from qlora_cli.kernels import gemv
 
-    best, chosen = json.loads(path.read_text())["best"], gemv.choose_tiling
+    told = json.loads(path.read_text())
+    best, chosen = told["best"], gemv.choose_tiling
+    if not told.get("overlap", True):
+        gemv._overlaps = lambda device: False
 
     def choose(tokens: int, rows: int, columns: int):
         few = 1 if tokens == 1 else 8 if tokens <= 8 else 16 if tokens <= 16 else 64

@@ -108,9 +108,9 @@ def main() -> None:
     if arguments.direct:
         results["direct"] = direct(checkpoint, work / "cache-direct")
     else:
-        results["quantised"] = start(checkpoint, work / "cache", "--no-cache")
-        results["copy made"] = start(checkpoint, work / "cache")
-        results["copy used"] = start(checkpoint, work / "cache")
+        for case, flags in (("quantised", ["--no-cache"]), ("copy made", []), ("copy used", [])):
+            results[case] = start(checkpoint, work / "cache", *flags)
+            print(case, results[case], flush=True)
         if all("load seconds" in results[key] for key in ("quantised", "copy used")):
             faster = results["quantised"]["load seconds"] / results["copy used"]["load seconds"]
             results["copy used"]["times faster"] = faster
