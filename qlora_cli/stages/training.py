@@ -1,10 +1,7 @@
 """A base model and rows in, a run directory out: adapter, tokenizer, settings, metrics, loss curve, model card."""
 
-import importlib.util
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +37,6 @@ from qlora_cli.core.holdout import RowSubset, hold_out
 from qlora_cli.core.liveness import watching
 from qlora_cli.core.loop import Cadence, Loop, Saving
 from qlora_cli.core.memory import parse_memory, read_vram
-from qlora_cli.core.metrics import MetricsFile, as_metrics
 from qlora_cli.core.optimizer import build_optimizer, choose_optimizer, state_bytes
 from qlora_cli.core.outcome import TrainPlan, TrainResult
 from qlora_cli.core.parameters import TrainableParameters
@@ -49,11 +45,12 @@ from qlora_cli.core.prediction import CONTEXT_BYTES, predict_disk
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.ranks import Ranks
 from qlora_cli.core.recipe import write_recipe
+from qlora_cli.core.run_checks import check_ranks, check_settings
 from qlora_cli.core.run_directory import claimed
 from qlora_cli.core.run_identity import run_identity
+from qlora_cli.core.run_logs import open_logs, tracking
 from qlora_cli.core.run_memory import (
     adapter_settings,
-    can_be_spread,
     gather_run_facts,
     plan_is_for_card,
     plan_run_memory,
@@ -64,11 +61,10 @@ from qlora_cli.core.schedule import count_warmup_steps, learning_rate_schedule
 from qlora_cli.core.slices import Slices
 from qlora_cli.core.steps import StepPlan, split_to_fit
 from qlora_cli.core.training_state import Progress, read_progress
-from qlora_cli.errors import DataError, Interrupted, UsageError
-from qlora_cli.events import EvaluationLogged, Event, Report, RunStarted, StepLogged
+from qlora_cli.errors import DataError
+from qlora_cli.events import Event, Report, RunStarted
 
 SAVES_A_RUN = 10  # by default
-TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 # The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `watching`.
 EXCHANGE_TIMEOUT = timedelta(hours=24)
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
@@ -309,64 +305,6 @@ def _tell_nobody(event: Event) -> None:
     """The report of ranks that are not the main one."""
 
 
-# ---------------------------------------------------------------- checks
-
-
-def check_settings(config: TrainConfig) -> None:
-    """Checks what needs no file.
-
-    Raises:
-        UsageError: A setting is missing, out of range, or needs a package that is not installed.
-    """
-    if config.model is None:
-        raise UsageError("No base model was named.", "Add --model with a hub id or a directory.")
-    if (config.data is None) == (config.prepared is None):
-        raise UsageError(
-            "Training takes rows from one place.", "Give either --data or --prepared (written by qlora prepare)."
-        )
-    positive = ("max_steps", "save_every", "eval_every", "patience", "keep", "batch_size")
-    for name in (*positive, "gradient_accumulation_steps"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}.", "Use 1 or more.")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}.", "Use 0 or more.")
-    evaluates = config.eval_rows or config.eval_fraction
-    if (config.keep_best or config.patience or config.eval_every) and not evaluates:
-        wanting = next(n for n in ("keep_best", "patience", "eval_every") if getattr(config, n))
-        raise UsageError(
-            f"--{wanting.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
-        )
-    if config.report_to and not any(importlib.util.find_spec(name) for name in TRACKER_MODULES[config.report_to]):
-        raise UsageError(
-            f"--report-to {config.report_to} needs a package that is not installed.",
-            f"Type: pip install {config.report_to}",
-        )
-
-
-def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
-    """Checks that the processes started are those asked for.
-
-    Raises:
-        UsageError: They are not.
-    """
-    if (config.shard or config.shard_offload) and not can_be_spread(config, ranks):
-        alone = ranks.world_size == 1
-        raise UsageError(
-            "--shard spreads the base over several cards, and one process runs."
-            if alone
-            else "--shard takes the fast engine and plain LoRA adapters only.",
-            "Add --gpus 2, or leave --shard out." if alone else "Leave out --engine, --dora and --modules-to-save.",
-        )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
-    if config.gpus is not None and config.gpus != here:
-        raise UsageError(
-            f"--gpus {config.gpus} was asked for, and {here} process{'es run' if here > 1 else ' runs'} on this machine.",
-            "Leave --gpus out where torchrun or accelerate starts the processes.",
-        )
-
-
 # ---------------------------------------------------------------- parts of the recipe
 
 
@@ -418,39 +356,3 @@ def plan_evaluation(config: TrainConfig, rows: RowSubset, ranks: Ranks, max_leng
         return None
     once = replace(config, gradient_accumulation_steps=ranks.world_size, epochs=1.0, max_steps=None)
     return plan_steps(once, rows, ranks, max_length)
-
-
-@contextmanager
-def tracking(accelerator: Accelerator) -> Iterator[None]:
-    """Closes the tracker at the end, and the process group unless others may be waiting in it."""
-    try:
-        yield
-    except Interrupted:
-        accelerator.end_training()
-        raise
-    except BaseException:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        raise
-    accelerator.end_training()
-
-
-def open_logs(
-    config: TrainConfig, accelerator: Accelerator, output: Path, last_step: int, stack: ExitStack
-) -> Callable[[StepLogged | EvaluationLogged], None]:
-    """Opens metrics.jsonl, and the tracker where one is asked for; returns what writes to both."""
-    metrics = MetricsFile(output, last_step=last_step)
-    stack.callback(metrics.close)
-    if config.report_to:
-        # Numbers and choices only: no path of this machine leaves it.
-        shared = {name: value for name, value in asdict(config).items() if isinstance(value, int | float)}
-        accelerator.init_trackers("qlora", config=shared)
-
-    def log(event: StepLogged | EvaluationLogged) -> None:
-        metrics.write(event)
-        if config.report_to:
-            line = as_metrics(event)
-            step = line.pop("step")
-            accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
-
-    return log
