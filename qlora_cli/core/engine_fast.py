@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +22,12 @@ from qlora_cli.core.engine_linear import (
     swap_linears,
 )
 from qlora_cli.core.engine_loss import find_decoder, find_head, trained_positions
-from qlora_cli.core.engine_memory import SLICE_BYTES, LayerSeconds, MemoryPlan, StepNeeds, free_bytes, plan_memory
-from qlora_cli.core.engine_offload import ActivationOffload, link_bytes_per_second
+from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, plan_memory
+from qlora_cli.core.engine_offload import ActivationOffload
+from qlora_cli.core.engine_planning import StepPlanner, host_free_bytes
 from qlora_cli.core.engine_sharding import is_spread
 from qlora_cli.core.engine_sliced import sliced_weight_of
-from qlora_cli.core.engine_trials import LEAST_TRIAL_TOKENS, Trials
+from qlora_cli.core.engine_trials import Trials
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.weights import FrozenWeight
@@ -35,7 +35,6 @@ from qlora_cli.kernels.weights import FrozenWeight
 if TYPE_CHECKING:
     from qlora_cli.core.packing import MicroBatch
 
-RELIEF_BYTES, MOST_RELIEFS = 2**28, 16  # how much less memory is planned with each time it runs out
 EQUAL_ROWS_TOKENS = 256  # cuDNN's attention is the faster one from about here
 # Compiled layers save about a fifth of a step and take some 15 s to compile.
 COMPILE_PAYS_SECONDS = 120
@@ -69,8 +68,8 @@ class FastEngine:
         self.undo: list[Callable[[], None]] = []
         self.values = AdapterValues(compute_dtype)
         self.trials = Trials(model, self.decoder, self.embedding, self.values, device)
-        self.packed = self.equal_rows = self.host_embedding = self.adapts = False
-        self.choose_plan: Callable[..., MemoryPlan] | None = None
+        self.packed = self.equal_rows = self.host_embedding = False
+        self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
         try:
             self._install(
@@ -107,7 +106,7 @@ class FastEngine:
         dense_bytes = sum(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
         resident = False if self.spread else resident_weights
         if not on_cuda and resident is None:
-            resident = dense_bytes < _host_free_bytes() // 2
+            resident = dense_bytes < host_free_bytes() // 2
         self.put_linears_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
         # Trials run on weights in slices: there may be no room for a whole one.
@@ -144,16 +143,15 @@ class FastEngine:
         sent = len(layers) if offload_activations and wish == 0 else 0
         plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident), sent=sent)
         if on_cuda and layers and not self.spread:  # a layer by itself is not measured where all ranks gather it
-            self.largest_tokens = bucket(max_tokens)
-            self.adapts = wish is None
-            self.choose_plan = partial(
+            choose = partial(
                 plan_memory,
                 recomputed=wish,
                 offload_activations=offload_activations,
                 offload_embeddings=offload_embeddings,
                 resident_weights=resident_weights,
             )
-            plan = self._plan(dense_bytes, optimizer_bytes, dtype)
+            self.planner = StepPlanner(choose, bucket(max_tokens), adapts=wish is None)
+            plan = self._plan(self.planner, dense_bytes, optimizer_bytes)
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled
         self._apply(plan)
@@ -203,7 +201,8 @@ class FastEngine:
             self._lay_out(replace(plan, recomputed=0, sent=0, offload_activations=False))  # trials run layers plainly
             low = plan.recomputed + plan.sent
             self.skipped = skip_unused_outputs(self.layers[:low], self.calls[:low])
-        self.plan_by_tokens = cache(self._plan_for)
+        planner = self.planner
+        self.plan_by_tokens = cache(lambda tokens: plan if planner is None else planner.for_tokens(plan, tokens))
         self._lay_out(plan)
         if on_cuda:
             torch.cuda.empty_cache()
@@ -221,75 +220,39 @@ class FastEngine:
         for linear in self.fast_linears:
             linear.options = linear.options._replace(workspace_bytes=bytes_)
 
-    def _plan_for(self, tokens: int) -> MemoryPlan:
-        """The plan of a micro-batch: smaller ones than the largest leave room for whole layers."""
-        if not self.adapts or not (self.plan.recomputed or self.plan.sent):
-            return self.plan
-        needs = self.needs.for_share(tokens / self.largest_tokens)
-        plans = [
-            replace(self.plan, recomputed=recomputed, sent=sent)
-            for recomputed in range(self.plan.recomputed + 1)
-            for sent in range(self.plan.sent + self.plan.recomputed - recomputed + 1 if self.plan.sent else 1)
-        ]
-        fitting = [plan for plan in plans if plan.step_bytes(needs) <= self.available_bytes]
-        return min(fitting, key=lambda plan: plan.cost(needs), default=self.plan)
-
     def relieve(self) -> bool:
         """See `Engine.relieve`."""
-        if self.choose_plan is None:
+        plan = None if self.planner is None else self.planner.relieve(self.plan)
+        if plan is None:
             return False
-        for _ in range(MOST_RELIEFS):
-            self.available_bytes -= RELIEF_BYTES
-            plan = self.choose_plan(self.needs, self.available_bytes)
-            if plan != self.plan:
-                if self.graphs is not None:
-                    self.graphs.clear()
-                self._apply(plan)
-                self.report(Notice(f"Memory ran out; the engine is now: {self.describe()}."))
-                return True
-        return False
+        if self.graphs is not None:
+            self.graphs.clear()
+        self._apply(plan)
+        self.report(Notice(f"Memory ran out; the engine is now: {self.describe()}."))
+        return True
 
-    def _plan(self, dense_bytes: int, optimizer_bytes: int, dtype: torch.dtype) -> MemoryPlan:
+    def _plan(self, planner: StepPlanner, dense_bytes: int, optimizer_bytes: int) -> MemoryPlan:
         """Measures a layer at the largest micro-batch and plans for it; once more compiled, where that decides."""
-        assert self.choose_plan is not None
-        self.needs = self._measure(dense_bytes, optimizer_bytes, dtype, SLICE_BYTES)
-        self.available_bytes = free_bytes(self.device)
-        plan = self.choose_plan(self.needs, self.available_bytes)
-        if self.compiled and (plan.recomputed or plan.sent):
-            # Compiled, a layer saves less, for it keeps to the slices that it is compiled with.
-            self._set_workspace(plan.workspace_bytes)
-            self.choose_plan = partial(self.choose_plan, workspaces=(plan.workspace_bytes,))
-            self.layer_plans[0].compiled = True
-            self.needs = self._measure(dense_bytes, optimizer_bytes, dtype, plan.workspace_bytes)
-            plan = self.choose_plan(self.needs, self.available_bytes)
-        return plan
-
-    def _measure(
-        self, dense_bytes: int, optimizer_bytes: int, dtype: torch.dtype, workspace_bytes: int | None
-    ) -> StepNeeds:
-        """What a step of the largest micro-batch needs, by running its first layer, weights in slices of that size."""
-        share = 1
-        while (measured := self.trials.measure(self.layers[0], self.largest_tokens // share)) is None:
-            share *= 2  # not even a layer fits, but a smaller micro-batch may
-        layer, seconds = measured
-        few = self.trials.measure(self.layers[0], max(LEAST_TRIAL_TOKENS, self.largest_tokens // share // 4))
-        largest = max(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
-        held = largest if workspace_bytes is None else min(largest, workspace_bytes)
-        return StepNeeds(
+        itemsize = self.values.dtype.itemsize
+        static = StepNeeds(
             layers=len(self.layers),
-            kept_bytes=layer.kept * share,
-            peak_bytes=(layer.peak - held) * share + largest,
-            hidden_bytes=self.largest_tokens * self.trials.hidden_size * dtype.itemsize,
+            kept_bytes=0,
+            peak_bytes=0,
+            hidden_bytes=0,
             optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
             dense_bytes=dense_bytes,
-            largest_dense_bytes=largest,
+            largest_dense_bytes=max(_logical_elements(m) for _, m in self.candidates) * itemsize,
             embedding_bytes=self._movable_embedding_bytes(),
-            seconds=_scaled(seconds, share),
-            fixed_seconds=_fixed(seconds, few[1]) if few is not None else None,
-            # Without graphs launches must not be what takes the time.
-            link_bytes_per_second=link_bytes_per_second(self.device) if seconds.launch < seconds.device else 0.0,
-            host_bytes=_host_free_bytes() // 2,
         )
+        planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)
+        plan = planner.plan()
+        if self.compiled and (plan.recomputed or plan.sent):  # compiled, a layer saves less
+            self._set_workspace(plan.workspace_bytes)
+            planner.keep_workspace(plan.workspace_bytes)
+            self.layer_plans[0].compiled = True
+            planner.measure(self.trials, self.layers[0], static, plan.workspace_bytes)
+            plan = planner.plan()
+        return plan
 
     def _lay_out(self, plan: MemoryPlan) -> None:
         """Which layers are recomputed and which wait on the host."""
@@ -461,25 +424,3 @@ def _logical_elements(module: Any) -> int:
 def _outside_adapters(layer: nn.Module) -> list[nn.Module]:
     """Modules of a layer but those of adapters, whose dropout has its own seed."""
     return [m for name, m in layer.named_modules() if "lora_dropout" not in name]
-
-
-def _scaled(seconds: LayerSeconds, factor: float) -> LayerSeconds:
-    return LayerSeconds(factor * seconds.forward, factor * seconds.backward, factor * seconds.launch)
-
-
-def _fixed(seconds: LayerSeconds, quarter: LayerSeconds) -> LayerSeconds:
-    """What does not grow with tokens, from a measurement and one with a quarter of the tokens."""
-    forward, backward = ((4 * q - s) / 3 for s, q in zip(_both(seconds), _both(quarter), strict=True))
-    return LayerSeconds(min(max(forward, 0.0), seconds.forward), min(max(backward, 0.0), seconds.backward))
-
-
-def _both(seconds: LayerSeconds) -> tuple[float, float]:
-    return seconds.forward, seconds.backward
-
-
-def _host_free_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    except (OSError, StopIteration):  # no /proc: another system, whose memory is not asked for
-        return 0

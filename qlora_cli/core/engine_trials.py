@@ -26,7 +26,7 @@ class Trials:
 
     Attributes:
         packed: Whether attention takes packs by now.
-        hidden_size: Of the first layer that was measured.
+        hidden_bytes: Of one token before the layer that was measured.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Trials:
     ) -> None:
         self.model, self.decoder, self.embedding, self.values, self.device = model, decoder, embedding, values, device
         self.packed = False
-        self.hidden_size = 0
+        self.hidden_bytes = 0
 
     @property
     def _vocabulary(self) -> int:
@@ -44,13 +44,16 @@ class Trials:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self._vocabulary, (1, tokens), generator=generator).to(self.device)
 
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids.to(self.embedding.weight.device)).to(self.device)
+
     def _pack_states(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Hidden states (T, size) of rows of those lengths, end to end."""
         positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
         boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         mask = pack_mask(boundaries.to(self.device), max(lengths))
         inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
-        return self.decoder(inputs_embeds=self.embedding(ids), **inputs).last_hidden_state[0]
+        return self.decoder(inputs_embeds=self._embed(ids), **inputs).last_hidden_state[0]
 
     def run(self, lengths: tuple[int, ...] = TRIAL_LENGTHS) -> None:
         """One forward pass of rows of those lengths."""
@@ -60,7 +63,7 @@ class Trials:
             if self.packed:
                 self._pack_states(ids, lengths)
             else:
-                self.decoder(inputs_embeds=self.embedding(ids), use_cache=False)
+                self.decoder(inputs_embeds=self._embed(ids), use_cache=False)
 
     @torch.no_grad()
     def why_pack_differs(self) -> str | None:
@@ -103,7 +106,7 @@ class Trials:
         """
         try:
             call = capture_first_call(layer, lambda: self.run((tokens,)))
-            self.hidden_size = call.args[0].shape[-1]
+            self.hidden_bytes = call.args[0].shape[-1] * call.args[0].element_size()
             return measure_layer(layer, call)
         except torch.OutOfMemoryError:
             if tokens < 2 * LEAST_TRIAL_TOKENS:

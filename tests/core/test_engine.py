@@ -9,6 +9,7 @@ import torch
 from qlora_cli.core.adapter import attach_adapter
 from qlora_cli.core.engine import count_recomputed_layers, install_engine
 from qlora_cli.core.engine_memory import StepNeeds, plan_memory
+from qlora_cli.core.engine_planning import StepPlanner
 from qlora_cli.core.packing import collate
 from qlora_cli.errors import UsageError
 from tests.conftest import ARCHITECTURES
@@ -324,7 +325,7 @@ def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(
     engine = install(model, events=(events := []))
     assert not engine.relieve()  # nothing is planned on the CPU
     mebi = 2**20
-    engine.needs = StepNeeds(
+    needs = StepNeeds(
         layers=2,
         kept_bytes=300 * mebi,
         peak_bytes=300 * mebi,
@@ -334,10 +335,11 @@ def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(
         largest_dense_bytes=0,
         embedding_bytes=0,
     )
-    engine.available_bytes, engine.largest_tokens, engine.adapts = 2**30 + 2**28, 128, True
-    engine.choose_plan = partial(
+    choose = partial(
         plan_memory, recomputed=None, offload_activations=False, offload_embeddings=False, resident_weights=False
     )
+    engine.planner = StepPlanner(choose, 128, adapts=True)
+    engine.planner.needs, engine.planner.available_bytes = needs, 2**30 + 2**28
     counts = []
     while engine.relieve():
         counts.append(engine.plan.recomputed)

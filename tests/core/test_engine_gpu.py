@@ -79,7 +79,7 @@ def test_dropout_is_the_same_when_a_layer_is_repeated(load_tiny):
 def test_a_plan_is_measured_and_layers_are_sent_where_memory_is_short(load_tiny):
     model = on_gpu(load_tiny, "llama")
     engine = install(model, gradient_checkpointing="auto", max_tokens=2048)
-    needs: StepNeeds = engine.needs
+    needs: StepNeeds = engine.planner.needs
     assert needs.seconds.forward > 0 and needs.seconds.backward > 0
     assert 0 <= needs.fixed_seconds.forward <= needs.seconds.forward
     assert needs.link_bytes_per_second > 1e9 and needs.kept_bytes > 0 and needs.peak_bytes > needs.kept_bytes

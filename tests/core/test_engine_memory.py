@@ -50,11 +50,10 @@ def test_smaller_micro_batches_never_need_more(gib, share):
 
 
 @given(st.integers(1, 120), st.integers(1, 120))
-def test_more_memory_never_recomputes_more(one, other):
-    low, high = sorted((one, other))
-    assert (
-        plan_memory(NEEDS, high * GIB, **UNDECIDED).recomputed <= plan_memory(NEEDS, low * GIB, **UNDECIDED).recomputed
-    )
+def test_more_memory_never_recomputes_more_where_weights_stay_packed(one, other):
+    wish = {**UNDECIDED, "resident_weights": False}  # keeping them dequantised may be worth a few layers
+    low, high = (plan_memory(NEEDS, gib * GIB, **wish) for gib in sorted((one, other)))
+    assert high.recomputed <= low.recomputed
 
 
 @given(st.integers(1, 120), st.integers(0, 32), st.booleans(), st.booleans(), st.booleans())
