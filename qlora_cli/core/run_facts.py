@@ -15,6 +15,7 @@ from qlora_cli import artifacts
 from qlora_cli.core.adapter import AdapterFacts, count_parameters, read_adapter
 from qlora_cli.core.base_model import build_empty, load_config
 from qlora_cli.core.footprint import base_name
+from qlora_cli.core.training_state import STATE, Progress, read_progress
 from qlora_cli.core.weight_survey import measure_updates, tabulate_layers
 
 SIGNS_OF_A_RUN = (artifacts.ADAPTER_CONFIG, artifacts.RUN_YAML, artifacts.METRICS, artifacts.CHECKPOINTS)
@@ -37,8 +38,7 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     """
     record = artifacts.find_run_record(directory)
     in_checkpoint = artifacts.run_of(directory) != directory
-    kind = "checkpoint" if in_checkpoint else "run" if record else "adapter"
-    facts: dict[str, Any] = {"kind": kind, "directory": str(directory)}
+    facts: dict[str, Any] = {"kind": "run" if record else "adapter", "directory": str(directory)}
     tables: list[dict[str, Any]] = []
     if not artifacts.is_adapter(directory) and holds_run(directory):
         facts |= {"kind": "run", "adapter": "none yet: training has not ended"}
@@ -58,7 +58,9 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     if settings.is_file():
         facts["settings"] = yaml.safe_load(settings.read_text(encoding="utf-8"))
     metrics = directory / artifacts.METRICS
-    if metrics.is_file():
+    if in_checkpoint or (directory / STATE).is_file():
+        facts |= {"kind": "checkpoint", "progress": _describe_progress(read_progress(directory))}
+    elif metrics.is_file():
         facts["progress"] = summarise_metrics(metrics.read_text(encoding="utf-8").splitlines())
     checkpoints = directory / artifacts.CHECKPOINTS
     if checkpoints.is_dir():
@@ -73,6 +75,18 @@ def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
         return [f"qlora train --config {shlex.quote(str(settings))} --resume"] if settings.is_file() else []
     place = shlex.quote(str(directory))
     return [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output merged"]
+
+
+def _describe_progress(progress: Progress) -> dict[str, Any]:
+    """How far a checkpoint's run had come, in the words of `summarise_metrics`."""
+    return {
+        "steps": progress.step,
+        "last_loss": progress.last_loss,
+        "best_eval_loss": progress.best_loss,
+        "best_eval_step": progress.best_step,
+        "last_eval_loss": progress.last_eval_loss,
+        "tokens": progress.tokens,
+    }
 
 
 def summarise_metrics(lines: Iterable[str]) -> dict[str, Any]:

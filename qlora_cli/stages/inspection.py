@@ -42,6 +42,7 @@ from qlora_cli.core.weight_survey import (
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
+OF_A_MODEL = ("vram", "max_length", "quantization_error")
 # Ways to train that a table compares, from the fastest to the leanest.
 WAYS: dict[str, dict[str, Any]] = {
     "nothing recomputed": {"gradient_checkpointing": "off", "offload_activations": False, "offload_embeddings": False},
@@ -68,6 +69,10 @@ def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
     named = [name for name in ("adapter", "prepared") if getattr(config, name)]
     if len(named) == 2 or (config.model and config.prepared):
         raise UsageError("inspect looks at one thing at a time.", "Give one of --model, --adapter and --prepared.")
+    asked = [name for name in OF_A_MODEL if getattr(config, name) != default_of(InspectConfig, name)]
+    if asked and (named or not config.model):
+        flag = f"--{asked[0].replace('_', '-')}"
+        raise UsageError(f"{flag} is about a model, and none is looked at.", f"Add --model ID to {flag}.")
     if config.prepared:
         return inspect_prepared(Path(config.prepared))
     if config.adapter:

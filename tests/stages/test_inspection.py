@@ -228,8 +228,11 @@ def test_what_is_not_there_is_one_sentence(settings, error):
     assert caught.value.hint
 
 
-def test_wrong_flags_are_refused(tiny_model):
+def test_wrong_flags_are_refused(tiny_model, run):
     model = str(tiny_model("llama"))
+    for flags in ({"vram": "12GiB"}, {"quantization_error": True}, {"adapter": str(run), "max_length": 512}):
+        with pytest.raises(UsageError, match="is about a model"):
+            look(**flags)
     with pytest.raises(AdapterError, match="v_porj"):
         look(model=model, target_modules=("q_proj", "v_porj"))
     with pytest.raises(UsageError):
@@ -261,8 +264,11 @@ def test_a_checkpoint_says_what_its_run_recorded(run, tmp_path):
     assert facts["total_parameters"] == whole["total_parameters"]
     assert facts["next"][0] == f'qlora generate --adapter {checkpoint} "Your question"'
     assert whole["next"][1] == f"qlora merge --adapter {run} --output merged"
+    assert facts["progress"]["steps"] == 4 and facts["progress"]["best_eval_step"] in (2, 4)
+    assert facts["progress"]["last_loss"] == whole["progress"]["last_loss"]
     moved = shutil.copytree(checkpoint, tmp_path / "moved")  # it holds its own record
-    assert look(adapter=str(moved))["base"] == whole["base"]
+    elsewhere = look(adapter=str(moved))
+    assert (elsewhere["kind"], elsewhere["base"]) == ("checkpoint", whole["base"])
 
 
 def test_a_run_says_what_it_is_and_what_produced_it(run, tiny_model):
