@@ -36,12 +36,12 @@ from qlora_cli.core.finished_run import write_record, write_run
 from qlora_cli.core.holdout import RowSubset, hold_out
 from qlora_cli.core.liveness import watching
 from qlora_cli.core.loop import Cadence, Loop, Saving
-from qlora_cli.core.memory import parse_memory, read_vram
+from qlora_cli.core.memory import read_vram
 from qlora_cli.core.optimizer import build_optimizer, choose_optimizer, state_bytes
 from qlora_cli.core.outcome import TrainPlan, TrainResult
 from qlora_cli.core.parameters import TrainableParameters
 from qlora_cli.core.planner import TrainingPlan
-from qlora_cli.core.prediction import CONTEXT_BYTES, predict_disk
+from qlora_cli.core.prediction import predict_disk
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.ranks import Ranks
 from qlora_cli.core.recipe import write_recipe
@@ -177,8 +177,9 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         assert identity is not None
 
         # Dear: the base, and on it the adapter, the engine and the optimizer.
-        if config.vram is not None and device.type == "cuda":
-            limit_memory(device, parse_memory(config.vram) - CONTEXT_BYTES)
+        limit_bytes = memory.plan.allocator_bytes  # of what is free, where no limit was given
+        if limit_bytes is not None and device.type == "cuda" and (config.vram or ranks.world_size == 1):
+            limit_memory(device, limit_bytes)
         slices = Slices(ranks, on_host=config.shard_offload) if memory.spread else None
         base, base_identity = load_base(
             name,
