@@ -35,6 +35,19 @@ CONFIGS = {
             "tie_word_embeddings": False,
         },
     ),
+    "neox-20b-half": (  # 22 of its 44 layers
+        "GPTNeoXConfig",
+        {
+            "vocab_size": 50432,
+            "hidden_size": 6144,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 64,
+            "intermediate_size": 24576,
+            "rotary_pct": 0.25,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+    ),
     "pythia-410m": (
         "GPTNeoXConfig",
         {

@@ -1,7 +1,7 @@
 """What a second card brings: speed, memory, the same losses, and what is left when a rank is killed.
 
     python benchmarks/ranks.py --folder /tmp/bench --json ranks.json                 # two GPUs of one host
-    ACCELERATE_USE_CPU=1 python benchmarks/ranks.py --folder /tmp/bench --tiny       # the same on two CPU ranks
+    ACCELERATE_USE_CPU=1 python benchmarks/ranks.py --folder /tmp/bench --size tiny       # the same on two CPU ranks
 
 Every run is `qlora train` in processes of its own, on a base of random 4-bit weights of a real architecture (see
 random_base.py). Tokens per second are real tokens of all cards over the time of the steps after the first `--warm`.
@@ -29,11 +29,12 @@ PARTS: dict[str, tuple[str, int, list[str], int]] = {
     "two": ("llama-7b", 20, [*ONE_STEP, "2"], 2),
     # The same rows a step in other micro-batches: the same mathematics, rounded otherwise.
     "rounded": ("llama-7b", 20, ["--gradient-accumulation-steps", "4", "--batch-size", "1"], 1),
-    "whole": ("neox-20b", 9, [*ONE_STEP, "4"], 2),
-    "spread": ("neox-20b", 9, [*ONE_STEP, "4", "--shard"], 2),
+    "whole": ("neox-20b", 10, [*ONE_STEP, "4"], 2),
+    "spread": ("neox-20b", 10, [*ONE_STEP, "4", "--shard"], 2),
     "offloaded": ("neox-20b", 6, [*ONE_STEP, "4", "--shard-offload"], 2),
 }
 KILLED_AT_STEP = 5
+SMALLER = {"llama-7b": "pythia-410m", "neox-20b": "neox-20b-half"}
 
 
 class Bench:
@@ -41,14 +42,15 @@ class Bench:
 
     Args:
         folder: Models, rows and runs.
-        tiny: Small architectures on two CPU ranks, to try the script.
+        size: full, small (see SMALLER), or tiny, for two CPU ranks, to try the script.
         warm: Steps left out at the start.
         timeout_s: For one run.
         extra: More flags for every run.
     """
 
-    def __init__(self, folder: Path, tiny: bool, warm: int, timeout_s: float, extra: list[str]) -> None:
-        self.folder, self.tiny, self.warm, self.timeout_s, self.extra = folder, tiny, warm, timeout_s, extra
+    def __init__(self, folder: Path, size: str, warm: int, timeout_s: float, extra: list[str]) -> None:
+        self.folder, self.size, self.warm, self.timeout_s, self.extra = folder, size, warm, timeout_s, extra
+        self.tiny = size == "tiny"
         self.results: dict[str, dict] = {}
         here = Path(__file__).resolve().parents[1]
         self.environment = {
@@ -57,6 +59,10 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join([str(here), str(here / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
         }
+
+    def architecture(self, name: str) -> str:
+        """What stands for an architecture at this size."""
+        return {"full": name, "small": SMALLER[name], "tiny": "tiny-llama"}[self.size]
 
     def lay_bases(self, names: set[str]) -> None:
         """Makes the models, all at once, each on a card of its own."""
@@ -68,7 +74,7 @@ class Bench:
                 sys.executable,
                 "-m",
                 "random_base",
-                "tiny-llama" if self.tiny else name,
+                self.architecture(name),
                 self.folder / name,
                 *kind,
             ]
@@ -84,7 +90,7 @@ class Bench:
         length = 128 if self.tiny else 2048
         rows = self.folder / f"{architecture}.jsonl"
         if not rows.exists():
-            vocabulary = CONFIGS["tiny-llama" if self.tiny else architecture][1]["vocab_size"]
+            vocabulary = CONFIGS[self.architecture(architecture)][1]["vocab_size"]
             write_rows("fixed", rows, rows=96, vocab_size=vocabulary, max_length=length)
         command = [sys.executable, "-m", "qlora_cli", "train", "--model", self.folder / architecture, "--data", rows]
         command += [
@@ -240,12 +246,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--warm", type=int, default=4)
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one run")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--size", choices=["full", "small", "tiny"], default="full")
     parser.add_argument("--extra", default="", help="more flags for qlora train")
     arguments = parser.parse_args()
     parts = arguments.part or [*PARTS, "killed", "reduce"]
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.folder, arguments.tiny, arguments.warm, arguments.timeout, arguments.extra.split())
+    bench = Bench(arguments.folder, arguments.size, arguments.warm, arguments.timeout, arguments.extra.split())
     bench.lay_bases(
         {PARTS[part][0] for part in parts if part in PARTS} | ({"llama-7b"} if "killed" in parts else set())
     )

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.base_model import four_bit_linears
-from qlora_cli.core.engine_sliced import mark_sliced, on_meta
+from qlora_cli.core.engine_sliced import CARRIER, mark_sliced, on_meta
 from qlora_cli.core.slices import Slices
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -82,11 +82,12 @@ def _take_shares(linear: Any, slices: Slices) -> list[tuple[nn.Module, str, Tens
         blocksize=state.blocksize,
         nested_blocksize=nested.blocksize if nested is not None else 256,
     )
-    mark_sliced(linear, whole, -(-rows * columns // state.blocksize))
-    shares = {"weight": weight.detach().as_subclass(Tensor), "absmax": state.absmax}
+    mark_sliced(linear, whole, -(-rows * columns // state.blocksize), state.absmax.dtype)
+    held = {"weight": weight.detach().as_subclass(Tensor), "absmax": state.absmax}
+    shares = {name: share.flatten().view(CARRIER) for name, share in held.items()}
     linear.quant_state = None
     for name, share in shares.items():
-        linear.register_parameter(name, on_meta(share.numel() * slices.ranks.world_size, share.dtype))
+        linear.register_parameter(name, on_meta(share.numel() * slices.ranks.world_size))
     return [(linear, name, share) for name, share in shares.items()]
 
 

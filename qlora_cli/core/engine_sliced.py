@@ -8,6 +8,8 @@ from torch import nn
 
 from qlora_cli.kernels.weights import FrozenWeight
 
+# FSDP2 of torch 2.11 makes parameters of floating-point numbers only. These are bytes in their dress: only ever copied.
+CARRIER = torch.bfloat16
 _ATTRIBUTE = "_qlora_sliced"
 
 
@@ -16,19 +18,21 @@ class SlicedWeight:
     """A 4-bit weight whose large tensors are parameters of its module, spread over the ranks.
 
     Attributes:
-        module: Holds `weight` (bytes,) uint8 and `absmax` (blocks,), whole only while its layer computes.
+        module: Holds the bytes of `weight` and `absmax`, as `CARRIER`, whole only while its layer computes.
         whole: The weight without these two, which are small.
         blocks: Elements of `absmax`.
+        absmax_dtype: uint8 codes, or fp32.
     """
 
     module: nn.Module
     whole: FrozenWeight
     blocks: int
+    absmax_dtype: torch.dtype
 
     def gathered(self) -> FrozenWeight:
         """The weight, where its layer computes."""
         module: Any = self.module
-        packed, absmax = module.weight.detach(), module.absmax.detach()
+        packed, absmax = module.weight.detach().view(torch.uint8), module.absmax.detach().view(self.absmax_dtype)
         return self.whole._replace(packed=packed[: -(-self.elements // 2)], absmax=absmax[: self.blocks])
 
     @property
@@ -37,9 +41,9 @@ class SlicedWeight:
         return self.whole.rows * self.whole.columns
 
 
-def mark_sliced(module: nn.Module, whole: FrozenWeight, blocks: int) -> None:
+def mark_sliced(module: nn.Module, whole: FrozenWeight, blocks: int, absmax_dtype: torch.dtype) -> None:
     """Notes on a linear layer that its weight is spread."""
-    setattr(module, _ATTRIBUTE, SlicedWeight(module, whole, blocks))
+    setattr(module, _ATTRIBUTE, SlicedWeight(module, whole, blocks, absmax_dtype))
 
 
 def sliced_weight_of(module: nn.Module) -> SlicedWeight | None:
@@ -47,6 +51,6 @@ def sliced_weight_of(module: nn.Module) -> SlicedWeight | None:
     return module.__dict__.get(_ATTRIBUTE)
 
 
-def on_meta(elements: int, dtype: torch.dtype) -> nn.Parameter:
-    """A frozen parameter without memory."""
-    return nn.Parameter(torch.empty(elements, dtype=dtype, device="meta"), requires_grad=False)
+def on_meta(elements: int) -> nn.Parameter:
+    """A frozen parameter of `CARRIER` without memory."""
+    return nn.Parameter(torch.empty(elements, dtype=CARRIER, device="meta"), requires_grad=False)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from qlora_cli.core.ranks import Ranks
 
+ALIGNED_ELEMENTS = 16  # so that a share of bytes is one of wider numbers too
+
 
 @dataclass(frozen=True)
 class Slices:
@@ -23,12 +25,12 @@ class Slices:
     def keep(self, tensor: Tensor) -> Tensor:
         """This rank's share of a tensor, flattened: one of equal parts, the last ones filled up with zeros."""
         flat = tensor.reshape(-1)
-        share = padded_size(flat.numel(), self.ranks.world_size) // self.ranks.world_size
+        share = share_size(flat.numel(), self.ranks.world_size)
         mine = flat[share * self.ranks.rank : share * (self.ranks.rank + 1)]
         mine = F.pad(mine, (0, share - mine.numel())) if mine.numel() < share else mine.clone()
         return mine.cpu() if self.on_host else mine
 
 
-def padded_size(elements: int, world_size: int) -> int:
-    """Elements once every rank's share is of one size."""
-    return -(-elements // world_size) * world_size
+def share_size(elements: int, world_size: int) -> int:
+    """Elements of every rank's share, the last ones filled up."""
+    return -(-elements // (world_size * ALIGNED_ELEMENTS)) * ALIGNED_ELEMENTS
