@@ -6,6 +6,7 @@ empty rows, and positions without a target. All graphs share one pool of memory,
 """
 
 import gc
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,7 +120,11 @@ class StepGraphs:
         self.failed = False
 
     def loss(self, inputs: StepInputs) -> Tensor | None:
-        """The loss of a shape of the grid, or None where this micro-batch has to run without a graph."""
+        """The loss of a shape of the grid, or None where this micro-batch has to run without a graph.
+
+        Raises:
+            torch.OutOfMemoryError: There is not the memory to capture this shape.
+        """
         addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
         if self.failed or 0 in addresses:
             return None
@@ -172,16 +177,31 @@ class StepGraphs:
                 self.join()
             return _Graph(forward, backward, inputs, loss.detach(), slope)
         except RuntimeError as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason, memory_ran_out = explain_failure(error)
         # Outside the handler, whose traceback would keep the activations.
         del loss
-        self.failed = True
         self.graphs.clear()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        if memory_ran_out:
+            raise torch.OutOfMemoryError(reason)
+        self.failed = True
         self.report(Notice(f"Steps run without CUDA graphs, because capturing one failed ({reason})."))
         return None
+
+
+def explain_failure(error: BaseException) -> tuple[str, bool]:
+    """Why a capture failed, and whether because memory ran out; what its frames hold is let go.
+
+    An error inside a capture breaks the capture off, which raises another one on top of it.
+    """
+    first = error
+    traceback.clear_frames(error.__traceback__)
+    while first.__context__ is not None:
+        first = first.__context__
+        traceback.clear_frames(first.__traceback__)
+    return f"{type(first).__name__}: {str(first).splitlines()[0]}", isinstance(first, torch.OutOfMemoryError)
 
 
 def _numbers(inputs: StepInputs) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Shapes of the grid give the same loss, compiled layers share one graph, and CUDA graphs repeat what eager steps do."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.core import engine_attention, engine_layers
-from qlora_cli.core.engine_graphs import StepGraphs, bucket, bucketed
+from qlora_cli.core.engine_graphs import StepGraphs, bucket, bucketed, explain_failure
 from qlora_cli.kernels import linear
 from tests.core.test_engine import adapted, batch_of, gradients, install, step
 
@@ -115,3 +116,23 @@ def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, archite
         assert {12, 8} <= set(calls), "three and two projections of rank 4 in one"
     assert all(shared.x is None for plan in engine.layer_plans for shared in plan.shared)
     engine.close()
+
+
+def test_a_capture_that_fails_is_explained_by_its_first_error_and_holds_nothing():
+    class Held:
+        pass
+
+    def fail(kind):
+        held = Held()
+        watched.append(weakref.ref(held))
+        try:
+            raise kind("no room\nfor more")
+        finally:
+            raise RuntimeError("capturing stream has unjoined work")
+
+    watched: list = []
+    for kind, expected in ((torch.OutOfMemoryError, True), (ValueError, False)):
+        with pytest.raises(RuntimeError) as caught:
+            fail(kind)
+        assert explain_failure(caught.value) == (f"{kind.__name__}: no room", expected)
+    assert all(reference() is None for reference in watched)
