@@ -81,7 +81,8 @@ def read_limit_bytes(vram: str | None, device: torch.device) -> int:
     free_bytes = read_free_bytes(device)
     if free_bytes is None:
         return psutil.virtual_memory().available
-    return free_bytes + CONTEXT_BYTES  # asking has made this process's CUDA context, so what is free is beside it
+    # Asking has made this process's CUDA context, so what is free is beside it; its other half comes with the kernels.
+    return free_bytes + CONTEXT_BYTES // 2
 
 
 def plan_training(
@@ -177,8 +178,8 @@ def _candidates(
 ) -> Iterator[StepSettings]:
     """Every combination of what is open but for the number of recomputed layers."""
     budgets = [tokens]
-    while budgets[-1] // 2 >= row_tokens:
-        budgets.append(budgets[-1] // 2)
+    while budgets[-1] > row_tokens:
+        budgets.append(max(row_tokens, budgets[-1] // 2))
     movable = wishes.engine == "fast" and on_cuda
     offers = (
         _options(wishes.offload_activations, possible=movable, limited=limited),

@@ -236,6 +236,19 @@ def test_a_wrong_word_for_checkpointing_is_refused():
         plan_training(facts_of(), Wishes(gradient_checkpointing="some"), vram_bytes=None)
 
 
+def test_rows_of_uneven_lengths_come_apart_down_to_the_longest():
+    data = {"longest_row_tokens": 4000, "largest_batch_tokens": 7000}  # half of which is less than the longest row
+    wishes = Wishes(batch_size=2, max_length=4096)
+    least = plan_training(facts_of(), wishes, vram_bytes=1, **data)
+    assert least.token_budget == 4000
+    assert plan_training(facts_of(), wishes, vram_bytes=least.memory.device_bytes, **data).fits
+
+
+def test_what_is_free_counts_half_of_the_context_that_is_still_to_come(monkeypatch):
+    monkeypatch.setattr("qlora_cli.core.planner.read_free_bytes", lambda device: 10 * GIB)
+    assert read_limit_bytes(None, torch.device("cuda", 0)) == 10 * GIB + CONTEXT_BYTES // 2
+
+
 def test_the_limit_is_what_was_asked_for_or_what_is_free():
     assert read_limit_bytes("12GiB", torch.device("cpu")) == 12 * GIB
     assert read_limit_bytes(None, torch.device("cpu")) > 0
