@@ -397,3 +397,20 @@ def test_with_nothing_to_read_the_machine_is_looked_at(tmp_path, monkeypatch):
     assert facts["versions"]["peft"]
     checks = {row["name"]: row for row in table_of(facts, "Checks")}
     assert checks["4-bit step"]["works"] is True
+
+
+def test_every_view_is_one_json_object_on_stdout(run, seven_b, tmp_path, monkeypatch, capsys):
+    checkpoint = max((run / artifacts.CHECKPOINTS).iterdir())
+    monkeypatch.chdir(tmp_path)  # where there is no run to look at
+    views = {
+        "model": ["--model", seven_b],
+        "run": ["--adapter", str(run)],
+        "checkpoint": ["--adapter", str(checkpoint)],
+        "prepared rows": ["--prepared", str(run.parent / "prepared")],
+        "machine": [],
+    }
+    for kind, words in views.items():
+        assert main(["inspect", *words, "--json"]) == 0
+        told = capsys.readouterr()
+        assert json.loads(told.out)["kind"] == kind
+        assert "→" not in told.err  # the next command stands in the object
