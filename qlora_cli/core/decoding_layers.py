@@ -40,7 +40,8 @@ class FastLayers:
         self._norms: dict[type, tuple[float, bool] | None] = {}  # what was found out, None for nothing that fits
         self._rotations: dict[int, bool] = {}  # by identity of the function that is replaced
         self._gates: dict[type, str | None] = {}  # what was found out, None for nothing that fits
-        self._taken: list[nn.Module] = []
+        self._splits: bool | None = None  # whether heads come apart as Falcon's do
+        self._taken: list[tuple[nn.Module, str]] = []
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
                 self._take(module, self._norm_of(module, module.forward))
@@ -48,15 +49,18 @@ class FastLayers:
                 self._take(module, self._gating_of(module, module.forward))
             elif rotating := self._rotating_forward(module):
                 self._take(module, MethodType(rotating, module))
+            if hasattr(module, "_split_heads") and hasattr(module, "new_decoder_architecture"):
+                module._split_heads = self._splitting_of(module, module._split_heads)
+                self._taken.append((module, "_split_heads"))
 
     def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.forward = forward
-        self._taken.append(module)
+        self._taken.append((module, "forward"))
 
     def close(self) -> None:
         """Gives every module its own forward back."""
-        for module in self._taken:
-            del module.forward
+        for module, name in self._taken:
+            delattr(module, name)
         self._taken = []
 
     def describe(self) -> str:
@@ -117,6 +121,28 @@ class FastLayers:
             return module.down_proj(gate(gated, straight, fits))
 
         return forward
+
+    # ------------------------------------------------------------ heads
+
+    def _splitting_of(self, module: Any, own: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], Any]:
+        """Falcon's query, key and value by slices: its lists of places come from the host, which no graph allows."""
+
+        def split(fused: Tensor) -> tuple[Tensor, ...]:
+            if not self.decoding or self._splits is False:
+                return own(fused)
+            joint = bool(module.new_decoder_architecture)
+            groups = fused.view(*fused.shape[:2], module.num_kv_heads if joint else 1, -1, module.head_dim)
+            query, key, value = groups[..., :-2, :], groups[..., -2:-1, :], groups[..., -1:, :]
+            if joint:  # every query head gets the key and value of its group
+                key, value = key.expand_as(query), value.expand_as(query)
+            found = tuple(part.flatten(2, 3) for part in (query, key, value))
+            if self._splits is None:
+                expected = own(fused)
+                self._splits = all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+                return expected
+            return found
+
+        return split
 
     # ------------------------------------------------------------ rotary embeddings
 

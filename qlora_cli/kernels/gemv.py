@@ -15,7 +15,7 @@ from torch import Tensor
 from qlora_cli.kernels import gemv_lanes, gemv_programs
 
 MAX_TOKENS = 64  # rows of activations; more are better dequantised once and multiplied as usual
-LANE_TOKENS = 32  # of them in one launch of `multiply_lanes`
+LANE_TOKENS = 16  # up to which `multiply_lanes` is the quicker program
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # what tensor cores call them
 PROJECT_COLUMNS = 512  # columns of A a program of `project` sums over
 
@@ -64,6 +64,8 @@ class StackedAdapter(NamedTuple):
     first_rank: Tensor
 
 
+WIDE_ROWS = 12288  # from which on every multiprocessor of a large card gets several units of 32 rows
+LONG_COLUMNS = 8192  # beyond which 8 warps share a row's columns
 ROW_UNIT = 64  # a weight in a stack has a multiple of so many rows
 
 
@@ -87,7 +89,11 @@ class Tiling(NamedTuple):
 
 def choose_tiling(tokens: int, rows: int, columns: int) -> Tiling:
     """How to divide a product; measured by benchmarks/decode_gemv.py."""
-    return Tiling(tiles=1, warps=8, resident=2, registers=128)
+    if rows >= WIDE_ROWS and tokens <= 8:
+        return Tiling(tiles=2, warps=4, resident=4, registers=128)
+    if columns > LONG_COLUMNS:
+        return Tiling(tiles=1, warps=8, resident=2, registers=128)
+    return Tiling(tiles=1, warps=4, resident=4, registers=128)
 
 
 @functools.cache
@@ -106,7 +112,8 @@ def _overlaps(device: torch.device) -> bool:
 
 def takes_lanes(x: Tensor, weight: StackedWeight) -> bool:
     """Whether a product is computed by `multiply_lanes`, and not by the portable program."""
-    return x.dtype in KINDS and weight.blocksize == 64 and _multiprocessors(x.device) > 0
+    fit = x.shape[0] <= LANE_TOKENS and x.dtype in KINDS and weight.blocksize == 64
+    return fit and _multiprocessors(x.device) > 0
 
 
 def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
@@ -149,6 +156,7 @@ def multiply(
     bias: Tensor | None = None,
     *,
     tiling: Tiling | None = None,
+    shuffle: bool | None = None,
 ) -> Tensor:
     """x W^T + scaling (x A^T) B^T + bias for every weight in the stack.
 
@@ -160,7 +168,9 @@ def multiply(
         weight: The stack.
         adapter: Of the stack; `a` and `b` in the dtype of x.
         bias: (rows,) or None.
-        tiling: How to divide the work on tensor cores; None for what is known to be fast.
+        tiling: How `multiply_lanes` divides its work; None for what is known to be fast.
+        shuffle: Whether the portable program looks values up by warp shuffles, which the interpreter lacks; None for
+            on CUDA only.
 
     Returns:
         (tokens, rows) in the dtype of x.
@@ -173,13 +183,11 @@ def multiply(
         raise ValueError(f"{tuple(x.shape)} activations do not suit a ({weight.rows}, {weight.columns}) stack")
     y = torch.empty(tokens, weight.rows, dtype=x.dtype, device=x.device)
     if not takes_lanes(x, weight):
-        _multiply_portably(x, weight, adapter, bias, y)
+        _multiply_portably(x, weight, adapter, bias, y, x.is_cuda if shuffle is None else shuffle)
         return y
     if x.data_ptr() % 16:
         x = x.clone()  # loads are of 16 bytes
-    for first in range(0, tokens, LANE_TOKENS):
-        few = slice(first, first + LANE_TOKENS)
-        _multiply_lanes(x[few], weight, adapter, bias, y[few], tiling)
+    _multiply_lanes(x, weight, adapter, bias, y, tiling)
     return y
 
 
@@ -240,7 +248,12 @@ def _multiply_lanes(
 
 
 def _multiply_portably(
-    x: Tensor, weight: StackedWeight, adapter: StackedAdapter | None, bias: Tensor | None, y: Tensor
+    x: Tensor,
+    weight: StackedWeight,
+    adapter: StackedAdapter | None,
+    bias: Tensor | None,
+    y: Tensor,
+    shuffle: bool,
 ) -> None:
     tokens, columns = x.shape
     projected = project(x, adapter) if adapter is not None else None
@@ -275,6 +288,7 @@ def _multiply_portably(
             TOKENS=max(16, triton.next_power_of_2(tokens)),
             ROWS=rows,
             BLOCKS=2,
+            SHUFFLE=shuffle,
             num_warps=4,
             enable_fp_fusion=False,
         )

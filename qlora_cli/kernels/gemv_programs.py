@@ -6,6 +6,49 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @triton.jit
+def _lane_table(code):
+    """The entry of a table of 16 that belongs to this lane: lane mod 16. Not the same number in every thread."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .u32 lane;
+        .reg .u64 place;
+        mov.u32 lane, %laneid;
+        and.b32 lane, lane, 15;
+        mul.wide.u32 place, lane, 4;
+        add.u64 place, place, $1;
+        ld.global.nc.f32 $0, [place];
+        }""",
+        "=f,l",
+        [code],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _look_up(code, table, word, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
+    """code[nibble of `word` at SHIFT].
+
+    A shuffle reads another lane's register by the five lowest bits of its index. The table stands twice in a warp, so
+    that four bits decide and the fifth is free: no mask, no address; a load needs both and keeps the integer units
+    busy for longer than the memory takes.
+    """
+    if SHUFFLE:
+        value = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
+            "=f,f,r",
+            [table, word >> SHIFT],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        value = tl.load(code + ((word >> SHIFT) & 15))
+    return value
+
+
+@triton.jit
 def load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used, NESTED_BLOCKSIZE: tl.constexpr):
     """fp32 scales of blocks, from their 8-bit codes or as they are."""
     if NESTED_BLOCKSIZE:
@@ -80,14 +123,16 @@ def multiply_few(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SHUFFLE: tl.constexpr,
 ):
-    """Up to 64 tokens, in any dtype: weights rounded as a dequantisation does, then multiplied a tile at a time."""
+    """Up to 64 tokens, in any dtype: weights rounded to the activations' dtype as a dequantisation does, then multiplied."""
     WORDS: tl.constexpr = BLOCKSIZE // 8
     row_words = tl.multiple_of(row_words, WORDS)
     row_blocks = row_words // WORDS
     columns = row_words * 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
+    table = _lane_table(code) if SHUFFLE else 0.0
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, row_words, BLOCKS * WORDS):
         place = first + tl.arange(0, BLOCKS * WORDS)
@@ -102,14 +147,14 @@ def multiply_few(
         seen = (token[None, :] < tokens) & (column[:, None] < columns)
         values = tl.load(x + token[None, :] * columns + column[:, None], mask=seen, other=0.0)  # (tile, TOKENS)
         word = tl.reshape(word, (ROWS, BLOCKS, WORDS))
-        w0 = (tl.load(code + ((word >> 4) & 15)) * scale).to(x.dtype.element_ty)
-        w1 = (tl.load(code + (word & 15)) * scale).to(x.dtype.element_ty)
-        w2 = (tl.load(code + ((word >> 12) & 15)) * scale).to(x.dtype.element_ty)
-        w3 = (tl.load(code + ((word >> 8) & 15)) * scale).to(x.dtype.element_ty)
-        w4 = (tl.load(code + ((word >> 20) & 15)) * scale).to(x.dtype.element_ty)
-        w5 = (tl.load(code + ((word >> 16) & 15)) * scale).to(x.dtype.element_ty)
-        w6 = (tl.load(code + ((word >> 28) & 15)) * scale).to(x.dtype.element_ty)
-        w7 = (tl.load(code + ((word >> 24) & 15)) * scale).to(x.dtype.element_ty)
+        w0 = (_look_up(code, table, word, 4, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w1 = (_look_up(code, table, word, 0, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w2 = (_look_up(code, table, word, 12, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w3 = (_look_up(code, table, word, 8, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w4 = (_look_up(code, table, word, 20, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w5 = (_look_up(code, table, word, 16, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w6 = (_look_up(code, table, word, 28, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w7 = (_look_up(code, table, word, 24, SHUFFLE) * scale).to(x.dtype.element_ty)
         even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
         odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
         weight = tl.reshape(tl.join(even, odd), (ROWS, BLOCKS * BLOCKSIZE))

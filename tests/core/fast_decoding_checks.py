@@ -34,7 +34,7 @@ ARCHITECTURES = {
 }
 
 
-NOT_CAPTURED = ("bloom", "falcon with ALiBi")  # transformers makes their masks from numbers on the host
+NOT_CAPTURED = ("bloom", "falcon with ALiBi")  # with ALiBi transformers makes their masks from numbers on the host
 SAMPLING = Sampling(repetition_penalty=1.4)  # keeps a random model from repeating itself
 
 
@@ -103,7 +103,9 @@ def test_answers_are_those_of_transformers(tmp_path, name):
             if ON_GPU:
                 assert bool(decoder.obstacle) is (name in NOT_CAPTURED)
                 assert bool(decoder._graphs) is (name not in NOT_CAPTURED)
-        assert fast.attention.usable is (name not in ("falcon", "falcon with ALiBi", "bloom"))
+        # Where transformers gives gemma2 an attention that knows no soft cap, ours is another and not used.
+        deaf = name == "gemma2" and underlying_model(model).config._attn_implementation != "eager"
+        assert fast.attention.usable is (name not in ("falcon", "falcon with ALiBi", "bloom") and not deaf)
     finally:
         fast.close()
     assert own_answer(model, questions[0], 3) == expected[0][:3]  # the model is as it was

@@ -20,7 +20,7 @@ NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
 NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units", "size"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
-FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2}
+FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
 LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "WHOLE": False}
 CASES = [
     (gemv_lanes.multiply_lanes, {**LANES, "TILES": 1, "EIGHTS": 1, "AHEAD": True, "OVERLAP": True, "KIND": "bf16"}, 8),
@@ -70,6 +70,8 @@ def test_compiles_for_hopper(kernel, constants, warps):
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     assert built.asm["cubin"]
+    if kernel is gemv_programs.multiply_few:
+        assert "shfl.sync.idx" in built.asm["ptx"]
     if kernel is gemv_lanes.multiply_lanes:
         # 4 blocks of 4 products, and the adapter's; a table of 32 KiB, once.
         assert built.asm["ptx"].count("mma.sync") >= 16 * constants["TILES"] * constants["EIGHTS"]

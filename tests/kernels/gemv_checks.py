@@ -98,7 +98,7 @@ def test_stacked_weights_with_adapters_and_bias(tokens, row_counts, columns, ran
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 9] if DEVICE == "cpu" else [1, 9, 40])
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(
     "tiling", [None, Tiling(1, 1, 1), Tiling(2, 2, 4, ahead=False), Tiling(4, 4, 1), Tiling(2, 8, 1, registers=128)]
 )
@@ -134,6 +134,16 @@ def test_16_bit_error_is_within_twice_that_of_dequantise_and_multiply(dtype, tok
     error = (gemv.multiply(x, weight, adapter).double() - truth).norm()
     assert error <= 2 * (eager.double() - truth).norm()
     assert error < 0.01 * truth.norm()
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("tokens", [8, 40])
+def test_shuffled_look_ups_are_the_loads(tokens):
+    weight, _ = stack([512], 1024, dtype=torch.float32)
+    adapter, _ = adapt([512], 1024, [16])
+    x = torch.randn(tokens, 1024, device=DEVICE)
+    found = [gemv.multiply(x, weight, adapter, shuffle=shuffle) for shuffle in (True, False)]
+    assert torch.equal(*found)
 
 
 def test_shapes_that_do_not_fit_are_refused():
