@@ -8,8 +8,9 @@ manifest's SHA-256 while it is read.
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -72,39 +73,66 @@ def cache_size_bytes() -> int:
 # ---------------------------------------------------------------- writing
 
 
-def save_base(model: Any, facts: Mapping[str, Any], report: Report | None = None) -> None:
+def save_base(model: Any, facts: Mapping[str, Any], report: Report | None = None, slices: Slices | None = None) -> None:
     """Keeps a copy of a quantised base, unless there is one or the disk is short.
 
     Args:
         model: As `load_base` made it, before an adapter is attached.
         facts: See `base_directory`.
         report: Told when no copy could be kept: the work goes on without.
+        slices: Of which the model holds this rank's: then all ranks come here, and the main one writes what it gathers.
     """
     directory = base_directory(facts)
-    if directory.exists() or os.environ.get("RANK", "0") != "0":
+    is_main = slices.ranks.is_main if slices else os.environ.get("RANK", "0") == "0"
+    shapes = {name: _whole_shape(model, name, tensor) if slices else tensor for name, tensor in _tensors_of(model)}
+    wanted = is_main and not directory.exists() and _has_room(directory.parent, shapes.values(), report)
+    if slices:
+        wanted = bool(slices.ranks.highest(int(wanted), model.device))
+    if not wanted:
         return
-    tensors = dict(_tensors_of(model))
-    total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(directory.parent).free < total_bytes + SPARE_BYTES:
-        if report:
-            report(Notice(f"The quantised base is not kept in {directory.parent}: the disk is nearly full."))
-        return
+    values = (
+        slices.gather(tensor, shapes[name], model.device) if slices and shapes[name].is_meta else tensor
+        for name, tensor in _tensors_of(model)
+    )
     try:
-        with atomic_directory(directory, replace=True) as temporary:
-            with (temporary / WEIGHTS).open("wb") as stream:
-                digests = _write(stream, tensors)
-            manifest = {
-                "format": FORMAT,
-                "facts": dict(facts),
-                "hashed_bytes": HASHED_BYTES,
-                "sha256": digests,
-                "generation_config": model.generation_config.to_dict(),
-            }
-            (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        if is_main:
+            with atomic_directory(directory, replace=True) as temporary:
+                with (temporary / WEIGHTS).open("wb") as stream:
+                    digests = _write(stream, shapes, values)
+                manifest = {
+                    "format": FORMAT,
+                    "facts": dict(facts),
+                    "hashed_bytes": HASHED_BYTES,
+                    "sha256": digests,
+                    "generation_config": model.generation_config.to_dict(),
+                }
+                (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     except (DiskFull, OSError) as error:  # a convenience only: never a reason to stop
         if report:
             report(Caution(f"The quantised base could not be kept in {directory.parent}: {error}"))
+    for _ in values:
+        pass  # every rank takes part in what is gathered, whether it or the main one writes or not
+
+
+def _has_room(directory: Path, tensors: Iterable[Tensor], report: Report | None) -> bool:
+    total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(directory).free >= total_bytes + SPARE_BYTES:
+        return True
+    if report:
+        report(Notice(f"The quantised base is not kept in {directory}: the disk is nearly full."))
+    return False
+
+
+def _whole_shape(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor on the meta device as it is once gathered, for one that ranks hold shares of; any other as it is."""
+    match = re.fullmatch(r"(.+)\.weight(\.absmax)?", name)
+    state = getattr(model.get_submodule(match[1]).weight, "quant_state", None) if match else None
+    if match is None or state is None:
+        return tensor
+    elements = state.shape.numel()
+    shape = (-(-elements // state.blocksize),) if match[2] else (-(-elements // 2), 1)
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -116,11 +144,17 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in model.named_buffers() if name not in state)
 
 
-def _write(stream: BinaryIO, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Writes a safetensors file, each tensor aligned, one in memory at a time; returns the digests of its pieces."""
+def _write(stream: BinaryIO, shapes: Mapping[str, Tensor], values: Iterator[Tensor]) -> list[str]:
+    """Writes a safetensors file, each tensor aligned, one in memory at a time; returns the digests of its pieces.
+
+    Args:
+        stream: To write to.
+        shapes: Of every tensor, in order; these themselves, or ones on the meta device.
+        values: The tensors in the same order.
+    """
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in tensors.items():
+    for name, tensor in shapes.items():
         gap = -end % ALIGNED_BYTES
         if gap:  # the format has no holes: an unnamed tensor fills this one
             header[f"__gap_{end}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
@@ -131,7 +165,7 @@ def _write(stream: BinaryIO, tensors: Mapping[str, Tensor]) -> list[str]:
     hashing = _Hashing(stream)
     hashing.write(len(text).to_bytes(8, "little") + text)
     written = 0
-    for tensor in tensors.values():
+    for tensor in values:
         gap = -written % ALIGNED_BYTES
         raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
         hashing.write(bytes(gap))

@@ -403,8 +403,7 @@ def load_base(
         device: Where it goes.
         trust_remote_code: Run the model's own code; needs a pinned revision.
         cache: Reuse and write the local cache of quantised bases.
-        slices: Keep this rank's share of each 4-bit weight only, for `engine_sharding.spread`. Such a base is not written to
-            the cache, but taken from it.
+        slices: Keep this rank's share of each 4-bit weight only, for `engine_sharding.spread`; all ranks load at once.
         report: Receives progress.
 
     Returns:
@@ -454,8 +453,8 @@ def load_base(
     )
     _check_weights(base, model)
     base = freeze_base(base)
-    if cache and stored is None and slices is None:
-        save_base(base, cached_facts, report)
+    if cache and stored is None:
+        save_base(base, cached_facts, report, slices)
     return base, identity
 
 

@@ -26,6 +26,7 @@ from qlora_cli.errors import Interrupted, QloraError, RankLost
 
 LAUNCHER = "QLORA_LAUNCHER"  # environment: process id of the launcher that started this rank
 GRACE_SECONDS = 5.0  # for a collective to fail by itself, after which the process is ended
+CARD_GRACE_SECONDS = 1.0  # the same with NCCL, whose collectives do not: by then its own watchdog may end the process
 PARTING_SECONDS = 10.0  # that the main rank, which has the last word, is waited for
 LAST_SECONDS = 15.0  # for a process that told why it ends, but hangs in tidying up after a broken collective
 CONNECT_SECONDS = 120.0
@@ -47,6 +48,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks = ranks
+        self.grace_seconds = CARD_GRACE_SECONDS if device.type == "cuda" else GRACE_SECONDS
         self.verdict: QloraError | None = None
         self.known = threading.Event()  # the verdict
         self.handled = threading.Event()  # by the main thread
@@ -126,7 +128,7 @@ class Watch:
         concluded = time.monotonic()
         while True:
             since_seconds = time.monotonic() - concluded
-            if since_seconds > (LAST_SECONDS if self.handled.is_set() else GRACE_SECONDS):
+            if since_seconds > (LAST_SECONDS if self.handled.is_set() else self.grace_seconds):
                 self._end_process()
             for key, _ in selector.select(POLL_SECONDS / 10) if selector.get_map() else ():
                 if not _receive(key.data):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,6 +30,18 @@ class Slices:
         mine = flat[share * self.ranks.rank : share * (self.ranks.rank + 1)]
         mine = F.pad(mine, (0, share - mine.numel())) if mine.numel() < share else mine.clone()
         return mine.cpu() if self.on_host else mine
+
+    def gather(self, share: Tensor, whole: Tensor, device: torch.device) -> Tensor:
+        """The whole tensor on the host, of the shape and dtype of `whole`. Every rank takes part.
+
+        Args:
+            share: What `keep` gave here.
+            whole: May be on the meta device.
+            device: On which the ranks meet.
+        """
+        parts = self.ranks.collect({"share": share}, device)
+        flat = torch.cat([part["share"].flatten().cpu() for part in parts])
+        return flat[: whole.numel()].view(whole.shape)
 
 
 def share_size(elements: int, world_size: int) -> int:

@@ -252,3 +252,35 @@ def test_what_is_free_counts_half_of_the_context_that_is_still_to_come(monkeypat
 def test_the_limit_is_what_was_asked_for_or_what_is_free():
     assert read_limit_bytes("12GiB", torch.device("cpu")) == 12 * GIB
     assert read_limit_bytes(None, torch.device("cpu")) > 0
+
+
+def test_a_card_of_several_holds_its_share_and_what_it_gathers():
+    facts, step = facts_of(), StepSettings(2048, 2048, "fast", "adamw_8bit", 0, False, False, False, False)
+    whole, half, quarter, away = (
+        predict_training(facts, replace(step, shards=shards, shard_offload=offload)).to_dict()
+        for shards, offload in ((1, False), (2, False), (4, False), (2, True))
+    )
+    tables = 2 * facts.embedding_bytes
+    norms = whole["base_bytes"] - tables - facts.footprint.quantized_bytes
+    assert half["base_bytes"] == pytest.approx(whole["base_bytes"] / 2 + norms / 2, rel=1e-6)
+    assert quarter["base_bytes"] == pytest.approx(whole["base_bytes"] / 4 + norms * 3 / 4, rel=1e-6)
+    assert whole["gathered_bytes"] == 0 < half["gathered_bytes"] == quarter["gathered_bytes"] < whole["base_bytes"]
+    assert away["base_bytes"] == norms and away["host_bytes"] - half["host_bytes"] == half["base_bytes"] - norms
+    for memory in (whole, half, quarter, away):
+        parts = (
+            "base",
+            "gathered",
+            "resident",
+            "adapter",
+            "gradient",
+            "optimizer",
+            "activation",
+            "working",
+            "allocator",
+        )
+        assert memory["peak_bytes"] == sum(memory[f"{part}_bytes"] for part in parts)
+
+
+def test_a_spread_base_is_planned_without_what_needs_it_whole():
+    plan = plan_training(facts_of(), Wishes(resident_weights=True, offload_embeddings=True), vram_bytes=None, shards=2)
+    assert not plan.resident_weights and not plan.offload_embeddings

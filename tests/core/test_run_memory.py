@@ -24,17 +24,26 @@ CONFIG = TrainConfig(
 )
 
 
-def plan(device=CARD, events=None, longest=((0, 1, 2, 3),), lengths=LENGTHS, **changes) -> RunMemory:
+class Cards(Ranks):
+    """Ranks that all have the same card."""
+
+    def highest(self, value, device):
+        return value
+
+
+def plan(
+    device=CARD, events=None, longest=((0, 1, 2, 3),), lengths=LENGTHS, model=MODEL, ranks=None, **changes
+) -> RunMemory:
     config = replace(CONFIG, **changes)
     return plan_run_memory(
         config,
-        MODEL,
-        gather_run_facts(config, MODEL, device),
+        model,
+        gather_run_facts(config, model, device),
         max_length=config.max_length or 16384,
         lengths=lengths,
         longest=longest,
         device=device,
-        ranks=Ranks(),
+        ranks=ranks or Ranks(),
         report=(events if events is not None else []).append,
     )
 
@@ -127,3 +136,21 @@ def test_the_resolved_configuration_has_no_open_choice_left():
 def test_a_size_without_a_unit_is_refused():
     with pytest.raises(UsageError):
         plan(vram="12")
+
+
+def test_the_base_is_spread_where_one_card_cannot_hold_it_and_two_can():
+    deep = transformers.LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
+    short = {"model": deep, "lengths": np.full(8, 64, dtype=np.int32), "longest": ((0,),), "max_length": 64}
+    leanest = {"gradient_checkpointing": "on", "offload_activations": True, "dry_run": True}
+    whole, spread = (
+        plan(vram="1MiB", ranks=Cards(0, 2), shard=shard, **short, **leanest).plan.memory.device_bytes
+        for shard in (False, True)
+    )
+    assert spread < whole - 64 * MIB
+    told: list = []
+    between = f"{(spread + whole) // 2 // MIB}MiB"
+    chosen = plan(vram=between, events=told, ranks=Cards(0, 2), **short, **leanest)
+    assert chosen.spread and chosen.plan.fits and chosen.plan.memory.device_bytes == spread
+    assert "spread over 2 cards" in told[-1].text
+    for changes in ({"shard": False}, {"ranks": Cards(0, 1)}, {"engine": "plain"}, {"vram": "40GiB"}):
+        assert not plan(**{"vram": between, "ranks": Cards(0, 2), **short, **leanest, **changes}).spread

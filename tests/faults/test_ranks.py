@@ -106,6 +106,18 @@ def test_a_spread_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_wh
     assert runs[1].weights() == quantised.weights()
 
 
+def test_a_spread_run_keeps_a_copy_of_the_base_that_is_the_one_a_whole_run_keeps(zygote, make_run, tmp_path):
+    changes = {**ALONE, "max_steps": 1, "quant_type": "fp4", "gradient_accumulation_steps": 3}
+    spread = make_run(tmp_path / "spread", **changes, base_cache=True, shard=True)
+    assert "codes [0, 0, 0]" in train_as_two(zygote, spread, world_size=3).said
+    copied = make_run(tmp_path / "copied", **changes, base_cache=True)
+    told = zygote.train(copied.options)
+    assert told.code == 0 and "Using the quantised base" in told.said, told.said
+    quantised = make_run(tmp_path / "quantised", **changes)
+    assert zygote.train(quantised.options).code == 0
+    assert copied.weights() == quantised.weights() and copied.metrics() == quantised.metrics()
+
+
 def test_three_ranks_share_what_does_not_divide_by_three(zygote, make_run, tmp_path):
     """Shares are filled up, and a last step of few rows leaves ranks without any, which still take part."""
     changes = {**ALONE, "batch_size": 3, "gradient_accumulation_steps": 1, "max_steps": 11, "eval_rows": 4}
