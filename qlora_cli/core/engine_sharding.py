@@ -55,7 +55,7 @@ def spread(base: Any, layers: list[nn.Module], slices: Slices, device: torch.dev
         shares = [share for _, linear in list(four_bit_linears(unit)) for share in _take_shares(linear, slices)]
         hand_over(unit, {getattr(module, name) for module, name, _ in shares})
         for module, name, share in shares:
-            _put_share(module, name, share, device)
+            _put_share(module, name, share.cpu() if slices.on_host else share, device)
     tables = (base.get_input_embeddings(), base.get_output_embeddings())
     if tables[1] is None or tables[0].weight is not tables[1].weight:
         for table in tables:

@@ -167,7 +167,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
                 disk=predict_disk(facts, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
                 vram_bytes=memory.plan.vram_bytes,
                 fits=memory.plan.fits,
-                settings={**memory.decided, "token_budget": memory.plan.token_budget},
+                settings={**memory.decided, "shard": memory.spread, "token_budget": memory.plan.token_budget},
                 memory=memory.predicted(),
                 configuration=resolved_configuration(
                     config, memory, max_length=max_length, compute_dtype=dtype, warmup_steps=warmup_steps

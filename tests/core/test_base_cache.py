@@ -146,7 +146,7 @@ def test_a_full_disk_and_a_forbidden_directory_stop_nothing(load_tiny, root, mon
     assert "nearly full" in events[-1].text and not base_directory(FACTS).exists()
     monkeypatch.setattr(base_cache, "SPARE_BYTES", 0)
 
-    def no_room(*arguments):
+    def no_room(stream, shapes, values):
         stream.write(b"half")
         raise OSError(28, "No space left on device")
 
