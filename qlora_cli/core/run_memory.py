@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from qlora_cli.config import TrainConfig, recorded_fields
+from qlora_cli.config import InspectConfig, TrainConfig, recorded_fields
 from qlora_cli.core.base_model import resolve_compute_dtype
 from qlora_cli.core.model_facts import ModelFacts, gather_facts
 from qlora_cli.core.planner import TrainingPlan, Wishes, plan_training, read_limit_bytes
@@ -153,9 +153,14 @@ def plan_run_memory(
     return RunMemory(facts, plan, largest_tokens, commands, spread)
 
 
+def may_be_spread(config: TrainConfig | InspectConfig) -> bool:
+    """Whether these settings allow a base held in shares, gathered layer by layer as it computes."""
+    return config.engine == "fast" and not config.dora and not config.modules_to_save
+
+
 def can_be_spread(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether the base may be held in shares, gathered layer by layer as it computes."""
-    return ranks.world_size > 1 and config.engine == "fast" and not config.dora and not config.modules_to_save
+    """Whether there is also more than one card to hold it."""
+    return ranks.world_size > 1 and may_be_spread(config)
 
 
 def write_commands(config: TrainConfig, changes: dict[str, Any]) -> tuple[str, ...]:

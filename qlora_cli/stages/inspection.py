@@ -31,6 +31,7 @@ from qlora_cli.core.planner import Wishes, plan_training, read_limit_bytes
 from qlora_cli.core.prediction import predict_disk, predict_generation, predict_merging
 from qlora_cli.core.prepared import PreparedRows
 from qlora_cli.core.run_facts import describe_run, holds_run
+from qlora_cli.core.run_memory import may_be_spread
 from qlora_cli.core.speed import bound_speed
 from qlora_cli.core.suggestion import suggest_fit, write_train_command
 from qlora_cli.core.weight_survey import (
@@ -44,6 +45,7 @@ from qlora_cli.events import Report
 
 OF_A_MODEL = ("vram", "max_length", "quantization_error")
 # Ways to train that a table compares, from the fastest to the leanest.
+CARDS = (2, 4, 8)  # over which a base may be spread
 WAYS: dict[str, dict[str, Any]] = {
     "nothing recomputed": {"gradient_checkpointing": "off", "offload_activations": False, "offload_embeddings": False},
     "every layer recomputed": {
@@ -176,6 +178,14 @@ def _predict(
         memory = plan_training(model, replace(wishes, **open_choices), vram_bytes=None).memory
         assert memory is not None
         ways.append({"way": name, "peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes})
+    spread = {
+        cards: plan_training(model, wishes, vram_bytes=vram_bytes, shards=cards)
+        for cards in (CARDS if may_be_spread(config) else ())
+    }
+    for cards, each in spread.items():
+        assert each.memory is not None
+        name = f"base spread over {cards} cards, each"
+        ways.append({"way": name, "peak_bytes": each.memory.peak_bytes, "device_bytes": each.memory.device_bytes})
     settings = ("gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
     facts: dict[str, Any] = {
         "vram_bytes": vram_bytes,
@@ -204,6 +214,11 @@ def _predict(
             assert nearest.plan.memory is not None
             facts["nearest"] = {**nearest.changes, "device_bytes": nearest.plan.memory.device_bytes}
             facts["next"] = [write_train_command(config, nearest.changes)]
+        enough = next((cards for cards, each in spread.items() if each.fits), None)
+        if enough is not None:
+            changes = {"gpus": enough, "shard": True}
+            facts["nearest_with_more_cards"] = changes
+            facts["next"] = [*facts.get("next", ()), write_train_command(config, changes)]
     return facts, [_table("Ways to train", ways), bound_speed(plan.flops_per_token)]
 
 
