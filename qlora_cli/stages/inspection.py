@@ -182,10 +182,10 @@ def _predict(
         cards: plan_training(model, wishes, vram_bytes=vram_bytes, shards=cards)
         for cards in (CARDS if may_be_spread(config) else ())
     }
-    for cards, each in spread.items():
-        assert each.memory is not None
-        name = f"base spread over {cards} cards, each"
-        ways.append({"way": name, "peak_bytes": each.memory.peak_bytes, "device_bytes": each.memory.device_bytes})
+    shares = [
+        {"cards": cards, **{name: getattr(each.memory, name) for name in ("base_bytes", "peak_bytes", "device_bytes")}}
+        for cards, each in spread.items()
+    ]
     settings = ("gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
     facts: dict[str, Any] = {
         "vram_bytes": vram_bytes,
@@ -219,7 +219,8 @@ def _predict(
             changes = {"gpus": enough, "shard": True}
             facts["nearest_with_more_cards"] = changes
             facts["next"] = [*facts.get("next", ()), write_train_command(config, changes)]
-    return facts, [_table("Ways to train", ways), bound_speed(plan.flops_per_token)]
+    of_several = [_table("Base spread over cards, for each of them", shares)] if shares else []
+    return facts, [_table("Ways to train", ways), *of_several, bound_speed(plan.flops_per_token)]
 
 
 # ---------------------------------------------------------------- this machine

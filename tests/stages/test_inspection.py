@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -414,3 +415,17 @@ def test_every_view_is_one_json_object_on_stdout(run, seven_b, tmp_path, monkeyp
         told = capsys.readouterr()
         assert json.loads(told.out)["kind"] == kind
         assert "→" not in told.err  # the next command stands in the object
+
+
+def test_a_base_that_one_card_cannot_hold_is_offered_spread_over_as_few_as_can(seven_b):
+    facts = look(model=seven_b, vram="4.6GiB", max_length=512)
+    assert facts["fits"] is False
+    shares = table_of(facts, "Base spread over cards")
+    assert [row["cards"] for row in shares] == [2, 4, 8]
+    held = [facts["training"]["base_bytes"], *(row["base_bytes"] for row in shares)]
+    assert all(later < 0.6 * earlier for earlier, later in pairwise(held))
+    enough = next(row["cards"] for row in shares if row["device_bytes"] <= parse_memory("4.6GiB"))
+    assert facts["nearest_with_more_cards"] == {"gpus": enough, "shard": True}
+    assert f"--gpus {enough}" in facts["next"][-1] and "--shard" in facts["next"][-1]
+    plain = look(model=seven_b, vram="4.6GiB", max_length=512, engine="plain")
+    assert "nearest_with_more_cards" not in plain
