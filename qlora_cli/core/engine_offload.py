@@ -6,6 +6,7 @@ ahead of the backward pass.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -20,36 +21,23 @@ CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each reque
 class _Away:
     """One saved tensor: on the device until its copy is done and its layer is past, then on the host, then back."""
 
-    __slots__ = (
-        "__weakref__",
-        "buffer",
-        "copied",
-        "fetched",
-        "host",
-        "layer",
-        "offload",
-        "on_device",
-        "shape",
-        "strides",
-    )
+    __slots__ = ("__weakref__", "buffer", "copied", "fetched", "host", "layer", "offload", "on_device", "strides")
 
     def __init__(self, offload: "ActivationOffload", tensor: Tensor, layer: int) -> None:
         self.offload, self.layer = offload, layer
         self.on_device: Tensor | None = tensor
-        self.shape, self.strides = tensor.shape, tensor.stride()
+        self.strides = tensor.stride()  # compiled code relies on them
         bytes_ = tensor.numel() * tensor.element_size()
         self.buffer = offload.borrow(bytes_)
-        self.host = self.buffer[:bytes_].view(tensor.dtype)  # flat
-        self.fetched: torch.cuda.Event | None = None
-        stream = offload.stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.host.as_strided(self.shape, self.strides).copy_(tensor, non_blocking=True)
-            self.copied = stream.record_event()
+        self.host = self.buffer[:bytes_].view(tensor.dtype).view(tensor.shape)
+        self.fetched: Any = None
+        with offload.beside():
+            self.host.copy_(tensor, non_blocking=True)
+            self.copied = offload.event()
 
     def leave(self) -> None:
         """Gives up the device's copy: whatever uses its memory next waits for the copy to the host."""
-        torch.cuda.current_stream().wait_event(self.copied)
+        _wait(self.copied)
         self.on_device = None
 
     def fetch(self) -> None:
@@ -57,25 +45,28 @@ class _Away:
         if self.on_device is not None:
             return
         # Allocated on the computing stream; what used this memory before is done when the copy starts.
-        back = torch.empty_strided(self.shape, self.strides, dtype=self.host.dtype, device=self.offload.device)
-        stream = self.offload.stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            back.copy_(self.host.as_strided(self.shape, self.strides), non_blocking=True)
-            self.fetched = stream.record_event()
+        back = torch.empty_strided(self.host.shape, self.strides, dtype=self.host.dtype, device=self.offload.device)
+        with self.offload.beside():
+            back.copy_(self.host, non_blocking=True)
+            self.fetched = self.offload.event()
         self.on_device = back
 
     def tensor(self) -> Tensor:
         """The tensor, on the device."""
         self.offload.fetch_around(self.layer)
         self.fetch()
-        if self.fetched is not None:
-            torch.cuda.current_stream().wait_event(self.fetched)
+        _wait(self.fetched)
         assert self.on_device is not None
         return self.on_device
 
     def __del__(self) -> None:
         self.offload.give_back(self.buffer)
+
+
+def _wait(event: Any) -> None:
+    """Makes the computing stream wait for an event of the copying one; None is past."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
 
 
 def _ahead(layers: Iterable[int], number: int) -> int | None:
@@ -87,18 +78,30 @@ class ActivationOffload:
     """Where the saved tensors of some decoder layers wait.
 
     Args:
-        device: The CUDA device.
+        device: A CUDA device; on any other, copies are made at once.
         persistent: Storage addresses of tensors that stay anyway: weights and buffers.
     """
 
     def __init__(self, device: torch.device, persistent: frozenset[int]) -> None:
         self.device, self.persistent = device, persistent
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.free: list[Tensor] = []  # uint8 buffers not in use
         self.chunk: Tensor | None = None
         self.chunk_used = 0
         self.layers: dict[int, WeakSet[_Away]] = {}
         self.previous: int | None = None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Runs copies on their own stream, after what the computing one has been given so far."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def event(self) -> Any:
+        """When what the copying stream has been given so far is done."""
+        return None if self.stream is None else self.stream.record_event()
 
     def borrow(self, bytes_: int) -> Tensor:
         """A pinned uint8 buffer of so many bytes or more. All copies share one stream, so reuse needs no waiting.
@@ -112,7 +115,8 @@ class ActivationOffload:
     def _carve(self, bytes_: int) -> Tensor:
         room = -(-bytes_ // 512) * 512
         if self.chunk is None or self.chunk_used + room > self.chunk.numel():
-            self.chunk = torch.empty(max(CHUNK_BYTES, room), dtype=torch.uint8, pin_memory=True)
+            pinned = self.stream is not None
+            self.chunk = torch.empty(max(CHUNK_BYTES, room), dtype=torch.uint8, pin_memory=pinned)
             self.chunk_used = 0
         first, self.chunk_used = self.chunk_used, self.chunk_used + room
         return self.chunk[first : self.chunk_used]
@@ -129,10 +133,11 @@ class ActivationOffload:
 
         def pack(tensor: Tensor) -> Tensor | _Away:
             bytes_ = tensor.numel() * tensor.element_size()
-            dense = tensor.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(tensor)
             storage = tensor.untyped_storage().data_ptr()
             weight = storage in self.persistent or tensor.dtype == torch.uint8  # a gathered one has no fixed address
-            if not tensor.is_cuda or bytes_ < SMALLEST_BYTES or not dense or weight:
+            elsewhere = tensor.device.type != self.device.type
+            repeated = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if elsewhere or bytes_ < SMALLEST_BYTES or repeated or weight:
                 return tensor
             # One tensor saved by several operations travels once. `seen` keeps it alive, so addresses are not reused.
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
@@ -158,6 +163,8 @@ class ActivationOffload:
 
     def join(self) -> None:
         """Makes the computing stream wait for all copies so far."""
+        if self.stream is None:
+            return
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)  # a CUDA graph takes in no stream that did not first wait for its own
         current.wait_stream(self.stream)
