@@ -24,7 +24,8 @@ def start(checkpoint: Path, cache: Path, *flags: str) -> dict:
     """One `qlora generate`: seconds in all, to the loaded model, and from there to the first token."""
     command = [sys.executable, "-m", "qlora_cli", "generate", "--model", str(checkpoint), "Hello", "--json"]
     command += ["--max-new-tokens", "8", "--temperature", "0", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "QLORA_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "QLORA_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     started = time.time()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
     seconds = time.time() - started

@@ -42,6 +42,7 @@ class FastLayers:
         self._gates: dict[type, str | None] = {}  # what was found out, None for nothing that fits
         self._splits: bool | None = None  # whether heads come apart as Falcon's do
         self._taken: list[tuple[nn.Module, str]] = []
+        module: Any
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
                 self._take(module, self._norm_of(module, module.forward))

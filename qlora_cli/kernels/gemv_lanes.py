@@ -1,4 +1,4 @@
-"""Packed 4-bit words and up to a few dozen rows of activations in, products out, at the speed of the memory.
+"""Packed 4-bit words and up to a few dozen rows of activations in, products out.
 
 The Triton program behind gemv.py for tensor cores of compute capability 8.0 and later, written a lane at a time: every
 tensor has one element a thread, so that Triton's layouts have no say and nothing is rearranged on the way from the
@@ -16,172 +16,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-# ---------------------------------------------------------------- the table
-
-
-@triton.jit
-def _make_table(seed):
-    """Address of 32 KiB of shared memory. To be called once in a program."""
-    return tl.inline_asm_elementwise(
-        """{
-        .shared .align 128 .b8 pairs[32768];
-        mov.u32 $0, pairs;
-        }""",
-        "=r,r",
-        [seed],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _store_pair(table, entry, pair):
-    """Writes an entry into all banks; lanes next to each other start at different ones."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 row, at;
-        shl.b32 row, $2, 7;
-        add.u32 row, row, $1;
-        shl.b32 at, $2, 4;
-        and.b32 at, at, 112;
-        add.u32 at, at, row;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 16;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 48;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 16;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 112;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 16;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 48;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 16;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        mov.u32 $0, $1;
-        }""",
-        "=r,r,r,r",
-        [table, entry, pair],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _own_bank(table):
-    """Where the table stands for this lane. Volatile, so that no look-up moves above the barrier before it."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .u32 lane;
-        mov.u32 lane, %laneid;
-        shl.b32 lane, lane, 2;
-        add.u32 $0, lane, $1;
-        }""",
-        "=r,r",
-        [table],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _expand(words, bank):
-    """16 packed weights (64 bits) to 8 registers of two, in order."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high, a;
-        mov.b64 {low, high}, $8;
-        prmt.b32 a, low, 0, 0x4440;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $0, [a];
-        prmt.b32 a, low, 0, 0x4441;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $1, [a];
-        prmt.b32 a, low, 0, 0x4442;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $2, [a];
-        prmt.b32 a, low, 0, 0x4443;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $3, [a];
-        prmt.b32 a, high, 0, 0x4440;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $4, [a];
-        prmt.b32 a, high, 0, 0x4441;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $5, [a];
-        prmt.b32 a, high, 0, 0x4442;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $6, [a];
-        prmt.b32 a, high, 0, 0x4443;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $7, [a];
-        }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,r",
-        [words, bank],
-        dtype=(tl.int32,) * 8,
-        is_pure=True,
-        pack=1,
-    )
-
-
-# ---------------------------------------------------------------- fragments
-
-
-@triton.jit
-def _load_activations(pointer):
-    """16 values of 16 bits as 8 registers of two."""
-    return tl.inline_asm_elementwise(
-        """
-        ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8];
-        ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8 + 16];
-        """,
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l",
-        [pointer],
-        dtype=(tl.int32,) * 8,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _multiply_block(a, b, x, KIND: tl.constexpr):
-    """(16 rows, 64 columns) times (64 columns, 8 tokens): rows g, rows g + 8 and token g of each lane."""
-    zero = tl.zeros(a[0].shape, tl.float32)
-    mma: tl.constexpr = "mma.sync.aligned.m16n8k16.row.col.f32." + KIND + "." + KIND + ".f32 "
-    return tl.inline_asm_elementwise(
-        "{\n.reg .f32 d<4>;\n"
-        + mma
-        + "{d0, d1, d2, d3}, {$4, $12, $5, $13}, {$20, $21}, {$28, $28, $28, $28};\n"
-        + mma
-        + "{d0, d1, d2, d3}, {$6, $14, $7, $15}, {$22, $23}, {d0, d1, d2, d3};\n"
-        + mma
-        + "{d0, d1, d2, d3}, {$8, $16, $9, $17}, {$24, $25}, {d0, d1, d2, d3};\n"
-        + mma
-        + "{$0, $1, $2, $3}, {$10, $18, $11, $19}, {$26, $27}, {d0, d1, d2, d3};\n}",
-        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,f",
-        a + b + x + (zero,),
-        dtype=(tl.float32,) * 4,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _of_quarter(value, number):
-    """The value of lane 4 g + number."""
-    return tl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;",
-        "=f,f,r",
-        [value, number],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
+from qlora_cli.kernels.lane_instructions import (
+    expand,
+    load_activations,
+    make_table,
+    multiply_block,
+    of_quarter,
+    own_bank,
+    store_pair,
+)
 
 
 @triton.jit
@@ -316,10 +159,10 @@ def multiply_lanes(
     entry = tl.arange(0, 256)
     first = tl.load(code + (entry >> 4)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
     second = tl.load(code + (entry & 15)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
-    table = _make_table(tokens)
-    _store_pair(table, entry, (first & 0xFFFF) | (second << 16))
+    table = make_table(tokens)
+    store_pair(table, entry, (first & 0xFFFF) | (second << 16))
     tl.debug_barrier()
-    bank = _own_bank(table + thread * 0)
+    bank = own_bank(table + thread * 0)
     if OVERLAP:
         gdc_wait()
 
@@ -380,15 +223,15 @@ def multiply_lanes(
                 values = ()
                 for eight in tl.static_range(EIGHTS):
                     token = tl.minimum(eight * 8 + g, tokens - 1)
-                    values += (_load_activations(x + (token * row_blocks + at) * 64 + t * 16),)
+                    values += (load_activations(x + (token * row_blocks + at) * 64 + t * 16),)
                 new = ()
                 for tile in tl.static_range(TILES):
-                    low = _expand(words[tile * 8 + block], bank)
-                    high = _expand(words[tile * 8 + 4 + block], bank)
-                    low_scale = _of_quarter(finished[tile * 2], t * 0 + block)
-                    high_scale = _of_quarter(finished[tile * 2 + 1], t * 0 + block)
+                    low = expand(words[tile * 8 + block], bank)
+                    high = expand(words[tile * 8 + 4 + block], bank)
+                    low_scale = of_quarter(finished[tile * 2], t * 0 + block)
+                    high_scale = of_quarter(finished[tile * 2 + 1], t * 0 + block)
                     for eight in tl.static_range(EIGHTS):
-                        d = _multiply_block(low, high, values[eight], KIND)
+                        d = multiply_block(low, high, values[eight], KIND)
                         new += (
                             total[(tile * EIGHTS + eight) * 4] + d[0] * low_scale,
                             total[(tile * EIGHTS + eight) * 4 + 1] + d[1] * low_scale,

@@ -1,0 +1,175 @@
+"""What a single lane does where Triton has no word for it, in PTX: tensors of one element a thread in and out.
+
+Used by gemv_lanes.py; tests run the same text in numpy. Fragments are those of `mma.m16n8k16` (PTX ISA, "Matrix
+Fragments"): lane 4 g + t has rows g and g + 8 of 16, token g of 8, and of the columns those that belong to t.
+"""
+
+import triton
+import triton.language as tl
+
+# ---------------------------------------------------------------- the table
+
+
+@triton.jit
+def make_table(seed):
+    """Address of 32 KiB of shared memory. To be called once in a program."""
+    return tl.inline_asm_elementwise(
+        """{
+        .shared .align 128 .b8 pairs[32768];
+        mov.u32 $0, pairs;
+        }""",
+        "=r,r",
+        [seed],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def store_pair(table, entry, pair):
+    """Writes an entry into all banks; lanes next to each other start at different ones."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 row, at;
+        shl.b32 row, $2, 7;
+        add.u32 row, row, $1;
+        shl.b32 at, $2, 4;
+        and.b32 at, at, 112;
+        add.u32 at, at, row;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 16;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 48;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 16;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 112;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 16;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 48;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        xor.b32 at, at, 16;
+        st.shared.v4.b32 [at], {$3, $3, $3, $3};
+        mov.u32 $0, $1;
+        }""",
+        "=r,r,r,r",
+        [table, entry, pair],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def own_bank(table):
+    """Where the table stands for this lane. Volatile, so that no look-up moves above the barrier before it."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .u32 lane;
+        mov.u32 lane, %laneid;
+        shl.b32 lane, lane, 2;
+        add.u32 $0, lane, $1;
+        }""",
+        "=r,r",
+        [table],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def expand(words, bank):
+    """16 packed weights (64 bits) to 8 registers of two, in order."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high, a;
+        mov.b64 {low, high}, $8;
+        prmt.b32 a, low, 0, 0x4440;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $0, [a];
+        prmt.b32 a, low, 0, 0x4441;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $1, [a];
+        prmt.b32 a, low, 0, 0x4442;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $2, [a];
+        prmt.b32 a, low, 0, 0x4443;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $3, [a];
+        prmt.b32 a, high, 0, 0x4440;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $4, [a];
+        prmt.b32 a, high, 0, 0x4441;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $5, [a];
+        prmt.b32 a, high, 0, 0x4442;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $6, [a];
+        prmt.b32 a, high, 0, 0x4443;
+        mad.lo.u32 a, a, 128, $9;
+        ld.shared.b32 $7, [a];
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,r",
+        [words, bank],
+        dtype=(tl.int32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+# ---------------------------------------------------------------- fragments
+
+
+@triton.jit
+def load_activations(pointer):
+    """16 values of 16 bits as 8 registers of two."""
+    return tl.inline_asm_elementwise(
+        """
+        ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8];
+        ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8 + 16];
+        """,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l",
+        [pointer],
+        dtype=(tl.int32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def multiply_block(a, b, x, KIND: tl.constexpr):
+    """(16 rows, 64 columns) times (64 columns, 8 tokens): rows g, rows g + 8 and token g of each lane."""
+    zero = tl.zeros(a[0].shape, tl.float32)
+    mma: tl.constexpr = "mma.sync.aligned.m16n8k16.row.col.f32." + KIND + "." + KIND + ".f32 "
+    return tl.inline_asm_elementwise(
+        "{\n.reg .f32 d<4>;\n"
+        + mma
+        + "{d0, d1, d2, d3}, {$4, $12, $5, $13}, {$20, $21}, {$28, $28, $28, $28};\n"
+        + mma
+        + "{d0, d1, d2, d3}, {$6, $14, $7, $15}, {$22, $23}, {d0, d1, d2, d3};\n"
+        + mma
+        + "{d0, d1, d2, d3}, {$8, $16, $9, $17}, {$24, $25}, {d0, d1, d2, d3};\n"
+        + mma
+        + "{$0, $1, $2, $3}, {$10, $18, $11, $19}, {$26, $27}, {d0, d1, d2, d3};\n}",
+        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,f",
+        a + b + x + (zero,),
+        dtype=(tl.float32,) * 4,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def of_quarter(value, number):
+    """The value of lane 4 g + number."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;",
+        "=f,f,r",
+        [value, number],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
