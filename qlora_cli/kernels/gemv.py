@@ -65,7 +65,8 @@ class StackedAdapter(NamedTuple):
 
 
 WIDE_ROWS = 12288  # from which on every multiprocessor of a large card gets several units of 32 rows
-LONG_COLUMNS = 8192  # beyond which 8 warps share a row's columns
+NARROW_ROWS = 4224  # up to which no multiprocessor of 132 gets more than two units of 16 rows
+LONG_COLUMNS = 8192  # beyond which 8 warps share the columns of so few rows
 ROW_UNIT = 64  # a weight in a stack has a multiple of so many rows
 
 
@@ -88,10 +89,10 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(tokens: int, rows: int, columns: int) -> Tiling:
-    """How to divide a product; measured by benchmarks/decode_gemv.py."""
+    """How to divide a product: the order of benchmarks/decode.md's sweep on an H200; NeoX-20B's shapes follow from it."""
     if rows >= WIDE_ROWS and tokens <= 8:
         return Tiling(tiles=2, warps=4, resident=4, registers=128)
-    if columns > LONG_COLUMNS:
+    if rows <= NARROW_ROWS and columns > LONG_COLUMNS:
         return Tiling(tiles=1, warps=8, resident=2, registers=128)
     return Tiling(tiles=1, warps=4, resident=4, registers=128)
 

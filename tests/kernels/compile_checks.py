@@ -41,6 +41,7 @@ CASES = [
         2,
     ),
     (decode_pointwise._normalise, {"SIZE": 4096, "SIZE_ROOM": 4096, "ROUND_FIRST": True}, 8),
+    (decode_pointwise._centre, {"SIZE": 6144, "SIZE_ROOM": 8192, "HAS_BIAS": True}, 8),
     (decode_pointwise._gate, {"KIND": "gelu", "ROOM": 1024}, 4),
     (decode_pointwise._rotate, {"SIZE": 96, "ROTATED": 24, "ROOM": 128}, 1),
 ]
@@ -62,7 +63,7 @@ def test_compiles_for_hopper(kernel, constants, warps):
         types["packed"] = "*i64"
         if constants["KIND"] == "f16":
             types |= dict.fromkeys(("x", "b", "bias", "y"), "*fp16")
-    if kernel is decode_pointwise._normalise:
+    if kernel in (decode_pointwise._normalise, decode_pointwise._centre):
         types["weight"] = "*bf16"
     if kernel in (gemv_programs.project, decode_attention._attend_part):
         types["out"] = "*fp32"

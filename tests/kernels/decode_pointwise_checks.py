@@ -6,7 +6,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from qlora_cli.kernels.decode_pointwise import GATES, gate, rms_norm, rotate
+from qlora_cli.kernels.decode_pointwise import GATES, gate, layer_norm, rms_norm, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -21,6 +21,17 @@ def test_normalises_as_the_module_does(kind, dtype):
     gemma = kind is Gemma2RMSNorm
     found = rms_norm(x, module.weight.data, 1e-5, offset=float(gemma), round_first=not gemma)
     torch.testing.assert_close(found, module(x), atol=1e-6 if dtype == torch.float32 else 1e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_centres_as_the_module_does(bias, dtype):
+    module = torch.nn.LayerNorm(200, eps=1e-5, bias=bias).to(DEVICE, dtype)
+    for parameter in module.parameters():
+        parameter.data.normal_(1, 0.3)
+    x = (3 * torch.randn(3, 2, 200, device=DEVICE) + 20).to(dtype)  # far from 0, where a one-pass variance cancels
+    found = layer_norm(x, module.weight.data, module.bias if bias else None, 1e-5)
+    torch.testing.assert_close(found, module(x), atol=5e-6 if dtype == torch.float32 else 5e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
