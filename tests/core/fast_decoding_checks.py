@@ -10,6 +10,7 @@ from qlora_cli.core.batching import answer_all
 from qlora_cli.core.decoding import underlying_model
 from qlora_cli.core.decoding_graph import FastModel, GraphDecoder
 from qlora_cli.core.sampling import Sampling
+from qlora_cli.kernels import gemv
 from tests.conftest import make_tokenizer, write_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,10 +39,10 @@ NOT_CAPTURED = ("bloom", "falcon with ALiBi")  # with ALiBi transformers makes t
 SAMPLING = Sampling(repetition_penalty=1.4)  # keeps a random model from repeating itself
 
 
-def load(tmp_path, name, rank=4):
+def load(tmp_path, name, rank=4, dtype=torch.float32):
     architecture, changes = ARCHITECTURES[name]
     directory = write_model(tmp_path / "model", architecture, **changes)
-    base, _ = load_base(str(directory), compute_dtype=torch.float32, device=DEVICE, cache=False)
+    base, _ = load_base(str(directory), compute_dtype=dtype, device=DEVICE, cache=False)
     model = attach_adapter(base, rank=rank, alpha=16).eval()
     randomise(model, seed=0)
     return model
@@ -197,3 +198,22 @@ def test_a_model_that_waits_for_the_device_is_stepped(tmp_path):
     found, decoder = fast_answers(fast, prompts()[:1], (6,), 1)
     assert found == expected
     assert decoder.obstacle
+
+
+def test_steps_in_16_bits_take_the_lanes_and_say_the_same(tmp_path, monkeypatch):
+    model = load(tmp_path, "llama", dtype=torch.float16)
+    questions, counts = prompts((5, 19)), (8, 6) if ON_GPU else (3, 2)
+    expected = [own_answer(model, ids, count) for ids, count in zip(questions, counts, strict=True)]
+    if not ON_GPU:
+        from tests.kernels.lane_emulation import emulate
+
+        emulate(monkeypatch)
+    taken = []
+    lanes = gemv._multiply_lanes
+    monkeypatch.setattr(gemv, "_multiply_lanes", lambda x, *rest: (taken.append(x.shape[0]), lanes(x, *rest)))
+    fast = FastModel(model)
+    try:
+        found, _ = fast_answers(fast, questions, counts, 2)
+    finally:
+        fast.close()
+    assert found == expected and set(taken) >= {2}
