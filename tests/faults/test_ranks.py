@@ -96,6 +96,18 @@ def test_a_spread_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, ch
     assert spread.metrics() == whole.metrics() and spread.weights() == whole.weights()
 
 
+def test_a_rank_holds_its_share_of_a_spread_base_and_no_more(zygote, make_run, load_tiny, tmp_path):
+    base, _ = load_tiny("llama")
+    whole = sum(p.nbytes + (p.quant_state.absmax.nbytes if hasattr(p, "quant_state") else 0) for p in base.parameters())
+    held = []
+    for world_size in (2, 3):
+        run = make_run(tmp_path / str(world_size), **ALONE, shard=True, max_steps=1)
+        run.options["gradient_accumulation_steps"] = world_size
+        told = train_as_two(zygote, run, world_size=world_size, fault={"kind": "counted"}, faulty_rank=1).said
+        held.append(int(told.split("held ")[1].split()[0]))
+    assert held[0] < 0.51 * whole and held[1] < 0.35 * whole
+
+
 def test_a_spread_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_whole_one(zygote, make_run, tmp_path):
     runs = [make_run(tmp_path / name, **ALONE, base_cache=True, max_steps=2) for name in ("first", "spread")]
     assert zygote.train(runs[0].options).code == 0  # keeps the copy

@@ -250,6 +250,20 @@ def signalled(step: int, number: int = signal.SIGTERM) -> Iterator[Callable[[Eve
         yield on_event
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[Callable[[Event], None]]:
+    """Tells how many bytes of the base this rank holds once it is spread."""
+    original = training.spread
+
+    def spread(base: Any, *arguments: Any) -> None:
+        original(base, *arguments)
+        held = [p.to_local() if hasattr(p, "to_local") else p for p in base.parameters() if not p.requires_grad]
+        print("held", sum(tensor.nbytes for tensor in held), flush=True)
+
+    with mock.patch.object(training, "spread", spread):
+        yield lambda event: None
+
+
 def download(model: str, cache: str) -> None:
     """Resolves a hub model into a cache of its own, without the pauses between attempts."""
     with mock.patch.object(constants, "HF_HUB_CACHE", cache), mock.patch.object(time, "sleep"):
