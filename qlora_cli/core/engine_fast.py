@@ -135,8 +135,10 @@ class FastEngine:
         if compile is None:
             elements = sum(_logical_elements(m) for _, m in self.candidates)
             seconds = total_steps * 6 * elements * max_tokens / ASSUMED_FLOPS_PER_SECOND
-            compile = seconds > COMPILE_PAYS_SECONDS and not self.spread
-        self.compiled = compile and on_cuda and self.packed
+            compile = seconds > COMPILE_PAYS_SECONDS
+        elif compile and self.spread:
+            self.report(Notice("The layers of a spread base are not compiled."))
+        self.compiled = compile and on_cuda and self.packed and not self.spread
         self._share_projections()
 
         wish = recomputed(len(layers))

@@ -30,12 +30,13 @@ def is_spread(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def spread(base: Any, layers: list[nn.Module], slices: Slices, device: torch.device) -> None:
+def spread(base: Any, decoder: nn.Module, layers: list[nn.Module], slices: Slices, device: torch.device) -> None:
     """Hands a base, loaded in slices, over to FSDP2, in place.
 
     Args:
         base: The causal language model, an adapter attached or not.
-        layers: Its decoder layers, each gathered as a whole.
+        decoder: The part below its head.
+        layers: The decoder's layers, each gathered as a whole.
         slices: With which it was loaded.
         device: Where it computes.
     """
@@ -61,7 +62,7 @@ def spread(base: Any, layers: list[nn.Module], slices: Slices, device: torch.dev
         for table in tables:
             if type(table) in (nn.Embedding, nn.Linear) and not table.weight.requires_grad:
                 hand_over(table, {table.weight})
-    hand_over(base.get_decoder(), set())
+    hand_over(decoder, set())
     hand_over(base, set())
     for layer, following in pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]

@@ -29,6 +29,7 @@ from qlora_cli.core.continuation import find_checkpoint, restore_adapter, restor
 from qlora_cli.core.encoding import encoder_of
 from qlora_cli.core.engine import install_engine
 from qlora_cli.core.engine_layers import find_layers
+from qlora_cli.core.engine_loss import find_decoder
 from qlora_cli.core.engine_memory import limit_memory
 from qlora_cli.core.engine_sharding import spread
 from qlora_cli.core.examples import prepare_rows
@@ -195,7 +196,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         )
         model = attach_adapter(base, **adapter_settings(config), seed=config.seed)
         if slices is not None:
-            spread(base, find_layers(base.get_decoder()), slices, device)
+            decoder = find_decoder(base)
+            spread(base, decoder, find_layers(decoder), slices, device)
         loaded = read_vram(device)
         progress = Progress()
         if checkpoint:

@@ -96,6 +96,17 @@ def test_a_spread_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, ch
     assert spread.metrics() == whole.metrics() and spread.weights() == whole.weights()
 
 
+@pytest.mark.parametrize("architecture", ["gpt_neox", "falcon", "gpt2", "opt", "qwen2", "gemma3", "bloom"])
+def test_any_architecture_can_be_spread(zygote, make_run, tiny_model, tmp_path, architecture):
+    changes = {**ALONE, "model": str(tiny_model(architecture)), "target_modules": None, "max_steps": 3}
+    whole = make_run(tmp_path / "whole", **changes)
+    spread = make_run(tmp_path / "spread", **changes, shard=True)
+    for run in (whole, spread):
+        done = train_as_two(zygote, run)
+        assert "codes [0, 0]" in done.said, done.said
+    assert spread.weights() == whole.weights() and spread.metrics() == whole.metrics()
+
+
 def test_a_rank_holds_its_share_of_a_spread_base_and_no_more(zygote, make_run, load_tiny, tmp_path):
     base, _ = load_tiny("llama")
     whole = sum(p.nbytes + (p.quant_state.absmax.nbytes if hasattr(p, "quant_state") else 0) for p in base.parameters())
