@@ -129,7 +129,9 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
+    # Some peers refuse a tokenizer without a padding token.
+    special = {"eos_token": "<|endoftext|>", "pad_token": f"<{vocab_size - 1}>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 
 
 def write_rows(kind: str, path: Path, *, rows: int, vocab_size: int, max_length: int = 2048) -> Path:
