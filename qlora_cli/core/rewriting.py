@@ -67,11 +67,26 @@ def write_files(
     progress = _Progress(task, total_bytes, report)
     threads = torch.get_num_threads()
     kept = []
+    flushing: list[Future[None]] = []
+
+    def finish(name: str, descriptor: int, digest: str) -> None:
+        """Flushes and closes one file, through the descriptor that hears of every error, and journals it."""
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        fsync_path(directory)
+        journal["files"][name] = digest
+        write_json(journal_path, journal)
+
     # One thread a tensor beats one tensor over all threads: blocks fit a core's cache, and reading, hashing and
     # writing overlap with arithmetic.
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            ThreadPoolExecutor(1) as flusher,
+        ):
             for file in files:
                 path = directory / file.name
                 recorded = journal["files"].get(file.name)
@@ -79,9 +94,13 @@ def write_files(
                     kept.append(file.name)
                     progress.add(file.layout.total_bytes)
                 else:
-                    journal["files"][file.name] = _write_file(file, path, pool, progress)
-                    write_json(journal_path, journal)
+                    # The next file is begun while the disk takes this one.
+                    flushing.append(flusher.submit(finish, file.name, *_write_file(file, path, pool, progress)))
                 progress.tell()
+                for future in flushing[:-1]:
+                    future.result()
+            for future in flushing:
+                future.result()
     finally:
         torch.set_num_threads(threads)
     return kept
@@ -95,7 +114,8 @@ def _read_journal(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else {}
 
 
-def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress: "_Progress") -> str:
+def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress: "_Progress") -> tuple[int, str]:
+    """The descriptor of the file, all of it written but not flushed, and its digest."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     digests: dict[str, bytes] = {}
     stop = threading.Event()
@@ -111,11 +131,10 @@ def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress
                 future.cancel()
             wait(futures)
             raise
-        os.fsync(descriptor)
-    finally:
+    except BaseException:
         os.close(descriptor)
-    fsync_path(path.parent)
-    return _combine(file.layout.header, (digests[name] for name in file.layout.entries))
+        raise
+    return descriptor, _combine(file.layout.header, (digests[name] for name in file.layout.entries))
 
 
 def _watch(futures: list[Future], progress: "_Progress") -> None:
@@ -149,6 +168,8 @@ def _run_task(
         progress.add(len(content))
     for name, position in positions.items():
         entry = file.layout.entries[name]
+        if hasattr(os, "posix_fadvise"):  # the disk writes from now on, not only once much has gathered
+            os.posix_fadvise(descriptor, entry.start, entry.total_bytes, os.POSIX_FADV_DONTNEED)
         if position != entry.start + entry.total_bytes:
             raise AssertionError(f"{name}: {position - entry.start} bytes made, {entry.total_bytes} planned")
         digests[name] = hashes[name].digest()

@@ -19,6 +19,7 @@ from qlora_cli.errors import ModelError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 HEADER_LIMIT_BYTES = 100 * 2**20  # safetensors refuses longer ones
+AHEAD_BYTES = 64 * 2**20  # the disk reads on while what came is worked on; of itself the system asks for 128 KiB
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -119,6 +120,8 @@ class TensorFile:
             ModelError: The file ends too early.
         """
         view, done = buffer.numpy().data, 0
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, start + len(view), AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         while done < len(view):
             count = os.preadv(self._descriptor, [view[done:]], start + done)
             if count == 0:

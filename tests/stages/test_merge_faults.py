@@ -272,10 +272,10 @@ from qlora_cli.core import rewriting
 from qlora_cli.stages.merging import merge
 write_file = rewriting._write_file
 def slowly(file, path, *rest):
-    digest = write_file(file, path, *rest)
+    written = write_file(file, path, *rest)
+    time.sleep(0.5)  # the file before is flushed and stands in the journal
     print(file.name, flush=True)
-    time.sleep(0.3)
-    return digest
+    return written
 rewriting._write_file = slowly
 merge(MergeConfig(adapter=sys.argv[1], output=sys.argv[2], verify=False), lambda event: None)
 """
