@@ -87,7 +87,9 @@ class Accumulation:
             if not self._forward_backward(batch, factor, loss_sum):
                 self.failed = batch
                 break
-        for _ in range(idle):
+        for left in reversed(range(idle)):
+            if left == 0:  # at the same pass on all ranks: sums of gradients and gathered weights go in one order
+                self.reduction.arm()
             self._accompany(self.engine.loss(read_batch(self.rows, [0], self.device)))
         self.reduction.finish()
         tokens = sum(batch.tokens for batch in batches)

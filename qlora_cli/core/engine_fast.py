@@ -158,7 +158,9 @@ class FastEngine:
             layer_plan.compiled = self.compiled
         self._apply(plan)
         frozen_head = self.head is not None and self.head.frozen
-        graphs = on_cuda and self.packed and layers and frozen_head and not drops and not self.spread
+        frozen_embedding = not any(p.requires_grad for p in self.embedding.parameters())  # read outside of graphs
+        graphs = on_cuda and self.packed and layers and frozen_head and frozen_embedding and not drops
+        graphs = graphs and not self.spread
         if graphs and total_steps >= GRAPHS_PAY_STEPS:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.graphs = StepGraphs(

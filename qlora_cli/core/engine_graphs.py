@@ -176,7 +176,7 @@ class StepGraphs:
                     torch.autograd.backward(loss, slope, inputs=self.parameters)
                 self.join()
             return _Graph(forward, backward, inputs, loss.detach(), slope)
-        except RuntimeError as error:
+        except Exception as error:  # Triton's errors have no class in common with torch's
             reason, memory_ran_out = explain_failure(error)
         # Outside the handler, whose traceback would keep the activations.
         del loss
@@ -196,12 +196,18 @@ def explain_failure(error: BaseException) -> tuple[str, bool]:
 
     An error inside a capture breaks the capture off, which raises another one on top of it.
     """
-    first = error
-    traceback.clear_frames(error.__traceback__)
-    while first.__context__ is not None:
-        first = first.__context__
-        traceback.clear_frames(first.__traceback__)
-    return f"{type(first).__name__}: {str(first).splitlines()[0]}", isinstance(first, torch.OutOfMemoryError)
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    for each in chain:
+        traceback.clear_frames(each.__traceback__)
+    memory_ran_out = any(isinstance(each, torch.OutOfMemoryError) for each in chain)
+    return f"{type(chain[-1]).__name__}: {first_line(chain[-1])}", memory_ran_out
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message, which may be empty."""
+    return (str(error).splitlines() or [""])[0]
 
 
 def _numbers(inputs: StepInputs) -> tuple[int, int, int]:

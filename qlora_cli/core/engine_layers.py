@@ -239,13 +239,14 @@ def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list
     Returns:
         Names, inside a layer, of the linears left out.
     """
-    found: dict[type, list[str]] = {}
+    found: dict[tuple, list[str]] = {}
     for layer, call in zip(layers, calls, strict=True):
-        if type(layer) not in found:
+        linears = [(n, m) for n, m in layer.named_modules() if fast_linear_of(m)]
+        kind = (type(layer), *(name for name, _ in linears))  # of one class may be layers with experts and without
+        if kind not in found:
             with gathered(layer):
-                linears = [(n, m) for n, m in layer.named_modules() if fast_linear_of(m)]
-                found[type(layer)] = [name for name, linear in linears if _unused(layer, call, linear)]
-        for name in found[type(layer)]:
+                found[kind] = [name for name, linear in linears if _unused(layer, call, linear)]
+        for name in found[kind]:
             fast = fast_linear_of(layer.get_submodule(name))
             if fast is not None:
                 fast.output_unused_in_recompute = True

@@ -268,7 +268,8 @@ def linear_candidates(model: nn.Module, excluded: nn.Module | None) -> Iterator[
             continue
         if is_adapted(module):
             inside.update(id(child) for child in module.modules())
-            yield name, module
+            if isinstance(module.base_layer, nn.Linear):  # not an embedding, nor experts in one tensor
+                yield name, module
         elif isinstance(module, nn.Linear):
             yield name, module
 

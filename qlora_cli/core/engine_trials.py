@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.engine_attention import pack_mask
+from qlora_cli.core.engine_graphs import first_line
 from qlora_cli.core.engine_layers import LayerBytes, capture_first_call, measure_layer
 from qlora_cli.core.engine_linear import AdapterValues
 from qlora_cli.core.engine_memory import LayerSeconds
@@ -84,7 +85,7 @@ class Trials:
             earlier = self._pack_states(changed, TRIAL_LENGTHS)[:-1]
             alone = self.decoder(input_ids=ids[:, short:], use_cache=False).last_hidden_state[0]
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            return f"this architecture refused a pack ({type(error).__name__}: {str(error).splitlines()[0]})"
+            return f"this architecture refused a pack ({type(error).__name__}: {first_line(error)})"
         finally:
             self.model.train(was_training)
         spread = pack.float().std()

@@ -245,9 +245,14 @@ class Loop:
         """Runs the longest micro-batches before the first step, so that what does not fit shows now."""
         limit = self.progress.micro_batch_limit_tokens
         with undisturbed_random_state(self.device):
-            found = self.accumulation.try_out(self.plan.longest_micro_batches(), limit, self.optimizer_bytes)
-        if found is not None and found != limit:
-            self._set_limit(found)
+            while True:
+                longest = self.plan.longest_micro_batches(limit)
+                found = self.accumulation.try_out(longest, limit, self.optimizer_bytes)
+                if found == limit:
+                    break
+                limit = found  # others than the halves may be the longest now
+        if limit is not None and limit != self.progress.micro_batch_limit_tokens:
+            self._set_limit(limit)
 
     def _set_limit(self, tokens: int) -> None:
         self.progress.micro_batch_limit_tokens = tokens

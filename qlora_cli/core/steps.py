@@ -104,9 +104,11 @@ class StepPlan:
             self._ends.append(start + len(self._plan(len(self._ends))))
         return self._ends[epoch]
 
-    def longest_micro_batches(self) -> list[list[int]]:
-        """Of the first epoch and all ranks: the micro-batch with most tokens, and the one with most once padded."""
+    def longest_micro_batches(self, limit_tokens: int | None = None) -> list[list[int]]:
+        """Of the first epoch and all ranks, split where a limit asks for it: the micro-batch with most tokens, and the
+        one with most once padded."""
         batches = [batch for step in self._plan(0)[: self.total_steps] for share in step for batch in share]
+        batches = split_to_fit(batches, self.lengths, limit_tokens)
         most = max(batches, key=lambda batch: int(self.lengths[batch].sum()))
         widest = max(batches, key=lambda batch: len(batch) * int(self.lengths[batch].max()))
         return [most] if most == widest else [most, widest]

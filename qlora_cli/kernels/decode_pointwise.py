@@ -6,6 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 
+def _warps(size: int) -> int:
+    """A power of two, as Triton asks for: one for each 512 values, at most eight."""
+    return 1 << max(1, min(8, size // 512)).bit_length() - 1
+
+
 @triton.jit
 def _normalise(
     x,
@@ -60,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
             SIZE=size,
             SIZE_ROOM=triton.next_power_of_2(size),
             ROUND_FIRST=round_first,
-            num_warps=max(1, min(8, size // 512)),
+            num_warps=_warps(size),
         )
     return out
 
@@ -108,7 +113,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
             SIZE=size,
             SIZE_ROOM=triton.next_power_of_2(size),
             HAS_BIAS=bias is not None,
-            num_warps=max(1, min(8, size // 512)),
+            num_warps=_warps(size),
         )
     return out
 

@@ -60,7 +60,7 @@ from qlora_cli.core.run_memory import (
 )
 from qlora_cli.core.schedule import count_warmup_steps, learning_rate_schedule
 from qlora_cli.core.slices import Slices
-from qlora_cli.core.steps import StepPlan, split_to_fit
+from qlora_cli.core.steps import StepPlan
 from qlora_cli.core.training_state import Progress, read_progress
 from qlora_cli.errors import DataError
 from qlora_cli.events import Event, Report, RunStarted
@@ -205,7 +205,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             restore_adapter(checkpoint, model)
         limits = [limit for limit in (progress.micro_batch_limit_tokens, memory.limit_tokens) if limit is not None]
         progress.micro_batch_limit_tokens = min(limits, default=None)
-        largest = split_to_fit(plan.longest_micro_batches(), train_rows.lengths, progress.micro_batch_limit_tokens)
+        largest = plan.longest_micro_batches(progress.micro_batch_limit_tokens)
         engine = install_engine(
             model,
             kind=config.engine,
@@ -215,7 +215,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             **measures_of(memory.plan if slices is not None and device.type == "cuda" else config),
             compile=config.compile,
             max_tokens=max(int(train_rows.lengths[batch].sum()) for batch in largest),
-            total_steps=plan.total_steps - progress.step,
+            total_steps=plan.total_steps,  # of a resumed run too, whose steps are to be computed the same way
             optimizer_bytes=state_bytes(optimizer_name, trainable),
             report=report,
         )

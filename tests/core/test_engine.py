@@ -348,3 +348,43 @@ def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(
         again.backward()
         assert torch.allclose(again, loss) and torch.allclose(gradients(model), expected, atol=1e-5)
     assert counts[-1] == 2 and counts == sorted(counts) and len(events) == len(counts)
+
+
+def test_an_adapted_embedding_trains_beside_fused_linears(load_tiny):
+    batch = batch_of()
+    found = []
+    for kind in ("plain", "fast"):
+        base, _ = load_tiny("llama")
+        model = attach_adapter(base, rank=4, alpha=8, seed=0, target_modules=("q_proj", "embed_tokens")).train()
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                if parameter.requires_grad:
+                    parameter.copy_(
+                        0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    )
+        loss, gradients_, _ = step(model, batch, kind=kind)
+        found.append((loss, gradients_))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert (found[0][1] - found[1][1]).norm() <= 1e-5 * found[0][1].norm()
+
+
+class Deeper(torch.nn.Module):
+    """The same, its parts one name further down."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_layers_of_one_class_with_other_parts_are_recomputed_each_in_its_way(load_tiny):
+    model = adapted(load_tiny, "llama")
+    batch = batch_of()
+    loss, expected, _ = step(model, batch)
+    last = model.get_base_model().model.layers[-1]
+    last.mlp = Deeper(last.mlp)  # as where dense layers come before layers with experts
+    again, found, engine = step(model, batch, gradient_checkpointing="on")
+    assert set(engine.skipped) == {"mlp.down_proj", "mlp.inner.down_proj"}
+    assert torch.allclose(again, loss, rtol=1e-6) and (found - expected).norm() <= 1e-5 * expected.norm()

@@ -135,4 +135,5 @@ def test_a_capture_that_fails_is_explained_by_its_first_error_and_holds_nothing(
         with pytest.raises(RuntimeError) as caught:
             fail(kind)
         assert explain_failure(caught.value) == (f"{kind.__name__}: no room", expected)
+    assert explain_failure(NotImplementedError()) == ("NotImplementedError: ", False)
     assert all(reference() is None for reference in watched)

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
+from qlora_cli.core.accumulation import Accumulation, read_batch
 from qlora_cli.core.parameters import TrainableParameters
 from qlora_cli.core.ranks import Ranks
 from qlora_cli.core.reduction import GradientReduction
+from tests.core.training_case import MemoryRows
 
 
 class Sending(Ranks):
@@ -64,3 +66,49 @@ def test_buckets_cover_every_gradient_once_whatever_their_size():
         covered = torch.cat([bucket.flatten() for bucket in reversed(reduction.buckets)])
         assert covered.numel() == parameters.elements
         assert sum(reduction.sizes) == 5
+
+
+class OfTwo(Sending):
+    """Counts nothing: the other rank runs two micro-batches."""
+
+    def highest(self, value, device):
+        return 2
+
+    def add_up(self, tensor):
+        return tensor
+
+
+def test_a_rank_with_fewer_micro_batches_sends_its_buckets_at_the_same_pass_as_the_others():
+    """Where weights are gathered from all ranks, sums of gradients in another order would wait for ever."""
+    model, parameters, _, _ = make()
+    ranks = OfTwo(0, 2)
+    object.__setattr__(ranks, "layers", list(model))
+    rows = MemoryRows()
+    batches = [read_batch(rows, [index], torch.device("cpu")) for index in range(2)]
+    orders = []
+
+    class Engine:
+        def loss(self, batch):
+            orders[-1].append("pass")
+            return model(torch.ones(3, 16)).sum()
+
+    for count in (2, 1, 0):
+        orders.append([])
+        object.__setattr__(ranks, "log", Order(orders[-1]))
+        accumulation = Accumulation(Engine(), rows, parameters, ranks, lockstep=True)
+        accumulation.reduction = GradientReduction(parameters, ranks, 1)
+        accumulation.accumulate(batches[:count])
+    assert orders[0] == orders[1] == orders[2]
+    assert orders[0] == ["pass", "pass", 768, 512, 256, 0]
+
+
+class Order(list):
+    """A log that also goes into a common one."""
+
+    def __init__(self, common):
+        super().__init__()
+        self.common = common
+
+    def append(self, entry):
+        super().append(entry)
+        self.common.append(entry[0])

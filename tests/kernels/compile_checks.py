@@ -77,3 +77,9 @@ def test_compiles_for_hopper(kernel, constants, warps):
         # 4 blocks of 4 products, and the adapter's; a table of 32 KiB, once.
         assert built.asm["ptx"].count("mma.sync") >= 16 * constants["TILES"] * constants["EIGHTS"]
         assert built.asm["ptx"].count("32768]") == 1
+
+
+@pytest.mark.parametrize("size", [64, 200, 1536, 2048, 2560, 3072, 3584, 4096, 6144, 8192])
+def test_norms_of_any_size_have_a_power_of_two_of_warps(size):
+    warps = decode_pointwise._warps(size)
+    assert 1 <= warps <= 8 and warps.bit_count() == 1
