@@ -74,3 +74,8 @@ class Interrupted(QloraError):
     def __init__(self, message: str, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint)
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; empty where it has none."""
+    return (str(error).strip().splitlines() or [""])[0]

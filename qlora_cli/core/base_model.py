@@ -35,7 +35,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from qlora_cli.artifacts import MERGE_RECORD
 from qlora_cli.core.base_cache import restore_base, save_base
 from qlora_cli.core.slices import Slices
-from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Notice, Report
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -208,8 +208,7 @@ def download_snapshot(
 
 def _first_line(error: Exception) -> str:
     """An exception's first line, without the query of any URL in it (tokens travel there)."""
-    text = str(error).strip().splitlines() or [error.__class__.__name__]
-    return re.sub(r"\?\S*", "", text[0])[:200]
+    return re.sub(r"\?\S*", "", first_line(error) or type(error).__name__)[:200]
 
 
 def _require_safetensors(directory: Path, model: str) -> None:

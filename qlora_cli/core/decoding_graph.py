@@ -14,7 +14,7 @@ from qlora_cli.core.decoding_attention import JoinedAttention
 from qlora_cli.core.decoding_layers import FastLayers
 from qlora_cli.core.decoding_linears import FastLinears
 from qlora_cli.core.sampling import Sampling
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import QloraError, first_line
 
 SHORTEST = 256  # places of the cache that a step reads at least, where its attention reads a fixed number
 
@@ -130,7 +130,7 @@ class GraphDecoder(Decoder):
             raise
         except RuntimeError as error:  # something in this architecture waits for the device
             torch.cuda.synchronize()
-            self.obstacle = str(error).strip().splitlines()[0][:200]
+            self.obstacle = first_line(error)[:200]
             self._fused_step(length)
             return None
         self._pool = graph.pool()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,7 +25,7 @@ from qlora_cli.core.engine_linear import (
 from qlora_cli.core.engine_loss import find_decoder, find_head, trained_positions
 from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, plan_memory
 from qlora_cli.core.engine_offload import ActivationOffload
-from qlora_cli.core.engine_planning import StepPlanner, host_free_bytes
+from qlora_cli.core.engine_planning import StepPlanner
 from qlora_cli.core.engine_sharding import is_spread
 from qlora_cli.core.engine_sliced import sliced_weight_of
 from qlora_cli.core.engine_trials import Trials
@@ -106,7 +107,7 @@ class FastEngine:
         dense_bytes = sum(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
         resident = False if self.spread else resident_weights
         if not on_cuda and resident is None:
-            resident = dense_bytes < host_free_bytes() // 2
+            resident = dense_bytes < psutil.virtual_memory().available // 2
         self.put_linears_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
         # Trials run on weights in slices: there may be no room for a whole one.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
 
 MOST_GRAPHS = 48
@@ -203,11 +204,6 @@ def explain_failure(error: BaseException) -> tuple[str, bool]:
         traceback.clear_frames(each.__traceback__)
     memory_ran_out = any(isinstance(each, torch.OutOfMemoryError) for each in chain)
     return f"{type(chain[-1]).__name__}: {first_line(chain[-1])}", memory_ran_out
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's message, which may be empty."""
-    return (str(error).splitlines() or [""])[0]
 
 
 def _numbers(inputs: StepInputs) -> tuple[int, int, int]:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+import psutil
 from torch import nn
 
 from qlora_cli.core.engine_layers import LayerBytes
@@ -56,7 +56,7 @@ class StepPlanner:
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward, share * seconds.launch),
             fixed_seconds=None if few is None else _fixed(seconds, few[1]),
             link_bytes_per_second=link,
-            host_bytes=int(HOST_SHARE * host_free_bytes()),
+            host_bytes=int(HOST_SHARE * psutil.virtual_memory().available),
         )
         self.available_bytes = free_bytes(trials.device)
 
@@ -102,12 +102,3 @@ def _fixed(seconds: LayerSeconds, quarter: LayerSeconds) -> LayerSeconds:
     forward = min(max((4 * quarter.forward - seconds.forward) / 3, 0.0), seconds.forward)
     backward = min(max((4 * quarter.backward - seconds.backward) / 3, 0.0), seconds.backward)
     return LayerSeconds(forward, backward)
-
-
-def host_free_bytes() -> int:
-    """Free memory of the host, 0 where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    except (OSError, StopIteration):  # no /proc: another system, whose memory is not asked for
-        return 0

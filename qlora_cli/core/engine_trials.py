@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.engine_attention import pack_mask
-from qlora_cli.core.engine_graphs import first_line
 from qlora_cli.core.engine_layers import LayerBytes, capture_first_call, measure_layer
 from qlora_cli.core.engine_linear import AdapterValues
 from qlora_cli.core.engine_memory import LayerSeconds
+from qlora_cli.errors import first_line
 
 TRIAL_LENGTHS = (24, 40)  # rows of the pack that the engine is tried on
 LEAST_TRIAL_TOKENS = 32

@@ -21,6 +21,7 @@ from qlora_cli.core.adapter import attach_adapter
 from qlora_cli.core.base_model import dequantized_weight, dtype_name, four_bit_linears, load_base
 from qlora_cli.core.engine import install_engine
 from qlora_cli.core.packing import collate
+from qlora_cli.errors import first_line
 
 LIBRARIES = (
     "torch",
@@ -219,7 +220,7 @@ TOLERANCE = 4  # roundings of the compute dtype
 
 
 def _first_line(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
+    return f"{type(failure).__name__}: {first_line(failure)}"
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from qlora_cli.core.records import (
     problem_of_record,
     too_long,
 )
+from qlora_cli.errors import first_line
 
 CHUNK_BYTES = 2**19
 HEAD_BYTES = 2**20  # looked at to tell what a file is
@@ -246,7 +247,7 @@ def _read_parquet(path: Path, name: str, file: IO[bytes]) -> Iterator[Chunk]:
         if not line:
             batch.fail(None, "the file holds no rows")
     except (pa.ArrowException, OSError) as error:
-        batch.fail(line + 1 if line else None, f"broken Parquet: {str(error).splitlines()[0]}")
+        batch.fail(line + 1 if line else None, f"broken Parquet: {first_line(error)}")
     yield batch.take()
 
 

@@ -19,7 +19,7 @@ from qlora_cli.core.merge_base import Base
 from qlora_cli.core.merge_plan import Arithmetic, MergePlan
 from qlora_cli.core.tying import embedding_names
 from qlora_cli.core.verification_rows import find_rows
-from qlora_cli.errors import MergeError, ModelError
+from qlora_cli.errors import MergeError, ModelError, first_line
 from qlora_cli.events import Caution, Notice, Report
 
 MOST_KL = 0.01  # nats a token; rounding to bfloat16 costs 3e-5, merging into the wrong weights 0.1 and more
@@ -112,7 +112,7 @@ def open_merged(directory: Path, base: Base, arithmetic: Arithmetic) -> Iterator
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError("The merged model does not fit in memory.", "Add --no-verify.") from error
-        raise MergeError(f"The merged model does not load: {str(error).splitlines()[0]}") from error
+        raise MergeError(f"The merged model does not load: {first_line(error)}") from error
     model, loading = loaded
     wrong = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if wrong:

@@ -15,7 +15,7 @@ from qlora_cli.artifacts import sha256_of
 from qlora_cli.core.base_model import commit_of, download_snapshot
 from qlora_cli.core.files import COMPRESSIONS, FORMATS, format_of, read_chunks
 from qlora_cli.core.records import RECORDS_A_CHUNK, BadRow, Chunk
-from qlora_cli.errors import DataError, ModelError, UsageError
+from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Progress, Report
 
 SPLITS = {
@@ -198,12 +198,12 @@ def _dataset_folder(data: str, folder: Path, config: str | None, split: str, fac
             raise UsageError(
                 f"{data} has several configurations: {', '.join(available)}."
                 if config is None and available
-                else f"{data}: {str(error).splitlines()[0]}",
+                else f"{data}: {first_line(error)}",
                 f"Choose: --data {data.partition(':')[0]}:{available[0]}" if available else None,
             ) from error
         except Exception as error:  # no data files, a loading script, a faulty README
             raise DataError(
-                f"{data} holds no data that can be read: {str(error).splitlines()[0]}",
+                f"{data} holds no data that can be read: {first_line(error)}",
                 f"Download its files and give --data a path; these are read: {READABLE}.",
             ) from error
     settings: Any = builder.config

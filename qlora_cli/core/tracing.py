@@ -23,7 +23,7 @@ from qlora_cli.core.engine_layers import find_layers
 from qlora_cli.core.engine_loss import chunk_tokens, find_decoder
 from qlora_cli.core.live_bytes import LiveBytes
 from qlora_cli.core.stand_ins import Attention, CatchAttention, Linear, Loss, Sink, Source, stand_in_attention
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, first_line
 
 # So many that what does not grow with the tokens, such as an adapter's gradient, is next to nothing. The second length
 # is needed only where attention is written out, and grows with the tokens' square.
@@ -101,9 +101,9 @@ def trace_model(model: Any, *, fused: bool) -> ModelTrace:
         linear = all(layer.keys_and_values for layer in short.result.layers)
         long = None if linear else _Trace(model, TRACED_TOKENS[1], fused)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise ModelError(
-            f"The forward pass of {model.config.model_type} cannot be followed without weights: {first_line}.",
+            f"The forward pass of {model.config.model_type} cannot be followed without weights: {reason}.",
             "Its memory cannot be predicted; its parameters can be counted.",
         ) from error
     return short.result if long is None else _separate(short.result, long.result)

@@ -4,9 +4,9 @@ A GPU unpacks weights faster than it reads them; a CPU needs most of a token's t
 once, if all of them fit in half of the memory that is free.
 """
 
-import os
 from typing import Any
 
+import psutil
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,12 +17,7 @@ SHARE = 0.5  # of the free memory
 
 def free_bytes() -> int:
     """Memory that programs can have without others being pushed out."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:  # noqa: PTH123 - no file, a system call in disguise
-            line = next(line for line in stream if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return psutil.virtual_memory().available
 
 
 def unpack_linears(model: Any) -> bool:
