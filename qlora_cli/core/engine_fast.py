@@ -167,7 +167,6 @@ class FastEngine:
             self.graphs = StepGraphs(
                 self._packed_loss,
                 trained,
-                self._join,
                 lambda: not (self.plan.recomputed or self.plan.sent),
                 self.report,
             )
@@ -269,10 +268,6 @@ class FastEngine:
             away = layer.number in sent or (layer.recompute and plan.offload_activations)
             layer.offload = self.offload if away else None
 
-    def _join(self) -> None:
-        if self.offload is not None:
-            self.offload.join()
-
     def _install_attention(self, dtype: torch.dtype) -> None:
         """Packs rows where that is exact, which is tried out; otherwise rows stay padded."""
         reason = why_not_packed(self.base, self.decoder, self.device, dtype)
@@ -331,10 +326,8 @@ class FastEngine:
             inputs = self._inputs(batch)
             if self.graphs is None or not training or not _differentiates():
                 return self._packed_loss(inputs)
-            if self.offload is not None:  # its stream is not one that a graph takes in
-                return self._packed_loss(bucketed(inputs))
             inputs = bucketed(inputs)  # with or without a graph, so that a resumed run computes the same
-            loss = self.graphs.loss(inputs)
+            loss = self.graphs.loss(inputs) if self.offload is None else None  # no graph takes in its stream
             return self._packed_loss(inputs) if loss is None else loss
         ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
         # Without padding the mask is the plain causal one, which has kernels of its own.

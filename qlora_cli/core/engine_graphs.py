@@ -92,7 +92,6 @@ class StepGraphs:
     Args:
         run: Loss of a micro-batch; capturable, differentiable.
         parameters: Which receive gradients, in place: a parameter's `grad` has to stand.
-        join: Makes the current stream wait for whatever other streams `run` and its backward pass use.
         gather: Whether there is memory for all new gradients at once, which are then added in a few launches.
         report: Receives a notice when graphs are given up.
     """
@@ -101,11 +100,10 @@ class StepGraphs:
         self,
         run: Callable[[StepInputs], Tensor],
         parameters: list[Tensor],
-        join: Callable[[], None],
         gather: Callable[[], bool],
         report: Report,
     ) -> None:
-        self.run, self.parameters, self.join, self.gather, self.report = run, parameters, join, gather, report
+        self.run, self.parameters, self.gather, self.report = run, parameters, gather, report
         self.graphs: dict[tuple, _Graph] = {}
         self.warm: set[bool] = set()
         self.addresses: tuple[int, ...] = ()
@@ -169,13 +167,11 @@ class StepGraphs:
             slope = torch.ones((), device=inputs.embedded.device)
             with torch.cuda.graph(forward, **options):
                 loss = self.run(inputs)
-                self.join()
             with torch.cuda.graph(backward, **options):
                 if self.gather():
                     self._add_together(torch.autograd.grad(loss, self.parameters, slope, allow_unused=True))
                 else:
                     torch.autograd.backward(loss, slope, inputs=self.parameters)
-                self.join()
             return _Graph(forward, backward, inputs, loss.detach(), slope)
         except Exception as error:  # Triton's errors have no class in common with torch's
             reason, memory_ran_out = explain_failure(error)
