@@ -33,7 +33,7 @@ RUNS = {
     "llama-free-nograph": ("llama-7b", (2048,) * 2, ALL16, RESIDENT | {"graphs": False}),
     "llama-least": ("llama-7b", (2048,) * 2, ALL16, {"compile": True, "limit_gib": 5.2}),
     "llama-gsm8k": ("llama-7b", "gsm8k", ALL16, RESIDENT),
-    "neox-fixed": ("neox-20b", (2048,), QKV8, {"compile": True, "limit_gib": 11.75}),
+    "neox-fixed": ("neox-20b", (2048,), QKV8, {"compile": True, "limit_gib": 11.9}),
     "neox-quotes": ("neox-20b", "quotes", QKV8, {"compile": True, "limit_gib": 11.75}),
     "neox-quotes-eager": ("neox-20b", "quotes", QKV8, {"compile": False, "limit_gib": 11.75}),
     "neox-11gib": ("neox-20b", (512,), QKV8, {"compile": False, "limit_gib": 11.0}),
@@ -128,6 +128,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str, folder: st
     from qlora_cli.core import engine_fast
     from qlora_cli.core.adapter import attach_adapter
     from qlora_cli.core.engine import install_engine
+    from qlora_cli.core.engine_graphs import bucket
     from qlora_cli.core.engine_memory import limit_memory
     from qlora_cli.core.packing import collate
     from qlora_cli.core.parameters import TrainableParameters
@@ -172,14 +173,24 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str, folder: st
     result["install_s"] = time.time() - started
     result["engine"] = engine.describe()
     print("   ", result["engine"], flush=True)
+    if engine.planner is not None:
+        print("   ", engine.planner.needs, f"{engine.planner.available_bytes / 2**30:.2f} GiB left", flush=True)
     optimizer = torch.optim.AdamW([b.values for b in parameters.buffers], lr=1e-4, fused=cuda)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
 
     def step(batch) -> torch.Tensor:
-        parameters.zero_gradients()
-        loss = engine.loss(batch.pin() if cuda else batch)
-        (loss / batch.trained_tokens).backward()
+        while True:
+            parameters.zero_gradients()
+            try:
+                loss = engine.loss(batch.pin() if cuda else batch)
+                (loss / batch.trained_tokens).backward()
+                break
+            except torch.OutOfMemoryError as error:
+                print("   ", str(error).splitlines()[0][:400], flush=True)
+                loss = None
+            if not engine.relieve():
+                raise MemoryError("no leaner plan")
         optimizer.step()
         return loss.detach() / batch.trained_tokens
 
@@ -204,6 +215,8 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str, folder: st
         hosts.append(time.time() - before)
     wait()
     seconds = time.time() - started
+    plans = {batch.tokens: engine.plan_by_tokens(bucket(batch.tokens)) for batch in batches}
+    result["plans"] = {tokens: [plan.recomputed, plan.sent] for tokens, plan in sorted(plans.items())}
     result["step_ms"] = seconds / steps * 1e3
     result["host_ms"] = sorted(hosts)[len(hosts) // 2] * 1e3
     result["tok_s"] = sum(b.tokens for b in batches) / seconds
@@ -239,7 +252,7 @@ def profile_of(step, batches) -> dict:
     kernels.sort(reverse=True)
     return {
         "gpu_ms": {k: round(v, 2) for k, v in sorted(kinds.items(), key=lambda item: -item[1])},
-        "kernels": [[round(ms, 2), count, key] for ms, count, key in kernels[:25]],
+        "kernels": [[round(ms, 2), count, key] for ms, count, key in kernels[:60]],
         "launches": sum(count for _, count, _ in kernels),
     }
 

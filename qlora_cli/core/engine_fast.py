@@ -23,7 +23,7 @@ from qlora_cli.core.engine_linear import (
     swap_linears,
 )
 from qlora_cli.core.engine_loss import find_decoder, find_head, trained_positions
-from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, plan_memory
+from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes, plan_memory
 from qlora_cli.core.engine_offload import ActivationOffload
 from qlora_cli.core.engine_planning import StepPlanner
 from qlora_cli.core.engine_sharding import is_spread
@@ -40,6 +40,7 @@ EQUAL_ROWS_TOKENS = 256  # cuDNN's attention is the faster one from about here
 # Compiled layers save about a fifth of a step and take some 15 s to compile.
 COMPILE_PAYS_SECONDS = 120
 GRAPHS_PAY_STEPS = 8
+TRIAL_ROOM_BYTES = 2**29  # for running a layer on a few tokens
 ASSUMED_FLOPS_PER_SECOND = 4e14
 
 
@@ -110,6 +111,8 @@ class FastEngine:
             resident = dense_bytes < psutil.virtual_memory().available // 2
         self.put_linears_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
+        if on_cuda and offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
+            self._move_embedding()
         # Trials run on weights in slices: there may be no room for a whole one.
         self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
         if self.kept_linears and self.spread:
@@ -167,6 +170,7 @@ class FastEngine:
             self.graphs = StepGraphs(
                 self._packed_loss,
                 trained,
+                self._join,
                 lambda: not (self.plan.recomputed or self.plan.sent),
                 self.report,
             )
@@ -195,10 +199,8 @@ class FastEngine:
             self._swap_linears(plan.resident_weights, plan.workspace_bytes)
             self._share_projections()
         self._set_workspace(plan.workspace_bytes)
-        if plan.offload_embeddings and not self.host_embedding and self._movable_embedding_bytes():
-            self.host_embedding = True
-            self.embedding.to("cpu")
-            self.undo.append(lambda: self.embedding.to(self.device))
+        if plan.offload_embeddings:
+            self._move_embedding()
         offloads = on_cuda and (plan.offload_activations or plan.sent)
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:
@@ -268,6 +270,10 @@ class FastEngine:
             away = layer.number in sent or (layer.recompute and plan.offload_activations)
             layer.offload = self.offload if away else None
 
+    def _join(self) -> None:
+        if self.offload is not None:
+            self.offload.join()
+
     def _install_attention(self, dtype: torch.dtype) -> None:
         """Packs rows where that is exact, which is tried out; otherwise rows stay padded."""
         reason = why_not_packed(self.base, self.decoder, self.device, dtype)
@@ -295,11 +301,18 @@ class FastEngine:
                 tensors += [t for t in linear.weight if isinstance(t, Tensor)]
         return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
 
+    def _move_embedding(self) -> None:
+        """Has the input embeddings wait on the host, where they may."""
+        if self._movable_embedding_bytes():
+            self.host_embedding = True
+            self.embedding.to("cpu")
+            self.undo.append(lambda: self.embedding.to(self.device))
+
     def _movable_embedding_bytes(self) -> int:
-        """Bytes of the input embeddings, 0 where they must stay: tied to the head, adapted or trained."""
+        """Bytes of the input embeddings on the device, 0 where they must stay: tied to the head, adapted or trained."""
         head = self.base.get_output_embeddings()
         weight = getattr(self.embedding, "weight", None)
-        if type(self.embedding) is not nn.Embedding or weight is None or weight.requires_grad:
+        if type(self.embedding) is not nn.Embedding or weight is None or weight.requires_grad or self.host_embedding:
             return 0
         if head is not None and getattr(head, "weight", None) is weight:
             return 0
@@ -324,15 +337,29 @@ class FastEngine:
             self.step.draw_seeds()
         if self.packed:
             inputs = self._inputs(batch)
-            if self.graphs is None or not training or not _differentiates():
+            if self.graphs is None:
                 return self._packed_loss(inputs)
+            if not training or not _differentiates():
+                return self._loss_beside_graphs(inputs)
             inputs = bucketed(inputs)  # with or without a graph, so that a resumed run computes the same
-            loss = self.graphs.loss(inputs) if self.offload is None else None  # no graph takes in its stream
+            loss = self.graphs.loss(inputs)
             return self._packed_loss(inputs) if loss is None else loss
         ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
         # Without padding the mask is the plain causal one, which has kernels of its own.
         mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
         return self._loss(self._embed(ids), labels, batch.trained_tokens, **mask)
+
+    def _loss_beside_graphs(self, inputs: StepInputs) -> Tensor:
+        """Without a graph; what graphs hold makes room where memory runs out."""
+        assert self.graphs is not None
+        try:
+            return self._packed_loss(inputs)
+        except torch.OutOfMemoryError:
+            if not self.graphs.graphs:
+                raise
+        self.graphs.clear()
+        torch.cuda.empty_cache()
+        return self._packed_loss(inputs)
 
     def _inputs(self, batch: "MicroBatch") -> StepInputs:
         embedded = self._embed(batch.input_ids)
@@ -396,7 +423,7 @@ class FastEngine:
             parts.append("base spread over the cards")
         if self.compiled:
             parts.append("layers compiled")
-        if self.graphs is not None and self.offload is None:
+        if self.graphs is not None:
             parts.append("CUDA graphs")
         return ", ".join(parts)
 

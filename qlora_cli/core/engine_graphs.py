@@ -92,6 +92,7 @@ class StepGraphs:
     Args:
         run: Loss of a micro-batch; capturable, differentiable.
         parameters: Which receive gradients, in place: a parameter's `grad` has to stand.
+        join: Makes the current stream wait for whatever other streams `run` and its backward pass use.
         gather: Whether there is memory for all new gradients at once, which are then added in a few launches.
         report: Receives a notice when graphs are given up.
     """
@@ -100,10 +101,11 @@ class StepGraphs:
         self,
         run: Callable[[StepInputs], Tensor],
         parameters: list[Tensor],
+        join: Callable[[], None],
         gather: Callable[[], bool],
         report: Report,
     ) -> None:
-        self.run, self.parameters, self.gather, self.report = run, parameters, gather, report
+        self.run, self.parameters, self.join, self.gather, self.report = run, parameters, join, gather, report
         self.graphs: dict[tuple, _Graph] = {}
         self.warm: set[bool] = set()
         self.addresses: tuple[int, ...] = ()
@@ -114,9 +116,14 @@ class StepGraphs:
 
     def clear(self) -> None:
         """Forgets all graphs; new ones are made of what `run` does then."""
-        self.graphs.clear()
+        self._drop()
         self.warm.clear()
         self.failed = False
+
+    def _drop(self) -> None:
+        """A pool ends with its last graph."""
+        self.graphs.clear()
+        self.pool = None
 
     def loss(self, inputs: StepInputs) -> Tensor | None:
         """The loss of a shape of the grid, or None where this micro-batch has to run without a graph.
@@ -128,7 +135,7 @@ class StepGraphs:
         if self.failed or 0 in addresses:
             return None
         if addresses != self.addresses:
-            self.graphs.clear()
+            self._drop()
             self.addresses = addresses
         # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend.
         way = inputs.equal_rows > 0
@@ -157,8 +164,11 @@ class StepGraphs:
 
     def _capture(self, inputs: StepInputs) -> _Graph | None:
         if self.pool is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self.pool = torch.cuda.graph_pool_handle()
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
         gc.collect()  # capturing begins by giving back unused memory
+        torch._C._cuda_clearCublasWorkspaces()  # those of steps without a graph; each stream has its own
         options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "relaxed"}
         inputs = replace(inputs, embedded=inputs.embedded.detach())
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -167,17 +177,19 @@ class StepGraphs:
             slope = torch.ones((), device=inputs.embedded.device)
             with torch.cuda.graph(forward, **options):
                 loss = self.run(inputs)
+                self.join()
             with torch.cuda.graph(backward, **options):
                 if self.gather():
                     self._add_together(torch.autograd.grad(loss, self.parameters, slope, allow_unused=True))
                 else:
                     torch.autograd.backward(loss, slope, inputs=self.parameters)
+                self.join()
             return _Graph(forward, backward, inputs, loss.detach(), slope)
         except Exception as error:  # Triton's errors have no class in common with torch's
             reason, memory_ran_out = explain_failure(error)
         # Outside the handler, whose traceback would keep the activations.
         del loss
-        self.graphs.clear()
+        self._drop()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -1,6 +1,5 @@
 """Decoder layers in; the same instances, each kept, recomputed, offloaded or compiled as planned, out."""
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -196,7 +195,6 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
     peak_before, start = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda._sleep(HEAD_START_CYCLES)  # so that the device, once it begins, need not wait for launches
-    launched = time.perf_counter()
     with torch.enable_grad():
         times[0].record()
         out = layer(hidden, *call.args[1:], **call.kwargs)
@@ -209,10 +207,9 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
                 out, torch.zeros_like(out), inputs=[hidden]
             )  # parameters' gradients stay as they are
         times[2].record()
-    launched = time.perf_counter() - launched
     times[2].synchronize()
     forward, backward = (begin.elapsed_time(end) / 1000 for begin, end in pairwise(times))
-    seconds = LayerSeconds(forward, backward, launched)
+    seconds = LayerSeconds(forward, backward)
     peak = torch.cuda.max_memory_allocated(device) - start
     del hidden, out
     missing = peak_before - torch.cuda.memory_allocated(device)

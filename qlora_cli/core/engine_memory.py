@@ -21,11 +21,10 @@ HIDDEN_SHARE = 0.8
 
 @dataclass(frozen=True)
 class LayerSeconds:
-    """Device time of one layer at some number of tokens, and host time to launch both passes."""
+    """Device time of one layer at some number of tokens."""
 
     forward: float
     backward: float
-    launch: float = 0.0
 
     @property
     def device(self) -> float:
@@ -73,7 +72,6 @@ class StepNeeds:
             seconds = LayerSeconds(
                 fixed.forward + share * (seconds.forward - fixed.forward),
                 fixed.backward + share * (seconds.backward - fixed.backward),
-                seconds.launch,
             )
         return replace(
             self,

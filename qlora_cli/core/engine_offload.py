@@ -161,6 +161,14 @@ class ActivationOffload:
         self.previous = None
         self.layers.clear()
 
+    def join(self) -> None:
+        """Makes the computing stream wait for all copies so far."""
+        if self.stream is None:
+            return
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)  # a CUDA graph takes in no stream that did not first wait for its own
+        current.wait_stream(self.stream)
+
     def fetch_around(self, layer: int) -> None:
         """Brings back a layer's tensors and starts on those of the next layer that is sent."""
         for number in (layer, _ahead(self.layers, layer)):

@@ -48,14 +48,12 @@ class StepPlanner:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
         bytes_, seconds = measured
         few = trials.measure(layer, max(LEAST_TRIAL_TOKENS, self.largest_tokens // share // 4))
-        # Without graphs launches must not be what takes the time.
-        link = link_bytes_per_second(trials.device) if seconds.launch < seconds.device else 0.0
         self.needs = replace(
             _with_layer(static, bytes_, share, workspace_bytes),
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
-            seconds=LayerSeconds(share * seconds.forward, share * seconds.backward, share * seconds.launch),
+            seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
             fixed_seconds=None if few is None else _fixed(seconds, few[1]),
-            link_bytes_per_second=link,
+            link_bytes_per_second=link_bytes_per_second(trials.device),
             host_bytes=int(HOST_SHARE * psutil.virtual_memory().available),
         )
         self.available_bytes = free_bytes(trials.device)

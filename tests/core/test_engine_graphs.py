@@ -80,7 +80,7 @@ def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture,
 
 def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
     parameter = torch.ones(2, requires_grad=True)
-    graphs = StepGraphs(lambda inputs: parameter.sum(), [parameter], lambda: True, lambda event: None)
+    graphs = StepGraphs(lambda inputs: parameter.sum(), [parameter], lambda: None, lambda: True, lambda event: None)
     assert graphs.loss(None) is None and not graphs.graphs
 
 
