@@ -158,3 +158,9 @@ def write_rows(kind: str, path: Path, *, rows: int, vocab_size: int, max_length:
             ids = [rng.randrange(5, vocab_size) for _ in range(length)]
             stream.write(json.dumps({"input_ids": ids}) + "\n")
     return path
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_checkpoint(sys.argv[1], Path(sys.argv[2]))

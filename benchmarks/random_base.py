@@ -86,4 +86,9 @@ def _write_holes(model, path: Path) -> None:
 if __name__ == "__main__":
     import sys
 
+    from qlora_cli.core import base_model
+
+    if len(sys.argv) == 3:  # as `qlora train` chooses on this machine
+        chosen = base_model.choose_device()
+        sys.argv += [base_model.dtype_name(base_model.resolve_compute_dtype(None, chosen)), chosen.type]
     lay_base(sys.argv[1], Path(sys.argv[2]), dtype_name=sys.argv[3], device_name=sys.argv[4])

@@ -1,10 +1,11 @@
 """Tokens per second and peak memory of what a user would pick instead, on the works of train_speed.py.
 
     python benchmarks/train_peers.py --work llama-free --work falcon --folder /tmp/bench --json peers.json
+    python benchmarks/train_peers.py --work neox-quotes --peer trl --peer unsloth
 
-The same checkpoints, rows, ranks, targets and steps, in a process each; give both scripts one --folder to measure side
-by side. Tokens are real ones, never padding; steps are timed between synchronisations; the peak is
-`torch.cuda.max_memory_allocated`. A peer that is not installed is reported as such.
+The same checkpoints, rows, ranks and targets, in a process each. Tokens are real ones, never padding; steps are timed
+between synchronisations; the peak is `torch.cuda.max_memory_allocated`. A peer that is not installed is reported as
+such. Side by side with ours, on one card in one run: train_beside.py.
 """
 
 import argparse
@@ -17,20 +18,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from models import CONFIGS, write_checkpoint, write_rows
-from train_speed import WORKS
+from train_speed import WORKS, checkpoint_of, figures_of, max_length_of, read_steps, write_model, write_work_rows
 
-# work → peers: (library, packs rows, recomputes layers, rows a batch, accumulation, steps)
+# work → peers: (library, packs rows, recomputes layers, rows a batch, accumulation, steps that count)
 PEERS = {
-    "llama-free": [("unsloth", False, False, 2, 1, 12)],
-    "llama-least": [("unsloth", False, True, 2, 1, 10)],
-    "llama-gsm8k": [("unsloth", True, False, 2, 1, 12)],
-    "neox-fixed": [("unsloth", False, True, 1, 1, 10)],
-    "neox-quotes": [("trl", True, True, 1, 1, 10), ("unsloth", False, True, 1, 8, 6), ("hf", False, True, 1, 8, 5)],
-    "pythia": [("unsloth", False, False, 4, 1, 20)],
-    "falcon": [("hf", False, True, 1, 1, 10)],
+    "llama-free": [("unsloth", False, False, 2, 1, 9)],
+    "llama-least": [("unsloth", False, True, 2, 1, 7)],
+    "llama-gsm8k": [("unsloth", True, False, 2, 1, 9)],
+    "neox-fixed": [("unsloth", False, True, 1, 1, 7)],
+    "neox-quotes": [("trl", True, True, 1, 1, 7), ("unsloth", False, True, 1, 8, 3), ("hf", False, True, 1, 8, 2)],
+    "pythia": [("unsloth", False, False, 4, 1, 17)],
+    "falcon": [("hf", False, True, 1, 1, 7)],
     "tiny": [("hf", False, True, 2, 1, 4), ("trl", True, False, 2, 1, 4)],
 }
+LIBRARIES = ("hf", "trl", "unsloth")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
@@ -42,7 +43,7 @@ def flags_of(work: str) -> argparse.Namespace:
     parser.add_argument("--alpha", type=int)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", nargs="*")
-    parser.add_argument("--max-length", type=int, default=512 if WORKS[work][0].startswith("tiny") else 2048)
+    parser.add_argument("--max-length", type=int, default=max_length_of(work))
     known, _ = parser.parse_known_args(shlex.split(WORKS[work][4]))
     every = NEOX if WORKS[work][0].startswith(("neox", "pythia")) else LLAMA
     known.target_modules = known.target_modules or every
@@ -97,9 +98,9 @@ def load_plain(checkpoint: str, flags: argparse.Namespace, recomputes: bool):
     return get_peft_model(base, lora), AutoTokenizer.from_pretrained(checkpoint)
 
 
-def run_inside(work: str, number: int, folder: Path, warm: int) -> dict:
-    """One peer on one work, in this process."""
-    library, packs, recomputes, rows, accumulation, steps = PEERS[work][number]
+def run_inside(work: str, number: int, folder: Path, steps: int) -> None:
+    """One peer on one work, in this process; each step becomes a line of its file as soon as it is done."""
+    library, packs, recomputes, rows, accumulation, _ = PEERS[work][number]
     if library == "unsloth":
         import unsloth  # noqa: F401  # has to come before what it changes
     import torch
@@ -107,17 +108,19 @@ def run_inside(work: str, number: int, folder: Path, warm: int) -> dict:
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
     flags = flags_of(work)
-    checkpoint = str(folder / WORKS[work][0])
+    checkpoint = str(checkpoint_of(work, folder))
     load = load_unsloth if library == "unsloth" else load_plain
     model, tokenizer = load(checkpoint, flags, recomputes)
     lines = (folder / f"{work}.jsonl").read_text().splitlines()
     data = Dataset.from_list([{"input_ids": json.loads(line)["input_ids"]} for line in lines])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     cuda = torch.cuda.is_available()
-    times: list[float] = []
-    tokens: list[int] = []
+    tokens: list[int] = []  # of each batch; a loader may have read ahead
+    written = steps_file(work, number, folder).open("w", buffering=1)
 
     class Clock(TrainerCallback):
+        step = 0
+
         def on_step_begin(self, *_, **__):
             if cuda:
                 torch.cuda.synchronize()
@@ -126,7 +129,19 @@ def run_inside(work: str, number: int, folder: Path, warm: int) -> dict:
         def on_step_end(self, *_, **__):
             if cuda:
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - self.began)
+            self.seconds = time.perf_counter() - self.began
+
+        def on_log(self, *_, logs, **__):  # follows each step, and once more the whole, without its loss
+            if "loss" in logs:
+                line = {
+                    "step": self.step + 1,
+                    "loss": float(logs["loss"]),
+                    "tokens": sum(tokens[self.step * accumulation : (self.step + 1) * accumulation]),
+                    "step_seconds": self.seconds,
+                    "peak_vram_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+                }
+                written.write(json.dumps(line) + "\n")
+                self.step += 1
 
     common = {
         "output_dir": tempfile.mkdtemp(),
@@ -169,44 +184,81 @@ def run_inside(work: str, number: int, folder: Path, warm: int) -> dict:
     trainer.data_collator = counting
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    losses = [entry["loss"] for entry in _trained(trainer) if "loss" in entry]
-    measured = tokens[warm * accumulation : steps * accumulation]  # a loader may have read ahead
-    return {
-        "work": work,
-        "peer": library + (" + TRL packing" if packs and library != "trl" else " packing" if packs else ""),
-        "tokens_per_second": round(sum(measured) / sum(times[warm:]), 1),
-        "median_step_ms": round(1000 * sorted(times[warm:])[len(times[warm:]) // 2], 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0.0,
-        "losses": [losses[0], losses[-1]],
-    }
-
-
-def _trained(trainer) -> list[dict]:
     trainer.train()
-    return trainer.state.log_history
 
 
-def run_work(work: str, folder: Path, warm: int, timeout_s: float) -> list[dict]:
-    """All peers of one work, each in a process of its own; what went wrong in place of figures."""
-    architecture, kind, rows, _, _ = WORKS[work]
-    write_checkpoint(architecture, folder / architecture)
-    data = folder / f"{work}.jsonl"
-    if not data.is_file():
-        vocab_size = CONFIGS[architecture][1]["vocab_size"]
-        write_rows(kind, data, rows=rows, vocab_size=vocab_size, max_length=flags_of(work).max_length)
+def chosen_peers(work: str, wanted: list[str] | None) -> list[int]:
+    """Numbers of the work's peers: those named, as LIBRARY for any work or WORK:LIBRARY; all where none concerns it."""
+    named = {name.rpartition(":")[2] for name in wanted or () if name.rpartition(":")[0] in ("", work)}
+    peers = PEERS.get(work, [])
+    return [number for number, (library, *_) in enumerate(peers) if not named or library in named]
+
+
+def peer_name(work: str, number: int) -> str:
+    """As the tables have it."""
+    library, packs, *_ = PEERS[work][number]
+    return library + (" + TRL packing" if packs and library != "trl" else " packing" if packs else "")
+
+
+def steps_file(work: str, number: int, folder: Path) -> Path:
+    """Where the peer's steps stand, like those of a metrics.jsonl."""
+    return folder / f"{PEERS[work][number][0]}-{work}.jsonl"
+
+
+def peer_command(work: str, number: int, folder: Path, *, steps: int) -> list[str]:
+    """One peer on one work, for so many steps in all."""
+    inside = ["--inside", work, str(number), str(steps)]
+    return [sys.executable, str(Path(__file__).resolve()), *inside, "--folder", str(folder.resolve())]
+
+
+def peer_environment(work: str, number: int, folder: Path, site: str | None) -> dict[str, str]:
+    """The peers' packages in front, where they have a place of their own; no two may write one folder of sources."""
+    path = os.pathsep.join(filter(None, [site and str(Path(site).resolve()), os.environ.get("PYTHONPATH")]))
+    own = {"UNSLOTH_COMPILE_LOCATION": str(folder.resolve() / f"unsloth-{work}-{number}"), "PYTHONPATH": path}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", **own}
+
+
+def run_work(
+    work: str, folder: Path, warm: int, timeout_s: float, *, wanted: list[str] | None, site: str | None
+) -> list[dict]:
+    """The chosen peers of one work, each in a process of its own; what went wrong in place of figures."""
+    write_model(work, folder)
+    if not (folder / f"{work}.jsonl").is_file():
+        write_work_rows(work, folder)
     results = []
-    for number, (library, *_) in enumerate(PEERS[work]):
-        command = [sys.executable, __file__, "--inside", work, str(number), "--folder", str(folder)]
-        command += ["--warm", str(warm)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    for number in chosen_peers(work, wanted):
+        command = peer_command(work, number, folder, steps=warm + PEERS[work][number][-1])
+        named = {"work": work, "peer": peer_name(work, number)}
+        path = steps_file(work, number, folder)
+        path.unlink(missing_ok=True)
+        environment = peer_environment(work, number, folder, site)
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
-            told = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            failure = {"work": work, "peer": library, "error": (done.stdout + done.stderr)[-1500:]}
-            results.append(json.loads(told[-1].removeprefix("RESULT ")) if told else failure)
         except subprocess.TimeoutExpired:
-            results.append({"work": work, "peer": library, "error": f"timed out after {timeout_s} s"})
+            results.append({**named, "error": f"timed out after {timeout_s} s"})
+            continue
+        if done.returncode:
+            results.append({**named, "error": (done.stdout + done.stderr)[-1500:]})
+        else:
+            results.append({**named, **figures_of(read_steps(path)[warm:])})
     return results
+
+
+def _peer(name: str) -> str:
+    if name.rpartition(":")[2] not in LIBRARIES:
+        raise argparse.ArgumentTypeError(f"{name} names none of {', '.join(LIBRARIES)}")
+    return name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What train_beside.py takes too."""
+    parser.add_argument(
+        "--peer",
+        type=_peer,
+        action="append",
+        help=f"LIBRARY ({', '.join(LIBRARIES)}) or WORK:LIBRARY; repeat; default all",
+    )
+    parser.add_argument("--peer-site", help="folder of the peers' packages, in front of PYTHONPATH for them alone")
 
 
 def main() -> None:
@@ -217,16 +269,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--warm", type=int, default=3, help="steps left out at the start")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one peer")
-    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
+    add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.inside:
-        work, number = arguments.inside
-        print("RESULT", json.dumps(run_inside(work, int(number), arguments.folder, arguments.warm)), flush=True)
+        work, number, steps = arguments.inside
+        run_inside(work, int(number), arguments.folder, int(steps))
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     results = []
     for work in arguments.work or [name for name in PEERS if name != "tiny"]:
-        results += run_work(work, arguments.folder, arguments.warm, arguments.timeout)
+        results += run_work(
+            work,
+            arguments.folder,
+            arguments.warm,
+            arguments.timeout,
+            wanted=arguments.peer,
+            site=arguments.peer_site,
+        )
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
     print("| work | peer | tok/s | step ms | peak GiB |\n|---|---|---|---|---|")

@@ -4,7 +4,9 @@
 
 Each work trains a random checkpoint of a real architecture (made on the spot, see models.py) through the command line
 in a process of its own. Tokens are real ones, never padding; the first `--warm` steps are left out; the peak is
-`torch.cuda.max_memory_allocated`.
+`torch.cuda.max_memory_allocated`. `--laid` lays a random quantised base into a cache under --folder instead (see
+random_base.py), which spares the minutes in which a large checkpoint is written, read and quantised. Side by side with
+the peers: train_beside.py.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-from models import CONFIGS, write_checkpoint, write_rows
+from models import CONFIGS, write_rows
+
+HERE = Path(__file__).resolve().parent
 
 ALL = "--rank 16 --alpha 32"
 QKV16 = "--rank 16 --alpha 32 --target-modules query_key_value"
@@ -47,39 +51,103 @@ WORKS = {
 WARM = {"neox-quotes": 40, "llama-gsm8k": 12}  # rows of many lengths: each shape of a step is captured once
 
 
-def run_work(work: str, folder: Path, extra: list[str], warm: int, timeout_s: float) -> dict:
-    """Trains one work and returns its figures, or what went wrong."""
-    architecture, kind, rows, steps, flags = WORKS[work]
-    checkpoint = write_checkpoint(architecture, folder / architecture)
-    max_length = 512 if "--max-length 512" in flags or architecture.startswith("tiny") else 2048
-    data = folder / f"{work}.jsonl"
+def max_length_of(work: str) -> int:
+    """Tokens of the longest row or pack."""
+    small = "--max-length 512" in WORKS[work][4] or WORKS[work][0].startswith("tiny")
+    return 512 if small else 2048
+
+
+def warm_of(work: str, warm: int) -> int:
+    """Steps left out at the start of ours."""
+    return max(warm, WARM.get(work, 0))
+
+
+def write_work_rows(work: str, folder: Path) -> None:
+    """The rows that all who do this work are given."""
+    architecture, kind, rows, _, _ = WORKS[work]
     vocab_size = CONFIGS[architecture][1]["vocab_size"]
-    write_rows(kind, data, rows=rows, vocab_size=vocab_size, max_length=max_length)
+    write_rows(kind, folder / f"{work}.jsonl", rows=rows, vocab_size=vocab_size, max_length=max_length_of(work))
+
+
+def checkpoint_of(work: str, folder: Path, *, laid: bool = False) -> Path:
+    """Where the work's model is; peers cannot read one that is laid."""
+    return folder / (WORKS[work][0] + "-laid" * laid)
+
+
+def writer_of(work: str, folder: Path, *, laid: bool = False) -> list[str] | None:
+    """The command that makes the work's model; None where a 16-bit checkpoint is there already."""
+    directory = checkpoint_of(work, folder, laid=laid)
+    if not laid and (directory / "tokenizer.json").is_file():  # it is written last
+        return None
+    return [sys.executable, str(HERE / ("random_base.py" if laid else "models.py")), WORKS[work][0], str(directory)]
+
+
+def write_model(work: str, folder: Path, *, laid: bool = False) -> None:
+    """Makes the work's model, once."""
+    command = writer_of(work, folder, laid=laid)
+    if command:
+        subprocess.run(command, check=True, env=our_environment(folder, laid=laid))
+
+
+def our_environment(folder: Path, *, laid: bool = False) -> dict[str, str]:
+    """This checkout's `qlora`, and a cache of its own where it holds laid bases."""
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **({"QLORA_CACHE": str(folder / "cache")} if laid else {})}
+
+
+def our_command(work: str, folder: Path, *, steps: int, extra: list[str], laid: bool = False) -> list[str]:
+    """`qlora train` on the work; its run directory is `run-WORK` in the folder."""
+    flags = [*shlex.split(WORKS[work][4]), *extra]
+    if "--max-length" not in flags:
+        flags += ["--max-length", str(max_length_of(work))]
+    command = [sys.executable, "-m", "qlora_cli", "train", "--model", checkpoint_of(work, folder, laid=laid)]
+    command += ["--data", folder / f"{work}.jsonl", "--output", folder / f"run-{work}", "--overwrite"]
+    return [*map(str, command), "--max-steps", str(steps), "--save-every", "100000", *flags]
+
+
+def read_steps(path: Path) -> list[dict]:
+    """The steps of a metrics.jsonl that may still be written; train_peers.py writes such files too."""
+    steps = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            break  # half a line, so far
+    return [step for step in steps if "tokens" in step]
+
+
+def figures_of(steps: list[dict]) -> dict:
+    """Speed and memory of the steps that count."""
+    seconds = [step["step_seconds"] for step in steps]
+    return {
+        "tokens_per_second": round(sum(step["tokens"] for step in steps) / sum(seconds), 1),
+        "median_step_ms": round(1000 * statistics.median(seconds), 1),
+        "peak_gib": round(max(step["peak_vram_bytes"] or 0 for step in steps) / 2**30, 2),
+        "steps": len(steps),
+        "last_loss": steps[-1]["loss"],
+    }
+
+
+def run_work(work: str, folder: Path, extra: list[str], warm: int, timeout_s: float, *, laid: bool) -> dict:
+    """Trains one work and returns its figures, or what went wrong."""
+    write_model(work, folder, laid=laid)
+    write_work_rows(work, folder)
+    command = our_command(work, folder, steps=WORKS[work][3], extra=extra, laid=laid)
     output = folder / f"run-{work}"
-    command = [sys.executable, "-m", "qlora_cli", "train", "--model", str(checkpoint), "--data", str(data)]
-    command += ["--output", str(output), "--max-steps", str(steps), "--overwrite", "--save-every", "100000"]
-    command += [*shlex.split(flags), *extra]
-    if "--max-length" not in command:
-        command += ["--max-length", str(max_length)]
     started = time.time()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    environment = our_environment(folder, laid=laid)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
     except subprocess.TimeoutExpired as late:
         return {"work": work, "error": f"timed out after {timeout_s} s", "log": str(late.stderr or "")[-2000:]}
     if done.returncode:
         return {"work": work, "error": f"exit {done.returncode}", "log": (done.stdout + done.stderr)[-3000:]}
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "tokens" in line][max(warm, WARM.get(work, 0)) :]
-    seconds = [line["step_seconds"] for line in logged]
+    steps = read_steps(output / "metrics.jsonl")
     result = {
         "work": work,
-        "flags": shlex.join([*shlex.split(flags), *extra]),
-        "tokens_per_second": round(sum(line["tokens"] for line in logged) / sum(seconds), 1),
-        "median_step_ms": round(1000 * statistics.median(seconds), 1),
-        "peak_gib": round(max(line["peak_vram_bytes"] or 0 for line in logged) / 2**30, 2),
-        "first_loss": lines[0]["loss"],
-        "last_loss": logged[-1]["loss"],
+        "flags": shlex.join([*shlex.split(WORKS[work][4]), *extra]),
+        **figures_of(steps[warm_of(work, warm) :]),
+        "first_loss": steps[0]["loss"],
         "whole_command_s": round(time.time() - started, 1),
         "log": done.stderr[-1500:],
     }
@@ -87,22 +155,27 @@ def run_work(work: str, folder: Path, extra: list[str], warm: int, timeout_s: fl
     return result
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What train_beside.py takes too."""
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/qlora-bench"), help="models, rows and runs")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--warm", type=int, default=4, help="steps left out at the start")
+    parser.add_argument("--extra", default="", help="more flags for qlora train")
+    parser.add_argument("--laid", action="store_true", help="lay quantised bases for ours, write no checkpoints")
+
+
 def main() -> None:
     """Runs the chosen works and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", action="append", choices=sorted(WORKS), help="repeat for several; default all")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/qlora-bench"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--warm", type=int, default=4, help="steps left out at the start")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one work")
-    parser.add_argument("--extra", default="", help="more flags for qlora train")
+    add_arguments(parser)
     arguments = parser.parse_args()
+    extra = shlex.split(arguments.extra)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     results = []
     for work in arguments.work or [name for name in WORKS if name != "tiny"]:
-        results.append(
-            run_work(work, arguments.folder, shlex.split(arguments.extra), arguments.warm, arguments.timeout)
-        )
+        results.append(run_work(work, arguments.folder, extra, arguments.warm, arguments.timeout, laid=arguments.laid))
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
         if "error" in results[-1]:
