@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=99, help="processes that warm up at a time")
     parser.add_argument("--stagger", type=float, default=2, help="seconds between two starts")
     parser.add_argument("--patience", type=float, default=240, help="seconds for all to become warm")
-    parser.add_argument("--turn", type=float, default=90, help="seconds for one to be measured")
+    parser.add_argument("--turn", type=float, default=90, help="seconds for one to be measured, twice that if late")
     parser.add_argument("--timeout", type=float, default=540, help="seconds for all")
     arguments = parser.parse_args()
     ends_at = time.monotonic() + arguments.timeout

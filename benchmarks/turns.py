@@ -144,7 +144,7 @@ class Bench:
             contender.start()
         else:
             contender.process.go_on()
-        until, running = time.monotonic() + turn_s, True
+        until, running = time.monotonic() + turn_s * (1 + contender.late), True  # a late one has to warm up too
         enough = contender.first + contender.counted
         while running and len(read_steps(contender.steps_file)) < enough and self.goes_on(until):
             running = contender.process.running  # what it wrote before its end is read once more
