@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-STOP_SECONDS = 10.0  # a thread inside the driver comes out of it first
+STOP_SECONDS = 1.0  # a thread inside the driver comes out of it first; others are to be watched meanwhile
+END_SECONDS = 10.0
 TAIL_CHARACTERS = 2000
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -67,7 +68,7 @@ class PausableProcess:
         return self.process.poll() if self.process else None
 
     def pause(self) -> None:
-        """Stops the group, and waits until it has stopped."""
+        """Stops the group, and waits until it has stopped, for a moment at most."""
         if not self.running or self.process is None:
             return
         os.killpg(self.process.pid, signal.SIGSTOP)
@@ -94,7 +95,7 @@ class PausableProcess:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         self.process.wait()
-        psutil.wait_procs(started, timeout=STOP_SECONDS)
+        psutil.wait_procs(started, timeout=END_SECONDS)
 
     def tail(self) -> str:
         """The end of what it said."""
