@@ -40,6 +40,7 @@ EQUAL_ROWS_TOKENS = 256  # cuDNN's attention is the faster one from about here
 # Compiled layers save about a fifth of a step and take some 15 s to compile.
 COMPILE_PAYS_SECONDS = 120
 GRAPHS_PAY_STEPS = 8
+HEAD_TRIAL_TOKENS = 8
 TRIAL_ROOM_BYTES = 2**29  # for running a layer on a few tokens
 ASSUMED_FLOPS_PER_SECOND = 4e14
 
@@ -122,7 +123,7 @@ class FastEngine:
             )
         if self.kept_linears:
             self.report(Notice(f"{len(self.kept_linears)} linear layers keep PEFT's own forward, which is slower."))
-        self.head = find_head(self.base, self.decoder, self.device)
+        self.head = find_head(self.base, self.decoder, self.trials.inputs(HEAD_TRIAL_TOKENS))
         if self.head is None:
             self.report(Notice("The output head is not a plain one; logits are held in full."))
         self._install_attention(dtype)

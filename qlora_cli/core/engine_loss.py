@@ -77,18 +77,16 @@ def find_decoder(base: Any) -> Any:
 
 
 @torch.no_grad()
-def find_head(base: Any, decoder: Any, device: torch.device) -> Head | None:
-    """The head that, after the decoder, reproduces the model's logits on a few random tokens; None when none does."""
+def find_head(base: Any, decoder: Any, inputs: dict[str, Tensor]) -> Head | None:
+    """The head that, after the decoder, reproduces the model's logits on `inputs`; None when none does."""
     module = base.get_output_embeddings()
     if module is None:
         return None
     training = base.training
     base.eval()
     try:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(decoder.get_input_embeddings().weight.shape[0], (1, 8), generator=generator).to(device)
-        wanted = base(input_ids=ids, use_cache=False).logits.float()
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = base(**inputs, use_cache=False).logits.float()
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state
         plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward  # spread or not
         frozen = plain and not any(p.requires_grad for p in module.parameters())
         for scale, cap in _transforms(base.config.get_text_config()):

@@ -45,6 +45,14 @@ class Trials:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self._vocabulary, (1, tokens), generator=generator).to(self.device)
 
+    def inputs(self, tokens: int) -> dict[str, Tensor]:
+        """A row of random tokens, embedded where the embeddings are not on the device."""
+        return self._whole(self._ids(tokens))
+
+    def _whole(self, ids: Tensor) -> dict[str, Tensor]:
+        away = self.embedding.weight.device.type != self.device.type
+        return {"inputs_embeds": self._embed(ids)} if away else {"input_ids": ids}
+
     def _embed(self, ids: Tensor) -> Tensor:
         return self.embedding(ids.to(self.embedding.weight.device)).to(self.device)
 
@@ -83,7 +91,7 @@ class Trials:
             changed = ids.clone()
             changed[0, -1] = (changed[0, -1] + 1) % self._vocabulary
             earlier = self._pack_states(changed, TRIAL_LENGTHS)[:-1]
-            alone = self.decoder(input_ids=ids[:, short:], use_cache=False).last_hidden_state[0]
+            alone = self.decoder(**self._whole(ids[:, short:]), use_cache=False).last_hidden_state[0]
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             return f"this architecture refused a pack ({type(error).__name__}: {first_line(error)})"
         finally:

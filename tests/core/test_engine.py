@@ -216,7 +216,7 @@ def test_head_scaling_and_caps_are_honoured(tiny_model):
     for name, arguments in cases:
         config = getattr(transformers, name)(**small, **arguments, bos_token_id=0, eos_token_id=0, pad_token_id=1)
         model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
-        head = find_head(model, find_decoder(model), CPU)
+        head = find_head(model, find_decoder(model), {"input_ids": torch.arange(8)[None]})
         assert head is not None and head.frozen, name
         found.append((head.logit_scale, head.softcap))
     assert found == [(0.125, None), (0.0625, None), (1.0, 3.0), (1.0, None), (1.0, None)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_cli.core import engine_offload
+from qlora_cli.core import engine_fast, engine_offload
 from qlora_cli.core.engine import install_engine
 from qlora_cli.core.engine_memory import MemoryPlan, StepNeeds
 from tests.core.test_engine import adapted, batch_of, gradients
@@ -84,3 +84,20 @@ def test_a_plan_is_measured_and_layers_are_sent_where_memory_is_short(load_tiny)
     assert 0 <= needs.fixed_seconds.forward <= needs.seconds.forward
     assert needs.link_bytes_per_second > 1e9 and needs.kept_bytes > 0 and needs.peak_bytes > needs.kept_bytes
     engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "opt", "gemma3"])
+def test_embeddings_leave_before_trials_where_room_is_short(load_tiny, architecture, monkeypatch):
+    model = on_gpu(load_tiny, architecture)
+    plain = install(model, total_steps=1)
+    expected = steps(model, plain, batches())
+    tied = plain._movable_embedding_bytes() == 0
+    plain.close()
+    monkeypatch.setattr(engine_fast, "TRIAL_ROOM_BYTES", 2**60)
+    engine = install(model)
+    assert engine.packed and engine.head is not None and engine.host_embedding is not tied
+    losses, found = steps(model, engine, batches())
+    assert torch.allclose(losses, expected[0], rtol=2e-2)
+    assert (found - expected[1]).norm() <= 3e-2 * expected[1].norm()
+    engine.close()
+    assert model.get_input_embeddings().weight.is_cuda
