@@ -9,7 +9,9 @@ from torch import nn
 from qlora_cli.kernels.weights import FrozenWeight
 
 # FSDP2 of torch 2.11 makes parameters of floating-point numbers only. These are bytes in their dress: only ever copied.
-CARRIER = torch.bfloat16
+# Not 16-bit ones: on CUDA `torch._foreach_copy_`, which lays them out for the all-gather, takes each through float32 and
+# back (ATen/native/cuda/ForeachBinaryOpList.cu), and every NaN comes out as one and the same.
+CARRIER = torch.float32
 _ATTRIBUTE = "_qlora_sliced"
 
 

@@ -53,7 +53,8 @@ def case(tiny_model, tmp_path_factory):
 
 
 def start(command, **environment) -> subprocess.Popen:
-    changed = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parents[1])}
+    packages = os.pathsep.join([str(EXAMPLES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    changed = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": packages}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     left = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
