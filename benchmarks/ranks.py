@@ -4,7 +4,9 @@
     ACCELERATE_USE_CPU=1 python benchmarks/ranks.py --folder /tmp/bench --size tiny       # the same on two CPU ranks
 
 Every run is `qlora train` in processes of its own, on a base of random 4-bit weights of a real architecture (see
-random_base.py). Tokens per second are real tokens of all cards over the time of the steps after the first `--warm`.
+random_base.py), or a peer through `accelerate launch` (ranks_peer.py) on a 16-bit checkpoint of the same shape. Tokens per
+second are real tokens of all cards over the time of the steps after the first `--warm`. Results are written after each
+part, whose failure does not end the others; one that takes too long says where it is.
 """
 
 import argparse
@@ -16,25 +18,46 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from models import CONFIGS, write_rows
 
 ALL = ["--rank", "16", "--alpha", "32", "--optimizer", "paged_adamw_8bit"]
-# part → (architecture, steps, flags, cards, environment)
 ONE_STEP = ["--gradient-accumulation-steps", "2", "--batch-size"]
-PARTS: dict[str, tuple[str, int, list[str], int]] = {
-    "one": ("llama-7b", 20, [*ONE_STEP, "2"], 1),
-    "two": ("llama-7b", 20, [*ONE_STEP, "2"], 2),
-    # The same rows a step in other micro-batches: the same mathematics, rounded otherwise.
-    "rounded": ("llama-7b", 20, ["--gradient-accumulation-steps", "4", "--batch-size", "1"], 1),
-    "whole": ("neox-20b", 10, [*ONE_STEP, "4"], 2),
-    "spread": ("neox-20b", 10, [*ONE_STEP, "4", "--shard"], 2),
-    "offloaded": ("neox-20b", 6, [*ONE_STEP, "4", "--shard-offload"], 2),
-}
 KILLED_AT_STEP = 5
 SMALLER = {"llama-7b": "pythia-410m", "neox-20b": "neox-20b-half"}
+LEAST_S = 25  # a part is not begun with less time than that
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of `qlora train`, or of a peer (no flags)."""
+
+    architecture: str
+    steps: int
+    flags: tuple[str, ...]
+    cards: int
+    limit_s: float = 80.0
+
+
+PARTS = {
+    "one": Part("llama-7b", 20, (*ONE_STEP, "2"), 1),
+    "two": Part("llama-7b", 20, (*ONE_STEP, "2"), 2),
+    # The same rows a step in other micro-batches: the same mathematics, rounded otherwise.
+    "rounded": Part("llama-7b", 20, ("--gradient-accumulation-steps", "4", "--batch-size", "1"), 1),
+    "whole": Part("neox-20b", 10, (*ONE_STEP, "4"), 2, 90),
+    "spread": Part("neox-20b", 10, (*ONE_STEP, "4", "--shard"), 2, 90),
+    "offloaded": Part("neox-20b", 6, (*ONE_STEP, "4", "--shard-offload"), 2, 90),
+    # Micro-batches of 2 rows, steps of 4 rows, as in "one" and "two".
+    "peer-one": Part("llama-7b", 10, (), 1),
+    "peer-two": Part("llama-7b", 10, (), 2),
+}
+OTHERS = {"killed": 120.0, "reduce": 60.0}  # seconds at most
 
 
 class Bench:
@@ -44,111 +67,157 @@ class Bench:
         folder: Models, rows and runs.
         size: full, small (see SMALLER), or tiny, for two CPU ranks, to try the script.
         warm: Steps left out at the start.
-        timeout_s: For one run.
+        total_s: For everything; a part for which too little is left is not begun.
         extra: More flags for every run.
+        peer_site: Folder of the peer's packages, in front of all others for it alone.
     """
 
-    def __init__(self, folder: Path, size: str, warm: int, timeout_s: float, extra: list[str]) -> None:
-        self.folder, self.size, self.warm, self.timeout_s, self.extra = folder, size, warm, timeout_s, extra
+    def __init__(
+        self, folder: Path, size: str, warm: int, total_s: float, extra: list[str], peer_site: str | None
+    ) -> None:
+        self.folder, self.size, self.warm, self.extra = folder, size, warm, extra
+        self.deadline = time.monotonic() + total_s
         self.tiny = size == "tiny"
         self.results: dict[str, dict] = {}
+        self.made: dict[str, subprocess.Popen] = {}
         here = Path(__file__).resolve().parents[1]
+        path = [str(here), str(here / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = {
             **os.environ,
             "QLORA_CACHE": str(folder / "cache"),
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(here), str(here / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONFAULTHANDLER": "1",  # one that hangs tells where, see `end`
+            "PYTHONPATH": os.pathsep.join(path),
         }
+        self.peer_path = os.pathsep.join([*filter(None, [peer_site]), *path])
+
+    def left_s(self, limit_s: float) -> float:
+        """Seconds that a part may take."""
+        return min(limit_s, self.deadline - time.monotonic())
 
     def architecture(self, name: str) -> str:
         """What stands for an architecture at this size."""
         return {"full": name, "small": SMALLER[name], "tiny": "tiny-llama"}[self.size]
 
-    def lay_bases(self, names: set[str]) -> None:
-        """Makes the models, all at once, each on a card of its own."""
-        made = []
-        for card, name in enumerate(sorted(names)):
+    def start(self, name: str, command: list, *, card: int | None = None, **environment: str) -> subprocess.Popen:
+        """A process whose words go to files; on one card, or on all."""
+        if card is not None and not self.tiny:
+            environment["CUDA_VISIBLE_DEVICES"] = str(card)
+        with (self.folder / f"{name}.out").open("w") as out, (self.folder / f"{name}.log").open("w") as log:
+            return subprocess.Popen(
+                list(map(str, command)), env={**self.environment, **environment}, stdout=out, stderr=log
+            )
+
+    def said(self, name: str) -> str:
+        """What a process said."""
+        return (self.folder / f"{name}.log").read_text()
+
+    def end(self, process: subprocess.Popen) -> None:
+        """Ends a process that takes too long with its ranks, each of which says where it is; their sessions are others."""
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for number in (signal.SIGABRT, signal.SIGKILL):
+            for member in family:
+                with suppress(psutil.NoSuchProcess):
+                    member.send_signal(number)
+            time.sleep(2)
+        process.wait()
+
+    def begin_making(self, parts: list[str]) -> None:
+        """Starts to make what the parts need, all at once, over both cards."""
+        names = {PARTS[part].architecture for part in parts if part in PARTS and PARTS[part].flags}
+        names |= {"llama-7b"} if "killed" in parts else set()
+        for card, name in enumerate(sorted(names, reverse=True)):  # the large one has a card to itself
             kind = ["float32", "cpu"] if self.tiny else ["bfloat16", "cuda"]
-            environment = self.environment if self.tiny else {**self.environment, "CUDA_VISIBLE_DEVICES": str(card)}
-            command = [
-                sys.executable,
-                "-m",
-                "random_base",
-                self.architecture(name),
-                self.folder / name,
-                *kind,
-            ]
-            made.append(subprocess.Popen(list(map(str, command)), env=environment))
-        started = time.time()
-        for process in made:
-            assert process.wait(self.timeout_s) == 0
-        print(f"bases laid in {time.time() - started:.0f} s", flush=True)
+            command = [sys.executable, "-m", "random_base", self.architecture(name), self.folder / name, *kind]
+            self.made[name] = self.start(f"base-{name}", command, card=card)
+        for name in {PARTS[part].architecture for part in parts if part in PARTS and not PARTS[part].flags}:
+            code = "import sys, pathlib, models; models.write_checkpoint(sys.argv[1], pathlib.Path(sys.argv[2]))"
+            command = [sys.executable, "-c", code, self.architecture(name), self.folder / f"peer-{name}"]
+            self.made[f"peer-{name}"] = self.start(f"checkpoint-{name}", command, card=1)
 
-    def command(self, part: str, name: str) -> list[str]:
-        """The command line of a part, for a run directory `name`."""
-        architecture, steps, flags, cards = PARTS[part]
-        length = 128 if self.tiny else 2048
-        rows = self.folder / f"{architecture}.jsonl"
-        if not rows.exists():
+    def wait_for(self, names: Iterable[str], limit_s: float) -> None:
+        """Waits until these are made; what is not in time is given up, so that it disturbs nothing."""
+        for name in names:
+            if name not in self.made:
+                continue
+            process = self.made[name]
+            try:
+                code = process.wait(max(1.0, self.left_s(limit_s)))
+            except subprocess.TimeoutExpired:
+                self.end(process)
+                code = process.returncode
+            if code:
+                kind = "checkpoint" if name.startswith("peer-") else "base"
+                print(name, "not made:", self.said(f"{kind}-{name.removeprefix('peer-')}")[-2000:], flush=True)
+            del self.made[name]
+            print(f"{name} made or given up, {self.deadline - time.monotonic():.0f} s left", flush=True)
+
+    def rows(self, architecture: str) -> Path:
+        """The file of its rows, all of one length."""
+        path = self.folder / f"{architecture}.jsonl"
+        if not path.exists():
             vocabulary = CONFIGS[self.architecture(architecture)][1]["vocab_size"]
-            write_rows("fixed", rows, rows=96, vocab_size=vocabulary, max_length=length)
-        command = [sys.executable, "-m", "qlora_cli", "train", "--model", self.folder / architecture, "--data", rows]
-        command += [
-            "--output",
-            self.folder / name,
-            "--max-steps",
-            steps,
-            "--max-length",
-            length,
-            "--overwrite",
-            "--json",
-        ]
-        command += [
-            *ALL,
-            *flags,
-            *self.extra,
-            "--save-every",
-            KILLED_AT_STEP,
-            *(["--gpus", cards] if cards > 1 else []),
-        ]
-        return list(map(str, command))
+            write_rows("fixed", path, rows=96, vocab_size=vocabulary, max_length=self.length)
+        return path
 
-    def train(self, part: str, *, card: int | None = None) -> subprocess.Popen:
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return 128 if self.tiny else 2048
+
+    def command(self, name: str, run: str) -> list:
+        """The command line of a part, for a run directory."""
+        part = PARTS[name]
+        if not part.flags:
+            launch = ["-m", "accelerate.commands.launch", "--num_processes", part.cards, "--num_machines", "1"]
+            launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+            launch += ["--multi_gpu", "--main_process_port", "29612"] if part.cards > 1 else []
+            script = [Path(__file__).with_name("ranks_peer.py"), "--checkpoint", self.folder / "peer-llama-7b"]
+            script += ["--rows", self.rows(part.architecture), "--json", self.folder / f"{name}.json"]
+            script += ["--max-length", self.length, "--batch-size", "2", "--step-rows", "4"]
+            return [sys.executable, *launch, *script, "--steps", part.steps, "--warm", self.warm]
+        command = [sys.executable, "-m", "qlora_cli", "train", "--model", self.folder / part.architecture]
+        command += ["--data", self.rows(part.architecture), "--output", self.folder / run, "--overwrite", "--json"]
+        command += ["--max-steps", part.steps, "--max-length", self.length, "--save-every", KILLED_AT_STEP]
+        return [*command, *ALL, *part.flags, *self.extra, *(["--gpus", part.cards] if part.cards > 1 else [])]
+
+    def train(self, name: str, *, card: int | None = None) -> subprocess.Popen:
         """Starts a part."""
-        environment = self.environment if card is None else {**self.environment, "CUDA_VISIBLE_DEVICES": str(card)}
-        return subprocess.Popen(
-            self.command(part, part), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        paths = {} if PARTS[name].flags else {"PYTHONPATH": self.peer_path}
+        return self.start(name, self.command(name, name), card=card, **paths)
 
-    def finish(self, part: str, process: subprocess.Popen) -> None:
+    def finish(self, name: str, process: subprocess.Popen) -> None:
         """Waits for a part and keeps its figures, or what went wrong."""
-        started = time.time()
+        started, limit_s = time.monotonic(), self.left_s(PARTS[name].limit_s)
+        late = ""
         try:
-            out, said = process.communicate(timeout=self.timeout_s)
+            process.wait(max(1.0, limit_s))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            time.sleep(3)
-            process.kill()
-            out, said = process.communicate()
-            said += f"\nstopped after {self.timeout_s} s"
-        (self.folder / f"{part}.log").write_text(said)
-        if process.returncode:
-            self.results[part] = {"error": f"exit {process.returncode}", "log": said[-1500:]}
-            print(part, self.results[part]["error"], said[-3000:], flush=True)
+            self.end(process)
+            late = f", stopped after {limit_s:.0f} s"
+        waited_s = round(time.monotonic() - started, 1)
+        if process.returncode or late:
+            said = self.said(name)
+            self.results[name] = {"error": f"exit {process.returncode}{late}", "log": said[-6000:]}
+            print(name, self.results[name]["error"], said[-6000:], flush=True)
             return
-        result, lines = json.loads(out), self.metrics(part)
+        found = self.figures(name) if PARTS[name].flags else json.loads((self.folder / f"{name}.json").read_text())
+        self.results[name] = {**found, "waited_s": waited_s}
+        print(name, json.dumps({k: v for k, v in self.results[name].items() if k != "losses"}), flush=True)
+
+    def figures(self, name: str) -> dict:
+        """What a run of ours came to."""
+        result, lines = json.loads((self.folder / f"{name}.out").read_text()), self.metrics(name)
         steps = [line for line in lines if "tokens" in line][self.warm :]
-        self.results[part] = {
+        return {
             "tokens_per_second": round(sum(s["tokens"] for s in steps) / sum(s["step_seconds"] for s in steps), 1),
             "median_step_ms": round(1000 * statistics.median(s["step_seconds"] for s in steps), 1),
             "base_vram_bytes": result["base_vram_bytes"],
             "loading_vram_bytes": result["loading_vram_bytes"],
             "peak_vram_bytes": result["peak_vram_bytes"],
             "losses": [line["loss"] for line in lines if "loss" in line],
-            "waited_s": round(time.time() - started, 1),
-            "engine": next((line for line in said.splitlines() if "engine:" in line), "")[-300:],
+            "engine": next((line for line in self.said(name).splitlines() if "fast:" in line), "")[-300:],
         }
-        print(part, json.dumps({k: v for k, v in self.results[part].items() if k != "losses"}), flush=True)
 
     def metrics(self, name: str) -> list[dict]:
         """Lines of a run's metrics."""
@@ -157,41 +226,63 @@ class Bench:
     def kill_a_rank(self) -> None:
         """Kills rank 1 of two once there is a checkpoint, and goes on with one card."""
         name = "killed"
+        deadline = time.monotonic() + self.left_s(OTHERS[name])
         shutil.rmtree(self.folder / name, ignore_errors=True)
-        process = subprocess.Popen(
-            self.command("two", name), env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        deadline = time.time() + self.timeout_s
+        process = self.start(name, self.command("two", name))
         while not list((self.folder / name / "checkpoints").glob("step-*")):
-            if process.poll() is not None or time.time() > deadline:
-                process.kill()
-                self.results[name] = {"error": process.communicate()[1][-1500:]}
+            if process.poll() is not None or time.monotonic() > deadline:
+                if process.returncode is None:
+                    self.end(process)
+                self.results[name] = {
+                    "error": f"exit {process.returncode} before it was killed: {self.said(name)[-6000:]}"
+                }
+                print(name, self.results[name]["error"], flush=True)
                 return
             time.sleep(0.02)
         ranks = psutil.Process(process.pid).children()
         victim = next(rank.pid for rank in ranks if rank.environ().get("RANK") == "1")
         os.kill(victim, signal.SIGKILL)
-        killed = time.time()
-        _, said = process.communicate(timeout=self.timeout_s)
-        seconds = time.time() - killed
-        told = [line for line in said.splitlines() if line.startswith(("error:", "→"))]
-        left = [rank.pid for rank in ranks if rank.is_running()]
-        command = [word for word in self.command("one", name) if word != "--overwrite"]
-        resumed = subprocess.run(
-            [*command, "--resume"], env=self.environment, capture_output=True, text=True, timeout=self.timeout_s
-        )
-        self.results[name] = {
+        killed = time.monotonic()
+        try:
+            process.wait(max(5.0, deadline - killed))
+        except subprocess.TimeoutExpired:
+            self.end(process)
+        seconds = time.monotonic() - killed
+        found: dict = {
             "others_ended_after_s": round(seconds, 1),
             "exit": process.returncode,
-            "told": told,
-            "left": left,
-            "resumed_exit": resumed.returncode,
-            "resumed": next((line for line in resumed.stderr.splitlines() if "Going on after" in line), ""),
-            "losses": [line["loss"] for line in self.metrics(name) if "loss" in line],
+            "told": [line for line in self.said(name).splitlines() if line.startswith(("error:", "→"))],
+            "left": [rank.pid for rank in ranks if rank.is_running()],
         }
+        self.results[name] = found
+        print(name, json.dumps(found), flush=True)
+        if not found["told"]:
+            found["log"] = self.said(name)[-6000:]
+        command = [word for word in self.command("one", name) if word != "--overwrite"]
+        resumed = self.start("resumed", [*command, "--resume"], card=0)
+        try:
+            resumed.wait(max(5.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.end(resumed)
+        said = self.said("resumed")
+        found["resumed_exit"] = resumed.returncode
+        found["resumed"] = next((line for line in said.splitlines() if "Going on after" in line), "")
+        found["losses"] = [line["loss"] for line in self.metrics(name) if "loss" in line]
         if resumed.returncode:
-            self.results[name]["log"] = resumed.stderr[-1500:]
-        print(name, json.dumps({k: v for k, v in self.results[name].items() if k != "losses"}), flush=True)
+            found["resumed_log"] = said[-3000:]
+        print(name, json.dumps({k: v for k, v in found.items() if k != "losses"}), flush=True)
+
+    def run(self, group: list[str]) -> None:
+        """Parts that run at once, a card each, or one on all cards."""
+        if group == ["killed"]:
+            self.kill_a_rank()
+        elif group == ["reduce"]:
+            self.reduce_alone()
+        else:
+            one_card = PARTS[group[0]].cards == 1
+            started = [(name, self.train(name, card=card if one_card else None)) for card, name in enumerate(group)]
+            for name, process in started:
+                self.finish(name, process)
 
     def reduce_alone(self) -> None:
         """How long adding up the gradients of r 16 on every linear of a 7B model takes by itself."""
@@ -224,13 +315,26 @@ class Bench:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=max(1.0, self.left_s(OTHERS["reduce"])),
         )
         found = [line for line in done.stdout.splitlines() if line.startswith("REDUCE")]
         self.results["reduce"] = (
             {"milliseconds": float(found[0].split()[1])} if found else {"error": done.stderr[-800:]}
         )
         print("reduce", self.results["reduce"], flush=True)
+
+
+def in_turn(parts: list[str]) -> list[list[str]]:
+    """Parts in order; two that follow one another and take one card each run side by side."""
+    groups: list[list[str]] = []
+    for name in parts:
+        alone = name not in PARTS or PARTS[name].cards > 1
+        beside = groups and len(groups[-1]) == 1 and groups[-1][0] in PARTS and PARTS[groups[-1][0]].cards == 1
+        if beside and not alone:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
 
 def largest_difference(left: list[float], right: list[float]) -> float:
@@ -241,56 +345,48 @@ def largest_difference(left: list[float], right: list[float]) -> float:
 def main() -> None:
     """Runs the chosen parts and prints what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=[*PARTS, "killed", "reduce"], help="repeat; default all")
+    parser.add_argument("--part", action="append", choices=[*PARTS, *OTHERS], help="repeat, in order; default all")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/qlora-ranks"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--warm", type=int, default=4)
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for one run")
+    parser.add_argument("--total", type=float, default=1200, help="seconds for everything")
     parser.add_argument("--size", choices=["full", "small", "tiny"], default="full")
     parser.add_argument("--extra", default="", help="more flags for qlora train")
+    parser.add_argument("--peer-site", help="folder of the peer's packages, in front of PYTHONPATH for it alone")
     arguments = parser.parse_args()
-    parts = arguments.part or [*PARTS, "killed", "reduce"]
+    parts = arguments.part or [*PARTS, *OTHERS]
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.folder, arguments.size, arguments.warm, arguments.timeout, arguments.extra.split())
-    bench.lay_bases(
-        {PARTS[part][0] for part in parts if part in PARTS} | ({"llama-7b"} if "killed" in parts else set())
+    bench = Bench(
+        arguments.folder, arguments.size, arguments.warm, arguments.total, arguments.extra.split(), arguments.peer_site
     )
-
-    def keep() -> None:
-        if arguments.json:
-            arguments.json.write_text(json.dumps(bench.results, indent=1))
-
-    if "one" in parts and "rounded" in parts:  # side by side, a card each
-        pair = [(part, bench.train(part, card=card)) for card, part in enumerate(("one", "rounded"))]
-        for part, process in pair:
-            bench.finish(part, process)
-        keep()
-    for part in parts:
-        if part in ("one", "rounded") and part in bench.results:
-            continue
-        if part in PARTS:
-            bench.finish(part, bench.train(part))
-        elif part == "killed":
-            bench.kill_a_rank()
-        else:
-            bench.reduce_alone()
-        keep()
+    bench.begin_making(parts)
+    try:
+        for group in in_turn(parts):
+            # What is killed need not wait until the other things are made; what is measured does.
+            bench.wait_for(["llama-7b"] if group == ["killed"] else list(bench.made), bench.left_s(150))
+            if bench.left_s(LEAST_S) < LEAST_S:
+                bench.results |= {name: {"error": "no time was left"} for name in group}
+                print(*group, "not begun: no time was left", flush=True)
+                continue
+            try:
+                bench.run(group)
+            except Exception as error:  # one part's failure is not that of the others
+                bench.results |= {name: {"error": repr(error)} for name in group if name not in bench.results}
+                print(*group, traceback.format_exc(), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(bench.results, indent=1))
+    finally:
+        bench.wait_for(list(bench.made), 1)
     found = bench.results
 
     def both(left: str, right: str, key: str) -> bool:
         return all(key in found.get(name, {}) for name in (left, right))
 
-    if both("one", "two", "tokens_per_second"):
-        print("two / one tok/s:", round(found["two"]["tokens_per_second"] / found["one"]["tokens_per_second"], 3))
-    if both("whole", "spread", "tokens_per_second"):
-        print(
-            "spread / whole tok/s:",
-            round(found["spread"]["tokens_per_second"] / found["whole"]["tokens_per_second"], 3),
-        )
-        if found["whole"]["base_vram_bytes"]:
-            print(
-                "spread / whole base:", round(found["spread"]["base_vram_bytes"] / found["whole"]["base_vram_bytes"], 3)
-            )
+    pairs = [("two", "one"), ("peer-two", "peer-one"), ("one", "peer-one"), ("two", "peer-two")]
+    for left, right in (*pairs, ("spread", "whole"), ("offloaded", "whole")):
+        for key in ("tokens_per_second", "base_vram_bytes", "peak_vram_bytes"):
+            if both(left, right, key) and found[left][key] and found[right][key]:
+                print(f"{left} / {right} {key}:", round(found[left][key] / found[right][key], 3))
     for left, right in (("one", "two"), ("one", "rounded"), ("one", "killed"), ("whole", "spread")):
         if both(left, right, "losses") and len(found[left]["losses"]) == len(found[right]["losses"]):
             print(

@@ -82,7 +82,7 @@ def load_plain(checkpoint: str, flags: argparse.Namespace, recomputes: bool):
     base = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         quantization_config=quantization,
-        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         dtype=torch.bfloat16,
     )
     base = prepare_model_for_kbit_training(
