@@ -134,7 +134,9 @@ class ActivationOffload:
         def pack(tensor: Tensor) -> Tensor | _Away:
             bytes_ = tensor.numel() * tensor.element_size()
             storage = tensor.untyped_storage().data_ptr()
-            weight = storage in self.persistent or tensor.dtype == torch.uint8  # a gathered one has no fixed address
+            # A gathered weight has no fixed address, and is gone before a copy of it would be done: its bytes, and the
+            # constants in a row of their own, which no activation is.
+            weight = storage in self.persistent or tensor.dtype == torch.uint8 or tensor.dim() == 1
             elsewhere = tensor.device.type != self.device.type
             repeated = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             if elsewhere or bytes_ < SMALLEST_BYTES or repeated or weight:

@@ -73,6 +73,17 @@ def test_tensors_that_stay_anyway_are_not_copied(monkeypatch):
     assert all(buffer.numel() < 16_000 for buffer in offload.free)
 
 
+@pytest.mark.parametrize("gathered", [torch.zeros(4096, dtype=torch.uint8), torch.rand(4096)])
+def test_a_gathered_weight_is_not_sent_away(gathered, monkeypatch):
+    """It is freed when its layer is done, which no copy of it would wait for."""
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    offload = ActivationOffload(CPU, frozenset())
+    offload.start()
+    with offload.layer(0):
+        torch.ones((), requires_grad=True) * gathered  # saves it
+    assert not offload.layers[0] and offload.chunk is None
+
+
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=30))
 def test_buffers_are_used_again_and_never_by_two(sizes):
     offload = ActivationOffload(CPU, frozenset())
