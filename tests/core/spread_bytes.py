@@ -81,7 +81,7 @@ def main() -> None:
     torch.manual_seed(0)
     layers, truth = [], []
     for _ in range(LAYERS):
-        packed = pack_weight(torch.randn(SIZE, SIZE), quant_type="nf4", double_quant=True)
+        packed = pack_weight(torch.randn(SIZE, SIZE, device=device), quant_type="nf4", double_quant=True)
         for name in ("", ".absmax"):
             packed[name] = torch.randint(256, packed[name].shape, dtype=torch.uint8)
         truth.append((packed[""].flatten().to(device), packed[".absmax"].to(device)))

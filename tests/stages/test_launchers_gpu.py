@@ -27,7 +27,7 @@ def test_a_spread_base_trains_as_a_whole_one(case):  # noqa: F811
         assert code == 0 and ("base spread over the cards" in said) == bool(more), said
         found[name] = losses(folder / name)
     assert found["spread"] == pytest.approx(found["whole"], rel=2e-3)
-    assert found["away"] == found["spread"]
+    assert found["away"] == pytest.approx(found["spread"], rel=2e-3)  # attention's backward pass adds in any order
 
 
 def test_a_killed_rank_ends_the_one_that_waits_for_it_in_a_collective(case):  # noqa: F811
