@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.engine_attention import pack_mask
 from qlora_cli.core.engine_layers import LayerBytes, capture_first_call, measure_layer
@@ -50,7 +51,9 @@ class Trials:
         return self._whole(self._ids(tokens))
 
     def _whole(self, ids: Tensor) -> dict[str, Tensor]:
-        away = self.embedding.weight.device.type != self.device.type
+        weight = self.embedding.weight
+        # Spread embeddings are gathered on the device, and FSDP2 asks for the whole model to be called first.
+        away = weight.device.type != self.device.type and not isinstance(weight, DTensor)
         return {"inputs_embeds": self._embed(ids)} if away else {"input_ids": ids}
 
     def _embed(self, ids: Tensor) -> Tensor:

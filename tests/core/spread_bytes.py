@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.base_model import _restored_linear, pack_weight
+from qlora_cli.core.engine_linear import AdapterValues
 from qlora_cli.core.engine_sharding import gathered, spread
 from qlora_cli.core.engine_sliced import sliced_weight_of
+from qlora_cli.core.engine_trials import Trials
 from qlora_cli.core.ranks import Ranks
 from qlora_cli.core.slices import Slices
 
@@ -92,6 +94,8 @@ def main() -> None:
     tables = [torch.randn(VOCABULARY, SIZE).bfloat16().to(device) for _ in range(2)]
     base = Base(layers, [table.clone() for table in tables])
     spread(base, base.decoder, list(layers), slices, device)
+    elsewhere = Trials(base, base.decoder, base.embedding, AdapterValues(torch.bfloat16), torch.device("meta"))
+    assert "input_ids" in elsewhere.inputs(4)  # embeddings that wait on the host are gathered like any others
     for _ in range(2):
         base(torch.arange(8, device=device)[None]).sum().backward()
     with gathered(base.head):
