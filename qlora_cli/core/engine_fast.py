@@ -31,7 +31,7 @@ from qlora_cli.core.engine_sliced import sliced_weight_of
 from qlora_cli.core.engine_trials import Trials
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
-from qlora_cli.kernels.weights import FrozenWeight
+from qlora_cli.kernels.weights import FrozenWeight, reserve_values
 
 if TYPE_CHECKING:
     from qlora_cli.core.packing import MicroBatch
@@ -112,6 +112,8 @@ class FastEngine:
             resident = dense_bytes < psutil.virtual_memory().available // 2
         self.put_linears_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
+        self.buffer: Tensor | None = None
+        self.undo.append(self._release_values)
         if on_cuda and offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self._move_embedding()
         # Trials run on weights in slices: there may be no room for a whole one.
@@ -196,6 +198,7 @@ class FastEngine:
         """Runs steps from now on as planned."""
         self.plan = plan
         on_cuda = self.device.type == "cuda"
+        self.buffer = reserve_values(self.device, 0)
         if plan.resident_weights != self.resident:
             self._swap_linears(plan.resident_weights, plan.workspace_bytes)
             self._share_projections()
@@ -206,13 +209,14 @@ class FastEngine:
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:
             self._lay_out(replace(plan, recomputed=0, sent=0, offload_activations=False))  # trials run layers plainly
-            low = plan.recomputed + plan.sent
-            self.skipped = skip_unused_outputs(self.layers[:low], self.calls[:low])
+            self.skipped = skip_unused_outputs(self.layers, self.calls)
         planner = self.planner
         self.plan_by_tokens = cache(lambda tokens: plan if planner is None else planner.for_tokens(plan, tokens))
         self._lay_out(plan)
         if on_cuda:
             torch.cuda.empty_cache()
+            largest = max((_logical_elements(m) for _, m in self.candidates), default=0) * self.values.dtype.itemsize
+            self.buffer = reserve_values(self.device, 0 if self.spread else plan.values_bytes(largest))
 
     def _share_projections(self) -> None:
         """In compiled layers, linears with the same input have one projection; not in layers that are recomputed,
@@ -222,6 +226,9 @@ class FastEngine:
         for layer_plan, layer in zip(self.layer_plans, self.layers, strict=True):
             shared = (fast.shared for m in layer.modules() if (fast := fast_linear_of(m)) and fast.shared)
             layer_plan.shared = tuple({id(s): s for s in shared}.values())
+
+    def _release_values(self) -> None:
+        self.buffer = reserve_values(self.device, 0)
 
     def _set_workspace(self, bytes_: int | None) -> None:
         for linear in self.fast_linears:
@@ -256,6 +263,8 @@ class FastEngine:
         if self.compiled and (plan.recomputed or plan.sent):  # compiled, a layer saves less
             self._set_workspace(plan.workspace_bytes)
             planner.keep_workspace(plan.workspace_bytes)
+            for layer_plan in self.layer_plans:
+                layer_plan.lean = True
             self.layer_plans[0].compiled = True
             planner.measure(self.trials, self.layers[0], static, plan.workspace_bytes)
             plan = planner.plan()
@@ -307,7 +316,14 @@ class FastEngine:
         if self._movable_embedding_bytes():
             self.host_embedding = True
             self.embedding.to("cpu")
-            self.undo.append(lambda: self.embedding.to(self.device))
+            self.undo.append(self._put_embedding_back)
+
+    def _put_embedding_back(self) -> None:
+        torch.cuda.empty_cache()
+        try:
+            self.embedding.to(self.device)
+        except torch.OutOfMemoryError:
+            self.report(Notice("The input embeddings stay on the host: there is no memory for them on the device."))
 
     def _movable_embedding_bytes(self) -> int:
         """Bytes of the input embeddings on the device, 0 where they must stay: tied to the head, adapted or trained."""

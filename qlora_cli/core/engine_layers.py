@@ -31,6 +31,7 @@ class LayerPlan:
         recompute: Whether its forward pass is repeated in the backward pass instead of saving activations.
         offload: Where what it saves waits; None for on the device.
         compiled: Whether it runs compiled.
+        lean: Whether compiled code repeats what is cheap instead of keeping it.
         preserve_random_state: Whether a repetition must draw the same random numbers again.
         step: The engine's shared state.
         shared: What linears of the layer have in common while they are compiled.
@@ -43,6 +44,7 @@ class LayerPlan:
     preserve_random_state: bool
     step: StepState
     shared: tuple[SharedProjection, ...] = ()
+    lean: bool = False
 
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:
@@ -66,14 +68,26 @@ def _run_recomputed(layer: Any, args: tuple, kwargs: dict) -> Any:
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=plan.preserve_random_state)
 
 
-_compiled: dict[Callable, Callable] = {}
+_compiled: dict[tuple[Callable, bool], Callable] = {}
 
 
-def _compile(function: Callable) -> Callable:
+def lean(backend: Callable) -> Callable:
+    """A compiler's backend, told to repeat element-wise operations in the backward pass even where a product takes
+    their result from memory. A normalised input, or a gated product, is then not kept for the adapters' gradients."""
+
+    def compile_leanly(graph: Any, inputs: Any, **options: Any) -> Any:
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+            return backend(graph, inputs, **options)
+
+    return compile_leanly
+
+
+def _compile(function: Callable, is_lean: bool) -> Callable:
     """One compiled function for all layers: those alike share its code."""
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function)
-    return _compiled[function]
+    if (function, is_lean) not in _compiled:
+        inductor = torch._dynamo.lookup_backend("inductor")
+        _compiled[function, is_lean] = torch.compile(function, backend=lean(inductor) if is_lean else "inductor")
+    return _compiled[function, is_lean]
 
 
 def _mark_dynamic(tensors: Any, tokens: int) -> None:
@@ -96,7 +110,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     with plan.offload.layer(plan.number) if plan.offload is not None else nullcontext():
         if plan.compiled:
             _mark_dynamic((*args, *kwargs.values()), args[0].shape[1])
-            return _compile(_run_recomputed if plan.recompute else _run)(self, args, kwargs)
+            return _compile(_run_recomputed if plan.recompute else _run, plan.lean)(self, args, kwargs)
         if not plan.recompute:
             return _run(self, args, kwargs)
         return checkpoint(

@@ -1,6 +1,6 @@
 """What a model's step needs and what the device has in; which layers keep, recompute or send away activations, out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole deq
 # slices; dequantising. Copies hide behind so much of the time that layers compute.
 RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.7, 0.03, 0.01, 0.05, 0.08
 HIDDEN_SHARE = 0.8
+TOP_LAYERS = 2  # that keep everything, if any layer does
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,7 @@ class MemoryPlan:
 
     def step_bytes(self, needs: StepNeeds) -> int:
         """Most bytes beside the loaded model that a step with these measures holds at once."""
-        peak, kept = needs.peak_bytes, needs.kept_bytes
-        if self.workspace_bytes is not None:
-            peak -= max(0, needs.largest_dense_bytes - self.workspace_bytes)
+        kept, peak = needs.kept_bytes, needs.peak_bytes - needs.largest_dense_bytes
         whole = needs.layers - self.recomputed - self.sent
         away = min(self.recomputed, 2) if self.offload_activations else self.recomputed  # two are on their way
         waiting = away * needs.hidden_bytes + min(self.sent, 1) * kept
@@ -114,11 +113,18 @@ class MemoryPlan:
         # Highest at the head or its neighbour, where all that is kept is there, in a layer that is repeated, or in one
         # whose tensors came back, while those of the next are on their way.
         heights = [waiting + whole * kept + max(head, peak - kept if whole else 0)]
-        heights += [waiting + peak + needs.hidden_bytes] if self.recomputed else []
-        heights += [waiting + peak] if self.sent else []
+        below = waiting + max(0, whole - TOP_LAYERS) * kept
+        heights += [below + peak + needs.hidden_bytes] if self.recomputed else []
+        heights += [below + peak] if self.sent else []
         step = max(heights) + needs.optimizer_bytes + MARGIN_BYTES
-        step += needs.dense_bytes if self.resident_weights else 0
+        step += needs.dense_bytes if self.resident_weights else self.values_bytes(needs.largest_dense_bytes)
         return step - (needs.embedding_bytes if self.offload_embeddings else 0)
+
+    def values_bytes(self, largest_dense_bytes: int) -> int:
+        """Of the buffer that one weight after another is dequantised into."""
+        if self.resident_weights:
+            return 0
+        return largest_dense_bytes if self.workspace_bytes is None else min(largest_dense_bytes, self.workspace_bytes)
 
     def sent_bytes(self, needs: StepNeeds) -> int:
         """Bytes that wait on the host."""
@@ -148,11 +154,19 @@ class MemoryPlan:
         return max(0.0, copying - HIDDEN_SHARE * forward) + max(0.0, copying - HIDDEN_SHARE * backward)
 
     def numbers(self, layers: int) -> tuple[frozenset[int], frozenset[int]]:
-        """Which layers are recomputed, and which are sent: the first ones, the sent ones evenly among the others, so
-        that their copies have the time of the layers between."""
-        low = min(self.recomputed + self.sent, layers)
-        sent = frozenset(n for n in range(low) if (n + 1) * self.sent // low > n * self.sent // low)
-        return frozenset(range(low)) - sent, sent
+        """Which layers are recomputed, and which are sent: evenly among all but the last, so that copies have the time
+        of the layers between. The last ones are whole if any are: they make room before the others' tensors return."""
+        away = min(self.recomputed + self.sent, layers)
+        low = layers - min(TOP_LAYERS, layers - away)
+        numbers = _evenly(range(low), away)
+        sent = frozenset(_evenly(numbers, min(self.sent, away)))
+        return frozenset(numbers) - sent, sent
+
+
+def _evenly(numbers: Sequence[int], count: int) -> list[int]:
+    """So many of these numbers, equally far apart."""
+    total = len(numbers)
+    return [number for i, number in enumerate(numbers) if (i + 1) * count // total > i * count // total]
 
 
 def _index(device: torch.device) -> int:

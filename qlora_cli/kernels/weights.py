@@ -12,6 +12,35 @@ if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
     from qlora_cli.kernels import nf4
 
 
+_buffers: dict[torch.device, Tensor] = {}
+
+
+def reserve_values(device: torch.device, bytes_: int) -> Tensor | None:
+    """Has weights of a device dequantised into one buffer of so many bytes; 0 for a tensor each, as without this.
+
+    Large tensors that come and go leave holes between smaller ones that stay, lost where memory is short. Values are
+    then valid until the next ones are asked for, and who asks for them has to stay on one stream.
+
+    Returns:
+        The buffer, which CUDA graphs go on using: keep it as long as them.
+    """
+    buffer = torch.empty(bytes_, dtype=torch.uint8, device=device) if bytes_ else None
+    if buffer is None:
+        for key in [key for key in _buffers if key.type == device.type and device.index in (None, key.index)]:
+            del _buffers[key]
+    else:
+        _buffers[buffer.device] = buffer
+    return buffer
+
+
+def _room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    bytes_ = rows * columns * dtype.itemsize
+    buffer = _buffers.get(device)
+    if buffer is None or buffer.numel() < bytes_:
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    return buffer[:bytes_].view(dtype).view(rows, columns)
+
+
 class FrozenWeight(NamedTuple):
     """(out, in) values, either `dense`, or packed two a byte with a scale a block.
 
@@ -42,7 +71,7 @@ class FrozenWeight(NamedTuple):
     nested_blocksize: int = 256
 
     def values(self, dtype: torch.dtype, first_row: int = 0, end_row: int | None = None) -> Tensor:
-        """Rows first_row to end_row, (end_row - first_row, in) in `dtype`; a view when dense.
+        """Rows first_row to end_row, (end_row - first_row, in) in `dtype`; a view when dense. See `reserve_values`.
 
         first_row * columns must be a multiple of the blocksize, as it is for `row_slices`.
         """
@@ -51,7 +80,7 @@ class FrozenWeight(NamedTuple):
             return self.dense[first_row:end_row]
         assert self.packed is not None and self.absmax is not None and self.code is not None
         if self.packed.is_cuda:
-            out = torch.empty(end_row - first_row, self.columns, dtype=dtype, device=self.packed.device)
+            out = _room(end_row - first_row, self.columns, dtype, self.packed.device)
             return nf4.dequantize_4bit(
                 self.packed,
                 self.absmax,

@@ -65,7 +65,7 @@ def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture,
     assert len(engine.layers) > 1
     for name in ("_run", "_run_recomputed"):
         function = getattr(engine_layers, name)
-        monkeypatch.setitem(engine_layers._compiled, function, torch.compile(function, backend=count))
+        monkeypatch.setitem(engine_layers._compiled, (function, False), torch.compile(function, backend=count))
     engine.compiled = True
     engine._share_projections()
     for plan in engine.layer_plans:
@@ -76,6 +76,32 @@ def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture,
     for lengths in ((40, 7, 33), (60, 50), (9, 8, 7, 6, 5), (30, 34)):
         engine.loss(batch_of(lengths)).backward()
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_lean_layers_keep_less_and_have_the_same_gradients(load_tiny, architecture, monkeypatch):
+    monkeypatch.setattr(engine_attention, "packed_attention", mix)
+    eager = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+    found = []
+    for is_lean in (False, True):
+        torch._dynamo.reset()
+        model = adapted(load_tiny, architecture)
+        engine = install(model)
+        backend = engine_layers.lean(eager) if is_lean else eager
+        compiled = {(engine_layers._run, is_lean): torch.compile(engine_layers._run, backend=backend)}
+        monkeypatch.setattr(engine_layers, "_compiled", compiled)
+        for plan in engine.layer_plans:
+            plan.compiled, plan.lean = True, is_lean
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t
+        ):
+            loss = engine.loss(batch_of((40, 24)))
+        loss.backward()
+        found.append((sum(t.nbytes for t in saved.values()), gradients(model)))
+    (bytes_, expected), (fewer, lean) = found
+    assert fewer < 0.95 * bytes_
+    assert (lean - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core.engine_memory import LayerSeconds, MemoryPlan, StepNeeds, plan_memory
+from qlora_cli.core.engine_memory import TOP_LAYERS, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
 
 GIB = 2**30
 NEEDS = StepNeeds(
@@ -101,16 +101,18 @@ def test_no_layer_waits_on_the_host_against_the_users_word():
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40))
-def test_sent_layers_lie_evenly_among_the_recomputed_ones_below_the_kept(recomputed, sent, layers):
+def test_layers_that_keep_nothing_lie_evenly_below_the_last_and_the_sent_evenly_among_them(recomputed, sent, layers):
     recomputed = min(recomputed, layers)
     sent = min(sent, layers - recomputed)
     plan = MemoryPlan(recomputed, False, False, False, sent=sent)
     first, others = plan.numbers(layers)
     assert (len(first), len(others)) == (recomputed, sent) and not first & others
-    assert first | others == frozenset(range(recomputed + sent))
-    places = sorted(others)
-    gaps = {b - a for a, b in pairwise(places)}
-    assert not gaps or max(gaps) - min(gaps) <= 1
+    away = sorted(first | others)
+    whole = layers - len(away)
+    assert not away or away[-1] < layers - min(whole, TOP_LAYERS)
+    for places in (away, [away.index(number) for number in sorted(others)]):
+        gaps = {b - a for a, b in pairwise(places)}
+        assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 @given(st.floats(0.1, 1.0))
