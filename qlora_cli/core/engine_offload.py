@@ -1,10 +1,10 @@
 """Tensors that autograd saves in, the same tensors back in the backward pass, in pinned host memory in between.
 
-Copies run on a stream of their own: a layer's tensors leave while the next layers compute, and come back one layer
-ahead of the backward pass.
+Copies run on a stream of their own: a layer's tensors leave while the next layers compute, and come back while the
+backward pass is in the layers before them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -16,20 +16,34 @@ from torch.autograd.graph import saved_tensors_hooks
 SMALLEST_BYTES = 2**20  # below this a copy costs more than the memory is worth
 TRIAL_BYTES = 2**25  # of the link
 CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each request up to a power of two
+# What is on its way may take, as a multiple of what the largest layer keeps: such a layer, and the hidden states of
+# recomputed ones beside it, which take more time to compute than to copy.
+ROOM = 1.25
 
 
 class _Away:
     """One saved tensor: on the device until its copy is done and its layer is past, then on the host, then back."""
 
-    __slots__ = ("__weakref__", "buffer", "copied", "fetched", "host", "layer", "offload", "on_device", "strides")
+    __slots__ = (
+        "__weakref__",
+        "buffer",
+        "bytes",
+        "copied",
+        "fetched",
+        "host",
+        "layer",
+        "offload",
+        "on_device",
+        "strides",
+    )
 
     def __init__(self, offload: "ActivationOffload", tensor: Tensor, layer: int) -> None:
         self.offload, self.layer = offload, layer
         self.on_device: Tensor | None = tensor
         self.strides = tensor.stride()  # compiled code relies on them
-        bytes_ = tensor.numel() * tensor.element_size()
-        self.buffer = offload.borrow(bytes_)
-        self.host = self.buffer[:bytes_].view(tensor.dtype).view(tensor.shape)
+        self.bytes = tensor.numel() * tensor.element_size()
+        self.buffer = offload.borrow(self.bytes)
+        self.host = self.buffer[: self.bytes].view(tensor.dtype).view(tensor.shape)
         self.fetched: Any = None
         with offload.beside():
             self.host.copy_(tensor, non_blocking=True)
@@ -69,11 +83,6 @@ def _wait(event: Any) -> None:
         torch.cuda.current_stream().wait_event(event)
 
 
-def _ahead(layers: Iterable[int], number: int) -> int | None:
-    """The next of these layers that the backward pass reaches after `number`."""
-    return max((n for n in layers if n < number), default=None)
-
-
 class ActivationOffload:
     """Where the saved tensors of some decoder layers wait.
 
@@ -89,7 +98,8 @@ class ActivationOffload:
         self.chunk: Tensor | None = None
         self.chunk_used = 0
         self.layers: dict[int, WeakSet[_Away]] = {}
-        self.previous: int | None = None
+        self.bytes: dict[int, int] = {}  # that each of them sends
+        self.staying: list[int] = []  # layers whose tensors have not left the device, in order
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -127,7 +137,7 @@ class ActivationOffload:
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
-        """Sends away what is saved inside; what the layer before saved leaves the device."""
+        """Sends away what is saved inside; what layers before saved leaves the device as far as there is no room."""
         here: WeakSet[_Away] = WeakSet()
         seen: dict[tuple, _Away] = {}
 
@@ -153,15 +163,20 @@ class ActivationOffload:
 
         with saved_tensors_hooks(pack, unpack):
             yield
-        if self.previous is not None:
-            for away in self.layers.get(self.previous, ()):
+        self.layers[number], self.bytes[number] = here, sum(away.bytes for away in here)
+        self.staying.append(number)
+        while len(self.staying) > 1 and not self._have_room(self.staying):
+            for away in self.layers[self.staying.pop(0)]:
                 away.leave()
-        self.layers[number], self.previous = here, number
+
+    def _have_room(self, numbers: list[int]) -> bool:
+        return sum(self.bytes[number] for number in numbers) <= ROOM * max(self.bytes.values())
 
     def start(self) -> None:
         """Begins a forward pass."""
-        self.previous = None
         self.layers.clear()
+        self.bytes.clear()
+        self.staying.clear()
 
     def join(self) -> None:
         """Makes the computing stream wait for all copies so far."""
@@ -172,9 +187,15 @@ class ActivationOffload:
         current.wait_stream(self.stream)
 
     def fetch_around(self, layer: int) -> None:
-        """Brings back a layer's tensors and starts on those of the next layer that is sent."""
-        for number in (layer, _ahead(self.layers, layer)):
-            for away in self.layers.get(number, ()) if number is not None else ():
+        """Brings back a layer's tensors and starts on those of the next layers that were sent, as far as there is
+        room for them."""
+        ahead: list[int] = []
+        for number in sorted((n for n in self.layers if n < layer), reverse=True):
+            if ahead and not self._have_room([*ahead, number]):
+                break
+            ahead.append(number)
+        for number in (layer, *ahead):
+            for away in self.layers[number]:
                 away.fetch()
 
 

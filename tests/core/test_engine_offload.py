@@ -61,6 +61,27 @@ def test_a_saved_tensor_comes_back_in_its_own_layout(view, monkeypatch):
     assert held() is None and len(offload.free) == 2
 
 
+def test_small_layers_stay_and_return_beside_a_large_one_and_large_ones_one_by_one(monkeypatch):
+    """1,000 values of large layers, 100 of small ones: a copy of the former takes the time of more than one layer."""
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    offload = ActivationOffload(CPU, frozenset())
+    x = torch.ones((), requires_grad=True)
+    offload.start()
+    out, there = x, []
+
+    def on_device() -> list[int]:
+        return [n for n, aways in offload.layers.items() if any(away.on_device is not None for away in aways)]
+
+    for number, size in enumerate((1000, 100, 1000, 1000, 100, 100)):
+        with offload.layer(number):
+            out = (torch.rand(size, 1) * out).sum()
+        there.append(on_device())
+    assert there == [[0], [0, 1], [1, 2], [3], [3, 4], [3, 4, 5]]
+    offload.fetch_around(2)
+    assert on_device() == [0, 1, 2, 3, 4, 5]  # room for 0 and 1 together: 2 is at work, the others were never away
+    del out
+
+
 def test_tensors_that_stay_anyway_are_not_copied(monkeypatch):
     monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
     weight = torch.randn(8, 8, requires_grad=True)
