@@ -195,7 +195,7 @@ class ActivationOffload:
                 break
             ahead.append(number)
         for number in (layer, *ahead):
-            for away in self.layers[number]:
+            for away in self.layers.get(number, ()):
                 away.fetch()
 
 
