@@ -215,8 +215,8 @@ class FastEngine:
         self._lay_out(plan)
         if on_cuda:
             torch.cuda.empty_cache()
-            largest = max((_logical_elements(m) for _, m in self.candidates), default=0) * self.values.dtype.itemsize
-            self.buffer = reserve_values(self.device, 0 if self.spread else plan.values_bytes(largest))
+        if self.planner is not None and self.planner.adapts and (plan.recomputed or plan.sent):  # memory is short
+            self.buffer = reserve_values(self.device, plan.values_bytes(self.planner.needs.largest_dense_bytes))
 
     def _share_projections(self) -> None:
         """In compiled layers, linears with the same input have one projection; not in layers that are recomputed,
