@@ -15,7 +15,7 @@ import psutil
 
 STOP_SECONDS = 1.0  # a thread inside the driver comes out of it first; others are to be watched meanwhile
 END_SECONDS = 10.0
-TAIL_CHARACTERS = 2000
+TAIL_CHARACTERS = 4000
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -98,5 +98,6 @@ class PausableProcess:
         psutil.wait_procs(started, timeout=END_SECONDS)
 
     def tail(self) -> str:
-        """The end of what it said."""
-        return self.log.read_text(errors="replace")[-TAIL_CHARACTERS:] if self.log.is_file() else ""
+        """The end of what it said, its steps apart: what went wrong, or was decided anew, may be long past."""
+        said = self.log.read_text(errors="replace") if self.log.is_file() else ""
+        return "\n".join(line for line in said.splitlines() if not line.startswith("step "))[-TAIL_CHARACTERS:]

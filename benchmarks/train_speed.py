@@ -33,15 +33,15 @@ ONE = "--gradient-accumulation-steps 1 --compile"
 # work → (architecture, rows, row count, steps, flags)
 WORKS = {
     "llama-free": ("llama-7b", "fixed", 64, 24, f"{ALL} --batch-size 2 {ONE}"),
-    "llama-least": ("llama-7b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --vram 6.2GiB"),
+    "llama-least": ("llama-7b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --vram 6.05GiB"),
     "llama-gsm8k": ("llama-7b", "gsm8k", 1400, 40, f"{ALL} --batch-size 2 {ONE} --packing"),
-    "neox-fixed": ("neox-20b", "fixed", 24, 14, f"{QKV8} --batch-size 1 {ONE} --vram 13.05GiB"),
+    "neox-fixed": ("neox-20b", "fixed", 24, 14, f"{QKV8} --batch-size 1 {ONE} --vram 12.95GiB"),
     "neox-quotes": (
         "neox-20b",
         "quotes",
         1200,
         140,
-        f"{QKV8} --batch-size 1 --gradient-accumulation-steps 8 --compile --warmup-steps 2 --vram 13GiB",
+        f"{QKV8} --batch-size 1 --gradient-accumulation-steps 8 --compile --warmup-steps 2 --vram 12.85GiB",
     ),
     "neox-11gib": ("neox-20b", "fixed", 24, 10, f"{QKV8} --batch-size 1 {ONE} --max-length 512 --vram 12GiB"),
     "pythia": ("pythia-410m", "fixed", 240, 50, f"{ALL} --batch-size 4 {ONE}"),

@@ -63,7 +63,9 @@ class Accumulation:
     def lay_out(self, micro_batches: list[list[int]], limit_tokens: int | None) -> list[MicroBatch]:
         """Reads the rows of a step into tensors, in micro-batches of at most `limit_tokens` (rows are never cut)."""
         split = split_to_fit(micro_batches, self.rows.lengths, limit_tokens)
-        return [read_batch(self.rows, indices, self.device) for indices in split]
+        batches = [read_batch(self.rows, indices, self.device) for indices in split]
+        # The others' turn comes while the device computes the ones before them.
+        return [self.engine.prepare(batches[0]), *batches[1:]] if batches else batches
 
     def accumulate(self, batches: list[MicroBatch], *, scale: float = 1.0, stopping: bool = False) -> Tensor:
         """Gradients of `scale` times the mean loss over the trained tokens of all ranks' batches.

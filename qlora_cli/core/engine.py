@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_cli.core.engine_fast import FastEngine
+from qlora_cli.core.engine_fast import EngineWishes, FastEngine
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 class Engine(Protocol):
     """What the training loop needs of a step."""
+
+    def prepare(self, batch: "MicroBatch") -> "MicroBatch":
+        """The same batch, with what the host does for it done: best while the device computes another."""
+        ...
 
     def loss(self, batch: "MicroBatch") -> Tensor:
         """Cross-entropy in nats, summed over the batch's trained tokens: a differentiable fp32 scalar."""
@@ -73,9 +77,7 @@ def install_engine(
     if kind == "plain":
         return PlainEngine(model, device=device, gradient_checkpointing=gradient_checkpointing)
     if kind == "fast":
-        return FastEngine(
-            model,
-            device=device,
+        wishes = EngineWishes(
             compute_dtype=compute_dtype,
             recomputed=lambda layers: count_recomputed_layers(gradient_checkpointing, layers),
             offload_activations=offload_activations,
@@ -85,8 +87,8 @@ def install_engine(
             max_tokens=max_tokens,
             total_steps=total_steps,
             optimizer_bytes=optimizer_bytes,
-            report=report,
         )
+        return FastEngine(model, wishes, device=device, report=report)
     raise UsageError(f"There is no engine {kind!r}.", "Use --engine fast or --engine plain.")
 
 
@@ -117,6 +119,10 @@ class PlainEngine:
         if self.recompute:
             # Non-reentrant: gradients flow although the embeddings' output does not require any.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def prepare(self, batch: "MicroBatch") -> "MicroBatch":
+        """See `Engine.prepare`."""
+        return batch
 
     def loss(self, batch: "MicroBatch") -> Tensor:
         """See `Engine.loss`."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
-from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket, bucketed
+from qlora_cli.core.engine_embeddings import InputEmbeddings
+from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
 from qlora_cli.core.engine_layers import LayerPlan, capture_calls, find_layers, skip_unused_outputs, swap_layers
 from qlora_cli.core.engine_linear import (
     AdapterValues,
@@ -45,77 +46,61 @@ TRIAL_ROOM_BYTES = 2**29  # for running a layer on a few tokens
 ASSUMED_FLOPS_PER_SECOND = 4e14
 
 
+@dataclass(frozen=True)
+class EngineWishes:
+    """What an engine is asked for; see `install_engine`. None leaves a choice to the engine.
+
+    Attributes:
+        recomputed: How many of so many layers are recomputed.
+    """
+
+    compute_dtype: torch.dtype
+    recomputed: Callable[[int], int | None]
+    offload_activations: bool | None
+    offload_embeddings: bool | None
+    resident_weights: bool | None
+    compile: bool | None
+    max_tokens: int
+    total_steps: int
+    optimizer_bytes: int
+
+
 class FastEngine:
     """Steps of one model instance through the fused path. See `Engine` and `install_engine` for the contract."""
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        recomputed: Callable[[int], int | None],
-        offload_activations: bool | None,
-        offload_embeddings: bool | None,
-        resident_weights: bool | None,
-        compile: bool | None,
-        max_tokens: int,
-        total_steps: int,
-        optimizer_bytes: int,
-        report: Report,
-    ) -> None:
+    def __init__(self, model: Any, wishes: EngineWishes, *, device: torch.device, report: Report) -> None:
         self.model, self.device, self.report = model, device, report
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = find_decoder(self.base)
-        self.embedding = self.base.get_input_embeddings()
+        self.embeddings = InputEmbeddings(self.base, device, report)
         self.undo: list[Callable[[], None]] = []
-        self.values = AdapterValues(compute_dtype)
-        self.trials = Trials(model, self.decoder, self.embedding, self.values, device)
-        self.packed = self.equal_rows = self.host_embedding = False
+        self.values = AdapterValues(wishes.compute_dtype)
+        self.trials = Trials(model, self.decoder, self.embeddings.module, self.values, device)
+        self.packed = self.equal_rows = False
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
         try:
-            self._install(
-                compute_dtype,
-                recomputed,
-                offload_activations,
-                offload_embeddings,
-                resident_weights,
-                compile,
-                max_tokens,
-                total_steps,
-                optimizer_bytes,
-            )
+            self._install(wishes)
         except BaseException:
             self.close()
             raise
 
-    def _install(
-        self,
-        dtype: torch.dtype,
-        recomputed: Callable[[int], int | None],
-        offload_activations: bool | None,
-        offload_embeddings: bool | None,
-        resident_weights: bool | None,
-        compile: bool | None,
-        max_tokens: int,
-        total_steps: int,
-        optimizer_bytes: int,
-    ) -> None:
+    def _install(self, wishes: EngineWishes) -> None:
+        dtype = wishes.compute_dtype
         on_cuda = self.device.type == "cuda"
         self.spread = is_spread(self.base)
         self.candidates = list(linear_candidates(self.base, self.base.get_output_embeddings()))
         self.step = StepState(self.device, len(self.candidates))
         dense_bytes = sum(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
-        resident = False if self.spread else resident_weights
+        resident = False if self.spread else wishes.resident_weights
         if not on_cuda and resident is None:
             resident = dense_bytes < psutil.virtual_memory().available // 2
         self.put_linears_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
         self.buffer: Tensor | None = None
         self.undo.append(self._release_values)
-        if on_cuda and offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
-            self._move_embedding()
+        if on_cuda and wishes.offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
+            self._send_embeddings()
         # Trials run on weights in slices: there may be no room for a whole one.
         self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
         if self.kept_linears and self.spread:
@@ -139,36 +124,33 @@ class FastEngine:
         self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
         self.undo.append(swap_layers(layers, self.layer_plans))
 
-        if compile is None:
-            elements = sum(_logical_elements(m) for _, m in self.candidates)
-            seconds = total_steps * 6 * elements * max_tokens / ASSUMED_FLOPS_PER_SECOND
-            compile = seconds > COMPILE_PAYS_SECONDS
-        elif compile and self.spread:
+        if wishes.compile and self.spread:
             self.report(Notice("The layers of a spread base are not compiled."))
-        self.compiled = compile and on_cuda and self.packed and not self.spread
+        elements = dense_bytes // dtype.itemsize
+        seconds = wishes.total_steps * 6 * elements * wishes.max_tokens / ASSUMED_FLOPS_PER_SECOND
+        wanted = seconds > COMPILE_PAYS_SECONDS if wishes.compile is None else wishes.compile
+        self.compiled = wanted and on_cuda and self.packed and not self.spread
         self._share_projections()
 
-        wish = recomputed(len(layers))
-        sent = len(layers) if offload_activations and wish == 0 else 0
-        plan = MemoryPlan(wish or 0, bool(offload_activations), bool(offload_embeddings), bool(resident), sent=sent)
+        wish, away = wishes.recomputed(len(layers)), wishes.offload_activations
+        sent = len(layers) if away and wish == 0 else 0
+        plan = MemoryPlan(wish or 0, bool(away), bool(wishes.offload_embeddings), bool(resident), sent=sent)
         if on_cuda and layers and not self.spread:  # a layer by itself is not measured where all ranks gather it
             choose = partial(
                 plan_memory,
                 recomputed=wish,
-                offload_activations=offload_activations,
-                offload_embeddings=offload_embeddings,
-                resident_weights=resident_weights,
+                offload_activations=away,
+                offload_embeddings=wishes.offload_embeddings,
+                resident_weights=wishes.resident_weights,
             )
-            self.planner = StepPlanner(choose, bucket(max_tokens), adapts=wish is None)
-            plan = self._plan(self.planner, dense_bytes, optimizer_bytes)
+            self.planner = StepPlanner(choose, bucket_tokens(wishes.max_tokens), adapts=wish is None)
+            plan = self._plan(self.planner, dense_bytes, wishes.optimizer_bytes)
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled
         self._apply(plan)
-        frozen_head = self.head is not None and self.head.frozen
-        frozen_embedding = not any(p.requires_grad for p in self.embedding.parameters())  # read outside of graphs
-        graphs = on_cuda and self.packed and layers and frozen_head and frozen_embedding and not drops
-        graphs = graphs and not self.spread
-        if graphs and total_steps >= GRAPHS_PAY_STEPS:
+        # Graphs read no trained embeddings or head, which lie outside of them, and repeat no random numbers.
+        still = self.head is not None and self.head.frozen and self.embeddings.frozen and not drops
+        if on_cuda and self.packed and layers and still and not self.spread and wishes.total_steps >= GRAPHS_PAY_STEPS:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.graphs = StepGraphs(
                 self._packed_loss,
@@ -204,7 +186,7 @@ class FastEngine:
             self._share_projections()
         self._set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings:
-            self._move_embedding()
+            self._send_embeddings()
         offloads = on_cuda and (plan.offload_activations or plan.sent)
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:
@@ -226,6 +208,10 @@ class FastEngine:
         for layer_plan, layer in zip(self.layer_plans, self.layers, strict=True):
             shared = (fast.shared for m in layer.modules() if (fast := fast_linear_of(m)) and fast.shared)
             layer_plan.shared = tuple({id(s): s for s in shared}.values())
+
+    def _send_embeddings(self) -> None:
+        if self.embeddings.leave():
+            self.undo.append(self.embeddings.come_back)
 
     def _release_values(self) -> None:
         self.buffer = reserve_values(self.device, 0)
@@ -256,7 +242,7 @@ class FastEngine:
             optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
             dense_bytes=dense_bytes,
             largest_dense_bytes=max(_logical_elements(m) for _, m in self.candidates) * itemsize,
-            embedding_bytes=self._movable_embedding_bytes(),
+            embedding_bytes=self.embeddings.movable_bytes(),
         )
         planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)
         plan = planner.plan()
@@ -311,40 +297,11 @@ class FastEngine:
                 tensors += [t for t in linear.weight if isinstance(t, Tensor)]
         return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
 
-    def _move_embedding(self) -> None:
-        """Has the input embeddings wait on the host, where they may."""
-        if self._movable_embedding_bytes():
-            self.host_embedding = True
-            self.embedding.to("cpu")
-            self.undo.append(self._put_embedding_back)
-
-    def _put_embedding_back(self) -> None:
-        torch.cuda.empty_cache()
-        try:
-            self.embedding.to(self.device)
-        except torch.OutOfMemoryError:
-            self.report(Notice("The input embeddings stay on the host: there is no memory for them on the device."))
-
-    def _movable_embedding_bytes(self) -> int:
-        """Bytes of the input embeddings on the device, 0 where they must stay: tied to the head, adapted or trained."""
-        head = self.base.get_output_embeddings()
-        weight = getattr(self.embedding, "weight", None)
-        if type(self.embedding) is not nn.Embedding or weight is None or weight.requires_grad or self.host_embedding:
-            return 0
-        if head is not None and getattr(head, "weight", None) is weight:
-            return 0
-        return weight.numel() * weight.element_size()
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        """Token ids (rows, length) to embeddings (rows, length, size) on the device."""
-        if not self.host_embedding:
-            embedded = self.embedding(ids.to(self.device, non_blocking=True))
-        else:
-            weight = self.embedding.weight
-            rows = torch.empty(ids.numel(), weight.shape[1], dtype=weight.dtype, pin_memory=True)
-            torch.index_select(weight.detach(), 0, ids.flatten().cpu(), out=rows)
-            embedded = rows.to(self.device, non_blocking=True).view(*ids.shape, -1)
-        return embedded
+    def prepare(self, batch: "MicroBatch") -> "MicroBatch":
+        """See `Engine.prepare`."""
+        if not (self.embeddings.on_host and self.packed):
+            return batch
+        return replace(batch, embedded=self.embeddings.look_up(batch.input_ids))
 
     def loss(self, batch: "MicroBatch") -> Tensor:
         """See `Engine.loss`. A batch still on the host saves a wait where embeddings are on the host."""
@@ -364,7 +321,7 @@ class FastEngine:
         ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
         # Without padding the mask is the plain causal one, which has kernels of its own.
         mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
-        return self._loss(self._embed(ids), labels, batch.trained_tokens, **mask)
+        return self._loss(self.embeddings.embed(ids), labels, batch.trained_tokens, **mask)
 
     def _loss_beside_graphs(self, inputs: StepInputs) -> Tensor:
         """Without a graph; what graphs hold makes room where memory runs out."""
@@ -379,7 +336,7 @@ class FastEngine:
         return self._packed_loss(inputs)
 
     def _inputs(self, batch: "MicroBatch") -> StepInputs:
-        embedded = self._embed(batch.input_ids)
+        embedded = self.embeddings.embed(batch.input_ids, batch.embedded)
         batch = batch.to(self.device, non_blocking=True)
         rows = batch.cu_seqlens.numel() - 1
         equal = self.equal_rows and rows * batch.max_seqlen == batch.tokens and batch.max_seqlen >= EQUAL_ROWS_TOKENS
@@ -424,18 +381,9 @@ class FastEngine:
         parts.append("packed rows" if self.packed else "padded rows")
         if self.head is not None:
             parts.append("chunked loss")
-        if self.plan.recomputed:
-            parts.append(f"{self.plan.recomputed} of {len(self.layers)} layers recomputed")
-        if self.plan.sent:
-            parts.append(f"activations of {self.plan.sent} on the host")
-        elif self.plan.offload_activations:
-            parts.append("hidden states on the host")
-        if self.host_embedding:
+        parts += self.plan.describe(len(self.layers))
+        if self.embeddings.on_host:
             parts.append("embeddings on the host")
-        if self.plan.resident_weights:
-            parts.append("dequantised weights resident")
-        if self.plan.workspace_bytes is not None:
-            parts.append("weights dequantised in slices")
         if self.spread:
             parts.append("base spread over the cards")
         if self.compiled:

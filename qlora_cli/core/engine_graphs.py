@@ -20,8 +20,10 @@ from qlora_cli.events import Notice, Report
 
 MOST_GRAPHS = 48
 COARSENESS = 8  # buckets of tokens from one power of two to the next
-TRAINED_COARSENESS = 4  # of trained tokens, which cost little: fewer shapes to capture
-LEAST_LONGEST = 128  # tokens; only a bound for attention's launch
+# Each shape is captured once, which takes as long as several steps: shapes are kept few where that costs little.
+LEAST_TOKENS = 64
+TRAINED_COARSENESS, MOSTLY_TRAINED = 4, 0.75  # of trained tokens; above this share of all, all of them
+LEAST_ROWS, LEAST_LONGEST = 16, 512  # rows and tokens of the longest; only bounds for attention's launch
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,19 @@ def bucket(count: int, least: int = 16, coarseness: int = COARSENESS) -> int:
     return -(-count // step) * step
 
 
+def bucket_tokens(tokens: int) -> int:
+    """Tokens of a micro-batch, on the grid."""
+    return bucket(tokens, LEAST_TOKENS)
+
+
 def bucketed(inputs: StepInputs) -> StepInputs:
     """The same loss and gradients in a shape of the grid. A pack of equal rows keeps its shape."""
     tokens = inputs.labels.shape[1]
     if inputs.equal_rows:
         return replace(inputs, trained_tokens=_trained(inputs, tokens))
-    wanted = bucket(tokens)
+    wanted = bucket_tokens(tokens)
     added = wanted - tokens
-    rows = bucket(inputs.boundaries.numel() + 1, 8)
+    rows = bucket(inputs.boundaries.numel() + 1, LEAST_ROWS)
     longest = max(LEAST_LONGEST, 2 ** (max(inputs.longest, added) - 1).bit_length())
     return StepInputs(
         embedded=F.pad(inputs.embedded, (0, 0, 0, added)),
@@ -74,7 +81,8 @@ def bucketed(inputs: StepInputs) -> StepInputs:
 
 
 def _trained(inputs: StepInputs, most: int) -> int:
-    return min(bucket(inputs.trained_tokens, coarseness=TRAINED_COARSENESS), most)
+    count = bucket(inputs.trained_tokens, coarseness=TRAINED_COARSENESS)
+    return most if count >= MOSTLY_TRAINED * most else count
 
 
 @dataclass
@@ -112,7 +120,7 @@ class StepGraphs:
         self.pool: Any = None
         self.stream: Any = None
         self.replays = 0
-        self.failed = False
+        self.failed = self.frozen = False
 
     def clear(self) -> None:
         """Forgets all graphs; new ones are made of what `run` does then."""
@@ -124,6 +132,9 @@ class StepGraphs:
         """A pool ends with its last graph."""
         self.graphs.clear()
         self.pool = None
+        if self.frozen:
+            gc.unfreeze()
+            self.frozen = False
 
     def loss(self, inputs: StepInputs) -> Tensor | None:
         """The loss of a shape of the grid, or None where this micro-batch has to run without a graph.
@@ -167,7 +178,12 @@ class StepGraphs:
             self.pool = torch.cuda.graph_pool_handle()
         if self.stream is None:
             self.stream = torch.cuda.Stream()
-        gc.collect()  # capturing begins by giving back unused memory
+        # Capturing begins by giving back unused memory, which cycles of Python objects may hold. Looking through half a
+        # million modules and functions takes a third of a second each time: what is there by now is left out after.
+        gc.collect()
+        if not self.frozen:
+            gc.freeze()
+            self.frozen = True
         torch._C._cuda_clearCublasWorkspaces()  # those of steps without a graph; each stream has its own
         options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "relaxed"}
         inputs = replace(inputs, embedded=inputs.embedded.detach())

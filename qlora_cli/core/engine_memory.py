@@ -162,6 +162,16 @@ class MemoryPlan:
         sent = frozenset(_evenly(numbers, min(self.sent, away)))
         return frozenset(numbers) - sent, sent
 
+    def describe(self, layers: int) -> list[str]:
+        """What is unlike a step with memory to spare, of so many layers."""
+        parts = [f"{self.recomputed} of {layers} layers recomputed"] if self.recomputed else []
+        if self.sent:
+            parts.append(f"activations of {self.sent} on the host")
+        elif self.offload_activations:
+            parts.append("hidden states on the host")
+        parts += ["dequantised weights resident"] if self.resident_weights else []
+        return parts + ["weights dequantised in slices"] * (self.workspace_bytes is not None)
+
 
 def _evenly(numbers: Sequence[int], count: int) -> list[int]:
     """So many of these numbers, equally far apart."""

@@ -29,6 +29,7 @@ class MicroBatch:
         tokens: T.
         trained_tokens: Labels that are not -100.
         row_indices: Where each row came from.
+        embedded: (1, T, size) of embeddings that were looked up beforehand, on the host; usually None.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +40,7 @@ class MicroBatch:
     tokens: int
     trained_tokens: int
     row_indices: tuple[int, ...]
+    embedded: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
         """The same batch with its tensors on `device`."""

@@ -93,11 +93,11 @@ def test_embeddings_leave_before_trials_where_room_is_short(load_tiny, architect
     model = on_gpu(load_tiny, architecture)
     plain = install(model, total_steps=1)
     expected = steps(model, plain, batches())
-    tied = plain._movable_embedding_bytes() == 0
+    tied = plain.embeddings.movable_bytes() == 0
     plain.close()
     monkeypatch.setattr(engine_fast, "TRIAL_ROOM_BYTES", 2**60)
     engine = install(model)
-    assert engine.packed and engine.head is not None and engine.host_embedding is not tied
+    assert engine.packed and engine.head is not None and engine.embeddings.on_host is not tied
     losses, found = steps(model, engine, batches())
     assert torch.allclose(losses, expected[0], rtol=2e-2)
     assert (found - expected[1]).norm() <= 3e-2 * expected[1].norm()

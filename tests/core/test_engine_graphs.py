@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.core import engine_attention, engine_layers
-from qlora_cli.core.engine_graphs import StepGraphs, bucket, bucketed, explain_failure
+from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket, bucketed, explain_failure
 from qlora_cli.kernels import linear
 from tests.core.test_engine import adapted, batch_of, gradients, install, step
 
@@ -163,3 +163,41 @@ def test_a_capture_that_fails_is_explained_by_its_first_error_and_holds_nothing(
         assert explain_failure(caught.value) == (f"{kind.__name__}: no room", expected)
     assert explain_failure(NotImplementedError()) == ("NotImplementedError: ", False)
     assert all(reference() is None for reference in watched)
+
+
+def test_embeddings_looked_up_beforehand_give_the_same_loss_and_gradients(load_tiny):
+    model = adapted(load_tiny, "gpt_neox")
+    engine = install(model)
+    found = []
+    for waits in (False, True):
+        assert not waits or engine.embeddings.leave()
+        model.zero_grad(set_to_none=True)
+        batch = engine.prepare(batch_of())
+        assert (batch.embedded is not None) is (waits and engine.packed)
+        loss = engine.loss(batch)
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    engine.close()
+
+
+def test_packs_alike_have_few_shapes():
+    """A shape is captured once, in the time of several steps: quotes and questions are to need a handful."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, least, most, shapes in ((8, 12, 80, 6), (25, 60, 260, 8)):
+        seen = set()
+        for _ in range(150):
+            lengths = torch.randint(least, most, (rows,), generator=generator).tolist()
+            tokens = sum(lengths)
+            inputs = StepInputs(
+                embedded=torch.zeros(1, tokens, 1),
+                labels=torch.zeros(1, tokens, dtype=torch.long),
+                position_ids=torch.zeros(1, tokens, dtype=torch.long),
+                boundaries=torch.zeros(rows + 1, dtype=torch.int32),
+                longest=max(lengths),
+                equal_rows=0,
+                trained_tokens=tokens - rows,
+            )
+            found = bucketed(inputs)
+            seen.add((found.labels.shape, found.boundaries.shape, found.longest, found.trained_tokens))
+        assert len(seen) <= shapes

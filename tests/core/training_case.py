@@ -177,6 +177,9 @@ class FaultyEngine:
         self.calls += 1
         return self.fault(self.calls, batch, self.engine.loss(batch))
 
+    def prepare(self, batch):
+        return self.engine.prepare(batch)
+
     def relieve(self) -> bool:
         return self.engine.relieve()
 
