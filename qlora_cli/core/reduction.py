@@ -3,7 +3,7 @@
 A backward pass goes from the last layer to the first, and so through the buffers from end to start: a bucket whose
 parameters have all received their gradient is on its way while the layers below compute. Where one CUDA graph holds
 the whole backward pass, nothing can be told apart inside it, and all buckets go when it is done: r 16 on every linear of
-a 7B model is 160 MB. All that two cards with NVLink exchange, in the open, is 1.2 % of a step (benchmarks/ranks.md).
+a 7B model is 160 MB. All that two cards with NVLink exchange, in the open, is 1.8 % of a step (benchmarks/ranks.md).
 """
 
 from functools import partial
