@@ -40,6 +40,12 @@ def state_bytes(name: str, parameters: int) -> int:
     return int(_STATE_BYTES[name] * parameters)
 
 
+def allocated_state_bytes(name: str, parameters: int) -> int:
+    """Of these, what PyTorch's allocator gives on a CUDA device: nothing for a paged optimizer, whose states are in
+    managed memory and leave the device where it is full."""
+    return 0 if name.startswith("paged") else state_bytes(name, parameters)
+
+
 def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay: float) -> Optimizer:
     """Builds an optimizer over the buffers. Its learning rate is set before every step by the loop.
 

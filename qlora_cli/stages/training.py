@@ -38,7 +38,7 @@ from qlora_cli.core.holdout import RowSubset, hold_out
 from qlora_cli.core.liveness import watching
 from qlora_cli.core.loop import Cadence, Loop, Saving
 from qlora_cli.core.memory import read_vram
-from qlora_cli.core.optimizer import build_optimizer, choose_optimizer, state_bytes
+from qlora_cli.core.optimizer import allocated_state_bytes, build_optimizer, choose_optimizer, state_bytes
 from qlora_cli.core.outcome import TrainPlan, TrainResult
 from qlora_cli.core.parameters import TrainableParameters
 from qlora_cli.core.planner import TrainingPlan
@@ -216,7 +216,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             compile=config.compile,
             max_tokens=max(int(train_rows.lengths[batch].sum()) for batch in largest),
             total_steps=plan.total_steps,  # of a resumed run too, whose steps are to be computed the same way
-            optimizer_bytes=state_bytes(optimizer_name, trainable),
+            optimizer_bytes=allocated_state_bytes(optimizer_name, trainable),
             report=report,
         )
         stack.callback(engine.close)
@@ -245,7 +245,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             eval_plan=plan_evaluation(config, eval_rows, ranks, max_length),
             parameters=parameters,
             optimizer=optimizer,
-            optimizer_bytes=0 if checkpoint else state_bytes(optimizer_name, parameters.elements),
+            optimizer_bytes=0 if checkpoint else allocated_state_bytes(optimizer_name, parameters.elements),
             learning_rate=learning_rate_schedule(
                 config.scheduler, peak=config.learning_rate, warmup_steps=warmup_steps, total_steps=plan.total_steps
             ),

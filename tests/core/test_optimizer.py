@@ -10,6 +10,7 @@ from torch import nn
 from qlora_cli.config import OPTIMIZERS
 from qlora_cli.core.checkpoint import read_tensors, write_tensors
 from qlora_cli.core.optimizer import (
+    allocated_state_bytes,
     build_optimizer,
     choose_optimizer,
     load_optimizer_state,
@@ -130,6 +131,11 @@ def test_defaults_follow_the_device_and_an_unknown_name_is_refused():
         make("adagrad")
 
 
+def test_a_paged_optimizer_asks_nothing_of_the_allocator():
+    assert allocated_state_bytes("paged_adamw_8bit", 10**6) == 0
+    assert allocated_state_bytes("adamw_8bit", 10**6) == state_bytes("adamw_8bit", 10**6) > 2 * 10**6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_on_a_gpu_a_state_continues_bit_for_bit_and_stays_paged(name, tmp_path):
@@ -145,8 +151,11 @@ def test_on_a_gpu_a_state_continues_bit_for_bit_and_stays_paged(name, tmp_path):
         step_optimizer(optimizer)
 
     trained, optimizer = on_gpu(0)
+    before = torch.cuda.memory_allocated()
     for seed in range(3):
         gpu_step(trained, optimizer, seed)
+    taken = torch.cuda.memory_allocated() - before
+    assert taken <= 1.05 * allocated_state_bytes(name, trained.elements) + 0.05 * state_bytes(name, trained.elements)
     tensors, numbers = optimizer_state(optimizer)
     write_tensors(tmp_path / "o.safetensors", tensors)
     other, resumed = on_gpu(1)
