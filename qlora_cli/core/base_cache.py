@@ -11,39 +11,26 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qlora_cli.artifacts import atomic_directory, read_json
+from qlora_cli.core import hashed_tensors
+from qlora_cli.core.hashed_tensors import HashedFile, write_tensors
 from qlora_cli.core.slices import Slices
 from qlora_cli.errors import DiskFull, QloraError, RunError
 from qlora_cli.events import Caution, Notice, Report
 
 FORMAT = 1  # raised when an older copy cannot be read
 WEIGHTS, MANIFEST = "base.safetensors", "base.json"
-HASHED_BYTES = 32 * 2**20  # covered by one digest, so that several threads share the hashing
-ALIGNED_BYTES = 256
 SPARE_BYTES = 2 * 2**30  # room left on the disk beside a copy
-THREADS = min(8, os.cpu_count() or 1)
 FOUR_BIT = "quant_state.bitsandbytes__"  # how the state of a packed weight begins, behind "weight."
-DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-    torch.float64: "F64",
-}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+HOST = torch.device("cpu")
 
 MakeLinear = Callable[[dict[str, Tensor], Tensor | None], nn.Module]
 
@@ -98,11 +85,11 @@ def save_base(model: Any, facts: Mapping[str, Any], report: Report | None = None
         if is_main:
             with atomic_directory(directory, replace=True) as temporary:
                 with (temporary / WEIGHTS).open("wb") as stream:
-                    digests = _write(stream, shapes, values)
+                    digests = write_tensors(stream, shapes, values)
                 manifest = {
                     "format": FORMAT,
                     "facts": dict(facts),
-                    "hashed_bytes": HASHED_BYTES,
+                    "hashed_bytes": hashed_tensors.HASHED_BYTES,
                     "sha256": digests,
                     "generation_config": model.generation_config.to_dict(),
                 }
@@ -144,58 +131,6 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in model.named_buffers() if name not in state)
 
 
-def _write(stream: BinaryIO, shapes: Mapping[str, Tensor], values: Iterator[Tensor]) -> list[str]:
-    """Writes a safetensors file, each tensor aligned, one in memory at a time; returns the digests of its pieces.
-
-    Args:
-        stream: To write to.
-        shapes: Of every tensor, in order; these themselves, or ones on the meta device.
-        values: The tensors in the same order.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in shapes.items():
-        gap = -end % ALIGNED_BYTES
-        if gap:  # the format has no holes: an unnamed tensor fills this one
-            header[f"__gap_{end}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
-        start, end = end + gap, end + gap + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNED_BYTES)
-    hashing = _Hashing(stream)
-    hashing.write(len(text).to_bytes(8, "little") + text)
-    written = 0
-    for tensor in values:
-        gap = -written % ALIGNED_BYTES
-        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-        hashing.write(bytes(gap))
-        hashing.write(raw)
-        written += gap + raw.nbytes
-    return hashing.finish()
-
-
-class _Hashing:
-    """A stream that keeps a digest of every HASHED_BYTES."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._digest, self._room = stream, hashlib.sha256(), HASHED_BYTES
-        self._digests: list[str] = []
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        self._stream.write(view)
-        while len(view):
-            part, view = view[: self._room], view[self._room :]
-            self._digest.update(part)
-            self._room -= len(part)
-            if not self._room:
-                self._digests.append(self._digest.hexdigest())
-                self._digest, self._room = hashlib.sha256(), HASHED_BYTES
-
-    def finish(self) -> list[str]:
-        return [*self._digests, self._digest.hexdigest()]
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -235,6 +170,7 @@ def restore_base(
         if report:
             told = error.message if isinstance(error, QloraError) else str(error)
             report(Caution(f"The copy of the quantised base in {directory} is made anew: {told}"))
+        error.__traceback__ = None  # it holds what was read, on the device that is about to be filled again
         shutil.rmtree(directory, ignore_errors=True)
         return None
     model.generation_config = GenerationConfig.from_dict(manifest["generation_config"])
@@ -244,50 +180,26 @@ def restore_base(
 
 
 def _read(path: Path, manifest: Mapping[str, Any], device: torch.device, slices: Slices | None) -> dict[str, Tensor]:
-    """Every tensor of the file, on the device, while other threads verify its bytes.
+    """Every tensor of the file, verified, on the device.
 
     Raises:
         RunError: A byte is not what was written.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream, ThreadPoolExecutor(THREADS) as pool:
-        descriptor = stream.fileno()
-        piece = int(manifest["hashed_bytes"])
-        starts = range(0, size, piece)
-        if len(manifest["sha256"]) != len(starts) + (size % piece == 0):
-            raise RunError(f"{path.name} has another length than was written.")
-        found = pool.map(lambda start: hashlib.sha256(os.pread(descriptor, piece, start)).hexdigest(), starts)
-        header_bytes = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if header_bytes > size:
-            raise RunError(f"{path.name} is damaged.")
-        header = json.loads(os.pread(descriptor, header_bytes, 8))
-        packed = {name.split(f".{FOUR_BIT}")[0] for name in header if f".weight.{FOUR_BIT}" in name}
+    with HashedFile(path, manifest["sha256"], int(manifest["hashed_bytes"])) as file:
+        packed = {name.split(f".{FOUR_BIT}")[0] for name in file.entries if f".weight.{FOUR_BIT}" in name}
         spread = {name for weight in packed for name in (weight, f"{weight}.absmax")} if slices else set()
-
-        def load(name: str) -> Tensor:
-            entry = header[name]
-            start, end = entry["data_offsets"]
-            raw = torch.empty(end - start, dtype=torch.uint8)
-            view = raw.numpy().data
-            done = 0
-            while done < end - start:
-                count = os.preadv(descriptor, [view[done:]], 8 + header_bytes + start + done)
-                if not count:
-                    raise RunError(f"{path.name} is shorter than its header says.")
-                done += count
-            tensor = raw.view(TORCH_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-            if FOUR_BIT in name:  # the state itself is read by the host
-                return tensor
+        tensors, parts = {}, []
+        for name, entry in file.entries.items():
             if slices and name in spread:
-                tensor = slices.keep(tensor)
-                return tensor if slices.on_host else tensor.to(device)
-            return tensor.to(device)
-
-        names = [name for name in header if not name.startswith("__")]
-        tensors = dict(zip(names, pool.map(load, names), strict=True))
-        for number, (digest, expected) in enumerate(zip(found, manifest["sha256"], strict=False)):
-            if digest != expected:
-                raise RunError(f"{path.name} is damaged after byte {number * piece:,}.")
+                elements = entry.shape.numel()
+                first, last = slices.bounds(elements)
+                tensors[name] = slices.blank(elements, entry.dtype, device)
+                parts.append((entry.start + first * entry.dtype.itemsize, tensors[name][: last - first]))
+            else:
+                home = HOST if FOUR_BIT in name else device  # the state itself is read by the host
+                tensors[name] = torch.empty(entry.shape, dtype=entry.dtype, device=home)
+                parts.append((entry.start, tensors[name]))
+        file.fill(parts, device)
     return tensors
 
 
@@ -297,13 +209,16 @@ def _fill(model: Any, tensors: dict[str, Tensor], make_linear: MakeLinear) -> No
     Raises:
         RunError: The model has another structure than the one that was saved.
     """
+    packed: dict[str, dict[str, Tensor]] = {}
     for state_name in [name for name in tensors if f".weight.{FOUR_BIT}" in name]:
         name = state_name.split(f".weight.{FOUR_BIT}")[0]
-        prefix = f"{name}.weight"
-        endings = [key for key in tensors if key.startswith(f"{prefix}.")]
-        packed = {key.removeprefix(prefix): tensors.pop(key) for key in endings}
-        packed[""] = tensors.pop(prefix)
-        model.set_submodule(name, make_linear(packed, tensors.pop(f"{name}.bias", None)))
+        packed[name] = {"": tensors.pop(f"{name}.weight")}
+    for key in list(tensors):
+        name, _, ending = key.rpartition(".weight.")
+        if name in packed:
+            packed[name][f".{ending}"] = tensors.pop(key)
+    for name, parts in packed.items():
+        model.set_submodule(name, make_linear(parts, tensors.pop(f"{name}.bias", None)))
     for name, tensor in tensors.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)

@@ -27,9 +27,19 @@ class Slices:
         """This rank's share of a tensor, flattened: one of equal parts, the last ones filled up with zeros."""
         flat = tensor.reshape(-1)
         share = share_size(flat.numel(), self.ranks.world_size)
-        mine = flat[share * self.ranks.rank : share * (self.ranks.rank + 1)]
+        mine = flat[slice(*self.bounds(flat.numel()))]
         mine = F.pad(mine, (0, share - mine.numel())) if mine.numel() < share else mine.clone()
         return mine.cpu() if self.on_host else mine
+
+    def bounds(self, elements: int) -> tuple[int, int]:
+        """The first of a tensor's elements that this rank keeps, and the one behind the last."""
+        share = share_size(elements, self.ranks.world_size)
+        return min(share * self.ranks.rank, elements), min(share * (self.ranks.rank + 1), elements)
+
+    def blank(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A share of zeros, where this rank's share of a tensor of so many elements is kept, to be filled up to `bounds`."""
+        share = share_size(elements, self.ranks.world_size)
+        return torch.zeros(share, dtype=dtype, device="cpu" if self.on_host else device)
 
     def gather(self, share: Tensor, whole: Tensor, device: torch.device) -> Tensor:
         """The whole tensor on the host, of the shape and dtype of `whole`. Every rank takes part.

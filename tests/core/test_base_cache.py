@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.core import base_cache
+from qlora_cli.core import base_cache, hashed_tensors
 from qlora_cli.core.base_cache import base_directory, cache_size_bytes, restore_base, save_base
 from qlora_cli.core.base_model import build_empty, four_bit_linears, freeze_base, load_config
+from qlora_cli.core.ranks import Ranks
+from qlora_cli.core.slices import Slices
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -108,7 +110,7 @@ def test_the_file_is_plain_safetensors_and_its_size_is_known(load_tiny, root):
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 0.9999), kind=st.sampled_from(["flip", "cut", "grow"]))
 def test_damage_anywhere_is_found_and_the_copy_removed(place, kind, load_tiny, tiny_model, monkeypatch):
-    monkeypatch.setattr(base_cache, "HASHED_BYTES", 10_000)
+    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", 10_000)
     base, _ = load_tiny("llama")
     save_base(base, FACTS)
     path = base_directory(FACTS) / base_cache.WEIGHTS
@@ -129,13 +131,50 @@ def test_damage_anywhere_is_found_and_the_copy_removed(place, kind, load_tiny, t
 
 def test_a_broken_manifest_or_another_structure_is_no_base(load_tiny, tiny_model):
     base, _ = load_tiny("llama")
-    for content in ("{", "{}", json.dumps({"hashed_bytes": 1, "sha256": []})):
+    for content in ("{", "{}", *({"hashed_bytes": b, "sha256": []} for b in (0, 1))):
         save_base(base, FACTS)
+        content = content if isinstance(content, str) else json.dumps(content)
         (base_directory(FACTS) / base_cache.MANIFEST).write_text(content)
         assert restore(tiny_model("llama")) is None
     save_base(base, FACTS)
     assert restore(tiny_model("qwen3")) is None
     assert not base_directory(FACTS).exists()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_each_rank_reads_what_it_keeps(on_host, double_quant, load_tiny, monkeypatch):
+    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", 1000)
+    base, _ = load_tiny("llama", double_quant=double_quant)
+    save_base(base, FACTS)
+    path = base_directory(FACTS) / base_cache.WEIGHTS
+    manifest = json.loads((base_directory(FACTS) / base_cache.MANIFEST).read_text())
+    whole = base_cache._read(path, manifest, CPU, None)
+    spread = {f"{name}.weight{ending}" for name, _ in four_bit_linears(base) for ending in ("", ".absmax")}
+    for world_size in (1, 3, 7):
+        for rank in range(world_size):
+            slices = Slices(Ranks(rank, world_size), on_host)
+            for name, tensor in base_cache._read(path, manifest, CPU, slices).items():
+                expected = slices.keep(whole[name]) if name in spread else whole[name]
+                assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_on_cuda_the_copy_gives_the_same_bits_and_logits(architecture, load_tiny, monkeypatch):
+    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", 10_000)
+    device = torch.device("cuda", torch.cuda.current_device())
+    settings = {"device": device, "compute_dtype": torch.bfloat16, "cache": True}
+    base, _ = load_tiny(architecture, **settings)
+    events = []
+    again, _ = load_tiny(architecture, **settings, report=events.append)
+    assert "Using the quantised base kept" in events[-1].text
+    ids = torch.arange(2, 40, device=device)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, base(input_ids=ids).logits)
+    ours = dict(base_cache._tensors_of(again))
+    for name, tensor in base_cache._tensors_of(base):
+        assert torch.equal(ours[name], tensor) and ours[name].device == tensor.device, name
 
 
 def test_a_full_disk_and_a_forbidden_directory_stop_nothing(load_tiny, root, monkeypatch, tmp_path):
@@ -150,7 +189,7 @@ def test_a_full_disk_and_a_forbidden_directory_stop_nothing(load_tiny, root, mon
         stream.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(base_cache, "_write", no_room)
+    monkeypatch.setattr(base_cache, "write_tensors", no_room)
     save_base(base, FACTS, events.append)
     assert "could not be kept" in events[-1].text
     assert list(root.iterdir()) == []
