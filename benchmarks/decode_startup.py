@@ -1,15 +1,20 @@
 """Seconds from a loaded interpreter to a loaded base and a first token: quantising, and from the kept copy.
 
-    python benchmarks/decode_startup.py --json decode_startup.json [--model llama-7b] [--work DIR]
+    python benchmarks/decode_startup.py --json decode_startup.json [--model llama-7b | --checkpoint DIR] [--work DIR]
+                                        [--direct] [--repeats 3]
 
-A random checkpoint is written once. Each start is a process of its own; the file system's cache is warm in all of
-them. `qlora generate` is started three times: with --no-cache, then twice with the cache, the first of which makes the
-copy. Until `load_base` uses the cache, --direct times `save_base` and `restore_base` themselves.
+A random checkpoint is written once, where none is given. First `load_base` is timed in this process, after one load
+that is not: quantising, keeping a copy, and from the copy. Then `qlora generate` is started three times: with
+--no-cache, and twice with the cache, the first of which makes the copy. --direct leaves the processes out. The file
+system's cache is warm in all of them.
 """
 
 import argparse
+import gc
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,54 +45,46 @@ def start(checkpoint: Path, cache: Path, *flags: str) -> dict:
     }
 
 
-def direct(checkpoint: Path, cache: Path) -> dict:
-    """Quantising, keeping and restoring a base in this process, and whether the logits are the same bits."""
-    import bitsandbytes as bnb
+def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
+    """Medians of loading a base both ways in this process, and whether the logits are the same bits."""
     import torch
 
-    from qlora_cli.core.base_cache import cache_size_bytes, restore_base, save_base
-    from qlora_cli.core.base_model import build_empty, choose_device, freeze_base, load_base, load_config
+    from qlora_cli.core.base_cache import cache_size_bytes
+    from qlora_cli.core.base_model import choose_device, load_base, resolve_compute_dtype
 
     os.environ["QLORA_CACHE"] = str(cache)
     device = choose_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = resolve_compute_dtype(None, device)
+    ids, logits = torch.arange(5, 60, device=device)[None], {}
 
-    def make_linear(packed, bias):
-        weight = packed.pop("")
-        stats = {name.removeprefix("."): value for name, value in packed.items()}
-        with torch.device("meta"):
-            linear = bnb.nn.Linear4bit(1, 1, bias=bias is not None, compute_dtype=dtype)
-        linear.weight = bnb.nn.Params4bit.from_prequantized(weight, stats, device=device, module=linear)
-        linear.out_features, linear.in_features = linear.weight.quant_state.shape
-        linear.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-        return linear
-
-    def timed(work):
-        started = time.time()
-        result = work()
+    def load(case: str, use_cache: bool) -> float:
+        """Seconds of one load; the memory it takes is new to the process, as at a start."""
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()
+        events: list = []
+        started = time.perf_counter()
+        base, _ = load_base(str(checkpoint), compute_dtype=dtype, device=device, cache=use_cache, report=events.append)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return result, time.time() - started
+        seconds = time.perf_counter() - started
+        from_copy = any("Using the quantised base" in getattr(event, "text", "") for event in events)
+        assert from_copy == (case == "copy"), events
+        with torch.no_grad():
+            logits[case] = base(input_ids=ids).logits.cpu()
+        return seconds
 
-    ids, facts, figures = torch.arange(5, 60, device=device)[None], {"checkpoint": str(checkpoint)}, {}
-    figures["untimed first load seconds"] = timed(
-        lambda: load_base(str(checkpoint), compute_dtype=dtype, device=device, cache=False)
-    )[1]
-    (base, _), figures["quantise seconds"] = timed(
-        lambda: load_base(str(checkpoint), compute_dtype=dtype, device=device, cache=False)
-    )
-    started = time.time()
-    save_base(base, facts)
-    figures["save seconds"] = time.time() - started
-    with torch.no_grad():
-        expected = base(input_ids=ids).logits.cpu()
-    del base
-    again, figures["restore seconds"] = timed(
-        lambda: freeze_base(restore_base(facts, lambda: build_empty(load_config(str(checkpoint))), make_linear, device))
-    )
-    with torch.no_grad():
-        figures["same logits"] = torch.equal(again(input_ids=ids).logits.cpu(), expected)
-    figures["times faster"] = figures["quantise seconds"] / figures["restore seconds"]
+    figures: dict = {"first load seconds": load("quantised", False)}
+    quantised = [load("quantised", False) for _ in range(repeats)]
+    figures["quantise and keep seconds"] = load("kept", True)
+    restored = [load("copy", True) for _ in range(repeats)]
+    figures["all quantise seconds"] = " ".join(f"{seconds:.3f}" for seconds in quantised)
+    figures["all copy seconds"] = " ".join(f"{seconds:.3f}" for seconds in restored)
+    figures["quantise seconds"] = statistics.median(quantised)
+    figures["copy seconds"] = statistics.median(restored)
+    figures["times faster"] = figures["quantise seconds"] / figures["copy seconds"]
+    figures["same logits"] = torch.equal(logits["copy"], logits["quantised"])
     figures["copy bytes"] = cache_size_bytes()
     return figures
 
@@ -99,16 +96,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, default=Path("decode_startup.json"))
     parser.add_argument("--model", default="llama-7b", choices=list(CONFIGS))
+    parser.add_argument("--checkpoint", type=Path, default=None, help="an existing one with its tokenizer")
     parser.add_argument("--work", type=Path, default=None)
-    parser.add_argument("--direct", action="store_true", help="time the cache's own functions")
+    parser.add_argument("--direct", action="store_true", help="start no processes")
+    parser.add_argument("--repeats", type=int, default=3, help="timed loads of each kind in this process")
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="decode_startup."))
     started = time.time()
-    checkpoint = write_checkpoint(arguments.model, work / arguments.model)
+    checkpoint = arguments.checkpoint or write_checkpoint(arguments.model, work / arguments.model)
     results: dict[str, dict] = {"checkpoint": {"write seconds": time.time() - started}}
-    if arguments.direct:
-        results["direct"] = direct(checkpoint, work / "cache-direct")
-    else:
+    for cache in ("cache-direct", "cache"):  # of an earlier run
+        shutil.rmtree(work / cache, ignore_errors=True)
+    results["in one process"] = direct(checkpoint, work / "cache-direct", arguments.repeats)
+    print("in one process", results["in one process"], flush=True)
+    if not arguments.direct:
         for case, flags in (("quantised", ["--no-cache"]), ("copy made", []), ("copy used", [])):
             results[case] = start(checkpoint, work / "cache", *flags)
             print(case, results[case], flush=True)
@@ -119,7 +120,7 @@ def main() -> None:
     arguments.json.write_text(json.dumps(results, indent=1))
     for case, figures in results.items():
         for name, value in figures.items():
-            print(f"{case:12} {name:28} {value:.3g}" if isinstance(value, float) else f"{case:12} {name:28} {value}")
+            print(f"{case:14} {name:28} {value:.3f}" if isinstance(value, float) else f"{case:14} {name:28} {value}")
 
 
 if __name__ == "__main__":

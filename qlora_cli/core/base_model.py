@@ -515,8 +515,7 @@ def _restored_linear(
 ) -> nn.Module:
     """A 4-bit linear of tensors that a checkpoint or the cache holds."""
     weight = packed.pop("")
-    with torch.device("meta"):
-        linear = bnb.nn.Linear4bit(1, 1, bias is not None, compute_dtype)
+    linear = bnb.nn.Linear4bit(1, 1, bias is not None, compute_dtype, device="meta")
     linear.weight = bnb.nn.Params4bit.from_prequantized(weight, packed, device=device, module=linear)
     if weight.device != device:  # shares that wait on the host, which has moved them
         linear.weight.data, linear.weight.quant_state.absmax = weight, packed[".absmax"]
