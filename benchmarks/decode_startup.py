@@ -11,6 +11,7 @@ system's cache is warm in all of them.
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,12 +47,41 @@ def start(checkpoint: Path, cache: Path, *flags: str) -> dict:
     }
 
 
+def watch(owner, name: str, spent: dict[str, float]) -> None:
+    """From now on adds the seconds of each call of a function to `spent`."""
+    function = getattr(owner, name)
+
+    def timed(*arguments, **settings):
+        started = time.perf_counter()
+        try:
+            return function(*arguments, **settings)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+
+    setattr(owner, name, timed)
+
+
+def sha256_rate(threads: int) -> float:
+    """Bytes a second that so many threads hash: the bound of reading a copy."""
+    block = bytes(8 * 2**20)
+
+    def work(_: int) -> None:
+        for _ in range(20):
+            hashlib.sha256(block)
+
+    with ThreadPoolExecutor(threads) as pool:
+        started = time.perf_counter()
+        list(pool.map(work, range(threads)))
+        return threads * 20 * len(block) / (time.perf_counter() - started)
+
+
 def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     """Medians of loading a base both ways in this process, and whether the logits are the same bits."""
     import torch
 
+    from qlora_cli.core import base_cache, base_model, hashed_tensors
     from qlora_cli.core.base_cache import cache_size_bytes
-    from qlora_cli.core.base_model import choose_device, load_base, resolve_compute_dtype
+    from qlora_cli.core.base_model import choose_device, resolve_compute_dtype
 
     os.environ["QLORA_CACHE"] = str(cache)
     device = choose_device()
@@ -65,7 +96,9 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
             torch.cuda.synchronize()
         events: list = []
         started = time.perf_counter()
-        base, _ = load_base(str(checkpoint), compute_dtype=dtype, device=device, cache=use_cache, report=events.append)
+        base, _ = base_model.load_base(
+            str(checkpoint), compute_dtype=dtype, device=device, cache=use_cache, report=events.append
+        )
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -79,6 +112,20 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     quantised = [load("quantised", False) for _ in range(repeats)]
     figures["quantise and keep seconds"] = load("kept", True)
     restored = [load("copy", True) for _ in range(repeats)]
+    spent: dict[str, float] = {}
+    for owner, name in (
+        (base_model, "identify_base"),
+        (base_cache, "_read"),  # of which `fill` is the part after the header is read and memory is taken
+        (hashed_tensors.HashedFile, "fill"),
+        (base_model, "build_empty"),
+        (base_cache, "_fill"),
+        (base_model, "freeze_base"),
+    ):
+        watch(owner, name, spent)
+    figures["watched copy seconds"] = load("copy", True)
+    figures["of which"] = ", ".join(f"{name} {seconds:.3f}" for name, seconds in spent.items())
+    figures["sha256 GB/s, one thread"] = sha256_rate(1) / 1e9
+    figures[f"sha256 GB/s, {hashed_tensors.THREADS} threads"] = sha256_rate(hashed_tensors.THREADS) / 1e9
     figures["all quantise seconds"] = " ".join(f"{seconds:.3f}" for seconds in quantised)
     figures["all copy seconds"] = " ".join(f"{seconds:.3f}" for seconds in restored)
     figures["quantise seconds"] = statistics.median(quantised)
