@@ -24,7 +24,8 @@ class InputEmbeddings:
         self.module = base.get_input_embeddings()
         self.head = base.get_output_embeddings()
         self.device, self.report = device, report
-        self.on_host = False
+        plain = type(self.module) is nn.Embedding
+        self.on_host = plain and self.module.weight.device.type == "cpu" and device.type != "cpu"
 
     @property
     def frozen(self) -> bool:
@@ -40,16 +41,16 @@ class InputEmbeddings:
             return 0
         return weight.numel() * weight.element_size()
 
-    def leave(self) -> bool:
-        """Has the table wait on the host, where it may; whether that is new."""
-        if not self.movable_bytes():
-            return False
-        self.on_host = True
-        self.module.to("cpu")
-        return True
+    def leave(self) -> None:
+        """Has the table wait on the host, where it may."""
+        if self.movable_bytes():
+            self.on_host = True
+            self.module.to("cpu")
 
     def come_back(self) -> None:
-        """Puts the table where it was."""
+        """Puts the table where it was, if it left."""
+        if not self.on_host:
+            return
         torch.cuda.empty_cache()
         try:
             self.module.to(self.device)

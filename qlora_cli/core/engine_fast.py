@@ -1,7 +1,7 @@
 """A model with an adapter in, the fast engine out: fused linears, packed rows, a head over trained positions only."""
 
-import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,20 @@ from torch.distributed.tensor import DTensor
 from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
 from qlora_cli.core.engine_embeddings import InputEmbeddings
 from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
-from qlora_cli.core.engine_layers import LayerPlan, capture_calls, find_layers, skip_unused_outputs, swap_layers
+from qlora_cli.core.engine_layers import (
+    LayerPlan,
+    capture_calls,
+    drop_something,
+    find_layers,
+    skip_unused_outputs,
+    swap_layers,
+)
 from qlora_cli.core.engine_linear import (
     AdapterValues,
     StepState,
     fast_linear_of,
     linear_candidates,
+    logical_elements,
     share_projections,
     swap_linears,
 )
@@ -28,7 +36,6 @@ from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, fre
 from qlora_cli.core.engine_offload import ActivationOffload
 from qlora_cli.core.engine_planning import StepPlanner
 from qlora_cli.core.engine_sharding import is_spread
-from qlora_cli.core.engine_sliced import sliced_weight_of
 from qlora_cli.core.engine_trials import Trials
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
@@ -86,21 +93,22 @@ class FastEngine:
             raise
 
     def _install(self, wishes: EngineWishes) -> None:
-        dtype = wishes.compute_dtype
+        dtype, self.largest_tokens = wishes.compute_dtype, wishes.max_tokens
         on_cuda = self.device.type == "cuda"
         self.spread = is_spread(self.base)
         self.candidates = list(linear_candidates(self.base, self.base.get_output_embeddings()))
         self.step = StepState(self.device, len(self.candidates))
-        dense_bytes = sum(_logical_elements(m) for _, m in self.candidates) * dtype.itemsize
+        dense_bytes = sum(logical_elements(m) for _, m in self.candidates) * dtype.itemsize
         resident = False if self.spread else wishes.resident_weights
         if not on_cuda and resident is None:
             resident = dense_bytes < psutil.virtual_memory().available // 2
         self.put_linears_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
+        self.undo.append(self.embeddings.come_back)
         self.buffer: Tensor | None = None
         self.undo.append(self._release_values)
         if on_cuda and wishes.offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
-            self._send_embeddings()
+            self.embeddings.leave()
         # Trials run on weights in slices: there may be no room for a whole one.
         self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
         if self.kept_linears and self.spread:
@@ -120,7 +128,7 @@ class FastEngine:
         if len(self.calls) != len(layers):  # layers that are called other than once each are left as they are
             layers, self.calls = [], []
         self.layers = layers
-        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for layer in layers for m in _outside_adapters(layer))
+        drops = drop_something(layers)
         self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
         self.undo.append(swap_layers(layers, self.layer_plans))
 
@@ -156,6 +164,7 @@ class FastEngine:
                 self._packed_loss,
                 trained,
                 self._join,
+                self._layout,
                 lambda: not (self.plan.recomputed or self.plan.sent),
                 self.report,
             )
@@ -186,7 +195,7 @@ class FastEngine:
             self._share_projections()
         self._set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings:
-            self._send_embeddings()
+            self.embeddings.leave()
         offloads = on_cuda and (plan.offload_activations or plan.sent)
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:
@@ -198,7 +207,8 @@ class FastEngine:
         if on_cuda:
             torch.cuda.empty_cache()
         if self.planner is not None and self.planner.adapts and (plan.recomputed or plan.sent):  # memory is short
-            self.buffer = reserve_values(self.device, plan.values_bytes(self.planner.needs.largest_dense_bytes))
+            with suppress(torch.OutOfMemoryError):  # then each weight has a tensor of its own
+                self.buffer = reserve_values(self.device, plan.values_bytes(self.planner.needs.largest_dense_bytes))
 
     def _share_projections(self) -> None:
         """In compiled layers, linears with the same input have one projection; not in layers that are recomputed,
@@ -209,10 +219,6 @@ class FastEngine:
             shared = (fast.shared for m in layer.modules() if (fast := fast_linear_of(m)) and fast.shared)
             layer_plan.shared = tuple({id(s): s for s in shared}.values())
 
-    def _send_embeddings(self) -> None:
-        if self.embeddings.leave():
-            self.undo.append(self.embeddings.come_back)
-
     def _release_values(self) -> None:
         self.buffer = reserve_values(self.device, 0)
 
@@ -222,12 +228,24 @@ class FastEngine:
 
     def relieve(self) -> bool:
         """See `Engine.relieve`."""
-        plan = None if self.planner is None else self.planner.relieve(self.plan)
-        if plan is None:
-            return False
+        if self.graphs is not None and self.graphs.make_room():
+            torch.cuda.empty_cache()
+            return True
+        plan = self.plan
+        while True:
+            leaner = None if self.planner is None else self.planner.relieve(plan)
+            if self.graphs is not None:
+                self.graphs.clear()
+            if leaner is None:
+                return False
+            plan = leaner
+            try:
+                self._apply(plan)
+                break
+            except torch.OutOfMemoryError:  # layers are tried out before they are recomputed
+                torch.cuda.empty_cache()
         if self.graphs is not None:
-            self.graphs.clear()
-        self._apply(plan)
+            self.graphs.yields = 0
         self.report(Notice(f"Memory ran out; the engine is now: {self.describe()}."))
         return True
 
@@ -241,7 +259,7 @@ class FastEngine:
             hidden_bytes=0,
             optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
             dense_bytes=dense_bytes,
-            largest_dense_bytes=max(_logical_elements(m) for _, m in self.candidates) * itemsize,
+            largest_dense_bytes=max(logical_elements(m) for _, m in self.candidates) * itemsize,
             embedding_bytes=self.embeddings.movable_bytes(),
         )
         planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)
@@ -265,6 +283,11 @@ class FastEngine:
                 shared.enabled = not layer.recompute
             away = layer.number in sent or (layer.recompute and plan.offload_activations)
             layer.offload = self.offload if away else None
+
+    def _layout(self, tokens: int) -> tuple[bool, ...]:
+        """Whether any layer is recomputed, sent or kept whole at so many tokens."""
+        plan = self.plan_by_tokens(tokens)
+        return plan.recomputed > 0, plan.sent > 0, plan.recomputed + plan.sent < len(self.layers)
 
     def _join(self) -> None:
         if self.offload is not None:
@@ -340,6 +363,8 @@ class FastEngine:
         batch = batch.to(self.device, non_blocking=True)
         rows = batch.cu_seqlens.numel() - 1
         equal = self.equal_rows and rows * batch.max_seqlen == batch.tokens and batch.max_seqlen >= EQUAL_ROWS_TOKENS
+        if self.graphs is not None and rows == 1:  # any one row is as long as itself: not a shape for each length
+            equal = equal and (batch.tokens == self.largest_tokens or bucket_tokens(batch.tokens) == batch.tokens)
         return StepInputs(
             embedded=embedded,
             labels=batch.labels,
@@ -400,17 +425,3 @@ class FastEngine:
 
 def _differentiates() -> bool:
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-
-
-def _logical_elements(module: Any) -> int:
-    linear = module.base_layer if hasattr(module, "base_layer") else module
-    if (sliced := sliced_weight_of(linear)) is not None:
-        return sliced.elements
-    weight = linear.weight
-    state = getattr(weight, "quant_state", None)
-    return weight.numel() if state is None else math.prod(state.shape)
-
-
-def _outside_adapters(layer: nn.Module) -> list[nn.Module]:
-    """Modules of a layer but those of adapters, whose dropout has its own seed."""
-    return [m for name, m in layer.named_modules() if "lora_dropout" not in name]

@@ -19,6 +19,7 @@ from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
 
 MOST_GRAPHS = 48
+MOST_YIELDS = 4  # how often graphs make room before a leaner plan has to
 COARSENESS = 8  # buckets of tokens from one power of two to the next
 # Each shape is captured once, which takes as long as several steps: shapes are kept few where that costs little.
 LEAST_TOKENS = 64
@@ -50,7 +51,7 @@ class StepInputs:
 
 
 def bucket(count: int, least: int = 16, coarseness: int = COARSENESS) -> int:
-    """The next larger of a grid of numbers, at most 1 / coarseness above `count` where that is above 8 * `least`."""
+    """The next larger of a grid of numbers, at most 1 / coarseness above `count` where that is above coarseness * `least`."""
     step = max(least, 2 ** max(0, count.bit_length() - 1) // coarseness)
     return -(-count // step) * step
 
@@ -101,6 +102,7 @@ class StepGraphs:
         run: Loss of a micro-batch; capturable, differentiable.
         parameters: Which receive gradients, in place: a parameter's `grad` has to stand.
         join: Makes the current stream wait for whatever other streams `run` and its backward pass use.
+        layout: How layers run at so many tokens: each way is run once without a graph before it is captured.
         gather: Whether there is memory for all new gradients at once, which are then added in a few launches.
         report: Receives a notice when graphs are given up.
     """
@@ -110,16 +112,20 @@ class StepGraphs:
         run: Callable[[StepInputs], Tensor],
         parameters: list[Tensor],
         join: Callable[[], None],
+        layout: Callable[[int], tuple],
         gather: Callable[[], bool],
         report: Report,
     ) -> None:
-        self.run, self.parameters, self.join, self.gather, self.report = run, parameters, join, gather, report
+        self.run, self.parameters, self.join, self.layout = run, parameters, join, layout
+        self.gather, self.report = gather, report
         self.graphs: dict[tuple, _Graph] = {}
-        self.warm: set[bool] = set()
+        self.warm: set[tuple] = set()
         self.addresses: tuple[int, ...] = ()
         self.pool: Any = None
         self.stream: Any = None
-        self.replays = 0
+        self.passes = 0  # forward passes of training, with a graph and without
+        self.crowded = False  # memory ran out in a capture while other graphs held some
+        self.yields = 0
         self.failed = self.frozen = False
 
     def clear(self) -> None:
@@ -127,6 +133,17 @@ class StepGraphs:
         self._drop()
         self.warm.clear()
         self.failed = False
+
+    def make_room(self) -> bool:
+        """After memory ran out: whether graphs held some, which is given back. A pass without a graph beside them takes
+        what a plan counts once, and so does a first one of another shape where their pool has no large enough hole."""
+        held = bool(self.graphs) or self.crowded
+        self.crowded = False
+        if not held or self.yields >= MOST_YIELDS:
+            return False
+        self.yields += 1
+        self.clear()
+        return True
 
     def _drop(self) -> None:
         """A pool ends with its last graph."""
@@ -142,14 +159,15 @@ class StepGraphs:
         Raises:
             torch.OutOfMemoryError: There is not the memory to capture this shape.
         """
+        self.passes += 1
         addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
         if self.failed or 0 in addresses:
             return None
         if addresses != self.addresses:
             self._drop()
             self.addresses = addresses
-        # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend.
-        way = inputs.equal_rows > 0
+        # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend and lay out.
+        way = (inputs.equal_rows > 0, *self.layout(inputs.labels.shape[1]))
         if way not in self.warm:
             self.warm.add(way)
             return None
@@ -205,6 +223,7 @@ class StepGraphs:
             reason, memory_ran_out = explain_failure(error)
         # Outside the handler, whose traceback would keep the activations.
         del loss
+        self.crowded = memory_ran_out and bool(self.graphs)
         self._drop()
         gc.collect()
         torch.cuda.synchronize()
@@ -238,13 +257,12 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, graph: _Graph, graphs: StepGraphs) -> Tensor:
         graph.forward.replay()
-        graphs.replays += 1
-        ctx.graph, ctx.graphs, ctx.number = graph, graphs, graphs.replays
+        ctx.graph, ctx.graphs, ctx.number = graph, graphs, graphs.passes
         return graph.loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        if ctx.number != ctx.graphs.replays:
+        if ctx.number != ctx.graphs.passes:
             raise RuntimeError("another micro-batch ran between this one's forward and backward pass")
         ctx.graph.slope.copy_(grads[0])
         ctx.graph.backward.replay()

@@ -271,3 +271,9 @@ def _unused(layer: nn.Module, call: LayerCall, linear: Any) -> bool:
         return not any(t.is_floating_point() and bool(t.isnan().any()) for t in _saved_by(layer, call))
     finally:
         linear.forward = original
+
+
+def drop_something(layers: list[nn.Module]) -> bool:
+    """Whether layers draw random numbers, apart from the adapters' dropout, which has its own seed."""
+    named = (item for layer in layers for item in layer.named_modules())
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and "lora_dropout" not in name for name, m in named)

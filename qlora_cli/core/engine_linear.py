@@ -1,5 +1,6 @@
 """A model's frozen and adapted linear layers in; the same module instances, computing through the fused op, out."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -343,3 +344,13 @@ def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> l
 def fast_linear_of(module: nn.Module) -> FastLinear | None:
     """The fused form a swapped instance computes with; None for any other module."""
     return getattr(module, _ATTRIBUTE, None)
+
+
+def logical_elements(module: Any) -> int:
+    """Values of a linear layer's weight, packed or not."""
+    linear = module.base_layer if hasattr(module, "base_layer") else module
+    if (sliced := sliced_weight_of(linear)) is not None:
+        return sliced.elements
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)

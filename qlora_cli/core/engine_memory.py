@@ -18,6 +18,9 @@ SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole deq
 RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.7, 0.03, 0.01, 0.05, 0.08
 HIDDEN_SHARE = 0.8
 TOP_LAYERS = 2  # that keep everything, if any layer does
+# What is on its way to the host or back may take, as a multiple of what the largest layer sends: such a layer, and the
+# hidden states of recomputed ones beside it, which take more time to compute than to copy.
+ROOM = 1.25
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class MemoryPlan:
         whole = needs.layers - self.recomputed - self.sent
         away = min(self.recomputed, 2) if self.offload_activations else self.recomputed  # two are on their way
         waiting = away * needs.hidden_bytes + min(self.sent, 1) * kept
+        if self.sent and self.offload_activations:
+            waiting = max(waiting, int(min(self.sent_bytes(needs), ROOM * kept)))
         head = 4 * needs.hidden_bytes + 2 * CHUNK_BYTES
         # Highest at the head or its neighbour, where all that is kept is there, in a layer that is repeated, or in one
         # whose tensors came back, while those of the next are on their way.

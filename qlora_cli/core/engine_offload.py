@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_cli.core.engine_memory import ROOM
+
 SMALLEST_BYTES = 2**20  # below this a copy costs more than the memory is worth
 TRIAL_BYTES = 2**25  # of the link
 CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each request up to a power of two
-# What is on its way may take, as a multiple of what the largest layer keeps: such a layer, and the hidden states of
-# recomputed ones beside it, which take more time to compute than to copy.
-ROOM = 1.25
 
 
 class _Away:
@@ -74,7 +73,8 @@ class _Away:
         return self.on_device
 
     def __del__(self) -> None:
-        self.offload.give_back(self.buffer)
+        if hasattr(self, "buffer"):  # there may have been no memory for one
+            self.offload.give_back(self.buffer)
 
 
 def _wait(event: Any) -> None:

@@ -1,5 +1,6 @@
 """One decoder layer tried out in; how steps keep within the device's memory, for each number of tokens, out."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from qlora_cli.core.engine_offload import link_bytes_per_second
 from qlora_cli.core.engine_trials import LEAST_TRIAL_TOKENS, Trials
 
 RELIEF_BYTES, MOST_RELIEFS = 2**28, 16  # how much less memory is planned with each time it runs out
-HOST_SHARE = 0.5  # of free host memory, which activations may take
+HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
 
 
 class StepPlanner:
@@ -54,7 +55,9 @@ class StepPlanner:
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
             fixed_seconds=None if few is None else _fixed(seconds, few[1]),
             link_bytes_per_second=link_bytes_per_second(trials.device),
-            host_bytes=int(HOST_SHARE * psutil.virtual_memory().available),
+            host_bytes=int(
+                HOST_SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            ),
         )
         self.available_bytes = free_bytes(trials.device)
 
@@ -85,7 +88,12 @@ class StepPlanner:
             for recomputed in range(plan.recomputed + 1)
             for sent in range(plan.sent + plan.recomputed - recomputed + 1 if plan.sent else 1)
         ]
-        fitting = [leaner for leaner in plans if leaner.step_bytes(needs) <= self.available_bytes]
+        room = max(needs.host_bytes, plan.sent_bytes(needs))  # on the host; what was asked for may be more
+        fitting = [
+            leaner
+            for leaner in plans
+            if leaner.step_bytes(needs) <= self.available_bytes and leaner.sent_bytes(needs) <= room
+        ]
         return min(fitting, key=lambda leaner: leaner.cost(needs), default=plan)
 
 

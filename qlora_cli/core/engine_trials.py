@@ -75,7 +75,14 @@ class Trials:
             if self.packed:
                 self._pack_states(ids, lengths)
             else:
-                self.decoder(inputs_embeds=self._embed(ids), use_cache=False)
+                rows = len(lengths) if len(set(lengths)) == 1 else 1
+                self.decoder(inputs_embeds=self._embed(ids.view(rows, -1)), use_cache=False)
+
+    def rows_of(self, tokens: int) -> tuple[int, ...]:
+        """Lengths of rows with so many tokens together, or a few more, for each of which the model has positions."""
+        context = getattr(getattr(self.decoder, "config", None), "max_position_embeddings", None) or tokens
+        rows = -(-tokens // context)
+        return (-(-tokens // rows),) * rows
 
     @torch.no_grad()
     def why_pack_differs(self) -> str | None:
@@ -95,6 +102,8 @@ class Trials:
             changed[0, -1] = (changed[0, -1] + 1) % self._vocabulary
             earlier = self._pack_states(changed, TRIAL_LENGTHS)[:-1]
             alone = self.decoder(**self._whole(ids[:, short:]), use_cache=False).last_hidden_state[0]
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             return f"this architecture refused a pack ({type(error).__name__}: {first_line(error)})"
         finally:
@@ -117,7 +126,7 @@ class Trials:
             torch.OutOfMemoryError: There is not even the memory for a few tokens.
         """
         try:
-            call = capture_first_call(layer, lambda: self.run((tokens,)))
+            call = capture_first_call(layer, lambda: self.run(self.rows_of(tokens)))
             self.hidden_bytes = call.args[0].shape[-1] * call.args[0].element_size()
             return measure_layer(layer, call)
         except torch.OutOfMemoryError:

@@ -65,7 +65,7 @@ def measure_loss(
 def _add_loss(engine: Engine, rows: RowSubset, indices: list[int], sums: Tensor, lockstep: bool) -> None:
     batch = read_batch(rows, indices, sums.device)
     try:
-        sums[0] += engine.loss(batch.to(sums.device, non_blocking=True))
+        sums[0] += engine.loss(batch)
         sums[1] += batch.trained_tokens
         return
     except RuntimeError as error:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core import engine_attention, engine_layers
+from qlora_cli.core import engine_attention, engine_graphs, engine_layers
 from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket, bucketed, explain_failure
 from qlora_cli.kernels import linear
 from tests.core.test_engine import adapted, batch_of, gradients, install, step
@@ -106,7 +106,9 @@ def test_lean_layers_keep_less_and_have_the_same_gradients(load_tiny, architectu
 
 def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
     parameter = torch.ones(2, requires_grad=True)
-    graphs = StepGraphs(lambda inputs: parameter.sum(), [parameter], lambda: None, lambda: True, lambda event: None)
+    graphs = StepGraphs(
+        lambda inputs: parameter.sum(), [parameter], lambda: None, lambda tokens: (), lambda: True, lambda event: None
+    )
     assert graphs.loss(None) is None and not graphs.graphs
 
 
@@ -170,7 +172,8 @@ def test_embeddings_looked_up_beforehand_give_the_same_loss_and_gradients(load_t
     engine = install(model)
     found = []
     for waits in (False, True):
-        assert not waits or engine.embeddings.leave()
+        if waits:
+            engine.embeddings.leave()
         model.zero_grad(set_to_none=True)
         batch = engine.prepare(batch_of())
         assert (batch.embedded is not None) is (waits and engine.packed)
@@ -178,6 +181,33 @@ def test_embeddings_looked_up_beforehand_give_the_same_loss_and_gradients(load_t
         loss.backward()
         found.append((loss.detach(), gradients(model)))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    engine.close()
+
+
+def test_graphs_make_room_before_a_leaner_plan_has_to(load_tiny):
+    model = adapted(load_tiny, "llama")
+    engine = install(model)
+    graphs = StepGraphs(None, [], lambda: None, engine._layout, lambda: True, lambda event: None)
+    engine.graphs, plan = graphs, engine.plan
+    for held in ("another graph", "a capture beside others"):
+        graphs.graphs = {(1,): None} if held == "another graph" else {}
+        graphs.crowded = not graphs.graphs
+        assert engine.relieve() and engine.plan is plan and not graphs.graphs
+        assert not engine.relieve()  # nothing is planned on the CPU
+    graphs.yields = engine_graphs.MOST_YIELDS
+    graphs.graphs = {(1,): None}
+    assert not engine.relieve() and not graphs.graphs, "room is made whatever follows"
+    engine.close()
+
+
+def test_a_single_row_has_a_shape_of_its_own_only_at_the_largest_length_or_on_the_grid(load_tiny):
+    engine = install(adapted(load_tiny, "llama"), max_tokens=500)
+    engine.equal_rows, engine.graphs = (
+        True,
+        StepGraphs(None, [], lambda: None, engine._layout, lambda: True, lambda event: None),
+    )
+    found = {lengths: engine._inputs(batch_of(lengths)).equal_rows for lengths in ((300,), (320,), (500,), (300, 300))}
+    assert found == {(300,): 0, (320,): 1, (500,): 1, (300, 300): 2}
     engine.close()
 
 

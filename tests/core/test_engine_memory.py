@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core.engine_memory import TOP_LAYERS, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
+from qlora_cli.core.engine_memory import ROOM, TOP_LAYERS, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
 
 GIB = 2**30
 NEEDS = StepNeeds(
@@ -91,6 +91,15 @@ def test_layers_wait_on_the_host_while_copies_hide_behind_the_others_and_are_rec
     assert 0 <= slow.sent < quick.sent and slow.recomputed > 0
     nothing = plan_memory(replace(LINKED, host_bytes=0), 5 * GIB, **UNDECIDED)
     assert nothing.sent == 0 and nothing.recomputed > 0
+
+
+def test_hidden_states_on_their_way_beside_a_sent_layer_are_counted():
+    needs = replace(LINKED, kept_bytes=32 * NEEDS.hidden_bytes)
+    plan = MemoryPlan(16, True, False, False, sent=16)
+    less = replace(plan, offload_activations=False, recomputed=2, sent=30)
+    assert (
+        plan.step_bytes(needs) - less.step_bytes(needs) == int((ROOM - 1) * needs.kept_bytes) - 2 * needs.hidden_bytes
+    )
 
 
 def test_no_layer_waits_on_the_host_against_the_users_word():
