@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_cli.core.engine_fast import EngineWishes, FastEngine
-from qlora_cli.errors import UsageError
+from qlora_cli.core.engine_trials import LEAST_TRIAL_TOKENS
+from qlora_cli.errors import TrainingError, UsageError, first_line
 from qlora_cli.events import Report
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def install_engine(
 
     Raises:
         UsageError: A value is not one of the above.
+        TrainingError: There is not the memory to try a layer out.
     """
     if kind == "plain":
         return PlainEngine(model, device=device, gradient_checkpointing=gradient_checkpointing)
@@ -88,7 +90,14 @@ def install_engine(
             total_steps=total_steps,
             optimizer_bytes=optimizer_bytes,
         )
-        return FastEngine(model, wishes, device=device, report=report)
+        try:
+            return FastEngine(model, wishes, device=device, report=report)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"Beside the model's weights there is no room on the device to run one layer on {LEAST_TRIAL_TOKENS} "
+                f"tokens ({first_line(error)})",
+                "Give more memory with --vram, close what else uses the card, or take a smaller model.",
+            ) from error
     raise UsageError(f"There is no engine {kind!r}.", "Use --engine fast or --engine plain.")
 
 

@@ -10,8 +10,9 @@ from qlora_cli.core.adapter import attach_adapter
 from qlora_cli.core.engine import count_recomputed_layers, install_engine
 from qlora_cli.core.engine_memory import StepNeeds, plan_memory
 from qlora_cli.core.engine_planning import StepPlanner
+from qlora_cli.core.engine_trials import Trials
 from qlora_cli.core.packing import collate
-from qlora_cli.errors import UsageError
+from qlora_cli.errors import TrainingError, UsageError
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -388,3 +389,15 @@ def test_layers_of_one_class_with_other_parts_are_recomputed_each_in_its_way(loa
     again, found, engine = step(model, batch, gradient_checkpointing="on")
     assert set(engine.skipped) == {"mlp.down_proj", "mlp.inner.down_proj"}
     assert torch.allclose(again, loss, rtol=1e-6) and (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_no_room_to_try_a_layer_out_is_told_in_one_sentence(load_tiny, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.\nMore lines.")
+
+    model = adapted(load_tiny, "llama")
+    monkeypatch.setattr(Trials, "_pack_states", full)
+    with pytest.raises(TrainingError, match="no room on the device to run one layer") as told:
+        install(model)
+    assert "\n" not in told.value.message and "--vram" in told.value.hint
+    assert not hasattr(model.get_base_model().model.layers[0], "_qlora_layer"), "the model is left as it was"
