@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_cli.core.engine_fast import EngineWishes, FastEngine
+from qlora_cli.core.engine_fast import FastEngine
+from qlora_cli.core.engine_planning import EngineWishes
 from qlora_cli.core.engine_trials import LEAST_TRIAL_TOKENS
 from qlora_cli.errors import TrainingError, UsageError, first_line
 from qlora_cli.events import Report

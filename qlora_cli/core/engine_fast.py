@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -32,9 +32,9 @@ from qlora_cli.core.engine_linear import (
     swap_linears,
 )
 from qlora_cli.core.engine_loss import find_decoder, find_head, trained_positions
-from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes, plan_memory
+from qlora_cli.core.engine_memory import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes
 from qlora_cli.core.engine_offload import ActivationOffload
-from qlora_cli.core.engine_planning import StepPlanner
+from qlora_cli.core.engine_planning import EngineWishes, StepPlanner
 from qlora_cli.core.engine_sharding import is_spread
 from qlora_cli.core.engine_trials import Trials
 from qlora_cli.errors import UsageError
@@ -51,25 +51,6 @@ GRAPHS_PAY_STEPS = 8
 HEAD_TRIAL_TOKENS = 8
 TRIAL_ROOM_BYTES = 2**29  # for running a layer on a few tokens
 ASSUMED_FLOPS_PER_SECOND = 4e14
-
-
-@dataclass(frozen=True)
-class EngineWishes:
-    """What an engine is asked for; see `install_engine`. None leaves a choice to the engine.
-
-    Attributes:
-        recomputed: How many of so many layers are recomputed.
-    """
-
-    compute_dtype: torch.dtype
-    recomputed: Callable[[int], int | None]
-    offload_activations: bool | None
-    offload_embeddings: bool | None
-    resident_weights: bool | None
-    compile: bool | None
-    max_tokens: int
-    total_steps: int
-    optimizer_bytes: int
 
 
 class FastEngine:
@@ -140,18 +121,9 @@ class FastEngine:
         self.compiled = wanted and on_cuda and self.packed and not self.spread
         self._share_projections()
 
-        wish, away = wishes.recomputed(len(layers)), wishes.offload_activations
-        sent = len(layers) if away and wish == 0 else 0
-        plan = MemoryPlan(wish or 0, bool(away), bool(wishes.offload_embeddings), bool(resident), sent=sent)
+        plan = wishes.plan(len(layers), resident=bool(resident))
         if on_cuda and layers and not self.spread:  # a layer by itself is not measured where all ranks gather it
-            choose = partial(
-                plan_memory,
-                recomputed=wish,
-                offload_activations=away,
-                offload_embeddings=wishes.offload_embeddings,
-                resident_weights=wishes.resident_weights,
-            )
-            self.planner = StepPlanner(choose, bucket_tokens(wishes.max_tokens), adapts=wish is None)
+            self.planner = wishes.planner(len(layers))
             plan = self._plan(self.planner, dense_bytes, wishes.optimizer_bytes)
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled

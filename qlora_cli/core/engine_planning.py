@@ -2,19 +2,58 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import psutil
+import torch
 from torch import nn
 
+from qlora_cli.core.engine_graphs import bucket_tokens
 from qlora_cli.core.engine_layers import LayerBytes
-from qlora_cli.core.engine_memory import LayerSeconds, MemoryPlan, StepNeeds, free_bytes
+from qlora_cli.core.engine_memory import LayerSeconds, MemoryPlan, StepNeeds, free_bytes, plan_memory
 from qlora_cli.core.engine_offload import link_bytes_per_second
 from qlora_cli.core.engine_trials import LEAST_TRIAL_TOKENS, Trials
 
 RELIEF_BYTES, MOST_RELIEFS = 2**28, 16  # how much less memory is planned with each time it runs out
 HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
+
+
+@dataclass(frozen=True)
+class EngineWishes:
+    """What an engine is asked for; see `install_engine`. None leaves a choice to the engine.
+
+    Attributes:
+        recomputed: How many of so many layers are recomputed.
+    """
+
+    compute_dtype: torch.dtype
+    recomputed: Callable[[int], int | None]
+    offload_activations: bool | None
+    offload_embeddings: bool | None
+    resident_weights: bool | None
+    compile: bool | None
+    max_tokens: int
+    total_steps: int
+    optimizer_bytes: int
+
+    def plan(self, layers: int, *, resident: bool) -> MemoryPlan:
+        """Of steps that nothing is measured for: what was asked for, and nothing else."""
+        recomputed, away = self.recomputed(layers), self.offload_activations
+        sent = layers if away and recomputed == 0 else 0
+        return MemoryPlan(recomputed or 0, bool(away), bool(self.offload_embeddings), resident, sent=sent)
+
+    def planner(self, layers: int) -> "StepPlanner":
+        """Decides what was left open."""
+        recomputed = self.recomputed(layers)
+        choose = partial(
+            plan_memory,
+            recomputed=recomputed,
+            offload_activations=self.offload_activations,
+            offload_embeddings=self.offload_embeddings,
+            resident_weights=self.resident_weights,
+        )
+        return StepPlanner(choose, bucket_tokens(self.max_tokens), adapts=recomputed is None)
 
 
 class StepPlanner:
