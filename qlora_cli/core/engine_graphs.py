@@ -120,6 +120,7 @@ class StepGraphs:
         self.gather, self.report = gather, report
         self.graphs: dict[tuple, _Graph] = {}
         self.warm: set[tuple] = set()
+        self.warming: tuple | None = None  # the way of the last pass, where that was its first one
         self.addresses: tuple[int, ...] = ()
         self.pool: Any = None
         self.stream: Any = None
@@ -142,7 +143,9 @@ class StepGraphs:
         if not held or self.yields >= MOST_YIELDS:
             return False
         self.yields += 1
-        self.clear()
+        self._drop()
+        if self.warming is not None:  # that pass has yet to come to its end
+            self.warm.discard(self.warming)
         return True
 
     def _drop(self) -> None:
@@ -168,7 +171,8 @@ class StepGraphs:
             self.addresses = addresses
         # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend and lay out.
         way = (inputs.equal_rows > 0, *self.layout(inputs.labels.shape[1]))
-        if way not in self.warm:
+        self.warming = None if way in self.warm else way
+        if self.warming is not None:
             self.warm.add(way)
             return None
         key = (*inputs.labels.shape, inputs.boundaries.numel(), *_numbers(inputs))
