@@ -7,11 +7,9 @@ main rank writes tokens per second over all cards.
 import argparse
 import json
 import os
-import tempfile
-import time
 from pathlib import Path
 
-from train_peers import LLAMA, load_plain
+from train_peers import LLAMA, load_plain, step_clock, training_settings
 
 
 def main() -> None:
@@ -34,7 +32,7 @@ def main() -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     try:
         from trl import SFTConfig, SFTTrainer
@@ -46,41 +44,17 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = [json.loads(line)["input_ids"] for line in arguments.rows.read_text().splitlines()]
     assert {len(row) for row in rows} == {arguments.max_length}
-    times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            if cuda:
-                torch.cuda.synchronize()
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - self.began)
-
-    common = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": arguments.batch_size,
-        "gradient_accumulation_steps": arguments.step_rows // (arguments.batch_size * cards),
-        "max_steps": arguments.steps,
-        "learning_rate": 2e-4,
-        "bf16": True,
-        "use_cpu": not cuda,
-        "optim": "paged_adamw_8bit" if cuda else "adamw_torch",
-        "gradient_checkpointing": False,  # where asked for, the model does it already
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "logging_steps": 1,
-    }
+    clock = step_clock()()
+    accumulation = arguments.step_rows // (arguments.batch_size * cards)
+    common = training_settings(rows=arguments.batch_size, accumulation=accumulation, steps=arguments.steps)
+    common["gradient_checkpointing"] = False  # where asked for, the model does it already
     if cards > 1:
         common |= {"ddp_backend": "nccl" if cuda else "gloo", "ddp_find_unused_parameters": False}
     if SFTTrainer is not None:
         arguments_of_trl = SFTConfig(**common, max_length=arguments.max_length)
         data = Dataset.from_dict({"input_ids": rows})
         trainer = SFTTrainer(
-            model=model, processing_class=tokenizer, train_dataset=data, args=arguments_of_trl, callbacks=[Clock()]
+            model=model, processing_class=tokenizer, train_dataset=data, args=arguments_of_trl, callbacks=[clock]
         )
     else:
         trainer = Trainer(
@@ -88,14 +62,14 @@ def main() -> None:
             train_dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
             args=TrainingArguments(**common),
-            callbacks=[Clock()],
+            callbacks=[clock],
         )
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    assert trainer.args.world_size == cards and len(times) == arguments.steps
+    assert trainer.args.world_size == cards and len(clock.seconds) == arguments.steps
     if trainer.is_world_process_zero():
-        measured = sorted(times[arguments.warm :])
+        measured = sorted(clock.seconds[arguments.warm :])
         found = {
             "peer": "Trainer" if SFTTrainer is None else "SFTTrainer",
             "tokens_per_second": round(arguments.step_rows * arguments.max_length * len(measured) / sum(measured), 1),

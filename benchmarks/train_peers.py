@@ -98,52 +98,36 @@ def load_plain(checkpoint: str, flags: argparse.Namespace, recomputes: bool):
     return get_peft_model(base, lora), AutoTokenizer.from_pretrained(checkpoint)
 
 
-def run_inside(work: str, number: int, folder: Path, steps: int) -> None:
-    """One peer on one work, in this process; each step becomes a line of its file as soon as it is done."""
-    library, packs, recomputes, rows, accumulation, _ = PEERS[work][number]
-    if library == "unsloth":
-        import unsloth  # noqa: F401  # has to come before what it changes
-    import torch
-    from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+def step_clock():
+    """Class of a callback that keeps the seconds of each step, between synchronisations of this process's card."""
+    import torch  # not before Unsloth, which changes what follows
+    from transformers import TrainerCallback
 
-    flags = flags_of(work)
-    checkpoint = str(checkpoint_of(work, folder))
-    load = load_unsloth if library == "unsloth" else load_plain
-    model, tokenizer = load(checkpoint, flags, recomputes)
-    lines = (folder / f"{work}.jsonl").read_text().splitlines()
-    data = Dataset.from_list([{"input_ids": json.loads(line)["input_ids"]} for line in lines])
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    cuda = torch.cuda.is_available()
-    tokens: list[int] = []  # of each batch; a loader may have read ahead
-    written = steps_file(work, number, folder).open("w", buffering=1)
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
-    class Clock(TrainerCallback):
-        step = 0
+    class StepClock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
 
         def on_step_begin(self, *_, **__):
-            if cuda:
-                torch.cuda.synchronize()
+            wait()
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            if cuda:
-                torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.began
+            wait()
+            self.seconds.append(time.perf_counter() - self.began)
 
-        def on_log(self, *_, logs, **__):  # follows each step, and once more the whole, without its loss
-            if "loss" in logs:
-                line = {
-                    "step": self.step + 1,
-                    "loss": float(logs["loss"]),
-                    "tokens": sum(tokens[self.step * accumulation : (self.step + 1) * accumulation]),
-                    "step_seconds": self.seconds,
-                    "peak_vram_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-                }
-                written.write(json.dumps(line) + "\n")
-                self.step += 1
+    return StepClock
 
-    common = {
+
+def training_settings(*, rows: int, accumulation: int, steps: int) -> dict:
+    """What a trainer is told, in transformers' words: rows a batch, batches a step, steps in all."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
@@ -157,6 +141,44 @@ def run_inside(work: str, number: int, folder: Path, steps: int) -> None:
         "disable_tqdm": True,
         "logging_steps": 1,
     }
+
+
+def run_inside(work: str, number: int, folder: Path, steps: int) -> None:
+    """One peer on one work, in this process; each step becomes a line of its file as soon as it is done."""
+    library, packs, recomputes, rows, accumulation, _ = PEERS[work][number]
+    if library == "unsloth":
+        import unsloth  # noqa: F401  # has to come before what it changes
+    import torch
+    from datasets import Dataset
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    flags = flags_of(work)
+    checkpoint = str(checkpoint_of(work, folder))
+    load = load_unsloth if library == "unsloth" else load_plain
+    model, tokenizer = load(checkpoint, flags, recomputes)
+    lines = (folder / f"{work}.jsonl").read_text().splitlines()
+    data = Dataset.from_list([{"input_ids": json.loads(line)["input_ids"]} for line in lines])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    cuda = torch.cuda.is_available()
+    tokens: list[int] = []  # of each batch; a loader may have read ahead
+    written = steps_file(work, number, folder).open("w", buffering=1)
+
+    class Clock(step_clock()):
+        step = 0
+
+        def on_log(self, *_, logs, **__):  # follows each step, and once more the whole, without its loss
+            if "loss" in logs:
+                line = {
+                    "step": self.step + 1,
+                    "loss": float(logs["loss"]),
+                    "tokens": sum(tokens[self.step * accumulation : (self.step + 1) * accumulation]),
+                    "step_seconds": self.seconds[-1],
+                    "peak_vram_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+                }
+                written.write(json.dumps(line) + "\n")
+                self.step += 1
+
+    common = training_settings(rows=rows, accumulation=accumulation, steps=steps)
     if packs:
         from trl import SFTConfig, SFTTrainer
 

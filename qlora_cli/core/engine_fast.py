@@ -137,7 +137,7 @@ class FastEngine:
                 trained,
                 self._join,
                 self._layout,
-                lambda: not (self.plan.recomputed or self.plan.sent),
+                lambda: not self.plan.frees_activations,
                 self.report,
             )
             self.undo.append(self.graphs.clear)
@@ -161,7 +161,7 @@ class FastEngine:
         """Runs steps from now on as planned."""
         self.plan = plan
         on_cuda = self.device.type == "cuda"
-        self.buffer = reserve_values(self.device, 0)
+        self._release_values()
         if plan.resident_weights != self.resident:
             self._swap_linears(plan.resident_weights, plan.workspace_bytes)
             self._share_projections()
@@ -178,7 +178,7 @@ class FastEngine:
         self._lay_out(plan)
         if on_cuda:
             torch.cuda.empty_cache()
-        if self.planner is not None and self.planner.adapts and (plan.recomputed or plan.sent):  # memory is short
+        if self.planner is not None and self.planner.adapts and plan.frees_activations:
             with suppress(torch.OutOfMemoryError):  # then each weight has a tensor of its own
                 self.buffer = reserve_values(self.device, plan.values_bytes(self.planner.needs.largest_dense_bytes))
 
@@ -236,7 +236,7 @@ class FastEngine:
         )
         planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)
         plan = planner.plan()
-        if self.compiled and (plan.recomputed or plan.sent):  # compiled, a layer saves less
+        if self.compiled and plan.frees_activations:  # compiled, a layer saves less
             self._set_workspace(plan.workspace_bytes)
             planner.keep_workspace(plan.workspace_bytes)
             for layer_plan in self.layer_plans:

@@ -127,7 +127,7 @@ class StepGraphs:
         self.passes = 0  # forward passes of training, with a graph and without
         self.crowded = False  # memory ran out in a capture while other graphs held some
         self.yields = 0
-        self.failed = self.frozen = False
+        self.failed = False
 
     def clear(self) -> None:
         """Forgets all graphs; new ones are made of what `run` does then."""
@@ -149,12 +149,11 @@ class StepGraphs:
         return True
 
     def _drop(self) -> None:
-        """A pool ends with its last graph."""
+        """A pool ends with its last graph; what Python had when it began is looked through again."""
         self.graphs.clear()
-        self.pool = None
-        if self.frozen:
+        if self.pool is not None:
+            self.pool = None
             gc.unfreeze()
-            self.frozen = False
 
     def loss(self, inputs: StepInputs) -> Tensor | None:
         """The loss of a shape of the grid, or None where this micro-batch has to run without a graph.
@@ -196,16 +195,14 @@ class StepGraphs:
         torch._foreach_add_([grad for grad, _ in pairs], [new for _, new in pairs])
 
     def _capture(self, inputs: StepInputs) -> _Graph | None:
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         # Capturing begins by giving back unused memory, which cycles of Python objects may hold. Looking through half a
         # million modules and functions takes a third of a second each time: what is there by now is left out after.
         gc.collect()
-        if not self.frozen:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
             gc.freeze()
-            self.frozen = True
         torch._C._cuda_clearCublasWorkspaces()  # those of steps without a graph; each stream has its own
         options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "relaxed"}
         inputs = replace(inputs, embedded=inputs.embedded.detach())

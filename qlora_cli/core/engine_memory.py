@@ -125,6 +125,11 @@ class MemoryPlan:
         step += needs.dense_bytes if self.resident_weights else self.values_bytes(needs.largest_dense_bytes)
         return step - (needs.embedding_bytes if self.offload_embeddings else 0)
 
+    @property
+    def frees_activations(self) -> bool:
+        """Whether some layers do not keep all they save on the device, as where memory is short."""
+        return self.recomputed + self.sent > 0
+
     def values_bytes(self, largest_dense_bytes: int) -> int:
         """Of the buffer that one weight after another is dequantised into."""
         if self.resident_weights:

@@ -119,7 +119,7 @@ class StepPlanner:
 
     def for_tokens(self, plan: MemoryPlan, tokens: int) -> MemoryPlan:
         """The plan of a micro-batch: smaller ones than the largest leave room for whole layers."""
-        if not self.adapts or not (plan.recomputed or plan.sent):
+        if not (self.adapts and plan.frees_activations):
             return plan
         needs = self.needs.for_share(tokens / self.largest_tokens)
         plans = [

@@ -20,23 +20,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from qlora_cli.core.shards import DTYPE_NAMES, DTYPES
 from qlora_cli.errors import RunError
 
 HASHED_BYTES = 8 * 2**20  # covered by one digest: what a reading thread has in memory, page-locked for CUDA
 ALIGNED_BYTES = 256
 THREADS = min(16, os.cpu_count() or 1)
-DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-    torch.float64: "F64",
-}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 # ---------------------------------------------------------------- writing
@@ -60,7 +49,7 @@ def write_tensors(stream: BinaryIO, shapes: Mapping[str, Tensor], values: Iterat
         if gap:  # the format has no holes: an unnamed tensor fills this one
             header[f"__gap_{end}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
         start, end = end + gap, end + gap + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % ALIGNED_BYTES)
     hashing = _Hashing(stream)
@@ -148,7 +137,7 @@ class HashedFile:
             self._stream.close()
             raise
         self.entries = {
-            name: Entry(TORCH_DTYPES[entry["dtype"]], torch.Size(entry["shape"]), data_start + entry["data_offsets"][0])
+            name: Entry(DTYPES[entry["dtype"]], torch.Size(entry["shape"]), data_start + entry["data_offsets"][0])
             for name, entry in header.items()
             if not name.startswith("__")
         }

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.core import hashed_tensors
-from qlora_cli.core.hashed_tensors import ALIGNED_BYTES, DTYPES, HashedFile, write_tensors
+from qlora_cli.core.hashed_tensors import ALIGNED_BYTES, HashedFile, write_tensors
+from qlora_cli.core.shards import DTYPE_NAMES
 from qlora_cli.errors import RunError
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ SHAPES = st.one_of(
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    layout=st.lists(st.tuples(st.sampled_from(list(DTYPES)), SHAPES), max_size=9),
+    layout=st.lists(st.tuples(st.sampled_from(list(DTYPE_NAMES)), SHAPES), max_size=9),
     piece_bytes=st.sampled_from([97, 256, 1000, 4096, 10**6]),
 )
 def test_tensors_of_any_size_come_back_bit_for_bit(layout, piece_bytes, tmp_path, monkeypatch):
@@ -196,7 +197,7 @@ def test_a_cuda_device_gets_the_same_bits_and_never_before_its_earlier_work(piec
     monkeypatch.setattr(hashed_tensors, "THREADS", 8)
     device = torch.device("cuda", torch.cuda.current_device())
     sizes = (0, 1, 255, 1003, 70_001, 1_000_000) if piece_bytes == 1000 else (0, 1, 70_001, 5_000_003, 40_000_000)
-    layout = [(dtype, (size // dtype.itemsize,)) for size in sizes for dtype in DTYPES]
+    layout = [(dtype, (size // dtype.itemsize,)) for size in sizes for dtype in DTYPE_NAMES]
     tensors = {f"t{index}": random_tensor(dtype, shape, index) for index, (dtype, shape) in enumerate(layout)}
     digests = write(tmp_path / "file", tensors)
     for _ in range(3):
