@@ -19,6 +19,7 @@ from qlora_cli.core.engine_layers import (
     capture_calls,
     drop_something,
     find_layers,
+    saved_bytes_a_token,
     skip_unused_outputs,
     swap_layers,
 )
@@ -127,6 +128,8 @@ class FastEngine:
             plan = self._plan(self.planner, dense_bytes, wishes.optimizer_bytes)
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled
+        if self.compiled and self.planner is not None and self.embeddings.frozen:
+            self._consider_plain_first_layer(self.planner.needs.kept_bytes / self.largest_tokens)
         self._apply(plan)
         # Graphs read no trained embeddings or head, which lie outside of them, and repeat no random numbers.
         still = self.head is not None and self.head.frozen and self.embeddings.frozen and not drops
@@ -246,6 +249,13 @@ class FastEngine:
             plan = planner.plan()
         return plan
 
+    def _consider_plain_first_layer(self, kept_bytes_a_token: float) -> None:
+        """The first layer's input needs no gradient. Run plainly, it leaves out what only leads there: where adapters
+        are on the attention alone, all of its MLP's backward pass. (Compiled, it would be compiled a second time.) With
+        adapters everywhere little is left out, and plain operations keep more than compiled ones."""
+        first = saved_bytes_a_token(self.layers[0], self.calls[0], self._persistent_storages(), input_gradient=False)
+        self.layer_plans[0].compiled = first > kept_bytes_a_token
+
     def _lay_out(self, plan: MemoryPlan) -> None:
         """Which layers are recomputed and which wait on the host."""
         recomputed, sent = plan.numbers(len(self.layer_plans))
@@ -361,7 +371,7 @@ class FastEngine:
         """Sum over trained tokens, fp32; labels (rows, length) tell which those are."""
         if self.offload is not None:
             self.offload.start()
-        if self.compiled and torch.is_grad_enabled() and not embedded.requires_grad:
+        if torch.is_grad_enabled() and not embedded.requires_grad and self.layers and self.layer_plans[0].compiled:
             embedded = embedded.detach().requires_grad_()  # so that the first layer is compiled like the others
         self._lay_out(self.plan_by_tokens(labels.numel()))
         positions, targets = trained_positions(labels, trained_tokens)

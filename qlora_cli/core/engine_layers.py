@@ -232,13 +232,29 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
     return LayerBytes(kept, peak), seconds
 
 
-def _saved_by(layer: nn.Module, call: LayerCall) -> Iterator[Tensor]:
+def _saved_by(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> Iterator[Tensor]:
     """The tensors autograd saves in one forward pass of a layer, run plainly."""
     saved: list[Tensor] = []
-    hidden = call.args[0].detach().requires_grad_()
+    hidden = call.args[0].detach().requires_grad_(input_gradient)
     with torch.enable_grad(), saved_tensors_hooks(lambda t: saved.append(t.detach()), lambda t: t):
         _run(layer, (hidden, *call.args[1:]), call.kwargs)
     return iter(saved)
+
+
+def saved_bytes_a_token(
+    layer: nn.Module, call: LayerCall, persistent: frozenset[int], *, input_gradient: bool = True
+) -> float:
+    """Memory a layer's forward pass, run plainly, keeps for its backward pass, by the tokens of the call.
+
+    Args:
+        layer: Called like this before.
+        call: With hidden states of shape (rows, length, size) in front.
+        persistent: Storage addresses of tensors that stay anyway: weights and buffers.
+        input_gradient: Whether the gradient of the hidden states is wanted.
+    """
+    storages = {t.untyped_storage().data_ptr(): t for t in _saved_by(layer, call, input_gradient=input_gradient)}
+    saved = sum(t.untyped_storage().nbytes() for address, t in storages.items() if address not in persistent)
+    return saved / call.args[0].shape[:2].numel()
 
 
 def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list[str]:

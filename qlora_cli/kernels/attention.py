@@ -1,14 +1,19 @@
 """Query, key and value of rows laid end to end in, causal attention within each row out.
 
-On CUDA, rows of unequal lengths go through torch's variable-length flash attention as an opaque op, rows of one length
-through cuDNN's attention, the faster of the two on Hopper, which knows no boundaries inside a row.
+On CUDA, rows of unequal lengths go through one opaque op: torch's variable-length flash attention, or a kernel of our
+own where no row is long. Rows of one length go through cuDNN's attention, the fastest on Hopper, which knows no
+boundaries inside a row.
 """
 
+import importlib.util
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
+    from qlora_cli.kernels import short_attention
 
 _aten = torch.ops.aten
 CUDNN_HEAD_SIZES = frozenset({64, 96, 128})
@@ -18,6 +23,9 @@ CUDNN_HEAD_SIZES = frozenset({64, 96, 128})
 def _attention_op(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
+    if short_attention.covers(query, key, longest, window):
+        out, lse = short_attention.attend(query, key, value, boundaries, longest, scale)
+        return out, lse.flatten()
     out, lse, *_ = _aten._flash_attention_forward(
         query,
         key,
@@ -59,6 +67,8 @@ def _attention_backward_op(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, heads, _ = query.shape
+    if short_attention.covers(query, key, longest, window):
+        return short_attention.attend_backward(grad, query, key, value, out, lse, boundaries, longest, scale)
     grads = _aten._flash_attention_backward(
         grad,
         query,

@@ -14,6 +14,7 @@ from qlora_cli.kernels.weights import FrozenWeight
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
     from qlora_cli.kernels import dropout as triton_dropout
+    from qlora_cli.kernels import low_rank
 
 
 class Dropout(NamedTuple):
@@ -38,13 +39,23 @@ class LinearOptions(NamedTuple):
     output_needed: bool = True
 
 
-def _drop(x: Tensor, dropout: Dropout, add_to: Tensor | None = None) -> Tensor:
+def _drop(x: Tensor, dropout: Dropout) -> Tensor:
     if x.is_cuda:
-        return triton_dropout.drop(x, dropout.seed, dropout.rate, add_to)
+        return triton_dropout.drop(x, dropout.seed, dropout.rate)
     generator = torch.Generator().manual_seed(int(dropout.seed))
     kept = torch.rand(x.shape, generator=generator) >= dropout.rate
-    dropped = torch.where(kept, x / (1 - dropout.rate), 0)
-    return dropped if add_to is None else add_to.add_(dropped)
+    return torch.where(kept, x / (1 - dropout.rate), 0)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None = None) -> None:
+    """out += drop(left @ right): (rows, columns) += (rows, rank) @ (rank, columns), in place."""
+    seed, rate = (None, 0.0) if dropout is None else (dropout.seed, dropout.rate)
+    if out.is_cuda and low_rank.covers(out, left, right, rate):
+        low_rank.add_product(out, left, right, seed, rate)
+    elif dropout is None:
+        out.addmm_(left, right)
+    else:
+        out.add_(_drop(left @ right, dropout))
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -97,7 +108,7 @@ def forward(
         if bias is not None:
             flat_y += bias
     if projected is not None and lora_b is not None:
-        flat_y.addmm_(projected, lora_b.t())
+        _add_product(flat_y, projected, lora_b.t())
     return y
 
 
@@ -153,10 +164,7 @@ def backward(
             del values
         assert grad_x is not None
         if grad_projected is not None and lora_a is not None:
-            if dropout is None:
-                grad_x.addmm_(grad_projected, lora_a)
-            else:
-                _drop(grad_projected @ lora_a, dropout, add_to=grad_x)
+            _add_product(grad_x, grad_projected, lora_a, dropout)
         grad_x = grad_x.view(*grad.shape[:-1], weight.columns)
     return grad_x, grad_a, grad_b
 

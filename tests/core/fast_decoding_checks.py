@@ -35,7 +35,8 @@ ARCHITECTURES = {
 }
 
 
-NOT_CAPTURED = ("bloom", "falcon with ALiBi")  # with ALiBi transformers makes their masks from numbers on the host
+# With ALiBi some versions of transformers make the mask from numbers on the host.
+MAY_NOT_BE_CAPTURED = ("bloom", "falcon with ALiBi")
 SAMPLING = Sampling(repetition_penalty=1.4)  # keeps a random model from repeating itself
 
 
@@ -102,8 +103,8 @@ def test_answers_are_those_of_transformers(tmp_path, name):
             found, decoder = fast_answers(fast, questions, counts, slots)
             assert found == expected
             if ON_GPU:
-                assert bool(decoder.obstacle) is (name in NOT_CAPTURED)
-                assert bool(decoder._graphs) is (name not in NOT_CAPTURED)
+                assert not decoder.obstacle or name in MAY_NOT_BE_CAPTURED
+                assert bool(decoder._graphs) is not bool(decoder.obstacle)
         # Where transformers gives gemma2 an attention that knows no soft cap, ours is another and not used.
         deaf = name == "gemma2" and underlying_model(model).config._attn_implementation != "eager"
         assert fast.attention.usable is (name not in ("falcon", "falcon with ALiBi", "bloom") and not deaf)

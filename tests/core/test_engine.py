@@ -8,6 +8,7 @@ import torch
 
 from qlora_cli.core.adapter import attach_adapter
 from qlora_cli.core.engine import count_recomputed_layers, install_engine
+from qlora_cli.core.engine_layers import saved_bytes_a_token
 from qlora_cli.core.engine_memory import StepNeeds, plan_memory
 from qlora_cli.core.engine_planning import StepPlanner
 from qlora_cli.core.engine_trials import Trials
@@ -248,6 +249,24 @@ def test_recomputation_leaves_out_the_last_linear(load_tiny):
     engine = install(model, gradient_checkpointing="on")
     assert engine.skipped == ["attention.dense", "mlp.dense_4h_to_h"]
     engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "falcon"])
+def test_a_first_layer_keeps_little_where_only_attention_is_adapted(load_tiny, architecture):
+    def kept(*targets):
+        engine = install(adapted(load_tiny, architecture, target_modules=targets))
+        stays = engine._persistent_storages()
+        found = [
+            saved_bytes_a_token(engine.layers[0], engine.calls[0], stays, input_gradient=wanted)
+            for wanted in (True, False)
+        ]
+        engine.close()
+        return found
+
+    whole, without_input = kept("query_key_value")
+    assert 0 < without_input < 0.8 * whole
+    whole, without_input = kept("query_key_value", "dense_h_to_4h", "dense_4h_to_h")
+    assert 0.8 * whole < without_input < whole
 
 
 def test_packed_weights_give_the_same_as_resident_ones(load_tiny):

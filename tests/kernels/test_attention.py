@@ -51,6 +51,14 @@ def test_matches_float64_on_the_gpu(lengths, window, heads, key_heads, size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(40, 1, 0, 33), (100, 64, 128, 0)])
+@pytest.mark.parametrize("size", [24, 64, 96, 128])
+def test_short_rows_match_float64_on_the_gpu(lengths, size):
+    check(lengths, None, 8, 8, size, "cuda", torch.bfloat16)
+    check(lengths, 128, 8, 8, size, "cuda", torch.float16)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(256, 256, 256), (512,)])
 @pytest.mark.parametrize("size", [64, 96, 128])
 def test_rows_of_one_length_match_float64_on_the_gpu(lengths, size):
@@ -61,7 +69,7 @@ def test_rows_of_one_length_match_float64_on_the_gpu(lengths, size):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (256, 256)])
+@pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (256, 256), (100, 28)])
 def test_the_compiler_is_told_the_truth_on_the_gpu(lengths):
     (query, key, value), boundaries = inputs(lengths, 4, 2, 64, "cuda", torch.bfloat16)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cuda")

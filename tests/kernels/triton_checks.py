@@ -1,13 +1,17 @@
 """Checks of the Triton kernels, run by test_triton.py: under Triton's interpreter on a CPU, for real on a GPU."""
 
+from itertools import accumulate
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_cli.kernels import dropout, nf4, softmax
+from qlora_cli.kernels import dropout, low_rank, nf4, reference, short_attention, softmax
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies bfloat16's bits as if they were integers.
+PRODUCT_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
 
 def quantise(shape, quant_type="nf4", nested=True, dtype=torch.float32):
@@ -65,13 +69,65 @@ def test_loss_and_gradient_match_float64(vocabulary, scale, softcap):
 
 
 def test_dropout_drops_its_share_repeats_with_the_seed_and_differs_by_layer():
-    x = torch.ones(40_000, device=DEVICE)
+    x = torch.ones(40_001, device=DEVICE)
     seed = torch.tensor(2**40 + 1, device=DEVICE)
     dropped = dropout.drop(x, seed, 0.3)
     share = (dropped == 0).float().mean().item()
-    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 40_000) ** 0.5
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 40_001) ** 0.5
     assert torch.allclose(dropped[dropped != 0], torch.tensor(1 / 0.7, device=DEVICE))
     assert torch.equal(dropped, dropout.drop(x, seed, 0.3))
     assert not torch.equal(dropped, dropout.drop(x, seed + 1, 0.3))
-    total = torch.full_like(x, 2.0)
-    assert torch.allclose(dropout.drop(x, seed, 0.3, add_to=total), dropped + 2)
+    one, other = (dropped[:-1].view(-1, 4)[:, place] == 0 for place in (0, 3))  # of one draw
+    assert abs((one & other).float().mean().item() - 0.09) < 0.02
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [1, 8, 20, 64])
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_a_low_rank_product_is_added_with_one_rounding_where_dropout_keeps_it(dtype, rank, rate):
+    rows, columns = 70, 132
+    out, left = (torch.randn(rows, n, device=DEVICE).to(dtype) for n in (columns, rank))
+    seed = torch.tensor(2**40 + 1, device=DEVICE) if rate else None
+    kept = dropout.drop(torch.ones_like(out), seed, rate).ne(0) if rate else torch.ones_like(out).bool()
+    for right in (torch.randn(rank, columns, device=DEVICE), torch.randn(columns, rank, device=DEVICE).t()):
+        right = right.to(dtype)
+        assert low_rank.covers(out, left, right, rate)
+        exact = out.double() + torch.where(kept, left.double() @ right.double() / (1 - rate), 0)
+        found = low_rank.add_product(out.clone(), left, right, seed, rate)
+        rounding = torch.finfo(dtype).eps / 2 * exact.abs()
+        assert ((found.double() - exact).abs() <= rounding + 2e-6 * (1 + rank)).all()
+
+
+def test_a_low_rank_product_leaves_to_others_what_it_does_not_cover():
+    out, left, right = (torch.zeros(shape, device=DEVICE) for shape in ((6, 30), (6, 4), (4, 30)))
+    assert low_rank.covers(out, left, right)
+    assert not low_rank.covers(out, left, right, 0.1)  # groups of 4 values would span two rows
+    assert not low_rank.covers(out, left.half(), right)
+    assert not low_rank.covers(out[:, ::2], left, right[:, ::2])
+    assert not low_rank.covers(out, left.new_zeros(6, 65), right.new_zeros(65, 30))
+
+
+@pytest.mark.parametrize("lengths", [(1, 40, 0, 33), (100, 64, 128, 0)])
+@pytest.mark.parametrize("size", [8, 24])
+def test_short_rows_attend_as_in_float64(lengths, size):
+    boundaries, scale = [0, *accumulate(lengths)], 0.3
+    exact = [torch.randn(sum(lengths), 2, size, device=DEVICE, dtype=torch.float64) for _ in range(4)]
+    query, key, value = (t.requires_grad_() for t in exact[:3])
+    expected = reference.packed_attention(query, key, value, boundaries, scale, None)
+    gradients = torch.autograd.grad(expected, (query, key, value), exact[3])
+    inputs, grad = [t.detach().float() for t in exact[:3]], exact[3].float()
+    ends = torch.tensor(boundaries, dtype=torch.int32, device=DEVICE)
+    assert short_attention.covers(*inputs[:2], 128, None)
+    out, lse = short_attention.attend(*inputs, ends, 128, scale)
+    found = short_attention.attend_backward(grad, *inputs, out, lse, ends, 128, scale)
+    for got, true in zip((out, *found), (expected, *gradients), strict=True):
+        assert (got - true).norm() <= 2e-6 * true.norm()
+
+
+def test_short_attention_leaves_to_others_what_it_does_not_cover():
+    query, fewer = torch.zeros(300, 4, 64), torch.zeros(300, 2, 64)
+    assert short_attention.covers(query, query, 128, None) and short_attention.covers(query, query, 100, 100)
+    assert not short_attention.covers(query, fewer, 128, None)
+    assert not short_attention.covers(query, query, 129, None)
+    assert not short_attention.covers(query, query, 128, 50)
+    assert not short_attention.covers(torch.zeros(9, 4, 256), torch.zeros(9, 4, 256), 128, None)
