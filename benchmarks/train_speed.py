@@ -39,9 +39,9 @@ WORKS = {
     "neox-quotes": (
         "neox-20b",
         "quotes",
-        1200,
-        140,
-        f"{QKV8} --batch-size 1 --gradient-accumulation-steps 8 --compile --warmup-steps 2 --vram 12.85GiB",
+        2000,
+        240,
+        f"{QKV8} --batch-size 1 --gradient-accumulation-steps 8 --compile --warmup-steps 2 --vram 12.9GiB",
     ),
     "neox-11gib": ("neox-20b", "fixed", 24, 10, f"{QKV8} --batch-size 1 {ONE} --max-length 512 --vram 12GiB"),
     "pythia": ("pythia-410m", "fixed", 240, 50, f"{ALL} --batch-size 4 {ONE}"),

@@ -253,7 +253,7 @@ class FastEngine:
         """The first layer's input needs no gradient. Run plainly, it leaves out what only leads there: where adapters
         are on the attention alone, all of its MLP's backward pass. (Compiled, it would be compiled a second time.) With
         adapters everywhere little is left out, and plain operations keep more than compiled ones."""
-        first = saved_bytes_a_token(self.layers[0], self.calls[0], self._persistent_storages(), input_gradient=False)
+        first = saved_bytes_a_token(self.layers[0], self.calls[0], input_gradient=False)
         self.layer_plans[0].compiled = first > kept_bytes_a_token
 
     def _lay_out(self, plan: MemoryPlan) -> None:

@@ -241,20 +241,18 @@ def _saved_by(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True)
     return iter(saved)
 
 
-def saved_bytes_a_token(
-    layer: nn.Module, call: LayerCall, persistent: frozenset[int], *, input_gradient: bool = True
-) -> float:
+def saved_bytes_a_token(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> float:
     """Memory a layer's forward pass, run plainly, keeps for its backward pass, by the tokens of the call.
 
     Args:
         layer: Called like this before.
         call: With hidden states of shape (rows, length, size) in front.
-        persistent: Storage addresses of tensors that stay anyway: weights and buffers.
         input_gradient: Whether the gradient of the hidden states is wanted.
     """
-    storages = {t.untyped_storage().data_ptr(): t for t in _saved_by(layer, call, input_gradient=input_gradient)}
-    saved = sum(t.untyped_storage().nbytes() for address, t in storages.items() if address not in persistent)
-    return saved / call.args[0].shape[:2].numel()
+    rows, length, _ = call.args[0].shape
+    sizes = {rows * length, length}  # in the shape of every activation, and of no weight that is saved
+    saved = {t.data_ptr(): t for t in _saved_by(layer, call, input_gradient=input_gradient) if sizes & set(t.shape)}
+    return sum(t.nbytes for t in saved.values()) / (rows * length)
 
 
 def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list[str]:

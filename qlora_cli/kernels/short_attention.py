@@ -107,11 +107,25 @@ def _attend_backward(
     if first < length:
         at = first + tl.arange(0, BLOCK)
         log_sums = lse + head.to(tl.int64) * tokens + start
+        q = _load(query, start, at, length, head, heads, size, SIZE)
         k = _load(key, start, at, length, head, heads, size, SIZE)
         v = _load(value, start, at, length, head, heads, size, SIZE)
-        key_sum = tl.zeros((BLOCK, SIZE), tl.float32)
-        value_sum = tl.zeros((BLOCK, SIZE), tl.float32)
-        for begin in range(first, length, BLOCK):
+        g = _load(grad, start, at, length, head, heads, size, SIZE)
+        o = _load(out, start, at, length, head, heads, size, SIZE)
+        delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        log_sum = tl.load(log_sums + at, mask=at < length, other=0.0)
+        weights, slope = _weights(q, k, v, g, delta, log_sum, at, at, length, scale)
+        value_sum = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision="ieee")
+        key_sum = tl.dot(tl.trans(slope.to(q.dtype)), q, input_precision="ieee")
+        query_sum = tl.dot(slope.to(k.dtype), k, input_precision="ieee")
+        for begin in range(0, first, BLOCK):
+            other = begin + tl.arange(0, BLOCK)
+            other_k = _load(key, start, other, length, head, heads, size, SIZE)
+            other_v = _load(value, start, other, length, head, heads, size, SIZE)
+            _, slope = _weights(q, other_k, other_v, g, delta, log_sum, at, other, length, scale)
+            query_sum += tl.dot(slope.to(other_k.dtype), other_k, input_precision="ieee")
+        _store(grad_query, query_sum * scale, start, at, length, head, heads, size, SIZE)
+        for begin in range(first + BLOCK, length, BLOCK):
             other = begin + tl.arange(0, BLOCK)
             q = _load(query, start, other, length, head, heads, size, SIZE)
             g = _load(grad, start, other, length, head, heads, size, SIZE)
@@ -123,20 +137,6 @@ def _attend_backward(
             key_sum += tl.dot(tl.trans(slope.to(q.dtype)), q, input_precision="ieee")
         _store(grad_value, value_sum, start, at, length, head, heads, size, SIZE)
         _store(grad_key, key_sum * scale, start, at, length, head, heads, size, SIZE)
-
-        q = _load(query, start, at, length, head, heads, size, SIZE)
-        g = _load(grad, start, at, length, head, heads, size, SIZE)
-        o = _load(out, start, at, length, head, heads, size, SIZE)
-        delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-        log_sum = tl.load(log_sums + at, mask=at < length, other=0.0)
-        query_sum = tl.zeros((BLOCK, SIZE), tl.float32)
-        for begin in range(0, first + BLOCK, BLOCK):
-            other = begin + tl.arange(0, BLOCK)
-            k = _load(key, start, other, length, head, heads, size, SIZE)
-            v = _load(value, start, other, length, head, heads, size, SIZE)
-            _, slope = _weights(q, k, v, g, delta, log_sum, at, other, length, scale)
-            query_sum += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
-        _store(grad_query, query_sum * scale, start, at, length, head, heads, size, SIZE)
 
 
 def covers(query: Tensor, key: Tensor, longest: int, window: int | None) -> bool:

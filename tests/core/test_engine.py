@@ -255,11 +255,8 @@ def test_recomputation_leaves_out_the_last_linear(load_tiny):
 def test_a_first_layer_keeps_little_where_only_attention_is_adapted(load_tiny, architecture):
     def kept(*targets):
         engine = install(adapted(load_tiny, architecture, target_modules=targets))
-        stays = engine._persistent_storages()
-        found = [
-            saved_bytes_a_token(engine.layers[0], engine.calls[0], stays, input_gradient=wanted)
-            for wanted in (True, False)
-        ]
+        layer, call = engine.layers[0], engine.calls[0]
+        found = [saved_bytes_a_token(layer, call, input_gradient=wanted) for wanted in (True, False)]
         engine.close()
         return found
 

@@ -66,6 +66,21 @@ def test_measures_and_graphs_leave_gradients_as_they_are(load_tiny, architecture
     engine.close()
 
 
+@pytest.mark.parametrize("architecture", ["gpt_neox", "falcon"])
+def test_a_first_layer_that_runs_plainly_leaves_gradients_as_they_are(load_tiny, architecture):
+    model = on_gpu(load_tiny, architecture, target_modules=("query_key_value",), dropout=0.05)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        engine = install(model, compile=compiled)
+        assert [layer.compiled for layer in engine.layer_plans] == [False] + [compiled] * (len(engine.layers) - 1)
+        found.append(steps(model, engine, batches()))
+        assert not engine.graphs.failed and engine.graphs.graphs
+        engine.close()
+    assert torch.allclose(found[0][0], found[1][0], rtol=2e-2)
+    assert (found[0][1] - found[1][1]).norm() <= 3e-2 * found[0][1].norm()
+
+
 def test_dropout_is_the_same_when_a_layer_is_repeated(load_tiny):
     found = []
     for word in ("off", "on"):
