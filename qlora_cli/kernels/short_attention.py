@@ -1,7 +1,7 @@
 """Query, key and value of short rows laid end to end in, causal attention within each row out (Triton).
 
-A program has one block of one row and head. Flash attention's backward pass, meant for long rows, goes four times
-over memory of its own: 64 heads of 8 rows of 40 tokens take it 50 µs on an H200. The same formulas: arXiv:2205.14135.
+A program has one block of one row and head. Flash attention's backward pass is three kernels over an fp32 gradient of
+the queries, with 128 tokens more for each row: 55 MB for 64 heads of 15 rows. The same formulas: arXiv:2205.14135.
 """
 
 import torch
@@ -27,16 +27,18 @@ def _scores(query, key, at_query, at_key, length, scale):
 def _load(tensor, start, at, length, head, heads, size, SIZE: tl.constexpr):
     """Rows `at` of one head: (BLOCK, SIZE), zeros beyond the row's length and the head's size."""
     column = tl.arange(0, SIZE)
-    place = ((start + at[:, None]).to(tl.int64) * heads + head) * size + column[None, :]
-    return tl.load(tensor + place, mask=(at[:, None] < length) & (column[None, :] < size), other=0.0)
+    row = tensor + (start.to(tl.int64) * heads + head) * size
+    place = at[:, None] * (heads * size) + column[None, :]
+    return tl.load(row + place, mask=(at[:, None] < length) & (column[None, :] < size), other=0.0)
 
 
 @triton.jit
 def _store(tensor, value, start, at, length, head, heads, size, SIZE: tl.constexpr):
     column = tl.arange(0, SIZE)
-    place = ((start + at[:, None]).to(tl.int64) * heads + head) * size + column[None, :]
+    row = tensor + (start.to(tl.int64) * heads + head) * size
+    place = at[:, None] * (heads * size) + column[None, :]
     inside = (at[:, None] < length) & (column[None, :] < size)
-    tl.store(tensor + place, value.to(tensor.dtype.element_ty), mask=inside)
+    tl.store(row + place, value.to(tensor.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -115,9 +117,8 @@ def _attend_backward(
         delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
         log_sum = tl.load(log_sums + at, mask=at < length, other=0.0)
         weights, slope = _weights(q, k, v, g, delta, log_sum, at, at, length, scale)
-        value_sum = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision="ieee")
-        key_sum = tl.dot(tl.trans(slope.to(q.dtype)), q, input_precision="ieee")
-        query_sum = tl.dot(slope.to(k.dtype), k, input_precision="ieee")
+        own_weights, own_slope = weights.to(g.dtype), slope.to(q.dtype)
+        query_sum = tl.dot(own_slope, k, input_precision="ieee")
         for begin in range(0, first, BLOCK):
             other = begin + tl.arange(0, BLOCK)
             other_k = _load(key, start, other, length, head, heads, size, SIZE)
@@ -125,6 +126,8 @@ def _attend_backward(
             _, slope = _weights(q, other_k, other_v, g, delta, log_sum, at, other, length, scale)
             query_sum += tl.dot(slope.to(other_k.dtype), other_k, input_precision="ieee")
         _store(grad_query, query_sum * scale, start, at, length, head, heads, size, SIZE)
+        value_sum = tl.dot(tl.trans(own_weights), g, input_precision="ieee")
+        key_sum = tl.dot(tl.trans(own_slope), q, input_precision="ieee")
         for begin in range(first + BLOCK, length, BLOCK):
             other = begin + tl.arange(0, BLOCK)
             q = _load(query, start, other, length, head, heads, size, SIZE)
@@ -173,7 +176,19 @@ def attend(
     out, lse = torch.empty_like(query), query.new_empty(heads, tokens, dtype=torch.float32)
     with torch.cuda.device_of(query):
         _attend[_grid(query, boundaries, longest)](
-            query, key, value, boundaries, out, lse, tokens, heads, size, scale, BLOCK=BLOCK, SIZE=_size(query)
+            query,
+            key,
+            value,
+            boundaries,
+            out,
+            lse,
+            tokens,
+            heads,
+            size,
+            scale,
+            BLOCK=BLOCK,
+            SIZE=_size(query),
+            num_stages=1,  # one round or two: nothing to fetch ahead, and two programs fit a processor
         )
     return out, lse
 
@@ -220,6 +235,6 @@ def attend_backward(
             scale,
             BLOCK=BLOCK,
             SIZE=_size(query),
-            num_warps=8,
+            num_stages=1,
         )
     return grads

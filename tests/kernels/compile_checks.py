@@ -1,24 +1,36 @@
-"""Compiles every decoding kernel for a Hopper card, without one: run by test_gemv.py where no GPU finds the mistakes."""
+"""Compiles the decoding kernels, and those of training that only a GPU runs in 16 bits, for a Hopper card, without one: run by test_gemv.py where no GPU finds the mistakes."""
 
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora_cli.kernels import decode_attention, decode_pointwise, gemv_lanes, gemv_programs
+from qlora_cli.kernels import (
+    decode_attention,
+    decode_pointwise,
+    dropout,
+    gemv_lanes,
+    gemv_programs,
+    low_rank,
+    short_attention,
+)
 
 POINTERS = {
     "packed": "*i32",
     "absmax": "*u8",
     "first_rank": "*i32",
     "positions": "*i64",
+    "seed": "*i64",
+    "boundaries": "*i32",
+    "lse": "*fp32",
     **dict.fromkeys(("code", "nested_absmax", "nested_code", "nested_offset", "projected", "scaling"), "*fp32"),
     **dict.fromkeys(("parts_out", "highest", "weight"), "*fp32"),
 }
-FLOATS = {"scale", "softcap", "epsilon", "offset"}
+FLOATS = {"scale", "softcap", "epsilon", "offset", "rate"}
 NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
 NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units", "size"}
+NUMBERS |= {"elements", "rank", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
 LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "WHOLE": False}
@@ -44,6 +56,11 @@ CASES = [
     (decode_pointwise._centre, {"SIZE": 6144, "SIZE_ROOM": 8192, "HAS_BIAS": True}, 8),
     (decode_pointwise._gate, {"KIND": "gelu", "ROOM": 1024}, 4),
     (decode_pointwise._rotate, {"SIZE": 96, "ROTATED": 24, "ROOM": 128}, 1),
+    (dropout._drop, {"GROUPS": 512}, 4),
+    (low_rank._add_product, {"DROPS": True, "ROWS": 64, "COLUMNS": 128, "RANK": 16}, 4),
+    (low_rank._add_product, {"DROPS": False, "ROWS": 64, "COLUMNS": 128, "RANK": 64}, 4),
+    (short_attention._attend, {"BLOCK": 64, "SIZE": 128}, 4),
+    (short_attention._attend_backward, {"BLOCK": 64, "SIZE": 128}, 4),
 ]
 
 
