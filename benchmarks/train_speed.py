@@ -35,7 +35,7 @@ WORKS = {
     "llama-free": ("llama-7b", "fixed", 64, 24, f"{ALL} --batch-size 2 {ONE}"),
     "llama-least": ("llama-7b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --vram 6.05GiB"),
     "llama-gsm8k": ("llama-7b", "gsm8k", 1400, 40, f"{ALL} --batch-size 2 {ONE} --packing"),
-    "neox-fixed": ("neox-20b", "fixed", 24, 14, f"{QKV8} --batch-size 1 {ONE} --vram 12.95GiB"),
+    "neox-fixed": ("neox-20b", "fixed", 24, 14, f"{QKV8} --batch-size 1 {ONE} --vram 12.86GiB"),
     "neox-quotes": (
         "neox-20b",
         "quotes",
