@@ -2,13 +2,15 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -268,6 +270,11 @@ def read_adapter(directory: Path) -> AdapterFacts:
         tensors=tensors,
         config=config,
     )
+
+
+def adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose result depends on the adapter in effect: tuned layers, and those trained and saved as a whole."""
+    return (m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

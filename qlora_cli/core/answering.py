@@ -83,6 +83,7 @@ class Answerer:
         self.model, self.tokenizer, self.sampling, self.report = model, tokenizer, sampling, report
         self._reason = "--engine plain was given" if engine == "plain" else why_not_stepwise(model)
         self._decoder: Decoder | None = None
+        self._selected: Any = ...  # the adapter in effect; not known before the first choice
         self._fast: Any = None  # the FastModel, where there is a GPU for it
         self._fast_for: Any = None  # what it was made for
         self._unpacked: bool | None = None  # whether the weights were, None before anybody tried
@@ -111,6 +112,9 @@ class Answerer:
             self.model.eval()
         if self._fast is not None:
             self._fast.refresh()
+            if adapter != self._selected and self._fast.adapters_elsewhere:
+                self._decoder = None  # its graphs hold the adapter of before
+        self._selected = adapter
 
     def _make_fast(self) -> Any:
         """The model with its fast kernels, made anew when adapters were loaded since."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.core.adapter import adapted_modules
 from qlora_cli.core.decoding import Decoder, underlying_model
 from qlora_cli.core.decoding_attention import JoinedAttention
 from qlora_cli.core.decoding_layers import FastLayers
@@ -35,8 +36,14 @@ class FastModel:
         self.layers = FastLayers(self.model)
         self.attention = JoinedAttention(self.model)
 
+    @property
+    def adapters_elsewhere(self) -> bool:
+        """Whether an adapted module keeps PEFT's forward, whose choice of an adapter a captured graph holds for good."""
+        taken = {site.module for stack in self.linears.stacks for site in stack.sites}
+        return any(module not in taken for module in adapted_modules(self.model))
+
     def refresh(self) -> None:
-        """Takes over which adapter is in effect; captured graphs go on with it."""
+        """Takes over which adapter is in effect; captured graphs go on with it, but for `adapters_elsewhere`."""
         self.linears.refresh()
 
     def close(self) -> None:

@@ -124,6 +124,8 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
     if device.type == "cuda":
         if dtype not in (torch.bfloat16, torch.float16):
             return "flash attention computes in 16 bits only"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "flash attention takes a card of compute capability 8.0 or later"
         sizes = _head_sizes(decoder, config)
         if any(size % 8 or size > MAX_HEAD_SIZE for size in sizes):
             return f"flash attention takes no heads of size {max(sizes)}"

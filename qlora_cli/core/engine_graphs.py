@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
+from qlora_cli.kernels.attention import is_short
 
 MOST_GRAPHS = 48
 MOST_YIELDS = 4  # how often graphs make room before a leaner plan has to
@@ -173,7 +174,7 @@ class StepGraphs:
             self._drop()
             self.addresses = addresses
         # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend and lay out.
-        way = (inputs.equal_rows > 0, *self.layout(inputs.labels.shape[1]))
+        way = (inputs.equal_rows > 0, is_short(inputs.longest), *self.layout(inputs.labels.shape[1]))
         self.warming = None if way in self.warm else way
         if self.warming is not None:
             self.warm.add(way)

@@ -250,7 +250,7 @@ def saved_bytes_a_token(layer: nn.Module, call: LayerCall, *, input_gradient: bo
         input_gradient: Whether the gradient of the hidden states is wanted.
     """
     rows, length, _ = call.args[0].shape
-    sizes = {rows * length, length}  # in the shape of every activation, and of no weight that is saved
+    sizes = {rows * length, length}  # in the shape of every activation, and of no weight: see TRIAL_LENGTHS
     saved = {t.data_ptr(): t for t in _saved_by(layer, call, input_gradient=input_gradient) if sizes & set(t.shape)}
     return sum(t.nbytes for t in saved.values()) / (rows * length)
 

@@ -91,6 +91,8 @@ def step_optimizer(optimizer: Optimizer) -> None:
         for group_index, group in enumerate(optimizer.param_groups):
             for parameter_index, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
+                    if not optimizer.state[parameter]:
+                        optimizer.init_state(group, parameter, group_index, parameter_index)
                     optimizer.prefetch_state(parameter)
                     optimizer.update_step(group, parameter, group_index, parameter_index)
         return

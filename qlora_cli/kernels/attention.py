@@ -12,18 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # not beside a CPU-only torch
+if _HAS_TRITON:
     from qlora_cli.kernels import short_attention
 
 _aten = torch.ops.aten
 CUDNN_HEAD_SIZES = frozenset({64, 96, 128})
 
 
+def is_short(longest: int) -> bool:
+    """Whether rows of at most so many tokens may have a kernel of their own."""
+    return _HAS_TRITON and longest <= short_attention.LONGEST
+
+
 @torch.library.custom_op("qlora::packed_attention", mutates_args=())
 def _attention_op(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    if short_attention.covers(query, key, longest, window):
+    if short_attention.covers(query, key, value, longest, window):
         out, lse = short_attention.attend(query, key, value, boundaries, longest, scale)
         return out, lse.flatten()
     out, lse, *_ = _aten._flash_attention_forward(
@@ -67,7 +73,7 @@ def _attention_backward_op(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, heads, _ = query.shape
-    if short_attention.covers(query, key, longest, window):
+    if short_attention.covers(query, key, value, longest, window):
         return short_attention.attend_backward(grad, query, key, value, out, lse, boundaries, longest, scale)
     grads = _aten._flash_attention_backward(
         grad,
@@ -135,7 +141,7 @@ def packed_attention(
         key: (tokens, key heads, size); heads is a multiple of key heads.
         value: Like `key`.
         boundaries: (rows + 1,) int32 on the same device: where rows start, and the total.
-        longest: Tokens of the longest row.
+        longest: Tokens of the longest row, or more.
         scale: Factor on the scores.
         window: A token sees itself and the window - 1 tokens before it; None for all.
 

@@ -2,6 +2,7 @@
 
 A program has one block of one row and head. Flash attention's backward pass is three kernels over an fp32 gradient of
 the queries, with 128 tokens more for each row: 55 MB for 64 heads of 15 rows. The same formulas: arXiv:2205.14135.
+Graphs of 1,024 tokens or more count with longer rows (`engine_graphs.bucketed`), where flash is as fast.
 """
 
 import torch
@@ -142,10 +143,11 @@ def _attend_backward(
         _store(grad_key, key_sum * scale, start, at, length, head, heads, size, SIZE)
 
 
-def covers(query: Tensor, key: Tensor, longest: int, window: int | None) -> bool:
+def covers(query: Tensor, key: Tensor, value: Tensor, longest: int, window: int | None) -> bool:
     """Whether rows are short enough, every head has a key of its own, and no window ends inside a row."""
-    alike = query.shape == key.shape and query.shape[2] <= LARGEST_HEAD
-    return alike and longest <= LONGEST and (window is None or window >= longest)
+    alike = query.shape == key.shape == value.shape and query.shape[2] <= LARGEST_HEAD
+    laid_out = all(t.is_contiguous() for t in (query, key, value))
+    return alike and laid_out and longest <= LONGEST and (window is None or window >= longest)
 
 
 def _grid(query: Tensor, boundaries: Tensor, longest: int) -> tuple[int, int, int]:

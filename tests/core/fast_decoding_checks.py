@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from qlora_cli.core.adapter import attach_adapter
+from qlora_cli.core.answering import Answerer
 from qlora_cli.core.answers import Request
 from qlora_cli.core.base_model import dequantized_weight, load_base
 from qlora_cli.core.batching import answer_all
@@ -180,6 +182,48 @@ def test_a_module_that_computes_something_else_is_left_alone(tmp_path):
     fast = FastModel(model)
     assert fast_answers(fast, prompts()[:1], (3,), 1)[0] == expected
     assert "norms" not in fast.describe()
+
+
+class Words:
+    """A tokenizer as far as an answer needs one: ids as words."""
+
+    def decode(self, ids, **_):
+        return "".join(f" {i}" for i in ids)
+
+
+def test_adapters_that_pefts_own_forward_applies_are_switched_too(tmp_path):
+    model = load(tmp_path, "llama")
+    fast = FastModel(model)
+    assert not fast.adapters_elsewhere
+    fast.close()
+    model.add_adapter("dora", LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_dora=True))
+    model.set_adapter("dora")
+    randomise(model, seed=2)
+    model.eval()
+    answerer = Answerer(model, Words(), sampling=SAMPLING, engine="fast", report=print)
+    answerer._fast = fast = FastModel(model)
+    answerer._fast_for = (id(model), *model.peft_config)
+    assert fast.adapters_elsewhere
+    if not ON_GPU:  # nothing is captured; what would hold a graph is given up when the adapter changes, and only then
+        answerer.select("dora")
+        answerer._decoder = kept = object()
+        answerer.select("dora")
+        assert answerer._decoder is kept
+        answerer.select(None)
+        assert answerer._decoder is None
+        fast.close()
+        return
+    (ids,) = prompts((6,))
+    found = {}
+    for adapter in ("dora", None, "dora"):
+        answerer.select(adapter)
+        (answer,) = answerer.answer([Request(0, ids, COUNT)], batch_size=1, seed=0, end_ids=[NEVER])
+        assert found.setdefault(adapter, list(answer.ids)) == list(answer.ids)
+    fast.close()
+    assert found["dora"] == own_answer(model, ids, COUNT)
+    with model.disable_adapter():
+        assert found[None] == own_answer(model, ids, COUNT)
+    assert found["dora"] != found[None]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="only a GPU captures graphs")

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -234,3 +235,24 @@ def test_packs_alike_have_few_shapes():
             found = bucketed(inputs)
             seen.add((found.labels.shape, found.boundaries.shape, found.longest, found.trained_tokens))
         assert len(seen) <= shapes
+
+
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=40).filter(any), st.floats(0, 1))
+def test_a_shape_of_the_grid_covers_every_row_and_the_one_that_is_added(lengths, share):
+    tokens = sum(lengths)
+    inputs = StepInputs(
+        embedded=torch.zeros(1, tokens, 1),
+        labels=torch.zeros(1, tokens, dtype=torch.long),
+        position_ids=torch.zeros(1, tokens, dtype=torch.long),
+        boundaries=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        longest=max(lengths),
+        equal_rows=0,
+        trained_tokens=int(share * tokens),
+    )
+    found = bucketed(inputs)
+    rows = found.boundaries.diff()
+    assert (rows >= 0).all() and rows.max() <= found.longest, "a kernel looks no further than that"
+    assert found.boundaries[-1] == found.labels.numel() == found.embedded.shape[1] == found.position_ids.numel()
+    assert rows[: len(lengths)].tolist() == lengths and inputs.trained_tokens <= found.trained_tokens
+    assert found.trained_tokens <= found.labels.numel()
+    assert (found.labels[0, tokens:] == -100).all()

@@ -117,7 +117,7 @@ def test_short_rows_attend_as_in_float64(lengths, size):
     gradients = torch.autograd.grad(expected, (query, key, value), exact[3])
     inputs, grad = [t.detach().float() for t in exact[:3]], exact[3].float()
     ends = torch.tensor(boundaries, dtype=torch.int32, device=DEVICE)
-    assert short_attention.covers(*inputs[:2], 128, None)
+    assert short_attention.covers(*inputs, 128, None)
     out, lse = short_attention.attend(*inputs, ends, 128, scale)
     found = short_attention.attend_backward(grad, *inputs, out, lse, ends, 128, scale)
     for got, true in zip((out, *found), (expected, *gradients), strict=True):
@@ -125,9 +125,16 @@ def test_short_rows_attend_as_in_float64(lengths, size):
 
 
 def test_short_attention_leaves_to_others_what_it_does_not_cover():
-    query, fewer = torch.zeros(300, 4, 64), torch.zeros(300, 2, 64)
-    assert short_attention.covers(query, query, 128, None) and short_attention.covers(query, query, 100, 100)
-    assert not short_attention.covers(query, fewer, 128, None)
-    assert not short_attention.covers(query, query, 129, None)
-    assert not short_attention.covers(query, query, 128, 50)
-    assert not short_attention.covers(torch.zeros(9, 4, 256), torch.zeros(9, 4, 256), 128, None)
+    query, fewer, narrow = torch.zeros(300, 4, 64), torch.zeros(300, 2, 64), torch.zeros(300, 4, 32)
+    wide, spread = torch.zeros(9, 4, 256), torch.zeros(4, 300, 64).transpose(0, 1)
+    assert short_attention.covers(query, query, query, 128, None)
+    assert short_attention.covers(query, query, query, 100, 100)
+    for tensors, longest, window in (
+        ((query, fewer, fewer), 128, None),
+        ((query, query, narrow), 128, None),
+        ((query, query, spread), 128, None),
+        ((wide, wide, wide), 128, None),
+        ((query, query, query), 129, None),
+        ((query, query, query), 128, 50),
+    ):
+        assert not short_attention.covers(*tensors, longest, window)
