@@ -25,21 +25,25 @@ def _scores(query, key, at_query, at_key, length, scale):
 
 
 @triton.jit
-def _load(tensor, start, at, length, head, heads, size, SIZE: tl.constexpr):
-    """Rows `at` of one head: (BLOCK, SIZE), zeros beyond the row's length and the head's size."""
+def _places(tensor, start, at, length, head, heads, size, SIZE: tl.constexpr):
+    """Where rows `at` of one head are, (BLOCK, SIZE), and which of these places lie within the row and the head."""
     column = tl.arange(0, SIZE)
     row = tensor + (start.to(tl.int64) * heads + head) * size
     place = at[:, None] * (heads * size) + column[None, :]
-    return tl.load(row + place, mask=(at[:, None] < length) & (column[None, :] < size), other=0.0)
+    return row + place, (at[:, None] < length) & (column[None, :] < size)
+
+
+@triton.jit
+def _load(tensor, start, at, length, head, heads, size, SIZE: tl.constexpr):
+    """Rows `at` of one head: (BLOCK, SIZE), zeros beyond the row's length and the head's size."""
+    places, inside = _places(tensor, start, at, length, head, heads, size, SIZE)
+    return tl.load(places, mask=inside, other=0.0)
 
 
 @triton.jit
 def _store(tensor, value, start, at, length, head, heads, size, SIZE: tl.constexpr):
-    column = tl.arange(0, SIZE)
-    row = tensor + (start.to(tl.int64) * heads + head) * size
-    place = at[:, None] * (heads * size) + column[None, :]
-    inside = (at[:, None] < length) & (column[None, :] < size)
-    tl.store(row + place, value.to(tensor.dtype.element_ty), mask=inside)
+    places, inside = _places(tensor, start, at, length, head, heads, size, SIZE)
+    tl.store(places, value.to(tensor.dtype.element_ty), mask=inside)
 
 
 @triton.jit

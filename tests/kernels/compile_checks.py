@@ -1,4 +1,7 @@
-"""Compiles the decoding kernels, and those of training that only a GPU runs in 16 bits, for a Hopper card, without one: run by test_gemv.py where no GPU finds the mistakes."""
+"""Compiles kernels for a Hopper card, without one: run by test_gemv.py where no GPU finds the mistakes.
+
+All of decoding, and those of training that the interpreter does not run in bfloat16.
+"""
 
 import pytest
 import triton
