@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.engine_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
 from qlora_cli.core.engine_embeddings import InputEmbeddings
+from qlora_cli.core.engine_gates import fuse_gates, gated_unit_of
 from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
 from qlora_cli.core.engine_layers import (
     LayerPlan,
@@ -70,6 +71,7 @@ class FastEngine:
         self.packed = self.equal_rows = False
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
+        self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
         try:
             self._install(wishes)
         except BaseException:
@@ -87,7 +89,9 @@ class FastEngine:
         if not on_cuda and resident is None:
             resident = dense_bytes < psutil.virtual_memory().available // 2
         self.put_linears_back: Callable[[], None] = lambda: None
+        self.put_gates_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
+        self.undo.append(lambda: self.put_gates_back())
         self.undo.append(self.embeddings.come_back)
         self.buffer: Tensor | None = None
         self.undo.append(self._release_values)
@@ -190,11 +194,15 @@ class FastEngine:
     def _share_projections(self) -> None:
         """In compiled layers, linears with the same input have one projection; not in layers that are recomputed,
         whose repetition is traced as a function without side effects."""
+        self.put_gates_back()
         if self.compiled and self.layers:
-            share_projections((m for layer in self.layers for m in layer.modules()), self.trials.run)
+            modules = [m for layer in self.layers for m in layer.modules()]
+            share_projections(modules, self.trials.run)
+            self.put_gates_back = fuse_gates(modules)
         for layer_plan, layer in zip(self.layer_plans, self.layers, strict=True):
             shared = (fast.shared for m in layer.modules() if (fast := fast_linear_of(m)) and fast.shared)
             layer_plan.shared = tuple({id(s): s for s in shared}.values())
+            layer_plan.gates = tuple(unit for m in layer.modules() if (unit := gated_unit_of(m)))
 
     def _release_values(self) -> None:
         self.buffer = reserve_values(self.device, 0)
@@ -267,6 +275,8 @@ class FastEngine:
             layer.recompute = layer.number in recomputed
             for shared in layer.shared:
                 shared.enabled = not layer.recompute
+            for unit in layer.gates:
+                unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
             away = layer.number in sent or (layer.recompute and plan.offload_activations)
             layer.offload = self.offload if away else None
 
@@ -308,9 +318,13 @@ class FastEngine:
 
     def prepare(self, batch: "MicroBatch") -> "MicroBatch":
         """See `Engine.prepare`."""
-        if not (self.embeddings.on_host and self.packed):
+        if not self.packed:
             return batch
-        return replace(batch, embedded=self.embeddings.look_up(batch.input_ids))
+        if self.embeddings.on_host:
+            return replace(batch, embedded=self.embeddings.look_up(batch.input_ids))
+        if self.graphs is not None and not self.plan.frees_activations:  # there is room for two steps' inputs
+            self.ahead = batch, self._bucketed_inputs(batch)
+        return batch
 
     def loss(self, batch: "MicroBatch") -> Tensor:
         """See `Engine.loss`. A batch still on the host saves a wait where embeddings are on the host."""
@@ -319,18 +333,24 @@ class FastEngine:
         if training and any(linear.rate > 0 for linear in self.fast_linears):
             self.step.draw_seeds()
         if self.packed:
-            inputs = self._inputs(batch)
             if self.graphs is None:
-                return self._packed_loss(inputs)
+                return self._packed_loss(self._inputs(batch))
             if not training or not _differentiates():
-                return self._loss_beside_graphs(inputs)
-            inputs = bucketed(inputs)  # with or without a graph, so that a resumed run computes the same
+                return self._loss_beside_graphs(self._inputs(batch))
+            inputs = self._bucketed_inputs(batch)
             loss = self.graphs.loss(inputs)
             return self._packed_loss(inputs) if loss is None else loss
         ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
         # Without padding the mask is the plain causal one, which has kernels of its own.
         mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
         return self._loss(self.embeddings.embed(ids), labels, batch.trained_tokens, **mask)
+
+    def _bucketed_inputs(self, batch: "MicroBatch") -> StepInputs:
+        """On the grid with or without a graph, so that a resumed run computes the same; from before, where prepared."""
+        if self.ahead is None or self.ahead[0] is not batch:
+            return bucketed(self._inputs(batch))
+        (_, inputs), self.ahead = self.ahead, None
+        return inputs
 
     def _loss_beside_graphs(self, inputs: StepInputs) -> Tensor:
         """Without a graph; what graphs hold makes room where memory runs out."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.core.engine_gates import GatedUnit
 from qlora_cli.core.engine_linear import SharedProjection, StepState, fast_linear_of
 from qlora_cli.core.engine_memory import LayerSeconds
 from qlora_cli.core.engine_offload import ActivationOffload
@@ -35,6 +36,7 @@ class LayerPlan:
         preserve_random_state: Whether a repetition must draw the same random numbers again.
         step: The engine's shared state.
         shared: What linears of the layer have in common while they are compiled.
+        gates: Its gated MLPs, fused while they are compiled.
     """
 
     number: int
@@ -44,6 +46,7 @@ class LayerPlan:
     preserve_random_state: bool
     step: StepState
     shared: tuple[SharedProjection, ...] = ()
+    gates: tuple[GatedUnit, ...] = ()
     lean: bool = False
 
 

@@ -155,8 +155,12 @@ class FastLinear:
     shared: SharedProjection | None = None
     place: int = 0
 
+    def frozen(self) -> FrozenWeight:
+        """The weight; whole for the time being, where ranks share it."""
+        return self.weight if isinstance(self.weight, FrozenWeight) else self.weight.gathered()
+
     def __call__(self, x: Tensor, training: bool) -> Tensor:
-        weight = self.weight if isinstance(self.weight, FrozenWeight) else self.weight.gathered()
+        weight = self.frozen()
         if self.shared is not None and self.shared.enabled and x.dtype == self.dtype and torch.compiler.is_compiling():
             projected = self.shared.part(x, self.place)
             return qlora_linear(x, weight, self.bias, None, self.b, None, self.lora_b, None, self.options, projected)
@@ -173,12 +177,13 @@ class FastLinear:
 def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Replaces `forward` on one instance; anything the op does not cover goes to the class's own forward."""
     fast: FastLinear = getattr(self, _ATTRIBUTE)
-    if args or kwargs or (fast.adapter is not None and not _adapter_is_active(self, fast.adapter)):
+    if args or kwargs or (fast.adapter is not None and not adapter_is_active(self, fast.adapter)):
         return type(self).forward(self, x, *args, **kwargs)
     return fast(x, self.training)
 
 
-def _adapter_is_active(module: Any, name: str) -> bool:
+def adapter_is_active(module: Any, name: str | None) -> bool:
+    """Whether the adapter of that name, and no other, is in effect in a wrapped layer."""
     active = module.active_adapters
     return not module.disable_adapters and not module.merged and len(active) == 1 and active[0] == name
 
@@ -232,7 +237,7 @@ def _covered_adapter(module: Any) -> str | None:
     a, b = module.lora_A[name], module.lora_B[name]
     plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
     known_dropout = isinstance(module.lora_dropout[name], nn.Identity | nn.Dropout)
-    if not plain or not known_dropout or name in module.lora_variant or not _adapter_is_active(module, name):
+    if not plain or not known_dropout or name in module.lora_variant or not adapter_is_active(module, name):
         return None
     return name
 

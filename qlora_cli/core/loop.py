@@ -1,7 +1,8 @@
 """A model in an engine, rows and an optimizer in; trained parameters, metrics and checkpoints out.
 
 A step waits for the device once, where its loss and gradient norm are read: they decide whether the update is applied.
-While the device still computes, the next step's rows are laid out.
+Whatever can be done while the device computes waits until it does: the next step's rows are laid out, the step before is
+told. From the end of that wait to the next step's first launch the device has only the update to do.
 """
 
 import math
@@ -136,6 +137,8 @@ class Loop:
         self.saved_step = progress.step
         self.streak: list[Step] = []  # steps in a row without finite numbers
         self.before_streak: tuple[Progress, RandomState] | None = None
+        self.random_state: RandomState = {}  # with which the next step begins
+        self.untold: StepLogged | None = None  # on a card, the last step until the next one has been launched
 
     def run(self) -> None:
         """Trains to the end of the plan, or until patience runs out.
@@ -147,22 +150,29 @@ class Loop:
         """
         self.model.train()
         with stopping_on_signals() as self.stop:
-            upcoming: Upcoming = None
-            if self._unfinished():
-                self._try_longest()
-                upcoming = self._lay_out(self.progress.step + 1)
-            while True:
-                if self._evaluation_due():
-                    self._evaluate()
-                last = upcoming is None or self.progress.stopped_early
-                stopping = self._stopping()
-                if last or stopping or self.progress.step % self.cadence.save_every == 0:
-                    self._save_once()
-                if stopping:
-                    raise self._interrupted()
-                if upcoming is None or last:
-                    return
-                upcoming = self._take(*upcoming)
+            try:
+                self._run()
+            finally:
+                self._tell_last()
+
+    def _run(self) -> None:
+        upcoming: Upcoming = None
+        if self._unfinished():
+            self._try_longest()
+            upcoming = self._lay_out(self.progress.step + 1)
+            self.random_state = capture_random_state(self.device)
+        while True:
+            if self._evaluation_due():
+                self._evaluate()
+            last = upcoming is None or self.progress.stopped_early
+            stopping = self._stopping()
+            if last or stopping or self.progress.step % self.cadence.save_every == 0:
+                self._save_once()
+            if stopping:
+                raise self._interrupted()
+            if upcoming is None or last:
+                return
+            upcoming = self._take(*upcoming)
 
     # ------------------------------------------------------------ one step
 
@@ -170,13 +180,15 @@ class Loop:
         """Takes one optimizer step; returns the next one, laid out."""
         started = time.perf_counter()
         rate = self.learning_rate(step.number)
-        random_state = capture_random_state(self.device)
+        random_state = self.random_state
         following: Upcoming = None
         while True:
             scale = self.progress.loss_scale.scale if self.scaled else 1.0
             pending = self.accumulation.accumulate(batches, scale=scale, stopping=self.stop.signal_number is not None)
+            self._tell_last()  # while the device computes, as what follows
             if following is None and step.number < self.plan.total_steps:
-                following = self._lay_out(step.number + 1)  # while the device computes
+                following = self._lay_out(step.number + 1)
+            self.random_state = capture_random_state(self.device)
             sums = read_sums(pending)  # the step's one wait for the device
             loss, norm = sums.loss_sum / max(sums.trained_tokens, 1), sums.gradient_norm / scale
             if sums.out_of_memory:
@@ -223,21 +235,21 @@ class Loop:
         self.progress.tokens += sums.tokens
         if math.isfinite(loss):
             self.progress.last_loss = loss
-        self._tell(
-            StepLogged(
-                step=step.number,
-                total_steps=self.plan.total_steps,
-                epoch=step.epoch,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm,
-                tokens=sums.tokens,
-                step_seconds=seconds,
-                tokens_per_second=sums.tokens / seconds,
-                vram=sums.cards[self.ranks.rank] if sums.cards else None,
-                cards=sums.cards,
-            )
+        self.untold = StepLogged(
+            step=step.number,
+            total_steps=self.plan.total_steps,
+            epoch=step.epoch,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=sums.tokens,
+            step_seconds=seconds,
+            tokens_per_second=sums.tokens / seconds,
+            vram=sums.cards[self.ranks.rank] if sums.cards else None,
+            cards=sums.cards,
         )
+        if self.device.type != "cuda":  # where launching the next step means computing it
+            self._tell_last()
 
     # ------------------------------------------------------------ memory
 
@@ -299,6 +311,7 @@ class Loop:
     def _evaluate(self) -> None:
         """Measures the held-out loss. A signal breaks it off; then it is made up for after --resume."""
         assert self.eval_plan is not None
+        self._tell_last()
         loss = measure_loss(
             self.model,
             self.engine,
@@ -335,6 +348,7 @@ class Loop:
 
     def _save_once(self) -> None:
         """Writes a checkpoint of this moment unless it stands already, then prunes. Every rank takes part."""
+        self._tell_last()
         if self.saved_step == self.progress.step:
             return
         started = time.perf_counter()
@@ -382,7 +396,14 @@ class Loop:
             "Go on with the same command and --resume.",
         )
 
+    def _tell_last(self) -> None:
+        """Tells the last step, if that was not done."""
+        event, self.untold = self.untold, None
+        if event is not None:
+            self._tell(event)
+
     def _tell(self, event: StepLogged | EvaluationLogged | Notice | Caution) -> None:
+        self._tell_last()
         if self.ranks.is_main:
             if isinstance(event, StepLogged | EvaluationLogged):
                 self.log(event)

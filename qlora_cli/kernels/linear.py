@@ -76,6 +76,16 @@ def project(x: Tensor, lora_a: Tensor, dropout: Dropout | None, scaling: float) 
     return _scaled_product(flat if dropout is None else _drop(flat.contiguous(), dropout), lora_a.t(), scaling)
 
 
+def adapter_gradients(
+    grad: Tensor, projected: Tensor, lora_b: Tensor, adapter_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of projected lora_b^T, (tokens, rank) and (out, rank), for `grad` of (tokens, out).
+
+    The first is in the compute dtype, the second in `adapter_dtype`.
+    """
+    return grad @ lora_b, _wide_product(grad.t(), projected, adapter_dtype)
+
+
 def forward(
     x: Tensor,
     weight: FrozenWeight,
@@ -144,8 +154,7 @@ def backward(
     flat_grad = grad.reshape(-1, weight.rows)
     grad_x = grad_a = grad_b = grad_projected = None
     if lora_a is None and lora_b is not None and projected is not None:
-        grad_a = flat_grad @ lora_b
-        grad_b = _wide_product(flat_grad.t(), projected, adapter_dtype)
+        grad_a, grad_b = adapter_gradients(flat_grad, projected, lora_b, adapter_dtype)
     if lora_a is not None and lora_b is not None and x is not None and projected is not None:
         grad_projected = _scaled_product(flat_grad, lora_b, options.scaling)  # (tokens, rank)
         flat = x.reshape(-1, weight.columns)

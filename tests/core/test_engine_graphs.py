@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from qlora_cli.core import engine_attention, engine_graphs, engine_layers
 from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket, bucketed, explain_failure
+from qlora_cli.kernels import gated as gated_kernel
 from qlora_cli.kernels import linear
 from tests.core.test_engine import adapted, batch_of, gradients, install, step
 
 project = linear.project
+gate_products = gated_kernel.forward
 
 
 def mix(query, key, value, boundaries, longest, scale, window):
@@ -133,6 +135,11 @@ def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, archite
     assert groups == ([] if architecture == "gpt_neox" else [3, 2])
     for plan in engine.layer_plans:
         plan.compiled = True
+    gates = [unit.kind for plan in engine.layer_plans for unit in plan.gates]
+    kind = "gelu_tanh" if architecture == "gemma3" else "silu"
+    assert gates == ([] if architecture == "gpt_neox" else [kind] * len(engine.layers))
+    gated = []
+    monkeypatch.setattr(gated_kernel, "forward", lambda *a: gated.append(a[-1]) or gate_products(*a))
     calls = []
     monkeypatch.setattr(linear, "project", lambda *a: calls.append(a[1].shape[0]) or project(*a))
     model.zero_grad(set_to_none=True)
@@ -143,6 +150,7 @@ def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, archite
     assert (found - expected).norm() <= 1e-5 * expected.norm()
     if groups:
         assert {12, 8} <= set(calls), "three and two projections of rank 4 in one"
+        assert gated == gates[recomputed:], "a repeated layer has none"
     assert all(shared.x is None for plan in engine.layer_plans for shared in plan.shared)
     engine.close()
 

@@ -12,6 +12,7 @@ from qlora_cli.kernels import (
     decode_attention,
     decode_pointwise,
     dropout,
+    gated_tiles,
     gemv_lanes,
     gemv_programs,
     low_rank,
@@ -62,6 +63,14 @@ CASES = [
     (dropout._drop, {"GROUPS": 512}, 4),
     (low_rank._add_product, {"DROPS": True, "ROWS": 64, "COLUMNS": 128, "RANK": 16}, 4),
     (low_rank._add_product, {"DROPS": False, "ROWS": 64, "COLUMNS": 128, "RANK": 64}, 4),
+    *(
+        (kernel, {"KIND": kind, "ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS, "RANK": rank}, 4)
+        for kernel, kind, rank in (
+            (gated_tiles._gate_tile, "silu", 64),
+            (gated_tiles._gate_tile_backward, "gelu_tanh", 16),
+            (gated_tiles._gate_tile_backward, "gelu", 64),
+        )
+    ),
     (short_attention._attend, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
     (short_attention._attend_backward, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
 ]

@@ -6,7 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_cli.kernels import dropout, low_rank, nf4, reference, short_attention, softmax
+from qlora_cli.kernels import dropout, gated, gated_tiles, low_rank, nf4, reference, short_attention, softmax
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,3 +138,32 @@ def test_short_attention_leaves_to_others_what_it_does_not_cover():
         ((query, query, query), 128, 50),
     ):
         assert not short_attention.covers(*tensors, longest, window)
+
+
+@pytest.mark.parametrize("kind", gated.GATES)
+@pytest.mark.parametrize(("tokens", "size", "rank"), [(5, 40, 1), (70, 132, 20), (33, 128, 64)])
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_gated_products_are_those_of_float64_rounded_once(dtype, tokens, size, rank, kind):
+    gate, up, grad = (torch.randn(tokens, size, device=DEVICE).to(dtype) for _ in range(3))
+    lefts = torch.randn(tokens, 2 * rank, device=DEVICE).to(dtype).split(rank, dim=1)
+    rights = [torch.randn(size, rank, device=DEVICE).to(dtype) for _ in range(2)]
+    assert gated_tiles.covers(gate, up, *lefts, *rights)
+    products = [t.double().requires_grad_() for t in (gate, up)]
+    sums = [p + left.double() @ right.double().t() for p, left, right in zip(products, lefts, rights, strict=True)]
+    exact = gated.activate(sums[0], kind) * sums[1]
+    expected = exact, *torch.autograd.grad(exact, products, grad.double())
+    arguments = (gate, up, *lefts, *rights, kind)
+    found = gated_tiles.gate_products(*arguments), *gated_tiles.gate_products_backward(grad, *arguments)
+    for got, true in zip(found, expected, strict=True):
+        rounding = torch.finfo(dtype).eps / 2 * true.abs()
+        assert ((got.double() - true).abs() <= rounding + 4e-6 * (1 + rank) * (1 + true.abs())).all()
+
+
+def test_the_fused_gate_leaves_to_others_what_it_does_not_cover():
+    gate, left, right = (torch.zeros(shape, device=DEVICE) for shape in ((6, 30), (6, 4), (30, 4)))
+    assert gated_tiles.covers(gate, gate, left, left, right, right)
+    assert not gated_tiles.covers(gate[:, ::2], gate[:, ::2], left, left, right[::2], right[::2])
+    assert not gated_tiles.covers(gate, gate, left.half(), left, right, right)
+    assert not gated_tiles.covers(gate, gate, left, left, right, right.t().contiguous().t())
+    wide = torch.zeros(30, 65, device=DEVICE)
+    assert not gated_tiles.covers(gate, gate, left.new_zeros(6, 65), left.new_zeros(6, 65), wide, wide)
