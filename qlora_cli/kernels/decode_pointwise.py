@@ -1,4 +1,4 @@
-"""The small steps of a decoder layer in, one launch each out: norms, rotation of query and key, gating."""
+"""The small steps of a decoder layer in, one launch each out, for any number of tokens: norms, rotations, gates."""
 
 import torch
 import triton
@@ -141,8 +141,8 @@ def _rotate(
     ROOM: tl.constexpr,
 ):
     """One head of one token, of x or of y: pairs (i, i + ROTATED / 2) turn, what is beyond ROTATED stays."""
-    row = tl.program_id(0) // tokens
-    token = tl.program_id(0) % tokens
+    row = (tl.program_id(0) // tokens).to(tl.int64)
+    token = (tl.program_id(0) % tokens).to(tl.int64)  # a long prompt's projection has more than 2^31 values
     head = tl.program_id(1)
     half: tl.constexpr = ROTATED // 2
     place = tl.arange(0, ROOM)
