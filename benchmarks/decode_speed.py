@@ -182,7 +182,7 @@ class Bench:
             print(f"    {us:8.1f} us {calls:6.1f} x  {key}", flush=True)
 
     def prefill(self) -> None:
-        """Seconds to the first token of prompts, and their rate."""
+        """Seconds to the first token: launched one by one, captured where the shape comes again, and as a graph."""
         if self.device != "cuda":
             return
         from qlora_cli.core.decoding import Prompt
@@ -192,13 +192,15 @@ class Bench:
         for count, length in ((1, 32), (1, 512), (1, 1900), (8, 512)):
             decoder = GraphDecoder(self.fast[0], slots=count, capacity=2048, sampling=Sampling())
             prompts = [Prompt(ids) for ids in self.prompts(count, length)]
-            for _ in range(3):
+            for call in ("first", "second", "third"):
                 self.wait()
                 started = time.time()
                 decoder.prefill(range(count), prompts).wait()
                 seconds = time.time() - started
-            self.note(f"prefill {count} x {length} ms", seconds * 1e3)
+                self.note(f"prefill {count} x {length} {call} call ms", seconds * 1e3)
             self.note(f"prefill {count} x {length} tok/s", count * length / seconds)
+            if decoder.prompts.obstacle is not None:
+                self.note(f"prefill {count} x {length} not captured", decoder.prompts.obstacle)
 
 
 def use_tilings(path: Path) -> None:

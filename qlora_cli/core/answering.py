@@ -98,6 +98,9 @@ class Answerer:
             return f"own steps, one forward a token, weights {held}"
         obstacle = getattr(self._decoder, "obstacle", None)
         how = "CUDA graphs" if obstacle is None else f"steps launched one by one (not captured: {obstacle})"
+        uncaptured = getattr(getattr(self._decoder, "prompts", None), "obstacle", None)
+        if obstacle is None and uncaptured is not None:
+            how += f" (prompts launched one by one, not captured: {uncaptured})"
         return f"{how} over fused kernels: {self._fast.describe()}"
 
     def select(self, adapter: str | None) -> None:

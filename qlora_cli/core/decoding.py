@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,49 @@ class Prompt:
 
     ids: Sequence[int]
     uniforms: Tensor | None = None  # (max new tokens,), not needed when greedy
+
+
+class LaidPrompts(NamedTuple):
+    """Prompts of a batch as one tensor, so that they travel to the device in one copy.
+
+    Attributes:
+        whole: int64 (prompts * (3 + room),), of which the others are views.
+        rows: (prompts,), the slot of each.
+        ends: (prompts,), tokens in each.
+        last: (prompts,), where the last token of each is among `ids` laid end to end.
+        ids: (prompts, room). What is beyond a prompt's end is its last token: causality hides it from what counts, and
+            it adds nothing to what the prompt has seen.
+    """
+
+    whole: Tensor
+    rows: Tensor
+    ends: Tensor
+    last: Tensor
+    ids: Tensor
+
+    @classmethod
+    def of(cls, whole: Tensor, prompts: int) -> "LaidPrompts":
+        """The views of a tensor that holds so many prompts."""
+        rows, ends, last = whole[: 3 * prompts].view(3, prompts).unbind()
+        return cls(whole, rows, ends, last, whole[3 * prompts :].view(prompts, -1))
+
+    def to(self, device: torch.device) -> "LaidPrompts":
+        """The same on a device, without waiting for it."""
+        return self.of(send(self.whole, device), len(self.rows))
+
+
+def lay_out(slots: Sequence[int], prompts: Sequence[Prompt], room: int) -> LaidPrompts:
+    """Prompts side by side on the host, each given `room` places."""
+    numbers = [*slots, *(len(prompt.ids) for prompt in prompts)]
+    numbers += [row * room + len(prompt.ids) - 1 for row, prompt in enumerate(prompts)]
+    for prompt in prompts:
+        numbers += [*prompt.ids, *[prompt.ids[-1]] * (room - len(prompt.ids))]
+    return LaidPrompts.of(torch.tensor(numbers), len(prompts))
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; a GPU gets it in its turn, and the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Pending:
@@ -121,42 +164,35 @@ class Decoder:
             One token for each prompt.
         """
         longest = max(len(prompt.ids) for prompt in prompts)
-        together = max(1, PREFILL_TOKENS // longest)
+        together = max(1, PREFILL_TOKENS // self._room_for(longest))
         parts = [
             self._prefill(slots[at : at + together], prompts[at : at + together])
             for at in range(0, len(prompts), together)
         ]
         return Pending(torch.cat(parts))
 
+    def _room_for(self, longest: int) -> int:
+        """Places that prompts of at most `longest` tokens are laid into."""
+        return longest
+
     def _prefill(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> Tensor:
         lengths = [len(prompt.ids) for prompt in prompts]
-        longest = max(lengths)
-        rows = torch.tensor(slots, device=self.device)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):  # padded at the end, where causality hides it from what counts
-            ids[row, : lengths[row]] = torch.tensor(prompt.ids)
-        ids = ids.to(self.device)
-        ends = torch.tensor(lengths, device=self.device)
-        kept = torch.tensor(sorted(set(lengths)), device=self.device) - 1  # the only places whose logits are needed
-        place = {length: at for at, length in enumerate(sorted(set(lengths)))}
-        self.cache.start_prefill(rows, 0, longest)
-        logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=kept).logits
-        at = torch.tensor([place[length] for length in lengths], device=self.device)
-        last = logits[torch.arange(len(prompts), device=self.device), at]  # (prompts, vocabulary)
-
+        laid = lay_out(slots, prompts, self._room_for(max(lengths))).to(self.device)
+        last = self._read(laid, lengths)  # (prompts, vocabulary)
+        rows, ends = laid.rows, laid.ends
         uniforms = None
         if self.uniforms is not None:
-            for slot, prompt, length in zip(slots, prompts, lengths, strict=True):
+            drawn = torch.zeros(len(prompts), self.uniforms.shape[1])
+            for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
                 assert prompt.uniforms is not None
-                room = min(len(prompt.uniforms), self.uniforms.shape[1] - length)
-                self.uniforms[slot, length : length + room] = prompt.uniforms[:room].to(self.device)
+                room = min(len(prompt.uniforms), drawn.shape[1] - length)
+                drawn[row, length : length + room] = prompt.uniforms[:room]
+            self.uniforms[rows] = send(drawn, self.device)
             uniforms = self.uniforms[rows, ends]
         seen = None
         if self.seen is not None:
-            self.seen[rows] = False
-            for slot, prompt in zip(slots, prompts, strict=True):
-                self.seen[slot, torch.tensor(prompt.ids, device=self.device)] = True
-            seen = self.seen[rows]
+            seen = self.seen.new_zeros(len(prompts), self.seen.shape[1]).scatter_(1, laid.ids, True)
+            self.seen[rows] = seen
         chosen = choose_tokens(last, self.sampling, uniforms, seen)
         fed = chosen.clamp(min=0)
         self.tokens[rows, 0] = fed
@@ -166,6 +202,19 @@ class Decoder:
         for slot, length in zip(slots, lengths, strict=True):
             self.filled[slot] = length
         return chosen
+
+    def _read(self, laid: LaidPrompts, lengths: list[int]) -> Tensor:
+        """Keys and values of the prompts into their slots, the logits after each prompt out: (prompts, vocabulary)."""
+        kept = sorted(set(lengths))  # the only places whose logits are needed
+        self.cache.start_prefill(laid.rows, 0, laid.ids.shape[1])
+        logits = self.model(
+            input_ids=laid.ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor(kept, device=self.device) - 1,
+        ).logits
+        at = torch.tensor([kept.index(length) for length in lengths], device=self.device)
+        return logits[torch.arange(len(lengths), device=self.device), at]
 
     # ------------------------------------------------------------ answers
 

@@ -1,19 +1,22 @@
-"""A 4-bit model instance on a GPU in; decoding steps that are one CUDA graph each, over fused kernels, out.
+"""A 4-bit model instance on a GPU in; decoding steps and prompts that are one CUDA graph each, over fused kernels, out.
 
 A step of a 7B model is some 600 launches of a few microseconds each: launched one by one from Python they take ten
 times as long as the weights take to read.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_cli.core.adapter import adapted_modules
-from qlora_cli.core.decoding import Decoder, underlying_model
+from qlora_cli.core.decoding import Decoder, LaidPrompts, underlying_model
 from qlora_cli.core.decoding_attention import JoinedAttention
 from qlora_cli.core.decoding_layers import FastLayers
 from qlora_cli.core.decoding_linears import FastLinears
+from qlora_cli.core.decoding_prompts import PromptGraphs, bucket_places, capture
 from qlora_cli.core.sampling import Sampling
 from qlora_cli.errors import QloraError, first_line
 
@@ -46,6 +49,21 @@ class FastModel:
         """Takes over which adapter is in effect; captured graphs go on with it, but for `adapters_elsewhere`."""
         self.linears.refresh()
 
+    @contextmanager
+    def reading(self, laid: LaidPrompts) -> Iterator[None]:
+        """While it lasts, a forward reads prompts: in few launches, and the head sees the last token of each alone."""
+
+        def narrow(head: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (given[0].flatten(0, 1).index_select(0, laid.last)[:, None], *given[1:])  # (prompts, 1, size)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(narrow)
+        try:
+            with self.layers.used_for("prompt"):
+                yield
+        finally:
+            hook.remove()
+            self.linears.forget()
+
     def close(self) -> None:
         """Gives the model instance back as it was."""
         self.linears.close()
@@ -70,6 +88,7 @@ class GraphDecoder(Decoder):
 
     Attributes:
         obstacle: Why steps are not captured; None while they are.
+        prompts: What reads prompts; it has an obstacle of its own.
     """
 
     def __init__(self, fast: FastModel, *, slots: int, capacity: int, sampling: Sampling, capture: bool = True) -> None:
@@ -78,9 +97,24 @@ class GraphDecoder(Decoder):
         self.obstacle = None if capture else "no graphs were asked for"
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the places that attention reads
         self._pool: Any = None
+        self.prompts = PromptGraphs(self._read_laid, self.obstacle)
         # Four dimensions: every model takes that for a finished mask and hands it on; nobody reads it.
         nothing = torch.zeros(1, 1, 1, 1, device=self.device)
         self._no_mask: Any = dict.fromkeys(self._kinds, nothing) if len(self._kinds) > 1 else nothing
+
+    def _room_for(self, longest: int) -> int:
+        return bucket_places(longest, self.cache.capacity)
+
+    def _read(self, laid: LaidPrompts, lengths: list[int]) -> Tensor:
+        return self.prompts.read(laid)
+
+    def _read_laid(self, laid: LaidPrompts) -> Tensor:
+        """Prompts into their slots, on the device alone; the logits after each of them."""
+        self.cache.start_prefill(laid.rows, 0, laid.ids.shape[1])
+        with self.fast.reading(laid):
+            logits = self.model(input_ids=laid.ids, past_key_values=self.cache, use_cache=True).logits
+        assert logits.shape[1] == 1, "the head is not what gives the logits"
+        return logits[:, 0]
 
     def _advance(self) -> None:
         if (
@@ -102,15 +136,12 @@ class GraphDecoder(Decoder):
     def _fused_step(self, length: int) -> None:
         joined = bool(self.fast.attention.usable)
         self.cache.start_step(self.positions, length, joined=joined)
-        self.fast.layers.decoding = True
-        try:
+        with self.fast.layers.used_for("step"):
             if self.fast.attention.usable is False:
                 self._forward_step(self._mask(length))
             else:
                 with self.fast.attention.step(self.cache):
                     self._forward_step(self._no_mask if joined else self._mask(length))
-        finally:
-            self.fast.layers.decoding = False
 
     def _state(self) -> list[Tensor]:
         """What a step changes, apart from places of the cache that the next step writes again."""
@@ -127,10 +158,8 @@ class GraphDecoder(Decoder):
         current.wait_stream(aside)
         for tensor, old in zip(self._state(), before, strict=True):
             tensor.copy_(old)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._fused_step(length)
+            graph, _ = capture(lambda: self._fused_step(length), self._pool)
         except torch.OutOfMemoryError:
             raise
         except QloraError:

@@ -1,16 +1,19 @@
 """A model instance in; its norms, rotary embeddings and gates as one launch each out, wherever that gives the same.
 
-Each is compared with the module's own at its first use, on what it is really given; one that differs is left alone.
+Each is compared with the module's own at its first use, on what it is really given; one that differs is left alone. A
+step's single token says nothing about the many of a prompt, so that each of these uses is found out about by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.kernels.decode_pointwise import GATES, gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.decode_pointwise import gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.gated import GATES
 
 ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
 GATED = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls its parts
@@ -25,23 +28,21 @@ def is_same(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     largest = float(expected.abs().max())
-    return float((found.float() - expected.float()).abs().max()) <= HALF.get(expected.dtype, 4 * WHOLE) * largest
+    # In their own dtype: near values differ exactly, and a prompt's activations are large.
+    return float((found - expected).abs_().max()) <= HALF.get(expected.dtype, 4 * WHOLE) * largest
 
 
 class FastLayers:
-    """Takes over small modules of one model instance, for decoding steps only; `close` gives them back.
-
-    Attributes:
-        decoding: Whether the model is in a decoding step; elsewhere every module computes as it always did.
-    """
+    """Takes over small modules of one model instance, during `used_for` only; `close` gives them back."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.decoding = False
-        self._norms: dict[type, tuple[float, bool] | None] = {}  # what was found out, None for nothing that fits
-        self._centred: bool | None = None  # whether layer norms agree
-        self._rotations: dict[int, bool] = {}  # by identity of the function that is replaced
-        self._gates: dict[type, str | None] = {}  # what was found out, None for nothing that fits
-        self._splits: bool | None = None  # whether heads come apart as Falcon's do
+        self._use: str | None = None  # None: every module computes as it always did
+        # What was found out, by use first; None for nothing that fits.
+        self._norms: dict[tuple[str, type], tuple[float, bool] | None] = {}
+        self._centred: dict[str, bool] = {}  # whether layer norms agree
+        self._rotations: dict[tuple[str, int], bool] = {}  # by identity of the function that is replaced
+        self._gates: dict[tuple[str, type], str | None] = {}
+        self._splits: dict[str, bool] = {}  # whether heads come apart as Falcon's do
         self._taken: list[tuple[nn.Module, str]] = []
         module: Any
         for module in model.modules():
@@ -61,6 +62,15 @@ class FastLayers:
         module.forward = forward
         self._taken.append((module, "forward"))
 
+    @contextmanager
+    def used_for(self, use: str) -> Iterator[None]:
+        """While it lasts the modules are these, as far as they were found to be right for this use."""
+        self._use = use
+        try:
+            yield
+        finally:
+            self._use = None
+
     def close(self) -> None:
         """Gives every module its own forward back."""
         for module, name in self._taken:
@@ -69,7 +79,8 @@ class FastLayers:
 
     def describe(self) -> str:
         """What is computed in one launch."""
-        norms = sum(fits is not None for fits in self._norms.values()) + bool(self._centred)
+        norms = len({kind for (_, kind), fits in self._norms.items() if fits is not None})
+        norms += any(self._centred.values())
         kinds = [f"{norms} kinds of norm" if norms > 1 else "norms"] if norms else []
         kinds += ["rotary embeddings"] if any(self._rotations.values()) else []
         kinds += ["gates"] if any(self._gates.values()) else []
@@ -82,19 +93,20 @@ class FastLayers:
         epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
 
         def forward(*given: Any, **named: Any) -> Tensor:
-            if not self.decoding or epsilon is None or len(given) != 1 or named:
+            if self._use is None or epsilon is None or len(given) != 1 or named:
                 return own(*given, **named)
             (x,) = given
-            if kind not in self._norms:
+            known = self._use, kind
+            if known not in self._norms:
                 expected = own(x)
                 fitting = (
                     (offset, first)
                     for offset, first in NORMS
                     if is_same(rms_norm(x, module.weight, epsilon, offset=offset, round_first=first), expected)
                 )
-                self._norms[kind] = next(fitting, None)
+                self._norms[known] = next(fitting, None)
                 return expected
-            fits = self._norms[kind]
+            fits = self._norms[known]
             if fits is None:
                 return own(x)
             return rms_norm(x, module.weight, epsilon, offset=fits[0], round_first=fits[1])
@@ -103,12 +115,12 @@ class FastLayers:
 
     def _centring_of(self, module: nn.LayerNorm, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:  # torch's name for it
-            if not self.decoding or self._centred is False:
+            if self._use is None or self._centred.get(self._use) is False:
                 return own(input)
             found = layer_norm(input, module.weight, module.bias, module.eps)
-            if self._centred is None:
+            if self._use not in self._centred:
                 expected = own(input)
-                self._centred = is_same(found, expected)
+                self._centred[self._use] = is_same(found, expected)
                 return expected
             return found
 
@@ -120,18 +132,19 @@ class FastLayers:
         kind = type(module)
 
         def forward(*given: Any, **named: Any) -> Tensor:
-            if not self.decoding or len(given) != 1 or named:
+            if self._use is None or len(given) != 1 or named:
                 return own(*given, **named)
             (x,) = given
-            if kind not in self._gates:
+            known = self._use, kind
+            if known not in self._gates:
                 expected = own(x)
                 gated, straight = module.gate_proj(x), module.up_proj(x)
                 inner = module.act_fn(gated) * straight
                 plain = is_same(module.down_proj(inner), expected)  # nothing else happens in there
                 fitting = (name for name in GATES if plain and is_same(gate(gated, straight, name), inner))
-                self._gates[kind] = next(fitting, None)
+                self._gates[known] = next(fitting, None)
                 return expected
-            fits = self._gates[kind]
+            fits = self._gates[known]
             if fits is None:
                 return own(x)
             gated, straight = module.gate_proj(x), module.up_proj(x)
@@ -145,7 +158,7 @@ class FastLayers:
         """Falcon's query, key and value by slices: its lists of places come from the host, which no graph allows."""
 
         def split(fused: Tensor) -> tuple[Tensor, ...]:
-            if not self.decoding or self._splits is False:
+            if self._use is None or self._splits.get(self._use) is False:
                 return own(fused)
             joint = bool(module.new_decoder_architecture)
             groups = fused.view(*fused.shape[:2], module.num_kv_heads if joint else 1, -1, module.head_dim)
@@ -153,9 +166,9 @@ class FastLayers:
             if joint:  # every query head gets the key and value of its group
                 key, value = key.expand_as(query), value.expand_as(query)
             found = tuple(part.flatten(2, 3) for part in (query, key, value))
-            if self._splits is None:
+            if self._use not in self._splits:
                 expected = own(fused)
-                self._splits = all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+                self._splits[self._use] = all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
                 return expected
             return found
 
@@ -177,11 +190,10 @@ class FastLayers:
         return copy
 
     def _rotation(self, original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-        known = id(original)
-
         def apply(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
-            if not self.decoding or rest or named or self._rotations.get(known) is False:
+            if self._use is None or rest or named or self._rotations.get((self._use, id(original))) is False:
                 return original(query, key, cos, sin, *rest, **named)
+            known = self._use, id(original)
             if known not in self._rotations:
                 expected = original(query, key, cos, sin)
                 try:

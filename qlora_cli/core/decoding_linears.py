@@ -1,21 +1,24 @@
-"""A 4-bit model instance in; its linear layers answered by stacked products of a few tokens, until it is closed, out.
+"""A 4-bit model instance in; its linear layers answered by stacked products, until it is closed, out.
 
 Layers that read the same tensor (query, key and value; gate and up) are found by watching one forward, and become one
 product. Their packed weights are laid one below the other, and the layers keep views of that, so that nothing is held
 twice and every other use of them goes on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.base_model import is_4bit
-from qlora_cli.core.engine_linear import frozen_weight
 from qlora_cli.kernels import linear
 from qlora_cli.kernels.gemv import MAX_TOKENS, ROW_UNIT, StackedAdapter, StackedWeight, multiply
+from qlora_cli.kernels.weights import FrozenWeight
+
+MOST_VALUES = 2**29  # bytes of a stack's dequantised values at once; GPT-NeoX-20B's largest weight has 0.3 GB
 
 
 @dataclass(eq=False)
@@ -145,7 +148,8 @@ class Stack:
         self._starts = [0]
         for site in sites:
             self._starts.append(self._starts[-1] + site.shape[0])
-        self._frozen = {site: frozen_weight(site.base, self.dtype, resident=False) for site in sites}
+        self._frozen = self._freeze()
+        self._adapted = self._divide()
         self._last: tuple[Tensor, Tensor] | None = None  # the input that was multiplied, and the product
         self.refresh()
 
@@ -185,6 +189,33 @@ class Stack:
             blocksize=states[0].blocksize,
             **nested,
         )
+
+    def _freeze(self) -> FrozenWeight:
+        """The stack as one weight to dequantise."""
+        weight = self.weight
+        return FrozenWeight(
+            rows=weight.rows,
+            columns=weight.columns,
+            packed=weight.packed.as_subclass(Tensor).view(torch.uint8),
+            absmax=weight.absmax,
+            code=weight.code,
+            nested_absmax=weight.nested_absmax,
+            nested_code=weight.nested_code,
+            offset=weight.nested_offset,
+            blocksize=weight.blocksize,
+            nested_blocksize=weight.nested_blocksize,
+        )
+
+    def _divide(self) -> list[tuple[slice, slice, Tensor, Tensor]]:
+        """For each site its rows, the ranks of its projection, B transposed and the scaling, as `refresh` changes them."""
+        if self.adapter is None:
+            return []
+        found = []
+        for number, (start, end) in enumerate(pairwise(self._starts)):
+            at = number * self.rank
+            rows, ranks = slice(start, end), slice(at, at + self.rank)
+            found.append((rows, ranks, self.adapter.b[rows].t(), self.adapter.scaling[at]))
+        return found
 
     def _stack_biases(self) -> Tensor | None:
         biases = [site.base.bias for site in self.sites]
@@ -226,31 +257,32 @@ class Stack:
             self.adapter.b[row : row + b.shape[0], : b.shape[1]].copy_(b)
             self.adapter.scaling[at : at + a.shape[0]] = site.module.scaling[name]
 
-    def product(self, site: Site, x: Tensor) -> Tensor:
-        """What the site's module returns for x, (..., in) to (..., out)."""
-        number = self.sites.index(site)
-        flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        if flat.shape[0] > MAX_TOKENS:
-            return self._product_of_many(number, site, flat).view(*x.shape[:-1], -1).to(x.dtype)
+    def product(self, number: int, x: Tensor) -> Tensor:
+        """What the module of the site of this number returns for x, (..., in) to (..., out)."""
         if self._last is None or self._last[0] is not x:
-            self._last = (x, multiply(flat.contiguous(), self.weight, self.adapter, self.bias))
+            self._last = None  # not two of them at once
+            flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
+            if flat.shape[0] > MAX_TOKENS:
+                self._last = (x, self._product_of_many(flat))
+            else:
+                self._last = (x, multiply(flat.contiguous(), self.weight, self.adapter, self.bias))
         y = self._last[1][:, self._starts[number] : self._starts[number + 1]]
         if number == len(self.sites) - 1:
             self._last = None  # the sites are called in order, and this was the last
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
-    def _product_of_many(self, number: int, site: Site, flat: Tensor) -> Tensor:
-        """Dequantised once and multiplied, as in training."""
-        rows = slice(self._starts[number], self._starts[number + 1])
-        projected = b = None
+    def _product_of_many(self, flat: Tensor) -> Tensor:
+        """Dequantised once and multiplied, as in training; (tokens, rows) of all sites."""
+        y = linear.forward(flat, self._frozen, self.bias, None, None, MOST_VALUES)
         if self.adapter is not None:
-            at = slice(number * self.rank, (number + 1) * self.rank)
-            projected = (flat @ self.adapter.a[at].t()) * self.adapter.scaling[at].to(flat.dtype)
-            b = self.adapter.b[rows]
-        bias = None if self.bias is None else self.bias[rows]
-        frozen = self._frozen[site]
-        assert frozen is not None
-        return linear.forward(flat, frozen, bias, projected, b, None)
+            projected = flat @ self.adapter.a.t()  # (tokens, ranks)
+            for rows, ranks, b, scale in self._adapted:
+                linear.add_product(y[:, rows], projected[:, ranks], b, scale=scale)
+        return y
+
+    def forget(self) -> None:
+        """Lets go of the product of a forward pass that broke off."""
+        self._last = None
 
 
 class FastLinears:
@@ -265,11 +297,14 @@ class FastLinears:
         self.stacks: list[Stack] = []
         for sites in group_by_input(model, find_sites(model), run):
             self.stacks += [Stack(sites)] if _may_stack(sites) else [Stack([site]) for site in sites]
-        for stack, site in self._sites():
-            site.module.forward = lambda x, *rest, stack=stack, site=site, **named: stack.product(site, x)
+        for stack in self.stacks:
+            for number, site in enumerate(stack.sites):
+                site.module.forward = lambda x, *rest, stack=stack, number=number, **named: stack.product(number, x)
 
-    def _sites(self) -> Iterator[tuple[Stack, Site]]:
-        return ((stack, site) for stack in self.stacks for site in stack.sites)
+    def forget(self) -> None:
+        """Lets go of the products of a forward pass that broke off."""
+        for stack in self.stacks:
+            stack.forget()
 
     def refresh(self) -> None:
         """Takes over which adapter is in effect."""
@@ -278,8 +313,9 @@ class FastLinears:
 
     def close(self) -> None:
         """Gives every layer its own forward back."""
-        for _, site in self._sites():
-            del site.module.forward
+        for stack in self.stacks:
+            for site in stack.sites:
+                del site.module.forward
         self.stacks = []
 
     def describe(self) -> str:

@@ -1,9 +1,11 @@
-"""The small steps of a decoder layer in, one launch each out: norms, rotation of query and key, gating."""
+"""The small steps of a decoder layer in, one launch each out, for any number of tokens: norms, rotations, gates."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from qlora_cli.kernels.activations import activate
 
 
 def _warps(size: int) -> int:
@@ -141,8 +143,8 @@ def _rotate(
     ROOM: tl.constexpr,
 ):
     """One head of one token, of x or of y: pairs (i, i + ROTATED / 2) turn, what is beyond ROTATED stays."""
-    row = tl.program_id(0) // tokens
-    token = tl.program_id(0) % tokens
+    row = (tl.program_id(0) // tokens).to(tl.int64)
+    token = (tl.program_id(0) % tokens).to(tl.int64)  # a long prompt's projection has more than 2^31 values
     head = tl.program_id(1)
     half: tl.constexpr = ROTATED // 2
     place = tl.arange(0, ROOM)
@@ -214,8 +216,6 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
 
 # ---------------------------------------------------------------- gating
 
-GATES = ("silu", "gelu_tanh", "gelu")
-
 
 @triton.jit
 def _gate(x, y, out, x_row, y_row, size, KIND: tl.constexpr, ROOM: tl.constexpr):
@@ -223,14 +223,7 @@ def _gate(x, y, out, x_row, y_row, size, KIND: tl.constexpr, ROOM: tl.constexpr)
     place = tl.program_id(1) * ROOM + tl.arange(0, ROOM)
     used = place < size
     gate = tl.load(x + row * x_row + place, mask=used, other=0.0)
-    value = gate.to(tl.float32)
-    if KIND == "silu":
-        value = value / (1 + tl.exp(-value))
-    elif KIND == "gelu_tanh":
-        inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-        value = value / (1 + tl.exp(-2 * inner))  # (1 + tanh z) / 2 = 1 / (1 + exp(-2 z))
-    else:
-        value = 0.5 * value * (1 + tl.erf(value * 0.7071067811865476))
+    value = activate(gate.to(tl.float32), KIND)
     other = tl.load(y + row * y_row + place, mask=used, other=0.0)
     # Rounded before it is multiplied, as where the steps are launched one by one.
     result = value.to(gate.dtype).to(tl.float32) * other.to(tl.float32)
@@ -243,7 +236,7 @@ def gate(x: Tensor, y: Tensor, kind: str) -> Tensor:
     Args:
         x: (..., size), a view whose last dimension is contiguous and whose others are one row after another.
         y: Like `x`.
-        kind: One of GATES.
+        kind: One of `gated.GATES`.
 
     Returns:
         (..., size), contiguous, in their dtype.

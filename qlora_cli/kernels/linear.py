@@ -47,13 +47,18 @@ def _drop(x: Tensor, dropout: Dropout) -> Tensor:
     return torch.where(kept, x / (1 - dropout.rate), 0)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None = None) -> None:
-    """out += drop(left @ right): (rows, columns) += (rows, rank) @ (rank, columns), in place."""
+def add_product(
+    out: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None = None, scale: Tensor | None = None
+) -> None:
+    """out += drop(scale left @ right): (rows, columns) += (rows, rank) @ (rank, columns), in place.
+
+    `scale` is an fp32 scalar on the device, without dropout only: a CUDA graph goes on with what it then holds.
+    """
     seed, rate = (None, 0.0) if dropout is None else (dropout.seed, dropout.rate)
     if out.is_cuda and low_rank.covers(out, left, right, rate):
-        low_rank.add_product(out, left, right, seed, rate)
+        low_rank.add_product(out, left, right, seed, rate, scale)
     elif dropout is None:
-        out.addmm_(left, right)
+        out.addmm_(left if scale is None else left * scale.to(left.dtype), right)
     else:
         out.add_(_drop(left @ right, dropout))
 
@@ -118,7 +123,7 @@ def forward(
         if bias is not None:
             flat_y += bias
     if projected is not None and lora_b is not None:
-        _add_product(flat_y, projected, lora_b.t())
+        add_product(flat_y, projected, lora_b.t())
     return y
 
 
@@ -173,7 +178,7 @@ def backward(
             del values
         assert grad_x is not None
         if grad_projected is not None and lora_a is not None:
-            _add_product(grad_x, grad_projected, lora_a, dropout)
+            add_product(grad_x, grad_projected, lora_a, dropout)
         grad_x = grad_x.view(*grad.shape[:-1], weight.columns)
     return grad_x, grad_a, grad_b
 

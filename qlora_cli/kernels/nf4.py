@@ -29,6 +29,7 @@ def _dequantize(
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    OFFSETS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     # The last values first: the product that follows begins with the first ones, which are then still in the cache.
@@ -39,7 +40,10 @@ def _dequantize(
     if NESTED:
         level = tl.load(absmax + block, mask=used, other=0).to(tl.int32)
         scale = tl.load(nested_code + level) * tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=used, other=0.0)
-        scale = scale + tl.load(offset)
+        if OFFSETS:
+            scale = scale + tl.load(offset + block // NESTED_BLOCKSIZE, mask=used, other=0.0)
+        else:
+            scale = scale + tl.load(offset)
     else:
         scale = tl.load(absmax + block, mask=used, other=0.0)
     local_byte = group[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -75,7 +79,8 @@ def dequantize_4bit(
         code: fp32 (16,).
         nested_absmax: fp32 scale of each `nested_blocksize` scales; None for plain statistics.
         nested_code: fp32 (256,); None for plain statistics.
-        offset: fp32 scalar, the mean that was taken off the scales; None for plain statistics.
+        offset: fp32, the mean that was taken off the scales: a scalar, or one for each nested scale where weights with
+            means of their own are stacked; None for plain statistics.
         blocksize: Values that share a scale, a power of two from 8 on.
         nested_blocksize: Scales that share a nested scale.
         out: Contiguous bf16, fp16 or fp32 of any shape.
@@ -105,6 +110,7 @@ def dequantize_4bit(
             BLOCKSIZE=blocksize,
             NESTED_BLOCKSIZE=nested_blocksize,
             NESTED=nested_absmax is not None,
+            OFFSETS=offset is not None and offset.numel() > 1,
             GROUPS=tile // 8,
             num_warps=warps,
             enable_fp_fusion=False,

@@ -21,7 +21,7 @@ def dequantize_statistics(
     if nested_absmax is None or nested_code is None or offset is None:
         return absmax.float()
     block = torch.arange(absmax.numel(), device=absmax.device) // nested_blocksize
-    return nested_code[absmax.int()] * nested_absmax[block] + offset
+    return nested_code[absmax.int()] * nested_absmax[block] + (offset[block] if offset.numel() > 1 else offset)
 
 
 def dequantize_4bit(packed: Tensor, scales: Tensor, code: Tensor, blocksize: int, elements: int) -> Tensor:

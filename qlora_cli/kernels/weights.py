@@ -53,7 +53,7 @@ class FrozenWeight(NamedTuple):
         code: fp32 (16,).
         nested_absmax: fp32 (blocks / nested_blocksize,), or None.
         nested_code: fp32 (256,), or None.
-        offset: fp32 scalar, or None.
+        offset: fp32 scalar, or one for each nested scale, or None.
         blocksize: Values that share a scale.
         nested_blocksize: Scales that share a nested scale.
     """

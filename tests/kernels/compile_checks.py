@@ -34,7 +34,7 @@ FLOATS = {"scale", "softcap", "epsilon", "offset", "rate"}
 NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
 NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units", "size"}
-NUMBERS |= {"elements", "rank", "left_row", "right_rank", "right_column"}
+NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
 LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "WHOLE": False}
@@ -61,8 +61,8 @@ CASES = [
     (decode_pointwise._gate, {"KIND": "gelu", "ROOM": 1024}, 4),
     (decode_pointwise._rotate, {"SIZE": 96, "ROTATED": 24, "ROOM": 128}, 1),
     (dropout._drop, {"GROUPS": 512}, 4),
-    (low_rank._add_product, {"DROPS": True, "ROWS": 64, "COLUMNS": 128, "RANK": 16}, 4),
-    (low_rank._add_product, {"DROPS": False, "ROWS": 64, "COLUMNS": 128, "RANK": 64}, 4),
+    (low_rank._add_product, {"DROPS": True, "SCALES": False, "ROWS": 64, "COLUMNS": 128, "RANK": 16}, 4),
+    (low_rank._add_product, {"DROPS": False, "SCALES": True, "ROWS": 64, "COLUMNS": 128, "RANK": 64}, 4),
     *(
         (kernel, {"KIND": kind, "ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS, "RANK": rank}, 4)
         for kernel, kind, rank in (
@@ -97,6 +97,8 @@ def test_compiles_for_hopper(kernel, constants, warps):
         types["weight"] = "*bf16"
     if kernel in (gemv_programs.project, decode_attention._attend_part):
         types["out"] = "*fp32"
+    if kernel is low_rank._add_product:
+        types["scale"] = "*fp32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
     options = {"num_warps": warps}

@@ -6,10 +6,12 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from qlora_cli.kernels.decode_pointwise import GATES, gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.decode_pointwise import gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.gated import GATES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+MANY = [(1, 37), (5, 8), (3, 64)] + ([(1, 8192), (64, 128), (7, 1001)] if DEVICE == "cuda" else [])  # rows, tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,3 +67,36 @@ def test_gates_as_torch_does(kind, dtype):
     found = gate(x, y, kind)
     assert found.is_contiguous()
     torch.testing.assert_close(found, own[kind](x) * y, atol=2e-6 if dtype == torch.float32 else 2e-3, rtol=2e-3)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize(("rows", "tokens"), MANY)
+def test_norms_hold_for_prompts(rows, tokens):
+    x = 3 * torch.randn(rows, tokens, 6, 40, device=DEVICE)  # as heads that are normalised one by one
+    weight, bias = torch.randn(2, 40, device=DEVICE)
+    plain = torch.nn.functional.rms_norm(x, (40,), weight, 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), plain, atol=5e-6, rtol=1e-5)
+    part = x.flatten(2)[..., 80:200]  # of a stacked product
+    weight, bias = torch.randn(2, 120, device=DEVICE)
+    plain = torch.nn.functional.layer_norm(part, (120,), weight, bias, 1e-5)
+    torch.testing.assert_close(layer_norm(part, weight, bias, 1e-5), plain, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own_angles", [True, False])
+@pytest.mark.parametrize(("rows", "tokens"), MANY)
+def test_rotation_holds_for_prompts(rows, tokens, own_angles):
+    whole = torch.randn(rows, tokens, 5, 24, device=DEVICE)
+    query, key = whole[:, :, 1:4].transpose(1, 2), whole[:, :, 4:].transpose(1, 2)
+    angles = torch.randn(rows if own_angles else 1, tokens, 12, device=DEVICE).repeat(1, 1, 2)
+    expected = modeling_llama.apply_rotary_pos_emb(query, key, angles.cos(), angles.sin())
+    for found, wanted in zip(rotate(query, key, angles.cos(), angles.sin()), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), MANY)
+def test_gates_hold_for_prompts(rows, tokens):
+    whole = 3 * torch.randn(rows, tokens, 300, device=DEVICE)
+    x, y = whole[..., :150], whole[..., 150:]
+    torch.testing.assert_close(gate(x, y, "silu"), torch.nn.functional.silu(x) * y, atol=2e-6, rtol=1e-5)

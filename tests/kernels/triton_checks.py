@@ -47,6 +47,20 @@ def test_a_part_equals_the_same_part_of_the_whole():
     assert torch.equal(part, whole[128:])
 
 
+def test_stacked_weights_keep_offsets_of_their_own():
+    weights = [quantise((64, 256)) for _ in range(2)]
+    parts = [weight for weight, _ in weights]
+    offsets = torch.cat([part.offset.expand(part.nested_absmax.numel()) for part in parts])
+    assert offsets.unique().numel() == 2
+    together = [torch.cat([getattr(part, name) for part in parts]) for name in ("packed", "absmax", "nested_absmax")]
+    packed, absmax, nested_absmax = together
+    stacked = FrozenWeight(128, 256, None, packed, absmax, parts[0].code, nested_absmax, parts[0].nested_code, offsets)
+    out = torch.full((128, 256), float("nan"), device=DEVICE)
+    nf4.dequantize_4bit(*stacked[3:9], 64, 256, out)
+    assert torch.equal(out, torch.cat([expected for _, expected in weights]))
+    assert torch.equal(stacked.values(torch.float32), out)
+
+
 def test_a_part_inside_a_block_is_refused():
     weight, _ = quantise((4, 33))
     with pytest.raises(ValueError, match="inside a block"):
@@ -96,6 +110,18 @@ def test_a_low_rank_product_is_added_with_one_rounding_where_dropout_keeps_it(dt
         found = low_rank.add_product(out.clone(), left, right, seed, rate)
         rounding = torch.finfo(dtype).eps / 2 * exact.abs()
         assert ((found.double() - exact).abs() <= rounding + 2e-6 * (1 + rank)).all()
+
+
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_a_low_rank_product_is_scaled_and_added_to_some_columns(dtype):
+    whole, left, right = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((70, 300), (70, 24), (132, 8)))
+    scaling = torch.tensor([0.25, 0.7], device=DEVICE)
+    found = whole.clone()
+    low_rank.add_product(found[:, 64:196], left[:, 8:16], right.t(), scale=scaling[1])
+    exact = whole.double()
+    exact[:, 64:196] += scaling[1].double() * (left[:, 8:16].double() @ right.double().t())
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs()
+    assert ((found.double() - exact).abs() <= rounding + 2e-5).all()
 
 
 def test_a_low_rank_product_leaves_to_others_what_it_does_not_cover():
