@@ -11,7 +11,8 @@ from torch import Tensor
 from qlora_cli.kernels.activations import activate, slope
 
 LARGEST_RANK = 64  # above, the low-rank products are arithmetic, which cuBLAS does better
-ROWS, COLUMNS, WARPS = 32, 128, 4  # of a program
+# Of a program. 4,096 x 11,008, rank 16, H200: 78 and 132 µs; 64 x 128 takes 101 and 165.
+ROWS, COLUMNS, WARPS = 32, 64, 4
 
 
 @triton.jit
