@@ -36,7 +36,8 @@ def capture(run: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        # Relaxed: libraries may load what they need for the first time on the capture's stream.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
             result = run()
     except BaseException:
         torch.cuda.set_stream(stream)  # torch leaves its own the current one when the end of a capture fails, too

@@ -14,7 +14,7 @@ from qlora_cli.kernels.weights import FrozenWeight
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
     from qlora_cli.kernels import dropout as triton_dropout
-    from qlora_cli.kernels import low_rank
+    from qlora_cli.kernels import low_rank, thin_products
 
 
 class Dropout(NamedTuple):
@@ -82,13 +82,15 @@ def project(x: Tensor, lora_a: Tensor, dropout: Dropout | None, scaling: float) 
 
 
 def adapter_gradients(
-    grad: Tensor, projected: Tensor, lora_b: Tensor, adapter_dtype: torch.dtype
+    grad: Tensor, projected: Tensor, lora_b: Tensor, adapter_dtype: torch.dtype, scaling: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Gradients of projected lora_b^T, (tokens, rank) and (out, rank), for `grad` of (tokens, out).
 
-    The first is in the compute dtype, the second in `adapter_dtype`.
+    The first is multiplied by `scaling` and in the compute dtype, the second in `adapter_dtype`.
     """
-    return grad @ lora_b, _wide_product(grad.t(), projected, adapter_dtype)
+    if grad.is_cuda and thin_products.covers(grad, lora_b, projected):
+        return thin_products.multiply_both(grad, lora_b, projected, scaling, adapter_dtype)
+    return _scaled_product(grad, lora_b, scaling), _wide_product(grad.t(), projected, adapter_dtype)
 
 
 def forward(
@@ -161,11 +163,10 @@ def backward(
     if lora_a is None and lora_b is not None and projected is not None:
         grad_a, grad_b = adapter_gradients(flat_grad, projected, lora_b, adapter_dtype)
     if lora_a is not None and lora_b is not None and x is not None and projected is not None:
-        grad_projected = _scaled_product(flat_grad, lora_b, options.scaling)  # (tokens, rank)
+        grad_projected, grad_b = adapter_gradients(flat_grad, projected, lora_b, adapter_dtype, options.scaling)
         flat = x.reshape(-1, weight.columns)
         dropped = flat if dropout is None else _drop(flat.contiguous(), dropout)
         grad_a = _wide_product(grad_projected.t(), dropped, adapter_dtype)
-        grad_b = _wide_product(flat_grad.t(), projected, adapter_dtype)
         del dropped
     if needs_x:
         slices = weight.row_slices(options.workspace_bytes, grad.element_size())

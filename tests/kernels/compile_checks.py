@@ -17,6 +17,7 @@ from qlora_cli.kernels import (
     gemv_programs,
     low_rank,
     short_attention,
+    thin_products,
 )
 
 POINTERS = {
@@ -28,12 +29,13 @@ POINTERS = {
     "boundaries": "*i32",
     "lse": "*fp32",
     **dict.fromkeys(("code", "nested_absmax", "nested_code", "nested_offset", "projected", "scaling"), "*fp32"),
-    **dict.fromkeys(("parts_out", "highest", "weight"), "*fp32"),
+    **dict.fromkeys(("parts_out", "highest", "weight", "by_right", "by_left", "left_out"), "*fp32"),
 }
 FLOATS = {"scale", "softcap", "epsilon", "offset", "rate"}
 NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
 NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units", "size"}
+NUMBERS |= {"right_parts", "left_parts", "right_elements", "left_elements"}
 NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
@@ -63,6 +65,15 @@ CASES = [
     (dropout._drop, {"GROUPS": 512}, 4),
     (low_rank._add_product, {"DROPS": True, "SCALES": False, "ROWS": 64, "COLUMNS": 128, "RANK": 16}, 4),
     (low_rank._add_product, {"DROPS": False, "SCALES": True, "ROWS": 64, "COLUMNS": 128, "RANK": 64}, 4),
+    *(
+        (
+            thin_products._multiply_both,
+            {"ROWS": thin_products.ROWS, "TILE_ROWS": rows, "COLUMNS": columns, "RANK": 16},
+            4,
+        )
+        for _, rows, columns in thin_products.TILES
+    ),
+    (thin_products._add_up, {"BLOCK": thin_products.BLOCK}, 4),
     *(
         (kernel, {"KIND": kind, "ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS, "RANK": rank}, 4)
         for kernel, kind, rank in (

@@ -6,7 +6,17 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_cli.kernels import dropout, gated, gated_tiles, low_rank, nf4, reference, short_attention, softmax
+from qlora_cli.kernels import (
+    dropout,
+    gated,
+    gated_tiles,
+    low_rank,
+    nf4,
+    reference,
+    short_attention,
+    softmax,
+    thin_products,
+)
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,3 +203,28 @@ def test_the_fused_gate_leaves_to_others_what_it_does_not_cover():
     assert not gated_tiles.covers(gate, gate, left, left, right, right.t().contiguous().t())
     wide = torch.zeros(30, 65, device=DEVICE)
     assert not gated_tiles.covers(gate, gate, left.new_zeros(6, 65), left.new_zeros(6, 65), wide, wide)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(2048, 70, 1), (2100, 300, 20), (2050, 8200, 32)])
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES[1:])
+def test_both_thin_products_of_one_pass_are_those_of_float64(dtype, rows, columns, rank):
+    big, right = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((rows, columns), (columns, rank)))
+    left = torch.randn(rows, 2 * rank, device=DEVICE).to(dtype)[:, rank:]
+    assert thin_products.covers(big, right, left)
+    found = thin_products.multiply_both(big, right, left, 0.5, torch.float32)
+    again = thin_products.multiply_both(big, right, left, 0.5, torch.float32)
+    exact = 0.5 * big.double() @ right.double(), big.double().t() @ left.double()
+    assert (found[0].dtype, found[1].dtype) == (dtype, torch.float32)
+    for got, repeated, true, error in zip(found, again, exact, (torch.finfo(dtype).eps / 2, 2e-6), strict=True):
+        assert torch.equal(got, repeated)
+        assert (got.double() - true).norm() <= error * true.norm()
+        assert torch.allclose(got.double(), true, rtol=torch.finfo(got.dtype).eps, atol=2e-4 * columns**0.5)
+
+
+def test_thin_products_leave_to_others_what_they_do_not_cover():
+    big, right, left = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2048, 64), (64, 8), (2048, 8)))
+    assert thin_products.covers(big, right, left)
+    assert not thin_products.covers(big[:2047], right, left[:2047])
+    assert not thin_products.covers(big.float(), right.float(), left.float())
+    assert not thin_products.covers(big, right.t().contiguous().t(), left)
+    assert not thin_products.covers(big, right.new_zeros(64, 33), left.new_zeros(2048, 33))
