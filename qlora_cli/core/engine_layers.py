@@ -20,8 +20,6 @@ from qlora_cli.core.engine_offload import ActivationOffload
 from qlora_cli.core.engine_sharding import gathered
 
 _ATTRIBUTE = "_qlora_layer"
-# Norms that keep their row in registers are tried beside those that read it twice, in the first pass.
-ROOMY: dict[str, Any] = {"triton.multi_kernel": 1}
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
 
 
@@ -90,11 +88,8 @@ def lean(backend: Callable) -> Callable:
 def _compile(function: Callable, is_lean: bool) -> Callable:
     """One compiled function for all layers: those alike share its code."""
     if (function, is_lean) not in _compiled:
-        if is_lean:
-            compiled = torch.compile(function, backend=lean(torch._dynamo.lookup_backend("inductor")))
-        else:
-            compiled = torch.compile(function, options=ROOMY)
-        _compiled[function, is_lean] = compiled
+        inductor = torch._dynamo.lookup_backend("inductor")
+        _compiled[function, is_lean] = torch.compile(function, backend=lean(inductor) if is_lean else "inductor")
     return _compiled[function, is_lean]
 
 

@@ -48,7 +48,8 @@ def _gate_tile(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    # The last rows first, which the product before has left in the cache.
+    row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row[:, None] < rows
     g = _with_adapter(gate, gate_left, gate_right, row, column, inside, columns, rank, left_row, RANK)

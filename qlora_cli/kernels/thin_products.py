@@ -14,7 +14,7 @@ ROWS = 512  # of a program
 # (rows of a tile, columns of a program), up to so many columns. 4,096 rows of rank 16, H200: 20 µs for 4,096 columns where
 # two products of cuBLAS take 29, 48 instead of 53 for 11,008.
 TILES = ((8192, 64, 256), (2**31, 32, 512))
-BLOCK = 1024
+BLOCK, AT_ONCE = 256, 8  # values and parts that a program adds up at once
 
 
 @triton.jit
@@ -38,7 +38,9 @@ def _multiply_both(
     used = (column[:, None] < columns) & (inner[None, :] < rank)
     b = tl.load(right + column[:, None] * rank + inner[None, :], mask=used, other=0.0)
     total = tl.zeros((COLUMNS, RANK), tl.float32)
-    first = tl.program_id(1) * ROWS
+    # The last rows first, which whoever wrote them has left in the cache.
+    band = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = band * ROWS
     for start in range(first, first + ROWS, TILE_ROWS):
         row = start + tl.arange(0, TILE_ROWS)
         inside = row[:, None] < rows
@@ -49,18 +51,20 @@ def _multiply_both(
         tl.store(by_right + part, tl.dot(tile, b, input_precision="ieee"), mask=thin)
         a = tl.load(left + row[:, None] * left_row + inner[None, :], mask=thin, other=0.0)
         total = tl.dot(tl.trans(tile), a, total, input_precision="ieee")
-    part = (tl.program_id(1).to(tl.int64) * columns + column[:, None]) * rank + inner[None, :]
+    part = (band.to(tl.int64) * columns + column[:, None]) * rank + inner[None, :]
     tl.store(by_left + part, total, mask=used)
 
 
 @triton.jit
-def _add_parts(parts, out, count, elements, scale, block, BLOCK: tl.constexpr):
+def _add_parts(parts, out, count, elements, scale, block, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
     place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < elements
+    part = tl.arange(0, AT_ONCE)[:, None]
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(count):
-        total += tl.load(parts + place, mask=inside, other=0.0)
-        parts += elements
+    for first in range(0, count, AT_ONCE):
+        used = inside[None, :] & (first + part < count)
+        total += tl.sum(tl.load(parts + part * elements + place[None, :], mask=used, other=0.0), 0)
+        parts += AT_ONCE * elements
     tl.store(out + place, (total * scale).to(out.dtype.element_ty), mask=inside)
 
 
@@ -76,12 +80,13 @@ def _add_up(
     left_elements,
     scale,
     BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     blocks = tl.cdiv(right_elements, BLOCK)
     if tl.program_id(0) < blocks:
-        _add_parts(by_right, right_out, right_parts, right_elements, scale, tl.program_id(0), BLOCK)
+        _add_parts(by_right, right_out, right_parts, right_elements, scale, tl.program_id(0), BLOCK, AT_ONCE)
     else:
-        _add_parts(by_left, left_out, left_parts, left_elements, 1.0, tl.program_id(0) - blocks, BLOCK)
+        _add_parts(by_left, left_out, left_parts, left_elements, 1.0, tl.program_id(0) - blocks, BLOCK, AT_ONCE)
 
 
 def covers(big: Tensor, right: Tensor, left: Tensor) -> bool:
@@ -143,5 +148,6 @@ def multiply_both(
             columns * rank,
             scale,
             BLOCK=BLOCK,
+            AT_ONCE=AT_ONCE,
         )
     return right_out, left_out

@@ -73,7 +73,7 @@ CASES = [
         )
         for _, rows, columns in thin_products.TILES
     ),
-    (thin_products._add_up, {"BLOCK": thin_products.BLOCK}, 4),
+    (thin_products._add_up, {"BLOCK": thin_products.BLOCK, "AT_ONCE": thin_products.AT_ONCE}, 4),
     *(
         (kernel, {"KIND": kind, "ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS, "RANK": rank}, 4)
         for kernel, kind, rank in (
