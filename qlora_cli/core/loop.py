@@ -138,7 +138,8 @@ class Loop:
         self.streak: list[Step] = []  # steps in a row without finite numbers
         self.before_streak: tuple[Progress, RandomState] | None = None
         self.random_state: RandomState = {}  # with which the next step begins
-        self.untold: StepLogged | None = None  # on a card, the last step until the next one has been launched
+        self.tells_late = self.device.type == "cuda"  # elsewhere launching the next step means computing it
+        self.untold: StepLogged | None = None  # the last step, where it is told late
 
     def run(self) -> None:
         """Trains to the end of the plan, or until patience runs out.
@@ -248,7 +249,7 @@ class Loop:
             vram=sums.cards[self.ranks.rank] if sums.cards else None,
             cards=sums.cards,
         )
-        if self.device.type != "cuda":  # where launching the next step means computing it
+        if not self.tells_late:
             self._tell_last()
 
     # ------------------------------------------------------------ memory

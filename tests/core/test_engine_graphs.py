@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core import engine_attention, engine_graphs, engine_layers
+from qlora_cli.core import engine_attention, engine_fast, engine_graphs, engine_layers
 from qlora_cli.core.engine_graphs import StepGraphs, StepInputs, bucket, bucketed, explain_failure
 from qlora_cli.kernels import gated as gated_kernel
 from qlora_cli.kernels import linear
@@ -105,6 +105,26 @@ def test_lean_layers_keep_less_and_have_the_same_gradients(load_tiny, architectu
     (bytes_, expected), (fewer, lean) = found
     assert fewer < 0.95 * bytes_
     assert (lean - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_the_inputs_of_a_prepared_batch_wait_on_the_device_and_are_used_once(load_tiny, monkeypatch):
+    engine = install(adapted(load_tiny, "llama"))
+    laid = []
+    monkeypatch.setattr(engine_fast, "bucketed", lambda inputs: laid.append(inputs) or bucketed(inputs))
+    engine.graphs = StepGraphs(
+        lambda inputs: None, [], lambda: None, lambda tokens: (), lambda: True, lambda event: None
+    )
+    engine.graphs.failed = True  # every pass runs without one
+    batch, other = batch_of((40, 7)), batch_of((9,))
+    expected = [engine.loss(each) for each in (batch, other)]
+    laid.clear()
+    assert engine.prepare(batch) is batch and len(laid) == 1
+    assert torch.equal(engine.loss(other), expected[1]) and len(laid) == 2
+    assert torch.equal(engine.loss(batch), expected[0]) and len(laid) == 2
+    assert torch.equal(engine.loss(batch), expected[0]) and len(laid) == 3
+    engine.plan = replace(engine.plan, recomputed=1)
+    engine.prepare(batch)
+    assert engine.ahead is None, "where memory is short, nothing lies about"
 
 
 def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():

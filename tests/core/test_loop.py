@@ -58,6 +58,38 @@ def test_loss_falls_and_every_number_is_told(base, tmp_path):
     assert all(s.vram is None and s.step_seconds > 0 and s.learning_rate > 0 for s in steps)
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_steps_that_are_told_late_are_told_before_what_follows_them(base, tmp_path, stops):
+    told = []
+    for late in (False, True):
+        wrap = interrupt_at(14) if stops else (lambda engine: engine)
+        case = make_case(base, tmp_path / str(late), eval_rows=3, eval_every=3, keep_best=True, wrap_engine=wrap)
+        case.loop.tells_late = late
+        if stops:
+            with pytest.raises(Interrupted):
+                case.run()
+        else:
+            case.run()
+        told.append(
+            [(type(event), getattr(event, "step", None), getattr(event, "loss", None)) for event in case.events]
+        )
+    assert told[0] == told[1]
+    assert {StepLogged, CheckpointSaved, EvaluationLogged} <= {kind for kind, *_ in told[0]}
+
+
+def test_a_step_that_was_to_be_told_late_is_told_when_the_next_one_breaks(base, tmp_path):
+    def fault(call, batch, loss):
+        if call > 8:  # two of which were tried out before the first step
+            raise RuntimeError("broken")
+        return loss
+
+    case = make_case(base, tmp_path, wrap_engine=lambda engine: FaultyEngine(engine, fault))
+    case.loop.tells_late = True
+    with pytest.raises(RuntimeError, match="broken"):
+        case.run()
+    assert [event.step for event in case.told(StepLogged)] == [1, 2, 3]
+
+
 def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_whole_step(base, tmp_path):
     """However its rows lie in micro-batches: same losses, norms and adapter within rounding."""
     whole = make_case(base, tmp_path / "a", dropout=0.0)
