@@ -1,5 +1,6 @@
 """A loaded model and tokenised prompts in, answers out: chooses how to decode, and with which adapter."""
 
+import gc
 import importlib.util
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -176,6 +177,7 @@ class Answerer:
         if last is None or last.cache.slots != slots or last.cache.capacity < capacity:
             self._decoder = last = None  # its memory is free before the next one asks
             if is_gpu:
+                gc.collect()  # a decoder, its cache and its graphs refer to one another
                 torch.cuda.empty_cache()
             capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
             capacity = min(capacity, context_length(self.model.config) or capacity)

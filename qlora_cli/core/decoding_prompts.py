@@ -97,7 +97,8 @@ class PromptGraphs:
     def _capture(self, key: tuple[int, ...], laid: LaidPrompts) -> _Graph | None:
         if len(self._graphs) >= MOST_GRAPHS:
             torch.cuda.synchronize()  # it may still be running
-            self._graphs.popitem(last=False)
+            left, _ = self._graphs.popitem(last=False)
+            self._met.discard(left)  # or shapes in rotation would each be captured every time
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         own = LaidPrompts.of(laid.whole.clone(), len(laid.rows))

@@ -254,6 +254,8 @@ class FastEngine:
             planner.keep_workspace(plan.workspace_bytes)
             for layer_plan in self.layer_plans:
                 layer_plan.lean = True
+                for unit in layer_plan.gates:
+                    unit.enabled = False
             self.layer_plans[0].compiled = True
             planner.measure(self.trials, self.layers[0], static, plan.workspace_bytes)
             plan = planner.plan()
@@ -323,7 +325,8 @@ class FastEngine:
         if self.embeddings.on_host:
             return replace(batch, embedded=self.embeddings.look_up(batch.input_ids))
         if self.graphs is not None and not self.plan.frees_activations:  # there is room for two steps' inputs
-            self.ahead = batch, self._bucketed_inputs(batch)
+            with suppress(torch.OutOfMemoryError):  # `loss` makes them, where running out of memory is seen to
+                self.ahead = batch, self._bucketed_inputs(batch)
         return batch
 
     def loss(self, batch: "MicroBatch") -> Tensor:

@@ -72,6 +72,7 @@ def fuse_gates(modules: Iterable[nn.Module]) -> Callable[[], None]:
         for module in swapped:
             delattr(module, _ATTRIBUTE)
             del module.forward
+        swapped.clear()
 
     return put_back
 
@@ -90,7 +91,7 @@ def _gated_unit(module: Any, kinds: dict[int, str | None]) -> GatedUnit | None:
     gate, up = (fast_linear_of(m) for m in (module.gate_proj, module.up_proj))
     if gate is None or up is None or gate.shared is None or gate.shared.members != [gate, up]:
         return None
-    if gate.lora_b is None or up.lora_b is None or gate.b.dtype != up.b.dtype:
+    if gate.lora_b is None or up.lora_b is None or (gate.b.dtype, gate.b.shape) != (up.b.dtype, up.b.shape):
         return None
     code = id(forward.__code__)
     if code not in kinds:

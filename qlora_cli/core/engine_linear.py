@@ -117,7 +117,7 @@ class SharedProjection:
         return part
 
 
-@dataclass
+@dataclass(eq=False)
 class FastLinear:
     """Everything one layer's forward needs.
 
@@ -315,6 +315,7 @@ def swap_linears(
         for module in swapped:
             delattr(module, _ATTRIBUTE)
             del module.forward
+        swapped.clear()
 
     return fast_layers, kept, put_back
 

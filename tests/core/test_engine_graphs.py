@@ -19,6 +19,10 @@ project = linear.project
 gate_products = gated_kernel.forward
 
 
+def raise_(error):
+    raise error
+
+
 def mix(query, key, value, boundaries, longest, scale, window):
     """Stands for flash attention, which no CPU has; of its shape."""
     return query * (key + value).mean(dim=1, keepdim=True)
@@ -122,6 +126,9 @@ def test_the_inputs_of_a_prepared_batch_wait_on_the_device_and_are_used_once(loa
     assert torch.equal(engine.loss(other), expected[1]) and len(laid) == 2
     assert torch.equal(engine.loss(batch), expected[0]) and len(laid) == 2
     assert torch.equal(engine.loss(batch), expected[0]) and len(laid) == 3
+    with monkeypatch.context() as full:
+        full.setattr(engine, "_bucketed_inputs", lambda batch: raise_(torch.OutOfMemoryError("no room")))
+        assert engine.prepare(batch) is batch and engine.ahead is None, "the step itself sees to that"
     engine.plan = replace(engine.plan, recomputed=1)
     engine.prepare(batch)
     assert engine.ahead is None, "where memory is short, nothing lies about"
@@ -172,6 +179,8 @@ def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, archite
         assert {12, 8} <= set(calls), "three and two projections of rank 4 in one"
         assert gated == gates[recomputed:], "a repeated layer has none"
     assert all(shared.x is None for plan in engine.layer_plans for shared in plan.shared)
+    engine.put_gates_back()
+    engine.put_gates_back()  # as where what comes between the two fails
     engine.close()
 
 
