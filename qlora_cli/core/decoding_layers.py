@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.core.engine_gates import GATED_PARTS
 from qlora_cli.kernels.decode_pointwise import gate, layer_norm, rms_norm, rotate
 from qlora_cli.kernels.gated import GATES
 
 ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
-GATED = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls its parts
 # (offset, round_first) of known RMS norms: llama and most; those that multiply in float32; gemma.
 NORMS = ((0.0, True), (0.0, False), (1.0, False))
 WHOLE = 1e-6  # relative difference between two ways of computing the same in float32
@@ -50,7 +50,7 @@ class FastLayers:
                 self._take(module, self._norm_of(module, module.forward))
             elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
                 self._take(module, self._centring_of(module, module.forward))
-            elif isinstance(own := type(module).forward, FunctionType) and set(own.__code__.co_names) >= GATED:
+            elif isinstance(own := type(module).forward, FunctionType) and set(own.__code__.co_names) >= GATED_PARTS:
                 self._take(module, self._gating_of(module, module.forward))
             elif rotating := self._rotating_forward(module):
                 self._take(module, MethodType(rotating, module))

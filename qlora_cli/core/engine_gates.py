@@ -13,7 +13,7 @@ from qlora_cli.kernels.gated import GATES, activate, gated_product
 from qlora_cli.kernels.linear import qlora_linear
 
 _ATTRIBUTE = "_qlora_gate"
-PARTS = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls them
+GATED_PARTS = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls them
 TRIAL_POINTS = 4001
 
 
@@ -84,9 +84,9 @@ def gated_unit_of(module: nn.Module) -> GatedUnit | None:
 
 def _gated_unit(module: Any, kinds: dict[int, str | None]) -> GatedUnit | None:
     forward = type(module).forward
-    if not isinstance(forward, FunctionType) or not set(forward.__code__.co_names) >= PARTS:
+    if not isinstance(forward, FunctionType) or not set(forward.__code__.co_names) >= GATED_PARTS:
         return None
-    if "forward" in vars(module) or not all(hasattr(module, part) for part in PARTS):
+    if "forward" in vars(module) or not all(hasattr(module, part) for part in GATED_PARTS):
         return None
     gate, up = (fast_linear_of(m) for m in (module.gate_proj, module.up_proj))
     if gate is None or up is None or gate.shared is None or gate.shared.members != [gate, up]:
