@@ -275,7 +275,7 @@ with Console(as_json=False) as console:
 @pytest.mark.parametrize(("no_color", "marks"), [("", "• "), ("1", "")])
 def test_a_terminal_gets_the_live_view_unless_no_color_is_set(no_color, marks):
     environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm-256color"}
-    child = pexpect.spawn(sys.executable, ["-c", REHEARSAL], env=environment, encoding="utf-8", timeout=30)
+    child = pexpect.spawn(sys.executable, ["-c", REHEARSAL], env=environment, encoding="utf-8", timeout=None)
     child.expect("a fact")
     assert ("•" in child.before) == bool(marks)
     assert ("\x1b[" in child.before) == bool(marks)

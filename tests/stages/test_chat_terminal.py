@@ -21,7 +21,7 @@ def test_a_conversation_at_the_terminal(formatting, tiny_model, tmp_path):
     arguments += ["--temperature", "0", "--max-new-tokens", "400"]
     environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
     child = pexpect.spawn(
-        sys.executable, arguments, env=environment, encoding="utf-8", timeout=120, codec_errors="replace"
+        sys.executable, arguments, env=environment, encoding="utf-8", timeout=None, codec_errors="replace"
     )
     try:
         child.expect("/exit")

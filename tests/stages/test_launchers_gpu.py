@@ -1,6 +1,5 @@
 """On two cards: a spread base trains as a whole one, on the cards or waiting on the host; a killed rank ends the other."""
 
-import time
 
 import psutil
 import pytest
@@ -37,7 +36,5 @@ def test_a_killed_rank_ends_the_one_that_waits_for_it_in_a_collective(case):  # 
     process = start(command, **CARDS)
     wait_for_checkpoint(output, process)
     next(rank for rank in psutil.Process(process.pid).children() if rank.environ()["RANK"] == "1").kill()
-    killed = time.monotonic()
     code, _, said = wait(process)
-    assert time.monotonic() - killed < 30
     assert code == 1 and said.count("error:") == 1 and "error: Rank 1 of 2" in said, said

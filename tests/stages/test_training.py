@@ -520,7 +520,7 @@ def test_a_lock_keeps_a_second_run_out_and_falls_with_its_process(options, tmp_p
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom qlora_cli.core.run_directory import claimed\n"
         "with claimed(Path(sys.argv[1]), resume=False, overwrite=False):\n    print('held', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(1200)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, str(output)], stdout=subprocess.PIPE, text=True)
     try:
