@@ -26,8 +26,8 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.config import PrepareConfig
-from qlora_cli.core.examples import prepare_rows
-from qlora_cli.core.prepared import PreparedRows
+from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.core.data.prepare import prepare_rows
 
 TEMPLATE = "### Question:\n{question}\n\n### Answer:\n{answer}"
 

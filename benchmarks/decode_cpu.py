@@ -24,11 +24,11 @@ def main() -> None:
     """Prints a line a case."""
     import torch
 
-    from qlora_cli.core.adapter import attach_adapter
-    from qlora_cli.core.answering import Answerer
-    from qlora_cli.core.answers import Request
-    from qlora_cli.core.base_model import load_base
-    from qlora_cli.core.sampling import Sampling
+    from qlora_cli.core.decoding.sampling import Sampling
+    from qlora_cli.core.generation.generator import Answerer
+    from qlora_cli.core.generation.requests import Request
+    from qlora_cli.core.models.loading import load_base
+    from qlora_cli.core.models.lora import attach_adapter
     from tests.conftest import make_tokenizer, write_model
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -24,9 +24,10 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
 
-from qlora_cli.kernels import decode_attention, gemv
-from qlora_cli.kernels.decode_pointwise import rms_norm, rotate
-from qlora_cli.kernels.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
+from qlora_cli.kernels.decode import attention as decode_attention
+from qlora_cli.kernels.decode import gemv
+from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
+from qlora_cli.kernels.decode.pointwise import rms_norm, rotate
 from qlora_cli.kernels.weights import FrozenWeight
 
 # name → (rows, columns, weights stacked)

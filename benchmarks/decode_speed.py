@@ -45,7 +45,7 @@ class Bench:
         import torch
         from step_engine import build
 
-        from qlora_cli.core.adapter import attach_adapter
+        from qlora_cli.core.models.lora import attach_adapter
 
         self.name, self.device, self.figures = name, device, {}
         started = time.time()
@@ -111,9 +111,9 @@ class Bench:
         """Tokens per second of whole calls, and of steps alone."""
         import torch
 
-        from qlora_cli.core.answering import Answerer
-        from qlora_cli.core.answers import Request
-        from qlora_cli.core.sampling import Sampling
+        from qlora_cli.core.decoding.sampling import Sampling
+        from qlora_cli.core.generation.generator import Answerer
+        from qlora_cli.core.generation.requests import Request
 
         for count in BATCHES:
             answerer = Answerer(self.model, Words(), sampling=Sampling(), engine="fast", report=print)
@@ -148,7 +148,7 @@ class Bench:
 
     def step_seconds(self, decoder, steps: int = 50) -> float:
         """Seconds of one step, the device kept busy."""
-        from qlora_cli.core.decoding import Prompt
+        from qlora_cli.core.decoding.decoder import Prompt
 
         slots = decoder.cache.slots
         decoder.reset()
@@ -185,9 +185,9 @@ class Bench:
         """Seconds to the first token: launched one by one, captured where the shape comes again, and as a graph."""
         if self.device != "cuda":
             return
-        from qlora_cli.core.decoding import Prompt
-        from qlora_cli.core.decoding_graph import GraphDecoder
-        from qlora_cli.core.sampling import Sampling
+        from qlora_cli.core.decoding.decoder import Prompt
+        from qlora_cli.core.decoding.graph_decoder import GraphDecoder
+        from qlora_cli.core.decoding.sampling import Sampling
 
         for count, length in ((1, 32), (1, 512), (1, 1900), (8, 512)):
             decoder = GraphDecoder(self.fast[0], slots=count, capacity=2048, sampling=Sampling())
@@ -205,7 +205,7 @@ class Bench:
 
 def use_tilings(path: Path) -> None:
     """Divides products as decode_gemv.py found best; shapes it has not seen as its first."""
-    from qlora_cli.kernels import gemv
+    from qlora_cli.kernels.decode import gemv
 
     told = json.loads(path.read_text())
     best, chosen = told["best"], gemv.choose_tiling

@@ -79,9 +79,11 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     """Medians of loading a base both ways in this process, and whether the logits are the same bits."""
     import torch
 
-    from qlora_cli.core import base_cache, base_model, hashed_tensors
-    from qlora_cli.core.base_cache import cache_size_bytes
-    from qlora_cli.core.base_model import choose_device, resolve_compute_dtype
+    from qlora_cli.core.models import loading as base_model
+    from qlora_cli.core.models import quantized_cache as base_cache
+    from qlora_cli.core.models.loading import choose_device, resolve_compute_dtype
+    from qlora_cli.core.models.quantized_cache import cache_size_bytes
+    from qlora_cli.core.storage import hashed_file as hashed_tensors
 
     os.environ["QLORA_CACHE"] = str(cache)
     device = choose_device()

@@ -53,8 +53,8 @@ def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool,
     import torch
     from models import make_config
 
-    from qlora_cli.core.model_facts import gather_facts
-    from qlora_cli.core.planner import Wishes, plan_training
+    from qlora_cli.core.planning.model_profile import gather_facts
+    from qlora_cli.core.planning.planner import Wishes, plan_training
 
     adapter = {"dropout": 0.0, "target_modules": None} | ADAPTERS[name]
     facts = gather_facts(
@@ -77,9 +77,9 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     """Trains one architecture in every setting; prints one JSON line each."""
     import torch
 
-    from qlora_cli.core.adapter import attach_adapter
-    from qlora_cli.core.engine_memory import limit_memory
-    from qlora_cli.core.parameters import TrainableParameters
+    from qlora_cli.core.engine.memory_plan import limit_memory
+    from qlora_cli.core.models.lora import attach_adapter
+    from qlora_cli.core.training.flat_parameters import TrainableParameters
 
     device = torch.device(device_name)
     cuda = device.type == "cuda"
@@ -122,10 +122,10 @@ def measure_setting(
 
     import torch
 
-    from qlora_cli.core.engine import install_engine
-    from qlora_cli.core.engine_memory import limit_memory
-    from qlora_cli.core.optimizer import build_optimizer, set_learning_rate, state_bytes, step_optimizer
-    from qlora_cli.core.prediction import CONTEXT_BYTES
+    from qlora_cli.core.engine.engine import install_engine
+    from qlora_cli.core.engine.memory_plan import limit_memory
+    from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES
+    from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, state_bytes, step_optimizer
 
     cuda = device.type == "cuda"
     notices: list = []
@@ -202,7 +202,7 @@ def make_batch(model, rows: int, row_tokens: int, seed: int):
     """A micro-batch of random ids, every token trained."""
     import numpy as np
 
-    from qlora_cli.core.packing import collate
+    from qlora_cli.core.data.packing import collate
 
     random = np.random.default_rng(seed)
     vocabulary = model.get_base_model().get_input_embeddings().weight.shape[0]

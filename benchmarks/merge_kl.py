@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from qlora_cli.commands.merge import merge
+from qlora_cli.commands.train import train
 from qlora_cli.config import MergeConfig, TrainConfig
 from qlora_cli.events import Event
-from qlora_cli.stages.merging import merge
-from qlora_cli.stages.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, ROW_TOKENS, LEARNING_RATE = 8, 128, 3e-3

@@ -26,9 +26,9 @@ from models import CONFIGS, make_config, write_tokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.core.base_model import linear_names
-from qlora_cli.core.companions import write_index
-from qlora_cli.core.shards import bytes_of, lay_out
+from qlora_cli.core.merge.checkpoint_files import write_index
+from qlora_cli.core.models.loading import linear_names
+from qlora_cli.core.storage.safetensors_file import bytes_of, lay_out
 
 BLOCK_ELEMENTS = 2**24
 GIB = 2**30
@@ -37,7 +37,7 @@ CLOCKS = ("user", "system")
 CHILD = """
 import json, resource, sys, time
 from qlora_cli.config import MergeConfig
-from qlora_cli.stages.merging import merge
+from qlora_cli.commands.merge import merge
 imported = time.perf_counter()
 def peak():
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])

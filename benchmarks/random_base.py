@@ -23,8 +23,8 @@ def lay_base(name: str, directory: Path, *, dtype_name: str, device_name: str) -
     import torch
     from torch import nn
 
-    from qlora_cli.core import base_model
-    from qlora_cli.core.base_cache import base_directory, save_base
+    from qlora_cli.core.models import loading as base_model
+    from qlora_cli.core.models.quantized_cache import base_directory, save_base
 
     dtype, device = base_model.DTYPES[dtype_name], torch.device(device_name)
     if not (directory / "tokenizer.json").is_file():
@@ -86,7 +86,7 @@ def _write_holes(model, path: Path) -> None:
 if __name__ == "__main__":
     import sys
 
-    from qlora_cli.core import base_model
+    from qlora_cli.core.models import loading as base_model
 
     if len(sys.argv) == 3:  # as `qlora train` chooses on this machine
         chosen = base_model.choose_device()

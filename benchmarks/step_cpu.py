@@ -20,11 +20,11 @@ import torch
 from models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.core.adapter import attach_adapter
-from qlora_cli.core.base_model import load_base
-from qlora_cli.core.engine import install_engine
-from qlora_cli.core.packing import collate
-from qlora_cli.core.parameters import TrainableParameters
+from qlora_cli.core.data.packing import collate
+from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.training.flat_parameters import TrainableParameters
 
 CPU = torch.device("cpu")
 STEPS, WARM, ROWS = 40, 5, 8

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from models import write_checkpoint
 
-from qlora_cli.core.adapter import attach_adapter
-from qlora_cli.core.base_model import load_base
-from qlora_cli.core.engine import install_engine
-from qlora_cli.core.packing import collate
-from qlora_cli.core.parameters import TrainableParameters
+from qlora_cli.core.data.packing import collate
+from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.training.flat_parameters import TrainableParameters
 
 RUNS = {"engine on": ("fast", 0), "engine off": ("plain", 0), "engine on, other seed": ("fast", 1)}
 

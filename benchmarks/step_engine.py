@@ -65,7 +65,7 @@ def build(name: str, device: str):
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    from qlora_cli.core.base_model import freeze_base
+    from qlora_cli.core.models.loading import freeze_base
 
     torch.manual_seed(0)
     with torch.device(device):
@@ -125,13 +125,13 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str, folder: st
     import numpy as np
     import torch
 
-    from qlora_cli.core import engine_fast
-    from qlora_cli.core.adapter import attach_adapter
-    from qlora_cli.core.engine import install_engine
-    from qlora_cli.core.engine_graphs import bucket
-    from qlora_cli.core.engine_memory import limit_memory
-    from qlora_cli.core.packing import collate
-    from qlora_cli.core.parameters import TrainableParameters
+    from qlora_cli.core.data.packing import collate
+    from qlora_cli.core.engine import fast as engine_fast
+    from qlora_cli.core.engine.cuda_graphs import bucket
+    from qlora_cli.core.engine.engine import install_engine
+    from qlora_cli.core.engine.memory_plan import limit_memory
+    from qlora_cli.core.models.lora import attach_adapter
+    from qlora_cli.core.training.flat_parameters import TrainableParameters
 
     architecture, rows, adapter, options = RUNS[name]
     cuda = device == "cuda"

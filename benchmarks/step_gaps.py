@@ -50,8 +50,8 @@ def watch(work: str, folder: Path, laid: bool, extra: list[str]) -> dict:
     """Trains the work and returns what the profiler saw."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from qlora_cli.cli.commands import app
-    from qlora_cli.core import loop as watched
+    from qlora_cli.cli.app import app
+    from qlora_cli.core.training import trainer as watched
 
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
     own_take, own_read = watched.Loop._take, watched.read_sums

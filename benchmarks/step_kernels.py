@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from qlora_cli.kernels import attention, cross_entropy, dropout, linear, nf4, reference
+from qlora_cli.kernels import attention, cross_entropy, linear, reference
+from qlora_cli.kernels.triton import dropout, nf4
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda"

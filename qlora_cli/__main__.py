@@ -2,7 +2,7 @@
 
 import sys
 
-from qlora_cli.cli import commands
+from qlora_cli.cli import app as commands
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ def load_tiny(tiny_model):
     def load(architecture: str = "gpt_neox", **arguments):
         import torch
 
-        from qlora_cli.core.base_model import load_base
+        from qlora_cli.core.models.loading import load_base
 
         options = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "cache": False, **arguments}
         return load_base(str(tiny_model(architecture)), **options)

@@ -68,7 +68,7 @@ def test_inspect_in_an_empty_directory_tells_about_the_machine(machine, tmp_path
 # One process runs them all, as each would take seconds to import what it needs.
 RUN_ALL = """
 import io, json, shlex, sys
-from qlora_cli.cli.commands import main
+from qlora_cli.cli.app import main
 for line in json.load(sys.stdin):
     typed, _, command = line.rpartition("| ")
     sys.stdin = io.StringIO(typed and shlex.split(typed)[1])

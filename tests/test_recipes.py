@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, METRICS, RUN_YAML
-from qlora_cli.cli import commands
+from qlora_cli.cli import app as commands
 from qlora_cli.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,8 +75,8 @@ def test_a_recipe_says_what_its_tutorial_says(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_trains_two_steps(recipe, tiny_model, tmp_path, monkeypatch, capsys):
-    from qlora_cli.core.base_model import is_4bit, linear_names
-    from qlora_cli.stages import training
+    from qlora_cli.commands import train as training
+    from qlora_cli.core.models.loading import is_4bit, linear_names
 
     loaded = []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_cli.artifacts import METRICS, read_run_record
-from qlora_cli.cli import commands
+from qlora_cli.cli import app as commands
 from tests.conftest import SHARED_DATA, write_model
 
 ROWS, TOKENIZER = SHARED_DATA / "gsm8k_train.jsonl", SHARED_DATA / "gpt-neox-tokenizer.json"
@@ -34,7 +34,7 @@ def qlora(tmp_path, monkeypatch, capsys):
 def test_gsm8k_from_rows_to_merged_model(qlora, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-    from qlora_cli.core.templates import Formatting, format_prompt
+    from qlora_cli.core.prompts.formatting import Formatting, format_prompt
 
     write_model(tmp_path / "base", "gpt_neox", vocab_size=50432)
     PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER), eos_token="<|endoftext|>").save_pretrained(tmp_path / "base")

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from qlora_cli.cli.console_lines import LineView
-from qlora_cli.cli.console_live import LiveView
-from qlora_cli.cli.console_results import draw_result, draw_row
-from qlora_cli.cli.console_units import say_bytes
+from qlora_cli.cli.line_view import LineView
+from qlora_cli.cli.live_view import LiveView
+from qlora_cli.cli.results import draw_result, draw_row
+from qlora_cli.cli.units import say_bytes
 from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Event, RowShown, TextGenerated
 

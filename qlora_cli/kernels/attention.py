@@ -14,7 +14,7 @@ from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not beside a CPU-only torch
 if _HAS_TRITON:
-    from qlora_cli.kernels import short_attention
+    from qlora_cli.kernels.triton import short_attention
 
 _aten = torch.ops.aten
 CUDNN_HEAD_SIZES = frozenset({64, 96, 128})

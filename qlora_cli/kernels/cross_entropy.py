@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
-    from qlora_cli.kernels import softmax
+    from qlora_cli.kernels.triton import softmax
 
 CHUNK_BYTES = 64 * 2**20  # of logits; 1,024 tokens of a vocabulary of 32,000 in bf16
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_cli.kernels.linear import adapter_gradients
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
-    from qlora_cli.kernels import gated_tiles
+    from qlora_cli.kernels.triton import gated_tiles
 
 GATES = ("silu", "gelu_tanh", "gelu")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from qlora_cli.kernels.weights import FrozenWeight
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
-    from qlora_cli.kernels import dropout as triton_dropout
-    from qlora_cli.kernels import low_rank, thin_products
+    from qlora_cli.kernels.triton import dropout as triton_dropout
+    from qlora_cli.kernels.triton import low_rank, thin_products
 
 
 class Dropout(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from qlora_cli.kernels import reference
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
-    from qlora_cli.kernels import nf4
+    from qlora_cli.kernels.triton import nf4
 
 
 _buffers: dict[torch.device, Tensor] = {}

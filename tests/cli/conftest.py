@@ -1,4 +1,4 @@
-"""A command line run in this process, its stage replaced by one that the test gives."""
+"""A command line run in this process, its function replaced by one that the test gives."""
 
 import os
 import sys
@@ -8,20 +8,12 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.cli import commands
-
-STAGES = {
-    "prepare": "preparation",
-    "train": "training",
-    "merge": "merging",
-    "generate": "generation",
-    "inspect": "inspection",
-}
+from qlora_cli.cli import app as commands
 
 
 @dataclass
 class Answer:
-    """What a stage returns where it is no plain dictionary."""
+    """What a command returns where it is no plain dictionary."""
 
     content: dict[str, Any] = field(default_factory=dict)
 
@@ -31,17 +23,17 @@ class Answer:
 
 @pytest.fixture
 def run_with(monkeypatch):
-    """`run_with(arguments, stage)`: exit code of a command whose stage is the function `stage(config, *rest)`."""
+    """`run_with(arguments, stage)`: exit code of a command that runs the function `stage(config, *rest)`."""
 
     def run(arguments, stage):
         monkeypatch.setenv(
             "RANK", os.environ.get("RANK", "0")
         )  # so that --gpus starts no processes: this is one already
-        module = types.ModuleType("stage")
+        module = types.ModuleType(arguments[0])
         setattr(module, arguments[0], stage)
-        package = __import__("qlora_cli.stages", fromlist=["stages"])
-        name = STAGES[arguments[0]]
-        monkeypatch.setitem(sys.modules, f"qlora_cli.stages.{name}", module)
+        package = __import__("qlora_cli.commands", fromlist=["commands"])
+        name = arguments[0]
+        monkeypatch.setitem(sys.modules, f"qlora_cli.commands.{name}", module)
         monkeypatch.setattr(package, name, module, raising=False)
         return commands.main([str(argument) for argument in arguments])
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from qlora_cli.cli import commands
+from qlora_cli.cli import app as commands
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console as RichConsole
 
 from qlora_cli.cli.console import Console, to_json
-from qlora_cli.cli.console_lines import LineView
-from qlora_cli.cli.console_live import LiveView, sparkline
-from qlora_cli.cli.console_results import draw_result, draw_row
-from qlora_cli.cli.console_units import Pace, format_bytes, format_duration, format_value, say_bytes
+from qlora_cli.cli.line_view import LineView
+from qlora_cli.cli.live_view import LiveView, sparkline
+from qlora_cli.cli.results import draw_result, draw_row
+from qlora_cli.cli.units import Pace, format_bytes, format_duration, format_value, say_bytes
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -128,7 +128,7 @@ def test_other_events_are_one_line_each():
 
 def test_quick_progress_writes_nothing_and_slow_progress_a_line(monkeypatch):
     clock = iter([0.0, 4.0, 10.0, 15.0])
-    monkeypatch.setattr("qlora_cli.cli.console_lines.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("qlora_cli.cli.line_view.time.monotonic", lambda: next(clock))
     assert lines_of(*(Progress("Reading", n * 100, 300) for n in range(4))) == [
         "Reading: 200 rows of 300 (67 %), 20 rows/s, ETA 0:05",
         "Reading: 300 rows in 15.0 s",

@@ -75,10 +75,8 @@ def test_what_does_not_fit_is_printed_and_exits_3(run_with, capsys):
 
 
 def test_a_closed_pipe_is_quiet():
-    script = "from qlora_cli.cli.commands import main; import sys; sys.exit(main(['train', '--help']))"
-    done = subprocess.run(
-        ["bash", "-c", f'"{sys.executable}" -c "{script}" | head -1'], capture_output=True, text=True
-    )
+    script = "from qlora_cli.cli.app import main; import sys; sys.exit(main(['train', '--help']))"
+    done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{script}" | head -1'], capture_output=True, text=True)
     assert done.stderr == "" and done.stdout.startswith("Usage: qlora train")
 
 

@@ -23,7 +23,7 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
 HEAVY |= {"matplotlib", "safetensors", "huggingface_hub", "tokenizers", "triton", "rich", "yaml", "jinja2"}
 LIST_MODULES = """
 import json, sys
-from qlora_cli.cli.commands import main
+from qlora_cli.cli.app import main
 code = main(json.loads(sys.argv[1]))
 print("MODULES " + " ".join(sorted({name.partition(".")[0] for name in sys.modules})))
 sys.exit(code)

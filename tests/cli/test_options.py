@@ -107,7 +107,7 @@ def test_any_settings_survive_the_command_line(config_of, values):
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(arguments, says, capsys, tmp_path, monkeypatch):
-    from qlora_cli.cli import commands
+    from qlora_cli.cli import app as commands
 
     monkeypatch.chdir(tmp_path)
     assert commands.main(arguments) == 2
@@ -123,7 +123,7 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(arguments, says, c
     [("rnak: 8\n", "rnak"), ("rank: eight\n", "rank"), ("- 8\n", "list"), ("a: [\n", "line 2"), ("rank: 8.5\n", "8.5")],
 )
 def test_a_wrong_recipe_is_named(recipe, says, capsys, tmp_path):
-    from qlora_cli.cli import commands
+    from qlora_cli.cli import app as commands
 
     path = tmp_path / "run.yaml"
     path.write_text(recipe)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS
-from qlora_cli.core.checkpoint import list_checkpoints, newest_valid
-from qlora_cli.core.training_state import REQUIRED_FILES
+from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
+from qlora_cli.core.training.state import REQUIRED_FILES
 
 CLOCK = ("step_seconds", "tokens_per_second")
 FIGURES: dict[str, dict[str, int]] = defaultdict(dict)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.core.checkpoint import MANIFEST, newest_valid
-from qlora_cli.core.training_state import REQUIRED_FILES
+from qlora_cli.core.storage.checkpoint import MANIFEST, newest_valid
+from qlora_cli.core.training.state import REQUIRED_FILES
 
 from .conftest import Run, Zygote, count
 

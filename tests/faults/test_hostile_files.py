@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.commands.train import train
 from qlora_cli.config import TrainConfig
-from qlora_cli.core import checkpoint as ckpt
-from qlora_cli.core.adapter import load_adapter
-from qlora_cli.core.base_model import load_base, load_config, load_tokenizer
-from qlora_cli.core.checkpoint import MANIFEST, newest_valid
-from qlora_cli.core.training_state import REQUIRED_FILES
+from qlora_cli.core.models.loading import load_base, load_config, load_tokenizer
+from qlora_cli.core.models.lora import load_adapter
+from qlora_cli.core.storage import checkpoint as ckpt
+from qlora_cli.core.storage.checkpoint import MANIFEST, newest_valid
+from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import AdapterError, DataError, ModelError, QloraError
-from qlora_cli.stages.training import train
 
 from .conftest import count
 

@@ -16,12 +16,13 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants
 
+from qlora_cli.commands import train as training
 from qlora_cli.config import TrainConfig
-from qlora_cli.core import adapter, checkpoint
-from qlora_cli.core.base_model import resolve_model
+from qlora_cli.core.models import lora as adapter
+from qlora_cli.core.models.loading import resolve_model
+from qlora_cli.core.storage import checkpoint
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Event, RunStarted, StepLogged
-from qlora_cli.stages import training
 
 CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")  # of os, which pathlib and shutil go through
 

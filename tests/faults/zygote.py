@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import qlora_cli.stages.training  # noqa: F401 - what the children need
+import qlora_cli.commands.train  # noqa: F401 - what the children need
 from qlora_cli.errors import QloraError
 from tests.faults import victims  # noqa: F401
 

@@ -8,17 +8,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora_cli.kernels import (
-    decode_attention,
-    decode_pointwise,
-    dropout,
-    gated_tiles,
-    gemv_lanes,
-    gemv_programs,
-    low_rank,
-    short_attention,
-    thin_products,
-)
+from qlora_cli.kernels.decode import attention as decode_attention
+from qlora_cli.kernels.decode import gemv_lanes, gemv_programs
+from qlora_cli.kernels.decode import pointwise as decode_pointwise
+from qlora_cli.kernels.triton import dropout, gated_tiles, low_rank, short_attention, thin_products
 
 POINTERS = {
     "packed": "*i32",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qlora_cli.kernels import decode_attention
-from qlora_cli.kernels.decode_attention import attend
+from qlora_cli.kernels.decode import attention as decode_attention
+from qlora_cli.kernels.decode.attention import attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,7 +6,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from qlora_cli.kernels.decode_pointwise import gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.decode.pointwise import gate, layer_norm, rms_norm, rotate
 from qlora_cli.kernels.gated import GATES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,8 +4,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_cli.kernels import gemv
-from qlora_cli.kernels.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
+from qlora_cli.kernels.decode import gemv
+from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU_ONLY = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cuts to bfloat16 where the GPU rounds")

@@ -148,7 +148,7 @@ class Machine:
 
 def emulate(monkeypatch):
     """Lets products on the CPU take the lanes, and their PTX run here."""
-    from qlora_cli.kernels import gemv
+    from qlora_cli.kernels.decode import gemv
 
     shared = Shared()
 

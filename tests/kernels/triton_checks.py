@@ -6,17 +6,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_cli.kernels import (
-    dropout,
-    gated,
-    gated_tiles,
-    low_rank,
-    nf4,
-    reference,
-    short_attention,
-    softmax,
-    thin_products,
-)
+from qlora_cli.kernels import gated, reference
+from qlora_cli.kernels.triton import dropout, gated_tiles, low_rank, nf4, short_attention, softmax, thin_products
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

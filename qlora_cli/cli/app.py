@@ -1,0 +1,203 @@
+"""A command line in, an exit code out: five thin commands, and the only place where a `QloraError` is caught."""
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_cli import __version__
+from qlora_cli.cli.options import CONTEXT, PanelledCommand, as_command, overrides, parameter
+from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
+from qlora_cli.errors import DiskFull, DoesNotFit, QloraError, UsageError
+
+if TYPE_CHECKING:
+    from qlora_cli.cli.console import Console
+
+app = typer.Typer(
+    name="qlora",
+    help="Fine-tune a large language model with QLoRA: its weights in 4 bits, a small adapter trained on top.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ClickException = typer.BadParameter.__mro__[2]  # newer Typers carry their own copy of click, so that it has no one name
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def qlora(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a command's body gets: its settings, the console, and its positional arguments."""
+
+    config: Any
+    console: "Console"
+    arguments: dict[str, Any]
+    command_line: list[str]
+
+
+def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], Any]], None]:
+    """Registers a body under its own name, with the options of `config_type`; what it returns is drawn."""
+
+    def register(body: Callable[[Call], Any]) -> None:
+        def run(**values: Any) -> None:
+            from qlora_cli.cli.console import Console
+            from qlora_cli.cli.quiet import quiet_libraries
+
+            given = overrides(values[CONTEXT], config_type, values)
+            console = Console(as_json=values["as_json"])
+            positional = {argument.name: values[argument.name] for argument in arguments}
+            with contextlib.nullcontext() if values["debug"] else quiet_libraries(), console:
+                from_file: dict[str, Any] = {}
+                if values["config_file"] is not None:
+                    from qlora_cli.config_file import read_recipe
+
+                    from_file = read_recipe(values["config_file"], config_type)
+                result = body(Call(config_type(**{**from_file, **given}), console, positional, values[CONTEXT].obj))
+                console.show_result(result)
+            if result is not None and result.get("fits") is False:
+                raise typer.Exit(DoesNotFit.exit_code)
+
+        run.__name__ = body.__name__
+        run.__doc__ = body.__doc__
+        app.command(cls=PanelledCommand)(as_command(run, config_type, arguments))
+
+    return register
+
+
+@command(PrepareConfig)
+def prepare(call: Call) -> Any:
+    """Tokenise and mask a data set, and write it to disk."""
+    from qlora_cli.commands.prepare import prepare as run
+
+    summary = run(call.config, call.console.report)
+    call.console.suggest(f"qlora train --model {call.config.model} --prepared {call.config.output}")
+    return summary.to_dict()
+
+
+@command(TrainConfig)
+def train(call: Call) -> Any:
+    """Train an adapter on rows; --output holds what came of it."""
+    if (call.config.gpus or 1) > 1 and "RANK" not in os.environ:
+        from qlora_cli.core.distributed.launcher import launch
+
+        raise typer.Exit(launch(call.config.gpus, call.command_line))
+    from qlora_cli.commands.train import train as run
+
+    result = run(call.config, call.console.report)
+    if not call.config.dry_run:
+        call.console.suggest(f'qlora generate --adapter {call.config.output} "Your question"')
+        call.console.suggest(f"qlora merge --adapter {call.config.output} --output merged")
+    return result.to_dict()
+
+
+@command(MergeConfig)
+def merge(call: Call) -> Any:
+    """Write base and adapter as one plain transformers checkpoint."""
+    from qlora_cli.commands.merge import merge as run
+
+    result = run(call.config, call.console.report)
+    call.console.suggest(f'qlora generate --model {call.config.output} "Your question"')
+    return result.to_dict()
+
+
+PROMPT = parameter(
+    "prompt", Annotated[str | None, typer.Argument(help="Text to answer; - reads it from stdin.")], default=None
+)
+
+
+@command(GenerateConfig, PROMPT)
+def generate(call: Call) -> Any:
+    """Answer a prompt, a file of prompts, or hold a conversation."""
+    prompt = call.arguments["prompt"]
+    sources = [prompt is not None, call.config.input is not None, call.config.chat]
+    if sum(sources) != 1:
+        found = "more than one" if any(sources) else "none"
+        raise UsageError(
+            f"generate takes one of PROMPT, --input FILE and --chat; {found} was given.",
+            'Type: qlora generate --adapter out "Your question"',
+        )
+    from qlora_cli.commands import generate as generation
+
+    if call.config.chat:
+        result = generation.converse(call.config, call.console.report, call.console.read_line)
+    else:
+        # The newline that ends what echo and editors write is no part of the question.
+        prompts = [] if prompt is None else [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt]
+        result = generation.generate(call.config, prompts, call.console.report)
+    return result.to_dict() if call.console.as_json and result is not None else None
+
+
+@command(InspectConfig)
+def inspect(call: Call) -> Any:
+    """Tell what a model, run or data set is, and whether it fits.
+
+    Without an argument: the run in out/ if there is one, else this machine.
+    """
+    from qlora_cli.commands.inspect import inspect as run
+
+    return run(call.config, call.console.report)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; every failure becomes one sentence on stderr.
+
+    Args:
+        arguments: What follows the program's name; by default this process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    failure: QloraError
+    cause: BaseException
+    try:
+        return app(arguments, prog_name="qlora", standalone_mode=False, obj=arguments) or 0
+    except QloraError as error:
+        failure, cause = error, error
+    except ClickException as error:  # type: ignore[misc]
+        failure, cause = _usage_error(error), error
+    except Exception as error:
+        failure, cause = _unexpected(error), error
+    if failure.told or (isinstance(failure, UsageError) and os.environ.get("RANK", "0") != "0"):
+        return failure.exit_code  # the main rank tells it
+    if "--debug" in arguments:
+        traceback.print_exception(cause)
+    from qlora_cli.cli.console import show_error
+
+    show_error(failure, as_json="--json" in arguments)
+    return failure.exit_code
+
+
+def _usage_error(error: Any) -> UsageError:
+    """Typer's complaint in our form; `Value error, ` is how pydantic, inside Typer, begins every message."""
+    path = error.ctx.command_path if error.ctx else "qlora"
+    message = error.format_message().replace("Value error, ", "")
+    return UsageError(message, f"See: {path} --help")
+
+
+def _unexpected(error: Exception) -> QloraError:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" at {error.filename}" if error.filename else ""
+        return DiskFull(f"The disk is full{where}.", "Free some space and run the command again.")
+    sentence = " ".join(str(error).split()) or "no message"
+    return QloraError(
+        f"Unexpected {type(error).__name__}: {sentence[:300]}", "Run again with --debug for the traceback."
+    )

@@ -1,0 +1,87 @@
+"""A command's result as a dictionary in, facts and tables on stdout out; a prepared row in colour or in brackets."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_cli.cli.units import format_value, split_unit
+from qlora_cli.events import RowShown
+
+
+def draw_result(console: Console, result: dict[str, Any]) -> None:
+    """Facts in two columns, then each table; a key's ending says the unit.
+
+    Args:
+        console: Where to.
+        result: Facts by name, nested ones too; `kind` is the heading, `tables` a list of
+            `{"title", "columns", "rows"}`; `next`, commands to type, are the caller's to show.
+    """
+    if result.get("kind"):
+        console.print(Text(str(result["kind"]).replace("_", " "), "bold"))
+    facts = {key: value for key, value in result.items() if key not in ("kind", "facts", "tables", "next")}
+    with console.capture() as captured:  # so that the blanks that fill a column or follow a table can go
+        _draw(console, {**result.get("facts", {}), **facts}, result.get("tables", ()))
+    text = "\n".join(line.rstrip() for line in captured.get().splitlines())
+    console.file.write(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
+    console.file.flush()
+
+
+def _draw(console: Console, facts: dict[str, Any], tables: Iterable[dict[str, Any]]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in _rows(facts):
+        grid.add_row(Text(label, "dim"), Text(value))
+    console.print(grid)
+    for table in tables:
+        console.print()
+        console.print(_table(table))
+
+
+def _rows(facts: dict[str, Any], depth: int = 0) -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        label = "  " * depth + split_unit(key)[0]
+        if value is None:
+            continue  # JSON has it; for the eye it says nothing
+        if isinstance(value, dict) and value:
+            yield label, ""
+            yield from _rows(value, depth + 1)
+        elif isinstance(value, list | tuple) and len(value) > 1 and any(" " in str(item) for item in value):
+            for position, item in enumerate(value):  # sentences: one a line
+                yield (label if position == 0 else ""), format_value(key, item)
+        else:
+            yield label, format_value(key, value)
+
+
+def _table(content: dict[str, Any]) -> Table:
+    columns, rows = content["columns"], content["rows"]
+    table = Table(
+        title=content.get("title"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for position, column in enumerate(columns):
+        numeric = all(isinstance(row[position], int | float | None) for row in rows)
+        table.add_column(split_unit(column)[0], justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(format_value(column, value)) for column, value in zip(columns, row, strict=True)))
+    return table
+
+
+def draw_row(console: Console, event: RowShown) -> None:
+    """One prepared row: what is trained on green and bold, or in ⟦brackets⟧ where there is no colour."""
+    console.print(Text(f"Row {event.index}: {event.tokens:,} tokens, {event.trained_tokens:,} trained", "bold"))
+    in_colour = console.is_terminal and not console.no_color
+    line = Text()
+    for trained, pieces in itertools.groupby(event.pieces, key=lambda piece: piece[1]):
+        text = "".join(piece[0] for piece in pieces)
+        if in_colour:
+            line.append(text.replace("\n", "↵\n"), "bold green" if trained else "dim")
+        else:
+            line.append(f"⟦{text}⟧" if trained else text)
+    console.print(line, soft_wrap=not in_colour)
+    console.print()

@@ -1,0 +1,262 @@
+"""What to look at in, facts out: a model, an adapter or run, a prepared set, or this machine.
+
+Every view returns one JSON-ready dictionary. `kind` names the view; the other entries are facts: scalars, lists of
+scalars, or a dictionary of more facts under one heading. `tables` is a list of `{"title", "columns", "rows"}`, `next` a
+list of commands to type. A name's ending says the unit, for facts and columns alike: `_bytes`, `_percent`, `_seconds`.
+Where memory was predicted against a limit, `fits` says whether it is enough.
+"""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_cli.config import InspectConfig, TrainConfig, default_of
+from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.core.data.prepare import cache_directory, choose_max_length
+from qlora_cli.core.device import list_versions
+from qlora_cli.core.inspection.doctor import (
+    check_environment,
+    describe_machine,
+    list_devices,
+    measure_directory,
+)
+from qlora_cli.core.inspection.run_summary import describe_run, holds_run
+from qlora_cli.core.inspection.weight_stats import (
+    group_tensors,
+    measure_quantization_error,
+    read_headers,
+    tabulate_layers,
+)
+from qlora_cli.core.models.loading import build_empty, choose_device, load_config, resolve_compute_dtype, resolve_model
+from qlora_cli.core.models.quantized_cache import cache_root, cache_size_bytes
+from qlora_cli.core.planning.memory_estimate import predict_disk, predict_generation, predict_merging
+from qlora_cli.core.planning.model_profile import ModelFacts, gather_facts
+from qlora_cli.core.planning.planner import Wishes, plan_training, read_limit_bytes
+from qlora_cli.core.planning.roofline import bound_speed
+from qlora_cli.core.planning.run_plan import may_be_spread
+from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
+from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
+from qlora_cli.errors import UsageError
+from qlora_cli.events import Report
+
+OF_A_MODEL = ("vram", "max_length", "quantization_error")
+# Ways to train that a table compares, from the fastest to the leanest.
+CARDS = (2, 4, 8)  # over which a base may be spread
+WAYS: dict[str, dict[str, Any]] = {
+    "nothing recomputed": {"gradient_checkpointing": "off", "offload_activations": False, "offload_embeddings": False},
+    "every layer recomputed": {
+        "gradient_checkpointing": "on",
+        "offload_activations": False,
+        "offload_embeddings": False,
+    },
+    "and offloaded to the host": {
+        "gradient_checkpointing": "on",
+        "offload_activations": True,
+        "offload_embeddings": True,
+    },
+}
+
+
+def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
+    """Facts on what the configuration names; on the default run directory, or else this machine, when it names nothing.
+
+    Raises:
+        UsageError: It names more than one thing, or asks of one what only another has.
+        ModelError, AdapterError, RunError: What it names cannot be read.
+    """
+    named = [name for name in ("adapter", "prepared") if getattr(config, name)]
+    if len(named) == 2 or (config.model and config.prepared):
+        raise UsageError("inspect looks at one thing at a time.", "Give one of --model, --adapter and --prepared.")
+    asked = [name for name in OF_A_MODEL if getattr(config, name) != default_of(InspectConfig, name)]
+    if asked and (named or not config.model):
+        flag = f"--{asked[0].replace('_', '-')}"
+        raise UsageError(f"{flag} is about a model, and none is looked at.", f"Add --model ID to {flag}.")
+    if config.prepared:
+        return inspect_prepared(Path(config.prepared))
+    if config.adapter:
+        return describe_run(Path(config.adapter), config.model)
+    if config.model:
+        return inspect_model(config, report)
+    default = Path(default_of(TrainConfig, "output"))
+    if holds_run(default):
+        return describe_run(default, None)
+    return inspect_machine(config)
+
+
+# ---------------------------------------------------------------- a model
+
+
+def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
+    """Counts, bytes and predicted memory from the configuration alone; with local weights, what they are.
+
+    Raises:
+        UsageError: A setting makes no sense.
+        ModelError: The model is not there, or is no causal language model.
+        AdapterError: The adapter cannot be attached.
+    """
+    assert config.model is not None
+    device = choose_device()
+    model_config = load_config(config.model, config.model_revision, trust_remote_code=config.trust_remote_code)
+    # What would be rented is a card that computes in bfloat16, whatever this machine has.
+    compute_dtype = resolve_compute_dtype(config.compute_dtype or "bfloat16", device)
+
+    def gather(rank: int) -> ModelFacts:
+        return gather_facts(
+            model_config,
+            rank=rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            target_modules=config.target_modules,
+            rslora=config.rslora,
+            dora=config.dora,
+            modules_to_save=config.modules_to_save,
+            quant_type=config.quant_type,
+            double_quant=config.double_quant,
+            compute_dtype=compute_dtype,
+            engine=config.engine,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    model = gather(config.rank)
+    footprint = model.footprint
+    optimizer = config.optimizer or choose_optimizer(None, torch.device("cuda"))
+    facts = {
+        "kind": "model",
+        "model": config.model,
+        "model_type": model.model_type,
+        "total_parameters": footprint.total_parameters,
+        "trainable_parameters": footprint.trainable_parameters,
+        "trainable_percent": footprint.trainable_percent,
+        "base_bytes": footprint.base_bytes,
+        "adapter_bytes": footprint.adapter_bytes,
+        "optimizer_bytes": state_bytes(optimizer, footprint.trainable_parameters),
+    }
+    tables = [_table("Modules", [asdict(row) for row in footprint.rows])]
+    if model.trace is None:
+        facts["memory"] = f"cannot be predicted: {model.untraced}"
+    else:
+        max_length = choose_max_length(config.max_length, model_config, report)
+        predicted, predicted_tables = _predict(config, model, gather, max_length)
+        facts |= predicted
+        tables += predicted_tables
+    directory = Path(config.model).expanduser()
+    if config.quantization_error:
+        directory = resolve_model(config.model, config.model_revision, weights=True, report=report)
+        errors = measure_quantization_error(
+            build_empty(model_config, trust_remote_code=config.trust_remote_code),
+            directory,
+            quant_type=config.quant_type,
+            double_quant=config.double_quant,
+            compute_dtype=compute_dtype,
+            device=device,
+            report=report,
+        )
+        facts["mean_quantization_error"] = sum(error.value for error in errors) / max(1, len(errors))
+        tables.append(tabulate_layers(f"Relative error of {config.quant_type}", errors))
+    if directory.is_dir() and (groups := group_tensors(read_headers(directory))):
+        tables.append(_table("Weights", [asdict(group) for group in groups]))
+    return {**facts, "tables": tables}
+
+
+def _predict(
+    config: InspectConfig, model: ModelFacts, gather: Callable[[int], ModelFacts], max_length: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Facts on training, generation and merging; and tables of ways to train and of speed."""
+    device = choose_device()
+    known = config.vram is not None or device.type == "cuda"
+    vram_bytes = read_limit_bytes(config.vram, device) if known else None
+    names = [part.name for part in fields(Wishes) if part.name != "max_length"]
+    wishes = Wishes(max_length=max_length, **{name: getattr(config, name) for name in names})
+    plan = plan_training(model, wishes, vram_bytes=vram_bytes)
+    assert plan.memory is not None and plan.flops_per_token is not None
+    ways = []
+    for name, open_choices in WAYS.items():
+        memory = plan_training(model, replace(wishes, **open_choices), vram_bytes=None).memory
+        assert memory is not None
+        ways.append({"way": name, "peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes})
+    spread = {
+        cards: plan_training(model, wishes, vram_bytes=vram_bytes, shards=cards)
+        for cards in (CARDS if may_be_spread(config) else ())
+    }
+    shares = [
+        {"cards": cards, **{name: getattr(each.memory, name) for name in ("base_bytes", "peak_bytes", "device_bytes")}}
+        for cards, each in spread.items()
+    ]
+    settings = ("gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
+    facts: dict[str, Any] = {
+        "vram_bytes": vram_bytes,
+        "fits": plan.fits,
+        "settings": {
+            "max_length": max_length,
+            "rank": config.rank,
+            "optimizer": plan.optimizer,
+            **{name: getattr(plan, name) for name in settings},
+            "token_budget": plan.token_budget,
+        },
+        "flops_per_token": plan.flops_per_token,
+        "training": plan.memory.to_dict(),
+        "generation": predict_generation(model, rows=1, row_tokens=max_length).to_dict(),
+        "merging": predict_merging(model),
+        "disk": predict_disk(model, optimizer=plan.optimizer, kept_checkpoints=default_of(TrainConfig, "keep")),
+        "next": [write_train_command(config, {})],
+    }
+    if plan.fits is False:
+        assert vram_bytes is not None
+        nearest = suggest_fit(model, wishes, vram_bytes=vram_bytes, rank=config.rank, regather=gather)
+        if nearest is None:
+            facts["nearest"] = "nothing fits: take a smaller model or a larger card"
+            del facts["next"]
+        else:
+            assert nearest.plan.memory is not None
+            facts["nearest"] = {**nearest.changes, "device_bytes": nearest.plan.memory.device_bytes}
+            facts["next"] = [write_train_command(config, nearest.changes)]
+        enough = next((cards for cards, each in spread.items() if each.fits), None)
+        if enough is not None:
+            changes = {"gpus": enough, "shard": True}
+            facts["nearest_with_more_cards"] = changes
+            facts["next"] = [*facts.get("next", ()), write_train_command(config, changes)]
+    of_several = [_table("Base spread over cards, for each of them", shares)] if shares else []
+    return facts, [_table("Ways to train", ways), *of_several, bound_speed(plan.flops_per_token)]
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def inspect_machine(config: InspectConfig) -> dict[str, Any]:
+    """Devices, drivers, versions, caches, and whether 4-bit training works here."""
+    device = choose_device()
+    compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
+    checks = check_environment(device, compute_dtype, Path.cwd())
+    prepared, devices = cache_directory(), list_devices()
+    return {
+        "kind": "machine",
+        "works": all(check.works for check in checks if check.name != "cuda"),
+        **describe_machine(),
+        "cache": str(cache_root()),
+        "caches": {"bases_bytes": cache_size_bytes(), "prepared_rows_bytes": measure_directory(prepared)},
+        "versions": list_versions(),
+        "tables": [
+            *([_table("Devices", devices)] if devices else []),
+            _table("Checks", [check.to_dict() for check in checks]),
+        ],
+    }
+
+
+# ---------------------------------------------------------------- a prepared set
+
+
+def inspect_prepared(directory: Path) -> dict[str, Any]:
+    """What `prepare` printed, from the manifest."""
+    rows = PreparedRows(directory)
+    facts = {name: value for name, value in rows.manifest.items() if name not in ("kind", "tables")}
+    model = (facts.get("tokenizer") or {}).get("name") or "MODEL"
+    train = f"qlora train --model {shlex.quote(model)} --prepared {shlex.quote(str(directory))}"
+    return {"kind": "prepared rows", "directory": str(directory), **facts, "next": [train], "tables": []}
+
+
+def _table(title: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"title": title, "columns": list(entries[0]), "rows": [list(entry.values()) for entry in entries]}

@@ -1,0 +1,224 @@
+"""An adapter and its base in, one plain transformers checkpoint out, proven to predict what base + adapter predict."""
+
+import hashlib
+import json
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_cli import __version__
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, sha256_of
+from qlora_cli.config import MergeConfig
+from qlora_cli.core.merge.base import Base, find_base
+from qlora_cli.core.merge.checkpoint_files import copy_companions, four_bit_config, write_config, write_index
+from qlora_cli.core.merge.compare_models import Comparison
+from qlora_cli.core.merge.delta import check_finite, read_changes
+from qlora_cli.core.merge.model_card import write_merged_card
+from qlora_cli.core.merge.output_directory import require_free, unfinished_directory, unfinished_path
+from qlora_cli.core.merge.plan import Arithmetic, MergePlan, plan_merge
+from qlora_cli.core.merge.push import check_repository_name, push_model
+from qlora_cli.core.merge.verify import can_verify, judge, verify
+from qlora_cli.core.merge.writer import choose_workers, write_files
+from qlora_cli.core.models.adapter_record import read_source
+from qlora_cli.core.models.loading import DTYPES, choose_device, dtype_name, head_names, linear_names
+from qlora_cli.core.models.lora import read_adapter
+from qlora_cli.core.models.weight_names import map_names, renamer
+from qlora_cli.core.storage.safetensors_file import TensorFile, checkpoint_files
+from qlora_cli.errors import DiskFull, MergeError
+from qlora_cli.events import Report
+
+SMALL_FILES_BYTES = 2**25  # tokenizer, configuration, card
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge came to."""
+
+    output: str
+    base_model: str
+    base: str  # dequantized or original
+    dtype: str
+    quantized: bool
+    total_bytes: int
+    files: int
+    files_reused: int  # finished by an interrupted merge
+    restored_weights: int
+    changed_weights: int
+    merge_seconds: float
+    verification: Comparison | None
+    pushed_to: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+
+def merge(config: MergeConfig, report: Report) -> MergeResult:
+    """Merges an adapter into its base, file by file, and compares the result with base + adapter.
+
+    Raises:
+        QloraError: In one sentence; whatever can be checked is checked before anything is written.
+    """
+    adapter_directory, output = Path(config.adapter), Path(config.output)
+    facts, source = read_adapter(adapter_directory), read_source(adapter_directory)
+    if config.push:
+        check_repository_name(config.push)
+    require_free(output, overwrite=config.overwrite)
+    with ExitStack() as stack:
+        adapter = stack.enter_context(TensorFile(adapter_directory / ADAPTER_WEIGHTS))
+        check_finite(adapter)
+        base = find_base(
+            source,
+            model=config.model,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            report=report,
+        )
+        files = [stack.enter_context(TensorFile(base.directory / n)) for n in checkpoint_files(base.directory)]
+        arithmetic = choose_arithmetic(config, base, choose_device())
+        changes = read_changes(facts, base.model, renamer(base.model))
+        names = map_names((name for file in files for name in file.entries), base.model)
+        keep_tied = bool(facts.config.get("ensure_weight_tying"))
+        plan = plan_merge(files, names, base.model, changes, adapter, arithmetic, keep_tied=keep_tied)
+        verifies = can_verify(plan, base, facts, arithmetic, report) if config.verify is None else config.verify
+        require_space(output, plan)
+        with unfinished_directory(output, overwrite=config.overwrite, resume=config.resume) as directory:
+            started = time.perf_counter()
+            largest = max(file.layout.total_bytes for file in plan.files)
+            try:
+                reused = write_files(
+                    plan.files,
+                    directory,
+                    key=merge_key(config, base, adapter_directory, arithmetic),
+                    workers=choose_workers(plan.files, largest, arithmetic.device),
+                    report=report,
+                )
+            except torch.OutOfMemoryError as error:
+                raise MergeError(
+                    "The GPU has no memory left to merge on.", "Put CUDA_VISIBLE_DEVICES= before the command."
+                ) from error
+            seconds = time.perf_counter() - started
+            write_companions(directory, adapter_directory, base, plan, arithmetic)
+            comparison = rows = None
+            if verifies:
+                comparison, rows = verify(directory, adapter_directory, base, plan, arithmetic, report)
+                faithful = arithmetic.restore and not arithmetic.pack
+                judge(comparison, rows, faithful=faithful, max_kl=config.max_kl, report=report)
+            card = write_merged_card(
+                base=base.hub_id,
+                dataset=dataset_of(adapter_directory),
+                method=config.base,
+                dtype=dtype_name(arithmetic.dtype),
+                packed=arithmetic.quant_type if config.quantize else None,
+                comparison=comparison,
+                rows_described=rows,
+            )
+            (directory / MODEL_CARD).write_text(card, encoding="utf-8")
+    pushed = push_model(output, config.push, public=config.public) if config.push else None
+    return MergeResult(
+        output=config.output,
+        base_model=base.name,
+        base=config.base,
+        dtype=dtype_name(arithmetic.dtype),
+        quantized=config.quantize,
+        total_bytes=plan.total_bytes,
+        files=len(plan.files),
+        files_reused=len(reused),
+        restored_weights=plan.restored,
+        changed_weights=plan.changed,
+        merge_seconds=seconds,
+        verification=comparison,
+        pushed_to=pushed,
+    )
+
+
+def dataset_of(adapter: Path) -> str | None:
+    """Hub id of the data a run trained on; None where it is local or unknown."""
+    data = find_run_record(adapter).get("data") or {}
+    return data["source"].partition(":")[0] if "revision" in data else None
+
+
+# ---------------------------------------------------------------- the arithmetic
+
+
+def choose_arithmetic(config: MergeConfig, base: Base, device: torch.device) -> Arithmetic:
+    """How weights are merged. A base stored in 32 bits is merged to the dtype it was trained in.
+
+    Raises:
+        MergeError: transformers could not load a 4-bit checkpoint of this architecture.
+    """
+    linears = [base.model.get_submodule(name) for name in linear_names(base.model)]
+    subclass = next((m for m in linears if isinstance(m, nn.Linear) and type(m) is not nn.Linear), None)
+    if config.quantize and subclass is not None:
+        raise MergeError(
+            f"transformers loads no 4-bit checkpoint of this model: it leaves its {type(subclass).__name__} in 16 bits.",
+            "Leave --quantize out; qlora generate quantises a 16-bit model as it loads it.",
+        )
+    compute_dtype, stored = DTYPES[base.identity.compute_dtype], base.stored_dtype
+    dtype = DTYPES[config.dtype] if config.dtype else compute_dtype if stored == torch.float32 else stored
+    return Arithmetic(
+        restore=config.base == "dequantized",
+        quant_type=base.identity.quant_type,
+        double_quant=base.identity.double_quant,
+        compute_dtype=compute_dtype,
+        dtype=dtype,
+        pack=config.quantize,
+        device=device,
+    )
+
+
+# ---------------------------------------------------------------- the files
+
+
+def require_space(output: Path, plan: MergePlan) -> None:
+    """Raises unless the disk has room for the merged model.
+
+    Raises:
+        DiskFull: It has not.
+    """
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    started = unfinished_path(output)
+    standing = sum(path.stat().st_blocks * 512 for path in started.glob("*.safetensors")) if started.exists() else 0
+    needed, free = plan.total_bytes + SMALL_FILES_BYTES - standing, shutil.disk_usage(place).free
+    if needed > free:
+        raise DiskFull(
+            f"The merged model takes {needed:,} bytes more, and the disk of {output} has {free:,} free.",
+            "Free some space, or choose an --output on another disk.",
+        )
+
+
+def merge_key(config: MergeConfig, base: Base, adapter: Path, arithmetic: Arithmetic) -> str:
+    """A digest of all that the merged weights depend on."""
+    parts = {
+        "version": __version__,
+        "base": base.identity.to_dict() | {"model": None},
+        "method": config.base,
+        "dtype": dtype_name(arithmetic.dtype),
+        "pack": arithmetic.pack,
+        "device": arithmetic.device.type,
+        "adapter": [sha256_of(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_companions(directory: Path, adapter: Path, base: Base, plan: MergePlan, arithmetic: Arithmetic) -> None:
+    """Writes configuration, tokenizer and index."""
+    a = arithmetic
+    quantization = four_bit_config(a.quant_type, a.double_quant, a.dtype, head_names(base.model)) if a.pack else None
+    write_config(
+        base.directory,
+        directory,
+        dtype=a.dtype,
+        vocabulary=plan.vocabulary,
+        untied=plan.untied,
+        quantization=quantization,
+    )
+    copy_companions(base.directory, adapter, directory)
+    if len(plan.files) > 1:
+        write_index(directory, [file.name for file in plan.files])

@@ -1,0 +1,59 @@
+"""`qlora prepare`: a data set and a model's tokenizer in, a prepared directory and its summary out."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.config import PrepareConfig
+from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.core.data.prepare import PreparedSummary, prepare_rows
+from qlora_cli.core.models.loading import load_config, load_tokenizer
+from qlora_cli.errors import UsageError
+from qlora_cli.events import Report, RowShown
+
+__all__ = ["PreparedSummary", "prepare"]
+
+
+def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
+    """Tokenises data for a model into `config.output`.
+
+    Raises:
+        UsageError: No model or data was given, or the settings do not fit the data.
+        ModelError: The model's tokenizer cannot be found or used.
+        DataError: The data is missing, or holds a bad row, or nothing to train on.
+        RunError: The output directory holds something else.
+    """
+    if config.model is None:
+        raise UsageError("No model was given, so there is no tokenizer.", "Add: --model ORG/NAME (or a directory).")
+    tokenizer = load_tokenizer(config.model, config.model_revision, trust_remote_code=config.trust_remote_code)
+    model_config = load_config(config.model, config.model_revision, trust_remote_code=config.trust_remote_code)
+    summary = prepare_rows(
+        config,
+        tokenizer,
+        model_config,
+        Path(config.output),
+        report,
+        overwrite=config.overwrite,
+        workers=config.workers,
+    )
+    show_rows(PreparedRows(summary.directory), tokenizer, config.show, report)
+    return summary
+
+
+def show_rows(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, count: int, report: Report) -> None:
+    """Reports the first rows as text, in pieces that are trained or not."""
+
+    def decode(ids: np.ndarray) -> str:
+        return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    for index in range(min(count, len(rows))):
+        input_ids, trained = rows[index]
+        borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
+        texts = [decode(input_ids[:border]) for border in borders]  # a piece by itself may lose its first space
+        pieces = tuple(
+            (text[len(before) :], bool(trained[start]))
+            for (before, text), start in zip(pairwise(texts), borders, strict=False)
+        )
+        report(RowShown(index, pieces, len(input_ids), int(trained.sum())))

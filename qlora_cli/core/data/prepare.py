@@ -1,0 +1,290 @@
+"""Data settings and a tokenizer in; a prepared directory of token rows out, and a summary of what became of each row."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qlora_cli import __version__
+from qlora_cli.artifacts import (
+    BAD_ROWS,
+    FORMAT,
+    PREPARED_MANIFEST,
+    PREPARED_ROWS,
+    atomic_directory,
+    write_json,
+)
+from qlora_cli.config import DataSettings
+from qlora_cli.core.data.dataset import PreparedRows, RowWriter
+from qlora_cli.core.data.schema import Recognised, read_template, recognise
+from qlora_cli.core.data.sources import Source, resolve_source
+from qlora_cli.core.data.statistics import Tally
+from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
+from qlora_cli.core.data.worker_pool import TokeniserPool
+from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
+from qlora_cli.core.prompts.records import BadRow, Chunk, Record, parse_chunk
+from qlora_cli.errors import DataError, RunError, UsageError
+from qlora_cli.events import Caution, Notice, Progress, Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+PREPARATION = 1  # raised when the same input would give other rows, so that older caches are not taken for these
+DEFAULT_MAX_LENGTH = 2048
+SAMPLE_RECORDS = 256  # looked at to recognise the shape
+SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
+MOST_PROCESSES = 8  # of 100 MB each beside 600 MB here; --workers may ask for more
+LEARNED_POSITIONS = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "ctrl", "openai-gpt"}
+TASK = "Preparing"
+
+
+@dataclass(frozen=True)
+class PreparedSummary:
+    """What became of the data.
+
+    Attributes:
+        directory: Where the rows are.
+        cache_hit: Whether they were there already.
+        manifest: Content of the manifest (see `prepare_rows`).
+    """
+
+    directory: str
+    cache_hit: bool
+    manifest: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the manifest with the directory and whether it was a cache hit."""
+        return {"directory": self.directory, "cache_hit": self.cache_hit, **self.manifest}
+
+
+def cache_directory() -> Path:
+    """Where rows prepared by `train --data` are kept: $QLORA_CACHE/prepared, or ~/.cache/qlora/prepared."""
+    root = os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora"
+    return Path(root).expanduser() / "prepared"
+
+
+def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None", report: Report) -> int:
+    """Longest row in tokens: what was asked for, or the model's context, at most 2048.
+
+    Raises:
+        UsageError: It is too small, or past what the model has position embeddings for.
+    """
+    text_config = model_config.get_text_config() if model_config is not None else None
+    context = next(
+        (
+            value
+            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+            if isinstance(value := getattr(text_config, name, None), int) and value > 0
+        ),
+        None,
+    )
+    if wanted is None:
+        return min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if wanted < 2:
+        raise UsageError(f"--max-length {wanted} leaves no token to train.", "Use at least 2, commonly 512 to 2048.")
+    if context and wanted > context:
+        if getattr(text_config, "model_type", None) in LEARNED_POSITIONS:
+            raise UsageError(
+                f"--max-length {wanted} is past the {context} positions that the model has.",
+                f"Use: --max-length {context}",
+            )
+        report(Caution(f"--max-length {wanted} is past the model's context of {context} tokens."))
+    return wanted
+
+
+def prepare_rows(
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    model_config: "PreTrainedConfig | None",
+    directory: Path | None,
+    report: Report,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> PreparedSummary:
+    """Reads, formats and tokenises data into a prepared directory, unless the same rows are there already.
+
+    Args:
+        settings: Where the data is and how it becomes rows.
+        tokenizer: The model's tokenizer.
+        model_config: For the context length; None if there is no model yet.
+        directory: Where the rows go; None for a directory in the cache that is named after the input.
+        report: Told what was recognised, the progress, and what deserves a look.
+        overwrite: Replace other rows in `directory`.
+        workers: Processes; by default one a core.
+
+    Returns:
+        The summary. Its manifest holds rows, tokens, trained_tokens, lengths (min, p50, p90, p99, max, mean),
+        records, truncated, split, dropped (reason → records), bad_rows, max_length, shape, column, train_on,
+        formatting, data and tokenizer (identities), rows_sha256 (of the rows) and digest (of all that made them).
+
+    Raises:
+        DataError: The data is missing, or holds a bad row, or nothing to train on.
+        UsageError: The settings do not fit the data.
+        RunError: `directory` holds something else and `overwrite` is off.
+        DiskFull: There is no room.
+    """
+    if settings.data is None:
+        raise UsageError("No data was given.", "Add: --data FILE (or a folder, a glob, or a hub dataset).")
+    encoder = encoder_of(tokenizer)
+    source = resolve_source(settings.data, split=settings.split, revision=settings.revision, report=report)
+    max_length = choose_max_length(settings.max_length, model_config, report)
+    identity = source.identify(report)
+    digest = _digest(settings, encoder, max_length, identity)
+    if directory is None:
+        directory = cache_directory() / digest[:32]
+        overwrite = True  # whatever is there under this name is a part of the same
+    if (manifest := _manifest_of(directory, digest)) is not None:
+        report(Notice(f"These rows are prepared already in {directory} (same data, tokenizer and settings)."))
+        return PreparedSummary(str(directory), True, manifest)
+    recognised = _recognise(source, settings, encoder)
+    report(Notice(f"{settings.data}: {recognised.sentence}."))
+    for remark in recognised.remarks:
+        report(Notice(remark))
+    tokeniser_settings = TokeniserSettings(
+        spec=encoder.spec,
+        formatting=recognised.formatting,
+        train_on=recognised.train_on,
+        max_length=max_length,
+        overlong=settings.overlong,
+        max_line_bytes=settings.max_line_bytes,
+        vocabulary_size=len(tokenizer),
+    )
+    with atomic_directory(directory, replace=overwrite) as temporary:
+        tally = Tally()
+        with ExitStack() as stack:
+            chunks = _limited(source.chunks(settings.max_line_bytes), settings)
+            results = _tokenise(chunks, tokeniser_settings, source, workers, stack)
+            _write(results, temporary, tally, settings, source.total_bytes, report)
+        tally.check(settings.data)
+        manifest = {
+            "format": FORMAT,
+            "qlora_version": __version__,
+            **tally.statistics(),
+            "max_length": max_length,
+            "overlong": settings.overlong,
+            "shape": recognised.formatting.shape,
+            "column": recognised.formatting.column or recognised.formatting.completion_column,
+            "train_on": recognised.train_on,
+            "formatting": recognised.formatting.to_dict(),
+            "data": identity,
+            "tokenizer": {"name": tokenizer.name_or_path, "sha256": encoder.spec.sha256},
+            "digest": digest,
+        }
+        write_json(temporary / PREPARED_MANIFEST, manifest)
+    tally.tell(report, directory)
+    return PreparedSummary(str(directory), False, manifest)
+
+
+def _manifest_of(directory: Path, digest: str) -> dict[str, Any] | None:
+    """The manifest, if the rows in a directory are whole and the ones wanted."""
+    try:
+        manifest = PreparedRows(directory).manifest
+    except RunError:
+        return None
+    return manifest if manifest.get("digest") == digest else None
+
+
+def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, identity: dict[str, Any]) -> str:
+    """Name of the rows that this input gives; nothing else decides what they are."""
+    wanted = {f.name: getattr(settings, f.name) for f in fields(DataSettings) if f.name not in ("data", "revision")}
+    wanted["max_length"] = max_length
+    if settings.template:
+        wanted["template"] = read_template(settings.template)
+    if settings.chat_template and Path(settings.chat_template).is_file():
+        wanted["chat_template"] = Path(settings.chat_template).read_text(encoding="utf-8", errors="replace")
+    facts = [PREPARATION, FORMAT, wanted, identity["sha256"], encoder.spec.sha256, encoder.spec.chat_template]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _recognise(source: Source, settings: DataSettings, encoder: TextEncoder) -> Recognised:
+    """The shape, from the first records that can be read."""
+    sample: list[Record] = []
+    for chunk in source.chunks(settings.max_line_bytes):
+        parse_chunk(chunk, settings.max_line_bytes)
+        sample += chunk.records
+        if chunk.bad_rows and settings.on_bad_row == "stop" and not sample:
+            raise _bad_row_error(min(chunk.bad_rows, key=lambda bad: bad.line or 0))
+        if len(sample) >= SAMPLE_RECORDS:
+            break
+    if not sample:
+        raise DataError(f"{settings.data} holds no row that can be read.", "Check --data.")
+    return recognise(sample[:SAMPLE_RECORDS], settings, encoder)
+
+
+def _bad_row_error(bad: BadRow) -> DataError:
+    return DataError(f"{bad}.", "Mend it, or leave such rows out and have them listed: --on-bad-row skip")
+
+
+def _limited(chunks: Iterator[Chunk], settings: DataSettings) -> Iterator[Chunk]:
+    """The first --limit rows."""
+    if settings.limit is None:
+        yield from chunks
+        return
+    left = settings.limit
+    for chunk in chunks:
+        parse_chunk(chunk, settings.max_line_bytes)
+        chunk.kind = "records"
+        chunk.records, chunk.lines = chunk.records[:left], chunk.lines[:left]
+        left -= len(chunk.records)
+        if not left:
+            last = chunk.lines[-1] if chunk.lines else 0
+            chunk.bad_rows = [bad for bad in chunk.bad_rows if (bad.line or 0) < last]
+        yield chunk
+        if not left:
+            return
+
+
+def _tokenise(
+    chunks: Iterator[Chunk],
+    settings: TokeniserSettings,
+    source: Source,
+    workers: int | None,
+    stack: ExitStack,
+) -> Iterator[TokenisedChunk]:
+    processes = workers or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    is_small = workers is None and (source.total_bytes or 0) < SMALL_BYTES and source.table is None
+    if processes == 1 or is_small:
+        return map(Tokeniser(settings).process, chunks)
+    return stack.enter_context(TokeniserPool(settings, processes)).process_all(chunks)
+
+
+def _write(
+    results: Iterator[TokenisedChunk],
+    directory: Path,
+    tally: Tally,
+    settings: DataSettings,
+    total_bytes: int | None,
+    report: Report,
+) -> None:
+    writer = RowWriter(directory / PREPARED_ROWS)
+    done_bytes = 0
+    with ExitStack() as stack:
+        bad_rows = None
+        try:
+            for chunk in results:
+                if chunk.bad_rows and settings.on_bad_row == "stop":
+                    raise _bad_row_error(chunk.bad_rows[0])
+                for bad in chunk.bad_rows:
+                    bad_rows = bad_rows or stack.enter_context((directory / BAD_ROWS).open("w", encoding="utf-8"))
+                    bad_rows.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+                tally.add(chunk)
+                writer.write(chunk.input_ids, chunk.trained, np.cumsum([0, *chunk.lengths], dtype=np.int32))
+                done_bytes += chunk.source_bytes
+                report(Progress(TASK, tally.records, _estimate(tally.records, done_bytes, total_bytes)))
+        finally:
+            writer.close()
+    report(Progress(TASK, tally.records, tally.records))
+
+
+def _estimate(records: int, done_bytes: int, total_bytes: int | None) -> int | None:
+    """Records there will be in all, judged by the share of bytes read so far; never so few as to mean the end."""
+    if not total_bytes or not done_bytes:
+        return None
+    return max(records + 1, round(records * total_bytes / done_bytes))

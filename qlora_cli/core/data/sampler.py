@@ -1,0 +1,143 @@
+"""Row lengths and a run's length in; the rows of any optimizer step out, as a pure function of the step's number."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora_cli.core.data.packing import plan_epoch, split_micro_batch
+from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes in one optimizer step."""
+
+    number: int  # from 1
+    epoch: float  # passes over the rows when it is done
+    micro_batches: list[list[int]]  # row indices
+
+
+class StepPlan:
+    """The steps of a run. An epoch is planned when it is reached and only the latest plan is kept.
+
+    Args:
+        lengths: (rows,) tokens of each row.
+        batch_size: Rows (packs) of a micro-batch.
+        accumulation: Micro-batches of a step, on all ranks together.
+        packing: Whether rows are packed to `max_length`.
+        max_length: Tokens in a pack, and in the longest row.
+        seed: Of the order.
+        epochs: Passes over the rows, where `max_steps` is None; a fraction of the last pass is allowed.
+        max_steps: Optimizer steps.
+        ranks: This process among those that share each step.
+
+    Raises:
+        UsageError: The run would have no step, or its steps cannot be shared evenly.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        batch_size: int,
+        accumulation: int,
+        packing: bool,
+        max_length: int,
+        seed: int,
+        epochs: float,
+        max_steps: int | None,
+        ranks: Ranks,
+    ) -> None:
+        if batch_size < 1 or accumulation < 1:
+            raise UsageError(
+                f"--batch-size {batch_size} and --gradient-accumulation-steps {accumulation} make no step.",
+                "Use 1 or more for both.",
+            )
+        if max_steps is not None and max_steps < 1:
+            raise UsageError(f"--max-steps is {max_steps}.", "Use 1 or more, or leave it out and use --epochs.")
+        if max_steps is None and not epochs > 0:
+            raise UsageError(f"--epochs is {epochs}.", "Use a number above 0, or --max-steps.")
+        if batch_size * accumulation % ranks.world_size:
+            raise UsageError(
+                f"A step of {batch_size * accumulation} rows (--batch-size {batch_size} times "
+                f"--gradient-accumulation-steps {accumulation}) cannot be dealt out evenly to {ranks.world_size} cards.",
+                f"Use --gradient-accumulation-steps {_evenly_shared(batch_size, accumulation, ranks.world_size)}.",
+            )
+        self.lengths = lengths
+        self.rank = ranks.rank
+        self._arguments: dict[str, Any] = {
+            "batch_size": batch_size,
+            "accumulation": accumulation,
+            "packing": packing,
+            "max_length": max_length,
+            "seed": seed,
+            "world_size": ranks.world_size,
+        }
+        self._ends: list[int] = []  # steps taken when each epoch ends
+        self._planned: tuple[int, list[list[list[list[int]]]]] = (-1, [])
+        if max_steps is not None:
+            self.total_steps = max_steps
+        else:
+            whole = math.floor(epochs)
+            self.total_steps = self.epoch_end(whole - 1) if whole else 0
+            if epochs > whole:
+                self.total_steps += max(1, round((epochs - whole) * len(self._plan(whole))))
+
+    def step(self, number: int) -> Step:
+        """Step `number`, from 1."""
+        epoch = self._epoch_of(number)
+        plan = self._plan(epoch)
+        index = number - 1 - (self.epoch_end(epoch - 1) if epoch else 0)
+        return Step(number, epoch + (index + 1) / len(plan), plan[index][self.rank])
+
+    def ends_epoch(self, number: int) -> bool:
+        """Whether step `number` is the last of its epoch."""
+        return number > 0 and self.epoch_end(self._epoch_of(number)) == number
+
+    def epoch_end(self, epoch: int) -> int:
+        """Steps taken when epoch `epoch`, from 0, ends."""
+        while len(self._ends) <= epoch:
+            start = self._ends[-1] if self._ends else 0
+            self._ends.append(start + len(self._plan(len(self._ends))))
+        return self._ends[epoch]
+
+    def longest_micro_batches(self, limit_tokens: int | None = None) -> list[list[int]]:
+        """Of the first epoch and all ranks, split where a limit asks for it: the micro-batch with most tokens, and the
+        one with most once padded."""
+        batches = [batch for step in self._plan(0)[: self.total_steps] for share in step for batch in share]
+        batches = split_to_fit(batches, self.lengths, limit_tokens)
+        most = max(batches, key=lambda batch: int(self.lengths[batch].sum()))
+        widest = max(batches, key=lambda batch: len(batch) * int(self.lengths[batch].max()))
+        return [most] if most == widest else [most, widest]
+
+    def _epoch_of(self, number: int) -> int:
+        epoch = 0
+        while self.epoch_end(epoch) < number:
+            epoch += 1
+        return epoch
+
+    def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
+        if self._planned[0] != epoch:
+            self._planned = (epoch, plan_epoch(self.lengths, epoch=epoch, **self._arguments))
+        return self._planned[1]
+
+
+def _evenly_shared(batch_size: int, accumulation: int, world_size: int) -> int:
+    """The next higher number of micro-batches whose rows can be dealt out evenly."""
+    while batch_size * accumulation % world_size:
+        accumulation += 1
+    return accumulation
+
+
+def split_to_fit(micro_batches: list[list[int]], lengths: np.ndarray, limit_tokens: int | None) -> list[list[int]]:
+    """Splits micro-batches over `limit_tokens` until each is within it or is a single row."""
+    fitting: list[list[int]] = []
+    for batch in micro_batches:
+        if limit_tokens is None or len(batch) < 2 or int(lengths[batch].sum()) <= limit_tokens:
+            fitting.append(batch)
+        else:
+            fitting += split_to_fit(list(split_micro_batch(batch, lengths)), lengths, limit_tokens)
+    return fitting

@@ -1,0 +1,219 @@
+"""What --data names in, the files or tables behind it out: paths, globs, saved datasets and hub datasets."""
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import constants
+
+from qlora_cli.artifacts import sha256_of
+from qlora_cli.core.data.readers import COMPRESSIONS, FORMATS, format_of, read_chunks
+from qlora_cli.core.models.loading import commit_of, download_snapshot
+from qlora_cli.core.prompts.records import RECORDS_A_CHUNK, BadRow, Chunk
+from qlora_cli.errors import DataError, ModelError, UsageError, first_line
+from qlora_cli.events import Progress, Report
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+READABLE = ", ".join([*FORMATS, *COMPRESSIONS])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        name: As the user gave it.
+        files: Files our own reader takes, each with the name shown in messages.
+        table: A saved dataset, or a hub dataset in a format that only `datasets` reads.
+        hashed: Files whose content tells whether the data is the same.
+        facts: split, revision and configuration, where there are any.
+    """
+
+    name: str
+    files: tuple[tuple[Path, str], ...] = ()
+    table: Any = None
+    hashed: tuple[Path, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Size of the files, or None where that says nothing about progress."""
+        return sum(path.stat().st_size for path, _ in self.files) if self.files else None
+
+    def chunks(self, max_line_bytes: int) -> Iterator[Chunk]:
+        """All rows in order."""
+        for path, name in self.files:
+            yield from read_chunks(path, name, max_line_bytes)
+        if self.table is not None:
+            yield from self._table_chunks()
+
+    def _table_chunks(self) -> Iterator[Chunk]:
+        line = 1
+        try:
+            for batch in self.table.with_format("arrow").iter(RECORDS_A_CHUNK):
+                records = batch.to_pylist()
+                yield Chunk(self.name, records=records, lines=list(range(line, line + len(records))))
+                line += len(records)
+        except Exception as error:  # datasets' readers fail in every way
+            yield Chunk(self.name, bad_rows=[BadRow(self.name, line, f"cannot be read: {error}")])
+
+    def identify(self, report: Report) -> dict[str, Any]:
+        """Name, split and SHA-256 of the data."""
+        sizes = [path.stat().st_size for path in self.hashed]
+        files, done = [], 0
+        for path, size in zip(self.hashed, sizes, strict=True):
+            files.append({"name": path.name, "bytes": size, "sha256": sha256_of(path)})
+            done += size
+            if sum(sizes) > 2**30:
+                report(Progress("Checking the data", done, sum(sizes), "bytes"))
+        # How a file is read depends on its kind, so the same bytes under .txt and .jsonl are two inputs.
+        facts = [(format_of(path), file["sha256"]) for path, file in zip(self.hashed, files, strict=True)]
+        sha256 = hashlib.sha256(repr(facts).encode()).hexdigest()
+        return {"source": self.name, **self.facts, "files": files, "sha256": sha256}
+
+
+def resolve_source(data: str, *, split: str, revision: str | None, report: Report) -> Source:
+    """Finds what --data names; a local path wins over a hub dataset of the same name.
+
+    Raises:
+        DataError: Nothing is there, or it cannot be reached.
+        UsageError: The file's kind is unknown, or there is no such split or configuration.
+    """
+    path = Path(data).expanduser()
+    if path.is_file():
+        return _files_source(data, [path])
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _saved_source(data, path, split)
+        return _folder_source(data, path, split)
+    if any(letter in data for letter in "*?["):
+        found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        return _files_source(data, sorted(file for file in found if file.is_file() and not _is_hidden(file, path)))
+    # Some datasets are named like a file (ORG/docs.jsonl); in a folder that is here a file is meant, though.
+    like_file = format_of(path) is not None and ("/" not in data or path.parent.is_dir())
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~" and not like_file:
+        return _hub_source(data, split, revision, report)
+    raise DataError(f"There is no file or folder {data}.", "Check --data.")
+
+
+def _files_source(data: str, files: list[Path], **facts: str) -> Source:
+    unknown = [file for file in files if format_of(file) is None]
+    if not files:
+        raise DataError(f"No file matches {data}.", "Check --data.")
+    if unknown:
+        raise UsageError(f"The kind of {unknown[0]} is not known by its name.", f"These are read: {READABLE}.")
+    names = [str(file) for file in files]
+    return Source(data, tuple(zip(files, names, strict=True)), hashed=tuple(files), facts=facts)
+
+
+def _saved_source(data: str, folder: Path, split: str) -> Source:
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow's, json's and the file system's errors
+        raise DataError(f"The saved dataset {data} cannot be read: {error}.", "Save it again.") from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise _no_split(data, split, table)
+        table, folder = table[split], folder / split
+    hashed = tuple(sorted(folder.glob("*.arrow")))
+    return Source(data, table=table, hashed=hashed, facts={"split": split})
+
+
+def _no_split(data: str, split: str, splits: Iterable[Any]) -> UsageError:
+    names = [str(name) for name in splits]
+    return UsageError(f"{data} has no split {split!r}; it has {', '.join(names)}.", f"Choose: --split {names[0]}")
+
+
+def _folder_source(data: str, folder: Path, split: str) -> Source:
+    readme = folder / "README.md"
+    if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+        return _dataset_folder(data, folder, None, split, {})
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and format_of(file) and not _is_hidden(file, folder)
+    ]
+    if not files:
+        raise DataError(f"{data} holds no data files.", f"These are read: {READABLE}.")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    if set(by_split) == {""}:
+        return _files_source(data, files)
+    if split not in by_split:
+        raise _no_split(data, split, filter(None, by_split))
+    return _files_source(data, by_split[split], split=split)
+
+
+def _is_hidden(file: Path, asked: Path) -> bool:
+    """Whether a file lies under a dotted name that the user did not write."""
+    return any(part.startswith(".") and part not in asked.parts for part in file.parts)
+
+
+def _split_of(path: Path) -> str:
+    words = set(re.split(r"[^a-z]+", str(path).lower()))
+    return next((split for split, names in SPLITS.items() if words & set(names)), "")
+
+
+def _hub_source(data: str, split: str, revision: str | None, report: Report) -> Source:
+    repository, _, config = data.partition(":")
+    try:
+        patterns = _remote_files(repository, config or None, split, revision)
+        folder = download_snapshot(repository, revision, patterns, kind="dataset", report=report)
+    except ModelError as error:
+        hint = error.hint if "HF_HUB_OFFLINE" in error.message else f"{error.hint or ''} A local path works too."
+        raise DataError(error.message, hint.strip() if hint else None) from error
+    facts = {"split": split, "revision": commit_of(folder) or revision or "main"}
+    return _dataset_folder(data, folder, config or None, split, facts)
+
+
+def _remote_files(repository: str, config: str | None, split: str, revision: str | None) -> list[str]:
+    """Files of one split on the hub, so that not the whole repository is downloaded; all where that is not known."""
+    if constants.HF_HUB_OFFLINE:
+        return ["*"]
+    try:
+        builder = datasets.load_dataset_builder(repository, config, revision=revision)
+        files = builder.config.data_files[split]
+        return ["README.md", *(name.split("@", 1)[1].split("/", 1)[1] for name in files)]
+    except Exception:  # whatever it is, the download that follows says it in one sentence
+        return ["*"]
+
+
+def _dataset_folder(data: str, folder: Path, config: str | None, split: str, facts: dict[str, str]) -> Source:
+    """A folder laid out as the hub does it: configurations and splits by its README, or by file names."""
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            builder = datasets.load_dataset_builder(str(folder), config, cache_dir=cache)
+        except ValueError as error:  # no such configuration, or several to choose from
+            available = re.findall(r"'([^']+)'", str(error).partition("vailable")[2])
+            raise UsageError(
+                f"{data} has several configurations: {', '.join(available)}."
+                if config is None and available
+                else f"{data}: {first_line(error)}",
+                f"Choose: --data {data.partition(':')[0]}:{available[0]}" if available else None,
+            ) from error
+        except Exception as error:  # no data files, a loading script, a faulty README
+            raise DataError(
+                f"{data} holds no data that can be read: {first_line(error)}",
+                f"Download its files and give --data a path; these are read: {READABLE}.",
+            ) from error
+    settings: Any = builder.config
+    splits = settings.data_files or {}
+    if split not in splits:
+        raise _no_split(data, split, splits)
+    paths = [Path(name) for name in splits[split]]
+    is_plain = getattr(settings, "sep", ",") in (",", "\t") and getattr(settings, "field", None) is None
+    if is_plain and all(format_of(path) for path in paths):
+        names = [f"{data}/{path.relative_to(folder)}" for path in paths]
+        return Source(data, tuple(zip(paths, names, strict=True)), hashed=tuple(paths), facts=facts)
+    table = datasets.load_dataset(str(folder), config, split=split, streaming=True)
+    return Source(data, table=table, hashed=tuple(paths), facts=facts)

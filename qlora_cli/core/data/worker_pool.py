@@ -1,0 +1,99 @@
+"""A stream of chunks in, the same stream tokenised out, in order, by as many processes as there are cores."""
+
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+
+from qlora_cli.core.data.tokenize import TokenisedChunk, TokeniserSettings
+from qlora_cli.core.prompts.records import Chunk
+from qlora_cli.errors import DataError
+
+CHUNKS_AHEAD = 3  # chunks held for each process, waiting, in work or done; bounds the memory
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+# One thread and one heap that gives memory back: 100 MB a process instead of 140, at the same speed.
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+# A bare interpreter rather than a fork: it holds a tokenizer and numpy and none of torch's threads.
+CODE = (
+    f"import sys; sys.path.insert(0, {PACKAGE_ROOT!r})\n"
+    "from multiprocessing.connection import Connection\n"
+    "from qlora_cli.core.data.tokenize import serve\n"
+    "serve(Connection(int(sys.argv[1])))"
+)
+
+
+class TokeniserPool:
+    """Processes that tokenise; a context manager that ends them."""
+
+    def __init__(self, settings: TokeniserSettings, processes: int) -> None:
+        self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._idle: SimpleQueue[tuple[subprocess.Popen[bytes], Connection]] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(processes)  # each only waits for a process
+        for _ in range(processes):
+            ours, theirs = Pipe()
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", CODE, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **ENVIRONMENT},
+                )
+            self._workers.append((process, ours))
+            ours.send(settings)
+            self._idle.put(self._workers[-1])
+
+    def process_all(self, chunks: Iterable[Chunk]) -> Iterator[TokenisedChunk]:
+        """The chunks, tokenised, in their order.
+
+        Raises:
+            DataError: A chunk cannot be tokenised, or a process died.
+        """
+        waiting: deque[Future[TokenisedChunk]] = deque()
+        for chunk in chunks:
+            waiting.append(self._threads.submit(self._process, chunk))
+            if len(waiting) >= CHUNKS_AHEAD * len(self._workers):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _process(self, chunk: Chunk) -> TokenisedChunk:
+        process, connection = self._idle.get()
+        try:
+            connection.send(chunk)
+            answer = connection.recv()
+        except (EOFError, OSError):
+            code = process.wait()
+            raise DataError(
+                f"A tokenising process died (exit code {code}).",
+                "If memory ran out, use fewer processes: --workers 1",
+            ) from None
+        finally:
+            self._idle.put((process, connection))  # a dead one too: who gets it next fails at once
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def __enter__(self) -> "TokeniserPool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process, _ in self._workers:
+            process.terminate()
+        for process, connection in self._workers:
+            process.wait()
+            connection.close()
+        self._threads.shutdown(cancel_futures=True)

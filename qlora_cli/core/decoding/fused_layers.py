@@ -1,0 +1,207 @@
+"""A model instance in; its norms, rotary embeddings and gates as one launch each out, wherever that gives the same.
+
+Each is compared with the module's own at its first use, on what it is really given; one that differs is left alone. A
+step's single token says nothing about the many of a prompt, so that each of these uses is found out about by itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.engine.gated_mlp import GATED_PARTS
+from qlora_cli.kernels.decode.pointwise import gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.gated import GATES
+
+ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
+# (offset, round_first) of known RMS norms: llama and most; those that multiply in float32; gemma.
+NORMS = ((0.0, True), (0.0, False), (1.0, False))
+WHOLE = 1e-6  # relative difference between two ways of computing the same in float32
+HALF = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # and in 16 bits: one rounding of the largest value
+
+
+def is_same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by rounding at most; waits for the device."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    largest = float(expected.abs().max())
+    # In their own dtype: near values differ exactly, and a prompt's activations are large.
+    return float((found - expected).abs_().max()) <= HALF.get(expected.dtype, 4 * WHOLE) * largest
+
+
+class FastLayers:
+    """Takes over small modules of one model instance, during `used_for` only; `close` gives them back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._use: str | None = None  # None: every module computes as it always did
+        # What was found out, by use first; None for nothing that fits.
+        self._norms: dict[tuple[str, type], tuple[float, bool] | None] = {}
+        self._centred: dict[str, bool] = {}  # whether layer norms agree
+        self._rotations: dict[tuple[str, int], bool] = {}  # by identity of the function that is replaced
+        self._gates: dict[tuple[str, type], str | None] = {}
+        self._splits: dict[str, bool] = {}  # whether heads come apart as Falcon's do
+        self._taken: list[tuple[nn.Module, str]] = []
+        module: Any
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
+                self._take(module, self._norm_of(module, module.forward))
+            elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
+                self._take(module, self._centring_of(module, module.forward))
+            elif isinstance(own := type(module).forward, FunctionType) and set(own.__code__.co_names) >= GATED_PARTS:
+                self._take(module, self._gating_of(module, module.forward))
+            elif rotating := self._rotating_forward(module):
+                self._take(module, MethodType(rotating, module))
+            if hasattr(module, "_split_heads") and hasattr(module, "new_decoder_architecture"):
+                module._split_heads = self._splitting_of(module, module._split_heads)
+                self._taken.append((module, "_split_heads"))
+
+    def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self._taken.append((module, "forward"))
+
+    @contextmanager
+    def used_for(self, use: str) -> Iterator[None]:
+        """While it lasts the modules are these, as far as they were found to be right for this use."""
+        self._use = use
+        try:
+            yield
+        finally:
+            self._use = None
+
+    def close(self) -> None:
+        """Gives every module its own forward back."""
+        for module, name in self._taken:
+            delattr(module, name)
+        self._taken = []
+
+    def describe(self) -> str:
+        """What is computed in one launch."""
+        norms = len({kind for (_, kind), fits in self._norms.items() if fits is not None})
+        norms += any(self._centred.values())
+        kinds = [f"{norms} kinds of norm" if norms > 1 else "norms"] if norms else []
+        kinds += ["rotary embeddings"] if any(self._rotations.values()) else []
+        kinds += ["gates"] if any(self._gates.values()) else []
+        return " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
+
+    # ------------------------------------------------------------ norms
+
+    def _norm_of(self, module: Any, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kind = type(module)
+        epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+
+        def forward(*given: Any, **named: Any) -> Tensor:
+            if self._use is None or epsilon is None or len(given) != 1 or named:
+                return own(*given, **named)
+            (x,) = given
+            known = self._use, kind
+            if known not in self._norms:
+                expected = own(x)
+                fitting = (
+                    (offset, first)
+                    for offset, first in NORMS
+                    if is_same(rms_norm(x, module.weight, epsilon, offset=offset, round_first=first), expected)
+                )
+                self._norms[known] = next(fitting, None)
+                return expected
+            fits = self._norms[known]
+            if fits is None:
+                return own(x)
+            return rms_norm(x, module.weight, epsilon, offset=fits[0], round_first=fits[1])
+
+        return forward
+
+    def _centring_of(self, module: nn.LayerNorm, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:  # torch's name for it
+            if self._use is None or self._centred.get(self._use) is False:
+                return own(input)
+            found = layer_norm(input, module.weight, module.bias, module.eps)
+            if self._use not in self._centred:
+                expected = own(input)
+                self._centred[self._use] = is_same(found, expected)
+                return expected
+            return found
+
+        return forward
+
+    # ------------------------------------------------------------ gates
+
+    def _gating_of(self, module: Any, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kind = type(module)
+
+        def forward(*given: Any, **named: Any) -> Tensor:
+            if self._use is None or len(given) != 1 or named:
+                return own(*given, **named)
+            (x,) = given
+            known = self._use, kind
+            if known not in self._gates:
+                expected = own(x)
+                gated, straight = module.gate_proj(x), module.up_proj(x)
+                inner = module.act_fn(gated) * straight
+                plain = is_same(module.down_proj(inner), expected)  # nothing else happens in there
+                fitting = (name for name in GATES if plain and is_same(gate(gated, straight, name), inner))
+                self._gates[known] = next(fitting, None)
+                return expected
+            fits = self._gates[known]
+            if fits is None:
+                return own(x)
+            gated, straight = module.gate_proj(x), module.up_proj(x)
+            return module.down_proj(gate(gated, straight, fits))
+
+        return forward
+
+    # ------------------------------------------------------------ heads
+
+    def _splitting_of(self, module: Any, own: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], Any]:
+        """Falcon's query, key and value by slices: its lists of places come from the host, which no graph allows."""
+
+        def split(fused: Tensor) -> tuple[Tensor, ...]:
+            if self._use is None or self._splits.get(self._use) is False:
+                return own(fused)
+            joint = bool(module.new_decoder_architecture)
+            groups = fused.view(*fused.shape[:2], module.num_kv_heads if joint else 1, -1, module.head_dim)
+            query, key, value = groups[..., :-2, :], groups[..., -2:-1, :], groups[..., -1:, :]
+            if joint:  # every query head gets the key and value of its group
+                key, value = key.expand_as(query), value.expand_as(query)
+            found = tuple(part.flatten(2, 3) for part in (query, key, value))
+            if self._use not in self._splits:
+                expected = own(fused)
+                self._splits[self._use] = all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+                return expected
+            return found
+
+        return split
+
+    # ------------------------------------------------------------ rotary embeddings
+
+    def _rotating_forward(self, module: nn.Module) -> FunctionType | None:
+        """The module's forward with another rotation behind the name it calls; nothing but this copy is changed."""
+        forward = type(module).forward
+        if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+            return None
+        original = forward.__globals__.get(ROTARY)
+        if original is None:
+            return None
+        names = {**forward.__globals__, ROTARY: self._rotation(original)}
+        copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+        copy.__kwdefaults__ = forward.__kwdefaults__
+        return copy
+
+    def _rotation(self, original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def apply(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
+            if self._use is None or rest or named or self._rotations.get((self._use, id(original))) is False:
+                return original(query, key, cos, sin, *rest, **named)
+            known = self._use, id(original)
+            if known not in self._rotations:
+                expected = original(query, key, cos, sin)
+                try:
+                    found = rotate(query, key, cos, sin)
+                    self._rotations[known] = all(is_same(f, e) for f, e in zip(found, expected, strict=True))
+                except ValueError:  # a layout the kernel does not know
+                    self._rotations[known] = False
+                return expected
+            return rotate(query, key, cos, sin)
+
+        return apply

@@ -1,0 +1,175 @@
+"""A 4-bit model instance on a GPU in; decoding steps and prompts that are one CUDA graph each, over fused kernels, out.
+
+A step of a 7B model is some 600 launches of a few microseconds each: launched one by one from Python they take ten
+times as long as the weights take to read.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.core.decoding.attention import JoinedAttention
+from qlora_cli.core.decoding.decoder import Decoder, LaidPrompts, underlying_model
+from qlora_cli.core.decoding.fused_layers import FastLayers
+from qlora_cli.core.decoding.prefill import PromptGraphs, bucket_places, capture
+from qlora_cli.core.decoding.sampling import Sampling
+from qlora_cli.core.decoding.stacked_linears import FastLinears
+from qlora_cli.core.models.lora import adapted_modules
+from qlora_cli.errors import QloraError, first_line
+
+SHORTEST = 256  # places of the cache that a step reads at least, where its attention reads a fixed number
+
+
+class FastModel:
+    """One model instance with its linears, norms, rotary embeddings and decoding attention taken over.
+
+    Args:
+        model: A transformers causal language model, maybe wrapped by PEFT, in eval mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = underlying_model(model)
+        device = self.model.get_input_embeddings().weight.device
+        with torch.no_grad():
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            self.linears = FastLinears(self.model, lambda: self.model(input_ids=ids, use_cache=False))
+        self.layers = FastLayers(self.model)
+        self.attention = JoinedAttention(self.model)
+
+    @property
+    def adapters_elsewhere(self) -> bool:
+        """Whether an adapted module keeps PEFT's forward, whose choice of an adapter a captured graph holds for good."""
+        taken = {site.module for stack in self.linears.stacks for site in stack.sites}
+        return any(module not in taken for module in adapted_modules(self.model))
+
+    def refresh(self) -> None:
+        """Takes over which adapter is in effect; captured graphs go on with it, but for `adapters_elsewhere`."""
+        self.linears.refresh()
+
+    @contextmanager
+    def reading(self, laid: LaidPrompts) -> Iterator[None]:
+        """While it lasts, a forward reads prompts: in few launches, and the head sees the last token of each alone."""
+
+        def narrow(head: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (given[0].flatten(0, 1).index_select(0, laid.last)[:, None], *given[1:])  # (prompts, 1, size)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(narrow)
+        try:
+            with self.layers.used_for("prompt"):
+                yield
+        finally:
+            hook.remove()
+            self.linears.forget()
+
+    def close(self) -> None:
+        """Gives the model instance back as it was."""
+        self.linears.close()
+        self.layers.close()
+
+    def describe(self) -> str:
+        """What is fused."""
+        parts = [self.linears.describe(), self.layers.describe()]
+        parts += ["joined attention"] if self.attention.usable else []
+        return ", ".join(part for part in parts if part)
+
+
+class GraphDecoder(Decoder):
+    """A `Decoder` whose steps are captured once and replayed.
+
+    Args:
+        fast: The model.
+        slots: Rows decoded at once.
+        capacity: Most tokens in a row.
+        sampling: How tokens are chosen.
+        capture: Whether steps become graphs; otherwise they are launched one by one.
+
+    Attributes:
+        obstacle: Why steps are not captured; None while they are.
+        prompts: What reads prompts; it has an obstacle of its own.
+    """
+
+    def __init__(self, fast: FastModel, *, slots: int, capacity: int, sampling: Sampling, capture: bool = True) -> None:
+        super().__init__(fast.model, slots=slots, capacity=capacity, sampling=sampling)
+        self.fast = fast
+        self.obstacle = None if capture else "no graphs were asked for"
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the places that attention reads
+        self._pool: Any = None
+        self.prompts = PromptGraphs(self._read_laid, self.obstacle)
+        # Four dimensions: every model takes that for a finished mask and hands it on; nobody reads it.
+        nothing = torch.zeros(1, 1, 1, 1, device=self.device)
+        self._no_mask: Any = dict.fromkeys(self._kinds, nothing) if len(self._kinds) > 1 else nothing
+
+    def _room_for(self, longest: int) -> int:
+        return bucket_places(longest, self.cache.capacity)
+
+    def _read(self, laid: LaidPrompts, lengths: list[int]) -> Tensor:
+        return self.prompts.read(laid)
+
+    def _read_laid(self, laid: LaidPrompts) -> Tensor:
+        """Prompts into their slots, on the device alone; the logits after each of them."""
+        self.cache.start_prefill(laid.rows, 0, laid.ids.shape[1])
+        with self.fast.reading(laid):
+            logits = self.model(input_ids=laid.ids, past_key_values=self.cache, use_cache=True).logits
+        if logits.shape[1] != 1:  # something else than the head gives the logits
+            logits = logits.flatten(0, 1).index_select(0, laid.last)[:, None]
+        return logits[:, 0]
+
+    def _advance(self) -> None:
+        if (
+            self.fast.attention.usable is None or self.obstacle is not None
+        ):  # the first step of this model: everything new is compared
+            self._fused_step(self._reach())
+        else:
+            length = self._reach()
+            graph = self._graphs.get(length) or self._capture(length)
+            if graph is not None:
+                graph.replay()
+
+    def _reach(self) -> int:
+        """Places of the cache that attention reads: all of them where it looks for each row's end by itself."""
+        if self.fast.attention.usable:
+            return self.cache.capacity
+        return min(max(SHORTEST, 1 << (max(self.filled) - 1).bit_length()), self.cache.capacity)
+
+    def _fused_step(self, length: int) -> None:
+        joined = bool(self.fast.attention.usable)
+        self.cache.start_step(self.positions, length, joined=joined)
+        with self.fast.layers.used_for("step"):
+            if self.fast.attention.usable is False:
+                self._forward_step(self._mask(length))
+            else:
+                with self.fast.attention.step(self.cache):
+                    self._forward_step(self._no_mask if joined else self._mask(length))
+
+    def _state(self) -> list[Tensor]:
+        """What a step changes, apart from places of the cache that the next step writes again."""
+        tensors = [self.tokens, self.positions, self.chosen, self.seen]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def _capture(self, length: int) -> torch.cuda.CUDAGraph | None:
+        """The graph of a step, which is not yet taken; None when it cannot be captured, and then the step is taken."""
+        before = [tensor.clone() for tensor in self._state()]
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # once outside the graph: libraries make their workspaces, kernels are loaded
+            self._fused_step(length)
+        current.wait_stream(aside)
+        for tensor, old in zip(self._state(), before, strict=True):
+            tensor.copy_(old)
+        try:
+            graph, _ = capture(lambda: self._fused_step(length), self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except QloraError:
+            raise
+        except RuntimeError as error:  # something in this architecture waits for the device
+            torch.cuda.synchronize()
+            self.obstacle = first_line(error)[:200]
+            self._fused_step(length)
+            return None
+        self._pool = graph.pool()
+        self._graphs[length] = graph
+        return graph

@@ -1,0 +1,324 @@
+"""A 4-bit model instance in; its linear layers answered by stacked products, until it is closed, out.
+
+Layers that read the same tensor (query, key and value; gate and up) are found by watching one forward, and become one
+product. Their packed weights are laid one below the other, and the layers keep views of that, so that nothing is held
+twice and every other use of them goes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.models.loading import is_4bit
+from qlora_cli.kernels import linear
+from qlora_cli.kernels.decode.gemv import MAX_TOKENS, ROW_UNIT, StackedAdapter, StackedWeight, multiply
+from qlora_cli.kernels.weights import FrozenWeight
+
+MOST_VALUES = 2**29  # bytes of a stack's dequantised values at once; GPT-NeoX-20B's largest weight has 0.3 GB
+
+
+@dataclass(eq=False)
+class Site:
+    """A 4-bit linear and what wraps it.
+
+    Attributes:
+        name: In the model.
+        module: What the model calls: a LoRA layer, or the 4-bit linear itself.
+        base: The 4-bit linear.
+    """
+
+    name: str
+    module: Any
+    base: Any
+
+    @property
+    def state(self) -> Any:
+        """bitsandbytes' quantisation state."""
+        return self.base.weight.quant_state
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight."""
+        rows, columns = self.state.shape
+        return rows, columns
+
+    def active_adapter(self) -> str | None:
+        """Name of the LoRA adapter in effect here; None for none."""
+        if self.module is self.base or self.module.disable_adapters:
+            return None
+        return next((name for name in self.module.active_adapters if name in self.module.lora_A), None)
+
+    def largest_rank(self) -> int:
+        """The largest rank among the adapters that were ever loaded here."""
+        return 0 if self.module is self.base else max(self.module.r.values(), default=0)
+
+    def is_plain(self) -> bool:
+        """Whether base product plus scaled B A is all that the module computes, and its format is a known one."""
+        state = self.state
+        if state.shape[1] % state.blocksize or (state.nested and state.state2.blocksize & (state.state2.blocksize - 1)):
+            return False
+        if self.module is self.base:
+            return True
+        active = [name for name in self.module.active_adapters if name in self.module.lora_A]
+        simple = not self.module.lora_variant and not any(self.module.lora_bias.values())
+        return simple and len(active) <= 1 and not self.module.merged
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every 4-bit linear that can be taken over, in the model's order."""
+    sites, inner = [], set()
+    for name, module in model.named_modules():
+        wrapped = getattr(module, "base_layer", None)
+        if wrapped is not None and is_4bit(wrapped) and hasattr(module, "lora_A"):
+            inner.add(wrapped)
+            sites.append(Site(name, module, wrapped))
+        elif is_4bit(module) and module not in inner:
+            sites.append(Site(name, module, module))
+    return [site for site in sites if site.is_plain()]
+
+
+def group_by_input(model: nn.Module, sites: list[Site], run: Callable[[], Any]) -> list[list[Site]]:
+    """Sites that were given the very same tensor during `run`, unchanged in between; the others stand alone."""
+    calls: list[tuple[Site, Tensor, int]] = []  # holding the tensors keeps their identities apart
+    hooks = [
+        site.module.register_forward_pre_hook(
+            lambda module, arguments, site=site: calls.append((site, arguments[0], arguments[0]._version))
+        )
+        for site in sites
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[tuple[int, int], list[Site]] = {}
+    met = [site for site, _, _ in calls]
+    for site, tensor, version in calls:
+        if met.count(site) == 1:  # a layer that is called twice (shared) cannot be part of one product
+            groups.setdefault((id(tensor), version), []).append(site)
+    return list(groups.values())
+
+
+def _may_stack(sites: list[Site]) -> bool:
+    first = sites[0].state
+    for site in sites:
+        state, (rows, columns) = site.state, site.shape
+        unit = state.blocksize * (state.state2.blocksize if state.nested else 1)
+        alike = (
+            columns == first.shape[1]
+            and state.blocksize == first.blocksize
+            and state.nested == first.nested
+            and state.quant_type == first.quant_type
+            and site.base.compute_dtype == sites[0].base.compute_dtype
+        )
+        if not alike or rows % ROW_UNIT or rows * columns % unit:
+            return False
+    return True
+
+
+def _lay_together(tensors: list[Tensor]) -> Tensor:
+    """One flat tensor of all; the same memory when they lie one after another already."""
+    flat = [tensor.detach().view(-1) for tensor in tensors]
+    end = flat[0].data_ptr()
+    for tensor in flat:
+        if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != flat[0].untyped_storage().data_ptr():
+            return torch.cat(flat)
+        end += tensor.numel() * tensor.element_size()
+    return flat[0].as_strided((sum(tensor.numel() for tensor in flat),), (1,))
+
+
+class Stack:
+    """Sites with the same input as one product.
+
+    Args:
+        sites: In the order in which the model calls them.
+    """
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+        self.dtype = sites[0].base.compute_dtype
+        self.rank = max(site.largest_rank() for site in sites)
+        self.weight = self._stack_weights()
+        self.bias = self._stack_biases()
+        self.adapter = self._make_room() if self.rank else None
+        self._starts = [0]
+        for site in sites:
+            self._starts.append(self._starts[-1] + site.shape[0])
+        self._frozen = self._freeze()
+        self._adapted = self._divide()
+        self._last: tuple[Tensor, Tensor] | None = None  # the input that was multiplied, and the product
+        self.refresh()
+
+    def _stack_weights(self) -> StackedWeight:
+        states = [site.state for site in self.sites]
+        packed = _lay_together([site.base.weight.data for site in self.sites])
+        absmax = _lay_together([state.absmax for state in states])
+        at_byte = at_block = at_outer = 0
+        nested: dict[str, Any] = {}
+        if states[0].nested:
+            nested_absmax = _lay_together([state.state2.absmax for state in states])
+            offsets = [state.offset.float().expand(state.state2.absmax.numel()) for state in states]
+            nested = {
+                "nested_absmax": nested_absmax,
+                "nested_code": states[0].state2.code,
+                "nested_offset": torch.cat(offsets).contiguous(),
+                "nested_blocksize": states[0].state2.blocksize,
+            }
+        for site in self.sites:
+            state, weight = site.state, site.base.weight
+            count = weight.data.numel()
+            weight.data = packed[at_byte : at_byte + count].view(weight.data.shape)
+            at_byte += count
+            blocks = state.absmax.numel()
+            state.absmax = absmax[at_block : at_block + blocks]
+            at_block += blocks
+            if state.nested:
+                outer = state.state2.absmax.numel()
+                state.state2.absmax = nested["nested_absmax"][at_outer : at_outer + outer]
+                at_outer += outer
+        return StackedWeight(
+            rows=sum(site.shape[0] for site in self.sites),
+            columns=self.sites[0].shape[1],
+            packed=packed,
+            absmax=absmax,
+            code=states[0].code,
+            blocksize=states[0].blocksize,
+            **nested,
+        )
+
+    def _freeze(self) -> FrozenWeight:
+        """The stack as one weight to dequantise."""
+        weight = self.weight
+        return FrozenWeight(
+            rows=weight.rows,
+            columns=weight.columns,
+            packed=weight.packed.as_subclass(Tensor).view(torch.uint8),
+            absmax=weight.absmax,
+            code=weight.code,
+            nested_absmax=weight.nested_absmax,
+            nested_code=weight.nested_code,
+            offset=weight.nested_offset,
+            blocksize=weight.blocksize,
+            nested_blocksize=weight.nested_blocksize,
+        )
+
+    def _divide(self) -> list[tuple[slice, slice, Tensor, Tensor]]:
+        """For each site its rows, the ranks of its projection, B transposed and the scaling, as `refresh` changes them."""
+        if self.adapter is None:
+            return []
+        found = []
+        for number, (start, end) in enumerate(pairwise(self._starts)):
+            at = number * self.rank
+            rows, ranks = slice(start, end), slice(at, at + self.rank)
+            found.append((rows, ranks, self.adapter.b[rows].t(), self.adapter.scaling[at]))
+        return found
+
+    def _stack_biases(self) -> Tensor | None:
+        biases = [site.base.bias for site in self.sites]
+        if all(bias is None for bias in biases):
+            return None
+        parts = [
+            torch.zeros(site.shape[0], dtype=self.dtype, device=self.weight.packed.device)
+            if bias is None
+            else bias.detach().to(self.dtype)
+            for site, bias in zip(self.sites, biases, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _make_room(self) -> StackedAdapter:
+        device, count = self.weight.packed.device, len(self.sites)
+        first_rank = [
+            number * self.rank for number, site in enumerate(self.sites) for _ in range(-(-site.shape[0] // ROW_UNIT))
+        ]
+        return StackedAdapter(
+            a=torch.zeros(count * self.rank, self.weight.columns, dtype=self.dtype, device=device),
+            scaling=torch.zeros(count * self.rank, device=device),
+            b=torch.zeros(self.weight.rows, self.rank, dtype=self.dtype, device=device),
+            first_rank=torch.tensor(first_rank, dtype=torch.int32, device=device),
+        )
+
+    def refresh(self) -> None:
+        """Takes over which adapter is in effect, in place: a captured graph goes on with it."""
+        if self.adapter is None:
+            return
+        for tensor in self.adapter[:3]:
+            tensor.zero_()
+        for number, site in enumerate(self.sites):
+            name = site.active_adapter()
+            if name is None:
+                continue
+            a, b = site.module.lora_A[name].weight, site.module.lora_B[name].weight
+            at, row = number * self.rank, self._starts[number]
+            self.adapter.a[at : at + a.shape[0]].copy_(a)
+            self.adapter.b[row : row + b.shape[0], : b.shape[1]].copy_(b)
+            self.adapter.scaling[at : at + a.shape[0]] = site.module.scaling[name]
+
+    def product(self, number: int, x: Tensor) -> Tensor:
+        """What the module of the site of this number returns for x, (..., in) to (..., out)."""
+        if self._last is None or self._last[0] is not x:
+            self._last = None  # not two of them at once
+            flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
+            if flat.shape[0] > MAX_TOKENS:
+                self._last = (x, self._product_of_many(flat))
+            else:
+                self._last = (x, multiply(flat.contiguous(), self.weight, self.adapter, self.bias))
+        y = self._last[1][:, self._starts[number] : self._starts[number + 1]]
+        if number == len(self.sites) - 1:
+            self._last = None  # the sites are called in order, and this was the last
+        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+    def _product_of_many(self, flat: Tensor) -> Tensor:
+        """Dequantised once and multiplied, as in training; (tokens, rows) of all sites."""
+        y = linear.forward(flat, self._frozen, self.bias, None, None, MOST_VALUES)
+        if self.adapter is not None:
+            projected = flat @ self.adapter.a.t()  # (tokens, ranks)
+            for rows, ranks, b, scale in self._adapted:
+                linear.add_product(y[:, rows], projected[:, ranks], b, scale=scale)
+        return y
+
+    def forget(self) -> None:
+        """Lets go of the product of a forward pass that broke off."""
+        self._last = None
+
+
+class FastLinears:
+    """Takes over the 4-bit linears of one model instance; `close` gives them back.
+
+    Args:
+        model: With or without LoRA layers.
+        run: Runs one forward of the model, over any tokens.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        self.stacks: list[Stack] = []
+        for sites in group_by_input(model, find_sites(model), run):
+            self.stacks += [Stack(sites)] if _may_stack(sites) else [Stack([site]) for site in sites]
+        for stack in self.stacks:
+            for number, site in enumerate(stack.sites):
+                site.module.forward = lambda x, *rest, stack=stack, number=number, **named: stack.product(number, x)
+
+    def forget(self) -> None:
+        """Lets go of the products of a forward pass that broke off."""
+        for stack in self.stacks:
+            stack.forget()
+
+    def refresh(self) -> None:
+        """Takes over which adapter is in effect."""
+        for stack in self.stacks:
+            stack.refresh()
+
+    def close(self) -> None:
+        """Gives every layer its own forward back."""
+        for stack in self.stacks:
+            for site in stack.sites:
+                del site.module.forward
+        self.stacks = []
+
+    def describe(self) -> str:
+        """How many layers became how many products."""
+        layers = sum(len(stack.sites) for stack in self.stacks)
+        return f"{layers} linear layers in {len(self.stacks)} products"

@@ -1,0 +1,75 @@
+"""A device or a size in words in; bytes of memory out."""
+
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from qlora_cli.errors import UsageError
+from qlora_cli.events import Vram
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "huggingface_hub",
+    "tokenizers",
+    "triton",
+)
+UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNIT_BYTES |= {
+    f"{letter}{end}": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1) for end in ("", "ib")
+}
+LEAST_SENSIBLE_BYTES = 2**20  # `--vram 12` is a forgotten unit, not 12 bytes
+
+
+def read_vram(device: torch.device) -> Vram | None:
+    """Memory of a CUDA device as PyTorch's allocator sees it; None on any other device. Does not synchronise."""
+    if device.type != "cuda":
+        return None
+    return Vram(
+        now_bytes=torch.cuda.memory_allocated(device),
+        peak_bytes=torch.cuda.max_memory_allocated(device),
+        total_bytes=torch.cuda.get_device_properties(device).total_memory,
+    )
+
+
+def read_free_bytes(device: torch.device) -> int | None:
+    """Bytes this process may still take on a CUDA device, its own allocations counted as free; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as 12GiB, 12GB, 12000MiB, 12G or 12884901888.
+
+    GiB, MiB and the bare letters are powers of 1024; GB and MB are powers of 1000.
+
+    Raises:
+        UsageError: It is no size, or too small to be one of a card.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in UNIT_BYTES:
+        raise UsageError(f"{text!r} is not an amount of memory.", "Write it as 12GiB, 12000MiB or 12GB.")
+    total_bytes = int(float(match[1]) * UNIT_BYTES[match[2]])
+    if total_bytes < LEAST_SENSIBLE_BYTES:
+        raise UsageError(f"{text!r} is only {total_bytes} bytes.", f"Add the unit: {match[1]}GiB.")
+    return total_bytes
+
+
+def list_versions() -> dict[str, str | None]:
+    """Version of each library that is spoken to; None where it is not installed. Imports none of them."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = None
+    return found

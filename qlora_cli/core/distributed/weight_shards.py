@@ -1,0 +1,59 @@
+"""Tensors of a base as they are loaded in, the share of each that one rank keeps out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_cli.core.distributed.process_group import Ranks
+
+ALIGNED_ELEMENTS = 16  # so that a share of bytes is one of wider numbers too
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How a base is spread while it is loaded: no rank ever holds more than its share and the weight in hand.
+
+    Attributes:
+        ranks: This process among those that share the base.
+        on_host: Whether shares wait in host memory.
+    """
+
+    ranks: Ranks
+    on_host: bool = False
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """This rank's share of a tensor, flattened: one of equal parts, the last ones filled up with zeros."""
+        flat = tensor.reshape(-1)
+        share = share_size(flat.numel(), self.ranks.world_size)
+        mine = flat[slice(*self.bounds(flat.numel()))]
+        mine = F.pad(mine, (0, share - mine.numel())) if mine.numel() < share else mine.clone()
+        return mine.cpu() if self.on_host else mine
+
+    def bounds(self, elements: int) -> tuple[int, int]:
+        """The first of a tensor's elements that this rank keeps, and the one behind the last."""
+        share = share_size(elements, self.ranks.world_size)
+        return min(share * self.ranks.rank, elements), min(share * (self.ranks.rank + 1), elements)
+
+    def blank(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A share of zeros, where this rank's share of a tensor of so many elements is kept, to be filled up to `bounds`."""
+        share = share_size(elements, self.ranks.world_size)
+        return torch.zeros(share, dtype=dtype, device="cpu" if self.on_host else device)
+
+    def gather(self, share: Tensor, whole: Tensor, device: torch.device) -> Tensor:
+        """The whole tensor on the host, of the shape and dtype of `whole`. Every rank takes part.
+
+        Args:
+            share: What `keep` gave here.
+            whole: May be on the meta device.
+            device: On which the ranks meet.
+        """
+        parts = self.ranks.collect({"share": share}, device)
+        flat = torch.cat([part["share"].flatten().cpu() for part in parts])
+        return flat[: whole.numel()].view(whole.shape)
+
+
+def share_size(elements: int, world_size: int) -> int:
+    """Elements of every rank's share, the last ones filled up."""
+    return -(-elements // (world_size * ALIGNED_ELEMENTS)) * ALIGNED_ELEMENTS

@@ -1,0 +1,296 @@
+"""Decoder layers in; the same instances, each kept, recomputed, offloaded or compiled as planned, out."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from qlora_cli.core.engine.fsdp import gathered
+from qlora_cli.core.engine.gated_mlp import GatedUnit
+from qlora_cli.core.engine.lora_linear import SharedProjection, StepState, fast_linear_of
+from qlora_cli.core.engine.memory_plan import LayerSeconds
+from qlora_cli.core.engine.offload import ActivationOffload
+
+_ATTRIBUTE = "_qlora_layer"
+HEAD_START_CYCLES = 50_000_000  # some 30 ms
+
+
+@dataclass
+class LayerPlan:
+    """How one decoder layer runs.
+
+    Attributes:
+        number: Which layer.
+        recompute: Whether its forward pass is repeated in the backward pass instead of saving activations.
+        offload: Where what it saves waits; None for on the device.
+        compiled: Whether it runs compiled.
+        lean: Whether compiled code repeats what is cheap instead of keeping it.
+        preserve_random_state: Whether a repetition must draw the same random numbers again.
+        step: The engine's shared state.
+        shared: What linears of the layer have in common while they are compiled.
+        gates: Its gated MLPs, fused while they are compiled.
+    """
+
+    number: int
+    recompute: bool
+    offload: ActivationOffload | None
+    compiled: bool
+    preserve_random_state: bool
+    step: StepState
+    shared: tuple[SharedProjection, ...] = ()
+    gates: tuple[GatedUnit, ...] = ()
+    lean: bool = False
+
+
+def find_layers(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's blocks: its longest list of modules."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    longest = max(lists, key=len, default=nn.ModuleList())
+    return list(longest)
+
+
+def _run(layer: Any, args: tuple, kwargs: dict) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _run_recomputed(layer: Any, args: tuple, kwargs: dict) -> Any:
+    """Inside a compiled region: the compiler drops from the repetition whatever the backward pass does not need."""
+    plan: LayerPlan = getattr(layer, _ATTRIBUTE)
+
+    def run(*inner: Any) -> Any:
+        return type(layer).forward(layer, *inner, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=plan.preserve_random_state)
+
+
+_compiled: dict[tuple[Callable, bool], Callable] = {}
+
+
+def lean(backend: Callable) -> Callable:
+    """A compiler's backend, told to repeat element-wise operations in the backward pass even where a product takes
+    their result from memory. A normalised input, or a gated product, is then not kept for the adapters' gradients."""
+
+    def compile_leanly(graph: Any, inputs: Any, **options: Any) -> Any:
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+            return backend(graph, inputs, **options)
+
+    return compile_leanly
+
+
+def _compile(function: Callable, is_lean: bool) -> Callable:
+    """One compiled function for all layers: those alike share its code."""
+    if (function, is_lean) not in _compiled:
+        inductor = torch._dynamo.lookup_backend("inductor")
+        _compiled[function, is_lean] = torch.compile(function, backend=lean(inductor) if is_lean else "inductor")
+    return _compiled[function, is_lean]
+
+
+def _mark_dynamic(tensors: Any, tokens: int) -> None:
+    """Tells the compiler which dimensions change from batch to batch, so that it compiles once for all of them."""
+    for value in tensors:
+        if isinstance(value, tuple | list):
+            _mark_dynamic(value, tokens)
+        elif isinstance(value, Tensor):
+            if value.dim() == 4 and value.dtype == torch.int32:  # boundaries of a pack
+                torch._dynamo.maybe_mark_dynamic(value, [1, 2] if value.shape[3] == 1 else [2, 3])
+            elif value.dim() in (2, 3) and value.shape[1] == tokens:
+                torch._dynamo.maybe_mark_dynamic(value, 1)
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `forward` on one layer instance."""
+    plan: LayerPlan = getattr(self, _ATTRIBUTE)
+    if not torch.is_grad_enabled():
+        return _run(self, args, kwargs)
+    with plan.offload.layer(plan.number) if plan.offload is not None else nullcontext():
+        if plan.compiled:
+            _mark_dynamic((*args, *kwargs.values()), args[0].shape[1])
+            return _compile(_run_recomputed if plan.recompute else _run, plan.lean)(self, args, kwargs)
+        if not plan.recompute:
+            return _run(self, args, kwargs)
+        return checkpoint(
+            lambda *inner: _run(self, inner, kwargs),
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=plan.preserve_random_state,
+            context_fn=lambda: (nullcontext(), plan.step.recompute()),
+        )
+
+
+def swap_layers(layers: list[nn.Module], plans: list[LayerPlan]) -> Callable[[], None]:
+    """Runs each layer as planned; returns what puts the instances back."""
+    for layer, plan in zip(layers, plans, strict=True):
+        setattr(layer, _ATTRIBUTE, plan)
+        layer.forward = MethodType(_forward, layer)
+
+    def put_back() -> None:
+        for layer in layers:
+            delattr(layer, _ATTRIBUTE)
+            del layer.forward
+
+    return put_back
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Arguments a layer was called with in a trial."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class _EnoughSeen(Exception):
+    """Ends a trial run."""
+
+
+def capture_first_call(layer: nn.Module, run: Callable[[], Any]) -> LayerCall:
+    """What a layer is called with while `run` runs, which ends there."""
+    calls: list[LayerCall] = []
+
+    def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append(LayerCall(args, kwargs))
+        raise _EnoughSeen
+
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    except _EnoughSeen:
+        pass
+    finally:
+        hook.remove()
+    return calls[0]
+
+
+def capture_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[LayerCall]:
+    """What each layer is called with while `run` runs."""
+    calls: list[LayerCall] = []
+
+    def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append(LayerCall(args, kwargs))
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Memory one layer takes at some number of tokens.
+
+    Attributes:
+        kept: What it saves for its backward pass, its output included, which the next layer saves.
+        peak: The most it holds at once in a forward and backward pass, `kept` included.
+    """
+
+    kept: int
+    peak: int
+
+
+def measure_layer(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
+    """Runs a layer forward and backward on its CUDA device, as planned, and reads the allocator and the clock."""
+    _run_both_ways(layer, call)  # the first run also takes libraries' workspaces and compiles
+    return _run_both_ways(layer, call)
+
+
+def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
+    hidden = call.args[0].detach().requires_grad_()
+    times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    device = hidden.device
+    torch.cuda.synchronize(device)
+    peak_before, start = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda._sleep(HEAD_START_CYCLES)  # so that the device, once it begins, need not wait for launches
+    with torch.enable_grad():
+        times[0].record()
+        out = layer(hidden, *call.args[1:], **call.kwargs)
+        times[1].record()
+        out = out[0] if isinstance(out, tuple) else out
+        kept = torch.cuda.memory_allocated(device) - start
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # autograd's thread is a new one
+            torch.autograd.backward(
+                out, torch.zeros_like(out), inputs=[hidden]
+            )  # parameters' gradients stay as they are
+        times[2].record()
+    times[2].synchronize()
+    forward, backward = (begin.elapsed_time(end) / 1000 for begin, end in pairwise(times))
+    seconds = LayerSeconds(forward, backward)
+    peak = torch.cuda.max_memory_allocated(device) - start
+    del hidden, out
+    missing = peak_before - torch.cuda.memory_allocated(device)
+    with suppress(torch.OutOfMemoryError):  # the peak was before memory was limited
+        torch.empty(max(0, missing), dtype=torch.uint8, device=device)  # the peak of the process stays what it was
+    return LayerBytes(kept, peak), seconds
+
+
+def _saved_by(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> Iterator[Tensor]:
+    """The tensors autograd saves in one forward pass of a layer, run plainly."""
+    saved: list[Tensor] = []
+    hidden = call.args[0].detach().requires_grad_(input_gradient)
+    with torch.enable_grad(), saved_tensors_hooks(lambda t: saved.append(t.detach()), lambda t: t):
+        _run(layer, (hidden, *call.args[1:]), call.kwargs)
+    return iter(saved)
+
+
+def saved_bytes_a_token(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> float:
+    """Memory a layer's forward pass, run plainly, keeps for its backward pass, by the tokens of the call.
+
+    Args:
+        layer: Called like this before.
+        call: With hidden states of shape (rows, length, size) in front.
+        input_gradient: Whether the gradient of the hidden states is wanted.
+    """
+    rows, length, _ = call.args[0].shape
+    sizes = {rows * length, length}  # in the shape of every activation, and of no weight: see TRIAL_LENGTHS
+    saved = {t.data_ptr(): t for t in _saved_by(layer, call, input_gradient=input_gradient) if sizes & set(t.shape)}
+    return sum(t.nbytes for t in saved.values()) / (rows * length)
+
+
+def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list[str]:
+    """Lets repeated forward passes leave out the linear layers whose output no saved tensor depends on.
+
+    In a residual network that is the last one, often a third of the layer's arithmetic. It is found by trial: an
+    output made NaN that leaves every saved tensor free of NaN is not needed.
+
+    Returns:
+        Names, inside a layer, of the linears left out.
+    """
+    found: dict[tuple, list[str]] = {}
+    for layer, call in zip(layers, calls, strict=True):
+        linears = [(n, m) for n, m in layer.named_modules() if fast_linear_of(m)]
+        kind = (type(layer), *(name for name, _ in linears))  # of one class may be layers with experts and without
+        if kind not in found:
+            with gathered(layer):
+                found[kind] = [name for name, linear in linears if _unused(layer, call, linear)]
+        for name in found[kind]:
+            fast = fast_linear_of(layer.get_submodule(name))
+            if fast is not None:
+                fast.output_unused_in_recompute = True
+    return sorted({name for names in found.values() for name in names})
+
+
+def _unused(layer: nn.Module, call: LayerCall, linear: Any) -> bool:
+    original = linear.forward
+    linear.forward = lambda *args, **kwargs: original(*args, **kwargs) * float("nan")
+    try:
+        return not any(t.is_floating_point() and bool(t.isnan().any()) for t in _saved_by(layer, call))
+    finally:
+        linear.forward = original
+
+
+def drop_something(layers: list[nn.Module]) -> bool:
+    """Whether layers draw random numbers, apart from the adapters' dropout, which has its own seed."""
+    named = (item for layer in layers for item in layer.named_modules())
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and "lora_dropout" not in name for name, m in named)

@@ -1,0 +1,436 @@
+"""A model with an adapter in, the fast engine out: fused linears, packed rows, a head over trained positions only."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qlora_cli.core.engine.calibration import EngineWishes, StepPlanner
+from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
+from qlora_cli.core.engine.decoder_layers import (
+    LayerPlan,
+    capture_calls,
+    drop_something,
+    find_layers,
+    saved_bytes_a_token,
+    skip_unused_outputs,
+    swap_layers,
+)
+from qlora_cli.core.engine.embeddings import InputEmbeddings
+from qlora_cli.core.engine.fsdp import is_spread
+from qlora_cli.core.engine.gated_mlp import fuse_gates, gated_unit_of
+from qlora_cli.core.engine.lm_head import find_decoder, find_head, trained_positions
+from qlora_cli.core.engine.lora_linear import (
+    AdapterValues,
+    StepState,
+    fast_linear_of,
+    linear_candidates,
+    logical_elements,
+    share_projections,
+    swap_linears,
+)
+from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes
+from qlora_cli.core.engine.offload import ActivationOffload
+from qlora_cli.core.engine.packed_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
+from qlora_cli.core.engine.trials import Trials
+from qlora_cli.errors import UsageError
+from qlora_cli.events import Notice, Report
+from qlora_cli.kernels.weights import FrozenWeight, reserve_values
+
+if TYPE_CHECKING:
+    from qlora_cli.core.data.packing import MicroBatch
+
+EQUAL_ROWS_TOKENS = 256  # cuDNN's attention is the faster one from about here
+# Compiled layers save about a fifth of a step and take some 15 s to compile.
+COMPILE_PAYS_SECONDS = 120
+GRAPHS_PAY_STEPS = 8
+HEAD_TRIAL_TOKENS = 8
+TRIAL_ROOM_BYTES = 2**29  # for running a layer on a few tokens
+# Of what a layer saves, without its input's gradient: GPT-NeoX, Falcon and Phi with adapted attention 0.5, others 0.9.
+MOSTLY_LEFT_OUT = 0.7
+ASSUMED_FLOPS_PER_SECOND = 4e14
+
+
+class FastEngine:
+    """Steps of one model instance through the fused path. See `Engine` and `install_engine` for the contract."""
+
+    def __init__(self, model: Any, wishes: EngineWishes, *, device: torch.device, report: Report) -> None:
+        self.model, self.device, self.report = model, device, report
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder = find_decoder(self.base)
+        self.embeddings = InputEmbeddings(self.base, device, report)
+        self.undo: list[Callable[[], None]] = []
+        self.values = AdapterValues(wishes.compute_dtype)
+        self.trials = Trials(model, self.decoder, self.embeddings.module, self.values, device)
+        self.packed = self.equal_rows = False
+        self.planner: StepPlanner | None = None
+        self.graphs: StepGraphs | None = None
+        self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
+        try:
+            self._install(wishes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _install(self, wishes: EngineWishes) -> None:
+        dtype, self.largest_tokens = wishes.compute_dtype, wishes.max_tokens
+        on_cuda = self.device.type == "cuda"
+        self.spread = is_spread(self.base)
+        self.candidates = list(linear_candidates(self.base, self.base.get_output_embeddings()))
+        self.step = StepState(self.device, len(self.candidates))
+        dense_bytes = sum(logical_elements(m) for _, m in self.candidates) * dtype.itemsize
+        resident = False if self.spread else wishes.resident_weights
+        if not on_cuda and resident is None:
+            resident = dense_bytes < psutil.virtual_memory().available // 2
+        self.put_linears_back: Callable[[], None] = lambda: None
+        self.put_gates_back: Callable[[], None] = lambda: None
+        self.undo.append(lambda: self.put_linears_back())
+        self.undo.append(lambda: self.put_gates_back())
+        self.undo.append(self.embeddings.come_back)
+        self.buffer: Tensor | None = None
+        self.undo.append(self._release_values)
+        if on_cuda and wishes.offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
+            self.embeddings.leave()
+        # Trials run on weights in slices: there may be no room for a whole one.
+        self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
+        if self.kept_linears and self.spread:
+            raise UsageError(
+                f"{self.kept_linears[0]} needs its whole weight at all times, which --shard spreads.",
+                "Leave out --shard, or --dora and what else gives this layer a forward pass of its own.",
+            )
+        if self.kept_linears:
+            self.report(Notice(f"{len(self.kept_linears)} linear layers keep PEFT's own forward, which is slower."))
+        self.head = find_head(self.base, self.decoder, self.trials.inputs(HEAD_TRIAL_TOKENS))
+        if self.head is None:
+            self.report(Notice("The output head is not a plain one; logits are held in full."))
+        self._install_attention(dtype)
+
+        layers = find_layers(self.decoder)
+        self.calls = capture_calls(layers, self.trials.run)
+        if len(self.calls) != len(layers):  # layers that are called other than once each are left as they are
+            layers, self.calls = [], []
+        self.layers = layers
+        drops = drop_something(layers)
+        self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
+        self.undo.append(swap_layers(layers, self.layer_plans))
+
+        if wishes.compile and self.spread:
+            self.report(Notice("The layers of a spread base are not compiled."))
+        elements = dense_bytes // dtype.itemsize
+        seconds = wishes.total_steps * 6 * elements * wishes.max_tokens / ASSUMED_FLOPS_PER_SECOND
+        wanted = seconds > COMPILE_PAYS_SECONDS if wishes.compile is None else wishes.compile
+        self.compiled = wanted and on_cuda and self.packed and not self.spread
+        self._share_projections()
+
+        plan = wishes.plan(len(layers), resident=bool(resident))
+        if on_cuda and layers and not self.spread:  # a layer by itself is not measured where all ranks gather it
+            self.planner = wishes.planner(len(layers))
+            plan = self._plan(self.planner, dense_bytes, wishes.optimizer_bytes)
+        for layer_plan in self.layer_plans:
+            layer_plan.compiled = self.compiled
+        if self.compiled and self.planner is not None and self.embeddings.frozen:
+            self.layer_plans[0].compiled = not self._first_layer_pays_plainly(self.planner.needs)
+        self._apply(plan)
+        # Graphs read no trained embeddings or head, which lie outside of them, and repeat no random numbers.
+        still = self.head is not None and self.head.frozen and self.embeddings.frozen and not drops
+        if on_cuda and self.packed and layers and still and not self.spread and wishes.total_steps >= GRAPHS_PAY_STEPS:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.graphs = StepGraphs(
+                self._packed_loss,
+                trained,
+                self._join,
+                self._layout,
+                lambda: not self.plan.frees_activations,
+                self.report,
+            )
+            self.undo.append(self.graphs.clear)
+
+    def _swap_linears(self, resident: bool, workspace_bytes: int | None) -> None:
+        """Gives the linear layers their fused forward, on packed or on dequantised weights."""
+        self.put_linears_back()
+        self.values.linears.clear()
+        self.values.addresses = ()
+        self.fast_linears, self.kept_linears, self.put_linears_back = swap_linears(
+            self.candidates,
+            self.values.dtype,
+            self.step,
+            self.values,
+            resident=resident,
+            workspace_bytes=workspace_bytes,
+        )
+        self.resident = resident
+
+    def _apply(self, plan: MemoryPlan) -> None:
+        """Runs steps from now on as planned."""
+        self.plan = plan
+        on_cuda = self.device.type == "cuda"
+        self._release_values()
+        if plan.resident_weights != self.resident:
+            self._swap_linears(plan.resident_weights, plan.workspace_bytes)
+            self._share_projections()
+        self._set_workspace(plan.workspace_bytes)
+        if plan.offload_embeddings:
+            self.embeddings.leave()
+        offloads = on_cuda and (plan.offload_activations or plan.sent)
+        self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
+        if plan.recomputed and self.calls:
+            self._lay_out(replace(plan, recomputed=0, sent=0, offload_activations=False))  # trials run layers plainly
+            self.skipped = skip_unused_outputs(self.layers, self.calls)
+        planner = self.planner
+        self.plan_by_tokens = cache(lambda tokens: plan if planner is None else planner.for_tokens(plan, tokens))
+        self._lay_out(plan)
+        if on_cuda:
+            torch.cuda.empty_cache()
+        if self.planner is not None and self.planner.adapts and plan.frees_activations:
+            with suppress(torch.OutOfMemoryError):  # then each weight has a tensor of its own
+                self.buffer = reserve_values(self.device, plan.values_bytes(self.planner.needs.largest_dense_bytes))
+
+    def _share_projections(self) -> None:
+        """In compiled layers, linears with the same input have one projection; not in layers that are recomputed,
+        whose repetition is traced as a function without side effects."""
+        self.put_gates_back()
+        if self.compiled and self.layers:
+            modules = [m for layer in self.layers for m in layer.modules()]
+            share_projections(modules, self.trials.run)
+            self.put_gates_back = fuse_gates(modules)
+        for layer_plan, layer in zip(self.layer_plans, self.layers, strict=True):
+            shared = (fast.shared for m in layer.modules() if (fast := fast_linear_of(m)) and fast.shared)
+            layer_plan.shared = tuple({id(s): s for s in shared}.values())
+            layer_plan.gates = tuple(unit for m in layer.modules() if (unit := gated_unit_of(m)))
+
+    def _release_values(self) -> None:
+        self.buffer = reserve_values(self.device, 0)
+
+    def _set_workspace(self, bytes_: int | None) -> None:
+        for linear in self.fast_linears:
+            linear.options = linear.options._replace(workspace_bytes=bytes_)
+
+    def relieve(self) -> bool:
+        """See `Engine.relieve`."""
+        if self.graphs is not None and self.graphs.make_room():
+            torch.cuda.empty_cache()
+            return True
+        plan = self.plan
+        while True:
+            leaner = None if self.planner is None else self.planner.relieve(plan)
+            if self.graphs is not None:
+                self.graphs.clear()
+            if leaner is None:
+                return False
+            plan = leaner
+            try:
+                self._apply(plan)
+                break
+            except torch.OutOfMemoryError:  # layers are tried out before they are recomputed
+                torch.cuda.empty_cache()
+        if self.graphs is not None:
+            self.graphs.yields = 0
+        self.report(Notice(f"Memory ran out; the engine is now: {self.describe()}."))
+        return True
+
+    def _plan(self, planner: StepPlanner, dense_bytes: int, optimizer_bytes: int) -> MemoryPlan:
+        """Measures a layer at the largest micro-batch and plans for it; once more compiled, where that decides."""
+        itemsize = self.values.dtype.itemsize
+        static = StepNeeds(
+            layers=len(self.layers),
+            kept_bytes=0,
+            peak_bytes=0,
+            hidden_bytes=0,
+            optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
+            dense_bytes=dense_bytes,
+            largest_dense_bytes=max(logical_elements(m) for _, m in self.candidates) * itemsize,
+            embedding_bytes=self.embeddings.movable_bytes(),
+        )
+        planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)
+        plan = planner.plan()
+        if self.compiled and plan.frees_activations:  # compiled, a layer saves less
+            self._set_workspace(plan.workspace_bytes)
+            planner.keep_workspace(plan.workspace_bytes)
+            for layer_plan in self.layer_plans:
+                layer_plan.lean = True
+                for unit in layer_plan.gates:
+                    unit.enabled = False
+            self.layer_plans[0].compiled = True
+            planner.measure(self.trials, self.layers[0], static, plan.workspace_bytes)
+            plan = planner.plan()
+        return plan
+
+    def _first_layer_pays_plainly(self, needs: StepNeeds) -> bool:
+        """Whether the first layer is better not compiled. Its input needs no gradient, so that run plainly it leaves out
+        what only leads there: where adapters are on the attention alone and the MLP stands beside it, all of the MLP's
+        backward pass. (Compiled, it would be compiled a second time.) Elsewhere little is left out, and plain
+        operations are slower."""
+        layer, call = self.layers[0], self.calls[0]
+        whole, rest = (saved_bytes_a_token(layer, call, input_gradient=wanted) for wanted in (True, False))
+        return rest <= min(MOSTLY_LEFT_OUT * whole, needs.kept_bytes / self.largest_tokens)
+
+    def _lay_out(self, plan: MemoryPlan) -> None:
+        """Which layers are recomputed and which wait on the host."""
+        recomputed, sent = plan.numbers(len(self.layer_plans))
+        for layer in self.layer_plans:
+            layer.recompute = layer.number in recomputed
+            for shared in layer.shared:
+                shared.enabled = not layer.recompute
+            for unit in layer.gates:
+                unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
+            away = layer.number in sent or (layer.recompute and plan.offload_activations)
+            layer.offload = self.offload if away else None
+
+    def _layout(self, tokens: int) -> tuple[bool, ...]:
+        """Whether any layer is recomputed, sent or kept whole at so many tokens."""
+        plan = self.plan_by_tokens(tokens)
+        return plan.recomputed > 0, plan.sent > 0, plan.recomputed + plan.sent < len(self.layers)
+
+    def _join(self) -> None:
+        if self.offload is not None:
+            self.offload.join()
+
+    def _install_attention(self, dtype: torch.dtype) -> None:
+        """Packs rows where that is exact, which is tried out; otherwise rows stay padded."""
+        reason = why_not_packed(self.base, self.decoder, self.device, dtype)
+        if reason is None:
+            put_back = install_packed_attention(self.base, self.decoder)
+            self.packed = True
+            self.trials.packed = True
+            reason = self.trials.why_pack_differs()
+            if reason is None:
+                self.undo.append(put_back)
+                self.equal_rows = takes_equal_rows(self.decoder, self.device)
+            else:
+                self.packed = self.trials.packed = False
+                put_back()
+        if reason is not None:
+            self.report(Notice(f"Rows are padded instead of packed, because {reason}."))
+
+    def _hidden(self, embedded: Tensor, **inputs: Any) -> Tensor:
+        return self.decoder(inputs_embeds=embedded, use_cache=False, **inputs).last_hidden_state
+
+    def _persistent_storages(self) -> frozenset[int]:
+        tensors = [*self.base.parameters(), *self.base.buffers()]
+        for linear in self.fast_linears:
+            if isinstance(linear.weight, FrozenWeight):
+                tensors += [t for t in linear.weight if isinstance(t, Tensor)]
+        return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
+
+    def prepare(self, batch: "MicroBatch") -> "MicroBatch":
+        """See `Engine.prepare`."""
+        if not self.packed:
+            return batch
+        if self.embeddings.on_host:
+            return replace(batch, embedded=self.embeddings.look_up(batch.input_ids))
+        if self.graphs is not None and not self.plan.frees_activations:  # there is room for two steps' inputs
+            with suppress(torch.OutOfMemoryError):  # `loss` makes them, where running out of memory is seen to
+                self.ahead = batch, self._bucketed_inputs(batch)
+        return batch
+
+    def loss(self, batch: "MicroBatch") -> Tensor:
+        """See `Engine.loss`. A batch still on the host saves a wait where embeddings are on the host."""
+        self.values.refresh()
+        training = self.model.training
+        if training and any(linear.rate > 0 for linear in self.fast_linears):
+            self.step.draw_seeds()
+        if self.packed:
+            if self.graphs is None:
+                return self._packed_loss(self._inputs(batch))
+            if not training or not _differentiates():
+                return self._loss_beside_graphs(self._inputs(batch))
+            inputs = self._bucketed_inputs(batch)
+            loss = self.graphs.loss(inputs)
+            return self._packed_loss(inputs) if loss is None else loss
+        ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
+        # Without padding the mask is the plain causal one, which has kernels of its own.
+        mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
+        return self._loss(self.embeddings.embed(ids), labels, batch.trained_tokens, **mask)
+
+    def _bucketed_inputs(self, batch: "MicroBatch") -> StepInputs:
+        """On the grid with or without a graph, so that a resumed run computes the same; from before, where prepared."""
+        if self.ahead is None or self.ahead[0] is not batch:
+            return bucketed(self._inputs(batch))
+        (_, inputs), self.ahead = self.ahead, None
+        return inputs
+
+    def _loss_beside_graphs(self, inputs: StepInputs) -> Tensor:
+        """Without a graph; what graphs hold makes room where memory runs out."""
+        assert self.graphs is not None
+        try:
+            return self._packed_loss(inputs)
+        except torch.OutOfMemoryError:
+            if not self.graphs.graphs:
+                raise
+        self.graphs.clear()
+        torch.cuda.empty_cache()
+        return self._packed_loss(inputs)
+
+    def _inputs(self, batch: "MicroBatch") -> StepInputs:
+        embedded = self.embeddings.embed(batch.input_ids, batch.embedded)
+        batch = batch.to(self.device, non_blocking=True)
+        rows = batch.cu_seqlens.numel() - 1
+        equal = self.equal_rows and rows * batch.max_seqlen == batch.tokens and batch.max_seqlen >= EQUAL_ROWS_TOKENS
+        if self.graphs is not None and rows == 1:  # any one row is as long as itself: not a shape for each length
+            equal = equal and (batch.tokens == self.largest_tokens or bucket_tokens(batch.tokens) == batch.tokens)
+        return StepInputs(
+            embedded=embedded,
+            labels=batch.labels,
+            position_ids=batch.position_ids,
+            boundaries=batch.cu_seqlens,
+            longest=batch.max_seqlen,
+            equal_rows=rows if equal else 0,
+            trained_tokens=batch.trained_tokens,
+        )
+
+    def _packed_loss(self, inputs: StepInputs) -> Tensor:
+        mask = pack_mask(inputs.boundaries, inputs.longest, inputs.equal_rows)
+        return self._loss(
+            inputs.embedded,
+            inputs.labels,
+            inputs.trained_tokens,
+            attention_mask=mask,
+            position_ids=inputs.position_ids,
+        )
+
+    def _loss(self, embedded: Tensor, labels: Tensor, trained_tokens: int, **inputs: Tensor) -> Tensor:
+        """Sum over trained tokens, fp32; labels (rows, length) tell which those are."""
+        if self.offload is not None:
+            self.offload.start()
+        if torch.is_grad_enabled() and not embedded.requires_grad and self.layers and self.layer_plans[0].compiled:
+            embedded = embedded.detach().requires_grad_()  # so that the first layer is compiled like the others
+        self._lay_out(self.plan_by_tokens(labels.numel()))
+        positions, targets = trained_positions(labels, trained_tokens)
+        if self.head is None:
+            logits = self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[positions]
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        hidden = self._hidden(embedded, **inputs).flatten(0, 1)  # (tokens, size)
+        # Not indexing: its backward pass sorts. No place comes twice but those that count nothing.
+        return self.head.loss(hidden.index_select(0, positions), targets)
+
+    def describe(self) -> str:
+        """See `Engine.describe`."""
+        parts = [f"fast: {len(self.fast_linears)} fused linears"]
+        parts.append("packed rows" if self.packed else "padded rows")
+        if self.head is not None:
+            parts.append("chunked loss")
+        parts += self.plan.describe(len(self.layers))
+        if self.embeddings.on_host:
+            parts.append("embeddings on the host")
+        if self.spread:
+            parts.append("base spread over the cards")
+        if self.compiled:
+            parts.append("layers compiled")
+        if self.graphs is not None:
+            parts.append("CUDA graphs")
+        return ", ".join(parts)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        while self.undo:
+            self.undo.pop()()
+
+
+def _differentiates() -> bool:
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

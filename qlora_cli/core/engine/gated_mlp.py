@@ -1,0 +1,123 @@
+"""Decoder layers in; their gated MLPs, while a layer is compiled, with both adapters' products inside the gate, out."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.engine.lora_linear import FastLinear, SharedProjection, adapter_is_active, fast_linear_of
+from qlora_cli.kernels.gated import GATES, activate, gated_product
+from qlora_cli.kernels.linear import qlora_linear
+
+_ATTRIBUTE = "_qlora_gate"
+GATED_PARTS = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls them
+TRIAL_POINTS = 4001
+
+
+@dataclass
+class GatedUnit:
+    """One gated MLP whose gate is fused.
+
+    Attributes:
+        gate: Its first linear.
+        up: Its second, which shares the first one's projection.
+        shared: That projection.
+        kind: The activation, one of `GATES`.
+        enabled: Whether it is to be used where the layer is compiled: it keeps the product that is gated.
+    """
+
+    gate: FastLinear
+    up: FastLinear
+    shared: SharedProjection
+    kind: str
+    enabled: bool = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) to what the last linear is given, (..., size)."""
+        projected = self.shared.part(x, 0), self.shared.part(x, 1)
+        gate, up = (
+            qlora_linear(x, linear.frozen(), linear.bias, None, None, None, None, None, linear.options)
+            for linear in (self.gate, self.up)
+        )
+        b: Any = self.gate.b, self.up.b
+        lora_b: Any = self.gate.lora_b, self.up.lora_b
+        return gated_product(gate, up, projected, b, lora_b, self.kind)
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    """Replaces `forward` on one MLP instance."""
+    unit: GatedUnit = getattr(self, _ATTRIBUTE)
+    wanted = torch.compiler.is_compiling() and unit.enabled and unit.shared.enabled and x.dtype == unit.gate.dtype
+    linears = ((self.gate_proj, unit.gate), (self.up_proj, unit.up))
+    if wanted and all(adapter_is_active(module, fast.adapter) for module, fast in linears):
+        return self.down_proj(unit(x))
+    return type(self).forward(self, x)
+
+
+def fuse_gates(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Gives gated MLPs whose two linears share a projection the fused form; returns what puts them back."""
+    swapped: list[Any] = []
+    kinds: dict[int, str | None] = {}
+    for module in modules:
+        unit = _gated_unit(module, kinds)
+        if unit is not None:
+            setattr(module, _ATTRIBUTE, unit)
+            module.forward = MethodType(_forward, module)
+            swapped.append(module)
+
+    def put_back() -> None:
+        for module in swapped:
+            delattr(module, _ATTRIBUTE)
+            del module.forward
+        swapped.clear()
+
+    return put_back
+
+
+def gated_unit_of(module: nn.Module) -> GatedUnit | None:
+    """The fused form of an MLP instance; None for any other module."""
+    return getattr(module, _ATTRIBUTE, None)
+
+
+def _gated_unit(module: Any, kinds: dict[int, str | None]) -> GatedUnit | None:
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or not set(forward.__code__.co_names) >= GATED_PARTS:
+        return None
+    if "forward" in vars(module) or not all(hasattr(module, part) for part in GATED_PARTS):
+        return None
+    gate, up = (fast_linear_of(m) for m in (module.gate_proj, module.up_proj))
+    if gate is None or up is None or gate.shared is None or gate.shared.members != [gate, up]:
+        return None
+    if gate.lora_b is None or up.lora_b is None or (gate.b.dtype, gate.b.shape) != (up.b.dtype, up.b.shape):
+        return None
+    code = id(forward.__code__)
+    if code not in kinds:
+        kinds[code] = _kind_of_gate(module) if _is_plainly_gated(module) else None
+    kind = kinds[code]
+    return None if kind is None else GatedUnit(gate, up, gate.shared, kind)
+
+
+def _is_plainly_gated(module: Any) -> bool:
+    """Whether the MLP's own forward, on stand-ins for its linears, is down(act(gate) * up) and nothing else."""
+    parts = SimpleNamespace(
+        gate_proj=lambda x: 1.25 * x + 0.1,
+        up_proj=lambda x: 0.75 * x - 0.2,
+        down_proj=lambda x: -1.5 * x + 0.3,
+        act_fn=module.act_fn,
+    )
+    x = torch.linspace(-3, 3, 64)
+    try:
+        found = type(module).forward(parts, x)
+    except Exception:  # it asks for more than its parts or another shape, and says so in a way of its own
+        return False
+    expected = parts.down_proj(parts.act_fn(parts.gate_proj(x)) * parts.up_proj(x))
+    return isinstance(found, Tensor) and torch.equal(found, expected)
+
+
+def _kind_of_gate(module: Any) -> str | None:
+    points = torch.linspace(-8, 8, TRIAL_POINTS)
+    own = module.act_fn(points)
+    return next((kind for kind in GATES if torch.allclose(activate(points, kind), own, atol=1e-6)), None)

@@ -1,0 +1,122 @@
+"""A causal model in; its decoder, its head and a loss over trained positions only, verified against the model, out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora_cli.core.engine.fsdp import gathered
+from qlora_cli.kernels.cross_entropy import chunk_tokens, linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits.
+
+    Attributes:
+        module: The output embeddings, maybe wrapped by PEFT.
+        logit_scale: Factor on its output.
+        softcap: Then softcap * tanh(logits / softcap); None for none.
+        frozen: Whether it is a plain nn.Linear without trained parameters, which the fused loss takes.
+    """
+
+    module: Any
+    logit_scale: float
+    softcap: float | None
+    frozen: bool
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(tokens, size) to (tokens, vocabulary)."""
+        logits = self.module(hidden) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats summed over `targets` (tokens,), for hidden (tokens, size): an fp32 scalar."""
+        if self.frozen:
+            with gathered(self.module):
+                weight = self.module.weight
+                return linear_cross_entropy(
+                    hidden.to(weight.dtype),
+                    weight,
+                    self.module.bias,
+                    targets,
+                    logit_scale=self.logit_scale,
+                    softcap=self.softcap,
+                )
+        # A trained head: chunks as well, but through autograd, each made again in the backward pass.
+        size = chunk_tokens(self.module.weight.shape[0], hidden.element_size())
+        losses = [
+            checkpoint(self._chunk_loss, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
+
+
+def _transforms(config: Any) -> list[tuple[float, float | None]]:
+    """(scale, cap) pairs this config may mean; the one that reproduces the model's own logits is used."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scales = [1.0]
+    if scale := getattr(config, "logit_scale", None):
+        scales.append(float(scale))
+    if divisor := getattr(config, "logits_scaling", None):
+        scales += [1.0 / float(divisor), float(divisor)]
+    caps = [None, float(cap)] if cap else [None]
+    return [(scale, cap) for cap in reversed(caps) for scale in reversed(scales)]
+
+
+def find_decoder(base: Any) -> Any:
+    """The module below the head that turns token ids into hidden states."""
+    decoder = base.get_decoder()
+    return decoder if decoder is not base else getattr(base, base.base_model_prefix)
+
+
+@torch.no_grad()
+def find_head(base: Any, decoder: Any, inputs: dict[str, Tensor]) -> Head | None:
+    """The head that, after the decoder, reproduces the model's logits on `inputs`; None when none does."""
+    module = base.get_output_embeddings()
+    if module is None:
+        return None
+    training = base.training
+    base.eval()
+    try:
+        wanted = base(**inputs, use_cache=False).logits.float()
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward  # spread or not
+        frozen = plain and not any(p.requires_grad for p in module.parameters())
+        for scale, cap in _transforms(base.config.get_text_config()):
+            head = Head(module, scale, cap, frozen)
+            got = head.logits(hidden).float()
+            # Exact but for the rounding of one elementwise product in the compute dtype.
+            close = torch.finfo(hidden.dtype).eps * 4
+            if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=close, atol=close * float(wanted.std())):
+                return head
+    finally:
+        base.train(training)
+    return None
+
+
+def trained_positions(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where the hidden state of a trained token's predecessor is, and the token, without asking the device how many.
+
+    Args:
+        labels: (rows, length) int64, -100 where untrained; a row's first label always is.
+        count: How many labels are trained, or more.
+
+    Returns:
+        Indices into the flattened (rows * length), and targets: (count,) int64 each, in order; beyond the trained
+        ones, the last place and -100.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    trained = targets != -100
+    # The k-th trained place is written to slot k, every other one to the slot past the end.
+    slots = torch.where(trained, trained.cumsum(0) - 1, count)
+    last = slots.numel() - 1  # never trained: nothing follows it
+    positions = slots.new_full((count + 1,), last).scatter_(0, slots, torch.arange(last + 1, device=slots.device))
+    positions = positions[:count]
+    return positions, targets[positions]

@@ -1,0 +1,362 @@
+"""A model's frozen and adapted linear layers in; the same module instances, computing through the fused op, out."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.engine.sharded_weight import SlicedWeight, sliced_weight_of
+from qlora_cli.kernels.linear import Dropout, LinearOptions, project_shared, qlora_linear
+from qlora_cli.kernels.weights import FrozenWeight
+
+_ATTRIBUTE = "_qlora_fast_linear"
+
+
+class StepState:
+    """What the layers of one engine share: dropout seeds of the micro-batch, and whether a pass is a repetition.
+
+    Args:
+        device: Where the seeds are read.
+        linears: Linear layers, each of which has a seed of its own.
+    """
+
+    def __init__(self, device: torch.device, linears: int) -> None:
+        # At one place for good, where compiled code and CUDA graphs read them.
+        self.seeds = torch.arange(linears, dtype=torch.int64, device=device)
+        self.steps_apart = torch.arange(linears, dtype=torch.int64)
+        self.recomputing = False
+
+    def draw_seeds(self) -> None:
+        """New seeds from torch's host generator, so that seeding torch decides them and no one waits for the device."""
+        seeds = self.steps_apart + torch.randint(2**62, (), dtype=torch.int64)
+        self.seeds.copy_(seeds.pin_memory() if self.seeds.is_cuda else seeds, non_blocking=True)
+
+    @contextmanager
+    def recompute(self) -> Iterator[None]:
+        """Marks the repetition of a forward pass inside the backward pass."""
+        self.recomputing = True
+        try:
+            yield
+        finally:
+            self.recomputing = False
+
+
+class AdapterValues:
+    """The adapters' parameters in the compute dtype, refreshed once a micro-batch: one launch where they share a buffer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.linears: list[FastLinear] = []
+        self.sources: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        self.addresses: tuple[int, ...] = ()
+
+    def _build(self) -> None:
+        """Copies of whole storages, so that parameters that are views of one buffer are copied together."""
+        self.sources, self.copies = [], []
+        by_storage: dict[int, Tensor] = {}
+        for linear in self.linears:
+            views = []
+            for parameter in (linear.a, linear.b):
+                if parameter.dtype == self.dtype:
+                    views.append(parameter.detach())
+                    continue
+                storage = parameter.untyped_storage()
+                if storage.data_ptr() not in by_storage:
+                    source = torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(storage)
+                    by_storage[storage.data_ptr()] = source.to(self.dtype)
+                    self.sources.append(source)
+                    self.copies.append(by_storage[storage.data_ptr()])
+                copy = by_storage[storage.data_ptr()]
+                views.append(copy.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset()))
+            linear.lora_a, linear.lora_b = views
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Brings the copies up to date; rebuilds them when parameters have moved."""
+        addresses = tuple(p.data_ptr() for linear in self.linears for p in (linear.a, linear.b))
+        if addresses != self.addresses:
+            self._build()
+            self.addresses = addresses
+        elif self.copies:
+            # A graph waiting for its backward pass holds these copies; the values change only with an optimizer step,
+            # which no such graph survives in a training loop.
+            with torch.autograd._unsafe_preserve_version_counter(tuple(self.copies)):
+                torch._foreach_copy_(self.copies, self.sources)
+
+
+class SharedProjection:
+    """Adapted layers that read the same tensor, whose first products are one while a layer is being compiled.
+
+    Between the first and the last of them it holds what the others will ask for; an eager step does without, where
+    the state would only be in the way.
+
+    Args:
+        members: In the order of their calls, of one scaling, without dropout.
+    """
+
+    def __init__(self, members: list["FastLinear"]) -> None:
+        self.members = members
+        self.enabled = True
+        self.x: Tensor | None = None
+        self.parts: tuple[Tensor, ...] = ()
+
+    def part(self, x: Tensor, place: int) -> Tensor:
+        """(tokens, rank) of the member in that place."""
+        if self.x is not x:
+            self.x = x
+            self.parts = project_shared(x, [member.a for member in self.members], self.members[0].options.scaling)
+        part = self.parts[place]
+        if place + 1 == len(self.members):
+            self.x, self.parts = None, ()
+        return part
+
+
+@dataclass(eq=False)
+class FastLinear:
+    """Everything one layer's forward needs.
+
+    Attributes:
+        weight: The frozen weight, or what gives it while it is gathered from all ranks.
+        bias: (out,) in the compute dtype, or None.
+        dtype: The compute dtype.
+        step: Shared by the engine's layers.
+        options: Scaling and workspace.
+        seed: int64 scalar of the layer's own, so that layers drop different places.
+        adapter: Name of the covered adapter; None for a layer without one.
+        a: (rank, in) parameter.
+        b: (out, rank) parameter.
+        lora_a: `a` in the compute dtype.
+        lora_b: `b` in the compute dtype.
+        rate: Dropout on the adapter's input.
+        output_unused_in_recompute: Whether a repetition of the forward pass can do without its output.
+        shared: What it has in common with layers that read the same tensor; None for nothing.
+        place: Its place among these.
+    """
+
+    weight: FrozenWeight | SlicedWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+    step: StepState
+    options: LinearOptions
+    seed: Tensor
+    adapter: str | None = None
+    a: Any = None
+    b: Any = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    rate: float = 0.0
+    output_unused_in_recompute: bool = False
+    shared: SharedProjection | None = None
+    place: int = 0
+
+    def frozen(self) -> FrozenWeight:
+        """The weight; whole for the time being, where ranks share it."""
+        return self.weight if isinstance(self.weight, FrozenWeight) else self.weight.gathered()
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        weight = self.frozen()
+        if self.shared is not None and self.shared.enabled and x.dtype == self.dtype and torch.compiler.is_compiling():
+            projected = self.shared.part(x, self.place)
+            return qlora_linear(x, weight, self.bias, None, self.b, None, self.lora_b, None, self.options, projected)
+        dropout = Dropout(self.rate, self.seed) if training and self.rate > 0 else None
+        options = self.options
+        if self.output_unused_in_recompute and self.step.recomputing:
+            options = options._replace(output_needed=False)
+        y = qlora_linear(
+            x.to(self.dtype), weight, self.bias, self.a, self.b, self.lora_a, self.lora_b, dropout, options
+        )
+        return y.to(x.dtype)
+
+
+def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Replaces `forward` on one instance; anything the op does not cover goes to the class's own forward."""
+    fast: FastLinear = getattr(self, _ATTRIBUTE)
+    if args or kwargs or (fast.adapter is not None and not adapter_is_active(self, fast.adapter)):
+        return type(self).forward(self, x, *args, **kwargs)
+    return fast(x, self.training)
+
+
+def adapter_is_active(module: Any, name: str | None) -> bool:
+    """Whether the adapter of that name, and no other, is in effect in a wrapped layer."""
+    active = module.active_adapters
+    return not module.disable_adapters and not module.merged and len(active) == 1 and active[0] == name
+
+
+def frozen_weight(module: nn.Module, dtype: torch.dtype, *, resident: bool) -> FrozenWeight | None:
+    """The raw tensors of a frozen linear layer; None when it is not one, or is stored in a way not covered.
+
+    Args:
+        module: A 4-bit linear of bitsandbytes, or an nn.Linear in `dtype`.
+        dtype: The compute dtype.
+        resident: Keep the dequantised values rather than the packed ones.
+    """
+    weight: Any = getattr(module, "weight", None)
+    if weight is None or weight.requires_grad:
+        return None
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        plain = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+        if plain and isinstance(module, nn.Linear) and weight.dtype == dtype and weight.ndim == 2:
+            return FrozenWeight(weight.shape[0], weight.shape[1], dense=weight.detach())
+        return None
+    nested = state.state2
+    if getattr(state, "packing_format_for_cpu", False) or len(state.shape) != 2:
+        return None
+    packed = FrozenWeight(
+        rows=state.shape[0],
+        columns=state.shape[1],
+        packed=weight.detach().as_subclass(Tensor).view(torch.uint8).flatten(),
+        absmax=state.absmax,
+        code=state.code,
+        nested_absmax=nested.absmax if nested is not None else None,
+        nested_code=nested.code if nested is not None else None,
+        offset=state.offset if nested is not None else None,
+        blocksize=state.blocksize,
+        nested_blocksize=nested.blocksize if nested is not None else 256,
+    )
+    return FrozenWeight(packed.rows, packed.columns, dense=packed.values(dtype)) if resident else packed
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped this module with LoRA matrices."""
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
+
+
+def _covered_adapter(module: Any) -> str | None:
+    """The one plain LoRA adapter of a wrapped layer; None where PEFT's own forward has to do it (DoRA, biases, ...)."""
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if len(active) != 1 or len(module.active_adapters) != 1 or getattr(module, "fan_in_fan_out", False):
+        return None
+    name = active[0]
+    a, b = module.lora_A[name], module.lora_B[name]
+    plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
+    known_dropout = isinstance(module.lora_dropout[name], nn.Identity | nn.Dropout)
+    if not plain or not known_dropout or name in module.lora_variant or not adapter_is_active(module, name):
+        return None
+    return name
+
+
+def fast_linear(
+    module: Any, dtype: torch.dtype, step: StepState, *, resident: bool, workspace_bytes: int | None, seed: Tensor
+) -> FastLinear | None:
+    """The fused form of one layer, adapted or not; None where its own forward stays."""
+    adapted = is_adapted(module)
+    base = module.base_layer if adapted else module
+    if base.__class__.__module__.startswith("peft.") or (base.bias is not None and base.bias.requires_grad):
+        return None
+    name = _covered_adapter(module) if adapted else None
+    if adapted and name is None:
+        return None
+    weight = sliced_weight_of(base) or frozen_weight(base, dtype, resident=resident)
+    if weight is None:
+        return None
+    bias = None if base.bias is None else base.bias.detach().to(dtype)
+    fast = FastLinear(weight, bias, dtype, step, LinearOptions(1.0, workspace_bytes), seed)
+    if name is not None:
+        fast.adapter = name
+        fast.a, fast.b = module.lora_A[name].weight, module.lora_B[name].weight
+        fast.options = LinearOptions(float(module.scaling[name]), workspace_bytes)
+        fast.rate = float(getattr(module.lora_dropout[name], "p", 0.0))
+    return fast
+
+
+def linear_candidates(model: nn.Module, excluded: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers, adapted ones as a whole, except the head and whatever is inside an adapted one."""
+    inside: set[int] = {id(child) for child in excluded.modules()} if excluded is not None else set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if is_adapted(module):
+            inside.update(id(child) for child in module.modules())
+            if isinstance(module.base_layer, nn.Linear):  # not an embedding, nor experts in one tensor
+                yield name, module
+        elif isinstance(module, nn.Linear):
+            yield name, module
+
+
+def swap_linears(
+    candidates: Iterable[tuple[str, nn.Module]],
+    dtype: torch.dtype,
+    step: StepState,
+    values: AdapterValues,
+    *,
+    resident: bool,
+    workspace_bytes: int | None,
+) -> tuple[list[FastLinear], list[str], Callable[[], None]]:
+    """Gives each candidate instance the fused forward where it is covered.
+
+    Returns:
+        The fused layers; the names of layers that keep their own forward; a function that puts everything back.
+    """
+    swapped: list[nn.Module] = []
+    fast_layers: list[FastLinear] = []
+    kept: list[str] = []
+    for number, (name, module) in enumerate(candidates):
+        fast = fast_linear(
+            module, dtype, step, resident=resident, workspace_bytes=workspace_bytes, seed=step.seeds[number]
+        )
+        if fast is None:
+            kept.append(name)
+            continue
+        setattr(module, _ATTRIBUTE, fast)
+        module.forward = MethodType(_forward, module)
+        swapped.append(module)
+        fast_layers.append(fast)
+        if fast.adapter is not None:
+            values.linears.append(fast)
+
+    def put_back() -> None:
+        for module in swapped:
+            delattr(module, _ATTRIBUTE)
+            del module.forward
+        swapped.clear()
+
+    return fast_layers, kept, put_back
+
+
+def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[SharedProjection]:
+    """Finds swapped layers that get the same tensor while `run` runs, and lets them share one projection."""
+    readers: dict[int, list[FastLinear]] = {}
+    inputs: list[Tensor] = []  # kept, so that no other tensor gets their identity
+
+    def note(module: nn.Module, args: tuple) -> None:
+        fast = fast_linear_of(module)
+        if fast is not None and fast.adapter is not None and fast.rate == 0 and args:
+            inputs.append(args[0])
+            readers.setdefault(id(args[0]), []).append(fast)
+
+    hooks = [module.register_forward_pre_hook(note) for module in modules if fast_linear_of(module)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for members in readers.values():
+        distinct = len({id(member) for member in members}) == len(members)
+        if len(members) > 1 and distinct and len({member.options.scaling for member in members}) == 1:
+            found.append(SharedProjection(members))
+            for place, member in enumerate(members):
+                member.shared, member.place = found[-1], place
+    return found
+
+
+def fast_linear_of(module: nn.Module) -> FastLinear | None:
+    """The fused form a swapped instance computes with; None for any other module."""
+    return getattr(module, _ATTRIBUTE, None)
+
+
+def logical_elements(module: Any) -> int:
+    """Values of a linear layer's weight, packed or not."""
+    linear = module.base_layer if hasattr(module, "base_layer") else module
+    if (sliced := sliced_weight_of(linear)) is not None:
+        return sliced.elements
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)

@@ -1,0 +1,215 @@
+"""Tensors that autograd saves in, the same tensors back in the backward pass, in pinned host memory in between.
+
+Copies run on a stream of their own: a layer's tensors leave while the next layers compute, and come back while the
+backward pass is in the layers before them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from qlora_cli.core.engine.memory_plan import ROOM
+
+SMALLEST_BYTES = 2**20  # below this a copy costs more than the memory is worth
+TRIAL_BYTES = 2**25  # of the link
+CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each request up to a power of two
+
+
+class _Away:
+    """One saved tensor: on the device until its copy is done and its layer is past, then on the host, then back."""
+
+    __slots__ = (
+        "__weakref__",
+        "buffer",
+        "bytes",
+        "copied",
+        "fetched",
+        "host",
+        "layer",
+        "offload",
+        "on_device",
+        "strides",
+    )
+
+    def __init__(self, offload: "ActivationOffload", tensor: Tensor, layer: int) -> None:
+        self.offload, self.layer = offload, layer
+        self.on_device: Tensor | None = tensor
+        self.strides = tensor.stride()  # compiled code relies on them
+        self.bytes = tensor.numel() * tensor.element_size()
+        self.buffer = offload.borrow(self.bytes)
+        self.host = self.buffer[: self.bytes].view(tensor.dtype).view(tensor.shape)
+        self.fetched: Any = None
+        with offload.beside():
+            self.host.copy_(tensor, non_blocking=True)
+            self.copied = offload.event()
+
+    def leave(self) -> None:
+        """Gives up the device's copy: whatever uses its memory next waits for the copy to the host."""
+        _wait(self.copied)
+        self.on_device = None
+
+    def fetch(self) -> None:
+        """Starts the way back."""
+        if self.on_device is not None:
+            return
+        # Allocated on the computing stream; what used this memory before is done when the copy starts.
+        back = torch.empty_strided(self.host.shape, self.strides, dtype=self.host.dtype, device=self.offload.device)
+        with self.offload.beside():
+            back.copy_(self.host, non_blocking=True)
+            self.fetched = self.offload.event()
+        self.on_device = back
+
+    def tensor(self) -> Tensor:
+        """The tensor, on the device."""
+        self.offload.fetch_around(self.layer)
+        self.fetch()
+        _wait(self.fetched)
+        assert self.on_device is not None
+        return self.on_device
+
+    def __del__(self) -> None:
+        if hasattr(self, "buffer"):  # there may have been no memory for one
+            self.offload.give_back(self.buffer)
+
+
+def _wait(event: Any) -> None:
+    """Makes the computing stream wait for an event of the copying one; None is past."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+class ActivationOffload:
+    """Where the saved tensors of some decoder layers wait.
+
+    Args:
+        device: A CUDA device; on any other, copies are made at once.
+        persistent: Storage addresses of tensors that stay anyway: weights and buffers.
+    """
+
+    def __init__(self, device: torch.device, persistent: frozenset[int]) -> None:
+        self.device, self.persistent = device, persistent
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.free: list[Tensor] = []  # uint8 buffers not in use
+        self.chunk: Tensor | None = None
+        self.chunk_used = 0
+        self.layers: dict[int, WeakSet[_Away]] = {}
+        self.bytes: dict[int, int] = {}  # that each of them sends
+        self.staying: list[int] = []  # layers whose tensors have not left the device, in order
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Runs copies on their own stream, after what the computing one has been given so far."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def event(self) -> Any:
+        """When what the copying stream has been given so far is done."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def borrow(self, bytes_: int) -> Tensor:
+        """A pinned uint8 buffer of so many bytes or more. All copies share one stream, so reuse needs no waiting.
+
+        Micro-batches differ in size: the smallest buffer that is large enough is taken, so that those of the largest
+        micro-batch serve all.
+        """
+        fitting = [i for i, buffer in enumerate(self.free) if buffer.numel() >= bytes_]
+        return self.free.pop(min(fitting, key=lambda i: self.free[i].numel())) if fitting else self._carve(bytes_)
+
+    def _carve(self, bytes_: int) -> Tensor:
+        room = -(-bytes_ // 512) * 512
+        if self.chunk is None or self.chunk_used + room > self.chunk.numel():
+            pinned = self.stream is not None
+            self.chunk = torch.empty(max(CHUNK_BYTES, room), dtype=torch.uint8, pin_memory=pinned)
+            self.chunk_used = 0
+        first, self.chunk_used = self.chunk_used, self.chunk_used + room
+        return self.chunk[first : self.chunk_used]
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Takes a buffer back for the next tensor that fits."""
+        self.free.append(buffer)
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[None]:
+        """Sends away what is saved inside; what layers before saved leaves the device as far as there is no room."""
+        here: WeakSet[_Away] = WeakSet()
+        seen: dict[tuple, _Away] = {}
+
+        def pack(tensor: Tensor) -> Tensor | _Away:
+            bytes_ = tensor.numel() * tensor.element_size()
+            storage = tensor.untyped_storage().data_ptr()
+            # A gathered weight has no fixed address, and is gone before a copy of it would be done: its bytes, and the
+            # constants in a row of their own, which no activation is.
+            weight = storage in self.persistent or tensor.dtype == torch.uint8 or tensor.dim() == 1
+            elsewhere = tensor.device.type != self.device.type
+            repeated = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if elsewhere or bytes_ < SMALLEST_BYTES or repeated or weight:
+                return tensor
+            # One tensor saved by several operations travels once. `seen` keeps it alive, so addresses are not reused.
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
+            if key not in seen:
+                seen[key] = _Away(self, tensor.detach(), number)
+                here.add(seen[key])
+            return seen[key]
+
+        def unpack(packed: Tensor | _Away) -> Tensor:
+            return packed.tensor() if isinstance(packed, _Away) else packed
+
+        with saved_tensors_hooks(pack, unpack):
+            yield
+        self.layers[number], self.bytes[number] = here, sum(away.bytes for away in here)
+        self.staying.append(number)
+        while len(self.staying) > 1 and not self._have_room(self.staying):
+            for away in self.layers[self.staying.pop(0)]:
+                away.leave()
+
+    def _have_room(self, numbers: list[int]) -> bool:
+        return sum(self.bytes[number] for number in numbers) <= ROOM * max(self.bytes.values())
+
+    def start(self) -> None:
+        """Begins a forward pass."""
+        self.layers.clear()
+        self.bytes.clear()
+        self.staying.clear()
+
+    def join(self) -> None:
+        """Makes the computing stream wait for all copies so far."""
+        if self.stream is None:
+            return
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)  # a CUDA graph takes in no stream that did not first wait for its own
+        current.wait_stream(self.stream)
+
+    def fetch_around(self, layer: int) -> None:
+        """Brings back a layer's tensors and starts on those of the next layers that were sent, as far as there is
+        room for them."""
+        ahead: list[int] = []
+        for number in sorted((n for n in self.layers if n < layer), reverse=True):
+            if ahead and not self._have_room([*ahead, number]):
+                break
+            ahead.append(number)
+        for number in (layer, *ahead):
+            for away in self.layers.get(number, ()):
+                away.fetch()
+
+
+def link_bytes_per_second(device: torch.device) -> float:
+    """How fast a CUDA device and pinned host memory exchange data, by the slower direction."""
+    there = torch.empty(TRIAL_BYTES, dtype=torch.uint8, device=device)
+    here = torch.empty(TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
+    slowest = 0.0
+    for target, source in ((here, there), (there, here)):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        target.copy_(source, non_blocking=True)
+        begin.record()
+        target.copy_(source, non_blocking=True)
+        end.record()
+        end.synchronize()
+        slowest = max(slowest, begin.elapsed_time(end) / 1000)
+    return TRIAL_BYTES / slowest

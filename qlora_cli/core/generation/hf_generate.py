@@ -1,0 +1,121 @@
+"""Prompts in, answers out by transformers' own generate, for models that nothing faster fits and for comparison."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from qlora_cli.core.decoding.sampling import NOT_A_NUMBER, Sampling, choose_tokens, draw_uniforms
+from qlora_cli.core.generation.requests import Answer, Request, Transcript, not_a_number
+
+
+def answer_plainly(
+    requests: Sequence[Request],
+    model: Any,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    sampling: Sampling,
+    seed: int,
+    end_ids: Collection[int],
+    stop: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+) -> Iterator[Answer]:
+    """Answers requests in batches of like lengths, padded on the left; a batch ends with its longest answer.
+
+    Args:
+        requests: What to answer.
+        model: A transformers causal language model, its adapter inside.
+        tokenizer: Of the model.
+        batch_size: Prompts in a batch.
+        sampling: How tokens are chosen: the same choice as in `Decoder`.
+        seed: With a request's index it decides what is sampled.
+        end_ids: Tokens that end an answer.
+        stop: Strings that end an answer.
+        on_text: Told each piece of text with the request's index.
+
+    Raises:
+        ModelError: The model's output is not a number.
+    """
+    device = model.get_input_embeddings().weight.device
+    ordered = sorted(requests, key=lambda request: -len(request.ids))
+    for at in range(0, len(ordered), batch_size):
+        batch = ordered[at : at + batch_size]
+        transcripts = [Transcript(r, tokenizer, end_ids=end_ids, stop=stop, on_text=on_text) for r in batch]
+        longest = max(len(request.ids) for request in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(batch):
+            ids[row, longest - len(request.ids) :] = torch.tensor(request.ids)
+            mask[row, longest - len(request.ids) :] = 1
+        most = max(request.max_new_tokens for request in batch)
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=most,
+            pad_token_id=0,
+            eos_token_id=sorted(end_ids),
+            repetition_penalty=1.0,
+            use_cache=True,
+        )
+        with torch.no_grad():
+            model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([_Choice(batch, sampling, seed, device)]),
+                stopping_criteria=StoppingCriteriaList([_Listener(transcripts)]),
+            )
+        yield from (transcript.answer() for transcript in transcripts)
+
+
+class _Choice(LogitsProcessor):
+    """Leaves of each row's logits only the token that our own sampling takes."""
+
+    def __init__(self, batch: Sequence[Request], sampling: Sampling, seed: int, device: torch.device) -> None:
+        self.batch, self.sampling, self.device = batch, sampling, device
+        self.step = 0
+        self.seen: Tensor | None = None
+        self.uniforms: Tensor | None = None
+        if not sampling.greedy:
+            most = max(request.max_new_tokens for request in batch)
+            rows = [draw_uniforms(seed, r.index, r.max_new_tokens) for r in batch]
+            self.uniforms = torch.stack([torch.nn.functional.pad(row, (0, most - len(row))) for row in rows]).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.sampling.remembers:
+            if self.seen is None:
+                self.seen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+                for row, request in enumerate(self.batch):
+                    self.seen[row, torch.tensor(request.ids, device=scores.device)] = True
+            else:
+                self.seen.scatter_(1, input_ids[:, -1:], True)
+        uniforms = None if self.uniforms is None else self.uniforms[:, self.step]
+        self.step += 1
+        chosen = choose_tokens(scores, self.sampling, uniforms, self.seen)
+        if bool((chosen == NOT_A_NUMBER).any()):
+            raise not_a_number()
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter_(1, chosen[:, None], 0.0)
+
+
+class _Listener(StoppingCriteria):
+    """Hands each new token to its transcript and tells which rows are finished."""
+
+    def __init__(self, transcripts: Sequence[Transcript]) -> None:
+        self.transcripts = transcripts
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for token, transcript in zip(input_ids[:, -1].tolist(), self.transcripts, strict=True):
+            if transcript.finish is None:
+                transcript.push(token)
+        done = [transcript.finish is not None for transcript in self.transcripts]
+        return torch.tensor(done, device=input_ids.device)

@@ -1,0 +1,174 @@
+"""A run directory or adapter in; what it is, what produced it and how far it came out, JSON-ready."""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from qlora_cli import artifacts
+from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_layers
+from qlora_cli.core.models.loading import build_empty, load_config
+from qlora_cli.core.models.lora import AdapterFacts, count_parameters, read_adapter
+from qlora_cli.core.planning.model_size import base_name
+from qlora_cli.core.training.state import STATE, Progress, read_progress
+
+SIGNS_OF_A_RUN = (artifacts.ADAPTER_CONFIG, artifacts.RUN_YAML, artifacts.METRICS, artifacts.CHECKPOINTS)
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run was begun there, or an adapter lies there."""
+    return any((directory / name).exists() for name in SIGNS_OF_A_RUN)
+
+
+def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
+    """What an adapter is, what produced it, and how far its training came.
+
+    Args:
+        directory: Run directory or PEFT adapter.
+        model: Base to count the parameters of; by default the recorded one, if this machine has its configuration.
+
+    Raises:
+        RunError, AdapterError: There is neither a run nor an adapter, or it cannot be read.
+    """
+    record = artifacts.find_run_record(directory)
+    in_checkpoint = artifacts.run_of(directory) != directory
+    facts: dict[str, Any] = {"kind": "run" if record else "adapter", "directory": str(directory)}
+    tables: list[dict[str, Any]] = []
+    if not artifacts.is_adapter(directory) and holds_run(directory):
+        facts |= {"kind": "run", "adapter": "none yet: training has not ended"}
+    else:
+        adapter = read_adapter(directory)
+        base = model or (record.get("base") or {}).get("model") or adapter.base_model
+        facts |= _describe_adapter(adapter, directory)
+        facts |= _count_with_base(adapter, base, (record.get("base") or {}).get("revision"), reachable=bool(model))
+        tables = [
+            _tabulate_adapter(adapter),
+            tabulate_layers("Norm of the update", measure_updates(directory, adapter.scaling)),
+        ]
+    facts |= {
+        name: record[name] for name in ("base", "data", "training", "versions", "qlora_version") if name in record
+    }
+    settings = artifacts.run_of(directory) / artifacts.RUN_YAML
+    if settings.is_file():
+        facts["settings"] = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    metrics = directory / artifacts.METRICS
+    if in_checkpoint or (directory / STATE).is_file():
+        facts |= {"kind": "checkpoint", "progress": _describe_progress(read_progress(directory))}
+    elif metrics.is_file():
+        facts["progress"] = summarise_metrics(metrics.read_text(encoding="utf-8").splitlines())
+    checkpoints = directory / artifacts.CHECKPOINTS
+    if checkpoints.is_dir():
+        facts["checkpoints"] = sorted(path.name for path in checkpoints.iterdir() if path.name[0] != ".")
+    return {**facts, "next": _commands(directory, facts), "tables": tables}
+
+
+def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
+    """What to type next: go on with a run that has not ended, else use its adapter."""
+    if "adapter" in facts:
+        settings = artifacts.run_of(directory) / artifacts.RUN_YAML
+        return [f"qlora train --config {shlex.quote(str(settings))} --resume"] if settings.is_file() else []
+    place = shlex.quote(str(directory))
+    return [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output merged"]
+
+
+def _describe_progress(progress: Progress) -> dict[str, Any]:
+    """How far a checkpoint's run had come, in the words of `summarise_metrics`."""
+    return {
+        "steps": progress.step,
+        "last_loss": progress.last_loss,
+        "best_eval_loss": progress.best_loss,
+        "best_eval_step": progress.best_step,
+        "last_eval_loss": progress.last_eval_loss,
+        "tokens": progress.tokens,
+    }
+
+
+def summarise_metrics(lines: Iterable[str]) -> dict[str, Any]:
+    """Steps, losses and speed of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, float] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if "eval_loss" in entry:
+            evaluations[entry["step"]] = entry["eval_loss"]
+        elif "loss" in entry:
+            steps[entry["step"]] = entry
+    losses = {step: entry["loss"] for step, entry in steps.items() if entry["loss"] is not None}
+    facts: dict[str, Any] = {"steps": max(steps, default=0)}
+    if losses:
+        best = min(losses, key=losses.__getitem__)
+        facts |= {"best_loss": losses[best], "best_step": best, "last_loss": losses[max(losses)]}
+    if evaluations:
+        best = min(evaluations, key=evaluations.__getitem__)
+        facts |= {
+            "best_eval_loss": evaluations[best],
+            "best_eval_step": best,
+            "last_eval_loss": evaluations[max(evaluations)],
+        }
+    if steps:
+        tokens, seconds = (sum(entry.get(key) or 0 for entry in steps.values()) for key in ("tokens", "step_seconds"))
+        facts |= {"tokens": tokens, "training_seconds": seconds}
+        facts["tokens_per_second"] = tokens / seconds if seconds else None
+        facts["peak_vram_bytes"] = (
+            max((entry.get("peak_vram_bytes") or 0 for entry in steps.values()), default=0) or None
+        )
+    return facts
+
+
+def _describe_adapter(adapter: AdapterFacts, directory: Path) -> dict[str, Any]:
+    return {
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "scaling": adapter.scaling,
+        "dropout": adapter.dropout,
+        "target_modules": list(adapter.target_modules),
+        "dora": adapter.dora,
+        "rslora": adapter.rslora,
+        "modules_to_save": list(adapter.modules_to_save),
+        "adapter_bytes": (directory / artifacts.ADAPTER_WEIGHTS).stat().st_size,
+    }
+
+
+def _count_with_base(
+    adapter: AdapterFacts, model: str | None, revision: str | None, *, reachable: bool
+) -> dict[str, Any]:
+    """The three counts; without the base's configuration only the adapter's own is known."""
+    trainable = sum(math.prod(shape) for shape, _ in adapter.tensors.values())
+    config = None
+    if model is not None and (reachable or Path(model).is_dir()):
+        config = load_config(model, revision if not reachable else None)
+    elif model is not None:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        config = load_config(str(Path(cached).parent)) if isinstance(cached, str) else None
+    if config is None:
+        total = None
+    else:
+        total = trainable + count_parameters(build_empty(config))[1]
+    return {
+        "base_model": model,
+        "total_parameters": total,
+        "trainable_parameters": trainable,
+        "trainable_percent": 100 * trainable / total if total else None,
+    }
+
+
+def _tabulate_adapter(adapter: AdapterFacts) -> dict[str, Any]:
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for name, (shape, dtype) in adapter.tensors.items():
+        part = re.search(r"\.(lora_\w+)", name)
+        module = base_name(name) if part else base_name(name).rpartition(".")[0]
+        key = (module.rsplit(".", 1)[-1], part[1] if part else "in full", dtype)
+        group = groups.setdefault(key, [0, 0])
+        group[0] += 1
+        group[1] += math.prod(shape)
+    rows = [[*key, *amounts] for key, amounts in sorted(groups.items())]
+    return {"title": "Adapter", "columns": ["module", "part", "dtype", "tensors", "parameters"], "rows": rows}

@@ -1,0 +1,162 @@
+"""safetensors files in; dtypes and bytes by module, norms of an adapter's updates, and 4-bit errors, by layer, out."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.artifacts import ADAPTER_WEIGHTS
+from qlora_cli.core.models.loading import linear_names, round_trip
+from qlora_cli.core.models.weight_names import map_names
+from qlora_cli.core.planning.model_size import base_name
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Progress, Report
+
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors of a checkpoint with the same last name and dtype."""
+
+    module: str
+    dtype: str
+    tensors: int
+    elements: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerValue:
+    """One number on one module of one layer."""
+
+    layer: int | None  # None outside the decoder layers
+    module: str  # last name, such as q_proj
+    value: float
+
+
+def read_headers(directory: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Every tensor of a checkpoint: its file, and what the file's header says (dtype, shape, data_offsets).
+
+    Raises:
+        ModelError: A file is not safetensors.
+    """
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name.startswith("consolidated"):  # the same weights again, in their author's own layout
+            continue
+        try:
+            with path.open("rb") as stream:
+                header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), path.stat().st_size)))
+            found |= {name: (path, entry) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, OSError, AttributeError) as error:
+            raise ModelError(f"{path} is damaged: {error}.", "Remove it and download the model again.") from error
+    return found
+
+
+def group_tensors(headers: dict[str, tuple[Path, dict[str, Any]]]) -> list[TensorGroup]:
+    """Tensors by module and dtype, in the order of the files."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, (_, entry) in headers.items():
+        start, end = entry["data_offsets"]
+        module = name.rsplit(".", 2)[-2] if "." in name else name
+        group = groups.setdefault((module, entry["dtype"]), [0, 0, 0])
+        for position, amount in enumerate((1, math.prod(entry["shape"]), end - start)):
+            group[position] += amount
+    return [TensorGroup(module, dtype, *amounts) for (module, dtype), amounts in groups.items()]
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer in a module's name, None outside them."""
+    match = LAYER_NUMBER.search(name)
+    return int(match[1]) if match else None
+
+
+def measure_updates(directory: Path, scaling: float) -> list[LayerValue]:
+    """Frobenius norm of scaling * B @ A for each adapted module.
+
+    ‖BA‖² = trace(BᵀB · AAᵀ), so the (out, in) product is never made.
+
+    Args:
+        directory: A PEFT adapter.
+        scaling: alpha / rank, or alpha / sqrt(rank).
+    """
+    values = []
+    with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as reader:
+        names = list(reader.keys())
+        for down in (name for name in names if re.search(r"\.lora_(embedding_)?A\b", name)):
+            up = re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", down)
+            a, b = reader.get_tensor(down).double(), reader.get_tensor(up).double()  # (r, in), (out, r)
+            squared = float(torch.sum((b.T @ b) * (a @ a.T)))
+            module = base_name(down)
+            values.append(LayerValue(layer_of(module), module.rsplit(".", 1)[-1], scaling * math.sqrt(max(0, squared))))
+    return values
+
+
+def measure_quantization_error(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    report: Report,
+) -> list[LayerValue]:
+    """Relative error ‖W − Q(W)‖ / ‖W‖ (Frobenius) of every linear layer, one weight in memory at a time.
+
+    Args:
+        model: The architecture on the meta device.
+        directory: Its checkpoint.
+        quant_type: "nf4" or "fp4".
+        double_quant: Whether the constants are quantised too.
+        compute_dtype: Dtype from which a run quantises.
+        device: Where it is computed.
+        report: Receives progress.
+
+    Raises:
+        ModelError: A linear layer's weight is not in the checkpoint, or cannot be read.
+    """
+    headers = read_headers(directory)
+    stored_names = map_names(headers, model)
+    linears = linear_names(model)
+    values = []
+    for done, name in enumerate(linears, start=1):
+        stored = stored_names.get(f"{name}.weight")
+        if stored is None:
+            raise ModelError(
+                f"{directory} holds no {name}.weight.", "It belongs to another architecture, or a file is missing."
+            )
+        try:
+            with safe_open(headers[stored][0], framework="pt") as reader:
+                weight = reader.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{headers[stored][0]} is damaged: {error}.", "Download the model again.") from error
+        weight = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight  # (out, in)
+        weight = weight.to(device, compute_dtype)
+        lost = round_trip(weight, quant_type=quant_type, double_quant=double_quant).float() - weight.float()
+        value = float(lost.norm() / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
+        values.append(LayerValue(layer_of(name), name.rsplit(".", 1)[-1], value))
+        report(Progress("Measuring the 4-bit error", done, len(linears), "weights"))
+    return values
+
+
+def tabulate_layers(title: str, values: list[LayerValue], digits: int = 3) -> dict[str, Any]:
+    """A table with a row a layer and a column a module; `rows` hold numbers, None where a layer lacks the module."""
+    modules = list(dict.fromkeys(value.module for value in values))
+    rows: dict[int | None, dict[str, float]] = {}
+    for value in values:
+        rows.setdefault(value.layer, {})[value.module] = float(f"{value.value:.{digits}g}")
+    ordered = sorted(rows.items(), key=lambda item: (item[0] is None, item[0] or 0))
+    return {
+        "title": title,
+        "columns": ["layer", *modules],
+        "rows": [[layer, *(row.get(module) for module in modules)] for layer, row in ordered],
+    }

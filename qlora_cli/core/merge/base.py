@@ -1,0 +1,83 @@
+"""What an adapter recorded and what the user named in; the base to merge into, checked to be the right one, out."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_cli.core.merge.plan import main_dtype
+from qlora_cli.core.models.adapter_record import AdapterSource
+from qlora_cli.core.models.loading import DTYPES, BaseIdentity, build_empty, identify_base, load_config, resolve_model
+from qlora_cli.core.storage.safetensors_file import TensorFile, checkpoint_files
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Caution, Notice, Report
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base of a merge."""
+
+    name: str
+    revision: str | None
+    directory: Path
+    model: PreTrainedModel  # on the meta device
+    identity: BaseIdentity  # with how it was quantised in training
+    stored_dtype: torch.dtype  # of most of its weights
+    trust_remote_code: bool
+
+    @property
+    def hub_id(self) -> str | None:
+        """Its name on the hub; None for a local directory, whose path stays private."""
+        return self.name if self.identity.revision is not None else None
+
+
+def find_base(
+    source: AdapterSource, *, model: str | None, revision: str | None, trust_remote_code: bool, report: Report
+) -> Base:
+    """The base's files and architecture.
+
+    Args:
+        source: Of the adapter.
+        model: The base the user named; None for the recorded one, which is then told.
+        revision: The commit, branch or tag the user named.
+        trust_remote_code: Run the model's own code.
+        report: Told which base it is, and what has to be assumed.
+
+    Raises:
+        ModelError: It cannot be found, or is stored quantised already.
+        AdapterError: It is not the one the adapter was trained on.
+    """
+    if model is None:
+        model, recorded_revision = source.name_base()
+        revision = revision or recorded_revision
+        report(Notice(f"The base is {model}, as {source.directory} recorded it."))
+    model_config = load_config(model, revision, trust_remote_code=trust_remote_code)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{model} is stored quantised already, and its 16-bit weights are gone.",
+            "Give the 16-bit model that it was made from with --model.",
+        )
+    directory = resolve_model(model, revision, weights=True, report=report)
+    with ExitStack() as stack:
+        names = checkpoint_files(directory)
+        stored = main_dtype([stack.enter_context(TensorFile(directory / name)) for name in names])
+    if source.base is not None:
+        quant_type, double_quant = source.base.quant_type, source.base.double_quant
+        compute_dtype = DTYPES[source.base.compute_dtype]
+    else:
+        quant_type, double_quant = "nf4", True
+        compute_dtype = torch.bfloat16 if stored == torch.float32 else stored
+        report(
+            Caution(
+                f"{source.directory} does not say how its base was held in training: nf4 with double quantisation "
+                "is assumed."
+            )
+        )
+    identity = identify_base(
+        model, revision, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
+    )
+    source.require_base(identity)
+    empty = build_empty(model_config, trust_remote_code=trust_remote_code)
+    return Base(model, revision, directory, empty, identity, stored, trust_remote_code)

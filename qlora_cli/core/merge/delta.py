@@ -1,0 +1,195 @@
+"""An adapter's files and its base's shapes in; what the adapter changes in each parameter of the base out."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.core.models.lora import AdapterFacts
+from qlora_cli.core.storage.safetensors_file import Entry, TensorFile
+from qlora_cli.errors import AdapterError
+
+PREFIX = "base_model.model."
+CHECKED_ELEMENTS = 2**22  # at a time
+PART = re.compile(
+    r"(?P<module>.+)\.(?:(?P<a>lora_A\.weight|lora_embedding_A)|(?P<b>lora_B\.weight|lora_embedding_B)"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.weight)?)|(?P<bias>lora_B\.bias)"
+    r"|(?P<rows>token_adapter\.trainable_tokens_delta))"
+)
+WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
+# Settings under which the saved tensors are not a plain scaling * B @ A on the base: leaving one out would merge
+# something else than was trained.
+NOT_MERGEABLE = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Initialisations that subtract the initial adapter from the base weights: the saved adapter needs that other base.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one weight or bias; the fields name tensors of the adapter.
+
+    A weight W (out, in) becomes, in this order: `replacement`; W + scaling * B @ A; for DoRA, its rows scaled to
+    `magnitude` (https://arxiv.org/abs/2402.09353, equation 5). A bias b becomes `replacement`; b + scaling * added.
+    """
+
+    scaling: float = 1.0
+    replacement: str | None = None
+    a: str | None = None  # (r, in); of an embedding (r, vocabulary)
+    b: str | None = None  # (out, r); of an embedding (hidden, r)
+    magnitude: str | None = None  # (out,); of an embedding (hidden,)
+    added: str | None = None  # (out,)
+    rows: str | None = None  # (tokens, hidden): take the place of these rows
+    token_indices: tuple[int, ...] = ()
+    embedding: bool = False
+
+
+def read_changes(
+    facts: AdapterFacts, model: PreTrainedModel, rename: Callable[[str], tuple[str, bool]]
+) -> dict[str, Change]:
+    """What an adapter changes, by the parameter's name in the model.
+
+    Args:
+        facts: Of the adapter.
+        model: The base's architecture, as `build_empty` makes it.
+        rename: As `tensor_names.renamer`: adapters made before a module was renamed carry its older name.
+
+    Raises:
+        AdapterError: A tensor belongs to no module, has another shape than its module, or the adapter is of a kind
+            that is more than scaling * B @ A.
+    """
+    _refuse_other_kinds(facts.config)
+    state, changes = model.state_dict(), dict[str, Change]()
+    strangers = []
+    for name in facts.tensors:
+        match = PART.fullmatch(name.removeprefix(PREFIX))
+        kind = match.lastgroup if match else None
+        if match is None or kind is None:
+            parameter = WRAPPERS.sub("", name.removeprefix(PREFIX))
+            update: dict[str, Any] = {"replacement": name}
+        elif kind == "bias":
+            parameter, update = f"{match['module']}.bias", {"added": name}
+        else:
+            parameter, update = f"{match['module']}.weight", {kind: name}
+        if parameter not in state:
+            parameter = rename(parameter)[0]
+        if parameter not in state:
+            strangers.append(name)
+            continue
+        module = parameter.rpartition(".")[0]
+        if kind in ("a", "b", "bias"):
+            update["scaling"] = _scaling(facts, module, rank=_rank(facts, name))
+        if kind == "rows":
+            update["token_indices"] = _token_indices(facts.config, module)
+        embedding = isinstance(model.get_submodule(module), nn.Embedding)
+        changes[parameter] = replace(changes.get(parameter, Change(embedding=embedding)), **update)
+    if strangers:
+        raise AdapterError(
+            f"{len(strangers)} of the adapter's tensors belong to no module of this {model.config.model_type} base, "
+            f"first {strangers[0]}.",
+            "Give the base it was trained on with --model.",
+        )
+    _check_shapes(facts, model, changes)
+    return changes
+
+
+def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
+    found = [name for name in NOT_MERGEABLE if config.get(name)]
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(CHANGES_BASE):
+        found.append(f"init_lora_weights={initial}")
+    if found:
+        raise AdapterError(
+            f"The adapter was made with {', '.join(found)}, which a merge into its base cannot express.",
+            "Use the adapter unmerged, or train a plain LoRA or DoRA adapter.",
+        )
+
+
+def _rank(facts: AdapterFacts, name: str) -> int:
+    """The rank of the pair a tensor belongs to: the adapter's own, or another for this module (rank_pattern)."""
+    pair = re.sub(r"lora_(embedding_)?[AB](\.\w+)?$", lambda m: f"lora_{m[1] or ''}A{'' if m[1] else '.weight'}", name)
+    return facts.tensors[pair][0][0] if pair in facts.tensors else facts.rank
+
+
+def _scaling(facts: AdapterFacts, module: str, *, rank: int) -> float:
+    patterns = facts.config.get("alpha_pattern") or {}
+    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), facts.alpha)
+    return float(alpha) / (rank**0.5 if facts.rslora else rank)
+
+
+def _token_indices(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    indices = config.get("trainable_token_indices") or ()
+    if isinstance(indices, Mapping):
+        indices = next((value for key, value in indices.items() if module.endswith(key)), ())
+    return tuple(indices)
+
+
+def _check_shapes(facts: AdapterFacts, model: PreTrainedModel, changes: Mapping[str, Change]) -> None:
+    """Collects every tensor of a wrong shape, then raises once."""
+    state = model.state_dict()
+    wrong: list[tuple[str | None, object, tuple[int, ...]]] = []
+    for parameter, change in changes.items():
+        shape = tuple(state[parameter].shape)
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        vocabulary = module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if change.replacement:
+            found = facts.tensors[change.replacement][0]
+            if found[1:] != shape[1:] or (found[0] != shape[0] and not vocabulary):  # a vocabulary may have grown
+                wrong.append((change.replacement, found, shape))
+            shape = found
+        if (change.a is None) != (change.b is None) or (change.magnitude and not change.a):
+            wrong.append((change.a or change.b or change.magnitude, "half of a pair", shape))
+            continue
+        expected: list[tuple[str | None, tuple[int, ...]]] = []
+        if change.a and change.b:
+            if change.embedding or isinstance(module, Conv1D):
+                shape = shape[::-1]  # (out, in), as the adapter sees it
+            rank = facts.tensors[change.a][0][0]
+            expected = [(change.a, (rank, shape[1])), (change.b, (shape[0], rank)), (change.magnitude, shape[:1])]
+        expected += [(change.added, shape), (change.rows, (len(change.token_indices), *shape[1:]))]
+        wrong += [
+            (name, facts.tensors[name][0], want) for name, want in expected if name and facts.tensors[name][0] != want
+        ]
+    if wrong:
+        first, size, needed = wrong[0]
+        raise AdapterError(
+            f"The adapter does not fit this base: {first} is {size} where {needed} is needed, and {len(wrong) - 1} more.",
+            "Give the base it was trained on with --model.",
+        )
+
+
+def check_finite(adapter: TensorFile) -> None:
+    """Raises unless every number of an adapter is finite.
+
+    Raises:
+        AdapterError: NaN or infinity, in which tensors.
+    """
+    bad = [entry.name for entry in adapter.entries.values() if not _is_finite(adapter, entry)]
+    if bad:
+        raise AdapterError(
+            f"{len(bad)} of {len(adapter.entries)} tensors in {adapter.path} hold NaN or infinity, first {bad[0]}.",
+            "Merge an earlier checkpoint of the run.",
+        )
+
+
+def _is_finite(adapter: TensorFile, entry: Entry) -> bool:
+    if len(entry.shape) != 2:
+        return bool(torch.isfinite(adapter.read(entry.name)).all())
+    rows, columns = entry.shape  # embeddings trained in full are larger than memory should hold at once
+    step = max(1, CHECKED_ELEMENTS // max(1, columns))
+    starts = range(0, rows, step)
+    return all(bool(torch.isfinite(adapter.read(entry.name, slice(s, min(s + step, rows)))).all()) for s in starts)

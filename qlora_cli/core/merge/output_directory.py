@@ -1,0 +1,101 @@
+"""An output path in, a directory that takes its place only when it is complete out; an interrupted one is kept.
+
+The unfinished directory lies hidden beside the output, so that no program takes it for a model.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_cli.artifacts import disk_full, fsync_path
+from qlora_cli.core.merge.writer import JOURNAL
+from qlora_cli.errors import DiskFull, Interrupted, QloraError, RunError
+
+LOCK = ".lock"
+NO_SPACE = 28  # errno ENOSPC
+
+
+def unfinished_path(output: Path) -> Path:
+    """Where a merge to `output` collects its files."""
+    return output.with_name(f".{output.name}.merging")
+
+
+def require_free(output: Path, *, overwrite: bool) -> None:
+    """Raises unless `output` may be written.
+
+    Raises:
+        RunError: It is a file, or holds files and `overwrite` is False.
+    """
+    if output.exists() and not output.is_dir():
+        raise RunError(f"{output} is a file.", "Choose another --output.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise RunError(
+            f"{output} is not empty.", "Choose another --output directory, or add --overwrite to replace it."
+        )
+
+
+@contextmanager
+def unfinished_directory(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Path]:
+    """Yields the directory to fill; it becomes `output` when the block succeeds.
+
+    After a failure that another attempt cannot mend it is removed. After an interruption or a full disk it stays, for
+    the finished files in it.
+
+    Args:
+        output: Final directory.
+        overwrite: Whether an existing one is replaced.
+        resume: Whether files of an earlier attempt are kept.
+
+    Raises:
+        RunError: Another process is merging to the same place, or it cannot be written.
+        DiskFull: The disk has no room.
+    """
+    directory = unfinished_path(output)
+    try:
+        if directory.exists() and not resume:
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunError(f"{output} cannot be written: {error.strerror}.", "Choose another --output.") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"Another process is merging to {output}.", "Wait for it, or choose another --output."
+            ) from None
+        try:
+            yield directory
+            _publish(directory, output, overwrite=overwrite)
+        except (DiskFull, Interrupted):
+            raise
+        except QloraError:
+            shutil.rmtree(directory)
+            raise
+        except OSError as error:
+            if error.errno == NO_SPACE:
+                raise disk_full(output, error) from error
+            raise
+    finally:
+        os.close(lock)
+
+
+def _publish(directory: Path, output: Path, *, overwrite: bool) -> None:
+    require_free(output, overwrite=overwrite)
+    for path in sorted(directory.rglob("*")):
+        fsync_path(path)
+    fsync_path(directory)
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    if output.exists():
+        output.rename(old)
+    directory.rename(output)
+    for name in (JOURNAL, LOCK):  # after the rename: a crash before it finds the journal where it looks for it
+        (output / name).unlink(missing_ok=True)
+    fsync_path(output)
+    fsync_path(output.parent)
+    if old.exists():
+        shutil.rmtree(old)

@@ -1,0 +1,325 @@
+"""A base's files and what an adapter changes in; for every file of the merged checkpoint its layout and its work out."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.core.merge.arithmetic import RowsOf, load_factors, merge_rows
+from qlora_cli.core.merge.delta import Change
+from qlora_cli.core.merge.nf4_rounding import ROWS_ELEMENTS, restored_rows
+from qlora_cli.core.merge.weight_tying import settle_tying
+from qlora_cli.core.models.loading import BLOCK_SIZE, NESTED_BLOCK_SIZE, dtype_name, linear_names, pack_weight
+from qlora_cli.core.storage.safetensors_file import Entry, Layout, TensorFile, lay_out
+from qlora_cli.errors import MergeError, ModelError
+
+COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
+GPU_ROWS_ELEMENTS = 2**24  # worked on at a time on a GPU: launches cost more than memory there
+QUANT_STATE_BYTES = 512  # room for bitsandbytes' JSON of one weight; its length varies, a file's layout must not
+
+Piece = tuple[str, torch.Tensor]  # name of an output tensor, and its next bytes
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work that makes one or more whole tensors of a file, piece after piece, each tensor's pieces in order."""
+
+    held_bytes: int  # host memory while it runs
+    run: Callable[[], Iterator[Piece]]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of the merged checkpoint."""
+
+    name: str
+    layout: Layout
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All files of the merged checkpoint, and what of the configuration they change."""
+
+    files: tuple[OutputFile, ...]
+    vocabulary: int | None  # new number of embedding rows, None where it stays
+    untied: bool  # the head no longer equals the input embeddings
+    restored: int  # weights sent through the 4-bit round trip
+    changed: int  # weights and biases the adapter changes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.layout.total_bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How weights are merged.
+
+    Attributes:
+        restore: Whether quantised weights are sent through the 4-bit round trip first.
+        quant_type: "nf4" or "fp4".
+        double_quant: Whether the constants are quantised too.
+        compute_dtype: Dtype the base was quantised from.
+        dtype: Of the merged weights.
+        pack: Whether linear layers are written in 4 bits.
+        device: Where weights are worked on.
+    """
+
+    restore: bool
+    quant_type: str
+    double_quant: bool
+    compute_dtype: torch.dtype
+    dtype: torch.dtype
+    pack: bool
+    device: torch.device
+
+
+def main_dtype(files: Sequence[TensorFile]) -> torch.dtype:
+    """The floating dtype most of a checkpoint's bytes are in.
+
+    Raises:
+        ModelError: It is neither a 16-bit nor a 32-bit one.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for file in files:
+        for entry in file.entries.values():
+            counts[entry.dtype] += entry.total_bytes
+    dtype = counts.most_common(1)[0][0]
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ModelError(
+            f"The base checkpoint's weights are stored as {dtype_name(dtype)}: it is quantised already.",
+            "Give the 16-bit model that it was made from with --model.",
+        )
+    return dtype
+
+
+def plan_merge(
+    files: Sequence[TensorFile],
+    names: Mapping[str, str],
+    model: PreTrainedModel,
+    changes: Mapping[str, Change],
+    adapter: TensorFile,
+    arithmetic: Arithmetic,
+    *,
+    keep_tied: bool,
+) -> MergePlan:
+    """Plans the merged checkpoint: same files and order of tensors as the base.
+
+    Args:
+        files: Of the base checkpoint.
+        names: Name in the model → name in the checkpoint (`tensor_names.map_names`).
+        model: The base's architecture on the meta device.
+        changes: By name in the model (`changes.read_changes`).
+        adapter: The adapter's tensors.
+        arithmetic: How to merge.
+        keep_tied: Whether a change of tied input embeddings is one of the head too.
+
+    Raises:
+        MergeError: A weight to restore or to change is not in the checkpoint, or has another shape there.
+        AdapterError: The adapter's vocabulary is not one.
+    """
+    return _Planner(files, names, model, changes, adapter, arithmetic).plan(keep_tied=keep_tied)
+
+
+class _Planner:
+    def __init__(
+        self,
+        files: Sequence[TensorFile],
+        names: Mapping[str, str],
+        model: PreTrainedModel,
+        changes: Mapping[str, Change],
+        adapter: TensorFile,
+        arithmetic: Arithmetic,
+    ) -> None:
+        self.files, self.names, self.model, self.adapter = files, dict(names), model, adapter
+        self.changes, self.arithmetic = dict(changes), arithmetic
+        self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self.linears = {f"{name}.weight" for name in linear_names(model)}
+        self.transposed = {n for n in self.linears if isinstance(model.get_submodule(n.rpartition(".")[0]), Conv1D)}
+        self.file_of = {name: file for file in files for name in file.entries}
+        self.main_dtype = main_dtype(files)
+
+    def plan(self, *, keep_tied: bool) -> MergePlan:
+        tying = settle_tying(self.model, self.names, self.changes, self.adapter, keep_tied=keep_tied)
+        parameter_of = {name: parameter for parameter, name in self.names.items()}
+        self.names |= tying.borrowed
+        self.changes = dict(tying.changes)
+        self._check_sources()
+        outputs, restored = [], 0
+        for file in self.files:
+            wanted = [(name, parameter_of.get(name)) for name in file.entries]
+            wanted += [(new, new) for new, source in tying.borrowed.items() if source in file.entries]
+            tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+            tasks: list[Task] = []
+            for output_name, parameter in wanted:
+                source = file.entries[self.names[parameter] if parameter else output_name]
+                made, task = self._plan_tensor(file, source, output_name, parameter)
+                tensors += made
+                tasks.append(task)
+                restored += self.arithmetic.restore and parameter in self.linears
+            outputs.append(OutputFile(file.path.name, lay_out(tensors, file.metadata), tuple(tasks)))
+        return MergePlan(tuple(outputs), tying.vocabulary, tying.untied, restored, len(self.changes))
+
+    def _check_sources(self) -> None:
+        needed = set(self.changes) | (self.linears if self.arithmetic.restore or self.arithmetic.pack else set())
+        missing = sorted(name for name in needed if name not in self.names)
+        if missing:
+            raise MergeError(
+                f"{len(missing)} weights that were trained against are not in the base checkpoint as they are in the "
+                f"model, first {missing[0]}.",
+                "This checkpoint is rearranged as it is loaded; use the adapter unmerged.",
+            )
+        for name in sorted(needed):
+            found = self.file_of[self.names[name]].entries[self.names[name]]
+            if found.shape != self.shapes[name]:
+                raise MergeError(
+                    f"{found.name} is {found.shape} in the base checkpoint where its config.json makes it "
+                    f"{self.shapes[name]}.",
+                    "Give the base the adapter was trained on with --model.",
+                )
+
+    def _plan_tensor(
+        self, file: TensorFile, source: Entry, output_name: str, parameter: str | None
+    ) -> tuple[list[tuple[str, torch.dtype, tuple[int, ...]]], Task]:
+        """The output tensors made from one tensor of the base, and the work."""
+        change = self.changes.get(parameter, Change()) if parameter else Change()
+        linear, a = parameter in self.linears, self.arithmetic
+        ours = linear or parameter in self.changes or source.dtype == self.main_dtype
+        dtype = a.dtype if ours and source.dtype.is_floating_point else source.dtype
+        if change.replacement:
+            file, source = self.adapter, self.adapter.entries[change.replacement]
+        restore, pack, shape = linear and a.restore and not change.replacement, linear and a.pack, source.shape
+        if not (restore or pack or change.a or change.added or change.rows):
+            copied = Task(16 * COPY_BYTES, lambda: self._copy(file, source, output_name, dtype))
+            return [(output_name, dtype, shape)], copied
+        if change.added:
+            task = Task(16 * source.total_bytes, lambda: self._merge_bias(file, source, output_name, change, dtype))
+            return [(output_name, dtype, shape)], task
+        transposed = parameter in self.transposed
+
+        def blocks() -> Iterator[torch.Tensor]:
+            return self._merge_weight(file, source, change, dtype, restore=restore, transposed=transposed)
+
+        def run() -> Iterator[Piece]:
+            pieces = [torch.cat(list(blocks())).T] if transposed else blocks()
+            return ((output_name, piece) for piece in pieces)
+
+        buffers = 32 * ROWS_ELEMENTS
+        if pack:
+            parts = packed_layout(shape[::-1] if transposed else shape, a.quant_type, a.double_quant)
+            made = [(output_name + end, kind, size) for end, kind, size in parts]
+            held = prod(shape) * (source.dtype.itemsize * (1 + transposed) + 2 * dtype.itemsize + 1)
+            return made, Task(held + buffers, lambda: self._pack(blocks(), output_name))
+        # Most weights are read row by row; only what bitsandbytes itself restores, and a transpose, need all of it.
+        whole = transposed or (restore and (a.quant_type != "nf4" or a.device.type != "cpu" or shape[1] % BLOCK_SIZE))
+        held = prod(shape) * (2 * source.dtype.itemsize + 8) if whole else 0
+        return [(output_name, dtype, shape)], Task(held + buffers, run)
+
+    def _copy(self, file: TensorFile, source: Entry, name: str, dtype: torch.dtype) -> Iterator[Piece]:
+        for start in range(0, source.total_bytes, COPY_BYTES):
+            buffer = torch.empty(min(COPY_BYTES, source.total_bytes - start), dtype=torch.uint8)
+            file.read_into(buffer, source.start + start)
+            if dtype != source.dtype:
+                buffer = _rounded(buffer.view(source.dtype), dtype, source.name)
+            yield name, buffer
+
+    def _merge_bias(
+        self, file: TensorFile, source: Entry, name: str, change: Change, dtype: torch.dtype
+    ) -> Iterator[Piece]:
+        assert change.added
+        added = self.adapter.read(change.added).float()
+        yield name, _rounded(file.read(source.name).float() + change.scaling * added, dtype, name)
+
+    def _merge_weight(
+        self,
+        file: TensorFile,
+        source: Entry,
+        change: Change,
+        dtype: torch.dtype,
+        *,
+        restore: bool,
+        transposed: bool,
+    ) -> Iterator[torch.Tensor]:
+        """Blocks of rows of the merged weight, (out, in) also where the checkpoint holds it transposed."""
+        a = self.arithmetic
+        rows, columns = source.shape[::-1] if transposed else source.shape
+        whole = file.read(source.name).to(a.device).T.contiguous() if transposed else None
+
+        def read_rows(start: int, stop: int) -> torch.Tensor:
+            if whole is not None:
+                return whole[start:stop]
+            return file.read(source.name, slice(start, stop)).to(a.device)
+
+        def stored_rows(start: int, stop: int) -> torch.Tensor:
+            return read_rows(start, stop).to(torch.float32, copy=True)
+
+        rows_of: RowsOf = stored_rows
+        if restore:
+            rows_of = restored_rows(
+                read_rows,
+                (rows, columns),
+                name=source.name,
+                quant_type=a.quant_type,
+                double_quant=a.double_quant,
+                compute_dtype=a.compute_dtype,
+            )
+        step = max(1, (ROWS_ELEMENTS if a.device.type == "cpu" else GPU_ROWS_ELEMENTS) // columns)
+        for part in merge_rows(rows_of, load_factors(change, self.adapter, a.device), rows=rows, step=step):
+            yield _rounded(part, dtype, source.name).cpu()
+
+    def _pack(self, blocks: Iterator[torch.Tensor], name: str) -> Iterator[Piece]:
+        a = self.arithmetic
+        weight = torch.cat(list(blocks)).to(a.device)
+        for ending, value in pack_weight(weight, quant_type=a.quant_type, double_quant=a.double_quant).items():
+            value = value.cpu()
+            if "quant_state" in ending:
+                spaces = torch.full((QUANT_STATE_BYTES - value.numel(),), ord(" "), dtype=torch.uint8)
+                value = torch.cat([value, spaces])  # JSON may end in spaces
+            yield name + ending, value
+
+
+def packed_layout(
+    shape: tuple[int, ...], quant_type: str, double_quant: bool
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Endings, dtypes and shapes of the tensors a 4-bit checkpoint holds for one weight of `shape` (out, in)."""
+    blocks = -(-prod(shape) // BLOCK_SIZE)
+    made = [
+        ("", torch.uint8, ((prod(shape) + 1) // 2, 1)),
+        (".absmax", torch.uint8 if double_quant else torch.float32, (blocks,)),
+        (".quant_map", torch.float32, (16,)),
+        (f".quant_state.bitsandbytes__{quant_type}", torch.uint8, (QUANT_STATE_BYTES,)),
+    ]
+    if double_quant:
+        made += [
+            (".nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)),
+            (".nested_quant_map", torch.float32, (256,)),
+        ]
+    return made
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Rounds once, to nearest even.
+
+    Raises:
+        MergeError: A result is not finite.
+    """
+    result = values.to(dtype)
+    # A sum is NaN or infinite when a term is, and 10 times cheaper than a test of every term.
+    checked = [values, result] if dtype == torch.float16 else [values]
+    if not all(bool(torch.isfinite(v.sum(dtype=torch.float32))) for v in checked) and not bool(
+        torch.isfinite(result).all()
+    ):
+        source_bad = not bool(torch.isfinite(values).all())
+        raise MergeError(
+            f"{name} holds NaN or infinity in the base."
+            if source_bad
+            else f"{name} has values too large for {dtype_name(dtype)}.",
+            "Download the base again." if source_bad else "Add --dtype bfloat16.",
+        )
+    return result

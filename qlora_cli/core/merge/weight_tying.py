@@ -1,0 +1,111 @@
+"""Changes of input embeddings and output head in; whether the two stay one tensor, and whether they agree, out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_cli.core.merge.delta import Change
+from qlora_cli.core.storage.safetensors_file import TensorFile
+from qlora_cli.errors import AdapterError
+
+COMPARED_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Tying:
+    """How the embeddings of the merged model are stored.
+
+    Attributes:
+        changes: As given, or with the change of one embedding made one of both.
+        borrowed: Parameters that share a tensor in the base and need their own now → the base tensor to start from.
+        untied: Whether the base's embeddings are tied and the merged ones are not.
+        vocabulary: New number of embedding rows, None where it stays.
+    """
+
+    changes: Mapping[str, Change]
+    borrowed: Mapping[str, str]
+    untied: bool
+    vocabulary: int | None
+
+
+def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Parameter names of the input embeddings and of the output head, as far as there is one."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    places = {id(module): name for name, module in model.named_modules()}
+    return f"{places[id(inputs)]}.weight", None if head is None else f"{places[id(head)]}.weight"
+
+
+def settle_tying(
+    model: PreTrainedModel,
+    names: Mapping[str, str],
+    changes: Mapping[str, Change],
+    adapter: TensorFile,
+    *,
+    keep_tied: bool,
+) -> Tying:
+    """Decides how embeddings are stored that the base ties and the adapter may have changed apart.
+
+    PEFT changes only the module it is attached to, so a tied base's other end keeps the old weights, except for
+    trained tokens, which PEFT trains in both.
+
+    Args:
+        model: The base's architecture.
+        names: Name in the model → name in the checkpoint.
+        changes: By name in the model.
+        adapter: The adapter's tensors.
+        keep_tied: PEFT's `ensure_weight_tying`.
+
+    Raises:
+        AdapterError: The embeddings it brings are not one vocabulary.
+    """
+    inputs, head = embedding_names(model)
+    changes = dict(changes)
+    vocabulary = _check_vocabulary(model, changes, adapter, inputs, head)
+    state = model.state_dict(keep_vars=True)
+    if head is None or state[inputs] is not state[head]:
+        return Tying(changes, {}, False, vocabulary)
+    first, second = changes.get(inputs), changes.get(head)
+    if first and not second and (keep_tied or first.rows):
+        second = changes[head] = first
+    present = [name for name in (inputs, head) if name in names]
+    if not present or first == second or _same_replacement(first, second, adapter):
+        kept = {name: change for name, change in changes.items() if name in present or name not in (inputs, head)}
+        return Tying(kept, {}, False, vocabulary)
+    borrowed = {name: names[present[0]] for name in (inputs, head) if name not in present}
+    return Tying(changes, borrowed, True, vocabulary)
+
+
+def _same_replacement(first: Change | None, second: Change | None, adapter: TensorFile) -> bool:
+    """Whether both are replaced by equal tensors: PEFT saves both ends of tied embeddings that were resized."""
+    if not first or not second or not first.replacement or not second.replacement:
+        return False
+    one, two = adapter.entries[first.replacement], adapter.entries[second.replacement]
+    if replace(first, replacement=None, embedding=False) != replace(second, replacement=None, embedding=False):
+        return False
+    return (one.shape, one.dtype) == (two.shape, two.dtype) and all(
+        torch.equal(adapter.read(one.name, rows), adapter.read(two.name, rows))
+        for rows in (slice(i, min(i + COMPARED_ROWS, one.shape[0])) for i in range(0, one.shape[0], COMPARED_ROWS))
+    )
+
+
+def _check_vocabulary(
+    model: PreTrainedModel, changes: Mapping[str, Change], adapter: TensorFile, inputs: str, head: str | None
+) -> int | None:
+    state = model.state_dict(keep_vars=True)
+
+    def rows_of(name: str) -> int:
+        change = changes.get(name)
+        return adapter.entries[change.replacement].shape[0] if change and change.replacement else state[name].shape[0]
+
+    old, new = state[inputs].shape[0], rows_of(inputs)
+    last = max(changes[inputs].token_indices, default=0) if inputs in changes else 0
+    if last >= new:
+        raise AdapterError(f"The adapter trains token {last}, but the base has only {new} embedding rows.")
+    if head is not None and state[head] is not state[inputs] and rows_of(head) != new:
+        raise AdapterError(
+            f"The adapter makes {new} input embeddings and {rows_of(head)} rows in the output head.",
+            "Save it with both: save_embedding_layers=True.",
+        )
+    return new if new != old else None

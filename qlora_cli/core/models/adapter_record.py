@@ -1,0 +1,81 @@
+"""An adapter directory in; which base it belongs to, and how prompts were formatted in its training, out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_cli.artifacts import MERGE_RECORD, find_run_record, read_json
+from qlora_cli.core.models.loading import BaseIdentity
+from qlora_cli.core.models.lora import read_adapter
+from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter, and what its run recorded where it did."""
+
+    directory: Path
+    base_name: str | None  # as the adapter's own configuration has it
+    base: BaseIdentity | None
+    formatting: Formatting | None
+
+    def name_base(self) -> tuple[str, str | None]:
+        """Model and revision of the base it was trained on.
+
+        Raises:
+            AdapterError: It does not say.
+        """
+        if self.base is not None:
+            return self.base.model, self.base.revision
+        if self.base_name is None:
+            raise AdapterError(
+                f"The adapter in {self.directory} does not say which base it belongs to.",
+                "Name the base with --model.",
+            )
+        return self.base_name, None
+
+    def require_base(self, identity: BaseIdentity) -> None:
+        """Checks that a base has the configuration and weights of the one in training, wherever it lies.
+
+        Raises:
+            AdapterError: It does not.
+        """
+        if self.base is None:
+            return
+        for field, what in (("config_sha256", "a different configuration"), ("weights_sha256", "different weights")):
+            if getattr(identity, field) != getattr(self.base, field):
+                raise AdapterError(
+                    f"The adapter in {self.directory} was trained on {self.base.model}; {identity.model} has {what}.",
+                    f"Give the base it was trained on: --model {self.base.model}",
+                )
+
+
+def read_source(directory: Path) -> AdapterSource:
+    """What an adapter says of itself.
+
+    Raises:
+        AdapterError: There is none, or it cannot be read.
+        RunError: Its run record cannot be read.
+    """
+    facts = read_adapter(directory)
+    record = find_run_record(directory)
+    base, formatting = record.get("base"), record.get("formatting")
+    return AdapterSource(
+        directory,
+        facts.base_model,
+        BaseIdentity.from_dict(base) if base else None,
+        Formatting.from_dict(formatting) if formatting else None,
+    )
+
+
+def read_merge_record(model_directory: Path) -> tuple[bool, Formatting | None]:
+    """Whether a model was merged by `qlora merge`, and how prompts were formatted in its training.
+
+    Raises:
+        RunError: The record cannot be read.
+    """
+    path = model_directory / MERGE_RECORD
+    if not path.is_file():
+        return False, None
+    formatting = read_json(path).get("formatting")
+    return True, Formatting.from_dict(formatting) if formatting else None

@@ -1,0 +1,284 @@
+"""A frozen base in, the same base with a LoRA adapter out; adapters read, checked and saved. peft is spoken to here."""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.core.models.loading import head_names, linear_names, logical_numel
+from qlora_cli.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter's own files say, without its base."""
+
+    rank: int
+    alpha: float
+    scaling: float  # factor on B @ A
+    dropout: float
+    target_modules: tuple[str, ...]
+    base_model: str | None
+    rslora: bool
+    dora: bool
+    modules_to_save: tuple[str, ...]
+    tensors: Mapping[str, tuple[tuple[int, ...], str]]  # name → (shape, safetensors dtype)
+    config: Mapping[str, Any]  # adapter_config.json
+
+
+def find_targets(model: PreTrainedModel, target_modules: tuple[str, ...] | None) -> list[str]:
+    """Module names for PEFT: those asked for, or the last names of every linear layer but the head.
+
+    Raises:
+        AdapterError: A name matches no module that an adapter can be attached to.
+    """
+    linears = linear_names(model)
+    if target_modules is None:
+        if not linears:
+            raise AdapterError("The model has no linear layer to adapt.", "Name modules with --target-modules.")
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        others = [name for name, _ in model.named_modules() if name and name not in set(linears)]
+        clashing = any(name.rsplit(".", 1)[-1] in leaves for name in others)
+        return sorted(linears) if clashing else leaves
+    adaptable = [*linears, *head_names(model)]
+    adaptable += [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in adaptable)]
+    if missing:
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+        raise AdapterError(
+            f"--target-modules {', '.join(missing)} matches no linear layer of this {model.config.model_type} model.",
+            f"Its linear layers are: {known}.",
+        )
+    return list(target_modules)
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: tuple[str, ...] | None = None,
+    rslora: bool = False,
+    dora: bool = False,
+    modules_to_save: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> PeftModel:
+    """Attaches a fresh LoRA adapter in float32: A Kaiming-uniform, B zero (https://arxiv.org/abs/2106.09685, 4.1).
+
+    Args:
+        model: A base from `load_base`, or a meta model from `build_empty`.
+        rank: r; A is (r, in), B is (out, r).
+        alpha: B @ A is scaled by alpha / r, or alpha / sqrt(r) with `rslora`.
+        dropout: On the adapter's input.
+        target_modules: Names or name endings; None for every linear layer but the head.
+        rslora: https://arxiv.org/abs/2312.03732
+        dora: https://arxiv.org/abs/2402.09353
+        modules_to_save: Modules trained in full and saved with the adapter.
+        seed: Of A; the global random state is left as it was.
+
+    Raises:
+        AdapterError: A target matches nothing, or a value is out of range.
+    """
+    if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
+        raise AdapterError(
+            f"rank {rank}, alpha {alpha}, dropout {dropout} make no adapter.",
+            "Use --rank 1 or more, --alpha above 0, and --dropout from 0 to below 1.",
+        )
+    for name in modules_to_save or ():
+        if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
+            raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")
+    whole_alpha: Any = int(alpha) if float(alpha).is_integer() else alpha  # as peft writes it
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=whole_alpha,
+        lora_dropout=dropout,
+        target_modules=find_targets(model, target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+        use_rslora=rslora,
+        use_dora=dora,
+        modules_to_save=list(modules_to_save) if modules_to_save else None,
+    )
+    parameter = next(model.parameters())
+    cuda = [parameter.device] if parameter.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=parameter.device.type == "meta")
+    if modules_to_save:
+        for name, trained in peft_model.named_parameters():
+            if trained.requires_grad and "modules_to_save" in name:
+                trained.data = trained.data.float()  # full modules train in float32 like the adapter
+    return peft_model
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel, directory: Path, *, trainable: bool = False, name: str = "default"
+) -> PeftModel:
+    """Loads an adapter onto a base, or one more onto a model that has some.
+
+    Raises:
+        AdapterError: No adapter there, pickle weights, or shapes that belong to another base.
+    """
+    facts = read_adapter(directory)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if isinstance(model, PeftModel):
+                result = model.load_adapter(str(directory), adapter_name=name, is_trainable=trainable)
+                peft_model = model
+            else:
+                peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=name, is_trainable=trainable)
+                result = None
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        made_for = f" (made for {facts.base_model})" if facts.base_model else ""
+        raise AdapterError(
+            f"The adapter in {directory}{made_for} does not fit this base: {_first_mismatch(error)}",
+            "Give the base it was trained on with --model.",
+        ) from error
+    if result is not None and result.unexpected_keys:
+        raise AdapterError(
+            f"The adapter in {directory} has tensors this base has no place for, first {result.unexpected_keys[0]}.",
+            "Give the base it was trained on with --model.",
+        )
+    loaded = adapter_state(peft_model, name)
+    missing = sorted(set(facts.tensors) - set(loaded))
+    if missing:
+        raise AdapterError(
+            f"The adapter in {directory} has {len(missing)} tensors this base has no place for, first {missing[0]}.",
+            "Give the base it was trained on with --model.",
+        )
+    return peft_model
+
+
+def _first_mismatch(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+    return detail[:300]
+
+
+def adapter_state(peft_model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names PEFT saves them by, on their device, sharing storage."""
+    # "auto" would ask the hub whether the vocabulary was resized; this project never resizes it.
+    return get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+
+
+def load_adapter_state(peft_model: PeftModel, state: Mapping[str, torch.Tensor], name: str = "default") -> None:
+    """Puts saved adapter tensors back, in place.
+
+    Raises:
+        AdapterError: The names or shapes are not this adapter's.
+    """
+    current = adapter_state(peft_model, name)
+    wrong = [n for n in sorted(set(current) | set(state)) if n not in current or n not in state]
+    wrong += [n for n in current if n in state and current[n].shape != state[n].shape]
+    if wrong:
+        raise AdapterError(f"The saved adapter does not match: {wrong[0]} and {len(wrong) - 1} more tensors differ.")
+    set_peft_model_state_dict(peft_model, dict(state), adapter_name=name)
+
+
+def save_adapter(peft_model: PeftModel, directory: Path, *, base_name: str, name: str = "default") -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, loadable by `PeftModel.from_pretrained`.
+
+    No network call is made.
+
+    Args:
+        peft_model: The model with the adapter.
+        directory: Existing directory.
+        base_name: Hub id or directory recorded as the base.
+        name: Of the adapter in the model.
+    """
+    state = {key: value.detach().to("cpu").contiguous() for key, value in adapter_state(peft_model, name).items()}
+    save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = peft_model.peft_config[name].to_dict()
+    config["base_model_name_or_path"] = base_name
+    config["inference_mode"] = True
+    content = json.dumps(_plain(config), indent=2, sort_keys=True)
+    (directory / ADAPTER_CONFIG).write_text(content + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Sets as sorted lists and enums as their values, so that JSON can hold them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value)
+
+
+def read_adapter(directory: Path) -> AdapterFacts:
+    """Reads what an adapter directory says of itself.
+
+    Raises:
+        AdapterError: No adapter there, pickle weights only, or files that cannot be read.
+    """
+    config_path, weights_path = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+    if not config_path.is_file():
+        raise AdapterError(
+            f"There is no adapter in {directory}: {ADAPTER_CONFIG} is missing.",
+            "Train one with: qlora train, or give --adapter the right directory.",
+        )
+    if not weights_path.is_file():
+        pickle = next(directory.glob("adapter_model*.bin"), None)
+        found = f"only {pickle.name}, a pickle file, is there and is not read" if pickle else "it is missing"
+        raise AdapterError(f"{weights_path} is needed: {found}.", "Save the adapter as safetensors.")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if config.get("peft_type") != "LORA":
+            raise AdapterError(
+                f"{directory} holds a {config.get('peft_type')} adapter.", "Only LoRA adapters are read."
+            )
+        with safe_open(weights_path, framework="pt") as reader:
+            tensors = {}
+            for name in reader.keys():  # noqa: SIM118 - not a mapping
+                part = reader.get_slice(name)
+                tensors[name] = (tuple(part.get_shape()), part.get_dtype())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"The adapter in {directory} cannot be read: {error}.", "Use an earlier checkpoint."
+        ) from error
+    rslora = bool(config.get("use_rslora"))
+    targets = config.get("target_modules") or ()
+    return AdapterFacts(
+        rank=rank,
+        alpha=alpha,
+        scaling=alpha / (rank**0.5 if rslora else rank),
+        dropout=float(config.get("lora_dropout") or 0),
+        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        base_model=config.get("base_model_name_or_path"),
+        rslora=rslora,
+        dora=bool(config.get("use_dora")),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        tensors=tensors,
+        config=config,
+    )
+
+
+def adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose result depends on the adapter in effect: tuned layers, and those trained and saved as a whole."""
+    return (m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; a packed 4-bit weight counts the weights it holds, a tied one counts once."""
+    parameters = list(model.parameters())
+    total = sum(logical_numel(parameter) for parameter in parameters)
+    return sum(logical_numel(parameter) for parameter in parameters if parameter.requires_grad), total

@@ -1,0 +1,234 @@
+"""A quantised base in, a verified copy on the local disk; from there the same base again, without quantising.
+
+A copy is one safetensors file and a manifest under ~/.cache/qlora/base/KEY (QLORA_CACHE moves the root). The key
+covers all that decides a single bit of it. Files are written whole or not at all; every byte is compared with the
+manifest's SHA-256 while it is read.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from qlora_cli.artifacts import atomic_directory, read_json
+from qlora_cli.core.distributed.weight_shards import Slices
+from qlora_cli.core.storage import hashed_file as hashed_tensors
+from qlora_cli.core.storage.hashed_file import HashedFile, write_tensors
+from qlora_cli.errors import DiskFull, QloraError, RunError
+from qlora_cli.events import Caution, Notice, Report
+
+FORMAT = 1  # raised when an older copy cannot be read
+WEIGHTS, MANIFEST = "base.safetensors", "base.json"
+SPARE_BYTES = 2 * 2**30  # room left on the disk beside a copy
+FOUR_BIT = "quant_state.bitsandbytes__"  # how the state of a packed weight begins, behind "weight."
+HOST = torch.device("cpu")
+
+MakeLinear = Callable[[dict[str, Tensor], Tensor | None], nn.Module]
+
+
+def cache_root() -> Path:
+    """Where this project keeps what can be made again."""
+    return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
+
+
+def base_directory(facts: Mapping[str, Any]) -> Path:
+    """Where the copy of a base is, or would be.
+
+    Args:
+        facts: All that decides its content beside the versions: digests of configuration and weights, quantisation
+            settings, dtype and device type.
+    """
+    minor = {name: version(name).split("+")[0].rsplit(".", 1)[0] for name in ("bitsandbytes", "transformers")}
+    content = json.dumps({"format": FORMAT, **minor, **facts}, sort_keys=True)
+    return cache_root() / "base" / hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def cache_size_bytes() -> int:
+    """Bytes that all copies take."""
+    return sum(path.stat().st_size for path in (cache_root() / "base").glob("*/*") if path.is_file())
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_base(model: Any, facts: Mapping[str, Any], report: Report | None = None, slices: Slices | None = None) -> None:
+    """Keeps a copy of a quantised base, unless there is one or the disk is short.
+
+    Args:
+        model: As `load_base` made it, before an adapter is attached.
+        facts: See `base_directory`.
+        report: Told when no copy could be kept: the work goes on without.
+        slices: Of which the model holds this rank's: then all ranks come here, and the main one writes what it gathers.
+    """
+    directory = base_directory(facts)
+    is_main = slices.ranks.is_main if slices else os.environ.get("RANK", "0") == "0"
+    shapes = {name: _whole_shape(model, name, tensor) if slices else tensor for name, tensor in _tensors_of(model)}
+    wanted = is_main and not directory.exists() and _has_room(directory.parent, shapes.values(), report)
+    if slices:
+        wanted = bool(slices.ranks.highest(int(wanted), model.device))
+    if not wanted:
+        return
+    values = (
+        slices.gather(tensor, shapes[name], model.device) if slices and shapes[name].is_meta else tensor
+        for name, tensor in _tensors_of(model)
+    )
+    try:
+        if is_main:
+            with atomic_directory(directory, replace=True) as temporary:
+                with (temporary / WEIGHTS).open("wb") as stream:
+                    digests = write_tensors(stream, shapes, values)
+                manifest = {
+                    "format": FORMAT,
+                    "facts": dict(facts),
+                    "hashed_bytes": hashed_tensors.HASHED_BYTES,
+                    "sha256": digests,
+                    "generation_config": model.generation_config.to_dict(),
+                }
+                (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    except (DiskFull, OSError) as error:  # a convenience only: never a reason to stop
+        if report:
+            report(Caution(f"The quantised base could not be kept in {directory.parent}: {error}"))
+    for _ in values:
+        pass  # every rank takes part in what is gathered, whether it or the main one writes or not
+
+
+def _has_room(directory: Path, tensors: Iterable[Tensor], report: Report | None) -> bool:
+    total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(directory).free >= total_bytes + SPARE_BYTES:
+        return True
+    if report:
+        report(Notice(f"The quantised base is not kept in {directory}: the disk is nearly full."))
+    return False
+
+
+def _whole_shape(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor on the meta device as it is once gathered, for one that ranks hold shares of; any other as it is."""
+    match = re.fullmatch(r"(.+)\.weight(\.absmax)?", name)
+    state = getattr(model.get_submodule(match[1]).weight, "quant_state", None) if match else None
+    if match is None or state is None:
+        return tensor
+    elements = state.shape.numel()
+    shape = (-(-elements // state.blocksize),) if match[2] else (-(-elements // 2), 1)
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer once, packed weights with what undoes the packing."""
+    own = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own
+    state = model.state_dict()
+    yield from ((name, tensor) for name, tensor in state.items() if name not in tied)
+    yield from ((name, tensor) for name, tensor in model.named_buffers() if name not in state)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def restore_base(
+    facts: Mapping[str, Any],
+    build: Callable[[], Any],
+    make_linear: MakeLinear,
+    device: torch.device,
+    report: Report | None = None,
+    slices: Slices | None = None,
+) -> Any | None:
+    """The base whose copy is here; None where there is none that can be used.
+
+    A damaged copy is told and removed.
+
+    Args:
+        facts: See `base_directory`.
+        build: Gives the model on the meta device, unquantised.
+        make_linear: Makes a 4-bit linear of a packed weight (under ""), what undoes the packing (under the ending each
+            has in a checkpoint, such as ".absmax") and a bias.
+        device: Where it goes.
+        report: Told what is read.
+        slices: Keep this rank's share of each packed weight and its constants only.
+
+    Returns:
+        The model, every tensor on `device`, bit for bit the one that was saved.
+    """
+    directory = base_directory(facts)
+    if not (directory / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_json(directory / MANIFEST)
+        tensors = _read(directory / WEIGHTS, manifest, device, slices)
+        model = build()
+        _fill(model, tensors, make_linear)
+    except (RunError, OSError, ValueError, KeyError, AttributeError) as error:
+        if report:
+            told = error.message if isinstance(error, QloraError) else str(error)
+            report(Caution(f"The copy of the quantised base in {directory} is made anew: {told}"))
+        error.__traceback__ = None  # it holds what was read, on the device that is about to be filled again
+        shutil.rmtree(directory, ignore_errors=True)
+        return None
+    model.generation_config = GenerationConfig.from_dict(manifest["generation_config"])
+    if report:
+        report(Notice(f"Using the quantised base kept in {directory.parent}."))
+    return model
+
+
+def _read(path: Path, manifest: Mapping[str, Any], device: torch.device, slices: Slices | None) -> dict[str, Tensor]:
+    """Every tensor of the file, verified, on the device.
+
+    Raises:
+        RunError: A byte is not what was written.
+    """
+    with HashedFile(path, manifest["sha256"], int(manifest["hashed_bytes"])) as file:
+        packed = {name.split(f".{FOUR_BIT}")[0] for name in file.entries if f".weight.{FOUR_BIT}" in name}
+        spread = {name for weight in packed for name in (weight, f"{weight}.absmax")} if slices else set()
+        tensors, parts = {}, []
+        for name, entry in file.entries.items():
+            if slices and name in spread:
+                elements = entry.shape.numel()
+                first, last = slices.bounds(elements)
+                tensors[name] = slices.blank(elements, entry.dtype, device)
+                parts.append((entry.start + first * entry.dtype.itemsize, tensors[name][: last - first]))
+            else:
+                home = HOST if FOUR_BIT in name else device  # the state itself is read by the host
+                tensors[name] = torch.empty(entry.shape, dtype=entry.dtype, device=home)
+                parts.append((entry.start, tensors[name]))
+        file.fill(parts, device)
+    return tensors
+
+
+def _fill(model: Any, tensors: dict[str, Tensor], make_linear: MakeLinear) -> None:
+    """Puts tensors into a model on the meta device.
+
+    Raises:
+        RunError: The model has another structure than the one that was saved.
+    """
+    packed: dict[str, dict[str, Tensor]] = {}
+    for state_name in [name for name in tensors if f".weight.{FOUR_BIT}" in name]:
+        name = state_name.split(f".weight.{FOUR_BIT}")[0]
+        packed[name] = {"": tensors.pop(f"{name}.weight")}
+    for key in list(tensors):
+        name, _, ending = key.rpartition(".weight.")
+        if name in packed:
+            packed[name][f".{ending}"] = tensors.pop(key)
+    for name, parts in packed.items():
+        model.set_submodule(name, make_linear(parts, tensors.pop(f"{name}.bias", None)))
+    for name, tensor in tensors.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            raise RunError(f"the model has no {name} any more.")
+    model.tie_weights()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise RunError(f"{name} is not in it.")

@@ -1,0 +1,363 @@
+"""A model on the meta device in; what each decoder layer keeps and how high its passes reach, a token, out.
+
+Nothing is computed or allocated: layers run forward and backward on tensors without values, and the bytes of the
+tensors alive are counted. Ops whose insides the meta device does not have are imitated by `stand_ins`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from math import inf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.core.engine.decoder_layers import find_layers
+from qlora_cli.core.engine.lm_head import chunk_tokens, find_decoder
+from qlora_cli.core.engine.packed_attention import takes_equal_rows
+from qlora_cli.core.models.loading import PLAIN_LINEAR_SUBCLASSES, linear_names
+from qlora_cli.core.planning.live_bytes import LiveBytes
+from qlora_cli.core.planning.meta_ops import Attention, CatchAttention, Linear, Loss, Sink, Source, stand_in_attention
+from qlora_cli.errors import ModelError, first_line
+
+# So many that what does not grow with the tokens, such as an adapter's gradient, is next to nothing. The second length
+# is needed only where attention is written out, and grows with the tokens' square.
+TRACED_TOKENS = (4096, 8192)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that grow with a micro-batch: so many a token, and so many a pair of tokens of one row."""
+
+    per_token: float
+    per_pair: float  # where attention is written out: scores of every pair
+
+    def bytes(self, tokens: int, row_tokens: int) -> float:
+        """Bytes for `tokens` in rows of `row_tokens`."""
+        return tokens * (self.per_token + self.per_pair * row_tokens)
+
+
+@dataclass(frozen=True)
+class Height:
+    """The highest moments of a pass: with so much scratch memory in use, the most that was alive beside it."""
+
+    moments: tuple[tuple[int, Growth], ...]
+
+    def bytes(self, tokens: int, row_tokens: int, most_scratch: float = inf) -> float:
+        """Bytes at the highest moment, where no more scratch memory than `most_scratch` is ever needed."""
+        return max(min(scratch, most_scratch) + growth.bytes(tokens, row_tokens) for scratch, growth in self.moments)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One layer's forward and backward pass."""
+
+    held: Growth  # between the two
+    forward: Height
+    backward: Height
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One decoder layer, its input counted as its own where it is held."""
+
+    hidden: int  # elements a token of its input and its output
+    keys_and_values: int  # elements a token that a cache holds for it
+    kept: Pass  # its activations kept
+    recomputed: Pass  # its input kept, the rest made again
+    compiled: Pass  # activations kept, and a compiler that makes again what is elementwise
+
+
+@dataclass(frozen=True)
+class ModelTrace:
+    """A training step."""
+
+    layers: tuple[LayerTrace, ...]
+    tail: Height  # all before the first and after the last layer, the loss included
+    vocabulary: int
+
+
+def trace_model(model: Any, *, fused: bool) -> ModelTrace:
+    """Follows a training step.
+
+    Args:
+        model: A causal language model on the meta device, in the compute dtype, with its adapter attached.
+        fused: Whether the fast engine runs it, or PEFT, bitsandbytes and transformers alone.
+
+    Raises:
+        ModelError: The model cannot be followed without real numbers.
+    """
+    model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)  # as in a training loop, where gradients are added up
+    try:
+        short = _Trace(model, TRACED_TOKENS[0], fused)
+        linear = all(layer.keys_and_values for layer in short.result.layers)
+        long = None if linear else _Trace(model, TRACED_TOKENS[1], fused)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        reason = first_line(error) or type(error).__name__
+        raise ModelError(
+            f"The forward pass of {model.config.model_type} cannot be followed without weights: {reason}.",
+            "Its memory cannot be predicted; its parameters can be counted.",
+        ) from error
+    return short.result if long is None else _separate(short.result, long.result)
+
+
+def _separate(short: Any, long: Any) -> Any:
+    """One trace from two lengths, told apart what grows with the tokens and what with their square."""
+    if isinstance(short, Growth):
+        per_pair = max(0.0, (long.per_token - short.per_token) / (TRACED_TOKENS[1] - TRACED_TOKENS[0]))
+        return Growth(short.per_token - per_pair * TRACED_TOKENS[0], per_pair)
+    if isinstance(short, tuple):
+        return tuple(_separate(a, b) for a, b in zip(short, long, strict=True))
+    if is_dataclass(short):
+        parts = {part.name: _separate(getattr(short, part.name), getattr(long, part.name)) for part in fields(short)}
+        return replace(short, **parts)  # type: ignore[type-var]
+    return short
+
+
+@dataclass
+class _Call:
+    """How the model calls one of its layers."""
+
+    module: Any
+    arguments: tuple
+    keywords: dict[str, Any]
+    output: Any
+
+    def answer(self, hidden: Tensor) -> Any:
+        """What the model expects of the layer, with these hidden states."""
+        return (hidden, *self.output[1:]) if isinstance(self.output, tuple) else hidden
+
+
+class _Trace:
+    """One step at one length."""
+
+    def __init__(self, model: Any, tokens: int, fused: bool) -> None:
+        self.model, self.tokens, self.fused = model, tokens, fused
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder = find_decoder(self.base)
+        self.modules: list[Any] = find_layers(self.decoder)
+        # As `packed_attention` has them. Rows of one length, what takes most, go to cuDNN as they are, where it takes them.
+        self.token_by_token = fused and not takes_equal_rows(self.decoder, torch.device("cuda"))
+        self.live = LiveBytes()
+        self.keys_and_values = 0
+        self.noting = False  # whether what opaque ops read, and linears make of what, is written down and so kept alive
+        self.read: dict[int, Tensor] = {}
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+        self.anchor = torch.empty((), device="meta", requires_grad=True)
+        with _forwards(*self._stand_in_linears()), stand_in_attention(self.base, self._attend) as needs_mask:
+            ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+            self.inputs = {"attention_mask": torch.ones_like(ids)} if needs_mask else {}
+            # Layers of one kind are alike, but for the first, whose input asks for no gradient: embeddings are frozen.
+            kinds = [
+                (number == 0, type(module), tuple(parameter.shape for parameter in module.parameters()))
+                for number, module in enumerate(self.modules)
+            ]
+            calls = self._capture_calls(ids, kinds)
+            traced = {kind: self._trace_layer(call, differentiable=not kind[0]) for kind, call in calls.items()}
+            tail = self._trace_tail(ids, [calls[kind] for kind in kinds])
+        vocabulary = self.base.get_output_embeddings().weight.shape[0]
+        self.result = ModelTrace(tuple(traced[kind] for kind in kinds), tail, vocabulary)
+
+    # ------------------------------------------------------------ stand-ins
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.token_by_token:
+            query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
+        output = Attention.apply(query, key, value)
+        self.keys_and_values += key.shape[1] * (key.shape[3] + value.shape[3])
+        self._note_read(query, key, value, output)
+        return output
+
+    def _stand_in_linears(self) -> tuple[list[Any], list[Callable]]:
+        """Every linear layer with its stand-in; with the fused engine its adapter is part of it."""
+        modules, forwards = [], []
+        for name in linear_names(self.model):
+            module = self.model.get_submodule(name.removesuffix(".base_layer") if self.fused else name)
+            base = getattr(module, "base_layer", module)
+            if type(base) in (nn.Linear, Conv1D) or type(base).__name__ in PLAIN_LINEAR_SUBCLASSES:
+                out_features = base.out_features if hasattr(base, "out_features") else base.nf  # Conv1D
+                modules.append(module)
+                forwards.append(self._linear(out_features, *_adapter_of(module)))
+        return modules, forwards
+
+    def _linear(self, out_features: int, a: Tensor | None, b: Tensor | None, dropout: float) -> Callable:
+        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            y = Linear.apply(x, out_features, dropout, self.live, a, b)
+            if self.noting:
+                self.made[_storage(y)] = (y, x)
+            if a is not None:
+                self._note_read(x)
+            return y
+
+        return forward
+
+    def _grow(self, total_bytes: int) -> Growth:
+        return Growth(total_bytes / self.tokens, 0.0)
+
+    def _rise(self, highest_bytes: dict[int, int]) -> Height:
+        return Height(tuple((scratch, self._grow(alive)) for scratch, alive in sorted(highest_bytes.items())))
+
+    # ------------------------------------------------------------ layers
+
+    def _capture_calls(self, ids: Tensor, kinds: list[Any]) -> dict[Any, _Call]:
+        """How the model calls the first layer of each kind; those like it pass their input on."""
+        calls: dict[Any, _Call] = {}
+
+        def pass_on(module: Any, kind: Any) -> Callable:
+            def forward(*arguments: Any, **keywords: Any) -> Any:
+                if kind in calls:
+                    return calls[kind].answer(arguments[0])
+                output = type(module).forward(module, *arguments, **keywords)
+                calls[kind] = _Call(module, arguments, keywords, output)
+                return output
+
+            return forward
+
+        with (
+            torch.no_grad(),
+            CatchAttention(self._attend),
+            _forwards(self.modules, list(map(pass_on, self.modules, kinds))),
+        ):
+            self.decoder(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs)
+        return calls
+
+    def _trace_layer(self, call: _Call, *, differentiable: bool) -> LayerTrace:
+        self.keys_and_values = 0
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            with CatchAttention(self._attend):
+                return call.module(*arguments, **keywords)
+
+        kept = self._follow(run, call, differentiable=differentiable)
+        keys_and_values = self.keys_and_values
+
+        def again(*arguments: Any, **keywords: Any) -> Any:
+            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+        recomputed = self._follow(again, call, differentiable=differentiable)
+        hidden = call.arguments[0].shape[-1]
+        return LayerTrace(hidden, keys_and_values, kept, recomputed, self._compile(call))
+
+    def _follow(self, run: Callable, call: _Call, *, differentiable: bool) -> Pass:
+        """Runs a layer forward and backward and counts."""
+        self.live.reset()
+        with self.live:
+            inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
+            output = run(inputs if differentiable else inputs.detach(), *call.arguments[1:], **call.keywords)
+            output = output[0] if isinstance(output, tuple) else output
+            del inputs
+            held_bytes = self.live.now_bytes - output.untyped_storage().nbytes()
+            forward = self.live.restart()
+            end = Sink.apply(output)
+            del output
+            end.backward()
+        return Pass(self._grow(held_bytes), self._rise(forward), self._rise(self.live.highest_bytes))
+
+    def _compile(self, call: _Call) -> Pass:
+        """The same under a compiler, by rule instead of by count.
+
+        Kept are what opaque ops (linears with adapters, attention) and norms read, and the outputs of linears that an
+        activation's gradient needs; all else is elementwise on these and made again. Inductor's partitioner does not
+        make again what an opaque op reads in the backward pass (functorch's ban_recompute_materialized_backward). The
+        backward pass is highest where the widest activation's gradients meet, or in a linear.
+        """
+        self.read, self.made, self.noting = {}, {}, True
+        saved: set[int] = set()
+
+        def save(tensor: Tensor) -> Tensor:
+            saved.add(_storage(tensor))
+            return tensor
+
+        norms = [
+            part for part in call.module.modules() if list(part.parameters(recurse=False)) and not list(part.children())
+        ]
+        handles = [
+            part.register_forward_pre_hook(lambda _, arguments: self._note_read(arguments[0]))
+            for part in norms
+            if "forward" not in vars(part)  # linears have their stand-in there
+        ]
+        try:
+            with saved_tensors_hooks(save, lambda tensor: tensor), CatchAttention(self._attend):
+                inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
+                call.module(inputs, *call.arguments[1:], **call.keywords)
+        finally:
+            self.noting = False
+            for handle in handles:
+                handle.remove()
+        made = {key: tensor for key, (tensor, _) in self.made.items() if key in saved}
+        kept_bytes = sum(tensor.nbytes for tensor in (self.read | made).values())
+        hidden_bytes = inputs.nbytes
+        linears = [(read.nbytes, tensor.nbytes) for tensor, read in self.made.values()]
+        widest = max((read for read, _ in linears), default=0)
+        gradients = widest + sum(tensor for _, tensor in linears if tensor >= widest) + hidden_bytes
+        backward = {0: kept_bytes + gradients}
+        for read, tensor in linears:
+            scratch = read // self.tokens * (tensor // self.tokens) // inputs.element_size()
+            backward[scratch] = max(backward.get(scratch, 0), kept_bytes + read + tensor + hidden_bytes)
+        return Pass(self._grow(kept_bytes), self._rise({0: kept_bytes + hidden_bytes}), self._rise(backward))
+
+    def _note_read(self, *tensors: Tensor) -> None:
+        if self.noting:
+            self.read.update({_storage(tensor): tensor for tensor in tensors})
+
+    # ------------------------------------------------------------ before and after the layers
+
+    def _trace_tail(self, ids: Tensor, calls: list[_Call]) -> Height:
+        """Everything but the layers: embeddings, last norm, head and loss, from the last layer on and back to it."""
+        self.live.reset()
+        positions = torch.zeros(self.tokens, dtype=torch.long, device="meta")
+        with _forwards(self.modules, [self._stand_in_layer(call) for call in calls]), self.live:
+            if self.fused:
+                self._fused_loss(ids, positions).backward()
+            else:
+                logits = self.model(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs).logits
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+                del logits
+                loss.backward()
+        return self._rise(self.live.highest_bytes)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.base.get_input_embeddings()(ids)  # models look at the values of ids, and there are none
+
+    def _fused_loss(self, ids: Tensor, positions: Tensor) -> Tensor:
+        embedded = self._embed(ids)  # held to the end, as by the engine
+        hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **self.inputs).last_hidden_state.flatten(0, 1)
+        vocabulary = self.base.get_output_embeddings().weight.shape[0]
+        chunk_bytes = chunk_tokens(vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
+        return Loss.apply(hidden[positions], chunk_bytes, self.live)
+
+    def _stand_in_layer(self, call: _Call) -> Callable:
+        return lambda hidden, *_, **__: call.answer(Source.apply(self.anchor, hidden.shape, hidden.dtype))
+
+
+@contextmanager
+def _forwards(modules: list[Any], forwards: list[Callable]) -> Iterator[None]:
+    """Gives module instances other forwards for a while."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None, float]:
+    """A, B and the dropout of a linear's adapter."""
+    if not hasattr(module, "lora_A"):
+        return None, None, 0.0
+    name = next(iter(module.lora_A))
+    dropout = getattr(module.lora_dropout[name], "p", 0.0)
+    return module.lora_A[name].weight, module.lora_B[name].weight, dropout

@@ -1,0 +1,158 @@
+"""Tensors without values in, tensors of the right shapes out: for each op that the meta device does not have, one here.
+
+Each keeps for its backward pass, and allocates on the way, what the real op does; nothing else about it is imitated.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
+
+from qlora_cli.core.planning.live_bytes import LiveBytes
+
+TRACED_ATTENTION = "qlora_traced"
+
+
+class Linear(torch.autograd.Function):
+    """`kernels.linear`, or without an adapter bitsandbytes' linear: a dequantised weight is there while it computes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, out_features: int, dropout: float, live: LiveBytes, a: Tensor | None, b: Tensor | None
+    ) -> Tensor:
+        ctx.weight_bytes = x.shape[-1] * out_features * x.element_size()
+        ctx.dropout, ctx.live, ctx.adapter = dropout, live, None if a is None or b is None else (a, b)
+        y = x.new_empty(*x.shape[:-1], out_features)
+        live.mark(ctx.weight_bytes)
+        if a is not None:
+            dropped = x.new_empty(x.shape) if dropout else None
+            ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], a.shape[0]))
+            live.mark(0)
+            del dropped
+        ctx.in_shape = x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, parts = gradients[0], (None, None)
+        if ctx.adapter is not None:
+            x, projected = ctx.saved_tensors
+            projection = projected.new_empty(projected.shape)  # its gradient
+            dropped = x.new_empty(x.shape) if ctx.dropout else None
+            parts = tuple(part.new_empty(part.shape) for part in ctx.adapter)
+            del dropped, projection
+        x = None
+        if ctx.needs_input_grad[0]:
+            x = gradient.new_empty(ctx.in_shape)
+            ctx.live.mark(ctx.weight_bytes)
+        return x, None, None, None, *parts
+
+
+class Attention(torch.autograd.Function):
+    """Flash or cuDNN attention: keeps its inputs, its output and one float32 a head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, heads, tokens, size = query.shape
+        # Both lay the output out like the query. Head by head, as where part of each head is rotated and both parts
+        # are put together anew, the model copies it for its output projection: both the copy and this are kept.
+        output = (
+            torch.empty_like(query) if value.shape[3] == size else query.new_empty(*query.shape[:3], value.shape[3])
+        )
+        ctx.save_for_backward(query, key, value, output, query.new_empty(rows, heads, tokens, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        # Flash's backward pass accumulates the query's gradient in float32.
+        accumulator = query.new_empty(query.shape, dtype=torch.float32)
+        results = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+        del accumulator
+        return results
+
+
+class Loss(torch.autograd.Function):
+    """`kernels.cross_entropy`: the gradient of the hidden states is made chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, chunk_bytes: int, live: LiveBytes) -> Tensor:
+        gradient = hidden.new_empty(hidden.shape)
+        live.mark(chunk_bytes)
+        ctx.save_for_backward(gradient)
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None
+
+
+class Source(torch.autograd.Function):
+    """What comes before: a tensor that requires a gradient, and whoever drops it frees it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return anchor.new_empty(shape, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0].new_empty(()), None, None
+
+
+class Sink(torch.autograd.Function):
+    """What comes after: keeps nothing, and hands a gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = output.shape, output.dtype
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradients[0].new_empty(ctx.shape, dtype=ctx.dtype),)
+
+
+class CatchAttention(TorchFunctionMode):
+    """While active, puts `attend` in the place of torch's attention: architectures outside the interface call it."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            query, key, value = (*args, *(kwargs or {}).values())[:3]
+            return self.attend(query, key, value)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def stand_in_attention(base: Any, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[bool]:
+    """Puts `attend` in the place of a model's attention where it asks transformers for it.
+
+    Args:
+        base: A transformers model.
+        attend: (rows, heads, tokens, size) of query, key and value to those of the output.
+
+    Yields:
+        Whether a mask has to be given: without one, eager attention looks at positions that have no values here.
+    """
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple:
+        return attend(query, key, value).transpose(1, 2), None
+
+    before = base.config._attn_implementation
+    if not base._can_set_attn_implementation():
+        yield before == "eager"
+        return
+    AttentionInterface.register(TRACED_ATTENTION, attention)  # it has no mask function: masks become None
+    base.set_attn_implementation(TRACED_ATTENTION)
+    try:
+        yield False
+    finally:
+        base.set_attn_implementation(before)

@@ -1,0 +1,105 @@
+"""A configuration and adapter settings in; everything memory is predicted from out, without weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from qlora_cli.core.models.loading import build_empty
+from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
+from qlora_cli.core.planning.model_size import Footprint, measure_footprint
+from qlora_cli.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A base with its adapter, as it will be held and run."""
+
+    model_type: str
+    context_tokens: int | None  # longest row the positions allow
+    footprint: Footprint
+    trace: ModelTrace | None  # None where the forward pass cannot be followed without weights
+    untraced: str | None  # then, why
+    itemsize: int  # bytes of the compute dtype
+    embedding_bytes: int  # input embeddings, where they can stay on the host
+    stored_bytes: int  # of the checkpoint, in the dtype its configuration names
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers; 0 where they are not known."""
+        return len(self.trace.layers) if self.trace else 0
+
+    @property
+    def largest_weight_bytes(self) -> int:
+        """Of the largest 4-bit weight once dequantised."""
+        return max(self.footprint.quantized_numels, default=0) * self.itemsize
+
+
+def gather_facts(
+    config: PreTrainedConfig,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: tuple[str, ...] | None,
+    rslora: bool,
+    dora: bool,
+    modules_to_save: tuple[str, ...] | None,
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    engine: str,
+    trust_remote_code: bool = False,
+    followed: bool = True,
+) -> ModelFacts:
+    """Builds the model on the meta device, attaches the adapter, counts, and follows one forward pass.
+
+    Args:
+        config: Of the base.
+        rank: And the following: as `attach_adapter`.
+        quant_type: And the following: as `load_base`.
+        engine: "fast" or "plain".
+        trust_remote_code: Run the model's own code.
+        followed: Whether to follow the forward pass at all; without, memory cannot be predicted.
+
+    Raises:
+        ModelError: The configuration is no causal language model.
+        AdapterError: The adapter cannot be attached.
+    """
+    model: Any = build_empty(config, trust_remote_code=trust_remote_code)
+    model.to(compute_dtype)
+    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    adapted = attach_adapter(
+        model,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        rslora=rslora,
+        dora=dora,
+        modules_to_save=modules_to_save,
+    )
+    trace, untraced = None, None
+    try:
+        trace = trace_model(adapted, fused=engine == "fast" and not dora) if followed else None
+    except ModelError as error:
+        untraced = error.message
+    movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
+    text_config = config.get_text_config()
+    stored = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
+    return ModelFacts(
+        model_type=config.model_type,
+        context_tokens=getattr(text_config, "max_position_embeddings", None),
+        footprint=measure_footprint(
+            adapted, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
+        ),
+        trace=trace,
+        untraced=untraced,
+        itemsize=compute_dtype.itemsize,
+        embedding_bytes=embeddings.weight.numel() * compute_dtype.itemsize * movable,
+        stored_bytes=base_parameters * stored.itemsize,
+    )

@@ -1,0 +1,114 @@
+"""A model on the meta device in; true parameter counts, and the bytes each kind of module takes, out."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_cli.core.models.loading import BLOCK_SIZE, NESTED_BLOCK_SIZE, dtype_name, linear_names
+from qlora_cli.core.models.lora import count_parameters
+
+ADAPTER_PART = re.compile(r"\.lora_.*$")
+WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
+ADAPTER_ITEMSIZE = 4  # adapters and modules trained in full are kept in float32
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """All modules of one kind: the same last name and class.
+
+    `parameters` and `held_bytes` are of the base; `trainable` counts the adapter on these modules, and their copy where
+    they are trained in full.
+    """
+
+    module: str
+    kind: str  # class, and how it is held: "LlamaRMSNorm, bfloat16", "Linear, nf4"
+    count: int
+    parameters: int
+    trainable: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model and its adapter consist of."""
+
+    rows: tuple[ModuleRow, ...]
+    total_parameters: int  # base and adapter
+    trainable_parameters: int
+    trainable_numels: tuple[int, ...]  # of each trained tensor
+    quantized_numels: tuple[int, ...]  # of each weight held in 4 bits
+    quantized_bytes: int  # of all of them, as they are held
+    base_bytes: int
+    adapter_bytes: int
+
+    @property
+    def trainable_percent(self) -> float:
+        """Share of the parameters that is trained, in percent."""
+        return 100 * self.trainable_parameters / self.total_parameters
+
+
+def packed_bytes(numel: int, *, double_quant: bool) -> int:
+    """Bytes of one 4-bit weight with its statistics, as bitsandbytes holds it on the device.
+
+    Half a byte a weight; a float32 constant a block of 64, or with double quantisation one byte a block, a float32 a
+    256 blocks, an offset and a table of 256 floats; and the table of the 16 values
+    (https://arxiv.org/abs/2305.14314, section 3; bitsandbytes/functional.py, `quantize_4bit`).
+    """
+    blocks = -(-numel // BLOCK_SIZE)
+    if double_quant:
+        statistics = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4 + 4 * 256
+    else:
+        statistics = 4 * blocks
+    return -(-numel // 2) + statistics + 4 * 16
+
+
+def base_name(name: str) -> str:
+    """A module's or parameter's name without what PEFT puts around it; an adapter's part has its module's name."""
+    return WRAPPER.sub("", ADAPTER_PART.sub("", name.removeprefix("base_model.model.")))
+
+
+def measure_footprint(model: Any, *, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> Footprint:
+    """Counts an unquantised model, usually on the meta device, as it will be held in 4 bits.
+
+    Args:
+        model: From `build_empty`, maybe with an adapter attached.
+        quant_type: "nf4" or "fp4", for the table.
+        double_quant: Whether the constants are quantised too.
+        compute_dtype: Dtype of everything that is not quantised.
+    """
+    quantized = {base_name(name) for name in linear_names(model)}
+    owners = {base_name(name): type(module).__name__ for name, module in model.named_modules() if ".lora_" not in name}
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    quantized_numels: list[int] = []
+    quantized_bytes = 0
+    for name, parameter in model.named_parameters():
+        owner = base_name(name) if ".lora_" in name else base_name(name).rpartition(".")[0]
+        held = quant_type if owner in quantized else dtype_name(compute_dtype)
+        key = owner.rpartition(".")[2], f"{owners[owner]}, {held}"
+        group = groups.setdefault(key, {"owners": set(), "parameters": 0, "trainable": 0, "held_bytes": 0})
+        group["owners"].add(owner)
+        numel = parameter.numel()
+        if parameter.requires_grad:
+            group["trainable"] += numel
+            continue
+        group["parameters"] += numel
+        if owner in quantized and name.endswith("weight"):
+            quantized_numels.append(numel)
+            quantized_bytes += packed_bytes(numel, double_quant=double_quant)
+            group["held_bytes"] += packed_bytes(numel, double_quant=double_quant)
+        else:
+            group["held_bytes"] += numel * compute_dtype.itemsize
+    rows = tuple(ModuleRow(module, kind, len(group.pop("owners")), **group) for (module, kind), group in groups.items())
+    trainable, total = count_parameters(model)
+    return Footprint(
+        rows=rows,
+        total_parameters=total,
+        trainable_parameters=trainable,
+        trainable_numels=tuple(p.numel() for p in model.parameters() if p.requires_grad),
+        quantized_numels=tuple(quantized_numels),
+        quantized_bytes=quantized_bytes,
+        base_bytes=sum(row.held_bytes for row in rows),
+        adapter_bytes=trainable * ADAPTER_ITEMSIZE,
+    )

@@ -1,0 +1,186 @@
+"""A run's settings, model and row lengths in; how it will keep within memory, or why it cannot, out. Nothing is loaded."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from qlora_cli.config import InspectConfig, TrainConfig, recorded_fields
+from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.models.loading import resolve_compute_dtype
+from qlora_cli.core.planning.model_profile import ModelFacts, gather_facts
+from qlora_cli.core.planning.planner import TrainingPlan, Wishes, plan_training, read_limit_bytes
+from qlora_cli.core.planning.suggestions import certainly_too_large, refuse, suggest_fit, write_train_command
+from qlora_cli.events import Notice, Report
+
+DECIDED = ("optimizer", "gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """What a run will take, and how it keeps within what there is."""
+
+    facts: ModelFacts
+    plan: TrainingPlan
+    largest_tokens: int  # in a micro-batch, as the settings have it
+    commands: tuple[str, ...]  # to type instead, where it does not fit
+    spread: bool  # whether the base is spread over the cards
+
+    @property
+    def limit_tokens(self) -> int | None:
+        """Most tokens a micro-batch may hold; None where all of them may stay as they are."""
+        return self.plan.token_budget if self.plan.token_budget < self.largest_tokens else None
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What was left open, decided."""
+        return {name: getattr(self.plan, name) for name in DECIDED}
+
+    def predicted(self) -> dict[str, Any] | str:
+        """Predicted bytes, or why there are none."""
+        if self.plan.memory is None:
+            return f"cannot be predicted: {self.facts.untraced}"
+        return self.plan.memory.to_dict()
+
+
+def adapter_settings(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of `attach_adapter`, but for the seed."""
+    names = ("rank", "alpha", "dropout", "target_modules", "rslora", "dora", "modules_to_save")
+    return {name: getattr(config, name) for name in names}
+
+
+def plan_is_for_card(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a GPU is planned for: this machine's, or in a dry run with `--vram` one of that size."""
+    return device.type == "cuda" or (config.dry_run and config.vram is not None)
+
+
+def planned_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The compute dtype here; where there is no card, a planned one computes in bfloat16."""
+    elsewhere = "bfloat16" if plan_is_for_card(config, device) and device.type != "cuda" else None
+    return resolve_compute_dtype(config.compute_dtype or elsewhere, device)
+
+
+def gather_run_facts(config: TrainConfig, model_config: PreTrainedConfig, device: torch.device) -> ModelFacts:
+    """Counts the model with its adapter, and follows its forward pass where memory will be predicted.
+
+    Raises:
+        ModelError: The configuration is no causal language model.
+        AdapterError: The adapter cannot be attached.
+    """
+    return gather_facts(
+        model_config,
+        **adapter_settings(config),
+        quant_type=config.quant_type,
+        double_quant=config.double_quant,
+        compute_dtype=planned_dtype(config, device),
+        engine=config.engine,
+        trust_remote_code=config.trust_remote_code,
+        followed=config.dry_run or device.type == "cuda",
+    )
+
+
+def plan_run_memory(
+    config: TrainConfig,
+    model_config: PreTrainedConfig,
+    facts: ModelFacts,
+    *,
+    max_length: int,
+    lengths: np.ndarray,
+    longest: Sequence[Sequence[int]],
+    device: torch.device,
+    ranks: Ranks,
+    report: Report,
+) -> RunMemory:
+    """Decides what was left open, before anything is downloaded or loaded. The engine refines it on the device.
+
+    Args:
+        config: Of the run.
+        model_config: Of the base.
+        facts: From `gather_run_facts`.
+        max_length: Tokens in the longest row allowed, and in a pack.
+        lengths: (rows,) tokens of each row.
+        longest: The largest micro-batches, as row indices.
+        device: Where training would run.
+        ranks: The smallest card decides for all.
+        report: Hears what has no effect.
+
+    Raises:
+        DoesNotFit: On this machine's card, nothing that was left open makes it fit. A dry run says so in its plan.
+        UsageError: `--vram` is no amount of memory.
+    """
+    for_card = plan_is_for_card(config, device)
+    vram_bytes = None
+    if for_card:
+        vram_bytes = -ranks.highest(-read_limit_bytes(config.vram, device), device)
+    elif config.vram is not None:
+        report(Notice("--vram is about a GPU's memory: there is no GPU here, and the host's is not limited."))
+    wishes = Wishes(
+        **{part.name: getattr(config, part.name) for part in fields(Wishes) if part.name != "max_length"},
+        max_length=max_length,
+    )
+    padded = config.engine == "plain"
+    sizes = [len(rows) * lengths[rows].max() if padded else lengths[rows].sum() for rows in map(list, longest)]
+    largest_tokens = ranks.highest(int(max(sizes)), device)  # the same decision everywhere
+    data = {"longest_row_tokens": int(lengths.max()), "largest_batch_tokens": largest_tokens}
+    spread = bool(config.shard or config.shard_offload)
+    in_shares: dict[str, Any] = {"shards": ranks.world_size, "shard_offload": config.shard_offload}
+    given: dict[str, Any] = {"vram_bytes": vram_bytes, "on_cuda": for_card, **data}
+    plan = plan_training(facts, wishes, **given, **(in_shares if spread else {}))
+    if plan.fits is False and can_be_spread(config, ranks) and config.shard is None:
+        lean = plan_training(facts, wishes, **given, **in_shares)
+        if lean.fits:
+            plan, spread = lean, True
+            report(Notice(f"The base is spread over {ranks.world_size} cards: one cannot hold it and a step."))
+    refused = certainly_too_large(plan) and not config.dry_run
+    commands: tuple[str, ...] = ()
+    if refused or plan.fits is False:
+        assert vram_bytes is not None
+        found = suggest_fit(
+            facts,
+            wishes,
+            vram_bytes=vram_bytes,
+            rank=config.rank,
+            regather=lambda rank: gather_run_facts(replace(config, rank=rank), model_config, device),
+            **data,
+        )
+        commands = write_commands(config, found.changes) if found else ()
+    if refused:
+        raise refuse(plan, commands)
+    return RunMemory(facts, plan, largest_tokens, commands, spread)
+
+
+def may_be_spread(config: TrainConfig | InspectConfig) -> bool:
+    """Whether these settings allow a base held in shares, gathered layer by layer as it computes."""
+    return config.engine == "fast" and not config.dora and not config.modules_to_save
+
+
+def can_be_spread(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether there is also more than one card to hold it."""
+    return ranks.world_size > 1 and may_be_spread(config)
+
+
+def write_commands(config: TrainConfig, changes: dict[str, Any]) -> tuple[str, ...]:
+    """What to type for other settings; rows prepared for longer ones are prepared anew."""
+    if config.prepared is None or "max_length" not in changes:
+        return (write_train_command(config, changes),)
+    length = changes["max_length"]
+    shorter = f"{config.prepared}-{length}"
+    model, output = shlex.quote(str(config.model)), shlex.quote(shorter)
+    prepare = f"qlora prepare --model {model} --data DATA --max-length {length} --output {output}"
+    return prepare, write_train_command(replace(config, prepared=shorter), changes)
+
+
+def resolved_configuration(config: TrainConfig, memory: RunMemory, **known: Any) -> dict[str, Any]:
+    """Every setting that `run.yaml` keeps, with what was left open as decided.
+
+    Args:
+        config: As given.
+        memory: Decides some.
+        known: Others that are known by now.
+    """
+    given = {name: getattr(config, name) for name in recorded_fields(TrainConfig)}
+    return given | memory.decided | known

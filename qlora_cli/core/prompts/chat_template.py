@@ -1,0 +1,169 @@
+"""Conversations in, runs of text and control tokens out: checks messages and speaks to the process that renders them."""
+
+import atexit
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from multiprocessing import Pipe
+from typing import Any
+
+from qlora_cli.core.prompts import chat_renderer as rendering
+from qlora_cli.core.prompts.chat_renderer import Laid, Message
+from qlora_cli.core.prompts.encoder import TokenizerSpec
+from qlora_cli.core.prompts.records import describe_type
+from qlora_cli.errors import DataError
+
+RENDER_SECONDS = 10.0  # for one conversation; a real template takes far less than a millisecond
+
+# For a tokenizer without a chat template: plain text, no new tokens, every answer closed by the end-of-text token.
+FALLBACK_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{ '### Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}
+{%- elif message['role'] == 'user' -%}
+{{ '### User:\\n' + message['content'] + '\\n\\n' }}
+{%- elif message['role'] == 'system' -%}
+{{ message['content'] + '\\n\\n' }}
+{%- else -%}
+{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] + '\\n\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '### Assistant:\\n' }}{%- endif -%}
+"""
+
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+
+
+class BadConversation(Exception):
+    """Why a conversation cannot be trained on, as part of a sentence."""
+
+
+def check_messages(value: Any) -> list[Message]:
+    """Messages as `role` and `content`, from those or from ShareGPT's `from` and `value`.
+
+    Raises:
+        BadConversation: It is no list of messages, or a message has no role, or no text.
+    """
+    if not isinstance(value, list) or not value:
+        raise BadConversation("is no list of messages" if not isinstance(value, list) else "has no messages")
+    return [_check_message(message, number) for number, message in enumerate(value, start=1)]
+
+
+def _check_message(message: Any, number: int) -> Message:
+    if not isinstance(message, dict):
+        raise BadConversation(f"message {number} is {describe_type(message)}, not an object")
+    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+    role, content = message.get(role_key), message.get(content_key)
+    if not isinstance(role, str):
+        raise BadConversation(f"message {number} has no role")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    calls_tools = bool(message.get("tool_calls"))
+    if content is None and calls_tools:
+        content = ""
+    if not isinstance(content, str):
+        raise BadConversation(f"the {content_key!r} of message {number} is {describe_type(content)}, not text")
+    rest = {key: item for key, item in message.items() if key not in (role_key, content_key) and item is not None}
+    return {**rest, "role": ROLES.get(role.lower(), role.lower()), "content": content}
+
+
+class ChatProcess:
+    """One child process that renders one template; started when made, replaced after it had to be stopped."""
+
+    def __init__(self, template: str, names: dict[str, str], control_tokens: Sequence[str], date: str | None) -> None:
+        """Starts the child and compiles the template.
+
+        Raises:
+            DataError: The template does not compile, refuses an ordinary conversation, or does not come to an end.
+        """
+        self._setup = (template, names, list(control_tokens), date)
+        self._start()
+
+    def _start(self) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", rendering.__file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={"PATH": os.environ.get("PATH", "")},
+                start_new_session=True,  # a Ctrl-C in a conversation stops the answer, not this process
+            )
+        self._connection.send(self._setup)
+        kind, message = self._receive()
+        if kind != "ok":
+            self.close()
+            raise DataError(f"{message[0].upper()}{message[1:]}.", "Give another one with --chat-template FILE.")
+
+    def _receive(self) -> tuple[str, Any]:
+        try:
+            if self._connection.poll(RENDER_SECONDS):
+                kind, answer = self._connection.recv()
+                return kind, answer
+        except (EOFError, ConnectionResetError):
+            self.close()
+            return "dead", f"the chat template takes more than {rendering.MEMORY_BYTES // 2**20} MiB of memory"
+        self.close()
+        return "dead", f"the chat template did not come to an end within {RENDER_SECONDS:.0f} seconds"
+
+    def render(
+        self,
+        conversations: Sequence[tuple[list[Message], list[Any] | None]],
+        *,
+        required: str = "none",
+        prompt_only: bool = False,
+    ) -> list[list[Laid] | BadConversation]:
+        """Renders conversations, each to one row or several; those that cannot be come back as the reason why.
+
+        Raises:
+            DataError: The template loops for ever or fills the memory.
+        """
+        if not conversations:
+            return []
+        if self._connection.closed:
+            self._start()
+        self._connection.send([(messages, tools, required, prompt_only) for messages, tools in conversations])
+        rendered: list[list[Laid] | BadConversation] = []
+        for _ in conversations:
+            kind, answer = self._receive()
+            if kind == "dead":
+                raise DataError(f"{answer[0].upper()}{answer[1:]}.", "Give another one with --chat-template FILE.")
+            rendered.append(answer if kind == "ok" else BadConversation(answer))
+        return rendered
+
+    def close(self) -> None:
+        """Ends the child."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+@lru_cache(maxsize=8)
+def _process_for(
+    template: str, names: tuple[tuple[str, str], ...], control_tokens: tuple[str, ...], date: str | None
+) -> ChatProcess:
+    process = ChatProcess(template, dict(names), control_tokens, date)
+    atexit.register(process.close)
+    return process
+
+
+def chat_process(template: str, spec: TokenizerSpec, control_tokens: Sequence[str], date: str | None) -> ChatProcess:
+    """The process that renders this template for this tokenizer, one for each in use.
+
+    Raises:
+        DataError: The template cannot be used.
+    """
+    return _process_for(template, tuple(sorted(spec.names.items())), tuple(control_tokens), date)

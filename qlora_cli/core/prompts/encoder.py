@@ -1,0 +1,246 @@
+"""Runs of text and control tokens in, token ids out, the same in training and at generation.
+
+A row is a list of runs: a str is text in which nothing is ever a control token, whoever typed it; an int is a control
+token. Each text run is tokenised by itself, so that whatever borders it (where the answer starts, where a mask
+begins) borders a token too.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from tokenizers import Tokenizer
+
+from qlora_cli.core.prompts.word_cache import WordCache
+from qlora_cli.core.prompts.word_cuts import find_cut
+from qlora_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Run = tuple[str | int, bool]  # text or control token, and whether it is trained
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """What of a tokenizer matters here, small enough to be sent to another process.
+
+    Attributes:
+        backend: Content of its tokenizer.json, with every control token marked special.
+        prefix_ids: What it puts before a text by itself: (BOS,) mostly, or nothing.
+        eos_id: End of text.
+        names: bos_token, eos_token and so on, as templates know them.
+        chat_template: Its own, or None.
+        prefix_after_control: Whether it puts its prefix space after a control token as well as at the start.
+    """
+
+    backend: str
+    prefix_ids: tuple[int, ...]
+    eos_id: int
+    names: dict[str, str]
+    chat_template: str | None
+    prefix_after_control: bool
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the tokenizer: its vocabulary, rules and control tokens."""
+        facts = [self.backend, self.prefix_ids, self.eos_id, sorted(self.names.items())]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+_specs: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, TokenizerSpec, TextEncoder]]" = WeakKeyDictionary()
+
+
+def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
+    """What of a transformers tokenizer matters here.
+
+    Raises:
+        ModelError: It has no fast (Rust) form, or no end-of-text token.
+    """
+    return _described(tokenizer)[1]
+
+
+def encoder_of(tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
+    """The encoder of a transformers tokenizer; built once.
+
+    Raises:
+        ModelError: It has no fast (Rust) form, or no end-of-text token.
+    """
+    return _described(tokenizer)[2]
+
+
+def _described(tokenizer: "PreTrainedTokenizerBase") -> "tuple[Any, TokenizerSpec, TextEncoder]":
+    state = (len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, str(tokenizer.chat_template))
+    known = _specs.get(tokenizer)
+    if known is None or known[0] != state:
+        spec = _describe(tokenizer)
+        known = _specs[tokenizer] = (state, spec, TextEncoder(spec))
+    return known
+
+
+def _describe(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"The tokenizer {type(tokenizer).__name__} of {tokenizer.name_or_path!r} has no fast form (tokenizer.json).",
+            "Choose a model that comes with a tokenizer.json.",
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, so no answer could ever end.",
+            'Set "eos_token" in its tokenizer_config.json.',
+        )
+    chat_template = tokenizer.chat_template
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["truncation"] = content["padding"] = None
+    names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    for token in content["added_tokens"]:
+        # Some models ship <|im_start|> and the like as ordinary added tokens; in their template they control all the
+        # same. <think> and <tool_call> stay what they are: answers hold them rightly.
+        in_template = chat_template is not None and token["content"] in chat_template and "|" in token["content"]
+        token["special"] = token["special"] or in_template or token["content"] in names.values()
+    probe = "a"
+    plain = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(probe)["input_ids"]
+    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+    prefix_ids = tuple(whole[: starts[0]]) if starts else ()
+    after_control = tokenizer(tokenizer.eos_token + probe, add_special_tokens=False)["input_ids"][1:]
+    return TokenizerSpec(
+        backend=json.dumps(content, ensure_ascii=False),
+        prefix_ids=prefix_ids,
+        eos_id=tokenizer.eos_token_id,
+        names=names,
+        chat_template=chat_template,
+        prefix_after_control=after_control == plain,
+    )
+
+
+class TextEncoder:
+    """Text to ids under one tokenizer.
+
+    SentencePiece-like tokenizers put a space before a text. Here the first text of a row gets it, as everywhere; a
+    text that continues a row does not, so that cutting a row into runs adds no space to it.
+
+    Attributes:
+        spec: The tokenizer.
+        control_ids: Control token → id.
+    """
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self.spec = spec
+        content = json.loads(spec.backend)
+        continuing = _without_prefix(content)
+        self._at_start = _text_only(content)
+        self._inside = self._at_start if continuing == content else _text_only(continuing)
+        special = [token for token in content["added_tokens"] if token["special"]]
+        self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in special}
+        longest_first = sorted(self.control_ids, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._strips_left = {token["content"] for token in special if token["lstrip"]}
+        self._strips_right = {token["content"] for token in special if token["rstrip"]}
+        model = content["model"]
+        unknown = model.get("unk_id", self.control_ids.get(model.get("unk_token")))  # may stand for any letter
+        self._forbidden = set(self.control_ids.values()) - {unknown}
+        self._words = WordCache(find_cut(content), self._at_start, self._inside, self._without_control)
+
+    def split_markup(self, text: str) -> list[str | int]:
+        """Text written by the template's author to text and control tokens, spaces eaten as the tokenizer would."""
+        parts: list[str | int] = []
+        at = 0
+        strip_next = False
+        for match in self._control.finditer(text):
+            between = text[at : match.start()]
+            between = between.lstrip() if strip_next else between
+            between = between.rstrip() if match[0] in self._strips_left else between
+            parts += [between, self.control_ids[match[0]]] if between else [self.control_ids[match[0]]]
+            at, strip_next = match.end(), match[0] in self._strips_right
+        rest = text[at:].lstrip() if strip_next else text[at:]
+        return [*parts, rest] if rest else parts
+
+    def holds_control(self, text: str) -> bool:
+        """Whether somebody typed a control token."""
+        return self._control.search(text) is not None
+
+    def is_markup(self, text: str) -> bool:
+        """Whether a text starts and ends with control tokens, as one that was formatted beforehand does."""
+        parts = self.split_markup(text.strip())
+        return len(parts) > 1 and isinstance(parts[0], int) and isinstance(parts[-1], int)
+
+    def with_prefix(self, runs: list[Run]) -> list[Run]:
+        """The row with what the tokenizer puts before a text (BOS), unless it begins with that already."""
+        prefix = self.spec.prefix_ids
+        if not prefix or (runs and runs[0][0] == prefix[0]):
+            return runs
+        return [*((token, False) for token in prefix), *runs]
+
+    def encode_rows(self, rows: Sequence[Sequence[Run]]) -> list[list[list[int]]]:
+        """The ids of every run of every row."""
+        texts: list[str] = []
+        starts: list[bool] = []
+        for row in rows:
+            before: str | int | None = None
+            for content, _ in row:
+                if isinstance(content, str):
+                    texts.append(content)
+                    starts.append(before is None or (isinstance(before, int) and self._prefix_follows(before)))
+                before = content
+        encoded = iter(self._words.encode(texts, starts))
+        return [[[content] if isinstance(content, int) else next(encoded) for content, _ in row] for row in rows]
+
+    def _prefix_follows(self, control: int) -> bool:
+        return self.spec.prefix_after_control or control in self.spec.prefix_ids
+
+    def _without_control(self, backend: Tokenizer, texts: list[str], encoded: list[list[int]]) -> list[list[int]]:
+        """The ids of texts, letter by letter where they hold a control token.
+
+        A vocabulary that is searched as a whole (Unigram) finds "</s>" in plain text, whatever it is told.
+        """
+        if self._forbidden.isdisjoint(chain.from_iterable(encoded)):
+            return encoded
+        return [
+            ids if self._forbidden.isdisjoint(ids) else self._encode_letters(backend, text)
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def _encode_letters(self, backend: Tokenizer, text: str) -> list[int]:
+        first = backend.encode(text[0], add_special_tokens=False).ids
+        rest = self._inside.encode_batch(list(text[1:]), add_special_tokens=False)
+        return [*first, *(id for letter in rest for id in letter.ids)]
+
+
+def _text_only(description: dict[str, Any]) -> Tokenizer:
+    """A tokenizer that takes control tokens for the letters they are written with."""
+    tokenizer = Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _without_prefix(part: Any) -> Any:
+    """A tokenizer's description without what puts a space before a text."""
+    if isinstance(part, list):
+        return [_without_prefix(item) for item in part if not _is_prepend(item)]
+    if not isinstance(part, dict):
+        return part
+    changed = {
+        key: value if key in ("model", "added_tokens", "post_processor", "decoder") else _without_prefix(value)
+        for key, value in part.items()
+        if not _is_prepend(value)
+    }
+    if part.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+        changed.pop("add_prefix_space", None)
+    elif "add_prefix_space" in part:
+        changed["add_prefix_space"] = False
+    if _is_prepend(part.get("normalizer")):
+        changed["normalizer"] = None
+    return changed
+
+
+def _is_prepend(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "Prepend"

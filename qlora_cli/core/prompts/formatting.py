@@ -1,0 +1,315 @@
+"""A record, or a prompt, and a Formatting in; runs of text and control tokens out, each trained on or not."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.core.prompts.chat_renderer import Laid, Message, Piece
+from qlora_cli.core.prompts.chat_template import BadConversation, chat_process, check_messages
+from qlora_cli.core.prompts.encoder import Run, TextEncoder, encoder_of
+from qlora_cli.core.prompts.prompt_template import BadField, PlainTemplate, listed, move_spaces, text_of
+from qlora_cli.core.prompts.records import Record, describe_type, problem_of_record
+from qlora_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formatting:
+    """All that is needed to format a prompt at generation exactly as in training; kept beside the adapter.
+
+    Attributes:
+        shape: text, prompt, chat or tokens.
+        column: The text, messages or input_ids column.
+        prompt_column: Where a prompt given as plain text goes (shape prompt).
+        completion_column: What is answered (shape prompt).
+        optional_column: A column that may be empty (shape prompt).
+        template: Text with {column} fields (shape prompt), or a Jinja chat template (shape chat).
+        template_without_optional: Used where the optional column is empty.
+        date: ISO date that a chat template sees as today.
+        markup: Texts were formatted beforehand: control tokens written in them are control tokens (shape text).
+    """
+
+    shape: str
+    column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    optional_column: str | None = None
+    template: str | None = None
+    template_without_optional: str | None = None
+    date: str | None = None
+    markup: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, without those that say nothing."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Formatting":
+        """Reads what `to_dict` wrote; unknown keys are ignored."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
+
+
+class Blank(Exception):
+    """A record with nothing to train on; says which part is empty."""
+
+
+Formatted = list[list[Run]] | BadField | Blank
+
+
+class RowFormatter:
+    """Formats records, and prompts, under one Formatting for one tokenizer.
+
+    Attributes:
+        formatting: As given.
+        unanswered: Conversations so far whose last messages had no answer and were left out.
+        unfolded: Conversations so far that became a row for each answer.
+
+    Raises:
+        UsageError: The template has no place for the completion, or other faults.
+        DataError: The chat template cannot be used.
+    """
+
+    def __init__(self, formatting: Formatting, encoder: TextEncoder) -> None:
+        self.formatting = formatting
+        self.unanswered = self.unfolded = 0
+        self._encoder = encoder
+        if formatting.shape == "prompt":
+            assert formatting.template is not None and formatting.completion_column is not None
+            self._long = PlainTemplate(formatting.template, formatting.completion_column, encoder)
+            self._short = (
+                PlainTemplate(formatting.template_without_optional, formatting.completion_column, encoder)
+                if formatting.template_without_optional is not None
+                else self._long
+            )
+        elif formatting.shape == "chat":
+            assert formatting.template is not None
+            self._chat = chat_process(formatting.template, encoder.spec, tuple(encoder.control_ids), formatting.date)
+
+    def format_records(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
+        """The rows of each record (one, but for some chats) as runs, BOS and EOS included; or why there are none.
+
+        Args:
+            records: One object a row.
+            train_on: all, completion or last.
+        """
+        if self.formatting.shape == "chat":
+            return self._format_chats(records, train_on)
+        make = self._format_text if self.formatting.shape == "text" else self._format_pair
+        rows: list[Formatted] = []
+        for record in records:
+            try:
+                rows.append([self._close(make(record, train_on))])
+            except (BadField, Blank) as reason:
+                rows.append(reason)
+        return rows
+
+    def format_prompt(self, prompt: "str | Record | list[Record]") -> list[Run]:
+        """The runs up to where the answer starts, BOS included.
+
+        Raises:
+            DataError: The prompt does not have the form that the formatting needs.
+        """
+        try:
+            return self._encoder.with_prefix(self._prompt_runs(prompt))
+        except BadField as reason:
+            raise DataError(f"This prompt cannot be formatted: {reason}.") from reason
+
+    def _prompt_runs(self, prompt: "str | Record | list[Record]") -> list[Run]:
+        if self.formatting.shape == "chat":
+            return self._chat_prompt(prompt)
+        if isinstance(prompt, list):
+            raise BadField(
+                f"it is a conversation, but the model was trained on rows of shape {self.formatting.shape!r}"
+            )
+        if self.formatting.shape == "prompt":
+            return self._pair_prompt(prompt)
+        column = str(self.formatting.column)
+        if isinstance(prompt, dict):
+            if self.formatting.shape == "tokens" and column in prompt:
+                return [(token, False) for token in prompt[column]]
+            prompt = text_of(prompt, column if column in prompt else "prompt")
+        return self._text_runs(prompt, trained=False)
+
+    def _text_runs(self, text: str, *, trained: bool) -> list[Run]:
+        parts = self._encoder.split_markup(text) if self.formatting.markup else [text] if text else []
+        return [(part, trained) for part in parts]
+
+    def _format_text(self, record: Record, train_on: str) -> list[Run]:
+        text = text_of(record, str(self.formatting.column))
+        if not text.strip():
+            raise Blank("empty text")
+        return self._text_runs(text.strip() if self.formatting.markup else text, trained=True)
+
+    def _format_pair(self, record: Record, train_on: str) -> list[Run]:
+        if not text_of(record, str(self.formatting.completion_column)).strip():
+            raise Blank("empty completion")
+        return self._template_for(record).fill(record, train_prompt=train_on == "all")
+
+    def _pair_prompt(self, prompt: str | Record) -> list[Run]:
+        column = str(self.formatting.prompt_column)
+        if isinstance(prompt, str):
+            needed = dict.fromkeys(name for name in self._short.fields if name != self.formatting.completion_column)
+            if len(needed) > 1:
+                raise BadField(f"the template has several fields; give an object with {listed(needed)}")
+            prompt = {column: prompt}
+        elif column not in prompt and "prompt" in prompt:
+            prompt = {**prompt, column: prompt["prompt"]}
+        return self._template_for(prompt).fill_prompt(prompt, trained=False)[0]
+
+    def _template_for(self, record: Record) -> PlainTemplate:
+        if self._short is self._long:
+            return self._long
+        optional = record.get(str(self.formatting.optional_column))
+        return self._short if optional is None or (isinstance(optional, str) and not optional.strip()) else self._long
+
+    def _chat_prompt(self, prompt: "str | Record | list[Record]") -> list[Run]:
+        column = str(self.formatting.column)
+        if isinstance(prompt, dict) and column not in prompt:
+            given = next((name for name in ("messages", "prompt") if name in prompt), None)
+            if given is None:
+                raise BadField(f"it has no {column!r} (it has {listed(prompt)})")
+            prompt = {**prompt, column: prompt[given]}
+        elif not isinstance(prompt, dict):
+            prompt = {column: prompt}
+        if isinstance(prompt[column], str):
+            prompt = {**prompt, column: [{"role": "user", "content": prompt[column]}]}
+        laid = self._render([prompt], train_on="all", prompt_only=True)[0]
+        if isinstance(laid, BadField | Blank):
+            raise BadField(str(laid))
+        return self._runs_of(laid[0][0], lambda turn: False)
+
+    def _format_chats(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
+        rows: list[Formatted] = []
+        for laid in self._render(records, train_on=train_on, prompt_only=False):
+            if isinstance(laid, BadField | Blank):
+                rows.append(laid)
+            else:
+                self.unfolded += len(laid) > 1
+                rows.append([self._chat_row(pieces, "last" if only_last else train_on) for pieces, only_last in laid])
+        return rows
+
+    def _chat_row(self, pieces: list[Piece], train_on: str) -> list[Run]:
+        last = max(turn for _, _, turn in pieces)
+        while pieces[-1][2] != last:  # what a template prints after the last answer
+            pieces.pop()
+        return self._close(
+            self._runs_of(
+                pieces,
+                lambda turn: train_on == "all" or turn == last or (train_on == "completion" and turn >= 0),
+            )
+        )
+
+    def _render(
+        self, records: Sequence[Record], *, train_on: str, prompt_only: bool
+    ) -> list[list[Laid] | BadField | Blank]:
+        reasons: list[BadField | Blank | None] = []
+        sent: list[tuple[list[Message], list[Any] | None]] = []
+        for record in records:
+            try:
+                messages = self._messages(record)
+                sent.append((messages if prompt_only else self._up_to_answer(messages, train_on), _tools(record)))
+                reasons.append(None)
+            except (BadField, Blank) as reason:
+                reasons.append(reason)
+        required = {"completion": "all", "last": "last", "all": "none"}[train_on]
+        answers = iter(self._chat.render(sent, required=required, prompt_only=prompt_only))
+        return [reason or _laid(next(answers)) for reason in reasons]
+
+    def _messages(self, record: Record) -> list[Message]:
+        column = str(self.formatting.column)
+        if column not in record:
+            raise BadField(f"field {column!r} is missing (it has {listed(record)})")
+        try:
+            return check_messages(record[column])
+        except BadConversation as reason:
+            raise BadField(f"field {column!r}: {reason}") from None
+
+    def _up_to_answer(self, messages: list[Message], train_on: str) -> list[Message]:
+        """The conversation without messages that nobody answers."""
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = answers[-1:] if train_on == "last" else answers
+        if not any(messages[i]["content"].strip() or messages[i].get("tool_calls") for i in wanted):
+            raise Blank("no answer")
+        self.unanswered += answers[-1] + 1 < len(messages)
+        return messages[: answers[-1] + 1]
+
+    def _runs_of(self, pieces: Sequence[Piece], trained: Callable[[int], bool]) -> list[Run]:
+        """Pieces of a rendered chat to runs, one for each stretch of text of the same turn.
+
+        Spaces right before an answer go to the answer, as in PlainTemplate.
+        """
+        runs: list[Run] = []
+        previous = -1
+        for text, is_control, turn in pieces:
+            spaces = move_spaces(runs) if turn >= 0 and turn != previous else ""
+            if not is_control:
+                runs.append((spaces + text, trained(turn)))
+            else:
+                if spaces:
+                    runs.append((spaces, trained(turn)))
+                runs.append((self._encoder.control_ids[text], trained(turn)))
+            previous = turn
+        if previous < 0:
+            move_spaces(runs)  # a prompt that ends here
+        return runs
+
+    def _close(self, runs: list[Run]) -> list[Run]:
+        runs = self._encoder.with_prefix(runs)
+        eos = self._encoder.spec.eos_id
+        if runs and runs[-1][0] == eos:
+            runs[-1] = (eos, True)
+            return runs
+        return [*runs, (eos, True)]
+
+
+def _laid(answer: list[Laid] | BadConversation) -> list[Laid] | BadField:
+    return BadField(str(answer)) if isinstance(answer, BadConversation) else answer
+
+
+def _tools(record: Record) -> list[Any] | None:
+    """Descriptions of tools in the column `tools`, as a list or as JSON text."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise BadField(f"field 'tools' is no JSON ({error})") from None
+    if tools is not None and not isinstance(tools, list):
+        raise BadField(f"field 'tools' is {describe_type(tools)}, not a list")
+    return tools or None
+
+
+def chat_formatting(template: str, column: str = "messages") -> Formatting:
+    """Chats under a Jinja template; if it prints the date, it will print today's from now on."""
+    date = datetime.now(UTC).date().isoformat() if "strftime_now" in template else None
+    return Formatting(shape="chat", column=column, template=template, date=date)
+
+
+def default_formatting(tokenizer: "PreTrainedTokenizerBase") -> Formatting:
+    """For generation without a run record: the model's chat template if it has one, else raw text."""
+    template = encoder_of(tokenizer).spec.chat_template
+    return Formatting(shape="text", column="text") if template is None else chat_formatting(template)
+
+
+def format_prompt(
+    prompt: "str | Record | list[Record]", formatting: Formatting, tokenizer: "PreTrainedTokenizerBase"
+) -> list[int]:
+    """Ids of a prompt up to where its answer starts, the same that training on a row with this prompt gives.
+
+    Args:
+        prompt: Text; or an object with the trained columns (the completion is not needed); or chat messages.
+        formatting: How the model was trained.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        DataError: The prompt does not have the form that the formatting needs.
+    """
+    if problem := problem_of_record({"prompt": prompt}):
+        raise DataError(f"This prompt cannot be used: {problem}.", "Give it as UTF-8 text.")
+    encoder = encoder_of(tokenizer)
+    runs = RowFormatter(formatting, encoder).format_prompt(prompt)
+    return [token for run in encoder.encode_rows([runs])[0] for token in run]

@@ -1,0 +1,114 @@
+"""A run's output directory: claimed for one process, cleared on request, and filled with the finished adapter."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_cli.artifacts import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BAD_ROWS,
+    CHECKPOINTS,
+    LOCK,
+    LOSS_CURVE,
+    METRICS,
+    MODEL_CARD,
+    RUN_RECORD,
+    RUN_YAML,
+    fsync_path,
+)
+from qlora_cli.core.storage.checkpoint import list_checkpoints
+from qlora_cli.errors import RunError
+
+RUN_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, RUN_RECORD, RUN_YAML, METRICS, LOSS_CURVE, MODEL_CARD, BAD_ROWS)
+SIGNS_OF_A_RUN = (ADAPTER_CONFIG, RUN_RECORD, RUN_YAML, CHECKPOINTS)
+UNFINISHED = ".finishing-"  # prefix of the directory that collects the final files
+
+
+@contextmanager
+def claimed(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Holds a run directory for this process; one that was made for nothing is removed again.
+
+    Args:
+        directory: May be absent.
+        resume: Whether it may hold a run, which goes on.
+        overwrite: Whether it may hold a run, whose files are removed.
+
+    Raises:
+        RunError: Another process holds it, or it holds a run (without `resume` or `overwrite`) or other files.
+    """
+    created = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunError(f"{directory} cannot be written: {error.strerror}.", "Choose another --output.") from error
+    try:
+        _lock(lock, directory)
+        _require_free(directory, resume=resume, overwrite=overwrite)
+        yield
+    finally:
+        if created and [path.name for path in directory.iterdir()] == [LOCK]:
+            (directory / LOCK).unlink()
+            directory.rmdir()
+        os.close(lock)  # and with it the lock, as when the process is killed
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+        raise RunError(
+            f"Another process{f' ({owner})' if owner else ''} is writing to {directory}.",
+            "Wait for it to end, or choose another --output.",
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def _require_free(directory: Path, *, resume: bool, overwrite: bool) -> None:
+    visible = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
+    holds_run = any((directory / name).exists() for name in SIGNS_OF_A_RUN)
+    if visible and not holds_run:
+        raise RunError(
+            f"{directory} holds other files ({', '.join(sorted(visible)[:3])}) and no run.",
+            "Choose another --output.",
+        )
+    if not holds_run or resume:
+        return
+    if not overwrite:
+        saved = list_checkpoints(directory / CHECKPOINTS)
+        raise RunError(
+            f"{directory} holds a run already{f', saved at step {int(saved[-1].name[5:])}' if saved else ''}.",
+            "Add --resume to go on with it, --overwrite to remove it, or choose another --output.",
+        )
+    for name in RUN_FILES:
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+
+
+@contextmanager
+def finished_files(directory: Path) -> Iterator[Path]:
+    """Yields an empty directory whose files take their places in the run directory when the block succeeds.
+
+    Each is flushed and renamed, the adapter's configuration last: a directory with one has the weights too.
+    """
+    for leftover in directory.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover)
+    collected = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=directory))
+    try:
+        yield collected
+        paths = sorted(collected.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG)
+        for path in paths:
+            path.chmod(0o644)
+            fsync_path(path)
+        for path in paths:
+            path.replace(directory / path.name)
+        fsync_path(directory)
+    finally:
+        shutil.rmtree(collected, ignore_errors=True)

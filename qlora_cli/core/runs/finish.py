@@ -1,0 +1,102 @@
+"""A trained adapter and what it came from in; the finished run directory out: adapter, tokenizer, record, card, curve."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli import __version__
+from qlora_cli.artifacts import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BAD_ROWS,
+    CHECKPOINTS,
+    FORMAT,
+    MODEL_CARD,
+    RUN_RECORD,
+    write_json,
+)
+from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.core.device import list_versions
+from qlora_cli.core.models.loading import BaseIdentity
+from qlora_cli.core.runs.directory import finished_files
+from qlora_cli.core.runs.metrics import draw_loss_curve
+from qlora_cli.core.runs.model_card import write_card
+from qlora_cli.core.storage.checkpoint import checkpoint_path, verify
+from qlora_cli.core.training.state import REQUIRED_FILES
+from qlora_cli.errors import CheckpointError
+from qlora_cli.events import Caution, Notice, Report
+
+
+def write_run(
+    output: Path,
+    *,
+    save_adapter: Callable[[Path], None],
+    best_step: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    base: BaseIdentity,
+    rows: PreparedRows,
+    settings: dict[str, Any],
+    training: dict[str, Any],
+    report: Report,
+) -> None:
+    """Writes the files that make a directory of checkpoints and metrics a finished run. No network call is made.
+
+    Args:
+        output: Run directory.
+        save_adapter: Writes the trained adapter, as it is now, into a directory.
+        best_step: Step whose checkpoint holds the adapter to keep instead; None to keep the one of now.
+        tokenizer: Saved with the adapter.
+        base: What the adapter belongs to.
+        rows: What it was trained on.
+        settings: Of the run, for the card.
+        training: What the run came to, for record and card.
+        report: Told which adapter is kept where that was a choice.
+    """
+    draw_loss_curve(output)
+    if (rows.directory / BAD_ROWS).is_file():
+        shutil.copyfile(rows.directory / BAD_ROWS, output / BAD_ROWS)
+    data = rows.manifest["data"]
+    with finished_files(output) as directory:
+        tokenizer.save_pretrained(directory)
+        if best_step is None or not _copy_best(output, best_step, directory, report):
+            save_adapter(directory)
+        write_record(directory, base, rows, training=training)
+        card = write_card(
+            base=base.model if base.revision else None,  # a directory has no revision, and its path stays private
+            dataset=data["source"].partition(":")[0] if "revision" in data else None,
+            settings=settings,
+            results=training,
+        )
+        (directory / MODEL_CARD).write_text(card, encoding="utf-8")
+
+
+def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more: Any) -> None:
+    """Writes what has to be known to use an adapter beside it: its base, how that was held, how prompts were formatted."""
+    manifest = rows.manifest
+    origin = {"prepared": str(rows.directory.absolute()), "rows_sha256": manifest["rows_sha256"]}
+    record = {
+        "format": FORMAT,
+        "qlora_version": __version__,
+        "base": base.to_dict(),
+        "data": {**manifest["data"], **origin},
+        "formatting": manifest["formatting"],
+        **more,
+        "versions": list_versions(),
+    }
+    write_json(directory / RUN_RECORD, record)
+
+
+def _copy_best(output: Path, step: int, directory: Path, report: Report) -> bool:
+    """Takes the adapter of the best evaluation from its checkpoint; False, with a caution, when that is damaged."""
+    try:
+        best = verify(checkpoint_path(output / CHECKPOINTS, step), REQUIRED_FILES)
+    except CheckpointError as error:
+        report(Caution(f"The best adapter, of step {step}, is lost ({error.message}): the last one is kept instead."))
+        return False
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        shutil.copyfile(best.path / name, directory / name)
+    report(Notice(f"The adapter kept is that of step {step}, which had the lowest evaluation loss."))
+    return True

@@ -1,0 +1,109 @@
+"""Steps and evaluations in; `metrics.jsonl`, one JSON object a line, and the picture of the loss out."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qlora_cli.artifacts import LOSS_CURVE, METRICS, write_bytes
+from qlora_cli.core.storage.checkpoint import telling_disk_full
+from qlora_cli.events import EvaluationLogged, StepLogged
+
+LINE_BYTES = 300
+
+
+class MetricsFile:
+    """Appends to the metrics of a run directory, each line at once.
+
+    Args:
+        directory: Run directory.
+        last_step: Lines of later steps, and a last line cut short, are removed: a resumed run writes them anew.
+    """
+
+    def __init__(self, directory: Path, *, last_step: int) -> None:
+        self.path = directory / METRICS
+        kept = [line for line in read_metrics(directory) if line["step"] <= last_step]
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.stream = self.path.open("ab", buffering=0)  # nothing is held back, to fail again when it is closed
+
+    def write(self, event: StepLogged | EvaluationLogged) -> None:
+        """Appends one event."""
+        with telling_disk_full(self.path.parent, LINE_BYTES):
+            line = (json.dumps(as_metrics(event), allow_nan=False) + "\n").encode()
+            while line:  # a disk with little room takes a part first
+                line = line[self.stream.write(line) :]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.stream.close()
+
+
+def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
+    """The fields that a line of metrics holds; a number that is not finite is null."""
+    values: dict[str, Any]
+    if isinstance(event, EvaluationLogged):
+        values = {"step": event.step, "eval_loss": event.eval_loss, "perplexity": event.perplexity}
+    else:
+        values = {
+            "step": event.step,
+            "loss": event.loss,
+            "learning_rate": event.learning_rate,
+            "grad_norm": event.grad_norm,
+            "tokens": event.tokens,
+            "step_seconds": event.step_seconds,
+            "tokens_per_second": event.tokens_per_second,
+            "peak_vram_bytes": event.vram.peak_bytes if event.vram else None,
+        }
+        values |= {f"peak_vram_bytes_{rank}": card.peak_bytes for rank, card in enumerate(event.cards) if rank}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without a last one that a kill cut short; none where there is no file."""
+    path = directory / METRICS
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_bytes().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def draw_loss_curve(directory: Path) -> None:
+    """Draws `loss.png` from the run's metrics: loss of each step, its running mean, evaluations."""
+    lines = read_metrics(directory)
+    steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    evaluations = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if steps:
+        axes.plot(*zip(*steps, strict=True), color="#9ecae1", linewidth=1, label="step")
+        axes.plot(*zip(*_smooth(steps), strict=True), color="#08519c", linewidth=1.8, label="running mean")
+    if evaluations:
+        axes.plot(*zip(*evaluations, strict=True), "o-", color="#d94801", markersize=4, label="held-out rows")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if steps or evaluations:
+        axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(directory / LOSS_CURVE, picture.getvalue())
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Mean over the last tenth of the steps so far, at least five."""
+    smooth = []
+    for index, (step, _) in enumerate(points):
+        window = points[max(0, index + 1 - max(5, len(points) // 10)) : index + 1]
+        smooth.append((step, sum(loss for _, loss in window) / len(window)))
+    return smooth

@@ -1,0 +1,66 @@
+"""The settings of a run in; a `UsageError` for what makes no sense out, before any file is read."""
+
+import importlib.util
+import os
+
+from qlora_cli.config import TrainConfig
+from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.planning.run_plan import can_be_spread
+from qlora_cli.errors import UsageError
+
+TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Checks what needs no file.
+
+    Raises:
+        UsageError: A setting is missing, out of range, or needs a package that is not installed.
+    """
+    if config.model is None:
+        raise UsageError("No base model was named.", "Add --model with a hub id or a directory.")
+    if (config.data is None) == (config.prepared is None):
+        raise UsageError(
+            "Training takes rows from one place.", "Give either --data or --prepared (written by qlora prepare)."
+        )
+    positive = ("max_steps", "save_every", "eval_every", "patience", "keep", "batch_size")
+    for name in (*positive, "gradient_accumulation_steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}.", "Use 1 or more.")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}.", "Use 0 or more.")
+    evaluates = config.eval_rows or config.eval_fraction
+    if (config.keep_best or config.patience or config.eval_every) and not evaluates:
+        wanting = next(n for n in ("keep_best", "patience", "eval_every") if getattr(config, n))
+        raise UsageError(
+            f"--{wanting.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
+        )
+    if config.report_to and not any(importlib.util.find_spec(name) for name in TRACKER_MODULES[config.report_to]):
+        raise UsageError(
+            f"--report-to {config.report_to} needs a package that is not installed.",
+            f"Type: pip install {config.report_to}",
+        )
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Checks that the processes started are those asked for.
+
+    Raises:
+        UsageError: They are not.
+    """
+    if (config.shard or config.shard_offload) and not can_be_spread(config, ranks):
+        alone = ranks.world_size == 1
+        raise UsageError(
+            "--shard spreads the base over several cards, and one process runs."
+            if alone
+            else "--shard takes the fast engine and plain LoRA adapters only.",
+            "Add --gpus 2, or leave --shard out." if alone else "Leave out --engine, --dora and --modules-to-save.",
+        )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    if config.gpus is not None and config.gpus != here:
+        raise UsageError(
+            f"--gpus {config.gpus} was asked for, and {here} process{'es run' if here > 1 else ' runs'} on this machine.",
+            "Leave --gpus out where torchrun or accelerate starts the processes.",
+        )

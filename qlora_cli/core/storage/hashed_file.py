@@ -1,0 +1,268 @@
+"""Tensors in, a safetensors file with a SHA-256 of each of its pieces out; and back, every byte read and verified once.
+
+Reading is what a start waits for: each worker thread reads a piece into a buffer of its own, hashes it there and hands
+its tensors' bytes on, from page-locked memory where they go to a CUDA device.
+"""
+
+import bisect
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES, DTYPES
+from qlora_cli.errors import RunError
+
+HASHED_BYTES = 8 * 2**20  # covered by one digest: what a reading thread has in memory, page-locked for CUDA
+ALIGNED_BYTES = 256
+THREADS = min(16, os.cpu_count() or 1)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_tensors(stream: BinaryIO, shapes: Mapping[str, Tensor], values: Iterator[Tensor]) -> list[str]:
+    """Writes a safetensors file, each tensor aligned, one in memory at a time.
+
+    Args:
+        stream: To write to.
+        shapes: Of every tensor, in order; these themselves, or ones on the meta device.
+        values: The tensors in the same order.
+
+    Returns:
+        The digests of every HASHED_BYTES and of what is left, which may be nothing.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in shapes.items():
+        gap = -end % ALIGNED_BYTES
+        if gap:  # the format has no holes: an unnamed tensor fills this one
+            header[f"__gap_{end}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
+        start, end = end + gap, end + gap + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNED_BYTES)
+    hashing = _Hashing(stream)
+    hashing.write(len(text).to_bytes(8, "little") + text)
+    written = 0
+    for tensor in values:
+        gap = -written % ALIGNED_BYTES
+        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+        hashing.write(bytes(gap))
+        hashing.write(raw)
+        written += gap + raw.nbytes
+    return hashing.finish()
+
+
+class _Hashing:
+    """A stream that keeps a digest of every HASHED_BYTES."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._digest, self._room = stream, hashlib.sha256(), HASHED_BYTES
+        self._digests: list[str] = []
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        self._stream.write(view)
+        while len(view):
+            part, view = view[: self._room], view[self._room :]
+            self._digest.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self._digests.append(self._digest.hexdigest())
+                self._digest, self._room = hashlib.sha256(), HASHED_BYTES
+
+    def finish(self) -> list[str]:
+        return [*self._digests, self._digest.hexdigest()]
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        dtype: Of its elements.
+        shape: As it was written.
+        start: Its first byte, counted from the file's beginning.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+
+
+class HashedFile:
+    """A file of `write_tensors`, open; its header is verified, and with `fill` every other byte.
+
+    Attributes:
+        entries: Every tensor's place, in the file's order.
+    """
+
+    def __init__(self, path: Path, digests: Sequence[str], piece_bytes: int) -> None:
+        """Opens the file.
+
+        Args:
+            path: The file.
+            digests: What `write_tensors` returned.
+            piece_bytes: HASHED_BYTES when it was written.
+
+        Raises:
+            RunError: It has another length, or its header is damaged.
+        """
+        self._path, self._digests = path, digests
+        self._stream = path.open("rb", buffering=0)
+        try:
+            self._size_bytes = os.fstat(self._stream.fileno()).st_size
+            if piece_bytes < 1:
+                raise RunError(f"{path.name} cannot be read in pieces of {piece_bytes} bytes.")
+            self._piece_bytes = piece_bytes
+            self._pieces = self._size_bytes // piece_bytes + 1  # the last one is shorter, or empty
+            if len(digests) != self._pieces:
+                raise RunError(f"{path.name} has another length than was written.")
+            header, data_start = self._read_header()
+        except BaseException:
+            self._stream.close()
+            raise
+        self.entries = {
+            name: Entry(DTYPES[entry["dtype"]], torch.Size(entry["shape"]), data_start + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if not name.startswith("__")
+        }
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def _read_header(self) -> tuple[dict[str, Any], int]:
+        """The verified header, and where the data begin."""
+        buffer = torch.empty(min(self._piece_bytes, self._size_bytes), dtype=torch.uint8).numpy()
+        text, wanted = b"", 8
+        for number in range(self._pieces):
+            text += buffer[: self._read_piece(number, buffer)].tobytes()
+            if len(text) >= 8:
+                wanted = 8 + int.from_bytes(text[:8], "little")
+            if len(text) >= wanted:
+                return json.loads(text[8:wanted]), wanted
+        raise RunError(f"{self._path.name} is shorter than its header says.")
+
+    def _read_piece(self, number: int, buffer: Any) -> int:
+        """Fills a buffer, (piece_bytes,) uint8 of numpy, with a piece and verifies it; returns its bytes.
+
+        Raises:
+            RunError: They are not what was written.
+        """
+        start = number * self._piece_bytes
+        count = min(self._piece_bytes, self._size_bytes - start)
+        done = 0
+        while done < count:
+            read = os.preadv(self._stream.fileno(), [buffer[done:count]], start + done)
+            if not read:
+                raise RunError(f"{self._path.name} became shorter while it was read.")
+            done += read
+        # Of more than 2 KiB, hashing lets other threads run.
+        if hashlib.sha256(buffer[:count]).hexdigest() != self._digests[number]:
+            raise RunError(f"{self._path.name} is damaged after byte {start:,}.")
+        return count
+
+    def fill(self, parts: Iterable[tuple[int, Tensor]], device: torch.device) -> None:
+        """Verifies the whole file and fills tensors with what is in it.
+
+        Args:
+            parts: Contiguous tensors that share no byte of the file, each with the place there of its first one; on the
+                host or on `device`. They hold nothing of use unless this returns; then, on a CUDA device, for what its
+                current stream does next.
+            device: Where those that are not on the host are.
+
+        Raises:
+            RunError: A byte is not what was written.
+        """
+        targets = sorted(((start, _bytes_of(tensor)) for start, tensor in parts), key=lambda target: target[0])
+        copies = _CudaCopies(device) if device.type == "cuda" else None
+        waiting = deque(range(self._pieces))
+        threads = min(THREADS, self._pieces)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    futures = [pool.submit(self._work, waiting, targets, copies) for _ in range(threads)]
+                    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                        future.result()
+                finally:  # after a failure or Ctrl-C the other threads end with the piece they have in hand
+                    waiting.clear()
+        finally:
+            if copies:  # also after a failure: the memory of the tensors may be given to others next
+                copies.join()
+
+    def _work(self, waiting: deque[int], targets: list[tuple[int, Any]], copies: "_CudaCopies | None") -> None:
+        """Takes pieces until none is left: reads, verifies and copies them to where they belong.
+
+        Args:
+            waiting: Numbers of pieces, shared with other threads.
+            targets: Places in the file, in order, and bytes to be filled from there.
+            copies: How bytes get to a CUDA device.
+        """
+        starts = [start for start, _ in targets]
+        with copies.selected() if copies else nullcontext():
+            room = min(self._piece_bytes, self._size_bytes)
+            staging = torch.empty(room, dtype=torch.uint8, pin_memory=copies is not None)
+            buffer = staging.numpy()
+            copied = torch.cuda.Event() if copies else None
+            while waiting:
+                try:
+                    number = waiting.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                if copied is not None:
+                    copied.synchronize()  # what was copied out of the buffer has left it
+                first = number * self._piece_bytes
+                last = first + self._read_piece(number, buffer)
+                for index in range(max(0, bisect.bisect_right(starts, first) - 1), bisect.bisect_left(starts, last)):
+                    start, target = targets[index]
+                    low, high = max(first, start), min(last, start + len(target))
+                    if low >= high:
+                        continue
+                    if isinstance(target, Tensor):
+                        target[low - start : high - start].copy_(staging[low - first : high - first], non_blocking=True)
+                    else:
+                        target[low - start : high - start] = buffer[low - first : high - first]
+                if copied is not None:
+                    copied.record()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """A contiguous tensor as (bytes,) uint8; of numpy on the host, where torch would start threads for each of ours."""
+    flat = tensor.view(-1).view(torch.uint8)
+    return flat if tensor.is_cuda else flat.numpy()
+
+
+class _CudaCopies:
+    """A stream for copies to a CUDA device: behind what is queued there when it is made, ahead of what follows `join`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def selected(self) -> torch.cuda.StreamContext:
+        """The stream as the current one of this thread, which is to be one of our own."""
+        # A thread begins on device 0: leaving the context would go back there, which takes memory on that card.
+        torch.cuda.set_device(self._stream.device)
+        return torch.cuda.stream(self._stream)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

@@ -1,0 +1,205 @@
+"""The rows of an optimizer step in; its summed loss and the gradients of their mean over all ranks out."""
+
+import gc
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_cli.core.data.packing import MicroBatch, collate
+from qlora_cli.core.data.sampler import split_to_fit
+from qlora_cli.core.data.split import RowSubset
+from qlora_cli.core.device import read_vram
+from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.engine.engine import Engine
+from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.core.training.gradient_reduction import GradientReduction
+from qlora_cli.errors import TrainingError
+from qlora_cli.events import Vram
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What one step came to, over all ranks."""
+
+    loss_sum: float  # nats, summed over the trained tokens
+    trained_tokens: int
+    tokens: int
+    gradient_norm: float  # of the mean loss times the loss scale
+    out_of_memory: bool  # on some rank: the other numbers then mean nothing
+    stopping: bool  # a signal came to some rank
+    cards: tuple[Vram, ...]  # memory of every rank's card, by rank; () on the CPU
+
+
+class Accumulation:
+    """Forward and backward over the micro-batches of a step.
+
+    Args:
+        engine: Losses of micro-batches.
+        rows: Where row indices point.
+        parameters: Whose gradients are gathered.
+        ranks: This process among those that share each step.
+        lockstep: Whether all ranks have to run equally many micro-batches: their weights are gathered from all.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rows: RowSubset,
+        parameters: TrainableParameters,
+        ranks: Ranks,
+        lockstep: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.rows = rows
+        self.parameters = parameters
+        self.ranks = ranks
+        self.lockstep = lockstep
+        self.reduction = GradientReduction(parameters, ranks)
+        self.device = parameters.device
+        self.failed: MicroBatch | None = None  # did not fit this rank's memory in the last `accumulate`
+
+    def lay_out(self, micro_batches: list[list[int]], limit_tokens: int | None) -> list[MicroBatch]:
+        """Reads the rows of a step into tensors, in micro-batches of at most `limit_tokens` (rows are never cut)."""
+        split = split_to_fit(micro_batches, self.rows.lengths, limit_tokens)
+        batches = [read_batch(self.rows, indices, self.device) for indices in split]
+        # The others' turn comes while the device computes the ones before them.
+        return [self.engine.prepare(batches[0]), *batches[1:]] if batches else batches
+
+    def accumulate(self, batches: list[MicroBatch], *, scale: float = 1.0, stopping: bool = False) -> Tensor:
+        """Gradients of `scale` times the mean loss over the trained tokens of all ranks' batches.
+
+        Nothing here waits for the device; `read_sums` does.
+
+        Returns:
+            (6 + 3 * ranks,) float64 on the device, for `read_sums`.
+        """
+        self.parameters.zero_gradients()
+        trained = sum(batch.trained_tokens for batch in batches)
+        factor: Tensor | float = scale / max(trained, 1)
+        if self.ranks.world_size > 1:
+            factor = scale / self.ranks.add_up(torch.tensor(float(trained), device=self.device)).clamp_min(1)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.failed = None
+        idle = self.ranks.highest(len(batches), self.device) - len(batches) if self.lockstep else 0
+        for number, batch in enumerate(batches, start=1):
+            if number == len(batches) + idle:
+                self.reduction.arm()
+            if not self._forward_backward(batch, factor, loss_sum):
+                self.failed = batch
+                break
+        for left in reversed(range(idle)):
+            if left == 0:  # at the same pass on all ranks: sums of gradients and gathered weights go in one order
+                self.reduction.arm()
+            self._accompany(self.engine.loss(read_batch(self.rows, [0], self.device)))
+        self.reduction.finish()
+        tokens = sum(batch.tokens for batch in batches)
+        counts = torch.tensor([trained, tokens, self.failed is not None, stopping, *self._card()], dtype=torch.float64)
+        sums = self.ranks.add_up(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))
+        return torch.cat([self.parameters.gradient_norm().double()[None], sums])
+
+    def _accompany(self, loss: Tensor) -> None:
+        """Runs a row that counts nothing, where other ranks have one micro-batch more."""
+        torch.autograd.backward(loss, torch.zeros_like(loss))
+
+    def _card(self) -> list[int]:
+        """This card's memory at its rank's place, zeros at all others: added up, that of every card."""
+        numbers = [0] * (3 * self.ranks.world_size)
+        vram = read_vram(self.device)
+        if vram is not None:
+            place = 3 * self.ranks.rank
+            numbers[place : place + 3] = vram.now_bytes, vram.peak_bytes, vram.total_bytes
+        return numbers
+
+    def _forward_backward(self, batch: MicroBatch, factor: Tensor | float, loss_sum: Tensor) -> bool:
+        """Adds one micro-batch's gradients and loss. False when memory ran out: the step has to be repeated."""
+        try:
+            loss = self.engine.loss(batch)
+            (loss * factor).backward()
+            loss_sum += loss.detach()
+            return True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.lockstep:
+                raise TrainingError(
+                    f"There is not enough memory for a micro-batch of {batch.tokens:,} tokens, and with --shard the "
+                    "other cards wait for it.",
+                    "Lower --max-length or --batch-size, or add --gradient-checkpointing on.",
+                ) from error
+        # Outside the handler, where the traceback no longer holds the activations.
+        free_memory(self.device)
+        return False
+
+    def relieve(self) -> bool:
+        """Has the engine give up speed for memory where that ran out; False where some rank has nothing to give up."""
+        stuck = self.failed is not None and not self.engine.relieve()
+        return not self.ranks.highest(int(stuck), self.device)
+
+    def halved_limit(self, where: str) -> int:
+        """Tokens that a micro-batch may hold after memory ran out, on all ranks.
+
+        Raises:
+            TrainingError: What did not fit was a single row.
+        """
+        failed_tokens = self.failed.tokens if self.failed else 0
+        single_tokens = failed_tokens if self.failed and len(self.failed.row_indices) == 1 else 0
+        if tokens := self.ranks.highest(single_tokens, self.device):
+            raise TrainingError(
+                f"There is not enough memory {where}, for a single row of {tokens:,} tokens.",
+                "Lower --max-length, or use --gradient-checkpointing on.",
+            )
+        return self.ranks.highest(failed_tokens, self.device) // 2
+
+    def try_out(self, micro_batches: Iterable[list[int]], limit_tokens: int | None, reserve_bytes: int) -> int | None:
+        """Runs micro-batches forward and backward and forgets them, with room kept for `reserve_bytes` more.
+
+        Returns:
+            The limit on a micro-batch's tokens with which all of them fit.
+
+        Raises:
+            TrainingError: A single row does not fit.
+        """
+        for indices in micro_batches:
+            while True:
+                batches = self.lay_out([indices], limit_tokens)
+                reserved = torch.empty(
+                    reserve_bytes if self.device.type == "cuda" else 0, device=self.device, dtype=torch.uint8
+                )
+                sums = read_sums(self.accumulate(batches))
+                del reserved  # stays with the allocator, where the optimizer's state will find it
+                if not sums.out_of_memory:
+                    break
+                if not self.relieve():
+                    limit_tokens = self.halved_limit("for the longest rows")
+        self.parameters.zero_gradients()
+        return limit_tokens
+
+
+def read_sums(sums: Tensor) -> StepSums:
+    """Brings `accumulate`'s result to the host: waits for the device."""
+    norm, loss_sum, trained, tokens, failures, stops, *memory = sums.tolist()
+    cards = tuple(Vram(*map(int, memory[i : i + 3])) for i in range(0, len(memory), 3) if memory[i + 2])
+    return StepSums(loss_sum, int(trained), int(tokens), norm, failures > 0, stops > 0, cards)
+
+
+def read_batch(rows: RowSubset, indices: list[int], device: torch.device) -> MicroBatch:
+    """Rows as one micro-batch, in pinned memory where it will be copied to a card."""
+    batch = collate([rows[i] for i in indices], indices)
+    return batch.pin() if device.type == "cuda" else batch
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a failure means that the device has no room; libraries below PyTorch say so in their own words."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in text for sign in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives the allocator's unused blocks back after memory ran out."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,169 @@
+"""An optimizer's name and the parameter buffers in; an optimizer out, with its state as tensors and plain numbers."""
+
+import warnings
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.errors import CheckpointError, UsageError
+
+# Bytes of state for each trained parameter; 8-bit states add one fp32 scale for every 256. Adafactor keeps a row and a
+# column of a matrix: 4 / rank bytes, here for the smallest ranks in use.
+_STATE_BYTES = {"adamw": 8.0, "lion": 4.0, "sgd": 0.0, "adafactor": 1.0}
+_STATE_BYTES |= {"paged_adamw_32bit": 8.0, "paged_lion_32bit": 4.0}
+_STATE_BYTES |= {"paged_adamw_8bit": 2 + 8 / 256, "adamw_8bit": 2 + 8 / 256}
+_STATE_BYTES |= {"paged_lion_8bit": 1 + 4 / 256, "lion_8bit": 1 + 4 / 256}
+
+_BITSANDBYTES = {
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_lion_8bit": bnb.optim.PagedLion8bit,
+    "paged_lion_32bit": bnb.optim.PagedLion32bit,
+    "lion_8bit": bnb.optim.Lion8bit,
+    "lion": bnb.optim.Lion32bit,
+}
+_CONSTANTS = {"qmap1", "qmap2"}  # bitsandbytes' quantisation maps, equal in every run
+
+
+def choose_optimizer(name: str | None, device: torch.device) -> str:
+    """The optimizer asked for, or the default of the device."""
+    return name or ("paged_adamw_8bit" if device.type == "cuda" else "adamw")
+
+
+def state_bytes(name: str, parameters: int) -> int:
+    """Bytes of optimizer state for so many trained parameters."""
+    return int(_STATE_BYTES[name] * parameters)
+
+
+def allocated_state_bytes(name: str, parameters: int) -> int:
+    """Of these, what PyTorch's allocator gives on a CUDA device: nothing for a paged optimizer, whose states are in
+    managed memory and leave the device where it is full."""
+    return 0 if name.startswith("paged") else state_bytes(name, parameters)
+
+
+def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay: float) -> Optimizer:
+    """Builds an optimizer over the buffers. Its learning rate is set before every step by the loop.
+
+    Args:
+        name: One of `config.OPTIMIZERS`. Those of bitsandbytes work on the CPU too, where nothing is paged.
+        parameters: What is trained. Adafactor, which factors matrices, gets the separate ones.
+        weight_decay: Decoupled; for matrices only.
+
+    Raises:
+        UsageError: There is no optimizer of that name.
+    """
+    whole = name == "adafactor"
+    groups = []
+    for decays in (True, False):
+        buffers = [buffer for buffer in parameters.buffers if buffer.decays == decays]
+        trained = [view for buffer in buffers for view in buffer.views] if whole else [b.values for b in buffers]
+        if trained:
+            groups.append({"params": trained, "weight_decay": weight_decay if decays else 0.0})
+    if name in _BITSANDBYTES:
+        return _BITSANDBYTES[name](groups, lr=0.0)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0)
+    if name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=0.0)
+    raise UsageError(f"There is no optimizer {name!r}.", f"Use one of: {', '.join(_STATE_BYTES)}.")
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Sets the rate of the next step, for all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def step_optimizer(optimizer: Optimizer) -> None:
+    """Updates the parameters, without waiting for the device from the second step on.
+
+    bitsandbytes' own `step` waits after each parameter. Nothing here needs that: what follows is queued behind the
+    update, and `optimizer_state` waits before a paged state is read.
+    """
+    if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit) and optimizer.initialized:
+        for group_index, group in enumerate(optimizer.param_groups):
+            for parameter_index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    if not optimizer.state[parameter]:
+                        optimizer.init_state(group, parameter, group_index, parameter_index)
+                    optimizer.prefetch_state(parameter)
+                    optimizer.update_step(group, parameter, group_index, parameter_index)
+        return
+    with warnings.catch_warnings():  # that nothing is paged on the CPU is no news to the user
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        optimizer.step()
+
+
+def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, numbers) of the optimizer by `<parameter's index>.<name>`: all that the next step depends on."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and key not in _CONSTANTS:
+                if value.device.type == "cpu" and parameter.device.type == "cuda":
+                    torch.cuda.synchronize(parameter.device)  # a paged state: memory the card may still be writing
+                tensors[f"{index}.{key}"] = value
+            elif not isinstance(value, Tensor):
+                numbers[f"{index}.{key}"] = value
+    return tensors, numbers
+
+
+def load_optimizer_state(optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Puts a saved state back, bit for bit, paged states into paged memory.
+
+    Raises:
+        CheckpointError: The state is another optimizer's, or of parameters of other sizes.
+    """
+    parameters = _parameters(optimizer)
+    saved: list[dict[str, Any]] = [{} for _ in parameters]
+    for name, value in {**tensors, **numbers}.items():
+        index, _, key = name.partition(".")
+        if int(index) >= len(saved):
+            raise CheckpointError(f"The saved optimizer has more parameters than the {len(saved)} trained now.")
+        saved[int(index)][key] = value
+    if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
+        _load_bitsandbytes_state(optimizer, saved)
+    else:
+        # torch casts each tensor to its parameter's dtype and device; both equal the saved ones.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(
+            {"state": {i: state for i, state in enumerate(saved) if state}, "param_groups": groups}
+        )
+
+
+def _load_bitsandbytes_state(optimizer: Any, saved: list[dict[str, Any]]) -> None:
+    # Its own load_state_dict would move paged states into plain device memory.
+    index = 0
+    for group_index, group in enumerate(optimizer.param_groups):
+        for parameter_index, parameter in enumerate(group["params"]):
+            if saved[index]:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+                    optimizer.init_state(group, parameter, group_index, parameter_index)
+                state = optimizer.state[parameter]
+                wrong = {key for key in saved[index].keys() ^ state.keys() if key not in _CONSTANTS}
+                wrong |= {
+                    key
+                    for key, value in saved[index].items()
+                    if isinstance(value, Tensor) and key in state and state[key].shape != value.shape
+                }
+                if wrong:
+                    raise CheckpointError(f"The saved optimizer state does not fit: {', '.join(sorted(wrong))}.")
+                for key, value in saved[index].items():
+                    if isinstance(value, Tensor):
+                        state[key].copy_(value)
+                    else:
+                        state[key] = value
+            index += 1
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,295 @@
+"""A few rows of activations and stacked 4-bit weights in; their products, an adapter's added, out: one pass over memory.
+
+Decoding reads every weight once a token, so that these kernels are as fast as the weights stream in. Weights that share
+their input (query, key and value; gate and up) are stacked and read by one launch, and the adapter costs one small
+launch before it: `project` gives scaling A x, and the big kernel adds B times that to what it writes.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from qlora_cli.kernels.decode import gemv_lanes, gemv_programs
+
+MAX_TOKENS = 64  # rows of activations; more are better dequantised once and multiplied as usual
+LANE_TOKENS = 16  # up to which `multiply_lanes` is the quicker program
+KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # what tensor cores call them
+PROJECT_COLUMNS = 512  # columns of A a program of `project` sums over
+
+
+class StackedWeight(NamedTuple):
+    """Weights of the same input, one below the other, in bitsandbytes' 4-bit format.
+
+    Attributes:
+        rows: out features, all together.
+        columns: in features, a multiple of the blocksize.
+        packed: uint8 (rows * columns / 2,), the high nibble first.
+        absmax: fp32 (blocks,), or uint8 codes when nested.
+        code: fp32 (16,).
+        nested_absmax: fp32 (blocks / nested_blocksize,), or None.
+        nested_code: fp32 (256,), or None.
+        nested_offset: fp32, like `nested_absmax`: each weight has an offset of its own; or None.
+        blocksize: Values that share a scale.
+        nested_blocksize: Scales that share a nested scale.
+    """
+
+    rows: int
+    columns: int
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_offset: Tensor | None = None
+    blocksize: int = 64
+    nested_blocksize: int = 256
+
+
+class StackedAdapter(NamedTuple):
+    """Adapters of stacked weights.
+
+    Attributes:
+        a: (ranks, columns), the A of every weight, one below the other, each filled with zeros to the same rank.
+        scaling: fp32 (ranks,); 0 turns an adapter off.
+        b: (rows, rank), the B of every weight, one below the other.
+        first_rank: int32 (rows / ROW_UNIT,), the row of `a` that belongs to the first column of `b`.
+    """
+
+    a: Tensor
+    scaling: Tensor
+    b: Tensor
+    first_rank: Tensor
+
+
+WIDE_ROWS = 12288  # from which on every multiprocessor of a large card gets several units of 32 rows
+NARROW_ROWS = 4224  # up to which no multiprocessor of 132 gets more than two units of 16 rows
+LONG_COLUMNS = 8192  # beyond which 8 warps share the columns of so few rows
+ROW_UNIT = 64  # a weight in a stack has a multiple of so many rows
+
+
+class Tiling(NamedTuple):
+    """How `multiply_lanes` divides its work.
+
+    Attributes:
+        tiles: 16 weight rows each, of a program's unit of work; at most ROW_UNIT rows.
+        warps: Of a program; they share out the columns.
+        resident: Programs a multiprocessor, at most; each takes one unit after another.
+        registers: Most a thread may have; None for what the compiler takes.
+        ahead: Whether the next weights are loaded before the present ones are multiplied.
+    """
+
+    tiles: int
+    warps: int
+    resident: int
+    registers: int | None = None
+    ahead: bool = True
+
+
+def choose_tiling(tokens: int, rows: int, columns: int) -> Tiling:
+    """How to divide a product: the order of benchmarks/decode.md's sweep on an H200; NeoX-20B's shapes follow from it."""
+    if rows >= WIDE_ROWS and tokens <= 8:
+        return Tiling(tiles=2, warps=4, resident=4, registers=128)
+    if rows <= NARROW_ROWS and columns > LONG_COLUMNS:
+        return Tiling(tiles=1, warps=8, resident=2, registers=128)
+    return Tiling(tiles=1, warps=4, resident=4, registers=128)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many the device has; 0 where `multiply_lanes` cannot run: it needs tensor cores that take bfloat16."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it, if that allows it, is running."""
+    return _multiprocessors(device) > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def takes_lanes(x: Tensor, weight: StackedWeight) -> bool:
+    """Whether a product is computed by `multiply_lanes`, and not by the portable program."""
+    fit = x.shape[0] <= LANE_TOKENS and x.dtype in KINDS and weight.blocksize == 64
+    return fit and _multiprocessors(x.device) > 0
+
+
+def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
+    """scaling A x, in parts that have yet to be summed.
+
+    Args:
+        x: (tokens, columns), contiguous.
+        adapter: `a` in the dtype of x.
+
+    Returns:
+        fp32 (parts, tokens, ranks).
+    """
+    tokens, columns = x.shape
+    ranks = adapter.a.shape[0]
+    parts = triton.cdiv(columns, PROJECT_COLUMNS)
+    out = torch.empty(parts, tokens, ranks, dtype=torch.float32, device=x.device)
+    rows = 2 if tokens == 1 else 16
+    with torch.cuda.device_of(x):
+        gemv_programs.project[(triton.cdiv(ranks, rows), parts)](
+            x,
+            adapter.a,
+            adapter.scaling,
+            out,
+            tokens,
+            columns,
+            ranks,
+            SPAN=PROJECT_COLUMNS,
+            TOKENS=1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)),
+            RANKS=rows,
+            OVERLAP=_overlaps(x.device),
+            num_warps=4,
+        )
+    return out
+
+
+def multiply(
+    x: Tensor,
+    weight: StackedWeight,
+    adapter: StackedAdapter | None = None,
+    bias: Tensor | None = None,
+    *,
+    tiling: Tiling | None = None,
+    shuffle: bool | None = None,
+) -> Tensor:
+    """x W^T + scaling (x A^T) B^T + bias for every weight in the stack.
+
+    In 16 bits on tensor cores the 16 values are rounded to the dtype of x, and their sums multiplied by the scales in
+    fp32; elsewhere the values are rounded after they were scaled, bit for bit as by a dequantisation.
+
+    Args:
+        x: (tokens, columns), contiguous, at most MAX_TOKENS tokens.
+        weight: The stack.
+        adapter: Of the stack; `a` and `b` in the dtype of x.
+        bias: (rows,) or None.
+        tiling: How `multiply_lanes` divides its work; None for what is known to be fast.
+        shuffle: Whether the portable program looks values up by warp shuffles, which the interpreter lacks; None for
+            on CUDA only.
+
+    Returns:
+        (tokens, rows) in the dtype of x.
+
+    Raises:
+        ValueError: The shapes do not fit, or there are too many tokens.
+    """
+    tokens, columns = x.shape
+    if columns != weight.columns or columns % weight.blocksize or tokens > MAX_TOKENS or not x.is_contiguous():
+        raise ValueError(f"{tuple(x.shape)} activations do not suit a ({weight.rows}, {weight.columns}) stack")
+    y = torch.empty(tokens, weight.rows, dtype=x.dtype, device=x.device)
+    if not takes_lanes(x, weight):
+        _multiply_portably(x, weight, adapter, bias, y, x.is_cuda if shuffle is None else shuffle)
+        return y
+    if x.data_ptr() % 16:
+        x = x.clone()  # loads are of 16 bytes
+    _multiply_lanes(x, weight, adapter, bias, y, tiling)
+    return y
+
+
+def _multiply_lanes(
+    x: Tensor,
+    weight: StackedWeight,
+    adapter: StackedAdapter | None,
+    bias: Tensor | None,
+    y: Tensor,
+    tiling: Tiling | None,
+) -> None:
+    tokens, columns = x.shape
+    tiling = tiling or choose_tiling(tokens, weight.rows, columns)
+    projected = project(x, adapter) if adapter is not None else None
+    parts = projected.shape[0] if projected is not None else 0
+    rank, ranks = (adapter.b.shape[1], adapter.a.shape[0]) if adapter is not None else (0, 0)
+    units = triton.cdiv(weight.rows, 16 * tiling.tiles)
+    programs = min(units, _multiprocessors(x.device) * tiling.resident)
+    row_blocks = columns // weight.blocksize
+    overlap = projected is not None and _overlaps(x.device)
+    with torch.cuda.device_of(x):
+        gemv_lanes.multiply_lanes[(programs,)](
+            x,
+            weight.packed.view(torch.int64),
+            weight.absmax,
+            weight.code,
+            weight.nested_absmax,
+            weight.nested_code,
+            weight.nested_offset,
+            projected,
+            adapter.b if adapter is not None else None,
+            adapter.first_rank if adapter is not None else None,
+            bias,
+            y,
+            tokens,
+            weight.rows,
+            row_blocks,
+            ranks,
+            parts,
+            units,
+            NESTED_BLOCKSIZE=weight.nested_blocksize if weight.nested_absmax is not None else 0,
+            RANK=rank,
+            ROOM=max(16, triton.next_power_of_2(rank)),
+            PARTS=triton.next_power_of_2(parts),
+            HAS_BIAS=bias is not None,
+            ROW_UNIT=ROW_UNIT,
+            TILES=tiling.tiles,
+            EIGHTS=triton.next_power_of_2(triton.cdiv(tokens, 8)),
+            WARPS=tiling.warps,
+            AHEAD=tiling.ahead,
+            WHOLE=row_blocks % 4 == 0 and weight.rows % (16 * tiling.tiles) == 0,
+            OVERLAP=overlap,
+            KIND=KINDS[x.dtype],
+            num_warps=tiling.warps,
+            maxnreg=tiling.registers,
+            launch_pdl=overlap,
+        )
+
+
+def _multiply_portably(
+    x: Tensor,
+    weight: StackedWeight,
+    adapter: StackedAdapter | None,
+    bias: Tensor | None,
+    y: Tensor,
+    shuffle: bool,
+) -> None:
+    tokens, columns = x.shape
+    projected = project(x, adapter) if adapter is not None else None
+    rank, ranks = (adapter.b.shape[1], adapter.a.shape[0]) if adapter is not None else (0, 0)
+    rows = 32 if tokens <= 16 else 64
+    with torch.cuda.device_of(x):
+        # Rounding is that of a dequantisation only when no product of it is fused into a sum.
+        gemv_programs.multiply_few[(triton.cdiv(weight.rows, rows),)](
+            x,
+            weight.packed.view(torch.int32),
+            weight.absmax,
+            weight.code,
+            weight.nested_absmax,
+            weight.nested_code,
+            weight.nested_offset,
+            projected,
+            adapter.b if adapter is not None else None,
+            adapter.first_rank if adapter is not None else None,
+            bias,
+            y,
+            tokens,
+            weight.rows,
+            columns // 8,
+            ranks,
+            projected.shape[0] if projected is not None else 0,
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize if weight.nested_absmax is not None else 0,
+            RANK=rank,
+            RANK_ROOM=max(16, triton.next_power_of_2(rank)),
+            HAS_BIAS=bias is not None,
+            ROW_UNIT=ROW_UNIT,
+            TOKENS=max(16, triton.next_power_of_2(tokens)),
+            ROWS=rows,
+            BLOCKS=2,
+            SHUFFLE=shuffle,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

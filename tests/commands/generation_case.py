@@ -1,0 +1,36 @@
+"""Run directories for the tests of generation: an adapter that says something of its own, and its run record."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from qlora_cli.artifacts import FORMAT, RUN_RECORD
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.lora import attach_adapter, save_adapter
+from qlora_cli.core.prompts.formatting import Formatting
+
+CHAT = Formatting(
+    shape="chat",
+    column="messages",
+    template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+)
+
+
+def write_run(
+    run: Path, base_directory: Path, *, seed: int = 0, formatting: Formatting | None = None, **identity: object
+) -> Path:
+    """Writes a run whose base identity is the true one but for `identity`."""
+    base, found = load_base(str(base_directory), compute_dtype=torch.float32, device=torch.device("cpu"), cache=False)
+    model = attach_adapter(base, rank=4, alpha=16)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, run, base_name=str(base_directory))
+    record = {"format": FORMAT, "base": {**found.to_dict(), **identity}}
+    if formatting is not None:
+        record["formatting"] = formatting.to_dict()
+    (run / RUN_RECORD).write_text(json.dumps(record))
+    return run

@@ -1,0 +1,246 @@
+"""Promises of `generate`: formatted as in training, the right base, text as it comes, files that resume, plain errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.commands.generate import converse, generate
+from qlora_cli.config import GenerateConfig
+from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.errors import AdapterError, DataError, ModelError, RunError, UsageError
+from qlora_cli.events import Caution, Notice, Progress, TextGenerated
+from tests.commands.generation_case import CHAT, write_run
+
+PAIR = Formatting(shape="prompt", prompt_column="q", completion_column="a", template="Question: {q}\nAnswer: {a}")
+
+
+@pytest.fixture(scope="module")
+def make_run(tiny_model, tmp_path_factory):
+    """`make_run(seed, formatting)`: a run directory whose adapter says something of its own."""
+    built = {}
+
+    def make(seed=0, formatting=None, **identity):
+        key = (seed, formatting, tuple(identity.items()))
+        if key not in built:
+            run = tmp_path_factory.mktemp("run")
+            built[key] = write_run(run, tiny_model("llama"), seed=seed, formatting=formatting, **identity)
+        return built[key]
+
+    return make
+
+
+def ask(prompts, *, input=None, **settings):
+    """Result and events of one call."""
+    events = []
+    options = {"max_new_tokens": 12, "temperature": 0.0, "base_cache": False, **settings}
+    return generate(GenerateConfig(input=input, **options), prompts, events.append), events
+
+
+def text_of(events):
+    return "".join(event.text for event in events if isinstance(event, TextGenerated))
+
+
+def test_an_answer_streams_and_is_counted(make_run, tiny_model):
+    run = make_run(formatting=PAIR)
+    result, events = ask(["What?"], adapter=str(run), verbose=True)
+    (answer,) = result.answers
+    assert answer["answer"] == text_of(events) and answer["answer"]
+    assert [event for event in events if isinstance(event, TextGenerated)][-1] == TextGenerated("", final=True)
+    named = next(event.text for event in events if isinstance(event, Notice))
+    assert str(tiny_model("llama")) in named and str(run) in named
+    content = json.loads(json.dumps(result.to_dict()))
+    assert content["new_tokens"] == answer["new_tokens"] == 12
+    assert content["tokens_per_second"] > 0 and 0 < content["first_token_seconds"] <= content["generate_seconds"]
+    assert any("Decoded by" in event.text for event in events if isinstance(event, Notice))
+
+
+def test_a_prompt_is_formatted_as_in_training_unless_it_is_raw(make_run):
+    formatted, _ = ask(["What?"], adapter=str(make_run(formatting=PAIR)))
+    raw, _ = ask(["What?"], adapter=str(make_run(formatting=PAIR)), raw=True)
+    by_hand, _ = ask(["Question: What?\nAnswer:"], adapter=str(make_run(formatting=PAIR)), raw=True)
+    assert formatted.answers[0]["answer"] == by_hand.answers[0]["answer"].lstrip() != raw.answers[0]["answer"]
+    assert formatted.prompt_tokens == by_hand.prompt_tokens
+
+
+def test_the_base_alone_and_each_adapter_answer_differently(make_run, tiny_model):
+    base = str(tiny_model("llama"))
+    texts = {
+        ask(["The quick brown"], **source)[0].answers[0]["answer"]
+        for source in ({"model": base}, {"adapter": str(make_run(0))}, {"adapter": str(make_run(1))})
+    }
+    assert len(texts) == 3
+
+
+def test_an_adapter_meets_only_the_base_it_was_trained_on(make_run, tiny_model, tmp_path):
+    run = str(make_run())
+    sibling = tiny_model("llama", seed=1)
+    with pytest.raises(AdapterError, match="different weights"):
+        ask(["a"], adapter=run, model=str(sibling))
+    with pytest.raises(AdapterError, match="different configuration"):
+        ask(["a"], adapter=run, model=str(tiny_model("llama", hidden_size=32)))
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_model("llama"))
+    assert ask(["a"], adapter=run, model=str(moved))[0].answered == 1
+
+
+def test_the_base_is_held_as_in_training(make_run):
+    run = make_run(quant_type="fp4", double_quant=False)
+    _, events = ask(["a"], adapter=str(run))
+    assert any("fp4" in event.text for event in events if isinstance(event, Notice))
+    _, events = ask(["a"], adapter=str(make_run()), quant_type="fp4")
+    assert any("trained with quant_type nf4; fp4" in event.text for event in events if isinstance(event, Caution))
+
+
+def test_bad_input_is_told_in_one_sentence_before_anything_is_loaded(make_run, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "qlora_cli.core.generation.session.load_base", lambda *a, **k: pytest.fail("the model was loaded")
+    )
+    base = str(tiny_model("llama"))
+    with pytest.raises(UsageError, match="needs a model"):
+        ask(["a"])
+    with pytest.raises(AdapterError, match="no adapter in"):
+        ask(["a"], adapter=str(tmp_path))
+    with pytest.raises(ModelError, match="No model directory"):
+        ask(["a"], model="/nowhere")
+    with pytest.raises(DataError, match="tokens and the model reads at most 512"):
+        ask(["word " * 600], model=base)
+    with pytest.raises(DataError, match="prompt is empty"):
+        ask([""], model=base)
+    with pytest.raises(DataError, match="no file"):
+        ask([], model=base, input=str(tmp_path / "none"), output=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="go together"):
+        ask([], model=base, input=str(tmp_path / "none"))
+    for flag in ("max_new_tokens", "batch_size"):
+        with pytest.raises(UsageError, match=flag.replace("_", "-")):
+            ask(["a"], model=base, **{flag: 0})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"fine"\n{"prompt": "a", "adapter": "/none"}\n')
+    with pytest.raises(AdapterError, match="no adapter in /none"):
+        ask([], model=base, input=str(prompts), output=str(tmp_path / "out"))
+    prompts.write_text('"fine"\n' + json.dumps("word " * 600))
+    with pytest.raises(DataError, match="prompt 2: The prompt has"):
+        ask([], model=base, input=str(prompts), output=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def prompt_file(tmp_path, make_run):
+    rows = [{"prompt": f"The {'quick ' * (i % 5)}fox {i}"} for i in range(11)]
+    rows[3]["adapter"] = rows[7]["adapter"] = str(make_run(1))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(path: Path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 5}])
+def test_a_file_is_answered_as_each_prompt_alone_with_its_own_adapter(prompt_file, make_run, tmp_path, sampling):
+    target = tmp_path / "answers.jsonl"
+    result, events = ask(
+        [], adapter=str(make_run(0)), input=str(prompt_file), output=str(target), batch_size=3, **sampling
+    )
+    rows = rows_of(target)
+    assert [row["index"] for row in rows] == list(range(11))
+    assert result.answered == 11 and result.new_tokens == sum(row["new_tokens"] for row in rows)
+    assert [e.done for e in events if isinstance(e, Progress)] == list(range(1, 12))
+    assert not any(isinstance(event, TextGenerated) for event in events)
+    if sampling["temperature"] == 0:
+        for index, adapter in ((2, make_run(0)), (3, make_run(1))):
+            alone, _ = ask([rows[index]["prompt"]], adapter=str(adapter))
+            assert alone.answers[0]["answer"] == rows[index]["answer"]
+    other = tmp_path / "again.jsonl"
+    ask([], adapter=str(make_run(0)), input=str(prompt_file), output=str(other), batch_size=11, **sampling)
+    assert [row["answer"] for row in rows_of(other)] == [row["answer"] for row in rows]
+
+
+def test_a_stopped_file_goes_on(prompt_file, make_run, tmp_path):
+    target = tmp_path / "answers.jsonl"
+    arguments = {"adapter": str(make_run(0)), "input": str(prompt_file), "output": str(target)}
+    ask([], **arguments)
+    whole = target.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    target.write_bytes(b"".join(lines[4:9]) + lines[1][:20])
+    result, events = ask([], **arguments)
+    assert result.answered == 6 and target.read_bytes() == whole
+    assert any("5 of 11" in event.text for event in events if isinstance(event, Notice))
+    again, _ = ask([], **arguments)
+    assert again.answered == 0 and target.read_bytes() == whole
+    with pytest.raises(RunError, match="other settings"):
+        ask([], **arguments, top_k=3)
+    assert target.read_bytes() == whole
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def talk(lines, *, report=None, **settings):
+    """Result and events of a conversation in which these lines are typed; an exception is raised where it stands."""
+    events, script = [], iter(lines)
+
+    def read_line(prompt):
+        line = next(script, None)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    config = GenerateConfig(chat=True, max_new_tokens=10, temperature=0.0, base_cache=False, **settings)
+
+    def listen(event):
+        events.append(event)
+        if report is not None:
+            report(event)
+
+    return converse(config, listen, read_line), events
+
+
+def test_a_conversation_remembers_switches_and_leaves_the_adapter_out(make_run, tiny_model):
+    first, second = str(make_run(0, CHAT)), str(make_run(1, CHAT))
+    result, events = talk(
+        [
+            "Hello",
+            "And now?",
+            "/base",
+            f"/adapter {second}",
+            "Hello",
+            "/reset",
+            "Hello",
+            KeyboardInterrupt(),
+            EOFError(),
+        ],
+        adapter=first,
+    )
+    hello, now, base, _, fresh = (row["answer"] for row in result.answers)
+    assert [row["base"] for row in result.answers] == [False, False, True, False, False]
+    assert base != now
+    assert result.answers[1]["prompt_tokens"] > result.answers[0]["prompt_tokens"]
+    assert result.answers[4]["prompt_tokens"] == result.answers[0]["prompt_tokens"]
+    assert fresh == ask(["Hello"], adapter=second, max_new_tokens=10)[0].answers[0]["answer"] != hello
+    assert result.adapter == second
+    assert any("Ctrl-D" in event.text for event in events if isinstance(event, Notice))
+
+
+def test_a_mistake_or_an_interruption_ends_an_answer_and_not_the_conversation(make_run):
+    def interrupt(event, seen=[]):  # noqa: B006 - counts over the calls
+        if isinstance(event, TextGenerated) and not event.final:
+            seen.append(event)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+
+    result, events = talk(
+        ["Tell me", "Go on", "/adapter /none", "x " * 600, "/nonsense", "/exit", "never read"],
+        adapter=str(make_run(0, CHAT)),
+        report=interrupt,
+    )
+    assert [row["prompt"][-1]["content"] for row in result.answers] == ["Go on"]
+    assert len(result.answers[0]["prompt"]) == 3  # the interrupted answer is part of the history
+    cautions = [event.text for event in events if isinstance(event, Caution)]
+    assert len([text for text in cautions if "no adapter in /none" in text]) == 1
+    assert len([text for text in cautions if "reads at most 512" in text]) == 1
+    assert len([text for text in cautions if "/nonsense is no command" in text]) == 1

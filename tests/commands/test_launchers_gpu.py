@@ -1,0 +1,39 @@
+"""On two cards: a spread base trains as a whole one, on the cards or waiting on the host; a killed rank ends the other."""
+
+import psutil
+import pytest
+import torch
+
+from .test_launchers import case, losses, start, wait, wait_for_checkpoint  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.gpu
+CARDS = {"ACCELERATE_USE_CPU": "0"}
+
+
+@pytest.fixture(autouse=True)
+def two_cards():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+
+
+def test_a_spread_base_trains_as_a_whole_one(case):  # noqa: F811
+    folder, flags, _ = case
+    found = {}
+    for name, more in (("whole", []), ("spread", ["--shard"]), ("away", ["--shard-offload"])):
+        command = ["python", "-m", "qlora_cli", "train", *flags, "--gpus", "2", "--output", folder / name, *more]
+        code, _, said = wait(start(command, **CARDS))
+        assert code == 0 and ("base spread over the cards" in said) == bool(more), said
+        found[name] = losses(folder / name)
+    assert found["spread"] == pytest.approx(found["whole"], rel=2e-3)
+    assert found["away"] == pytest.approx(found["spread"], rel=2e-3)  # attention's backward pass adds in any order
+
+
+def test_a_killed_rank_ends_the_one_that_waits_for_it_in_a_collective(case):  # noqa: F811
+    folder, flags, _ = case
+    output = folder / "killed-on-card"
+    command = ["python", "-m", "qlora_cli", "train", *flags, "--output", output, "--gpus", "2", "--max-steps", "100000"]
+    process = start(command, **CARDS)
+    wait_for_checkpoint(output, process)
+    next(rank for rank in psutil.Process(process.pid).children() if rank.environ()["RANK"] == "1").kill()
+    code, _, said = wait(process)
+    assert code == 1 and said.count("error:") == 1 and "error: Rank 1 of 2" in said, said

@@ -1,0 +1,85 @@
+"""`prepare`, the stage: from a model's name and data to a directory and rows shown for the eye."""
+
+import json
+
+import pytest
+
+from qlora_cli.commands.prepare import prepare, show_rows
+from qlora_cli.config import PrepareConfig
+from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.events import Notice, RowShown
+from tests.conftest import SHARED_DATA
+from tests.prompts.small_tokenizers import neox, sentencepiece_like
+
+ROWS = [{"question": f"What is {i} + {i}?", "answer": f"{2 * i}."} for i in range(5)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def test_rows_are_prepared_for_a_model_and_shown(tiny_model, data, tmp_path):
+    events = []
+    config = PrepareConfig(model=str(tiny_model("gpt_neox")), data=data, output=str(tmp_path / "out"), show=2)
+    summary = prepare(config, events.append)
+    assert summary.to_dict()["rows"] == len(PreparedRows(tmp_path / "out")) == 5
+    assert summary.manifest["max_length"] == 512  # the model's context
+    shown = [event for event in events if isinstance(event, RowShown)]
+    assert [row.index for row in shown] == [0, 1]
+    assert shown[1].pieces == (
+        ("### Question:\nWhat is 1 + 1?\n\n### Answer:\n", False),
+        ("2.<|endoftext|>", True),
+    )
+    assert shown[1].tokens == PreparedRows(tmp_path / "out").lengths[1]
+    assert any("question" in event.text and "answer" in event.text for event in events if isinstance(event, Notice))
+    assert prepare(config, events.append).cache_hit
+
+
+def test_pieces_shown_lose_no_space(tmp_path):
+    """A SentencePiece-like tokenizer drops the first space of whatever it decodes by itself."""
+    from qlora_cli.core.data.prepare import prepare_rows
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"q": "the fox", "a": "lazy dog"}))
+    config = PrepareConfig(data=str(path), template="{q} is a {a}")
+    tokenizer = sentencepiece_like()
+    summary = prepare_rows(config, tokenizer, None, tmp_path / "out", lambda event: None)
+    events = []
+    show_rows(PreparedRows(summary.directory), tokenizer, 3, events.append)
+    assert events[0].pieces == (("<s> the fox is a", False), (" lazy dog</s>", True))
+
+
+def test_gsm8k_is_readable_at_a_glance(tiny_model, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).symlink_to(tiny_model("gpt_neox") / name)
+    neox().save_pretrained(model)
+    events = []
+    config = PrepareConfig(
+        model=str(model), data=str(SHARED_DATA / "gsm8k_train.jsonl"), limit=50, show=3, output=str(tmp_path / "out")
+    )
+    summary = prepare(config, events.append)
+    assert summary.manifest["rows"] == 50
+    shown = [event for event in events if isinstance(event, RowShown)]
+    source = [json.loads(line) for line in (SHARED_DATA / "gsm8k_train.jsonl").read_text().splitlines()[:3]]
+    for row, record in zip(shown, source, strict=True):
+        assert row.pieces == (
+            (f"### Question:\n{record['question']}\n\n### Answer:\n", False),
+            (f"{record['answer']}<|endoftext|>", True),
+        )
+
+
+def test_what_is_missing_is_asked_for(tmp_path, data, tiny_model):
+    with pytest.raises(UsageError, match="No model was given") as error:
+        prepare(PrepareConfig(data=data), lambda event: None)
+    assert "--model" in error.value.hint
+    with pytest.raises(UsageError, match="No data was given"):
+        prepare(PrepareConfig(model=str(tiny_model("gpt_neox")), output=str(tmp_path / "out")), lambda event: None)
+    with pytest.raises(ModelError):
+        prepare(PrepareConfig(model=str(tmp_path / "absent"), data=data), lambda event: None)
+    assert not (tmp_path / "out").exists()

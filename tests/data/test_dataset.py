@@ -1,0 +1,95 @@
+"""Prepared rows on disk: what was written comes back, without being read as a whole; damage is told."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_cli.artifacts import PREPARED_MANIFEST, PREPARED_ROWS
+from qlora_cli.core.data.dataset import PreparedRows, RowWriter
+from qlora_cli.errors import DiskFull, RunError
+
+
+def write(directory, batches):
+    directory.mkdir(parents=True, exist_ok=True)
+    writer = RowWriter(directory / PREPARED_ROWS)
+    rows = []
+    for lengths in batches:
+        offsets = np.cumsum([0, *lengths], dtype=np.int32)
+        random = np.random.default_rng(len(rows))
+        ids = random.integers(0, 2**31 - 1, offsets[-1]).astype(np.int32)
+        trained = random.random(offsets[-1]) < 0.5
+        writer.write(ids, trained, offsets)
+        rows += [(ids[a:b], trained[a:b]) for a, b in pairwise(offsets)]
+    writer.close()
+    (directory / PREPARED_MANIFEST).write_text(json.dumps({"format": 1, "rows": len(rows)}))
+    return rows
+
+
+@settings(max_examples=30, deadline=None)
+@given(batches=st.lists(st.lists(st.integers(1, 30), max_size=6), max_size=5))
+def test_rows_come_back_as_they_were_written(tmp_path_factory, batches):
+    directory = tmp_path_factory.mktemp("prepared")
+    rows = write(directory, batches)
+    prepared = PreparedRows(directory)
+    assert len(prepared) == len(rows)
+    assert prepared.lengths.dtype == np.int32
+    assert prepared.lengths.tolist() == [len(ids) for ids, _ in rows]
+    for index, (ids, trained) in enumerate(rows):
+        got_ids, got_trained = prepared[index]
+        assert got_ids.dtype == np.int32
+        assert got_trained.dtype == bool
+        np.testing.assert_array_equal(got_ids, ids)
+        np.testing.assert_array_equal(got_trained, trained)
+    for wrong in (-1, len(rows)):
+        with pytest.raises(IndexError):
+            prepared[wrong]
+
+
+def test_opening_maps_the_file_instead_of_reading_it(tmp_path):
+    import pyarrow as pa
+
+    write(tmp_path, [[1000] * 500] * 8)
+    before = pa.total_allocated_bytes()
+    prepared = PreparedRows(tmp_path)
+    assert prepared[3999][0].size == 1000
+    assert pa.total_allocated_bytes() - before < 2**16
+    assert (tmp_path / PREPARED_ROWS).stat().st_size > 16_000_000
+
+
+def test_another_directory_is_no_prepared_one(tmp_path):
+    with pytest.raises(RunError, match="holds no prepared rows") as error:
+        PreparedRows(tmp_path)
+    assert "qlora prepare" in error.value.hint
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 100, 2000])
+def test_a_file_cut_short_is_damaged(tmp_path, kept_bytes):
+    write(tmp_path, [[100] * 20])
+    path = tmp_path / PREPARED_ROWS
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(RunError, match=r"rows\.arrow is damaged"):
+        PreparedRows(tmp_path)
+
+
+def test_rows_and_manifest_must_agree(tmp_path):
+    write(tmp_path, [[3, 4]])
+    (tmp_path / PREPARED_MANIFEST).write_text('{"format": 1, "rows": 3}')
+    with pytest.raises(RunError, match="holds 2 rows, but its manifest says 3"):
+        PreparedRows(tmp_path)
+    (tmp_path / PREPARED_MANIFEST).write_text('{"format": 99, "rows": 2}')
+    with pytest.raises(RunError, match="newer"):
+        PreparedRows(tmp_path)
+
+
+def test_a_full_disk_is_told_as_such():
+    from pathlib import Path
+
+    writer = RowWriter(Path("/dev/full"))
+    count = 1_000_000
+    with pytest.raises(DiskFull):
+        writer.write(np.zeros(count, np.int32), np.zeros(count, bool), np.array([0, count], np.int32))
+        writer.close()

@@ -1,0 +1,79 @@
+"""The rows of each step: a pure function of its number, whatever was asked before."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_cli.core.data.sampler import StepPlan, split_to_fit
+from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.errors import UsageError
+
+LENGTHS = np.random.default_rng(0).integers(3, 50, 37).astype(np.int32)
+
+
+def make(**changes) -> StepPlan:
+    arguments = {"batch_size": 2, "accumulation": 2, "packing": False, "max_length": 50, "seed": 3, "epochs": 1.0}
+    return StepPlan(LENGTHS, **({**arguments, "max_steps": None, "ranks": Ranks()} | changes))
+
+
+def rows_of(plan: StepPlan, numbers) -> list[int]:
+    return [row for number in numbers for batch in plan.step(number).micro_batches for row in batch]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_epoch_holds_every_row_once_and_the_next_in_another_order(packing):
+    plan = make(epochs=2.0, packing=packing)
+    end = plan.epoch_end(0)
+    first, second = rows_of(plan, range(1, end + 1)), rows_of(plan, range(end + 1, plan.total_steps + 1))
+    assert sorted(first) == sorted(second) == list(range(37)) and first != second
+
+
+def test_a_step_is_the_same_when_asked_in_any_order():
+    plan = make(epochs=3.0)
+    forwards = [plan.step(number) for number in range(1, plan.total_steps + 1)]
+    assert [make(epochs=3.0).step(number) for number in (29, 1, 15)] == [forwards[i - 1] for i in (29, 1, 15)]
+    assert forwards[-1].epoch == 3.0 and forwards[0].epoch == pytest.approx(1 / plan.epoch_end(0))
+
+
+def test_epochs_may_be_a_fraction_and_max_steps_go_beyond_them():
+    whole = make().total_steps
+    assert make(epochs=0.5).total_steps == round(whole / 2)
+    assert make(epochs=2.25).total_steps == 2 * whole + round(whole / 4)
+    assert make(epochs=0.001).total_steps == 1
+    long = make(max_steps=3 * whole + 1)
+    assert long.total_steps == 3 * whole + 1 and long.step(long.total_steps).micro_batches
+    assert [n for n in range(3 * whole + 1) if long.ends_epoch(n)] == [whole, 2 * whole, 3 * whole]
+
+
+def test_the_longest_micro_batches_are_of_the_steps_that_will_be_taken():
+    plan = make()
+    batches = [batch for number in range(1, plan.total_steps + 1) for batch in plan.step(number).micro_batches]
+    longest = plan.longest_micro_batches()
+    assert LENGTHS[longest[0]].sum() == max(LENGTHS[batch].sum() for batch in batches)
+    assert len(longest[-1]) * LENGTHS[longest[-1]].max() == max(len(b) * LENGTHS[b].max() for b in batches)
+    assert all(batch in make(max_steps=1).step(1).micro_batches for batch in make(max_steps=1).longest_micro_batches())
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 0.0}, {"max_steps": 0}, {"batch_size": 0}, {"accumulation": -1}])
+def test_a_run_without_steps_is_refused(changes):
+    with pytest.raises(UsageError):
+        make(**changes)
+
+
+@given(st.integers(1, 200), st.integers(1, 37))
+@settings(max_examples=30, deadline=None)
+def test_splitting_keeps_every_row_and_the_limit(limit, rows):
+    split = split_to_fit([list(range(rows))], LENGTHS, limit)
+    assert sorted(row for batch in split for row in batch) == list(range(rows))
+    assert all(len(batch) == 1 or LENGTHS[batch].sum() <= limit for batch in split)
+
+
+def test_a_step_that_cannot_be_shared_evenly_is_refused_with_the_setting_that_can():
+    with pytest.raises(UsageError) as refused:
+        make(ranks=Ranks(0, 3))
+    assert refused.value.hint == "Use --gradient-accumulation-steps 3."
+
+
+def test_all_ranks_try_the_same_longest_micro_batches():
+    assert make(ranks=Ranks(0, 2)).longest_micro_batches() == make(ranks=Ranks(1, 2)).longest_micro_batches()

@@ -1,0 +1,184 @@
+"""The shape of data is recognised and named, or taken from flags; what cannot be told is asked for."""
+
+import pytest
+
+from qlora_cli.config import PrepareConfig
+from qlora_cli.core.data.schema import read_template, recognise
+from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
+from qlora_cli.core.prompts.encoder import encoder_of
+from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.errors import DataError, UsageError
+from tests.prompts.small_tokenizers import CHATML, byte_level, sentencepiece_like
+
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+def recognised(records, tokenizer=None, **settings):
+    records = records if isinstance(records, list) else [records]
+    return recognise(records, PrepareConfig(**settings), encoder_of(tokenizer or sentencepiece_like()))
+
+
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [
+        ({"text": "a", "id": 3}, "text"),
+        ({"quote": "Be", "author": "Oscar Wilde", "tags": ["x"]}, "quote"),
+        ({"Text": "a", "title": "longer than that"}, "Text"),
+        ({"lyrics": "la " * 30, "title": "Song", "year": 1999}, "lyrics"),
+        ({"only": "a"}, "only"),
+        ({"question": "a", "text": "b"}, "text"),
+    ],
+)
+def test_text_is_found(record, column):
+    found = recognised(record)
+    assert found.formatting == Formatting(shape="text", column=column)
+    assert found.train_on == "all"
+    assert repr(column) in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt", "optional", "completion"),
+    [
+        (["question", "answer"], "question", None, "answer"),
+        (["Answer", "Question"], "Question", None, "Answer"),
+        (["instruction", "input", "output"], "instruction", "input", "output"),
+        (["instruction", "context", "response", "category"], "instruction", "context", "response"),
+        (["prompt", "completion"], "prompt", None, "completion"),
+        (["prompt", "response"], "prompt", None, "response"),
+        (["query", "response"], "query", None, "response"),
+        (["input", "output"], "input", None, "output"),
+        (["problem", "solution"], "problem", None, "solution"),
+        (["text", "question", "answer"], "question", None, "answer"),
+    ],
+)
+def test_prompt_and_completion_are_found(columns, prompt, optional, completion):
+    found = recognised(dict.fromkeys(columns, "words"))
+    formatting = found.formatting
+    assert (formatting.prompt_column, formatting.optional_column, formatting.completion_column) == (
+        prompt,
+        optional,
+        completion,
+    )
+    assert formatting.template.endswith(f"{{{completion}}}")
+    assert found.train_on == "completion"
+    assert (formatting.template_without_optional is not None) == (optional is not None)
+
+
+def test_the_plain_templates_name_their_parts():
+    assert recognised({"question": "q", "answer": "a"}).formatting.template == (
+        "### Question:\n{question}\n\n### Answer:\n{answer}"
+    )
+    alpaca = recognised({"instruction": "q", "input": "i", "output": "a"}).formatting
+    assert alpaca.template == "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
+    assert alpaca.template_without_optional == "### Instruction:\n{instruction}\n\n### Response:\n{output}"
+
+
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [
+        ({"messages": MESSAGES, "prompt": "q", "prompt_id": "1"}, "messages"),
+        ({"conversations": SHAREGPT, "id": "1"}, "conversations"),
+        ({"dialog": MESSAGES}, "dialog"),
+        ({"turns": SHAREGPT, "text": "x"}, "turns"),
+    ],
+)
+def test_chats_are_found(record, column):
+    found = recognised(record)
+    assert found.formatting == Formatting(shape="chat", column=column, template=FALLBACK_TEMPLATE)
+    assert found.train_on == "completion"
+    assert "a plain template (the model has none)" in found.sentence
+
+
+def test_chats_take_the_models_template_or_the_users(tmp_path):
+    assert recognised({"messages": MESSAGES}, byte_level()).formatting.template == CHATML
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ 'é' }}", encoding="utf-8")
+    found = recognised({"messages": MESSAGES}, byte_level(), chat_template=str(path))
+    assert found.formatting.template == "{{ 'é' }}"
+    assert str(path) in found.sentence
+    with pytest.raises(UsageError, match="cannot be read"):
+        recognised({"messages": MESSAGES}, chat_template=str(tmp_path / "absent.jinja"))
+
+
+def test_tokens_are_found():
+    found = recognised({"input_ids": [1, 2], "labels": [-100, 2], "text": "x"})
+    assert found.formatting == Formatting(shape="tokens", column="input_ids")
+    assert "trained where labels are not -100" in found.sentence
+    assert "every token trained" in recognised({"input_ids": [1, 2], "labels": [1, 2]}, train_on="all").sentence
+
+
+def test_texts_formatted_beforehand_are_told_from_typed_tokens():
+    ready = [{"text": "<s>[INST] q [/INST] a </s>"}, {"text": "<s>[INST] r [/INST] b </s>\n"}]
+    found = recognised(ready)
+    assert found.formatting.markup
+    assert "formatted beforehand" in found.remarks[0]
+    typed = recognised([*ready, {"text": "HTML knows <s>struck</s> words"}])
+    assert not typed.formatting.markup
+    assert "kept as plain text" in typed.remarks[0]
+    assert recognised({"text": "plain"}).remarks == ()
+
+
+def test_flags_state_the_shape():
+    record = {"question": "q", "answer": "a", "text": "t", "chat": MESSAGES, "input_ids": [1]}
+    assert recognised(record, text_column="answer").formatting == Formatting(shape="text", column="answer")
+    assert recognised(record, messages_column="chat").formatting.column == "chat"
+    assert recognised(record, shape="text").formatting.column == "text"
+    assert recognised(record, shape="tokens").formatting.column == "input_ids"
+    pair = recognised(record, prompt_column="text", completion_column="question").formatting
+    assert pair.template == "### Text:\n{text}\n\n### Question:\n{question}"
+    assert recognised(record, shape="prompt").formatting.prompt_column == "question"
+    assert recognised(record, completion_column="text").formatting.prompt_column == "question"
+
+
+def test_a_template_states_columns():
+    record = {"title": "t", "body": "b", "answer": "a"}
+    template = "{title}: {body}\\n> {answer}"
+    found = recognised(record, template=template).formatting
+    assert found.template == "{title}: {body}\n> {answer}"
+    assert (found.prompt_column, found.completion_column) == ("title", "answer")
+    named = recognised(record, template="{answer} {body}", completion_column="answer").formatting
+    assert (named.prompt_column, named.completion_column) == ("body", "answer")
+    assert recognised(record, template="{answer} {title}").formatting.completion_column == "title"
+
+
+def test_a_template_may_be_a_file(tmp_path):
+    path = tmp_path / "qa.txt"
+    path.write_text("Q: {q}\\\nA: {a}\n", encoding="utf-8")
+    assert read_template(str(path)) == "Q: {q}\\\nA: {a}"
+    assert read_template("Q: {q}\\n\\tA: {a}") == "Q: {q}\n\tA: {a}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"text_column": "qeustion"}, "no column 'qeustion'; the data has 'question', 'answer', 'n'", "--text-column question"),
+        ({"text_column": "zzz"}, "no column 'zzz'", "Choose one of them with --text-column"),
+        ({"prompt_column": "Question"}, "no column 'Question'", "--prompt-column question"),
+        ({"completion_column": "answers"}, "no column 'answers'", "--completion-column answer"),
+        ({"messages_column": "x"}, "no column 'x'", "--messages-column"),
+        ({"template": "{question} {anwser}"}, "no column 'anwser'", "answer"),
+        ({"template": "no field"}, "no {column} field", "'question', 'answer'"),
+        ({"shape": "tokens"}, "no column 'input_ids'", None),
+        ({"shape": "chat"}, "No column holds chat messages", "--messages-column"),
+        ({"text_column": "answer", "prompt_column": "question"}, "--text-column and --prompt-column contradict", "one shape"),
+        ({"shape": "chat", "template": "{answer}"}, "--shape and --template contradict", None),
+        ({"text_column": "answer", "train_on": "completion"}, "--train-on completion needs a completion", "--prompt-column"),
+        ({"prompt_column": "n", "completion_column": "n"}, "cannot be told", "--prompt-column and --completion-column"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_fit_say_what_to_type(settings, message, hint):
+    with pytest.raises(UsageError) as error:
+        recognised({"question": "q", "answer": "a", "n": 1}, **settings)
+    assert message in error.value.message
+    assert hint is None or hint in error.value.hint
+
+
+def test_what_cannot_be_told_is_asked_for():
+    with pytest.raises(DataError, match="Several columns could be the text: 'left', 'right'") as error:
+        recognised({"left": "words and words", "right": "words, words"})
+    assert "--text-column left" in error.value.hint
+    with pytest.raises(DataError, match="No column holds text; the data has 'n'"):
+        recognised({"n": 1})
+    with pytest.raises(UsageError, match="--train-on last is for chats"):
+        recognised({"input_ids": [1]}, train_on="last")

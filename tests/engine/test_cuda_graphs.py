@@ -1,0 +1,298 @@
+"""Shapes of the grid give the same loss, compiled layers share one graph, and CUDA graphs repeat what eager steps do."""
+
+import weakref
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_cli.core.engine import cuda_graphs as engine_graphs
+from qlora_cli.core.engine import decoder_layers as engine_layers
+from qlora_cli.core.engine import fast as engine_fast
+from qlora_cli.core.engine import packed_attention as engine_attention
+from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket, bucketed, explain_failure
+from qlora_cli.kernels import gated as gated_kernel
+from qlora_cli.kernels import linear
+from tests.engine.test_engine import adapted, batch_of, gradients, install, step
+
+project = linear.project
+gate_products = gated_kernel.forward
+
+
+def raise_(error):
+    raise error
+
+
+def mix(query, key, value, boundaries, longest, scale, window):
+    """Stands for flash attention, which no CPU has; of its shape."""
+    return query * (key + value).mean(dim=1, keepdim=True)
+
+
+@given(st.integers(1, 10**6), st.sampled_from([8, 16, 128]))
+def test_a_bucket_is_never_smaller_nor_much_larger(count, least):
+    found = bucket(count, least)
+    assert count <= found <= max(count + least - 1, count * 9 / 8 + 1)
+    assert bucket(found, least) == found
+    assert bucket(count + 1, least) >= found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon", "gemma3"])
+@pytest.mark.parametrize("lengths", [(40, 7, 33), (64,), (1, 2, 90)])
+def test_a_pack_laid_into_the_grid_has_the_same_loss_and_gradients(load_tiny, architecture, lengths):
+    model = adapted(load_tiny, architecture)
+    engine = install(model)
+    found = []
+    for form in (lambda inputs: inputs, bucketed):
+        model.zero_grad(set_to_none=True)
+        engine.values.refresh()
+        loss = engine._packed_loss(form(engine._inputs(batch_of(lengths))))
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (loss, plain), (again, padded) = found
+    assert torch.allclose(loss, again, rtol=1e-6)
+    assert (plain - padded).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture, recomputed, monkeypatch):
+    graphs = []
+
+    eager = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return eager(graph, inputs)
+
+    monkeypatch.setattr(engine_layers, "_compiled", {})
+    torch._dynamo.reset()
+    model = adapted(load_tiny, architecture, dropout=0.1)
+    engine = install(model)
+    monkeypatch.setattr(engine_attention, "packed_attention", mix)
+    assert len(engine.layers) > 1
+    for name in ("_run", "_run_recomputed"):
+        function = getattr(engine_layers, name)
+        monkeypatch.setitem(engine_layers._compiled, (function, False), torch.compile(function, backend=count))
+    engine.compiled = True
+    engine._share_projections()
+    for plan in engine.layer_plans:
+        plan.compiled = True
+    if recomputed:
+        everything = replace(engine.plan, recomputed=len(engine.layers))
+        engine.plan_by_tokens = lambda tokens: everything
+    for lengths in ((40, 7, 33), (60, 50), (9, 8, 7, 6, 5), (30, 34)):
+        engine.loss(batch_of(lengths)).backward()
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_lean_layers_keep_less_and_have_the_same_gradients(load_tiny, architecture, monkeypatch):
+    monkeypatch.setattr(engine_attention, "packed_attention", mix)
+    eager = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+    found = []
+    for is_lean in (False, True):
+        torch._dynamo.reset()
+        model = adapted(load_tiny, architecture)
+        engine = install(model)
+        backend = engine_layers.lean(eager) if is_lean else eager
+        compiled = {(engine_layers._run, is_lean): torch.compile(engine_layers._run, backend=backend)}
+        monkeypatch.setattr(engine_layers, "_compiled", compiled)
+        for plan in engine.layer_plans:
+            plan.compiled, plan.lean = True, is_lean
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t
+        ):
+            loss = engine.loss(batch_of((40, 24)))
+        loss.backward()
+        found.append((sum(t.nbytes for t in saved.values()), gradients(model)))
+    (bytes_, expected), (fewer, lean) = found
+    assert fewer < 0.95 * bytes_
+    assert (lean - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_the_inputs_of_a_prepared_batch_wait_on_the_device_and_are_used_once(load_tiny, monkeypatch):
+    engine = install(adapted(load_tiny, "llama"))
+    laid = []
+    monkeypatch.setattr(engine_fast, "bucketed", lambda inputs: laid.append(inputs) or bucketed(inputs))
+    engine.graphs = StepGraphs(
+        lambda inputs: None, [], lambda: None, lambda tokens: (), lambda: True, lambda event: None
+    )
+    engine.graphs.failed = True  # every pass runs without one
+    batch, other = batch_of((40, 7)), batch_of((9,))
+    expected = [engine.loss(each) for each in (batch, other)]
+    laid.clear()
+    assert engine.prepare(batch) is batch and len(laid) == 1
+    assert torch.equal(engine.loss(other), expected[1]) and len(laid) == 2
+    assert torch.equal(engine.loss(batch), expected[0]) and len(laid) == 2
+    assert torch.equal(engine.loss(batch), expected[0]) and len(laid) == 3
+    with monkeypatch.context() as full:
+        full.setattr(engine, "_bucketed_inputs", lambda batch: raise_(torch.OutOfMemoryError("no room")))
+        assert engine.prepare(batch) is batch and engine.ahead is None, "the step itself sees to that"
+    engine.plan = replace(engine.plan, recomputed=1)
+    engine.prepare(batch)
+    assert engine.ahead is None, "where memory is short, nothing lies about"
+
+
+def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
+    parameter = torch.ones(2, requires_grad=True)
+    graphs = StepGraphs(
+        lambda inputs: parameter.sum(), [parameter], lambda: None, lambda tokens: (), lambda: True, lambda event: None
+    )
+    assert graphs.loss(None) is None and not graphs.graphs
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, architecture, recomputed, monkeypatch):
+    monkeypatch.setattr(engine_layers, "_compiled", {})
+    torch._dynamo.reset()
+    monkeypatch.setattr(engine_attention, "packed_attention", mix)
+    model = adapted(load_tiny, architecture)
+    batch = batch_of((40, 7, 33))
+    expected_loss, expected, _ = step(model, batch)
+    engine = install(model, gradient_checkpointing=str(recomputed))
+    for name in ("_run", "_run_recomputed"):
+        function = getattr(engine_layers, name)
+        backend = "aot_eager_decomp_partition"
+        monkeypatch.setitem(engine_layers._compiled, function, torch.compile(function, backend=backend))
+    engine.compiled = True
+    engine._share_projections()
+    groups = [len(shared.members) for shared in engine.layer_plans[-1].shared]
+    assert groups == ([] if architecture == "gpt_neox" else [3, 2])
+    for plan in engine.layer_plans:
+        plan.compiled = True
+    gates = [unit.kind for plan in engine.layer_plans for unit in plan.gates]
+    kind = "gelu_tanh" if architecture == "gemma3" else "silu"
+    assert gates == ([] if architecture == "gpt_neox" else [kind] * len(engine.layers))
+    gated = []
+    monkeypatch.setattr(gated_kernel, "forward", lambda *a: gated.append(a[-1]) or gate_products(*a))
+    calls = []
+    monkeypatch.setattr(linear, "project", lambda *a: calls.append(a[1].shape[0]) or project(*a))
+    model.zero_grad(set_to_none=True)
+    loss = engine.loss(batch)
+    loss.backward()
+    assert torch.allclose(loss, expected_loss, rtol=1e-5)
+    found = gradients(model)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    if groups:
+        assert {12, 8} <= set(calls), "three and two projections of rank 4 in one"
+        assert gated == gates[recomputed:], "a repeated layer has none"
+    assert all(shared.x is None for plan in engine.layer_plans for shared in plan.shared)
+    engine.put_gates_back()
+    engine.put_gates_back()  # as where what comes between the two fails
+    engine.close()
+
+
+def test_a_capture_that_fails_is_explained_by_its_first_error_and_holds_nothing():
+    class Held:
+        pass
+
+    def fail(kind):
+        held = Held()
+        watched.append(weakref.ref(held))
+        try:
+            raise kind("no room\nfor more")
+        finally:
+            raise RuntimeError("capturing stream has unjoined work")
+
+    watched: list = []
+    for kind, expected in ((torch.OutOfMemoryError, True), (ValueError, False)):
+        with pytest.raises(RuntimeError) as caught:
+            fail(kind)
+        assert explain_failure(caught.value) == (f"{kind.__name__}: no room", expected)
+    assert explain_failure(NotImplementedError()) == ("NotImplementedError: ", False)
+    assert all(reference() is None for reference in watched)
+
+
+def test_embeddings_looked_up_beforehand_give_the_same_loss_and_gradients(load_tiny):
+    model = adapted(load_tiny, "gpt_neox")
+    engine = install(model)
+    found = []
+    for waits in (False, True):
+        if waits:
+            engine.embeddings.leave()
+        model.zero_grad(set_to_none=True)
+        batch = engine.prepare(batch_of())
+        assert (batch.embedded is not None) is (waits and engine.packed)
+        loss = engine.loss(batch)
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    engine.close()
+
+
+def test_graphs_make_room_before_a_leaner_plan_has_to(load_tiny):
+    model = adapted(load_tiny, "llama")
+    engine = install(model)
+    graphs = StepGraphs(None, [], lambda: None, engine._layout, lambda: True, lambda event: None)
+    engine.graphs, plan = graphs, engine.plan
+    for held in ("another graph", "a capture beside others"):
+        graphs.graphs = {(1,): None} if held == "another graph" else {}
+        graphs.crowded = not graphs.graphs
+        assert engine.relieve() and engine.plan is plan and not graphs.graphs
+        assert not engine.relieve()  # nothing is planned on the CPU
+    graphs.yields, graphs.graphs = 0, {(1,): None}
+    graphs.warm, graphs.warming = {("done",), ("broken off",)}, ("broken off",)
+    assert engine.relieve() and graphs.warm == {("done",)}, "what was compiled is, whatever else had no room"
+    graphs.yields = engine_graphs.MOST_YIELDS
+    graphs.graphs = {(1,): None}
+    assert not engine.relieve() and not graphs.graphs, "room is made whatever follows"
+    engine.close()
+
+
+def test_a_single_row_has_a_shape_of_its_own_only_at_the_largest_length_or_on_the_grid(load_tiny):
+    engine = install(adapted(load_tiny, "llama"), max_tokens=500)
+    engine.equal_rows, engine.graphs = (
+        True,
+        StepGraphs(None, [], lambda: None, engine._layout, lambda: True, lambda event: None),
+    )
+    found = {lengths: engine._inputs(batch_of(lengths)).equal_rows for lengths in ((300,), (320,), (500,), (300, 300))}
+    assert found == {(300,): 0, (320,): 1, (500,): 1, (300, 300): 2}
+    engine.close()
+
+
+def test_packs_alike_have_few_shapes():
+    """A shape is captured once, in the time of several steps: quotes and questions are to need a handful."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, least, most, shapes in ((8, 12, 80, 6), (25, 60, 260, 8)):
+        seen = set()
+        for _ in range(150):
+            lengths = torch.randint(least, most, (rows,), generator=generator).tolist()
+            tokens = sum(lengths)
+            inputs = StepInputs(
+                embedded=torch.zeros(1, tokens, 1),
+                labels=torch.zeros(1, tokens, dtype=torch.long),
+                position_ids=torch.zeros(1, tokens, dtype=torch.long),
+                boundaries=torch.zeros(rows + 1, dtype=torch.int32),
+                longest=max(lengths),
+                equal_rows=0,
+                trained_tokens=tokens - rows,
+            )
+            found = bucketed(inputs)
+            seen.add((found.labels.shape, found.boundaries.shape, found.longest, found.trained_tokens))
+        assert len(seen) <= shapes
+
+
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=40).filter(any), st.floats(0, 1))
+def test_a_shape_of_the_grid_covers_every_row_and_the_one_that_is_added(lengths, share):
+    tokens = sum(lengths)
+    inputs = StepInputs(
+        embedded=torch.zeros(1, tokens, 1),
+        labels=torch.zeros(1, tokens, dtype=torch.long),
+        position_ids=torch.zeros(1, tokens, dtype=torch.long),
+        boundaries=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        longest=max(lengths),
+        equal_rows=0,
+        trained_tokens=int(share * tokens),
+    )
+    found = bucketed(inputs)
+    rows = found.boundaries.diff()
+    assert (rows >= 0).all() and rows.max() <= found.longest, "a kernel looks no further than that"
+    assert found.boundaries[-1] == found.labels.numel() == found.embedded.shape[1] == found.position_ids.numel()
+    assert rows[: len(lengths)].tolist() == lengths and inputs.trained_tokens <= found.trained_tokens
+    assert found.trained_tokens <= found.labels.numel()
+    assert (found.labels[0, tokens:] == -100).all()

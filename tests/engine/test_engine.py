@@ -1,0 +1,419 @@
+"""The fast engine computes what the plain one does, rows never see one another, and the model comes back as it was."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from qlora_cli.core.data.packing import collate
+from qlora_cli.core.engine.calibration import StepPlanner
+from qlora_cli.core.engine.decoder_layers import saved_bytes_a_token
+from qlora_cli.core.engine.engine import count_recomputed_layers, install_engine
+from qlora_cli.core.engine.memory_plan import StepNeeds, plan_memory
+from qlora_cli.core.engine.trials import Trials
+from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.errors import TrainingError, UsageError
+from tests.conftest import ARCHITECTURES
+
+CPU = torch.device("cpu")
+PADDED = {"bloom", "gemma2"}  # outside the attention interface; soft-capped scores
+
+
+def adapted(load_tiny, architecture, *, rank=4, **arguments):
+    base, _ = load_tiny(architecture)
+    model = attach_adapter(base, rank=rank, alpha=8, **arguments)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.train()
+
+
+def install(model, kind="fast", events=None, **options):
+    options = {"gradient_checkpointing": "off", "max_tokens": 128, "total_steps": 3, **options}
+    report = (lambda event: None) if events is None else events.append
+    return install_engine(model, kind=kind, device=CPU, compute_dtype=torch.float32, report=report, **options)
+
+
+def batch_of(lengths=(40, 7, 33), *, seed=0, change=None):
+    rng = np.random.default_rng(seed)
+    rows = [(rng.integers(2, 384, n).astype(np.int32), rng.random(n) < 0.7) for n in lengths]
+    if change is not None:
+        row, token = change
+        rows[row][0][token] = (rows[row][0][token] + 1) % 384
+    return collate(rows, range(len(rows)))
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def step(model, batch, **options):
+    model.zero_grad(set_to_none=True)
+    engine = install(model, **options)
+    try:
+        loss = engine.loss(batch)
+        loss.backward()
+        return loss.detach(), gradients(model), engine
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("gradient_checkpointing", ["off", "on"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_loss_and_gradients_are_the_plain_engines(load_tiny, architecture, gradient_checkpointing):
+    model = adapted(load_tiny, architecture)
+    batch = batch_of()
+    plain_loss, plain_gradients, _ = step(model, batch, kind="plain")
+    loss, fast_gradients, engine = step(model, batch, gradient_checkpointing=gradient_checkpointing)
+    assert engine.packed == (architecture not in PADDED)
+    assert len(engine.fast_linears) and not engine.kept_linears and engine.head is not None
+    assert torch.allclose(loss, plain_loss, rtol=1e-6)
+    assert (fast_gradients - plain_gradients).norm() <= 1e-5 * plain_gradients.norm()
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_no_token_sees_a_later_one_nor_another_row(load_tiny, architecture):
+    model = adapted(load_tiny, architecture).eval()
+    engine = install(model)
+    lengths = (50, 40)  # longer than gemma's window of 32
+
+    def hidden(change=None):
+        seen = []
+        handle = engine.decoder.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
+        with torch.no_grad():
+            engine.loss(batch_of(lengths, change=change))
+        handle.remove()
+        states = seen[0]
+        return states[0].split(lengths) if engine.packed else [states[i, :n] for i, n in enumerate(lengths)]
+
+    before, later_token, other_row = hidden(), hidden(change=(0, 30)), hidden(change=(0, 49))
+    assert torch.equal(later_token[0][:30], before[0][:30]), "a token saw a later one"
+    assert not torch.equal(later_token[0][30:], before[0][30:])
+    assert torch.equal(later_token[1], before[1]), "a row saw another"
+    assert torch.equal(other_row[1], before[1]), "a row saw the end of the row before"
+    engine.close()
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_packed_rows_cost_what_they_cost_alone(load_tiny, architecture):
+    model = adapted(load_tiny, architecture).eval()
+    engine = install(model)
+    lengths = (40, 7, 33)
+    together = batch_of(lengths)
+    rows, start = [], 0
+    for n in lengths:
+        ids, labels = (t[0, start : start + n].numpy() for t in (together.input_ids, together.labels))
+        rows.append((ids.astype(np.int32), labels != -100))
+        start += n
+    with torch.no_grad():
+        alone = sum(engine.loss(collate([row], [0])) for row in rows)
+        assert torch.allclose(engine.loss(together), alone, rtol=1e-6)
+    engine.close()
+
+
+def test_falcon_variants_are_packed_or_padded_right(load_tiny, tiny_model):
+    from qlora_cli.core.models.loading import load_base
+
+    variants = (
+        ({"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2}, True),
+        ({"multi_query": False, "parallel_attn": False, "bias": True}, True),
+        ({"alibi": True}, False),
+    )
+    for changes, packed in variants:
+        directory = tiny_model("falcon", **changes)
+        base, _ = load_base(str(directory), compute_dtype=torch.float32, device=CPU, cache=False, report=None)
+        model = attach_adapter(base, rank=4, alpha=8).train()
+        plain_loss, plain_gradients, _ = step(model, batch_of(), kind="plain")
+        loss, fast_gradients, engine = step(model, batch_of())
+        assert engine.packed == packed
+        assert torch.allclose(loss, plain_loss, rtol=1e-6)
+        assert (fast_gradients - plain_gradients).norm() <= 1e-5 * plain_gradients.norm()
+
+
+def test_sliding_windows_are_kept_inside_a_pack(tiny_model):
+    from qlora_cli.core.models.loading import load_base
+
+    directory = tiny_model("mistral", sliding_window=8)
+    base, _ = load_base(str(directory), compute_dtype=torch.float32, device=CPU, cache=False, report=None)
+    model = attach_adapter(base, rank=4, alpha=8).train()
+    plain_loss, _, _ = step(model, batch_of(), kind="plain")
+    loss, _, engine = step(model, batch_of())
+    assert engine.packed and torch.allclose(loss, plain_loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["dora", "two adapters", "merged", "disabled", "lora bias"])
+def test_what_the_op_does_not_cover_goes_to_pefts_own_forward(load_tiny, change):
+    from peft import LoraConfig
+
+    base, _ = load_tiny("llama")
+    model = attach_adapter(base, rank=4, alpha=8, dora=change == "dora").train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    covered = install(model)
+    fused = len(covered.fast_linears)
+    covered.close()
+    if change == "two adapters":
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "second"])
+    if change == "lora bias":
+        model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", lora_bias=True))
+        model.set_adapter("second")
+    if change == "merged":
+        model.merge_adapter()
+    if change == "disabled":
+        model.base_model.disable_adapter_layers()
+    engine = install(model)
+    assert len(engine.fast_linears) < fused or change == "dora"
+    assert not any(linear.adapter for linear in engine.fast_linears)
+    with torch.no_grad():
+        fast = engine.loss(batch_of())
+        engine.close()
+        plain = install(model, kind="plain").loss(batch_of())
+    assert torch.allclose(fast, plain, rtol=1e-6)
+
+
+def test_an_adapter_disabled_after_installation_is_left_out_at_once(load_tiny):
+    model = adapted(load_tiny, "gpt_neox")
+    engine = install(model)
+    with torch.no_grad():
+        with_adapter = engine.loss(batch_of())
+        with model.disable_adapter():
+            without = engine.loss(batch_of())
+        again = engine.loss(batch_of())
+    engine.close()
+    assert torch.equal(with_adapter, again) and not torch.allclose(with_adapter, without)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_out"])
+def test_a_trained_head_gets_its_gradient(load_tiny, target):
+    base, _ = load_tiny("llama")
+    keywords = {"modules_to_save": ("lm_head",)} if target == "lm_head" else {"target_modules": ("q_proj", "lm_head")}
+    model = attach_adapter(base, rank=4, alpha=8, **keywords).train()
+    plain_loss, plain_gradients, _ = step(model, batch_of(), kind="plain")
+    loss, fast_gradients, _ = step(model, batch_of())
+    assert torch.allclose(loss, plain_loss, rtol=1e-6)
+    assert (fast_gradients - plain_gradients).norm() <= 1e-5 * plain_gradients.norm()
+
+
+def test_head_scaling_and_caps_are_honoured(tiny_model):
+    import transformers
+
+    from qlora_cli.core.engine.lm_head import find_decoder, find_head
+
+    small = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small["num_key_value_heads"] = 2
+    cases = [
+        ("GraniteConfig", {"logits_scaling": 8.0, "intermediate_size": 32}),
+        ("CohereConfig", {"logit_scale": 0.0625, "intermediate_size": 32}),
+        ("Gemma2Config", {"final_logit_softcapping": 3.0, "head_dim": 16, "intermediate_size": 32}),
+        ("PhiConfig", {"intermediate_size": 32}),  # a biased head
+        ("GPTJConfig", {"rotary_dim": 4}),
+    ]
+    found = []
+    for name, arguments in cases:
+        config = getattr(transformers, name)(**small, **arguments, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+        model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        head = find_head(model, find_decoder(model), {"input_ids": torch.arange(8)[None]})
+        assert head is not None and head.frozen, name
+        found.append((head.logit_scale, head.softcap))
+    assert found == [(0.125, None), (0.0625, None), (1.0, 3.0), (1.0, None), (1.0, None)]
+
+
+def test_dropout_is_repeated_by_recomputation_and_seeded_by_torch(load_tiny):
+    model = adapted(load_tiny, "llama", dropout=0.3)
+    batch = batch_of()
+
+    def run(seed, gradient_checkpointing):
+        torch.manual_seed(seed)
+        return step(model, batch, gradient_checkpointing=gradient_checkpointing)[:2]
+
+    loss, kept = run(0, "off")
+    same_loss, recomputed = run(0, "on")
+    other_loss, _ = run(1, "off")
+    assert torch.equal(loss, same_loss) and torch.allclose(kept, recomputed, rtol=1e-4, atol=1e-7)
+    assert not torch.equal(loss, other_loss)
+    model.eval()
+    with torch.no_grad():
+        engine = install(model)
+        assert torch.equal(engine.loss(batch), engine.loss(batch))
+        engine.close()
+
+
+def test_recomputation_leaves_out_the_last_linear(load_tiny):
+    model = adapted(load_tiny, "gpt_neox")
+    engine = install(model, gradient_checkpointing="on")
+    assert engine.skipped == ["attention.dense", "mlp.dense_4h_to_h"]
+    engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "falcon"])
+def test_a_first_layer_keeps_little_where_only_attention_is_adapted(load_tiny, architecture):
+    def kept(*targets):
+        engine = install(adapted(load_tiny, architecture, target_modules=targets))
+        layer, call = engine.layers[0], engine.calls[0]
+        found = [saved_bytes_a_token(layer, call, input_gradient=wanted) for wanted in (True, False)]
+        engine.close()
+        return found
+
+    whole, without_input = kept("query_key_value")
+    assert 0 < without_input < 0.6 * whole
+    whole, without_input = kept("query_key_value", "dense_h_to_4h", "dense_4h_to_h")
+    assert 0.8 * whole < without_input < whole
+
+
+def test_packed_weights_give_the_same_as_resident_ones(load_tiny):
+    model = adapted(load_tiny, "llama")
+    resident = step(model, batch_of(), resident_weights=True)
+    packed = step(model, batch_of(), resident_weights=False)
+    assert torch.equal(resident[0], packed[0]) and torch.equal(resident[1], packed[1])
+    assert all(linear.weight.dense is None for linear in packed[2].fast_linears)
+
+
+def test_closing_puts_every_instance_back(load_tiny):
+    model = adapted(load_tiny, "falcon")
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    implementation = model.config._attn_implementation
+    engine = install(model, gradient_checkpointing="on")
+    engine.loss(batch_of()).backward()
+    engine.close()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_second_model_is_not_touched(load_tiny):
+    untouched = adapted(load_tiny, "llama").eval()
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        before = untouched(input_ids=ids).logits
+        engine = install(adapted(load_tiny, "llama"))
+        assert torch.equal(untouched(input_ids=ids).logits, before)
+    engine.close()
+
+
+def test_a_batch_with_nothing_trained_has_zero_loss_and_gradient(load_tiny):
+    model = adapted(load_tiny, "llama")
+    batch = collate([(np.arange(5, 15, dtype=np.int32), np.zeros(10, dtype=bool))], [0])
+    loss, gradient, _ = step(model, batch)
+    assert loss.item() == 0 and not gradient.any()
+
+
+def test_fifty_steps_follow_the_plain_engines_losses(load_tiny):
+    curves = []
+    for kind in ("plain", "fast"):
+        model = adapted(load_tiny, "llama")
+        engine = install(model, kind=kind)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        losses = []
+        for number in range(50):
+            batch = batch_of((20, 9, 14), seed=number % 5)
+            optimizer.zero_grad()
+            loss = engine.loss(batch) / batch.trained_tokens
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(np.array(losses))
+        engine.close()
+    assert curves[0][-5:].mean() < 0.8 * curves[0][:5].mean(), "the model has to learn for this to mean anything"
+    assert np.abs(curves[0] - curves[1]).max() < 1e-3
+
+
+@pytest.mark.parametrize("word", ["auto", "on", "off", "1", "99"])
+def test_gradient_checkpointing_takes_words_and_numbers(word):
+    assert count_recomputed_layers(word, 4) == {"auto": None, "on": 4, "off": 0, "1": 1, "99": 4}[word]
+
+
+def test_unknown_words_are_refused(load_tiny):
+    model = adapted(load_tiny, "llama")
+    with pytest.raises(UsageError, match="sometimes"):
+        install(model, gradient_checkpointing="sometimes")
+    with pytest.raises(UsageError, match="warp"):
+        install(model, kind="warp")
+
+
+def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(load_tiny):
+    model = adapted(load_tiny, "llama")
+    batch = batch_of()
+    loss, expected, _ = step(model, batch)
+    engine = install(model, events=(events := []))
+    assert not engine.relieve()  # nothing is planned on the CPU
+    mebi = 2**20
+    needs = StepNeeds(
+        layers=2,
+        kept_bytes=300 * mebi,
+        peak_bytes=300 * mebi,
+        hidden_bytes=mebi,
+        optimizer_bytes=0,
+        dense_bytes=0,
+        largest_dense_bytes=0,
+        embedding_bytes=0,
+    )
+    choose = partial(
+        plan_memory, recomputed=None, offload_activations=False, offload_embeddings=False, resident_weights=False
+    )
+    engine.planner = StepPlanner(choose, 128, adapts=True)
+    engine.planner.needs, engine.planner.available_bytes = needs, 2**30 + 2**28
+    counts = []
+    while engine.relieve():
+        counts.append(engine.plan.recomputed)
+        model.zero_grad(set_to_none=True)
+        again = engine.loss(batch)
+        again.backward()
+        assert torch.allclose(again, loss) and torch.allclose(gradients(model), expected, atol=1e-5)
+    assert counts[-1] == 2 and counts == sorted(counts) and len(events) == len(counts)
+
+
+def test_an_adapted_embedding_trains_beside_fused_linears(load_tiny):
+    batch = batch_of()
+    found = []
+    for kind in ("plain", "fast"):
+        base, _ = load_tiny("llama")
+        model = attach_adapter(base, rank=4, alpha=8, seed=0, target_modules=("q_proj", "embed_tokens")).train()
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                if parameter.requires_grad:
+                    parameter.copy_(
+                        0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    )
+        loss, gradients_, _ = step(model, batch, kind=kind)
+        found.append((loss, gradients_))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert (found[0][1] - found[1][1]).norm() <= 1e-5 * found[0][1].norm()
+
+
+class Deeper(torch.nn.Module):
+    """The same, its parts one name further down."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_layers_of_one_class_with_other_parts_are_recomputed_each_in_its_way(load_tiny):
+    model = adapted(load_tiny, "llama")
+    batch = batch_of()
+    loss, expected, _ = step(model, batch)
+    last = model.get_base_model().model.layers[-1]
+    last.mlp = Deeper(last.mlp)  # as where dense layers come before layers with experts
+    again, found, engine = step(model, batch, gradient_checkpointing="on")
+    assert set(engine.skipped) == {"mlp.down_proj", "mlp.inner.down_proj"}
+    assert torch.allclose(again, loss, rtol=1e-6) and (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_no_room_to_try_a_layer_out_is_told_in_one_sentence(load_tiny, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.\nMore lines.")
+
+    model = adapted(load_tiny, "llama")
+    monkeypatch.setattr(Trials, "_pack_states", full)
+    with pytest.raises(TrainingError, match="no room on the device to run one layer") as told:
+        install(model)
+    assert "\n" not in told.value.message and "--vram" in told.value.hint
+    assert not hasattr(model.get_base_model().model.layers[0], "_qlora_layer"), "the model is left as it was"

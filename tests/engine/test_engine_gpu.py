@@ -1,0 +1,121 @@
+"""On a GPU: whatever is recomputed, sent to the host, compiled or replayed as a graph, gradients stay what they are."""
+
+import pytest
+import torch
+
+from qlora_cli.core.engine import fast as engine_fast
+from qlora_cli.core.engine import offload as engine_offload
+from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.engine.memory_plan import MemoryPlan, StepNeeds
+from tests.engine.test_engine import adapted, batch_of, gradients
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+def on_gpu(load_tiny, architecture, **arguments):
+    options = {"compute_dtype": torch.bfloat16, "device": CUDA}
+    return adapted(lambda name: load_tiny(name, **options), architecture, **arguments)
+
+
+def install(model, **options):
+    options = {"gradient_checkpointing": "off", "max_tokens": 128, "total_steps": 100, "compile": False, **options}
+    return install_engine(
+        model, kind="fast", device=CUDA, compute_dtype=torch.bfloat16, report=lambda event: None, **options
+    )
+
+
+def steps(model, engine, batches):
+    """Losses, and gradients summed over all batches, which parameters hold in place as in training."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    losses = []
+    for batch in batches:
+        loss = engine.loss(batch)
+        loss.backward()
+        losses.append(loss.item())
+        del loss  # as in training: what a graph is captured beside must be gone
+    return torch.tensor(losses), gradients(model)
+
+
+def batches():
+    """The first runs eagerly, the second is captured, the third replayed; the last ones are other shapes."""
+    return [batch_of(seed=seed) for seed in range(4)] + [batch_of((64, 64), seed=9), batch_of((9, 8, 7), seed=10)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon"])
+def test_measures_and_graphs_leave_gradients_as_they_are(load_tiny, architecture, compiled, monkeypatch):
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    model = on_gpu(load_tiny, architecture)
+    plain = install(model, total_steps=1)
+    assert plain.graphs is None
+    expected = steps(model, plain, batches())
+    plain.close()
+    engine = install(model, compile=compiled)
+    layers = len(engine.layers)
+    for recomputed, sent, away in ((0, 0, False), (layers, 0, True), (0, layers, False), (1, layers - 1, False)):
+        engine._apply(MemoryPlan(recomputed, away, False, False, sent=sent))
+        engine.plan_by_tokens = lambda tokens: engine.plan
+        engine.graphs.clear()
+        for layer in engine.layer_plans:
+            layer.lean = recomputed + sent > 0
+        losses, found = steps(model, engine, batches())
+        assert not engine.graphs.failed and engine.graphs.graphs
+        assert torch.allclose(losses, expected[0], rtol=2e-2)
+        assert (found - expected[1]).norm() <= 3e-2 * expected[1].norm(), engine.describe()
+    engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "falcon"])
+def test_a_first_layer_that_runs_plainly_leaves_gradients_as_they_are(load_tiny, architecture):
+    model = on_gpu(load_tiny, architecture, target_modules=("query_key_value",), dropout=0.05)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        engine = install(model, compile=compiled)
+        assert [layer.compiled for layer in engine.layer_plans] == [False] + [compiled] * (len(engine.layers) - 1)
+        found.append(steps(model, engine, batches()))
+        assert not engine.graphs.failed and engine.graphs.graphs
+        engine.close()
+    assert torch.allclose(found[0][0], found[1][0], rtol=2e-2)
+    assert (found[0][1] - found[1][1]).norm() <= 3e-2 * found[0][1].norm()
+
+
+def test_dropout_is_the_same_when_a_layer_is_repeated(load_tiny):
+    found = []
+    for word in ("off", "on"):
+        torch.manual_seed(0)
+        model = on_gpu(load_tiny, "llama", dropout=0.3)
+        engine = install(model, gradient_checkpointing=word)
+        torch.manual_seed(1)
+        found.append(steps(model, engine, batches())[1])
+        engine.close()
+    assert (found[0] - found[1]).norm() <= 3e-2 * found[0].norm()
+
+
+def test_a_plan_is_measured_and_layers_are_sent_where_memory_is_short(load_tiny):
+    model = on_gpu(load_tiny, "llama")
+    engine = install(model, gradient_checkpointing="auto", max_tokens=2048)
+    needs: StepNeeds = engine.planner.needs
+    assert needs.seconds.forward > 0 and needs.seconds.backward > 0
+    assert 0 <= needs.fixed_seconds.forward <= needs.seconds.forward
+    assert needs.link_bytes_per_second > 1e9 and needs.kept_bytes > 0 and needs.peak_bytes > needs.kept_bytes
+    engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "opt", "gemma3"])
+def test_embeddings_leave_before_trials_where_room_is_short(load_tiny, architecture, monkeypatch):
+    model = on_gpu(load_tiny, architecture)
+    plain = install(model, total_steps=1)
+    expected = steps(model, plain, batches())
+    tied = plain.embeddings.movable_bytes() == 0
+    plain.close()
+    monkeypatch.setattr(engine_fast, "TRIAL_ROOM_BYTES", 2**60)
+    engine = install(model)
+    assert engine.packed and engine.head is not None and engine.embeddings.on_host is not tied
+    losses, found = steps(model, engine, batches())
+    assert torch.allclose(losses, expected[0], rtol=2e-2)
+    assert (found - expected[1]).norm() <= 3e-2 * expected[1].norm()
+    engine.close()
+    assert model.get_input_embeddings().weight.is_cuda

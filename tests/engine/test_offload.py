@@ -1,0 +1,140 @@
+"""Activations that wait on the host come back as they were, whatever their layout, and leave nothing on the device."""
+
+import gc
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_cli.core.engine import offload as engine_offload
+from qlora_cli.core.engine.memory_plan import MemoryPlan
+from qlora_cli.core.engine.offload import ActivationOffload
+from tests.engine.test_engine import adapted, batch_of, gradients, install
+
+CPU = torch.device("cpu")
+
+
+class Double(torch.autograd.Function):
+    """Saves views of what it is given, in the layouts that attention saves them in."""
+
+    @staticmethod
+    def forward(ctx, x, view):
+        ctx.save_for_backward(view(x))
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        seen.append(ctx.saved_tensors[0])
+        return 2 * grad, None
+
+
+seen: list = []
+VIEWS = {
+    "whole": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 1),
+    "every third": lambda x: x[:, 1::3],
+    "a slice of the last dimension": lambda x: x.view(4, 6, 10)[..., 3:7],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_saved_tensor_comes_back_in_its_own_layout(view, monkeypatch):
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    offload = ActivationOffload(CPU, frozenset())
+    x = torch.randn(24, 10, requires_grad=True)
+    seen.clear()
+    offload.start()
+    with offload.layer(0):
+        y = Double.apply(x, view)
+    with offload.layer(1):
+        z = Double.apply(y, view)
+    held = weakref.ref(y)
+    expected = [view(y).detach().clone(), view(x).detach().clone()]
+    del y
+    gc.collect()
+    z.sum().backward()
+    for found, wanted, source in zip(seen, expected, (x, x), strict=True):
+        assert torch.equal(found, wanted) and found.stride() == view(source).stride()
+    assert held() is None and len(offload.free) == 2
+
+
+def test_small_layers_stay_and_return_beside_a_large_one_and_large_ones_one_by_one(monkeypatch):
+    """1,000 values of large layers, 100 of small ones: a copy of the former takes the time of more than one layer."""
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    offload = ActivationOffload(CPU, frozenset())
+    x = torch.ones((), requires_grad=True)
+    offload.start()
+    out, there = x, []
+
+    def on_device() -> list[int]:
+        return [n for n, aways in offload.layers.items() if any(away.on_device is not None for away in aways)]
+
+    for number, size in enumerate((1000, 100, 1000, 1000, 100, 100)):
+        with offload.layer(number):
+            out = (torch.rand(size, 1) * out).sum()
+        there.append(on_device())
+    assert there == [[0], [0, 1], [1, 2], [3], [3, 4], [3, 4, 5]]
+    offload.fetch_around(2)
+    assert on_device() == [0, 1, 2, 3, 4, 5]  # room for 0 and 1 together: 2 is at work, the others were never away
+    del out
+
+
+def test_tensors_that_stay_anyway_are_not_copied(monkeypatch):
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    weight = torch.randn(8, 8, requires_grad=True)
+    offload = ActivationOffload(CPU, frozenset([weight.untyped_storage().data_ptr()]))
+    offload.start()
+    with offload.layer(0):
+        (torch.randn(3, 8) @ weight).sum().backward()
+    with offload.layer(1):
+        torch.randn(1, 8).expand(500, 8).mul(weight.sum()).sum().backward()
+    assert all(buffer.numel() < 16_000 for buffer in offload.free)
+
+
+@pytest.mark.parametrize("gathered", [torch.zeros(4096, dtype=torch.uint8), torch.rand(4096)])
+def test_a_gathered_weight_is_not_sent_away(gathered, monkeypatch):
+    """It is freed when its layer is done, which no copy of it would wait for."""
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    offload = ActivationOffload(CPU, frozenset())
+    offload.start()
+    with offload.layer(0):
+        torch.ones((), requires_grad=True) * gathered  # saves it
+    assert not offload.layers[0] and offload.chunk is None
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=30))
+def test_buffers_are_used_again_and_never_by_two(sizes):
+    offload = ActivationOffload(CPU, frozenset())
+    first = [offload.borrow(size) for size in sizes]
+    spans = sorted((b.data_ptr(), b.data_ptr() + b.numel()) for b in first)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    assert all(b.numel() >= size for b, size in zip(first, sizes, strict=True))
+    used, chunk = offload.chunk_used, offload.chunk
+    for buffer in first:
+        offload.give_back(buffer)
+    for size in sorted(sizes, reverse=True):
+        offload.borrow(size)
+    assert (offload.chunk_used, offload.chunk) == (used, chunk)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon"])
+@pytest.mark.parametrize(("recomputed", "sent"), [(0, 2), (1, 1), (0, 1)])
+def test_sent_layers_leave_loss_and_gradients_as_they_are(load_tiny, architecture, recomputed, sent, monkeypatch):
+    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+    model = adapted(load_tiny, architecture)
+    engine = install(model)
+    found = []
+    for plan in (engine.plan, MemoryPlan(recomputed, False, False, engine.resident, sent=sent)):
+        engine._apply(plan)
+        if plan.sent:
+            engine.offload = ActivationOffload(CPU, engine._persistent_storages())
+        model.zero_grad(set_to_none=True)
+        loss = engine.loss(batch_of())
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert engine.offload.free, "something was sent"
+    engine.close()

@@ -1,0 +1,115 @@
+"""Adapters: attached where asked, saved as PEFT saves them, refused on another base."""
+
+import json
+
+import pytest
+import torch
+
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.core.models import loading as base_model
+from qlora_cli.core.models.lora import (
+    adapter_state,
+    attach_adapter,
+    count_parameters,
+    load_adapter,
+    load_adapter_state,
+    read_adapter,
+    save_adapter,
+)
+from qlora_cli.errors import AdapterError
+from tests.conftest import ARCHITECTURES
+
+IDS = torch.arange(5, 25)[None]
+
+
+def randomise(peft_model):
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_all_linear_adapts_every_linear_and_never_the_head(load_tiny, tiny_model, architecture):
+    base, _ = load_tiny(architecture)
+    names = base_model.linear_names(base)
+    adapted = attach_adapter(base, rank=4, alpha=8)
+    found = {n.split(".lora_A")[0] for n, _ in adapted.named_parameters() if ".lora_A." in n}
+    assert found == {f"base_model.model.{name}" for name in names}
+    assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
+    empty = base_model.build_empty(base_model.load_config(str(tiny_model(architecture))))
+    assert count_parameters(attach_adapter(empty, rank=4, alpha=8)) == count_parameters(adapted)
+
+
+def test_a_target_that_matches_nothing_is_an_error_that_names_the_layers(load_tiny):
+    base, _ = load_tiny("llama")
+    with pytest.raises(AdapterError, match="v_porj") as error:
+        attach_adapter(base, rank=4, alpha=8, target_modules=("q_proj", "v_porj"))
+    assert "v_proj" in error.value.hint
+
+
+def test_the_same_seed_gives_the_same_adapter_and_leaves_the_random_state(load_tiny):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    states = [adapter_state(attach_adapter(load_tiny("gpt_neox")[0], rank=4, alpha=8, seed=s)) for s in (3, 3, 4)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    assert any(not torch.equal(states[0][n], states[2][n]) for n in states[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"rslora": True}, {"dora": True}, {"modules_to_save": ("norm",)}])
+def test_a_saved_adapter_answers_the_same_through_peft_alone(load_tiny, tmp_path, changes):
+    from peft import PeftModel
+
+    adapted = attach_adapter(load_tiny("llama")[0], rank=4, alpha=8, **changes)
+    randomise(adapted)
+    save_adapter(adapted, tmp_path, base_name="org/base")
+    again = PeftModel.from_pretrained(load_tiny("llama")[0], str(tmp_path))
+    torch.testing.assert_close(again(IDS).logits, adapted.eval()(IDS).logits, rtol=0, atol=0)
+    ours = load_adapter(load_tiny("llama")[0], tmp_path, trainable=True)
+    assert count_parameters(ours) == count_parameters(adapted)
+    facts = read_adapter(tmp_path)
+    assert (facts.rank, facts.base_model, facts.dora, facts.rslora) == (
+        4,
+        "org/base",
+        "dora" in changes,
+        "rslora" in changes,
+    )
+
+
+def test_an_adapter_of_other_shapes_is_refused_with_both_shapes(load_tiny, tmp_path):
+    adapted = attach_adapter(load_tiny("llama")[0], rank=4, alpha=8)
+    save_adapter(adapted, tmp_path, base_name="org/base")
+    with pytest.raises(AdapterError, match="org/base"):
+        load_adapter(load_tiny("mistral")[0], tmp_path)
+    with pytest.raises(AdapterError, match=r"does not fit|no place"):
+        load_adapter(load_tiny("gpt_neox")[0], tmp_path)
+
+
+def test_state_goes_back_bitwise_and_a_foreign_state_is_refused(load_tiny):
+    adapted = attach_adapter(load_tiny("gpt_neox")[0], rank=4, alpha=8)
+    saved = {name: tensor.clone() for name, tensor in adapter_state(adapted).items()}
+    randomise(adapted)
+    load_adapter_state(adapted, saved)
+    assert all(torch.equal(saved[n], t) for n, t in adapter_state(adapted).items())
+    with pytest.raises(AdapterError, match="does not match"):
+        load_adapter_state(adapted, dict(list(saved.items())[1:]))
+
+
+def test_missing_pickled_and_broken_adapters_are_one_sentence(load_tiny, tmp_path):
+    with pytest.raises(AdapterError, match="no adapter in"):
+        read_adapter(tmp_path)
+    save_adapter(attach_adapter(load_tiny("llama")[0], rank=4, alpha=8), tmp_path, base_name="b")
+    weights = tmp_path / ADAPTER_WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AdapterError, match="cannot be read"):
+        read_adapter(tmp_path)
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickle"):
+        read_adapter(tmp_path)
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**config, "peft_type": "IA3"}))
+    weights.write_bytes(whole)
+    with pytest.raises(AdapterError, match="IA3"):
+        read_adapter(tmp_path)

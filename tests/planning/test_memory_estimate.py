@@ -1,0 +1,286 @@
+"""More work never takes less memory by the prediction, measures that save it never take more, and the parts add up."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_cli.core.planning.memory_estimate import (
+    CONTEXT_BYTES,
+    StepSettings,
+    count_flops,
+    predict_disk,
+    predict_generation,
+    predict_merging,
+    predict_training,
+)
+from qlora_cli.core.planning.model_profile import ModelFacts, gather_facts
+
+CONFIGS = {
+    "llama": transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=1024, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2816
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        tie_word_embeddings=False,
+    ),
+    "bloom": transformers.BloomConfig(vocab_size=4096, hidden_size=512, n_layer=4, n_head=8),
+}
+ADAPTER = {"alpha": 16, "rslora": False, "dora": False, "modules_to_save": None, "target_modules": None}
+BASE = {"quant_type": "nf4", "double_quant": True, "compute_dtype": torch.bfloat16}
+
+
+@cache
+def facts_of(name: str, rank: int = 16, engine: str = "fast", dropout: float = 0.0) -> ModelFacts:
+    return gather_facts(CONFIGS[name], rank=rank, dropout=dropout, engine=engine, **ADAPTER, **BASE)
+
+
+LAYERS = {"llama": 6, "gpt_neox": 6, "bloom": 4}
+
+
+@st.composite
+def steps(draw, name: str):
+    row_tokens = draw(st.integers(16, 8192))
+    return StepSettings(
+        tokens=row_tokens * draw(st.integers(1, 8)),
+        row_tokens=row_tokens,
+        engine="fast",
+        optimizer=draw(st.sampled_from(("paged_adamw_8bit", "adamw", "adamw_8bit", "lion", "sgd"))),
+        recomputed_layers=draw(st.integers(0, LAYERS[name])),
+        offload_activations=draw(st.booleans()),
+        offload_embeddings=draw(st.booleans()),
+        resident_weights=draw(st.booleans()),
+        compiled=draw(st.booleans()),
+        workspace_bytes=draw(st.sampled_from((None, 2**20, 2**26))),
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_more_work_never_takes_less_and_savings_never_more(name, data):
+    facts = facts_of(name)
+    step = data.draw(steps(name))
+    peak_bytes = predict_training(facts, step).peak_bytes
+
+    more = data.draw(st.integers(0, 5000))
+    assert predict_training(facts, replace(step, tokens=step.tokens + more)).peak_bytes >= peak_bytes
+    longer = replace(step, tokens=step.tokens + more, row_tokens=step.row_tokens + more)
+    assert predict_training(facts, longer).peak_bytes >= peak_bytes
+    for name_ in ("offload_activations", "offload_embeddings"):
+        assert predict_training(facts, replace(step, **{name_: True})).peak_bytes <= peak_bytes + 1
+    assert predict_training(facts, replace(step, resident_weights=True)).peak_bytes >= peak_bytes
+    assert predict_training(facts, replace(step, workspace_bytes=2**18)).peak_bytes <= peak_bytes
+    heavier = replace(step, optimizer="adamw")
+    assert predict_training(facts, heavier).peak_bytes >= peak_bytes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_higher_rank_never_takes_less(name):
+    step = StepSettings(4096, 2048, "fast", "adamw", 0, False, False, False, False)
+    peaks = [predict_training(facts_of(name, rank), step).peak_bytes for rank in (1, 8, 16, 64)]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputing_and_offloading_save_what_is_kept(name):
+    facts = facts_of(name)
+    kept = StepSettings(16384, 2048, "fast", "adamw", 0, False, False, False, False)
+    recomputed = replace(kept, recomputed_layers=LAYERS[name])
+    offloaded = replace(recomputed, offload_activations=True)
+    peaks = [predict_training(facts, step).peak_bytes for step in (kept, recomputed, offloaded)]
+    assert peaks[0] > 1.2 * peaks[1] > 1.2 * peaks[2]
+    hidden_bytes = 16384 * facts.trace.layers[0].hidden * 2
+    saved = peaks[1] - peaks[2]
+    assert saved == pytest.approx((LAYERS[name] - 2) * hidden_bytes * 1.01, rel=0.3)
+
+
+def test_the_parts_add_up():
+    memory = predict_training(
+        facts_of("llama"), StepSettings(4096, 2048, "fast", "paged_adamw_8bit", 3, False, False, False, False)
+    )
+    content = memory.to_dict()
+    outside = ("peak_bytes", "device_bytes", "paged_bytes", "context_bytes", "host_bytes")
+    parts = [value for name, value in content.items() if name.endswith("_bytes") and name not in outside]
+    assert sum(parts) == content["peak_bytes"]
+    assert content["device_bytes"] == content["peak_bytes"] + content["paged_bytes"] + CONTEXT_BYTES
+    assert content["optimizer_bytes"] == 0 < content["paged_bytes"]
+
+
+def test_the_weights_of_the_prediction_are_those_of_the_count():
+    facts = facts_of("gpt_neox")
+    step = StepSettings(2048, 2048, "fast", "adamw", 6, False, False, False, False)
+    memory = predict_training(facts, step)
+    trained = facts.footprint.trainable_parameters
+    assert memory.base_bytes == facts.footprint.base_bytes
+    assert memory.adapter_bytes == (4 + 2) * trained  # float32, and a copy in bfloat16
+    assert memory.gradient_bytes == 4 * trained
+    assert memory.optimizer_bytes == 8 * trained
+    without = predict_training(facts, replace(step, offload_embeddings=True))
+    assert memory.base_bytes - without.base_bytes == 50304 * 1024 * 2
+    assert without.host_bytes - memory.host_bytes == 50304 * 1024 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "movable"),
+    [
+        ({}, True),
+        ({"modules_to_save": ("embed_tokens",)}, False),
+        ({"target_modules": ("q_proj", "embed_tokens")}, False),
+        ({"modules_to_save": ("lm_head",)}, True),
+    ],
+)
+def test_embeddings_that_are_trained_stay_on_the_card(changes, movable):
+    facts = gather_facts(CONFIGS["llama"], rank=4, dropout=0.0, engine="fast", **{**ADAPTER, **BASE, **changes})
+    assert (facts.embedding_bytes > 0) == movable
+
+
+def test_the_plain_engine_takes_more_than_the_fast_one():
+    fast = StepSettings(4096, 2048, "fast", "adamw", 0, False, False, False, False)
+    plain = replace(fast, engine="plain")
+    assert (
+        predict_training(facts_of("llama", engine="plain"), plain).peak_bytes
+        > 1.3 * predict_training(facts_of("llama"), fast).peak_bytes
+    )
+
+
+def test_dropout_takes_room_for_what_it_drops():
+    step = StepSettings(4096, 2048, "fast", "adamw", 0, False, False, False, False)
+    assert (
+        predict_training(facts_of("llama", dropout=0.1), step).peak_bytes
+        >= predict_training(facts_of("llama"), step).peak_bytes
+    )
+
+
+def test_written_out_attention_grows_with_the_square_of_a_row():
+    facts = facts_of("bloom")
+    short = StepSettings(8192, 512, "fast", "adamw", 0, False, False, False, False)
+    peaks = [predict_training(facts, replace(short, row_tokens=row)).activation_bytes for row in (512, 1024, 2048)]
+    assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.01)
+    assert peaks[1] > 1.3 * peaks[0]
+
+
+def test_answers_need_room_for_keys_and_values():
+    facts = facts_of("llama")
+    one = predict_generation(facts, rows=1, row_tokens=1024)
+    assert one.cache_bytes == 1024 * 6 * 2 * 1024 * 2  # tokens, layers, keys and values, width, bytes
+    eight = predict_generation(facts, rows=8, row_tokens=1024)
+    assert eight.cache_bytes == 8 * one.cache_bytes
+    assert eight.peak_bytes > one.peak_bytes > facts.footprint.base_bytes
+
+
+def test_grouped_heads_keep_fewer_keys_and_values():
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=512,
+    )
+    facts = gather_facts(config, rank=4, dropout=0.0, engine="fast", **ADAPTER, **BASE)
+    assert facts.trace.layers[0].keys_and_values == 2 * 2 * 32
+
+
+def test_disk_and_merging_follow_the_checkpoint():
+    facts = facts_of("llama")
+    parameters = facts.footprint.total_parameters - facts.footprint.trainable_parameters
+    disk = predict_disk(facts, optimizer="adamw", kept_checkpoints=2)
+    assert disk["download_bytes"] == 2 * parameters  # the configuration names no dtype: 16 bits
+    assert disk["base_cache_bytes"] == facts.footprint.base_bytes
+    assert disk["run_bytes"] == (4 + 3 * 12) * facts.footprint.trainable_parameters
+    assert predict_merging(facts)["disk_bytes"] == disk["download_bytes"]
+
+
+def test_the_checkpoint_s_dtype_decides_the_download():
+    halves = transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "dtype": "float16"})
+    floats = transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "dtype": "float32"})
+    half, whole = (
+        gather_facts(config, rank=4, dropout=0.0, engine="fast", **ADAPTER, **BASE).stored_bytes
+        for config in (halves, floats)
+    )
+    assert whole == 2 * half
+
+
+def test_arithmetic_is_four_operations_a_weight_and_half_as_much_again_recomputed():
+    facts = facts_of("llama")
+    weights = sum(facts.footprint.quantized_numels) + 32000 * 1024
+    step = StepSettings(2048, 1, "fast", "adamw", 0, False, False, False, False)
+    adapter = facts.footprint.trainable_parameters
+    assert count_flops(facts, step) == pytest.approx(4 * weights + 6 * adapter, rel=1e-3)
+    again = count_flops(facts, replace(step, recomputed_layers=6))
+    assert again - count_flops(facts, step) == pytest.approx(2 * (weights - 32000 * 1024) + 2 * adapter, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("measure", ["kept", "recomputed", "offloaded"])
+def test_the_card_takes_what_was_predicted(tmp_path, measure):
+    import numpy as np
+
+    from qlora_cli.core.data.packing import collate
+    from qlora_cli.core.engine.engine import install_engine
+    from qlora_cli.core.models.loading import load_base
+    from qlora_cli.core.models.lora import attach_adapter
+    from qlora_cli.core.training.flat_parameters import TrainableParameters
+    from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, step_optimizer
+
+    device, rows, row_tokens = torch.device("cuda", 0), 8, 2048
+    transformers.LlamaForCausalLM(CONFIGS["llama"]).to(torch.bfloat16).save_pretrained(tmp_path)
+    torch._C._cuda_clearCublasWorkspaces()  # of tests before: they are part of what is predicted
+    start_bytes = torch.cuda.memory_allocated()
+    base, _ = load_base(str(tmp_path), compute_dtype=torch.bfloat16, device=device, cache=False)
+    model = attach_adapter(base, rank=16, alpha=16).train()
+    options = {
+        "gradient_checkpointing": "off" if measure == "kept" else "on",
+        "offload_activations": measure == "offloaded",
+        "offload_embeddings": measure == "offloaded",
+        "resident_weights": False,
+    }
+    engine = install_engine(
+        model,
+        kind="fast",
+        device=device,
+        compute_dtype=torch.bfloat16,
+        compile=False,
+        max_tokens=rows * row_tokens,
+        total_steps=3,
+        report=lambda event: None,
+        **options,
+    )
+    parameters = TrainableParameters(model)
+    optimizer = build_optimizer("adamw", parameters, weight_decay=0.0)
+    set_learning_rate(optimizer, 1e-4)
+    random = np.random.default_rng(0)
+    ids = [random.integers(0, 32000, row_tokens).astype(np.int32) for _ in range(rows)]
+    batch = collate([(row, np.ones(row_tokens, dtype=bool)) for row in ids], range(rows)).pin()
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        engine.loss(batch).backward()
+        step_optimizer(optimizer)
+        parameters.zero_gradients()
+    measured_bytes = torch.cuda.max_memory_allocated() - start_bytes
+    engine.close()
+    step = StepSettings(
+        tokens=rows * row_tokens,
+        row_tokens=row_tokens,
+        engine="fast",
+        optimizer="adamw",
+        recomputed_layers=0 if measure == "kept" else LAYERS["llama"],
+        offload_activations=options["offload_activations"],
+        offload_embeddings=options["offload_embeddings"],
+        resident_weights=False,
+        compiled=False,
+    )
+    assert predict_training(facts_of("llama"), step).peak_bytes == pytest.approx(measured_bytes, rel=0.05)

@@ -1,0 +1,59 @@
+"""metrics.jsonl: each line at once, none twice, a torn one mended; and the picture of the loss."""
+
+import json
+import math
+
+import pytest
+
+from qlora_cli.artifacts import LOSS_CURVE, METRICS
+from qlora_cli.core.runs.metrics import MetricsFile, as_metrics, draw_loss_curve, read_metrics
+from qlora_cli.events import EvaluationLogged, StepLogged, Vram
+
+
+def step(number: int, loss: float = 1.0, vram: Vram | None = None) -> StepLogged:
+    return StepLogged(number, 9, 0.5, loss, 1e-4, 0.1 + 0.2, 100, 0.5, 200.0, vram)
+
+
+def test_a_line_is_there_as_soon_as_it_is_written_and_exact(tmp_path):
+    metrics = MetricsFile(tmp_path, last_step=0)
+    metrics.write(step(1, loss=0.1 + 0.7))
+    (line,) = read_metrics(tmp_path)
+    assert line["loss"] == 0.1 + 0.7 and line["grad_norm"] == 0.1 + 0.2 and line["peak_vram_bytes"] is None
+    metrics.write(EvaluationLogged(1, 2.0, math.exp(2.0)))
+    assert read_metrics(tmp_path)[1] == {"step": 1, "eval_loss": 2.0, "perplexity": math.exp(2.0)}
+    metrics.close()
+
+
+def test_what_is_not_finite_is_null_and_vram_is_its_peak():
+    line = as_metrics(step(1, loss=math.nan, vram=Vram(5, 7, 9)))
+    assert line["loss"] is None and line["peak_vram_bytes"] == 7
+    assert json.loads(json.dumps(as_metrics(EvaluationLogged(1, math.nan, math.inf)), allow_nan=False)) == {
+        "step": 1, "eval_loss": None, "perplexity": None,
+    }  # fmt: skip
+
+
+def test_going_on_removes_later_lines_and_a_torn_one(tmp_path):
+    metrics = MetricsFile(tmp_path, last_step=0)
+    for number in range(1, 6):
+        metrics.write(step(number))
+        metrics.write(EvaluationLogged(number, 1.0, 2.0))
+    metrics.close()
+    with (tmp_path / METRICS).open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    metrics = MetricsFile(tmp_path, last_step=3)
+    metrics.write(step(4))
+    metrics.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 1, 2, 2, 3, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_the_curve_is_a_picture_whatever_there_is_to_draw(tmp_path, count):
+    metrics = MetricsFile(tmp_path, last_step=0)
+    for number in range(1, count + 1):
+        metrics.write(step(number, loss=math.nan if number == 7 else 1 / number))
+        metrics.write(EvaluationLogged(number, 1.0, 2.0))
+    metrics.close()
+    draw_loss_curve(tmp_path)
+    picture = (tmp_path / LOSS_CURVE).read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 2000

@@ -1,0 +1,81 @@
+"""Recipes: what is written is read back, and a slip in one is said."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_cli.config import TrainConfig, recorded_fields
+from qlora_cli.config_file import read_recipe, write_recipe
+from qlora_cli.errors import UsageError
+
+
+@given(
+    rank=st.integers(1, 512),
+    learning_rate=st.floats(1e-9, 1.0),
+    targets=st.none() | st.lists(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), min_size=1, max_size=4).map(tuple),
+    checkpointing=st.sampled_from(["auto", "on", "off", "12"]),
+    template=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=40),
+)
+def test_a_written_recipe_gives_the_same_configuration(
+    tmp_path_factory, rank, learning_rate, targets, checkpointing, template
+):
+    path = tmp_path_factory.mktemp("recipe") / "run.yaml"
+    config = TrainConfig(
+        model="org/base",
+        rank=rank,
+        learning_rate=learning_rate,
+        target_modules=targets,
+        gradient_checkpointing=checkpointing,
+        template=template,
+        double_quant=False,
+    )
+    write_recipe(config, path)
+    assert TrainConfig(**read_recipe(path, TrainConfig)) == config
+
+
+def test_how_one_invocation_behaves_is_not_recorded(tmp_path):
+    write_recipe(replace(TrainConfig(), resume=True, overwrite=True, dry_run=True), tmp_path / "run.yaml")
+    assert {"resume", "overwrite", "dry_run", "trust_remote_code"}.isdisjoint(recorded_fields(TrainConfig))
+    assert TrainConfig(**read_recipe(tmp_path / "run.yaml", TrainConfig)) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("learning_rate: 2e-4", "learning_rate", 2e-4),
+        ("alpha: 32", "alpha", 32.0),
+        ("gradient-checkpointing: off", "gradient_checkpointing", "off"),
+        ("target_modules: q_proj, v_proj", "target_modules", ("q_proj", "v_proj")),
+        ("target_modules: [q_proj]", "target_modules", ("q_proj",)),
+        ("max_steps: null", "max_steps", None),
+    ],
+)
+def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
+    (tmp_path / "r.yaml").write_text(text)
+    assert read_recipe(tmp_path / "r.yaml", TrainConfig) == {field: value}
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("learning_rat: 1", "unknown setting learning_rat", "learning_rate"),
+        ("rank: many", "rank should be int, found 'many'", None),
+        ("rank: true", "rank should be int, found True", None),
+        ("double_quant: 1", "double_quant should be bool", None),
+        ("quant_type: int4", "quant_type is 'int4'", "nf4, fp4"),
+        ("- a\n- b", "holds a list", None),
+        ("a: [", "line 1 is not YAML", None),
+    ],
+)
+def test_a_slip_is_named_with_what_to_write(tmp_path, text, message, hint):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        read_recipe(tmp_path / "r.yaml", TrainConfig)
+    assert hint is None or hint in error.value.hint
+
+
+def test_a_missing_recipe_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no configuration file"):
+        read_recipe(tmp_path / "absent.yaml", TrainConfig)

@@ -1,0 +1,171 @@
+"""Optimizers by name: each learns on the CPU, and its state comes back bit for bit."""
+
+import json
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from qlora_cli.config import OPTIMIZERS
+from qlora_cli.core.storage.checkpoint import read_tensors, write_tensors
+from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.core.training.optimizer import (
+    allocated_state_bytes,
+    build_optimizer,
+    choose_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+    state_bytes,
+    step_optimizer,
+)
+from qlora_cli.errors import CheckpointError, UsageError
+
+
+def make(
+    name: str, seed: int = 0, sizes=((96, 64), (64, 80), (7,))
+) -> tuple[TrainableParameters, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Module()
+    for index, size in enumerate(sizes):
+        model.register_parameter(f"p{index}", nn.Parameter(torch.randn(size)))
+    trained = TrainableParameters(model)
+    return trained, build_optimizer(name, trained, weight_decay=0.01)
+
+
+def step(trained: TrainableParameters, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for buffer in trained.buffers:
+        for view in buffer.views:
+            view.grad.copy_(torch.randn(view.shape, generator=generator))
+    set_learning_rate(optimizer, 1e-2)
+    step_optimizer(optimizer)
+
+
+def values(trained: TrainableParameters) -> list[torch.Tensor]:
+    return [buffer.values.detach().clone() for buffer in trained.buffers]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.filterwarnings("error")
+def test_a_state_saved_and_loaded_continues_bit_for_bit(name, tmp_path):
+    trained, optimizer = make(name)
+    before = values(trained)
+    for seed in range(3):
+        step(trained, optimizer, seed)
+    assert all(not torch.equal(a, b) for a, b in zip(before, values(trained), strict=True))
+    tensors, numbers = optimizer_state(optimizer)
+    write_tensors(tmp_path / "o.safetensors", tensors)
+    numbers = json.loads(json.dumps(numbers))
+
+    other, resumed = make(name, seed=9)
+    with torch.no_grad():
+        for mine, theirs in zip(other.buffers, trained.buffers, strict=True):
+            mine.values.copy_(theirs.values)
+    load_optimizer_state(resumed, read_tensors(tmp_path / "o.safetensors"), numbers)
+    for seed in (3, 4):
+        step(trained, optimizer, seed)
+        step(other, resumed, seed)
+    assert all(torch.equal(a, b) for a, b in zip(values(trained), values(other), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_bytes_of_a_state_are_what_is_predicted(name):
+    trained, optimizer = make(name, sizes=((4, 32768),))
+    step(trained, optimizer, 0)
+    found = sum(t.numel() * t.element_size() for t in optimizer_state(optimizer)[0].values())
+    assert found == pytest.approx(state_bytes(name, trained.elements), rel=0.02, abs=4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("paged_adamw_8bit", bnb.optim.AdamW8bit), ("lion_8bit", bnb.optim.Lion8bit)]
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_in_buffers_an_8_bit_optimizer_does_what_it_does_on_separate_tensors(name, kind):
+    trained, optimizer = make(name, sizes=((96, 64), (64, 80), (130, 33)))
+    separate = [nn.Parameter(view.detach().clone()) for view in trained.buffers[0].views]
+    reference = kind(separate, lr=1e-2, weight_decay=0.01)
+    for seed in range(3):
+        step(trained, optimizer, seed)
+        for parameter, view in zip(separate, trained.buffers[0].views, strict=True):
+            parameter.grad = view.grad.clone()
+        reference.step()
+    for parameter, view in zip(separate, trained.buffers[0].views, strict=True):
+        assert torch.equal(parameter, view)
+
+
+def test_weight_decay_is_for_matrices_only():
+    trained, optimizer = make("adamw")
+    trained.zero_gradients()
+    before = values(trained)
+    set_learning_rate(optimizer, 1.0)
+    step_optimizer(optimizer)
+    torch.testing.assert_close(trained.buffers[0].values.detach(), before[0] * 0.99)
+    assert torch.equal(trained.buffers[1].values.detach(), before[1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_state_of_other_parameters_is_refused(name):
+    trained, optimizer = make(name)
+    step(trained, optimizer, 0)
+    tensors, numbers = optimizer_state(optimizer)
+    _, resumed = make(name, sizes=((96, 64),))
+    with pytest.raises(CheckpointError, match="saved optimizer"):
+        load_optimizer_state(resumed, tensors, numbers)
+
+
+def test_a_state_of_another_size_is_refused_by_bitsandbytes_optimizers():
+    trained, optimizer = make("adamw_8bit", sizes=((96, 64),))
+    step(trained, optimizer, 0)
+    _, resumed = make("adamw_8bit", sizes=((96, 96),))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_optimizer_state(resumed, *optimizer_state(optimizer))
+
+
+def test_defaults_follow_the_device_and_an_unknown_name_is_refused():
+    assert choose_optimizer(None, torch.device("cpu")) == "adamw"
+    assert choose_optimizer(None, torch.device("cuda")) == "paged_adamw_8bit"
+    assert choose_optimizer("sgd", torch.device("cuda")) == "sgd"
+    with pytest.raises(UsageError, match="no optimizer"):
+        make("adagrad")
+
+
+def test_a_paged_optimizer_asks_nothing_of_the_allocator():
+    assert allocated_state_bytes("paged_adamw_8bit", 10**6) == 0
+    assert allocated_state_bytes("adamw_8bit", 10**6) == state_bytes("adamw_8bit", 10**6) > 2 * 10**6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_on_a_gpu_a_state_continues_bit_for_bit_and_stays_paged(name, tmp_path):
+    def on_gpu(seed: int):
+        torch.manual_seed(seed)
+        model = nn.Linear(1024, 512, bias=False).cuda()
+        trained = TrainableParameters(model)
+        return trained, build_optimizer(name, trained, weight_decay=0.01)
+
+    def gpu_step(trained, optimizer, seed):
+        trained.buffers[0].values.grad.copy_(torch.randn(512 * 1024, generator=torch.Generator().manual_seed(seed)))
+        set_learning_rate(optimizer, 1e-2)
+        step_optimizer(optimizer)
+
+    trained, optimizer = on_gpu(0)
+    torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")  # adafactor multiplies: cuBLAS takes a workspace
+    before = torch.cuda.memory_allocated()
+    for seed in range(3):
+        gpu_step(trained, optimizer, seed)
+    taken = torch.cuda.memory_allocated() - before
+    assert taken <= 1.05 * allocated_state_bytes(name, trained.elements) + 0.05 * state_bytes(name, trained.elements)
+    tensors, numbers = optimizer_state(optimizer)
+    write_tensors(tmp_path / "o.safetensors", tensors)
+    other, resumed = on_gpu(1)
+    with torch.no_grad():
+        other.buffers[0].values.copy_(trained.buffers[0].values)
+    load_optimizer_state(resumed, read_tensors(tmp_path / "o.safetensors"), numbers)
+    for seed in (3, 4):
+        gpu_step(trained, optimizer, seed)
+        gpu_step(other, resumed, seed)
+    assert torch.equal(trained.buffers[0].values, other.buffers[0].values)
+    if name.startswith("paged"):
+        assert resumed.state[other.buffers[0].values]["state1"].is_paged

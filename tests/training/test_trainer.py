@@ -1,0 +1,453 @@
+"""The loop: it continues bit for bit, never updates with what is not finite, and gives memory back by halving."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qlora_cli.config import OPTIMIZERS
+from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
+from qlora_cli.core.training.state import REQUIRED_FILES
+from qlora_cli.errors import Interrupted, TrainingError
+from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, StepLogged
+
+from .training_case import FaultyEngine, make_case
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return tiny_model("llama")
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def interrupt_at(step: int):
+    """An engine that is signalled while it computes the step after `step`."""
+
+    def wrap(engine):
+        seen = []
+
+        def fault(call, batch, loss):
+            seen.append(batch)
+            if len(seen) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return loss
+
+        return FaultyEngine(engine, fault)
+
+    return wrap
+
+
+# ---------------------------------------------------------------- what a step is
+
+
+def test_loss_falls_and_every_number_is_told(base, tmp_path):
+    case = make_case(base, tmp_path, epochs=12, learning_rate=2e-2, dropout=0.0)
+    case.run()
+    steps = case.told(StepLogged)
+    assert [s.step for s in steps] == list(range(1, 73))
+    assert sum(s.loss for s in steps[-6:]) < 0.8 * sum(s.loss for s in steps[:6])
+    lengths = case.loop.rows.lengths
+    assert sum(s.tokens for s in steps[:6]) == lengths.sum()  # one epoch, no padding counted
+    assert all(s.vram is None and s.step_seconds > 0 and s.learning_rate > 0 for s in steps)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_steps_that_are_told_late_are_told_before_what_follows_them(base, tmp_path, stops):
+    told = []
+    for late in (False, True):
+        wrap = interrupt_at(14) if stops else (lambda engine: engine)
+        case = make_case(base, tmp_path / str(late), eval_rows=3, eval_every=3, keep_best=True, wrap_engine=wrap)
+        case.loop.tells_late = late
+        if stops:
+            with pytest.raises(Interrupted):
+                case.run()
+        else:
+            case.run()
+        told.append(
+            [(type(event), getattr(event, "step", None), getattr(event, "loss", None)) for event in case.events]
+        )
+    assert told[0] == told[1]
+    assert {StepLogged, CheckpointSaved, EvaluationLogged} <= {kind for kind, *_ in told[0]}
+
+
+def test_a_step_that_was_to_be_told_late_is_told_when_the_next_one_breaks(base, tmp_path):
+    def fault(call, batch, loss):
+        if call > 8:  # two of which were tried out before the first step
+            raise RuntimeError("broken")
+        return loss
+
+    case = make_case(base, tmp_path, wrap_engine=lambda engine: FaultyEngine(engine, fault))
+    case.loop.tells_late = True
+    with pytest.raises(RuntimeError, match="broken"):
+        case.run()
+    assert [event.step for event in case.told(StepLogged)] == [1, 2, 3]
+
+
+def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_whole_step(base, tmp_path):
+    """However its rows lie in micro-batches: same losses, norms and adapter within rounding."""
+    whole = make_case(base, tmp_path / "a", dropout=0.0)
+    cut = make_case(base, tmp_path / "b", dropout=0.0)
+    cut.loop.progress.micro_batch_limit_tokens = 1  # single rows
+    whole.run()
+    cut.run()
+    for a, b in zip(whole.told(StepLogged), cut.told(StepLogged), strict=True):
+        assert (a.loss, a.grad_norm, a.tokens) == pytest.approx((b.loss, b.grad_norm, b.tokens), rel=2e-4)
+
+
+def test_gradients_are_clipped_to_the_norm_and_0_turns_it_off(base, tmp_path):
+    for limit, expected in ((1e-3, 1e-3), (0.0, None)):
+        case = make_case(base, tmp_path / str(limit), max_grad_norm=limit, max_steps=1)
+        case.run()
+        norm = float(case.loop.parameters.gradient_norm())
+        told = case.told(StepLogged)[0].grad_norm
+        assert norm == pytest.approx(expected if expected else told, rel=1e-3) and told > 1e-3
+
+
+# ---------------------------------------------------------------- exact resume
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit", "adafactor"])
+def test_an_interrupted_run_continues_bit_for_bit(base, tmp_path, optimizer):
+    options = {"optimizer": optimizer, "eval_rows": 4, "eval_every": 3, "keep_best": True}
+    straight = make_case(base, tmp_path / "straight", **options)
+    straight.run()
+    stopped = make_case(base, tmp_path / "stopped", wrap_engine=interrupt_at(6), **options)
+    with pytest.raises(Interrupted) as caught:
+        stopped.run()
+    assert caught.value.exit_code == 143
+    resumed = make_case(base, tmp_path / "stopped", resume=True, **options)
+    assert 0 < resumed.loop.progress.step < straight.loop.progress.step
+    resumed.run()
+    assert stopped.lines() + resumed.lines() == straight.lines()
+    assert same(resumed.adapter, straight.adapter)
+    assert resumed.loop.progress == straight.loop.progress
+
+
+def test_every_optimizer_is_named_in_the_exact_resume_of_its_state():
+    """The other optimizers' states are compared bit for bit in test_optimizer.py; none is left out."""
+    from . import test_optimizer
+
+    marks = test_optimizer.test_a_state_saved_and_loaded_continues_bit_for_bit.pytestmark
+    assert any(mark.args[:2] == ("name", OPTIMIZERS) for mark in marks)
+
+
+def test_a_finished_run_resumes_to_itself(base, tmp_path):
+    case = make_case(base, tmp_path)
+    case.run()
+    again = make_case(base, tmp_path, resume=True)
+    again.run()
+    assert again.events == [] and same(again.adapter, case.adapter)
+
+
+def test_evaluating_in_between_changes_nothing(base, tmp_path):
+    often = make_case(base, tmp_path / "often", eval_rows=4, eval_every=1)
+    never = make_case(base, tmp_path / "never", eval_rows=4, eval_every=1000)
+    never.loop.eval_plan = None
+    often.run()
+    never.run()
+    assert len(often.told(EvaluationLogged)) == often.loop.plan.total_steps
+    assert same(often.adapter, never.adapter)
+    assert [s.loss for s in often.told(StepLogged)] == [s.loss for s in never.told(StepLogged)]
+
+
+def test_saving_in_between_changes_nothing(base, tmp_path):
+    often, seldom = make_case(base, tmp_path / "a", save_every=1), make_case(base, tmp_path / "b", save_every=100)
+    often.run()
+    seldom.run()
+    assert same(often.adapter, seldom.adapter)
+    assert len(list_checkpoints(tmp_path / "a")) == 2 and len(list_checkpoints(tmp_path / "b")) == 1
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_loss_is_the_mean_over_held_out_tokens_without_dropout(base, tmp_path):
+    case = make_case(base, tmp_path, eval_rows=5, max_steps=3, dropout=0.5)
+    case.run()
+    (told,) = case.told(EvaluationLogged)
+    case.model.eval()
+    total, trained = 0.0, 0
+    with torch.no_grad():
+        for ids, flags in (case.loop.eval_rows[i] for i in range(5)):
+            logits = case.model(input_ids=torch.from_numpy(ids.astype("int64"))[None]).logits[0].double()
+            picked = logits.log_softmax(-1)[:-1].gather(1, torch.from_numpy(ids[1:].astype("int64"))[:, None])[:, 0]
+            total -= picked[torch.from_numpy(flags[1:])].sum().item()
+            trained += int(flags[1:].sum())
+    assert told.eval_loss == pytest.approx(total / trained, rel=1e-5)
+    assert told.perplexity == pytest.approx(math.exp(told.eval_loss))
+
+
+def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(base, tmp_path):
+    case = make_case(
+        base, tmp_path, eval_rows=4, eval_every=1, patience=2, keep_best=True, keep=1, epochs=40, learning_rate=0.2
+    )
+    case.run()
+    progress = case.loop.progress
+    evaluations = [e.eval_loss for e in case.told(EvaluationLogged)]
+    assert progress.stopped_early and progress.step < case.loop.plan.total_steps
+    assert min(evaluations) == evaluations[progress.best_step - 1] == progress.best_loss
+    assert progress.step == progress.best_step + 2
+    steps = [int(path.name[5:]) for path in list_checkpoints(tmp_path)]
+    assert steps == [progress.best_step, progress.step]
+    resumed = make_case(
+        base, tmp_path, eval_rows=4, eval_every=1, patience=2, keep_best=True, keep=1, epochs=40, resume=True
+    )
+    resumed.run()
+    assert resumed.events == []
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(base, tmp_path):
+    def fault(call, batch, loss):
+        return loss if loss.requires_grad else loss * torch.nan
+
+    options = {"eval_rows": 4, "eval_every": 1, "keep_best": True, "patience": 3}
+    case = make_case(base, tmp_path, wrap_engine=lambda e: FaultyEngine(e, fault), **options).run()
+    assert case.loop.progress.best_step is None and case.loop.progress.step == 3
+    assert all(math.isnan(e.eval_loss) for e in case.told(EvaluationLogged))
+    assert make_case(base, tmp_path, resume=True, **options).run().events == []
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+def nan_in_steps(base, root, steps: range, *, gradient_only: bool = False):
+    """An engine whose numbers are not finite for the rows of these steps of the first epoch."""
+    plan = make_case(base, root).loop.plan
+    rows = {row for number in steps for batch in plan.step(number).micro_batches for row in batch}
+
+    def fault(call, batch, loss):
+        return poison(loss, gradient_only) if rows & set(batch.row_indices) else loss
+
+    return lambda engine: FaultyEngine(engine, fault)
+
+
+def poison(loss: torch.Tensor, gradient_only: bool) -> torch.Tensor:
+    if not gradient_only:
+        return loss * torch.nan
+    loss.register_hook(lambda gradient: gradient * torch.nan)
+    return loss
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_what_is_not_finite_makes_no_update_and_training_goes_on(base, tmp_path, gradient_only):
+    wrap = nan_in_steps(base, tmp_path, range(3, 5), gradient_only=gradient_only)
+    case = make_case(base, tmp_path, wrap_engine=wrap, max_steps=6)
+    after = {}
+    case.loop.log = lambda event: after.update({event.step: case.adapter})
+    case.run()
+    assert same(after[2], after[3]) and same(after[3], after[4])
+    assert not same(after[1], after[2]) and not same(after[4], after[5])
+    steps = case.told(StepLogged)
+    assert [math.isnan(s.grad_norm) for s in steps] == [s.step in (3, 4) for s in steps]
+    assert [math.isnan(s.loss) for s in steps] == [s.step in (3, 4) and not gradient_only for s in steps]
+    assert '"grad_norm": null' in case.lines()[2]
+    assert [caution.text for caution in case.told(Caution)] == [
+        f"Step {step}: the loss or a gradient is not finite; no update was made." for step in (3, 4)
+    ]
+    assert case.loop.progress.step == 6
+
+
+def test_several_in_a_row_end_the_run_with_the_last_finite_state_saved(base, tmp_path):
+    options = {"save_every": 1, "keep": 100, "max_steps": 6}
+    straight = make_case(base, tmp_path / "straight", **options).run()
+    wrap = nan_in_steps(base, tmp_path, range(3, 7))
+    case = make_case(base, tmp_path / "bad", wrap_engine=wrap, **options)
+    with pytest.raises(TrainingError, match="steps 3 to 5") as caught:
+        case.run()
+    assert "--resume" in caught.value.hint
+    rows = [row for number in (3, 4, 5) for batch in case.loop.plan.step(number).micro_batches for row in batch]
+    named = ", ".join(str(row) for row in sorted(case.loop.rows.indices[rows].tolist()))
+    assert f"rows {named}," in caught.value.message
+    found, skipped = newest_valid(tmp_path / "bad", REQUIRED_FILES)
+    assert found.step == 2 and not skipped
+    resumed = make_case(base, tmp_path / "bad", resume=True, **options).run()  # the fault is mended
+    assert same(resumed.adapter, straight.adapter)
+
+
+# ---------------------------------------------------------------- loss scaling
+
+
+class OverflowingEngine(FaultyEngine):
+    """Gradients overflow, as in float16, while the loss is scaled by more than `limit`."""
+
+    def __init__(self, engine, limit: float) -> None:
+        super().__init__(engine, self.overflow)
+        self.limit = limit
+
+    def overflow(self, call, batch, loss):
+        loss.register_hook(lambda g: g * torch.inf if float(g) * batch.trained_tokens > self.limit else g)
+        return loss
+
+
+def test_a_loss_scale_that_overflows_is_lowered_and_the_step_repeated(base, tmp_path):
+    case = make_case(base, tmp_path / "scaled", scaled=True, wrap_engine=lambda e: OverflowingEngine(e, 5000.0))
+    case.run()
+    assert case.loop.progress.loss_scale.scale == 4096.0
+    assert 0 < case.loop.progress.loss_scale.good_steps <= case.loop.plan.total_steps
+    assert not case.told(Caution)
+    unscaled = make_case(base, tmp_path / "unscaled")
+    unscaled.run()
+    assert case.lines() == unscaled.lines() and same(case.adapter, unscaled.adapter)  # scales are powers of two
+
+
+def test_with_a_scale_of_one_an_overflow_is_a_fault(base, tmp_path):
+    case = make_case(base, tmp_path, scaled=True, wrap_engine=lambda e: OverflowingEngine(e, 0.0))
+    with pytest.raises(TrainingError, match="not finite"):
+        case.run()
+
+
+def test_float16_arithmetic_trains_on_the_cpu(base, tmp_path):
+    case = make_case(base, tmp_path, scaled=True, compute_dtype=torch.float16, max_steps=4)
+    case.run()
+    assert all(math.isfinite(s.loss) and math.isfinite(s.grad_norm) for s in case.told(StepLogged))
+
+
+# ---------------------------------------------------------------- memory
+
+
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def out_of_memory_above(tokens: int, seen: list[int], *, from_call: int = 0, in_backward: bool = False):
+    def fault(call, batch, loss):
+        if batch.tokens <= tokens or call < from_call:
+            seen.append(batch.tokens)
+            return loss
+        if not in_backward:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+        def fail(gradient):
+            raise CUBLAS
+
+        loss.register_hook(fail)
+        return loss
+
+    return lambda engine: FaultyEngine(engine, fault)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_memory_that_runs_out_midway_halves_the_micro_batch_and_nothing_else(base, tmp_path, in_backward):
+    straight = make_case(base, tmp_path / "a", dropout=0.0)
+    straight.run()
+    seen: list[int] = []
+    wrap = out_of_memory_above(50, seen, from_call=6, in_backward=in_backward)
+    case = make_case(base, tmp_path / "b", dropout=0.0, wrap_engine=wrap)
+    case.run()
+    assert [s.step for s in case.told(StepLogged)] == [s.step for s in straight.told(StepLogged)]
+    for a, b in zip(case.told(StepLogged), straight.told(StepLogged), strict=True):
+        assert (a.loss, a.tokens) == pytest.approx((b.loss, b.tokens), rel=1e-3)
+    assert max(seen[6:]) <= 50 < max(seen[:6])
+    notices = [n.text for n in case.told(Notice)]
+    assert len(notices) == 1 and "Memory ran out" in notices[0] and "stays the same" in notices[0]
+
+
+def test_the_longest_rows_are_tried_before_the_first_step_and_leave_no_trace(base, tmp_path):
+    seen: list[int] = []
+    case = make_case(base, tmp_path / "a", wrap_engine=out_of_memory_above(45, seen))
+    case.run()
+    first_step = next(i for i, event in enumerate(case.events) if isinstance(event, StepLogged))
+    assert any(isinstance(event, Notice) for event in case.events[:first_step])
+    assert not any(isinstance(event, Notice) for event in case.events[first_step:])
+    assert max(seen) <= 45
+    untried = make_case(base, tmp_path / "b")
+    untried.loop.progress.micro_batch_limit_tokens = case.loop.progress.micro_batch_limit_tokens
+    untried.loop._try_longest = lambda: None
+    untried.run()
+    assert case.lines() == untried.lines() and same(case.adapter, untried.adapter)
+
+
+def test_a_resumed_run_keeps_the_smaller_micro_batches(base, tmp_path):
+    wrap = out_of_memory_above(45, [])
+    case = make_case(base, tmp_path / "a", wrap_engine=wrap)
+    case.run()
+    part = make_case(base, tmp_path / "b", wrap_engine=lambda e: interrupt_at(12)(wrap(e)))
+    with pytest.raises(Interrupted):
+        part.run()
+    rest = make_case(base, tmp_path / "b", resume=True, wrap_engine=wrap)
+    rest.run()
+    assert not rest.told(Notice) and same(rest.adapter, case.adapter)
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run_with_what_to_do(base, tmp_path):
+    case = make_case(base, tmp_path, wrap_engine=out_of_memory_above(10, []))
+    with pytest.raises(TrainingError, match="for a single row of") as caught:
+        case.run()
+    assert "--max-length" in caught.value.hint
+
+
+def test_any_other_failure_of_the_device_is_raised_as_it_is(base, tmp_path):
+    def fault(call, batch, loss):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        make_case(base, tmp_path, wrap_engine=lambda e: FaultyEngine(e, fault)).run()
+
+
+def test_evaluation_that_runs_out_of_memory_goes_on_in_halves(base, tmp_path):
+    def fault(call, batch, loss):
+        if not loss.requires_grad and len(batch.row_indices) > 1:
+            raise torch.OutOfMemoryError("injected")
+        return loss
+
+    options = {"eval_rows": 6, "max_steps": 2, "batch_size": 3}
+    case = make_case(base, tmp_path / "a", wrap_engine=lambda e: FaultyEngine(e, fault), **options)
+    whole = make_case(base, tmp_path / "b", **options)
+    case.run()
+    whole.run()
+    a, b = (c.told(EvaluationLogged)[0].eval_loss for c in (case, whole))
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_in_hand_and_saves_it(base, tmp_path, number, code):
+    case = make_case(base, tmp_path, save_every=100)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    case.loop.log = lambda event: event.step == 3 and os.kill(os.getpid(), number)
+    with pytest.raises(Interrupted) as caught:
+        case.run()
+    assert caught.value.exit_code == code and "--resume" in caught.value.hint
+    assert [c.step for c in case.told(CheckpointSaved)] == [3] and case.told(StepLogged)[-1].step == 3
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(base, tmp_path):
+    options = {"eval_rows": 6, "eval_every": 3, "patience": 50}
+    straight = make_case(base, tmp_path / "a", **options)
+    straight.run()
+
+    def fault(call, batch, loss):
+        if not loss.requires_grad:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    case = make_case(base, tmp_path / "b", wrap_engine=lambda e: FaultyEngine(e, fault), **options)
+    with pytest.raises(Interrupted):
+        case.run()
+    assert case.told(StepLogged)[-1].step == 3 and not case.told(EvaluationLogged)
+    rest = make_case(base, tmp_path / "b", resume=True, **options)
+    rest.run()
+    assert case.lines() + rest.lines() == straight.lines() and same(rest.adapter, straight.adapter)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    script = (
+        "import os, signal, time\n"
+        "from qlora_cli.core.distributed.signals import stopping_on_signals\n"
+        "with stopping_on_signals() as request:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(request.signal_number, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still here', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (130, ["15"])

@@ -1,0 +1,190 @@
+"""A small run for the tests of the loop: real model, real adapter, rows in memory; everything else by keyword."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_cli.artifacts import ADAPTER_WEIGHTS
+from qlora_cli.core.data.sampler import StepPlan
+from qlora_cli.core.data.split import hold_out
+from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
+from qlora_cli.core.runs.metrics import as_metrics
+from qlora_cli.core.storage.checkpoint import newest_valid, read_tensors
+from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.core.training.lr_schedule import learning_rate_schedule
+from qlora_cli.core.training.optimizer import build_optimizer
+from qlora_cli.core.training.rng_state import RandomState, restore_random_state, seed_everything
+from qlora_cli.core.training.state import REQUIRED_FILES, Progress, load_optimizer, read_progress, read_random_state
+from qlora_cli.core.training.trainer import Cadence, Loop, Saving
+from qlora_cli.events import EvaluationLogged, Event, StepLogged
+
+CPU = torch.device("cpu")
+
+
+class MemoryRows:
+    """Random rows of 5 to 40 tokens; the first three of each are not trained."""
+
+    def __init__(self, count: int = 24, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.lengths = random.integers(5, 40, count).astype(np.int32)
+        self.ids = [random.integers(2, 380, length).astype(np.int32) for length in self.lengths]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.ids[index], np.arange(len(self.ids[index])) >= 3
+
+
+@dataclass
+class Case:
+    """A run that can be started, continued in a new object, and looked into."""
+
+    loop: Loop
+    model: Any
+    random_state: RandomState | None
+    events: list[Event] = field(default_factory=list)
+
+    def run(self) -> "Case":
+        """Runs the loop from its own random state, whatever ran before."""
+        if self.random_state is None:
+            seed_everything(self.loop.ranks.rank)
+        else:
+            restore_random_state(self.random_state, CPU)
+        self.loop.run()
+        return self
+
+    @property
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """A copy of the trained tensors."""
+        return {name: tensor.detach().clone() for name, tensor in adapter_state(self.model).items()}
+
+    def lines(self, *, timeless: bool = True) -> list[str]:
+        """The metrics told so far, without what the clock says."""
+        lines = []
+        for event in self.events:
+            if isinstance(event, StepLogged | EvaluationLogged):
+                line = as_metrics(event)
+                clock = ("step_seconds", "tokens_per_second") if timeless else ()
+                lines.append(json.dumps({name: value for name, value in line.items() if name not in clock}))
+        return lines
+
+    def told(self, kind: type) -> list[Any]:
+        """Events of one kind."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def make_case(
+    base: Path,
+    root: Path,
+    *,
+    optimizer: str = "adamw",
+    dropout: float = 0.1,
+    epochs: float = 2.0,
+    max_steps: int | None = None,
+    eval_rows: int = 0,
+    save_every: int = 4,
+    keep: int = 2,
+    keep_best: bool = False,
+    patience: int | None = None,
+    eval_every: int | None = None,
+    scaled: bool = False,
+    learning_rate: float = 5e-3,
+    max_grad_norm: float = 1.0,
+    batch_size: int = 2,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+    wrap_engine: Any = lambda engine: engine,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Builds a run on a tiny base, or with `resume` the continuation of the one saved in `root`."""
+    ranks = ranks or Ranks()
+    rows = MemoryRows()
+    train, held = hold_out(rows, fraction=0, count=eval_rows, seed=1)
+    common: dict[str, Any] = {"batch_size": batch_size, "packing": False, "max_length": 40, "seed": 1, "ranks": ranks}
+    plan = StepPlan(train.lengths, accumulation=2, epochs=epochs, max_steps=max_steps, **common)
+    eval_plan = StepPlan(held.lengths, accumulation=1, epochs=1, max_steps=None, **common) if eval_rows else None
+    frozen, _ = load_base(str(base), compute_dtype=compute_dtype, device=CPU, cache=False)
+    model = attach_adapter(frozen, rank=4, alpha=8, dropout=dropout, seed=0)
+    engine = install_engine(
+        model,
+        kind="plain",
+        device=CPU,
+        compute_dtype=compute_dtype,
+        max_tokens=80,
+        total_steps=plan.total_steps,
+        report=lambda event: None,
+    )
+    parameters = TrainableParameters(model)
+    built = build_optimizer(optimizer, parameters, weight_decay=0.01)
+    progress = Progress()
+    state = None
+    if resume:
+        checkpoint, _ = newest_valid(root, REQUIRED_FILES)
+        assert checkpoint is not None
+        progress = read_progress(checkpoint.path)
+        load_adapter_state(model, read_tensors(checkpoint.path / ADAPTER_WEIGHTS))
+        load_optimizer(checkpoint.path, built, parameters)
+        state = read_random_state(checkpoint.path, ranks.rank)
+    events: list[Event] = []
+    loop = Loop(
+        model=model,
+        engine=wrap_engine(engine),
+        rows=train,
+        eval_rows=held,
+        plan=plan,
+        eval_plan=eval_plan,
+        parameters=parameters,
+        optimizer=built,
+        optimizer_bytes=0,
+        learning_rate=learning_rate_schedule(
+            "cosine", peak=learning_rate, warmup_steps=2, total_steps=plan.total_steps
+        ),
+        max_grad_norm=max_grad_norm,
+        scaled=scaled,
+        cadence=Cadence(eval_every, save_every, keep, keep_best, patience),
+        saving=Saving(root, {"case": 1}, lambda path: save_adapter(model, path, base_name="base"), 10_000),
+        progress=progress,
+        lockstep=False,
+        ranks=ranks,
+        report=events.append,
+        log=lambda event: None,
+    )
+    return Case(loop, model, state, events)
+
+
+class FaultyEngine:
+    """The engine underneath, until `fault` says otherwise.
+
+    Args:
+        engine: Computes the losses.
+        fault: Called with the number of the call (from 1), the batch and the loss; raises, or returns a loss.
+    """
+
+    def __init__(self, engine: Any, fault: Any) -> None:
+        self.engine = engine
+        self.fault = fault
+        self.calls = 0
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        return self.fault(self.calls, batch, self.engine.loss(batch))
+
+    def prepare(self, batch):
+        return self.engine.prepare(batch)
+
+    def relieve(self) -> bool:
+        return self.engine.relieve()
+
+    def describe(self) -> str:
+        return "faulty"
+
+    def close(self) -> None:
+        self.engine.close()
