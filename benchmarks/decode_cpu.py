@@ -25,7 +25,7 @@ def main() -> None:
     import torch
 
     from qlora_cli.core.decoding.sampling import Sampling
-    from qlora_cli.core.generation.generator import Answerer
+    from qlora_cli.core.generation.generator import Generator
     from qlora_cli.core.generation.requests import Request
     from qlora_cli.core.models.loading import load_base
     from qlora_cli.core.models.lora import attach_adapter
@@ -44,7 +44,7 @@ def main() -> None:
         for rows in (1, 8):
             ids = torch.randint(5, 380, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
             theirs, ours = load().get_base_model(), load()
-            answerer = Answerer(ours, make_tokenizer(), sampling=Sampling(), engine="fast", report=print)
+            generator = Generator(ours, make_tokenizer(), sampling=Sampling(), engine="fast", report=print)
             requests = [Request(i, row, NEW) for i, row in enumerate(ids.tolist())]
 
             def transformers_seconds(theirs=theirs, ids=ids):
@@ -61,9 +61,9 @@ def main() -> None:
                     )
                 return time.process_time() - started
 
-            def own_seconds(answerer=answerer, requests=requests, rows=rows):
+            def own_seconds(generator=generator, requests=requests, rows=rows):
                 started = time.process_time()
-                list(answerer.answer(requests, batch_size=rows, seed=0, end_ids=[NEVER]))
+                list(generator.answer(requests, batch_size=rows, seed=0, end_ids=[NEVER]))
                 return time.process_time() - started
 
             transformers_seconds(), own_seconds()

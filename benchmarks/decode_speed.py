@@ -112,22 +112,22 @@ class Bench:
         import torch
 
         from qlora_cli.core.decoding.sampling import Sampling
-        from qlora_cli.core.generation.generator import Answerer
+        from qlora_cli.core.generation.generator import Generator
         from qlora_cli.core.generation.requests import Request
 
         for count in BATCHES:
-            answerer = Answerer(self.model, Words(), sampling=Sampling(), engine="fast", report=print)
+            generator = Generator(self.model, Words(), sampling=Sampling(), engine="fast", report=print)
             if getattr(self, "fast", None) is not None:
-                answerer._fast, answerer._fast_for = self.fast
+                generator._fast, generator._fast_for = self.fast
             requests = [Request(i, ids, NEW) for i, ids in enumerate(self.prompts(count))]
             for attempt in ("first", "second", "third"):
                 self.wait()
                 started = time.time()
-                answers = list(answerer.answer(requests, batch_size=count, seed=0, end_ids=[NEVER]))
+                answers = list(generator.answer(requests, batch_size=count, seed=0, end_ids=[NEVER]))
                 self.wait()
                 seconds = time.time() - started
                 self.note(f"batch {count} {attempt} call tok/s", count * NEW / seconds)
-            self.fast = answerer._fast, answerer._fast_for
+            self.fast = generator._fast, generator._fast_for
             found = {answer.index: list(answer.ids) for answer in answers}
             if count in getattr(self, "expected", {}):
                 same = [
@@ -135,12 +135,12 @@ class Bench:
                     for r, row in enumerate(self.expected[count])
                 ]
                 self.note(f"batch {count} tokens equal to the peer's", f"{min(same)}-{max(same)} of 64")
-            decoder = answerer._decoder
-            self.note(f"batch {count} path", answerer.path)
+            decoder = generator._decoder
+            self.note(f"batch {count} path", generator.path)
             self.note(f"batch {count} step ms", self.step_seconds(decoder) * 1e3)
             if count in (1, 8):
                 self.profile(decoder, count)
-            del answerer, decoder
+            del generator, decoder
             if self.device == "cuda":
                 torch.cuda.empty_cache()
         if self.device == "cuda":
@@ -199,17 +199,17 @@ class Bench:
                 seconds = time.time() - started
                 self.note(f"prefill {count} x {length} {call} call ms", seconds * 1e3)
             self.note(f"prefill {count} x {length} tok/s", count * length / seconds)
-            if decoder.prompts.obstacle is not None:
-                self.note(f"prefill {count} x {length} not captured", decoder.prompts.obstacle)
+            if decoder.prompts.reason is not None:
+                self.note(f"prefill {count} x {length} not captured", decoder.prompts.reason)
 
 
 def use_tilings(path: Path) -> None:
     """Divides products as decode_gemv.py found best; shapes it has not seen as its first."""
     from qlora_cli.kernels.decode import gemv
 
-    told = json.loads(path.read_text())
-    best, chosen = told["best"], gemv.choose_tiling
-    if not told.get("overlap", True):
+    reported = json.loads(path.read_text())
+    best, chosen = reported["best"], gemv.choose_tiling
+    if not reported.get("overlap", True):
         gemv._overlaps = lambda device: False
 
     def choose(tokens: int, rows: int, columns: int):

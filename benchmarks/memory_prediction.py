@@ -54,7 +54,7 @@ def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool,
     from models import make_config
 
     from qlora_cli.core.planning.model_profile import gather_facts
-    from qlora_cli.core.planning.planner import Wishes, plan_training
+    from qlora_cli.core.planning.planner import StepRequest, plan_training
 
     adapter = {"dropout": 0.0, "target_modules": None} | ADAPTERS[name]
     facts = gather_facts(
@@ -69,7 +69,7 @@ def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool,
         engine="fast",
         **adapter,
     )
-    wishes = Wishes(batch_size=rows, max_length=row_tokens, optimizer=OPTIMIZER, resident_weights=False, **options)
+    wishes = StepRequest(batch_size=rows, max_length=row_tokens, optimizer=OPTIMIZER, resident_weights=False, **options)
     return plan_training(facts, wishes, vram_bytes=limit_bytes, on_cuda=on_cuda)
 
 

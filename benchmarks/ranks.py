@@ -51,7 +51,7 @@ PARTS = {
     # The same rows a step in other micro-batches: the same mathematics, rounded otherwise.
     "rounded": Part("llama-7b", 20, ("--gradient-accumulation-steps", "4", "--batch-size", "1"), 1),
     "whole": Part("neox-20b", 10, (*ONE_STEP, "4"), 2, 90),
-    "spread": Part("neox-20b", 10, (*ONE_STEP, "4", "--shard"), 2, 90),
+    "sharded": Part("neox-20b", 10, (*ONE_STEP, "4", "--shard"), 2, 90),
     "offloaded": Part("neox-20b", 6, (*ONE_STEP, "4", "--shard-offload"), 2, 90),
     # Micro-batches of 2 rows, steps of 4 rows, as in "one" and "two".
     "peer-one": Part("llama-7b", 10, (), 1),
@@ -392,11 +392,11 @@ def main() -> None:
         return all(key in found.get(name, {}) for name in (left, right))
 
     pairs = [("two", "one"), ("peer-two", "peer-one"), ("one", "peer-one"), ("two", "peer-two")]
-    for left, right in (*pairs, ("spread", "whole"), ("offloaded", "whole")):
+    for left, right in (*pairs, ("sharded", "whole"), ("offloaded", "whole")):
         for key in ("tokens_per_second", "base_vram_bytes", "peak_vram_bytes"):
             if both(left, right, key) and found[left][key] and found[right][key]:
                 print(f"{left} / {right} {key}:", round(found[left][key] / found[right][key], 3))
-    for left, right in (("one", "two"), ("one", "rounded"), ("one", "killed"), ("whole", "spread")):
+    for left, right in (("one", "two"), ("one", "rounded"), ("one", "killed"), ("whole", "sharded")):
         if both(left, right, "losses") and len(found[left]["losses"]) == len(found[right]["losses"]):
             print(
                 f"largest loss difference {left} - {right}:",

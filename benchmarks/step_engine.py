@@ -189,7 +189,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str, folder: st
             except torch.OutOfMemoryError as error:
                 print("   ", str(error).splitlines()[0][:400], flush=True)
                 loss = None
-            if not engine.relieve():
+            if not engine.reduce_memory():
                 raise MemoryError("no leaner plan")
         optimizer.step()
         return loss.detach() / batch.trained_tokens

@@ -54,7 +54,7 @@ def watch(work: str, folder: Path, laid: bool, extra: list[str]) -> dict:
     from qlora_cli.core.training import trainer as watched
 
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    own_take, own_read = watched.Loop._take, watched.read_sums
+    own_take, own_read = watched.Trainer._take, watched.read_sums
     number, last = 0, FIRST + STEPS
 
     def take(self, step, *rest):
@@ -73,7 +73,7 @@ def watch(work: str, folder: Path, laid: bool, extra: list[str]) -> dict:
             profiler.stop()
         return found
 
-    watched.Loop._take, watched.read_sums = take, read
+    watched.Trainer._take, watched.read_sums = take, read
     command = train_speed.our_command(work, folder, steps=last + 3, extra=extra, laid=laid)
     app(command[3:], standalone_mode=False)
     events = profiler.profiler.kineto_results.events()

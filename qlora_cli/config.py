@@ -297,7 +297,7 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     gpus: int | None = setting(None, "Cards of this machine to train on.", panel=RUN)
     shard: bool | None = setting(
         None,
-        "Spread the 4-bit base over the cards, each holding a share; by default where one card cannot hold it.",
+        "Shard the 4-bit base over the cards, each holding a share; by default where one card cannot hold it.",
         panel=MEMORY,
         flags=("--shard/--no-shard",),
     )

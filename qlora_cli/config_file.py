@@ -13,7 +13,7 @@ from qlora_cli.config import recorded_fields
 from qlora_cli.errors import UsageError
 
 
-def read_recipe(path: Path, config_type: type) -> dict[str, Any]:
+def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
     """Settings of a recipe, by field name, types and allowed values checked.
 
     Raises:
@@ -76,7 +76,7 @@ def _checked(path: Path, name: str, value: Any, hint: Any, choices: tuple[str, .
     raise UsageError(f"{path}: {name} should be {getattr(wanted, '__name__', wanted)}, found {value!r}.")
 
 
-def write_recipe(config: Any, path: Path) -> None:
+def write_config_file(config: Any, path: Path) -> None:
     """Writes every recorded setting of a configuration, resolved, so that `--config` repeats it."""
     values = asdict(config)
     recorded = {

@@ -10,7 +10,7 @@ class QloraError(Exception):
     """
 
     exit_code = 1
-    told = False  # by another of several ranks: one voice tells it
+    reported = False  # by another of several ranks: one voice tells it
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.config import TrainConfig, recorded_fields
-from qlora_cli.config_file import read_recipe, write_recipe
+from qlora_cli.config_file import read_config_file, write_config_file
 from qlora_cli.errors import UsageError
 
 
@@ -31,14 +31,14 @@ def test_a_written_recipe_gives_the_same_configuration(
         template=template,
         double_quant=False,
     )
-    write_recipe(config, path)
-    assert TrainConfig(**read_recipe(path, TrainConfig)) == config
+    write_config_file(config, path)
+    assert TrainConfig(**read_config_file(path, TrainConfig)) == config
 
 
 def test_how_one_invocation_behaves_is_not_recorded(tmp_path):
-    write_recipe(replace(TrainConfig(), resume=True, overwrite=True, dry_run=True), tmp_path / "run.yaml")
+    write_config_file(replace(TrainConfig(), resume=True, overwrite=True, dry_run=True), tmp_path / "run.yaml")
     assert {"resume", "overwrite", "dry_run", "trust_remote_code"}.isdisjoint(recorded_fields(TrainConfig))
-    assert TrainConfig(**read_recipe(tmp_path / "run.yaml", TrainConfig)) == TrainConfig()
+    assert TrainConfig(**read_config_file(tmp_path / "run.yaml", TrainConfig)) == TrainConfig()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_how_one_invocation_behaves_is_not_recorded(tmp_path):
 )
 def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
     (tmp_path / "r.yaml").write_text(text)
-    assert read_recipe(tmp_path / "r.yaml", TrainConfig) == {field: value}
+    assert read_config_file(tmp_path / "r.yaml", TrainConfig) == {field: value}
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
 def test_a_slip_is_named_with_what_to_write(tmp_path, text, message, hint):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UsageError, match=message) as error:
-        read_recipe(tmp_path / "r.yaml", TrainConfig)
+        read_config_file(tmp_path / "r.yaml", TrainConfig)
     assert hint is None or hint in error.value.hint
 
 
 def test_a_missing_recipe_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no configuration file"):
-        read_recipe(tmp_path / "absent.yaml", TrainConfig)
+        read_config_file(tmp_path / "absent.yaml", TrainConfig)

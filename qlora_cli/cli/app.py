@@ -70,9 +70,9 @@ def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], An
             with contextlib.nullcontext() if values["debug"] else quiet_libraries(), console:
                 from_file: dict[str, Any] = {}
                 if values["config_file"] is not None:
-                    from qlora_cli.config_file import read_recipe
+                    from qlora_cli.config_file import read_config_file
 
-                    from_file = read_recipe(values["config_file"], config_type)
+                    from_file = read_config_file(values["config_file"], config_type)
                 result = body(Call(config_type(**{**from_file, **given}), console, positional, values[CONTEXT].obj))
                 console.show_result(result)
             if result is not None and result.get("fits") is False:
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         failure, cause = _usage_error(error), error
     except Exception as error:
         failure, cause = _unexpected(error), error
-    if failure.told or (isinstance(failure, UsageError) and os.environ.get("RANK", "0") != "0"):
+    if failure.reported or (isinstance(failure, UsageError) and os.environ.get("RANK", "0") != "0"):
         return failure.exit_code  # the main rank tells it
     if "--debug" in arguments:
         traceback.print_exception(cause)

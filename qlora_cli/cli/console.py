@@ -73,8 +73,8 @@ class Console:
             print(to_json(result), file=self._stdout, flush=True)
         elif result is not None:
             draw_result(RichConsole(file=self._stdout, highlight=False), result)
-        told = () if self.as_json or not isinstance(result, dict) else result.get("next", ())
-        for command in (*told, *self._next):
+        reported = () if self.as_json or not isinstance(result, dict) else result.get("next", ())
+        for command in (*reported, *self._next):
             print(f"→ {command}", file=sys.stderr)
 
     def read_line(self, prompt: str) -> str:

@@ -12,7 +12,7 @@ from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.batch_file import AnswerFile, FilePrompt, answer_row, fingerprint, read_prompts
 from qlora_cli.core.generation.chat import COMMANDS, Conversation, obey
 from qlora_cli.core.generation.requests import Request
-from qlora_cli.core.generation.session import AnswerSettings, BaseSettings, Speaker
+from qlora_cli.core.generation.session import AnswerSettings, BaseSettings, GenerationSession
 from qlora_cli.core.models.adapter_record import read_merge_record, read_source
 from qlora_cli.core.models.loading import choose_device, load_config, resolve_compute_dtype, resolve_model
 from qlora_cli.errors import DataError, QloraError, UsageError
@@ -71,16 +71,21 @@ class GenerateResult:
 
     @classmethod
     def of(
-        cls, speaker: Speaker, adapter: str | None, rows: list[dict[str, Any]], clock: Clock, output: str | None = None
+        cls,
+        session: GenerationSession,
+        adapter: str | None,
+        rows: list[dict[str, Any]],
+        clock: Clock,
+        output: str | None = None,
     ) -> "GenerateResult":
         """The result of the rows answered now."""
         load_seconds, first_token_seconds, generate_seconds = clock.seconds()
         new_tokens = sum(row["new_tokens"] for row in rows)
         return cls(
-            model=speaker.base.model,
+            model=session.base.model,
             adapter=adapter,
-            path=speaker.path,
-            seed=speaker.settings.seed,
+            path=session.path,
+            seed=session.settings.seed,
             answers=[] if output else rows,
             output=output,
             answered=len(rows),
@@ -115,12 +120,12 @@ def generate(config: GenerateConfig, prompts: Sequence[str], report: Report) -> 
     if (config.input is None) != (config.output is None):
         raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
     clock = Clock()
-    speaker = open_speaker(config, report)
+    session = open_session(config, report)
     if config.input is None or config.output is None:
-        rows = answer_texts(speaker, prompts, config.adapter, clock, report)
+        rows = answer_texts(session, prompts, config.adapter, clock, report)
     else:
-        rows = answer_file(speaker, config, Path(config.input), Path(config.output), clock, report)
-    result = GenerateResult.of(speaker, config.adapter, rows, clock, config.output)
+        rows = answer_file(session, config, Path(config.input), Path(config.output), clock, report)
+    result = GenerateResult.of(session, config.adapter, rows, clock, config.output)
     if config.output is not None and rows:
         report(Notice(f"{config.output} holds the answers: {result.describe_speed()}."))
     if config.verbose:
@@ -139,10 +144,10 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
         read_line: Given a prompt to show, the next line; None or EOFError at the end.
     """
     clock = Clock()
-    voice = ChatVoice(open_speaker(config, report), config.adapter, clock)
-    conversation = Conversation(voice, lambda piece: report(TextGenerated(piece)))
+    backend = SessionBackend(open_session(config, report), config.adapter, clock)
+    conversation = Conversation(backend, lambda piece: report(TextGenerated(piece)))
     if config.verbose:
-        report(Notice(f"Decoding by {voice.speaker.path}."))
+        report(Notice(f"Decoding by {backend.session.path}."))
     report(Notice(f"Type a question, or {COMMANDS}. Ctrl-C stops an answer, Ctrl-D leaves."))
     while True:
         try:
@@ -160,48 +165,48 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
             report(Caution(f"{error.message} {error.hint or ''}".strip()))
         except KeyboardInterrupt:
             report(TextGenerated("", final=True))
-    return GenerateResult.of(voice.speaker, voice.adapter, voice.rows, clock)
+    return GenerateResult.of(backend.session, backend.adapter, backend.rows, clock)
 
 
-class ChatVoice:
-    """A `Voice` of a conversation that speaks by a `Speaker`; keeps what was said for the result."""
+class SessionBackend:
+    """A `ChatBackend` of a conversation that speaks by a `GenerationSession`; keeps what was said for the result."""
 
-    def __init__(self, speaker: Speaker, adapter: str | None, clock: Clock) -> None:
-        self.speaker, self.adapter, self.clock = speaker, adapter, clock
+    def __init__(self, session: GenerationSession, adapter: str | None, clock: Clock) -> None:
+        self.session, self.adapter, self.clock = session, adapter, clock
         self.rows: list[dict[str, Any]] = []
-        speaker.select(adapter)
+        session.select(adapter)
         clock.loaded()
 
     def remembers(self) -> bool:
-        """See `Voice.remembers`."""
-        return self.speaker.formatting(self.adapter).shape == "chat"
+        """See `ChatBackend.remembers`."""
+        return self.session.formatting(self.adapter).shape == "chat"
 
     def fits(self, prompt: Any) -> bool:
-        """See `Voice.fits`: the answer may take at least half of what --max-new-tokens allows."""
+        """See `ChatBackend.fits`: the answer may take at least half of what --max-new-tokens allows."""
         try:
-            request = self.speaker.request(0, prompt, self.adapter)
+            request = self.session.request(0, prompt, self.adapter)
         except DataError:  # no room at all; the question alone tells the user so when it is asked
             return False
-        return 2 * request.max_new_tokens >= self.speaker.settings.max_new_tokens
+        return 2 * request.max_new_tokens >= self.session.settings.max_new_tokens
 
     def say(self, prompt: Any, *, turn: int, base: bool, tell: Callable[[str], None]) -> None:
-        """See `Voice.say`."""
-        request = self.speaker.request(turn, prompt, self.adapter)
+        """See `ChatBackend.say`."""
+        request = self.session.request(turn, prompt, self.adapter)
 
         def hear(index: int, piece: str) -> None:
             self.clock.heard()
             tell(piece)
 
-        for answer in self.speaker.answer([request], self.adapter, hear, base=base):
+        for answer in self.session.answer([request], self.adapter, hear, base=base):
             self.rows.append({**answer_row(FilePrompt(turn, prompt, None), answer), "base": base})
 
     def switch(self, directory: str) -> None:
-        """See `Voice.switch`."""
-        self.speaker.select(directory)
+        """See `ChatBackend.switch`."""
+        self.session.select(directory)
         self.adapter = directory
 
 
-def open_speaker(config: GenerateConfig, report: Report) -> Speaker:
+def open_session(config: GenerateConfig, report: Report) -> GenerationSession:
     """The base and settings that a configuration names; the base is held as in training unless a flag says otherwise.
 
     Raises:
@@ -249,18 +254,18 @@ def open_speaker(config: GenerateConfig, report: Report) -> Speaker:
         cache=config.base_cache,
         **held,
     )
-    speaker = Speaker(base, settings, report)
+    session = GenerationSession(base, settings, report)
     if config.adapter is not None:
-        speaker.source(config.adapter)
-    return speaker
+        session.source(config.adapter)
+    return session
 
 
 def answer_texts(
-    speaker: Speaker, prompts: Sequence[str], adapter: str | None, clock: Clock, report: Report
+    session: GenerationSession, prompts: Sequence[str], adapter: str | None, clock: Clock, report: Report
 ) -> list[dict[str, Any]]:
     """Answers prompts one after another, streaming."""
-    requests = [speaker.request(index, prompt, adapter) for index, prompt in enumerate(prompts)]
-    speaker.select(adapter)
+    requests = [session.request(index, prompt, adapter) for index, prompt in enumerate(prompts)]
+    session.select(adapter)
     clock.loaded()
     rows = []
 
@@ -269,14 +274,14 @@ def answer_texts(
         report(TextGenerated(piece))
 
     for prompt, request in zip(prompts, requests, strict=True):
-        for answer in speaker.answer([request], adapter, tell):
+        for answer in session.answer([request], adapter, tell):
             rows.append(answer_row(FilePrompt(answer.index, prompt, None), answer))
         report(TextGenerated("", final=True))
     return rows
 
 
 def answer_file(
-    speaker: Speaker, config: GenerateConfig, source: Path, target: Path, clock: Clock, report: Report
+    session: GenerationSession, config: GenerateConfig, source: Path, target: Path, clock: Clock, report: Report
 ) -> list[dict[str, Any]]:
     """Answers a file of prompts into a file, adapter by adapter, going on where an earlier call stopped."""
     prompts = read_prompts(source)
@@ -284,12 +289,12 @@ def answer_file(
     for prompt in prompts:
         adapter = prompt.adapter or config.adapter
         try:
-            requests.setdefault(adapter, []).append(speaker.request(prompt.index, prompt.prompt, adapter))
+            requests.setdefault(adapter, []).append(session.request(prompt.index, prompt.prompt, adapter))
         except DataError as error:
             raise DataError(f"{source}, prompt {prompt.index + 1}: {error.message}", error.hint) from error
     settings = fingerprint(
-        asdict(speaker.base) | {"cache": None, "device": None},
-        asdict(speaker.settings) | {"batch_size": None, "engine": None, "seed": config.seed},
+        asdict(session.base) | {"cache": None, "device": None},
+        asdict(session.settings) | {"batch_size": None, "engine": None, "seed": config.seed},
         config.adapter,
     )
     rows = []
@@ -298,9 +303,9 @@ def answer_file(
             report(Notice(f"{target} holds {len(answers.finished):,} of {len(prompts):,} answers already."))
         left = {a: [r for r in group if r.index not in answers.finished] for a, group in requests.items()}
         for adapter in sorted((a for a in left if left[a]), key=lambda a: a or ""):
-            speaker.select(adapter)
+            session.select(adapter)
             clock.loaded()
-            for answer in speaker.answer(left[adapter], adapter, lambda index, piece: clock.heard()):
+            for answer in session.answer(left[adapter], adapter, lambda index, piece: clock.heard()):
                 rows.append(answer_row(prompts[answer.index], answer))
                 answers.write(answer.index, rows[-1])
                 report(Progress("Answering", len(answers.finished), len(prompts), "prompts"))

@@ -33,11 +33,11 @@ from qlora_cli.core.inspection.weight_stats import (
 )
 from qlora_cli.core.models.loading import build_empty, choose_device, load_config, resolve_compute_dtype, resolve_model
 from qlora_cli.core.models.quantized_cache import cache_root, cache_size_bytes
-from qlora_cli.core.planning.memory_estimate import predict_disk, predict_generation, predict_merging
-from qlora_cli.core.planning.model_profile import ModelFacts, gather_facts
-from qlora_cli.core.planning.planner import Wishes, plan_training, read_limit_bytes
+from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, predict_merging
+from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
+from qlora_cli.core.planning.planner import StepRequest, plan_training, read_limit_bytes
 from qlora_cli.core.planning.roofline import bound_speed
-from qlora_cli.core.planning.run_plan import may_be_spread
+from qlora_cli.core.planning.run_plan import may_be_sharded
 from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
 from qlora_cli.errors import UsageError
@@ -45,7 +45,7 @@ from qlora_cli.events import Report
 
 OF_A_MODEL = ("vram", "max_length", "quantization_error")
 # Ways to train that a table compares, from the fastest to the leanest.
-CARDS = (2, 4, 8)  # over which a base may be spread
+CARDS = (2, 4, 8)  # over which a base may be sharded
 WAYS: dict[str, dict[str, Any]] = {
     "nothing recomputed": {"gradient_checkpointing": "off", "offload_activations": False, "offload_embeddings": False},
     "every layer recomputed": {
@@ -104,7 +104,7 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     # What would be rented is a card that computes in bfloat16, whatever this machine has.
     compute_dtype = resolve_compute_dtype(config.compute_dtype or "bfloat16", device)
 
-    def gather(rank: int) -> ModelFacts:
+    def gather(rank: int) -> ModelProfile:
         return gather_facts(
             model_config,
             rank=rank,
@@ -163,28 +163,28 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
 
 
 def _predict(
-    config: InspectConfig, model: ModelFacts, gather: Callable[[int], ModelFacts], max_length: int
+    config: InspectConfig, model: ModelProfile, gather: Callable[[int], ModelProfile], max_length: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts on training, generation and merging; and tables of ways to train and of speed."""
     device = choose_device()
     known = config.vram is not None or device.type == "cuda"
     vram_bytes = read_limit_bytes(config.vram, device) if known else None
-    names = [part.name for part in fields(Wishes) if part.name != "max_length"]
-    wishes = Wishes(max_length=max_length, **{name: getattr(config, name) for name in names})
-    plan = plan_training(model, wishes, vram_bytes=vram_bytes)
+    names = [part.name for part in fields(StepRequest) if part.name != "max_length"]
+    request = StepRequest(max_length=max_length, **{name: getattr(config, name) for name in names})
+    plan = plan_training(model, request, vram_bytes=vram_bytes)
     assert plan.memory is not None and plan.flops_per_token is not None
     ways = []
     for name, open_choices in WAYS.items():
-        memory = plan_training(model, replace(wishes, **open_choices), vram_bytes=None).memory
+        memory = plan_training(model, replace(request, **open_choices), vram_bytes=None).memory
         assert memory is not None
         ways.append({"way": name, "peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes})
-    spread = {
-        cards: plan_training(model, wishes, vram_bytes=vram_bytes, shards=cards)
-        for cards in (CARDS if may_be_spread(config) else ())
+    sharded = {
+        cards: plan_training(model, request, vram_bytes=vram_bytes, shards=cards)
+        for cards in (CARDS if may_be_sharded(config) else ())
     }
     shares = [
         {"cards": cards, **{name: getattr(each.memory, name) for name in ("base_bytes", "peak_bytes", "device_bytes")}}
-        for cards, each in spread.items()
+        for cards, each in sharded.items()
     ]
     settings = ("gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
     facts: dict[str, Any] = {
@@ -199,14 +199,14 @@ def _predict(
         },
         "flops_per_token": plan.flops_per_token,
         "training": plan.memory.to_dict(),
-        "generation": predict_generation(model, rows=1, row_tokens=max_length).to_dict(),
+        "generation": estimate_generation(model, rows=1, row_tokens=max_length).to_dict(),
         "merging": predict_merging(model),
-        "disk": predict_disk(model, optimizer=plan.optimizer, kept_checkpoints=default_of(TrainConfig, "keep")),
+        "disk": estimate_disk(model, optimizer=plan.optimizer, kept_checkpoints=default_of(TrainConfig, "keep")),
         "next": [write_train_command(config, {})],
     }
     if plan.fits is False:
         assert vram_bytes is not None
-        nearest = suggest_fit(model, wishes, vram_bytes=vram_bytes, rank=config.rank, regather=gather)
+        nearest = suggest_fit(model, request, vram_bytes=vram_bytes, rank=config.rank, regather=gather)
         if nearest is None:
             facts["nearest"] = "nothing fits: take a smaller model or a larger card"
             del facts["next"]
@@ -214,12 +214,12 @@ def _predict(
             assert nearest.plan.memory is not None
             facts["nearest"] = {**nearest.changes, "device_bytes": nearest.plan.memory.device_bytes}
             facts["next"] = [write_train_command(config, nearest.changes)]
-        enough = next((cards for cards, each in spread.items() if each.fits), None)
+        enough = next((cards for cards, each in sharded.items() if each.fits), None)
         if enough is not None:
             changes = {"gpus": enough, "shard": True}
             facts["nearest_with_more_cards"] = changes
             facts["next"] = [*facts.get("next", ()), write_train_command(config, changes)]
-    of_several = [_table("Base spread over cards, for each of them", shares)] if shares else []
+    of_several = [_table("Base sharded over cards, for each of them", shares)] if shares else []
     return facts, [_table("Ways to train", ways), *of_several, bound_speed(plan.flops_per_token)]
 
 

@@ -14,18 +14,18 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, TRACKER_LOGS
 from qlora_cli.config import TrainConfig
-from qlora_cli.config_file import write_recipe
+from qlora_cli.config_file import write_config_file
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import prepare_rows
-from qlora_cli.core.data.sampler import StepPlan
+from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.data.split import RowSubset, hold_out
 from qlora_cli.core.device import read_vram
-from qlora_cli.core.distributed.process_group import Ranks
-from qlora_cli.core.distributed.rank_monitor import watching
-from qlora_cli.core.distributed.weight_shards import Slices
+from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.distributed.rank_monitor import monitoring
+from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.engine import install_engine
-from qlora_cli.core.engine.fsdp import spread
+from qlora_cli.core.engine.fsdp import shard_base
 from qlora_cli.core.engine.lm_head import find_decoder
 from qlora_cli.core.engine.memory_plan import limit_memory
 from qlora_cli.core.models.loading import (
@@ -38,8 +38,8 @@ from qlora_cli.core.models.loading import (
     resolve_compute_dtype,
 )
 from qlora_cli.core.models.lora import attach_adapter, save_adapter
-from qlora_cli.core.planning.memory_estimate import predict_disk
-from qlora_cli.core.planning.planner import TrainingPlan
+from qlora_cli.core.planning.memory_estimate import estimate_disk
+from qlora_cli.core.planning.planner import MemoryDecision
 from qlora_cli.core.planning.run_plan import (
     adapter_settings,
     gather_run_facts,
@@ -55,18 +55,18 @@ from qlora_cli.core.runs.identity import run_identity
 from qlora_cli.core.runs.results import TrainPlan, TrainResult
 from qlora_cli.core.runs.run_logs import open_logs, tracking
 from qlora_cli.core.runs.validate import check_ranks, check_settings
-from qlora_cli.core.storage.checkpoint import list_checkpoints, remove_leftovers, require_space, telling_disk_full
+from qlora_cli.core.storage.checkpoint import list_checkpoints, remove_leftovers, reporting_disk_full, require_space
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import count_warmup_steps, learning_rate_schedule
 from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer, choose_optimizer, state_bytes
 from qlora_cli.core.training.resume import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
-from qlora_cli.core.training.state import Progress, read_progress
-from qlora_cli.core.training.trainer import Cadence, Loop, Saving
+from qlora_cli.core.training.state import TrainerState, read_trainer_state
+from qlora_cli.core.training.trainer import Checkpointing, Trainer, TrainerSchedule
 from qlora_cli.errors import DataError
 from qlora_cli.events import Event, Report, RunStarted
 
 SAVES_A_RUN = 10  # by default
-# The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `watching`.
+# The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `monitoring`.
 EXCHANGE_TIMEOUT = timedelta(hours=24)
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
 
@@ -89,17 +89,17 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         project_dir=str(output / TRACKER_LOGS),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=EXCHANGE_TIMEOUT)],
     )
-    ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+    ranks = ProcessGroup(accelerator.process_index, accelerator.num_processes)
     if not ranks.is_main:
-        report = _tell_nobody
+        report = report_nothing
     with ExitStack() as stack:
-        stack.enter_context(watching(ranks, choose_device()))
+        stack.enter_context(monitoring(ranks, choose_device()))
         stack.enter_context(tracking(accelerator))
         check_ranks(config, ranks)
         if ranks.is_main:
             stack.enter_context(claimed(output, resume=config.resume, overwrite=config.overwrite))
             remove_leftovers(output / CHECKPOINTS)
-        ranks.wait()
+        ranks.barrier()
 
         # Cheap: configuration, targets, rows, plan, checkpoint, disk.
         name, revision, trusted = config.model, config.model_revision, config.trust_remote_code
@@ -165,10 +165,10 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
                 trainable_parameters=trainable,
                 total_parameters=total,
                 checkpoint_bytes=checkpoint_bytes,
-                disk=predict_disk(facts, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
+                disk=estimate_disk(facts, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
                 vram_bytes=memory.plan.vram_bytes,
                 fits=memory.plan.fits,
-                settings={**memory.decided, "shard": memory.spread, "token_budget": memory.plan.token_budget},
+                settings={**memory.decided, "shard": memory.sharded, "token_budget": memory.plan.token_budget},
                 memory=memory.predicted(),
                 configuration=resolved_configuration(
                     config, memory, max_length=max_length, compute_dtype=dtype, warmup_steps=warmup_steps
@@ -181,7 +181,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         limit_bytes = memory.plan.allocator_bytes  # of what is free, where no limit was given
         if limit_bytes is not None and device.type == "cuda" and (config.vram or ranks.world_size == 1):
             limit_memory(device, limit_bytes)
-        slices = Slices(ranks, on_host=config.shard_offload) if memory.spread else None
+        slices = WeightShards(ranks, on_host=config.shard_offload) if memory.sharded else None
         base, base_identity = load_base(
             name,
             revision=revision,
@@ -197,11 +197,11 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         model = attach_adapter(base, **adapter_settings(config), seed=config.seed)
         if slices is not None:
             decoder = find_decoder(base)
-            spread(base, decoder, find_layers(decoder), slices, device)
+            shard_base(base, decoder, find_layers(decoder), slices, device)
         loaded = read_vram(device)
-        progress = Progress()
+        progress = TrainerState()
         if checkpoint:
-            progress = read_progress(checkpoint.path)
+            progress = read_trainer_state(checkpoint.path)
             restore_adapter(checkpoint, model)
         limits = [limit for limit in (progress.micro_batch_limit_tokens, memory.limit_tokens) if limit is not None]
         progress.micro_batch_limit_tokens = min(limits, default=None)
@@ -211,7 +211,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             kind=config.engine,
             device=device,
             compute_dtype=compute_dtype,
-            # Where the base is spread no layer is measured by itself: what was predicted decides.
+            # Where the base is sharded no layer is measured by itself: what was predicted decides.
             **measures_of(memory.plan if slices is not None and device.type == "cuda" else config),
             compile=config.compile,
             max_tokens=max(int(train_rows.lengths[batch].sum()) for batch in largest),
@@ -232,11 +232,11 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             write_record(directory, base_identity, rows)  # a checkpoint can be used like a run, also once it is moved
 
         if ranks.is_main:
-            write_recipe(config, output / RUN_YAML)
-        log = open_logs(config, accelerator, output, progress.step, stack) if ranks.is_main else _tell_nobody
+            write_config_file(config, output / RUN_YAML)
+        log = open_logs(config, accelerator, output, progress.step, stack) if ranks.is_main else report_nothing
         place = str(device) if ranks.world_size == 1 else f"{ranks.world_size} × {device.type}"
         report(RunStarted(progress.step + 1, plan.total_steps, trainable, total, place, engine.describe()))
-        loop = Loop(
+        loop = Trainer(
             model=model,
             engine=engine,
             rows=train_rows,
@@ -251,14 +251,14 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             ),
             max_grad_norm=config.max_grad_norm,
             scaled=compute_dtype == torch.float16,
-            cadence=Cadence(
+            schedule=TrainerSchedule(
                 eval_every=config.eval_every,
                 save_every=config.save_every or -(-plan.total_steps // SAVES_A_RUN),
                 keep=config.keep,
                 keep_best=config.keep_best,
                 patience=config.patience,
             ),
-            saving=Saving(output / CHECKPOINTS, identity, save, checkpoint_bytes),
+            saving=Checkpointing(output / CHECKPOINTS, identity, save, checkpoint_bytes),
             progress=progress,
             ranks=ranks,
             lockstep=slices is not None,
@@ -283,12 +283,12 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             stopped_early=loop.progress.stopped_early,
             trainable_parameters=trainable,
             total_parameters=total,
-            base_vram_bytes=ranks.highest(loaded.now_bytes, device) if loaded else None,
-            loading_vram_bytes=ranks.highest(loaded.peak_bytes, device) if loaded else None,
-            peak_vram_bytes=ranks.highest(vram.peak_bytes, device) if vram else None,
+            base_vram_bytes=ranks.all_reduce_max(loaded.now_bytes, device) if loaded else None,
+            loading_vram_bytes=ranks.all_reduce_max(loaded.peak_bytes, device) if loaded else None,
+            peak_vram_bytes=ranks.all_reduce_max(vram.peak_bytes, device) if vram else None,
         )
         if ranks.is_main:
-            with telling_disk_full(output, checkpoint_bytes):
+            with reporting_disk_full(output, checkpoint_bytes):
                 write_run(
                     output,
                     save_adapter=save,
@@ -300,18 +300,18 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
                     training={name: value for name, value in result.to_dict().items() if name != "output"},
                     report=report,
                 )
-        ranks.wait()
+        ranks.barrier()
         return result
 
 
-def _tell_nobody(event: Event) -> None:
+def report_nothing(event: Event) -> None:
     """The report of ranks that are not the main one."""
 
 
 # ---------------------------------------------------------------- parts of the recipe
 
 
-def measures_of(settings: TrainConfig | TrainingPlan) -> dict[str, Any]:
+def measures_of(settings: TrainConfig | MemoryDecision) -> dict[str, Any]:
     """How a step keeps within memory: what the engine takes as given."""
     names = ("gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
     return {name: getattr(settings, name) for name in names}
@@ -338,9 +338,9 @@ def open_rows(
     return rows
 
 
-def plan_steps(config: TrainConfig, rows: RowSubset, ranks: Ranks, max_length: int) -> StepPlan:
+def plan_steps(config: TrainConfig, rows: RowSubset, ranks: ProcessGroup, max_length: int) -> BatchSampler:
     """The steps of the run."""
-    return StepPlan(
+    return BatchSampler(
         rows.lengths,
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation_steps,
@@ -353,7 +353,7 @@ def plan_steps(config: TrainConfig, rows: RowSubset, ranks: Ranks, max_length: i
     )
 
 
-def plan_evaluation(config: TrainConfig, rows: RowSubset, ranks: Ranks, max_length: int) -> StepPlan | None:
+def plan_evaluation(config: TrainConfig, rows: RowSubset, ranks: ProcessGroup, max_length: int) -> BatchSampler | None:
     """One pass over the held-out rows, if there are any."""
     if not len(rows):
         return None

@@ -42,11 +42,11 @@ def fails(line, capsys, *says):
     out, err = capsys.readouterr()
     assert out == ""
     assert "Traceback" not in err and "Unexpected" not in err
-    told = err[err.index("error: ") :].splitlines()
-    assert len(told) <= 2, told
-    assert len(told) == 1 or told[1].startswith("→ ")
+    reported = err[err.index("error: ") :].splitlines()
+    assert len(reported) <= 2, reported
+    assert len(reported) == 1 or reported[1].startswith("→ ")
     for words in says:
-        assert words in told[0], told[0]
+        assert words in reported[0], reported[0]
 
 
 @pytest.mark.parametrize(

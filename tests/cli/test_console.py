@@ -295,9 +295,9 @@ def test_commands_to_type_are_told_in_one_piece_beside_the_result(capsys, monkey
     command = "qlora train --model org/model --data DATA --gradient-checkpointing on --max-length 512"
     with Console(as_json=False) as console:
         console.show_result({"kind": "model", "fits": False, "next": [command]})
-    told = capsys.readouterr()
-    assert f"→ {command}\n" in told.err and "qlora" not in told.out
+    reported = capsys.readouterr()
+    assert f"→ {command}\n" in reported.err and "qlora" not in reported.out
     with Console(as_json=True) as console:
         console.show_result({"kind": "model", "next": [command]})
-    told = capsys.readouterr()
-    assert json.loads(told.out)["next"] == [command] and not told.err
+    reported = capsys.readouterr()
+    assert json.loads(reported.out)["next"] == [command] and not reported.err

@@ -412,15 +412,15 @@ def test_every_view_is_one_json_object_on_stdout(run, seven_b, tmp_path, monkeyp
     }
     for kind, words in views.items():
         assert main(["inspect", *words, "--json"]) == 0
-        told = capsys.readouterr()
-        assert json.loads(told.out)["kind"] == kind
-        assert "→" not in told.err  # the next command stands in the object
+        reported = capsys.readouterr()
+        assert json.loads(reported.out)["kind"] == kind
+        assert "→" not in reported.err  # the next command stands in the object
 
 
 def test_a_base_that_one_card_cannot_hold_is_offered_spread_over_as_few_as_can(seven_b):
     facts = look(model=seven_b, vram="4.6GiB", max_length=512)
     assert facts["fits"] is False
-    shares = table_of(facts, "Base spread over cards")
+    shares = table_of(facts, "Base sharded over cards")
     assert [row["cards"] for row in shares] == [2, 4, 8]
     held = [facts["training"]["base_bytes"], *(row["base_bytes"] for row in shares)]
     assert all(later < 0.6 * earlier for earlier, later in pairwise(held))

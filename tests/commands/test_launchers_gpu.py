@@ -1,4 +1,4 @@
-"""On two cards: a spread base trains as a whole one, on the cards or waiting on the host; a killed rank ends the other."""
+"""On two cards: a sharded base trains as a whole one, on the cards or waiting on the host; a killed rank ends the other."""
 
 import psutil
 import pytest
@@ -19,13 +19,13 @@ def two_cards():
 def test_a_spread_base_trains_as_a_whole_one(case):  # noqa: F811
     folder, flags, _ = case
     found = {}
-    for name, more in (("whole", []), ("spread", ["--shard"]), ("away", ["--shard-offload"])):
+    for name, more in (("whole", []), ("sharded", ["--shard"]), ("away", ["--shard-offload"])):
         command = ["python", "-m", "qlora_cli", "train", *flags, "--gpus", "2", "--output", folder / name, *more]
         code, _, said = wait(start(command, **CARDS))
-        assert code == 0 and ("base spread over the cards" in said) == bool(more), said
+        assert code == 0 and ("base sharded over the cards" in said) == bool(more), said
         found[name] = losses(folder / name)
-    assert found["spread"] == pytest.approx(found["whole"], rel=2e-3)
-    assert found["away"] == pytest.approx(found["spread"], rel=2e-3)  # attention's backward pass adds in any order
+    assert found["sharded"] == pytest.approx(found["whole"], rel=2e-3)
+    assert found["away"] == pytest.approx(found["sharded"], rel=2e-3)  # attention's backward pass adds in any order
 
 
 def test_a_killed_rank_ends_the_one_that_waits_for_it_in_a_collective(case):  # noqa: F811

@@ -28,13 +28,13 @@ def test_a_merged_model_gives_the_adapters_greedy_answer_in_the_trained_format(l
         template="Question: {question}\nAnswer: {answer}",
     )
     write_json(run / RUN_RECORD, {"format": FORMAT, "base": identity.to_dict(), "formatting": formatting.to_dict()})
-    told: list = []
-    merge(MergeConfig(adapter=str(run), output=str(merged), verify=False), told.append)
+    reported: list = []
+    merge(MergeConfig(adapter=str(run), output=str(merged), verify=False), reported.append)
     settings = {"temperature": 0.0, "max_new_tokens": 12, "base_cache": False}
     answers = [
-        generate(GenerateConfig(**source, **settings), ["What is 12 * 7?"], told.append).answers[0]
+        generate(GenerateConfig(**source, **settings), ["What is 12 * 7?"], reported.append).answers[0]
         for source in ({"adapter": str(run)}, {"model": str(merged)})
     ]
     assert answers[0] == answers[1]
     assert answers[0]["new_tokens"] > 1
-    assert any("not quantised" in getattr(event, "text", "") for event in told)
+    assert any("not quantised" in getattr(event, "text", "") for event in reported)

@@ -25,7 +25,7 @@ from qlora_cli.commands import train as training
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
 from qlora_cli.config import PrepareConfig, TrainConfig
-from qlora_cli.config_file import read_recipe
+from qlora_cli.config_file import read_config_file
 from qlora_cli.core.engine.fast import FastEngine
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.runs.directory import claimed
@@ -156,8 +156,8 @@ def test_metrics_hold_exactly_the_promised_fields(finished):
     assert [set(line) for line in evaluations] == [{"step", "eval_loss", "perplexity"}] * 2  # one an epoch
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert sum(line["tokens"] for line in steps) == result.tokens
-    told = [e for e in events if isinstance(e, StepLogged)]
-    assert [e.loss for e in told] == [line["loss"] for line in steps]
+    reported = [e for e in events if isinstance(e, StepLogged)]
+    assert [e.loss for e in reported] == [line["loss"] for line in steps]
     started = next(e for e in events if isinstance(e, RunStarted))
     assert (started.first_step, started.total_steps) == (1, result.steps)
     assert started.trainable_parameters == result.trainable_parameters
@@ -210,7 +210,7 @@ def test_the_card_names_a_base_and_data_of_the_hub(tiny_model):
 def test_run_yaml_repeats_the_run_bit_for_bit(options, tmp_path):
     run(options)
     first = Path(options["output"])
-    again = TrainConfig(**{**read_recipe(first / RUN_YAML, TrainConfig), "output": str(tmp_path / "again")})
+    again = TrainConfig(**{**read_config_file(first / RUN_YAML, TrainConfig), "output": str(tmp_path / "again")})
     train(again, [].append)
     assert weights(first) == weights(tmp_path / "again") and metrics(first) == metrics(tmp_path / "again")
 

@@ -5,19 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.core.data.sampler import StepPlan, split_to_fit
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.data.sampler import BatchSampler, split_to_fit
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.errors import UsageError
 
 LENGTHS = np.random.default_rng(0).integers(3, 50, 37).astype(np.int32)
 
 
-def make(**changes) -> StepPlan:
+def make(**changes) -> BatchSampler:
     arguments = {"batch_size": 2, "accumulation": 2, "packing": False, "max_length": 50, "seed": 3, "epochs": 1.0}
-    return StepPlan(LENGTHS, **({**arguments, "max_steps": None, "ranks": Ranks()} | changes))
+    return BatchSampler(LENGTHS, **({**arguments, "max_steps": None, "ranks": ProcessGroup()} | changes))
 
 
-def rows_of(plan: StepPlan, numbers) -> list[int]:
+def rows_of(plan: BatchSampler, numbers) -> list[int]:
     return [row for number in numbers for batch in plan.step(number).micro_batches for row in batch]
 
 
@@ -71,9 +71,11 @@ def test_splitting_keeps_every_row_and_the_limit(limit, rows):
 
 def test_a_step_that_cannot_be_shared_evenly_is_refused_with_the_setting_that_can():
     with pytest.raises(UsageError) as refused:
-        make(ranks=Ranks(0, 3))
+        make(ranks=ProcessGroup(0, 3))
     assert refused.value.hint == "Use --gradient-accumulation-steps 3."
 
 
 def test_all_ranks_try_the_same_longest_micro_batches():
-    assert make(ranks=Ranks(0, 2)).longest_micro_batches() == make(ranks=Ranks(1, 2)).longest_micro_batches()
+    assert (
+        make(ranks=ProcessGroup(0, 2)).longest_micro_batches() == make(ranks=ProcessGroup(1, 2)).longest_micro_batches()
+    )

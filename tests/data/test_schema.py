@@ -41,7 +41,7 @@ def test_text_is_found(record, column):
     ("columns", "prompt", "optional", "completion"),
     [
         (["question", "answer"], "question", None, "answer"),
-        (["Answer", "Question"], "Question", None, "Answer"),
+        (["Completion", "Question"], "Question", None, "Completion"),
         (["instruction", "input", "output"], "instruction", "input", "output"),
         (["instruction", "context", "response", "category"], "instruction", "context", "response"),
         (["prompt", "completion"], "prompt", None, "completion"),

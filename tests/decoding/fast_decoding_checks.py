@@ -12,7 +12,7 @@ from qlora_cli.core.decoding.graph_decoder import FastModel, GraphDecoder
 from qlora_cli.core.decoding.prefill import MOST_GRAPHS, MOST_TOKENS, PromptGraphs, bucket_places
 from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.continuous_batching import answer_all
-from qlora_cli.core.generation.generator import Answerer
+from qlora_cli.core.generation.generator import Generator
 from qlora_cli.core.generation.requests import Request
 from qlora_cli.core.models.loading import dequantized_weight, load_base
 from qlora_cli.core.models.lora import attach_adapter
@@ -109,8 +109,8 @@ def test_answers_are_those_of_transformers(tmp_path, name):
             found, decoder = fast_answers(fast, questions, counts, slots)
             assert found == expected
             if ON_GPU:
-                assert not decoder.obstacle or name in MAY_NOT_BE_CAPTURED
-                assert bool(decoder._graphs) is not bool(decoder.obstacle)
+                assert not decoder.reason or name in MAY_NOT_BE_CAPTURED
+                assert bool(decoder._graphs) is not bool(decoder.reason)
         # Where transformers gives gemma2 an attention that knows no soft cap, ours is another and not used.
         deaf = name == "gemma2" and underlying_model(model).config._attn_implementation != "eager"
         assert fast.attention.usable is (name not in ("falcon", "falcon with ALiBi", "bloom") and not deaf)
@@ -204,24 +204,24 @@ def test_adapters_that_pefts_own_forward_applies_are_switched_too(tmp_path):
     model.set_adapter("dora")
     randomise(model, seed=2)
     model.eval()
-    answerer = Answerer(model, Words(), sampling=SAMPLING, engine="fast", report=print)
-    answerer._fast = fast = FastModel(model)
-    answerer._fast_for = (id(model), *model.peft_config)
+    generator = Generator(model, Words(), sampling=SAMPLING, engine="fast", report=print)
+    generator._fast = fast = FastModel(model)
+    generator._fast_for = (id(model), *model.peft_config)
     assert fast.adapters_elsewhere
     if not ON_GPU:  # nothing is captured; what would hold a graph is given up when the adapter changes, and only then
-        answerer.select("dora")
-        answerer._decoder = kept = object()
-        answerer.select("dora")
-        assert answerer._decoder is kept
-        answerer.select(None)
-        assert answerer._decoder is None
+        generator.select("dora")
+        generator._decoder = kept = object()
+        generator.select("dora")
+        assert generator._decoder is kept
+        generator.select(None)
+        assert generator._decoder is None
         fast.close()
         return
     (ids,) = prompts((6,))
     found = {}
     for adapter in ("dora", None, "dora"):
-        answerer.select(adapter)
-        (answer,) = answerer.answer([Request(0, ids, COUNT)], batch_size=1, seed=0, end_ids=[NEVER])
+        generator.select(adapter)
+        (answer,) = generator.answer([Request(0, ids, COUNT)], batch_size=1, seed=0, end_ids=[NEVER])
         assert found.setdefault(adapter, list(answer.ids)) == list(answer.ids)
     fast.close()
     assert found["dora"] == own_answer(model, ids, COUNT)
@@ -246,10 +246,10 @@ def test_a_model_that_waits_for_the_device_is_stepped(tmp_path):
     fast = FastModel(model)
     found, decoder = fast_answers(fast, prompts()[:1], (6,), 1)
     assert found == expected
-    assert decoder.obstacle
+    assert decoder.reason
     for _ in range(3):
         assert first_tokens(decoder, prompts()[:1]) == expected[0][:1]
-    assert decoder.prompts.obstacle
+    assert decoder.prompts.reason
 
 
 def test_steps_in_16_bits_take_the_lanes_and_say_the_same(tmp_path, monkeypatch):
@@ -318,7 +318,7 @@ def test_prompts_of_a_shape_that_came_before_say_the_same(tmp_path, graphs, name
     if not ON_GPU:
         fast.layers.close()  # interpreted they take seconds, and other checks run them
     decoder = GraphDecoder(fast, slots=3, capacity=96, sampling=SAMPLING, capture=ON_GPU)
-    decoder.prompts.obstacle = None
+    decoder.prompts.reason = None
 
     def read():
         return [first_tokens(decoder, batch) for batch in batches]
@@ -334,7 +334,7 @@ def test_prompts_of_a_shape_that_came_before_say_the_same(tmp_path, graphs, name
     elsewhere = fast.adapters_elsewhere
     fast.close()
     if name not in MAY_NOT_BE_CAPTURED:
-        assert decoder.prompts.obstacle is None
+        assert decoder.prompts.reason is None
         assert set(decoder.prompts._graphs) == {(3, 32), (3, 64)} and len(graphs) == 2
     assert found == expected
     assert other == [[own_answer(model, ids, 1)[0] for ids in batch] for batch in batches]
@@ -345,7 +345,7 @@ def test_prompts_of_a_shape_that_came_before_say_the_same(tmp_path, graphs, name
     assert bare != found != other
 
 
-def add_up(laid):
+def all_reduce_sum(laid):
     """A model: one number for each prompt that depends on its tokens and on where it ends."""
     return (laid.ids.sum(1) + 1000 * laid.ends + laid.ids.flatten()[laid.last]).float()[:, None]
 
@@ -363,22 +363,22 @@ def test_places_are_few_kinds_and_not_many_more_than_tokens():
 
 
 def test_the_last_graphs_used_are_kept(graphs):
-    reader = PromptGraphs(add_up, None)
+    reader = PromptGraphs(all_reduce_sum, None)
     for room in range(1, MOST_GRAPHS + 2):
         for lengths in ((room,), (1,), (max(1, room - 1),)):
             laid = laid_out(lengths, room)
-            assert torch.equal(reader.read(laid), add_up(laid))
+            assert torch.equal(reader.read(laid), all_reduce_sum(laid))
         reader.read(laid_out((1,), 1))
     assert (1, 1) in reader._graphs and (1, 2) not in reader._graphs
     assert len(reader._graphs) == MOST_GRAPHS == len(graphs) - 1
     many = laid_out((2,), MOST_TOKENS + 1)
     for _ in range(3):
-        assert torch.equal(reader.read(many), add_up(many))
+        assert torch.equal(reader.read(many), all_reduce_sum(many))
     assert len(graphs) == MOST_GRAPHS + 1
 
 
 def test_a_capture_that_fails_is_the_last_one(graphs, monkeypatch):
-    reader = PromptGraphs(add_up, None)
+    reader = PromptGraphs(all_reduce_sum, None)
     for _ in range(2):
         reader.read(laid_out((3,), 4))
     assert len(reader._graphs) == 1
@@ -390,24 +390,24 @@ def test_a_capture_that_fails_is_the_last_one(graphs, monkeypatch):
     monkeypatch.setattr(decoding_prompts, "capture", fail)
     for _ in range(3):
         laid = laid_out((5, 2), 8)
-        assert torch.equal(reader.read(laid), add_up(laid))
-    assert "OutOfMemoryError: CUDA out of memory" in reader.obstacle and not reader._graphs
+        assert torch.equal(reader.read(laid), all_reduce_sum(laid))
+    assert "OutOfMemoryError: CUDA out of memory" in reader.reason and not reader._graphs
 
 
 def test_graphs_make_room_for_a_prompt_that_needs_their_memory(graphs):
-    reader = PromptGraphs(add_up, None)
+    reader = PromptGraphs(all_reduce_sum, None)
     for _ in range(2):
         reader.read(laid_out((3,), 4))
 
     def short_of_memory(laid):
         if reader._graphs or laid.ids.shape[1] > 9:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return add_up(laid)
+        return all_reduce_sum(laid)
 
     reader._run = short_of_memory
     laid = laid_out((5, 2), 8)
-    assert torch.equal(reader.read(laid), add_up(laid))
-    assert reader.obstacle == "their memory was needed"
+    assert torch.equal(reader.read(laid), all_reduce_sum(laid))
+    assert reader.reason == "their memory was needed"
     with pytest.raises(torch.OutOfMemoryError):
         reader.read(laid_out((5,), 10))
 

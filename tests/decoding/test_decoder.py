@@ -7,7 +7,7 @@ from qlora_cli.core.decoding import cpu_linears as unpacked_linears
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, Prompt, underlying_model, why_not_stepwise
 from qlora_cli.core.decoding.sampling import Sampling
-from qlora_cli.core.generation.generator import Answerer, context_length, find_end_ids, make_request
+from qlora_cli.core.generation.generator import Generator, context_length, find_end_ids, make_request
 from qlora_cli.core.generation.requests import ENDED, LENGTH, STOPPED
 from qlora_cli.core.models.loading import load_base, load_tokenizer
 from qlora_cli.core.models.lora import attach_adapter
@@ -81,8 +81,8 @@ def generate_with_transformers(model, ids, count, penalty=1.0):
 def answers_of(model, requests, *, batch_size, sampling, end_ids=(NEVER,), engine="fast", seed=0, **arguments):
     """Ids of each answer, by index, and the answers."""
     events = []
-    answerer = Answerer(model, make_tokenizer(), sampling=sampling, engine=engine, report=events.append)
-    found = list(answerer.answer(requests, batch_size=batch_size, seed=seed, end_ids=end_ids, **arguments))
+    generator = Generator(model, make_tokenizer(), sampling=sampling, engine=engine, report=events.append)
+    found = list(generator.answer(requests, batch_size=batch_size, seed=seed, end_ids=end_ids, **arguments))
     assert sorted(answer.index for answer in found) == [request.index for request in requests]
     return {answer.index: list(answer.ids) for answer in found}, found, events
 
@@ -149,28 +149,28 @@ def test_two_answers_one_after_another_share_a_decoder(tuned):
     model = tuned("llama")
     prompts = make_prompts((60, 4))
     expected = [generate_with_transformers(model, ids, 6) for ids in prompts]
-    answerer = Answerer(model, make_tokenizer(), sampling=Sampling(), engine="fast", report=lambda event: None)
+    generator = Generator(model, make_tokenizer(), sampling=Sampling(), engine="fast", report=lambda event: None)
     found = []
     for request in make_requests(prompts, [6, 6]):
-        (answer,) = answerer.answer([request], batch_size=1, seed=0, end_ids=[NEVER])
+        (answer,) = generator.answer([request], batch_size=1, seed=0, end_ids=[NEVER])
         found.append(list(answer.ids))
     assert found == expected
 
 
 def test_the_adapter_can_be_left_out(tuned):
     model = tuned("llama")
-    answerer = Answerer(model, make_tokenizer(), sampling=Sampling(), engine="fast", report=lambda event: None)
+    generator = Generator(model, make_tokenizer(), sampling=Sampling(), engine="fast", report=lambda event: None)
     requests = make_requests(make_prompts(), [12] * len(LENGTHS))
 
     def speak():
-        return [answer.ids for answer in answerer.answer(requests, batch_size=8, seed=0, end_ids=[NEVER])]
+        return [answer.ids for answer in generator.answer(requests, batch_size=8, seed=0, end_ids=[NEVER])]
 
     tuned_answers = speak()
-    answerer.select(None)
+    generator.select(None)
     with model.disable_adapter():
         expected = [tuple(generate_with_transformers(model, request.ids, 12)) for request in requests]
     assert sorted(speak()) == sorted(expected) != sorted(tuned_answers)
-    answerer.select("default")
+    generator.select("default")
     assert speak() == tuned_answers
 
 

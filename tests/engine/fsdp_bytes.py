@@ -1,4 +1,4 @@
-"""One of two ranks: spreads layers of random bytes as a base's weights, runs them both ways, and compares every byte.
+"""One of two ranks: shards layers of random bytes as a base's weights, runs them both ways, and compares every byte.
 
 torchrun --nproc-per-node 2 fsdp_bytes.py cpu|cuda [host]
 """
@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_cli.core.distributed.process_group import Ranks
-from qlora_cli.core.distributed.weight_shards import Slices
-from qlora_cli.core.engine.fsdp import gathered, spread
+from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.engine.fsdp import gathered, shard_base
 from qlora_cli.core.engine.lora_linear import AdapterValues
 from qlora_cli.core.engine.sharded_weight import sliced_weight_of
-from qlora_cli.core.engine.trials import Trials
+from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.core.models.loading import _restored_linear, pack_weight
 
 SIZE, LAYERS, VOCABULARY = 192, 4, 256  # 18,432 bytes a weight and 576 constants: shares of which are filled up
@@ -79,7 +79,7 @@ def main() -> None:
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    slices = Slices(Ranks(dist.get_rank(), dist.get_world_size()), on_host=on_host)
+    slices = WeightShards(ProcessGroup(dist.get_rank(), dist.get_world_size()), on_host=on_host)
     torch.manual_seed(0)
     layers, truth = [], []
     for _ in range(LAYERS):
@@ -93,8 +93,8 @@ def main() -> None:
         layers.append(Layer(_restored_linear(torch.bfloat16, device, packed, None)))
     tables = [torch.randn(VOCABULARY, SIZE).bfloat16().to(device) for _ in range(2)]
     base = Base(layers, [table.clone() for table in tables])
-    spread(base, base.decoder, list(layers), slices, device)
-    elsewhere = Trials(base, base.decoder, base.embedding, AdapterValues(torch.bfloat16), torch.device("meta"))
+    shard_base(base, base.decoder, list(layers), slices, device)
+    elsewhere = Calibration(base, base.decoder, base.embedding, AdapterValues(torch.bfloat16), torch.device("meta"))
     assert "input_ids" in elsewhere.inputs(4)  # embeddings that wait on the host are gathered like any others
     for _ in range(2):
         base(torch.arange(8, device=device)[None]).sum().backward()

@@ -48,7 +48,7 @@ def test_no_number_of_tokens_sends_more_than_the_host_has_room_for(gib, host_gib
 def test_each_relief_is_leaner_until_nothing_is_left_to_give_up():
     made = planner(12 * GIB, 64 * GIB)
     plans = [made.plan()]
-    while (leaner := made.relieve(plans[-1])) is not None:
+    while (leaner := made.reduce_memory(plans[-1])) is not None:
         plans.append(leaner)
     sizes = [plan.step_bytes(made.needs) for plan in plans]
     assert len(plans) > 2 and sizes == sorted(sizes, reverse=True) and len(set(plans)) == len(plans)

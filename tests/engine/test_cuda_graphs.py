@@ -233,14 +233,14 @@ def test_graphs_make_room_before_a_leaner_plan_has_to(load_tiny):
     for held in ("another graph", "a capture beside others"):
         graphs.graphs = {(1,): None} if held == "another graph" else {}
         graphs.crowded = not graphs.graphs
-        assert engine.relieve() and engine.plan is plan and not graphs.graphs
-        assert not engine.relieve()  # nothing is planned on the CPU
+        assert engine.reduce_memory() and engine.plan is plan and not graphs.graphs
+        assert not engine.reduce_memory()  # nothing is planned on the CPU
     graphs.yields, graphs.graphs = 0, {(1,): None}
     graphs.warm, graphs.warming = {("done",), ("broken off",)}, ("broken off",)
-    assert engine.relieve() and graphs.warm == {("done",)}, "what was compiled is, whatever else had no room"
+    assert engine.reduce_memory() and graphs.warm == {("done",)}, "what was compiled is, whatever else had no room"
     graphs.yields = engine_graphs.MOST_YIELDS
     graphs.graphs = {(1,): None}
-    assert not engine.relieve() and not graphs.graphs, "room is made whatever follows"
+    assert not engine.reduce_memory() and not graphs.graphs, "room is made whatever follows"
     engine.close()
 
 

@@ -11,7 +11,7 @@ from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.decoder_layers import saved_bytes_a_token
 from qlora_cli.core.engine.engine import count_recomputed_layers, install_engine
 from qlora_cli.core.engine.memory_plan import StepNeeds, plan_memory
-from qlora_cli.core.engine.trials import Trials
+from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.errors import TrainingError, UsageError
 from tests.conftest import ARCHITECTURES
@@ -340,7 +340,7 @@ def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(
     batch = batch_of()
     loss, expected, _ = step(model, batch)
     engine = install(model, events=(events := []))
-    assert not engine.relieve()  # nothing is planned on the CPU
+    assert not engine.reduce_memory()  # nothing is planned on the CPU
     mebi = 2**20
     needs = StepNeeds(
         layers=2,
@@ -358,7 +358,7 @@ def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(
     engine.planner = StepPlanner(choose, 128, adapts=True)
     engine.planner.needs, engine.planner.available_bytes = needs, 2**30 + 2**28
     counts = []
-    while engine.relieve():
+    while engine.reduce_memory():
         counts.append(engine.plan.recomputed)
         model.zero_grad(set_to_none=True)
         again = engine.loss(batch)
@@ -412,8 +412,8 @@ def test_no_room_to_try_a_layer_out_is_told_in_one_sentence(load_tiny, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.\nMore lines.")
 
     model = adapted(load_tiny, "llama")
-    monkeypatch.setattr(Trials, "_pack_states", full)
-    with pytest.raises(TrainingError, match="no room on the device to run one layer") as told:
+    monkeypatch.setattr(Calibration, "_pack_states", full)
+    with pytest.raises(TrainingError, match="no room on the device to run one layer") as reported:
         install(model)
-    assert "\n" not in told.value.message and "--vram" in told.value.hint
+    assert "\n" not in reported.value.message and "--vram" in reported.value.hint
     assert not hasattr(model.get_base_model().model.layers[0], "_qlora_layer"), "the model is left as it was"

@@ -1,4 +1,4 @@
-"""Bytes spread over two ranks: gathered, and in a layer's forward and backward pass, they are the ones that were loaded."""
+"""Bytes sharded over two ranks: gathered, and in a layer's forward and backward pass, they are the ones that were loaded."""
 
 import os
 import subprocess

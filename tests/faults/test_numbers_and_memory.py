@@ -20,12 +20,12 @@ def test_nan_in_one_step_costs_that_step_only(zygote, make_run, tmp_path):
 def test_nan_that_stays_ends_the_run_and_the_mended_run_goes_on_bit_for_bit(zygote, make_run, tmp_path):
     run = make_run(tmp_path / "out")
     done = zygote.train(run.options, {"kind": "nan", "steps": [3, 4, 5, 6]})
-    told = done.code == 1 and "not finite in steps 3 to 5" in done.said
+    reported = done.code == 1 and "not finite in steps 3 to 5" in done.said
     last = [int(path.name[5:]) for path in run.checkpoints][-1]
     resumed = zygote.train({**run.options, "resume": True})
     equal = resumed.code == 0 and run.equals_reference()
-    count("NaN that stays", runs=1, not_stopped=int(not told), different_after_resume=int(not equal))
-    assert told and last == 2 and equal, done.said + resumed.said
+    count("NaN that stays", runs=1, not_stopped=int(not reported), different_after_resume=int(not equal))
+    assert reported and last == 2 and equal, done.said + resumed.said
 
 
 def test_memory_that_runs_out_midway_costs_a_notice(zygote, make_run, tmp_path):

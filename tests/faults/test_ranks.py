@@ -74,7 +74,7 @@ def test_two_processes_resumed_are_bit_for_bit_two_processes_never_stopped(zygot
     assert run.weights() == straight.weights() and run.metrics() == straight.metrics()
 
 
-# ---------------------------------------------------------------- the base spread over the ranks
+# ---------------------------------------------------------------- the base sharded over the ranks
 
 
 @pytest.mark.parametrize(
@@ -89,22 +89,22 @@ def test_two_processes_resumed_are_bit_for_bit_two_processes_never_stopped(zygot
 def test_a_spread_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, changes):
     """Bit for bit: what is gathered are the very bytes."""
     whole = make_run(tmp_path / "whole", **{**ALONE, **changes, "shard_offload": False})
-    spread = make_run(tmp_path / "spread", **ALONE, shard=True, **changes)
+    sharded = make_run(tmp_path / "sharded", **ALONE, shard=True, **changes)
     assert "codes [0, 0]" in train_as_two(zygote, whole).said
-    done = train_as_two(zygote, spread)
-    assert "codes [0, 0]" in done.said and "base spread over the cards" in done.said, done.said
-    assert spread.metrics() == whole.metrics() and spread.weights() == whole.weights()
+    done = train_as_two(zygote, sharded)
+    assert "codes [0, 0]" in done.said and "base sharded over the cards" in done.said, done.said
+    assert sharded.metrics() == whole.metrics() and sharded.weights() == whole.weights()
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "falcon", "gpt2", "opt", "qwen2", "gemma3", "bloom"])
 def test_any_architecture_can_be_spread(zygote, make_run, tiny_model, tmp_path, architecture):
     changes = {**ALONE, "model": str(tiny_model(architecture)), "target_modules": None, "max_steps": 3}
     whole = make_run(tmp_path / "whole", **changes)
-    spread = make_run(tmp_path / "spread", **changes, shard=True)
-    for run in (whole, spread):
+    sharded = make_run(tmp_path / "sharded", **changes, shard=True)
+    for run in (whole, sharded):
         done = train_as_two(zygote, run)
         assert "codes [0, 0]" in done.said, done.said
-    assert spread.weights() == whole.weights() and spread.metrics() == whole.metrics()
+    assert sharded.weights() == whole.weights() and sharded.metrics() == whole.metrics()
 
 
 def test_a_rank_holds_its_share_of_a_spread_base_and_no_more(zygote, make_run, load_tiny, tmp_path):
@@ -114,28 +114,28 @@ def test_a_rank_holds_its_share_of_a_spread_base_and_no_more(zygote, make_run, l
     for world_size in (2, 3):
         run = make_run(tmp_path / str(world_size), **ALONE, shard=True, max_steps=1)
         run.options["gradient_accumulation_steps"] = world_size
-        told = train_as_two(zygote, run, world_size=world_size, fault={"kind": "counted"}, faulty_rank=1).said
-        held.append(int(told.split("held ")[1].split()[0]))
+        reported = train_as_two(zygote, run, world_size=world_size, fault={"kind": "counted"}, faulty_rank=1).said
+        held.append(int(reported.split("held ")[1].split()[0]))
     assert held[0] < 0.51 * whole and held[1] < 0.35 * whole
 
 
 def test_a_spread_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_whole_one(zygote, make_run, tmp_path):
-    runs = [make_run(tmp_path / name, **ALONE, base_cache=True, max_steps=2) for name in ("first", "spread")]
+    runs = [make_run(tmp_path / name, **ALONE, base_cache=True, max_steps=2) for name in ("first", "sharded")]
     assert zygote.train(runs[0].options).code == 0  # keeps the copy
     quantised = make_run(tmp_path / "quantised", **ALONE, shard=True, max_steps=2)
     runs[1].options["shard"] = True
-    told = [train_as_two(zygote, run).said for run in (runs[1], quantised)]
-    assert "Using the quantised base" in told[0] and "Using the quantised base" not in told[1]
+    reported = [train_as_two(zygote, run).said for run in (runs[1], quantised)]
+    assert "Using the quantised base" in reported[0] and "Using the quantised base" not in reported[1]
     assert runs[1].weights() == quantised.weights()
 
 
 def test_a_spread_run_keeps_a_copy_of_the_base_that_is_the_one_a_whole_run_keeps(zygote, make_run, tmp_path):
     changes = {**ALONE, "max_steps": 1, "quant_type": "fp4", "gradient_accumulation_steps": 3}
-    spread = make_run(tmp_path / "spread", **changes, base_cache=True, shard=True)
-    assert "codes [0, 0, 0]" in train_as_two(zygote, spread, world_size=3).said
+    sharded = make_run(tmp_path / "sharded", **changes, base_cache=True, shard=True)
+    assert "codes [0, 0, 0]" in train_as_two(zygote, sharded, world_size=3).said
     copied = make_run(tmp_path / "copied", **changes, base_cache=True)
-    told = zygote.train(copied.options)
-    assert told.code == 0 and "Using the quantised base" in told.said, told.said
+    reported = zygote.train(copied.options)
+    assert reported.code == 0 and "Using the quantised base" in reported.said, reported.said
     quantised = make_run(tmp_path / "quantised", **changes)
     assert zygote.train(quantised.options).code == 0
     assert copied.weights() == quantised.weights() and copied.metrics() == quantised.metrics()
@@ -144,11 +144,11 @@ def test_a_spread_run_keeps_a_copy_of_the_base_that_is_the_one_a_whole_run_keeps
 def test_three_ranks_share_what_does_not_divide_by_three(zygote, make_run, tmp_path):
     """Shares are filled up, and a last step of few rows leaves ranks without any, which still take part."""
     changes = {**ALONE, "batch_size": 3, "gradient_accumulation_steps": 1, "max_steps": 11, "eval_rows": 4}
-    whole, spread = make_run(tmp_path / "whole", **changes), make_run(tmp_path / "spread", **changes, shard=True)
+    whole, sharded = make_run(tmp_path / "whole", **changes), make_run(tmp_path / "sharded", **changes, shard=True)
     assert zygote.train(whole.options).code == 0
-    done = train_as_two(zygote, spread, world_size=3)
+    done = train_as_two(zygote, sharded, world_size=3)
     assert "codes [0, 0, 0]" in done.said, done.said
-    assert same_numbers(spread, whole)
+    assert same_numbers(sharded, whole)
 
 
 def test_a_spread_run_is_stopped_and_resumed_whole_by_one_process_and_back(zygote, make_run, single, tmp_path):

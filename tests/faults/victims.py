@@ -162,7 +162,7 @@ def file_limit(step: int, limit_bytes: int) -> Iterator[Callable[[Event], None]]
 def bad_engine(change: Callable[[Any, torch.Tensor, int], torch.Tensor]) -> Iterator[Callable[[Event], None]]:
     """Passes every loss, with its batch and the number of the step, through `change`."""
     step = 0  # 0 while the longest rows are tried
-    install, take = training.install_engine, training.Loop._take
+    install, take = training.install_engine, training.Trainer._take
 
     def install_bad(*arguments: Any, **keywords: Any) -> Any:
         engine = install(*arguments, **keywords)
@@ -177,7 +177,7 @@ def bad_engine(change: Callable[[Any, torch.Tensor, int], torch.Tensor]) -> Iter
 
     with (
         mock.patch.object(training, "install_engine", install_bad),
-        mock.patch.object(training.Loop, "_take", take_known),
+        mock.patch.object(training.Trainer, "_take", take_known),
     ):
         yield lambda event: None
 
@@ -253,15 +253,15 @@ def signalled(step: int, number: int = signal.SIGTERM) -> Iterator[Callable[[Eve
 
 @contextlib.contextmanager
 def counted() -> Iterator[Callable[[Event], None]]:
-    """Tells how many bytes of the base this rank holds once it is spread."""
-    original = training.spread
+    """Tells how many bytes of the base this rank holds once it is sharded."""
+    original = training.shard_base
 
-    def spread(base: Any, *arguments: Any) -> None:
+    def shard_base(base: Any, *arguments: Any) -> None:
         original(base, *arguments)
         held = [p.to_local() if hasattr(p, "to_local") else p for p in base.parameters() if not p.requires_grad]
         print("held", sum(tensor.nbytes for tensor in held), flush=True)
 
-    with mock.patch.object(training, "spread", spread):
+    with mock.patch.object(training, "shard_base", shard_base):
         yield lambda event: None
 
 

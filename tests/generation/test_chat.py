@@ -119,8 +119,8 @@ def test_commands_do_what_they_say(conversation, echo, tmp_path):
     assert events.count(TextGenerated("", final=True)) == 2
     obey(conversation, "/reset", events.append)
     assert conversation.messages == []
-    for line, told in (("/adaptor x", "is no command"), ("/adapter", "of what"), ("/save ", "of what")):
-        with pytest.raises(UsageError, match=told):
+    for line, reported in (("/adaptor x", "is no command"), ("/adapter", "of what"), ("/save ", "of what")):
+        with pytest.raises(UsageError, match=reported):
             obey(conversation, line, events.append)
     with pytest.raises(DataError, match="cannot be written"):
         obey(conversation, f"/save {tmp_path}", events.append)

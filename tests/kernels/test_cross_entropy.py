@@ -38,7 +38,7 @@ def test_error_against_float64_is_within_twice_eager_own(scale, softcap, biased,
 def test_never_more_than_a_chunk_of_logits():
     largest = 0
 
-    class Watch(TorchDispatchMode):
+    class RankMonitor(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             nonlocal largest
             result = function(*arguments, **(keywords or {}))
@@ -47,7 +47,7 @@ def test_never_more_than_a_chunk_of_logits():
             return result
 
     hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(500, 4)
-    with Watch():
+    with RankMonitor():
         linear_cross_entropy(hidden, weight, None, torch.zeros(64, dtype=torch.int64), chunk=8).backward()
     assert largest <= 8 * 500
 

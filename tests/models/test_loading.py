@@ -156,11 +156,11 @@ def test_a_round_trip_is_close_at_any_width(width):
 
 def test_the_second_load_comes_from_the_cache_with_the_same_bits(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    ids, told = torch.arange(5, 25)[None], []
-    options = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "report": told.append}
+    ids, reported = torch.arange(5, 25)[None], []
+    options = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "report": reported.append}
     logits = [base_model.load_base(str(tiny_model("qwen2")), **options)[0](ids).logits for _ in range(2)]
     assert torch.equal(*logits)
-    assert [event.text for event in told if "kept in" in event.text] == [
+    assert [event.text for event in reported if "kept in" in event.text] == [
         f"Using the quantised base kept in {tmp_path / 'base'}."
     ]
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.core.distributed.process_group import Ranks
-from qlora_cli.core.distributed.weight_shards import Slices
+from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models import quantized_cache as base_cache
 from qlora_cli.core.models.loading import build_empty, four_bit_linears, freeze_base, load_config
 from qlora_cli.core.models.quantized_cache import base_directory, cache_size_bytes, restore_base, save_base
@@ -151,12 +151,12 @@ def test_each_rank_reads_what_it_keeps(on_host, double_quant, load_tiny, monkeyp
     path = base_directory(FACTS) / base_cache.WEIGHTS
     manifest = json.loads((base_directory(FACTS) / base_cache.MANIFEST).read_text())
     whole = base_cache._read(path, manifest, CPU, None)
-    spread = {f"{name}.weight{ending}" for name, _ in four_bit_linears(base) for ending in ("", ".absmax")}
+    sharded = {f"{name}.weight{ending}" for name, _ in four_bit_linears(base) for ending in ("", ".absmax")}
     for world_size in (1, 3, 7):
         for rank in range(world_size):
-            slices = Slices(Ranks(rank, world_size), on_host)
+            slices = WeightShards(ProcessGroup(rank, world_size), on_host)
             for name, tensor in base_cache._read(path, manifest, CPU, slices).items():
-                expected = slices.keep(whole[name]) if name in spread else whole[name]
+                expected = slices.keep(whole[name]) if name in sharded else whole[name]
                 assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype
 
 

@@ -12,7 +12,7 @@ from qlora_cli.core.models.loading import build_empty, load_base, load_config
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.planning.activation_trace import TRACED_TOKENS, Growth, Height, trace_model
 from qlora_cli.core.planning.live_bytes import LiveBytes
-from qlora_cli.core.planning.memory_estimate import StepSettings, predict_training
+from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_training
 from qlora_cli.core.planning.meta_ops import Attention
 from qlora_cli.core.planning.model_profile import gather_facts
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -185,7 +185,7 @@ def test_a_real_step_is_as_high_as_predicted(tmp_path, monkeypatch, architecture
         engine=engine,
     )
     layers = {"off": 0, "on": 3, "1": 1 if engine == "fast" else 3}[recompute]
-    step = StepSettings(
+    step = ResolvedStep(
         tokens=TOKENS,
         row_tokens=TOKENS,
         engine=engine,
@@ -197,5 +197,5 @@ def test_a_real_step_is_as_high_as_predicted(tmp_path, monkeypatch, architecture
         compiled=False,
         on_cuda=False,
     )
-    predicted = predict_training(facts, step)
+    predicted = estimate_training(facts, step)
     assert predicted.activation_bytes + predicted.working_bytes == pytest.approx(live.peak_bytes, rel=0.03)

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,
-    StepSettings,
+    ResolvedStep,
     count_flops,
-    predict_disk,
-    predict_generation,
+    estimate_disk,
+    estimate_generation,
+    estimate_training,
     predict_merging,
-    predict_training,
 )
-from qlora_cli.core.planning.model_profile import ModelFacts, gather_facts
+from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
 
 CONFIGS = {
     "llama": transformers.LlamaConfig(
@@ -39,7 +39,7 @@ BASE = {"quant_type": "nf4", "double_quant": True, "compute_dtype": torch.bfloat
 
 
 @cache
-def facts_of(name: str, rank: int = 16, engine: str = "fast", dropout: float = 0.0) -> ModelFacts:
+def facts_of(name: str, rank: int = 16, engine: str = "fast", dropout: float = 0.0) -> ModelProfile:
     return gather_facts(CONFIGS[name], rank=rank, dropout=dropout, engine=engine, **ADAPTER, **BASE)
 
 
@@ -49,7 +49,7 @@ LAYERS = {"llama": 6, "gpt_neox": 6, "bloom": 4}
 @st.composite
 def steps(draw, name: str):
     row_tokens = draw(st.integers(16, 8192))
-    return StepSettings(
+    return ResolvedStep(
         tokens=row_tokens * draw(st.integers(1, 8)),
         row_tokens=row_tokens,
         engine="fast",
@@ -69,24 +69,24 @@ def steps(draw, name: str):
 def test_more_work_never_takes_less_and_savings_never_more(name, data):
     facts = facts_of(name)
     step = data.draw(steps(name))
-    peak_bytes = predict_training(facts, step).peak_bytes
+    peak_bytes = estimate_training(facts, step).peak_bytes
 
     more = data.draw(st.integers(0, 5000))
-    assert predict_training(facts, replace(step, tokens=step.tokens + more)).peak_bytes >= peak_bytes
+    assert estimate_training(facts, replace(step, tokens=step.tokens + more)).peak_bytes >= peak_bytes
     longer = replace(step, tokens=step.tokens + more, row_tokens=step.row_tokens + more)
-    assert predict_training(facts, longer).peak_bytes >= peak_bytes
+    assert estimate_training(facts, longer).peak_bytes >= peak_bytes
     for name_ in ("offload_activations", "offload_embeddings"):
-        assert predict_training(facts, replace(step, **{name_: True})).peak_bytes <= peak_bytes + 1
-    assert predict_training(facts, replace(step, resident_weights=True)).peak_bytes >= peak_bytes
-    assert predict_training(facts, replace(step, workspace_bytes=2**18)).peak_bytes <= peak_bytes
+        assert estimate_training(facts, replace(step, **{name_: True})).peak_bytes <= peak_bytes + 1
+    assert estimate_training(facts, replace(step, resident_weights=True)).peak_bytes >= peak_bytes
+    assert estimate_training(facts, replace(step, workspace_bytes=2**18)).peak_bytes <= peak_bytes
     heavier = replace(step, optimizer="adamw")
-    assert predict_training(facts, heavier).peak_bytes >= peak_bytes
+    assert estimate_training(facts, heavier).peak_bytes >= peak_bytes
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_higher_rank_never_takes_less(name):
-    step = StepSettings(4096, 2048, "fast", "adamw", 0, False, False, False, False)
-    peaks = [predict_training(facts_of(name, rank), step).peak_bytes for rank in (1, 8, 16, 64)]
+    step = ResolvedStep(4096, 2048, "fast", "adamw", 0, False, False, False, False)
+    peaks = [estimate_training(facts_of(name, rank), step).peak_bytes for rank in (1, 8, 16, 64)]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
 
@@ -94,10 +94,10 @@ def test_a_higher_rank_never_takes_less(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recomputing_and_offloading_save_what_is_kept(name):
     facts = facts_of(name)
-    kept = StepSettings(16384, 2048, "fast", "adamw", 0, False, False, False, False)
+    kept = ResolvedStep(16384, 2048, "fast", "adamw", 0, False, False, False, False)
     recomputed = replace(kept, recomputed_layers=LAYERS[name])
     offloaded = replace(recomputed, offload_activations=True)
-    peaks = [predict_training(facts, step).peak_bytes for step in (kept, recomputed, offloaded)]
+    peaks = [estimate_training(facts, step).peak_bytes for step in (kept, recomputed, offloaded)]
     assert peaks[0] > 1.2 * peaks[1] > 1.2 * peaks[2]
     hidden_bytes = 16384 * facts.trace.layers[0].hidden * 2
     saved = peaks[1] - peaks[2]
@@ -105,8 +105,8 @@ def test_recomputing_and_offloading_save_what_is_kept(name):
 
 
 def test_the_parts_add_up():
-    memory = predict_training(
-        facts_of("llama"), StepSettings(4096, 2048, "fast", "paged_adamw_8bit", 3, False, False, False, False)
+    memory = estimate_training(
+        facts_of("llama"), ResolvedStep(4096, 2048, "fast", "paged_adamw_8bit", 3, False, False, False, False)
     )
     content = memory.to_dict()
     outside = ("peak_bytes", "device_bytes", "paged_bytes", "context_bytes", "host_bytes")
@@ -118,14 +118,14 @@ def test_the_parts_add_up():
 
 def test_the_weights_of_the_prediction_are_those_of_the_count():
     facts = facts_of("gpt_neox")
-    step = StepSettings(2048, 2048, "fast", "adamw", 6, False, False, False, False)
-    memory = predict_training(facts, step)
+    step = ResolvedStep(2048, 2048, "fast", "adamw", 6, False, False, False, False)
+    memory = estimate_training(facts, step)
     trained = facts.footprint.trainable_parameters
     assert memory.base_bytes == facts.footprint.base_bytes
     assert memory.adapter_bytes == (4 + 2) * trained  # float32, and a copy in bfloat16
     assert memory.gradient_bytes == 4 * trained
     assert memory.optimizer_bytes == 8 * trained
-    without = predict_training(facts, replace(step, offload_embeddings=True))
+    without = estimate_training(facts, replace(step, offload_embeddings=True))
     assert memory.base_bytes - without.base_bytes == 50304 * 1024 * 2
     assert without.host_bytes - memory.host_bytes == 50304 * 1024 * 2
 
@@ -145,35 +145,35 @@ def test_embeddings_that_are_trained_stay_on_the_card(changes, movable):
 
 
 def test_the_plain_engine_takes_more_than_the_fast_one():
-    fast = StepSettings(4096, 2048, "fast", "adamw", 0, False, False, False, False)
+    fast = ResolvedStep(4096, 2048, "fast", "adamw", 0, False, False, False, False)
     plain = replace(fast, engine="plain")
     assert (
-        predict_training(facts_of("llama", engine="plain"), plain).peak_bytes
-        > 1.3 * predict_training(facts_of("llama"), fast).peak_bytes
+        estimate_training(facts_of("llama", engine="plain"), plain).peak_bytes
+        > 1.3 * estimate_training(facts_of("llama"), fast).peak_bytes
     )
 
 
 def test_dropout_takes_room_for_what_it_drops():
-    step = StepSettings(4096, 2048, "fast", "adamw", 0, False, False, False, False)
+    step = ResolvedStep(4096, 2048, "fast", "adamw", 0, False, False, False, False)
     assert (
-        predict_training(facts_of("llama", dropout=0.1), step).peak_bytes
-        >= predict_training(facts_of("llama"), step).peak_bytes
+        estimate_training(facts_of("llama", dropout=0.1), step).peak_bytes
+        >= estimate_training(facts_of("llama"), step).peak_bytes
     )
 
 
 def test_written_out_attention_grows_with_the_square_of_a_row():
     facts = facts_of("bloom")
-    short = StepSettings(8192, 512, "fast", "adamw", 0, False, False, False, False)
-    peaks = [predict_training(facts, replace(short, row_tokens=row)).activation_bytes for row in (512, 1024, 2048)]
+    short = ResolvedStep(8192, 512, "fast", "adamw", 0, False, False, False, False)
+    peaks = [estimate_training(facts, replace(short, row_tokens=row)).activation_bytes for row in (512, 1024, 2048)]
     assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.01)
     assert peaks[1] > 1.3 * peaks[0]
 
 
 def test_answers_need_room_for_keys_and_values():
     facts = facts_of("llama")
-    one = predict_generation(facts, rows=1, row_tokens=1024)
+    one = estimate_generation(facts, rows=1, row_tokens=1024)
     assert one.cache_bytes == 1024 * 6 * 2 * 1024 * 2  # tokens, layers, keys and values, width, bytes
-    eight = predict_generation(facts, rows=8, row_tokens=1024)
+    eight = estimate_generation(facts, rows=8, row_tokens=1024)
     assert eight.cache_bytes == 8 * one.cache_bytes
     assert eight.peak_bytes > one.peak_bytes > facts.footprint.base_bytes
 
@@ -194,7 +194,7 @@ def test_grouped_heads_keep_fewer_keys_and_values():
 def test_disk_and_merging_follow_the_checkpoint():
     facts = facts_of("llama")
     parameters = facts.footprint.total_parameters - facts.footprint.trainable_parameters
-    disk = predict_disk(facts, optimizer="adamw", kept_checkpoints=2)
+    disk = estimate_disk(facts, optimizer="adamw", kept_checkpoints=2)
     assert disk["download_bytes"] == 2 * parameters  # the configuration names no dtype: 16 bits
     assert disk["base_cache_bytes"] == facts.footprint.base_bytes
     assert disk["run_bytes"] == (4 + 3 * 12) * facts.footprint.trainable_parameters
@@ -214,7 +214,7 @@ def test_the_checkpoint_s_dtype_decides_the_download():
 def test_arithmetic_is_four_operations_a_weight_and_half_as_much_again_recomputed():
     facts = facts_of("llama")
     weights = sum(facts.footprint.quantized_numels) + 32000 * 1024
-    step = StepSettings(2048, 1, "fast", "adamw", 0, False, False, False, False)
+    step = ResolvedStep(2048, 1, "fast", "adamw", 0, False, False, False, False)
     adapter = facts.footprint.trainable_parameters
     assert count_flops(facts, step) == pytest.approx(4 * weights + 6 * adapter, rel=1e-3)
     again = count_flops(facts, replace(step, recomputed_layers=6))
@@ -272,7 +272,7 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
         parameters.zero_gradients()
     measured_bytes = torch.cuda.max_memory_allocated() - start_bytes
     engine.close()
-    step = StepSettings(
+    step = ResolvedStep(
         tokens=rows * row_tokens,
         row_tokens=row_tokens,
         engine="fast",
@@ -283,4 +283,4 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
         resident_weights=False,
         compiled=False,
     )
-    assert predict_training(facts_of("llama"), step).peak_bytes == pytest.approx(measured_bytes, rel=0.05)
+    assert estimate_training(facts_of("llama"), step).peak_bytes == pytest.approx(measured_bytes, rel=0.05)

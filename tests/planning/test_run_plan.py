@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.distributed.process_group import Ranks
-from qlora_cli.core.planning.run_plan import RunMemory, gather_run_facts, plan_run_memory, resolved_configuration
+from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.planning.run_plan import RunPlan, gather_run_facts, plan_run_memory, resolved_configuration
 from qlora_cli.errors import DoesNotFit, UsageError
 
 MIB = 2**20
@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
 )
 
 
-class Cards(Ranks):
+class Cards(ProcessGroup):
     """Ranks that all have the same card."""
 
     def highest(self, value, device):
@@ -33,7 +33,7 @@ class Cards(Ranks):
 
 def plan(
     device=CARD, events=None, longest=((0, 1, 2, 3),), lengths=LENGTHS, model=MODEL, ranks=None, **changes
-) -> RunMemory:
+) -> RunPlan:
     config = replace(CONFIG, **changes)
     return plan_run_memory(
         config,
@@ -43,7 +43,7 @@ def plan(
         lengths=lengths,
         longest=longest,
         device=device,
-        ranks=ranks or Ranks(),
+        ranks=ranks or ProcessGroup(),
         report=(events if events is not None else []).append,
     )
 
@@ -142,15 +142,15 @@ def test_the_base_is_spread_where_one_card_cannot_hold_it_and_two_can():
     deep = transformers.LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
     short = {"model": deep, "lengths": np.full(8, 64, dtype=np.int32), "longest": ((0,),), "max_length": 64}
     leanest = {"gradient_checkpointing": "on", "offload_activations": True, "dry_run": True}
-    whole, spread = (
+    whole, sharded = (
         plan(vram="1MiB", ranks=Cards(0, 2), shard=shard, **short, **leanest).plan.memory.device_bytes
         for shard in (False, True)
     )
-    assert spread < whole - 64 * MIB
-    told: list = []
-    between = f"{(spread + whole) // 2 // MIB}MiB"
-    chosen = plan(vram=between, events=told, ranks=Cards(0, 2), **short, **leanest)
-    assert chosen.spread and chosen.plan.fits and chosen.plan.memory.device_bytes == spread
-    assert "spread over 2 cards" in told[-1].text
+    assert sharded < whole - 64 * MIB
+    reported: list = []
+    between = f"{(sharded + whole) // 2 // MIB}MiB"
+    chosen = plan(vram=between, events=reported, ranks=Cards(0, 2), **short, **leanest)
+    assert chosen.sharded and chosen.plan.fits and chosen.plan.memory.device_bytes == sharded
+    assert "sharded over 2 cards" in reported[-1].text
     for changes in ({"shard": False}, {"ranks": Cards(0, 1)}, {"engine": "plain"}, {"vram": "40GiB"}):
-        assert not plan(**{"vram": between, "ranks": Cards(0, 2), **short, **leanest, **changes}).spread
+        assert not plan(**{"vram": between, "ranks": Cards(0, 2), **short, **leanest, **changes}).sharded

@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.training.accumulation import Accumulation, read_batch
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.gradient_reduction import GradientReduction
 from tests.training.training_case import MemoryRows
 
 
-class Sending(Ranks):
+class Sending(ProcessGroup):
     """Writes down where each bucket starts, and how many layers' gradients had come; doubles it, as an equal rank would."""
 
     def start_adding_up(self, tensor):
@@ -74,7 +74,7 @@ class OfTwo(Sending):
     def highest(self, value, device):
         return 2
 
-    def add_up(self, tensor):
+    def all_reduce_sum(self, tensor):
         return tensor
 
 

@@ -50,7 +50,7 @@ def interrupt_at(step: int):
 def test_loss_falls_and_every_number_is_told(base, tmp_path):
     case = make_case(base, tmp_path, epochs=12, learning_rate=2e-2, dropout=0.0)
     case.run()
-    steps = case.told(StepLogged)
+    steps = case.reported(StepLogged)
     assert [s.step for s in steps] == list(range(1, 73))
     assert sum(s.loss for s in steps[-6:]) < 0.8 * sum(s.loss for s in steps[:6])
     lengths = case.loop.rows.lengths
@@ -60,7 +60,7 @@ def test_loss_falls_and_every_number_is_told(base, tmp_path):
 
 @pytest.mark.parametrize("stops", [False, True])
 def test_steps_that_are_told_late_are_told_before_what_follows_them(base, tmp_path, stops):
-    told = []
+    reported = []
     for late in (False, True):
         wrap = interrupt_at(14) if stops else (lambda engine: engine)
         case = make_case(base, tmp_path / str(late), eval_rows=3, eval_every=3, keep_best=True, wrap_engine=wrap)
@@ -70,11 +70,11 @@ def test_steps_that_are_told_late_are_told_before_what_follows_them(base, tmp_pa
                 case.run()
         else:
             case.run()
-        told.append(
+        reported.append(
             [(type(event), getattr(event, "step", None), getattr(event, "loss", None)) for event in case.events]
         )
-    assert told[0] == told[1]
-    assert {StepLogged, CheckpointSaved, EvaluationLogged} <= {kind for kind, *_ in told[0]}
+    assert reported[0] == reported[1]
+    assert {StepLogged, CheckpointSaved, EvaluationLogged} <= {kind for kind, *_ in reported[0]}
 
 
 def test_a_step_that_was_to_be_told_late_is_told_when_the_next_one_breaks(base, tmp_path):
@@ -87,7 +87,7 @@ def test_a_step_that_was_to_be_told_late_is_told_when_the_next_one_breaks(base, 
     case.loop.tells_late = True
     with pytest.raises(RuntimeError, match="broken"):
         case.run()
-    assert [event.step for event in case.told(StepLogged)] == [1, 2, 3]
+    assert [event.step for event in case.reported(StepLogged)] == [1, 2, 3]
 
 
 def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_whole_step(base, tmp_path):
@@ -97,7 +97,7 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_whole_step(base, tm
     cut.loop.progress.micro_batch_limit_tokens = 1  # single rows
     whole.run()
     cut.run()
-    for a, b in zip(whole.told(StepLogged), cut.told(StepLogged), strict=True):
+    for a, b in zip(whole.reported(StepLogged), cut.reported(StepLogged), strict=True):
         assert (a.loss, a.grad_norm, a.tokens) == pytest.approx((b.loss, b.grad_norm, b.tokens), rel=2e-4)
 
 
@@ -106,8 +106,8 @@ def test_gradients_are_clipped_to_the_norm_and_0_turns_it_off(base, tmp_path):
         case = make_case(base, tmp_path / str(limit), max_grad_norm=limit, max_steps=1)
         case.run()
         norm = float(case.loop.parameters.gradient_norm())
-        told = case.told(StepLogged)[0].grad_norm
-        assert norm == pytest.approx(expected if expected else told, rel=1e-3) and told > 1e-3
+        reported = case.reported(StepLogged)[0].grad_norm
+        assert norm == pytest.approx(expected if expected else reported, rel=1e-3) and reported > 1e-3
 
 
 # ---------------------------------------------------------------- exact resume
@@ -152,9 +152,9 @@ def test_evaluating_in_between_changes_nothing(base, tmp_path):
     never.loop.eval_plan = None
     often.run()
     never.run()
-    assert len(often.told(EvaluationLogged)) == often.loop.plan.total_steps
+    assert len(often.reported(EvaluationLogged)) == often.loop.plan.total_steps
     assert same(often.adapter, never.adapter)
-    assert [s.loss for s in often.told(StepLogged)] == [s.loss for s in never.told(StepLogged)]
+    assert [s.loss for s in often.reported(StepLogged)] == [s.loss for s in never.reported(StepLogged)]
 
 
 def test_saving_in_between_changes_nothing(base, tmp_path):
@@ -171,7 +171,7 @@ def test_saving_in_between_changes_nothing(base, tmp_path):
 def test_evaluation_loss_is_the_mean_over_held_out_tokens_without_dropout(base, tmp_path):
     case = make_case(base, tmp_path, eval_rows=5, max_steps=3, dropout=0.5)
     case.run()
-    (told,) = case.told(EvaluationLogged)
+    (reported,) = case.reported(EvaluationLogged)
     case.model.eval()
     total, trained = 0.0, 0
     with torch.no_grad():
@@ -180,8 +180,8 @@ def test_evaluation_loss_is_the_mean_over_held_out_tokens_without_dropout(base, 
             picked = logits.log_softmax(-1)[:-1].gather(1, torch.from_numpy(ids[1:].astype("int64"))[:, None])[:, 0]
             total -= picked[torch.from_numpy(flags[1:])].sum().item()
             trained += int(flags[1:].sum())
-    assert told.eval_loss == pytest.approx(total / trained, rel=1e-5)
-    assert told.perplexity == pytest.approx(math.exp(told.eval_loss))
+    assert reported.eval_loss == pytest.approx(total / trained, rel=1e-5)
+    assert reported.perplexity == pytest.approx(math.exp(reported.eval_loss))
 
 
 def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(base, tmp_path):
@@ -190,7 +190,7 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(base, tmp_path):
     )
     case.run()
     progress = case.loop.progress
-    evaluations = [e.eval_loss for e in case.told(EvaluationLogged)]
+    evaluations = [e.eval_loss for e in case.reported(EvaluationLogged)]
     assert progress.stopped_early and progress.step < case.loop.plan.total_steps
     assert min(evaluations) == evaluations[progress.best_step - 1] == progress.best_loss
     assert progress.step == progress.best_step + 2
@@ -210,7 +210,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(base, tmp_path):
     options = {"eval_rows": 4, "eval_every": 1, "keep_best": True, "patience": 3}
     case = make_case(base, tmp_path, wrap_engine=lambda e: FaultyEngine(e, fault), **options).run()
     assert case.loop.progress.best_step is None and case.loop.progress.step == 3
-    assert all(math.isnan(e.eval_loss) for e in case.told(EvaluationLogged))
+    assert all(math.isnan(e.eval_loss) for e in case.reported(EvaluationLogged))
     assert make_case(base, tmp_path, resume=True, **options).run().events == []
 
 
@@ -244,11 +244,11 @@ def test_what_is_not_finite_makes_no_update_and_training_goes_on(base, tmp_path,
     case.run()
     assert same(after[2], after[3]) and same(after[3], after[4])
     assert not same(after[1], after[2]) and not same(after[4], after[5])
-    steps = case.told(StepLogged)
+    steps = case.reported(StepLogged)
     assert [math.isnan(s.grad_norm) for s in steps] == [s.step in (3, 4) for s in steps]
     assert [math.isnan(s.loss) for s in steps] == [s.step in (3, 4) and not gradient_only for s in steps]
     assert '"grad_norm": null' in case.lines()[2]
-    assert [caution.text for caution in case.told(Caution)] == [
+    assert [caution.text for caution in case.reported(Caution)] == [
         f"Step {step}: the loss or a gradient is not finite; no update was made." for step in (3, 4)
     ]
     assert case.loop.progress.step == 6
@@ -291,7 +291,7 @@ def test_a_loss_scale_that_overflows_is_lowered_and_the_step_repeated(base, tmp_
     case.run()
     assert case.loop.progress.loss_scale.scale == 4096.0
     assert 0 < case.loop.progress.loss_scale.good_steps <= case.loop.plan.total_steps
-    assert not case.told(Caution)
+    assert not case.reported(Caution)
     unscaled = make_case(base, tmp_path / "unscaled")
     unscaled.run()
     assert case.lines() == unscaled.lines() and same(case.adapter, unscaled.adapter)  # scales are powers of two
@@ -306,7 +306,7 @@ def test_with_a_scale_of_one_an_overflow_is_a_fault(base, tmp_path):
 def test_float16_arithmetic_trains_on_the_cpu(base, tmp_path):
     case = make_case(base, tmp_path, scaled=True, compute_dtype=torch.float16, max_steps=4)
     case.run()
-    assert all(math.isfinite(s.loss) and math.isfinite(s.grad_norm) for s in case.told(StepLogged))
+    assert all(math.isfinite(s.loss) and math.isfinite(s.grad_norm) for s in case.reported(StepLogged))
 
 
 # ---------------------------------------------------------------- memory
@@ -340,11 +340,11 @@ def test_memory_that_runs_out_midway_halves_the_micro_batch_and_nothing_else(bas
     wrap = out_of_memory_above(50, seen, from_call=6, in_backward=in_backward)
     case = make_case(base, tmp_path / "b", dropout=0.0, wrap_engine=wrap)
     case.run()
-    assert [s.step for s in case.told(StepLogged)] == [s.step for s in straight.told(StepLogged)]
-    for a, b in zip(case.told(StepLogged), straight.told(StepLogged), strict=True):
+    assert [s.step for s in case.reported(StepLogged)] == [s.step for s in straight.reported(StepLogged)]
+    for a, b in zip(case.reported(StepLogged), straight.reported(StepLogged), strict=True):
         assert (a.loss, a.tokens) == pytest.approx((b.loss, b.tokens), rel=1e-3)
     assert max(seen[6:]) <= 50 < max(seen[:6])
-    notices = [n.text for n in case.told(Notice)]
+    notices = [n.text for n in case.reported(Notice)]
     assert len(notices) == 1 and "Memory ran out" in notices[0] and "stays the same" in notices[0]
 
 
@@ -372,7 +372,7 @@ def test_a_resumed_run_keeps_the_smaller_micro_batches(base, tmp_path):
         part.run()
     rest = make_case(base, tmp_path / "b", resume=True, wrap_engine=wrap)
     rest.run()
-    assert not rest.told(Notice) and same(rest.adapter, case.adapter)
+    assert not rest.reported(Notice) and same(rest.adapter, case.adapter)
 
 
 def test_a_single_row_that_does_not_fit_ends_the_run_with_what_to_do(base, tmp_path):
@@ -401,7 +401,7 @@ def test_evaluation_that_runs_out_of_memory_goes_on_in_halves(base, tmp_path):
     whole = make_case(base, tmp_path / "b", **options)
     case.run()
     whole.run()
-    a, b = (c.told(EvaluationLogged)[0].eval_loss for c in (case, whole))
+    a, b = (c.reported(EvaluationLogged)[0].eval_loss for c in (case, whole))
     assert a == pytest.approx(b, rel=1e-5)
 
 
@@ -416,7 +416,7 @@ def test_a_signal_finishes_the_step_in_hand_and_saves_it(base, tmp_path, number,
     with pytest.raises(Interrupted) as caught:
         case.run()
     assert caught.value.exit_code == code and "--resume" in caught.value.hint
-    assert [c.step for c in case.told(CheckpointSaved)] == [3] and case.told(StepLogged)[-1].step == 3
+    assert [c.step for c in case.reported(CheckpointSaved)] == [3] and case.reported(StepLogged)[-1].step == 3
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
@@ -433,7 +433,7 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(base, tmp
     case = make_case(base, tmp_path / "b", wrap_engine=lambda e: FaultyEngine(e, fault), **options)
     with pytest.raises(Interrupted):
         case.run()
-    assert case.told(StepLogged)[-1].step == 3 and not case.told(EvaluationLogged)
+    assert case.reported(StepLogged)[-1].step == 3 and not case.reported(EvaluationLogged)
     rest = make_case(base, tmp_path / "b", resume=True, **options)
     rest.run()
     assert case.lines() + rest.lines() == straight.lines() and same(rest.adapter, straight.adapter)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.core.data.sampler import StepPlan
+from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.data.split import hold_out
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
@@ -21,8 +21,14 @@ from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import learning_rate_schedule
 from qlora_cli.core.training.optimizer import build_optimizer
 from qlora_cli.core.training.rng_state import RandomState, restore_random_state, seed_everything
-from qlora_cli.core.training.state import REQUIRED_FILES, Progress, load_optimizer, read_progress, read_random_state
-from qlora_cli.core.training.trainer import Cadence, Loop, Saving
+from qlora_cli.core.training.state import (
+    REQUIRED_FILES,
+    TrainerState,
+    load_optimizer,
+    read_random_state,
+    read_trainer_state,
+)
+from qlora_cli.core.training.trainer import Checkpointing, Trainer, TrainerSchedule
 from qlora_cli.events import EvaluationLogged, Event, StepLogged
 
 CPU = torch.device("cpu")
@@ -47,7 +53,7 @@ class MemoryRows:
 class Case:
     """A run that can be started, continued in a new object, and looked into."""
 
-    loop: Loop
+    loop: Trainer
     model: Any
     random_state: RandomState | None
     events: list[Event] = field(default_factory=list)
@@ -76,7 +82,7 @@ class Case:
                 lines.append(json.dumps({name: value for name, value in line.items() if name not in clock}))
         return lines
 
-    def told(self, kind: type) -> list[Any]:
+    def reported(self, kind: type) -> list[Any]:
         """Events of one kind."""
         return [event for event in self.events if isinstance(event, kind)]
 
@@ -100,17 +106,17 @@ def make_case(
     max_grad_norm: float = 1.0,
     batch_size: int = 2,
     resume: bool = False,
-    ranks: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
     wrap_engine: Any = lambda engine: engine,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Case:
     """Builds a run on a tiny base, or with `resume` the continuation of the one saved in `root`."""
-    ranks = ranks or Ranks()
+    ranks = ranks or ProcessGroup()
     rows = MemoryRows()
     train, held = hold_out(rows, fraction=0, count=eval_rows, seed=1)
     common: dict[str, Any] = {"batch_size": batch_size, "packing": False, "max_length": 40, "seed": 1, "ranks": ranks}
-    plan = StepPlan(train.lengths, accumulation=2, epochs=epochs, max_steps=max_steps, **common)
-    eval_plan = StepPlan(held.lengths, accumulation=1, epochs=1, max_steps=None, **common) if eval_rows else None
+    plan = BatchSampler(train.lengths, accumulation=2, epochs=epochs, max_steps=max_steps, **common)
+    eval_plan = BatchSampler(held.lengths, accumulation=1, epochs=1, max_steps=None, **common) if eval_rows else None
     frozen, _ = load_base(str(base), compute_dtype=compute_dtype, device=CPU, cache=False)
     model = attach_adapter(frozen, rank=4, alpha=8, dropout=dropout, seed=0)
     engine = install_engine(
@@ -124,17 +130,17 @@ def make_case(
     )
     parameters = TrainableParameters(model)
     built = build_optimizer(optimizer, parameters, weight_decay=0.01)
-    progress = Progress()
+    progress = TrainerState()
     state = None
     if resume:
         checkpoint, _ = newest_valid(root, REQUIRED_FILES)
         assert checkpoint is not None
-        progress = read_progress(checkpoint.path)
+        progress = read_trainer_state(checkpoint.path)
         load_adapter_state(model, read_tensors(checkpoint.path / ADAPTER_WEIGHTS))
         load_optimizer(checkpoint.path, built, parameters)
         state = read_random_state(checkpoint.path, ranks.rank)
     events: list[Event] = []
-    loop = Loop(
+    loop = Trainer(
         model=model,
         engine=wrap_engine(engine),
         rows=train,
@@ -149,8 +155,8 @@ def make_case(
         ),
         max_grad_norm=max_grad_norm,
         scaled=scaled,
-        cadence=Cadence(eval_every, save_every, keep, keep_best, patience),
-        saving=Saving(root, {"case": 1}, lambda path: save_adapter(model, path, base_name="base"), 10_000),
+        schedule=TrainerSchedule(eval_every, save_every, keep, keep_best, patience),
+        saving=Checkpointing(root, {"case": 1}, lambda path: save_adapter(model, path, base_name="base"), 10_000),
         progress=progress,
         lockstep=False,
         ranks=ranks,
@@ -180,8 +186,8 @@ class FaultyEngine:
     def prepare(self, batch):
         return self.engine.prepare(batch)
 
-    def relieve(self) -> bool:
-        return self.engine.relieve()
+    def reduce_memory(self) -> bool:
+        return self.engine.reduce_memory()
 
     def describe(self) -> str:
         return "faulty"

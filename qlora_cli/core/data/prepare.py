@@ -24,7 +24,7 @@ from qlora_cli.config import DataSettings
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter
 from qlora_cli.core.data.schema import Recognised, read_template, recognise
 from qlora_cli.core.data.sources import Source, resolve_source
-from qlora_cli.core.data.statistics import Tally
+from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
@@ -157,16 +157,16 @@ def prepare_rows(
         vocabulary_size=len(tokenizer),
     )
     with atomic_directory(directory, replace=overwrite) as temporary:
-        tally = Tally()
+        statistics = PreparationStatistics()
         with ExitStack() as stack:
             chunks = _limited(source.chunks(settings.max_line_bytes), settings)
             results = _tokenise(chunks, tokeniser_settings, source, workers, stack)
-            _write(results, temporary, tally, settings, source.total_bytes, report)
-        tally.check(settings.data)
+            _write(results, temporary, statistics, settings, source.total_bytes, report)
+        statistics.check(settings.data)
         manifest = {
             "format": FORMAT,
             "qlora_version": __version__,
-            **tally.statistics(),
+            **statistics.statistics(),
             "max_length": max_length,
             "overlong": settings.overlong,
             "shape": recognised.formatting.shape,
@@ -178,7 +178,7 @@ def prepare_rows(
             "digest": digest,
         }
         write_json(temporary / PREPARED_MANIFEST, manifest)
-    tally.tell(report, directory)
+    statistics.tell(report, directory)
     return PreparedSummary(str(directory), False, manifest)
 
 
@@ -258,7 +258,7 @@ def _tokenise(
 def _write(
     results: Iterator[TokenisedChunk],
     directory: Path,
-    tally: Tally,
+    statistics: PreparationStatistics,
     settings: DataSettings,
     total_bytes: int | None,
     report: Report,
@@ -274,13 +274,13 @@ def _write(
                 for bad in chunk.bad_rows:
                     bad_rows = bad_rows or stack.enter_context((directory / BAD_ROWS).open("w", encoding="utf-8"))
                     bad_rows.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
-                tally.add(chunk)
+                statistics.add(chunk)
                 writer.write(chunk.input_ids, chunk.trained, np.cumsum([0, *chunk.lengths], dtype=np.int32))
                 done_bytes += chunk.source_bytes
-                report(Progress(TASK, tally.records, _estimate(tally.records, done_bytes, total_bytes)))
+                report(Progress(TASK, statistics.records, _estimate(statistics.records, done_bytes, total_bytes)))
         finally:
             writer.close()
-    report(Progress(TASK, tally.records, tally.records))
+    report(Progress(TASK, statistics.records, statistics.records))
 
 
 def _estimate(records: int, done_bytes: int, total_bytes: int | None) -> int | None:

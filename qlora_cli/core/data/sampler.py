@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.core.data.packing import plan_epoch, split_micro_batch
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.errors import UsageError
 
 
@@ -20,7 +20,7 @@ class Step:
     micro_batches: list[list[int]]  # row indices
 
 
-class StepPlan:
+class BatchSampler:
     """The steps of a run. An epoch is planned when it is reached and only the latest plan is kept.
 
     Args:
@@ -49,7 +49,7 @@ class StepPlan:
         seed: int,
         epochs: float,
         max_steps: int | None,
-        ranks: Ranks,
+        ranks: ProcessGroup,
     ) -> None:
         if batch_size < 1 or accumulation < 1:
             raise UsageError(

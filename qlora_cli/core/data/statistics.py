@@ -14,7 +14,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Report
 
 
-class Tally:
+class PreparationStatistics:
     """Counts what became of every row, chunk by chunk."""
 
     def __init__(self) -> None:

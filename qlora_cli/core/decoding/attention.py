@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_cli.core.decoding.fused_layers import is_same
-from qlora_cli.core.decoding.kv_cache import SlotCache
+from qlora_cli.core.decoding.kv_cache import StaticKVCache
 from qlora_cli.kernels.decode.attention import attend
 
 NAME = "qlora_decode"
@@ -39,7 +39,7 @@ class JoinedAttention:
         self._agreed: list[bool] = []
 
     @contextmanager
-    def step(self, cache: SlotCache) -> Iterator[None]:
+    def step(self, cache: StaticKVCache) -> Iterator[None]:
         """While it lasts, the model's attention is this one."""
         self._agreed = []
         self._own = {key: config._attn_implementation for key, config in self._configs.items()}

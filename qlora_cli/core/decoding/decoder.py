@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_cli.core.decoding.kv_cache import SlotCache
+from qlora_cli.core.decoding.kv_cache import StaticKVCache
 from qlora_cli.core.decoding.sampling import Sampling, choose_tokens
 
 PREFILL_TOKENS = 8192  # most tokens in one forward over prompts
@@ -127,7 +127,7 @@ class Decoder:
         self.model = underlying_model(model)
         self.sampling = sampling
         self.device = self.model.get_input_embeddings().weight.device
-        self.cache = SlotCache(slots, capacity)
+        self.cache = StaticKVCache(slots, capacity)
         config = self.model.config.get_text_config(decoder=True)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._mask_dtype = self.model.get_input_embeddings().weight.dtype

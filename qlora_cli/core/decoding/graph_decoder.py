@@ -94,10 +94,10 @@ class GraphDecoder(Decoder):
     def __init__(self, fast: FastModel, *, slots: int, capacity: int, sampling: Sampling, capture: bool = True) -> None:
         super().__init__(fast.model, slots=slots, capacity=capacity, sampling=sampling)
         self.fast = fast
-        self.obstacle = None if capture else "no graphs were asked for"
+        self.reason = None if capture else "no graphs were asked for"
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the places that attention reads
         self._pool: Any = None
-        self.prompts = PromptGraphs(self._read_laid, self.obstacle)
+        self.prompts = PromptGraphs(self._read_laid, self.reason)
         # Four dimensions: every model takes that for a finished mask and hands it on; nobody reads it.
         nothing = torch.zeros(1, 1, 1, 1, device=self.device)
         self._no_mask: Any = dict.fromkeys(self._kinds, nothing) if len(self._kinds) > 1 else nothing
@@ -119,7 +119,7 @@ class GraphDecoder(Decoder):
 
     def _advance(self) -> None:
         if (
-            self.fast.attention.usable is None or self.obstacle is not None
+            self.fast.attention.usable is None or self.reason is not None
         ):  # the first step of this model: everything new is compared
             self._fused_step(self._reach())
         else:
@@ -167,7 +167,7 @@ class GraphDecoder(Decoder):
             raise
         except RuntimeError as error:  # something in this architecture waits for the device
             torch.cuda.synchronize()
-            self.obstacle = first_line(error)[:200]
+            self.reason = first_line(error)[:200]
             self._fused_step(length)
             return None
         self._pool = graph.pool()

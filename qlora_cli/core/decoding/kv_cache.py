@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class SlotCache(Cache):
+class StaticKVCache(Cache):
     """A transformers cache of fixed size whose rows are independent.
 
     Row r holds its token i at place i, whatever the other rows hold; a row is refilled without touching them. The
@@ -19,7 +19,7 @@ class SlotCache(Cache):
     """
 
     def __init__(self, slots: int, capacity: int) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=lambda: _StaticKVLayer(self))  # type: ignore[arg-type]
         self.slots = slots
         self.capacity = capacity
         self.rows: Tensor | None = None  # (rows,) slots being filled; None during a step
@@ -48,12 +48,12 @@ class SlotCache(Cache):
         return self._row_numbers
 
 
-class _SlotLayer(CacheLayerMixin):
+class _StaticKVLayer(CacheLayerMixin):
     """One layer's keys and values: (slots, heads, capacity, head size), zero where nothing was written."""
 
     is_sliding = False
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, cache: StaticKVCache) -> None:
         super().__init__()
         self.cache = cache
         self.fresh: tuple[Tensor, Tensor] | None = (

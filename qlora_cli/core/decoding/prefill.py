@@ -63,8 +63,8 @@ class PromptGraphs:
         obstacle: Why no prompt is read by a graph; None as long as they are.
     """
 
-    def __init__(self, run: Callable[[LaidPrompts], Tensor], obstacle: str | None) -> None:
-        self.obstacle = obstacle
+    def __init__(self, run: Callable[[LaidPrompts], Tensor], reason: str | None) -> None:
+        self.reason = reason
         self._run = run
         self._graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()  # by rows and places
         self._met: set[tuple[int, ...]] = set()
@@ -75,7 +75,7 @@ class PromptGraphs:
         """(prompts, vocabulary), valid until the next call."""
         key = tuple(laid.ids.shape)
         graph = self._graphs.get(key)
-        if graph is None and key in self._met and self.obstacle is None and laid.ids.numel() <= MOST_TOKENS:
+        if graph is None and key in self._met and self.reason is None and laid.ids.numel() <= MOST_TOKENS:
             graph = self._capture(key, laid)
         if graph is None:
             self._met.add(key)
@@ -114,7 +114,7 @@ class PromptGraphs:
 
     def _give_up(self, reason: str) -> None:
         """For good: what stood in the way once will again."""
-        self.obstacle = reason[:200]
+        self.reason = reason[:200]
         torch.cuda.synchronize()
         self._graphs.clear()
         self._pool = None

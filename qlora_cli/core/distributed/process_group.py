@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process among `world_size`."""
 
     rank: int = 0
@@ -20,7 +20,7 @@ class Ranks:
         """Whether this one reports and writes."""
         return self.rank == 0
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Replaces `tensor` by its sum over all ranks, in place, without waiting for the device."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -30,7 +30,7 @@ class Ranks:
         """Begins to replace `tensor` by its sum over all ranks; its `wait()` makes the device wait, on the CPU this thread."""
         return dist.all_reduce(tensor, async_op=True)
 
-    def highest(self, value: int, device: torch.device) -> int:
+    def all_reduce_max(self, value: int, device: torch.device) -> int:
         """The highest of the ranks' values. Waits for the device."""
         if self.world_size == 1:
             return value
@@ -38,7 +38,7 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
-    def collect(self, state: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
+    def all_gather(self, state: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
         """Every rank's tensors (on the CPU, of equal names, shapes and dtypes), by rank."""
         if self.world_size == 1:
             return [state]
@@ -51,7 +51,7 @@ class Ranks:
                 collected[rank][name] = part.cpu().view(tensor.dtype).view(tensor.shape)
         return collected
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when every rank has come here."""
         if self.world_size > 1:
             dist.barrier()

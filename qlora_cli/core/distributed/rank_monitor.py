@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.signals import SHOW_CURSOR
 from qlora_cli.errors import Interrupted, QloraError, RankLost
 
@@ -35,7 +35,7 @@ POLL_SECONDS = 1.0
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
 
 
-class Watch:
+class RankMonitor:
     """This rank's connection (the main rank's connections) and the thread that listens.
 
     Args:
@@ -46,7 +46,7 @@ class Watch:
         verdict: Why the run cannot go on; None while it can.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: ProcessGroup, device: torch.device) -> None:
         self.ranks = ranks
         self.grace_seconds = CARD_GRACE_SECONDS if device.type == "cuda" else GRACE_SECONDS
         self.verdict: QloraError | None = None
@@ -63,11 +63,11 @@ class Watch:
         name = {"rank": self.ranks.rank, "process": os.getpid(), "host": socket.gethostname()}
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(self.ranks.world_size)
         # Whoever else connects does not know the number that the ranks share.
-        secret = self.ranks.highest(secrets.randbits(62) if self.ranks.is_main else 0, device)
+        secret = self.ranks.all_reduce_max(secrets.randbits(62) if self.ranks.is_main else 0, device)
         if self.ranks.is_main:
             with socket.create_server(("127.0.0.1" if one_machine else "", 0), backlog=128) as server:
                 server.settimeout(CONNECT_SECONDS)
-                self.ranks.highest(server.getsockname()[1], device)
+                self.ranks.all_reduce_max(server.getsockname()[1], device)
                 while len(self.peers) < self.ranks.world_size - 1:
                     try:
                         peer, _ = server.accept()
@@ -79,7 +79,7 @@ class Watch:
                         _send(peer, name)
                         self.peers[peer] = words[0]
         else:
-            port = self.ranks.highest(0, device)
+            port = self.ranks.all_reduce_max(0, device)
             host = "127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]
             try:
                 peer = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
@@ -142,13 +142,13 @@ class Watch:
         if "left" in word:
             self.left.add(self.peers[peer]["rank"])
         elif "lost" in word:
-            self._conclude(RankLost(word["lost"], word["hint"]), told=not self._speaks_for(0))
+            self._conclude(RankLost(word["lost"], word["hint"]), reported=not self._speaks_for(0))
         elif "failed" in word:
             rank = self.peers[peer]["rank"]
             self.left.add(rank)
             error = QloraError(word["failed"] if rank == 0 else f"rank {rank}: {word['failed']}", word["hint"])
             error.exit_code = word["exit_code"]
-            self._conclude(error, told=not self.ranks.is_main)
+            self._conclude(error, reported=not self.ranks.is_main)
 
     def _miss(self, peer: socket.socket) -> None:
         """A connection is closed."""
@@ -162,16 +162,16 @@ class Watch:
             "without a word, as when it is killed or the host's memory runs out; so the run has stopped.",
             "Go on from the newest checkpoint with the same command and --resume.",
         )
-        self._conclude(error, told=not self._speaks_for(facts["rank"]))
+        self._conclude(error, reported=not self._speaks_for(facts["rank"]))
 
     def _speaks_for(self, lost: int) -> bool:
         """Whether this rank tells of the end of another: the lowest that is left."""
         return self.ranks.rank == (1 if lost == 0 else 0)
 
-    def _conclude(self, error: QloraError, *, told: bool) -> None:
+    def _conclude(self, error: QloraError, *, reported: bool) -> None:
         if self.verdict is not None:
             return
-        error.told = told
+        error.reported = reported
         self.verdict = error
         if self.ranks.is_main:
             word = "lost" if isinstance(error, RankLost) else "failed"
@@ -180,7 +180,7 @@ class Watch:
 
     def _end_process(self) -> None:
         assert self.verdict is not None
-        if not self.verdict.told and not self.handled.is_set():
+        if not self.verdict.reported and not self.handled.is_set():
             if sys.stderr.isatty():
                 os.write(sys.stderr.fileno(), SHOW_CURSOR)
             hint = f"→ {self.verdict.hint}\n" if self.verdict.hint else ""
@@ -231,33 +231,33 @@ def _receive(peer: socket.socket) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-_kept: list[Watch] = []  # connections close with the process, not before
+_kept: list[RankMonitor] = []  # connections close with the process, not before
 
 
 @contextmanager
-def watching(ranks: Ranks, device: torch.device) -> Iterator[Watch | None]:
+def monitoring(ranks: ProcessGroup, device: torch.device) -> Iterator[RankMonitor | None]:
     """Watches over the ranks inside the block; one that fails or ends there ends the others, with one error.
 
     Raises:
         RankLost: Another rank ended without a word.
-        QloraError: Another rank failed, or this one did. `told` says that another rank shows it.
+        QloraError: Another rank failed, or this one did. `reported` says that another rank shows it.
     """
     if ranks.world_size == 1:
         yield None
         return
-    watch = Watch(ranks, device)
+    watch = RankMonitor(ranks, device)
     _kept.append(watch)
     try:
         yield watch
     except Interrupted as error:
-        error.told = not ranks.is_main
+        error.reported = not ranks.is_main
         watch.leave()
         raise
     except QloraError as error:
         if isinstance(watch.verdict, RankLost):  # its end came first, and this is what followed
             watch.handled.set()
             raise watch.verdict from error
-        error.told = not ranks.is_main
+        error.reported = not ranks.is_main
         watch.leave(error)
         raise
     except Exception as error:

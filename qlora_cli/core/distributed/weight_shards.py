@@ -6,21 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 
 ALIGNED_ELEMENTS = 16  # so that a share of bytes is one of wider numbers too
 
 
 @dataclass(frozen=True)
-class Slices:
-    """How a base is spread while it is loaded: no rank ever holds more than its share and the weight in hand.
+class WeightShards:
+    """How a base is sharded while it is loaded: no rank ever holds more than its share and the weight in hand.
 
     Attributes:
         ranks: This process among those that share the base.
         on_host: Whether shares wait in host memory.
     """
 
-    ranks: Ranks
+    ranks: ProcessGroup
     on_host: bool = False
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Slices:
             whole: May be on the meta device.
             device: On which the ranks meet.
         """
-        parts = self.ranks.collect({"share": share}, device)
+        parts = self.ranks.all_gather({"share": share}, device)
         flat = torch.cat([part["share"].flatten().cpu() for part in parts])
         return flat[: whole.numel()].view(whole.shape)
 

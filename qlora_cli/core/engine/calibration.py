@@ -13,14 +13,14 @@ from qlora_cli.core.engine.cuda_graphs import bucket_tokens
 from qlora_cli.core.engine.decoder_layers import LayerBytes
 from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan, StepNeeds, free_bytes, plan_memory
 from qlora_cli.core.engine.offload import link_bytes_per_second
-from qlora_cli.core.engine.trials import LEAST_TRIAL_TOKENS, Trials
+from qlora_cli.core.engine.trials import LEAST_TRIAL_TOKENS, Calibration
 
 RELIEF_BYTES, MOST_RELIEFS = 2**28, 16  # how much less memory is planned with each time it runs out
 HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
 
 
 @dataclass(frozen=True)
-class EngineWishes:
+class EngineOptions:
     """What an engine is asked for; see `install_engine`. None leaves a choice to the engine.
 
     Attributes:
@@ -74,7 +74,7 @@ class StepPlanner:
         self.needs: StepNeeds
         self.available_bytes = 0
 
-    def measure(self, trials: Trials, layer: nn.Module, static: StepNeeds, workspace_bytes: int | None) -> None:
+    def measure(self, trials: Calibration, layer: nn.Module, static: StepNeeds, workspace_bytes: int | None) -> None:
         """Runs the first layer as it stands.
 
         Args:
@@ -108,7 +108,7 @@ class StepPlanner:
         """Plans no other slices from now on: compiled code holds them."""
         self.choose = partial(self.choose, workspaces=(workspace_bytes,))
 
-    def relieve(self, current: MemoryPlan) -> MemoryPlan | None:
+    def reduce_memory(self, current: MemoryPlan) -> MemoryPlan | None:
         """A leaner plan than the one with which memory ran out; None where there is none."""
         for _ in range(MOST_RELIEFS):
             self.available_bytes -= RELIEF_BYTES

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_cli.core.engine.calibration import EngineWishes
+from qlora_cli.core.engine.calibration import EngineOptions
 from qlora_cli.core.engine.fast import FastEngine
 from qlora_cli.core.engine.trials import LEAST_TRIAL_TOKENS
 from qlora_cli.errors import TrainingError, UsageError, first_line
@@ -27,7 +27,7 @@ class Engine(Protocol):
         """Cross-entropy in nats, summed over the batch's trained tokens: a differentiable fp32 scalar."""
         ...
 
-    def relieve(self) -> bool:
+    def reduce_memory(self) -> bool:
         """Gives up speed for memory, after it ran out. False where nothing is left to give up."""
         ...
 
@@ -80,7 +80,7 @@ def install_engine(
     if kind == "plain":
         return PlainEngine(model, device=device, gradient_checkpointing=gradient_checkpointing)
     if kind == "fast":
-        wishes = EngineWishes(
+        options = EngineOptions(
             compute_dtype=compute_dtype,
             recomputed=lambda layers: count_recomputed_layers(gradient_checkpointing, layers),
             offload_activations=offload_activations,
@@ -92,7 +92,7 @@ def install_engine(
             optimizer_bytes=optimizer_bytes,
         )
         try:
-            return FastEngine(model, wishes, device=device, report=report)
+            return FastEngine(model, options, device=device, report=report)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"Beside the model's weights there is no room on the device to run one layer on {LEAST_TRIAL_TOKENS} "
@@ -143,8 +143,8 @@ class PlainEngine:
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
         )
 
-    def relieve(self) -> bool:
-        """See `Engine.relieve`."""
+    def reduce_memory(self) -> bool:
+        """See `Engine.reduce_memory`."""
         return False
 
     def describe(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qlora_cli.core.engine.calibration import EngineWishes, StepPlanner
+from qlora_cli.core.engine.calibration import EngineOptions, StepPlanner
 from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
@@ -23,7 +23,7 @@ from qlora_cli.core.engine.decoder_layers import (
     swap_layers,
 )
 from qlora_cli.core.engine.embeddings import InputEmbeddings
-from qlora_cli.core.engine.fsdp import is_spread
+from qlora_cli.core.engine.fsdp import is_sharded
 from qlora_cli.core.engine.gated_mlp import fuse_gates, gated_unit_of
 from qlora_cli.core.engine.lm_head import find_decoder, find_head, trained_positions
 from qlora_cli.core.engine.lora_linear import (
@@ -38,7 +38,7 @@ from qlora_cli.core.engine.lora_linear import (
 from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes
 from qlora_cli.core.engine.offload import ActivationOffload
 from qlora_cli.core.engine.packed_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
-from qlora_cli.core.engine.trials import Trials
+from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.weights import FrozenWeight, reserve_values
@@ -60,32 +60,32 @@ ASSUMED_FLOPS_PER_SECOND = 4e14
 class FastEngine:
     """Steps of one model instance through the fused path. See `Engine` and `install_engine` for the contract."""
 
-    def __init__(self, model: Any, wishes: EngineWishes, *, device: torch.device, report: Report) -> None:
+    def __init__(self, model: Any, options: EngineOptions, *, device: torch.device, report: Report) -> None:
         self.model, self.device, self.report = model, device, report
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = find_decoder(self.base)
         self.embeddings = InputEmbeddings(self.base, device, report)
         self.undo: list[Callable[[], None]] = []
-        self.values = AdapterValues(wishes.compute_dtype)
-        self.trials = Trials(model, self.decoder, self.embeddings.module, self.values, device)
+        self.values = AdapterValues(options.compute_dtype)
+        self.trials = Calibration(model, self.decoder, self.embeddings.module, self.values, device)
         self.packed = self.equal_rows = False
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
         try:
-            self._install(wishes)
+            self._install(options)
         except BaseException:
             self.close()
             raise
 
-    def _install(self, wishes: EngineWishes) -> None:
-        dtype, self.largest_tokens = wishes.compute_dtype, wishes.max_tokens
+    def _install(self, options: EngineOptions) -> None:
+        dtype, self.largest_tokens = options.compute_dtype, options.max_tokens
         on_cuda = self.device.type == "cuda"
-        self.spread = is_spread(self.base)
+        self.sharded = is_sharded(self.base)
         self.candidates = list(linear_candidates(self.base, self.base.get_output_embeddings()))
         self.step = StepState(self.device, len(self.candidates))
         dense_bytes = sum(logical_elements(m) for _, m in self.candidates) * dtype.itemsize
-        resident = False if self.spread else wishes.resident_weights
+        resident = False if self.sharded else options.resident_weights
         if not on_cuda and resident is None:
             resident = dense_bytes < psutil.virtual_memory().available // 2
         self.put_linears_back: Callable[[], None] = lambda: None
@@ -95,13 +95,13 @@ class FastEngine:
         self.undo.append(self.embeddings.come_back)
         self.buffer: Tensor | None = None
         self.undo.append(self._release_values)
-        if on_cuda and wishes.offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
+        if on_cuda and options.offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.leave()
         # Trials run on weights in slices: there may be no room for a whole one.
         self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
-        if self.kept_linears and self.spread:
+        if self.kept_linears and self.sharded:
             raise UsageError(
-                f"{self.kept_linears[0]} needs its whole weight at all times, which --shard spreads.",
+                f"{self.kept_linears[0]} needs its whole weight at all times, which --shard shards.",
                 "Leave out --shard, or --dora and what else gives this layer a forward pass of its own.",
             )
         if self.kept_linears:
@@ -120,18 +120,18 @@ class FastEngine:
         self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
         self.undo.append(swap_layers(layers, self.layer_plans))
 
-        if wishes.compile and self.spread:
-            self.report(Notice("The layers of a spread base are not compiled."))
+        if options.compile and self.sharded:
+            self.report(Notice("The layers of a sharded base are not compiled."))
         elements = dense_bytes // dtype.itemsize
-        seconds = wishes.total_steps * 6 * elements * wishes.max_tokens / ASSUMED_FLOPS_PER_SECOND
-        wanted = seconds > COMPILE_PAYS_SECONDS if wishes.compile is None else wishes.compile
-        self.compiled = wanted and on_cuda and self.packed and not self.spread
+        seconds = options.total_steps * 6 * elements * options.max_tokens / ASSUMED_FLOPS_PER_SECOND
+        wanted = seconds > COMPILE_PAYS_SECONDS if options.compile is None else options.compile
+        self.compiled = wanted and on_cuda and self.packed and not self.sharded
         self._share_projections()
 
-        plan = wishes.plan(len(layers), resident=bool(resident))
-        if on_cuda and layers and not self.spread:  # a layer by itself is not measured where all ranks gather it
-            self.planner = wishes.planner(len(layers))
-            plan = self._plan(self.planner, dense_bytes, wishes.optimizer_bytes)
+        plan = options.plan(len(layers), resident=bool(resident))
+        if on_cuda and layers and not self.sharded:  # a layer by itself is not measured where all ranks gather it
+            self.planner = options.planner(len(layers))
+            plan = self._plan(self.planner, dense_bytes, options.optimizer_bytes)
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled
         if self.compiled and self.planner is not None and self.embeddings.frozen:
@@ -139,7 +139,14 @@ class FastEngine:
         self._apply(plan)
         # Graphs read no trained embeddings or head, which lie outside of them, and repeat no random numbers.
         still = self.head is not None and self.head.frozen and self.embeddings.frozen and not drops
-        if on_cuda and self.packed and layers and still and not self.spread and wishes.total_steps >= GRAPHS_PAY_STEPS:
+        if (
+            on_cuda
+            and self.packed
+            and layers
+            and still
+            and not self.sharded
+            and options.total_steps >= GRAPHS_PAY_STEPS
+        ):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.graphs = StepGraphs(
                 self._packed_loss,
@@ -211,14 +218,14 @@ class FastEngine:
         for linear in self.fast_linears:
             linear.options = linear.options._replace(workspace_bytes=bytes_)
 
-    def relieve(self) -> bool:
-        """See `Engine.relieve`."""
+    def reduce_memory(self) -> bool:
+        """See `Engine.reduce_memory`."""
         if self.graphs is not None and self.graphs.make_room():
             torch.cuda.empty_cache()
             return True
         plan = self.plan
         while True:
-            leaner = None if self.planner is None else self.planner.relieve(plan)
+            leaner = None if self.planner is None else self.planner.reduce_memory(plan)
             if self.graphs is not None:
                 self.graphs.clear()
             if leaner is None:
@@ -418,8 +425,8 @@ class FastEngine:
         parts += self.plan.describe(len(self.layers))
         if self.embeddings.on_host:
             parts.append("embeddings on the host")
-        if self.spread:
-            parts.append("base spread over the cards")
+        if self.sharded:
+            parts.append("base sharded over the cards")
         if self.compiled:
             parts.append("layers compiled")
         if self.graphs is not None:

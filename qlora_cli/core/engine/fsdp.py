@@ -4,7 +4,7 @@ The engine is FSDP2 (`torch.distributed.fsdp.fully_shard`). accelerate's own FSD
 and wraps every parameter of a layer in one group of one kind: it can neither take a layer whose share is all that was
 loaded, nor leave out the adapter, which trains in float32 in buffers of its own. So its layers are given to FSDP2 directly.
 
-What is spread is each linear's packed bytes and their constants, which are nine tenths of a base, and embeddings and head
+What is sharded is each linear's packed bytes and their constants, which are nine tenths of a base, and embeddings and head
 where they are plain. The adapter stays whole on every rank, its gradients added up: it is what the optimizer works on.
 """
 
@@ -19,18 +19,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qlora_cli.core.distributed.weight_shards import Slices
+from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.engine.sharded_weight import CARRIER, mark_sliced, on_meta
 from qlora_cli.core.models.loading import four_bit_linears
 from qlora_cli.kernels.weights import FrozenWeight
 
 
-def is_spread(model: nn.Module) -> bool:
-    """Whether parts of a model are spread over the ranks: then all ranks have to run it equally often."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parts of a model are sharded over the ranks: then all ranks have to run it equally often."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def spread(base: Any, decoder: nn.Module, layers: list[nn.Module], slices: Slices, device: torch.device) -> None:
+def shard_base(
+    base: Any, decoder: nn.Module, layers: list[nn.Module], slices: WeightShards, device: torch.device
+) -> None:
     """Hands a base, loaded in slices, over to FSDP2, in place.
 
     Args:
@@ -68,7 +70,7 @@ def spread(base: Any, decoder: nn.Module, layers: list[nn.Module], slices: Slice
         layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
 
 
-def _take_shares(linear: Any, slices: Slices) -> list[tuple[nn.Module, str, Tensor]]:
+def _take_shares(linear: Any, slices: WeightShards) -> list[tuple[nn.Module, str, Tensor]]:
     """Empties a 4-bit linear, whose large tensors become parameters without memory; what it held, with their places."""
     weight, state = linear.weight, linear.weight.quant_state
     nested = state.state2

@@ -87,7 +87,7 @@ def find_head(base: Any, decoder: Any, inputs: dict[str, Tensor]) -> Head | None
     try:
         wanted = base(**inputs, use_cache=False).logits.float()
         hidden = decoder(**inputs, use_cache=False).last_hidden_state
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward  # spread or not
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward  # sharded or not
         frozen = plain and not any(p.requires_grad for p in module.parameters())
         for scale, cap in _transforms(base.config.get_text_config()):
             head = Head(module, scale, cap, frozen)

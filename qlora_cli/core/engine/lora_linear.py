@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.core.engine.sharded_weight import SlicedWeight, sliced_weight_of
+from qlora_cli.core.engine.sharded_weight import ShardedWeight, sliced_weight_of
 from qlora_cli.kernels.linear import Dropout, LinearOptions, project_shared, qlora_linear
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -139,7 +139,7 @@ class FastLinear:
         place: Its place among these.
     """
 
-    weight: FrozenWeight | SlicedWeight
+    weight: FrozenWeight | ShardedWeight
     bias: Tensor | None
     dtype: torch.dtype
     step: StepState

@@ -1,4 +1,4 @@
-"""A 4-bit linear layer whose weight is spread over the ranks in; while its layer computes, the whole weight out."""
+"""A 4-bit linear layer whose weight is sharded over the ranks in; while its layer computes, the whole weight out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ _ATTRIBUTE = "_qlora_sliced"
 
 
 @dataclass(frozen=True)
-class SlicedWeight:
-    """A 4-bit weight whose large tensors are parameters of its module, spread over the ranks.
+class ShardedWeight:
+    """A 4-bit weight whose large tensors are parameters of its module, sharded over the ranks.
 
     Attributes:
         module: Holds the bytes of `weight` and `absmax`, as `CARRIER`, whole only while its layer computes.
@@ -44,12 +44,12 @@ class SlicedWeight:
 
 
 def mark_sliced(module: nn.Module, whole: FrozenWeight, blocks: int, absmax_dtype: torch.dtype) -> None:
-    """Notes on a linear layer that its weight is spread."""
-    setattr(module, _ATTRIBUTE, SlicedWeight(module, whole, blocks, absmax_dtype))
+    """Notes on a linear layer that its weight is sharded."""
+    setattr(module, _ATTRIBUTE, ShardedWeight(module, whole, blocks, absmax_dtype))
 
 
-def sliced_weight_of(module: nn.Module) -> SlicedWeight | None:
-    """The spread weight of a linear layer; None where it is whole."""
+def sliced_weight_of(module: nn.Module) -> ShardedWeight | None:
+    """The sharded weight of a linear layer; None where it is whole."""
     return module.__dict__.get(_ATTRIBUTE)
 
 

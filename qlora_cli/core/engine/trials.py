@@ -18,7 +18,7 @@ LONG_ROW = 1024  # of so many tokens attention has other kernels
 LEAST_TRIAL_TOKENS = 32
 
 
-class Trials:
+class Calibration:
     """Runs of one model instance before its first step.
 
     Args:

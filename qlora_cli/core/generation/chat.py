@@ -12,7 +12,7 @@ Message = dict[str, str]
 COMMANDS = "/base [QUESTION], /adapter DIR, /reset, /save FILE, /exit"
 
 
-class Voice(Protocol):
+class ChatBackend(Protocol):
     """Who answers in a conversation."""
 
     def remembers(self) -> bool:
@@ -40,8 +40,8 @@ class Conversation:
         tell: Told each piece of an answer.
     """
 
-    def __init__(self, voice: Voice, tell: Callable[[str], None]) -> None:
-        self.voice, self.tell = voice, tell
+    def __init__(self, backend: ChatBackend, tell: Callable[[str], None]) -> None:
+        self.backend, self.tell = backend, tell
         self.messages: list[Message] = []  # user and assistant in turn
         self.forgotten = 0  # messages that the context had no room for, all in all
 
@@ -85,7 +85,7 @@ class Conversation:
         Raises:
             AdapterError: There is none, or it belongs to another base.
         """
-        self.voice.switch(directory)
+        self.backend.switch(directory)
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -105,11 +105,11 @@ class Conversation:
             raise DataError(f"{path} cannot be written: {error.strerror}.", "Type: /save FILE") from error
 
     def _prompt(self, messages: list[Message]) -> Any:
-        return messages if self.voice.remembers() else messages[-1]["content"]
+        return messages if self.backend.remembers() else messages[-1]["content"]
 
     def _make_room(self, question: Message) -> None:
         """Forgets the oldest turns until the rest fits the model's context."""
-        while self.messages and not self.voice.fits(self._prompt([*self.messages, question])):
+        while self.messages and not self.backend.fits(self._prompt([*self.messages, question])):
             del self.messages[:2]
             self.forgotten += 2
 
@@ -118,7 +118,7 @@ class Conversation:
             heard.append(piece)
             self.tell(piece)
 
-        self.voice.say(self._prompt(messages), turn=turn, base=base, tell=tell)
+        self.backend.say(self._prompt(messages), turn=turn, base=base, tell=tell)
 
 
 def obey(conversation: Conversation, line: str, report: Report) -> None:

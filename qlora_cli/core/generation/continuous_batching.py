@@ -8,7 +8,7 @@ import torch
 
 from qlora_cli.core.decoding.decoder import Decoder, Pending, Prompt
 from qlora_cli.core.decoding.sampling import draw_uniforms
-from qlora_cli.core.generation.requests import Answer, Request, Transcript
+from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Caution, Report
 
@@ -26,7 +26,7 @@ def answer_all(
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
     report: Report,
-) -> Iterator[Answer]:
+) -> Iterator[Completion]:
     """Answers requests, `batch_size` at a time, in any order.
 
     When the GPU has no room for so many rows, half as many are tried.
@@ -48,12 +48,13 @@ def answer_all(
     left = {request.index: request for request in requests}
     slots = max(1, min(batch_size, len(requests)))
     while left:
-        transcripts = [
-            Transcript(request, tokenizer, end_ids=end_ids, stop=stop, on_text=on_text) for request in left.values()
+        growing = [
+            GrowingCompletion(request, tokenizer, end_ids=end_ids, stop=stop, on_text=on_text)
+            for request in left.values()
         ]
         try:
             capacity = max(len(request.ids) + request.max_new_tokens for request in left.values())
-            for answer in _run(transcripts, open_decoder(slots, capacity), slots, seed):
+            for answer in _run(growing, open_decoder(slots, capacity), slots, seed):
                 del left[answer.index]
                 yield answer
         except torch.OutOfMemoryError as error:
@@ -66,13 +67,13 @@ def answer_all(
             report(Caution(f"The GPU has no room for so many rows; going on with {slots}."))
 
 
-def _run(transcripts: Sequence[Transcript], decoder: Decoder, slots: int, seed: int) -> Iterator[Answer]:
-    waiting = deque(sorted(transcripts, key=lambda t: -len(t.request.ids)))  # the longest first: no surprise at the end
-    running: list[Transcript | None] = [None] * slots
-    flying: deque[tuple[Pending, list[Transcript | None]]] = deque()  # what the device is at, oldest first
+def _run(growing: Sequence[GrowingCompletion], decoder: Decoder, slots: int, seed: int) -> Iterator[Completion]:
+    waiting = deque(sorted(growing, key=lambda t: -len(t.request.ids)))  # the longest first: no surprise at the end
+    running: list[GrowingCompletion | None] = [None] * slots
+    flying: deque[tuple[Pending, list[GrowingCompletion | None]]] = deque()  # what the device is at, oldest first
     ahead = 1 if decoder.device.type == "cuda" else 0  # steps launched before the last one's tokens are read
 
-    def launch(pending: Pending, owners: list[Transcript | None]) -> None:
+    def launch(pending: Pending, owners: list[GrowingCompletion | None]) -> None:
         flying.append((pending, owners))
         for owner in owners:
             if owner is not None:
@@ -87,14 +88,14 @@ def _run(transcripts: Sequence[Transcript], decoder: Decoder, slots: int, seed: 
         if waiting and (len(free) == slots or len(free) * REFILL_SHARE >= slots):
             fill = free[: len(waiting)]
             taken = [waiting.popleft() for _ in fill]
-            for slot, transcript in zip(fill, taken, strict=True):
-                running[slot] = transcript
+            for slot, completion in zip(fill, taken, strict=True):
+                running[slot] = completion
             launch(decoder.prefill(fill, [_prompt(t.request, decoder, seed) for t in taken]), [*taken])
         elif any(running):
             launch(decoder.step(), list(running))
         while len(flying) > (ahead if any(running) else 0):
-            pending, told = flying.popleft()
-            for token, owner in zip(pending.wait(), told, strict=True):
+            pending, reported = flying.popleft()
+            for token, owner in zip(pending.wait(), reported, strict=True):
                 if owner is not None and owner.finish is None and owner.push(token):
                     if owner in running:
                         slot = running.index(owner)

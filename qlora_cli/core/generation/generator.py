@@ -12,7 +12,7 @@ from qlora_cli.core.decoding.decoder import Decoder, underlying_model, why_not_s
 from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.continuous_batching import answer_all
 from qlora_cli.core.generation.hf_generate import answer_plainly
-from qlora_cli.core.generation.requests import Answer, Request
+from qlora_cli.core.generation.requests import Completion, Request
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, PlainTemplate, RowFormatter
 from qlora_cli.errors import DataError
@@ -69,7 +69,7 @@ def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]
     return found | ({closing} if closing is not None else set())
 
 
-class Answerer:
+class Generator:
     """Answers prompts with one model, under one way of sampling.
 
     Args:
@@ -97,10 +97,10 @@ class Answerer:
         if self._fast is None:
             held = "unpacked" if self._unpacked else "packed"
             return f"own steps, one forward a token, weights {held}"
-        obstacle = getattr(self._decoder, "obstacle", None)
-        how = "CUDA graphs" if obstacle is None else f"steps launched one by one (not captured: {obstacle})"
+        reason = getattr(self._decoder, "obstacle", None)
+        how = "CUDA graphs" if reason is None else f"steps launched one by one (not captured: {reason})"
         uncaptured = getattr(getattr(self._decoder, "prompts", None), "obstacle", None)
-        if obstacle is None and uncaptured is not None:
+        if reason is None and uncaptured is not None:
             how += f" (prompts launched one by one, not captured: {uncaptured})"
         return f"{how} over fused kernels: {self._fast.describe()}"
 
@@ -139,7 +139,7 @@ class Answerer:
         end_ids: Collection[int],
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Completion]:
         """Answers requests in any order; see `answer_all`."""
         if self._reason is not None:
             model = underlying_model(self.model)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from qlora_cli.core.decoding.sampling import NOT_A_NUMBER, Sampling, choose_tokens, draw_uniforms
-from qlora_cli.core.generation.requests import Answer, Request, Transcript, not_a_number
+from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request, not_a_number
 
 
 def answer_plainly(
@@ -28,7 +28,7 @@ def answer_plainly(
     end_ids: Collection[int],
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
-) -> Iterator[Answer]:
+) -> Iterator[Completion]:
     """Answers requests in batches of like lengths, padded on the left; a batch ends with its longest answer.
 
     Args:
@@ -49,7 +49,7 @@ def answer_plainly(
     ordered = sorted(requests, key=lambda request: -len(request.ids))
     for at in range(0, len(ordered), batch_size):
         batch = ordered[at : at + batch_size]
-        transcripts = [Transcript(r, tokenizer, end_ids=end_ids, stop=stop, on_text=on_text) for r in batch]
+        growing = [GrowingCompletion(r, tokenizer, end_ids=end_ids, stop=stop, on_text=on_text) for r in batch]
         longest = max(len(request.ids) for request in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -72,9 +72,9 @@ def answer_plainly(
                 attention_mask=mask.to(device),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([_Choice(batch, sampling, seed, device)]),
-                stopping_criteria=StoppingCriteriaList([_Listener(transcripts)]),
+                stopping_criteria=StoppingCriteriaList([_Listener(growing)]),
             )
-        yield from (transcript.answer() for transcript in transcripts)
+        yield from (completion.answer() for completion in growing)
 
 
 class _Choice(LogitsProcessor):
@@ -110,12 +110,12 @@ class _Choice(LogitsProcessor):
 class _Listener(StoppingCriteria):
     """Hands each new token to its transcript and tells which rows are finished."""
 
-    def __init__(self, transcripts: Sequence[Transcript]) -> None:
-        self.transcripts = transcripts
+    def __init__(self, growing: Sequence[GrowingCompletion]) -> None:
+        self.growing = growing
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        for token, transcript in zip(input_ids[:, -1].tolist(), self.transcripts, strict=True):
-            if transcript.finish is None:
-                transcript.push(token)
-        done = [transcript.finish is not None for transcript in self.transcripts]
+        for token, completion in zip(input_ids[:, -1].tolist(), self.growing, strict=True):
+            if completion.finish is None:
+                completion.push(token)
+        done = [completion.finish is not None for completion in self.growing]
         return torch.tensor(done, device=input_ids.device)

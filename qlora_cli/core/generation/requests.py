@@ -31,7 +31,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """A finished answer; `ids` are its tokens without the one that ended it."""
 
     index: int
@@ -48,7 +48,7 @@ def not_a_number() -> ModelError:
     )
 
 
-class Transcript:
+class GrowingCompletion:
     """An answer while it grows.
 
     Args:
@@ -106,8 +106,8 @@ class Transcript:
         if piece and self._on_text is not None:
             self._on_text(self.request.index, piece)
 
-    def answer(self) -> Answer:
+    def answer(self) -> Completion:
         """The finished answer."""
         assert self.finish is not None
         request = self.request
-        return Answer(request.index, self._stream.text, tuple(self._ids), self.finish, len(request.ids))
+        return Completion(request.index, self._stream.text, tuple(self._ids), self.finish, len(request.ids))

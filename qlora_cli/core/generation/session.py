@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.core.decoding.sampling import Sampling
-from qlora_cli.core.generation.generator import Answerer, context_length, find_end_ids, make_request
-from qlora_cli.core.generation.requests import Answer, Request
-from qlora_cli.core.models.adapter_record import AdapterSource, read_merge_record, read_source
+from qlora_cli.core.generation.generator import Generator, context_length, find_end_ids, make_request
+from qlora_cli.core.generation.requests import Completion, Request
+from qlora_cli.core.models.adapter_record import AdapterRecord, read_merge_record, read_source
 from qlora_cli.core.models.loading import (
     identify_base,
     load_base,
@@ -64,7 +64,7 @@ class AnswerSettings:
                 raise UsageError(f"--{flag} is {value} and has to be 1 or more.", f"Change --{flag}.")
 
 
-class Speaker:
+class GenerationSession:
     """Loads the base when the first answer is asked for, and each adapter when it first speaks.
 
     An adapter goes by its directory; None is the bare base.
@@ -81,11 +81,11 @@ class Speaker:
         self.context = context_length(config)
         self.tokenizer = load_tokenizer(base.model, base.revision, trust_remote_code=base.trust_remote_code)
         _, self._merged_formatting = read_merge_record(resolve_model(base.model, base.revision, weights=False))
-        self._sources: dict[str, AdapterSource] = {}
+        self._sources: dict[str, AdapterRecord] = {}
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
-        self._answerer: Answerer | None = None
+        self._generator: Generator | None = None
 
-    def source(self, adapter: str) -> AdapterSource:
+    def source(self, adapter: str) -> AdapterRecord:
         """What an adapter says of itself, its base compared with this one.
 
         Raises:
@@ -131,11 +131,11 @@ class Speaker:
     @property
     def path(self) -> str | None:
         """How answers are decoded, once the model is loaded."""
-        return self._answerer.path if self._answerer is not None else None
+        return self._generator.path if self._generator is not None else None
 
-    def open(self) -> Answerer:
+    def open(self) -> Generator:
         """The loaded model."""
-        if self._answerer is None:
+        if self._generator is None:
             base = self.base
             model: PreTrainedModel
             if base.quant_type is None:
@@ -159,24 +159,24 @@ class Speaker:
                     cache=base.cache,
                     report=self.report,
                 )
-            self._answerer = Answerer(
+            self._generator = Generator(
                 model,
                 self.tokenizer,
                 sampling=self.settings.sampling,
                 engine=self.settings.engine,
                 report=self.report,
             )
-        return self._answerer
+        return self._generator
 
-    def select(self, adapter: str | None) -> Answerer:
+    def select(self, adapter: str | None) -> Generator:
         """The loaded model with an adapter in effect."""
-        answerer = self.open()
+        generator = self.open()
         if adapter is not None and adapter not in self._names:
             source, name = self.source(adapter), f"adapter{len(self._names)}"
-            answerer.model = load_adapter(answerer.model, source.directory, name=name)
+            generator.model = load_adapter(generator.model, source.directory, name=name)
             self._names[adapter] = name
-        answerer.select(None if adapter is None else self._names[adapter])
-        return answerer
+        generator.select(None if adapter is None else self._names[adapter])
+        return generator
 
     def answer(
         self,
@@ -185,14 +185,14 @@ class Speaker:
         on_text: Callable[[int, str], None] | None = None,
         *,
         base: bool = False,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Completion]:
         """Answers requests formatted for an adapter, in any order; `base` then leaves that adapter out."""
-        answerer, settings = self.select(None if base else adapter), self.settings
-        yield from answerer.answer(
+        generator, settings = self.select(None if base else adapter), self.settings
+        yield from generator.answer(
             requests,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            end_ids=find_end_ids(answerer.model, self.tokenizer, self.formatting(adapter)),
+            end_ids=find_end_ids(generator.model, self.tokenizer, self.formatting(adapter)),
             stop=settings.stop,
             on_text=on_text,
         )

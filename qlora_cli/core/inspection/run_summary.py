@@ -16,7 +16,7 @@ from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_lay
 from qlora_cli.core.models.loading import build_empty, load_config
 from qlora_cli.core.models.lora import AdapterFacts, count_parameters, read_adapter
 from qlora_cli.core.planning.model_size import base_name
-from qlora_cli.core.training.state import STATE, Progress, read_progress
+from qlora_cli.core.training.state import STATE, TrainerState, read_trainer_state
 
 SIGNS_OF_A_RUN = (artifacts.ADAPTER_CONFIG, artifacts.RUN_YAML, artifacts.METRICS, artifacts.CHECKPOINTS)
 
@@ -59,7 +59,7 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
         facts["settings"] = yaml.safe_load(settings.read_text(encoding="utf-8"))
     metrics = directory / artifacts.METRICS
     if in_checkpoint or (directory / STATE).is_file():
-        facts |= {"kind": "checkpoint", "progress": _describe_progress(read_progress(directory))}
+        facts |= {"kind": "checkpoint", "progress": _describe_progress(read_trainer_state(directory))}
     elif metrics.is_file():
         facts["progress"] = summarise_metrics(metrics.read_text(encoding="utf-8").splitlines())
     checkpoints = directory / artifacts.CHECKPOINTS
@@ -77,7 +77,7 @@ def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
     return [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output merged"]
 
 
-def _describe_progress(progress: Progress) -> dict[str, Any]:
+def _describe_progress(progress: TrainerState) -> dict[str, Any]:
     """How far a checkpoint's run had come, in the words of `summarise_metrics`."""
     return {
         "steps": progress.step,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_cli.core.merge.delta import Change
+from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.storage.safetensors_file import TensorFile
 
 RowsOf = Callable[[int, int], torch.Tensor]  # (start, stop) → (stop - start, columns) float32
@@ -13,7 +13,7 @@ RowsOf = Callable[[int, int], torch.Tensor]  # (start, stop) → (stop - start, 
 
 @dataclass(frozen=True)
 class Factors:
-    """A change with its tensors in float32; shapes as in `Change`."""
+    """A change with its tensors in float32; shapes as in `WeightDelta`."""
 
     scaling: float
     a: torch.Tensor | None
@@ -24,7 +24,7 @@ class Factors:
     embedding: bool
 
 
-def load_factors(change: Change, adapter: TensorFile, device: torch.device) -> Factors:
+def load_factors(change: WeightDelta, adapter: TensorFile, device: torch.device) -> Factors:
     """Reads the tensors of one change of a weight."""
 
     def read(name: str | None) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.core.merge.plan import main_dtype
-from qlora_cli.core.models.adapter_record import AdapterSource
+from qlora_cli.core.models.adapter_record import AdapterRecord
 from qlora_cli.core.models.loading import DTYPES, BaseIdentity, build_empty, identify_base, load_config, resolve_model
 from qlora_cli.core.storage.safetensors_file import TensorFile, checkpoint_files
 from qlora_cli.errors import ModelError
@@ -34,7 +34,7 @@ class Base:
 
 
 def find_base(
-    source: AdapterSource, *, model: str | None, revision: str | None, trust_remote_code: bool, report: Report
+    source: AdapterRecord, *, model: str | None, revision: str | None, trust_remote_code: bool, report: Report
 ) -> Base:
     """The base's files and architecture.
 

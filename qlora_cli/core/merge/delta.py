@@ -40,7 +40,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightDelta:
     """What an adapter does to one weight or bias; the fields name tensors of the adapter.
 
     A weight W (out, in) becomes, in this order: `replacement`; W + scaling * B @ A; for DoRA, its rows scaled to
@@ -60,7 +60,7 @@ class Change:
 
 def read_changes(
     facts: AdapterFacts, model: PreTrainedModel, rename: Callable[[str], tuple[str, bool]]
-) -> dict[str, Change]:
+) -> dict[str, WeightDelta]:
     """What an adapter changes, by the parameter's name in the model.
 
     Args:
@@ -73,7 +73,7 @@ def read_changes(
             that is more than scaling * B @ A.
     """
     _refuse_other_kinds(facts.config)
-    state, changes = model.state_dict(), dict[str, Change]()
+    state, changes = model.state_dict(), dict[str, WeightDelta]()
     strangers = []
     for name in facts.tensors:
         match = PART.fullmatch(name.removeprefix(PREFIX))
@@ -96,7 +96,7 @@ def read_changes(
         if kind == "rows":
             update["token_indices"] = _token_indices(facts.config, module)
         embedding = isinstance(model.get_submodule(module), nn.Embedding)
-        changes[parameter] = replace(changes.get(parameter, Change(embedding=embedding)), **update)
+        changes[parameter] = replace(changes.get(parameter, WeightDelta(embedding=embedding)), **update)
     if strangers:
         raise AdapterError(
             f"{len(strangers)} of the adapter's tensors belong to no module of this {model.config.model_type} base, "
@@ -138,7 +138,7 @@ def _token_indices(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def _check_shapes(facts: AdapterFacts, model: PreTrainedModel, changes: Mapping[str, Change]) -> None:
+def _check_shapes(facts: AdapterFacts, model: PreTrainedModel, changes: Mapping[str, WeightDelta]) -> None:
     """Collects every tensor of a wrong shape, then raises once."""
     state = model.state_dict()
     wrong: list[tuple[str | None, object, tuple[int, ...]]] = []

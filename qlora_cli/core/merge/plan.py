@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.merge.arithmetic import RowsOf, load_factors, merge_rows
-from qlora_cli.core.merge.delta import Change
+from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.nf4_rounding import ROWS_ELEMENTS, restored_rows
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.loading import BLOCK_SIZE, NESTED_BLOCK_SIZE, dtype_name, linear_names, pack_weight
@@ -103,7 +103,7 @@ def plan_merge(
     files: Sequence[TensorFile],
     names: Mapping[str, str],
     model: PreTrainedModel,
-    changes: Mapping[str, Change],
+    changes: Mapping[str, WeightDelta],
     adapter: TensorFile,
     arithmetic: Arithmetic,
     *,
@@ -133,7 +133,7 @@ class _Planner:
         files: Sequence[TensorFile],
         names: Mapping[str, str],
         model: PreTrainedModel,
-        changes: Mapping[str, Change],
+        changes: Mapping[str, WeightDelta],
         adapter: TensorFile,
         arithmetic: Arithmetic,
     ) -> None:
@@ -188,7 +188,7 @@ class _Planner:
         self, file: TensorFile, source: Entry, output_name: str, parameter: str | None
     ) -> tuple[list[tuple[str, torch.dtype, tuple[int, ...]]], Task]:
         """The output tensors made from one tensor of the base, and the work."""
-        change = self.changes.get(parameter, Change()) if parameter else Change()
+        change = self.changes.get(parameter, WeightDelta()) if parameter else WeightDelta()
         linear, a = parameter in self.linears, self.arithmetic
         ours = linear or parameter in self.changes or source.dtype == self.main_dtype
         dtype = a.dtype if ours and source.dtype.is_floating_point else source.dtype
@@ -230,7 +230,7 @@ class _Planner:
             yield name, buffer
 
     def _merge_bias(
-        self, file: TensorFile, source: Entry, name: str, change: Change, dtype: torch.dtype
+        self, file: TensorFile, source: Entry, name: str, change: WeightDelta, dtype: torch.dtype
     ) -> Iterator[Piece]:
         assert change.added
         added = self.adapter.read(change.added).float()
@@ -240,7 +240,7 @@ class _Planner:
         self,
         file: TensorFile,
         source: Entry,
-        change: Change,
+        change: WeightDelta,
         dtype: torch.dtype,
         *,
         restore: bool,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
 from qlora_cli.config import TrainConfig
-from qlora_cli.config_file import read_recipe
+from qlora_cli.config_file import read_config_file
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.split import RowSubset, hold_out
 from qlora_cli.core.merge.compare_models import Row
@@ -48,7 +48,7 @@ def find_rows(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Iterat
         return (_whole(tokenizer(text)["input_ids"]) for text in TEXTS), "of a built-in text"
     settings: dict[str, Any] = {}
     if (run_of(adapter) / RUN_YAML).is_file():
-        settings = read_recipe(run_of(adapter) / RUN_YAML, TrainConfig)
+        settings = read_config_file(run_of(adapter) / RUN_YAML, TrainConfig)
     run = TrainConfig(**settings)
     trained, held = hold_out(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
     if held.lengths.sum() >= LEAST_TOKENS:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.core.merge.delta import Change
+from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.storage.safetensors_file import TensorFile
 from qlora_cli.errors import AdapterError
 
@@ -24,7 +24,7 @@ class Tying:
         vocabulary: New number of embedding rows, None where it stays.
     """
 
-    changes: Mapping[str, Change]
+    changes: Mapping[str, WeightDelta]
     borrowed: Mapping[str, str]
     untied: bool
     vocabulary: int | None
@@ -40,7 +40,7 @@ def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
 def settle_tying(
     model: PreTrainedModel,
     names: Mapping[str, str],
-    changes: Mapping[str, Change],
+    changes: Mapping[str, WeightDelta],
     adapter: TensorFile,
     *,
     keep_tied: bool,
@@ -77,7 +77,7 @@ def settle_tying(
     return Tying(changes, borrowed, True, vocabulary)
 
 
-def _same_replacement(first: Change | None, second: Change | None, adapter: TensorFile) -> bool:
+def _same_replacement(first: WeightDelta | None, second: WeightDelta | None, adapter: TensorFile) -> bool:
     """Whether both are replaced by equal tensors: PEFT saves both ends of tied embeddings that were resized."""
     if not first or not second or not first.replacement or not second.replacement:
         return False
@@ -91,7 +91,7 @@ def _same_replacement(first: Change | None, second: Change | None, adapter: Tens
 
 
 def _check_vocabulary(
-    model: PreTrainedModel, changes: Mapping[str, Change], adapter: TensorFile, inputs: str, head: str | None
+    model: PreTrainedModel, changes: Mapping[str, WeightDelta], adapter: TensorFile, inputs: str, head: str | None
 ) -> int | None:
     state = model.state_dict(keep_vars=True)
 

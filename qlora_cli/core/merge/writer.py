@@ -215,13 +215,13 @@ class _Progress:
 
     def __init__(self, task: str, total_bytes: int, report: Report) -> None:
         self._task, self._total, self._report = task, total_bytes, report
-        self._done, self._told, self._lock = 0, -1, threading.Lock()
+        self._done, self._reported, self._lock = 0, -1, threading.Lock()
 
     def add(self, count: int) -> None:
         with self._lock:
             self._done += count
 
     def tell(self) -> None:
-        if self._done != self._told:
-            self._told = self._done
-            self._report(Progress(self._task, self._told, self._total, unit="bytes"))
+        if self._done != self._reported:
+            self._reported = self._done
+            self._report(Progress(self._task, self._reported, self._total, unit="bytes"))

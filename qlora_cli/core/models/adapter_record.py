@@ -11,7 +11,7 @@ from qlora_cli.errors import AdapterError
 
 
 @dataclass(frozen=True)
-class AdapterSource:
+class AdapterRecord:
     """An adapter, and what its run recorded where it did."""
 
     directory: Path
@@ -50,7 +50,7 @@ class AdapterSource:
                 )
 
 
-def read_source(directory: Path) -> AdapterSource:
+def read_source(directory: Path) -> AdapterRecord:
     """What an adapter says of itself.
 
     Raises:
@@ -60,7 +60,7 @@ def read_source(directory: Path) -> AdapterSource:
     facts = read_adapter(directory)
     record = find_run_record(directory)
     base, formatting = record.get("base"), record.get("formatting")
-    return AdapterSource(
+    return AdapterRecord(
         directory,
         facts.base_model,
         BaseIdentity.from_dict(base) if base else None,

@@ -33,7 +33,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_cli.artifacts import MERGE_RECORD
-from qlora_cli.core.distributed.weight_shards import Slices
+from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models.quantized_cache import restore_base, save_base
 from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Notice, Report
@@ -313,7 +313,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 class _FourBitConfig(BitsAndBytesConfig):
     """BitsAndBytesConfig that selects the quantizer below, which may keep a share of each weight only."""
 
-    def __init__(self, slices: Slices | None = None, **arguments: Any) -> None:
+    def __init__(self, slices: WeightShards | None = None, **arguments: Any) -> None:
         super().__init__(load_in_4bit=True, **arguments)
         self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
         self.slices = slices
@@ -385,7 +385,7 @@ def load_base(
     device: torch.device,
     trust_remote_code: bool = False,
     cache: bool = True,
-    slices: Slices | None = None,
+    slices: WeightShards | None = None,
     report: Report | None = None,
 ) -> tuple[PreTrainedModel, BaseIdentity]:
     """Loads a causal language model frozen, every linear layer but the output head in 4 bits.
@@ -402,7 +402,7 @@ def load_base(
         device: Where it goes.
         trust_remote_code: Run the model's own code; needs a pinned revision.
         cache: Reuse and write the local cache of quantised bases.
-        slices: Keep this rank's share of each 4-bit weight only, for `engine_sharding.spread`; all ranks load at once.
+        slices: Keep this rank's share of each 4-bit weight only, for `engine.fsdp.shard_base`; all ranks load at once.
         report: Receives progress.
 
     Returns:
@@ -433,7 +433,9 @@ def load_base(
             base.config.dtype = compute_dtype
             return freeze_base(base), identity
     if slices is not None and stored is not None:
-        raise ModelError(f"{model} is stored in 4 bits, which cannot be spread.", "Give --model the 16-bit checkpoint.")
+        raise ModelError(
+            f"{model} is stored in 4 bits, which cannot be sharded.", "Give --model the 16-bit checkpoint."
+        )
     quantization = _FourBitConfig(
         slices=slices,
         bnb_4bit_quant_type=quant_type,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qlora_cli.artifacts import atomic_directory, read_json
-from qlora_cli.core.distributed.weight_shards import Slices
+from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.storage import hashed_file as hashed_tensors
 from qlora_cli.core.storage.hashed_file import HashedFile, write_tensors
 from qlora_cli.errors import DiskFull, QloraError, RunError
@@ -60,7 +60,9 @@ def cache_size_bytes() -> int:
 # ---------------------------------------------------------------- writing
 
 
-def save_base(model: Any, facts: Mapping[str, Any], report: Report | None = None, slices: Slices | None = None) -> None:
+def save_base(
+    model: Any, facts: Mapping[str, Any], report: Report | None = None, slices: WeightShards | None = None
+) -> None:
     """Keeps a copy of a quantised base, unless there is one or the disk is short.
 
     Args:
@@ -74,7 +76,7 @@ def save_base(model: Any, facts: Mapping[str, Any], report: Report | None = None
     shapes = {name: _whole_shape(model, name, tensor) if slices else tensor for name, tensor in _tensors_of(model)}
     wanted = is_main and not directory.exists() and _has_room(directory.parent, shapes.values(), report)
     if slices:
-        wanted = bool(slices.ranks.highest(int(wanted), model.device))
+        wanted = bool(slices.ranks.all_reduce_max(int(wanted), model.device))
     if not wanted:
         return
     values = (
@@ -140,7 +142,7 @@ def restore_base(
     make_linear: MakeLinear,
     device: torch.device,
     report: Report | None = None,
-    slices: Slices | None = None,
+    slices: WeightShards | None = None,
 ) -> Any | None:
     """The base whose copy is here; None where there is none that can be used.
 
@@ -168,8 +170,8 @@ def restore_base(
         _fill(model, tensors, make_linear)
     except (RunError, OSError, ValueError, KeyError, AttributeError) as error:
         if report:
-            told = error.message if isinstance(error, QloraError) else str(error)
-            report(Caution(f"The copy of the quantised base in {directory} is made anew: {told}"))
+            reported = error.message if isinstance(error, QloraError) else str(error)
+            report(Caution(f"The copy of the quantised base in {directory} is made anew: {reported}"))
         error.__traceback__ = None  # it holds what was read, on the device that is about to be filled again
         shutil.rmtree(directory, ignore_errors=True)
         return None
@@ -179,7 +181,9 @@ def restore_base(
     return model
 
 
-def _read(path: Path, manifest: Mapping[str, Any], device: torch.device, slices: Slices | None) -> dict[str, Tensor]:
+def _read(
+    path: Path, manifest: Mapping[str, Any], device: torch.device, slices: WeightShards | None
+) -> dict[str, Tensor]:
     """Every tensor of the file, verified, on the device.
 
     Raises:
@@ -187,10 +191,10 @@ def _read(path: Path, manifest: Mapping[str, Any], device: torch.device, slices:
     """
     with HashedFile(path, manifest["sha256"], int(manifest["hashed_bytes"])) as file:
         packed = {name.split(f".{FOUR_BIT}")[0] for name in file.entries if f".weight.{FOUR_BIT}" in name}
-        spread = {name for weight in packed for name in (weight, f"{weight}.absmax")} if slices else set()
+        sharded = {name for weight in packed for name in (weight, f"{weight}.absmax")} if slices else set()
         tensors, parts = {}, []
         for name, entry in file.entries.items():
-            if slices and name in spread:
+            if slices and name in sharded:
                 elements = entry.shape.numel()
                 first, last = slices.bounds(elements)
                 tensors[name] = slices.blank(elements, entry.dtype, device)

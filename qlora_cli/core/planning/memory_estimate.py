@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_cli.core.decoding.decoder import PREFILL_TOKENS
 from qlora_cli.core.planning.activation_trace import LayerTrace, ModelTrace
-from qlora_cli.core.planning.model_profile import ModelFacts
+from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS
 from qlora_cli.core.training.optimizer import state_bytes
 
@@ -26,7 +26,7 @@ ALLOCATOR_SHARE = 0.003
 # measured as what is left on a model of 0.6 GB.
 CUBLAS_BYTES = 90 * 2**20
 PROCESS_BYTES = 3 * 2**30  # host memory of Python with PyTorch, transformers and CUDA's libraries
-GATHERED_LAYERS = 4  # of a spread base: the one that computes and the next, each as it arrives and as it is used
+GATHERED_LAYERS = 4  # of a sharded base: the one that computes and the next, each as it arrives and as it is used
 SHARD_BYTES = 5 * 10**9  # of a checkpoint on the hub, at most
 MERGED_AT_ONCE = 16  # weights that `qlora merge` holds, one a core
 MERGE_DEVICE_BYTES = (
@@ -35,7 +35,7 @@ MERGE_DEVICE_BYTES = (
 
 
 @dataclass(frozen=True)
-class StepSettings:
+class ResolvedStep:
     """What decides the memory of a training step, all resolved."""
 
     tokens: int  # most in a micro-batch
@@ -49,7 +49,7 @@ class StepSettings:
     compiled: bool
     workspace_bytes: int | None = None  # most of a weight dequantised at once; None for whole weights
     on_cuda: bool = True
-    shards: int = 1  # cards that the base is spread over
+    shards: int = 1  # cards that the base is sharded over
     shard_offload: bool = False  # their shares of it wait on the host
 
     def away(self, index: int) -> bool:
@@ -73,7 +73,7 @@ class TrainingMemory:
     paged_bytes: int  # states in managed memory: on the card while it has room, and in no peak that PyTorch reports
     context_bytes: int
     host_bytes: int  # memory of the host beside all that, for each card
-    gathered_bytes: int = 0  # of a base spread over several cards: what is there whole at once
+    gathered_bytes: int = 0  # of a base sharded over several cards: what is there whole at once
 
     @property
     def peak_bytes(self) -> int:
@@ -93,7 +93,7 @@ class TrainingMemory:
         return {"peak_bytes": self.peak_bytes, "device_bytes": self.device_bytes, **asdict(self)}
 
 
-def predict_training(facts: ModelFacts, step: StepSettings) -> TrainingMemory:
+def estimate_training(facts: ModelProfile, step: ResolvedStep) -> TrainingMemory:
     """Memory of training at its highest moment.
 
     Args:
@@ -108,7 +108,7 @@ def predict_training(facts: ModelFacts, step: StepSettings) -> TrainingMemory:
     copies_bytes = trained * facts.itemsize if step.engine == "fast" and facts.itemsize < 4 else 0
     states_bytes = state_bytes(step.optimizer, trained)
     paged = step.on_cuda and step.optimizer.startswith("paged")
-    base_bytes, gathered_bytes, waiting_bytes = _spread_base(facts, step)
+    base_bytes, gathered_bytes, waiting_bytes = _sharded_base(facts, step)
     parts = {
         "base_bytes": base_bytes - facts.embedding_bytes * step.offload_embeddings,
         "gathered_bytes": gathered_bytes,
@@ -133,24 +133,24 @@ def predict_training(facts: ModelFacts, step: StepSettings) -> TrainingMemory:
     )
 
 
-def _spread_base(facts: ModelFacts, step: StepSettings) -> tuple[int, int, int]:
-    """Bytes of the base that a card holds, of what it gathers from the others at once, and of its share of what is spread.
+def _sharded_base(facts: ModelProfile, step: ResolvedStep) -> tuple[int, int, int]:
+    """Bytes of the base that a card holds, of what it gathers from the others at once, and of its share of what is sharded.
 
-    Spread are the 4-bit weights, and embeddings and head where these are two plain tables (core/engine/fsdp.py).
+    Sharded are the 4-bit weights, and embeddings and head where these are two plain tables (core/engine/fsdp.py).
     """
     whole_bytes = facts.footprint.base_bytes
     if step.shards == 1:
         return whole_bytes, 0, 0
     weights_bytes = facts.footprint.quantized_bytes
     table_bytes = facts.embedding_bytes
-    spread_bytes = weights_bytes + 2 * table_bytes
-    share_bytes = -(-spread_bytes // step.shards)
+    sharded_bytes = weights_bytes + 2 * table_bytes
+    share_bytes = -(-sharded_bytes // step.shards)
     gathered_bytes = max(GATHERED_LAYERS * weights_bytes // max(1, facts.layers), 2 * table_bytes)
-    held_bytes = whole_bytes - spread_bytes + (0 if step.shard_offload else share_bytes)
+    held_bytes = whole_bytes - sharded_bytes + (0 if step.shard_offload else share_bytes)
     return held_bytes, gathered_bytes, share_bytes
 
 
-def _moments(trace: ModelTrace, itemsize: int, step: StepSettings) -> Iterator[tuple[str, float, float]]:
+def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[tuple[str, float, float]]:
     """(name, bytes that other layers hold, bytes of the moment itself) of every moment that can be the highest."""
     size, most_scratch = (step.tokens, step.row_tokens), inf if step.workspace_bytes is None else step.workspace_bytes
     below = 0.0  # held on the device by the layers below
@@ -174,7 +174,7 @@ def _moments(trace: ModelTrace, itemsize: int, step: StepSettings) -> Iterator[t
     yield "loss", below + passing, trace.tail.bytes(*size, logits_bytes)
 
 
-def _held(layer: LayerTrace, index: int, step: StepSettings) -> float:
+def _held(layer: LayerTrace, index: int, step: ResolvedStep) -> float:
     """Bytes a layer holds between its forward and its backward pass."""
     if index < step.recomputed_layers:
         chosen = layer.recomputed
@@ -183,7 +183,7 @@ def _held(layer: LayerTrace, index: int, step: StepSettings) -> float:
     return chosen.held.bytes(step.tokens, step.row_tokens)
 
 
-def count_flops(facts: ModelFacts, step: StepSettings) -> float:
+def count_flops(facts: ModelProfile, step: ResolvedStep) -> float:
     """Arithmetic of training on one token, in floating-point operations.
 
     A weight takes 2 in the forward pass and 2 in the backward pass to its input, and 2 more where its layer is
@@ -219,7 +219,7 @@ class GenerationMemory:
         return {"peak_bytes": self.peak_bytes, "device_bytes": device_bytes, **asdict(self)}
 
 
-def predict_generation(facts: ModelFacts, *, rows: int, row_tokens: int) -> GenerationMemory:
+def estimate_generation(facts: ModelProfile, *, rows: int, row_tokens: int) -> GenerationMemory:
     """Memory of answering `rows` prompts at once, prompt and answer `row_tokens` long together."""
     assert facts.trace is not None
     layers = facts.trace.layers
@@ -236,7 +236,7 @@ def predict_generation(facts: ModelFacts, *, rows: int, row_tokens: int) -> Gene
     )
 
 
-def predict_merging(facts: ModelFacts) -> dict[str, Any]:
+def predict_merging(facts: ModelProfile) -> dict[str, Any]:
     """Memory and disk of `qlora merge`, which works tensor by tensor and shard by shard."""
     largest_bytes = max(facts.footprint.quantized_numels, default=0) * 2
     shard_bytes = min(facts.stored_bytes, SHARD_BYTES)
@@ -247,7 +247,7 @@ def predict_merging(facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def predict_disk(facts: ModelFacts, *, optimizer: str, kept_checkpoints: int) -> dict[str, Any]:
+def estimate_disk(facts: ModelProfile, *, optimizer: str, kept_checkpoints: int) -> dict[str, Any]:
     """What training downloads and writes."""
     trained = facts.footprint.trainable_parameters
     checkpoint_bytes = 4 * trained + state_bytes(optimizer, trained)

@@ -14,7 +14,7 @@ from qlora_cli.errors import ModelError
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelProfile:
     """A base with its adapter, as it will be held and run."""
 
     model_type: str
@@ -53,7 +53,7 @@ def gather_facts(
     engine: str,
     trust_remote_code: bool = False,
     followed: bool = True,
-) -> ModelFacts:
+) -> ModelProfile:
     """Builds the model on the meta device, attaches the adapter, counts, and follows one forward pass.
 
     Args:
@@ -91,7 +91,7 @@ def gather_facts(
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
     text_config = config.get_text_config()
     stored = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
-    return ModelFacts(
+    return ModelProfile(
         model_type=config.model_type,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
         footprint=measure_footprint(

@@ -15,12 +15,12 @@ from qlora_cli.core.engine.engine import count_recomputed_layers
 from qlora_cli.core.engine.memory_plan import MARGIN_BYTES, SLICE_BYTES, MemoryPlan, StepNeeds
 from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,
-    StepSettings,
+    ResolvedStep,
     TrainingMemory,
     count_flops,
-    predict_training,
+    estimate_training,
 )
-from qlora_cli.core.planning.model_profile import ModelFacts
+from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.training.optimizer import choose_optimizer
 
 # Beside the measures, whose cost the engine knows, a micro-batch takes a fixed time, that of about so many tokens: it
@@ -29,7 +29,7 @@ FIXED_TOKENS = 500
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StepRequest:
     """What the user asked for; None, or "auto", leaves it to the planner."""
 
     batch_size: int = 1
@@ -44,7 +44,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class MemoryDecision:
     """Settings resolved, in the words of the configuration, and what they take."""
 
     gradient_checkpointing: str  # on, off, or a number of layers
@@ -92,8 +92,8 @@ def read_limit_bytes(vram: str | None, device: torch.device) -> int:
 
 
 def plan_training(
-    facts: ModelFacts,
-    wishes: Wishes,
+    facts: ModelProfile,
+    request: StepRequest,
     *,
     vram_bytes: int | None,
     on_cuda: bool = True,
@@ -101,7 +101,7 @@ def plan_training(
     largest_batch_tokens: int | None = None,
     shards: int = 1,
     shard_offload: bool = False,
-) -> TrainingPlan:
+) -> MemoryDecision:
     """Chooses what was left open, so that training is fastest within the limit.
 
     Micro-batches may be made smaller than asked for: a step's rows stay the same and so does its arithmetic. The engine
@@ -114,7 +114,7 @@ def plan_training(
         on_cuda: Whether a CUDA device is meant; on the CPU nothing is offloaded, and memory is the host's.
         longest_row_tokens: Of the data; by default `max_length`.
         largest_batch_tokens: Tokens of the largest micro-batch of the data; by default batch_size * max_length.
-        shards: Cards that the base is spread over; the plan is of each.
+        shards: Cards that the base is sharded over; the plan is of each.
         shard_offload: Whether their shares of it wait on the host.
 
     Returns:
@@ -124,21 +124,21 @@ def plan_training(
         UsageError: `gradient_checkpointing` is neither a word nor a number.
     """
     device = torch.device("cuda" if on_cuda else "cpu")
-    optimizer = choose_optimizer(wishes.optimizer, device)
-    row_tokens = min(wishes.max_length, longest_row_tokens or wishes.max_length)
-    tokens = max(row_tokens, min(wishes.batch_size * wishes.max_length, largest_batch_tokens or 2**62))
-    recomputed = count_recomputed_layers(wishes.gradient_checkpointing, facts.layers)
-    if not on_cuda and wishes.engine == "fast" and wishes.resident_weights is None:  # as the engine decides it there
+    optimizer = choose_optimizer(request.optimizer, device)
+    row_tokens = min(request.max_length, longest_row_tokens or request.max_length)
+    tokens = max(row_tokens, min(request.batch_size * request.max_length, largest_batch_tokens or 2**62))
+    recomputed = count_recomputed_layers(request.gradient_checkpointing, facts.layers)
+    if not on_cuda and request.engine == "fast" and request.resident_weights is None:  # as the engine decides it there
         dense_bytes = sum(facts.footprint.quantized_numels) * facts.itemsize
-        wishes = replace(wishes, resident_weights=dense_bytes < psutil.virtual_memory().available // 2)
+        request = replace(request, resident_weights=dense_bytes < psutil.virtual_memory().available // 2)
     if facts.trace is None:
-        return TrainingPlan(
-            gradient_checkpointing="on" if recomputed is None else wishes.gradient_checkpointing,
+        return MemoryDecision(
+            gradient_checkpointing="on" if recomputed is None else request.gradient_checkpointing,
             recomputed_layers=recomputed or 0,
             layers=0,
-            offload_activations=bool(wishes.offload_activations),
-            offload_embeddings=bool(wishes.offload_embeddings),
-            resident_weights=bool(wishes.resident_weights),
+            offload_activations=bool(request.offload_activations),
+            offload_embeddings=bool(request.offload_embeddings),
+            resident_weights=bool(request.resident_weights),
             workspace_bytes=None,
             token_budget=tokens,
             optimizer=optimizer,
@@ -147,12 +147,12 @@ def plan_training(
             vram_bytes=vram_bytes,
             fits=None,
         )
-    best: tuple[tuple[bool, float], StepSettings, TrainingMemory] | None = None
+    best: tuple[tuple[bool, float], ResolvedStep, TrainingMemory] | None = None
     if shards > 1:
-        wishes = replace(wishes, offload_embeddings=False, resident_weights=False, compile=bool(wishes.compile))
-    for open_step in _candidates(facts, wishes, tokens, row_tokens, optimizer, on_cuda, vram_bytes is not None):
+        request = replace(request, offload_embeddings=False, resident_weights=False, compile=bool(request.compile))
+    for open_step in _candidates(facts, request, tokens, row_tokens, optimizer, on_cuda, vram_bytes is not None):
         candidate = replace(open_step, shards=shards, shard_offload=shard_offload)
-        taken = _recompute_least(facts, candidate, wishes, vram_bytes)
+        taken = _recompute_least(facts, candidate, request, vram_bytes)
         if taken is None:
             continue
         step, memory = taken
@@ -162,7 +162,7 @@ def plan_training(
             best = rank, step, memory
     assert best is not None
     _, step, memory = best
-    return TrainingPlan(
+    return MemoryDecision(
         gradient_checkpointing={0: "off", facts.layers: "on"}.get(step.recomputed_layers, str(step.recomputed_layers)),
         recomputed_layers=step.recomputed_layers,
         layers=facts.layers,
@@ -180,25 +180,31 @@ def plan_training(
 
 
 def _candidates(
-    facts: ModelFacts, wishes: Wishes, tokens: int, row_tokens: int, optimizer: str, on_cuda: bool, limited: bool
-) -> Iterator[StepSettings]:
+    facts: ModelProfile,
+    request: StepRequest,
+    tokens: int,
+    row_tokens: int,
+    optimizer: str,
+    on_cuda: bool,
+    limited: bool,
+) -> Iterator[ResolvedStep]:
     """Every combination of what is open but for the number of recomputed layers."""
     budgets = [tokens]
     while budgets[-1] > row_tokens:
         budgets.append(max(row_tokens, budgets[-1] // 2))
-    movable = wishes.engine == "fast" and on_cuda
+    movable = request.engine == "fast" and on_cuda
     offers = (
-        _options(wishes.offload_activations, possible=movable, limited=limited),
-        _options(wishes.offload_embeddings, possible=movable and facts.embedding_bytes > 0, limited=limited),
-        _options(wishes.resident_weights, possible=wishes.engine == "fast", limited=limited and on_cuda),
+        _options(request.offload_activations, possible=movable, limited=limited),
+        _options(request.offload_embeddings, possible=movable and facts.embedding_bytes > 0, limited=limited),
+        _options(request.resident_weights, possible=request.engine == "fast", limited=limited and on_cuda),
     )
     for budget, (activations, embeddings, resident) in product(budgets, product(*offers)):
         sliced = movable and limited and not resident and facts.largest_weight_bytes > SLICE_BYTES
         for workspace_bytes in (None, SLICE_BYTES) if sliced else (None,):
-            yield StepSettings(
+            yield ResolvedStep(
                 tokens=budget,
                 row_tokens=row_tokens,
-                engine=wishes.engine,
+                engine=request.engine,
                 optimizer=optimizer,
                 recomputed_layers=0,
                 offload_activations=activations,
@@ -210,36 +216,36 @@ def _candidates(
             )
 
 
-def _options(wish: bool | None, *, possible: bool, limited: bool) -> tuple[bool, ...]:
+def _options(request: bool | None, *, possible: bool, limited: bool) -> tuple[bool, ...]:
     if not possible:
         return (False,)
-    if wish is None:
+    if request is None:
         return (False, True) if limited else (False,)
-    return (wish,)
+    return (request,)
 
 
 def _recompute_least(
-    facts: ModelFacts, step: StepSettings, wishes: Wishes, vram_bytes: int | None
-) -> tuple[StepSettings, TrainingMemory] | None:
+    facts: ModelProfile, step: ResolvedStep, request: StepRequest, vram_bytes: int | None
+) -> tuple[ResolvedStep, TrainingMemory] | None:
     """The step with as many layers recomputed as asked for, or else as few as fit, or all; None for what makes no sense."""
-    wish = count_recomputed_layers(wishes.gradient_checkpointing, facts.layers)
+    wanted_layers = count_recomputed_layers(request.gradient_checkpointing, facts.layers)
     # What layers keep whole takes PCIe longer than the layers take the card: only hidden states travel unasked.
-    least = 1 if step.offload_activations and not wishes.offload_activations else 0
+    least = 1 if step.offload_activations and not request.offload_activations else 0
 
-    def take(layers: int) -> tuple[StepSettings, TrainingMemory]:
+    def take(layers: int) -> tuple[ResolvedStep, TrainingMemory]:
         planned = replace(step, recomputed_layers=layers)
         # Whether it will be compiled depends on the run's length: the larger of the two counts.
-        open_choice = wishes.compile is None and step.on_cuda and step.engine == "fast"
-        modes = (False, True) if open_choice else (bool(wishes.compile) and step.on_cuda,)
+        open_choice = request.compile is None and step.on_cuda and step.engine == "fast"
+        modes = (False, True) if open_choice else (bool(request.compile) and step.on_cuda,)
         # A micro-batch may be laid into a slightly larger shape, for which there is a graph.
         tokens = bucket(step.tokens) if step.on_cuda and step.engine == "fast" else step.tokens
-        memories = [predict_training(facts, replace(planned, compiled=mode, tokens=tokens)) for mode in modes]
+        memories = [estimate_training(facts, replace(planned, compiled=mode, tokens=tokens)) for mode in modes]
         return planned, max(memories, key=lambda memory: memory.device_bytes)
 
-    if wish is None and step.engine == "plain":  # all or none, and on a card all
-        wish = facts.layers if step.on_cuda else 0
-    if wish is not None:
-        return take(wish) if wish >= least else None
+    if wanted_layers is None and step.engine == "plain":  # all or none, and on a card all
+        wanted_layers = facts.layers if step.on_cuda else 0
+    if wanted_layers is not None:
+        return take(wanted_layers) if wanted_layers >= least else None
     if vram_bytes is None:
         return take(least)
     place = bisect_left(range(facts.layers + 1), True, lo=least, key=lambda n: _has_room(take(n)[1], vram_bytes))
@@ -251,7 +257,7 @@ def _has_room(memory: TrainingMemory, vram_bytes: int | None) -> bool:
     return vram_bytes is None or memory.device_bytes + MARGIN_BYTES * (memory.context_bytes > 0) <= vram_bytes
 
 
-def _cost(step: StepSettings, layers: int) -> float:
+def _cost(step: ResolvedStep, layers: int) -> float:
     """Time a token of training takes, 1 for arithmetic alone."""
     measures = MemoryPlan(
         recomputed=step.recomputed_layers,

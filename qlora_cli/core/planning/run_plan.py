@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from qlora_cli.config import InspectConfig, TrainConfig, recorded_fields
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.models.loading import resolve_compute_dtype
-from qlora_cli.core.planning.model_profile import ModelFacts, gather_facts
-from qlora_cli.core.planning.planner import TrainingPlan, Wishes, plan_training, read_limit_bytes
+from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
+from qlora_cli.core.planning.planner import MemoryDecision, StepRequest, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, refuse, suggest_fit, write_train_command
 from qlora_cli.events import Notice, Report
 
@@ -21,14 +21,14 @@ DECIDED = ("optimizer", "gradient_checkpointing", "offload_activations", "offloa
 
 
 @dataclass(frozen=True)
-class RunMemory:
+class RunPlan:
     """What a run will take, and how it keeps within what there is."""
 
-    facts: ModelFacts
-    plan: TrainingPlan
+    facts: ModelProfile
+    plan: MemoryDecision
     largest_tokens: int  # in a micro-batch, as the settings have it
     commands: tuple[str, ...]  # to type instead, where it does not fit
-    spread: bool  # whether the base is spread over the cards
+    sharded: bool  # whether the base is sharded over the cards
 
     @property
     def limit_tokens(self) -> int | None:
@@ -64,7 +64,7 @@ def planned_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return resolve_compute_dtype(config.compute_dtype or elsewhere, device)
 
 
-def gather_run_facts(config: TrainConfig, model_config: PreTrainedConfig, device: torch.device) -> ModelFacts:
+def gather_run_facts(config: TrainConfig, model_config: PreTrainedConfig, device: torch.device) -> ModelProfile:
     """Counts the model with its adapter, and follows its forward pass where memory will be predicted.
 
     Raises:
@@ -86,15 +86,15 @@ def gather_run_facts(config: TrainConfig, model_config: PreTrainedConfig, device
 def plan_run_memory(
     config: TrainConfig,
     model_config: PreTrainedConfig,
-    facts: ModelFacts,
+    facts: ModelProfile,
     *,
     max_length: int,
     lengths: np.ndarray,
     longest: Sequence[Sequence[int]],
     device: torch.device,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     report: Report,
-) -> RunMemory:
+) -> RunPlan:
     """Decides what was left open, before anything is downloaded or loaded. The engine refines it on the device.
 
     Args:
@@ -115,33 +115,33 @@ def plan_run_memory(
     for_card = plan_is_for_card(config, device)
     vram_bytes = None
     if for_card:
-        vram_bytes = -ranks.highest(-read_limit_bytes(config.vram, device), device)
+        vram_bytes = -ranks.all_reduce_max(-read_limit_bytes(config.vram, device), device)
     elif config.vram is not None:
         report(Notice("--vram is about a GPU's memory: there is no GPU here, and the host's is not limited."))
-    wishes = Wishes(
-        **{part.name: getattr(config, part.name) for part in fields(Wishes) if part.name != "max_length"},
+    request = StepRequest(
+        **{part.name: getattr(config, part.name) for part in fields(StepRequest) if part.name != "max_length"},
         max_length=max_length,
     )
     padded = config.engine == "plain"
     sizes = [len(rows) * lengths[rows].max() if padded else lengths[rows].sum() for rows in map(list, longest)]
-    largest_tokens = ranks.highest(int(max(sizes)), device)  # the same decision everywhere
+    largest_tokens = ranks.all_reduce_max(int(max(sizes)), device)  # the same decision everywhere
     data = {"longest_row_tokens": int(lengths.max()), "largest_batch_tokens": largest_tokens}
-    spread = bool(config.shard or config.shard_offload)
+    sharded = bool(config.shard or config.shard_offload)
     in_shares: dict[str, Any] = {"shards": ranks.world_size, "shard_offload": config.shard_offload}
     given: dict[str, Any] = {"vram_bytes": vram_bytes, "on_cuda": for_card, **data}
-    plan = plan_training(facts, wishes, **given, **(in_shares if spread else {}))
-    if plan.fits is False and can_be_spread(config, ranks) and config.shard is None:
-        lean = plan_training(facts, wishes, **given, **in_shares)
+    plan = plan_training(facts, request, **given, **(in_shares if sharded else {}))
+    if plan.fits is False and can_be_sharded(config, ranks) and config.shard is None:
+        lean = plan_training(facts, request, **given, **in_shares)
         if lean.fits:
-            plan, spread = lean, True
-            report(Notice(f"The base is spread over {ranks.world_size} cards: one cannot hold it and a step."))
+            plan, sharded = lean, True
+            report(Notice(f"The base is sharded over {ranks.world_size} cards: one cannot hold it and a step."))
     refused = certainly_too_large(plan) and not config.dry_run
     commands: tuple[str, ...] = ()
     if refused or plan.fits is False:
         assert vram_bytes is not None
         found = suggest_fit(
             facts,
-            wishes,
+            request,
             vram_bytes=vram_bytes,
             rank=config.rank,
             regather=lambda rank: gather_run_facts(replace(config, rank=rank), model_config, device),
@@ -150,17 +150,17 @@ def plan_run_memory(
         commands = write_commands(config, found.changes) if found else ()
     if refused:
         raise refuse(plan, commands)
-    return RunMemory(facts, plan, largest_tokens, commands, spread)
+    return RunPlan(facts, plan, largest_tokens, commands, sharded)
 
 
-def may_be_spread(config: TrainConfig | InspectConfig) -> bool:
+def may_be_sharded(config: TrainConfig | InspectConfig) -> bool:
     """Whether these settings allow a base held in shares, gathered layer by layer as it computes."""
     return config.engine == "fast" and not config.dora and not config.modules_to_save
 
 
-def can_be_spread(config: TrainConfig, ranks: Ranks) -> bool:
+def can_be_sharded(config: TrainConfig, ranks: ProcessGroup) -> bool:
     """Whether there is also more than one card to hold it."""
-    return ranks.world_size > 1 and may_be_spread(config)
+    return ranks.world_size > 1 and may_be_sharded(config)
 
 
 def write_commands(config: TrainConfig, changes: dict[str, Any]) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ def write_commands(config: TrainConfig, changes: dict[str, Any]) -> tuple[str, .
     return prepare, write_train_command(replace(config, prepared=shorter), changes)
 
 
-def resolved_configuration(config: TrainConfig, memory: RunMemory, **known: Any) -> dict[str, Any]:
+def resolved_configuration(config: TrainConfig, memory: RunPlan, **known: Any) -> dict[str, Any]:
     """Every setting that `run.yaml` keeps, with what was left open as decided.
 
     Args:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.planning.model_profile import ModelFacts
-from qlora_cli.core.planning.planner import TrainingPlan, Wishes, plan_training
+from qlora_cli.core.planning.model_profile import ModelProfile
+from qlora_cli.core.planning.planner import MemoryDecision, StepRequest, plan_training
 from qlora_cli.errors import DoesNotFit
 
 CERTAINTY = 1.05  # past so much of the limit a prediction is never wrong (benchmarks/memory.md)
@@ -19,10 +19,10 @@ class Suggestion:
     """Other settings that fit."""
 
     changes: dict[str, Any]  # setting → value, in the words of the configuration
-    plan: TrainingPlan
+    plan: MemoryDecision
 
 
-def certainly_too_large(plan: TrainingPlan) -> bool:
+def certainly_too_large(plan: MemoryDecision) -> bool:
     """Whether the leanest plan is past its limit, the prediction's own error allowed for."""
     return (
         plan.memory is not None
@@ -31,7 +31,7 @@ def certainly_too_large(plan: TrainingPlan) -> bool:
     )
 
 
-def refuse(plan: TrainingPlan, commands: Sequence[str]) -> DoesNotFit:
+def refuse(plan: MemoryDecision, commands: Sequence[str]) -> DoesNotFit:
     """The error for a plan that does not fit, with what to type instead.
 
     Args:
@@ -46,12 +46,12 @@ def refuse(plan: TrainingPlan, commands: Sequence[str]) -> DoesNotFit:
 
 
 def suggest_fit(
-    facts: ModelFacts,
-    wishes: Wishes,
+    facts: ModelProfile,
+    request: StepRequest,
     *,
     vram_bytes: int,
     rank: int,
-    regather: Callable[[int], ModelFacts],
+    regather: Callable[[int], ModelProfile],
     longest_row_tokens: int | None = None,
     largest_batch_tokens: int | None = None,
 ) -> Suggestion | None:
@@ -70,7 +70,7 @@ def suggest_fit(
         None where nothing fits.
     """
     free = replace(
-        wishes,
+        request,
         gradient_checkpointing="auto",
         offload_activations=None,
         offload_embeddings=None,
@@ -79,36 +79,36 @@ def suggest_fit(
     smallest = replace(free, batch_size=1)
     data: Any = {"longest_row_tokens": longest_row_tokens, "largest_batch_tokens": largest_batch_tokens}
     lengths = []
-    length = min(wishes.max_length, longest_row_tokens or wishes.max_length) // 2
+    length = min(request.max_length, longest_row_tokens or request.max_length) // 2
     while length >= SHORTEST_ROW_TOKENS:
         lengths.append(length)
         length //= 2
     for tried in (free, smallest, *(replace(smallest, max_length=length) for length in lengths)):
         plan = plan_training(facts, tried, vram_bytes=vram_bytes, **data)
         if plan.fits:
-            return Suggestion(_changes(wishes, tried, plan), plan)
+            return Suggestion(_changes(request, tried, plan), plan)
     while rank > 1 and lengths:
         rank //= 2
         tried = replace(smallest, max_length=lengths[-1])
         plan = plan_training(regather(rank), tried, vram_bytes=vram_bytes, **data)
         if plan.fits:
-            return Suggestion({**_changes(wishes, tried, plan), "rank": rank}, plan)
+            return Suggestion({**_changes(request, tried, plan), "rank": rank}, plan)
     return None
 
 
-def _changes(wishes: Wishes, tried: Wishes, plan: TrainingPlan) -> dict[str, Any]:
+def _changes(request: StepRequest, tried: StepRequest, plan: MemoryDecision) -> dict[str, Any]:
     """Settings of a plan that differ from the wishes; what was left open counts as off."""
     changes: dict[str, Any] = {
         name: getattr(tried, name)
         for name in ("batch_size", "max_length")
-        if getattr(tried, name) != getattr(wishes, name)
+        if getattr(tried, name) != getattr(request, name)
     }
-    if plan.gradient_checkpointing != wishes.gradient_checkpointing:
+    if plan.gradient_checkpointing != request.gradient_checkpointing:
         changes["gradient_checkpointing"] = plan.gradient_checkpointing
     for name in ("offload_activations", "offload_embeddings"):
-        if getattr(plan, name) != bool(getattr(wishes, name)):
+        if getattr(plan, name) != bool(getattr(request, name)):
             changes[name] = getattr(plan, name)
-    if wishes.resident_weights and not plan.resident_weights:
+    if request.resident_weights and not plan.resident_weights:
         changes["resident_weights"] = False
     return changes
 

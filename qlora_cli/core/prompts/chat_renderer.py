@@ -22,8 +22,10 @@ PROBE = "Certainly-42"  # an answer that no template writes by itself
 # Unicode noncharacters, set aside for use inside a program: they stand for control tokens that somebody typed.
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
-Piece = tuple[str, bool, int]  # text, whether it is a control token of the template, number of the assistant turn or -1
-Laid = tuple[list[Piece], bool]  # a row, and whether only its last turn counts
+RenderedSpan = tuple[
+    str, bool, int
+]  # text, whether it is a control token of the template, number of the assistant turn or -1
+RenderedRow = tuple[list[RenderedSpan], bool]  # a row, and whether only its last turn counts
 Message = dict[str, Any]
 
 
@@ -118,7 +120,7 @@ class ChatRenderer:
 
     def lay_out(
         self, messages: list[Message], tools: list[Any] | None, *, required: str, prompt_only: bool
-    ) -> list[Laid]:
+    ) -> list[RenderedRow]:
         """Renders a conversation and tells the assistant's turns from the rest.
 
         Where a template shows an answer differently once another follows (without its reasoning, mostly), and so
@@ -148,7 +150,7 @@ class ChatRenderer:
         pieces, missing = self._lay_out_row(messages, tools, turns, mark, prompt_only=prompt_only)
         if not missing or required == "none" or (required == "last" and turns[-1] not in missing):
             return [(pieces, False)]
-        rows: list[Laid] = []
+        rows: list[RenderedRow] = []
         for turn in turns if required == "all" else turns[-1:]:
             pieces, missing = self._lay_out_row(
                 messages[: turn + 1], tools, [i for i in turns if i <= turn], mark, prompt_only=False
@@ -161,7 +163,7 @@ class ChatRenderer:
 
     def _lay_out_row(
         self, messages: list[Message], tools: list[Any] | None, turns: list[int], mark: str, *, prompt_only: bool
-    ) -> tuple[list[Piece], set[int]]:
+    ) -> tuple[list[RenderedSpan], set[int]]:
         """One row's pieces, and the turns that were not found."""
         text = self._render(messages, tools, generation=prompt_only)
         spans: list[tuple[int, int, int]] = []
@@ -196,8 +198,8 @@ class ChatRenderer:
         ends_in_control = any(trimmed.endswith(token) for token in self._control_tokens)
         return start, start + len(trimmed) if ends_in_control else end
 
-    def _cut(self, text: str, spans: list[tuple[int, int, int]], typed: re.Pattern[str]) -> list[Piece]:
-        pieces: list[Piece] = []
+    def _cut(self, text: str, spans: list[tuple[int, int, int]], typed: re.Pattern[str]) -> list[RenderedSpan]:
+        pieces: list[RenderedSpan] = []
         at = 0
         for start, end, number in [*spans, (len(text), len(text), -1)]:
             pieces += self._split(text[at:start], -1, typed)
@@ -205,8 +207,8 @@ class ChatRenderer:
             at = end
         return pieces
 
-    def _split(self, text: str, turn: int, typed: re.Pattern[str]) -> list[Piece]:
-        pieces: list[Piece] = []
+    def _split(self, text: str, turn: int, typed: re.Pattern[str]) -> list[RenderedSpan]:
+        pieces: list[RenderedSpan] = []
         at = 0
         for match in self._control.finditer(text):
             if at < match.start():

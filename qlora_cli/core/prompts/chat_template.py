@@ -10,7 +10,7 @@ from multiprocessing import Pipe
 from typing import Any
 
 from qlora_cli.core.prompts import chat_renderer as rendering
-from qlora_cli.core.prompts.chat_renderer import Laid, Message
+from qlora_cli.core.prompts.chat_renderer import Message, RenderedRow
 from qlora_cli.core.prompts.encoder import TokenizerSpec
 from qlora_cli.core.prompts.records import describe_type
 from qlora_cli.errors import DataError
@@ -125,7 +125,7 @@ class ChatProcess:
         *,
         required: str = "none",
         prompt_only: bool = False,
-    ) -> list[list[Laid] | BadConversation]:
+    ) -> list[list[RenderedRow] | BadConversation]:
         """Renders conversations, each to one row or several; those that cannot be come back as the reason why.
 
         Raises:
@@ -136,7 +136,7 @@ class ChatProcess:
         if self._connection.closed:
             self._start()
         self._connection.send([(messages, tools, required, prompt_only) for messages, tools in conversations])
-        rendered: list[list[Laid] | BadConversation] = []
+        rendered: list[list[RenderedRow] | BadConversation] = []
         for _ in conversations:
             kind, answer = self._receive()
             if kind == "dead":

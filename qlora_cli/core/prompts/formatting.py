@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.core.prompts.chat_renderer import Laid, Message, Piece
+from qlora_cli.core.prompts.chat_renderer import Message, RenderedRow, RenderedSpan
 from qlora_cli.core.prompts.chat_template import BadConversation, chat_process, check_messages
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, encoder_of
 from qlora_cli.core.prompts.prompt_template import BadField, PlainTemplate, listed, move_spaces, text_of
@@ -192,7 +192,7 @@ class RowFormatter:
                 rows.append([self._chat_row(pieces, "last" if only_last else train_on) for pieces, only_last in laid])
         return rows
 
-    def _chat_row(self, pieces: list[Piece], train_on: str) -> list[Run]:
+    def _chat_row(self, pieces: list[RenderedSpan], train_on: str) -> list[Run]:
         last = max(turn for _, _, turn in pieces)
         while pieces[-1][2] != last:  # what a template prints after the last answer
             pieces.pop()
@@ -205,7 +205,7 @@ class RowFormatter:
 
     def _render(
         self, records: Sequence[Record], *, train_on: str, prompt_only: bool
-    ) -> list[list[Laid] | BadField | Blank]:
+    ) -> list[list[RenderedRow] | BadField | Blank]:
         reasons: list[BadField | Blank | None] = []
         sent: list[tuple[list[Message], list[Any] | None]] = []
         for record in records:
@@ -237,7 +237,7 @@ class RowFormatter:
         self.unanswered += answers[-1] + 1 < len(messages)
         return messages[: answers[-1] + 1]
 
-    def _runs_of(self, pieces: Sequence[Piece], trained: Callable[[int], bool]) -> list[Run]:
+    def _runs_of(self, pieces: Sequence[RenderedSpan], trained: Callable[[int], bool]) -> list[Run]:
         """Pieces of a rendered chat to runs, one for each stretch of text of the same turn.
 
         Spaces right before an answer go to the answer, as in PlainTemplate.
@@ -266,7 +266,7 @@ class RowFormatter:
         return [*runs, (eos, True)]
 
 
-def _laid(answer: list[Laid] | BadConversation) -> list[Laid] | BadField:
+def _laid(answer: list[RenderedRow] | BadConversation) -> list[RenderedRow] | BadField:
     return BadField(str(answer)) if isinstance(answer, BadConversation) else answer
 
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qlora_cli.artifacts import LOSS_CURVE, METRICS, write_bytes
-from qlora_cli.core.storage.checkpoint import telling_disk_full
+from qlora_cli.core.storage.checkpoint import reporting_disk_full
 from qlora_cli.events import EvaluationLogged, StepLogged
 
 LINE_BYTES = 300
@@ -32,7 +32,7 @@ class MetricsFile:
 
     def write(self, event: StepLogged | EvaluationLogged) -> None:
         """Appends one event."""
-        with telling_disk_full(self.path.parent, LINE_BYTES):
+        with reporting_disk_full(self.path.parent, LINE_BYTES):
             line = (json.dumps(as_metrics(event), allow_nan=False) + "\n").encode()
             while line:  # a disk with little room takes a part first
                 line = line[self.stream.write(line) :]

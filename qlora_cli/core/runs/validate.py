@@ -4,8 +4,8 @@ import importlib.util
 import os
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.distributed.process_group import Ranks
-from qlora_cli.core.planning.run_plan import can_be_spread
+from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.planning.run_plan import can_be_sharded
 from qlora_cli.errors import UsageError
 
 TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
@@ -44,16 +44,16 @@ def check_settings(config: TrainConfig) -> None:
         )
 
 
-def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+def check_ranks(config: TrainConfig, ranks: ProcessGroup) -> None:
     """Checks that the processes started are those asked for.
 
     Raises:
         UsageError: They are not.
     """
-    if (config.shard or config.shard_offload) and not can_be_spread(config, ranks):
+    if (config.shard or config.shard_offload) and not can_be_sharded(config, ranks):
         alone = ranks.world_size == 1
         raise UsageError(
-            "--shard spreads the base over several cards, and one process runs."
+            "--shard shards the base over several cards, and one process runs."
             if alone
             else "--shard takes the fast engine and plain LoRA adapters only.",
             "Add --gpus 2, or leave --shard out." if alone else "Leave out --engine, --dora and --modules-to-save.",

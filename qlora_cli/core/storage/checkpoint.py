@@ -94,7 +94,7 @@ def write_checkpoint(
     target = checkpoint_path(root, step)
     root.mkdir(parents=True, exist_ok=True)
     files: dict[str, int] = {}
-    with telling_disk_full(root, needed_bytes), atomic_directory(target, replace=True) as directory:
+    with reporting_disk_full(root, needed_bytes), atomic_directory(target, replace=True) as directory:
         fill(directory)
         entries = {}
         for path in sorted(directory.iterdir()):
@@ -215,7 +215,7 @@ def require_space(directory: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def telling_disk_full(directory: Path, needed_bytes: int) -> Iterator[None]:
+def reporting_disk_full(directory: Path, needed_bytes: int) -> Iterator[None]:
     """Turns a full disk, in any of the ways libraries report it, into `DiskFull` with the bytes needed.
 
     safetensors and tokenizers hide the system's error number in the text of exceptions of their own.

@@ -11,7 +11,7 @@ from qlora_cli.core.data.packing import MicroBatch, collate
 from qlora_cli.core.data.sampler import split_to_fit
 from qlora_cli.core.data.split import RowSubset
 from qlora_cli.core.device import read_vram
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.gradient_reduction import GradientReduction
@@ -48,7 +48,7 @@ class Accumulation:
         engine: Engine,
         rows: RowSubset,
         parameters: TrainableParameters,
-        ranks: Ranks,
+        ranks: ProcessGroup,
         lockstep: bool = False,
     ) -> None:
         self.engine = engine
@@ -79,10 +79,10 @@ class Accumulation:
         trained = sum(batch.trained_tokens for batch in batches)
         factor: Tensor | float = scale / max(trained, 1)
         if self.ranks.world_size > 1:
-            factor = scale / self.ranks.add_up(torch.tensor(float(trained), device=self.device)).clamp_min(1)
+            factor = scale / self.ranks.all_reduce_sum(torch.tensor(float(trained), device=self.device)).clamp_min(1)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.failed = None
-        idle = self.ranks.highest(len(batches), self.device) - len(batches) if self.lockstep else 0
+        idle = self.ranks.all_reduce_max(len(batches), self.device) - len(batches) if self.lockstep else 0
         for number, batch in enumerate(batches, start=1):
             if number == len(batches) + idle:
                 self.reduction.arm()
@@ -96,7 +96,7 @@ class Accumulation:
         self.reduction.finish()
         tokens = sum(batch.tokens for batch in batches)
         counts = torch.tensor([trained, tokens, self.failed is not None, stopping, *self._card()], dtype=torch.float64)
-        sums = self.ranks.add_up(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))
+        sums = self.ranks.all_reduce_sum(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))
         return torch.cat([self.parameters.gradient_norm().double()[None], sums])
 
     def _accompany(self, loss: Tensor) -> None:
@@ -132,10 +132,10 @@ class Accumulation:
         free_memory(self.device)
         return False
 
-    def relieve(self) -> bool:
+    def reduce_memory(self) -> bool:
         """Has the engine give up speed for memory where that ran out; False where some rank has nothing to give up."""
-        stuck = self.failed is not None and not self.engine.relieve()
-        return not self.ranks.highest(int(stuck), self.device)
+        stuck = self.failed is not None and not self.engine.reduce_memory()
+        return not self.ranks.all_reduce_max(int(stuck), self.device)
 
     def halved_limit(self, where: str) -> int:
         """Tokens that a micro-batch may hold after memory ran out, on all ranks.
@@ -145,12 +145,12 @@ class Accumulation:
         """
         failed_tokens = self.failed.tokens if self.failed else 0
         single_tokens = failed_tokens if self.failed and len(self.failed.row_indices) == 1 else 0
-        if tokens := self.ranks.highest(single_tokens, self.device):
+        if tokens := self.ranks.all_reduce_max(single_tokens, self.device):
             raise TrainingError(
                 f"There is not enough memory {where}, for a single row of {tokens:,} tokens.",
                 "Lower --max-length, or use --gradient-checkpointing on.",
             )
-        return self.ranks.highest(failed_tokens, self.device) // 2
+        return self.ranks.all_reduce_max(failed_tokens, self.device) // 2
 
     def try_out(self, micro_batches: Iterable[list[int]], limit_tokens: int | None, reserve_bytes: int) -> int | None:
         """Runs micro-batches forward and backward and forgets them, with room kept for `reserve_bytes` more.
@@ -171,7 +171,7 @@ class Accumulation:
                 del reserved  # stays with the allocator, where the optimizer's state will find it
                 if not sums.out_of_memory:
                     break
-                if not self.relieve():
+                if not self.reduce_memory():
                     limit_tokens = self.halved_limit("for the longest rows")
         self.parameters.zero_gradients()
         return limit_tokens

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.data.packing import split_micro_batch
-from qlora_cli.core.data.sampler import StepPlan
+from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.data.split import RowSubset
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.training.accumulation import free_memory, is_out_of_memory, read_batch
 from qlora_cli.core.training.rng_state import undisturbed_random_state
@@ -19,10 +19,10 @@ def measure_loss(
     model: nn.Module,
     engine: Engine,
     rows: RowSubset,
-    plan: StepPlan,
+    plan: BatchSampler,
     *,
     device: torch.device,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     stopping: Callable[[], bool],
     lockstep: bool = False,
 ) -> float | None:
@@ -52,13 +52,13 @@ def measure_loss(
                 batches = plan.step(number).micro_batches
                 for indices in batches:
                     _add_loss(engine, rows, indices, sums, lockstep)
-                for _ in range(ranks.highest(len(batches), device) - len(batches) if lockstep else 0):
+                for _ in range(ranks.all_reduce_max(len(batches), device) - len(batches) if lockstep else 0):
                     engine.loss(read_batch(rows, [0], device))  # counts nothing
                 if stopping():
                     return None
     finally:
         model.train()
-    loss_sum, trained = ranks.add_up(sums).tolist()
+    loss_sum, trained = ranks.all_reduce_sum(sums).tolist()
     return loss_sum / max(trained, 1)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.training.flat_parameters import Buffer, TrainableParameters
 
 BUCKET_BYTES = 25 * 2**20
@@ -29,7 +29,7 @@ class GradientReduction:
         bucket_bytes: About how much is sent at once.
     """
 
-    def __init__(self, parameters: TrainableParameters, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, parameters: TrainableParameters, ranks: ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.ranks = ranks
         self.buckets: list[Tensor] = []  # in the order in which they go
         self.sizes: list[int] = []  # parameters in each

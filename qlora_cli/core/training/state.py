@@ -23,7 +23,7 @@ REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_TENSORS, RANDOM_TEN
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """How far a run has come: plain numbers, saved as JSON."""
 
     step: int = 0  # optimizer steps taken, which is also the position in the data
@@ -39,7 +39,7 @@ class Progress:
     loss_scale: LossScale = field(default_factory=LossScale)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Progress":
+    def from_dict(cls, content: dict[str, Any]) -> "TrainerState":
         """Reads what `dataclasses.asdict` gave."""
         return cls(**{**content, "loss_scale": LossScale(**content["loss_scale"])})
 
@@ -50,7 +50,7 @@ def write_state(
     save_adapter: Callable[[Path], None],
     parameters: TrainableParameters,
     optimizer: Optimizer,
-    progress: Progress,
+    progress: TrainerState,
     random_states: list[RandomState],
 ) -> None:
     """Writes the files of a checkpoint, which is a PEFT adapter too.
@@ -77,14 +77,14 @@ def write_state(
     write_json(directory / STATE, content)
 
 
-def read_progress(directory: Path) -> Progress:
+def read_trainer_state(directory: Path) -> TrainerState:
     """How far the run had come.
 
     Raises:
         CheckpointError: The file was written by another version.
     """
     try:
-        return Progress.from_dict(read_json(directory / STATE)["progress"])
+        return TrainerState.from_dict(read_json(directory / STATE)["progress"])
     except (LookupError, TypeError) as error:
         raise CheckpointError(f"{directory / STATE} was written by another version of qlora ({error}).") from error
 

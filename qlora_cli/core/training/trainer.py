@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qlora_cli.core.data.packing import MicroBatch
-from qlora_cli.core.data.sampler import Step, StepPlan
+from qlora_cli.core.data.sampler import BatchSampler, Step
 from qlora_cli.core.data.split import RowSubset
-from qlora_cli.core.distributed.process_group import Ranks
+from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.signals import StopRequest, stopping_on_signals
 from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.storage.checkpoint import prune, write_checkpoint
@@ -32,7 +32,7 @@ from qlora_cli.core.training.rng_state import (
     restore_random_state,
     undisturbed_random_state,
 )
-from qlora_cli.core.training.state import Progress, write_state
+from qlora_cli.core.training.state import TrainerState, write_state
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, Report, StepLogged
 
@@ -43,7 +43,7 @@ Upcoming = tuple[Step, list[MicroBatch]] | None
 
 
 @dataclass(frozen=True)
-class Cadence:
+class TrainerSchedule:
     """When a run evaluates, saves and stops."""
 
     eval_every: int | None  # steps; None for the end of each epoch
@@ -54,7 +54,7 @@ class Cadence:
 
 
 @dataclass(frozen=True)
-class Saving:
+class Checkpointing:
     """Where and how checkpoints are written."""
 
     root: Path
@@ -63,7 +63,7 @@ class Saving:
     needed_bytes: int
 
 
-class Loop:
+class Trainer:
     """The steps of one run.
 
     Args:
@@ -81,7 +81,7 @@ class Loop:
         scaled: Whether the loss is scaled, for float16.
         cadence: When to evaluate, save and stop.
         saving: Where checkpoints go.
-        progress: Where the run stands; `Progress()` for a new one.
+        progress: Where the run stands; `TrainerState()` for a new one.
         ranks: This process among those of the run.
         lockstep: Whether all ranks have to run equally many micro-batches.
         report: Receives events, on the main rank only.
@@ -95,18 +95,18 @@ class Loop:
         engine: Engine,
         rows: RowSubset,
         eval_rows: RowSubset,
-        plan: StepPlan,
-        eval_plan: StepPlan | None,
+        plan: BatchSampler,
+        eval_plan: BatchSampler | None,
         parameters: TrainableParameters,
         optimizer: Optimizer,
         optimizer_bytes: int,
         learning_rate: Callable[[int], float],
         max_grad_norm: float,
         scaled: bool,
-        cadence: Cadence,
-        saving: Saving,
-        progress: Progress,
-        ranks: Ranks,
+        schedule: TrainerSchedule,
+        saving: Checkpointing,
+        progress: TrainerState,
+        ranks: ProcessGroup,
         lockstep: bool,
         report: Report,
         log: Callable[[StepLogged | EvaluationLogged], None],
@@ -123,7 +123,7 @@ class Loop:
         self.learning_rate = learning_rate
         self.max_grad_norm = max_grad_norm
         self.scaled = scaled
-        self.cadence = cadence
+        self.schedule = schedule
         self.saving = saving
         self.progress = progress
         self.ranks = ranks
@@ -136,10 +136,10 @@ class Loop:
         self.agreed_to_stop = False  # by all ranks, at the end of a step
         self.saved_step = progress.step
         self.streak: list[Step] = []  # steps in a row without finite numbers
-        self.before_streak: tuple[Progress, RandomState] | None = None
+        self.before_streak: tuple[TrainerState, RandomState] | None = None
         self.random_state: RandomState = {}  # with which the next step begins
         self.tells_late = self.device.type == "cuda"  # elsewhere launching the next step means computing it
-        self.untold: StepLogged | None = None  # the last step, where it is told late
+        self.unreported: StepLogged | None = None  # the last step, where it is told late
 
     def run(self) -> None:
         """Trains to the end of the plan, or until patience runs out.
@@ -167,7 +167,7 @@ class Loop:
                 self._evaluate()
             last = upcoming is None or self.progress.stopped_early
             stopping = self._stopping()
-            if last or stopping or self.progress.step % self.cadence.save_every == 0:
+            if last or stopping or self.progress.step % self.schedule.save_every == 0:
                 self._save_once()
             if stopping:
                 raise self._interrupted()
@@ -193,7 +193,7 @@ class Loop:
             sums = read_sums(pending)  # the step's one wait for the device
             loss, norm = sums.loss_sum / max(sums.trained_tokens, 1), sums.gradient_norm / scale
             if sums.out_of_memory:
-                if not self.accumulation.relieve():
+                if not self.accumulation.reduce_memory():
                     self._set_limit(self.accumulation.halved_limit(f"in step {step.number}"))
                     following = None  # it was laid out by the old limit
             elif not (math.isfinite(loss) and self.scaled and not math.isfinite(norm) and self._lower_scale()):
@@ -236,7 +236,7 @@ class Loop:
         self.progress.tokens += sums.tokens
         if math.isfinite(loss):
             self.progress.last_loss = loss
-        self.untold = StepLogged(
+        self.unreported = StepLogged(
             step=step.number,
             total_steps=self.plan.total_steps,
             epoch=step.epoch,
@@ -302,7 +302,7 @@ class Loop:
     # ------------------------------------------------------------ evaluation
 
     def _evaluation_due(self) -> bool:
-        step, every = self.progress.step, self.cadence.eval_every
+        step, every = self.progress.step, self.schedule.eval_every
         if self.eval_plan is None or step == 0 or self.progress.evaluated_step == step:
             return False
         if step == self.plan.total_steps:
@@ -331,11 +331,11 @@ class Loop:
         self._tell(EvaluationLogged(progress.step, loss, math.exp(loss) if loss < 700 else math.inf))
         if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
-            if self.cadence.keep_best:
+            if self.schedule.keep_best:
                 self._save_once()
             return
         progress.evaluations_since_best += 1
-        if self.cadence.patience is not None and progress.evaluations_since_best >= self.cadence.patience:
+        if self.schedule.patience is not None and progress.evaluations_since_best >= self.schedule.patience:
             progress.stopped_early = True
             best = f" than that of step {progress.best_step}" if progress.best_step else ""
             self._tell(
@@ -353,7 +353,7 @@ class Loop:
         if self.saved_step == self.progress.step:
             return
         started = time.perf_counter()
-        random_states = self.ranks.collect(capture_random_state(self.device), self.device)
+        random_states = self.ranks.all_gather(capture_random_state(self.device), self.device)
         if self.ranks.is_main:
             checkpoint = write_checkpoint(
                 self.saving.root,
@@ -369,11 +369,11 @@ class Loop:
                 ),
                 needed_bytes=self.saving.needed_bytes,
             )
-            best = [self.progress.best_step] if self.cadence.keep_best and self.progress.best_step else []
-            prune(self.saving.root, checkpoint, keep=self.cadence.keep, protect=best)
+            best = [self.progress.best_step] if self.schedule.keep_best and self.progress.best_step else []
+            prune(self.saving.root, checkpoint, keep=self.schedule.keep, protect=best)
             seconds = time.perf_counter() - started
             self.report(CheckpointSaved(checkpoint.step, str(checkpoint.path), checkpoint.total_bytes, seconds))
-        self.ranks.wait()
+        self.ranks.barrier()
         self.saved_step = self.progress.step
 
     def _unfinished(self) -> bool:
@@ -387,19 +387,19 @@ class Loop:
 
     def _agree_to_stop(self) -> bool:
         """As `_stopping`, where the ranks have not just met."""
-        self.agreed_to_stop = self.ranks.highest(self.stop.signal_number or 0, self.device) > 0
+        self.agreed_to_stop = self.ranks.all_reduce_max(self.stop.signal_number or 0, self.device) > 0
         return self.agreed_to_stop
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(
             f"Stopped by a signal after step {self.progress.step} of {self.plan.total_steps}, which is saved.",
-            self.ranks.highest(self.stop.signal_number or 0, self.device),
+            self.ranks.all_reduce_max(self.stop.signal_number or 0, self.device),
             "Go on with the same command and --resume.",
         )
 
     def _tell_last(self) -> None:
         """Tells the last step, if that was not done."""
-        event, self.untold = self.untold, None
+        event, self.unreported = self.unreported, None
         if event is not None:
             self._tell(event)
 
