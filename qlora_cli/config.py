@@ -1,11 +1,12 @@
-"""Every setting of every command, once: its name, type, default, meaning and unit.
+"""Settings of every command, each once: name, type, default, meaning and unit.
 
 The command line, `run.yaml` and `--help` are all made from these dataclasses. A field's metadata carries the help
 text and, where there are any, the allowed values.
 """
 
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 
 def setting(
@@ -14,7 +15,7 @@ def setting(
     *,
     panel: str = "Options",
     choices: tuple[str, ...] | None = None,
-    flags: tuple[str, ...] | None = None,
+    flag: str | None = None,
     repeated: bool = False,
     recorded: bool = True,
 ) -> Any:
@@ -25,7 +26,7 @@ def setting(
         help: Meaning and unit.
         panel: Heading under which `--help` lists it.
         choices: Allowed values.
-        flags: Spelling on the command line where it is not `--field-name`; a pair for an on/off switch.
+        flag: Spelling on the command line where it is not the usual one (see `flag_of`).
         repeated: A tuple is typed by repeating the flag, instead of with commas (its items may hold commas).
         recorded: Whether `run.yaml` keeps it (False for how one invocation behaves, such as `resume`).
     """
@@ -33,7 +34,7 @@ def setting(
         "help": help,
         "panel": panel,
         "choices": choices,
-        "flags": flags,
+        "flag": flag,
         "repeated": repeated,
         "recorded": recorded,
     }
@@ -83,7 +84,6 @@ class ModelSettings:
         False,
         "Run code that comes with the model; needs --model-revision with a full commit hash.",
         panel=MODEL,
-        flags=("--trust-remote-code",),
         recorded=False,
     )
 
@@ -97,7 +97,6 @@ class QuantizationSettings:
         True,
         "Quantise the quantisation constants too (saves 0.37 bit a parameter).",
         panel=QUANTIZATION,
-        flags=("--double-quant/--no-double-quant",),
     )
     compute_dtype: str | None = setting(
         None,
@@ -109,7 +108,7 @@ class QuantizationSettings:
         True,
         "Keep the quantised base on disk, so that the next start does not quantise again.",
         panel=QUANTIZATION,
-        flags=("--cache/--no-cache",),
+        flag="--cache/--no-cache",
     )
 
 
@@ -174,8 +173,8 @@ class LoraSettings:
     target_modules: tuple[str, ...] | None = setting(
         None, "Comma-separated module names to adapt; by default every linear layer but the head.", panel=ADAPTER
     )
-    rslora: bool = setting(False, "Rank-stabilised scaling alpha/sqrt(rank).", panel=ADAPTER, flags=("--rslora",))
-    dora: bool = setting(False, "Weight-decomposed adapters (DoRA).", panel=ADAPTER, flags=("--dora",))
+    rslora: bool = setting(False, "Rank-stabilised scaling alpha/sqrt(rank).", panel=ADAPTER)
+    dora: bool = setting(False, "Weight-decomposed adapters (DoRA).", panel=ADAPTER)
     modules_to_save: tuple[str, ...] | None = setting(
         None, "Comma-separated modules trained in full and saved with the adapter.", panel=ADAPTER
     )
@@ -193,7 +192,7 @@ class StepSettings:
         False,
         "Fill each row up to --max-length with several examples that never see one another.",
         panel=DATA,
-        flags=("--packing/--no-packing",),
+        flag="--packing/--no-packing",
     )
     optimizer: str | None = setting(
         None, "By default paged_adamw_8bit on CUDA, adamw on CPU.", panel=OPTIMISATION, choices=OPTIMIZERS
@@ -208,19 +207,16 @@ class StepSettings:
         None,
         "Keep checkpointed activations in pinned host memory; by default when memory is short.",
         panel=MEMORY,
-        flags=("--offload-activations/--no-offload-activations",),
     )
     offload_embeddings: bool | None = setting(
         None,
         "Keep the input embeddings on the host; by default when memory is short.",
         panel=MEMORY,
-        flags=("--offload-embeddings/--no-offload-embeddings",),
     )
     resident_weights: bool | None = setting(
         None,
         "Keep the dequantised weights in memory beside the 4-bit ones (same numerics, faster); by default when memory is plentiful.",
         panel=MEMORY,
-        flags=("--resident-weights/--no-resident-weights",),
     )
     engine: str = setting(
         "fast", "plain turns every fast path off, for comparison.", panel=MEMORY, choices=("fast", "plain")
@@ -229,7 +225,6 @@ class StepSettings:
         None,
         "Compile decoder layers; by default where a run is long enough to pay for it.",
         panel=MEMORY,
-        flags=("--compile/--no-compile",),
     )
     vram: str | None = setting(None, "Memory to keep within, such as 12GiB; by default what is free.", panel=MEMORY)
 
@@ -239,8 +234,8 @@ class PrepareConfig(ModelSettings, DataSettings):
     """`qlora prepare`: records to a prepared directory."""
 
     output: str = setting("prepared", "Directory for the prepared rows.", panel=RUN)
-    show: int = setting(0, "Print N rows with trained and untrained tokens told apart.", panel=RUN, recorded=False)
-    overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN, flags=("--overwrite",), recorded=False)
+    show: int = setting(0, "Print N rows, their trained tokens marked.", panel=RUN, recorded=False)
+    overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN, recorded=False)
     workers: int | None = setting(None, "Processes that read and tokenise; by default one a core.", panel=RUN)
 
 
@@ -269,41 +264,33 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         False,
         "The adapter saved at the end is the one with the lowest evaluation loss.",
         panel=EVALUATION,
-        flags=("--keep-best",),
     )
     patience: int | None = setting(None, "Stop after N evaluations without a better loss.", panel=EVALUATION)
     seed: int = setting(42, "Seed of initialisation, order and dropout.", panel=RUN)
     report_to: str | None = setting(
         None, "Also log to this tracker.", panel=RUN, choices=("tensorboard", "wandb", "trackio")
     )
-    resume: bool = setting(
-        False, "Go on from the newest checkpoint that verifies.", panel=RUN, flags=("--resume",), recorded=False
-    )
+    resume: bool = setting(False, "Go on from the newest checkpoint that verifies.", panel=RUN, recorded=False)
     allow_changes: bool = setting(
         False,
         "Resume although base, data or settings differ from the checkpoint's.",
         panel=RUN,
-        flags=("--allow-changes",),
         recorded=False,
     )
     overwrite: bool = setting(
         False,
         "Start anew although --output holds a run; it is removed.",
         panel=RUN,
-        flags=("--overwrite",),
         recorded=False,
     )
-    dry_run: bool = setting(False, "Print the plan and stop.", panel=RUN, flags=("--dry-run",), recorded=False)
+    dry_run: bool = setting(False, "Print the plan and stop.", panel=RUN, recorded=False)
     gpus: int | None = setting(None, "Cards of this machine to train on.", panel=RUN)
     shard: bool | None = setting(
         None,
         "Shard the 4-bit base over the cards, each holding a share; by default where one card cannot hold it.",
         panel=MEMORY,
-        flags=("--shard/--no-shard",),
     )
-    shard_offload: bool = setting(
-        False, "With --shard: the shares wait in host memory.", panel=MEMORY, flags=("--shard-offload",)
-    )
+    shard_offload: bool = setting(False, "With --shard: the shares wait in host memory.", panel=MEMORY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,14 +311,11 @@ class MergeConfig(ModelSettings):
         panel=RUN,
         choices=("bfloat16", "float16", "float32"),
     )
-    quantize: bool = setting(
-        False, "Write a 4-bit checkpoint instead of a 16-bit one.", panel=RUN, flags=("--quantize",)
-    )
+    quantize: bool = setting(False, "Write a 4-bit checkpoint instead of a 16-bit one.", panel=RUN)
     verify: bool | None = setting(
         None,
         "Compare the merged model with base + adapter; by default where a model fits in memory.",
         panel=RUN,
-        flags=("--verify/--no-verify",),
     )
     max_kl: float | None = setting(
         None,
@@ -340,11 +324,9 @@ class MergeConfig(ModelSettings):
         panel=RUN,
     )
     push: str | None = setting(None, "Upload to this hub repository (ORG/NAME).", panel=RUN)
-    public: bool = setting(False, "Make the pushed repository public.", panel=RUN, flags=("--public",))
-    overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN, flags=("--overwrite",))
-    resume: bool = setting(
-        True, "Reuse finished shards of an interrupted merge.", panel=RUN, flags=("--resume/--no-resume",)
-    )
+    public: bool = setting(False, "Make the pushed repository public.", panel=RUN)
+    overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN)
+    resume: bool = setting(True, "Reuse finished shards of an interrupted merge.", panel=RUN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,10 +336,8 @@ class GenerateConfig(ModelSettings, QuantizationSettings):
     adapter: str | None = setting(None, "Run directory or PEFT adapter.", panel=MODEL)
     input: str | None = setting(None, "JSON Lines file of prompts.", panel=RUN)
     output: str | None = setting(None, "JSON Lines file for the answers.", panel=RUN)
-    chat: bool = setting(False, "Hold a conversation.", panel=RUN, flags=("--chat",))
-    raw: bool = setting(
-        False, "Give the prompt to the model as it is, without the trained format.", panel=RUN, flags=("--raw",)
-    )
+    chat: bool = setting(False, "Hold a conversation.", panel=RUN)
+    raw: bool = setting(False, "Give the prompt to the model as it is, without the trained format.", panel=RUN)
     batch_size: int = setting(8, "Prompts answered at once with --input.", panel=RUN)
     max_new_tokens: int = setting(256, "Longest answer, in tokens.", panel=SAMPLING)
     temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", panel=SAMPLING)
@@ -372,9 +352,7 @@ class GenerateConfig(ModelSettings, QuantizationSettings):
     )
     seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING)
     engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))
-    verbose: bool = setting(
-        False, "Say which decoding path is used and how fast it was.", panel=RUN, flags=("--verbose",)
-    )
+    verbose: bool = setting(False, "Say which decoding path is used and how fast it was.", panel=RUN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,9 +362,7 @@ class InspectConfig(ModelSettings, LoraSettings, QuantizationSettings, StepSetti
     adapter: str | None = setting(None, "Run directory or PEFT adapter.", panel=MODEL)
     prepared: str | None = setting(None, "Directory written by `qlora prepare`.", panel=MODEL)
     max_length: int | None = setting(None, "Tokens in a row, for the memory prediction.", panel=MEMORY)
-    quantization_error: bool = setting(
-        False, "Measure the 4-bit error of each layer (reads the weights).", panel=RUN, flags=("--quantization-error",)
-    )
+    quantization_error: bool = setting(False, "Measure the 4-bit error of each layer (reads the weights).", panel=RUN)
 
 
 def recorded_fields(config_type: type) -> dict[str, Field]:
@@ -394,12 +370,18 @@ def recorded_fields(config_type: type) -> dict[str, Field]:
     return {f.name: f for f in fields(config_type) if f.metadata["recorded"]}
 
 
-def default_of(config_type: type, name: str) -> Any:
-    """The default of one setting.
+def type_of(option: Field) -> tuple[Any, bool]:
+    """A setting's type without `| None`, and whether it may be None."""
+    kinds = get_args(option.type) if isinstance(option.type, UnionType) else (option.type,)
+    (kind,) = (kind for kind in kinds if kind is not NoneType)
+    return kind, NoneType in kinds
 
-    Raises:
-        KeyError: The dataclass has no such setting.
+
+def flag_of(option: Field) -> str:
+    """How a setting is spelt on the command line: `--target-modules`, or `--double-quant/--no-double-quant`.
+
+    A switch whose default is off has no opposite (`--dora`), unless its metadata spell one.
     """
-    found = {f.name: f for f in fields(config_type)}[name]
-    assert found.default is not MISSING
-    return found.default
+    name = option.name.replace("_", "-")
+    has_opposite = type_of(option)[0] is bool and option.default is not False
+    return option.metadata["flag"] or (f"--{name}/--no-{name}" if has_opposite else f"--{name}")

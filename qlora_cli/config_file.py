@@ -1,20 +1,22 @@
-"""A YAML recipe in, checked settings of one command out; and a resolved configuration written as `run.yaml`."""
+"""YAML settings file: read by `--config` with every value checked, written as a run's `run.yaml`."""
 
+import contextlib
 import difflib
-import types
-import typing
-from dataclasses import asdict
+from dataclasses import Field, asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qlora_cli.config import recorded_fields
+from qlora_cli.config import recorded_fields, type_of
 from qlora_cli.errors import UsageError
+
+# What a setting's type is called in an error.
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
-    """Settings of a recipe, by field name, types and allowed values checked.
+    """Settings of a YAML file, by field name, types and allowed values checked.
 
     Raises:
         UsageError: No such file, no YAML mapping, an unknown setting, or a value of the wrong type.
@@ -34,46 +36,47 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not `setting: value` lines.")
     known = recorded_fields(config_type)
-    hints = typing.get_type_hints(config_type)
     settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            raise UsageError(
-                f"{path}: unknown setting {key}.", f"Did you mean {close[0]}?" if close else "See: qlora train --help"
-            )
-        settings[name] = _checked(path, name, value, hints[name], known[name].metadata["choices"])
+            command = config_type.__name__.removesuffix("Config").lower()
+            hint = f"Did you mean {close[0]}?" if close else f"See: qlora {command} --help"
+            raise UsageError(f"{path}: unknown setting {key}.", hint)
+        settings[name] = _checked(path, known[name], value)
     return settings
 
 
-def _checked(path: Path, name: str, value: Any, hint: Any, choices: tuple[str, ...] | None) -> Any:
-    """One value as its field's type; 2e-4, which YAML reads as text, becomes a number."""
-    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+def _checked(path: Path, field: Field, value: Any) -> Any:
+    """One value as its field's type.
+
+    Raises:
+        UsageError: It is of another type, or none of the allowed values.
+    """
+    kind, optional = type_of(field)
+    choices = field.metadata["choices"]
     if value is None and optional:
         return None
-    wanted = next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint) if optional else hint
-    if wanted == tuple[str, ...]:
+    if kind in (bool, int):
+        if type(value) is kind:
+            return value
+    elif kind is float:
+        if not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)  # also of 2e-4, which YAML reads as text
+    elif kind is str:
+        if not isinstance(value, list | dict):
+            # YAML reads on and off as booleans, and bare numbers as numbers, where the setting is a word.
+            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+            if choices and text not in choices:
+                raise UsageError(f"{path}: {field.name} is {text!r}.", f"Choose one of: {', '.join(choices)}.")
+            return text
+    else:
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts):
             return tuple(part.strip() for part in parts)
-    elif wanted is bool or wanted is int:
-        if type(value) is wanted:
-            return value
-    elif wanted is float:
-        try:
-            if not isinstance(value, bool):
-                return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif wanted is str:
-        # YAML reads on/off as booleans and bare numbers as numbers where the setting is a word.
-        text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-        if not isinstance(value, (list, dict)):
-            if choices and text not in choices:
-                raise UsageError(f"{path}: {name} is {text!r}.", f"Choose one of: {', '.join(choices)}.")
-            return text
-    raise UsageError(f"{path}: {name} should be {getattr(wanted, '__name__', wanted)}, found {value!r}.")
+    raise UsageError(f"{path}: {field.name} should be {NAMES.get(kind, 'a list of words')}, found {value!r}.")
 
 
 def write_config_file(config: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: what is written is read back, and a slip in one is said."""
+"""YAML settings files: what is written is read back, and a mistake in one is named."""
 
 from dataclasses import replace
 
@@ -18,10 +18,10 @@ from qlora_cli.errors import UsageError
     checkpointing=st.sampled_from(["auto", "on", "off", "12"]),
     template=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=40),
 )
-def test_a_written_recipe_gives_the_same_configuration(
+def test_a_written_file_gives_the_same_configuration(
     tmp_path_factory, rank, learning_rate, targets, checkpointing, template
 ):
-    path = tmp_path_factory.mktemp("recipe") / "run.yaml"
+    path = tmp_path_factory.mktemp("settings") / "run.yaml"
     config = TrainConfig(
         model="org/base",
         rank=rank,
@@ -61,21 +61,22 @@ def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
     ("text", "message", "hint"),
     [
         ("learning_rat: 1", "unknown setting learning_rat", "learning_rate"),
-        ("rank: many", "rank should be int, found 'many'", None),
-        ("rank: true", "rank should be int, found True", None),
-        ("double_quant: 1", "double_quant should be bool", None),
+        ("rank: many", "rank should be a whole number, found 'many'", None),
+        ("rank: true", "rank should be a whole number, found True", None),
+        ("double_quant: 1", "double_quant should be true or false, found 1", None),
+        ("target_modules: 5", "target_modules should be a list of words, found 5", None),
         ("quant_type: int4", "quant_type is 'int4'", "nf4, fp4"),
         ("- a\n- b", "holds a list", None),
         ("a: [", "line 1 is not YAML", None),
     ],
 )
-def test_a_slip_is_named_with_what_to_write(tmp_path, text, message, hint):
+def test_a_mistake_is_named_with_what_to_write(tmp_path, text, message, hint):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UsageError, match=message) as error:
         read_config_file(tmp_path / "r.yaml", TrainConfig)
     assert hint is None or hint in error.value.hint
 
 
-def test_a_missing_recipe_is_a_usage_error(tmp_path):
+def test_a_missing_file_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no configuration file"):
         read_config_file(tmp_path / "absent.yaml", TrainConfig)

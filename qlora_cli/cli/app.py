@@ -1,4 +1,4 @@
-"""A command line in, an exit code out: five thin commands, and the only place where a `QloraError` is caught."""
+"""Command-line application: the five commands, and the only place where a `QloraError` is caught."""
 
 import contextlib
 import errno
@@ -26,7 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ClickException = typer.BadParameter.__mro__[2]  # newer Typers carry their own copy of click, so that it has no one name
 
 
 def _print_version(asked: bool) -> None:
@@ -48,7 +47,7 @@ def qlora(
 
 @dataclass(frozen=True)
 class Call:
-    """What a command's body gets: its settings, the console, and its positional arguments."""
+    """Settings of one invocation, its console, and its positional arguments."""
 
     config: Any
     console: "Console"
@@ -57,7 +56,7 @@ class Call:
 
 
 def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], Any]], None]:
-    """Registers a body under its own name, with the options of `config_type`; what it returns is drawn."""
+    """Registers a function under its own name as a command with the options of `config_type`; its result is shown."""
 
     def register(body: Callable[[Call], Any]) -> None:
         def run(**values: Any) -> None:
@@ -97,7 +96,7 @@ def prepare(call: Call) -> Any:
 
 @command(TrainConfig)
 def train(call: Call) -> Any:
-    """Train an adapter on rows; --output holds what came of it."""
+    """Train an adapter on rows, into the directory --output."""
     if (call.config.gpus or 1) > 1 and "RANK" not in os.environ:
         from qlora_cli.core.distributed.launcher import launch
 
@@ -150,7 +149,7 @@ def generate(call: Call) -> Any:
 
 @command(InspectConfig)
 def inspect(call: Call) -> Any:
-    """Tell what a model, run or data set is, and whether it fits.
+    """Describe a model, run or data set, and whether it fits.
 
     Without an argument: the run in out/ if there is one, else this machine.
     """
@@ -172,12 +171,12 @@ def main(arguments: list[str] | None = None) -> int:
         return app(arguments, prog_name="qlora", standalone_mode=False, obj=arguments) or 0
     except QloraError as error:
         failure, cause = error, error
-    except ClickException as error:  # type: ignore[misc]
+    except typer.TyperException as error:
         failure, cause = _usage_error(error), error
     except Exception as error:
         failure, cause = _unexpected(error), error
     if failure.reported or (isinstance(failure, UsageError) and os.environ.get("RANK", "0") != "0"):
-        return failure.exit_code  # the main rank tells it
+        return failure.exit_code  # another rank prints it
     if "--debug" in arguments:
         traceback.print_exception(cause)
     from qlora_cli.cli.console import show_error
@@ -187,8 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _usage_error(error: Any) -> UsageError:
-    """Typer's complaint in our form; `Value error, ` is how pydantic, inside Typer, begins every message."""
-    path = error.ctx.command_path if error.ctx else "qlora"
+    """Typer's error in our form; `Value error, ` is how pydantic, inside Typer, begins some messages."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "qlora"
     message = error.format_message().replace("Value error, ", "")
     return UsageError(message, f"See: {path} --help")
 

@@ -1,4 +1,4 @@
-"""A settings dataclass in, a Typer command with one option a setting out; and back: a command line into the dataclass.
+"""Typer options made from a settings dataclass, and the settings that a command line gives.
 
 Nothing is restated here: name, type, default, help, panel and choices all come from `config.py`.
 """
@@ -8,13 +8,13 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 from typer.core import TyperCommand
 
 from qlora_cli import config as settings
+from qlora_cli.config import flag_of, type_of
 
 PANEL_ORDER = (
     settings.MODEL,
@@ -43,7 +43,6 @@ def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = (
         config_type: One of the dataclasses of `config.py`.
         arguments: Positional arguments that are no setting, such as the prompt.
     """
-    hints = get_type_hints(config_type)
     owners = [*config_type.__mro__[1:-1], config_type]
     ordered = sorted(
         fields(config_type),
@@ -56,7 +55,7 @@ def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = (
         [
             parameter(CONTEXT, typer.Context),
             *arguments,
-            *(_option(field, hints[field.name]) for field in ordered),
+            *(_option(field) for field in ordered),
             _extra("config_file", Path | None, None, "--config", "YAML file of settings; flags override it."),
             _extra("as_json", bool, False, "--json", "Print the result as one JSON object on stdout."),
             _extra("debug", bool, False, "--debug", "Show tracebacks, and what the libraries say."),
@@ -68,13 +67,8 @@ def _extra(name: str, kind: Any, default: Any, flag: str, help: str) -> inspect.
     return parameter(name, Annotated[kind, typer.Option(flag, help=help, rich_help_panel=THIS_CALL)], default)
 
 
-def flag_of(field: Field) -> str:
-    """How a setting is spelt on the command line: `--target-modules`, or `--double-quant/--no-double-quant`."""
-    return "/".join(field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",))
-
-
-def _option(field: Field, hint: Any) -> inspect.Parameter:
-    kind, optional = _without_none(hint)
+def _option(field: Field) -> inspect.Parameter:
+    kind, optional = type_of(field)
     help, choices = field.metadata["help"], field.metadata["choices"]
     metavar = None
     if choices:
@@ -94,30 +88,20 @@ def _option(field: Field, hint: Any) -> inspect.Parameter:
     return parameter(field.name, Annotated[kind | None if optional else kind, option], field.default)
 
 
-def _without_none(hint: Any) -> tuple[Any, bool]:
-    """`X | None` as (X, True), any other type as (type, False)."""
-    if get_origin(hint) in (Union, UnionType):
-        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
-        assert len(kinds) == 1, f"a setting has one type, not {hint}"
-        return kinds[0], True
-    return hint, False
-
-
 def overrides(context: typer.Context, config_type: type, values: dict[str, Any]) -> dict[str, Any]:
     """The settings that stand on the command line, as the dataclass takes them.
 
     A default that Typer filled in is left out, so that a `--config` file is not overridden by it.
     """
-    hints = get_type_hints(config_type)
     found = {}
     for field in fields(config_type):
         source = context.get_parameter_source(field.name)
         if source is None or source.name != "COMMANDLINE":
             continue
         value = values[field.name]
-        if get_origin(_without_none(hints[field.name])[0]) is tuple:
-            parts = value.split(",") if isinstance(value, str) else value
-            value = tuple(part for part in (p if field.metadata["repeated"] else p.strip() for p in parts) if part)
+        if get_origin(type_of(field)[0]) is tuple:
+            parts = value if field.metadata["repeated"] else [part.strip() for part in value.split(",")]
+            value = tuple(filter(None, parts))
         found[field.name] = value
     return found
 

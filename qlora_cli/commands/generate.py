@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.config import GenerateConfig, default_of
+from qlora_cli.config import GenerateConfig
 from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.batch_file import AnswerFile, FilePrompt, answer_row, fingerprint, read_prompts
 from qlora_cli.core.generation.chat import COMMANDS, Conversation, obey
@@ -235,10 +235,10 @@ def open_session(config: GenerateConfig, report: Report) -> GenerationSession:
     held: dict[str, Any] = {}
     for name in ("quant_type", "double_quant"):
         asked, recorded = getattr(config, name), getattr(trained, name, getattr(config, name))
-        held[name] = recorded if asked == default_of(GenerateConfig, name) else asked
+        held[name] = recorded if asked == getattr(GenerateConfig, name) else asked
         if held[name] != recorded:
             report(Caution(f"The adapter was trained with {name} {recorded}; {asked} was asked for."))
-    if source is None and held["quant_type"] == default_of(GenerateConfig, "quant_type"):
+    if source is None and held["quant_type"] == GenerateConfig.quant_type:
         merged, _ = read_merge_record(resolve_model(model, revision, weights=False))
         stored_in_4bit = getattr(load_config(model, revision), "quantization_config", None) is not None
         if merged and not stored_in_4bit:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.config import InspectConfig, TrainConfig, default_of
+from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import cache_directory, choose_max_length
 from qlora_cli.core.device import list_versions
@@ -71,7 +71,7 @@ def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
     named = [name for name in ("adapter", "prepared") if getattr(config, name)]
     if len(named) == 2 or (config.model and config.prepared):
         raise UsageError("inspect looks at one thing at a time.", "Give one of --model, --adapter and --prepared.")
-    asked = [name for name in OF_A_MODEL if getattr(config, name) != default_of(InspectConfig, name)]
+    asked = [name for name in OF_A_MODEL if getattr(config, name) != getattr(InspectConfig, name)]
     if asked and (named or not config.model):
         flag = f"--{asked[0].replace('_', '-')}"
         raise UsageError(f"{flag} is about a model, and none is looked at.", f"Add --model ID to {flag}.")
@@ -81,7 +81,7 @@ def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
         return describe_run(Path(config.adapter), config.model)
     if config.model:
         return inspect_model(config, report)
-    default = Path(default_of(TrainConfig, "output"))
+    default = Path(TrainConfig.output)
     if holds_run(default):
         return describe_run(default, None)
     return inspect_machine(config)
@@ -201,7 +201,7 @@ def _predict(
         "training": plan.memory.to_dict(),
         "generation": estimate_generation(model, rows=1, row_tokens=max_length).to_dict(),
         "merging": predict_merging(model),
-        "disk": estimate_disk(model, optimizer=plan.optimizer, kept_checkpoints=default_of(TrainConfig, "keep")),
+        "disk": estimate_disk(model, optimizer=plan.optimizer, kept_checkpoints=TrainConfig.keep),
         "next": [write_train_command(config, {})],
     }
     if plan.fits is False:

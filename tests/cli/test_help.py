@@ -9,8 +9,7 @@ from dataclasses import fields
 
 import pytest
 
-from qlora_cli.cli.options import flag_of
-from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
+from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig, flag_of
 
 CONFIGS = {
     "prepare": PrepareConfig,

@@ -7,8 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.cli.options import flag_of
-from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.config import GenerateConfig, TrainConfig, flag_of, type_of
 
 
 def test_no_flags_give_the_defaults(config_of):
@@ -69,19 +68,19 @@ def train_settings(draw):
     chosen = draw(st.lists(st.sampled_from(fields(TrainConfig)), unique_by=lambda field: field.name, max_size=12))
     values = {}
     for field in chosen:
-        kind, flags = str(field.type), flag_of(field)
+        kind = type_of(field)[0]
         if field.metadata["choices"]:
             values[field.name] = draw(st.sampled_from(field.metadata["choices"]))
-        elif "bool" in kind or field.type is bool:
-            values[field.name] = draw(st.booleans()) if "/" in flags else True
-        elif "tuple" in kind:
-            values[field.name] = tuple(draw(st.lists(words, min_size=1, max_size=3)))
-        elif "float" in kind or field.type is float:
+        elif kind is bool:
+            values[field.name] = draw(st.booleans()) if "/" in flag_of(field) else True
+        elif kind is float:
             values[field.name] = draw(st.floats(0, 1e6, allow_subnormal=False))
-        elif "int" in kind or field.type is int:
+        elif kind is int:
             values[field.name] = draw(st.integers(0, 10**9))
-        else:
+        elif kind is str:
             values[field.name] = draw(words)
+        else:
+            values[field.name] = tuple(draw(st.lists(words, min_size=1, max_size=3)))
     return values
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from qlora_cli.config import TrainConfig
+from qlora_cli.config import TrainConfig, flag_of
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.planning.planner import MemoryDecision, StepRequest, plan_training
 from qlora_cli.errors import DoesNotFit
@@ -128,10 +128,10 @@ def write_train_command(config: Any, changes: dict[str, Any]) -> str:
         value = changes.get(part.name, given.get(part.name))
         if part.name in left_out or value is None or value == part.default:
             continue
-        flags = (part.metadata["flags"] or (f"--{part.name.replace('_', '-')}",))[0].split("/")
+        flag, _, opposite = flag_of(part).partition("/")
         if isinstance(value, bool):
-            words.append(flags[0] if value else flags[-1])
+            words.append(flag if value else opposite)
         else:
             text = ",".join(value) if isinstance(value, tuple) else str(value)
-            words.append(f"{flags[0]} {shlex.quote(text)}")
+            words.append(f"{flag} {shlex.quote(text)}")
     return " ".join(words)
