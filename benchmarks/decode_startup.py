@@ -79,9 +79,9 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     """Medians of loading a base both ways in this process, and whether the logits are the same bits."""
     import torch
 
-    from qlora_cli.core.models import loading as base_model
+    from qlora_cli.core.device import choose_device, resolve_compute_dtype
+    from qlora_cli.core.models import loading
     from qlora_cli.core.models import quantized_cache as base_cache
-    from qlora_cli.core.models.loading import choose_device, resolve_compute_dtype
     from qlora_cli.core.models.quantized_cache import cache_size_bytes
     from qlora_cli.core.storage import hashed_file as hashed_tensors
 
@@ -98,7 +98,7 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
             torch.cuda.synchronize()
         events: list = []
         started = time.perf_counter()
-        base, _ = base_model.load_base(
+        base, _ = loading.load_base(
             str(checkpoint), compute_dtype=dtype, device=device, cache=use_cache, report=events.append
         )
         if device.type == "cuda":
@@ -116,12 +116,12 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     restored = [load("copy", True) for _ in range(repeats)]
     spent: dict[str, float] = {}
     for owner, name in (
-        (base_model, "identify_base"),
+        (loading, "identify_base"),
         (base_cache, "_read"),  # of which `fill` is the part after the header is read and memory is taken
         (hashed_tensors.HashedFile, "fill"),
-        (base_model, "build_empty"),
+        (loading, "build_empty"),
         (base_cache, "_fill"),
-        (base_model, "freeze_base"),
+        (loading, "freeze_base"),
     ):
         watch(owner, name, spent)
     figures["watched copy seconds"] = load("copy", True)

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FALCON_LIMIT_GIB = 4.6
 LOAD = """
 import sys, time, torch
-from qlora_cli.core.models.loading import load_base, four_bit_linears
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.quantization import four_bit_linears
 started = time.time()
 base, _ = load_base(sys.argv[1], compute_dtype=torch.bfloat16, device=torch.device("cuda", 0), cache=False)
 print(torch.cuda.memory_allocated() / 2**30, sum(1 for _ in four_bit_linears(base)), time.time() - started)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.core.merge.checkpoint_files import write_index
-from qlora_cli.core.models.loading import linear_names
+from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.storage.safetensors_file import bytes_of, lay_out
 
 BLOCK_ELEMENTS = 2**24

@@ -23,34 +23,38 @@ def lay_base(name: str, directory: Path, *, dtype_name: str, device_name: str) -
     import torch
     from torch import nn
 
-    from qlora_cli.core.models import loading as base_model
+    from qlora_cli.core.device import DTYPES
+    from qlora_cli.core.models.identity import identify_base
+    from qlora_cli.core.models.loading import load_config
+    from qlora_cli.core.models.quantization import pack_weight, restored_linear
     from qlora_cli.core.models.quantized_cache import base_directory, save_base
+    from qlora_cli.core.models.structure import build_empty, linear_names
 
-    dtype, device = base_model.DTYPES[dtype_name], torch.device(device_name)
+    dtype, device = DTYPES[dtype_name], torch.device(device_name)
     if not (directory / "tokenizer.json").is_file():
         directory.mkdir(parents=True, exist_ok=True)
         make_config(name).save_pretrained(directory)
-        _write_holes(base_model.build_empty(make_config(name)), directory / "model.safetensors")
+        _write_holes(build_empty(make_config(name)), directory / "model.safetensors")
         write_tokenizer(directory, CONFIGS[name][1]["vocab_size"])
     quantised = {"quant_type": "nf4", "double_quant": True}
-    identity = base_model.identify_base(str(directory), compute_dtype=dtype, **quantised)
+    identity = identify_base(str(directory), compute_dtype=dtype, **quantised)
     facts = {**identity.to_dict(), "model": None, "revision": None, "device": device.type}
     if base_directory(facts).exists():
         return directory
-    model = base_model.build_empty(base_model.load_config(str(directory)))
+    model = build_empty(load_config(str(directory)))
     torch.manual_seed(0)
     packed: dict[torch.Size, dict] = {}
     biases: dict[int, torch.Tensor] = {}
-    for linear_name in base_model.linear_names(model):
+    for linear_name in linear_names(model):
         linear = model.get_submodule(linear_name)
         shape = linear.weight.shape
         if shape not in packed:
             weight = torch.randn(shape, dtype=dtype, device=device) * 0.02
-            packed[shape] = base_model.pack_weight(weight, **quantised)
+            packed[shape] = pack_weight(weight, **quantised)
         bias = None
         if linear.bias is not None:
             bias = biases.setdefault(shape[0], torch.zeros(shape[0], dtype=dtype, device=device))
-        made = base_model._restored_linear(dtype, device, dict(packed[shape]), bias)
+        made = restored_linear(dtype, device, dict(packed[shape]), bias)
         model.set_submodule(linear_name, made)
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -86,9 +90,9 @@ def _write_holes(model, path: Path) -> None:
 if __name__ == "__main__":
     import sys
 
-    from qlora_cli.core.models import loading as base_model
+    from qlora_cli.core.device import choose_device, dtype_name, resolve_compute_dtype
 
     if len(sys.argv) == 3:  # as `qlora train` chooses on this machine
-        chosen = base_model.choose_device()
-        sys.argv += [base_model.dtype_name(base_model.resolve_compute_dtype(None, chosen)), chosen.type]
+        chosen = choose_device()
+        sys.argv += [dtype_name(resolve_compute_dtype(None, chosen)), chosen.type]
     lay_base(sys.argv[1], Path(sys.argv[2]), dtype_name=sys.argv[3], device_name=sys.argv[4])

@@ -65,7 +65,7 @@ def build(name: str, device: str):
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    from qlora_cli.core.models.loading import freeze_base
+    from qlora_cli.core.models.quantization import freeze_base
 
     torch.manual_seed(0)
     with torch.device(device):

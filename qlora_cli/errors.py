@@ -77,5 +77,5 @@ class Interrupted(QloraError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; empty where it has none."""
-    return (str(error).strip().splitlines() or [""])[0]
+    """The first line of an error's message, 200 characters at most; the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -76,7 +76,8 @@ def test_a_recipe_says_what_its_tutorial_says(recipe):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_trains_two_steps(recipe, tiny_model, tmp_path, monkeypatch, capsys):
     from qlora_cli.commands import train as training
-    from qlora_cli.core.models.loading import is_4bit, linear_names
+    from qlora_cli.core.models.quantization import is_4bit
+    from qlora_cli.core.models.structure import linear_names
 
     loaded = []
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from qlora_cli.config import GenerateConfig
 from qlora_cli.core.decoding.sampling import Sampling
+from qlora_cli.core.device import choose_device, resolve_compute_dtype
 from qlora_cli.core.generation.batch_file import AnswerFile, FilePrompt, answer_row, fingerprint, read_prompts
 from qlora_cli.core.generation.chat import COMMANDS, Conversation, obey
 from qlora_cli.core.generation.requests import Request
 from qlora_cli.core.generation.session import AnswerSettings, BaseSettings, GenerationSession
 from qlora_cli.core.models.adapter_record import read_merge_record, read_source
-from qlora_cli.core.models.loading import choose_device, load_config, resolve_compute_dtype, resolve_model
+from qlora_cli.core.models.hub import resolve_model
+from qlora_cli.core.models.loading import load_config
 from qlora_cli.errors import DataError, QloraError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
 

@@ -17,7 +17,7 @@ import torch
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import cache_directory, choose_max_length
-from qlora_cli.core.device import list_versions
+from qlora_cli.core.device import choose_device, list_versions, resolve_compute_dtype
 from qlora_cli.core.inspection.doctor import (
     check_environment,
     describe_machine,
@@ -31,8 +31,10 @@ from qlora_cli.core.inspection.weight_stats import (
     read_headers,
     tabulate_layers,
 )
-from qlora_cli.core.models.loading import build_empty, choose_device, load_config, resolve_compute_dtype, resolve_model
+from qlora_cli.core.models.hub import resolve_model
+from qlora_cli.core.models.loading import load_config
 from qlora_cli.core.models.quantized_cache import cache_root, cache_size_bytes
+from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, predict_merging
 from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
 from qlora_cli.core.planning.planner import StepRequest, plan_training, read_limit_bytes

@@ -15,6 +15,7 @@ from torch import nn
 from qlora_cli import __version__
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, sha256_of
 from qlora_cli.config import MergeConfig
+from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
 from qlora_cli.core.merge.checkpoint_files import copy_companions, four_bit_config, write_config, write_index
 from qlora_cli.core.merge.compare_models import Comparison
@@ -26,8 +27,8 @@ from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.core.merge.verify import can_verify, judge, verify
 from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.models.adapter_record import read_source
-from qlora_cli.core.models.loading import DTYPES, choose_device, dtype_name, head_names, linear_names
 from qlora_cli.core.models.lora import read_adapter
+from qlora_cli.core.models.structure import head_names, linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.storage.safetensors_file import TensorFile, checkpoint_files
 from qlora_cli.errors import DiskFull, MergeError

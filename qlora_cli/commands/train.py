@@ -19,7 +19,7 @@ from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import prepare_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.data.split import RowSubset, hold_out
-from qlora_cli.core.device import read_vram
+from qlora_cli.core.device import choose_device, dtype_name, read_vram, resolve_compute_dtype
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.rank_monitor import monitoring
 from qlora_cli.core.distributed.weight_shards import WeightShards
@@ -28,15 +28,8 @@ from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.fsdp import shard_base
 from qlora_cli.core.engine.lm_head import find_decoder
 from qlora_cli.core.engine.memory_plan import limit_memory
-from qlora_cli.core.models.loading import (
-    choose_device,
-    dtype_name,
-    identify_base,
-    load_base,
-    load_config,
-    load_tokenizer,
-    resolve_compute_dtype,
-)
+from qlora_cli.core.models.identity import identify_base
+from qlora_cli.core.models.loading import load_base, load_config, load_tokenizer
 from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.planner import MemoryDecision

@@ -1,4 +1,4 @@
-"""A device or a size in words in; bytes of memory out."""
+"""This machine's device: which one, its memory, the dtype of its arithmetic; library versions, and sizes in words."""
 
 import platform
 import re
@@ -21,11 +21,37 @@ LIBRARIES = (
     "tokenizers",
     "triton",
 )
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNIT_BYTES |= {
     f"{letter}{end}": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1) for end in ("", "ib")
 }
 LEAST_SENSIBLE_BYTES = 2**20  # `--vram 12` is a forgotten unit, not 12 bytes
+
+
+def choose_device() -> torch.device:
+    """The current CUDA device, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of the arithmetic: as named, or bfloat16 on GPUs that have it, float16 on older ones, float32 on CPU.
+
+    Raises:
+        UsageError: The name is none of bfloat16, float16, float32.
+    """
+    if name is not None:
+        if name not in DTYPES:
+            raise UsageError(f"Unknown compute dtype {name}.", f"Choose one of: {', '.join(DTYPES)}.")
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def read_vram(device: torch.device) -> Vram | None:

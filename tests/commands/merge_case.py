@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.commands.merge import MergeResult, merge
 from qlora_cli.config import MergeConfig
-from qlora_cli.core.models.loading import choose_device, dtype_name, freeze_base, load_base
+from qlora_cli.core.device import choose_device, dtype_name
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import find_targets
+from qlora_cli.core.models.quantization import freeze_base
 from qlora_cli.events import Event
 
 DEVICE = choose_device()  # where the stage works too: CPU and GPU may round a weight near a border differently

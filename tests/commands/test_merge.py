@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from qlora_cli.core.models.loading import dequantized_weight, four_bit_linears, load_base
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from tests.commands.merge_case import DEVICE, Case, logits_of, make_case
 from tests.conftest import ARCHITECTURES, write_model
 

@@ -14,8 +14,9 @@ from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.continuous_batching import answer_all
 from qlora_cli.core.generation.generator import Generator
 from qlora_cli.core.generation.requests import Request
-from qlora_cli.core.models.loading import dequantized_weight, load_base
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.models.quantization import dequantized_weight
 from qlora_cli.kernels.decode import gemv
 from tests.conftest import make_tokenizer, write_model
 

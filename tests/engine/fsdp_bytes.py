@@ -17,7 +17,7 @@ from qlora_cli.core.engine.fsdp import gathered, shard_base
 from qlora_cli.core.engine.lora_linear import AdapterValues
 from qlora_cli.core.engine.sharded_weight import sliced_weight_of
 from qlora_cli.core.engine.trials import Calibration
-from qlora_cli.core.models.loading import _restored_linear, pack_weight
+from qlora_cli.core.models.quantization import pack_weight, restored_linear
 
 SIZE, LAYERS, VOCABULARY = 192, 4, 256  # 18,432 bytes a weight and 576 constants: shares of which are filled up
 
@@ -90,7 +90,7 @@ def main() -> None:
         for name in ("", ".absmax"):
             share = slices.keep(packed[name])
             packed[name] = share if on_host else share.to(device)
-        layers.append(Layer(_restored_linear(torch.bfloat16, device, packed, None)))
+        layers.append(Layer(restored_linear(torch.bfloat16, device, packed, None)))
     tables = [torch.randn(VOCABULARY, SIZE).bfloat16().to(device) for _ in range(2)]
     base = Base(layers, [table.clone() for table in tables])
     shard_base(base, base.decoder, list(layers), slices, device)

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from qlora_cli.commands import train as training
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.models import lora as adapter
-from qlora_cli.core.models.loading import resolve_model
+from qlora_cli.core.models.hub import resolve_model
 from qlora_cli.core.storage import checkpoint
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Event, RunStarted, StepLogged

@@ -15,8 +15,10 @@ from qlora_cli.core.inspection.weight_stats import (
     read_headers,
     tabulate_layers,
 )
-from qlora_cli.core.models.loading import build_empty, load_config, round_trip
+from qlora_cli.core.models.loading import load_config
 from qlora_cli.core.models.lora import attach_adapter, save_adapter
+from qlora_cli.core.models.quantization import round_trip
+from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import ModelError
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.core.merge.nf4_rounding import restored_rows
-from qlora_cli.core.models.loading import dequantized_weight, four_bit_linears, four_bit_values, round_trip
+from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, four_bit_values, round_trip
 
 
 def rows_after(weight: torch.Tensor, **quantization):

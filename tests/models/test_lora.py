@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.core.models import loading as base_model
+from qlora_cli.core.models.loading import load_config
 from qlora_cli.core.models.lora import (
     adapter_state,
     attach_adapter,
@@ -16,6 +16,7 @@ from qlora_cli.core.models.lora import (
     read_adapter,
     save_adapter,
 )
+from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
 from tests.conftest import ARCHITECTURES
 
@@ -32,12 +33,12 @@ def randomise(peft_model):
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_all_linear_adapts_every_linear_and_never_the_head(load_tiny, tiny_model, architecture):
     base, _ = load_tiny(architecture)
-    names = base_model.linear_names(base)
+    names = linear_names(base)
     adapted = attach_adapter(base, rank=4, alpha=8)
     found = {n.split(".lora_A")[0] for n, _ in adapted.named_parameters() if ".lora_A." in n}
     assert found == {f"base_model.model.{name}" for name in names}
     assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
-    empty = base_model.build_empty(base_model.load_config(str(tiny_model(architecture))))
+    empty = build_empty(load_config(str(tiny_model(architecture))))
     assert count_parameters(attach_adapter(empty, rank=4, alpha=8)) == count_parameters(adapted)
 
 

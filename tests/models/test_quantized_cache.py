@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models import quantized_cache as base_cache
-from qlora_cli.core.models.loading import build_empty, four_bit_linears, freeze_base, load_config
+from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.quantization import four_bit_linears, freeze_base
 from qlora_cli.core.models.quantized_cache import base_directory, cache_size_bytes, restore_base, save_base
+from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage import hashed_file as hashed_tensors
 from tests.conftest import ARCHITECTURES
 

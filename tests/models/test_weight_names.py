@@ -3,7 +3,8 @@
 import pytest
 from safetensors import safe_open
 
-from qlora_cli.core.models.loading import build_empty, load_config
+from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.errors import ModelError
 from tests.conftest import ARCHITECTURES

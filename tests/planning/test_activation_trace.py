@@ -8,8 +8,9 @@ import transformers
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine import packed_attention as engine_attention
 from qlora_cli.core.engine.engine import install_engine
-from qlora_cli.core.models.loading import build_empty, load_base, load_config
+from qlora_cli.core.models.loading import load_base, load_config
 from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import TRACED_TOKENS, Growth, Height, trace_model
 from qlora_cli.core.planning.live_bytes import LiveBytes
 from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_training

@@ -5,8 +5,9 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from qlora_cli.core.models.loading import build_empty, load_base, load_config
+from qlora_cli.core.models.loading import load_base, load_config
 from qlora_cli.core.models.lora import attach_adapter, count_parameters
+from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_size import measure_footprint, packed_bytes
 
 # The architectures in their true sizes; adapters of the five tutorials.

@@ -10,7 +10,7 @@ import psutil
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_cli.core.models.loading import dequantized_weight, four_bit_linears, logical_numel
+from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, logical_numel
 
 SHARE = 0.5  # of the free memory
 

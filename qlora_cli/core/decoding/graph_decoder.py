@@ -167,7 +167,7 @@ class GraphDecoder(Decoder):
             raise
         except RuntimeError as error:  # something in this architecture waits for the device
             torch.cuda.synchronize()
-            self.reason = first_line(error)[:200]
+            self.reason = first_line(error)
             self._fused_step(length)
             return None
         self._pool = graph.pool()

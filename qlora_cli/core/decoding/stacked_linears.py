@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.core.models.loading import is_4bit
+from qlora_cli.core.models.quantization import is_4bit
 from qlora_cli.kernels import linear
 from qlora_cli.kernels.decode.gemv import MAX_TOKENS, ROW_UNIT, StackedAdapter, StackedWeight, multiply
 from qlora_cli.kernels.weights import FrozenWeight

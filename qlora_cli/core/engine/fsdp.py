@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.engine.sharded_weight import CARRIER, mark_sliced, on_meta
-from qlora_cli.core.models.loading import four_bit_linears
+from qlora_cli.core.models.quantization import four_bit_linears
 from qlora_cli.kernels.weights import FrozenWeight
 
 

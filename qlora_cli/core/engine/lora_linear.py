@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.engine.sharded_weight import ShardedWeight, sliced_weight_of
+from qlora_cli.core.models.structure import is_plain_linear
 from qlora_cli.kernels.linear import Dropout, LinearOptions, project_shared, qlora_linear
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -201,8 +202,7 @@ def frozen_weight(module: nn.Module, dtype: torch.dtype, *, resident: bool) -> F
         return None
     state = getattr(weight, "quant_state", None)
     if state is None:
-        plain = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
-        if plain and isinstance(module, nn.Linear) and weight.dtype == dtype and weight.ndim == 2:
+        if is_plain_linear(module) and weight.dtype == dtype and weight.ndim == 2:
             return FrozenWeight(weight.shape[0], weight.shape[1], dense=weight.detach())
         return None
     nested = state.state2

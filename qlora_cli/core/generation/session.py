@@ -12,14 +12,9 @@ from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.generator import Generator, context_length, find_end_ids, make_request
 from qlora_cli.core.generation.requests import Completion, Request
 from qlora_cli.core.models.adapter_record import AdapterRecord, read_merge_record, read_source
-from qlora_cli.core.models.loading import (
-    identify_base,
-    load_base,
-    load_config,
-    load_tokenizer,
-    load_unquantized,
-    resolve_model,
-)
+from qlora_cli.core.models.hub import resolve_model
+from qlora_cli.core.models.identity import identify_base
+from qlora_cli.core.models.loading import load_base, load_config, load_tokenizer, load_unquantized
 from qlora_cli.core.models.lora import load_adapter
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt
 from qlora_cli.errors import UsageError

@@ -17,10 +17,11 @@ from huggingface_hub import constants as hub_constants
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qlora_cli.core.data.packing import collate
-from qlora_cli.core.device import list_versions
+from qlora_cli.core.device import dtype_name, list_versions
 from qlora_cli.core.engine.engine import install_engine
-from qlora_cli.core.models.loading import dequantized_weight, dtype_name, four_bit_linears, load_base
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from qlora_cli.errors import first_line
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.core.models.loading import linear_names, round_trip
+from qlora_cli.core.models.quantization import round_trip
+from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names
 from qlora_cli.core.planning.model_size import base_name
 from qlora_cli.errors import ModelError

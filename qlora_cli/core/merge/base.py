@@ -7,9 +7,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from qlora_cli.core.device import DTYPES
 from qlora_cli.core.merge.plan import main_dtype
 from qlora_cli.core.models.adapter_record import AdapterRecord
-from qlora_cli.core.models.loading import DTYPES, BaseIdentity, build_empty, identify_base, load_config, resolve_model
+from qlora_cli.core.models.hub import resolve_model
+from qlora_cli.core.models.identity import BaseIdentity, identify_base
+from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.safetensors_file import TensorFile, checkpoint_files
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Caution, Notice, Report

@@ -10,7 +10,8 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_json
-from qlora_cli.core.models.loading import TOKENIZER_FILES, dtype_name
+from qlora_cli.core.device import dtype_name
+from qlora_cli.core.models.hub import TOKENIZER_FILES
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
 from qlora_cli.errors import ModelError
 

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from qlora_cli.core.models.loading import BLOCK_SIZE, four_bit_values, round_trip, round_trip_constants
+from qlora_cli.core.models.quantization import BLOCK_SIZE, four_bit_values, round_trip, round_trip_constants
 from qlora_cli.errors import ModelError
 
 BINS = 16  # a unit: bins of 1/16 hold at most one border between NF4 values, the closest lying 0.08 apart

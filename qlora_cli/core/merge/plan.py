@@ -9,11 +9,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.arithmetic import RowsOf, load_factors, merge_rows
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.nf4_rounding import ROWS_ELEMENTS, restored_rows
 from qlora_cli.core.merge.weight_tying import settle_tying
-from qlora_cli.core.models.loading import BLOCK_SIZE, NESTED_BLOCK_SIZE, dtype_name, linear_names, pack_weight
+from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
+from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.storage.safetensors_file import Entry, Layout, TensorFile, lay_out
 from qlora_cli.errors import MergeError, ModelError
 

@@ -17,8 +17,10 @@ from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, choose_r
 from qlora_cli.core.merge.plan import Arithmetic, MergePlan
 from qlora_cli.core.merge.verify_rows import find_rows
 from qlora_cli.core.merge.weight_tying import embedding_names
-from qlora_cli.core.models.loading import BLOCK_SIZE, freeze_base, is_4bit, linear_names, load_base, load_tokenizer
+from qlora_cli.core.models.loading import load_base, load_tokenizer
 from qlora_cli.core.models.lora import AdapterFacts, load_adapter
+from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
+from qlora_cli.core.models.structure import linear_names
 from qlora_cli.errors import MergeError, ModelError, first_line
 from qlora_cli.events import Caution, Notice, Report
 

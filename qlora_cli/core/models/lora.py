@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.core.models.loading import head_names, linear_names, logical_numel
+from qlora_cli.core.models.quantization import logical_numel
+from qlora_cli.core.models.structure import head_names, linear_names
 from qlora_cli.errors import AdapterError
 
 

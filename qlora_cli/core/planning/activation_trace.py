@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.lm_head import chunk_tokens, find_decoder
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
-from qlora_cli.core.models.loading import PLAIN_LINEAR_SUBCLASSES, linear_names
+from qlora_cli.core.models.structure import is_plain_linear, linear_names
 from qlora_cli.core.planning.live_bytes import LiveBytes
 from qlora_cli.core.planning.meta_ops import Attention, CatchAttention, Linear, Loss, Sink, Source, stand_in_attention
 from qlora_cli.errors import ModelError, first_line
@@ -101,7 +101,7 @@ def trace_model(model: Any, *, fused: bool) -> ModelTrace:
         linear = all(layer.keys_and_values for layer in short.result.layers)
         long = None if linear else _Trace(model, TRACED_TOKENS[1], fused)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        reason = first_line(error) or type(error).__name__
+        reason = first_line(error)
         raise ModelError(
             f"The forward pass of {model.config.model_type} cannot be followed without weights: {reason}.",
             "Its memory cannot be predicted; its parameters can be counted.",
@@ -182,7 +182,7 @@ class _Trace:
         for name in linear_names(self.model):
             module = self.model.get_submodule(name.removesuffix(".base_layer") if self.fused else name)
             base = getattr(module, "base_layer", module)
-            if type(base) in (nn.Linear, Conv1D) or type(base).__name__ in PLAIN_LINEAR_SUBCLASSES:
+            if is_plain_linear(base) or type(base) is Conv1D:
                 out_features = base.out_features if hasattr(base, "out_features") else base.nf  # Conv1D
                 modules.append(module)
                 forwards.append(self._linear(out_features, *_adapter_of(module)))

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from qlora_cli.core.models.loading import BLOCK_SIZE, NESTED_BLOCK_SIZE, dtype_name, linear_names
+from qlora_cli.core.device import dtype_name
 from qlora_cli.core.models.lora import count_parameters
+from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora_cli.core.models.structure import linear_names
 
 ADAPTER_PART = re.compile(r"\.lora_.*$")
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")

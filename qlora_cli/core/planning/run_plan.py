@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from qlora_cli.config import InspectConfig, TrainConfig, recorded_fields
+from qlora_cli.core.device import resolve_compute_dtype
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.models.loading import resolve_compute_dtype
 from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
 from qlora_cli.core.planning.planner import MemoryDecision, StepRequest, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, refuse, suggest_fit, write_train_command

@@ -20,7 +20,7 @@ from qlora_cli.artifacts import (
 )
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions
-from qlora_cli.core.models.loading import BaseIdentity
+from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.runs.directory import finished_files
 from qlora_cli.core.runs.metrics import draw_loss_curve
 from qlora_cli.core.runs.model_card import write_card

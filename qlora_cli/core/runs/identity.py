@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.models.loading import BaseIdentity
+from qlora_cli.core.models.identity import BaseIdentity
 
 # Settings that change the numbers. Where the base and the data lie, how often the run saves, what it fits into memory
 # by, and how many cards share a step, do not.

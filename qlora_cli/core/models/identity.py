@@ -1,0 +1,112 @@
+"""Identity of a base model: digests of its configuration and weights, and how it is quantized."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_cli.core.device import dtype_name
+from qlora_cli.core.models.hub import commit_of, resolve_model
+from qlora_cli.errors import ModelError, first_line
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What the adapter was trained on: enough to refuse another base of the same shapes.
+
+    `weights_sha256` covers each safetensors header and, of every tensor, 4 KiB at its start, middle and end: a
+    fine-tuned sibling differs everywhere, and reading whole weights would cost minutes.
+    """
+
+    model: str
+    revision: str | None  # commit hash of a hub model, None for a directory
+    config_sha256: str
+    weights_sha256: str
+    quant_type: str
+    double_quant: bool
+    compute_dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "BaseIdentity":
+        """Reads what `to_dict` wrote; unknown keys are ignored."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+    def differences(self, other: "BaseIdentity") -> list[str]:
+        """Fields in which two bases differ, as "field: this → other"; where the base lies does not count."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [
+            f"{name}: {mine[name]} → {theirs[name]}"
+            for name in mine
+            if name not in ("model", "revision") and mine[name] != theirs[name]
+        ]
+
+
+def identify_base(
+    model: str,
+    revision: str | None = None,
+    *,
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+) -> BaseIdentity:
+    """The identity of a base whose files are local, without loading it.
+
+    Raises:
+        ModelError: As `resolve_model`.
+    """
+    directory = resolve_model(model, revision, weights=True)
+    local = Path(model).expanduser().is_dir()
+    return BaseIdentity(
+        model=str(Path(model).expanduser().resolve()) if local else model,
+        revision=commit_of(directory),
+        config_sha256=_config_digest(directory),
+        weights_sha256=weights_digest(directory),
+        quant_type=quant_type,
+        double_quant=double_quant,
+        compute_dtype=dtype_name(compute_dtype),
+    )
+
+
+def _config_digest(directory: Path) -> str:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(volatile, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 over the headers and sampled bytes of a checkpoint's safetensors files.
+
+    Raises:
+        ModelError: A file is truncated or not safetensors.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            try:
+                if header_bytes > min(size, 100 * 2**20):
+                    raise ValueError("header longer than the file")
+                header = stream.read(header_bytes)
+                entries = json.loads(header)
+                spans = sorted(entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__")
+                if spans and 8 + header_bytes + spans[-1][1] != size:
+                    raise ValueError(f"{size} bytes where its header says {8 + header_bytes + spans[-1][1]}")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(
+                    f"{path} is damaged: {first_line(error)}.", "Remove it and download the model again."
+                ) from error
+            digest.update(header)
+            for start, end in spans:
+                for position in (start, (start + end) // 2, max(start, end - 4096)):
+                    stream.seek(8 + header_bytes + position)
+                    digest.update(stream.read(min(4096, end - position)))
+    return digest.hexdigest()

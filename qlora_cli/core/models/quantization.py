@@ -1,0 +1,207 @@
+"""4-bit quantization (NF4, FP4) by bitsandbytes: while a model loads, of a weight, and back."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.models.structure import is_plain_linear
+
+BLOCK_SIZE = 64  # weights a quantisation constant covers
+NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quantisation)
+
+
+class FourBitConfig(BitsAndBytesConfig):
+    """BitsAndBytesConfig that selects the quantizer below, which may keep a share of each weight only."""
+
+    def __init__(self, slices: WeightShards | None = None, **arguments: Any) -> None:
+        super().__init__(load_in_4bit=True, **arguments)
+        self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
+        self.slices = slices
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "slices"}
+
+
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """A bool scalar that stays on the device: no synchronisation, and no memory, of which there may be little."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    lowest, highest = torch.aminmax(tensor)  # NaN wins
+    return torch.isfinite(lowest) & torch.isfinite(highest)
+
+
+class CheckedQuantize(Bnb4bitQuantize):
+    """Quantises one weight and remembers whether it was finite: quantisation hides a NaN."""
+
+    out_of_memory: torch.OutOfMemoryError | None = None  # of the load that is under way
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            self.hf_quantizer.finite[name] = is_finite(tensor)
+        try:
+            converted = super().convert(input_dict, *args, **kwargs)
+        except torch.OutOfMemoryError as error:  # transformers goes on, and reports that something failed
+            CheckedQuantize.out_of_memory = error.with_traceback(None)
+            raise
+        if slices := self.hf_quantizer.quantization_config.slices:
+            weights: Any = converted.values()
+            for weight in weights:
+                weight.data = slices.keep(weight.data)
+                weight.quant_state.absmax = slices.keep(weight.quant_state.absmax)
+        return converted
+
+
+class FourBitQuantizer(Bnb4BitHfQuantizer):
+    """transformers' 4-bit quantizer that also takes the linears it leaves out and finds non-finite weights."""
+
+    def __init__(self, quantization_config: Any, **arguments: Any) -> None:
+        super().__init__(quantization_config, **arguments)
+        self.finite: dict[str, torch.Tensor] = {}
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **arguments: Any) -> None:
+        for name, module in list(model.named_modules()):
+            if is_plain_linear(module) and type(module) is not nn.Linear:
+                with torch.device("meta"):
+                    plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                model.set_submodule(name, plain)
+        super()._process_model_before_weight_loading(model, device_map, **arguments)
+
+    def get_quantize_ops(self) -> Bnb4bitQuantize:
+        return CheckedQuantize(self)
+
+
+if "qlora_4bit" not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer("qlora_4bit")(FourBitQuantizer)
+
+
+def restored_linear(
+    compute_dtype: torch.dtype, device: torch.device, packed: dict[str, torch.Tensor], bias: torch.Tensor | None
+) -> nn.Module:
+    """A 4-bit linear of tensors that a checkpoint or the cache holds."""
+    weight = packed.pop("")
+    linear = bnb.nn.Linear4bit(1, 1, bias is not None, compute_dtype, device="meta")
+    linear.weight = bnb.nn.Params4bit.from_prequantized(weight, packed, device=device, module=linear)
+    if weight.device != device:  # shares that wait on the host, which has moved them
+        linear.weight.data, linear.weight.quant_state.absmax = weight, packed[".absmax"]
+    linear.out_features, linear.in_features = linear.weight.quant_state.shape
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def freeze_base(base: Any) -> PreTrainedModel:
+    """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no CPU repacking of the packed weights."""
+    base.requires_grad_(False)
+    base.eval()
+    base.config.use_cache = False
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On AVX512-BF16 CPUs an eval forward repacks the weight in place, and a later backward or dequantise
+            # reads those bytes as plain NF4 (gradient cosine 0.48 before against after).
+            module.support_avx512bf16_for_cpu = False
+    # peft, accelerate and transformers ask these two whether the model is a bitsandbytes one.
+    base.is_loaded_in_4bit = True
+    base.quantization_method = "bitsandbytes"
+    return base
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether the module is a 4-bit linear whose weight is quantised."""
+    return isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight, "quant_state", None) is not None
+
+
+def four_bit_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every quantised linear with its name."""
+    return ((name, module) for name, module in model.named_modules() if is_4bit(module))
+
+
+def dequantized_weight(module: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weight a 4-bit linear computes with.
+
+    Args:
+        module: A quantised linear.
+        dtype: Of the result; by default the dtype it was quantised from.
+
+    Returns:
+        (out_features, in_features).
+    """
+    weight = _dequantize(module.weight.data, module.weight.quant_state)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def _dequantize(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    if packed.device.type != "cpu" or state.shape[-1] % BLOCK_SIZE == 0:
+        return bnb.functional.dequantize_4bit(packed, state)
+    # As one long row: the CPU kernel starts a new block at each row, where quantisation ran on.
+    flat = copy.copy(state)
+    flat.shape = torch.Size([1, state.shape.numel()])
+    return bnb.functional.dequantize_4bit(packed, flat).reshape(state.shape)
+
+
+def round_trip(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> torch.Tensor:
+    """Quantises and dequantises a weight as `load_base` does, bit for bit.
+
+    Args:
+        weight: (out, in) in the compute dtype of the run.
+        quant_type: "nf4" or "fp4".
+        double_quant: As in `load_base`.
+
+    Returns:
+        (out, in) in the same dtype.
+    """
+    packed, state = bnb.functional.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
+    )
+    return _dequantize(packed, state)
+
+
+def four_bit_values(quant_type: str) -> torch.Tensor:
+    """The 16 numbers of a 4-bit type, (16,) float32 on the CPU, at the places their codes name; from -1 to 1."""
+    return bnb.functional.get_4bit_type(quant_type, device="cpu")
+
+
+def round_trip_constants(constants: torch.Tensor) -> torch.Tensor:
+    """What double quantisation leaves of the constants of one weight, bit for bit.
+
+    Args:
+        constants: (blocks,) float32, the largest magnitude of each block.
+
+    Returns:
+        (blocks,) float32.
+    """
+    offset = constants.mean()
+    codes, state = bnb.functional.quantize_blockwise(constants - offset, blocksize=NESTED_BLOCK_SIZE)
+    return bnb.functional.dequantize_blockwise(codes, state) + offset
+
+
+def pack_weight(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> dict[str, torch.Tensor]:
+    """A weight as a 4-bit checkpoint holds it.
+
+    Args:
+        weight: (out, in), 16 or 32 bit.
+        quant_type: "nf4" or "fp4".
+        double_quant: As in `load_base`.
+
+    Returns:
+        The packed codes under "", and what undoes the quantisation under the ending each has in a checkpoint.
+    """
+    packed, state = bnb.functional.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
+    )
+    return {"": packed, **{f".{name}": value for name, value in state.as_dict(packed=True).items()}}
+
+
+def logical_numel(parameter: torch.Tensor) -> int:
+    """Number of weights a parameter stands for: a packed 4-bit one holds two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

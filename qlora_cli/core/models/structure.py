@@ -1,0 +1,53 @@
+"""Structure of a model: built without weights, its linear layers and its output head by name."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.errors import ModelError, first_line
+
+# Subclasses of nn.Linear whose forward is that of nn.Linear in other words; transformers leaves them in 16 bits.
+PLAIN_LINEAR_SUBCLASSES = {"FalconLinear"}
+
+
+def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a configuration on the meta device: true shapes, no memory.
+
+    Raises:
+        ModelError: The configuration belongs to no causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{config.model_type} is no causal language model that can be built here: {first_line(error)}",
+            "Give --model a decoder such as llama, gpt_neox, falcon, mistral, qwen3 or gemma3.",
+        ) from error
+
+
+def head_names(model: Any) -> list[str]:
+    """Names of the output head, as far as there is one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of every linear layer but the output head (nn.Linear and its subclasses, Conv1D, 4-bit ones)."""
+    heads = set(head_names(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name not in heads and "lora_" not in name
+    ]
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module computes what nn.Linear computes, from a weight that is neither packed nor adapted."""
+    kind = type(module)
+    return isinstance(module, nn.Linear) and (
+        kind.forward is nn.Linear.forward or kind.__name__ in PLAIN_LINEAR_SUBCLASSES
+    )
