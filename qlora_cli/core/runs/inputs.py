@@ -1,0 +1,111 @@
+"""Inputs of a training run: the base's configuration and tokenizer, and the rows of every step."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from qlora_cli.config import TrainConfig
+from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.core.data.prepare import prepare_rows
+from qlora_cli.core.data.sampler import BatchSampler
+from qlora_cli.core.data.split import RowSubset, hold_out
+from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.models.loading import load_config, load_tokenizer
+from qlora_cli.core.planning.model_profile import ModelProfile
+from qlora_cli.core.planning.run_plan import gather_run_facts
+from qlora_cli.core.prompts.encoder import encoder_of
+from qlora_cli.errors import DataError
+from qlora_cli.events import Report
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every section of a run needs: the settings, and this process's part in it."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    ranks: ProcessGroup
+    device: torch.device
+    report: Report  # of the main rank; the others report nothing
+
+    @property
+    def output(self) -> Path:
+        """The run directory."""
+        return Path(self.config.output)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run reads before the base is loaded."""
+
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    facts: ModelProfile  # of the base with its adapter
+    rows: PreparedRows  # all of them
+    train_rows: RowSubset
+    eval_rows: RowSubset  # held out; may be empty
+    sampler: BatchSampler  # of `train_rows`
+    eval_sampler: BatchSampler | None  # one pass over `eval_rows`; None where there are none
+    max_length: int
+
+
+def read_inputs(run: Run) -> RunInputs:
+    """Reads a run's inputs; rows of --data are prepared in the cache.
+
+    Raises:
+        ModelError: There is no such base.
+        AdapterError: The adapter cannot be attached to it.
+        DataError: The rows cannot be read or trained on.
+    """
+    config = run.config
+    assert config.model is not None
+    name, revision, trusted = config.model, config.model_revision, config.trust_remote_code
+    model_config = load_config(name, revision, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(name, revision, trust_remote_code=trusted)
+    facts = gather_run_facts(config, model_config, run.device)
+    with run.accelerator.main_process_first():
+        if config.prepared is None:
+            rows = PreparedRows(prepare_rows(config, tokenizer, model_config, None, run.report).directory)
+        else:
+            rows = open_prepared(config.prepared, tokenizer, name)
+    max_length = config.max_length or rows.manifest["max_length"]
+    train_rows, eval_rows = hold_out(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
+    sampler = sample_batches(config, train_rows, run.ranks, max_length)
+    once = replace(config, gradient_accumulation_steps=run.ranks.world_size, epochs=1.0, max_steps=None)
+    eval_sampler = sample_batches(once, eval_rows, run.ranks, max_length) if len(eval_rows) else None
+    return RunInputs(model_config, tokenizer, facts, rows, train_rows, eval_rows, sampler, eval_sampler, max_length)
+
+
+def open_prepared(directory: str, tokenizer: PreTrainedTokenizerBase, model: str) -> PreparedRows:
+    """Rows that `qlora prepare` wrote.
+
+    Raises:
+        DataError: They were prepared with another tokenizer.
+    """
+    rows = PreparedRows(directory)
+    prepared_with = rows.manifest["tokenizer"]
+    if prepared_with["sha256"] != encoder_of(tokenizer).spec.sha256:
+        raise DataError(
+            f"The rows in {directory} were prepared with another tokenizer ({prepared_with['name']}) than that "
+            f"of {model}.",
+            f"Prepare them anew: qlora prepare --model {model} --data ... --output {directory}",
+        )
+    return rows
+
+
+def sample_batches(config: TrainConfig, rows: RowSubset, ranks: ProcessGroup, max_length: int) -> BatchSampler:
+    """The rows of each step."""
+    return BatchSampler(
+        rows.lengths,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        packing=config.packing,
+        max_length=max_length,
+        seed=config.seed,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        ranks=ranks,
+    )
