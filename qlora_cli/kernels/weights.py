@@ -1,7 +1,7 @@
-"""A frozen linear weight as raw tensors, packed or dense, in; its values, whole or by rows, out."""
+"""Frozen linear weight as raw tensors, packed in 4 bits or dense, and its values, whole or by rows."""
 
 import importlib.util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,23 @@ class FrozenWeight(NamedTuple):
     offset: Tensor | None = None
     blocksize: int = 64
     nested_blocksize: int = 256
+
+    @classmethod
+    def of_state(cls, state: Any, packed: Tensor | None = None) -> "FrozenWeight":
+        """The weight that bitsandbytes' `QuantState` describes, of two dimensions; `packed` as it stores it."""
+        nested = state.state2
+        return cls(
+            rows=state.shape[0],
+            columns=state.shape[1],
+            packed=packed,
+            absmax=state.absmax,
+            code=state.code,
+            nested_absmax=nested.absmax if nested is not None else None,
+            nested_code=nested.code if nested is not None else None,
+            offset=state.offset if nested is not None else None,
+            blocksize=state.blocksize,
+            nested_blocksize=nested.blocksize if nested is not None else 256,
+        )
 
     def values(self, dtype: torch.dtype, first_row: int = 0, end_row: int | None = None) -> Tensor:
         """Rows first_row to end_row, (end_row - first_row, in) in `dtype`; a view when dense. See `reserve_values`.

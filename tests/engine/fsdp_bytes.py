@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.weight_shards import WeightShards
-from qlora_cli.core.engine.fsdp import gathered, shard_base
+from qlora_cli.core.engine.fsdp import gathered, shard_base, sharded_weight_of
 from qlora_cli.core.engine.lora_linear import AdapterValues
-from qlora_cli.core.engine.sharded_weight import sliced_weight_of
 from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.core.models.quantization import pack_weight, restored_linear
 
@@ -31,7 +30,7 @@ class Layer(nn.Module):
         self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def look(self, x: torch.Tensor) -> torch.Tensor:
-        whole = sliced_weight_of(self.linear).gathered()
+        whole = sharded_weight_of(self.linear).gathered()
         self.seen.append((whole.packed.clone(), whole.absmax.clone()))
         return x * x
 
@@ -79,7 +78,7 @@ def main() -> None:
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    slices = WeightShards(ProcessGroup(dist.get_rank(), dist.get_world_size()), on_host=on_host)
+    shards = WeightShards(ProcessGroup(dist.get_rank(), dist.get_world_size()), on_host=on_host)
     torch.manual_seed(0)
     layers, truth = [], []
     for _ in range(LAYERS):
@@ -88,12 +87,12 @@ def main() -> None:
             packed[name] = torch.randint(256, packed[name].shape, dtype=torch.uint8)
         truth.append((packed[""].flatten().to(device), packed[".absmax"].to(device)))
         for name in ("", ".absmax"):
-            share = slices.keep(packed[name])
+            share = shards.keep(packed[name])
             packed[name] = share if on_host else share.to(device)
         layers.append(Layer(restored_linear(torch.bfloat16, device, packed, None)))
     tables = [torch.randn(VOCABULARY, SIZE).bfloat16().to(device) for _ in range(2)]
     base = Base(layers, [table.clone() for table in tables])
-    shard_base(base, base.decoder, list(layers), slices, device)
+    shard_base(base, base.decoder, list(layers), shards, device)
     elsewhere = Calibration(base, base.decoder, base.embedding, AdapterValues(torch.bfloat16), torch.device("meta"))
     assert "input_ids" in elsewhere.inputs(4)  # embeddings that wait on the host are gathered like any others
     for _ in range(2):

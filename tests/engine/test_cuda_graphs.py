@@ -214,7 +214,7 @@ def test_embeddings_looked_up_beforehand_give_the_same_loss_and_gradients(load_t
     found = []
     for waits in (False, True):
         if waits:
-            engine.embeddings.leave()
+            engine.embeddings.move_to_host()
         model.zero_grad(set_to_none=True)
         batch = engine.prepare(batch_of())
         assert (batch.embedded is not None) is (waits and engine.packed)

@@ -10,6 +10,7 @@ from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.decoder_layers import saved_bytes_a_token
 from qlora_cli.core.engine.engine import count_recomputed_layers, install_engine
+from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import StepNeeds, plan_memory
 from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.core.models.lora import attach_adapter
@@ -416,4 +417,4 @@ def test_no_room_to_try_a_layer_out_is_told_in_one_sentence(load_tiny, monkeypat
     with pytest.raises(TrainingError, match="no room on the device to run one layer") as reported:
         install(model)
     assert "\n" not in reported.value.message and "--vram" in reported.value.hint
-    assert not hasattr(model.get_base_model().model.layers[0], "_qlora_layer"), "the model is left as it was"
+    assert not hasattr(model.get_base_model().model.layers[0], ATTRIBUTE), "the model is left as it was"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_cli.core.engine.sharded_weight import CARRIER
+from qlora_cli.core.engine.fsdp import CARRIER
 
 SCRIPT = Path(__file__).with_name("fsdp_bytes.py")
 

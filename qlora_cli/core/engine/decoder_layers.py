@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.engine.fsdp import gathered
 from qlora_cli.core.engine.gated_mlp import GatedUnit
-from qlora_cli.core.engine.lora_linear import SharedProjection, StepState, fast_linear_of
+from qlora_cli.core.engine.lora_linear import ATTRIBUTE, SharedProjection, StepState, fast_linear_of, replace_forward
 from qlora_cli.core.engine.memory_plan import LayerSeconds
 from qlora_cli.core.engine.offload import ActivationOffload
 
-_ATTRIBUTE = "_qlora_layer"
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
 
 
@@ -63,7 +61,7 @@ def _run(layer: Any, args: tuple, kwargs: dict) -> Any:
 
 def _run_recomputed(layer: Any, args: tuple, kwargs: dict) -> Any:
     """Inside a compiled region: the compiler drops from the repetition whatever the backward pass does not need."""
-    plan: LayerPlan = getattr(layer, _ATTRIBUTE)
+    plan: LayerPlan = getattr(layer, ATTRIBUTE)
 
     def run(*inner: Any) -> Any:
         return type(layer).forward(layer, *inner, **kwargs)
@@ -107,7 +105,7 @@ def _mark_dynamic(tensors: Any, tokens: int) -> None:
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces `forward` on one layer instance."""
-    plan: LayerPlan = getattr(self, _ATTRIBUTE)
+    plan: LayerPlan = getattr(self, ATTRIBUTE)
     if not torch.is_grad_enabled():
         return _run(self, args, kwargs)
     with plan.offload.layer(plan.number) if plan.offload is not None else nullcontext():
@@ -127,16 +125,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def swap_layers(layers: list[nn.Module], plans: list[LayerPlan]) -> Callable[[], None]:
     """Runs each layer as planned; returns what puts the instances back."""
-    for layer, plan in zip(layers, plans, strict=True):
-        setattr(layer, _ATTRIBUTE, plan)
-        layer.forward = MethodType(_forward, layer)
-
-    def put_back() -> None:
-        for layer in layers:
-            delattr(layer, _ATTRIBUTE)
-            del layer.forward
-
-    return put_back
+    return replace_forward(dict(zip(layers, plans, strict=True)), _forward)
 
 
 @dataclass(frozen=True)

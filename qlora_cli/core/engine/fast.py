@@ -22,7 +22,6 @@ from qlora_cli.core.engine.decoder_layers import (
     skip_unused_outputs,
     swap_layers,
 )
-from qlora_cli.core.engine.embeddings import InputEmbeddings
 from qlora_cli.core.engine.fsdp import is_sharded
 from qlora_cli.core.engine.gated_mlp import fuse_gates, gated_unit_of
 from qlora_cli.core.engine.lm_head import find_decoder, find_head, trained_positions
@@ -36,7 +35,7 @@ from qlora_cli.core.engine.lora_linear import (
     swap_linears,
 )
 from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes
-from qlora_cli.core.engine.offload import ActivationOffload
+from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
 from qlora_cli.core.engine.packed_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
 from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.errors import UsageError
@@ -92,11 +91,11 @@ class FastEngine:
         self.put_gates_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
         self.undo.append(lambda: self.put_gates_back())
-        self.undo.append(self.embeddings.come_back)
+        self.undo.append(self.embeddings.move_back)
         self.buffer: Tensor | None = None
         self.undo.append(self._release_values)
         if on_cuda and options.offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
-            self.embeddings.leave()
+            self.embeddings.move_to_host()
         # Trials run on weights in slices: there may be no room for a whole one.
         self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
         if self.kept_linears and self.sharded:
@@ -183,7 +182,7 @@ class FastEngine:
             self._share_projections()
         self._set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings:
-            self.embeddings.leave()
+            self.embeddings.move_to_host()
         offloads = on_cuda and (plan.offload_activations or plan.sent)
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:

@@ -2,17 +2,23 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.core.engine.lora_linear import FastLinear, SharedProjection, adapter_is_active, fast_linear_of
+from qlora_cli.core.engine.lora_linear import (
+    ATTRIBUTE,
+    FastLinear,
+    SharedProjection,
+    adapter_is_active,
+    fast_linear_of,
+    replace_forward,
+)
 from qlora_cli.kernels.gated import GATES, activate, gated_product
 from qlora_cli.kernels.linear import qlora_linear
 
-_ATTRIBUTE = "_qlora_gate"
 GATED_PARTS = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls them
 TRIAL_POINTS = 4001
 
@@ -49,7 +55,7 @@ class GatedUnit:
 
 def _forward(self: Any, x: Tensor) -> Tensor:
     """Replaces `forward` on one MLP instance."""
-    unit: GatedUnit = getattr(self, _ATTRIBUTE)
+    unit: GatedUnit = getattr(self, ATTRIBUTE)
     wanted = torch.compiler.is_compiling() and unit.enabled and unit.shared.enabled and x.dtype == unit.gate.dtype
     linears = ((self.gate_proj, unit.gate), (self.up_proj, unit.up))
     if wanted and all(adapter_is_active(module, fast.adapter) for module, fast in linears):
@@ -59,27 +65,15 @@ def _forward(self: Any, x: Tensor) -> Tensor:
 
 def fuse_gates(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Gives gated MLPs whose two linears share a projection the fused form; returns what puts them back."""
-    swapped: list[Any] = []
     kinds: dict[int, str | None] = {}
-    for module in modules:
-        unit = _gated_unit(module, kinds)
-        if unit is not None:
-            setattr(module, _ATTRIBUTE, unit)
-            module.forward = MethodType(_forward, module)
-            swapped.append(module)
-
-    def put_back() -> None:
-        for module in swapped:
-            delattr(module, _ATTRIBUTE)
-            del module.forward
-        swapped.clear()
-
-    return put_back
+    units = {module: _gated_unit(module, kinds) for module in modules}
+    return replace_forward({module: unit for module, unit in units.items() if unit is not None}, _forward)
 
 
 def gated_unit_of(module: nn.Module) -> GatedUnit | None:
     """The fused form of an MLP instance; None for any other module."""
-    return getattr(module, _ATTRIBUTE, None)
+    state = getattr(module, ATTRIBUTE, None)
+    return state if isinstance(state, GatedUnit) else None
 
 
 def _gated_unit(module: Any, kinds: dict[int, str | None]) -> GatedUnit | None:

@@ -1,7 +1,7 @@
 """A model's frozen and adapted linear layers in; the same module instances, computing through the fused op, out."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -10,12 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.core.engine.sharded_weight import ShardedWeight, sliced_weight_of
+from qlora_cli.core.engine.fsdp import ShardedWeight, sharded_weight_of
 from qlora_cli.core.models.structure import is_plain_linear
 from qlora_cli.kernels.linear import Dropout, LinearOptions, project_shared, qlora_linear
 from qlora_cli.kernels.weights import FrozenWeight
 
-_ATTRIBUTE = "_qlora_fast_linear"
+# What a module instance computes with whose `forward` the engine has replaced: a linear's `FastLinear`, a gated MLP's
+# `GatedUnit`, a decoder layer's `LayerPlan`. On the instance, so that layers of one class share compiled code.
+ATTRIBUTE = "_qlora_engine"
+
+
+def replace_forward(modules: Mapping[nn.Module, Any], forward: Callable) -> Callable[[], None]:
+    """Gives module instances another `forward`, which finds what belongs to each under `ATTRIBUTE`.
+
+    Returns:
+        What puts them back; a second call does nothing.
+    """
+    replaced: list[Any] = list(modules)
+    for module, state in modules.items():
+        setattr(module, ATTRIBUTE, state)
+        module.forward = MethodType(forward, module)
+
+    def put_back() -> None:
+        for module in replaced:
+            delattr(module, ATTRIBUTE)
+            del module.forward
+        replaced.clear()
+
+    return put_back
 
 
 class StepState:
@@ -177,7 +199,7 @@ class FastLinear:
 
 def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Replaces `forward` on one instance; anything the op does not cover goes to the class's own forward."""
-    fast: FastLinear = getattr(self, _ATTRIBUTE)
+    fast: FastLinear = getattr(self, ATTRIBUTE)
     if args or kwargs or (fast.adapter is not None and not adapter_is_active(self, fast.adapter)):
         return type(self).forward(self, x, *args, **kwargs)
     return fast(x, self.training)
@@ -205,21 +227,9 @@ def frozen_weight(module: nn.Module, dtype: torch.dtype, *, resident: bool) -> F
         if is_plain_linear(module) and weight.dtype == dtype and weight.ndim == 2:
             return FrozenWeight(weight.shape[0], weight.shape[1], dense=weight.detach())
         return None
-    nested = state.state2
     if getattr(state, "packing_format_for_cpu", False) or len(state.shape) != 2:
         return None
-    packed = FrozenWeight(
-        rows=state.shape[0],
-        columns=state.shape[1],
-        packed=weight.detach().as_subclass(Tensor).view(torch.uint8).flatten(),
-        absmax=state.absmax,
-        code=state.code,
-        nested_absmax=nested.absmax if nested is not None else None,
-        nested_code=nested.code if nested is not None else None,
-        offset=state.offset if nested is not None else None,
-        blocksize=state.blocksize,
-        nested_blocksize=nested.blocksize if nested is not None else 256,
-    )
+    packed = FrozenWeight.of_state(state, weight.detach().as_subclass(Tensor).view(torch.uint8).flatten())
     return FrozenWeight(packed.rows, packed.columns, dense=packed.values(dtype)) if resident else packed
 
 
@@ -253,7 +263,7 @@ def fast_linear(
     name = _covered_adapter(module) if adapted else None
     if adapted and name is None:
         return None
-    weight = sliced_weight_of(base) or frozen_weight(base, dtype, resident=resident)
+    weight = sharded_weight_of(base) or frozen_weight(base, dtype, resident=resident)
     if weight is None:
         return None
     bias = None if base.bias is None else base.bias.detach().to(dtype)
@@ -294,8 +304,7 @@ def swap_linears(
     Returns:
         The fused layers; the names of layers that keep their own forward; a function that puts everything back.
     """
-    swapped: list[nn.Module] = []
-    fast_layers: list[FastLinear] = []
+    found: dict[nn.Module, FastLinear] = {}
     kept: list[str] = []
     for number, (name, module) in enumerate(candidates):
         fast = fast_linear(
@@ -304,20 +313,10 @@ def swap_linears(
         if fast is None:
             kept.append(name)
             continue
-        setattr(module, _ATTRIBUTE, fast)
-        module.forward = MethodType(_forward, module)
-        swapped.append(module)
-        fast_layers.append(fast)
+        found[module] = fast
         if fast.adapter is not None:
             values.linears.append(fast)
-
-    def put_back() -> None:
-        for module in swapped:
-            delattr(module, _ATTRIBUTE)
-            del module.forward
-        swapped.clear()
-
-    return fast_layers, kept, put_back
+    return list(found.values()), kept, replace_forward(found, _forward)
 
 
 def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[SharedProjection]:
@@ -349,14 +348,15 @@ def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> l
 
 def fast_linear_of(module: nn.Module) -> FastLinear | None:
     """The fused form a swapped instance computes with; None for any other module."""
-    return getattr(module, _ATTRIBUTE, None)
+    state = getattr(module, ATTRIBUTE, None)
+    return state if isinstance(state, FastLinear) else None
 
 
 def logical_elements(module: Any) -> int:
     """Values of a linear layer's weight, packed or not."""
     linear = module.base_layer if hasattr(module, "base_layer") else module
-    if (sliced := sliced_weight_of(linear)) is not None:
-        return sliced.elements
+    if (sharded := sharded_weight_of(linear)) is not None:
+        return sharded.elements
     weight = linear.weight
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else math.prod(state.shape)

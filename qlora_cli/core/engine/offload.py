@@ -1,7 +1,7 @@
-"""Tensors that autograd saves in, the same tensors back in the backward pass, in pinned host memory in between.
+"""Offload to pinned host memory: activations saved for the backward pass, and the table of input embeddings.
 
-Copies run on a stream of their own: a layer's tensors leave while the next layers compute, and come back while the
-backward pass is in the layers before them.
+Activations are copied on a stream of their own: a layer's tensors leave while the next layers compute, and come back
+while the backward pass is in the layers before them.
 """
 
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_cli.core.engine.memory_plan import ROOM
+from qlora_cli.events import Notice, Report
 
 SMALLEST_BYTES = 2**20  # below this a copy costs more than the memory is worth
 TRIAL_BYTES = 2**25  # of the link
@@ -213,3 +214,75 @@ def link_bytes_per_second(device: torch.device) -> float:
         end.synchronize()
         slowest = max(slowest, begin.elapsed_time(end) / 1000)
     return TRIAL_BYTES / slowest
+
+
+class InputEmbeddings:
+    """The input embeddings of a model that an engine runs.
+
+    Args:
+        base: The causal language model.
+        device: Where it computes.
+        report: Receives a notice when there is no room any more to put the table back.
+
+    Attributes:
+        on_host: Whether the table waits on the host.
+    """
+
+    def __init__(self, base: Any, device: torch.device, report: Report) -> None:
+        self.module = base.get_input_embeddings()
+        self.head = base.get_output_embeddings()
+        self.device, self.report = device, report
+        plain = type(self.module) is nn.Embedding
+        self.on_host = plain and self.module.weight.device.type == "cpu" and device.type != "cpu"
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing in them is trained, nor adapted."""
+        return not any(parameter.requires_grad for parameter in self.module.parameters())
+
+    def movable_bytes(self) -> int:
+        """Of the table on the device; 0 where it must stay: tied to the head, adapted or trained."""
+        weight = getattr(self.module, "weight", None)
+        if type(self.module) is not nn.Embedding or weight is None or weight.requires_grad or self.on_host:
+            return 0
+        if self.head is not None and getattr(self.head, "weight", None) is weight:
+            return 0
+        return weight.numel() * weight.element_size()
+
+    def move_to_host(self) -> None:
+        """Moves the table to the host, where it may."""
+        if self.movable_bytes():
+            self.on_host = True
+            self.module.to("cpu")
+
+    def move_back(self) -> None:
+        """Puts the table where it was, if it left."""
+        if not self.on_host:
+            return
+        torch.cuda.empty_cache()
+        try:
+            self.module.to(self.device)
+        except torch.OutOfMemoryError:
+            self.report(Notice("The input embeddings stay on the host: there is no memory for them on the device."))
+            return
+        self.on_host = False
+
+    def embed(self, ids: Tensor, looked_up: Tensor | None = None) -> Tensor:
+        """Token ids (rows, length) to embeddings (rows, length, size) on the device.
+
+        Args:
+            ids: On the host or the device.
+            looked_up: From `look_up`, where that was done before.
+        """
+        if looked_up is None and self.on_host:
+            looked_up = self.look_up(ids)
+        if looked_up is None:
+            return self.module(ids.to(self.device, non_blocking=True))
+        return looked_up.to(self.device, non_blocking=True)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Token ids (rows, length) to embeddings (rows, length, size) in memory of the host, pinned for a CUDA device."""
+        weight = self.module.weight
+        rows = torch.empty(ids.numel(), weight.shape[1], dtype=weight.dtype, pin_memory=self.device.type == "cuda")
+        torch.index_select(weight.detach(), 0, ids.flatten().cpu(), out=rows)
+        return rows.view(*ids.shape, -1)
