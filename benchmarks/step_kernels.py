@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from qlora_cli.kernels import attention, cross_entropy, linear, reference
+from qlora_cli.kernels import attention, cross_entropy, linear, lora_products, reference
 from qlora_cli.kernels.triton import dropout, nf4
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -179,28 +179,30 @@ def linear_time() -> None:
             us = microseconds(lambda: grad @ dense[next(turn) % 4].dense)
             note(f"{key} GEMM of dX us, TFLOP/s", (round(us, 1), round(flops / us / 1e6)))
             options = linear.LinearOptions(2.0)
-            projected = linear.project(x, a, None, 2.0)
+            projected = lora_products.project(x, a, None, 2.0)
             parts = {
-                "forward packed": lambda: linear.forward(x, weights[next(turn) % 4], None, projected, b, None),
-                "forward dense": lambda: linear.forward(x, dense[next(turn) % 4], None, projected, b, None),
-                "forward dense, no adapter": lambda: linear.forward(x, dense[next(turn) % 4], None, None, None, None),
-                "project x A": lambda: linear.project(x, a, None, 2.0),
+                "forward packed": lambda: lora_products.forward(x, weights[next(turn) % 4], None, projected, b, None),
+                "forward dense": lambda: lora_products.forward(x, dense[next(turn) % 4], None, projected, b, None),
+                "forward dense, no adapter": lambda: lora_products.forward(
+                    x, dense[next(turn) % 4], None, None, None, None
+                ),
+                "project x A": lambda: lora_products.project(x, a, None, 2.0),
                 "adapter in place": lambda: grad.addmm_(projected, b.t()),
-                "d projected": lambda: linear._scaled_product(grad, b, 2.0),
-                "dA wide": lambda: linear._wide_product(projected.t(), x, torch.float32),
+                "d projected": lambda: lora_products.scaled_product(grad, b, 2.0),
+                "dA wide": lambda: lora_products.wide_product(projected.t(), x, torch.float32),
                 "dA bf16": lambda: projected.t() @ x,
-                "dB wide": lambda: linear._wide_product(grad.t(), projected, torch.float32),
+                "dB wide": lambda: lora_products.wide_product(grad.t(), projected, torch.float32),
                 "dB bf16": lambda: grad.t() @ projected,
-                "dB transposed wide": lambda: linear._wide_product(projected.t(), grad, torch.float32),
-                "backward packed": lambda: linear.backward(
+                "dB transposed wide": lambda: lora_products.wide_product(projected.t(), grad, torch.float32),
+                "backward packed": lambda: lora_products.backward(
                     grad, x, projected, weights[next(turn) % 4], a, b, None, options, True, torch.float32
                 ),
-                "backward dense": lambda: linear.backward(
+                "backward dense": lambda: lora_products.backward(
                     grad, x, projected, dense[next(turn) % 4], a, b, None, options, True, torch.float32
                 ),
             }
             for limit in (8, 16, 32, 64):
-                parts[f"forward packed, workspace {limit} MiB"] = lambda m=limit: linear.forward(
+                parts[f"forward packed, workspace {limit} MiB"] = lambda m=limit: lora_products.forward(
                     x, weights[next(turn) % 4], None, projected, b, m << 20
                 )
             # The adapter as 16 more columns of one GEMM, and the adapter first with the GEMM adding to it.
@@ -263,7 +265,9 @@ def host_cost() -> None:
 
         with torch.no_grad():
             note(f"host us, op {kind} forward, no grad", clock(op))
-            note(f"host us, plain {kind} forward", clock(lambda w=w: linear.forward(x, w, None, None, None, None)))
+            note(
+                f"host us, plain {kind} forward", clock(lambda w=w: lora_products.forward(x, w, None, None, None, None))
+            )
     y = torch.randn(64, 64, device=DEVICE, dtype=torch.bfloat16)
     note("host us, one mm", clock(lambda: y @ y))
     out = torch.empty(64, 64, device=DEVICE, dtype=torch.bfloat16)

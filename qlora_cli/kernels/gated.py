@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_cli.kernels.linear import adapter_gradients
+from qlora_cli.kernels.lora_products import adapter_gradients
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
     from qlora_cli.kernels.triton import gated_tiles

@@ -15,10 +15,10 @@ from qlora_cli.core.engine import fast as engine_fast
 from qlora_cli.core.engine import packed_attention as engine_attention
 from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket, bucketed, explain_failure
 from qlora_cli.kernels import gated as gated_kernel
-from qlora_cli.kernels import linear
+from qlora_cli.kernels import lora_products
 from tests.engine.test_engine import adapted, batch_of, gradients, install, step
 
-project = linear.project
+project = lora_products.project
 gate_products = gated_kernel.forward
 
 
@@ -171,7 +171,7 @@ def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, archite
     gated = []
     monkeypatch.setattr(gated_kernel, "forward", lambda *a: gated.append(a[-1]) or gate_products(*a))
     calls = []
-    monkeypatch.setattr(linear, "project", lambda *a: calls.append(a[1].shape[0]) or project(*a))
+    monkeypatch.setattr(lora_products, "project", lambda *a: calls.append(a[1].shape[0]) or project(*a))
     model.zero_grad(set_to_none=True)
     loss = engine.loss(batch)
     loss.backward()

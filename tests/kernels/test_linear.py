@@ -4,7 +4,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_cli.kernels import linear, reference
+from qlora_cli.kernels import linear, lora_products, reference
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -37,7 +37,7 @@ def test_error_against_float64_is_within_twice_eager_own(dtype, workspace_bytes,
     b = torch.randn(384, 8, device=device, requires_grad=True)
     bias = torch.randn(384, dtype=dtype, device=device)
     dropout = linear.Dropout(rate, torch.tensor(5, device=device)) if rate else None
-    mask = linear._drop(torch.ones(42, 64, device=device), dropout).view(2, 21, 64) if dropout else 1.0
+    mask = lora_products.drop(torch.ones(42, 64, device=device), dropout).view(2, 21, 64) if dropout else 1.0
     options = linear.LinearOptions(0.5, workspace_bytes)
 
     def op():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.models.quantization import is_4bit
-from qlora_cli.kernels import linear
+from qlora_cli.kernels import lora_products
 from qlora_cli.kernels.decode.gemv import MAX_TOKENS, ROW_UNIT, StackedAdapter, StackedWeight, multiply
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -273,11 +273,11 @@ class Stack:
 
     def _product_of_many(self, flat: Tensor) -> Tensor:
         """Dequantised once and multiplied, as in training; (tokens, rows) of all sites."""
-        y = linear.forward(flat, self._frozen, self.bias, None, None, MOST_VALUES)
+        y = lora_products.forward(flat, self._frozen, self.bias, None, None, MOST_VALUES)
         if self.adapter is not None:
             projected = flat @ self.adapter.a.t()  # (tokens, ranks)
             for rows, ranks, b, scale in self._adapted:
-                linear.add_product(y[:, rows], projected[:, ranks], b, scale=scale)
+                lora_products.add_product(y[:, rows], projected[:, ranks], b, scale=scale)
         return y
 
     def forget(self) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qlora_cli.core.engine.fsdp import ShardedWeight, sharded_weight_of
 from qlora_cli.core.models.structure import is_plain_linear
-from qlora_cli.kernels.linear import Dropout, LinearOptions, project_shared, qlora_linear
+from qlora_cli.kernels.linear import project_shared, qlora_linear
+from qlora_cli.kernels.lora_products import Dropout, LinearOptions
 from qlora_cli.kernels.weights import FrozenWeight
 
 # What a module instance computes with whose `forward` the engine has replaced: a linear's `FastLinear`, a gated MLP's
