@@ -83,7 +83,7 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     from qlora_cli.core.models import loading
     from qlora_cli.core.models import quantized_cache as base_cache
     from qlora_cli.core.models.quantized_cache import cache_size_bytes
-    from qlora_cli.core.storage import hashed_file as hashed_tensors
+    from qlora_cli.core.storage.hashed_file import THREADS, HashedFile
 
     os.environ["QLORA_CACHE"] = str(cache)
     device = choose_device()
@@ -118,7 +118,7 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     for owner, name in (
         (loading, "identify_base"),
         (base_cache, "_read"),  # of which `fill` is the part after the header is read and memory is taken
-        (hashed_tensors.HashedFile, "fill"),
+        (HashedFile, "fill"),
         (loading, "build_empty"),
         (base_cache, "_fill"),
         (loading, "freeze_base"),
@@ -127,7 +127,7 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     figures["watched copy seconds"] = load("copy", True)
     figures["of which"] = ", ".join(f"{name} {seconds:.3f}" for name, seconds in spent.items())
     figures["sha256 GB/s, one thread"] = sha256_rate(1) / 1e9
-    figures[f"sha256 GB/s, {hashed_tensors.THREADS} threads"] = sha256_rate(hashed_tensors.THREADS) / 1e9
+    figures[f"sha256 GB/s, {THREADS} threads"] = sha256_rate(THREADS) / 1e9
     figures["all quantise seconds"] = " ".join(f"{seconds:.3f}" for seconds in quantised)
     figures["all copy seconds"] = " ".join(f"{seconds:.3f}" for seconds in restored)
     figures["quantise seconds"] = statistics.median(quantised)

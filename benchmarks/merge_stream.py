@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.core.merge.checkpoint_files import write_index
 from qlora_cli.core.models.structure import linear_names
-from qlora_cli.core.storage.safetensors_file import bytes_of, lay_out
+from qlora_cli.core.storage.safetensors_file import bytes_of, make_header
 
 BLOCK_ELEMENTS = 2**24
 GIB = 2**30
@@ -67,9 +67,9 @@ def write_checkpoint(directory: Path, config, shard_bytes: int) -> None:
     block = (torch.randn(BLOCK_ELEMENTS) * 0.02).bfloat16()
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     for file_name, group in zip(names, groups, strict=True):
-        layout = lay_out([(name, torch.bfloat16, shapes[name]) for name in group])
+        header = make_header([(name, torch.bfloat16, shapes[name]) for name in group])
         with (directory / file_name).open("wb") as stream:
-            stream.write(layout.header)
+            stream.write(header.content)
             for name in group:
                 left = prod(shapes[name])
                 while left:

@@ -27,8 +27,8 @@ from qlora_cli.core.inspection.doctor import (
 from qlora_cli.core.inspection.run_summary import describe_run, holds_run
 from qlora_cli.core.inspection.weight_stats import (
     group_tensors,
+    list_tensors,
     measure_quantization_error,
-    read_headers,
     tabulate_layers,
 )
 from qlora_cli.core.models.hub import resolve_model
@@ -159,7 +159,8 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         )
         facts["mean_quantization_error"] = sum(error.value for error in errors) / max(1, len(errors))
         tables.append(tabulate_layers(f"Relative error of {config.quant_type}", errors))
-    if directory.is_dir() and (groups := group_tensors(read_headers(directory))):
+    entries = [entry for _, entry in list_tensors(directory).values()] if directory.is_dir() else []
+    if groups := group_tensors(entries):
         tables.append(_table("Weights", [asdict(group) for group in groups]))
     return {**facts, "tables": tables}
 

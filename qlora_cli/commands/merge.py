@@ -30,7 +30,7 @@ from qlora_cli.core.models.adapter_record import read_source
 from qlora_cli.core.models.lora import read_adapter
 from qlora_cli.core.models.structure import head_names, linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
-from qlora_cli.core.storage.safetensors_file import TensorFile, checkpoint_files
+from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
 from qlora_cli.errors import DiskFull, MergeError
 from qlora_cli.events import Report
 
@@ -81,7 +81,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             trust_remote_code=config.trust_remote_code,
             report=report,
         )
-        files = [stack.enter_context(TensorFile(base.directory / n)) for n in checkpoint_files(base.directory)]
+        files = [stack.enter_context(TensorFile(base.directory / n)) for n in list_weight_files(base.directory)]
         arithmetic = choose_arithmetic(config, base, choose_device())
         changes = read_changes(facts, base.model, renamer(base.model))
         names = map_names((name for file in files for name in file.entries), base.model)
@@ -91,7 +91,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         require_space(output, plan)
         with unfinished_directory(output, overwrite=config.overwrite, resume=config.resume) as directory:
             started = time.perf_counter()
-            largest = max(file.layout.total_bytes for file in plan.files)
+            largest = max(file.header.total_bytes for file in plan.files)
             try:
                 reused = write_files(
                     plan.files,

@@ -10,9 +10,9 @@ from qlora_cli.core.inspection.weight_stats import (
     LayerValue,
     group_tensors,
     layer_of,
+    list_tensors,
     measure_quantization_error,
     measure_updates,
-    read_headers,
     tabulate_layers,
 )
 from qlora_cli.core.models.loading import load_config
@@ -33,7 +33,10 @@ def test_tensors_are_grouped_by_module_and_dtype(tmp_path):
     }
     save_file(tensors, tmp_path / "model.safetensors")
     save_file({"lm_head.weight": torch.zeros(9)}, tmp_path / "consolidated.safetensors")
-    groups = {(group.module, group.dtype): group for group in group_tensors(read_headers(tmp_path))}
+    groups = {
+        (group.module, group.dtype): group
+        for group in group_tensors(entry for _, entry in list_tensors(tmp_path).values())
+    }
     assert set(groups) == {("q_proj", "BF16"), ("q_proj", "F32"), ("lm_head", "F16")}
     both = groups["q_proj", "BF16"]
     assert (both.tensors, both.elements, both.stored_bytes) == (2, 64, 128)
@@ -43,7 +46,7 @@ def test_tensors_are_grouped_by_module_and_dtype(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError) as caught:
-        read_headers(tmp_path)
+        list_tensors(tmp_path)
     assert "model.safetensors" in caught.value.message
 
 

@@ -17,7 +17,6 @@ from qlora_cli.core.models.loading import load_config
 from qlora_cli.core.models.quantization import four_bit_linears, freeze_base
 from qlora_cli.core.models.quantized_cache import base_directory, cache_size_bytes, restore_base, save_base
 from qlora_cli.core.models.structure import build_empty
-from qlora_cli.core.storage import hashed_file as hashed_tensors
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -112,10 +111,9 @@ def test_the_file_is_plain_safetensors_and_its_size_is_known(load_tiny, root):
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 0.9999), kind=st.sampled_from(["flip", "cut", "grow"]))
-def test_damage_anywhere_is_found_and_the_copy_removed(place, kind, load_tiny, tiny_model, monkeypatch):
-    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", 10_000)
+def test_damage_anywhere_is_found_and_the_copy_removed(place, kind, load_tiny, tiny_model):
     base, _ = load_tiny("llama")
-    save_base(base, FACTS)
+    save_base(base, FACTS, piece_bytes=10_000)
     path = base_directory(FACTS) / base_cache.WEIGHTS
     content = bytearray(path.read_bytes())
     at = int(place * len(content))
@@ -146,10 +144,9 @@ def test_a_broken_manifest_or_another_structure_is_no_base(load_tiny, tiny_model
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("on_host", [True, False])
-def test_each_rank_reads_what_it_keeps(on_host, double_quant, load_tiny, monkeypatch):
-    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", 1000)
+def test_each_rank_reads_what_it_keeps(on_host, double_quant, load_tiny):
     base, _ = load_tiny("llama", double_quant=double_quant)
-    save_base(base, FACTS)
+    save_base(base, FACTS, piece_bytes=1000)
     path = base_directory(FACTS) / base_cache.WEIGHTS
     manifest = json.loads((base_directory(FACTS) / base_cache.MANIFEST).read_text())
     whole = base_cache._read(path, manifest, CPU, None)
@@ -164,8 +161,7 @@ def test_each_rank_reads_what_it_keeps(on_host, double_quant, load_tiny, monkeyp
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_on_cuda_the_copy_gives_the_same_bits_and_logits(architecture, load_tiny, monkeypatch):
-    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", 10_000)
+def test_on_cuda_the_copy_gives_the_same_bits_and_logits(architecture, load_tiny):
     device = torch.device("cuda", torch.cuda.current_device())
     settings = {"device": device, "compute_dtype": torch.bfloat16, "cache": True}
     base, _ = load_tiny(architecture, **settings)
@@ -188,11 +184,11 @@ def test_a_full_disk_and_a_forbidden_directory_stop_nothing(load_tiny, root, mon
     assert "nearly full" in events[-1].text and not base_directory(FACTS).exists()
     monkeypatch.setattr(base_cache, "SPARE_BYTES", 0)
 
-    def no_room(stream, shapes, values):
+    def no_room(stream, shapes, values, piece_bytes):
         stream.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(base_cache, "write_tensors", no_room)
+    monkeypatch.setattr(base_cache, "write_hashed_file", no_room)
     save_base(base, FACTS, events.append)
     assert "could not be kept" in events[-1].text
     assert list(root.iterdir()) == []

@@ -11,19 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.core.storage import hashed_file as hashed_tensors
-from qlora_cli.core.storage.hashed_file import ALIGNED_BYTES, HashedFile, write_tensors
+from qlora_cli.core.storage import hashed_file
+from qlora_cli.core.storage.hashed_file import ALIGNMENT_BYTES, HashedFile, write_hashed_file
 from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES
 from qlora_cli.errors import RunError
 
 CPU = torch.device("cpu")
 PIECE_BYTES = 1000  # no multiple of what tensors are aligned to
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", PIECE_BYTES)
-    monkeypatch.setattr(hashed_tensors, "THREADS", 3)
 
 
 def random_tensor(dtype, shape, seed):
@@ -34,15 +28,15 @@ def random_tensor(dtype, shape, seed):
     return raw.view(dtype).view(shape)
 
 
-def write(path, tensors):
+def write(path, tensors, piece_bytes=PIECE_BYTES):
     with path.open("wb") as stream:
-        return write_tensors(stream, tensors, iter(tensors.values()))
+        return write_hashed_file(stream, tensors, iter(tensors.values()), piece_bytes=piece_bytes)
 
 
-def read(path, digests, piece_bytes=PIECE_BYTES, device=CPU):
+def read(path, digests, piece_bytes=PIECE_BYTES, device=CPU, threads=3):
     with HashedFile(path, digests, piece_bytes) as file:
         tensors = {name: torch.empty(e.shape, dtype=e.dtype, device=device) for name, e in file.entries.items()}
-        file.fill([(file.entries[name].start, tensor) for name, tensor in tensors.items()], device)
+        file.fill([(file.entries[name].start, tensor) for name, tensor in tensors.items()], device, threads=threads)
     return tensors
 
 
@@ -61,10 +55,9 @@ SHAPES = st.one_of(
     layout=st.lists(st.tuples(st.sampled_from(list(DTYPE_NAMES)), SHAPES), max_size=9),
     piece_bytes=st.sampled_from([97, 256, 1000, 4096, 10**6]),
 )
-def test_tensors_of_any_size_come_back_bit_for_bit(layout, piece_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", piece_bytes)
+def test_tensors_of_any_size_come_back_bit_for_bit(layout, piece_bytes, tmp_path):
     tensors = {f"t{index}": random_tensor(dtype, shape, index) for index, (dtype, shape) in enumerate(layout)}
-    digests = write(tmp_path / "file", tensors)
+    digests = write(tmp_path / "file", tensors, piece_bytes)
     again = read(tmp_path / "file", digests, piece_bytes)
     assert list(again) == list(tensors)
     assert all(same_bits(again[name], tensor) for name, tensor in tensors.items())
@@ -79,7 +72,7 @@ def test_parts_of_tensors_can_be_asked_for(cuts, tmp_path):
         start = file.entries["whole"].start
         spans = list(zip(sorted(cuts)[::2], sorted(cuts)[1::2], strict=False))
         parts = [torch.empty(high - low, dtype=torch.uint8) for low, high in spans]
-        file.fill([(start + low, part) for (low, _), part in zip(spans, parts, strict=True)], CPU)
+        file.fill([(start + low, part) for (low, _), part in zip(spans, parts, strict=True)], CPU, threads=3)
     assert all(torch.equal(part, whole[low:high]) for (low, high), part in zip(spans, parts, strict=True))
 
 
@@ -91,9 +84,10 @@ def written(tmp_path):
     digests = write(path, tensors)
     content = path.read_bytes()
     header_bytes = int.from_bytes(content[:8], "little")
-    offsets = [entry["data_offsets"] for entry in json.loads(content[8 : 8 + header_bytes]).values()]
+    header = json.loads(content[8 : 8 + header_bytes])
+    offsets = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
     regions = [(0, 8), (8, 8 + header_bytes)]
-    regions += [(8 + header_bytes + start, 8 + header_bytes + end) for start, end in offsets]  # gaps are among them
+    regions += [(8 + header_bytes + start, 8 + header_bytes + end) for start, end in offsets]  # padding is among them
     regions += [(start, min(start + PIECE_BYTES, len(content))) for start in range(0, len(content), PIECE_BYTES)]
     return (
         path,
@@ -103,7 +97,7 @@ def written(tmp_path):
     )
 
 
-def test_a_changed_bit_in_any_region_is_found_and_its_place_told(written):
+def test_a_changed_bit_in_any_region_is_found_and_its_place_named(written):
     path, digests, content, places = written
     assert len(digests) > 4 and len(places) > 20
     for place in places:
@@ -128,16 +122,15 @@ def test_another_length_is_found(written):
             read(path, digests)
 
 
-def test_a_file_that_fills_its_last_piece_may_not_grow(tmp_path, monkeypatch):
-    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", ALIGNED_BYTES)
+def test_a_file_that_fills_its_last_piece_may_not_grow(tmp_path):
     path = tmp_path / "file"
-    tensors = {"full": random_tensor(torch.uint8, (3 * ALIGNED_BYTES,), 0)}
-    digests = write(path, tensors)
-    assert path.stat().st_size % ALIGNED_BYTES == 0
-    assert same_bits(read(path, digests, ALIGNED_BYTES)["full"], tensors["full"])
+    tensors = {"full": random_tensor(torch.uint8, (3 * ALIGNMENT_BYTES,), 0)}
+    digests = write(path, tensors, ALIGNMENT_BYTES)
+    assert path.stat().st_size % ALIGNMENT_BYTES == 0
+    assert same_bits(read(path, digests, ALIGNMENT_BYTES)["full"], tensors["full"])
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(RunError, match="is damaged"):
-        read(path, digests, ALIGNED_BYTES)
+        read(path, digests, ALIGNMENT_BYTES)
 
 
 def test_every_byte_is_read_once_but_those_of_the_header(written, monkeypatch):
@@ -155,7 +148,7 @@ def test_every_byte_is_read_once_but_those_of_the_header(written, monkeypatch):
     assert sum(counts) == len(content) + header_pieces * PIECE_BYTES
 
 
-def test_a_file_cut_while_it_is_read_is_told(written):
+def test_a_file_cut_while_it_is_read_is_reported(written):
     path, digests, content, _ = written
     with HashedFile(path, digests, PIECE_BYTES) as file:
         os.truncate(path, len(content) - 1)
@@ -172,7 +165,7 @@ def test_after_a_failure_and_after_ctrl_c_no_thread_works_on_and_nothing_is_held
     try:
         with HashedFile(path, [*digests[:-1], "0"], PIECE_BYTES) as file:
             try:
-                file.fill([(file.entries["spans"].start, held)], CPU)
+                file.fill([(file.entries["spans"].start, held)], CPU, threads=3)
                 raise AssertionError("damage went unnoticed")
             except RunError as error:
                 error.__traceback__ = None  # as `restore_base` does, so that quantising again has the memory
@@ -184,7 +177,7 @@ def test_after_a_failure_and_after_ctrl_c_no_thread_works_on_and_nothing_is_held
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hashed_tensors, "wait", interrupted)
+    monkeypatch.setattr(hashed_file, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         read(path, digests)
     assert threading.active_count() == threads
@@ -192,14 +185,12 @@ def test_after_a_failure_and_after_ctrl_c_no_thread_works_on_and_nothing_is_held
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("piece_bytes", [1000, 2**20, 2**23])
-def test_a_cuda_device_gets_the_same_bits_and_never_before_its_earlier_work(piece_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(hashed_tensors, "HASHED_BYTES", piece_bytes)
-    monkeypatch.setattr(hashed_tensors, "THREADS", 8)
+def test_a_cuda_device_gets_the_same_bits_and_never_before_its_earlier_work(piece_bytes, tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())
     sizes = (0, 1, 255, 1003, 70_001, 1_000_000) if piece_bytes == 1000 else (0, 1, 70_001, 5_000_003, 40_000_000)
     layout = [(dtype, (size // dtype.itemsize,)) for size in sizes for dtype in DTYPE_NAMES]
     tensors = {f"t{index}": random_tensor(dtype, shape, index) for index, (dtype, shape) in enumerate(layout)}
-    digests = write(tmp_path / "file", tensors)
+    digests = write(tmp_path / "file", tensors, piece_bytes)
     for _ in range(3):
         # Memory that is written late on the current stream, and given away before that has happened.
         busy = [
@@ -210,7 +201,7 @@ def test_a_cuda_device_gets_the_same_bits_and_never_before_its_earlier_work(piec
         for block in busy:
             block.fill_(7)
         del block, busy
-        again = read(tmp_path / "file", digests, piece_bytes, device)
+        again = read(tmp_path / "file", digests, piece_bytes, device, threads=8)
         sums = {name: tensor.clone() for name, tensor in again.items()}  # on the current stream, at once
         assert all(same_bits(sums[name], tensor) for name, tensor in tensors.items())
         assert all(tensor.device == device for tensor in again.values())
@@ -222,7 +213,7 @@ def test_a_cuda_device_gets_the_same_bits_and_never_before_its_earlier_work(piec
     content[-1] ^= 1
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(RunError, match="is damaged"):
-        read(tmp_path / "file", digests, piece_bytes, device)
+        read(tmp_path / "file", digests, piece_bytes, device, threads=8)
     kept = torch.full((10**8,), 3, dtype=torch.uint8, device=device)  # no late copy may land in it
     torch.cuda.synchronize()
     assert bool((kept == 3).all())

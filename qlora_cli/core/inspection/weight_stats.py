@@ -1,14 +1,13 @@
-"""safetensors files in; dtypes and bytes by module, norms of an adapter's updates, and 4-bit errors, by layer, out."""
+"""Statistics of stored weights: dtypes and bytes by module; norms of an adapter's updates and 4-bit errors by layer."""
 
-import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +16,7 @@ from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names
 from qlora_cli.core.planning.model_size import base_name
+from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES, TensorEntry, TensorFile
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Progress, Report
 
@@ -43,33 +43,28 @@ class LayerValue:
     value: float
 
 
-def read_headers(directory: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Every tensor of a checkpoint: its file, and what the file's header says (dtype, shape, data_offsets).
+def list_tensors(directory: Path) -> dict[str, tuple[Path, TensorEntry]]:
+    """Every tensor of a checkpoint, with the file it is in.
 
     Raises:
-        ModelError: A file is not safetensors.
+        ModelError: A file is damaged or is not safetensors.
     """
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    found: dict[str, tuple[Path, TensorEntry]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         if path.name.startswith("consolidated"):  # the same weights again, in their author's own layout
             continue
-        try:
-            with path.open("rb") as stream:
-                header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), path.stat().st_size)))
-            found |= {name: (path, entry) for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, OSError, AttributeError) as error:
-            raise ModelError(f"{path} is damaged: {error}.", "Remove it and download the model again.") from error
+        with TensorFile(path) as file:
+            found |= {name: (path, entry) for name, entry in file.entries.items()}
     return found
 
 
-def group_tensors(headers: dict[str, tuple[Path, dict[str, Any]]]) -> list[TensorGroup]:
-    """Tensors by module and dtype, in the order of the files."""
+def group_tensors(entries: Iterable[TensorEntry]) -> list[TensorGroup]:
+    """Tensors by module and dtype, in the order given."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for name, (_, entry) in headers.items():
-        start, end = entry["data_offsets"]
-        module = name.rsplit(".", 2)[-2] if "." in name else name
-        group = groups.setdefault((module, entry["dtype"]), [0, 0, 0])
-        for position, amount in enumerate((1, math.prod(entry["shape"]), end - start)):
+    for entry in entries:
+        module = entry.name.rsplit(".", 2)[-2] if "." in entry.name else entry.name
+        group = groups.setdefault((module, DTYPE_NAMES[entry.dtype]), [0, 0, 0])
+        for position, amount in enumerate((1, entry.elements, entry.total_bytes)):
             group[position] += amount
     return [TensorGroup(module, dtype, *amounts) for (module, dtype), amounts in groups.items()]
 
@@ -90,11 +85,10 @@ def measure_updates(directory: Path, scaling: float) -> list[LayerValue]:
         scaling: alpha / rank, or alpha / sqrt(rank).
     """
     values = []
-    with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as reader:
-        names = list(reader.keys())
-        for down in (name for name in names if re.search(r"\.lora_(embedding_)?A\b", name)):
+    with TensorFile(directory / ADAPTER_WEIGHTS) as file:
+        for down in sorted(name for name in file.entries if re.search(r"\.lora_(embedding_)?A\b", name)):
             up = re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", down)
-            a, b = reader.get_tensor(down).double(), reader.get_tensor(up).double()  # (r, in), (out, r)
+            a, b = file.read(down).double(), file.read(up).double()  # (r, in), (out, r)
             squared = float(torch.sum((b.T @ b) * (a @ a.T)))
             module = base_name(down)
             values.append(LayerValue(layer_of(module), module.rsplit(".", 1)[-1], scaling * math.sqrt(max(0, squared))))
@@ -125,8 +119,8 @@ def measure_quantization_error(
     Raises:
         ModelError: A linear layer's weight is not in the checkpoint, or cannot be read.
     """
-    headers = read_headers(directory)
-    stored_names = map_names(headers, model)
+    stored_in = list_tensors(directory)
+    stored_names = map_names(stored_in, model)
     linears = linear_names(model)
     values = []
     for done, name in enumerate(linears, start=1):
@@ -135,11 +129,8 @@ def measure_quantization_error(
             raise ModelError(
                 f"{directory} holds no {name}.weight.", "It belongs to another architecture, or a file is missing."
             )
-        try:
-            with safe_open(headers[stored][0], framework="pt") as reader:
-                weight = reader.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{headers[stored][0]} is damaged: {error}.", "Download the model again.") from error
+        with TensorFile(stored_in[stored][0]) as file:
+            weight = file.read(stored)
         weight = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight  # (out, in)
         weight = weight.to(device, compute_dtype)
         lost = round_trip(weight, quant_type=quant_type, double_quant=double_quant).float() - weight.float()

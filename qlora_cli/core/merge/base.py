@@ -14,7 +14,7 @@ from qlora_cli.core.models.hub import resolve_model
 from qlora_cli.core.models.identity import BaseIdentity, identify_base
 from qlora_cli.core.models.loading import load_config
 from qlora_cli.core.models.structure import build_empty
-from qlora_cli.core.storage.safetensors_file import TensorFile, checkpoint_files
+from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Caution, Notice, Report
 
@@ -65,7 +65,7 @@ def find_base(
         )
     directory = resolve_model(model, revision, weights=True, report=report)
     with ExitStack() as stack:
-        names = checkpoint_files(directory)
+        names = list_weight_files(directory)
         stored = main_dtype([stack.enter_context(TensorFile(directory / name)) for name in names])
     if source.base is not None:
         quant_type, double_quant = source.base.quant_type, source.base.double_quant

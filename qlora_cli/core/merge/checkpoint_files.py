@@ -104,6 +104,6 @@ def write_index(directory: Path, names: list[str]) -> None:
             for entry in file.entries.values():
                 weight_map[entry.name] = name
                 total_bytes += entry.total_bytes
-                parameters += entry.total_bytes // entry.dtype.itemsize
+                parameters += entry.elements
     metadata = {"total_parameters": parameters, "total_size": total_bytes}
     write_json(directory / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})

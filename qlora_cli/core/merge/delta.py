@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.models.lora import AdapterFacts
-from qlora_cli.core.storage.safetensors_file import Entry, TensorFile
+from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
 from qlora_cli.errors import AdapterError
 
 PREFIX = "base_model.model."
@@ -186,7 +186,7 @@ def check_finite(adapter: TensorFile) -> None:
         )
 
 
-def _is_finite(adapter: TensorFile, entry: Entry) -> bool:
+def _is_finite(adapter: TensorFile, entry: TensorEntry) -> bool:
     if len(entry.shape) != 2:
         return bool(torch.isfinite(adapter.read(entry.name)).all())
     rows, columns = entry.shape  # embeddings trained in full are larger than memory should hold at once

@@ -16,7 +16,7 @@ from qlora_cli.core.merge.nf4_rounding import ROWS_ELEMENTS, restored_rows
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
 from qlora_cli.core.models.structure import linear_names
-from qlora_cli.core.storage.safetensors_file import Entry, Layout, TensorFile, lay_out
+from qlora_cli.core.storage.safetensors_file import Header, TensorEntry, TensorFile, make_header
 from qlora_cli.errors import MergeError, ModelError
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
@@ -39,7 +39,7 @@ class OutputFile:
     """One file of the merged checkpoint."""
 
     name: str
-    layout: Layout
+    header: Header
     tasks: tuple[Task, ...]
 
 
@@ -56,7 +56,7 @@ class MergePlan:
     @property
     def total_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(file.layout.total_bytes for file in self.files)
+        return sum(file.header.total_bytes for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Planner:
                 tensors += made
                 tasks.append(task)
                 restored += self.arithmetic.restore and parameter in self.linears
-            outputs.append(OutputFile(file.path.name, lay_out(tensors, file.metadata), tuple(tasks)))
+            outputs.append(OutputFile(file.path.name, make_header(tensors, file.header.metadata), tuple(tasks)))
         return MergePlan(tuple(outputs), tying.vocabulary, tying.untied, restored, len(self.changes))
 
     def _check_sources(self) -> None:
@@ -187,7 +187,7 @@ class _Planner:
                 )
 
     def _plan_tensor(
-        self, file: TensorFile, source: Entry, output_name: str, parameter: str | None
+        self, file: TensorFile, source: TensorEntry, output_name: str, parameter: str | None
     ) -> tuple[list[tuple[str, torch.dtype, tuple[int, ...]]], Task]:
         """The output tensors made from one tensor of the base, and the work."""
         change = self.changes.get(parameter, WeightDelta()) if parameter else WeightDelta()
@@ -223,7 +223,7 @@ class _Planner:
         held = prod(shape) * (2 * source.dtype.itemsize + 8) if whole else 0
         return [(output_name, dtype, shape)], Task(held + buffers, run)
 
-    def _copy(self, file: TensorFile, source: Entry, name: str, dtype: torch.dtype) -> Iterator[Piece]:
+    def _copy(self, file: TensorFile, source: TensorEntry, name: str, dtype: torch.dtype) -> Iterator[Piece]:
         for start in range(0, source.total_bytes, COPY_BYTES):
             buffer = torch.empty(min(COPY_BYTES, source.total_bytes - start), dtype=torch.uint8)
             file.read_into(buffer, source.start + start)
@@ -232,7 +232,7 @@ class _Planner:
             yield name, buffer
 
     def _merge_bias(
-        self, file: TensorFile, source: Entry, name: str, change: WeightDelta, dtype: torch.dtype
+        self, file: TensorFile, source: TensorEntry, name: str, change: WeightDelta, dtype: torch.dtype
     ) -> Iterator[Piece]:
         assert change.added
         added = self.adapter.read(change.added).float()
@@ -241,7 +241,7 @@ class _Planner:
     def _merge_weight(
         self,
         file: TensorFile,
-        source: Entry,
+        source: TensorEntry,
         change: WeightDelta,
         dtype: torch.dtype,
         *,

@@ -63,7 +63,7 @@ def write_files(
     if journal_path.is_file():
         found = _read_journal(journal_path)
         journal = found if found.get("key") == key else journal
-    total_bytes = sum(file.layout.total_bytes for file in files)
+    total_bytes = sum(file.header.total_bytes for file in files)
     progress = _Progress(task, total_bytes, report)
     threads = torch.get_num_threads()
     kept = []
@@ -92,7 +92,7 @@ def write_files(
                 recorded = journal["files"].get(file.name)
                 if recorded and path.is_file() and digest_file(path, pool) == recorded:
                     kept.append(file.name)
-                    progress.add(file.layout.total_bytes)
+                    progress.add(file.header.total_bytes)
                 else:
                     # The next file is begun while the disk takes this one.
                     flushing.append(flusher.submit(finish, file.name, *_write_file(file, path, pool, progress)))
@@ -120,8 +120,8 @@ def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress
     digests: dict[str, bytes] = {}
     stop = threading.Event()
     try:
-        _write_all(descriptor, memoryview(file.layout.header), 0)
-        progress.add(len(file.layout.header))
+        _write_all(descriptor, memoryview(file.header.content), 0)
+        progress.add(len(file.header.content))
         futures = [pool.submit(_run_task, t, file, descriptor, digests, progress, stop) for t in file.tasks]
         try:
             _watch(futures, progress)
@@ -134,7 +134,7 @@ def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor, _combine(file.layout.header, (digests[name] for name in file.layout.entries))
+    return descriptor, _combine(file.header.content, (digests[name] for name in file.header.entries))
 
 
 def _watch(futures: list[Future], progress: "_Progress") -> None:
@@ -161,13 +161,13 @@ def _run_task(
             return
         content = bytes_of(piece)
         if name not in hashes:
-            hashes[name], positions[name] = hashlib.sha256(), file.layout.entries[name].start
+            hashes[name], positions[name] = hashlib.sha256(), file.header.entries[name].start
         hashes[name].update(content)
         _write_all(descriptor, content, positions[name])
         positions[name] += len(content)
         progress.add(len(content))
     for name, position in positions.items():
-        entry = file.layout.entries[name]
+        entry = file.header.entries[name]
         if hasattr(os, "posix_fadvise"):  # the disk writes from now on, not only once much has gathered
             os.posix_fadvise(descriptor, entry.start, entry.total_bytes, os.POSIX_FADV_DONTNEED)
         if position != entry.start + entry.total_bytes:
@@ -205,9 +205,7 @@ def digest_file(path: Path, pool: ThreadPoolExecutor) -> str | None:
                 whole.update(bytes_of(buffer))
             return whole.digest()
 
-        with path.open("rb") as stream:
-            header = stream.read(file.data_start)
-        return _combine(header, pool.map(digest, file.entries))
+        return _combine(file.header.content, pool.map(digest, file.entries))
 
 
 class _Progress:

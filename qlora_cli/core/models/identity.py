@@ -10,7 +10,7 @@ import torch
 
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.models.hub import commit_of, resolve_model
-from qlora_cli.errors import ModelError, first_line
+from qlora_cli.core.storage.safetensors_file import LENGTH_BYTES, TensorFile
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,11 @@ def weights_digest(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            try:
-                if header_bytes > min(size, 100 * 2**20):
-                    raise ValueError("header longer than the file")
-                header = stream.read(header_bytes)
-                entries = json.loads(header)
-                spans = sorted(entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__")
-                if spans and 8 + header_bytes + spans[-1][1] != size:
-                    raise ValueError(f"{size} bytes where its header says {8 + header_bytes + spans[-1][1]}")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(
-                    f"{path} is damaged: {first_line(error)}.", "Remove it and download the model again."
-                ) from error
-            digest.update(header)
-            for start, end in spans:
+        with TensorFile(path) as file, path.open("rb") as stream:
+            digest.update(file.header.content[LENGTH_BYTES:])
+            for entry in file.entries.values():
+                start, end = entry.start, entry.start + entry.total_bytes
                 for position in (start, (start + end) // 2, max(start, end - 4096)):
-                    stream.seek(8 + header_bytes + position)
+                    stream.seek(position)
                     digest.update(stream.read(min(4096, end - position)))
     return digest.hexdigest()

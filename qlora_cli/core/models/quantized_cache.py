@@ -21,8 +21,7 @@ from transformers import GenerationConfig
 
 from qlora_cli.artifacts import atomic_directory, read_json
 from qlora_cli.core.distributed.weight_shards import WeightShards
-from qlora_cli.core.storage import hashed_file as hashed_tensors
-from qlora_cli.core.storage.hashed_file import HashedFile, write_tensors
+from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
 from qlora_cli.errors import DiskFull, QloraError, RunError
 from qlora_cli.events import Caution, Notice, Report
 
@@ -61,7 +60,11 @@ def cache_size_bytes() -> int:
 
 
 def save_base(
-    model: Any, facts: Mapping[str, Any], report: Report | None = None, slices: WeightShards | None = None
+    model: Any,
+    facts: Mapping[str, Any],
+    report: Report | None = None,
+    slices: WeightShards | None = None,
+    piece_bytes: int = PIECE_BYTES,
 ) -> None:
     """Keeps a copy of a quantised base, unless there is one or the disk is short.
 
@@ -70,6 +73,7 @@ def save_base(
         facts: See `base_directory`.
         report: Told when no copy could be kept: the work goes on without.
         slices: Of which the model holds this rank's: then all ranks come here, and the main one writes what it gathers.
+        piece_bytes: Of the file, covered by one digest.
     """
     directory = base_directory(facts)
     is_main = slices.ranks.is_main if slices else os.environ.get("RANK", "0") == "0"
@@ -87,11 +91,11 @@ def save_base(
         if is_main:
             with atomic_directory(directory, replace=True) as temporary:
                 with (temporary / WEIGHTS).open("wb") as stream:
-                    digests = write_tensors(stream, shapes, values)
+                    digests = write_hashed_file(stream, shapes, values, piece_bytes=piece_bytes)
                 manifest = {
                     "format": FORMAT,
                     "facts": dict(facts),
-                    "hashed_bytes": hashed_tensors.HASHED_BYTES,
+                    "hashed_bytes": piece_bytes,
                     "sha256": digests,
                     "generation_config": model.generation_config.to_dict(),
                 }
@@ -195,7 +199,7 @@ def _read(
         tensors, parts = {}, []
         for name, entry in file.entries.items():
             if slices and name in sharded:
-                elements = entry.shape.numel()
+                elements = entry.elements
                 first, last = slices.bounds(elements)
                 tensors[name] = slices.blank(elements, entry.dtype, device)
                 parts.append((entry.start + first * entry.dtype.itemsize, tensors[name][: last - first]))

@@ -1,18 +1,16 @@
-"""Tensors in, a safetensors file with a SHA-256 of each of its pieces out; and back, every byte read and verified once.
+"""Safetensors file with a SHA-256 of each of its pieces, written once and read in parallel, every byte verified.
 
-Reading is what a start waits for: each worker thread reads a piece into a buffer of its own, hashes it there and hands
-its tensors' bytes on, from page-locked memory where they go to a CUDA device.
+Reading is what a start waits for: each worker thread reads a piece into a buffer of its own, hashes it there and copies
+its bytes to the tensors they belong to, from page-locked memory where they go to a CUDA device.
 """
 
 import bisect
 import hashlib
-import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -20,67 +18,70 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES, DTYPES
+from qlora_cli.core.storage.safetensors_file import (
+    LENGTH_BYTES,
+    Header,
+    TensorEntry,
+    bytes_of,
+    header_bytes,
+    make_header,
+    parse_header,
+)
 from qlora_cli.errors import RunError
 
-HASHED_BYTES = 8 * 2**20  # covered by one digest: what a reading thread has in memory, page-locked for CUDA
-ALIGNED_BYTES = 256
+PIECE_BYTES = 8 * 2**20  # covered by one digest: what a reading thread has in memory, page-locked for CUDA
+ALIGNMENT_BYTES = 256
 THREADS = min(16, os.cpu_count() or 1)
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write_tensors(stream: BinaryIO, shapes: Mapping[str, Tensor], values: Iterator[Tensor]) -> list[str]:
+def write_hashed_file(
+    stream: BinaryIO, shapes: Mapping[str, Tensor], values: Iterable[Tensor], *, piece_bytes: int = PIECE_BYTES
+) -> list[str]:
     """Writes a safetensors file, each tensor aligned, one in memory at a time.
 
     Args:
         stream: To write to.
         shapes: Of every tensor, in order; these themselves, or ones on the meta device.
         values: The tensors in the same order.
+        piece_bytes: Covered by one digest.
 
     Returns:
-        The digests of every HASHED_BYTES and of what is left, which may be nothing.
+        The SHA-256 of every piece, in hexadecimal, and of what is left, which may be nothing.
     """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in shapes.items():
-        gap = -end % ALIGNED_BYTES
-        if gap:  # the format has no holes: an unnamed tensor fills this one
-            header[f"__gap_{end}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
-        start, end = end + gap, end + gap + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNED_BYTES)
-    hashing = _Hashing(stream)
-    hashing.write(len(text).to_bytes(8, "little") + text)
-    written = 0
-    for tensor in values:
-        gap = -written % ALIGNED_BYTES
-        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-        hashing.write(bytes(gap))
-        hashing.write(raw)
-        written += gap + raw.nbytes
+    header = make_header(
+        ((name, tensor.dtype, tensor.shape) for name, tensor in shapes.items()), alignment_bytes=ALIGNMENT_BYTES
+    )
+    hashing = _HashingStream(stream, piece_bytes)
+    hashing.write(header.content)
+    for entry, tensor in zip(header.entries.values(), values, strict=True):
+        hashing.write(bytes(entry.start - hashing.written_bytes))
+        hashing.write(bytes_of(tensor.detach().cpu()))
     return hashing.finish()
 
 
-class _Hashing:
-    """A stream that keeps a digest of every HASHED_BYTES."""
+class _HashingStream:
+    """A stream that keeps a digest of every `piece_bytes`."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._digest, self._room = stream, hashlib.sha256(), HASHED_BYTES
+    def __init__(self, stream: BinaryIO, piece_bytes: int) -> None:
+        self.written_bytes = 0
+        self._stream, self._piece_bytes = stream, piece_bytes
+        self._digest, self._left = hashlib.sha256(), piece_bytes
         self._digests: list[str] = []
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         self._stream.write(view)
+        self.written_bytes += len(view)
         while len(view):
-            part, view = view[: self._room], view[self._room :]
+            part, view = view[: self._left], view[self._left :]
             self._digest.update(part)
-            self._room -= len(part)
-            if not self._room:
+            self._left -= len(part)
+            if not self._left:
                 self._digests.append(self._digest.hexdigest())
-                self._digest, self._room = hashlib.sha256(), HASHED_BYTES
+                self._digest, self._left = hashlib.sha256(), self._piece_bytes
 
     def finish(self) -> list[str]:
         return [*self._digests, self._digest.hexdigest()]
@@ -89,35 +90,16 @@ class _Hashing:
 # ---------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies in a file.
-
-    Attributes:
-        dtype: Of its elements.
-        shape: As it was written.
-        start: Its first byte, counted from the file's beginning.
-    """
-
-    dtype: torch.dtype
-    shape: torch.Size
-    start: int
-
-
 class HashedFile:
-    """A file of `write_tensors`, open; its header is verified, and with `fill` every other byte.
-
-    Attributes:
-        entries: Every tensor's place, in the file's order.
-    """
+    """A file of `write_hashed_file`, open; its header is verified, and with `fill` every other byte."""
 
     def __init__(self, path: Path, digests: Sequence[str], piece_bytes: int) -> None:
         """Opens the file.
 
         Args:
             path: The file.
-            digests: What `write_tensors` returned.
-            piece_bytes: HASHED_BYTES when it was written.
+            digests: What `write_hashed_file` returned.
+            piece_bytes: As when it was written.
 
         Raises:
             RunError: It has another length, or its header is damaged.
@@ -125,22 +107,25 @@ class HashedFile:
         self._path, self._digests = path, digests
         self._stream = path.open("rb", buffering=0)
         try:
-            self._size_bytes = os.fstat(self._stream.fileno()).st_size
+            self._file_bytes = os.fstat(self._stream.fileno()).st_size
             if piece_bytes < 1:
                 raise RunError(f"{path.name} cannot be read in pieces of {piece_bytes} bytes.")
             self._piece_bytes = piece_bytes
-            self._pieces = self._size_bytes // piece_bytes + 1  # the last one is shorter, or empty
+            self._pieces = self._file_bytes // piece_bytes + 1  # the last one is shorter, or empty
             if len(digests) != self._pieces:
                 raise RunError(f"{path.name} has another length than was written.")
-            header, data_start = self._read_header()
+            try:
+                self._header = self._read_header()
+            except ValueError as error:
+                raise RunError(f"{path.name} is damaged: {error}.") from error
         except BaseException:
             self._stream.close()
             raise
-        self.entries = {
-            name: Entry(DTYPES[entry["dtype"]], torch.Size(entry["shape"]), data_start + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if not name.startswith("__")
-        }
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor, in the order of their bytes."""
+        return self._header.entries
 
     def __enter__(self) -> "HashedFile":
         return self
@@ -150,17 +135,17 @@ class HashedFile:
     ) -> None:
         self._stream.close()
 
-    def _read_header(self) -> tuple[dict[str, Any], int]:
-        """The verified header, and where the data begin."""
-        buffer = torch.empty(min(self._piece_bytes, self._size_bytes), dtype=torch.uint8).numpy()
-        text, wanted = b"", 8
+    def _read_header(self) -> Header:
+        """The header, from verified pieces."""
+        buffer = torch.empty(min(self._piece_bytes, self._file_bytes), dtype=torch.uint8).numpy()
+        content, needed = b"", LENGTH_BYTES
         for number in range(self._pieces):
-            text += buffer[: self._read_piece(number, buffer)].tobytes()
-            if len(text) >= 8:
-                wanted = 8 + int.from_bytes(text[:8], "little")
-            if len(text) >= wanted:
-                return json.loads(text[8:wanted]), wanted
-        raise RunError(f"{self._path.name} is shorter than its header says.")
+            content += buffer[: self._read_piece(number, buffer)].tobytes()
+            if len(content) >= LENGTH_BYTES:
+                needed = header_bytes(content, self._file_bytes)
+            if len(content) >= needed:
+                return parse_header(content[:needed], self._file_bytes)
+        raise ValueError("it ends before its header does")
 
     def _read_piece(self, number: int, buffer: Any) -> int:
         """Fills a buffer, (piece_bytes,) uint8 of numpy, with a piece and verifies it; returns its bytes.
@@ -169,7 +154,7 @@ class HashedFile:
             RunError: They are not what was written.
         """
         start = number * self._piece_bytes
-        count = min(self._piece_bytes, self._size_bytes - start)
+        count = min(self._piece_bytes, self._file_bytes - start)
         done = 0
         while done < count:
             read = os.preadv(self._stream.fileno(), [buffer[done:count]], start + done)
@@ -181,7 +166,7 @@ class HashedFile:
             raise RunError(f"{self._path.name} is damaged after byte {start:,}.")
         return count
 
-    def fill(self, parts: Iterable[tuple[int, Tensor]], device: torch.device) -> None:
+    def fill(self, parts: Iterable[tuple[int, Tensor]], device: torch.device, *, threads: int = THREADS) -> None:
         """Verifies the whole file and fills tensors with what is in it.
 
         Args:
@@ -189,6 +174,7 @@ class HashedFile:
                 host or on `device`. They hold nothing of use unless this returns; then, on a CUDA device, for what its
                 current stream does next.
             device: Where those that are not on the host are.
+            threads: Most that read at once.
 
         Raises:
             RunError: A byte is not what was written.
@@ -196,7 +182,7 @@ class HashedFile:
         targets = sorted(((start, _bytes_of(tensor)) for start, tensor in parts), key=lambda target: target[0])
         copies = _CudaCopies(device) if device.type == "cuda" else None
         waiting = deque(range(self._pieces))
-        threads = min(THREADS, self._pieces)
+        threads = min(threads, self._pieces)
         try:
             with ThreadPoolExecutor(threads) as pool:
                 try:
@@ -219,7 +205,7 @@ class HashedFile:
         """
         starts = [start for start, _ in targets]
         with copies.selected() if copies else nullcontext():
-            room = min(self._piece_bytes, self._size_bytes)
+            room = min(self._piece_bytes, self._file_bytes)
             staging = torch.empty(room, dtype=torch.uint8, pin_memory=copies is not None)
             buffer = staging.numpy()
             copied = torch.cuda.Event() if copies else None

@@ -1,4 +1,4 @@
-"""Safetensors files in, single tensors and blocks of rows out; and whole files laid out ahead of their contents.
+"""Safetensors files: the one parser and writer of their headers, and tensors read whole or by rows.
 
 Bytes are read with `preadv` into fresh buffers and never mapped: mapped pages count as resident, and the memory of a
 merge is bounded. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, data).
@@ -6,11 +6,12 @@ merge is bounded. Format: https://huggingface.co/docs/safetensors (8 bytes of he
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -18,7 +19,9 @@ from qlora_cli.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+LENGTH_BYTES = 8  # little endian, before the JSON
 HEADER_LIMIT_BYTES = 100 * 2**20  # safetensors refuses longer ones
+PADDING = "__padding_"  # begins the names of tensors that only fill space; copies of older versions have "__gap_"
 AHEAD_BYTES = 64 * 2**20  # the disk reads on while what came is worked on; of itself the system asks for 128 KiB
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -29,17 +32,32 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+# ---------------------------------------------------------------- headers
+
+
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: where its bytes lie, counted from the start of the file."""
+class TensorEntry:
+    """Where one tensor lies in a safetensors file.
+
+    Attributes:
+        name: As the file has it.
+        dtype: Of its elements.
+        shape: In elements.
+        start: Its first byte, counted from the start of the file.
+    """
 
     name: str
     dtype: torch.dtype
@@ -47,46 +65,161 @@ class Entry:
     start: int
 
     @property
+    def elements(self) -> int:
+        """Elements of the tensor."""
+        return prod(self.shape)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of the tensor."""
-        return prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the data of a safetensors file.
+
+    Attributes:
+        content: The file's first bytes: the length of the JSON, and the JSON.
+        entries: Every tensor that is not padding, in the order of their bytes.
+        metadata: Strings about the whole file.
+        total_bytes: Of the whole file.
+    """
+
+    content: bytes
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    total_bytes: int
+
+
+def header_bytes(start: bytes, file_bytes: int) -> int:
+    """Bytes of a file's header with its length, from the first 8 of them.
+
+    Raises:
+        ValueError: The header is longer than the file, or than safetensors allows; the reason as a clause.
+    """
+    length = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
+    if file_bytes < length:
+        raise ValueError("its header is longer than the file")
+    if length > LENGTH_BYTES + HEADER_LIMIT_BYTES:
+        raise ValueError(f"its header is longer than {HEADER_LIMIT_BYTES:,} bytes")
+    return length
+
+
+def parse_header(content: bytes, file_bytes: int) -> Header:
+    """Reads a header and checks that its tensors fill the file: no gap, no overlap, none past the end.
+
+    Args:
+        content: The header, from the start of the file.
+        file_bytes: Of the whole file.
+
+    Raises:
+        ValueError: The reason as a clause.
+    """
+    try:
+        fields = json.loads(content[LENGTH_BYTES:].decode())
+    except RecursionError:
+        raise ValueError("its header is nested too deep") from None
+    metadata = fields.pop("__metadata__", {}) if isinstance(fields, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("its header is not a JSON object, or its metadata is not one")
+    found = [_parse_entry(name, value, len(content)) for name, value in fields.items()]
+    found.sort(key=lambda entry: (entry.start, entry.total_bytes))
+    end = len(content)
+    for entry in found:
+        if entry.start != end:
+            raise ValueError(f"{entry.name} begins at byte {entry.start:,} and not at {end:,}, behind the one before")
+        end += entry.total_bytes
+    if end != file_bytes:
+        raise ValueError(f"it has {file_bytes:,} bytes where its header says {end:,}")
+    entries = {entry.name: entry for entry in found if not entry.name.startswith((PADDING, "__gap_"))}
+    return Header(content, entries, metadata, file_bytes)
+
+
+def _parse_entry(name: str, fields: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = str(fields["dtype"]), tuple(fields["shape"]), fields["data_offsets"]
+    except (TypeError, LookupError, ValueError):
+        raise ValueError(f"{name} lacks a dtype, a shape or two offsets") from None
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has the unknown dtype {dtype}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"the shape or the offsets of {name} are not whole numbers")
+    entry = TensorEntry(name, DTYPES[dtype], shape, data_start + start)
+    if end - start != entry.total_bytes:
+        raise ValueError(f"{name} has {end - start:,} bytes where its shape needs {entry.total_bytes:,}")
+    return entry
+
+
+def make_header(
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    alignment_bytes: int = 1,
+) -> Header:
+    """The header of a file of these tensors, one behind the other.
+
+    Args:
+        tensors: Name, dtype and shape of each.
+        metadata: The file's; `format: pt` is added, without which transformers refuses the file.
+        alignment_bytes: Each tensor begins at a multiple of it in the file. The format has no gaps, so that tensors of
+            padding fill them.
+    """
+    fields: dict[str, Any] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        if padding := -end % alignment_bytes:
+            fields[f"{PADDING}{end}"] = _entry_fields(torch.uint8, [padding], end)
+            end += padding
+        fields[name] = _entry_fields(dtype, list(shape), end)
+        end += prod(shape) * dtype.itemsize
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % max(8, alignment_bytes))  # to 8 bytes at least, as safetensors does
+    content = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return parse_header(content, len(content) + end)
+
+
+def _entry_fields(dtype: torch.dtype, shape: list[int], start: int) -> dict[str, Any]:
+    offsets = [start, start + prod(shape) * dtype.itemsize]
+    return {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
+
+
+# ---------------------------------------------------------------- files
 
 
 class TensorFile:
-    """A safetensors file open for reading; safe to read from several threads."""
+    """A safetensors file open for reading; safe to read from several threads.
+
+    Attributes:
+        path: The file.
+        header: Its header.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Reads the header.
+        """Reads and checks the header.
 
         Raises:
-            ModelError: The file is truncated or is not safetensors.
+            ModelError: The file cannot be read, is truncated or is not safetensors.
         """
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
         try:
-            self.entries, self.metadata = self._read_header()
-        except (ValueError, KeyError, TypeError) as error:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ModelError(
+                f"{path} cannot be read: {error.strerror}.", "Check the file's name and rights."
+            ) from error
+        try:
+            file_bytes = os.fstat(self._descriptor).st_size
+            count = header_bytes(os.pread(self._descriptor, LENGTH_BYTES, 0), file_bytes)
+            self.header = parse_header(os.pread(self._descriptor, count, 0), file_bytes)
+        except (ValueError, OSError) as error:
             os.close(self._descriptor)
-            raise ModelError(f"{path} is damaged: {error}.", "Download or copy the file again.") from error
+            raise ModelError(f"{path} is damaged: {error}.", "Remove it, and download or copy it again.") from error
 
-    def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
-        size = os.fstat(self._descriptor).st_size
-        header_bytes = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        if header_bytes > min(size - 8, HEADER_LIMIT_BYTES):
-            raise ValueError("its header is longer than the file")
-        header = json.loads(os.pread(self._descriptor, header_bytes, 8))
-        metadata = header.pop("__metadata__", {})
-        entries = {}
-        for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if fields["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has the unknown dtype {fields['dtype']}")
-            start, end = fields["data_offsets"]
-            entry = Entry(name, DTYPES[fields["dtype"]], tuple(fields["shape"]), 8 + header_bytes + start)
-            if end - start != entry.total_bytes or 8 + header_bytes + end > size:
-                raise ValueError(f"{name} has {end - start} bytes where its shape needs {entry.total_bytes}")
-            entries[name] = entry
-        self.data_start = 8 + header_bytes
-        return entries, metadata
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor, in the order of their bytes."""
+        return self.header.entries
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -125,47 +258,8 @@ class TensorFile:
         while done < len(view):
             count = os.preadv(self._descriptor, [view[done:]], start + done)
             if count == 0:
-                raise ModelError(f"{self.path} ends before its header says.", "Download or copy the file again.")
+                raise ModelError(f"{self.path} became shorter while it was read.", "Download or copy it again.")
             done += count
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A safetensors file before it is written: its header's bytes and where each tensor will lie."""
-
-    header: bytes
-    entries: Mapping[str, Entry]
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + sum(entry.total_bytes for entry in self.entries.values())
-
-
-def lay_out(
-    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> Layout:
-    """Lays tensors end to end, in the order given. The header is padded to 8 bytes, as safetensors does.
-
-    Args:
-        tensors: Name, dtype and shape of each.
-        metadata: The file's; `format: pt` is added, without which transformers refuses the file.
-    """
-    tensors = list(tensors)
-    fields: dict[str, object] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
-    offset = 0
-    for name, dtype, shape in tensors:
-        end = offset + prod(shape) * dtype.itemsize
-        fields[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    entries, start = {}, len(header)
-    for name, dtype, shape in tensors:
-        entries[name] = Entry(name, dtype, tuple(shape), start)
-        start += entries[name].total_bytes
-    return Layout(header, entries)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -173,10 +267,10 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def checkpoint_files(directory: Path) -> list[str]:
+def list_weight_files(directory: Path) -> list[str]:
     """Names of the safetensors files a transformers checkpoint consists of, in order.
 
-    The single file goes before the index, as in transformers; other files lying about do not count.
+    The single file goes before the index, as in transformers; other files in the directory do not count.
 
     Raises:
         ModelError: There is neither, or the index is broken or names files that are missing.
