@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch.optim import Optimizer
 
 from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, TRACKER_LOGS
 from qlora_cli.config import TrainConfig
@@ -52,12 +51,14 @@ from qlora_cli.core.storage.checkpoint import (
     reporting_disk_full,
     require_space,
 )
+from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import count_warmup_steps, learning_rate_schedule
 from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer, choose_optimizer, state_bytes
+from qlora_cli.core.training.reporting import RunReporter
 from qlora_cli.core.training.resume import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
-from qlora_cli.core.training.state import TrainerState, read_trainer_state
-from qlora_cli.core.training.trainer import Checkpointing, Trainer, TrainerSchedule
+from qlora_cli.core.training.state import Checkpointing, TrainerState, read_trainer_state
+from qlora_cli.core.training.trainer import Optimization, Trainer, TrainerSchedule
 from qlora_cli.events import Event, Report, RunStarted, Vram
 
 SAVES_A_RUN = 10  # by default
@@ -134,52 +135,37 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             restore_adapter(start.checkpoint, loaded.model)
         engine = start_engine(run, inputs, decisions, start, loaded)
         stack.callback(engine.close)
-        parameters = TrainableParameters(loaded.model)
-        optimizer = start_optimizer(run, decisions, start, parameters)
+        optimization = start_optimization(run, inputs, decisions, start, loaded)
         # From here on the directory is a run.
         if ranks.is_main:
             write_config_file(config, run.output / RUN_YAML)
         log = open_logs(config, accelerator, run.output, start.state.step, stack) if ranks.is_main else report_nothing
         report_start(run, inputs, start, engine)
         trainer = Trainer(
-            model=loaded.model,
-            engine=engine,
-            rows=inputs.train_rows,
-            eval_rows=inputs.eval_rows,
-            plan=inputs.sampler,
-            eval_plan=inputs.eval_sampler,
-            parameters=parameters,
-            optimizer=optimizer,
-            optimizer_bytes=0 if start.checkpoint else allocated_state_bytes(decisions.optimizer, parameters.elements),
-            learning_rate=learning_rate_schedule(
-                config.scheduler,
-                peak=config.learning_rate,
-                warmup_steps=decisions.warmup_steps,
-                total_steps=inputs.sampler.total_steps,
-            ),
-            max_grad_norm=config.max_grad_norm,
-            scaled=decisions.compute_dtype == torch.float16,
+            replica=ModelReplica(loaded.model, engine, ranks, lockstep=loaded.weight_shards is not None),
+            data=inputs.data,
+            optimization=optimization,
             schedule=TrainerSchedule(
                 eval_every=config.eval_every,
-                save_every=config.save_every or -(-inputs.sampler.total_steps // SAVES_A_RUN),
-                keep=config.keep,
-                keep_best=config.keep_best,
+                save_every=config.save_every or -(-inputs.data.sampler.total_steps // SAVES_A_RUN),
                 patience=config.patience,
             ),
-            saving=Checkpointing(
-                run.output / CHECKPOINTS, start.identity, loaded.save_adapter, decisions.checkpoint_bytes
+            checkpointing=Checkpointing(
+                root=run.output / CHECKPOINTS,
+                identity=start.identity,
+                save_adapter=loaded.save_adapter,
+                needed_bytes=decisions.checkpoint_bytes,
+                keep=config.keep,
+                keep_best=config.keep_best,
             ),
-            progress=start.state,
-            ranks=ranks,
-            lockstep=loaded.weight_shards is not None,
-            report=run.report,
-            log=log,
+            reporter=RunReporter(run.report, log, deferred=run.device.type == "cuda"),
+            state=start.state,
         )
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)  # what is reported is the peak of training, not of loading
         started = time.perf_counter()
         trainer.run()
-        result = describe_result(run, inputs, loaded, trainer.progress, time.perf_counter() - started)
+        result = describe_result(run, inputs, loaded, trainer.state, time.perf_counter() - started)
         if ranks.is_main:
             with reporting_disk_full(run.output, decisions.checkpoint_bytes):
                 finish_run(run, inputs, loaded, result)
@@ -207,8 +193,8 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         inputs.model_config,
         inputs.facts,
         max_length=inputs.max_length,
-        lengths=inputs.train_rows.lengths,
-        longest=inputs.sampler.longest_micro_batches(),
+        lengths=inputs.data.rows.lengths,
+        longest=inputs.data.sampler.longest_micro_batches(),
         device=run.device,
         ranks=run.ranks,
         report=run.report,
@@ -222,7 +208,7 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         memory=memory,
         optimizer=optimizer,
         compute_dtype=resolve_compute_dtype(config.compute_dtype, run.device),
-        warmup_steps=count_warmup_steps(config.warmup_steps, config.warmup_ratio, inputs.sampler.total_steps),
+        warmup_steps=count_warmup_steps(config.warmup_steps, config.warmup_ratio, inputs.data.sampler.total_steps),
         checkpoint_bytes=checkpoint_bytes,
     )
 
@@ -235,10 +221,10 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, start: Star
         output=config.output,
         device="cuda" if plan_is_for_card(config, run.device) else "cpu",
         compute_dtype=dtype,
-        rows=len(inputs.train_rows),
-        held_out_rows=len(inputs.eval_rows),
+        rows=len(inputs.data.rows),
+        held_out_rows=len(inputs.data.eval_rows),
         first_step=start.state.step + 1,
-        total_steps=inputs.sampler.total_steps,
+        total_steps=inputs.data.sampler.total_steps,
         warmup_steps=decisions.warmup_steps,
         trainable_parameters=inputs.facts.footprint.trainable_parameters,
         total_parameters=inputs.facts.footprint.total_parameters,
@@ -294,8 +280,8 @@ def start_engine(
     run: Run, inputs: RunInputs, decisions: Decisions, start: StartingPoint, loaded: LoadedModel
 ) -> Engine:
     """Prepares the model for steps of the largest micro-batch."""
-    config, lengths = run.config, inputs.train_rows.lengths
-    largest = inputs.sampler.longest_micro_batches(start.state.micro_batch_limit_tokens)
+    config, lengths = run.config, inputs.data.rows.lengths
+    largest = inputs.data.sampler.longest_micro_batches(start.state.micro_batch_limit_tokens)
     sharded_on_cards = loaded.weight_shards is not None and run.device.type == "cuda"
     trainable = inputs.facts.footprint.trainable_parameters
     return install_engine(
@@ -307,7 +293,7 @@ def start_engine(
         **measures_of(decisions.memory.plan if sharded_on_cards else config),
         compile=config.compile,
         max_tokens=max(int(lengths[batch].sum()) for batch in largest),
-        total_steps=inputs.sampler.total_steps,  # of a resumed run too, whose steps are to be computed the same way
+        total_steps=inputs.data.sampler.total_steps,  # of a resumed run too, whose steps are to be computed the same way
         optimizer_bytes=allocated_state_bytes(decisions.optimizer, trainable),
         report=run.report,
     )
@@ -343,7 +329,7 @@ def find_start(run: Run, inputs: RunInputs, decisions: Decisions) -> StartingPoi
             ),
             inputs.rows.manifest["rows_sha256"],
             optimizer=decisions.optimizer,
-            total_steps=inputs.sampler.total_steps,
+            total_steps=inputs.data.sampler.total_steps,
             warmup_steps=decisions.warmup_steps,
         )
     if config.resume:
@@ -355,14 +341,31 @@ def find_start(run: Run, inputs: RunInputs, decisions: Decisions) -> StartingPoi
     return StartingPoint(identity, checkpoint, state)
 
 
-def start_optimizer(run: Run, decisions: Decisions, start: StartingPoint, parameters: TrainableParameters) -> Optimizer:
+def start_optimization(
+    run: Run, inputs: RunInputs, decisions: Decisions, start: StartingPoint, loaded: LoadedModel
+) -> Optimization:
     """Builds the optimizer; its state and the random generators are those of the starting point."""
     config, checkpoint = run.config, start.checkpoint
+    parameters = TrainableParameters(loaded.model)
     optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=config.weight_decay)
+    unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements)
     if checkpoint:
         restore_optimizer(checkpoint, optimizer, parameters, allow_changes=config.allow_changes, report=run.report)
+        unallocated_bytes = 0
     restore_or_seed(checkpoint, parameters, seed=config.seed, rank=run.ranks.rank)
-    return optimizer
+    return Optimization(
+        parameters=parameters,
+        optimizer=optimizer,
+        unallocated_bytes=unallocated_bytes,
+        learning_rate=learning_rate_schedule(
+            config.scheduler,
+            peak=config.learning_rate,
+            warmup_steps=decisions.warmup_steps,
+            total_steps=inputs.data.sampler.total_steps,
+        ),
+        max_grad_norm=config.max_grad_norm,
+        scaled=decisions.compute_dtype == torch.float16,
+    )
 
 
 # ---------------------------------------------------------------- train and finish
@@ -374,7 +377,7 @@ def report_start(run: Run, inputs: RunInputs, start: StartingPoint, engine: Engi
     run.report(
         RunStarted(
             first_step=start.state.step + 1,
-            total_steps=inputs.sampler.total_steps,
+            total_steps=inputs.data.sampler.total_steps,
             trainable_parameters=footprint.trainable_parameters,
             total_parameters=footprint.total_parameters,
             device=str(run.device) if world_size == 1 else f"{world_size} × {run.device.type}",
@@ -395,7 +398,7 @@ def describe_result(
     return TrainResult(
         output=run.config.output,
         steps=state.step,
-        total_steps=inputs.sampler.total_steps,
+        total_steps=inputs.data.sampler.total_steps,
         tokens=state.tokens,
         seconds=seconds,
         final_loss=state.last_loss,

@@ -162,7 +162,7 @@ def file_limit(step: int, limit_bytes: int) -> Iterator[Callable[[Event], None]]
 def bad_engine(change: Callable[[Any, torch.Tensor, int], torch.Tensor]) -> Iterator[Callable[[Event], None]]:
     """Passes every loss, with its batch and the number of the step, through `change`."""
     step = 0  # 0 while the longest rows are tried
-    install, take = training.install_engine, training.Trainer._take
+    install, take = training.install_engine, training.Trainer.take_step
 
     def install_bad(*arguments: Any, **keywords: Any) -> Any:
         engine = install(*arguments, **keywords)
@@ -170,14 +170,14 @@ def bad_engine(change: Callable[[Any, torch.Tensor, int], torch.Tensor]) -> Iter
         engine.loss = lambda batch: change(batch, loss(batch), step)
         return engine
 
-    def take_known(loop: Any, now: Any, batches: Any) -> Any:
+    def take_known(trainer: Any, now: Any, batches: Any) -> Any:
         nonlocal step
         step = now.number
-        return take(loop, now, batches)
+        return take(trainer, now, batches)
 
     with (
         mock.patch.object(training, "install_engine", install_bad),
-        mock.patch.object(training.Trainer, "_take", take_known),
+        mock.patch.object(training.Trainer, "take_step", take_known),
     ):
         yield lambda event: None
 

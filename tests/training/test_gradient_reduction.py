@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.training.accumulation import Accumulation, read_batch
+from qlora_cli.core.training.accumulation import Accumulation, ModelReplica, read_batch
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.gradient_reduction import GradientReduction
 from tests.training.training_case import MemoryRows
@@ -13,7 +13,7 @@ from tests.training.training_case import MemoryRows
 class Sending(ProcessGroup):
     """Writes down where each bucket starts, and how many layers' gradients had come; doubles it, as an equal rank would."""
 
-    def start_adding_up(self, tensor):
+    def start_all_reduce_sum(self, tensor):
         assert isinstance(self.log, list)
         self.log.append((tensor.storage_offset(), sum(bool(layer.weight.grad.any()) for layer in self.layers)))
         tensor.mul_(2)
@@ -71,7 +71,7 @@ def test_buckets_cover_every_gradient_once_whatever_their_size():
 class OfTwo(Sending):
     """Counts nothing: the other rank runs two micro-batches."""
 
-    def highest(self, value, device):
+    def all_reduce_max(self, value, device):
         return 2
 
     def all_reduce_sum(self, tensor):
@@ -95,7 +95,7 @@ def test_a_rank_with_fewer_micro_batches_sends_its_buckets_at_the_same_pass_as_t
     for count in (2, 1, 0):
         orders.append([])
         object.__setattr__(ranks, "log", Order(orders[-1]))
-        accumulation = Accumulation(Engine(), rows, parameters, ranks, lockstep=True)
+        accumulation = Accumulation(ModelReplica(model, Engine(), ranks, lockstep=True), rows, parameters)
         accumulation.reduction = GradientReduction(parameters, ranks, 1)
         accumulation.accumulate(batches[:count])
     assert orders[0] == orders[1] == orders[2]

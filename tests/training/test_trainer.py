@@ -1,10 +1,11 @@
-"""The loop: it continues bit for bit, never updates with what is not finite, and gives memory back by halving."""
+"""The trainer: it continues bit for bit, never updates with what is not finite, and gives memory back by halving."""
 
 import math
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,24 +48,25 @@ def interrupt_at(step: int):
 # ---------------------------------------------------------------- what a step is
 
 
-def test_loss_falls_and_every_number_is_told(base, tmp_path):
+def test_loss_falls_and_every_number_is_reported(base, tmp_path):
     case = make_case(base, tmp_path, epochs=12, learning_rate=2e-2, dropout=0.0)
     case.run()
     steps = case.reported(StepLogged)
     assert [s.step for s in steps] == list(range(1, 73))
     assert sum(s.loss for s in steps[-6:]) < 0.8 * sum(s.loss for s in steps[:6])
-    lengths = case.loop.rows.lengths
+    lengths = case.trainer.data.rows.lengths
     assert sum(s.tokens for s in steps[:6]) == lengths.sum()  # one epoch, no padding counted
     assert all(s.vram is None and s.step_seconds > 0 and s.learning_rate > 0 for s in steps)
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_steps_that_are_told_late_are_told_before_what_follows_them(base, tmp_path, stops):
+def test_steps_that_are_reported_late_are_reported_before_what_follows_them(base, tmp_path, stops):
     reported = []
     for late in (False, True):
         wrap = interrupt_at(14) if stops else (lambda engine: engine)
-        case = make_case(base, tmp_path / str(late), eval_rows=3, eval_every=3, keep_best=True, wrap_engine=wrap)
-        case.loop.tells_late = late
+        case = make_case(
+            base, tmp_path / str(late), eval_rows=3, eval_every=3, keep_best=True, wrap_engine=wrap, deferred=late
+        )
         if stops:
             with pytest.raises(Interrupted):
                 case.run()
@@ -77,14 +79,13 @@ def test_steps_that_are_told_late_are_told_before_what_follows_them(base, tmp_pa
     assert {StepLogged, CheckpointSaved, EvaluationLogged} <= {kind for kind, *_ in reported[0]}
 
 
-def test_a_step_that_was_to_be_told_late_is_told_when_the_next_one_breaks(base, tmp_path):
+def test_a_step_that_was_to_be_reported_late_is_reported_when_the_next_one_breaks(base, tmp_path):
     def fault(call, batch, loss):
         if call > 8:  # two of which were tried out before the first step
             raise RuntimeError("broken")
         return loss
 
-    case = make_case(base, tmp_path, wrap_engine=lambda engine: FaultyEngine(engine, fault))
-    case.loop.tells_late = True
+    case = make_case(base, tmp_path, wrap_engine=lambda engine: FaultyEngine(engine, fault), deferred=True)
     with pytest.raises(RuntimeError, match="broken"):
         case.run()
     assert [event.step for event in case.reported(StepLogged)] == [1, 2, 3]
@@ -94,7 +95,7 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_whole_step(base, tm
     """However its rows lie in micro-batches: same losses, norms and adapter within rounding."""
     whole = make_case(base, tmp_path / "a", dropout=0.0)
     cut = make_case(base, tmp_path / "b", dropout=0.0)
-    cut.loop.progress.micro_batch_limit_tokens = 1  # single rows
+    cut.trainer.state.micro_batch_limit_tokens = 1  # single rows
     whole.run()
     cut.run()
     for a, b in zip(whole.reported(StepLogged), cut.reported(StepLogged), strict=True):
@@ -105,7 +106,7 @@ def test_gradients_are_clipped_to_the_norm_and_0_turns_it_off(base, tmp_path):
     for limit, expected in ((1e-3, 1e-3), (0.0, None)):
         case = make_case(base, tmp_path / str(limit), max_grad_norm=limit, max_steps=1)
         case.run()
-        norm = float(case.loop.parameters.gradient_norm())
+        norm = float(case.trainer.optimization.parameters.gradient_norm())
         reported = case.reported(StepLogged)[0].grad_norm
         assert norm == pytest.approx(expected if expected else reported, rel=1e-3) and reported > 1e-3
 
@@ -123,11 +124,11 @@ def test_an_interrupted_run_continues_bit_for_bit(base, tmp_path, optimizer):
         stopped.run()
     assert caught.value.exit_code == 143
     resumed = make_case(base, tmp_path / "stopped", resume=True, **options)
-    assert 0 < resumed.loop.progress.step < straight.loop.progress.step
+    assert 0 < resumed.trainer.state.step < straight.trainer.state.step
     resumed.run()
     assert stopped.lines() + resumed.lines() == straight.lines()
     assert same(resumed.adapter, straight.adapter)
-    assert resumed.loop.progress == straight.loop.progress
+    assert resumed.trainer.state == straight.trainer.state
 
 
 def test_every_optimizer_is_named_in_the_exact_resume_of_its_state():
@@ -149,10 +150,10 @@ def test_a_finished_run_resumes_to_itself(base, tmp_path):
 def test_evaluating_in_between_changes_nothing(base, tmp_path):
     often = make_case(base, tmp_path / "often", eval_rows=4, eval_every=1)
     never = make_case(base, tmp_path / "never", eval_rows=4, eval_every=1000)
-    never.loop.eval_plan = None
+    never.trainer.data = replace(never.trainer.data, eval_sampler=None)
     often.run()
     never.run()
-    assert len(often.reported(EvaluationLogged)) == often.loop.plan.total_steps
+    assert len(often.reported(EvaluationLogged)) == often.trainer.sampler.total_steps
     assert same(often.adapter, never.adapter)
     assert [s.loss for s in often.reported(StepLogged)] == [s.loss for s in never.reported(StepLogged)]
 
@@ -175,7 +176,7 @@ def test_evaluation_loss_is_the_mean_over_held_out_tokens_without_dropout(base, 
     case.model.eval()
     total, trained = 0.0, 0
     with torch.no_grad():
-        for ids, flags in (case.loop.eval_rows[i] for i in range(5)):
+        for ids, flags in (case.trainer.data.eval_rows[i] for i in range(5)):
             logits = case.model(input_ids=torch.from_numpy(ids.astype("int64"))[None]).logits[0].double()
             picked = logits.log_softmax(-1)[:-1].gather(1, torch.from_numpy(ids[1:].astype("int64"))[:, None])[:, 0]
             total -= picked[torch.from_numpy(flags[1:])].sum().item()
@@ -189,13 +190,13 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(base, tmp_path):
         base, tmp_path, eval_rows=4, eval_every=1, patience=2, keep_best=True, keep=1, epochs=40, learning_rate=0.2
     )
     case.run()
-    progress = case.loop.progress
+    state = case.trainer.state
     evaluations = [e.eval_loss for e in case.reported(EvaluationLogged)]
-    assert progress.stopped_early and progress.step < case.loop.plan.total_steps
-    assert min(evaluations) == evaluations[progress.best_step - 1] == progress.best_loss
-    assert progress.step == progress.best_step + 2
+    assert state.stopped_early and state.step < case.trainer.sampler.total_steps
+    assert min(evaluations) == evaluations[state.best_step - 1] == state.best_loss
+    assert state.step == state.best_step + 2
     steps = [int(path.name[5:]) for path in list_checkpoints(tmp_path)]
-    assert steps == [progress.best_step, progress.step]
+    assert steps == [state.best_step, state.step]
     resumed = make_case(
         base, tmp_path, eval_rows=4, eval_every=1, patience=2, keep_best=True, keep=1, epochs=40, resume=True
     )
@@ -209,7 +210,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(base, tmp_path):
 
     options = {"eval_rows": 4, "eval_every": 1, "keep_best": True, "patience": 3}
     case = make_case(base, tmp_path, wrap_engine=lambda e: FaultyEngine(e, fault), **options).run()
-    assert case.loop.progress.best_step is None and case.loop.progress.step == 3
+    assert case.trainer.state.best_step is None and case.trainer.state.step == 3
     assert all(math.isnan(e.eval_loss) for e in case.reported(EvaluationLogged))
     assert make_case(base, tmp_path, resume=True, **options).run().events == []
 
@@ -219,7 +220,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(base, tmp_path):
 
 def nan_in_steps(base, root, steps: range, *, gradient_only: bool = False):
     """An engine whose numbers are not finite for the rows of these steps of the first epoch."""
-    plan = make_case(base, root).loop.plan
+    plan = make_case(base, root).trainer.sampler
     rows = {row for number in steps for batch in plan.step(number).micro_batches for row in batch}
 
     def fault(call, batch, loss):
@@ -240,7 +241,7 @@ def test_what_is_not_finite_makes_no_update_and_training_goes_on(base, tmp_path,
     wrap = nan_in_steps(base, tmp_path, range(3, 5), gradient_only=gradient_only)
     case = make_case(base, tmp_path, wrap_engine=wrap, max_steps=6)
     after = {}
-    case.loop.log = lambda event: after.update({event.step: case.adapter})
+    case.trainer.reporter.log = lambda event: after.update({event.step: case.adapter})
     case.run()
     assert same(after[2], after[3]) and same(after[3], after[4])
     assert not same(after[1], after[2]) and not same(after[4], after[5])
@@ -251,7 +252,7 @@ def test_what_is_not_finite_makes_no_update_and_training_goes_on(base, tmp_path,
     assert [caution.text for caution in case.reported(Caution)] == [
         f"Step {step}: the loss or a gradient is not finite; no update was made." for step in (3, 4)
     ]
-    assert case.loop.progress.step == 6
+    assert case.trainer.state.step == 6
 
 
 def test_several_in_a_row_end_the_run_with_the_last_finite_state_saved(base, tmp_path):
@@ -262,8 +263,8 @@ def test_several_in_a_row_end_the_run_with_the_last_finite_state_saved(base, tmp
     with pytest.raises(TrainingError, match="steps 3 to 5") as caught:
         case.run()
     assert "--resume" in caught.value.hint
-    rows = [row for number in (3, 4, 5) for batch in case.loop.plan.step(number).micro_batches for row in batch]
-    named = ", ".join(str(row) for row in sorted(case.loop.rows.indices[rows].tolist()))
+    rows = [row for number in (3, 4, 5) for batch in case.trainer.sampler.step(number).micro_batches for row in batch]
+    named = ", ".join(str(row) for row in sorted(case.trainer.data.rows.indices[rows].tolist()))
     assert f"rows {named}," in caught.value.message
     found, skipped = newest_valid(tmp_path / "bad", REQUIRED_FILES)
     assert found.step == 2 and not skipped
@@ -289,8 +290,8 @@ class OverflowingEngine(FaultyEngine):
 def test_a_loss_scale_that_overflows_is_lowered_and_the_step_repeated(base, tmp_path):
     case = make_case(base, tmp_path / "scaled", scaled=True, wrap_engine=lambda e: OverflowingEngine(e, 5000.0))
     case.run()
-    assert case.loop.progress.loss_scale.scale == 4096.0
-    assert 0 < case.loop.progress.loss_scale.good_steps <= case.loop.plan.total_steps
+    assert case.trainer.state.loss_scale.scale == 4096.0
+    assert 0 < case.trainer.state.loss_scale.good_steps <= case.trainer.sampler.total_steps
     assert not case.reported(Caution)
     unscaled = make_case(base, tmp_path / "unscaled")
     unscaled.run()
@@ -357,8 +358,8 @@ def test_the_longest_rows_are_tried_before_the_first_step_and_leave_no_trace(bas
     assert not any(isinstance(event, Notice) for event in case.events[first_step:])
     assert max(seen) <= 45
     untried = make_case(base, tmp_path / "b")
-    untried.loop.progress.micro_batch_limit_tokens = case.loop.progress.micro_batch_limit_tokens
-    untried.loop._try_longest = lambda: None
+    untried.trainer.state.micro_batch_limit_tokens = case.trainer.state.micro_batch_limit_tokens
+    untried.trainer.try_longest = lambda: None
     untried.run()
     assert case.lines() == untried.lines() and same(case.adapter, untried.adapter)
 
@@ -412,7 +413,7 @@ def test_evaluation_that_runs_out_of_memory_goes_on_in_halves(base, tmp_path):
 def test_a_signal_finishes_the_step_in_hand_and_saves_it(base, tmp_path, number, code):
     case = make_case(base, tmp_path, save_every=100)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    case.loop.log = lambda event: event.step == 3 and os.kill(os.getpid(), number)
+    case.trainer.reporter.log = lambda event: event.step == 3 and os.kill(os.getpid(), number)
     with pytest.raises(Interrupted) as caught:
         case.run()
     assert caught.value.exit_code == code and "--resume" in caught.value.hint

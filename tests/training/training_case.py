@@ -1,4 +1,4 @@
-"""A small run for the tests of the loop: real model, real adapter, rows in memory; everything else by keyword."""
+"""A small run for the tests of the trainer: real model, real adapter, rows in memory; everything else by keyword."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,18 +17,21 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.runs.metrics import as_metrics
 from qlora_cli.core.storage.checkpoint import newest_valid, read_tensors
+from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import learning_rate_schedule
 from qlora_cli.core.training.optimizer import build_optimizer
-from qlora_cli.core.training.rng_state import RandomState, restore_random_state, seed_everything
+from qlora_cli.core.training.reporting import RunReporter
+from qlora_cli.core.training.rng_state import RandomState, restore_random_state
 from qlora_cli.core.training.state import (
     REQUIRED_FILES,
+    Checkpointing,
     TrainerState,
     load_optimizer,
     read_random_state,
     read_trainer_state,
 )
-from qlora_cli.core.training.trainer import Checkpointing, Trainer, TrainerSchedule
+from qlora_cli.core.training.trainer import Optimization, Trainer, TrainerSchedule, TrainingData
 from qlora_cli.events import EvaluationLogged, Event, StepLogged
 
 CPU = torch.device("cpu")
@@ -53,18 +56,18 @@ class MemoryRows:
 class Case:
     """A run that can be started, continued in a new object, and looked into."""
 
-    loop: Trainer
+    trainer: Trainer
     model: Any
     random_state: RandomState | None
     events: list[Event] = field(default_factory=list)
 
     def run(self) -> "Case":
-        """Runs the loop from its own random state, whatever ran before."""
+        """Trains from its own random state, whatever ran before."""
         if self.random_state is None:
-            seed_everything(self.loop.ranks.rank)
+            torch.manual_seed(self.trainer.ranks.rank)
         else:
             restore_random_state(self.random_state, CPU)
-        self.loop.run()
+        self.trainer.run()
         return self
 
     @property
@@ -73,7 +76,7 @@ class Case:
         return {name: tensor.detach().clone() for name, tensor in adapter_state(self.model).items()}
 
     def lines(self, *, timeless: bool = True) -> list[str]:
-        """The metrics told so far, without what the clock says."""
+        """The metrics reported so far, without what the clock says."""
         lines = []
         for event in self.events:
             if isinstance(event, StepLogged | EvaluationLogged):
@@ -109,14 +112,15 @@ def make_case(
     ranks: ProcessGroup | None = None,
     wrap_engine: Any = lambda engine: engine,
     compute_dtype: torch.dtype = torch.float32,
+    deferred: bool = False,
 ) -> Case:
     """Builds a run on a tiny base, or with `resume` the continuation of the one saved in `root`."""
     ranks = ranks or ProcessGroup()
     rows = MemoryRows()
     train, held = hold_out(rows, fraction=0, count=eval_rows, seed=1)
     common: dict[str, Any] = {"batch_size": batch_size, "packing": False, "max_length": 40, "seed": 1, "ranks": ranks}
-    plan = BatchSampler(train.lengths, accumulation=2, epochs=epochs, max_steps=max_steps, **common)
-    eval_plan = BatchSampler(held.lengths, accumulation=1, epochs=1, max_steps=None, **common) if eval_rows else None
+    sampler = BatchSampler(train.lengths, accumulation=2, epochs=epochs, max_steps=max_steps, **common)
+    eval_sampler = BatchSampler(held.lengths, accumulation=1, epochs=1, max_steps=None, **common) if eval_rows else None
     frozen, _ = load_base(str(base), compute_dtype=compute_dtype, device=CPU, cache=False)
     model = attach_adapter(frozen, rank=4, alpha=8, dropout=dropout, seed=0)
     engine = install_engine(
@@ -125,45 +129,42 @@ def make_case(
         device=CPU,
         compute_dtype=compute_dtype,
         max_tokens=80,
-        total_steps=plan.total_steps,
+        total_steps=sampler.total_steps,
         report=lambda event: None,
     )
     parameters = TrainableParameters(model)
     built = build_optimizer(optimizer, parameters, weight_decay=0.01)
-    progress = TrainerState()
-    state = None
+    trainer_state = TrainerState()
+    random_state = None
     if resume:
         checkpoint, _ = newest_valid(root, REQUIRED_FILES)
         assert checkpoint is not None
-        progress = read_trainer_state(checkpoint.path)
+        trainer_state = read_trainer_state(checkpoint.path)
         load_adapter_state(model, read_tensors(checkpoint.path / ADAPTER_WEIGHTS))
         load_optimizer(checkpoint.path, built, parameters)
-        state = read_random_state(checkpoint.path, ranks.rank)
+        random_state = read_random_state(checkpoint.path, ranks.rank)
     events: list[Event] = []
-    loop = Trainer(
-        model=model,
-        engine=wrap_engine(engine),
-        rows=train,
-        eval_rows=held,
-        plan=plan,
-        eval_plan=eval_plan,
-        parameters=parameters,
-        optimizer=built,
-        optimizer_bytes=0,
-        learning_rate=learning_rate_schedule(
-            "cosine", peak=learning_rate, warmup_steps=2, total_steps=plan.total_steps
+    trainer = Trainer(
+        replica=ModelReplica(model, wrap_engine(engine), ranks),
+        data=TrainingData(train, sampler, held, eval_sampler),
+        optimization=Optimization(
+            parameters,
+            built,
+            unallocated_bytes=0,
+            learning_rate=learning_rate_schedule(
+                "cosine", peak=learning_rate, warmup_steps=2, total_steps=sampler.total_steps
+            ),
+            max_grad_norm=max_grad_norm,
+            scaled=scaled,
         ),
-        max_grad_norm=max_grad_norm,
-        scaled=scaled,
-        schedule=TrainerSchedule(eval_every, save_every, keep, keep_best, patience),
-        saving=Checkpointing(root, {"case": 1}, lambda path: save_adapter(model, path, base_name="base"), 10_000),
-        progress=progress,
-        lockstep=False,
-        ranks=ranks,
-        report=events.append,
-        log=lambda event: None,
+        schedule=TrainerSchedule(eval_every, save_every, patience),
+        checkpointing=Checkpointing(
+            root, {"case": 1}, lambda path: save_adapter(model, path, base_name="base"), 10_000, keep, keep_best
+        ),
+        reporter=RunReporter(events.append, lambda event: None, deferred=deferred),
+        state=trainer_state,
     )
-    return Case(loop, model, state, events)
+    return Case(trainer, model, random_state, events)
 
 
 class FaultyEngine:

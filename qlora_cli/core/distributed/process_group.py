@@ -26,7 +26,7 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         return tensor
 
-    def start_adding_up(self, tensor: Tensor) -> Any:
+    def start_all_reduce_sum(self, tensor: Tensor) -> Any:
         """Begins to replace `tensor` by its sum over all ranks; its `wait()` makes the device wait, on the CPU this thread."""
         return dist.all_reduce(tensor, async_op=True)
 

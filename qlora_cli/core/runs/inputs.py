@@ -17,6 +17,7 @@ from qlora_cli.core.models.loading import load_config, load_tokenizer
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.planning.run_plan import gather_run_facts
 from qlora_cli.core.prompts.encoder import encoder_of
+from qlora_cli.core.training.trainer import TrainingData
 from qlora_cli.errors import DataError
 from qlora_cli.events import Report
 
@@ -45,10 +46,7 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerBase
     facts: ModelProfile  # of the base with its adapter
     rows: PreparedRows  # all of them
-    train_rows: RowSubset
-    eval_rows: RowSubset  # held out; may be empty
-    sampler: BatchSampler  # of `train_rows`
-    eval_sampler: BatchSampler | None  # one pass over `eval_rows`; None where there are none
+    data: TrainingData
     max_length: int
 
 
@@ -76,7 +74,8 @@ def read_inputs(run: Run) -> RunInputs:
     sampler = sample_batches(config, train_rows, run.ranks, max_length)
     once = replace(config, gradient_accumulation_steps=run.ranks.world_size, epochs=1.0, max_steps=None)
     eval_sampler = sample_batches(once, eval_rows, run.ranks, max_length) if len(eval_rows) else None
-    return RunInputs(model_config, tokenizer, facts, rows, train_rows, eval_rows, sampler, eval_sampler, max_length)
+    data = TrainingData(train_rows, sampler, eval_rows, eval_sampler)
+    return RunInputs(model_config, tokenizer, facts, rows, data, max_length)
 
 
 def open_prepared(directory: str, tokenizer: PreTrainedTokenizerBase, model: str) -> PreparedRows:

@@ -1,11 +1,11 @@
-"""The rows of an optimizer step in; its summed loss and the gradients of their mean over all ranks out."""
+"""Gradient accumulation over the micro-batches of an optimizer step and over all ranks."""
 
 import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_cli.core.data.packing import MicroBatch, collate
 from qlora_cli.core.data.sampler import split_to_fit
@@ -17,6 +17,16 @@ from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.gradient_reduction import GradientReduction
 from qlora_cli.errors import TrainingError
 from qlora_cli.events import Vram
+
+
+@dataclass(frozen=True)
+class ModelReplica:
+    """The model as this rank computes with it."""
+
+    model: nn.Module  # switched between training and evaluation
+    engine: Engine  # losses of micro-batches
+    ranks: ProcessGroup  # this process among those that share each step
+    lockstep: bool = False  # whether all ranks run equally many micro-batches: their weights are gathered from all
 
 
 @dataclass(frozen=True)
@@ -36,35 +46,26 @@ class Accumulation:
     """Forward and backward over the micro-batches of a step.
 
     Args:
-        engine: Losses of micro-batches.
+        replica: The model of this rank.
         rows: Where row indices point.
-        parameters: Whose gradients are gathered.
-        ranks: This process among those that share each step.
-        lockstep: Whether all ranks have to run equally many micro-batches: their weights are gathered from all.
+        parameters: Whose gradients are accumulated.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        rows: RowSubset,
-        parameters: TrainableParameters,
-        ranks: ProcessGroup,
-        lockstep: bool = False,
-    ) -> None:
-        self.engine = engine
+    def __init__(self, replica: ModelReplica, rows: RowSubset, parameters: TrainableParameters) -> None:
+        self.engine = replica.engine
         self.rows = rows
         self.parameters = parameters
-        self.ranks = ranks
-        self.lockstep = lockstep
-        self.reduction = GradientReduction(parameters, ranks)
+        self.ranks = replica.ranks
+        self.lockstep = replica.lockstep
+        self.reduction = GradientReduction(parameters, self.ranks)
         self.device = parameters.device
         self.failed: MicroBatch | None = None  # did not fit this rank's memory in the last `accumulate`
 
-    def lay_out(self, micro_batches: list[list[int]], limit_tokens: int | None) -> list[MicroBatch]:
+    def read_batches(self, micro_batches: list[list[int]], limit_tokens: int | None) -> list[MicroBatch]:
         """Reads the rows of a step into tensors, in micro-batches of at most `limit_tokens` (rows are never cut)."""
         split = split_to_fit(micro_batches, self.rows.lengths, limit_tokens)
         batches = [read_batch(self.rows, indices, self.device) for indices in split]
-        # The others' turn comes while the device computes the ones before them.
+        # The others are prepared while the device computes the ones before them.
         return [self.engine.prepare(batches[0]), *batches[1:]] if batches else batches
 
     def accumulate(self, batches: list[MicroBatch], *, scale: float = 1.0, stopping: bool = False) -> Tensor:
@@ -86,25 +87,25 @@ class Accumulation:
         for number, batch in enumerate(batches, start=1):
             if number == len(batches) + idle:
                 self.reduction.arm()
-            if not self._forward_backward(batch, factor, loss_sum):
+            if not self._runs(batch, factor, loss_sum):
                 self.failed = batch
                 break
         for left in reversed(range(idle)):
             if left == 0:  # at the same pass on all ranks: sums of gradients and gathered weights go in one order
                 self.reduction.arm()
-            self._accompany(self.engine.loss(read_batch(self.rows, [0], self.device)))
+            self._run_idle(self.engine.loss(read_batch(self.rows, [0], self.device)))
         self.reduction.finish()
         tokens = sum(batch.tokens for batch in batches)
         counts = torch.tensor([trained, tokens, self.failed is not None, stopping, *self._card()], dtype=torch.float64)
         sums = self.ranks.all_reduce_sum(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))
         return torch.cat([self.parameters.gradient_norm().double()[None], sums])
 
-    def _accompany(self, loss: Tensor) -> None:
+    def _run_idle(self, loss: Tensor) -> None:
         """Runs a row that counts nothing, where other ranks have one micro-batch more."""
         torch.autograd.backward(loss, torch.zeros_like(loss))
 
     def _card(self) -> list[int]:
-        """This card's memory at its rank's place, zeros at all others: added up, that of every card."""
+        """This card's memory at its rank's place, zeros at all others: their sum over the ranks is that of every card."""
         numbers = [0] * (3 * self.ranks.world_size)
         vram = read_vram(self.device)
         if vram is not None:
@@ -112,8 +113,8 @@ class Accumulation:
             numbers[place : place + 3] = vram.now_bytes, vram.peak_bytes, vram.total_bytes
         return numbers
 
-    def _forward_backward(self, batch: MicroBatch, factor: Tensor | float, loss_sum: Tensor) -> bool:
-        """Adds one micro-batch's gradients and loss. False when memory ran out: the step has to be repeated."""
+    def _runs(self, batch: MicroBatch, factor: Tensor | float, loss_sum: Tensor) -> bool:
+        """Adds one micro-batch's gradients and loss; whether there was the memory for it, else the step is repeated."""
         try:
             loss = self.engine.loss(batch)
             (loss * factor).backward()
@@ -133,7 +134,7 @@ class Accumulation:
         return False
 
     def reduce_memory(self) -> bool:
-        """Has the engine give up speed for memory where that ran out; False where some rank has nothing to give up."""
+        """Has the engine give up speed for memory where that ran out; whether every rank had speed to give up."""
         stuck = self.failed is not None and not self.engine.reduce_memory()
         return not self.ranks.all_reduce_max(int(stuck), self.device)
 
@@ -163,7 +164,7 @@ class Accumulation:
         """
         for indices in micro_batches:
             while True:
-                batches = self.lay_out([indices], limit_tokens)
+                batches = self.read_batches([indices], limit_tokens)
                 reserved = torch.empty(
                     reserve_bytes if self.device.type == "cuda" else 0, device=self.device, dtype=torch.uint8
                 )

@@ -1,42 +1,35 @@
-"""Held-out rows in, their mean loss out; the training that goes on afterwards cannot tell."""
+"""Evaluation: the mean loss of held-out rows, measured without a trace on the training that goes on afterwards."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_cli.core.data.packing import split_micro_batch
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.data.split import RowSubset
-from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import Engine
-from qlora_cli.core.training.accumulation import free_memory, is_out_of_memory, read_batch
+from qlora_cli.core.training.accumulation import ModelReplica, free_memory, is_out_of_memory, read_batch
 from qlora_cli.core.training.rng_state import undisturbed_random_state
 from qlora_cli.errors import TrainingError
 
 
 def measure_loss(
-    model: nn.Module,
-    engine: Engine,
+    replica: ModelReplica,
     rows: RowSubset,
-    plan: BatchSampler,
+    sampler: BatchSampler,
     *,
     device: torch.device,
-    ranks: ProcessGroup,
     stopping: Callable[[], bool],
-    lockstep: bool = False,
 ) -> float | None:
     """Mean loss in nats per trained token, without dropout and without touching random state.
 
     Args:
-        model: Put into evaluation mode and back into training.
-        engine: Losses of micro-batches.
+        replica: Its model is put into evaluation mode and back into training; each rank measures its share.
         rows: Held-out rows.
-        plan: One epoch over them.
+        sampler: One epoch over them.
         device: Where the engine computes.
-        ranks: Each measures its share.
-        stopping: Asked after every step of the plan; the answer is the same on all ranks.
-        lockstep: Whether all ranks have to run equally many micro-batches.
+        stopping: Asked after every step of the sampler; the answer is the same on all ranks.
 
     Returns:
         The loss, or None when `stopping` broke it off.
@@ -45,11 +38,12 @@ def measure_loss(
         TrainingError: A single row does not fit memory.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss in nats, trained tokens
-    model.eval()
+    engine, ranks, lockstep = replica.engine, replica.ranks, replica.lockstep
+    replica.model.eval()
     try:
         with undisturbed_random_state(device), torch.no_grad():
-            for number in range(1, plan.total_steps + 1):
-                batches = plan.step(number).micro_batches
+            for number in range(1, sampler.total_steps + 1):
+                batches = sampler.step(number).micro_batches
                 for indices in batches:
                     _add_loss(engine, rows, indices, sums, lockstep)
                 for _ in range(ranks.all_reduce_max(len(batches), device) - len(batches) if lockstep else 0):
@@ -57,7 +51,7 @@ def measure_loss(
                 if stopping():
                     return None
     finally:
-        model.train()
+        replica.model.train()
     loss_sum, trained = ranks.all_reduce_sum(sums).tolist()
     return loss_sum / max(trained, 1)
 

@@ -69,7 +69,7 @@ class GradientReduction:
             self._send()
 
     def _send(self) -> None:
-        self.works.append(self.ranks.start_adding_up(self.buckets[self.sent]))
+        self.works.append(self.ranks.start_all_reduce_sum(self.buckets[self.sent]))
         self.sent += 1
 
     def finish(self) -> None:

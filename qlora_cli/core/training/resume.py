@@ -1,15 +1,16 @@
-"""A run's checkpoints and identity in; the point from which it goes on, and everything put back as it was, out."""
+"""Resume: finds the checkpoint from which a run goes on, and puts adapter, optimizer and random state back."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.core.models.lora import PeftModel, load_adapter_state
 from qlora_cli.core.storage.checkpoint import Checkpoint, differences, newest_valid, read_tensors
 from qlora_cli.core.training.flat_parameters import TrainableParameters
-from qlora_cli.core.training.rng_state import restore_random_state, seed_everything
+from qlora_cli.core.training.rng_state import restore_random_state
 from qlora_cli.core.training.state import REQUIRED_FILES, load_optimizer, read_random_state
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
@@ -24,7 +25,7 @@ def find_checkpoint(root: Path, identity: dict[str, Any], *, allow_changes: bool
         root: Directory of the run's checkpoints.
         identity: Of the run that is to go on.
         allow_changes: Go on although the identity differs.
-        report: Told what was skipped and why, and what differs.
+        report: Receives what was skipped and why, and what differs.
 
     Raises:
         CheckpointError: None of those there verifies, or it is of another run.
@@ -88,4 +89,4 @@ def restore_or_seed(checkpoint: Checkpoint | None, parameters: TrainableParamete
     if saved is not None:
         restore_random_state(saved, parameters.device)
     else:
-        seed_everything(seed + RANK_STRIDE * rank + (checkpoint.step if checkpoint else 0))
+        torch.manual_seed(seed + RANK_STRIDE * rank + (checkpoint.step if checkpoint else 0))

@@ -1,5 +1,6 @@
-"""Everything a run's next step depends on in, the files of a checkpoint out; and back, bit for bit."""
+"""Trainer state: how far a run has come, and all that its next step depends on as the files of a checkpoint."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,17 +10,43 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, write_json
-from qlora_cli.core.storage.checkpoint import read_tensors, write_tensors
+from qlora_cli.core.storage.checkpoint import prune, read_tensors, write_checkpoint, write_tensors
 from qlora_cli.core.training.flat_parameters import TrainableParameters
-from qlora_cli.core.training.loss_scale import LossScale
 from qlora_cli.core.training.optimizer import load_optimizer_state, optimizer_state
 from qlora_cli.core.training.rng_state import RandomState
 from qlora_cli.errors import CheckpointError
+from qlora_cli.events import CheckpointSaved
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 RANDOM_TENSORS = "random.safetensors"
 STATE = "state.json"
 REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_TENSORS, RANDOM_TENSORS, STATE)
+GROWTH_INTERVAL_STEPS = 2000
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling (https://arxiv.org/abs/1710.03740, section 3.2): as large as float16 bears.
+
+    Only float16 arithmetic needs it. The fields are its whole state.
+    """
+
+    scale: float = 65536.0
+    good_steps: int = 0
+
+    def accept(self) -> None:
+        """A step had finite gradients: after many in a row the scale doubles."""
+        self.good_steps += 1
+        if self.good_steps == GROWTH_INTERVAL_STEPS:
+            self.scale, self.good_steps = min(2 * self.scale, 2.0**24), 0
+
+    def lower(self) -> bool:
+        """A step overflowed: halves the scale, and says whether it could; at 1 the fault lies elsewhere."""
+        self.good_steps = 0
+        if self.scale <= 1:
+            return False
+        self.scale /= 2
+        return True
 
 
 @dataclass
@@ -44,37 +71,54 @@ class TrainerState:
         return cls(**{**content, "loss_scale": LossScale(**content["loss_scale"])})
 
 
-def write_state(
-    directory: Path,
-    *,
-    save_adapter: Callable[[Path], None],
-    parameters: TrainableParameters,
-    optimizer: Optimizer,
-    progress: TrainerState,
-    random_states: list[RandomState],
-) -> None:
-    """Writes the files of a checkpoint, which is a PEFT adapter too.
+@dataclass(frozen=True)
+class Checkpointing:
+    """Where and how a run's checkpoints are written, and which are kept. Each is a PEFT adapter too."""
 
-    Args:
-        directory: Existing directory.
-        save_adapter: Writes the adapter into a directory.
-        parameters: What is trained.
-        optimizer: With its state.
-        progress: Of the run.
-        random_states: Of every rank.
-    """
-    save_adapter(directory)
-    tensors, numbers = optimizer_state(optimizer)
-    write_tensors(directory / OPTIMIZER_TENSORS, tensors)
-    write_tensors(
-        directory / RANDOM_TENSORS,
-        {f"{rank}.{name}": tensor for rank, state in enumerate(random_states) for name, tensor in state.items()},
-    )
-    content = {
-        "progress": asdict(progress),
-        "optimizer": {"kind": type(optimizer).__name__, "layout": parameters.layout(), "numbers": numbers},
-    }
-    write_json(directory / STATE, content)
+    root: Path
+    identity: dict[str, Any]  # of the run
+    save_adapter: Callable[[Path], None]  # into a directory
+    needed_bytes: int  # of one checkpoint, named where the disk is full
+    keep: int
+    keep_best: bool
+
+    def write(
+        self,
+        state: TrainerState,
+        parameters: TrainableParameters,
+        optimizer: Optimizer,
+        random_states: list[RandomState],
+    ) -> CheckpointSaved:
+        """Writes a checkpoint and removes those it makes superfluous.
+
+        Args:
+            state: How far the run has come.
+            parameters: What is trained.
+            optimizer: With its state.
+            random_states: Of every rank.
+
+        Raises:
+            DiskFull: It did not fit.
+        """
+        started = time.perf_counter()
+
+        def fill(directory: Path) -> None:
+            self.save_adapter(directory)
+            tensors, numbers = optimizer_state(optimizer)
+            write_tensors(directory / OPTIMIZER_TENSORS, tensors)
+            by_rank = enumerate(random_states)
+            random_tensors = {f"{rank}.{name}": tensor for rank, of in by_rank for name, tensor in of.items()}
+            write_tensors(directory / RANDOM_TENSORS, random_tensors)
+            saved = {"kind": type(optimizer).__name__, "layout": parameters.layout(), "numbers": numbers}
+            write_json(directory / STATE, {"progress": asdict(state), "optimizer": saved})
+
+        checkpoint = write_checkpoint(
+            self.root, state.step, identity=self.identity, fill=fill, needed_bytes=self.needed_bytes
+        )
+        best = [state.best_step] if self.keep_best and state.best_step else []
+        prune(self.root, checkpoint, keep=self.keep, protect=best)
+        seconds = time.perf_counter() - started
+        return CheckpointSaved(checkpoint.step, str(checkpoint.path), checkpoint.total_bytes, seconds)
 
 
 def read_trainer_state(directory: Path) -> TrainerState:
