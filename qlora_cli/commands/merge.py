@@ -1,4 +1,4 @@
-"""An adapter and its base in, one plain transformers checkpoint out, proven to predict what base + adapter predict."""
+"""`qlora merge`: an adapter and its base as one plain transformers checkpoint, compared with base + adapter."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, fin
 from qlora_cli.config import MergeConfig
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
-from qlora_cli.core.merge.checkpoint_files import copy_companions, four_bit_config, write_config, write_index
+from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, four_bit_config, write_config, write_index
 from qlora_cli.core.merge.compare_models import Comparison
-from qlora_cli.core.merge.delta import check_finite, read_changes
+from qlora_cli.core.merge.delta import check_finite, read_deltas
 from qlora_cli.core.merge.model_card import write_merged_card
 from qlora_cli.core.merge.output_directory import require_free, unfinished_directory, unfinished_path
-from qlora_cli.core.merge.plan import Arithmetic, MergePlan, plan_merge
+from qlora_cli.core.merge.plan import MergeOptions, MergePlan, plan_merge
 from qlora_cli.core.merge.push import check_repository_name, push_model
-from qlora_cli.core.merge.verify import can_verify, judge, verify
+from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.models.adapter_record import read_source
 from qlora_cli.core.models.lora import read_adapter
@@ -82,51 +82,31 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             report=report,
         )
         files = [stack.enter_context(TensorFile(base.directory / n)) for n in list_weight_files(base.directory)]
-        arithmetic = choose_arithmetic(config, base, choose_device())
-        changes = read_changes(facts, base.model, renamer(base.model))
+        options = choose_options(config, base, choose_device())
+        deltas = read_deltas(facts, base.model, renamer(base.model))
         names = map_names((name for file in files for name in file.entries), base.model)
         keep_tied = bool(facts.config.get("ensure_weight_tying"))
-        plan = plan_merge(files, names, base.model, changes, adapter, arithmetic, keep_tied=keep_tied)
-        verifies = can_verify(plan, base, facts, arithmetic, report) if config.verify is None else config.verify
-        require_space(output, plan)
+        plan = plan_merge(files, names, base.model, deltas, adapter, options, keep_tied=keep_tied)
+        verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
+        require_room(output, plan)
         with unfinished_directory(output, overwrite=config.overwrite, resume=config.resume) as directory:
             started = time.perf_counter()
-            largest = max(file.header.total_bytes for file in plan.files)
-            try:
-                reused = write_files(
-                    plan.files,
-                    directory,
-                    key=merge_key(config, base, adapter_directory, arithmetic),
-                    workers=choose_workers(plan.files, largest, arithmetic.device),
-                    report=report,
-                )
-            except torch.OutOfMemoryError as error:
-                raise MergeError(
-                    "The GPU has no memory left to merge on.", "Put CUDA_VISIBLE_DEVICES= before the command."
-                ) from error
+            reused = write_weights(
+                plan, directory, options, merge_key(config, base, adapter_directory, options), report
+            )
             seconds = time.perf_counter() - started
-            write_companions(directory, adapter_directory, base, plan, arithmetic)
+            write_other_files(directory, adapter_directory, base, plan, options)
             comparison = rows = None
             if verifies:
-                comparison, rows = verify(directory, adapter_directory, base, plan, arithmetic, report)
-                faithful = arithmetic.restore and not arithmetic.pack
-                judge(comparison, rows, faithful=faithful, max_kl=config.max_kl, report=report)
-            card = write_merged_card(
-                base=base.hub_id,
-                dataset=dataset_of(adapter_directory),
-                method=config.base,
-                dtype=dtype_name(arithmetic.dtype),
-                packed=arithmetic.quant_type if config.quantize else None,
-                comparison=comparison,
-                rows_described=rows,
-            )
-            (directory / MODEL_CARD).write_text(card, encoding="utf-8")
-    pushed = push_model(output, config.push, public=config.public) if config.push else None
+                comparison, rows = verify_merge(directory, adapter_directory, base, plan, options, report)
+                faithful = options.restore and not options.pack
+                require_same(comparison, rows, faithful=faithful, max_kl=config.max_kl, report=report)
+            write_card(directory, config, base, options, comparison, rows)
     return MergeResult(
         output=config.output,
         base_model=base.name,
         base=config.base,
-        dtype=dtype_name(arithmetic.dtype),
+        dtype=dtype_name(options.dtype),
         quantized=config.quantize,
         total_bytes=plan.total_bytes,
         files=len(plan.files),
@@ -135,20 +115,14 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         changed_weights=plan.changed,
         merge_seconds=seconds,
         verification=comparison,
-        pushed_to=pushed,
+        pushed_to=push_model(output, config.push, public=config.public) if config.push else None,
     )
 
 
-def dataset_of(adapter: Path) -> str | None:
-    """Hub id of the data a run trained on; None where it is local or unknown."""
-    data = find_run_record(adapter).get("data") or {}
-    return data["source"].partition(":")[0] if "revision" in data else None
+# ---------------------------------------------------------------- options
 
 
-# ---------------------------------------------------------------- the arithmetic
-
-
-def choose_arithmetic(config: MergeConfig, base: Base, device: torch.device) -> Arithmetic:
+def choose_options(config: MergeConfig, base: Base, device: torch.device) -> MergeOptions:
     """How weights are merged. A base stored in 32 bits is merged to the dtype it was trained in.
 
     Raises:
@@ -163,7 +137,7 @@ def choose_arithmetic(config: MergeConfig, base: Base, device: torch.device) -> 
         )
     compute_dtype, stored = DTYPES[base.identity.compute_dtype], base.stored_dtype
     dtype = DTYPES[config.dtype] if config.dtype else compute_dtype if stored == torch.float32 else stored
-    return Arithmetic(
+    return MergeOptions(
         restore=config.base == "dequantized",
         quant_type=base.identity.quant_type,
         double_quant=base.identity.double_quant,
@@ -174,19 +148,18 @@ def choose_arithmetic(config: MergeConfig, base: Base, device: torch.device) -> 
     )
 
 
-# ---------------------------------------------------------------- the files
+# ---------------------------------------------------------------- files
 
 
-def require_space(output: Path, plan: MergePlan) -> None:
+def require_room(output: Path, plan: MergePlan) -> None:
     """Raises unless the disk has room for the merged model.
 
     Raises:
         DiskFull: It has not.
     """
     place = next(path for path in (output, *output.absolute().parents) if path.exists())
-    started = unfinished_path(output)
-    standing = sum(path.stat().st_blocks * 512 for path in started.glob("*.safetensors")) if started.exists() else 0
-    needed, free = plan.total_bytes + SMALL_FILES_BYTES - standing, shutil.disk_usage(place).free
+    written_bytes = sum(path.stat().st_blocks * 512 for path in unfinished_path(output).glob("*.safetensors"))
+    needed, free = plan.total_bytes + SMALL_FILES_BYTES - written_bytes, shutil.disk_usage(place).free
     if needed > free:
         raise DiskFull(
             f"The merged model takes {needed:,} bytes more, and the disk of {output} has {free:,} free.",
@@ -194,32 +167,75 @@ def require_space(output: Path, plan: MergePlan) -> None:
         )
 
 
-def merge_key(config: MergeConfig, base: Base, adapter: Path, arithmetic: Arithmetic) -> str:
+def merge_key(config: MergeConfig, base: Base, adapter: Path, options: MergeOptions) -> str:
     """A digest of all that the merged weights depend on."""
     parts = {
         "version": __version__,
         "base": base.identity.to_dict() | {"model": None},
         "method": config.base,
-        "dtype": dtype_name(arithmetic.dtype),
-        "pack": arithmetic.pack,
-        "device": arithmetic.device.type,
+        "dtype": dtype_name(options.dtype),
+        "pack": options.pack,
+        "device": options.device.type,
         "adapter": [sha256_of(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def write_companions(directory: Path, adapter: Path, base: Base, plan: MergePlan, arithmetic: Arithmetic) -> None:
+def write_weights(plan: MergePlan, directory: Path, options: MergeOptions, key: str, report: Report) -> list[str]:
+    """Writes every weight file; returns the names of those that an interrupted merge of the same key had finished.
+
+    Raises:
+        MergeError: The GPU has no memory for it.
+    """
+    largest = max(file.header.total_bytes for file in plan.files)
+    workers = choose_workers(plan.files, largest, options.device)
+    try:
+        return write_files(plan.files, directory, key=key, workers=workers, report=report)
+    except torch.OutOfMemoryError as error:
+        raise MergeError(
+            "The GPU has no memory left to merge on.", "Put CUDA_VISIBLE_DEVICES= before the command."
+        ) from error
+
+
+def write_other_files(directory: Path, adapter: Path, base: Base, plan: MergePlan, options: MergeOptions) -> None:
     """Writes configuration, tokenizer and index."""
-    a = arithmetic
-    quantization = four_bit_config(a.quant_type, a.double_quant, a.dtype, head_names(base.model)) if a.pack else None
+    quantization = None
+    if options.pack:
+        quantization = four_bit_config(
+            options.quant_type, options.double_quant, options.dtype, skipped=head_names(base.model)
+        )
     write_config(
         base.directory,
         directory,
-        dtype=a.dtype,
+        dtype=options.dtype,
         vocabulary=plan.vocabulary,
         untied=plan.untied,
         quantization=quantization,
     )
-    copy_companions(base.directory, adapter, directory)
+    copy_checkpoint_files(base.directory, adapter, directory)
     if len(plan.files) > 1:
         write_index(directory, [file.name for file in plan.files])
+
+
+def write_card(
+    directory: Path,
+    config: MergeConfig,
+    base: Base,
+    options: MergeOptions,
+    comparison: Comparison | None,
+    rows_described: str | None,
+) -> None:
+    """Writes the model card."""
+    data = find_run_record(Path(config.adapter)).get("data") or {}
+    card = write_merged_card(
+        base=base.hub_id,
+        dataset=data["source"].partition(":")[0]
+        if "revision" in data
+        else None,  # of the hub: a local path stays private
+        method=config.base,
+        dtype=dtype_name(options.dtype),
+        packed=options.quant_type if options.pack else None,
+        comparison=comparison,
+        rows_described=rows_described,
+    )
+    (directory / MODEL_CARD).write_text(card, encoding="utf-8")

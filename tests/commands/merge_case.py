@@ -1,4 +1,4 @@
-"""A base and LoRA settings in; an adapter on the disk, as a run leaves it, and what base + adapter predict, out."""
+"""Cases of a merge: an adapter on the disk, as a run leaves it, and what base + adapter predict."""
 
 import json
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from qlora_cli.core.device import choose_device, dtype_name
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import find_targets
 from qlora_cli.core.models.quantization import freeze_base
-from qlora_cli.events import Event
+from qlora_cli.events import Event, Report
 
-DEVICE = choose_device()  # where the stage works too: CPU and GPU may round a weight near a border differently
+DEVICE = choose_device()  # where the command works too: CPU and GPU may round a weight near a border differently
 IDS = torch.arange(2, 66).unsqueeze(0)  # every prediction depends on all of these
 
 
@@ -32,10 +32,10 @@ class Case:
     output: Path
     live: torch.Tensor  # (tokens, vocabulary) float32
 
-    def merge(self, events: list[Event] | None = None, **settings: Any) -> MergeResult:
-        """Runs the stage; without verification unless asked."""
+    def merge(self, events: list[Event] | None = None, report: Report | None = None, **settings: Any) -> MergeResult:
+        """Runs the command; without verification unless asked."""
         config = MergeConfig(adapter=str(self.adapter), output=str(self.output), **{"verify": False, **settings})
-        return merge(config, (events if events is not None else []).append)
+        return merge(config, report or (events if events is not None else []).append)
 
     def merged_logits(self, **loading: Any) -> torch.Tensor:
         """Of the merged checkpoint, as transformers loads it by itself."""

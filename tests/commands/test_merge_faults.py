@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,9 @@ from qlora_cli.commands.prepare import prepare
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.split import hold_out
-from qlora_cli.core.merge import delta as changes
-from qlora_cli.core.merge import verify_rows as verification_rows
-from qlora_cli.core.merge import writer as rewriting
+from qlora_cli.core.merge.delta import read_deltas
 from qlora_cli.core.merge.output_directory import unfinished_path
-from qlora_cli.core.merge.verify_rows import find_rows
+from qlora_cli.core.merge.verify import find_rows
 from qlora_cli.core.merge.writer import JOURNAL
 from qlora_cli.errors import AdapterError, DiskFull, MergeError, ModelError, QloraError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress
@@ -107,7 +106,7 @@ def quantised_base(case: Case) -> None:
     (case.base / "config.json").write_text(json.dumps(config))
 
 
-def stranger(case: Case) -> None:
+def unknown_tensor(case: Case) -> None:
     path = case.adapter / "adapter_model.safetensors"
     name = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
     change_weights(path, lambda weights: weights.update({name: torch.ones(4, 64)}))
@@ -127,7 +126,7 @@ FAULTS = {
     "pickle weights": (pickle_weights, ModelError, "pickle"),
     "a weight missing from the base": (missing_weight, MergeError, r"layers\.0\.mlp\.up_proj"),
     "a base in 4 bits": (quantised_base, ModelError, "quantised already"),
-    "a tensor for no module": (stranger, AdapterError, r"layers\.7"),
+    "a tensor for no module": (unknown_tensor, AdapterError, r"layers\.7"),
     "half a pair": (half_a_pair, AdapterError, "half of a pair"),
     "another kind of adapter": (lambda c: c.change_config(peft_type="IA3"), AdapterError, "IA3"),
     "an adapter on a changed base": (lambda c: c.change_config(init_lora_weights="pissa"), AdapterError, "pissa"),
@@ -176,7 +175,7 @@ def test_a_name_that_is_no_repository_is_refused_first(case) -> None:
         case.merge(push="just-a-name")
 
 
-def test_the_recorded_base_is_told_and_a_named_one_is_not(case) -> None:
+def test_the_recorded_base_is_reported_and_a_named_one_is_not(case) -> None:
     events: list = []
     case.merge(events)
     assert any(isinstance(e, Notice) and str(case.base) in e.text and "recorded" in e.text for e in events)
@@ -186,7 +185,7 @@ def test_the_recorded_base_is_told_and_a_named_one_is_not(case) -> None:
     assert not any(isinstance(e, Notice) and "recorded" in e.text for e in events)
 
 
-def test_what_an_adapter_of_other_tools_does_not_say_is_told(case) -> None:
+def test_what_an_adapter_of_other_tools_does_not_say_is_reported(case) -> None:
     (case.adapter / RUN_RECORD).unlink()
     events: list = []
     case.merge(events)
@@ -201,32 +200,26 @@ class Killed(BaseException):
     """Stands for a signal in the middle of the work."""
 
 
-def interrupt(case: Case, monkeypatch, after_files: int) -> None:
+def interrupt(case: Case, after_files: int) -> None:
     """Merges until some files are finished, and dies in the next."""
-    write_file, written = rewriting._write_file, []
 
-    def dying(file, path, *rest):
-        if len(written) == after_files:
-            path.write_bytes(b"half a file")
+    def report(event) -> None:
+        if len(list(unfinished_path(case.output).glob("*.safetensors"))) > after_files:
             raise Killed
-        written.append(file.name)
-        return write_file(file, path, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rewriting, "_write_file", dying)
-        with pytest.raises(Killed):
-            case.merge()
+    with pytest.raises(Killed):
+        case.merge(report=report)
 
 
 def contents(directory: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in directory.glob("*.safetensors")}
 
 
-def test_an_interrupted_merge_goes_on_with_the_files_it_finished(case, monkeypatch) -> None:
+def test_an_interrupted_merge_goes_on_with_the_files_it_finished(case) -> None:
     whole = Case(case.base, case.adapter, case.output.with_name("whole"), case.live)
     files = whole.merge().files
     assert files > 3
-    interrupt(case, monkeypatch, after_files=2)
+    interrupt(case, after_files=2)
     assert not case.output.exists()
     assert (unfinished_path(case.output) / JOURNAL).exists()
     events: list = []
@@ -240,8 +233,8 @@ def test_an_interrupted_merge_goes_on_with_the_files_it_finished(case, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "a cut", "a broken journal", "another adapter", "--no-resume"])
-def test_files_that_no_longer_hold_are_made_anew(case, monkeypatch, damage) -> None:
-    interrupt(case, monkeypatch, after_files=2)
+def test_files_that_no_longer_hold_are_made_anew(case, damage) -> None:
+    interrupt(case, after_files=2)
     unfinished = unfinished_path(case.output)
     first = sorted(unfinished.glob("*.safetensors"))[0]
     settings, reused = {}, 1
@@ -267,19 +260,18 @@ def test_files_that_no_longer_hold_are_made_anew(case, monkeypatch, damage) -> N
     assert contents(case.output) == contents(whole.output)
 
 
+# Stops for good in the third file.
 CHILD = """
 import sys, time
+from pathlib import Path
 from qlora_cli.config import MergeConfig
-from qlora_cli.core.merge import writer as rewriting
 from qlora_cli.commands.merge import merge
-write_file = rewriting._write_file
-def slowly(file, path, *rest):
-    written = write_file(file, path, *rest)
-    time.sleep(0.5)  # the file before is flushed and stands in the journal
-    print(file.name, flush=True)
-    return written
-rewriting._write_file = slowly
-merge(MergeConfig(adapter=sys.argv[1], output=sys.argv[2], verify=False), lambda event: None)
+from qlora_cli.core.merge.output_directory import unfinished_path
+def report(event):
+    if len(list(unfinished_path(Path(sys.argv[2])).glob("*.safetensors"))) > 2:
+        print("here", flush=True)
+        time.sleep(1200)
+merge(MergeConfig(adapter=sys.argv[1], output=sys.argv[2], verify=False), report)
 """
 
 
@@ -287,8 +279,7 @@ def test_a_killed_merge_leaves_no_model_and_goes_on(case) -> None:
     command = [sys.executable, "-c", CHILD, str(case.adapter), str(case.output)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        for _ in range(2):
-            child.stdout.readline()
+        assert child.stdout.readline() == "here\n"
         child.kill()
     assert not case.output.exists()
     whole = Case(case.base, case.adapter, case.output.with_name("whole"), case.live)
@@ -325,7 +316,7 @@ def test_a_full_disk_is_one_sentence_and_finished_files_stay(case, monkeypatch) 
     assert case.merge().files_reused > 0
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(case, monkeypatch) -> None:
+def test_a_disk_without_room_is_reported_before_anything_is_written(case, monkeypatch) -> None:
     usage = shutil.disk_usage(case.base)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(DiskFull, match="10,000 free"):
@@ -336,7 +327,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(case, monkeypatc
 # ---------------------------------------------------------------- verification
 
 
-def test_the_figures_are_told_and_stand_in_a_card_the_hub_can_read(case) -> None:
+def test_the_figures_are_reported_and_stand_in_a_card_the_hub_can_read(case) -> None:
     from huggingface_hub import ModelCard
 
     events: list = []
@@ -355,9 +346,9 @@ def test_the_figures_are_told_and_stand_in_a_card_the_hub_can_read(case) -> None
     assert json.loads(json.dumps(result.to_dict()))["verification"]["tokens"] == figures.tokens
 
 
-def test_held_out_rows_of_the_run_are_used_where_they_are(case, tmp_path, monkeypatch) -> None:
+def test_held_out_rows_of_the_run_are_used_where_they_are(case, tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps({"text": text * n}) + "\n" for n in (1, 2) for text in TEXT)
+        "".join(json.dumps({"text": text * n}) + "\n" for n in (14, 16) for text in TEXT)
     )
     directory = tmp_path / "prepared"
     data = {"data": str(tmp_path / "rows.jsonl"), "output": str(directory), "workers": 1}
@@ -368,11 +359,12 @@ def test_held_out_rows_of_the_run_are_used_where_they_are(case, tmp_path, monkey
     (case.adapter / RUN_RECORD).write_text(json.dumps(record))
     (case.adapter / "run.yaml").write_text("eval_rows: 3\nseed: 5\n")
     trained, held = hold_out(rows, fraction=0, count=3, seed=5)
-    found, described = find_rows(case.adapter, None)
+    tokens = int(held.lengths.sum())
+    assert 512 < tokens < 1024  # enough to compare on, and as many as are
+    found, described = find_rows(case.adapter, None, least_tokens=tokens + 1)
     assert described == "held out from training and trained on"  # the three are too few by themselves
     expected = [subset[i][0].tolist() for subset in (held, trained) for i in range(len(subset))]
     assert [ids.tolist() for ids, _ in found] == expected
-    monkeypatch.setattr(verification_rows, "LEAST_TOKENS", 1)
     result = case.merge(verify=True)
     assert result.verification.rows == 3
     assert result.verification.tokens == sum(int(held[i][1][1:].sum()) for i in range(3))
@@ -385,7 +377,11 @@ def test_held_out_rows_of_the_run_are_used_where_they_are(case, tmp_path, monkey
 
 def test_a_merge_that_is_not_the_trained_model_fails(case, monkeypatch) -> None:
     """A merge that forgot the scaling, which a look at the files would not show."""
-    monkeypatch.setattr(changes, "_scaling", lambda *_, **__: 1.0)
+
+    def without_scaling(*arguments):
+        return {name: replace(delta, scaling=1.0) for name, delta in read_deltas(*arguments).items()}
+
+    monkeypatch.setattr("qlora_cli.commands.merge.read_deltas", without_scaling)
     with pytest.raises(MergeError, match="not the trained one: mean KL"):
         case.merge(verify=True)
     assert not case.output.exists()
@@ -393,7 +389,7 @@ def test_a_merge_that_is_not_the_trained_model_fails(case, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("lossy", [{"base": "original"}, {"quantize": True}])
-def test_what_lossy_merges_lose_is_told_and_refused_past_a_given_limit(case, lossy) -> None:
+def test_what_lossy_merges_lose_is_reported_and_refused_past_a_given_limit(case, lossy) -> None:
     events: list = []
     result = case.merge(events, verify=True, **lossy)
     assert result.verification.kl_mean > 1e-3
@@ -403,7 +399,7 @@ def test_what_lossy_merges_lose_is_told_and_refused_past_a_given_limit(case, los
         case.merge(verify=True, max_kl=1e-4, overwrite=True, **lossy)
 
 
-def test_a_model_too_large_to_compare_is_merged_and_that_is_told(case, monkeypatch) -> None:
+def test_a_model_too_large_to_compare_is_merged_and_that_is_reported(case, monkeypatch) -> None:
     import psutil
 
     memory = psutil.virtual_memory()

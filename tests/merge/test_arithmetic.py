@@ -1,10 +1,12 @@
-"""The arithmetic of a merge against the formulas in float64, whatever the size of the blocks."""
+"""The arithmetic of a merge: the formulas in float64 whatever the blocks, and bitsandbytes' 4-bit round trip to the bit."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.core.merge.arithmetic import Factors, merge_rows
+from qlora_cli.core.merge.arithmetic import Factors, merge_rows, restored_rows
+from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, four_bit_values, round_trip
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,7 +51,92 @@ def test_every_block_size_gives_the_formula(
     assert torch.allclose(torch.cat(blocks).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_no_change_changes_nothing() -> None:
+def test_no_delta_changes_nothing() -> None:
     weight = torch.randn(7, 5)
     nothing = Factors(1.0, None, None, None, None, None, False)
     assert torch.equal(torch.cat(list(merge_rows(lambda i, j: weight[i:j].clone(), nothing, rows=7, step=3))), weight)
+
+
+# ---------------------------------------------------------------- 4-bit round trip
+
+
+def rows_after(weight: torch.Tensor, **quantization):
+    """`restored_rows` of a weight in memory."""
+    return restored_rows(lambda i, j: weight[i:j], tuple(weight.shape), name="w", **quantization)
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.sampled_from([6, 10, 64, 96, 128, 192, 320]),
+    stored=st.sampled_from(DTYPES),
+    compute=st.sampled_from(DTYPES),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    double_quant=st.booleans(),
+    scale=st.sampled_from([1e-6, 0.02, 30.0]),
+    step=st.integers(1, 17),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_are_those_of_bitsandbytes_bit_for_bit(
+    rows, columns, stored, compute, quant_type, double_quant, scale, step, seed
+) -> None:
+    weight = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale).to(stored)
+    before = weight.clone()
+    expected = round_trip(weight.to(compute), quant_type=quant_type, double_quant=double_quant).float()
+    rows_of = rows_after(
+        weight,
+        quant_type=quant_type,
+        double_quant=double_quant,
+        compute_dtype=compute,
+    )
+    found = torch.cat([rows_of(start, min(start + step, rows)) for start in range(0, rows, step)])
+    assert torch.equal(found, expected)
+    assert torch.equal(weight, before)
+
+
+def test_numbers_on_and_beside_each_border_fall_as_in_bitsandbytes() -> None:
+    values = four_bit_values("nf4")
+    borders = (values[:-1] + values[1:]) / 2
+    beside = torch.cat([borders, borders.nextafter(torch.tensor(2.0)), borders.nextafter(torch.tensor(-2.0)), values])
+    weight = torch.zeros(1, 64)
+    weight[0, : len(beside)] = beside
+    weight[0, 63] = 1.0  # so that the block's constant is 1 and its numbers stay where they are
+    expected = round_trip(weight, quant_type="nf4", double_quant=False)
+    rows_of = rows_after(
+        weight,
+        quant_type="nf4",
+        double_quant=False,
+        compute_dtype=torch.float32,
+    )
+    assert torch.equal(rows_of(0, 1), expected)
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    weight = torch.zeros(4, 128)
+    weight[2] = torch.randn(128)
+    for double_quant in (False, True):
+        rows_of = rows_after(weight, quant_type="nf4", double_quant=double_quant, compute_dtype=torch.float32)
+        assert torch.equal(rows_of(0, 4), round_trip(weight, quant_type="nf4", double_quant=double_quant))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_rows_are_the_weights_a_loaded_base_computes_with(load_tiny, tiny_model, architecture, compute) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    base, _ = load_tiny(architecture, compute_dtype=compute)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
+    for name, module in four_bit_linears(base):
+        source = plain.get_submodule(name)
+        weight = source.weight.detach().T.contiguous() if isinstance(source, Conv1D) else source.weight.detach()
+        rows_of = rows_after(
+            weight,
+            quant_type="nf4",
+            double_quant=True,
+            compute_dtype=compute,
+        )
+        assert torch.equal(rows_of(0, len(weight)), dequantized_weight(module).float()), name

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_cli.core.merge.plan import OutputFile, Task
+from qlora_cli.core.merge.plan import MergeTask, OutputFile
 from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.storage.safetensors_file import TensorFile, make_header
 from qlora_cli.errors import MergeError
@@ -81,7 +81,7 @@ def test_resident_memory_stays_far_below_the_size_of_a_file(tmp_path) -> None:
 
 
 def task_of(held_bytes: int) -> OutputFile:
-    return OutputFile("a", make_header([]), (Task(held_bytes, lambda: iter(())),))
+    return OutputFile("a", make_header([]), (MergeTask(held_bytes, lambda: iter(())),))
 
 
 def test_as_many_threads_as_memory_holds() -> None:
@@ -106,7 +106,7 @@ def test_a_failure_in_one_tensor_stops_the_others(tmp_path) -> None:
         yield
 
     header = make_header([("x", torch.float32, (10**6,)), ("y", torch.float32, (1,))])
-    file = OutputFile("model.safetensors", header, (Task(1, endless), Task(1, failing)))
+    file = OutputFile("model.safetensors", header, (MergeTask(1, endless), MergeTask(1, failing)))
     threads = torch.get_num_threads()
     with pytest.raises(MergeError, match="A weight is bad"):
         write_files((file,), tmp_path, key="k", workers=2, report=lambda event: None)
@@ -116,7 +116,7 @@ def test_a_failure_in_one_tensor_stops_the_others(tmp_path) -> None:
 
 def test_a_task_that_makes_too_little_is_noticed(tmp_path) -> None:
     header = make_header([("x", torch.float32, (8,))])
-    file = OutputFile("model.safetensors", header, (Task(1, lambda: iter([("x", torch.zeros(7))])),))
+    file = OutputFile("model.safetensors", header, (MergeTask(1, lambda: iter([("x", torch.zeros(7))])),))
     with pytest.raises(AssertionError, match="28 bytes made, 32 planned"):
         write_files((file,), tmp_path, key="k", workers=1, report=lambda event: None)
 
@@ -129,7 +129,7 @@ def test_a_kept_file_is_not_written_again(tmp_path) -> None:
         runs.append(1)
         yield "x", torch.arange(8.0)
 
-    file = OutputFile("model.safetensors", header, (Task(1, once),))
+    file = OutputFile("model.safetensors", header, (MergeTask(1, once),))
     assert write_files((file,), tmp_path, key="k", workers=1, report=lambda event: None) == []
     assert write_files((file,), tmp_path, key="k", workers=1, report=lambda event: None) == ["model.safetensors"]
     assert write_files((file,), tmp_path, key="other", workers=1, report=lambda event: None) == []

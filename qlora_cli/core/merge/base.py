@@ -1,4 +1,4 @@
-"""What an adapter recorded and what the user named in; the base to merge into, checked to be the right one, out."""
+"""Base of a merge: found by its recorded or given name, and checked to be the one the adapter was trained on."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ def find_base(
 
     Args:
         source: Of the adapter.
-        model: The base the user named; None for the recorded one, which is then told.
+        model: The base the user named; None for the recorded one, which is then reported.
         revision: The commit, branch or tag the user named.
         trust_remote_code: Run the model's own code.
-        report: Told which base it is, and what has to be assumed.
+        report: Receives which base it is, and what has to be assumed.
 
     Raises:
         ModelError: It cannot be found, or is stored quantised already.

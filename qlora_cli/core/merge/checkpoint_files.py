@@ -1,4 +1,4 @@
-"""A base's and an adapter's directories in; what a merged checkpoint needs beside its weights out."""
+"""Files of a merged checkpoint beside its weights: configuration, tokenizer, generation settings, index, own code."""
 
 import json
 import shutil
@@ -75,13 +75,10 @@ def four_bit_config(quant_type: str, double_quant: bool, dtype: torch.dtype, ski
     ).to_dict()
 
 
-def copy_companions(base: Path, adapter: Path, directory: Path) -> bool:
+def copy_checkpoint_files(base: Path, adapter: Path, directory: Path) -> None:
     """Copies the tokenizer (the adapter's, else the base's) with its chat template, generation config and own code.
 
     How prompts were formatted in training is recorded too, so that `generate --model` formats them so.
-
-    Returns:
-        Whether the tokenizer is the adapter's.
     """
     trained = any((adapter / name).is_file() for name in TOKENIZER_SIGNS)
     for pattern in TOKENIZER_FILES:
@@ -93,7 +90,6 @@ def copy_companions(base: Path, adapter: Path, directory: Path) -> bool:
             shutil.copyfile(path, directory / path.name)
     formatting = find_run_record(adapter).get("formatting")
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": formatting})
-    return trained
 
 
 def write_index(directory: Path, names: list[str]) -> None:

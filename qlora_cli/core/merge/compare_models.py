@@ -1,4 +1,4 @@
-"""Two models and rows of tokens in; how far their predictions lie apart out: KL divergence, perplexity, greedy choices."""
+"""Comparison of two models on rows of tokens: KL divergence, perplexity, greedy agreement."""
 
 import gc
 import math
@@ -79,7 +79,7 @@ def compare_models(
 
     Args:
         open_reference: Opens the model that is right; closing it frees its memory.
-        open_other: Opens the model to judge.
+        open_other: Opens the model to compare with it.
         rows: From `choose_rows`; at least one.
         device: Where both are.
         report: Receives progress in rows.

@@ -1,4 +1,4 @@
-"""An adapter's files and its base's shapes in; what the adapter changes in each parameter of the base out."""
+"""Weight deltas: what an adapter changes in each parameter of its base, read from PEFT's names and settings."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -58,23 +58,23 @@ class WeightDelta:
     embedding: bool = False
 
 
-def read_changes(
+def read_deltas(
     facts: AdapterFacts, model: PreTrainedModel, rename: Callable[[str], tuple[str, bool]]
 ) -> dict[str, WeightDelta]:
-    """What an adapter changes, by the parameter's name in the model.
+    """What an adapter deltas, by the parameter's name in the model.
 
     Args:
         facts: Of the adapter.
         model: The base's architecture, as `build_empty` makes it.
-        rename: As `tensor_names.renamer`: adapters made before a module was renamed carry its older name.
+        rename: As `weight_names.renamer`: adapters made before a module was renamed carry its older name.
 
     Raises:
         AdapterError: A tensor belongs to no module, has another shape than its module, or the adapter is of a kind
             that is more than scaling * B @ A.
     """
     _refuse_other_kinds(facts.config)
-    state, changes = model.state_dict(), dict[str, WeightDelta]()
-    strangers = []
+    state, deltas = model.state_dict(), dict[str, WeightDelta]()
+    unknown = []
     for name in facts.tensors:
         match = PART.fullmatch(name.removeprefix(PREFIX))
         kind = match.lastgroup if match else None
@@ -88,7 +88,7 @@ def read_changes(
         if parameter not in state:
             parameter = rename(parameter)[0]
         if parameter not in state:
-            strangers.append(name)
+            unknown.append(name)
             continue
         module = parameter.rpartition(".")[0]
         if kind in ("a", "b", "bias"):
@@ -96,15 +96,15 @@ def read_changes(
         if kind == "rows":
             update["token_indices"] = _token_indices(facts.config, module)
         embedding = isinstance(model.get_submodule(module), nn.Embedding)
-        changes[parameter] = replace(changes.get(parameter, WeightDelta(embedding=embedding)), **update)
-    if strangers:
+        deltas[parameter] = replace(deltas.get(parameter, WeightDelta(embedding=embedding)), **update)
+    if unknown:
         raise AdapterError(
-            f"{len(strangers)} of the adapter's tensors belong to no module of this {model.config.model_type} base, "
-            f"first {strangers[0]}.",
+            f"{len(unknown)} of the adapter's tensors belong to no module of this {model.config.model_type} base, "
+            f"first {unknown[0]}.",
             "Give the base it was trained on with --model.",
         )
-    _check_shapes(facts, model, changes)
-    return changes
+    _check_shapes(facts, model, deltas)
+    return deltas
 
 
 def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
@@ -138,29 +138,29 @@ def _token_indices(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def _check_shapes(facts: AdapterFacts, model: PreTrainedModel, changes: Mapping[str, WeightDelta]) -> None:
+def _check_shapes(facts: AdapterFacts, model: PreTrainedModel, deltas: Mapping[str, WeightDelta]) -> None:
     """Collects every tensor of a wrong shape, then raises once."""
     state = model.state_dict()
     wrong: list[tuple[str | None, object, tuple[int, ...]]] = []
-    for parameter, change in changes.items():
+    for parameter, delta in deltas.items():
         shape = tuple(state[parameter].shape)
         module = model.get_submodule(parameter.rpartition(".")[0])
         vocabulary = module in (model.get_input_embeddings(), model.get_output_embeddings())
-        if change.replacement:
-            found = facts.tensors[change.replacement][0]
+        if delta.replacement:
+            found = facts.tensors[delta.replacement][0]
             if found[1:] != shape[1:] or (found[0] != shape[0] and not vocabulary):  # a vocabulary may have grown
-                wrong.append((change.replacement, found, shape))
+                wrong.append((delta.replacement, found, shape))
             shape = found
-        if (change.a is None) != (change.b is None) or (change.magnitude and not change.a):
-            wrong.append((change.a or change.b or change.magnitude, "half of a pair", shape))
+        if (delta.a is None) != (delta.b is None) or (delta.magnitude and not delta.a):
+            wrong.append((delta.a or delta.b or delta.magnitude, "half of a pair", shape))
             continue
         expected: list[tuple[str | None, tuple[int, ...]]] = []
-        if change.a and change.b:
-            if change.embedding or isinstance(module, Conv1D):
+        if delta.a and delta.b:
+            if delta.embedding or isinstance(module, Conv1D):
                 shape = shape[::-1]  # (out, in), as the adapter sees it
-            rank = facts.tensors[change.a][0][0]
-            expected = [(change.a, (rank, shape[1])), (change.b, (shape[0], rank)), (change.magnitude, shape[:1])]
-        expected += [(change.added, shape), (change.rows, (len(change.token_indices), *shape[1:]))]
+            rank = facts.tensors[delta.a][0][0]
+            expected = [(delta.a, (rank, shape[1])), (delta.b, (shape[0], rank)), (delta.magnitude, shape[:1])]
+        expected += [(delta.added, shape), (delta.rows, (len(delta.token_indices), *shape[1:]))]
         wrong += [
             (name, facts.tensors[name][0], want) for name, want in expected if name and facts.tensors[name][0] != want
         ]

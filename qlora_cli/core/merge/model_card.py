@@ -1,4 +1,4 @@
-"""What was merged and how it compared in, the model card of the merged model out: no local path in it."""
+"""Model card of a merged model; no local path is in it."""
 
 from huggingface_hub import ModelCardData
 

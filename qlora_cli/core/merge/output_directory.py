@@ -1,4 +1,4 @@
-"""An output path in, a directory that takes its place only when it is complete out; an interrupted one is kept.
+"""Output directory of a merge, which takes its place only when it is complete; an interrupted one is kept.
 
 The unfinished directory lies hidden beside the output, so that no program takes it for a model.
 """

@@ -1,4 +1,4 @@
-"""A base's files and what an adapter changes in; for every file of the merged checkpoint its layout and its work out."""
+"""Plan of a merged checkpoint: for each of its files the header, and the tasks that compute its tensors."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.device import dtype_name
-from qlora_cli.core.merge.arithmetic import RowsOf, load_factors, merge_rows
+from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, load_factors, merge_rows, restored_rows
 from qlora_cli.core.merge.delta import WeightDelta
-from qlora_cli.core.merge.nf4_rounding import ROWS_ELEMENTS, restored_rows
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
 from qlora_cli.core.models.structure import linear_names
@@ -21,17 +20,17 @@ from qlora_cli.errors import MergeError, ModelError
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
 GPU_ROWS_ELEMENTS = 2**24  # worked on at a time on a GPU: launches cost more than memory there
-QUANT_STATE_BYTES = 512  # room for bitsandbytes' JSON of one weight; its length varies, a file's layout must not
+QUANT_STATE_BYTES = 512  # room for bitsandbytes' JSON of one weight; its length varies, a file's header must not
 
-Piece = tuple[str, torch.Tensor]  # name of an output tensor, and its next bytes
+TensorChunk = tuple[str, torch.Tensor]  # name of an output tensor, and its next bytes
 
 
 @dataclass(frozen=True)
-class Task:
-    """Work that makes one or more whole tensors of a file, piece after piece, each tensor's pieces in order."""
+class MergeTask:
+    """Work that makes one or more whole tensors of a file, chunk after chunk, each tensor's chunks in order."""
 
     held_bytes: int  # host memory while it runs
-    run: Callable[[], Iterator[Piece]]
+    run: Callable[[], Iterator[TensorChunk]]
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ class OutputFile:
 
     name: str
     header: Header
-    tasks: tuple[Task, ...]
+    tasks: tuple[MergeTask, ...]
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All files of the merged checkpoint, and what of the configuration they change."""
+    """All files of the merged checkpoint, and what of the configuration they delta."""
 
     files: tuple[OutputFile, ...]
     vocabulary: int | None  # new number of embedding rows, None where it stays
@@ -60,7 +59,7 @@ class MergePlan:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class MergeOptions:
     """How weights are merged.
 
     Attributes:
@@ -105,9 +104,9 @@ def plan_merge(
     files: Sequence[TensorFile],
     names: Mapping[str, str],
     model: PreTrainedModel,
-    changes: Mapping[str, WeightDelta],
+    deltas: Mapping[str, WeightDelta],
     adapter: TensorFile,
-    arithmetic: Arithmetic,
+    options: MergeOptions,
     *,
     keep_tied: bool,
 ) -> MergePlan:
@@ -115,18 +114,18 @@ def plan_merge(
 
     Args:
         files: Of the base checkpoint.
-        names: Name in the model → name in the checkpoint (`tensor_names.map_names`).
+        names: Name in the model → name in the checkpoint (`weight_names.map_names`).
         model: The base's architecture on the meta device.
-        changes: By name in the model (`changes.read_changes`).
+        deltas: By name in the model (`delta.read_deltas`).
         adapter: The adapter's tensors.
-        arithmetic: How to merge.
-        keep_tied: Whether a change of tied input embeddings is one of the head too.
+        options: How to merge.
+        keep_tied: Whether the delta of tied input embeddings is the head's too.
 
     Raises:
-        MergeError: A weight to restore or to change is not in the checkpoint, or has another shape there.
+        MergeError: A weight that is quantised or adapted is not in the checkpoint, or has another shape there.
         AdapterError: The adapter's vocabulary is not one.
     """
-    return _Planner(files, names, model, changes, adapter, arithmetic).plan(keep_tied=keep_tied)
+    return _Planner(files, names, model, deltas, adapter, options).plan(keep_tied=keep_tied)
 
 
 class _Planner:
@@ -135,12 +134,12 @@ class _Planner:
         files: Sequence[TensorFile],
         names: Mapping[str, str],
         model: PreTrainedModel,
-        changes: Mapping[str, WeightDelta],
+        deltas: Mapping[str, WeightDelta],
         adapter: TensorFile,
-        arithmetic: Arithmetic,
+        options: MergeOptions,
     ) -> None:
         self.files, self.names, self.model, self.adapter = files, dict(names), model, adapter
-        self.changes, self.arithmetic = dict(changes), arithmetic
+        self.deltas, self.options = dict(deltas), options
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self.linears = {f"{name}.weight" for name in linear_names(model)}
         self.transposed = {n for n in self.linears if isinstance(model.get_submodule(n.rpartition(".")[0]), Conv1D)}
@@ -148,28 +147,28 @@ class _Planner:
         self.main_dtype = main_dtype(files)
 
     def plan(self, *, keep_tied: bool) -> MergePlan:
-        tying = settle_tying(self.model, self.names, self.changes, self.adapter, keep_tied=keep_tied)
+        tying = settle_tying(self.model, self.names, self.deltas, self.adapter, keep_tied=keep_tied)
         parameter_of = {name: parameter for parameter, name in self.names.items()}
         self.names |= tying.borrowed
-        self.changes = dict(tying.changes)
+        self.deltas = dict(tying.deltas)
         self._check_sources()
         outputs, restored = [], 0
         for file in self.files:
             wanted = [(name, parameter_of.get(name)) for name in file.entries]
             wanted += [(new, new) for new, source in tying.borrowed.items() if source in file.entries]
             tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-            tasks: list[Task] = []
+            tasks: list[MergeTask] = []
             for output_name, parameter in wanted:
                 source = file.entries[self.names[parameter] if parameter else output_name]
                 made, task = self._plan_tensor(file, source, output_name, parameter)
                 tensors += made
                 tasks.append(task)
-                restored += self.arithmetic.restore and parameter in self.linears
+                restored += self.options.restore and parameter in self.linears
             outputs.append(OutputFile(file.path.name, make_header(tensors, file.header.metadata), tuple(tasks)))
-        return MergePlan(tuple(outputs), tying.vocabulary, tying.untied, restored, len(self.changes))
+        return MergePlan(tuple(outputs), tying.vocabulary, tying.untied, restored, len(self.deltas))
 
     def _check_sources(self) -> None:
-        needed = set(self.changes) | (self.linears if self.arithmetic.restore or self.arithmetic.pack else set())
+        needed = set(self.deltas) | (self.linears if self.options.restore or self.options.pack else set())
         missing = sorted(name for name in needed if name not in self.names)
         if missing:
             raise MergeError(
@@ -188,42 +187,48 @@ class _Planner:
 
     def _plan_tensor(
         self, file: TensorFile, source: TensorEntry, output_name: str, parameter: str | None
-    ) -> tuple[list[tuple[str, torch.dtype, tuple[int, ...]]], Task]:
+    ) -> tuple[list[tuple[str, torch.dtype, tuple[int, ...]]], MergeTask]:
         """The output tensors made from one tensor of the base, and the work."""
-        change = self.changes.get(parameter, WeightDelta()) if parameter else WeightDelta()
-        linear, a = parameter in self.linears, self.arithmetic
-        ours = linear or parameter in self.changes or source.dtype == self.main_dtype
-        dtype = a.dtype if ours and source.dtype.is_floating_point else source.dtype
-        if change.replacement:
-            file, source = self.adapter, self.adapter.entries[change.replacement]
-        restore, pack, shape = linear and a.restore and not change.replacement, linear and a.pack, source.shape
-        if not (restore or pack or change.a or change.added or change.rows):
-            copied = Task(16 * COPY_BYTES, lambda: self._copy(file, source, output_name, dtype))
+        delta = self.deltas.get(parameter, WeightDelta()) if parameter else WeightDelta()
+        linear, options = parameter in self.linears, self.options
+        converted = linear or parameter in self.deltas or source.dtype == self.main_dtype
+        dtype = options.dtype if converted and source.dtype.is_floating_point else source.dtype
+        if delta.replacement:
+            file, source = self.adapter, self.adapter.entries[delta.replacement]
+        restore, pack, shape = (
+            linear and options.restore and not delta.replacement,
+            linear and options.pack,
+            source.shape,
+        )
+        if not (restore or pack or delta.a or delta.added or delta.rows):
+            copied = MergeTask(16 * COPY_BYTES, lambda: self._copy(file, source, output_name, dtype))
             return [(output_name, dtype, shape)], copied
-        if change.added:
-            task = Task(16 * source.total_bytes, lambda: self._merge_bias(file, source, output_name, change, dtype))
+        if delta.added:
+            task = MergeTask(16 * source.total_bytes, lambda: self._merge_bias(file, source, output_name, delta, dtype))
             return [(output_name, dtype, shape)], task
         transposed = parameter in self.transposed
 
         def blocks() -> Iterator[torch.Tensor]:
-            return self._merge_weight(file, source, change, dtype, restore=restore, transposed=transposed)
+            return self._merge_weight(file, source, delta, dtype, restore=restore, transposed=transposed)
 
-        def run() -> Iterator[Piece]:
-            pieces = [torch.cat(list(blocks())).T] if transposed else blocks()
-            return ((output_name, piece) for piece in pieces)
+        def run() -> Iterator[TensorChunk]:
+            chunks = [torch.cat(list(blocks())).T] if transposed else blocks()
+            return ((output_name, chunk) for chunk in chunks)
 
         buffers = 32 * ROWS_ELEMENTS
         if pack:
-            parts = packed_layout(shape[::-1] if transposed else shape, a.quant_type, a.double_quant)
+            parts = packed_layout(shape[::-1] if transposed else shape, options.quant_type, options.double_quant)
             made = [(output_name + end, kind, size) for end, kind, size in parts]
             held = prod(shape) * (source.dtype.itemsize * (1 + transposed) + 2 * dtype.itemsize + 1)
-            return made, Task(held + buffers, lambda: self._pack(blocks(), output_name))
+            return made, MergeTask(held + buffers, lambda: self._pack(blocks(), output_name))
         # Most weights are read row by row; only what bitsandbytes itself restores, and a transpose, need all of it.
-        whole = transposed or (restore and (a.quant_type != "nf4" or a.device.type != "cpu" or shape[1] % BLOCK_SIZE))
+        whole = transposed or (
+            restore and (options.quant_type != "nf4" or options.device.type != "cpu" or shape[1] % BLOCK_SIZE)
+        )
         held = prod(shape) * (2 * source.dtype.itemsize + 8) if whole else 0
-        return [(output_name, dtype, shape)], Task(held + buffers, run)
+        return [(output_name, dtype, shape)], MergeTask(held + buffers, run)
 
-    def _copy(self, file: TensorFile, source: TensorEntry, name: str, dtype: torch.dtype) -> Iterator[Piece]:
+    def _copy(self, file: TensorFile, source: TensorEntry, name: str, dtype: torch.dtype) -> Iterator[TensorChunk]:
         for start in range(0, source.total_bytes, COPY_BYTES):
             buffer = torch.empty(min(COPY_BYTES, source.total_bytes - start), dtype=torch.uint8)
             file.read_into(buffer, source.start + start)
@@ -232,31 +237,31 @@ class _Planner:
             yield name, buffer
 
     def _merge_bias(
-        self, file: TensorFile, source: TensorEntry, name: str, change: WeightDelta, dtype: torch.dtype
-    ) -> Iterator[Piece]:
-        assert change.added
-        added = self.adapter.read(change.added).float()
-        yield name, _rounded(file.read(source.name).float() + change.scaling * added, dtype, name)
+        self, file: TensorFile, source: TensorEntry, name: str, delta: WeightDelta, dtype: torch.dtype
+    ) -> Iterator[TensorChunk]:
+        assert delta.added
+        added = self.adapter.read(delta.added).float()
+        yield name, _rounded(file.read(source.name).float() + delta.scaling * added, dtype, name)
 
     def _merge_weight(
         self,
         file: TensorFile,
         source: TensorEntry,
-        change: WeightDelta,
+        delta: WeightDelta,
         dtype: torch.dtype,
         *,
         restore: bool,
         transposed: bool,
     ) -> Iterator[torch.Tensor]:
         """Blocks of rows of the merged weight, (out, in) also where the checkpoint holds it transposed."""
-        a = self.arithmetic
+        options = self.options
         rows, columns = source.shape[::-1] if transposed else source.shape
-        whole = file.read(source.name).to(a.device).T.contiguous() if transposed else None
+        whole = file.read(source.name).to(options.device).T.contiguous() if transposed else None
 
         def read_rows(start: int, stop: int) -> torch.Tensor:
             if whole is not None:
                 return whole[start:stop]
-            return file.read(source.name, slice(start, stop)).to(a.device)
+            return file.read(source.name, slice(start, stop)).to(options.device)
 
         def stored_rows(start: int, stop: int) -> torch.Tensor:
             return read_rows(start, stop).to(torch.float32, copy=True)
@@ -267,18 +272,20 @@ class _Planner:
                 read_rows,
                 (rows, columns),
                 name=source.name,
-                quant_type=a.quant_type,
-                double_quant=a.double_quant,
-                compute_dtype=a.compute_dtype,
+                quant_type=options.quant_type,
+                double_quant=options.double_quant,
+                compute_dtype=options.compute_dtype,
             )
-        step = max(1, (ROWS_ELEMENTS if a.device.type == "cpu" else GPU_ROWS_ELEMENTS) // columns)
-        for part in merge_rows(rows_of, load_factors(change, self.adapter, a.device), rows=rows, step=step):
+        step = max(1, (ROWS_ELEMENTS if options.device.type == "cpu" else GPU_ROWS_ELEMENTS) // columns)
+        for part in merge_rows(rows_of, load_factors(delta, self.adapter, options.device), rows=rows, step=step):
             yield _rounded(part, dtype, source.name).cpu()
 
-    def _pack(self, blocks: Iterator[torch.Tensor], name: str) -> Iterator[Piece]:
-        a = self.arithmetic
-        weight = torch.cat(list(blocks)).to(a.device)
-        for ending, value in pack_weight(weight, quant_type=a.quant_type, double_quant=a.double_quant).items():
+    def _pack(self, blocks: Iterator[torch.Tensor], name: str) -> Iterator[TensorChunk]:
+        options = self.options
+        weight = torch.cat(list(blocks)).to(options.device)
+        for ending, value in pack_weight(
+            weight, quant_type=options.quant_type, double_quant=options.double_quant
+        ).items():
             value = value.cpu()
             if "quant_state" in ending:
                 spaces = torch.full((QUANT_STATE_BYTES - value.numel(),), ord(" "), dtype=torch.uint8)

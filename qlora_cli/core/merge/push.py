@@ -1,4 +1,4 @@
-"""A finished model directory and a repository's name in, its address on the hub out."""
+"""Upload of a merged model to the hub, private unless asked otherwise."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def push_model(directory: Path, repository: str, *, public: bool, api: HfApi | N
         The repository's address.
 
     Raises:
-        MergeError: The hub refuses, cannot be reached, or the repository is public against the wish.
+        MergeError: The hub refuses, cannot be reached, or the repository is public and that was not asked for.
     """
     api = api or HfApi()
     again = f"The model is complete in {directory}; upload it later with: hf upload {repository} {directory}"

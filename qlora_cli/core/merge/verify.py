@@ -1,21 +1,27 @@
-"""A merged checkpoint, its base and its adapter in; how far it predicts apart from them, and a verdict, out."""
+"""Verification of a merged checkpoint: KL divergence from base + adapter, on rows of the run, against a limit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
+from qlora_cli.config import TrainConfig
+from qlora_cli.config_file import read_config_file
+from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.core.data.split import RowSubset, hold_out
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.merge.base import Base
-from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, choose_rows, compare_models
-from qlora_cli.core.merge.plan import Arithmetic, MergePlan
-from qlora_cli.core.merge.verify_rows import find_rows
+from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models
+from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.merge.weight_tying import embedding_names
 from qlora_cli.core.models.loading import load_base, load_tokenizer
 from qlora_cli.core.models.lora import AdapterFacts, load_adapter
@@ -27,6 +33,22 @@ from qlora_cli.events import Caution, Notice, Report
 MOST_KL = 0.01  # nats a token; rounding to bfloat16 costs 3e-5, merging into the wrong weights 0.1 and more
 FOUR_BIT_BYTES = 0.57  # a weight in 4 bits with its constants
 WORKING_BYTES = 2**30  # activations and logits of one row, and what the allocator rounds up
+LEAST_TOKENS = 512  # held out, below which rows trained on are added: a mean over few tokens says little
+# Plain prose, code and a dialogue: read where a run's own rows are gone.
+TEXTS = (
+    "The harbour lay still in the early light. A single boat moved along the far wall, its engine barely audible, and "
+    "the gulls that had waited all night on the roofs of the fish market rose one after another to follow it out.",
+    "Question: A farmer has 3 fields of 12 rows each and plants 25 seeds a row. How many seeds does he need?\n"
+    "Answer: There are 3 * 12 = 36 rows, and 36 * 25 = 900, so he needs 900 seeds.",
+    'def count_words(text):\n    """Return how often each word occurs."""\n    counts = {}\n    for word in text.split():\n'
+    "        counts[word] = counts.get(word, 0) + 1\n    return counts\n",
+    "User: My parcel was meant to arrive on Tuesday and the page still says that it is being packed.\n"
+    "Assistant: I am sorry about the wait. Could you give me the order number? I will ask the warehouse today and "
+    "write to you as soon as I know when it leaves.",
+    "In 1854 a physician marked each death on a map of the district. The marks crowded around one street pump, and when "
+    "its handle was taken off the outbreak faded. It was among the first times that a map had settled an argument "
+    "about the cause of a disease.",
+)
 
 
 def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -34,30 +56,30 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if device.type == "cuda" else torch.float32
 
 
-def can_verify(plan: MergePlan, base: Base, facts: AdapterFacts, arithmetic: Arithmetic, report: Report) -> bool:
+def can_verify(plan: MergePlan, base: Base, facts: AdapterFacts, options: MergeOptions, report: Report) -> bool:
     """Whether each of the two models to compare can be loaded here, one at a time; says so where not."""
     shapes = {name: parameter.shape for name, parameter in base.model.named_parameters()}
     linears = [f"{name}.weight" for name in linear_names(base.model)]
     linear, total = (sum(shapes[name].numel() for name in names) for names in (linears, shapes))
-    trained = linear * FOUR_BIT_BYTES + (total - linear) * arithmetic.compute_dtype.itemsize
+    trained = linear * FOUR_BIT_BYTES + (total - linear) * options.compute_dtype.itemsize
     trained += sum(4 * prod(shape) for shape, _ in facts.tensors.values())
-    growth = 1 if arithmetic.pack else evaluation_dtype(arithmetic.dtype, arithmetic.device).itemsize
-    merged = plan.total_bytes * growth / (1 if arithmetic.pack else arithmetic.dtype.itemsize)
+    growth = 1 if options.pack else evaluation_dtype(options.dtype, options.device).itemsize
+    merged = plan.total_bytes * growth / (1 if options.pack else options.dtype.itemsize)
     needed = int(max(trained, merged)) + KEPT_BYTES + WORKING_BYTES
-    free = read_free_bytes(arithmetic.device)
+    free = read_free_bytes(options.device)
     free = psutil.virtual_memory().available if free is None else free
     reason = None
     if needed > free:
         reason = f"that takes about {needed:,} bytes of memory, and {free:,} are free"
-    elif arithmetic.device.type == "cpu" and any(shapes[name][-1] % BLOCK_SIZE for name in linears):
+    elif options.device.type == "cpu" and any(shapes[name][-1] % BLOCK_SIZE for name in linears):
         reason = f"a CPU cannot load a 4-bit base whose widths are no multiples of {BLOCK_SIZE}"
     if reason:
         report(Caution(f"The merged model is not compared with base + adapter: {reason}. --verify tries all the same."))
     return reason is None
 
 
-def verify(
-    directory: Path, adapter: Path, base: Base, plan: MergePlan, arithmetic: Arithmetic, report: Report
+def verify_merge(
+    directory: Path, adapter: Path, base: Base, plan: MergePlan, options: MergeOptions, report: Report
 ) -> tuple[Comparison, str]:
     """Compares a merged checkpoint on the disk with the base as it was trained against and the adapter.
 
@@ -67,7 +89,7 @@ def verify(
     Raises:
         MergeError: There is nothing to compare on, or the checkpoint does not load.
     """
-    device = arithmetic.device
+    device = options.device
     tokenizer = load_tokenizer(str(directory), trust_remote_code=base.trust_remote_code)
     rows, described = find_rows(adapter, tokenizer)
     vocabulary = plan.vocabulary or base.model.get_parameter(embedding_names(base.model)[0]).shape[0]
@@ -80,9 +102,9 @@ def verify(
         model, _ = load_base(
             base.name,
             revision=base.revision,
-            quant_type=arithmetic.quant_type,
-            double_quant=arithmetic.double_quant,
-            compute_dtype=arithmetic.compute_dtype,
+            quant_type=options.quant_type,
+            double_quant=options.double_quant,
+            compute_dtype=options.compute_dtype,
             device=device,
             trust_remote_code=base.trust_remote_code,
         )
@@ -91,23 +113,23 @@ def verify(
         yield load_adapter(model, adapter).eval()
 
     return compare_models(
-        open_trained, lambda: open_merged(directory, base, arithmetic), chosen, device=device, report=report
+        open_trained, lambda: open_merged(directory, base, options), chosen, device=device, report=report
     ), described
 
 
 @contextmanager
-def open_merged(directory: Path, base: Base, arithmetic: Arithmetic) -> Iterator[nn.Module]:
+def open_merged(directory: Path, base: Base, options: MergeOptions) -> Iterator[nn.Module]:
     """The merged checkpoint as transformers loads it.
 
     Raises:
         MergeError: It does not load, or leaves weights out.
     """
-    dtype = arithmetic.dtype if arithmetic.pack else evaluation_dtype(arithmetic.dtype, arithmetic.device)
+    dtype = options.dtype if options.pack else evaluation_dtype(options.dtype, options.device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
-            device_map={"": arithmetic.device},
+            device_map={"": options.device},
             trust_remote_code=base.trust_remote_code,
             output_loading_info=True,
         )
@@ -120,21 +142,21 @@ def open_merged(directory: Path, base: Base, arithmetic: Arithmetic) -> Iterator
     if wrong:
         raise MergeError(f"The merged model lacks {len(wrong)} weights, first {wrong[0]}.")
     packed = [is_4bit(model.get_submodule(name)) for name in linear_names(model)]
-    if arithmetic.pack and not all(packed):
+    if options.pack and not all(packed):
         raise MergeError(f"{packed.count(False)} linear layers of the merged model are not in 4 bits once loaded.")
-    yield freeze_base(model) if arithmetic.pack else model.eval()
+    yield freeze_base(model) if options.pack else model.eval()
 
 
-def judge(comparison: Comparison, rows: str, *, faithful: bool, max_kl: float | None, report: Report) -> None:
-    """Tells the figures, and refuses a merged model that is not the trained one.
+def require_same(comparison: Comparison, rows: str, *, faithful: bool, max_kl: float | None, report: Report) -> None:
+    """Reports the figures, and refuses a merged model that is not the trained one.
 
     Args:
         comparison: The figures.
         rows: Which rows they are from.
         faithful: Whether the merge keeps the weights trained against. What other merges lose is their nature: it is
-            told, and refused only past a given `max_kl`.
+            reported, and refused only past a given `max_kl`.
         max_kl: Limit of the mean, nats a token.
-        report: Told.
+        report: Receives the figures.
 
     Raises:
         MergeError: The divergence is past the limit.
@@ -160,3 +182,52 @@ def judge(comparison: Comparison, rows: str, *, faithful: bool, max_kl: float | 
         )
     else:
         report(Notice(f"Verified against base + adapter: {figures}."))
+
+
+# ---------------------------------------------------------------- rows
+
+
+def find_rows(
+    adapter: Path, tokenizer: PreTrainedTokenizerBase, *, least_tokens: int = LEAST_TOKENS
+) -> tuple[Iterator[Row], str]:
+    """The best rows there are: held out by the run, else those it trained on, else a built-in text.
+
+    Args:
+        adapter: Run directory or PEFT adapter.
+        tokenizer: For the built-in text.
+        least_tokens: Held out, below which rows trained on are added.
+
+    Returns:
+        Rows one at a time, and a description that ends a sentence.
+    """
+    rows = _rows_of_run(adapter)
+    if rows is None:
+        return (_whole(tokenizer(text)["input_ids"]) for text in TEXTS), "of a built-in text"
+    settings: dict[str, Any] = {}
+    if (run_of(adapter) / RUN_YAML).is_file():
+        settings = read_config_file(run_of(adapter) / RUN_YAML, TrainConfig)
+    run = TrainConfig(**settings)
+    trained, held = hold_out(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
+    if held.lengths.sum() >= least_tokens:
+        return _each(held), "held out from training"
+    if len(held):
+        return chain(_each(held), _each(trained)), "held out from training and trained on"
+    return _each(trained), "trained on"
+
+
+def _each(rows: RowSubset) -> Iterator[Row]:
+    return (rows[index] for index in range(len(rows)))
+
+
+def _rows_of_run(adapter: Path) -> PreparedRows | None:
+    """The rows a run recorded, where they are still the same."""
+    data = find_run_record(adapter).get("data") or {}
+    directory = Path(data.get("prepared") or "")
+    if not data.get("prepared") or not is_prepared(directory):
+        return None
+    rows = PreparedRows(directory)
+    return rows if rows.manifest.get("rows_sha256") == data.get("rows_sha256") else None
+
+
+def _whole(ids: list[int]) -> Row:
+    return np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=np.bool_)

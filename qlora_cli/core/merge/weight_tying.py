@@ -1,4 +1,4 @@
-"""Changes of input embeddings and output head in; whether the two stay one tensor, and whether they agree, out."""
+"""Tied embeddings: whether input embeddings and output head stay one tensor after a merge, and are one vocabulary."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ class Tying:
     """How the embeddings of the merged model are stored.
 
     Attributes:
-        changes: As given, or with the change of one embedding made one of both.
+        deltas: As given, or with the delta of one embedding applied to both.
         borrowed: Parameters that share a tensor in the base and need their own now → the base tensor to start from.
         untied: Whether the base's embeddings are tied and the merged ones are not.
         vocabulary: New number of embedding rows, None where it stays.
     """
 
-    changes: Mapping[str, WeightDelta]
+    deltas: Mapping[str, WeightDelta]
     borrowed: Mapping[str, str]
     untied: bool
     vocabulary: int | None
@@ -40,7 +40,7 @@ def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
 def settle_tying(
     model: PreTrainedModel,
     names: Mapping[str, str],
-    changes: Mapping[str, WeightDelta],
+    deltas: Mapping[str, WeightDelta],
     adapter: TensorFile,
     *,
     keep_tied: bool,
@@ -53,7 +53,7 @@ def settle_tying(
     Args:
         model: The base's architecture.
         names: Name in the model → name in the checkpoint.
-        changes: By name in the model.
+        deltas: By name in the model.
         adapter: The adapter's tensors.
         keep_tied: PEFT's `ensure_weight_tying`.
 
@@ -61,20 +61,20 @@ def settle_tying(
         AdapterError: The embeddings it brings are not one vocabulary.
     """
     inputs, head = embedding_names(model)
-    changes = dict(changes)
-    vocabulary = _check_vocabulary(model, changes, adapter, inputs, head)
+    deltas = dict(deltas)
+    vocabulary = _check_vocabulary(model, deltas, adapter, inputs, head)
     state = model.state_dict(keep_vars=True)
     if head is None or state[inputs] is not state[head]:
-        return Tying(changes, {}, False, vocabulary)
-    first, second = changes.get(inputs), changes.get(head)
+        return Tying(deltas, {}, False, vocabulary)
+    first, second = deltas.get(inputs), deltas.get(head)
     if first and not second and (keep_tied or first.rows):
-        second = changes[head] = first
+        second = deltas[head] = first
     present = [name for name in (inputs, head) if name in names]
     if not present or first == second or _same_replacement(first, second, adapter):
-        kept = {name: change for name, change in changes.items() if name in present or name not in (inputs, head)}
+        kept = {name: delta for name, delta in deltas.items() if name in present or name not in (inputs, head)}
         return Tying(kept, {}, False, vocabulary)
     borrowed = {name: names[present[0]] for name in (inputs, head) if name not in present}
-    return Tying(changes, borrowed, True, vocabulary)
+    return Tying(deltas, borrowed, True, vocabulary)
 
 
 def _same_replacement(first: WeightDelta | None, second: WeightDelta | None, adapter: TensorFile) -> bool:
@@ -91,16 +91,16 @@ def _same_replacement(first: WeightDelta | None, second: WeightDelta | None, ada
 
 
 def _check_vocabulary(
-    model: PreTrainedModel, changes: Mapping[str, WeightDelta], adapter: TensorFile, inputs: str, head: str | None
+    model: PreTrainedModel, deltas: Mapping[str, WeightDelta], adapter: TensorFile, inputs: str, head: str | None
 ) -> int | None:
     state = model.state_dict(keep_vars=True)
 
     def rows_of(name: str) -> int:
-        change = changes.get(name)
-        return adapter.entries[change.replacement].shape[0] if change and change.replacement else state[name].shape[0]
+        delta = deltas.get(name)
+        return adapter.entries[delta.replacement].shape[0] if delta and delta.replacement else state[name].shape[0]
 
     old, new = state[inputs].shape[0], rows_of(inputs)
-    last = max(changes[inputs].token_indices, default=0) if inputs in changes else 0
+    last = max(deltas[inputs].token_indices, default=0) if inputs in deltas else 0
     if last >= new:
         raise AdapterError(f"The adapter trains token {last}, but the base has only {new} embedding rows.")
     if head is not None and state[head] is not state[inputs] and rows_of(head) != new:

@@ -1,4 +1,4 @@
-"""Planned files in, the files on the disk out: written by several threads, hashed, journalled, and taken up again.
+"""Writer of planned files: several threads, a digest of each file in a journal, resumed after an interruption.
 
 A file counts as finished when its bytes are flushed and its digest stands in the journal; a later call with the same
 key keeps every finished file whose digest still holds.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qlora_cli.artifacts import fsync_path, read_json, write_json
-from qlora_cli.core.merge.plan import OutputFile, Task
+from qlora_cli.core.merge.plan import MergeTask, OutputFile
 from qlora_cli.core.storage.safetensors_file import TensorFile, bytes_of
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Progress, Report
@@ -70,7 +70,7 @@ def write_files(
     flushing: list[Future[None]] = []
 
     def finish(name: str, descriptor: int, digest: str) -> None:
-        """Flushes and closes one file, through the descriptor that hears of every error, and journals it."""
+        """Flushes and closes one file, through the descriptor that reports every error, and journals it."""
         try:
             os.fsync(descriptor)
         finally:
@@ -96,7 +96,7 @@ def write_files(
                 else:
                     # The next file is begun while the disk takes this one.
                     flushing.append(flusher.submit(finish, file.name, *_write_file(file, path, pool, progress)))
-                progress.tell()
+                progress.report()
                 for future in flushing[:-1]:
                     future.result()
             for future in flushing:
@@ -124,7 +124,7 @@ def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress
         progress.add(len(file.header.content))
         futures = [pool.submit(_run_task, t, file, descriptor, digests, progress, stop) for t in file.tasks]
         try:
-            _watch(futures, progress)
+            _wait_all(futures, progress)
         except BaseException:
             stop.set()
             for future in futures:
@@ -137,18 +137,18 @@ def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress
     return descriptor, _combine(file.header.content, (digests[name] for name in file.header.entries))
 
 
-def _watch(futures: list[Future], progress: "_Progress") -> None:
-    """Waits for all, telling progress from this thread; raises the first failure."""
+def _wait_all(futures: list[Future], progress: "_Progress") -> None:
+    """Waits for all, reporting progress from this thread; raises the first failure."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=REPORT_SECONDS, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
-        progress.tell()
+        progress.report()
 
 
 def _run_task(
-    task: Task,
+    task: MergeTask,
     file: OutputFile,
     descriptor: int,
     digests: dict[str, bytes],
@@ -156,10 +156,10 @@ def _run_task(
     stop: threading.Event,
 ) -> None:
     hashes, positions = {}, {}
-    for name, piece in task.run():
+    for name, chunk in task.run():
         if stop.is_set():
             return
-        content = bytes_of(piece)
+        content = bytes_of(chunk)
         if name not in hashes:
             hashes[name], positions[name] = hashlib.sha256(), file.header.entries[name].start
         hashes[name].update(content)
@@ -209,7 +209,7 @@ def digest_file(path: Path, pool: ThreadPoolExecutor) -> str | None:
 
 
 class _Progress:
-    """Bytes done, added to by any thread and told by one."""
+    """Bytes done, added to by any thread and reported by one."""
 
     def __init__(self, task: str, total_bytes: int, report: Report) -> None:
         self._task, self._total, self._report = task, total_bytes, report
@@ -219,7 +219,7 @@ class _Progress:
         with self._lock:
             self._done += count
 
-    def tell(self) -> None:
+    def report(self) -> None:
         if self._done != self._reported:
             self._reported = self._done
             self._report(Progress(self._task, self._reported, self._total, unit="bytes"))
