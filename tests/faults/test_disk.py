@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.core.storage.checkpoint import verify
+from qlora_cli.core.storage.checkpoint import verify_checkpoint
 from qlora_cli.core.training.state import REQUIRED_FILES
 
 from .conftest import Run, Zygote, count
@@ -20,7 +20,7 @@ def check_full(zygote: Zygote, run: Run, fault: dict, row: str, free_again) -> b
     """One run on a disk that fills up; returns whether it did fill up."""
     ended = zygote.train(run.options, fault)
     filled = ended.code != 0
-    kept = all(verify(path, REQUIRED_FILES) for path in run.checkpoints) and len(run.checkpoints) >= 1
+    kept = all(verify_checkpoint(path, REQUIRED_FILES) for path in run.checkpoints) and len(run.checkpoints) >= 1
     named = not filled or (ended.code == 74 and "bytes are needed" in ended.said and "--resume" in ended.said)
     left = [path.name for path in run.output.rglob(".step-*")] + [path.name for path in run.output.glob(".finishing-*")]
     free_again()

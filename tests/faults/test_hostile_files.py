@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sha256_of
 from qlora_cli.commands.train import train
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.models.loading import load_base, load_config, load_tokenizer
 from qlora_cli.core.models.lora import load_adapter
-from qlora_cli.core.storage import checkpoint as ckpt
-from qlora_cli.core.storage.checkpoint import MANIFEST, newest_valid
+from qlora_cli.core.storage.checkpoint import MANIFEST, manifest_digest, newest_valid
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import AdapterError, DataError, ModelError, QloraError
 
@@ -121,9 +120,9 @@ def test_a_manifest_that_names_files_outside_is_refused(tmp_path, canary, name):
     (root / "step-00000001").mkdir(parents=True)
     outside = tmp_path / "secret"
     save_file({"x": torch.zeros(1)}, outside)
-    entry = {"bytes": outside.stat().st_size, "sha256": ckpt.sha256_of(outside)}
+    entry = {"bytes": outside.stat().st_size, "sha256": sha256_of(outside)}
     manifest = {"format": 1, "step": 1, "identity": {}, "files": {name: entry}}
-    (root / "step-00000001" / MANIFEST).write_text(json.dumps({**manifest, "sha256": ckpt._digest(manifest)}))
+    (root / "step-00000001" / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
     found, skipped = newest_valid(root, REQUIRED_FILES)
     assert found is None and "not a plain file name" in skipped[0].reason
 

