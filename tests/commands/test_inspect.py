@@ -417,7 +417,7 @@ def test_every_view_is_one_json_object_on_stdout(run, seven_b, tmp_path, monkeyp
         assert "→" not in reported.err  # the next command stands in the object
 
 
-def test_a_base_that_one_card_cannot_hold_is_offered_spread_over_as_few_as_can(seven_b):
+def test_a_base_that_one_card_cannot_hold_is_offered_sharded_over_as_few_as_can(seven_b):
     facts = look(model=seven_b, vram="4.6GiB", max_length=512)
     assert facts["fits"] is False
     shares = table_of(facts, "Base sharded over cards")

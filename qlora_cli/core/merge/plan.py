@@ -15,7 +15,7 @@ from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
 from qlora_cli.core.models.structure import linear_names
-from qlora_cli.core.storage.safetensors_file import Header, TensorEntry, TensorFile, make_header
+from qlora_cli.core.storage.safetensors_file import Header, TensorEntry, TensorFile, TensorSpec, make_header
 from qlora_cli.errors import MergeError, ModelError
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
@@ -156,7 +156,7 @@ class _Planner:
         for file in self.files:
             wanted = [(name, parameter_of.get(name)) for name in file.entries]
             wanted += [(new, new) for new, source in tying.borrowed.items() if source in file.entries]
-            tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+            tensors: list[TensorSpec] = []
             tasks: list[MergeTask] = []
             for output_name, parameter in wanted:
                 source = file.entries[self.names[parameter] if parameter else output_name]
@@ -187,7 +187,7 @@ class _Planner:
 
     def _plan_tensor(
         self, file: TensorFile, source: TensorEntry, output_name: str, parameter: str | None
-    ) -> tuple[list[tuple[str, torch.dtype, tuple[int, ...]]], MergeTask]:
+    ) -> tuple[list[TensorSpec], MergeTask]:
         """The output tensors made from one tensor of the base, and the work."""
         delta = self.deltas.get(parameter, WeightDelta()) if parameter else WeightDelta()
         linear, options = parameter in self.linears, self.options
@@ -195,11 +195,8 @@ class _Planner:
         dtype = options.dtype if converted and source.dtype.is_floating_point else source.dtype
         if delta.replacement:
             file, source = self.adapter, self.adapter.entries[delta.replacement]
-        restore, pack, shape = (
-            linear and options.restore and not delta.replacement,
-            linear and options.pack,
-            source.shape,
-        )
+        restore, pack = linear and options.restore and not delta.replacement, linear and options.pack
+        shape = source.shape
         if not (restore or pack or delta.a or delta.added or delta.rows):
             copied = MergeTask(16 * COPY_BYTES, lambda: self._copy(file, source, output_name, dtype))
             return [(output_name, dtype, shape)], copied
@@ -217,7 +214,7 @@ class _Planner:
 
         buffers = 32 * ROWS_ELEMENTS
         if pack:
-            parts = packed_layout(shape[::-1] if transposed else shape, options.quant_type, options.double_quant)
+            parts = packed_tensors(shape[::-1] if transposed else shape, options.quant_type, options.double_quant)
             made = [(output_name + end, kind, size) for end, kind, size in parts]
             held = prod(shape) * (source.dtype.itemsize * (1 + transposed) + 2 * dtype.itemsize + 1)
             return made, MergeTask(held + buffers, lambda: self._pack(blocks(), output_name))
@@ -283,22 +280,18 @@ class _Planner:
     def _pack(self, blocks: Iterator[torch.Tensor], name: str) -> Iterator[TensorChunk]:
         options = self.options
         weight = torch.cat(list(blocks)).to(options.device)
-        for ending, value in pack_weight(
-            weight, quant_type=options.quant_type, double_quant=options.double_quant
-        ).items():
-            value = value.cpu()
-            if "quant_state" in ending:
-                spaces = torch.full((QUANT_STATE_BYTES - value.numel(),), ord(" "), dtype=torch.uint8)
-                value = torch.cat([value, spaces])  # JSON may end in spaces
-            yield name + ending, value
+        packed = pack_weight(weight, quant_type=options.quant_type, double_quant=options.double_quant)
+        for ending, value in packed.items():
+            content = value.cpu()
+            if "quant_state" in ending:  # JSON, which may end in spaces
+                content = torch.nn.functional.pad(content, (0, QUANT_STATE_BYTES - len(content)), value=ord(" "))
+            yield name + ending, content
 
 
-def packed_layout(
-    shape: tuple[int, ...], quant_type: str, double_quant: bool
-) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Endings, dtypes and shapes of the tensors a 4-bit checkpoint holds for one weight of `shape` (out, in)."""
+def packed_tensors(shape: tuple[int, ...], quant_type: str, double_quant: bool) -> list[TensorSpec]:
+    """Name endings, dtypes and shapes of the tensors a 4-bit checkpoint holds for one weight of `shape` (out, in)."""
     blocks = -(-prod(shape) // BLOCK_SIZE)
-    made = [
+    made: list[TensorSpec] = [
         ("", torch.uint8, ((prod(shape) + 1) // 2, 1)),
         (".absmax", torch.uint8 if double_quant else torch.float32, (blocks,)),
         (".quant_map", torch.float32, (16,)),

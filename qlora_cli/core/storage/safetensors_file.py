@@ -44,6 +44,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+TensorSpec = tuple[str, torch.dtype, Sequence[int]]  # name, dtype and shape of a tensor to be written
+
 
 # ---------------------------------------------------------------- headers
 
@@ -152,7 +154,7 @@ def _parse_entry(name: str, fields: Any, data_start: int) -> TensorEntry:
 
 
 def make_header(
-    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]],
+    tensors: Iterable[TensorSpec],
     metadata: Mapping[str, str] | None = None,
     *,
     alignment_bytes: int = 1,
@@ -160,7 +162,7 @@ def make_header(
     """The header of a file of these tensors, one behind the other.
 
     Args:
-        tensors: Name, dtype and shape of each.
+        tensors: Each of them, in order.
         metadata: The file's; `format: pt` is added, without which transformers refuses the file.
         alignment_bytes: Each tensor begins at a multiple of it in the file. The format has no gaps, so that tensors of
             padding fill them.
