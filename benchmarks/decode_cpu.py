@@ -6,6 +6,7 @@ Processor time, not wall time, so that other work on the machine does not count.
 adapter of rank 8, 24 new tokens after 32, one thread, medians of five.
 """
 
+import argparse
 import os
 import statistics
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support.generate import generate_greedily
+
 NEW, PROMPT, NEVER = 24, 32, 10**6
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
 CASES = [("llama", {}), ("gpt_neox", {}), ("llama", {**WIDE, "num_key_value_heads": 8})]
@@ -22,6 +25,7 @@ CASES = [("llama", {}), ("gpt_neox", {}), ("llama", {**WIDE, "num_key_value_head
 
 def main() -> None:
     """Prints a line a case."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 
     from qlora_cli.core.decoding.sampling import Sampling
@@ -49,16 +53,7 @@ def main() -> None:
 
             def transformers_seconds(theirs=theirs, ids=ids):
                 started = time.process_time()
-                with torch.no_grad():
-                    theirs.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=NEW,
-                        min_new_tokens=NEW,
-                        do_sample=False,
-                        use_cache=True,
-                        pad_token_id=0,
-                    )
+                generate_greedily(theirs, ids, new_tokens=NEW)
                 return time.process_time() - started
 
             def own_seconds(generator=generator, requests=requests, rows=rows):

@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from models import CONFIGS, write_checkpoint
+from support.generate import generate_greedily
+from support.models import CONFIGS, write_checkpoint
 from train_peers import LLAMA, load_plain, load_unsloth
 
 ADAPTERS = {"neox-20b": (8, ["query_key_value"]), "falcon-7b": (16, ["query_key_value"])}
@@ -51,16 +52,7 @@ def measure(peer: str, checkpoint: Path, model_name: str, batches: list[int], pa
             if cuda:
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            with torch.inference_mode():
-                model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=new,
-                    min_new_tokens=new,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=0,
-                )
+            generate_greedily(model, ids, new_tokens=new)
             if cuda:
                 torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support.generate import generate_greedily
+
 MODELS = {
     "llama-7b": {"rank": 16, "target_modules": None},
     "neox-20b": {"rank": 8, "target_modules": ("query_key_value",)},
@@ -43,7 +45,7 @@ class Bench:
 
     def __init__(self, name: str, device: str) -> None:
         import torch
-        from step_engine import build
+        from support.models import build
 
         from qlora_cli.core.models.lora import attach_adapter
 
@@ -93,16 +95,7 @@ class Bench:
             for new in (4, 64):
                 self.wait()
                 started = time.time()
-                with torch.no_grad():
-                    output = self.model.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=new,
-                        min_new_tokens=new,
-                        do_sample=False,
-                        use_cache=True,
-                        pad_token_id=0,
-                    )
+                output = generate_greedily(self.model, ids, new_tokens=new)
                 self.wait()
             self.note(f"peer batch {count} tok/s", count * 64 / (time.time() - started))
             self.expected[count] = output[:, PROMPT:].tolist()

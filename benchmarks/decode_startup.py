@@ -140,7 +140,7 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
 
 def main() -> None:
     """Writes the checkpoint, starts the processes, prints the table."""
-    from models import CONFIGS, write_checkpoint
+    from support.models import CONFIGS, write_checkpoint
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, default=Path("decode_startup.json"))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step_engine import ALL16, QKV8, QKV16, build
+from support.models import ALL16, QKV8, QKV16, build
 
 ADAPTERS = {"llama-7b": ALL16, "neox-20b": QKV8, "pythia-410m": ALL16, "falcon-7b": QKV16, "tiny-llama": ALL16}
 KEPT = {"gradient_checkpointing": "off", "offload_activations": False, "offload_embeddings": False}
@@ -51,7 +51,7 @@ OPTIMIZER = "paged_adamw_8bit"
 def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool, limit_bytes: int | None = None):
     """What `qlora inspect` says; with a limit, of what was left open as it decides."""
     import torch
-    from models import make_config
+    from support.models import make_config
 
     from qlora_cli.core.planning.model_profile import gather_facts
     from qlora_cli.core.planning.planner import StepRequest, plan_training

@@ -22,8 +22,8 @@ from math import prod
 from pathlib import Path
 
 import torch
-from models import CONFIGS, make_config, write_tokenizer
 from safetensors.torch import save_file
+from support.models import CONFIGS, make_config, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.core.merge.checkpoint_files import write_index

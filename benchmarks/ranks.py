@@ -4,7 +4,7 @@
     ACCELERATE_USE_CPU=1 python benchmarks/ranks.py --folder /tmp/bench --size tiny       # the same on two CPU ranks
 
 Every run is `qlora train` in processes of its own, on a base of random 4-bit weights of a real architecture (see
-random_base.py), or a peer through `accelerate launch` (ranks_peer.py) on a 16-bit checkpoint of the same shape. Tokens per
+support/random_base.py), or a peer through `accelerate launch` (ranks_peer.py) on a 16-bit checkpoint of the same shape. Tokens per
 second are real tokens of all cards over the time of the steps after the first `--warm`. Results are written after each
 part, whose failure does not end the others; one that takes too long says where it is.
 """
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from models import CONFIGS, write_rows
+from support.models import CONFIGS, write_rows
 
 ALL = ["--rank", "16", "--alpha", "32", "--optimizer", "paged_adamw_8bit"]
 ONE_STEP = ["--gradient-accumulation-steps", "2", "--batch-size"]
@@ -86,7 +86,7 @@ class Bench:
             **os.environ,
             "QLORA_CACHE": str(folder / "cache"),
             "HF_HUB_OFFLINE": "1",
-            "PYTHONFAULTHANDLER": "1",  # one that hangs tells where, see `end`
+            "PYTHONFAULTHANDLER": "1",  # one that hangs prints where, see `end`
             "PYTHONPATH": os.pathsep.join(path),
         }
         self.peer_path = os.pathsep.join([*filter(None, [peer_site]), *path])
@@ -108,8 +108,8 @@ class Bench:
                 list(map(str, command)), env={**self.environment, **environment}, stdout=out, stderr=log
             )
 
-    def said(self, name: str) -> str:
-        """What a process said."""
+    def log_of(self, name: str) -> str:
+        """What a process wrote to stderr."""
         return (self.folder / f"{name}.log").read_text()
 
     def end(self, process: subprocess.Popen) -> None:
@@ -129,12 +129,11 @@ class Bench:
         for card, name in enumerate(sorted(names, reverse=True)):  # the large one has a card to itself
             kind = ["float32", "cpu"] if self.tiny else ["bfloat16", "cuda"]
             # The disk is not waited for: what is read back comes from memory.
-            code = "import os, runpy; os.fsync = lambda descriptor: None; runpy.run_module('random_base', None, '__main__')"
+            code = "import os, runpy; os.fsync = lambda descriptor: None; runpy.run_module('support.random_base', None, '__main__')"
             command = [sys.executable, "-c", code, self.architecture(name), self.folder / name, *kind]
             self.made[name] = self.start(f"made-{name}", command, card=card)
         for name in {PARTS[part].architecture for part in parts if part in PARTS and not PARTS[part].flags}:
-            code = "import sys, pathlib, models; models.write_checkpoint(sys.argv[1], pathlib.Path(sys.argv[2]))"
-            command = [sys.executable, "-c", code, self.architecture(name), self.folder / f"peer-{name}"]
+            command = [sys.executable, "-m", "support.models", self.architecture(name), self.folder / f"peer-{name}"]
             self.made[f"peer-{name}"] = self.start(f"made-peer-{name}", command, card=1)
 
     def begin_beside(self, command: str) -> None:
@@ -154,7 +153,7 @@ class Bench:
                 code = process.returncode
             if code or name == "beside":
                 out = (self.folder / f"made-{name}.out").read_text()
-                print(name, "ended with", code, out[-3000:], self.said(f"made-{name}")[-2000:], flush=True)
+                print(name, "ended with", code, out[-3000:], self.log_of(f"made-{name}")[-2000:], flush=True)
             del self.made[name]
             print(f"{name} made or given up, {self.deadline - time.monotonic():.0f} s left", flush=True)
 
@@ -203,7 +202,7 @@ class Bench:
             late = f", stopped after {limit_s:.0f} s"
         waited_s = round(time.monotonic() - started, 1)
         if process.returncode or late:
-            said = self.said(name)
+            said = self.log_of(name)
             self.results[name] = {"error": f"exit {process.returncode}{late}", "log": said[-6000:]}
             print(name, self.results[name]["error"], said[-6000:], flush=True)
             return
@@ -222,7 +221,7 @@ class Bench:
             "loading_vram_bytes": result["loading_vram_bytes"],
             "peak_vram_bytes": result["peak_vram_bytes"],
             "losses": [line["loss"] for line in lines if "loss" in line],
-            "engine": next((line for line in self.said(name).splitlines() if "fast:" in line), "")[-300:],
+            "engine": next((line for line in self.log_of(name).splitlines() if "fast:" in line), "")[-300:],
         }
 
     def metrics(self, name: str) -> list[dict]:
@@ -240,7 +239,7 @@ class Bench:
                 if process.returncode is None:
                     self.end(process)
                 self.results[name] = {
-                    "error": f"exit {process.returncode} before it was killed: {self.said(name)[-6000:]}"
+                    "error": f"exit {process.returncode} before it was killed: {self.log_of(name)[-6000:]}"
                 }
                 print(name, self.results[name]["error"], flush=True)
                 return
@@ -257,20 +256,20 @@ class Bench:
         found: dict = {
             "others_ended_after_s": round(seconds, 1),
             "exit": process.returncode,
-            "told": [line for line in self.said(name).splitlines() if line.startswith(("error:", "→"))],
+            "reported": [line for line in self.log_of(name).splitlines() if line.startswith(("error:", "→"))],
             "left": [rank.pid for rank in ranks if rank.is_running()],
         }
         self.results[name] = found
         print(name, json.dumps(found), flush=True)
-        if not found["told"]:
-            found["log"] = self.said(name)[-6000:]
+        if not found["reported"]:
+            found["log"] = self.log_of(name)[-6000:]
         command = [word for word in self.command("one", name) if word != "--overwrite"]
         resumed = self.start("resumed", [*command, "--resume"], card=0)
         try:
             resumed.wait(max(5.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.end(resumed)
-        said = self.said("resumed")
+        said = self.log_of("resumed")
         found["resumed_exit"] = resumed.returncode
         found["resumed"] = next((line for line in said.splitlines() if "Going on after" in line), "")
         found["losses"] = [line["loss"] for line in self.metrics(name) if "loss" in line]
@@ -310,12 +309,7 @@ class Bench:
         done = subprocess.run(
             [
                 sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                "2",
-                "--master-port",
-                "29611",
+                *["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"],
                 str(script),
             ],
             env=self.environment,
@@ -341,11 +335,6 @@ def in_turn(parts: list[str]) -> list[list[str]]:
         else:
             groups.append([name])
     return groups
-
-
-def largest_difference(left: list[float], right: list[float]) -> float:
-    """Of two loss curves."""
-    return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
 def main() -> None:
@@ -398,10 +387,8 @@ def main() -> None:
                 print(f"{left} / {right} {key}:", round(found[left][key] / found[right][key], 3))
     for left, right in (("one", "two"), ("one", "rounded"), ("one", "killed"), ("whole", "sharded")):
         if both(left, right, "losses") and len(found[left]["losses"]) == len(found[right]["losses"]):
-            print(
-                f"largest loss difference {left} - {right}:",
-                largest_difference(found[left]["losses"], found[right]["losses"]),
-            )
+            losses = zip(found[left]["losses"], found[right]["losses"], strict=True)
+            print(f"largest loss difference {left} - {right}:", max(abs(a - b) for a, b in losses))
 
 
 if __name__ == "__main__":

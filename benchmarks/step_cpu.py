@@ -6,6 +6,7 @@ Both take the same rows of differing lengths; the plain one pads them, as a mode
 that whatever else the machine does falls on both. The bar: ours takes at most 1.5 times as long.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from models import write_checkpoint
+from support.models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.core.data.packing import collate
@@ -58,6 +59,7 @@ def stepper(base, kind: str):
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint("tiny-llama", Path(folder) / "tiny")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from models import write_checkpoint
+from support.models import write_checkpoint
 
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.engine import install_engine

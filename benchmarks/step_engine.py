@@ -7,21 +7,17 @@ the disk; rows are random ids. The optimizer is torch's fused AdamW over one buf
 """
 
 import argparse
-import fcntl
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ALL16 = {"rank": 16, "target_modules": None}
-QKV16 = {"rank": 16, "target_modules": ("query_key_value",)}
-QKV8 = {"rank": 8, "target_modules": ("query_key_value",), "dropout": 0.05}
+from support.models import ALL16, QKV8, QKV16, build
+
 FREE = {"gradient_checkpointing": "off", "resident_weights": False, "compile": True}
 RESIDENT = FREE | {"resident_weights": True}
 # run → (architecture, row lengths of a step, adapter, engine options; limit_gib is that of PyTorch's allocator)
@@ -42,9 +38,6 @@ RUNS = {
     "falcon": ("falcon-7b", (2048,), QKV16, {"compile": True, "limit_gib": 6.6}),
     "tiny": ("tiny-llama", (100, 28), ALL16, FREE),
 }
-STAGGER_S = 3  # models are built one after another: NeoX-20B takes 40 GiB before it is quantised
-PATIENCE_S = 90  # for the other runs to get warm
-HELD: list = []
 KINDS = {
     "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
     "GEMM": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk"),
@@ -55,40 +48,6 @@ KINDS = {
     "copies": ("memcpy", "memset", "copy"),
     "optimizer": ("adam", "multi_tensor"),
 }
-
-
-def build(name: str, device: str):
-    """A random base of that architecture, linears in NF4 with double quantisation, frozen as `load_base` leaves it."""
-    import bitsandbytes
-    import torch
-    from models import make_config
-    from torch import nn
-    from transformers import AutoModelForCausalLM
-
-    from qlora_cli.core.models.quantization import freeze_base
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(make_config(name), dtype=torch.bfloat16)
-    for full_name, module in list(base.named_modules()):
-        if not isinstance(module, nn.Linear) or module is base.get_output_embeddings():
-            continue
-        with torch.device("meta"):
-            linear = bitsandbytes.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=module.bias is not None,
-                compute_dtype=torch.bfloat16,
-                compress_statistics=True,
-                quant_type="nf4",
-            )
-        linear.weight = bitsandbytes.nn.Params4bit(
-            module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear
-        ).to(device)
-        linear.bias = module.bias
-        base.set_submodule(full_name, linear)
-        module.weight = None
-    return freeze_base(base)
 
 
 def lengths_of(kind, generator) -> list[int]:
@@ -105,20 +64,7 @@ def lengths_of(kind, generator) -> list[int]:
         lengths.append(n)
 
 
-def wait_for_turn(folder: str | None, runs: int) -> None:
-    """Where runs warm up side by side: waits until all have, then until it is this one's turn."""
-    if folder is None:
-        return
-    Path(folder, f"warm-{os.getpid()}").touch()
-    started = time.time()
-    while len(list(Path(folder).glob("warm-*"))) < runs and time.time() - started < PATIENCE_S:
-        time.sleep(0.2)
-    turn = Path(folder, "turn").open("w")  # noqa: SIM115 - held, and with it the lock, until the process ends
-    fcntl.flock(turn, fcntl.LOCK_EX)
-    HELD.append(turn)
-
-
-def run(name: str, steps: int, warm: int, profile: bool, device: str, folder: str | None = None, runs: int = 1) -> dict:
+def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     """Trains one configuration and returns its figures."""
     if "limit_gib" in RUNS[name][3]:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -203,7 +149,6 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str, folder: st
     losses = [step(batch) for batch in (batches[:1] + batches if isinstance(rows, str) else (batches * warm)[:warm])]
     wait()
     result["warm_s"] = time.time() - started
-    wait_for_turn(folder, runs)
     for batch in batches[:2]:
         step(batch)
     wait()
@@ -257,87 +202,52 @@ def profile_of(step, batches) -> dict:
     }
 
 
-def finish(name: str, process, folder: str, limit_s: float, results: list, started: float, path: str) -> None:
-    """Waits for one run, prints what it said and adds its result."""
+def run_apart(name: str, command: list[str], limit_s: float) -> dict:
+    """One configuration in a process of its own, its output printed: its figures, or what went wrong."""
+    started = time.time()
     try:
-        process.wait(timeout=max(1.0, limit_s - (time.time() - started)))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        process.kill()
-    out, err = (Path(folder, f"{name}.{end}").read_text() for end in ("out", "err"))
-    lines = [line for line in out.splitlines() if line.startswith("RESULT ")]
-    error = f"longer than {limit_s} s" if process.returncode is None else err[-800:]
-    result = json.loads(lines[-1][7:]) if lines else {"run": name, "error": error}
+        return {"run": name, "error": f"longer than {limit_s} s"}
+    out, _, found = done.stdout.partition("RESULT ")
+    result = json.loads(found) if done.returncode == 0 else {"run": name, "error": done.stderr[-800:]}
     result["total_s"] = time.time() - started
-    results.append(result)
-    print(name + "\n" + out.split("RESULT ")[0][-2000:], end="")
+    print(name + "\n" + out[-2000:], end="")
     if "error" in result:
-        print(err[-2500:])
+        print(done.stderr[-2500:])
     for ms, count, key in result.get("kernels", [])[:12]:
         print(f"    {ms:8.2f} ms {count:5d} x {key}")
     print("   ", {k: v for k, v in result.items() if k not in ("kernels", "engine")}, flush=True)
-    Path(path).write_text(json.dumps(results, indent=1))
+    return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Runs the chosen configurations one after another and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="append", choices=RUNS)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warm", type=int, default=4)
     parser.add_argument("--limit-s", type=int, default=240)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", default="step_engine.json")
-    parser.add_argument("--together", action="store_true", help="warm up side by side, measure one after another")
+    parser.add_argument("--json", type=Path, default=Path("step_engine.json"))
     parser.add_argument("--inside", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        try:
-            result = run(
-                arguments.inside,
-                arguments.steps,
-                arguments.warm,
-                arguments.profile,
-                arguments.device,
-                arguments.folder,
-                arguments.runs,
-            )
-        except Exception as error:
-            traceback.print_exc()
-            if arguments.folder:
-                Path(arguments.folder, f"warm-{os.getpid()}").touch()
-            result = {"run": arguments.inside, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+        result = run(arguments.inside, arguments.steps, arguments.warm, arguments.profile, arguments.device)
         print("RESULT " + json.dumps(result), flush=True)
         return
+    flags = ["--steps", arguments.steps, "--warm", arguments.warm, "--device", arguments.device]
+    flags += ["--profile"] if arguments.profile else []
     results = []
-    names = arguments.run or [n for n in RUNS if n != "tiny"]
-    folder = tempfile.mkdtemp()
-
-    def command(name: str) -> list[str]:
-        flags = {"steps": arguments.steps, "warm": arguments.warm, "device": arguments.device}
-        if arguments.together:
-            flags |= {"folder": folder, "runs": len(names)}
-        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-        return [sys.executable, __file__, "--inside", name, *words, *(["--profile"] if arguments.profile else [])]
-
-    def start(name: str) -> subprocess.Popen:
-        with Path(folder, f"{name}.out").open("w") as out, Path(folder, f"{name}.err").open("w") as err:
-            return subprocess.Popen(command(name), stdout=out, stderr=err)
-
-    started = time.time()
-    processes = []
-    for name in names if arguments.together else []:
-        processes.append(start(name))
-        time.sleep(STAGGER_S)
-    for i, name in enumerate(names):
-        started = started if arguments.together else time.time()
-        process = processes[i] if arguments.together else start(name)
-        finish(name, process, folder, arguments.limit_s, results, started, arguments.json)
+    for name in arguments.run or [n for n in RUNS if n != "tiny"]:
+        command = [sys.executable, __file__, "--inside", name, *map(str, flags)]
+        results.append(run_apart(name, command, arguments.limit_s))
+        arguments.json.write_text(json.dumps(results, indent=1))
     print(f"\n{'run':<20}{'tok/s':>10}{'step ms':>10}{'host ms':>10}{'gpu ms':>10}{'peak GiB':>10}")
     for result in results:
         if "error" in result:
-            print(f"{result['run']:<20} FAILED {result['error'].splitlines()[-1][:90]}")
+            print(f"{result['run']:<20} FAILED {(result['error'].splitlines() or [''])[-1][:90]}")
             continue
         gpu = sum(result.get("gpu_ms", {}).values())
         figures = (result["tok_s"], result["step_ms"], result["host_ms"], gpu, result.get("peak_gib", 0))

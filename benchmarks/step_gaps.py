@@ -1,6 +1,6 @@
 """Where the card waits in steps of `qlora train`: the gaps between its kernels, and what the host did meanwhile.
 
-    python benchmarks/step_gaps.py --work llama-free --folder /tmp/bench [--laid] [--json gaps.json]
+    python benchmarks/step_gaps.py --work llama-free --folder /tmp/bench [--cached-base] [--json gaps.json]
 
 The work of train_speed.py in this process, three of its warm steps under torch's profiler. A step's time is that
 between the ends of two waits; gaps are counted over all streams, so that copies beside kernels fill them.
@@ -46,7 +46,7 @@ def find_gaps(events: list, host: list) -> list[dict]:
     return sorted(gaps, key=lambda gap: -gap["us"])
 
 
-def watch(work: str, folder: Path, laid: bool, extra: list[str]) -> dict:
+def watch(work: str, folder: Path, cached: bool, extra: list[str]) -> dict:
     """Trains the work and returns what the profiler saw."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -74,7 +74,7 @@ def watch(work: str, folder: Path, laid: bool, extra: list[str]) -> dict:
         return found
 
     watched.Trainer._take, watched.read_sums = take, read
-    command = train_speed.our_command(work, folder, steps=last + 3, extra=extra, laid=laid)
+    command = train_speed.our_command(work, folder, steps=last + 3, extra=extra, cached=cached)
     app(command[3:], standalone_mode=False)
     events = profiler.profiler.kineto_results.events()
     device, host, waits = [], [], []
@@ -109,11 +109,11 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     sys.path.insert(0, str(train_speed.HERE.parent))
-    os.environ |= train_speed.our_environment(arguments.folder, laid=arguments.laid)
+    os.environ |= train_speed.our_environment(arguments.folder, cached=arguments.cached_base)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    train_speed.write_model(arguments.work, arguments.folder, laid=arguments.laid)
+    train_speed.write_model(arguments.work, arguments.folder, cached=arguments.cached_base)
     train_speed.write_work_rows(arguments.work, arguments.folder)
-    found = watch(arguments.work, arguments.folder, arguments.laid, arguments.extra.split())
+    found = watch(arguments.work, arguments.folder, arguments.cached_base, arguments.extra.split())
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
     for name, value in found.items():

@@ -5,7 +5,7 @@
 
 The same checkpoints, rows, ranks and targets, in a process each. Tokens are real ones, never padding; steps are timed
 between synchronisations; the peak is `torch.cuda.max_memory_allocated`. A peer that is not installed is reported as
-such. Side by side with ours, on one card in one run: train_beside.py.
+such. In turn with ours, on one card: train_beside.py.
 """
 
 import argparse
@@ -18,7 +18,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from train_speed import WORKS, checkpoint_of, figures_of, max_length_of, read_steps, write_model, write_work_rows
+from train_speed import (
+    WORKS,
+    checkpoint_of,
+    draw_table,
+    figures_of,
+    max_length_of,
+    read_steps,
+    write_model,
+    write_work_rows,
+)
 
 # work → peers: (library, packs rows, recomputes layers, rows a batch, accumulation, steps that count)
 PEERS = {
@@ -123,7 +132,7 @@ def step_clock():
 
 
 def training_settings(*, rows: int, accumulation: int, steps: int) -> dict:
-    """What a trainer is told, in transformers' words: rows a batch, batches a step, steps in all."""
+    """Settings of a transformers trainer: rows a batch, batches a step, steps in all."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -227,43 +236,36 @@ def steps_file(work: str, number: int, folder: Path) -> Path:
     return folder / f"{PEERS[work][number][0]}-{work}.jsonl"
 
 
-def peer_command(work: str, number: int, folder: Path, *, steps: int) -> list[str]:
-    """One peer on one work, for so many steps in all."""
-    inside = ["--inside", work, str(number), str(steps)]
-    return [sys.executable, str(Path(__file__).resolve()), *inside, "--folder", str(folder.resolve())]
+def run_peer(work: str, number: int, folder: Path, arguments: argparse.Namespace) -> dict:
+    """One peer on one work in a process of its own: its figures, or what went wrong.
 
-
-def peer_environment(work: str, number: int, folder: Path, site: str | None) -> dict[str, str]:
-    """The peers' packages in front, where they have a place of their own; no two may write one folder of sources."""
-    path = os.pathsep.join(filter(None, [site and str(Path(site).resolve()), os.environ.get("PYTHONPATH")]))
-    own = {"UNSLOTH_COMPILE_LOCATION": str(folder.resolve() / f"unsloth-{work}-{number}"), "PYTHONPATH": path}
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", **own}
-
-
-def run_work(
-    work: str, folder: Path, warm: int, timeout_s: float, *, wanted: list[str] | None, site: str | None
-) -> list[dict]:
-    """The chosen peers of one work, each in a process of its own; what went wrong in place of figures."""
-    write_model(work, folder)
-    if not (folder / f"{work}.jsonl").is_file():
-        write_work_rows(work, folder)
-    results = []
-    for number in chosen_peers(work, wanted):
-        command = peer_command(work, number, folder, steps=warm + PEERS[work][number][-1])
-        named = {"work": work, "peer": peer_name(work, number)}
-        path = steps_file(work, number, folder)
-        path.unlink(missing_ok=True)
-        environment = peer_environment(work, number, folder, site)
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
-        except subprocess.TimeoutExpired:
-            results.append({**named, "error": f"timed out after {timeout_s} s"})
-            continue
-        if done.returncode:
-            results.append({**named, "error": (done.stdout + done.stderr)[-1500:]})
-        else:
-            results.append({**named, **figures_of(read_steps(path)[warm:])})
-    return results
+    Args:
+        work: Its name.
+        number: Of the peer, in PEERS.
+        folder: Models and rows.
+        arguments: `peer_warm`, `peer_site` and `timeout` of the command line.
+    """
+    named = {"work": work, "who": peer_name(work, number)}
+    path = steps_file(work, number, folder.resolve())
+    path.unlink(missing_ok=True)
+    steps = arguments.peer_warm + PEERS[work][number][-1]
+    command = [sys.executable, __file__, "--inside", work, str(number), str(steps), "--folder", str(folder)]
+    # The peers' packages come first, where they have a place of their own; no two may write one folder of sources.
+    site = arguments.peer_site and str(Path(arguments.peer_site).resolve())
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_COMPILE_LOCATION": str(folder.resolve() / f"unsloth-{work}-{number}"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")])),
+    }
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, env=environment)
+    except subprocess.TimeoutExpired:
+        return {**named, "error": f"timed out after {arguments.timeout} s", "log": ""}
+    if done.returncode:
+        return {**named, "error": f"exit {done.returncode}", "log": (done.stdout + done.stderr)[-1500:]}
+    return {**named, **figures_of(read_steps(path)[arguments.peer_warm :])}
 
 
 def _peer(name: str) -> str:
@@ -281,6 +283,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"LIBRARY ({', '.join(LIBRARIES)}) or WORK:LIBRARY; repeat; default all",
     )
     parser.add_argument("--peer-site", help="folder of the peers' packages, in front of PYTHONPATH for them alone")
+    parser.add_argument("--peer-warm", type=int, default=3, help="steps of a peer left out at the start")
 
 
 def main() -> None:
@@ -289,7 +292,6 @@ def main() -> None:
     parser.add_argument("--work", action="append", choices=sorted(PEERS), help="repeat for several; default all")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/qlora-bench"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--warm", type=int, default=3, help="steps left out at the start")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one peer")
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
     add_arguments(parser)
@@ -301,24 +303,13 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     results = []
     for work in arguments.work or [name for name in PEERS if name != "tiny"]:
-        results += run_work(
-            work,
-            arguments.folder,
-            arguments.warm,
-            arguments.timeout,
-            wanted=arguments.peer,
-            site=arguments.peer_site,
-        )
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1))
-    print("| work | peer | tok/s | step ms | peak GiB |\n|---|---|---|---|---|")
-    for r in results:
-        if "error" in r:
-            print(r["error"], file=sys.stderr)
-            print(f"| {r['work']} | {r['peer']} | failed | | |")
-        else:
-            peak = r["peak_gib"]
-            print(f"| {r['work']} | {r['peer']} | {r['tokens_per_second']:,} | {r['median_step_ms']} | {peak} |")
+        write_model(work, arguments.folder)
+        write_work_rows(work, arguments.folder)
+        for number in chosen_peers(work, arguments.peer):
+            results.append(run_peer(work, number, arguments.folder, arguments))
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1))
+    print(draw_table(results))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python benchmarks/train_speed.py --work llama-free --work neox-quotes --folder /tmp/bench --json results.json
 
-Each work trains a random checkpoint of a real architecture (made on the spot, see models.py) through the command line
+Each work trains a random checkpoint of a real architecture (made on the spot, see support/models.py) through the command line
 in a process of its own. Tokens are real ones, never padding; the first `--warm` steps are left out; the peak is
-`torch.cuda.max_memory_allocated`. `--laid` lays a random quantised base into a cache under --folder instead (see
-random_base.py), which spares the minutes in which a large checkpoint is written, read and quantised. Side by side with
-the peers: train_beside.py.
+`torch.cuda.max_memory_allocated`. `--cached-base` writes a random quantised base into a cache under --folder instead
+(see support/random_base.py), which spares the minutes in which a large checkpoint is written, read and quantised. In
+turn with the peers: train_beside.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from models import CONFIGS, write_rows
+from support.models import CONFIGS, write_rows
 
 HERE = Path(__file__).resolve().parent
 
@@ -69,38 +69,32 @@ def write_work_rows(work: str, folder: Path) -> None:
     write_rows(kind, folder / f"{work}.jsonl", rows=rows, vocab_size=vocab_size, max_length=max_length_of(work))
 
 
-def checkpoint_of(work: str, folder: Path, *, laid: bool = False) -> Path:
-    """Where the work's model is; peers cannot read one that is laid."""
-    return folder / (WORKS[work][0] + "-laid" * laid)
+def checkpoint_of(work: str, folder: Path, *, cached: bool = False) -> Path:
+    """Where the work's model is; peers cannot read one whose weights are in our cache alone."""
+    return folder / (WORKS[work][0] + "-cached" * cached)
 
 
-def writer_of(work: str, folder: Path, *, laid: bool = False) -> list[str] | None:
-    """The command that makes the work's model; None where a 16-bit checkpoint is there already."""
-    directory = checkpoint_of(work, folder, laid=laid)
-    if not laid and (directory / "tokenizer.json").is_file():  # it is written last
-        return None
-    return [sys.executable, str(HERE / ("random_base.py" if laid else "models.py")), WORKS[work][0], str(directory)]
-
-
-def write_model(work: str, folder: Path, *, laid: bool = False) -> None:
+def write_model(work: str, folder: Path, *, cached: bool = False) -> None:
     """Makes the work's model, once."""
-    command = writer_of(work, folder, laid=laid)
-    if command:
-        subprocess.run(command, check=True, env=our_environment(folder, laid=laid))
+    directory = checkpoint_of(work, folder.resolve(), cached=cached)
+    if cached or not (directory / "tokenizer.json").is_file():  # it is written last
+        module = "support.random_base" if cached else "support.models"
+        command = [sys.executable, "-m", module, WORKS[work][0], str(directory)]
+        subprocess.run(command, check=True, cwd=HERE, env=our_environment(folder, cached=cached))
 
 
-def our_environment(folder: Path, *, laid: bool = False) -> dict[str, str]:
-    """This checkout's `qlora`, and a cache of its own where it holds laid bases."""
+def our_environment(folder: Path, *, cached: bool = False) -> dict[str, str]:
+    """This checkout's `qlora`, and a cache of its own for bases that are written there."""
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, **({"QLORA_CACHE": str(folder / "cache")} if laid else {})}
+    return {**os.environ, "PYTHONPATH": path, **({"QLORA_CACHE": str(folder.resolve() / "cache")} if cached else {})}
 
 
-def our_command(work: str, folder: Path, *, steps: int, extra: list[str], laid: bool = False) -> list[str]:
+def our_command(work: str, folder: Path, *, steps: int, extra: list[str], cached: bool = False) -> list[str]:
     """`qlora train` on the work; its run directory is `run-WORK` in the folder."""
     flags = [*shlex.split(WORKS[work][4]), *extra]
     if "--max-length" not in flags:
         flags += ["--max-length", str(max_length_of(work))]
-    command = [sys.executable, "-m", "qlora_cli", "train", "--model", checkpoint_of(work, folder, laid=laid)]
+    command = [sys.executable, "-m", "qlora_cli", "train", "--model", checkpoint_of(work, folder, cached=cached)]
     command += ["--data", folder / f"{work}.jsonl", "--output", folder / f"run-{work}", "--overwrite"]
     return [*map(str, command), "--max-steps", str(steps), "--save-every", "100000", *flags]
 
@@ -128,23 +122,34 @@ def figures_of(steps: list[dict]) -> dict:
     }
 
 
-def run_work(work: str, folder: Path, extra: list[str], warm: int, timeout_s: float, *, laid: bool) -> dict:
+def run_work(work: str, folder: Path, extra: list[str], warm: int, timeout_s: float, *, cached: bool) -> dict:
     """Trains one work and returns its figures, or what went wrong."""
-    write_model(work, folder, laid=laid)
+    write_model(work, folder, cached=cached)
     write_work_rows(work, folder)
-    command = our_command(work, folder, steps=WORKS[work][3], extra=extra, laid=laid)
+    command = our_command(work, folder, steps=WORKS[work][3], extra=extra, cached=cached)
     output = folder / f"run-{work}"
     started = time.time()
-    environment = our_environment(folder, laid=laid)
+    environment = our_environment(folder, cached=cached)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
     except subprocess.TimeoutExpired as late:
-        return {"work": work, "error": f"timed out after {timeout_s} s", "log": str(late.stderr or "")[-2000:]}
+        return {
+            "work": work,
+            "who": "ours",
+            "error": f"timed out after {timeout_s} s",
+            "log": str(late.stderr or "")[-2000:],
+        }
     if done.returncode:
-        return {"work": work, "error": f"exit {done.returncode}", "log": (done.stdout + done.stderr)[-3000:]}
+        return {
+            "work": work,
+            "who": "ours",
+            "error": f"exit {done.returncode}",
+            "log": (done.stdout + done.stderr)[-3000:],
+        }
     steps = read_steps(output / "metrics.jsonl")
     result = {
         "work": work,
+        "who": "ours",
         "flags": shlex.join([*shlex.split(WORKS[work][4]), *extra]),
         **figures_of(steps[warm_of(work, warm) :]),
         "first_loss": steps[0]["loss"],
@@ -155,13 +160,30 @@ def run_work(work: str, folder: Path, extra: list[str], warm: int, timeout_s: fl
     return result
 
 
+def draw_table(results: list[dict]) -> str:
+    """A line for each work and who did it; after a peer, how much faster the next run of ours is."""
+    lines = ["| work | who | tok/s | step ms | peak GiB | loss | ours / it |", "|---|---|---|---|---|---|---|"]
+    for position, r in enumerate(results):
+        if "error" in r:
+            print(r["log"], file=sys.stderr)
+            lines.append(f"| {r['work']} | {r['who']} | {r['error']} | | | | |")
+            continue
+        following = results[position + 1] if position + 1 < len(results) else {}
+        paired = r["who"] != "ours" and following.get("who") == "ours" and "error" not in following
+        ratio = f"{following['tokens_per_second'] / r['tokens_per_second']:.2f}" if paired else ""
+        speed = f"{r['tokens_per_second']:,} | {r['median_step_ms']} | {r['peak_gib']}"
+        loss = f"{r['first_loss']:.2f} → {r['last_loss']:.2f}" if "first_loss" in r else f"{r['last_loss']:.2f}"
+        lines.append(f"| {r['work']} | {r['who']} | {speed} | {loss} | {ratio} |")
+    return "\n".join(lines)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What train_beside.py takes too."""
     parser.add_argument("--folder", type=Path, default=Path("/tmp/qlora-bench"), help="models, rows and runs")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--warm", type=int, default=4, help="steps left out at the start")
     parser.add_argument("--extra", default="", help="more flags for qlora train")
-    parser.add_argument("--laid", action="store_true", help="lay quantised bases for ours, write no checkpoints")
+    parser.add_argument("--cached-base", action="store_true", help="write quantised bases for ours, no checkpoints")
 
 
 def main() -> None:
@@ -175,18 +197,12 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     results = []
     for work in arguments.work or [name for name in WORKS if name != "tiny"]:
-        results.append(run_work(work, arguments.folder, extra, arguments.warm, arguments.timeout, laid=arguments.laid))
+        results.append(
+            run_work(work, arguments.folder, extra, arguments.warm, arguments.timeout, cached=arguments.cached_base)
+        )
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
-        if "error" in results[-1]:
-            print(results[-1]["log"], flush=True)
-    print("| work | tok/s | step ms | peak GiB | loss |\n|---|---|---|---|---|")
-    for r in results:
-        if "error" in r:
-            print(f"| {r['work']} | {r['error']} | | | |")
-        else:
-            loss = f"{r['first_loss']:.2f} → {r['last_loss']:.2f}"
-            print(f"| {r['work']} | {r['tokens_per_second']:,} | {r['median_step_ms']} | {r['peak_gib']} | {loss} |")
+    print(draw_table(results))
 
 
 if __name__ == "__main__":

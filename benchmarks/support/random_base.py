@@ -1,5 +1,8 @@
-"""A base of a real architecture with random 4-bit weights, laid into the cache of quantised bases: minutes less than a
-16-bit checkpoint takes to be written, read and quantised.
+"""Base of a real architecture with random 4-bit weights, written straight into the cache of quantised bases.
+
+    python -m support.random_base ARCHITECTURE DIRECTORY [DTYPE DEVICE]        # in benchmarks/
+
+It spares the minutes in which a 16-bit checkpoint is written, read and quantised.
 
 The checkpoint beside it is a file of holes, which is never read but for the few bytes that tell one base from another.
 Layers share their random weights: neither speed nor memory depends on them, as long as they are no zeros.
@@ -8,10 +11,10 @@ Layers share their random weights: neither speed nor memory depends on them, as 
 import json
 from pathlib import Path
 
-from models import CONFIGS, make_config, write_tokenizer
+from support.models import CONFIGS, make_config, write_tokenizer
 
 
-def lay_base(name: str, directory: Path, *, dtype_name: str, device_name: str) -> Path:
+def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str) -> Path:
     """Makes the model's directory and its copy in the cache (QLORA_CACHE), once.
 
     Args:
@@ -95,4 +98,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:  # as `qlora train` chooses on this machine
         chosen = choose_device()
         sys.argv += [dtype_name(resolve_compute_dtype(None, chosen)), chosen.type]
-    lay_base(sys.argv[1], Path(sys.argv[2]), dtype_name=sys.argv[3], device_name=sys.argv[4])
+    write_base(sys.argv[1], Path(sys.argv[2]), dtype_name=sys.argv[3], device_name=sys.argv[4])

@@ -1,4 +1,4 @@
-"""Random checkpoints of the real architectures, and rows of real lengths, for the benchmarks.
+"""Random models of the real architectures, as checkpoints or built in 4 bits, and rows of real lengths.
 
 Weights are random (normal, 0.02): speed and memory do not depend on them, and no download is needed.
 """
@@ -90,6 +90,11 @@ CONFIGS = {
     ),
 }
 
+# Arguments of `attach_adapter`.
+ALL16 = {"rank": 16, "target_modules": None}
+QKV16 = {"rank": 16, "target_modules": ("query_key_value",)}
+QKV8 = {"rank": 8, "target_modules": ("query_key_value",), "dropout": 0.05}
+
 
 def make_config(name: str):
     """The transformers configuration of a named architecture."""
@@ -97,6 +102,39 @@ def make_config(name: str):
 
     kind, arguments = CONFIGS[name]
     return getattr(transformers, kind)(**arguments, bos_token_id=0, eos_token_id=0)
+
+
+def build(name: str, device: str):
+    """A random base of that architecture, linears in NF4 with double quantisation, frozen as `load_base` leaves it."""
+    import bitsandbytes
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    from qlora_cli.core.models.quantization import freeze_base
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(make_config(name), dtype=torch.bfloat16)
+    for full_name, module in list(base.named_modules()):
+        if not isinstance(module, nn.Linear) or module is base.get_output_embeddings():
+            continue
+        with torch.device("meta"):
+            linear = bitsandbytes.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+        linear.weight = bitsandbytes.nn.Params4bit(
+            module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear
+        ).to(device)
+        linear.bias = module.bias
+        base.set_submodule(full_name, linear)
+        module.weight = None
+    return freeze_base(base)
 
 
 def write_checkpoint(name: str, directory: Path, dtype: str = "bfloat16") -> Path:
