@@ -28,9 +28,11 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 
+    from qlora_cli.config import LoraSettings, QuantizationSettings
     from qlora_cli.core.decoding.sampling import Sampling
     from qlora_cli.core.generation.generator import Generator
     from qlora_cli.core.generation.requests import Request
+    from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.loading import load_base
     from qlora_cli.core.models.lora import attach_adapter
     from tests.conftest import make_tokenizer, write_model
@@ -42,8 +44,11 @@ def main() -> None:
         directory = write_model(work / str(number), architecture, **changes)
 
         def load(directory=directory):
-            options = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "cache": False}
-            return attach_adapter(load_base(str(directory), **options)[0], rank=8, alpha=16).eval()
+            options = {"compute_dtype": torch.float32, "device": torch.device("cpu")}
+            return attach_adapter(
+                load_base(resolve_model(str(directory)), QuantizationSettings(base_cache=False), **options)[0],
+                LoraSettings(rank=8, alpha=16),
+            ).eval()
 
         for rows in (1, 8):
             ids = torch.randint(5, 380, (rows, PROMPT), generator=torch.Generator().manual_seed(0))

@@ -47,12 +47,13 @@ class Bench:
         import torch
         from support.models import build
 
+        from qlora_cli.config import LoraSettings
         from qlora_cli.core.models.lora import attach_adapter
 
         self.name, self.device, self.figures = name, device, {}
         started = time.time()
         base = build(name, device)
-        self.model = attach_adapter(base, alpha=32, **MODELS[name]).eval()
+        self.model = attach_adapter(base, LoraSettings(alpha=32, **MODELS[name])).eval()
         generator = torch.Generator(device).manual_seed(0)
         for parameter_name, parameter in self.model.named_parameters():
             if "lora_B" in parameter_name:

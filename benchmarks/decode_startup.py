@@ -79,8 +79,9 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     """Medians of loading a base both ways in this process, and whether the logits are the same bits."""
     import torch
 
+    from qlora_cli.config import QuantizationSettings
     from qlora_cli.core.device import choose_device, resolve_compute_dtype
-    from qlora_cli.core.models import loading
+    from qlora_cli.core.models import files, loading
     from qlora_cli.core.models import quantized_cache as base_cache
     from qlora_cli.core.models.quantized_cache import cache_size_bytes
     from qlora_cli.core.storage.hashed_file import THREADS, HashedFile
@@ -99,7 +100,10 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
         events: list = []
         started = time.perf_counter()
         base, _ = loading.load_base(
-            str(checkpoint), compute_dtype=dtype, device=device, cache=use_cache, report=events.append
+            files.resolve_model(str(checkpoint), report=events.append),
+            QuantizationSettings(base_cache=use_cache),
+            compute_dtype=dtype,
+            device=device,
         )
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -116,7 +120,7 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     restored = [load("copy", True) for _ in range(repeats)]
     spent: dict[str, float] = {}
     for owner, name in (
-        (loading, "identify_base"),
+        (files, "weights_digest"),
         (base_cache, "_read"),  # of which `fill` is the part after the header is read and memory is taken
         (HashedFile, "fill"),
         (loading, "build_empty"),

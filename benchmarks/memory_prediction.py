@@ -77,6 +77,7 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     """Trains one architecture in every setting; prints one JSON line each."""
     import torch
 
+    from qlora_cli.config import LoraSettings
     from qlora_cli.core.engine.memory_plan import limit_memory
     from qlora_cli.core.models.lora import attach_adapter
     from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -86,7 +87,7 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     if cuda:
         limit_memory(device, torch.cuda.get_device_properties(device).total_memory)  # before the first allocation
     started = time.time()
-    model = attach_adapter(build(name, device_name), alpha=32, **ADAPTERS[name]).train()
+    model = attach_adapter(build(name, device_name), LoraSettings(alpha=32, **ADAPTERS[name])).train()
     parameters = TrainableParameters(model)
     loaded_bytes = torch.cuda.memory_allocated() if cuda else None
     print(

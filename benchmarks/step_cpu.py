@@ -21,8 +21,10 @@ import torch
 from support.models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -33,7 +35,7 @@ STEPS, WARM, ROWS = 40, 5, 8
 
 def stepper(base, kind: str):
     """A function that takes one optimizer step on a batch."""
-    model = attach_adapter(base, rank=16, alpha=32, dropout=0.0, seed=0).train()
+    model = attach_adapter(base, LoraSettings(rank=16, alpha=32, dropout=0.0), seed=0).train()
     engine = install_engine(
         model,
         kind=kind,
@@ -65,14 +67,11 @@ def main() -> None:
         checkpoint = write_checkpoint("tiny-llama", Path(folder) / "tiny")
         plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).requires_grad_(False)
         base, _ = load_base(
-            str(checkpoint),
+            resolve_model(str(checkpoint), report=lambda event: None),
+            QuantizationSettings(quant_type="nf4", double_quant=True, base_cache=False),
             revision=None,
-            quant_type="nf4",
-            double_quant=True,
             compute_dtype=torch.float32,
             device=CPU,
-            cache=False,
-            report=lambda event: None,
         )
     steps = {"4-bit, fast engine": stepper(base, "fast"), "fp32 LoRA": stepper(plain, "plain")}
     rng = np.random.default_rng(0)

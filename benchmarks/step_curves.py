@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from support.models import write_checkpoint
 
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -42,16 +44,13 @@ def curve(checkpoint: Path, kind: str, seed: int, rows: list, arguments: argpars
     """Mean loss a token of each step."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     base, _ = load_base(
-        str(checkpoint),
+        resolve_model(str(checkpoint), report=lambda event: None),
+        QuantizationSettings(quant_type="nf4", double_quant=True, base_cache=False),
         revision=None,
-        quant_type="nf4",
-        double_quant=True,
         compute_dtype=dtype,
         device=device,
-        cache=False,
-        report=lambda event: None,
     )
-    model = attach_adapter(base, rank=16, alpha=32, dropout=0.0, seed=seed).train()
+    model = attach_adapter(base, LoraSettings(rank=16, alpha=32, dropout=0.0), seed=seed).train()
     engine = install_engine(
         model,
         kind=kind,

@@ -71,6 +71,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     import numpy as np
     import torch
 
+    from qlora_cli.config import LoraSettings
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.engine import fast as engine_fast
     from qlora_cli.core.engine.cuda_graphs import bucket
@@ -92,7 +93,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     if limit_gib and cuda:
         torch.cuda.empty_cache()
         limit_memory(torch.device(device), int(limit_gib * 2**30))
-    model = attach_adapter(base, alpha=32, **adapter).train()
+    model = attach_adapter(base, LoraSettings(alpha=32, **adapter)).train()
     if cuda:
         torch.cuda.empty_cache()
     result: dict = {"run": name, "options": dict(options), "build_s": time.time() - started}

@@ -144,13 +144,19 @@ def tiny_model(tmp_path_factory) -> Callable[..., Path]:
 def load_tiny(tiny_model):
     """`load_tiny(architecture)`: a fresh 4-bit base on the CPU and its identity."""
 
-    def load(architecture: str = "gpt_neox", **arguments):
+    def load(architecture: str = "gpt_neox", *, report=None, compute_dtype=None, device=None, **held):
         import torch
 
+        from qlora_cli.config import QuantizationSettings
+        from qlora_cli.core.models.files import resolve_model
         from qlora_cli.core.models.loading import load_base
 
-        options = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "cache": False, **arguments}
-        return load_base(str(tiny_model(architecture)), **options)
+        return load_base(
+            resolve_model(str(tiny_model(architecture)), report=report),
+            QuantizationSettings(**{"base_cache": False, **held}),
+            compute_dtype=compute_dtype or torch.float32,
+            device=device or torch.device("cpu"),
+        )
 
     return load
 

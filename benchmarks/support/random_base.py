@@ -26,9 +26,9 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
     import torch
     from torch import nn
 
+    from qlora_cli.config import QuantizationSettings
     from qlora_cli.core.device import DTYPES
-    from qlora_cli.core.models.identity import identify_base
-    from qlora_cli.core.models.loading import load_config
+    from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.quantization import pack_weight, restored_linear
     from qlora_cli.core.models.quantized_cache import base_directory, save_base
     from qlora_cli.core.models.structure import build_empty, linear_names
@@ -40,11 +40,12 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
         _write_holes(build_empty(make_config(name)), directory / "model.safetensors")
         write_tokenizer(directory, CONFIGS[name][1]["vocab_size"])
     quantised = {"quant_type": "nf4", "double_quant": True}
-    identity = identify_base(str(directory), compute_dtype=dtype, **quantised)
+    files = resolve_model(str(directory))
+    identity = files.identity(QuantizationSettings(**quantised), dtype)
     facts = {**identity.to_dict(), "model": None, "revision": None, "device": device.type}
     if base_directory(facts).exists():
         return directory
-    model = build_empty(load_config(str(directory)))
+    model = build_empty(files.config)
     torch.manual_seed(0)
     packed: dict[torch.Size, dict] = {}
     biases: dict[int, torch.Tensor] = {}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.config import GenerateConfig
+from qlora_cli.config import GenerateConfig, QuantizationSettings
 from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.device import choose_device, resolve_compute_dtype
 from qlora_cli.core.generation.batch_file import AnswerFile, FilePrompt, answer_row, fingerprint, read_prompts
@@ -15,8 +15,7 @@ from qlora_cli.core.generation.chat import COMMANDS, Conversation, obey
 from qlora_cli.core.generation.requests import Request
 from qlora_cli.core.generation.session import AnswerSettings, BaseSettings, GenerationSession
 from qlora_cli.core.models.adapter_record import read_merge_record, read_source
-from qlora_cli.core.models.hub import resolve_model
-from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import DataError, QloraError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
 
@@ -84,7 +83,7 @@ class GenerateResult:
         load_seconds, first_token_seconds, generate_seconds = clock.seconds()
         new_tokens = sum(row["new_tokens"] for row in rows)
         return cls(
-            model=session.base.model,
+            model=session.base.files.name,
             adapter=adapter,
             path=session.path,
             seed=session.settings.seed,
@@ -234,6 +233,7 @@ def open_session(config: GenerateConfig, report: Report) -> GenerationSession:
     else:
         raise UsageError("generate needs a model.", "Add --adapter DIR of a run, or --model ID for the bare base.")
     trained = source.base if source is not None else None
+    files = resolve_model(model, revision, trust_remote_code=config.trust_remote_code, report=report)
     held: dict[str, Any] = {}
     for name in ("quant_type", "double_quant"):
         asked, recorded = getattr(config, name), getattr(trained, name, getattr(config, name))
@@ -241,25 +241,36 @@ def open_session(config: GenerateConfig, report: Report) -> GenerationSession:
         if held[name] != recorded:
             report(Caution(f"The adapter was trained with {name} {recorded}; {asked} was asked for."))
     if source is None and held["quant_type"] == GenerateConfig.quant_type:
-        merged, _ = read_merge_record(resolve_model(model, revision, weights=False))
-        stored_in_4bit = getattr(load_config(model, revision), "quantization_config", None) is not None
-        if merged and not stored_in_4bit:
+        merged, _ = read_merge_record(files.directory)
+        if merged and getattr(files.config, "quantization_config", None) is None:
             held["quant_type"] = None  # 4 bits again would lose much of what was learned
     device = choose_device()
     dtype = config.compute_dtype or (trained.compute_dtype if trained is not None else None)
     base = BaseSettings(
-        model=model,
-        revision=revision,
+        files=files,
+        quantization=QuantizationSettings(**held, base_cache=config.base_cache) if held["quant_type"] else None,
         compute_dtype=resolve_compute_dtype(dtype, device),
         device=device,
-        trust_remote_code=config.trust_remote_code,
-        cache=config.base_cache,
-        **held,
     )
     session = GenerationSession(base, settings, report)
     if config.adapter is not None:
         session.source(config.adapter)
     return session
+
+
+def describe_base(base: BaseSettings) -> dict[str, Any]:
+    """What of the base decides the answers, under the names that earlier files of answers have."""
+    held = base.quantization or QuantizationSettings()
+    return {
+        "model": base.files.name,
+        "revision": base.files.commit,
+        "quant_type": base.quantization.quant_type if base.quantization else None,
+        "double_quant": held.double_quant,
+        "compute_dtype": base.compute_dtype,
+        "device": None,
+        "trust_remote_code": base.files.trust_remote_code,
+        "cache": None,
+    }
 
 
 def answer_texts(
@@ -295,7 +306,7 @@ def answer_file(
         except DataError as error:
             raise DataError(f"{source}, prompt {prompt.index + 1}: {error.message}", error.hint) from error
     settings = fingerprint(
-        asdict(session.base) | {"cache": None, "device": None},
+        describe_base(session.base),
         asdict(session.settings) | {"batch_size": None, "engine": None, "seed": config.seed},
         config.adapter,
     )

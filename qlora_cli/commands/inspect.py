@@ -31,8 +31,7 @@ from qlora_cli.core.inspection.weight_stats import (
     measure_quantization_error,
     tabulate_layers,
 )
-from qlora_cli.core.models.hub import resolve_model
-from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.quantized_cache import cache_root, cache_size_bytes
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, predict_merging
@@ -102,7 +101,10 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     """
     assert config.model is not None
     device = choose_device()
-    model_config = load_config(config.model, config.model_revision, trust_remote_code=config.trust_remote_code)
+    files = resolve_model(
+        config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=report
+    )
+    model_config = files.config
     # What would be rented is a card that computes in bfloat16, whatever this machine has.
     compute_dtype = resolve_compute_dtype(config.compute_dtype or "bfloat16", device)
 
@@ -145,12 +147,10 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         predicted, predicted_tables = _predict(config, model, gather, max_length)
         facts |= predicted
         tables += predicted_tables
-    directory = Path(config.model).expanduser()
     if config.quantization_error:
-        directory = resolve_model(config.model, config.model_revision, weights=True, report=report)
         errors = measure_quantization_error(
             build_empty(model_config, trust_remote_code=config.trust_remote_code),
-            directory,
+            files.weights,
             quant_type=config.quant_type,
             double_quant=config.double_quant,
             compute_dtype=compute_dtype,
@@ -159,7 +159,8 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         )
         facts["mean_quantization_error"] = sum(error.value for error in errors) / max(1, len(errors))
         tables.append(tabulate_layers(f"Relative error of {config.quant_type}", errors))
-    entries = [entry for _, entry in list_tensors(directory).values()] if directory.is_dir() else []
+    reads_weights = files.commit is None or config.quantization_error
+    entries = [entry for _, entry in list_tensors(files.directory).values()] if reads_weights else []
     if groups := group_tensors(entries):
         tables.append(_table("Weights", [asdict(group) for group in groups]))
     return {**facts, "tables": tables}

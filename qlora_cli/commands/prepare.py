@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import PreparedSummary, prepare_rows
-from qlora_cli.core.models.loading import load_config, load_tokenizer
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report, RowShown
 
@@ -27,18 +27,19 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
     """
     if config.model is None:
         raise UsageError("No model was given, so there is no tokenizer.", "Add: --model ORG/NAME (or a directory).")
-    tokenizer = load_tokenizer(config.model, config.model_revision, trust_remote_code=config.trust_remote_code)
-    model_config = load_config(config.model, config.model_revision, trust_remote_code=config.trust_remote_code)
+    files = resolve_model(
+        config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=report
+    )
     summary = prepare_rows(
         config,
-        tokenizer,
-        model_config,
+        files.tokenizer,
+        files.config,
         Path(config.output),
         report,
         overwrite=config.overwrite,
         workers=config.workers,
     )
-    show_rows(PreparedRows(summary.directory), tokenizer, config.show, report)
+    show_rows(PreparedRows(summary.directory), files.tokenizer, config.show, report)
     return summary
 
 

@@ -24,14 +24,13 @@ from qlora_cli.core.engine.engine import Engine, install_engine
 from qlora_cli.core.engine.fsdp import shard_base
 from qlora_cli.core.engine.lm_head import find_decoder
 from qlora_cli.core.engine.memory_plan import limit_memory
-from qlora_cli.core.models.identity import BaseIdentity, identify_base
+from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import PeftModel, attach_adapter, save_adapter
 from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.planner import MemoryDecision
 from qlora_cli.core.planning.run_plan import (
     RunPlan,
-    adapter_settings,
     plan_is_for_card,
     plan_run_memory,
     planned_dtype,
@@ -190,7 +189,7 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
     config, footprint = run.config, inputs.facts.footprint
     memory = plan_run_memory(
         config,
-        inputs.model_config,
+        inputs.files.config,
         inputs.facts,
         max_length=inputs.max_length,
         lengths=inputs.data.rows.lengths,
@@ -251,20 +250,14 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions) -> LoadedModel
     if limit_bytes is not None and run.device.type == "cuda" and (config.vram or run.ranks.world_size == 1):
         limit_memory(run.device, limit_bytes)
     weight_shards = WeightShards(run.ranks, on_host=config.shard_offload) if memory.sharded else None
-    assert config.model is not None
     base, identity = load_base(
-        config.model,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        quant_type=config.quant_type,
-        double_quant=config.double_quant,
+        inputs.files,
+        config,
         compute_dtype=decisions.compute_dtype,
         device=run.device,
-        cache=config.base_cache,
-        slices=weight_shards,
-        report=run.report,
+        weight_shards=weight_shards,
     )
-    model = attach_adapter(base, **adapter_settings(config), seed=config.seed)
+    model = attach_adapter(base, config, seed=config.seed)
     if weight_shards is not None:
         decoder = find_decoder(base)
         shard_base(base, decoder, find_layers(decoder), weight_shards, run.device)
@@ -317,16 +310,9 @@ def find_start(run: Run, inputs: RunInputs, decisions: Decisions) -> StartingPoi
     config, checkpoint = run.config, None
     identity: dict[str, Any] = {}
     if config.resume or not config.dry_run:  # a dry run downloads no weights to identify a base by
-        assert config.model is not None
         identity = run_identity(
             config,
-            identify_base(
-                config.model,
-                config.model_revision,
-                quant_type=config.quant_type,
-                double_quant=config.double_quant,
-                compute_dtype=decisions.compute_dtype,
-            ),
+            inputs.files.identity(config, decisions.compute_dtype),
             inputs.rows.manifest["rows_sha256"],
             optimizer=decisions.optimizer,
             total_steps=inputs.data.sampler.total_steps,
@@ -420,7 +406,7 @@ def finish_run(run: Run, inputs: RunInputs, loaded: LoadedModel, result: TrainRe
         run.output,
         save_adapter=loaded.save_adapter,
         best_step=result.best_step if run.config.keep_best else None,
-        tokenizer=inputs.tokenizer,
+        tokenizer=inputs.files.tokenizer,
         base=loaded.base,
         rows=inputs.rows,
         settings=asdict(run.config),

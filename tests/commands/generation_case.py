@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
+from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.prompts.formatting import Formatting
@@ -22,8 +24,13 @@ def write_run(
     run: Path, base_directory: Path, *, seed: int = 0, formatting: Formatting | None = None, **identity: object
 ) -> Path:
     """Writes a run whose base identity is the true one but for `identity`."""
-    base, found = load_base(str(base_directory), compute_dtype=torch.float32, device=torch.device("cpu"), cache=False)
-    model = attach_adapter(base, rank=4, alpha=16)
+    base, found = load_base(
+        resolve_model(str(base_directory)),
+        QuantizationSettings(base_cache=False),
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    model = attach_adapter(base, LoraSettings(rank=4, alpha=16))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

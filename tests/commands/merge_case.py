@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.commands.merge import MergeResult, merge
-from qlora_cli.config import MergeConfig
+from qlora_cli.config import MergeConfig, QuantizationSettings
 from qlora_cli.core.device import choose_device, dtype_name
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import find_targets
 from qlora_cli.core.models.quantization import freeze_base
@@ -83,12 +84,10 @@ def make_case(
         lora: Arguments of LoraConfig.
     """
     model, identity = load_base(
-        str(base),
+        resolve_model(str(base)),
+        QuantizationSettings(base_cache=False, quant_type=quant_type, double_quant=double_quant),
         compute_dtype=compute_dtype,
         device=DEVICE,
-        cache=False,
-        quant_type=quant_type,
-        double_quant=double_quant,
     )
     if new_tokens:
         model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + new_tokens, mean_resizing=False)

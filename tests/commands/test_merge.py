@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from tests.commands.merge_case import DEVICE, Case, logits_of, make_case
@@ -123,7 +125,9 @@ def test_weights_are_those_trained_against_bit_for_bit(tiny_model, tmp_path, com
 
     case = make_case(base, tmp_path, compute_dtype=compute, change=silence)
     result = case.merge(dtype=str(compute).removeprefix("torch."))
-    live, _ = load_base(str(base), compute_dtype=compute, device=DEVICE, cache=False)
+    live, _ = load_base(
+        resolve_model(str(base)), QuantizationSettings(base_cache=False), compute_dtype=compute, device=DEVICE
+    )
     merged, stored = load_file(case.output / "model.safetensors"), load_file(base / "model.safetensors")
     restored = {f"{name}.weight": dequantized_weight(module).T.cpu() for name, module in four_bit_linears(live)}
     assert len(restored) == result.restored_weights == 8
@@ -225,7 +229,10 @@ def test_a_four_bit_checkpoint_loads_at_once(tiny_model, tmp_path, architecture,
     plain.merge()
     assert result.total_bytes < 0.7 * (plain.output / "model.safetensors").stat().st_size
     requantised, _ = load_base(
-        str(plain.output), compute_dtype=torch.float32, device=DEVICE, cache=False, double_quant=double_quant
+        resolve_model(str(plain.output)),
+        QuantizationSettings(base_cache=False, double_quant=double_quant),
+        compute_dtype=torch.float32,
+        device=DEVICE,
     )
     assert (case.merged_logits() - logits_of(requantised)).abs().max() < 1e-4  # as quantising the merged model would
 

@@ -5,14 +5,14 @@ import torch
 from qlora_cli.artifacts import FORMAT, RUN_RECORD, write_json
 from qlora_cli.commands.generate import generate
 from qlora_cli.commands.merge import merge
-from qlora_cli.config import GenerateConfig, MergeConfig
+from qlora_cli.config import GenerateConfig, LoraSettings, MergeConfig
 from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.prompts.formatting import Formatting
 
 
 def test_a_merged_model_gives_the_adapters_greedy_answer_in_the_trained_format(load_tiny, tiny_model, tmp_path):
     base, identity = load_tiny("llama")
-    adapted = attach_adapter(base, rank=4, alpha=32)
+    adapted = attach_adapter(base, LoraSettings(rank=4, alpha=32))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for parameter in adapted.parameters():

@@ -24,9 +24,10 @@ from qlora_cli.cli.app import main
 from qlora_cli.commands import train as training
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
-from qlora_cli.config import PrepareConfig, TrainConfig
+from qlora_cli.config import PrepareConfig, QuantizationSettings, TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.core.engine.fast import FastEngine
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.storage.checkpoint import checkpoint_path, list_checkpoints
@@ -174,7 +175,12 @@ def test_peft_loads_the_adapter_and_transformers_the_tokenizer(finished, tiny_mo
 def test_every_checkpoint_is_an_adapter_too_and_the_last_is_the_final_one(finished, tiny_model):
     output, _, _ = finished
     last = list_checkpoints(output / CHECKPOINTS)[-1]
-    base, _ = load_base(str(tiny_model("llama")), compute_dtype=torch.float32, device=torch.device("cpu"), cache=False)
+    base, _ = load_base(
+        resolve_model(str(tiny_model("llama"))),
+        QuantizationSettings(base_cache=False),
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     PeftModel.from_pretrained(base, last)
     assert weights(last) == weights(output)
 

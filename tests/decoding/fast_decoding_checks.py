@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.decoding import prefill as decoding_prompts
 from qlora_cli.core.decoding.decoder import LaidPrompts, Prompt, lay_out, underlying_model
 from qlora_cli.core.decoding.fused_layers import FastLayers
@@ -14,6 +15,7 @@ from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.continuous_batching import answer_all
 from qlora_cli.core.generation.generator import Generator
 from qlora_cli.core.generation.requests import Request
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.quantization import dequantized_weight
@@ -50,8 +52,10 @@ SAMPLING = Sampling(repetition_penalty=1.4)  # keeps a random model from repeati
 def load(tmp_path, name, rank=4, dtype=torch.float32):
     architecture, changes = ARCHITECTURES[name]
     directory = write_model(tmp_path / "model", architecture, **changes)
-    base, _ = load_base(str(directory), compute_dtype=dtype, device=DEVICE, cache=False)
-    model = attach_adapter(base, rank=rank, alpha=16).eval()
+    base, _ = load_base(
+        resolve_model(str(directory)), QuantizationSettings(base_cache=False), compute_dtype=dtype, device=DEVICE
+    )
+    model = attach_adapter(base, LoraSettings(rank=rank, alpha=16)).eval()
     randomise(model, seed=0)
     return model
 

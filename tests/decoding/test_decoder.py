@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.decoding import cpu_linears as unpacked_linears
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, Prompt, underlying_model, why_not_stepwise
 from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.generator import Generator, context_length, find_end_ids, make_request
 from qlora_cli.core.generation.requests import ENDED, LENGTH, STOPPED
-from qlora_cli.core.models.loading import load_base, load_tokenizer
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.errors import DataError, ModelError
@@ -35,12 +37,12 @@ def tuned(tiny_model):
         if name not in built:
             architecture, changes = ARCHITECTURES[name]
             base, _ = load_base(
-                str(tiny_model(architecture, **changes)),
+                resolve_model(str(tiny_model(architecture, **changes))),
+                QuantizationSettings(base_cache=False),
                 compute_dtype=torch.float32,
                 device=torch.device("cpu"),
-                cache=False,
             )
-            model = attach_adapter(base, rank=4, alpha=16)
+            model = attach_adapter(base, LoraSettings(rank=4, alpha=16))
             generator = torch.Generator().manual_seed(0)
             for parameter_name, parameter in model.named_parameters():
                 if "lora_B" in parameter_name:
@@ -243,7 +245,7 @@ def test_unpacked_weights_give_the_same_logits_bit_for_bit(load_tiny, arguments,
         assert unpack_linears(base) and torch.equal(base(input_ids=ids).logits, packed)
         layer = base.model.decoder.layers[0].fc1
         assert layer.weight.dtype == torch.uint8 and layer.forward.__name__ == "forward"
-        model = attach_adapter(base, rank=2, alpha=4).eval()
+        model = attach_adapter(base, LoraSettings(rank=2, alpha=4)).eval()
         assert torch.equal(model(input_ids=ids).logits, packed)  # B is zero
 
 
@@ -267,7 +269,7 @@ def test_the_context_is_read_from_any_configuration(tiny_model):
 
 
 def test_end_tokens_include_what_closed_the_answers_in_training(tuned, tiny_model):
-    tokenizer = load_tokenizer(str(tiny_model("llama")))
+    tokenizer = resolve_model(str(tiny_model("llama"))).tokenizer
     model = tuned("llama")
     assert find_end_ids(model, tokenizer, default_formatting(tokenizer)) == {0}
     template = "{% for m in messages %}{{ m['content'] + '<|padding|>' }}{% endfor %}"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.decoder_layers import saved_bytes_a_token
@@ -13,6 +14,7 @@ from qlora_cli.core.engine.engine import count_recomputed_layers, install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import StepNeeds, plan_memory
 from qlora_cli.core.engine.trials import Calibration
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.errors import TrainingError, UsageError
 from tests.conftest import ARCHITECTURES
@@ -23,7 +25,7 @@ PADDED = {"bloom", "gemma2"}  # outside the attention interface; soft-capped sco
 
 def adapted(load_tiny, architecture, *, rank=4, **arguments):
     base, _ = load_tiny(architecture)
-    model = attach_adapter(base, rank=rank, alpha=8, **arguments)
+    model = attach_adapter(base, LoraSettings(rank=rank, alpha=8, **arguments))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -125,8 +127,13 @@ def test_falcon_variants_are_packed_or_padded_right(load_tiny, tiny_model):
     )
     for changes, packed in variants:
         directory = tiny_model("falcon", **changes)
-        base, _ = load_base(str(directory), compute_dtype=torch.float32, device=CPU, cache=False, report=None)
-        model = attach_adapter(base, rank=4, alpha=8).train()
+        base, _ = load_base(
+            resolve_model(str(directory)),
+            QuantizationSettings(base_cache=False),
+            compute_dtype=torch.float32,
+            device=CPU,
+        )
+        model = attach_adapter(base, LoraSettings(rank=4, alpha=8)).train()
         plain_loss, plain_gradients, _ = step(model, batch_of(), kind="plain")
         loss, fast_gradients, engine = step(model, batch_of())
         assert engine.packed == packed
@@ -138,8 +145,10 @@ def test_sliding_windows_are_kept_inside_a_pack(tiny_model):
     from qlora_cli.core.models.loading import load_base
 
     directory = tiny_model("mistral", sliding_window=8)
-    base, _ = load_base(str(directory), compute_dtype=torch.float32, device=CPU, cache=False, report=None)
-    model = attach_adapter(base, rank=4, alpha=8).train()
+    base, _ = load_base(
+        resolve_model(str(directory)), QuantizationSettings(base_cache=False), compute_dtype=torch.float32, device=CPU
+    )
+    model = attach_adapter(base, LoraSettings(rank=4, alpha=8)).train()
     plain_loss, _, _ = step(model, batch_of(), kind="plain")
     loss, _, engine = step(model, batch_of())
     assert engine.packed and torch.allclose(loss, plain_loss, rtol=1e-6)
@@ -150,7 +159,7 @@ def test_what_the_op_does_not_cover_goes_to_pefts_own_forward(load_tiny, change)
     from peft import LoraConfig
 
     base, _ = load_tiny("llama")
-    model = attach_adapter(base, rank=4, alpha=8, dora=change == "dora").train()
+    model = attach_adapter(base, LoraSettings(rank=4, alpha=8, dora=change == "dora")).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -194,7 +203,7 @@ def test_an_adapter_disabled_after_installation_is_left_out_at_once(load_tiny):
 def test_a_trained_head_gets_its_gradient(load_tiny, target):
     base, _ = load_tiny("llama")
     keywords = {"modules_to_save": ("lm_head",)} if target == "lm_head" else {"target_modules": ("q_proj", "lm_head")}
-    model = attach_adapter(base, rank=4, alpha=8, **keywords).train()
+    model = attach_adapter(base, LoraSettings(rank=4, alpha=8, **keywords)).train()
     plain_loss, plain_gradients, _ = step(model, batch_of(), kind="plain")
     loss, fast_gradients, _ = step(model, batch_of())
     assert torch.allclose(loss, plain_loss, rtol=1e-6)
@@ -373,7 +382,9 @@ def test_an_adapted_embedding_trains_beside_fused_linears(load_tiny):
     found = []
     for kind in ("plain", "fast"):
         base, _ = load_tiny("llama")
-        model = attach_adapter(base, rank=4, alpha=8, seed=0, target_modules=("q_proj", "embed_tokens")).train()
+        model = attach_adapter(
+            base, LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "embed_tokens")), seed=0
+        ).train()
         with torch.no_grad():
             for name, parameter in sorted(model.named_parameters()):
                 if parameter.requires_grad:

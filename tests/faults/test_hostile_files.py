@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sha256_of
 from qlora_cli.commands.train import train
-from qlora_cli.config import TrainConfig
-from qlora_cli.core.models.loading import load_base, load_config, load_tokenizer
+from qlora_cli.config import QuantizationSettings, TrainConfig
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import load_adapter
 from qlora_cli.core.storage.checkpoint import MANIFEST, manifest_digest, newest_valid
 from qlora_cli.core.training.state import REQUIRED_FILES
@@ -73,7 +74,9 @@ def test_pickle_weights_of_a_base_are_refused(tmp_path, canary, tiny_model):
     (model / "model.safetensors").unlink()
     plant(model, canary, "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickle"):
-        load_base(str(model), compute_dtype=torch.float32, device=CPU, cache=False)
+        load_base(
+            resolve_model(str(model)), QuantizationSettings(base_cache=False), compute_dtype=torch.float32, device=CPU
+        )
 
 
 def test_code_that_a_configuration_names_is_not_run(tmp_path, canary, tiny_model):
@@ -85,13 +88,18 @@ def test_code_that_a_configuration_names_is_not_run(tmp_path, canary, tiny_model
     auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.EvilModel", "AutoTokenizer": "evil.Evil"}
     for model_type in ("llama", "evil"):
         (model / "config.json").write_text(json.dumps(content | {"auto_map": auto_map, "model_type": model_type}))
-        for load in (load_config, load_tokenizer):
+        for name in ("config", "tokenizer"):
             try:
-                load(str(model))
+                getattr(resolve_model(str(model)), name)
             except QloraError as error:
                 assert "--trust-remote-code" in f"{error.message} {error.hint}" or model_type == "evil"
         try:
-            load_base(str(model), compute_dtype=torch.float32, device=CPU, cache=False)
+            load_base(
+                resolve_model(str(model)),
+                QuantizationSettings(base_cache=False),
+                compute_dtype=torch.float32,
+                device=CPU,
+            )
         except QloraError:
             assert model_type == "evil"
 

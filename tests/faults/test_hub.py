@@ -29,7 +29,6 @@ def client(hub, tmp_path_factory) -> Iterator[Zygote]:
         "HF_HUB_DOWNLOAD_TIMEOUT": "1",
         "HF_HUB_ETAG_TIMEOUT": "1",
         "HF_TOKEN": "hf_secret",
-        "QLORA_RETRY_SECONDS": "0.02",
     }
     started = Zygote(tmp_path_factory.mktemp("client"), environment)
     yield started

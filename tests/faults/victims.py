@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from qlora_cli.commands import train as training
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.models import lora as adapter
-from qlora_cli.core.models.hub import resolve_model
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.storage import checkpoint
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Event, RunStarted, StepLogged
@@ -268,7 +268,7 @@ def counted() -> Iterator[Callable[[Event], None]]:
 def download(model: str, cache: str) -> None:
     """Resolves a hub model into a cache of its own, without the pauses between attempts."""
     with mock.patch.object(constants, "HF_HUB_CACHE", cache), mock.patch.object(time, "sleep"):
-        resolve_model(model, report=lambda event: print(event, flush=True))
+        _ = resolve_model(model, report=lambda event: print(event, flush=True)).weights
 
 
 def train_from_hub(options: dict[str, Any], cache: str) -> None:

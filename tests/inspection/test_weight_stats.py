@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_cli.config import LoraSettings
 from qlora_cli.core.inspection.weight_stats import (
     LayerValue,
     group_tensors,
@@ -15,7 +16,7 @@ from qlora_cli.core.inspection.weight_stats import (
     measure_updates,
     tabulate_layers,
 )
-from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.structure import build_empty
@@ -58,7 +59,7 @@ def test_layers_are_read_from_names():
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_norm_of_an_update_is_that_of_the_product(tiny_model, tmp_path, rslora):
-    model = attach_adapter(build_model(tiny_model("llama")), rank=4, alpha=8, rslora=rslora)
+    model = attach_adapter(build_model(tiny_model("llama")), LoraSettings(rank=4, alpha=8, rslora=rslora))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -84,7 +85,7 @@ def test_the_4bit_error_is_that_of_the_round_trip(tiny_model, architecture, doub
     directory = tiny_model(architecture)
     events = []
     found = measure_quantization_error(
-        build_empty(load_config(str(directory))),
+        build_empty(resolve_model(str(directory)).config),
         directory,
         quant_type="nf4",
         double_quant=double_quant,
@@ -107,7 +108,7 @@ def test_fp4_loses_more_than_nf4(tiny_model):
     mean = {}
     for quant_type in ("nf4", "fp4"):
         found = measure_quantization_error(
-            build_empty(load_config(str(directory))),
+            build_empty(resolve_model(str(directory)).config),
             directory,
             quant_type=quant_type,
             double_quant=True,
@@ -126,7 +127,7 @@ def test_a_checkpoint_without_a_linear_s_weight_is_refused(tiny_model, tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ModelError) as caught:
         measure_quantization_error(
-            build_empty(load_config(str(directory))),
+            build_empty(resolve_model(str(directory)).config),
             tmp_path,
             quant_type="nf4",
             double_quant=True,

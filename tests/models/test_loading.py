@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora_cli.core.models.hub import resolve_model
-from qlora_cli.core.models.identity import BaseIdentity, identify_base
-from qlora_cli.core.models.loading import load_base, load_config
+from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.identity import BaseIdentity
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import count_parameters
 from qlora_cli.core.models.quantization import (
     Bnb4bitQuantize,
@@ -73,7 +74,7 @@ def test_an_evaluation_in_between_leaves_the_packed_weights_alone(load_tiny):
 
 def test_parameters_are_counted_true_not_packed(load_tiny, tiny_model):
     base, _ = load_tiny("gpt_neox")
-    empty = build_empty(load_config(str(tiny_model("gpt_neox"))))
+    empty = build_empty(resolve_model(str(tiny_model("gpt_neox"))).config)
     assert count_parameters(base) == (0, sum(p.numel() for p in empty.parameters()))
 
 
@@ -93,7 +94,12 @@ def test_nan_in_a_quantised_weight_is_found_at_load(tiny_model, tmp_path):
     weights[name][3, 5] = float("nan")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=rf"NaN or infinity in 1 tensors, first .*{name.removeprefix('model.')}"):
-        load_base(str(directory), compute_dtype=torch.float32, device=torch.device("cpu"))
+        load_base(
+            resolve_model(str(directory)),
+            QuantizationSettings(),
+            compute_dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
 
 
 def test_a_truncated_weight_file_is_named(tiny_model, tmp_path):
@@ -101,7 +107,12 @@ def test_a_truncated_weight_file_is_named(tiny_model, tmp_path):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
-        load_base(str(directory), compute_dtype=torch.float32, device=torch.device("cpu"))
+        load_base(
+            resolve_model(str(directory)),
+            QuantizationSettings(),
+            compute_dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +125,7 @@ def test_a_truncated_weight_file_is_named(tiny_model, tmp_path):
 )
 def test_a_missing_model_is_one_sentence(model, message):
     with pytest.raises(ModelError, match=message) as error:
-        load_config(model)
+        resolve_model(model)
     assert error.value.hint
 
 
@@ -122,7 +133,7 @@ def test_pickle_weights_are_not_read(tiny_model, tmp_path):
     directory = shutil.copytree(tiny_model("llama"), tmp_path / "pickle")
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickle"):
-        resolve_model(str(directory))
+        _ = resolve_model(str(directory)).weights
 
 
 def test_code_of_a_model_is_run_neither_by_its_files_nor_by_an_unpinned_flag(tiny_model, tmp_path):
@@ -133,16 +144,17 @@ def test_code_of_a_model_is_run_neither_by_its_files_nor_by_an_unpinned_flag(tin
     proof = tmp_path / "executed"
     (directory / "evil.py").write_text(f"open({str(proof)!r}, 'w')")
     with pytest.raises(ModelError, match="not run"):
-        load_config(str(directory))
+        _ = resolve_model(str(directory)).config
     with pytest.raises(UsageError, match="40-digit"):
-        load_config("org/model", "main", trust_remote_code=True)
+        resolve_model("org/model", "main", trust_remote_code=True)
     assert not proof.exists()
 
 
 def test_identity_tells_siblings_of_one_shape_apart(tiny_model):
     def identity(seed, **changes):
-        options = {"quant_type": "nf4", "double_quant": True, "compute_dtype": torch.float32, **changes}
-        return identify_base(str(tiny_model("llama", seed=seed)), **options)
+        return resolve_model(str(tiny_model("llama", seed=seed))).identity(
+            QuantizationSettings(**changes), torch.float32
+        )
 
     first = identity(0)
     assert BaseIdentity.from_dict(first.to_dict()) == first
@@ -154,7 +166,12 @@ def test_identity_tells_siblings_of_one_shape_apart(tiny_model):
 def test_widths_that_bitsandbytes_misreads_on_the_cpu_are_refused(tiny_model):
     directory = tiny_model("llama", hidden_size=96)
     with pytest.raises(ModelError, match="no multiple of 64"):
-        load_base(str(directory), compute_dtype=torch.float32, device=torch.device("cpu"))
+        load_base(
+            resolve_model(str(directory)),
+            QuantizationSettings(),
+            compute_dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
 
 
 @pytest.mark.parametrize("width", [48, 50, 64, 96, 4544])
@@ -168,8 +185,9 @@ def test_a_round_trip_is_close_at_any_width(width):
 def test_the_second_load_comes_from_the_cache_with_the_same_bits(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
     ids, reported = torch.arange(5, 25)[None], []
-    options = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "report": reported.append}
-    logits = [load_base(str(tiny_model("qwen2")), **options)[0](ids).logits for _ in range(2)]
+    files = resolve_model(str(tiny_model("qwen2")), report=reported.append)
+    options = {"compute_dtype": torch.float32, "device": torch.device("cpu")}
+    logits = [load_base(files, QuantizationSettings(), **options)[0](ids).logits for _ in range(2)]
     assert torch.equal(*logits)
     assert [event.text for event in reported if "kept in" in event.text] == [
         f"Using the quantised base kept in {tmp_path / 'base'}."
@@ -182,7 +200,9 @@ def test_a_checkpoint_that_is_4bit_already_is_taken_as_it_is(tiny_model, tmp_pat
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32)
     stored = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), quantization_config=config, dtype=torch.float32)
     stored.save_pretrained(tmp_path)
-    base, identity = load_base(str(tmp_path), compute_dtype=torch.float32, device=torch.device("cpu"))
+    base, identity = load_base(
+        resolve_model(str(tmp_path)), QuantizationSettings(), compute_dtype=torch.float32, device=torch.device("cpu")
+    )
     assert (identity.quant_type, identity.double_quant) == ("fp4", False)
     freeze_base(stored)
     ids = torch.arange(5, 25)[None]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.core.models.loading import load_config
+from qlora_cli.config import LoraSettings
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.lora import (
     adapter_state,
     attach_adapter,
@@ -34,25 +35,28 @@ def randomise(peft_model):
 def test_all_linear_adapts_every_linear_and_never_the_head(load_tiny, tiny_model, architecture):
     base, _ = load_tiny(architecture)
     names = linear_names(base)
-    adapted = attach_adapter(base, rank=4, alpha=8)
+    adapted = attach_adapter(base, LoraSettings(rank=4, alpha=8))
     found = {n.split(".lora_A")[0] for n, _ in adapted.named_parameters() if ".lora_A." in n}
     assert found == {f"base_model.model.{name}" for name in names}
     assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
-    empty = build_empty(load_config(str(tiny_model(architecture))))
-    assert count_parameters(attach_adapter(empty, rank=4, alpha=8)) == count_parameters(adapted)
+    empty = build_empty(resolve_model(str(tiny_model(architecture))).config)
+    assert count_parameters(attach_adapter(empty, LoraSettings(rank=4, alpha=8))) == count_parameters(adapted)
 
 
 def test_a_target_that_matches_nothing_is_an_error_that_names_the_layers(load_tiny):
     base, _ = load_tiny("llama")
     with pytest.raises(AdapterError, match="v_porj") as error:
-        attach_adapter(base, rank=4, alpha=8, target_modules=("q_proj", "v_porj"))
+        attach_adapter(base, LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_porj")))
     assert "v_proj" in error.value.hint
 
 
 def test_the_same_seed_gives_the_same_adapter_and_leaves_the_random_state(load_tiny):
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    states = [adapter_state(attach_adapter(load_tiny("gpt_neox")[0], rank=4, alpha=8, seed=s)) for s in (3, 3, 4)]
+    states = [
+        adapter_state(attach_adapter(load_tiny("gpt_neox")[0], LoraSettings(rank=4, alpha=8), seed=s))
+        for s in (3, 3, 4)
+    ]
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
     assert any(not torch.equal(states[0][n], states[2][n]) for n in states[0])
@@ -62,7 +66,7 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_the_random_state(load_t
 def test_a_saved_adapter_answers_the_same_through_peft_alone(load_tiny, tmp_path, changes):
     from peft import PeftModel
 
-    adapted = attach_adapter(load_tiny("llama")[0], rank=4, alpha=8, **changes)
+    adapted = attach_adapter(load_tiny("llama")[0], LoraSettings(rank=4, alpha=8, **changes))
     randomise(adapted)
     save_adapter(adapted, tmp_path, base_name="org/base")
     again = PeftModel.from_pretrained(load_tiny("llama")[0], str(tmp_path))
@@ -79,7 +83,7 @@ def test_a_saved_adapter_answers_the_same_through_peft_alone(load_tiny, tmp_path
 
 
 def test_an_adapter_of_other_shapes_is_refused_with_both_shapes(load_tiny, tmp_path):
-    adapted = attach_adapter(load_tiny("llama")[0], rank=4, alpha=8)
+    adapted = attach_adapter(load_tiny("llama")[0], LoraSettings(rank=4, alpha=8))
     save_adapter(adapted, tmp_path, base_name="org/base")
     with pytest.raises(AdapterError, match="org/base"):
         load_adapter(load_tiny("mistral")[0], tmp_path)
@@ -88,7 +92,7 @@ def test_an_adapter_of_other_shapes_is_refused_with_both_shapes(load_tiny, tmp_p
 
 
 def test_state_goes_back_bitwise_and_a_foreign_state_is_refused(load_tiny):
-    adapted = attach_adapter(load_tiny("gpt_neox")[0], rank=4, alpha=8)
+    adapted = attach_adapter(load_tiny("gpt_neox")[0], LoraSettings(rank=4, alpha=8))
     saved = {name: tensor.clone() for name, tensor in adapter_state(adapted).items()}
     randomise(adapted)
     load_adapter_state(adapted, saved)
@@ -100,7 +104,7 @@ def test_state_goes_back_bitwise_and_a_foreign_state_is_refused(load_tiny):
 def test_missing_pickled_and_broken_adapters_are_one_sentence(load_tiny, tmp_path):
     with pytest.raises(AdapterError, match="no adapter in"):
         read_adapter(tmp_path)
-    save_adapter(attach_adapter(load_tiny("llama")[0], rank=4, alpha=8), tmp_path, base_name="b")
+    save_adapter(attach_adapter(load_tiny("llama")[0], LoraSettings(rank=4, alpha=8)), tmp_path, base_name="b")
     weights = tmp_path / ADAPTER_WEIGHTS
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models import quantized_cache as base_cache
-from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.quantization import four_bit_linears, freeze_base
 from qlora_cli.core.models.quantized_cache import base_directory, cache_size_bytes, restore_base, save_base
 from qlora_cli.core.models.structure import build_empty
@@ -45,7 +45,7 @@ def make_linear(packed, bias):
 
 
 def restore(directory, report=None):
-    found = restore_base(FACTS, lambda: build_empty(load_config(str(directory))), make_linear, CPU, report)
+    found = restore_base(FACTS, lambda: build_empty(resolve_model(str(directory)).config), make_linear, CPU, report)
     return None if found is None else freeze_base(found)
 
 
@@ -163,7 +163,7 @@ def test_each_rank_reads_what_it_keeps(on_host, double_quant, load_tiny):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 def test_on_cuda_the_copy_gives_the_same_bits_and_logits(architecture, load_tiny):
     device = torch.device("cuda", torch.cuda.current_device())
-    settings = {"device": device, "compute_dtype": torch.bfloat16, "cache": True}
+    settings = {"device": device, "compute_dtype": torch.bfloat16, "base_cache": True}
     base, _ = load_tiny(architecture, **settings)
     events = []
     again, _ = load_tiny(architecture, **settings, report=events.append)

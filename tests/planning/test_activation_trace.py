@@ -5,10 +5,12 @@ import pytest
 import torch
 import transformers
 
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine import packed_attention as engine_attention
 from qlora_cli.core.engine.engine import install_engine
-from qlora_cli.core.models.loading import load_base, load_config
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import TRACED_TOKENS, Growth, Height, trace_model
@@ -24,7 +26,9 @@ BF16 = 2
 
 
 def trace(config, *, rank=4, targets=None, fused=True):
-    model = attach_adapter(build_empty(config).to(torch.bfloat16), rank=rank, alpha=8, target_modules=targets)
+    model = attach_adapter(
+        build_empty(config).to(torch.bfloat16), LoraSettings(rank=rank, alpha=8, target_modules=targets)
+    )
     return trace_model(model, fused=fused)
 
 
@@ -61,7 +65,7 @@ def test_layers_without_adapters_keep_no_input():
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_can_be_followed(tiny_model, architecture, fused):
-    config = load_config(str(tiny_model(architecture)))
+    config = resolve_model(str(tiny_model(architecture))).config
     found = trace(config, fused=fused)
     assert len(found.layers) == 2
     assert found.vocabulary == 512
@@ -77,8 +81,8 @@ def test_every_architecture_can_be_followed(tiny_model, architecture, fused):
 
 
 def test_the_model_is_left_as_it_was(tiny_model):
-    config = load_config(str(tiny_model("llama")))
-    model = attach_adapter(build_empty(config), rank=4, alpha=8)
+    config = resolve_model(str(tiny_model("llama"))).config
+    model = attach_adapter(build_empty(config), LoraSettings(rank=4, alpha=8))
     before = {name: type(module) for name, module in model.named_modules()}
     trace_model(model, fused=True)
     assert {name: type(module) for name, module in model.named_modules()} == before
@@ -146,8 +150,13 @@ def test_a_real_step_is_as_high_as_predicted(tmp_path, monkeypatch, architecture
         max_position_embeddings=TOKENS,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    base, _ = load_base(str(tmp_path), compute_dtype=torch.float32, device=torch.device("cpu"), cache=False)
-    model = attach_adapter(base, rank=4, alpha=8)
+    base, _ = load_base(
+        resolve_model(str(tmp_path)),
+        QuantizationSettings(base_cache=False),
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    model = attach_adapter(base, LoraSettings(rank=4, alpha=8))
     installed = install_engine(
         model,
         kind=engine,

@@ -227,8 +227,10 @@ def test_arithmetic_is_four_operations_a_weight_and_half_as_much_again_recompute
 def test_the_card_takes_what_was_predicted(tmp_path, measure):
     import numpy as np
 
+    from qlora_cli.config import LoraSettings, QuantizationSettings
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.engine.engine import install_engine
+    from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.loading import load_base
     from qlora_cli.core.models.lora import attach_adapter
     from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -238,8 +240,13 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
     transformers.LlamaForCausalLM(CONFIGS["llama"]).to(torch.bfloat16).save_pretrained(tmp_path)
     torch._C._cuda_clearCublasWorkspaces()  # of tests before: they are part of what is predicted
     start_bytes = torch.cuda.memory_allocated()
-    base, _ = load_base(str(tmp_path), compute_dtype=torch.bfloat16, device=device, cache=False)
-    model = attach_adapter(base, rank=16, alpha=16).train()
+    base, _ = load_base(
+        resolve_model(str(tmp_path)),
+        QuantizationSettings(base_cache=False),
+        compute_dtype=torch.bfloat16,
+        device=device,
+    )
+    model = attach_adapter(base, LoraSettings(rank=16, alpha=16)).train()
     options = {
         "gradient_checkpointing": "off" if measure == "kept" else "on",
         "offload_activations": measure == "offloaded",

@@ -5,7 +5,9 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from qlora_cli.core.models.loading import load_base, load_config
+from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter, count_parameters
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_size import measure_footprint, packed_bytes
@@ -74,7 +76,9 @@ HELD = {"quant_type": "nf4", "double_quant": True, "compute_dtype": torch.bfloat
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_models_have_their_known_counts(name):
     config_class, arguments, (rank, targets), (trainable, base) = KNOWN[name]
-    model = attach_adapter(build_empty(config_class(**arguments)), rank=rank, alpha=32, target_modules=targets)
+    model = attach_adapter(
+        build_empty(config_class(**arguments)), LoraSettings(rank=rank, alpha=32, target_modules=targets)
+    )
     found = measure_footprint(model, **HELD)
     assert found.trainable_parameters == trainable == sum(row.trainable for row in found.rows)
     assert found.total_parameters == base + trainable
@@ -104,9 +108,14 @@ def test_packed_bytes_are_those_bitsandbytes_takes(numel_shape, double_quant):
 @pytest.mark.parametrize("architecture", ["gpt_neox", "falcon", "gpt2", "opt", "bloom", "qwen2", "gemma3", "phi3"])
 def test_the_meta_count_is_the_loaded_count(tiny_model, architecture):
     directory = str(tiny_model(architecture))
-    meta = attach_adapter(build_empty(load_config(directory)), rank=4, alpha=8)
-    base, _ = load_base(directory, compute_dtype=torch.float32, device=torch.device("cpu"), cache=False)
-    loaded = attach_adapter(base, rank=4, alpha=8)
+    meta = attach_adapter(build_empty(resolve_model(directory).config), LoraSettings(rank=4, alpha=8))
+    base, _ = load_base(
+        resolve_model(directory),
+        QuantizationSettings(base_cache=False),
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    loaded = attach_adapter(base, LoraSettings(rank=4, alpha=8))
     found = measure_footprint(meta, quant_type="nf4", double_quant=True, compute_dtype=torch.float32)
     assert (found.trainable_parameters, found.total_parameters) == count_parameters(loaded)
     plain = sum(p.nbytes for p in loaded.parameters() if not p.requires_grad and p.dtype == torch.float32)
@@ -115,9 +124,9 @@ def test_the_meta_count_is_the_loaded_count(tiny_model, architecture):
 
 
 def test_modules_trained_in_full_count_as_trained(tiny_model):
-    config = load_config(str(tiny_model("llama")))
-    plain = measure_footprint(attach_adapter(build_empty(config), rank=4, alpha=8), **HELD)
-    model = attach_adapter(build_empty(config), rank=4, alpha=8, modules_to_save=("lm_head",))
+    config = resolve_model(str(tiny_model("llama"))).config
+    plain = measure_footprint(attach_adapter(build_empty(config), LoraSettings(rank=4, alpha=8)), **HELD)
+    model = attach_adapter(build_empty(config), LoraSettings(rank=4, alpha=8, modules_to_save=("lm_head",)))
     found = measure_footprint(model, **HELD)
     head = config.vocab_size * config.hidden_size
     assert found.trainable_parameters == plain.trainable_parameters + head

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.data.split import hold_out
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.runs.metrics import as_metrics
@@ -121,8 +123,10 @@ def make_case(
     common: dict[str, Any] = {"batch_size": batch_size, "packing": False, "max_length": 40, "seed": 1, "ranks": ranks}
     sampler = BatchSampler(train.lengths, accumulation=2, epochs=epochs, max_steps=max_steps, **common)
     eval_sampler = BatchSampler(held.lengths, accumulation=1, epochs=1, max_steps=None, **common) if eval_rows else None
-    frozen, _ = load_base(str(base), compute_dtype=compute_dtype, device=CPU, cache=False)
-    model = attach_adapter(frozen, rank=4, alpha=8, dropout=dropout, seed=0)
+    frozen, _ = load_base(
+        resolve_model(str(base)), QuantizationSettings(base_cache=False), compute_dtype=compute_dtype, device=CPU
+    )
+    model = attach_adapter(frozen, LoraSettings(rank=4, alpha=8, dropout=dropout), seed=0)
     engine = install_engine(
         model,
         kind="plain",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.generator import Generator, context_length, find_end_ids, make_request
 from qlora_cli.core.generation.requests import Completion, Request
 from qlora_cli.core.models.adapter_record import AdapterRecord, read_merge_record, read_source
-from qlora_cli.core.models.hub import resolve_model
-from qlora_cli.core.models.identity import identify_base
-from qlora_cli.core.models.loading import load_base, load_config, load_tokenizer, load_unquantized
+from qlora_cli.core.models.files import ModelFiles
+from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.core.models.lora import load_adapter
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt
 from qlora_cli.errors import UsageError
@@ -27,14 +27,10 @@ RAW = Formatting(shape="text", column="text")
 class BaseSettings:
     """Which base, and how it is held."""
 
-    model: str
-    revision: str | None
-    quant_type: str | None  # None: the weights as they are stored
-    double_quant: bool
+    files: ModelFiles
+    quantization: QuantizationSettings | None  # None: the weights as they are stored
     compute_dtype: torch.dtype
     device: torch.device
-    trust_remote_code: bool = False
-    cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +68,9 @@ class GenerationSession:
 
     def __init__(self, base: BaseSettings, settings: AnswerSettings, report: Report) -> None:
         self.base, self.settings, self.report = base, settings, report
-        config = load_config(base.model, base.revision, trust_remote_code=base.trust_remote_code)
-        self.context = context_length(config)
-        self.tokenizer = load_tokenizer(base.model, base.revision, trust_remote_code=base.trust_remote_code)
-        _, self._merged_formatting = read_merge_record(resolve_model(base.model, base.revision, weights=False))
+        self.context = context_length(base.files.config)
+        self.tokenizer = base.files.tokenizer
+        _, self._merged_formatting = read_merge_record(base.files.directory)
         self._sources: dict[str, AdapterRecord] = {}
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
         self._generator: Generator | None = None
@@ -87,17 +82,8 @@ class GenerationSession:
             AdapterError: There is none, or it was trained on another base.
         """
         if adapter not in self._sources:
-            base, source = self.base, read_source(Path(adapter))
-            if source.base is not None:
-                source.require_base(
-                    identify_base(
-                        base.model,
-                        base.revision,
-                        quant_type=base.quant_type or "none",
-                        double_quant=base.double_quant,
-                        compute_dtype=base.compute_dtype,
-                    )
-                )
+            source = read_source(Path(adapter))
+            source.require_base(self.base.files)
             self._sources[adapter] = source
         return self._sources[adapter]
 
@@ -133,26 +119,11 @@ class GenerationSession:
         if self._generator is None:
             base = self.base
             model: PreTrainedModel
-            if base.quant_type is None:
-                model = load_unquantized(
-                    base.model,
-                    revision=base.revision,
-                    dtype=base.compute_dtype,
-                    device=base.device,
-                    trust_remote_code=base.trust_remote_code,
-                    report=self.report,
-                )
+            if base.quantization is None:
+                model = load_unquantized(base.files, dtype=base.compute_dtype, device=base.device)
             else:
                 model, _ = load_base(
-                    base.model,
-                    revision=base.revision,
-                    quant_type=base.quant_type,
-                    double_quant=base.double_quant,
-                    compute_dtype=base.compute_dtype,
-                    device=base.device,
-                    trust_remote_code=base.trust_remote_code,
-                    cache=base.cache,
-                    report=self.report,
+                    base.files, base.quantization, compute_dtype=base.compute_dtype, device=base.device
                 )
             self._generator = Generator(
                 model,

@@ -16,9 +16,11 @@ import torch
 from huggingface_hub import constants as hub_constants
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.device import dtype_name, list_versions
 from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
@@ -215,7 +217,9 @@ def tiny_base(device: torch.device, compute_dtype: torch.dtype) -> Iterator[PreT
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             LlamaForCausalLM(config).save_pretrained(directory)
-        base, _ = load_base(directory, compute_dtype=compute_dtype, device=device, cache=False)
+        base, _ = load_base(
+            resolve_model(directory), QuantizationSettings(base_cache=False), compute_dtype=compute_dtype, device=device
+        )
         yield base
 
 
@@ -230,7 +234,7 @@ def run_4bit_step(device: torch.device, compute_dtype: torch.dtype) -> tuple[flo
         inputs = torch.linspace(-1, 1, 4 * 64, device=device, dtype=compute_dtype).view(4, 64)
         exact = inputs.double() @ dequantized_weight(linear).double().T
         error = float((linear(inputs).double() - exact).norm() / exact.norm())
-        model = attach_adapter(base, rank=4, alpha=8)
+        model = attach_adapter(base, LoraSettings(rank=4, alpha=8))
         tokens = torch.arange(32, device=device)[None]
         model(input_ids=tokens, labels=tokens).loss.backward()
         gradients = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
@@ -243,7 +247,7 @@ def run_engine_steps(device: torch.device, compute_dtype: torch.dtype) -> tuple[
     losses = []
     for kind in ("fast", "plain"):
         with tiny_base(device, compute_dtype) as base:
-            model = attach_adapter(base, rank=4, alpha=8).train()
+            model = attach_adapter(base, LoraSettings(rank=4, alpha=8)).train()
             engine = install_engine(
                 model,
                 kind=kind,

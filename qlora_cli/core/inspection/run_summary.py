@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from qlora_cli import artifacts
 from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_layers
-from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.lora import AdapterFacts, count_parameters, read_adapter
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_size import base_name
@@ -151,10 +151,10 @@ def _count_with_base(
     trainable = sum(math.prod(shape) for shape, _ in adapter.tensors.values())
     config = None
     if model is not None and (reachable or Path(model).is_dir()):
-        config = load_config(model, revision if not reachable else None)
+        config = resolve_model(model, revision if not reachable else None).config
     elif model is not None:
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        config = load_config(str(Path(cached).parent)) if isinstance(cached, str) else None
+        config = resolve_model(str(Path(cached).parent)).config if isinstance(cached, str) else None
     total = None if config is None else trainable + count_parameters(build_empty(config))[1]
     return {
         "base_model": model,

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import DTYPES
 from qlora_cli.core.merge.plan import main_dtype
 from qlora_cli.core.models.adapter_record import AdapterRecord
-from qlora_cli.core.models.hub import resolve_model
-from qlora_cli.core.models.identity import BaseIdentity, identify_base
-from qlora_cli.core.models.loading import load_config
+from qlora_cli.core.models.files import ModelFiles, resolve_model
+from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
 from qlora_cli.errors import ModelError
@@ -23,13 +23,20 @@ from qlora_cli.events import Caution, Notice, Report
 class Base:
     """The base of a merge."""
 
-    name: str
-    revision: str | None
-    directory: Path
+    files: ModelFiles
     model: PreTrainedModel  # on the meta device
     identity: BaseIdentity  # with how it was quantised in training
     stored_dtype: torch.dtype  # of most of its weights
-    trust_remote_code: bool
+
+    @property
+    def name(self) -> str:
+        """Directory or hub id."""
+        return self.files.name
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are."""
+        return self.files.directory
 
     @property
     def hub_id(self) -> str | None:
@@ -57,13 +64,13 @@ def find_base(
         model, recorded_revision = source.name_base()
         revision = revision or recorded_revision
         report(Notice(f"The base is {model}, as {source.directory} recorded it."))
-    model_config = load_config(model, revision, trust_remote_code=trust_remote_code)
-    if getattr(model_config, "quantization_config", None) is not None:
+    files = resolve_model(model, revision, trust_remote_code=trust_remote_code, report=report)
+    if getattr(files.config, "quantization_config", None) is not None:
         raise ModelError(
             f"{model} is stored quantised already, and its 16-bit weights are gone.",
             "Give the 16-bit model that it was made from with --model.",
         )
-    directory = resolve_model(model, revision, weights=True, report=report)
+    directory = files.weights
     with ExitStack() as stack:
         names = list_weight_files(directory)
         stored = main_dtype([stack.enter_context(TensorFile(directory / name)) for name in names])
@@ -79,9 +86,7 @@ def find_base(
                 "is assumed."
             )
         )
-    identity = identify_base(
-        model, revision, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
-    )
-    source.require_base(identity)
-    empty = build_empty(model_config, trust_remote_code=trust_remote_code)
-    return Base(model, revision, directory, empty, identity, stored, trust_remote_code)
+    source.require_base(files)
+    identity = files.identity(QuantizationSettings(quant_type=quant_type, double_quant=double_quant), compute_dtype)
+    empty = build_empty(files.config, trust_remote_code=trust_remote_code)
+    return Base(files, empty, identity, stored)

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_json
 from qlora_cli.core.device import dtype_name
-from qlora_cli.core.models.hub import TOKENIZER_FILES
+from qlora_cli.core.models.files import TOKENIZER_FILES
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
 from qlora_cli.errors import ModelError
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
-from qlora_cli.config import TrainConfig
+from qlora_cli.config import QuantizationSettings, TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.split import RowSubset, hold_out
@@ -23,7 +23,8 @@ from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.merge.weight_tying import embedding_names
-from qlora_cli.core.models.loading import load_base, load_tokenizer
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import AdapterFacts, load_adapter
 from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
 from qlora_cli.core.models.structure import linear_names
@@ -90,7 +91,7 @@ def verify_merge(
         MergeError: There is nothing to compare on, or the checkpoint does not load.
     """
     device = options.device
-    tokenizer = load_tokenizer(str(directory), trust_remote_code=base.trust_remote_code)
+    tokenizer = resolve_model(str(directory), trust_remote_code=base.files.trust_remote_code).tokenizer
     rows, described = find_rows(adapter, tokenizer)
     vocabulary = plan.vocabulary or base.model.get_parameter(embedding_names(base.model)[0]).shape[0]
     chosen = choose_rows(rows, vocabulary=vocabulary, device=device)
@@ -100,13 +101,10 @@ def verify_merge(
     @contextmanager
     def open_trained() -> Iterator[nn.Module]:
         model, _ = load_base(
-            base.name,
-            revision=base.revision,
-            quant_type=options.quant_type,
-            double_quant=options.double_quant,
+            base.files,
+            QuantizationSettings(quant_type=options.quant_type, double_quant=options.double_quant),
             compute_dtype=options.compute_dtype,
             device=device,
-            trust_remote_code=base.trust_remote_code,
         )
         if plan.vocabulary is not None:
             model.resize_token_embeddings(plan.vocabulary, mean_resizing=False)
@@ -130,7 +128,7 @@ def open_merged(directory: Path, base: Base, options: MergeOptions) -> Iterator[
             directory,
             dtype=dtype,
             device_map={"": options.device},
-            trust_remote_code=base.trust_remote_code,
+            trust_remote_code=base.files.trust_remote_code,
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError) as error:

@@ -1,9 +1,10 @@
-"""An adapter directory in; which base it belongs to, and how prompts were formatted in its training, out."""
+"""Record of an adapter: the base it was trained on, and how prompts were formatted in its training."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.artifacts import MERGE_RECORD, find_run_record, read_json
+from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.lora import read_adapter
 from qlora_cli.core.prompts.formatting import Formatting
@@ -34,8 +35,8 @@ class AdapterRecord:
             )
         return self.base_name, None
 
-    def require_base(self, identity: BaseIdentity) -> None:
-        """Checks that a base has the configuration and weights of the one in training, wherever it lies.
+    def require_base(self, files: ModelFiles) -> None:
+        """Checks that a model has the configuration and weights of the base in training, wherever it lies.
 
         Raises:
             AdapterError: It does not.
@@ -43,9 +44,9 @@ class AdapterRecord:
         if self.base is None:
             return
         for field, what in (("config_sha256", "a different configuration"), ("weights_sha256", "different weights")):
-            if getattr(identity, field) != getattr(self.base, field):
+            if getattr(files, field) != getattr(self.base, field):
                 raise AdapterError(
-                    f"The adapter in {self.directory} was trained on {self.base.model}; {identity.model} has {what}.",
+                    f"The adapter in {self.directory} was trained on {self.base.model}; {files.name} has {what}.",
                     f"Give the base it was trained on: --model {self.base.model}",
                 )
 

@@ -1,123 +1,91 @@
-"""Model and data set files on the Hugging Face hub or in a directory: which are needed, and their download."""
+"""Downloads from the Hugging Face hub into its local cache: announced, with their progress in bytes, and retried."""
 
-import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
+from tqdm.auto import tqdm
 
-from qlora_cli.artifacts import MERGE_RECORD
 from qlora_cli.errors import ModelError, first_line
-from qlora_cli.events import Notice, Report
+from qlora_cli.events import Notice, Progress, Report
 
-DOWNLOAD_ATTEMPTS = 5
-CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
-TOKENIZER_FILES = [
-    "tokenizer*",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-]
-WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
-
-
-def resolve_model(
-    model: str, revision: str | None = None, *, weights: bool = True, report: Report | None = None
-) -> Path:
-    """The local directory of a model, downloading what is missing.
-
-    Args:
-        model: Directory or hub id.
-        revision: Commit, branch or tag of a hub model.
-        weights: Whether the safetensors files are needed, or the configuration and tokenizer only.
-        report: Told when a download is about to happen.
-
-    Raises:
-        ModelError: It is not there, gated, unauthorised, out of reach, or has no safetensors weights.
-    """
-    directory = Path(model).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
-        if weights:
-            _require_safetensors(directory, model)
-        return directory
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
-        raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
-    patterns = CONFIG_FILES + TOKENIZER_FILES + (WEIGHT_FILES if weights else [])
-    directory = download_snapshot(model, revision, patterns, kind="model", report=report)
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{model} has no config.json.", "Give --model a transformers model.")
-    if weights:
-        _require_safetensors(directory, model)
-    return directory
+# What asking again does not mend: the library's error → what is wrong, and what to do. The first that fits counts.
+REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
+    (
+        hub_errors.GatedRepoError,
+        "Access to the {kind} {repository} is gated and this account has not been let in.",
+        "Ask for access on its hub page, then run: hf auth login, and the command again.",
+    ),
+    (
+        hub_errors.RepositoryNotFoundError,
+        "There is no {kind} {repository} on the hub, or it is private.",
+        "Check the spelling, give a local path, or run: hf auth login",
+    ),
+    (
+        hub_errors.RevisionNotFoundError,
+        "The {kind} {repository} has no revision {revision}.",
+        "Check the revision's name.",
+    ),
+    (hub_errors.HFValidationError, "{repository} is neither a local path nor a hub id.", "Check {flag}."),
+)
 
 
 def download_snapshot(
-    repository: str, revision: str | None, patterns: list[str], *, kind: str, report: Report | None = None
+    repository: str,
+    revision: str | None,
+    patterns: list[str],
+    *,
+    kind: str,
+    report: Report | None = None,
+    attempts: int = 5,
+    pause_seconds: float = 2.0,
 ) -> Path:
-    """A snapshot of a hub repository in the local cache, retried when the network fails.
+    """A snapshot of a hub repository in the local cache, its missing files downloaded.
+
+    huggingface_hub itself tries again when a connection breaks, and goes on where it was; a server's 5xx ends its
+    download (http_get of 1.3 and 2.4 retries 429 alone), hence the attempts here.
 
     Args:
         repository: Hub id.
         revision: Commit, branch or tag.
         patterns: File names wanted, at the top of the repository for models.
         kind: "model" or "dataset".
-        report: Told when the network is used.
+        report: Receives what is downloaded, its progress, and failed attempts.
+        attempts: Tries in all.
+        pause_seconds: Wait after the first failure; doubled after each further one.
 
     Raises:
-        ModelError: One sentence on what stands in the way.
+        ModelError: It is not there, gated, unauthorised or out of reach.
     """
-    flag = "--model" if kind == "model" else "--data"
-    ignore = ["consolidated*", "*/*"] if kind == "model" else None
-
-    def fetch(local: bool) -> Path:
-        return Path(
-            snapshot_download(
-                repository,
-                repo_type=kind,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=ignore,
-                local_files_only=local,
-            )
-        )
-
+    words = {"kind": kind, "repository": repository, "revision": revision}
+    words["flag"] = "--model" if kind == "model" else "--data"
+    wanted: dict[str, Any] = {
+        "repo_type": kind,
+        "allow_patterns": patterns,
+        "ignore_patterns": ["consolidated*", "*/*"] if kind == "model" else None,
+    }
     if hub_constants.HF_HUB_OFFLINE:
         try:
-            return fetch(local=True)
+            return Path(snapshot_download(repository, revision=revision, local_files_only=True, **wanted))
         except (hub_errors.LocalEntryNotFoundError, hub_errors.RevisionNotFoundError) as error:
             raise ModelError(
                 f"The {kind} {repository} is not in the local hub cache and HF_HUB_OFFLINE is set.",
-                f"Unset HF_HUB_OFFLINE to download it, or give {flag} a local path.",
+                "Unset HF_HUB_OFFLINE to download it, or give {flag} a local path.".format(**words),
             ) from error
-    pause_seconds = float(os.environ.get("QLORA_RETRY_SECONDS", "2"))
-    for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
-            return fetch(local=False)
-        except hub_errors.GatedRepoError as error:
-            raise ModelError(
-                f"Access to the {kind} {repository} is gated and this account has not been let in.",
-                f"Ask for access on its hub page, then run: hf auth login, and the command again ({error.__class__.__name__}).",
-            ) from error
-        except hub_errors.RepositoryNotFoundError as error:
-            raise ModelError(
-                f"There is no {kind} {repository} on the hub, or it is private.",
-                "Check the spelling, give a local path, or run: hf auth login",
-            ) from error
-        except hub_errors.RevisionNotFoundError as error:
-            raise ModelError(
-                f"The {kind} {repository} has no revision {revision}.", "Check the revision's name."
-            ) from error
-        except hub_errors.HFValidationError as error:
-            raise ModelError(f"{repository} is neither a local path nor a hub id.", f"Check {flag}.") from error
-        except (hub_errors.LocalEntryNotFoundError, hub_errors.HTTPError, OSError) as error:
+            return _download(repository, revision, wanted, report, announced=attempt > 1)
+        except (hub_errors.HFValidationError, hub_errors.HTTPError, OSError) as error:
+            for refusal, message, hint in REFUSALS:
+                if isinstance(error, refusal):
+                    raise ModelError(message.format(**words), hint.format(**words)) from error
             # A refused file comes as "not in the cache", caused by the refusal.
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
@@ -125,31 +93,87 @@ def download_snapshot(
                 raise ModelError(
                     f"The hub refuses the {kind} {repository} to this account (HTTP {status}).", "Run: hf auth login"
                 ) from error
-            if attempt == DOWNLOAD_ATTEMPTS:
+            # The message without the query of any URL in it: tokens travel there.
+            reason = re.sub(r"\?\S*", "", first_line(error))
+            if attempt == attempts:
                 raise ModelError(
-                    f"The {kind} {repository} could not be downloaded after {attempt} attempts: {_reason(error)}",
+                    f"The {kind} {repository} could not be downloaded after {attempt} attempts: {reason}",
                     "Check the connection and run the command again: finished files are kept.",
                 ) from error
             if report:
-                report(Notice(f"Download of {repository} failed ({_reason(error)}); attempt {attempt + 1} follows."))
+                report(Notice(f"Download of {repository} failed ({reason}); attempt {attempt + 1} follows."))
             time.sleep(pause_seconds * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
 
 
-def _reason(error: Exception) -> str:
-    """An exception's first line, without the query of any URL in it (tokens travel there)."""
-    return re.sub(r"\?\S*", "", first_line(error))[:200]
+def _download(
+    repository: str, revision: str | None, wanted: dict[str, Any], report: Report | None, *, announced: bool
+) -> Path:
+    """One attempt: downloads what the cache lacks, if anything."""
+    try:
+        commit, sizes = _list_files(repository, revision, wanted)
+    except (hub_errors.HTTPError, OSError):  # snapshot_download falls back to the cache, or says what is wrong
+        return Path(snapshot_download(repository, revision=revision, **wanted))
+    missing = [name for name in sizes if not _is_cached(repository, name, commit, wanted["repo_type"])]
+    if sizes and not missing:
+        return Path(snapshot_download(repository, revision=commit, local_files_only=True, **wanted))
+    total_bytes = sum(sizes.values())
+    cached_bytes = total_bytes - sum(sizes[name] for name in missing)
+    task = f"Downloading {repository}"
+    if report is None:
+        return Path(snapshot_download(repository, revision=revision, **wanted))
+    if not announced and missing:
+        files = f"{len(sizes)} files" if len(sizes) > 1 else missing[0]
+        here = f", of which {cached_bytes:,} bytes are here already" if cached_bytes else ""
+        report(Notice(f"{task}: {files}, {total_bytes:,} bytes{here}."))
+
+    def progress(arrived_bytes: int) -> None:
+        report(Progress(task, min(cached_bytes + arrived_bytes, total_bytes - 1), total_bytes, "bytes"))
+
+    directory = Path(snapshot_download(repository, revision=revision, tqdm_class=byte_counter(progress), **wanted))
+    report(Progress(task, total_bytes, total_bytes, "bytes"))
+    return directory
 
 
-def _require_safetensors(directory: Path, model: str) -> None:
-    if any(directory.glob("*.safetensors")):
-        return
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
-        raise ModelError(
-            f"{model} holds pickle weights only, which can run code when they are read.",
-            "Give --model a revision with safetensors files, or convert it once in a place you trust.",
-        )
-    raise ModelError(f"{model} holds no safetensors weights.", "Check the directory, or download the model again.")
+def _list_files(repository: str, revision: str | None, wanted: dict[str, Any]) -> tuple[str, dict[str, int]]:
+    """The commit of a revision, and the wanted files with their bytes; one request."""
+    info = HfApi().repo_info(repository, repo_type=wanted["repo_type"], revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in getattr(info, "siblings", None) or ()}
+    names = filter_repo_objects(
+        sizes, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"]
+    )
+    return str(info.sha), {name: sizes[name] for name in names}
+
+
+def _is_cached(repository: str, name: str, commit: str, kind: str) -> bool:
+    cache = hub_constants.HF_HUB_CACHE
+    return isinstance(try_to_load_from_cache(repository, name, cache, revision=commit, repo_type=kind), str)
+
+
+def byte_counter(on_bytes: Callable[[int], None]) -> type[tqdm]:
+    """A progress bar class for huggingface_hub that draws nothing and passes on how many bytes have arrived.
+
+    Several threads move a bar. Since huggingface_hub 2 there are two of bytes, received and written: the farther one
+    counts.
+    """
+    lock, farthest = threading.Lock(), 0
+
+    class ByteCounter(tqdm):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **{**keywords, "disable": True})
+            self.counts_bytes = keywords.get("unit") == "B"  # the third bar counts files
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal farthest
+            if not self.counts_bytes:
+                return
+            with lock:
+                self.n += n or 0
+                if self.n > farthest:
+                    farthest = int(self.n)
+                    on_bytes(farthest)
+
+    return ByteCounter
 
 
 def commit_of(directory: Path) -> str | None:

@@ -6,10 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qlora_cli.core.device import dtype_name
-from qlora_cli.core.models.hub import commit_of, resolve_model
 from qlora_cli.core.storage.safetensors_file import LENGTH_BYTES, TensorFile
 
 
@@ -48,33 +44,8 @@ class BaseIdentity:
         ]
 
 
-def identify_base(
-    model: str,
-    revision: str | None = None,
-    *,
-    quant_type: str,
-    double_quant: bool,
-    compute_dtype: torch.dtype,
-) -> BaseIdentity:
-    """The identity of a base whose files are local, without loading it.
-
-    Raises:
-        ModelError: As `resolve_model`.
-    """
-    directory = resolve_model(model, revision, weights=True)
-    local = Path(model).expanduser().is_dir()
-    return BaseIdentity(
-        model=str(Path(model).expanduser().resolve()) if local else model,
-        revision=commit_of(directory),
-        config_sha256=_config_digest(directory),
-        weights_sha256=weights_digest(directory),
-        quant_type=quant_type,
-        double_quant=double_quant,
-        compute_dtype=dtype_name(compute_dtype),
-    )
-
-
-def _config_digest(directory: Path) -> str:
+def config_digest(directory: Path) -> str:
+    """SHA-256 of a config.json, without what changes from one save to the next."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     for volatile in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(volatile, None)

@@ -1,4 +1,4 @@
-"""A frozen base in, the same base with a LoRA adapter out; adapters read, checked and saved. peft is spoken to here."""
+"""LoRA adapters by PEFT: attached to a base, loaded, saved, and read without their base."""
 
 import json
 import warnings
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.config import LoraSettings
 from qlora_cli.core.models.quantization import logical_numel
 from qlora_cli.core.models.structure import head_names, linear_names
 from qlora_cli.errors import AdapterError
@@ -65,53 +66,37 @@ def find_targets(model: PreTrainedModel, target_modules: tuple[str, ...] | None)
     return list(target_modules)
 
 
-def attach_adapter(
-    model: PreTrainedModel,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: tuple[str, ...] | None = None,
-    rslora: bool = False,
-    dora: bool = False,
-    modules_to_save: tuple[str, ...] | None = None,
-    seed: int = 0,
-) -> PeftModel:
+def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0) -> PeftModel:
     """Attaches a fresh LoRA adapter in float32: A Kaiming-uniform, B zero (https://arxiv.org/abs/2106.09685, 4.1).
 
     Args:
         model: A base from `load_base`, or a meta model from `build_empty`.
-        rank: r; A is (r, in), B is (out, r).
-        alpha: B @ A is scaled by alpha / r, or alpha / sqrt(r) with `rslora`.
-        dropout: On the adapter's input.
-        target_modules: Names or name endings; None for every linear layer but the head.
-        rslora: https://arxiv.org/abs/2312.03732
-        dora: https://arxiv.org/abs/2402.09353
-        modules_to_save: Modules trained in full and saved with the adapter.
+        lora: A is (rank, in), B is (out, rank); B @ A is scaled by alpha / rank, or alpha / sqrt(rank) with rslora
+            (https://arxiv.org/abs/2312.03732). DoRA: https://arxiv.org/abs/2402.09353.
         seed: Of A; the global random state is left as it was.
 
     Raises:
         AdapterError: A target matches nothing, or a value is out of range.
     """
-    if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
+    if lora.rank < 1 or not 0 <= lora.dropout < 1 or lora.alpha <= 0:
         raise AdapterError(
-            f"rank {rank}, alpha {alpha}, dropout {dropout} make no adapter.",
+            f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout} make no adapter.",
             "Use --rank 1 or more, --alpha above 0, and --dropout from 0 to below 1.",
         )
-    for name in modules_to_save or ():
+    for name in lora.modules_to_save or ():
         if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
             raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")
-    whole_alpha: Any = int(alpha) if float(alpha).is_integer() else alpha  # as peft writes it
+    alpha: Any = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha  # as peft writes it
     config = LoraConfig(
-        r=rank,
-        lora_alpha=whole_alpha,
-        lora_dropout=dropout,
-        target_modules=find_targets(model, target_modules),
+        r=lora.rank,
+        lora_alpha=alpha,
+        lora_dropout=lora.dropout,
+        target_modules=find_targets(model, lora.target_modules),
         bias="none",
         task_type="CAUSAL_LM",
-        use_rslora=rslora,
-        use_dora=dora,
-        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
     )
     parameter = next(model.parameters())
     cuda = [parameter.device] if parameter.device.type == "cuda" else []
@@ -119,7 +104,7 @@ def attach_adapter(
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=parameter.device.type == "meta")
-    if modules_to_save:
+    if lora.modules_to_save:
         for name, trained in peft_model.named_parameters():
             if trained.requires_grad and "modules_to_save" in name:
                 trained.data = trained.data.float()  # full modules train in float32 like the adapter

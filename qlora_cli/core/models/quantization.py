@@ -22,13 +22,13 @@ NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quan
 class FourBitConfig(BitsAndBytesConfig):
     """BitsAndBytesConfig that selects the quantizer below, which may keep a share of each weight only."""
 
-    def __init__(self, slices: WeightShards | None = None, **arguments: Any) -> None:
+    def __init__(self, weight_shards: WeightShards | None = None, **arguments: Any) -> None:
         super().__init__(load_in_4bit=True, **arguments)
         self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
-        self.slices = slices
+        self.weight_shards = weight_shards
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "slices"}
+        return {name: value for name, value in super().to_dict().items() if name != "weight_shards"}
 
 
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,11 +53,11 @@ class CheckedQuantize(Bnb4bitQuantize):
         except torch.OutOfMemoryError as error:  # transformers goes on, and reports that something failed
             CheckedQuantize.out_of_memory = error.with_traceback(None)
             raise
-        if slices := self.hf_quantizer.quantization_config.slices:
+        if weight_shards := self.hf_quantizer.quantization_config.weight_shards:
             weights: Any = converted.values()
             for weight in weights:
-                weight.data = slices.keep(weight.data)
-                weight.quant_state.absmax = slices.keep(weight.quant_state.absmax)
+                weight.data = weight_shards.keep(weight.data)
+                weight.quant_state.absmax = weight_shards.keep(weight.quant_state.absmax)
         return converted
 
 

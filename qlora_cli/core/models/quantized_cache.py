@@ -1,4 +1,4 @@
-"""A quantised base in, a verified copy on the local disk; from there the same base again, without quantising.
+"""Cache of quantised bases on the local disk, verified as they are read back.
 
 A copy is one safetensors file and a manifest under ~/.cache/qlora/base/KEY (QLORA_CACHE moves the root). The key
 covers all that decides a single bit of it. Files are written whole or not at all; every byte is compared with the
@@ -63,7 +63,7 @@ def save_base(
     model: Any,
     facts: Mapping[str, Any],
     report: Report | None = None,
-    slices: WeightShards | None = None,
+    weight_shards: WeightShards | None = None,
     piece_bytes: int = PIECE_BYTES,
 ) -> None:
     """Keeps a copy of a quantised base, unless there is one or the disk is short.
@@ -71,20 +71,22 @@ def save_base(
     Args:
         model: As `load_base` made it, before an adapter is attached.
         facts: See `base_directory`.
-        report: Told when no copy could be kept: the work goes on without.
-        slices: Of which the model holds this rank's: then all ranks come here, and the main one writes what it gathers.
+        report: Receives why no copy could be kept; the work goes on without.
+        weight_shards: Where the model holds this rank's share only: all ranks call, and the main one writes what it gathers.
         piece_bytes: Of the file, covered by one digest.
     """
     directory = base_directory(facts)
-    is_main = slices.ranks.is_main if slices else os.environ.get("RANK", "0") == "0"
-    shapes = {name: _whole_shape(model, name, tensor) if slices else tensor for name, tensor in _tensors_of(model)}
+    is_main = weight_shards.ranks.is_main if weight_shards else os.environ.get("RANK", "0") == "0"
+    shapes = {
+        name: _whole_shape(model, name, tensor) if weight_shards else tensor for name, tensor in _tensors_of(model)
+    }
     wanted = is_main and not directory.exists() and _has_room(directory.parent, shapes.values(), report)
-    if slices:
-        wanted = bool(slices.ranks.all_reduce_max(int(wanted), model.device))
+    if weight_shards:
+        wanted = bool(weight_shards.ranks.all_reduce_max(int(wanted), model.device))
     if not wanted:
         return
     values = (
-        slices.gather(tensor, shapes[name], model.device) if slices and shapes[name].is_meta else tensor
+        weight_shards.gather(tensor, shapes[name], model.device) if weight_shards and shapes[name].is_meta else tensor
         for name, tensor in _tensors_of(model)
     )
     try:
@@ -146,11 +148,11 @@ def restore_base(
     make_linear: MakeLinear,
     device: torch.device,
     report: Report | None = None,
-    slices: WeightShards | None = None,
+    weight_shards: WeightShards | None = None,
 ) -> Any | None:
     """The base whose copy is here; None where there is none that can be used.
 
-    A damaged copy is told and removed.
+    A damaged copy is reported and removed.
 
     Args:
         facts: See `base_directory`.
@@ -158,8 +160,8 @@ def restore_base(
         make_linear: Makes a 4-bit linear of a packed weight (under ""), what undoes the packing (under the ending each
             has in a checkpoint, such as ".absmax") and a bias.
         device: Where it goes.
-        report: Told what is read.
-        slices: Keep this rank's share of each packed weight and its constants only.
+        report: Receives what is read.
+        weight_shards: Keep this rank's share of each packed weight and its constants only.
 
     Returns:
         The model, every tensor on `device`, bit for bit the one that was saved.
@@ -169,7 +171,7 @@ def restore_base(
         return None
     try:
         manifest = read_json(directory / MANIFEST)
-        tensors = _read(directory / WEIGHTS, manifest, device, slices)
+        tensors = _read(directory / WEIGHTS, manifest, device, weight_shards)
         model = build()
         _fill(model, tensors, make_linear)
     except (RunError, OSError, ValueError, KeyError, AttributeError) as error:
@@ -186,7 +188,7 @@ def restore_base(
 
 
 def _read(
-    path: Path, manifest: Mapping[str, Any], device: torch.device, slices: WeightShards | None
+    path: Path, manifest: Mapping[str, Any], device: torch.device, weight_shards: WeightShards | None
 ) -> dict[str, Tensor]:
     """Every tensor of the file, verified, on the device.
 
@@ -195,13 +197,13 @@ def _read(
     """
     with HashedFile(path, manifest["sha256"], int(manifest["hashed_bytes"])) as file:
         packed = {name.split(f".{FOUR_BIT}")[0] for name in file.entries if f".weight.{FOUR_BIT}" in name}
-        sharded = {name for weight in packed for name in (weight, f"{weight}.absmax")} if slices else set()
+        sharded = {name for weight in packed for name in (weight, f"{weight}.absmax")} if weight_shards else set()
         tensors, parts = {}, []
         for name, entry in file.entries.items():
-            if slices and name in sharded:
+            if weight_shards and name in sharded:
                 elements = entry.elements
-                first, last = slices.bounds(elements)
-                tensors[name] = slices.blank(elements, entry.dtype, device)
+                first, last = weight_shards.bounds(elements)
+                tensors[name] = weight_shards.blank(elements, entry.dtype, device)
                 parts.append((entry.start + first * entry.dtype.itemsize, tensors[name][: last - first]))
             else:
                 home = HOST if FOUR_BIT in name else device  # the state itself is read by the host

@@ -1,5 +1,6 @@
 """Structure of a model: built without weights, its linear layers and its output head by name."""
 
+import copy
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False) ->
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"{config.model_type} is no causal language model that can be built here: {first_line(error)}",

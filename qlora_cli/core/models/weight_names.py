@@ -1,4 +1,4 @@
-"""Names in a checkpoint in, names in the model they are loaded into out: the renaming transformers does as it loads."""
+"""Names of weights: in a checkpoint, and in the model that transformers loads it into."""
 
 from collections.abc import Callable, Iterable
 

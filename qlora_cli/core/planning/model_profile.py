@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from qlora_cli.config import LoraSettings
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
@@ -73,8 +74,7 @@ def gather_facts(
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
-    adapted = attach_adapter(
-        model,
+    lora = LoraSettings(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
@@ -83,6 +83,7 @@ def gather_facts(
         dora=dora,
         modules_to_save=modules_to_save,
     )
+    adapted = attach_adapter(model, lora)
     trace, untraced = None, None
     try:
         trace = trace_model(adapted, fused=engine == "fast" and not dora) if followed else None

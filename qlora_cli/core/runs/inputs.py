@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows
@@ -13,7 +13,7 @@ from qlora_cli.core.data.prepare import prepare_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.data.split import RowSubset, hold_out
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.models.loading import load_config, load_tokenizer
+from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.planning.run_plan import gather_run_facts
 from qlora_cli.core.prompts.encoder import encoder_of
@@ -42,8 +42,7 @@ class Run:
 class RunInputs:
     """What a run reads before the base is loaded."""
 
-    model_config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    files: ModelFiles  # of the base
     facts: ModelProfile  # of the base with its adapter
     rows: PreparedRows  # all of them
     data: TrainingData
@@ -60,22 +59,22 @@ def read_inputs(run: Run) -> RunInputs:
     """
     config = run.config
     assert config.model is not None
-    name, revision, trusted = config.model, config.model_revision, config.trust_remote_code
-    model_config = load_config(name, revision, trust_remote_code=trusted)
-    tokenizer = load_tokenizer(name, revision, trust_remote_code=trusted)
-    facts = gather_run_facts(config, model_config, run.device)
+    files = resolve_model(
+        config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=run.report
+    )
+    facts = gather_run_facts(config, files.config, run.device)
     with run.accelerator.main_process_first():
         if config.prepared is None:
-            rows = PreparedRows(prepare_rows(config, tokenizer, model_config, None, run.report).directory)
+            rows = PreparedRows(prepare_rows(config, files.tokenizer, files.config, None, run.report).directory)
         else:
-            rows = open_prepared(config.prepared, tokenizer, name)
+            rows = open_prepared(config.prepared, files.tokenizer, files.name)
     max_length = config.max_length or rows.manifest["max_length"]
     train_rows, eval_rows = hold_out(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
     sampler = sample_batches(config, train_rows, run.ranks, max_length)
     once = replace(config, gradient_accumulation_steps=run.ranks.world_size, epochs=1.0, max_steps=None)
     eval_sampler = sample_batches(once, eval_rows, run.ranks, max_length) if len(eval_rows) else None
     data = TrainingData(train_rows, sampler, eval_rows, eval_sampler)
-    return RunInputs(model_config, tokenizer, facts, rows, data, max_length)
+    return RunInputs(files, facts, rows, data, max_length)
 
 
 def open_prepared(directory: str, tokenizer: PreTrainedTokenizerBase, model: str) -> PreparedRows:

@@ -1,0 +1,163 @@
+"""Files of one model: found or downloaded once a command, then its configuration, tokenizer, weights and identity."""
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from qlora_cli.artifacts import MERGE_RECORD
+from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.device import dtype_name
+from qlora_cli.core.models.hub import commit_of, download_snapshot
+from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
+from qlora_cli.errors import ModelError, UsageError, first_line
+from qlora_cli.events import Report
+
+CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
+TOKENIZER_FILES = [
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+]
+WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files, resolved by `resolve_model` once a command and handed on. Each property is read once.
+
+    Attributes:
+        name: Directory or hub id, as it was given.
+        directory: Where configuration and tokenizer are; `weights` is the same directory, with the weights in it.
+        commit: Full hash of a hub model; None for a directory of the user's.
+        trust_remote_code: Run the model's own code.
+        report: Receives what downloading and loading the weights report.
+    """
+
+    name: str
+    directory: Path
+    commit: str | None
+    trust_remote_code: bool = False
+    report: Report | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration, from config.json alone.
+
+        Raises:
+            ModelError: It is broken, needs code of its own, or is no causal language model.
+        """
+        try:
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"{self.name} needs code that comes with the model, which is not run.",
+                    "If you have read it, add --trust-remote-code --model-revision COMMIT.",
+                ) from error
+            raise ModelError(f"The configuration of {self.name} cannot be read: {first_line(error)}") from error
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ModelError: There is none, or it cannot be read.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # a broken tokenizer file raises whatever the Rust library raises
+            raise ModelError(
+                f"The tokenizer of {self.name} cannot be read: {first_line(error)}",
+                "Check that the tokenizer files are there.",
+            ) from error
+
+    @cached_property
+    def weights(self) -> Path:
+        """The directory once the weights are in it: those of a hub model are downloaded at the first use.
+
+        Raises:
+            ModelError: They cannot be downloaded, or are not in safetensors.
+        """
+        if self.commit is not None:
+            download_snapshot(self.name, self.commit, WEIGHT_FILES, kind="model", report=self.report)
+        if any(self.directory.glob("*.safetensors")):
+            return self.directory
+        if any(path.suffix in (".bin", ".pt", ".pth") for path in self.directory.iterdir()):
+            raise ModelError(
+                f"{self.name} holds pickle weights only, which can run code when they are read.",
+                "Give --model a revision with safetensors files, or convert it once in a place you trust.",
+            )
+        raise ModelError(
+            f"{self.name} holds no safetensors weights.", "Check the directory, or download the model again."
+        )
+
+    @cached_property
+    def config_sha256(self) -> str:
+        """Digest of the configuration."""
+        return config_digest(self.directory)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Digest of the weights, which are downloaded if need be.
+
+        Raises:
+            ModelError: As `weights`, or a file is damaged.
+        """
+        return weights_digest(self.weights)
+
+    def identity(self, quantization: QuantizationSettings, compute_dtype: torch.dtype) -> BaseIdentity:
+        """What an adapter trained on this model, held like that, is trained on. Nothing is loaded.
+
+        Raises:
+            ModelError: As `weights_sha256`.
+        """
+        return BaseIdentity(
+            model=self.name if self.commit else str(self.directory.resolve()),
+            revision=self.commit,
+            config_sha256=self.config_sha256,
+            weights_sha256=self.weights_sha256,
+            quant_type=quantization.quant_type,
+            double_quant=quantization.double_quant,
+            compute_dtype=dtype_name(compute_dtype),
+        )
+
+
+def resolve_model(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False, report: Report | None = None
+) -> ModelFiles:
+    """Finds a model; of one on the hub, configuration and tokenizer are downloaded.
+
+    Args:
+        model: Directory or hub id.
+        revision: Commit, branch or tag of a hub model.
+        trust_remote_code: Run the model's own code; needs a full commit hash unless the model is a directory.
+        report: Receives what downloading and loading report.
+
+    Raises:
+        ModelError: It is not there, gated, unauthorised or out of reach.
+        UsageError: `trust_remote_code` without a pinned revision.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
+        return ModelFiles(model, directory, None, trust_remote_code, report)
+    if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise UsageError(
+            "--trust-remote-code runs code from the hub and needs --model-revision with the full 40-digit commit hash.",
+            "Read the code at that commit first, then name it with --model-revision.",
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
+        raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
+    directory = download_snapshot(model, revision, CONFIG_FILES + TOKENIZER_FILES, kind="model", report=report)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{model} has no config.json.", "Give --model a transformers model.")
+    return ModelFiles(model, directory, commit_of(directory), trust_remote_code, report)
