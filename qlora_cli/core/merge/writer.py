@@ -193,7 +193,7 @@ def digest_file(path: Path, pool: ThreadPoolExecutor) -> str | None:
     """The digest `write_files` records for a file, read back from the disk; None where it is not even safetensors."""
     try:
         file = TensorFile(path)
-    except (QloraError, OSError):
+    except QloraError:
         return None
     with file:
 
