@@ -410,6 +410,12 @@ def test_a_model_too_large_to_compare_is_merged_and_that_is_reported(case, monke
     assert "not compared" in (case.output / "README.md").read_text()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
+def test_a_vocabulary_that_grew_is_compared_too(tiny_model, tmp_path, architecture) -> None:
+    result = make_case(tiny_model(architecture), tmp_path, new_tokens=8).merge(verify=True)
+    assert result.verification.kl_mean < 1e-5
+
+
 def test_falcon_is_not_written_in_four_bits_that_transformers_would_not_read(tiny_model, tmp_path) -> None:
     case = make_case(tiny_model("falcon"), tmp_path)
     with pytest.raises(MergeError, match="FalconLinear"):

@@ -108,7 +108,8 @@ def verify_merge(
         )
         if plan.vocabulary is not None:
             model.resize_token_embeddings(plan.vocabulary, mean_resizing=False)
-        yield load_adapter(model, adapter).eval()
+        resized = () if plan.vocabulary is None else embedding_names(base.model)
+        yield load_adapter(model, adapter, replaced=resized).eval()
 
     return compare_models(
         open_trained, lambda: open_merged(directory, base, options), chosen, device=device, report=report

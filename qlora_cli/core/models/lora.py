@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,21 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
 
 
 def load_adapter(
-    model: PreTrainedModel | PeftModel, directory: Path, *, trainable: bool = False, name: str = "default"
+    model: PreTrainedModel | PeftModel,
+    directory: Path,
+    *,
+    trainable: bool = False,
+    name: str = "default",
+    replaced: Iterable[str | None] = (),
 ) -> PeftModel:
     """Loads an adapter onto a base, or one more onto a model that has some.
+
+    Args:
+        model: The base, or the model with adapters.
+        directory: Of the adapter.
+        trainable: Whether it is trained on.
+        name: Of the adapter in the model.
+        replaced: Parameters of the base that the adapter's file may replace: embeddings of a vocabulary that grew.
 
     Raises:
         AdapterError: No adapter there, pickle weights, or shapes that belong to another base.
@@ -143,7 +155,7 @@ def load_adapter(
             "Give the base it was trained on with --model.",
         )
     loaded = adapter_state(peft_model, name)
-    missing = sorted(set(facts.tensors) - set(loaded))
+    missing = sorted(set(facts.tensors) - set(loaded) - {f"base_model.model.{parameter}" for parameter in replaced})
     if missing:
         raise AdapterError(
             f"The adapter in {directory} has {len(missing)} tensors this base has no place for, first {missing[0]}.",
