@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.artifacts import PREPARED_MANIFEST, RUN_RECORD, sha256_of
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.config import PrepareConfig
-from qlora_cli.core.data.dataset import PreparedRows
-from qlora_cli.core.data.split import hold_out
+from qlora_cli.core.data.dataset import PreparedRows, hold_out
 from qlora_cli.core.merge.delta import read_deltas
 from qlora_cli.core.merge.output_directory import unfinished_path
 from qlora_cli.core.merge.verify import find_rows

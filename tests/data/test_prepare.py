@@ -21,13 +21,13 @@ from qlora_cli.artifacts import BAD_ROWS, PREPARED_MANIFEST, PREPARED_ROWS
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data import prepare as examples
 from qlora_cli.core.data import readers as files
+from qlora_cli.core.data.chunks import Chunk
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import choose_max_length, prepare_rows
 from qlora_cli.core.data.tokenize import Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.prompts.encoder import describe_tokenizer, encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, format_prompt
-from qlora_cli.core.prompts.records import Chunk
 from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress
 from tests.prompts import chat_templates

@@ -10,8 +10,8 @@ import torch
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.core.data.dataset import hold_out
 from qlora_cli.core.data.sampler import BatchSampler
-from qlora_cli.core.data.split import hold_out
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.files import resolve_model

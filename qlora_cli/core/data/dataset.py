@@ -1,14 +1,15 @@
-"""Batches of tokenised rows in, a prepared directory out; and back: its rows, mapped from the disk one at a time."""
+"""A prepared directory: its rows written as Arrow batches, read through a memory map, split into trained and held out."""
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, disk_full, is_prepared, read_json
-from qlora_cli.errors import RunError
+from qlora_cli.errors import DataError, RunError, UsageError
 
 SCHEMA = pa.schema(
     [
@@ -16,6 +17,7 @@ SCHEMA = pa.schema(
         pa.field("trained", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
     ]
 )
+HOLDOUT_STREAM = 0x5E7  # apart from the stream that orders the epochs
 
 
 class RowWriter:
@@ -115,3 +117,60 @@ class PreparedRows:
         start, stop = self._borders[batch][index - self._first_row[batch] :][:2].tolist()
         trained = self._trained[batch][start:stop].to_numpy(zero_copy_only=False)
         return self._ids[batch][start:stop], trained
+
+
+class Rows(Protocol):
+    """Tokenised rows, in memory or on disk."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) int32: tokens of each row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids int32 (n,), trained bool (n,)) of one row."""
+        ...
+
+
+class RowSubset:
+    """Some rows of a set, numbered from 0; `indices` are their numbers in the set."""
+
+    def __init__(self, rows: Rows, indices: Sequence[int] | np.ndarray) -> None:
+        self.rows = rows
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.lengths = np.asarray(rows.lengths)[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows[int(self.indices[index])]
+
+
+def hold_out(rows: Rows, *, fraction: float, count: int | None, seed: int) -> tuple[RowSubset, RowSubset]:
+    """Splits rows into those trained on and those evaluated on, each in the set's order.
+
+    Args:
+        rows: All rows.
+        fraction: Share held out, rounded to whole rows, at least one where it is above 0.
+        count: Number held out, instead of a share.
+        seed: Chooses which.
+
+    Raises:
+        UsageError: The share or the number makes no sense.
+        DataError: Nothing would be left to train on.
+    """
+    if not 0 <= fraction < 1:
+        raise UsageError(f"--eval-fraction is {fraction}.", "Use a share from 0 to below 1, such as 0.1.")
+    if count is not None and count < 0:
+        raise UsageError(f"--eval-rows is {count}.", "Use 0 or more rows.")
+    held = count if count is not None else max(1, round(fraction * len(rows))) if fraction else 0
+    if held >= len(rows):
+        raise DataError(
+            f"Holding out {held} of {len(rows)} rows leaves nothing to train on.",
+            "Lower --eval-rows or --eval-fraction, or use more rows.",
+        )
+    order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(rows))
+    return RowSubset(rows, np.sort(order[held:])), RowSubset(rows, np.sort(order[:held]))

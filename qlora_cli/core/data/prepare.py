@@ -21,6 +21,7 @@ from qlora_cli.artifacts import (
     write_json,
 )
 from qlora_cli.config import DataSettings
+from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter
 from qlora_cli.core.data.schema import Recognised, read_template, recognise
 from qlora_cli.core.data.sources import Source, resolve_source
@@ -28,7 +29,7 @@ from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
-from qlora_cli.core.prompts.records import BadRow, Chunk, Record, parse_chunk
+from qlora_cli.core.prompts.records import Record
 from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report
 

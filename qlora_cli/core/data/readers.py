@@ -1,36 +1,37 @@
-"""Data files in, chunks of rows out, in order: raw lines for others to parse, or records where order matters.
+"""Readers of data files: JSON Lines, JSON, CSV, TSV, Parquet and text, compressed or not, as chunks of rows in order.
 
-JSON Lines and text are only cut at line ends here; CSV, JSON arrays and Parquet are parsed here.
+JSON Lines and text are only cut at line ends here; CSV, JSON and Parquet are parsed here, where order matters. No
+file is held as a whole but a JSON object that holds its rows in some field.
 """
 
+import codecs
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
-from qlora_cli.core.data.json_files import read_array, read_object
-from qlora_cli.core.prompts.records import (
+from qlora_cli.core.data.chunks import (
+    DECODER,
     RECORDS_A_CHUNK,
     BadRow,
-    Batch,
     Chunk,
-    Record,
-    problem_of_record,
+    ChunkBuilder,
+    is_cut_short,
+    json_cause,
+    refuse_constant,
     too_long,
 )
+from qlora_cli.core.prompts.records import Record, problem_of_record
 from qlora_cli.errors import first_line
 
 CHUNK_BYTES = 2**19
-HEAD_BYTES = 2**20  # looked at to tell what a file is
+HEAD_BYTES = 2**20  # looked at to see what a file is
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -40,7 +41,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "txt",
 }
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def format_of(path: Path) -> str | None:
@@ -51,13 +52,14 @@ def format_of(path: Path) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def read_chunks(path: Path, name: str, max_line_bytes: int) -> Iterator[Chunk]:
-    """One file, cut into chunks in order.
+def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """One file, cut into chunks in order; what is wrong with it comes as bad rows.
 
     Args:
         path: The file.
         name: How messages call it.
         max_line_bytes: Longest line (JSON element, CSV row) accepted.
+        chunk_bytes: Bytes of lines in a chunk, and of a JSON array read at once.
     """
     kind = format_of(path)
     try:
@@ -73,60 +75,29 @@ def read_chunks(path: Path, name: str, max_line_bytes: int) -> Iterator[Chunk]:
             if kind in ("csv", "tsv"):
                 chunks = _read_csv(stream, name, max_line_bytes, tabs=kind == "tsv")
             elif kind in ("json", "jsonl") and head.lstrip()[:1] == b"[":
-                chunks = read_array(stream, name, max_line_bytes, CHUNK_BYTES)
+                chunks = _read_array(stream, name, max_line_bytes, chunk_bytes)
             elif kind == "json" and not _is_whole_json(head):
-                chunks = read_object(stream, name)
+                chunks = _read_object(stream, name)
             else:
-                chunks = _read_lines(stream, name, max_line_bytes, "txt" if kind == "txt" else "jsonl")
+                chunks = _read_lines(stream, name, max_line_bytes, chunk_bytes, "txt" if kind == "txt" else "jsonl")
             seen = 0
             for chunk in chunks:
                 position = file.tell()
                 chunk.source_bytes, seen = position - seen, position
                 yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        yield Chunk(name, bad_rows=[BadRow(name, None, f"the compressed data is broken or cut short ({error})")])
     except OSError as error:
-        yield Chunk(name, bad_rows=[BadRow(name, None, f"cannot be read ({error.strerror or error})")])
+        # What pyarrow finds wrong with compressed data has no error number; what the system refuses has one.
+        is_broken = error.errno is None and path.suffix.lower() in COMPRESSIONS
+        cause = "the compressed data is broken or cut short" if is_broken else "cannot be read"
+        yield Chunk(name, bad_rows=[BadRow(name, None, f"{cause} ({error.strerror or first_line(error)})")])
 
 
 def _decompress(path: Path, file: IO[bytes]) -> io.BufferedReader:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), HEAD_BYTES)
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(file), HEAD_BYTES)
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is not None:
+        return io.BufferedReader(pa.input_stream(file, compression=compression), HEAD_BYTES)
     assert isinstance(file, io.BufferedReader)
     return file
-
-
-class _ZstdStream(io.RawIOBase):
-    """A zstd stream that notices when it was cut short (zstandard's own reader takes that for the end)."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._decoder: Any = None  # of the frame being read
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            compressed = self._file.read(2**10)  # a kilobyte may hold 32 MB of one letter
-            if not compressed:
-                if self._decoder is not None:
-                    raise EOFError("the last frame does not end")
-                return 0
-            while compressed:
-                self._decoder = self._decoder or zstandard.ZstdDecompressor().decompressobj()
-                self._ready += self._decoder.decompress(compressed)
-                compressed = self._decoder.unused_data
-                if self._decoder.eof:
-                    self._decoder = None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
 
 
 def _problem_of(head: bytes) -> str | None:
@@ -154,10 +125,12 @@ def _is_whole_json(head: bytes) -> bool:
     return bool(rest.strip())
 
 
-def _read_lines(stream: io.BufferedReader, name: str, max_line_bytes: int, kind: str) -> Iterator[Chunk]:
-    """Whole lines, about CHUNK_BYTES at a time; a line past the limit is left out without being held."""
+def _read_lines(
+    stream: io.BufferedReader, name: str, max_line_bytes: int, chunk_bytes: int, kind: str
+) -> Iterator[Chunk]:
+    """Whole lines, about `chunk_bytes` at a time; a line past the limit is left out without being held."""
     line, rest, skipping = 1, b"", False
-    while block := stream.read(CHUNK_BYTES):
+    while block := stream.read(chunk_bytes):
         if skipping:
             _, newline, block = block.partition(b"\n")
             if not newline:
@@ -178,9 +151,165 @@ def _read_lines(stream: io.BufferedReader, name: str, max_line_bytes: int, kind:
         yield Chunk(name, line, kind, rest)
 
 
+def _read_array(stream: io.BufferedReader, name: str, max_line_bytes: int, chunk_bytes: int) -> Iterator[Chunk]:
+    """The elements of one JSON array, without holding the array; numbered by the line an element starts on."""
+    builder = ChunkBuilder(name)
+    text = _ArrayText(stream, max_line_bytes, chunk_bytes)
+    try:
+        for element, line in text.elements():
+            builder.add(element, line)
+            if builder.is_full:
+                yield builder.take()
+    except _BrokenArray as error:
+        builder.fail(error.line, f"{error}; what follows cannot be told apart")
+    else:
+        line = text.line
+        if text.next_sign():
+            builder.fail(line, "the file goes on after the end of its array")
+    yield builder.take()
+
+
+class _BrokenArray(Exception):
+    """What ends the reading of an array, and the line it is on."""
+
+    def __init__(self, line: int, cause: str) -> None:
+        super().__init__(cause)
+        self.line = line
+
+
+class _ArrayText:
+    """The text of a JSON array, decoded piece by piece.
+
+    Attributes:
+        line: Where it has been read up to, from 1.
+    """
+
+    def __init__(self, stream: io.BufferedReader, max_line_bytes: int, piece_bytes: int) -> None:
+        self.line = 1
+        self._stream, self._max_line_bytes, self._piece_bytes = stream, max_line_bytes, piece_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._buffer, self._at = "", 0
+        self._problem: str | None = None  # what is not UTF-8, once it is met
+
+    def elements(self) -> Iterator[tuple[Any, int]]:
+        """Every element with the line it starts on.
+
+        Raises:
+            _BrokenArray: It is no array, or is cut short.
+        """
+        self.next_sign()
+        self._at += 1  # the opening bracket
+        is_separated = True  # whether a comma, or the bracket, has come since the element before
+        while (sign := self.next_sign()) != "]":
+            if is_separated:
+                line = self.line
+                yield self._next_element(), line
+            elif not sign:
+                raise self._ended()
+            elif sign != ",":
+                raise _BrokenArray(self.line, "invalid JSON: Expecting ',' delimiter")
+            else:
+                self._at += 1
+            is_separated = not is_separated
+        self._at += 1
+
+    def next_sign(self) -> str:
+        """The next letter that is no space; empty at the end."""
+        while True:
+            end = _SPACE.match(self._buffer, self._at).end()  # type: ignore[union-attr]
+            self._move(end)
+            if end < len(self._buffer) or not self._read_on():
+                return self._buffer[self._at : self._at + 1]
+
+    def _next_element(self) -> Any:
+        while True:
+            try:
+                element, end = DECODER.raw_decode(self._buffer, self._at)
+            except (ValueError, RecursionError) as error:
+                self._repair(error)
+            else:
+                self._move(end)
+                return element
+
+    def _repair(self, error: Exception) -> None:
+        """Reads on if an element has not come to its end; raises _BrokenArray if that is not what is wrong."""
+        if not isinstance(error, json.JSONDecodeError):
+            raise _BrokenArray(self.line, json_cause("", error))
+        # An escape, a name such as true, or a number may be cut in two by the end of what was read.
+        if error.msg.startswith("Unterminated string") or error.pos >= len(self._buffer) - 16:
+            if len(self._buffer) - self._at > self._max_line_bytes:
+                cause = f"an element of the array is longer than --max-line-bytes {self._max_line_bytes}"
+                raise _BrokenArray(self.line, cause)
+            if self._read_on():
+                return
+            if self._problem or is_cut_short(error, self._buffer):
+                raise self._ended()
+        self._move(error.pos)
+        raise _BrokenArray(self.line, f"invalid JSON: {error.msg}")
+
+    def _move(self, position: int) -> None:
+        self.line += self._buffer.count("\n", self._at, position)
+        self._at = position
+
+    def _read_on(self) -> bool:
+        """Reads the next piece, no shorter than what is held, so that a long element is parsed anew a few times only."""
+        if self._problem:
+            return False
+        raw = self._stream.read(max(self._piece_bytes, len(self._buffer) - self._at))
+        try:
+            text = self._decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            text = error.object[: error.start].decode("utf-8")
+            self._problem = f"not UTF-8: byte 0x{error.object[error.start]:02X}"
+        if raw:
+            self._buffer, self._at = self._buffer[self._at :] + text, 0
+        return bool(raw)
+
+    def _ended(self) -> _BrokenArray:
+        if self._problem:
+            self._move(len(self._buffer))
+        return _BrokenArray(self.line, self._problem or "truncated JSON: the file ends before its array does")
+
+
+_SPACE = re.compile(r"\s*")
+
+
+def _read_object(stream: io.BufferedReader, name: str) -> Iterator[Chunk]:
+    """A JSON object that holds rows: a list of objects in some field, or a list for each column."""
+    builder = ChunkBuilder(name)
+    try:
+        content = json.loads(stream.read().decode("utf-8-sig"), parse_constant=refuse_constant)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        builder.fail(line, f"not UTF-8: byte 0x{error.object[error.start]:02X}")
+    except json.JSONDecodeError as error:
+        cause = f"invalid JSON at column {error.colno}: {error.msg}"
+        builder.fail(error.lineno, "truncated JSON" if is_cut_short(error, error.doc) else cause)
+    except (ValueError, RecursionError) as error:
+        builder.fail(None, json_cause("", error))
+    else:
+        for number, record in enumerate(_rows_of(content), start=1):
+            builder.add(record, number)
+    yield builder.take()
+
+
+def _rows_of(content: Any) -> list[Any]:
+    if not isinstance(content, dict) or {"messages", "conversations", "input_ids"} & content.keys():
+        return [content]
+    lists_of_objects = [
+        value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if len(lists_of_objects) == 1:
+        return lists_of_objects[0]
+    columns = list(content.values())
+    if columns and all(isinstance(value, list) and len(value) == len(columns[0]) for value in columns):
+        return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [content]
+
+
 def _read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs: bool) -> Iterator[Chunk]:
     """Rows under a header line; numbered by the line a row ends on."""
-    batch = Batch(name)
+    builder = ChunkBuilder(name)
     head = stream.peek(HEAD_BYTES).partition(b"\n")[0]
     delimiter = "\t" if tabs else ";" if b";" in head and b"," not in head else ","
     # Bytes that are not UTF-8 pass as lone surrogates, so that the row which holds them can be named.
@@ -193,24 +322,24 @@ def _read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs
         if len(set(header)) < len(header) or not all(header):
             problem = f"the header names a column twice or not at all ({', '.join(map(repr, header))})"
         if problem:
-            batch.fail(1, problem)
-            yield batch.take()
+            builder.fail(1, problem)
+            yield builder.take()
             return
         for row in rows:
             if not row:
                 continue
             if len(row) != len(header):
-                batch.fail(rows.line_num, f"the row has {len(row)} fields, the header {len(header)}")
+                builder.fail(rows.line_num, f"the row has {len(row)} fields, the header {len(header)}")
             else:
-                batch.add(dict(zip(header, row, strict=True)), rows.line_num)
-            if batch.is_full:
-                yield batch.take()
+                builder.add(dict(zip(header, row, strict=True)), rows.line_num)
+            if builder.is_full:
+                yield builder.take()
     except csv.Error as error:
-        batch.fail(rows.line_num, f"invalid CSV: {error}; what follows cannot be told apart")
+        builder.fail(rows.line_num, f"invalid CSV: {error}; what follows cannot be told apart")
     finally:
         csv.field_size_limit(previous_limit)
         text.detach()
-    yield batch.take()
+    yield builder.take()
 
 
 def _limited(text: io.TextIOWrapper, max_line_bytes: int) -> Iterator[str]:
@@ -227,7 +356,7 @@ def _read_parquet(path: Path, name: str, file: IO[bytes]) -> Iterator[Chunk]:
         yield Chunk(name, bad_rows=[BadRow(name, None, problem)])
         return
     file.seek(0)
-    batch = Batch(name)
+    builder = ChunkBuilder(name)
     line = 0
     total_bytes = path.stat().st_size
     try:
@@ -238,17 +367,17 @@ def _read_parquet(path: Path, name: str, file: IO[bytes]) -> Iterator[Chunk]:
             for record in _records_of(table):
                 line += 1
                 if isinstance(record, UnicodeDecodeError):
-                    batch.fail(line, f"not UTF-8: byte 0x{record.object[record.start]:02X}")
+                    builder.fail(line, f"not UTF-8: byte 0x{record.object[record.start]:02X}")
                 else:
-                    batch.add(record, line)
-            chunk = batch.take()
+                    builder.add(record, line)
+            chunk = builder.take()
             chunk.source_bytes = total_bytes * table.num_rows // rows
             yield chunk
         if not line:
-            batch.fail(None, "the file holds no rows")
+            builder.fail(None, "the file holds no rows")
     except (pa.ArrowException, OSError) as error:
-        batch.fail(line + 1 if line else None, f"broken Parquet: {first_line(error)}")
-    yield batch.take()
+        builder.fail(line + 1 if line else None, f"broken Parquet: {first_line(error)}")
+    yield builder.take()
 
 
 def _records_of(table: pa.RecordBatch) -> list[Record | UnicodeDecodeError]:

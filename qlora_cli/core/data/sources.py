@@ -12,9 +12,9 @@ import datasets
 from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
+from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, BadRow, Chunk
 from qlora_cli.core.data.readers import COMPRESSIONS, FORMATS, format_of, read_chunks
 from qlora_cli.core.models.hub import commit_of, download_snapshot
-from qlora_cli.core.prompts.records import RECORDS_A_CHUNK, BadRow, Chunk
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Progress, Report
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
+from qlora_cli.core.data.chunks import Chunk
 from qlora_cli.core.data.tokenize import TokenisedChunk, TokeniserSettings
-from qlora_cli.core.prompts.records import Chunk
 from qlora_cli.errors import DataError
 
 CHUNKS_AHEAD = 3  # chunks held for each process, waiting, in work or done; bounds the memory

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
 from qlora_cli.config import QuantizationSettings, TrainConfig
 from qlora_cli.config_file import read_config_file
-from qlora_cli.core.data.dataset import PreparedRows
-from qlora_cli.core.data.split import RowSubset, hold_out
+from qlora_cli.core.data.dataset import PreparedRows, RowSubset, hold_out
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models

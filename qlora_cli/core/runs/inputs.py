@@ -8,10 +8,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.core.data.dataset import PreparedRows, RowSubset, hold_out
 from qlora_cli.core.data.prepare import prepare_rows
 from qlora_cli.core.data.sampler import BatchSampler
-from qlora_cli.core.data.split import RowSubset, hold_out
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.planning.model_profile import ModelProfile

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import MicroBatch, collate
 from qlora_cli.core.data.sampler import split_to_fit
-from qlora_cli.core.data.split import RowSubset
 from qlora_cli.core.device import read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import Engine

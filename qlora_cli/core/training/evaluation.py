@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import split_micro_batch
 from qlora_cli.core.data.sampler import BatchSampler
-from qlora_cli.core.data.split import RowSubset
 from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.training.accumulation import ModelReplica, free_memory, is_out_of_memory, read_batch
 from qlora_cli.core.training.rng_state import undisturbed_random_state

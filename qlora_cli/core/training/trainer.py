@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from torch.optim import Optimizer
 
+from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import MicroBatch
 from qlora_cli.core.data.sampler import BatchSampler, Step
-from qlora_cli.core.data.split import RowSubset
 from qlora_cli.core.distributed.signals import StopRequest, stopping_on_signals
 from qlora_cli.core.training.accumulation import Accumulation, ModelReplica, StepSums, read_sums
 from qlora_cli.core.training.evaluation import measure_loss

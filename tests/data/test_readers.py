@@ -4,27 +4,26 @@ import csv
 import gzip
 import io
 import json
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.core.data import readers as files
-from qlora_cli.core.data.readers import format_of, read_chunks
-from qlora_cli.core.prompts.records import BadRow, parse_chunk
+from qlora_cli.core.data.chunks import BadRow, parse_chunk
+from qlora_cli.core.data.readers import CHUNK_BYTES, format_of, read_chunks
 
 LIMIT = 2**20
 ROWS = [{"a": "one é", "b": 'two "quoted", 東京'}, {"a": "line\nend", "b": "ünder🙂"}, {"a": "", "b": "x"}]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 
 
-def read(path, limit=LIMIT):
+def read(path, limit=LIMIT, chunk_bytes=CHUNK_BYTES):
     """([(line, record)], [bad row as text])."""
     records, bad = [], []
-    for chunk in read_chunks(path, path.name, limit):
+    for chunk in read_chunks(path, path.name, limit, chunk_bytes):
         parse_chunk(chunk, limit)
         assert len(chunk.records) == len(chunk.lines)
         records += zip(chunk.lines, chunk.records, strict=True)
@@ -32,12 +31,17 @@ def read(path, limit=LIMIT):
     return records, bad
 
 
+def zstd(content):
+    return pa.compress(content, "zstd", asbytes=True)
+
+
+COMPRESS = {".gz": gzip.compress, ".zst": zstd}
+
+
 def write(path, content):
     content = content.encode() if isinstance(content, str) else content
-    if path.suffix == ".gz":
-        content = gzip.compress(content)
-    elif path.suffix == ".zst":
-        content = zstandard.compress(content[:50]) + zstandard.compress(content[50:])  # two frames
+    if compress := COMPRESS.get(path.suffix):
+        content = compress(content[:50]) + compress(content[50:])  # two members, as `cat` makes them
     path.write_bytes(content)
     return path
 
@@ -113,19 +117,17 @@ def test_one_json_object_may_be_one_row(tmp_path):
 def test_rows_survive_any_cutting_into_chunks(tmp_path_factory, chunk_bytes, rows):
     directory = tmp_path_factory.mktemp("chunks")
     rows = rows or [{"a": "b", "n": []}]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK_BYTES", chunk_bytes)
-        lines, bad = read(write(directory / "rows.jsonl", as_jsonl(rows)))
+    lines, bad = read(write(directory / "rows.jsonl", as_jsonl(rows)), chunk_bytes=chunk_bytes)
+    assert not bad
+    assert lines == list(enumerate(rows, start=1))
+    for ascii_only, indent in ((True, None), (False, 1)):
+        text = json.dumps(rows, ensure_ascii=ascii_only, indent=indent)
+        records, bad = read(write(directory / "array.json", text), chunk_bytes=chunk_bytes)
         assert not bad
-        assert lines == list(enumerate(rows, start=1))
-        for ascii_only, indent in ((True, None), (False, 1)):
-            text = json.dumps(rows, ensure_ascii=ascii_only, indent=indent)
-            records, bad = read(write(directory / "array.json", text))
-            assert not bad
-            assert [record for _, record in records] == rows
-            if indent:
-                opening = [i for i, line in enumerate(text.split("\n"), 1) if line == " {"]
-                assert [line for line, _ in records] == opening
+        assert [record for _, record in records] == rows
+        if indent:
+            opening = [i for i, line in enumerate(text.split("\n"), 1) if line == " {"]
+            assert [line for line, _ in records] == opening
 
 
 GOOD = b'{"a": "1"}\n'
@@ -150,11 +152,10 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("chunk_bytes", [5, 2**19])
 @pytest.mark.parametrize("kind", BAD_LINES)
-def test_a_bad_line_is_named_and_the_rows_around_it_are_read(tmp_path, monkeypatch, kind, chunk_bytes):
-    monkeypatch.setattr(files, "CHUNK_BYTES", chunk_bytes)
+def test_a_bad_line_is_named_and_the_rows_around_it_are_read(tmp_path, kind, chunk_bytes):
     bad_line, cause = BAD_LINES[kind]
     path = write(tmp_path / "rows.jsonl", GOOD * 3 + bad_line + b"\n" + GOOD)
-    records, bad = read(path, limit=100)
+    records, bad = read(path, limit=100, chunk_bytes=chunk_bytes)
     assert bad == [f"rows.jsonl:4: {cause}"]
     assert [line for line, _ in records] == [1, 2, 3, 5]
 
@@ -183,11 +184,11 @@ BAD_ARRAYS = {
 }
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 16])
 @pytest.mark.parametrize("kind", BAD_ARRAYS)
-def test_a_broken_array_gives_its_rows_up_to_the_fault(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(files, "CHUNK_BYTES", 16)
+def test_a_broken_array_gives_its_rows_up_to_the_fault(tmp_path, kind, chunk_bytes):
     content, line, cause = BAD_ARRAYS[kind]
-    records, bad = read(write(tmp_path / "rows.json", content), limit=100)
+    records, bad = read(write(tmp_path / "rows.json", content), limit=100, chunk_bytes=chunk_bytes)
     assert records == [(2, {"a": "1"})]
     assert len(bad) == 1
     assert bad[0].startswith(f"rows.json:{line}: {cause}")
@@ -313,25 +314,29 @@ def test_parquet_with_text_that_is_not_utf8(tmp_path):
     )
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("members", [1, 2])
 @pytest.mark.parametrize("keep", [0.5, 0.99])
-def test_compressed_data_cut_short_is_noticed(tmp_path, suffix, keep):
+def test_compressed_data_cut_short_is_noticed(tmp_path, suffix, members, keep):
     path = tmp_path / f"rows.jsonl{suffix}"
-    import random
-
     content = as_jsonl([{"a": random.Random(i).randbytes(20).hex()} for i in range(5000)]).encode()
-    packed = gzip.compress(content) if suffix == ".gz" else zstandard.compress(content)
+    size = len(content) // members
+    packed = b"".join(COMPRESS[suffix](content[i : i + size]) for i in range(0, len(content), size))
     path.write_bytes(packed[: int(len(packed) * keep)])
     _, bad = read(path)
-    assert any("the compressed data is broken or cut short" in cause for cause in bad)
+    assert f"rows.jsonl{suffix}: the compressed data is broken or cut short (Truncated compressed stream)" in bad
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", COMPRESS)
 def test_data_that_is_not_compressed_at_all_is_noticed(tmp_path, suffix):
     path = tmp_path / f"rows.jsonl{suffix}"
     path.write_bytes(GOOD)
     (bad,) = read(path)[1]
-    assert "the compressed data is broken or cut short" in bad
+    assert bad.startswith(f"rows.jsonl{suffix}: the compressed data is broken or cut short (")
+    path.write_bytes(COMPRESS[suffix](GOOD) + b"something else")
+    assert "the compressed data is broken or cut short" in read(path)[1][-1]
+    path.write_bytes(b"")
+    assert read(path) == ([], [f"rows.jsonl{suffix}: the file is empty"])
 
 
 def test_a_file_that_cannot_be_opened_is_told(tmp_path):
