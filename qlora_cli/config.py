@@ -16,6 +16,7 @@ def setting(
     panel: str = "Options",
     choices: tuple[str, ...] | None = None,
     flag: str | None = None,
+    former_name: str | None = None,
     repeated: bool = False,
     recorded: bool = True,
 ) -> Any:
@@ -27,6 +28,7 @@ def setting(
         panel: Heading under which `--help` lists it.
         choices: Allowed values.
         flag: Spelling on the command line where it is not the usual one (see `flag_of`).
+        former_name: What it was called before; configuration files and command lines may still say so.
         repeated: A tuple is typed by repeating the flag, instead of with commas (its items may hold commas).
         recorded: Whether `run.yaml` keeps it (False for how one invocation behaves, such as `resume`).
     """
@@ -35,6 +37,7 @@ def setting(
         "panel": panel,
         "choices": choices,
         "flag": flag,
+        "former_name": former_name,
         "repeated": repeated,
         "recorded": recorded,
     }
@@ -123,11 +126,12 @@ class DataSettings:
     )
     split: str = setting("train", "Split of a hub or saved dataset.", panel=DATA)
     revision: str | None = setting(None, "Commit, branch or tag of a hub dataset.", panel=DATA)
-    shape: str = setting(
+    format: str = setting(
         "auto",
-        "Shape of the rows; auto recognises it and says so.",
+        "Format of the rows; auto recognises it and says so.",
         panel=DATA,
         choices=("auto", "text", "prompt", "chat", "tokens"),
+        former_name="shape",
     )
     text_column: str | None = setting(None, "Column with the text to train on.", panel=DATA)
     prompt_column: str | None = setting(None, "Column with the prompt.", panel=DATA)

@@ -36,9 +36,11 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not `setting: value` lines.")
     known = recorded_fields(config_type)
+    former_names = {known[name].metadata["former_name"]: name for name in known}
     settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        name = former_names.get(name, name)
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             command = config_type.__name__.removesuffix("Config").lower()

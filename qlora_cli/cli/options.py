@@ -78,8 +78,10 @@ def _option(field: Field) -> inspect.Parameter:
             help += f" One of: {', '.join(choices)}."
     elif get_origin(kind) is tuple:
         kind, metavar = (list[str], "TEXT") if field.metadata["repeated"] else (str, "A,B,...")
+    former_name = field.metadata["former_name"]
     option = typer.Option(
         flag_of(field),
+        *([f"--{former_name}"] if former_name else []),
         help=help,
         rich_help_panel=field.metadata["panel"],
         show_default=field.default is not None,

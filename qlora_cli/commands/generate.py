@@ -180,7 +180,7 @@ class SessionBackend:
 
     def remembers(self) -> bool:
         """See `ChatBackend.remembers`."""
-        return self.session.formatting(self.adapter).shape == "chat"
+        return self.session.formatting(self.adapter).format == "chat"
 
     def fits(self, prompt: Any) -> bool:
         """See `ChatBackend.fits`: the answer may take at least half of what --max-new-tokens allows."""

@@ -1,4 +1,4 @@
-"""`qlora prepare`: a data set and a model's tokenizer in, a prepared directory and its summary out."""
+"""`qlora prepare`: a dataset tokenised for a model into a prepared directory."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +44,7 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
 
 
 def show_rows(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, count: int, report: Report) -> None:
-    """Reports the first rows as text, in pieces that are trained or not."""
+    """Reports the first rows as text, cut where trained tokens begin or end."""
 
     def decode(ids: np.ndarray) -> str:
         return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -52,7 +52,7 @@ def show_rows(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, count: int
     for index in range(min(count, len(rows))):
         input_ids, trained = rows[index]
         borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
-        texts = [decode(input_ids[:border]) for border in borders]  # a piece by itself may lose its first space
+        texts = [decode(input_ids[:border]) for border in borders]  # decoded by itself, a part may lose its first space
         pieces = tuple(
             (text[len(before) :], bool(trained[start]))
             for (before, text), start in zip(pairwise(texts), borders, strict=False)

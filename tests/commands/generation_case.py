@@ -13,7 +13,7 @@ from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.prompts.formatting import Formatting
 
 CHAT = Formatting(
-    shape="chat",
+    format="chat",
     column="messages",
     template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",

@@ -12,7 +12,7 @@ from qlora_cli.errors import AdapterError, DataError, ModelError, RunError, Usag
 from qlora_cli.events import Caution, Notice, Progress, TextGenerated
 from tests.commands.generation_case import CHAT, write_run
 
-PAIR = Formatting(shape="prompt", prompt_column="q", completion_column="a", template="Question: {q}\nAnswer: {a}")
+PAIR = Formatting(format="prompt", prompt_column="q", completion_column="a", template="Question: {q}\nAnswer: {a}")
 
 
 @pytest.fixture(scope="module")

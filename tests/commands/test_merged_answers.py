@@ -22,7 +22,7 @@ def test_a_merged_model_gives_the_adapters_greedy_answer_in_the_trained_format(l
     run.mkdir()
     save_adapter(adapted, run, base_name=str(tiny_model("llama")))
     formatting = Formatting(
-        shape="prompt",
+        format="prompt",
         prompt_column="question",
         completion_column="answer",
         template="Question: {question}\nAnswer: {answer}",

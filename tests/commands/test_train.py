@@ -189,7 +189,7 @@ def test_the_record_says_what_generation_and_merging_need(finished, tiny_model):
     output, result, _ = finished
     record = artifacts.read_run_record(output)
     assert record["base"]["model"] == str(tiny_model("llama")) and len(record["base"]["weights_sha256"]) == 64
-    assert record["formatting"]["shape"] == "prompt"
+    assert record["formatting"]["format"] == "prompt"
     assert record["training"]["final_loss"] == result.final_loss
     assert record["versions"]["torch"] and Path(record["data"]["prepared"]).is_dir()
 

@@ -1,4 +1,4 @@
-"""Preparing data: every shape end to end, every row accounted for, the same rows found again, nothing half-written."""
+"""Preparing data: every format end to end, every row accounted for, the same rows found again, nothing half-written."""
 
 import json
 import os
@@ -19,11 +19,17 @@ from hypothesis import strategies as st
 
 from qlora_cli.artifacts import BAD_ROWS, PREPARED_MANIFEST, PREPARED_ROWS
 from qlora_cli.config import PrepareConfig
-from qlora_cli.core.data import prepare as examples
-from qlora_cli.core.data import readers as files
 from qlora_cli.core.data.chunks import Chunk
 from qlora_cli.core.data.dataset import PreparedRows
-from qlora_cli.core.data.prepare import choose_max_length, prepare_rows
+from qlora_cli.core.data.prepare import (
+    SMALL_BYTES,
+    TASK,
+    cache_directory,
+    choose_max_length,
+    count_processes,
+    prepare_rows,
+)
+from qlora_cli.core.data.readers import CHUNK_BYTES
 from qlora_cli.core.data.tokenize import Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.prompts.encoder import describe_tokenizer, encoder_of
@@ -43,7 +49,16 @@ def write(path, records):
 
 
 def prepare(
-    directory, records, tokenizer=None, *, events=None, output="prepared", overwrite=False, workers=None, **flags
+    directory,
+    records,
+    tokenizer=None,
+    *,
+    events=None,
+    output="prepared",
+    overwrite=False,
+    workers=None,
+    chunk_bytes=CHUNK_BYTES,
+    **flags,
 ):
     """The rows and the summary."""
     data = records if isinstance(records, str) else write(directory / "rows.jsonl", records)
@@ -51,7 +66,14 @@ def prepare(
     events = [] if events is None else events
     tokenizer = tokenizer or byte_level()
     summary = prepare_rows(
-        config, tokenizer, None, directory / output, events.append, overwrite=overwrite, workers=workers
+        config,
+        tokenizer,
+        None,
+        directory / output,
+        events.append,
+        overwrite=overwrite,
+        workers=workers,
+        chunk_bytes=chunk_bytes,
     )
     return PreparedRows(summary.directory), summary
 
@@ -61,7 +83,7 @@ def text(tokenizer, row, *, trained=None):
     return tokenizer.decode(ids if trained is None else ids[flags == trained])
 
 
-SHAPES = {
+FORMATS = {
     "text": ({"text": "the quick fox </s>"}, "the quick fox </s>"),
     "prompt": ({"question": "the quick <s>?", "answer": "fox"}, {"question": "the quick <s>?"}),
     "optional": ({"instruction": "add", "input": "", "output": "fox"}, "add"),
@@ -71,11 +93,11 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_legacy", "byte_level", "neox"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_shares_its_prompts_with_generation(tmp_path, shape, kind):
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_shares_its_prompts_with_generation(tmp_path, format, kind):
     """Through the manifest, as a run record keeps it: byte for byte the ids of the prepared row."""
     tokenizer = KINDS[kind]()
-    record, prompt = SHAPES[shape]
+    record, prompt = FORMATS[format]
     rows, summary = prepare(tmp_path, [record], tokenizer)
     formatting = Formatting.from_dict(json.loads(json.dumps(summary.manifest["formatting"])))
     ids, trained = rows[0]
@@ -85,7 +107,7 @@ def test_every_shape_shares_its_prompts_with_generation(tmp_path, shape, kind):
     assert ids[-1] == encoder.spec.eos_id
     assert trained[-1]
     assert not trained[0]
-    if shape != "text":
+    if format != "text":
         assert not trained[: len(prompt_ids)].any()
         assert trained[len(prompt_ids) :].all()
 
@@ -153,7 +175,7 @@ def tokeniser(kind):
     tokenizer = KINDS[kind]()
     settings_ = TokeniserSettings(
         spec=describe_tokenizer(tokenizer),
-        formatting=Formatting(shape="prompt", prompt_column="q", completion_column="a", template="{q}: {a}"),
+        formatting=Formatting(format="prompt", prompt_column="q", completion_column="a", template="{q}: {a}"),
         train_on="completion",
         max_length=64,
         overlong="truncate",
@@ -311,9 +333,8 @@ def test_data_without_any_row_is_an_error(tmp_path, on_bad_row):
             prepare(tmp_path, str(tmp_path / name), on_bad_row=on_bad_row)
 
 
-def test_only_the_first_rows_can_be_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK_BYTES", 256)
-    rows, summary = prepare(tmp_path, PAIRS, limit=7)
+def test_only_the_first_rows_can_be_taken(tmp_path):
+    rows, summary = prepare(tmp_path, PAIRS, limit=7, chunk_bytes=256)
     assert len(rows) == summary.manifest["records"] == 7
     assert "It is 7." in text(byte_level(), rows[6])
 
@@ -321,40 +342,37 @@ def test_only_the_first_rows_can_be_taken(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- many processes, the cache, interruptions
 
 
-def test_many_processes_give_the_rows_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK_BYTES", 512)
+def test_many_processes_give_the_rows_of_one(tmp_path):
     records = [{"question": f"{i} " * (i % 9), "answer": f"fox {i}"} for i in range(200)]
-    one, _ = prepare(tmp_path, records, workers=1, output="one")
+    one, _ = prepare(tmp_path, records, workers=1, output="one", chunk_bytes=512)
     events = []
-    two, summary = prepare(tmp_path, records, workers=2, output="two", events=events)
+    two, summary = prepare(tmp_path, records, workers=2, output="two", events=events, chunk_bytes=512)
     assert (tmp_path / "one" / PREPARED_ROWS).read_bytes() == (tmp_path / "two" / PREPARED_ROWS).read_bytes()
     assert len(one) == len(two) == 200
     progress = [event for event in events if isinstance(event, Progress)]
     assert all(event.total is None or event.total > event.done for event in progress[:-1])
     assert [event.done for event in progress] == sorted(event.done for event in progress)
-    assert progress[-1] == Progress(examples.TASK, 200, 200)
+    assert progress[-1] == Progress(TASK, 200, 200)
     assert len(progress) > 5
     assert summary.manifest["tokens"] == int(two.lengths.sum())
 
 
-def test_chats_are_prepared_by_many_processes_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK_BYTES", 512)
+def test_chats_are_prepared_by_many_processes_too(tmp_path):
     records = [{"messages": [MESSAGES[0], {"role": "assistant", "content": f"fox {i}"}]} for i in range(20)]
-    rows, _ = prepare(tmp_path, records, workers=2)
+    rows, _ = prepare(tmp_path, records, workers=2, chunk_bytes=512)
     assert [text(byte_level(), row, trained=True) for row in rows] == [f"fox {i}<|im_end|>" for i in range(20)]
 
 
-def test_a_template_that_loops_stops_many_processes(tmp_path):
-    path = tmp_path / "loop.jinja"
-    path.write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora_cli.core.prompts.chat_template.RENDER_SECONDS", 1.0)
-        with pytest.raises(DataError, match="did not come to an end"):
-            prepare(tmp_path, [{"messages": MESSAGES}], chat_template=str(path), workers=1)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_template_that_has_to_be_stopped_stops_the_preparation(tmp_path, workers):
+    path = tmp_path / "fill.jinja"
+    path.write_text("{{ 'a' * 10 ** 12 }}")
+    with pytest.raises(DataError, match="takes more than 512 MiB of memory"):
+        prepare(tmp_path, [{"messages": MESSAGES}], chat_template=str(path), workers=workers)
     assert not (tmp_path / "prepared").exists()
 
 
-def test_a_process_that_dies_is_told(tmp_path):
+def test_a_process_that_dies_is_reported(tmp_path):
     chunks = [Chunk("x", records=[{"q": "a", "a": "b"}], lines=[1])] * 4
     with TokeniserPool(tokeniser("byte_level")._settings, 2) as pool:
         assert [result.lengths.size for result in pool.process_all(chunks)] == [1] * 4
@@ -436,7 +454,7 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
         assert repaired.directory == first.directory
         assert len(PreparedRows(repaired.directory)) == 30
     monkeypatch.delenv("QLORA_CACHE")
-    assert examples.cache_directory() == Path.home() / ".cache" / "qlora" / "prepared"
+    assert cache_directory() == Path.home() / ".cache" / "qlora" / "prepared"
 
 
 def test_another_directory_is_not_written_over(tmp_path):
@@ -448,8 +466,7 @@ def test_another_directory_is_not_written_over(tmp_path):
     assert (tmp_path / "prepared" / "thesis.tex").read_text() == "x"
 
 
-def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK_BYTES", 256)
+def test_an_interruption_leaves_nothing_behind(tmp_path):
     prepare(tmp_path, PAIRS[:3])
     before = (tmp_path / "prepared" / PREPARED_ROWS).read_bytes()
     path = write(tmp_path / "rows.jsonl", PAIRS)
@@ -468,6 +485,7 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
                 interrupt,
                 overwrite=True,
                 workers=workers,
+                chunk_bytes=256,
             )
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["prepared", "rows.jsonl"]
     assert (tmp_path / "prepared" / PREPARED_ROWS).read_bytes() == before
@@ -516,7 +534,7 @@ def test_the_manifest_says_what_the_rows_are(tmp_path):
     assert manifest["trained_tokens"] == sum(int(trained.sum()) for _, trained in rows)
     assert manifest["lengths"]["max"] == rows.lengths.max()
     assert manifest["lengths"]["p50"] in rows.lengths
-    assert manifest["shape"] == "prompt"
+    assert manifest["formatting"]["format"] == "prompt"
     assert manifest["column"] == "answer"
     assert manifest["train_on"] == "completion"
     assert manifest["tokenizer"]["sha256"] == describe_tokenizer(tokenizer).sha256
@@ -528,13 +546,20 @@ def test_no_data_is_a_usage_error(tmp_path):
         prepare_rows(PrepareConfig(), byte_level(), None, tmp_path, lambda event: None)
 
 
-def test_small_input_starts_no_process(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("started a process")
+def test_small_input_starts_no_process():
+    assert count_processes(SMALL_BYTES - 1, None, cores=4) == 1
+    assert count_processes(SMALL_BYTES, None, cores=4) == 4
+    assert count_processes(None, None, cores=4) == 4  # a table
+    assert count_processes(SMALL_BYTES, None, cores=99) == 8
+    assert count_processes(1, 3, cores=1) == 3
 
-    monkeypatch.setattr(examples, "TokeniserPool", refuse)
-    assert len(prepare(tmp_path, PAIRS)[0]) == 30
-    monkeypatch.setattr(examples, "SMALL_BYTES", 10)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    with pytest.raises(AssertionError, match="started a process"):
-        prepare(tmp_path, PAIRS, output="b")
+
+def test_a_directory_prepared_when_formats_were_called_shapes_is_the_same(tmp_path):
+    _, summary = prepare(tmp_path, PAIRS)
+    path = tmp_path / "prepared" / PREPARED_MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["formatting"]["shape"] = manifest["formatting"].pop("format")
+    path.write_text(json.dumps(manifest))
+    assert prepare(tmp_path, PAIRS)[1].cache_hit
+    found = Formatting.from_dict(PreparedRows(tmp_path / "prepared").manifest["formatting"])
+    assert found == Formatting.from_dict(summary.manifest["formatting"])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.core.data.chunks import BadRow, parse_chunk
-from qlora_cli.core.data.readers import CHUNK_BYTES, format_of, read_chunks
+from qlora_cli.core.data.readers import CHUNK_BYTES, kind_of, read_chunks
 
 LIMIT = 2**20
 ROWS = [{"a": "one é", "b": 'two "quoted", 東京'}, {"a": "line\nend", "b": "ünder🙂"}, {"a": "", "b": "x"}]
@@ -364,7 +364,7 @@ def test_long_lines_are_left_out_without_being_held(tmp_path):
 def test_names_tell_formats():
     from pathlib import Path
 
-    known = {name: format_of(Path(name)) for name in ("a.JSON", "b.jsonl.zst", "c.d.parquet", "e.txt.gz", "f.tsv")}
+    known = {name: kind_of(Path(name)) for name in ("a.JSON", "b.jsonl.zst", "c.d.parquet", "e.txt.gz", "f.tsv")}
     assert known == {
         "a.JSON": "json",
         "b.jsonl.zst": "jsonl",
@@ -372,7 +372,7 @@ def test_names_tell_formats():
         "e.txt.gz": "txt",
         "f.tsv": "tsv",
     }
-    assert [format_of(Path(name)) for name in ("a.pdf", "README.md", "data", "a.gz", "json")] == [None] * 5
+    assert [kind_of(Path(name)) for name in ("a.pdf", "README.md", "data", "a.gz", "json")] == [None] * 5
 
 
 def test_bad_rows_read_well():

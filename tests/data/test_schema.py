@@ -1,4 +1,4 @@
-"""The shape of data is recognised and named, or taken from flags; what cannot be told is asked for."""
+"""The format of data is recognised and named, or taken from flags; what cannot be recognised is asked for."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def recognised(records, tokenizer=None, **settings):
 )
 def test_text_is_found(record, column):
     found = recognised(record)
-    assert found.formatting == Formatting(shape="text", column=column)
+    assert found.formatting == Formatting(format="text", column=column)
     assert found.train_on == "all"
     assert repr(column) in found.sentence
 
@@ -85,7 +85,7 @@ def test_the_plain_templates_name_their_parts():
 )
 def test_chats_are_found(record, column):
     found = recognised(record)
-    assert found.formatting == Formatting(shape="chat", column=column, template=FALLBACK_TEMPLATE)
+    assert found.formatting == Formatting(format="chat", column=column, template=FALLBACK_TEMPLATE)
     assert found.train_on == "completion"
     assert "a plain template (the model has none)" in found.sentence
 
@@ -103,7 +103,7 @@ def test_chats_take_the_models_template_or_the_users(tmp_path):
 
 def test_tokens_are_found():
     found = recognised({"input_ids": [1, 2], "labels": [-100, 2], "text": "x"})
-    assert found.formatting == Formatting(shape="tokens", column="input_ids")
+    assert found.formatting == Formatting(format="tokens", column="input_ids")
     assert "trained where labels are not -100" in found.sentence
     assert "every token trained" in recognised({"input_ids": [1, 2], "labels": [1, 2]}, train_on="all").sentence
 
@@ -121,13 +121,13 @@ def test_texts_formatted_beforehand_are_told_from_typed_tokens():
 
 def test_flags_state_the_shape():
     record = {"question": "q", "answer": "a", "text": "t", "chat": MESSAGES, "input_ids": [1]}
-    assert recognised(record, text_column="answer").formatting == Formatting(shape="text", column="answer")
+    assert recognised(record, text_column="answer").formatting == Formatting(format="text", column="answer")
     assert recognised(record, messages_column="chat").formatting.column == "chat"
-    assert recognised(record, shape="text").formatting.column == "text"
-    assert recognised(record, shape="tokens").formatting.column == "input_ids"
+    assert recognised(record, format="text").formatting.column == "text"
+    assert recognised(record, format="tokens").formatting.column == "input_ids"
     pair = recognised(record, prompt_column="text", completion_column="question").formatting
     assert pair.template == "### Text:\n{text}\n\n### Question:\n{question}"
-    assert recognised(record, shape="prompt").formatting.prompt_column == "question"
+    assert recognised(record, format="prompt").formatting.prompt_column == "question"
     assert recognised(record, completion_column="text").formatting.prompt_column == "question"
 
 
@@ -159,10 +159,10 @@ def test_a_template_may_be_a_file(tmp_path):
         ({"messages_column": "x"}, "no column 'x'", "--messages-column"),
         ({"template": "{question} {anwser}"}, "no column 'anwser'", "answer"),
         ({"template": "no field"}, "no {column} field", "'question', 'answer'"),
-        ({"shape": "tokens"}, "no column 'input_ids'", None),
-        ({"shape": "chat"}, "No column holds chat messages", "--messages-column"),
-        ({"text_column": "answer", "prompt_column": "question"}, "--text-column and --prompt-column contradict", "one shape"),
-        ({"shape": "chat", "template": "{answer}"}, "--shape and --template contradict", None),
+        ({"format": "tokens"}, "no column 'input_ids'", None),
+        ({"format": "chat"}, "No column holds chat messages", "--messages-column"),
+        ({"text_column": "answer", "prompt_column": "question"}, "--text-column and --prompt-column contradict", "one format"),
+        ({"format": "chat", "template": "{answer}"}, "--format and --template contradict", None),
         ({"text_column": "answer", "train_on": "completion"}, "--train-on completion needs a completion", "--prompt-column"),
         ({"prompt_column": "n", "completion_column": "n"}, "cannot be told", "--prompt-column and --completion-column"),
     ],

@@ -273,7 +273,7 @@ def test_end_tokens_include_what_closed_the_answers_in_training(tuned, tiny_mode
     model = tuned("llama")
     assert find_end_ids(model, tokenizer, default_formatting(tokenizer)) == {0}
     template = "{% for m in messages %}{{ m['content'] + '<|padding|>' }}{% endfor %}"
-    chat = Formatting(shape="chat", column="messages", template=template)
+    chat = Formatting(format="chat", column="messages", template=template)
     assert find_end_ids(model, tokenizer, chat) == {0, 1}
-    pair = Formatting(shape="prompt", prompt_column="q", completion_column="a", template="{q}\n{a}<|padding|>")
+    pair = Formatting(format="prompt", prompt_column="q", completion_column="a", template="{q}\n{a}<|padding|>")
     assert find_end_ids(model, tokenizer, pair) == {0, 1}

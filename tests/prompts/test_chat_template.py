@@ -1,11 +1,13 @@
 """Chat templates of every manner: the right words are trained, and a template that misbehaves is stopped."""
 
+import signal
+import threading
+
 import pytest
 
 from qlora_cli.core.prompts import chat_renderer as rendering
-from qlora_cli.core.prompts import chat_template as chat
 from qlora_cli.core.prompts.chat_renderer import ChatRenderer, RenderError
-from qlora_cli.core.prompts.chat_template import BadConversation, ChatProcess
+from qlora_cli.core.prompts.chat_template import RENDER_CPU_SECONDS, BadConversation, ChatProcess
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, RowFormatter, chat_formatting, format_prompt
 from qlora_cli.core.prompts.prompt_template import BadField
@@ -23,7 +25,7 @@ CHAT = [
 
 
 def formatting_of(template):
-    return Formatting(shape="chat", column="messages", template=template)
+    return Formatting(format="chat", column="messages", template=template)
 
 
 def check_prompts(template, tokenizer, messages=CHAT, train_on="completion"):
@@ -193,13 +195,8 @@ def test_a_refused_conversation_tells_the_templates_own_reason():
     assert isinstance(reason[1], list)  # the process goes on
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(chat, "RENDER_SECONDS", 2.0)
-
-
-def start(template):
-    return ChatProcess(template, {"eos_token": "</s>"}, ["</s>"], None)
+def start(template, cpu_seconds=RENDER_CPU_SECONDS):
+    return ChatProcess(template, {"eos_token": "</s>"}, ["</s>"], None, cpu_seconds)
 
 
 LOOP = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
@@ -210,8 +207,8 @@ ON_BOMB = "{% if messages[0]['content'] == 'bomb' %}" + "BOMB" + "{% endif %}" +
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (LOOP, "did not come to an end within 2 seconds"),
-        ("{{ 9 ** (9 ** 9) }}", "did not come to an end within 2 seconds|memory"),
+        (LOOP, "did not come to an end within 0.5 seconds"),
+        ("{{ 9 ** (9 ** 9) }}", "did not come to an end within 0.5 seconds|memory"),
         (FILL, "takes more than 512 MiB of memory"),
         ("{{ 'a' * 10 ** 12 }}", "takes more than 512 MiB of memory"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "never stops calling itself"),
@@ -223,19 +220,16 @@ ON_BOMB = "{% if messages[0]['content'] == 'bomb' %}" + "BOMB" + "{% endif %}" +
         ("{{ raise_exception('never') }}", "refuses a user's question and an answer: never"),
     ],
 )
-def test_a_template_that_misbehaves_is_stopped_at_once(request, template, message):
-    if "did not come to an end" in message:
-        request.getfixturevalue("impatient")
+def test_a_template_that_misbehaves_is_stopped(template, message):
+    loops = "did not come to an end" in message
     with pytest.raises(DataError, match=message) as error:
-        start(template)
+        start(template, 0.5 if loops else RENDER_CPU_SECONDS)
     assert "--chat-template" in error.value.hint
 
 
 @pytest.mark.parametrize(("bomb", "message"), [(LOOP, "come to an end"), (FILL, "512 MiB of memory")])
-def test_a_template_that_misbehaves_later_is_stopped_too_and_the_next_row_starts_anew(request, bomb, message):
-    if bomb == LOOP:
-        request.getfixturevalue("impatient")
-    process = start(ON_BOMB.replace("BOMB", bomb))
+def test_a_template_that_misbehaves_later_is_stopped_too_and_the_next_row_starts_anew(bomb, message):
+    process = start(ON_BOMB.replace("BOMB", bomb), 0.5 if bomb == LOOP else RENDER_CPU_SECONDS)
     harmful = [{"role": "user", "content": "bomb"}]
     try:
         answers = process.render([(harmful, None), (CHAT, None)])
@@ -245,6 +239,16 @@ def test_a_template_that_misbehaves_later_is_stopped_too_and_the_next_row_starts
     except DataError as error:
         assert message in error.message
     assert isinstance(process.render([(CHAT, None)])[0], list)
+    process.close()
+
+
+def test_only_the_time_of_one_conversation_counts():
+    """Many conversations, and a child that is stopped meanwhile, as on a busy machine, take longer than the limit."""
+    process = start(manners.CHATML.replace("{% for", "{% for i in range(20000) %}{% endfor %}{% for", 1), 0.25)
+    process._process.send_signal(signal.SIGSTOP)
+    threading.Timer(0.6, process._process.send_signal, [signal.SIGCONT]).start()
+    answers = process.render([(CHAT, None)] * 400)
+    assert all(isinstance(answer, list) for answer in answers)
     process.close()
 
 
@@ -266,7 +270,7 @@ def test_marks_are_chosen_so_that_no_text_is_mistaken_for_one():
     renderer = ChatRenderer(manners.CHATML, {}, ["<|im_start|>", "<|im_end|>"], None)
     everything = "".join(rendering.MARKS)
     with pytest.raises(RenderError, match="noncharacters"):
-        renderer.lay_out([{"role": "user", "content": everything}], None, required="none", prompt_only=True)
+        renderer.render([{"role": "user", "content": everything}], None, required="none", prompt_only=True)
     almost = everything[:-1] + "0<|im_end|>"
-    ((pieces, _),) = renderer.lay_out([{"role": "user", "content": almost}], None, required="none", prompt_only=True)
-    assert ("user\n" + almost, False, -1) in pieces
+    ((spans, _),) = renderer.render([{"role": "user", "content": almost}], None, required="none", prompt_only=True)
+    assert ("user\n" + almost, False, -1) in spans

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from qlora_cli.core.prompts import word_cache
 from qlora_cli.core.prompts.encoder import TextEncoder, describe_tokenizer, encoder_of
-from qlora_cli.core.prompts.word_cuts import find_cut
+from qlora_cli.core.prompts.word_cache import WordCache, find_cut
 from qlora_cli.errors import ModelError
 from tests.conftest import TEXT
 from tests.prompts.small_tokenizers import KINDS, byte_level, sentencepiece_like
@@ -165,14 +164,15 @@ def test_a_wrong_cut_is_noticed_on_the_first_texts():
     assert not encoder._words.is_cutting
 
 
-def test_words_are_forgotten_and_learnt_again(monkeypatch):
-    monkeypatch.setattr(word_cache, "MOST_WORDS", 8)
+def test_words_are_forgotten_and_learnt_again():
     tokenizer = byte_level()
-    encoder = TextEncoder(describe_tokenizer(tokenizer))
+    backend = tokenizer.backend_tokenizer
+    cut = find_cut(json.loads(backend.to_str()))
+    cache = WordCache(cut, backend, backend, lambda backend, texts, ids: ids, most_words=8)
     for i in range(60):
         text = f"the quick fox{i} sees {i % 7} dogs and {i * 37} cats"
-        assert encode(encoder, text) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
-    words = encoder._words._inside
+        assert cache.encode([text], [True]) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
+    words = cache._inside
     assert " sees" in words.known  # what comes again and again stays
     assert len(words.known) + len(words._older) < 40
 

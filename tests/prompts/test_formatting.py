@@ -16,13 +16,13 @@ from tests.prompts import chat_templates
 from tests.prompts.small_tokenizers import CHATML, KINDS, byte_level, sentencepiece_like
 
 PAIR = Formatting(
-    shape="prompt",
+    format="prompt",
     prompt_column="question",
     completion_column="answer",
     template="### Question:\n{question}\n\n### Answer: {answer}",
 )
-TEXT = Formatting(shape="text", column="text")
-CHAT = Formatting(shape="chat", column="messages", template=FALLBACK_TEMPLATE)
+TEXT = Formatting(format="text", column="text")
+CHAT = Formatting(format="chat", column="messages", template=FALLBACK_TEMPLATE)
 
 # Letters, spaces at either end, line ends, other scripts, and control tokens that somebody typed.
 TYPED = st.lists(
@@ -151,7 +151,7 @@ def test_spaces_before_an_answer_belong_to_the_answer():
 
 def test_an_empty_optional_column_takes_its_heading_along():
     formatting = Formatting(
-        shape="prompt",
+        format="prompt",
         prompt_column="instruction",
         completion_column="output",
         optional_column="input",
@@ -277,13 +277,13 @@ def test_messages_that_nobody_answers_are_left_out_and_counted():
 
 
 def test_a_formatting_survives_json():
-    formatting = Formatting(shape="chat", column="messages", template=chat_templates.DATED, date="2024-02-29")
+    formatting = Formatting(format="chat", column="messages", template=chat_templates.DATED, date="2024-02-29")
     assert Formatting.from_dict(json.loads(json.dumps(formatting.to_dict()))) == formatting
     assert Formatting.from_dict({**TEXT.to_dict(), "new": 1}) == TEXT
 
 
 def test_without_a_record_the_models_own_template_is_used_or_raw_text():
-    assert default_formatting(byte_level()) == Formatting(shape="chat", column="messages", template=CHATML)
+    assert default_formatting(byte_level()) == Formatting(format="chat", column="messages", template=CHATML)
     assert default_formatting(sentencepiece_like()) == TEXT
     ids = format_prompt("Hi", default_formatting(byte_level()), byte_level())
     assert byte_level().decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -314,6 +314,6 @@ def test_an_object_may_call_its_prompt_prompt():
 
 def test_a_prompt_of_tokens_is_taken_as_it_is():
     tokenizer = sentencepiece_like()
-    tokens = Formatting(shape="tokens", column="input_ids")
+    tokens = Formatting(format="tokens", column="input_ids")
     assert format_prompt({"input_ids": [1, 300, 301]}, tokens, tokenizer) == [1, 300, 301]
     assert format_prompt("the fox", tokens, tokenizer) == format_prompt("the fox", TEXT, tokenizer)

@@ -1,4 +1,4 @@
-"""Row lengths to an epoch's micro-batches; rows to tensors laid end to end, with positions and boundaries, no padding."""
+"""Packing: an epoch's micro-batches by row lengths; their rows as tensors end to end with boundaries, without padding."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ WINDOW_STEPS = 16  # rows are grouped by length among this many steps' worth of 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows laid end to end, T tokens in all.
+    """Rows end to end, T tokens in all.
 
     A row's first token has nothing before it to be predicted from, so its label is always -100: a loss shifted by
     one over the whole length therefore never crosses from one row into the next.
@@ -180,7 +180,7 @@ def plan_epoch(
 
     A step takes batch_size * accumulation rows (packs, with packing) of similar length, however many ranks share it: a
     run goes through the same steps on any number of cards. As the loss is a mean over the step's trained tokens, how
-    its rows are laid into micro-batches does not change the mathematics: they are laid into as few of at most
+    its rows are put into micro-batches does not change the mathematics: they are put into as few of at most
     `token_budget` tokens as possible. All ranks get equally many micro-batches in a full step and, within the spread
     that whole rows allow, equally many tokens. Of the unfull last step, which may hold fewer rows than there are ranks,
     a rank may get nothing.
@@ -188,7 +188,7 @@ def plan_epoch(
     Args:
         lengths: Tokens of each row.
         batch_size: Rows (packs) of a micro-batch on one rank.
-        accumulation: Micro-batches of a step on all ranks, before they are laid together.
+        accumulation: Micro-batches of a step on all ranks, before they are filled to the budget.
         packing: Whether to fill packs of `max_length` tokens.
         max_length: Tokens in the longest row, and in a pack.
         seed: Seed of the order.
@@ -217,7 +217,7 @@ def plan_epoch(
         parts = [items[i] for i in step]
         if len(parts) % world_size:  # the unfull last step: single rows are dealt out more evenly
             parts = list(np.concatenate(parts)[:, None])
-        planned.append(_deal_out(_lay_out(parts, lengths, budget, world_size), world_size))
+        planned.append(_deal_out(_fill_bins(parts, lengths, budget, world_size), world_size))
     return planned
 
 
@@ -236,7 +236,9 @@ def _group_by_length(tokens: np.ndarray, step_items: int, random: np.random.Gene
     return steps
 
 
-def _lay_out(parts: list[np.ndarray], lengths: np.ndarray, budget: int, world_size: int) -> list[tuple[int, list[int]]]:
+def _fill_bins(
+    parts: list[np.ndarray], lengths: np.ndarray, budget: int, world_size: int
+) -> list[tuple[int, list[int]]]:
     """Packs (or single rows) in the fewest bins within budget, a multiple of world_size.
 
     Longest first into the emptiest bin (LPT), which keeps the bins even and, where there are enough parts, none empty.

@@ -1,4 +1,4 @@
-"""Data settings and a tokenizer in; a prepared directory of token rows out, and a summary of what became of each row."""
+"""Preparation: a data source to a prepared directory of token rows, and a summary of what became of each row."""
 
 import hashlib
 import json
@@ -23,6 +23,7 @@ from qlora_cli.artifacts import (
 from qlora_cli.config import DataSettings
 from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter
+from qlora_cli.core.data.readers import CHUNK_BYTES
 from qlora_cli.core.data.schema import Recognised, read_template, recognise
 from qlora_cli.core.data.sources import Source, resolve_source
 from qlora_cli.core.data.statistics import PreparationStatistics
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 PREPARATION = 1  # raised when the same input would give other rows, so that older caches are not taken for these
 DEFAULT_MAX_LENGTH = 2048
-SAMPLE_RECORDS = 256  # looked at to recognise the shape
+SAMPLE_RECORDS = 256  # looked at to recognise the format
 SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
 MOST_PROCESSES = 8  # of 100 MB each beside 600 MB here; --workers may ask for more
 LEARNED_POSITIONS = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "ctrl", "openai-gpt"}
@@ -108,6 +109,7 @@ def prepare_rows(
     *,
     overwrite: bool = False,
     workers: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> PreparedSummary:
     """Reads, formats and tokenises data into a prepared directory, unless the same rows are there already.
 
@@ -116,13 +118,14 @@ def prepare_rows(
         tokenizer: The model's tokenizer.
         model_config: For the context length; None if there is no model yet.
         directory: Where the rows go; None for a directory in the cache that is named after the input.
-        report: Told what was recognised, the progress, and what deserves a look.
+        report: For what was recognised, the progress, and what deserves a look.
         overwrite: Replace other rows in `directory`.
         workers: Processes; by default one a core.
+        chunk_bytes: Lines of a file that are tokenised together.
 
     Returns:
         The summary. Its manifest holds rows, tokens, trained_tokens, lengths (min, p50, p90, p99, max, mean),
-        records, truncated, split, dropped (reason → records), bad_rows, max_length, shape, column, train_on,
+        records, truncated, split, dropped (reason → records), bad_rows, max_length, overlong, column, train_on,
         formatting, data and tokenizer (identities), rows_sha256 (of the rows) and digest (of all that made them).
 
     Raises:
@@ -160,17 +163,21 @@ def prepare_rows(
     with atomic_directory(directory, replace=overwrite) as temporary:
         statistics = PreparationStatistics()
         with ExitStack() as stack:
-            chunks = _limited(source.chunks(settings.max_line_bytes), settings)
-            results = _tokenise(chunks, tokeniser_settings, source, workers, stack)
+            chunks = _limited(source.chunks(settings.max_line_bytes, chunk_bytes), settings)
+            processes = count_processes(source.total_bytes, workers, cores=len(os.sched_getaffinity(0)))
+            results: Iterator[TokenisedChunk]
+            if processes == 1:
+                results = map(Tokeniser(tokeniser_settings).process, chunks)
+            else:
+                results = stack.enter_context(TokeniserPool(tokeniser_settings, processes)).process_all(chunks)
             _write(results, temporary, statistics, settings, source.total_bytes, report)
         statistics.check(settings.data)
         manifest = {
             "format": FORMAT,
             "qlora_version": __version__,
-            **statistics.statistics(),
+            **statistics.to_dict(),
             "max_length": max_length,
             "overlong": settings.overlong,
-            "shape": recognised.formatting.shape,
             "column": recognised.formatting.column or recognised.formatting.completion_column,
             "train_on": recognised.train_on,
             "formatting": recognised.formatting.to_dict(),
@@ -179,7 +186,7 @@ def prepare_rows(
             "digest": digest,
         }
         write_json(temporary / PREPARED_MANIFEST, manifest)
-    statistics.tell(report, directory)
+    statistics.report(report, directory)
     return PreparedSummary(str(directory), False, manifest)
 
 
@@ -195,6 +202,7 @@ def _manifest_of(directory: Path, digest: str) -> dict[str, Any] | None:
 def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, identity: dict[str, Any]) -> str:
     """Name of the rows that this input gives; nothing else decides what they are."""
     wanted = {f.name: getattr(settings, f.name) for f in fields(DataSettings) if f.name not in ("data", "revision")}
+    wanted["shape"] = wanted.pop("format")  # its former name: a digest stays what it was
     wanted["max_length"] = max_length
     if settings.template:
         wanted["template"] = read_template(settings.template)
@@ -205,7 +213,7 @@ def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, ident
 
 
 def _recognise(source: Source, settings: DataSettings, encoder: TextEncoder) -> Recognised:
-    """The shape, from the first records that can be read."""
+    """The format, from the first records that can be read."""
     sample: list[Record] = []
     for chunk in source.chunks(settings.max_line_bytes):
         parse_chunk(chunk, settings.max_line_bytes)
@@ -242,18 +250,17 @@ def _limited(chunks: Iterator[Chunk], settings: DataSettings) -> Iterator[Chunk]
             return
 
 
-def _tokenise(
-    chunks: Iterator[Chunk],
-    settings: TokeniserSettings,
-    source: Source,
-    workers: int | None,
-    stack: ExitStack,
-) -> Iterator[TokenisedChunk]:
-    processes = workers or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
-    is_small = workers is None and (source.total_bytes or 0) < SMALL_BYTES and source.table is None
-    if processes == 1 or is_small:
-        return map(Tokeniser(settings).process, chunks)
-    return stack.enter_context(TokeniserPool(settings, processes)).process_all(chunks)
+def count_processes(total_bytes: int | None, workers: int | None, cores: int) -> int:
+    """Processes that tokenise: as many as were asked for, else one a core, or one in all for a small input.
+
+    Args:
+        total_bytes: Size of the files; None for a table.
+        workers: What --workers says.
+        cores: Of this machine.
+    """
+    if workers is not None:
+        return workers
+    return 1 if total_bytes is not None and total_bytes < SMALL_BYTES else min(cores, MOST_PROCESSES)
 
 
 def _write(
@@ -285,7 +292,7 @@ def _write(
 
 
 def _estimate(records: int, done_bytes: int, total_bytes: int | None) -> int | None:
-    """Records there will be in all, judged by the share of bytes read so far; never so few as to mean the end."""
+    """Records there will be in all, by the share of bytes read so far; never so few as to mean the end."""
     if not total_bytes or not done_bytes:
         return None
     return max(records + 1, round(records * total_bytes / done_bytes))

@@ -32,7 +32,7 @@ from qlora_cli.errors import first_line
 
 CHUNK_BYTES = 2**19
 HEAD_BYTES = 2**20  # looked at to see what a file is
-FORMATS = {
+KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -44,12 +44,12 @@ FORMATS = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
-def format_of(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """jsonl, json, csv, tsv, parquet or txt by a file's name, compressed or not; None for anything else."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
-    return FORMATS.get(suffixes[-1]) if suffixes else None
+    return KINDS.get(suffixes[-1]) if suffixes else None
 
 
 def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
@@ -61,7 +61,7 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
         max_line_bytes: Longest line (JSON element, CSV row) accepted.
         chunk_bytes: Bytes of lines in a chunk, and of a JSON array read at once.
     """
-    kind = format_of(path)
+    kind = kind_of(path)
     try:
         with path.open("rb", buffering=HEAD_BYTES) as file:
             if kind == "parquet":

@@ -1,4 +1,4 @@
-"""Row lengths and a run's length in; the rows of any optimizer step out, as a pure function of the step's number."""
+"""Batch sampler: the rows of any optimizer step, as a pure function of the step's number."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The first records and the user's flags in; the shape of the data, its columns and its Formatting out."""
+"""Dataset formats: text, prompt, chat or tokens, recognised by the first records or stated by flags, as a Formatting."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -43,21 +43,21 @@ class Recognised:
 
 
 def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEncoder) -> Recognised:
-    """Finds out the shape of the data from its first records, or takes it from the flags.
+    """Recognises the format of the data by its first records, or takes it from the flags.
 
     Raises:
         UsageError: Flags contradict each other, name a column that is not there, or a template is faulty.
-        DataError: The shape cannot be recognised.
+        DataError: The format cannot be recognised.
     """
     columns = _Columns(records)
-    shape = _shape_from_flags(settings) or _shape_of(columns)
+    found = _format_from_flags(settings) or _format_of(columns)
     recognised = {
         "text": _recognise_text,
         "prompt": _recognise_prompt,
         "chat": _recognise_chat,
         "tokens": _recognise_tokens,
-    }[shape](columns, settings, encoder)
-    if shape == "text" and settings.train_on not in (None, "all"):
+    }[found](columns, settings, encoder)
+    if found == "text" and settings.train_on not in (None, "all"):
         raise UsageError(
             f"--train-on {settings.train_on} needs a completion, but these rows are plain text.",
             "Leave --train-on out, or name the columns with --prompt-column and --completion-column.",
@@ -104,23 +104,23 @@ class _Columns:
         return isinstance(first, dict) and ({"role", "content"} <= first.keys() or {"from", "value"} <= first.keys())
 
 
-def _shape_from_flags(settings: DataSettings) -> str | None:
-    said = {
+def _format_from_flags(settings: DataSettings) -> str | None:
+    given = {
         "text": settings.text_column and "--text-column",
         "chat": settings.messages_column and "--messages-column",
         "prompt": (settings.prompt_column and "--prompt-column")
         or (settings.completion_column and "--completion-column")
         or (settings.template and "--template"),
     }
-    flags = {shape: flag for shape, flag in said.items() if flag}
-    if settings.shape != "auto":
-        flags = {settings.shape: "--shape", **{shape: flag for shape, flag in flags.items() if shape != settings.shape}}
+    flags = {name: flag for name, flag in given.items() if flag}
+    if settings.format != "auto":
+        flags = {settings.format: "--format"} | {n: f for n, f in flags.items() if n != settings.format}
     if len(flags) > 1:
-        raise UsageError(f"{' and '.join(flags.values())} contradict each other.", "Give the flags of one shape only.")
+        raise UsageError(f"{' and '.join(flags.values())} contradict each other.", "Give the flags of one format only.")
     return next(iter(flags), None)
 
 
-def _shape_of(columns: _Columns) -> str:
+def _format_of(columns: _Columns) -> str:
     if "input_ids" in columns.names:
         return "tokens"
     if any(columns.is_conversation(name) for name in columns.names):
@@ -154,7 +154,7 @@ def _recognise_text(columns: _Columns, settings: DataSettings, encoder: TextEnco
     elif any(map(encoder.holds_control, texts)):
         remarks.append(f"Control tokens typed in column {column!r} are kept as plain text.")
     return Recognised(
-        Formatting(shape="text", column=column, markup=markup),
+        Formatting(format="text", column=column, markup=markup),
         "all",
         f"plain text in column {column!r}, every token trained",
         tuple(remarks),
@@ -202,7 +202,7 @@ def _recognise_prompt(columns: _Columns, settings: DataSettings, encoder: TextEn
     opening, ending = f"### {_heading(prompt)}:\n{{{prompt}}}\n\n", f"### {heading}:\n{{{answer}}}"
     middle = f"### {_heading(optional)}:\n{{{optional}}}\n\n" if optional else ""
     formatting = Formatting(
-        shape="prompt",
+        format="prompt",
         prompt_column=prompt,
         completion_column=answer,
         optional_column=optional,
@@ -225,7 +225,7 @@ def _recognise_template(
     answer = answer if answer in fields else fields[-1]
     prompts = [name for name in fields if name != answer]
     formatting = Formatting(
-        shape="prompt",
+        format="prompt",
         prompt_column=prompt if prompt in prompts else next(iter(prompts), None),
         completion_column=answer,
         template=template,
@@ -279,13 +279,13 @@ def _recognise_chat(columns: _Columns, settings: DataSettings, encoder: TextEnco
 
 
 def _recognise_tokens(columns: _Columns, settings: DataSettings, encoder: TextEncoder) -> Recognised:
-    column = columns.require("input_ids", "--shape tokens with")
+    column = columns.require("input_ids", "--format tokens with")
     if settings.train_on == "last":
         raise UsageError("--train-on last is for chats.", "Rows of tokens are trained by their labels, or all.")
     by_labels = "labels" in columns.names and settings.train_on != "all"
     trained = "trained where labels are not -100" if by_labels else "every token trained"
     return Recognised(
-        Formatting(shape="tokens", column=column),
+        Formatting(format="tokens", column=column),
         settings.train_on or "completion",
         f"rows tokenised beforehand in column {column!r}, {trained}",
     )

@@ -1,4 +1,4 @@
-"""What --data names in, the files or tables behind it out: paths, globs, saved datasets and hub datasets."""
+"""Data sources: the files or tables that --data names by path, glob, saved dataset or hub dataset."""
 
 import hashlib
 import re
@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
 from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, BadRow, Chunk
-from qlora_cli.core.data.readers import COMPRESSIONS, FORMATS, format_of, read_chunks
+from qlora_cli.core.data.readers import CHUNK_BYTES, COMPRESSIONS, KINDS, kind_of, read_chunks
 from qlora_cli.core.models.hub import commit_of, download_snapshot
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Progress, Report
@@ -23,7 +23,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-READABLE = ", ".join([*FORMATS, *COMPRESSIONS])
+READABLE = ", ".join([*KINDS, *COMPRESSIONS])
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
         name: As the user gave it.
-        files: Files our own reader takes, each with the name shown in messages.
+        files: Files that `readers` reads, each with the name shown in messages.
         table: A saved dataset, or a hub dataset in a format that only `datasets` reads.
         hashed: Files whose content tells whether the data is the same.
         facts: split, revision and configuration, where there are any.
@@ -49,10 +49,10 @@ class Source:
         """Size of the files, or None where that says nothing about progress."""
         return sum(path.stat().st_size for path, _ in self.files) if self.files else None
 
-    def chunks(self, max_line_bytes: int) -> Iterator[Chunk]:
-        """All rows in order."""
+    def chunks(self, max_line_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+        """All rows in order; see `read_chunks`."""
         for path, name in self.files:
-            yield from read_chunks(path, name, max_line_bytes)
+            yield from read_chunks(path, name, max_line_bytes, chunk_bytes)
         if self.table is not None:
             yield from self._table_chunks()
 
@@ -76,7 +76,7 @@ class Source:
             if sum(sizes) > 2**30:
                 report(Progress("Checking the data", done, sum(sizes), "bytes"))
         # How a file is read depends on its kind, so the same bytes under .txt and .jsonl are two inputs.
-        facts = [(format_of(path), file["sha256"]) for path, file in zip(self.hashed, files, strict=True)]
+        facts = [(kind_of(path), file["sha256"]) for path, file in zip(self.hashed, files, strict=True)]
         sha256 = hashlib.sha256(repr(facts).encode()).hexdigest()
         return {"source": self.name, **self.facts, "files": files, "sha256": sha256}
 
@@ -99,14 +99,14 @@ def resolve_source(data: str, *, split: str, revision: str | None, report: Repor
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
         return _files_source(data, sorted(file for file in found if file.is_file() and not _is_hidden(file, path)))
     # Some datasets are named like a file (ORG/docs.jsonl); in a folder that is here a file is meant, though.
-    like_file = format_of(path) is not None and ("/" not in data or path.parent.is_dir())
+    like_file = kind_of(path) is not None and ("/" not in data or path.parent.is_dir())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~" and not like_file:
         return _hub_source(data, split, revision, report)
     raise DataError(f"There is no file or folder {data}.", "Check --data.")
 
 
 def _files_source(data: str, files: list[Path], **facts: str) -> Source:
-    unknown = [file for file in files if format_of(file) is None]
+    unknown = [file for file in files if kind_of(file) is None]
     if not files:
         raise DataError(f"No file matches {data}.", "Check --data.")
     if unknown:
@@ -138,9 +138,7 @@ def _folder_source(data: str, folder: Path, split: str) -> Source:
     if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
         return _dataset_folder(data, folder, None, split, {})
     files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and format_of(file) and not _is_hidden(file, folder)
+        file for file in sorted(folder.rglob("*")) if file.is_file() and kind_of(file) and not _is_hidden(file, folder)
     ]
     if not files:
         raise DataError(f"{data} holds no data files.", f"These are read: {READABLE}.")
@@ -189,7 +187,7 @@ def _remote_files(repository: str, config: str | None, split: str, revision: str
 
 
 def _dataset_folder(data: str, folder: Path, config: str | None, split: str, facts: dict[str, str]) -> Source:
-    """A folder laid out as the hub does it: configurations and splits by its README, or by file names."""
+    """A folder in the hub's layout: configurations and splits by its README, or by file names."""
     with tempfile.TemporaryDirectory() as cache:
         try:
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=cache)
@@ -212,7 +210,7 @@ def _dataset_folder(data: str, folder: Path, config: str | None, split: str, fac
         raise _no_split(data, split, splits)
     paths = [Path(name) for name in splits[split]]
     is_plain = getattr(settings, "sep", ",") in (",", "\t") and getattr(settings, "field", None) is None
-    if is_plain and all(format_of(path) for path in paths):
+    if is_plain and all(kind_of(path) for path in paths):
         names = [f"{data}/{path.relative_to(folder)}" for path in paths]
         return Source(data, tuple(zip(paths, names, strict=True)), hashed=tuple(paths), facts=facts)
     table = datasets.load_dataset(str(folder), config, split=split, streaming=True)

@@ -1,4 +1,4 @@
-"""Tokenised chunks in, what became of every row out: counts, lengths, a digest, and the sentences that tell them."""
+"""Preparation statistics: what became of every row, as counts, lengths, a digest, and the sentences that report them."""
 
 import hashlib
 from collections import Counter
@@ -58,7 +58,7 @@ class PreparationStatistics:
             "Check the columns and --max-length.",
         )
 
-    def statistics(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The counts as the manifest keeps them; lengths are in tokens."""
         lengths = np.concatenate(self.lengths)
         low, median, p90, p99, high = np.percentile(lengths, [0, 50, 90, 99, 100], method="nearest").tolist()
@@ -82,7 +82,7 @@ class PreparationStatistics:
             "rows_sha256": hashlib.sha256(b"".join(hashed.digest() for hashed in self._hashes)).hexdigest(),
         }
 
-    def tell(self, report: Report, directory: Path) -> None:
+    def report(self, report: Report, directory: Path) -> None:
         """Reports everything that was not taken as it came."""
         if self.truncated:
             report(

@@ -1,4 +1,4 @@
-"""Chunks of records in, token ids with what is trained out; may run as a process of its own (see `workers`)."""
+"""Tokeniser: chunks of records to rows of token ids, each trained or not; may run as a process (see `worker_pool`)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ class Tokeniser:
     def process(self, chunk: Chunk) -> TokenisedChunk:
         """Parses, formats, tokenises and fits one chunk."""
         parse_chunk(chunk, self._settings.max_line_bytes)
-        if self._settings.formatting.shape == "tokens":
+        if self._settings.formatting.format == "tokens":
             result = self._gather(chunk)
         else:
             result = self._tokenise(chunk)
@@ -131,7 +131,7 @@ class Tokeniser:
             closed = self._close(*row)
             result.closed += closed[0] is not row[0]
             rows.append(closed)
-        _lay(result, rows)
+        _store(result, rows)
         return result
 
     def _given_tokens(self, record: Record) -> Row:
@@ -197,22 +197,22 @@ class Tokeniser:
         result.truncated = int((cut & has_trained).sum())
 
     def _split(self, result: TokenisedChunk) -> None:
-        """Cuts each long row into pieces of at most the limit, each with the tokenizer's prefix (BOS)."""
+        """Cuts each long row into parts of at most the limit, each with the tokenizer's prefix (BOS)."""
         limit = self._settings.max_length
         prefix = np.array(self._encoder.spec.prefix_ids, dtype=np.int32)
         step = limit - prefix.size
-        pieces: list[Row] = []
+        parts: list[Row] = []
         for ids, trained in _rows(result):
-            pieces.append((ids[:limit], trained[:limit]))
+            parts.append((ids[:limit], trained[:limit]))
             result.split += ids.size > limit
             for start in range(limit, ids.size, step):
-                pieces.append(
+                parts.append(
                     (
                         np.concatenate([prefix, ids[start : start + step]]),
                         np.concatenate([np.zeros(prefix.size, bool), trained[start : start + step]]),
                     )
                 )
-        _lay(result, pieces)
+        _store(result, parts)
 
 
 def _integers(record: Record, name: str) -> np.ndarray:
@@ -232,7 +232,7 @@ def _rows(result: TokenisedChunk) -> list[Row]:
     return list(zip(np.split(result.input_ids, borders), np.split(result.trained, borders), strict=True))
 
 
-def _lay(result: TokenisedChunk, rows: Sequence[Row]) -> None:
+def _store(result: TokenisedChunk, rows: Sequence[Row]) -> None:
     result.input_ids = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in rows)])
     result.trained = np.concatenate([np.empty(0, bool), *(trained for _, trained in rows)])
     result.lengths = np.array([ids.size for ids, _ in rows], dtype=np.int32)

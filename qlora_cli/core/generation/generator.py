@@ -53,10 +53,10 @@ def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]
     encoder = encoder_of(tokenizer)
     own = model.generation_config.eos_token_id
     found = {encoder.spec.eos_id, *(own if isinstance(own, list) else [own])} - {None}
-    if formatting.shape == "chat":
+    if formatting.format == "chat":
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         record: dict[str, Any] = {formatting.column or "messages": turns}
-    elif formatting.shape == "prompt":
+    elif formatting.format == "prompt":
         fields = PlainTemplate(formatting.template or "", formatting.completion_column or "", encoder).fields
         record = dict.fromkeys(fields, "a")
     else:

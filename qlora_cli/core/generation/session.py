@@ -20,7 +20,7 @@ from qlora_cli.core.prompts.formatting import Formatting, default_formatting, fo
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
-RAW = Formatting(shape="text", column="text")
+RAW = Formatting(format="text", column="text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class GenerationSession:
             format_prompt(prompt, formatting, self.tokenizer),
             max_new_tokens=self.settings.max_new_tokens,
             context=self.context,
-            strip=formatting.shape in ("prompt", "chat"),
+            strip=formatting.format in ("prompt", "chat"),
         )
 
     @property

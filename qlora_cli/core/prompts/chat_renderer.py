@@ -1,12 +1,13 @@
-"""Chat messages in over a pipe, rendered text with the assistant's turns marked out; a process of its own.
+"""Chat template renderer: conversations to text with the assistant's turns marked; a process of its own.
 
 A chat template is a program that came with a model: it may loop for ever or fill the memory. So it runs here, where
-memory is limited and the parent stops the process when an answer is late. Loads jinja2 and the standard library only.
+memory and processor time are limited. Loads jinja2 and the standard library only.
 """
 
 import json
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -22,15 +23,14 @@ PROBE = "Certainly-42"  # an answer that no template writes by itself
 # Unicode noncharacters, set aside for use inside a program: they stand for control tokens that somebody typed.
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
-RenderedSpan = tuple[
-    str, bool, int
-]  # text, whether it is a control token of the template, number of the assistant turn or -1
+# Text, whether it is a control token of the template, number of the assistant turn or -1.
+RenderedSpan = tuple[str, bool, int]
 RenderedRow = tuple[list[RenderedSpan], bool]  # a row, and whether only its last turn counts
 Message = dict[str, Any]
 
 
 class RenderError(Exception):
-    """A conversation that the template refuses, or whose turns cannot be told apart."""
+    """A conversation that the template refuses, or whose turns cannot be found."""
 
 
 class _Generation(Extension):
@@ -93,7 +93,7 @@ class ChatRenderer:
             raise RenderError(f"the chat template refuses a user's question and an answer: {reason}")
         if PROBE not in whole:
             raise RenderError("the chat template leaves out what the assistant says")
-        prompt = self._render([user], None, generation=True)
+        prompt = self._print([user], None, generation=True)
         if not whole.startswith(prompt):
             # It opens an answer at generation with what an answer in the history does not begin with (a <think> tag).
             common = next(i for i, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
@@ -114,14 +114,14 @@ class ChatRenderer:
     def _try(self, messages: list[Message]) -> str | RenderError:
         """A conversation rendered, or why the template refuses it."""
         try:
-            return self._render(messages, None)
+            return self._print(messages, None)
         except RenderError as error:
             return error
 
-    def lay_out(
+    def render(
         self, messages: list[Message], tools: list[Any] | None, *, required: str, prompt_only: bool
     ) -> list[RenderedRow]:
-        """Renders a conversation and tells the assistant's turns from the rest.
+        """Renders a conversation and finds the assistant's turns in it.
 
         Where a template shows an answer differently once another follows (without its reasoning, mostly), and so
         earlier answers cannot be found, each answer gets a row of its own that ends with it, as at generation.
@@ -133,8 +133,8 @@ class ChatRenderer:
             prompt_only: Render up to where the next answer starts.
 
         Returns:
-            Pieces in order, a turn's from where generation would start to where it would stop, and whether only the
-            last turn counts; of one row, or of several.
+            One row or several, each as spans in order; a turn is what lies between where generation would start and
+            where it would stop.
 
         Raises:
             RenderError: The template refuses the conversation, or even the last answer cannot be found.
@@ -147,39 +147,39 @@ class ChatRenderer:
         if self._merges_system:
             messages = _merge_system(messages)
         turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-        pieces, missing = self._lay_out_row(messages, tools, turns, mark, prompt_only=prompt_only)
+        spans, missing = self._render_row(messages, tools, turns, mark, prompt_only=prompt_only)
         if not missing or required == "none" or (required == "last" and turns[-1] not in missing):
-            return [(pieces, False)]
+            return [(spans, False)]
         rows: list[RenderedRow] = []
         for turn in turns if required == "all" else turns[-1:]:
-            pieces, missing = self._lay_out_row(
+            spans, missing = self._render_row(
                 messages[: turn + 1], tools, [i for i in turns if i <= turn], mark, prompt_only=False
             )
             if turn in missing:
                 raise RenderError("the chat template changes what stands before an answer once the answer is there")
             if messages[turn]["content"].strip() or messages[turn].get("tool_calls"):
-                rows.append((pieces, True))
+                rows.append((spans, True))
         return rows
 
-    def _lay_out_row(
+    def _render_row(
         self, messages: list[Message], tools: list[Any] | None, turns: list[int], mark: str, *, prompt_only: bool
     ) -> tuple[list[RenderedSpan], set[int]]:
-        """One row's pieces, and the turns that were not found."""
-        text = self._render(messages, tools, generation=prompt_only)
-        spans: list[tuple[int, int, int]] = []
+        """One row's spans, and the turns that were not found."""
+        text = self._print(messages, tools, generation=prompt_only)
+        found: list[tuple[int, int, int]] = []  # start, end, number of the turn
         missing = set()
         for number, turn in enumerate(turns):
             is_last = turn == len(messages) - 1
-            if span := self._find_turn(text, messages, tools, turn, spans[-1][1] if spans else 0, is_last):
-                spans.append((*span, number))
+            if place := self._find_turn(text, messages, tools, turn, found[-1][1] if found else 0, is_last):
+                found.append((*place, number))
             else:
                 missing.add(turn)
-        return self._cut(text, spans, re.compile(f"{mark}([0-9]+){mark}")), missing
+        return self._cut(text, found, re.compile(f"{mark}([0-9]+){mark}")), missing
 
     def _find_turn(
         self, text: str, messages: list[Message], tools: list[Any] | None, position: int, after: int, is_last: bool
     ) -> tuple[int, int] | None:
-        prompt = self._render(messages[:position], tools, generation=True)
+        prompt = self._print(messages[:position], tools, generation=True)
         if not text.startswith(prompt) or len(prompt) < after:
             return None
         start, end = len(prompt), None
@@ -188,7 +188,7 @@ class ChatRenderer:
         elif self._turn_end and self._turn_end in text[start:]:
             end = text.index(self._turn_end, start) + len(self._turn_end)
         else:
-            so_far = self._render(messages[: position + 1], tools)
+            so_far = self._print(messages[: position + 1], tools)
             end = len(so_far) if text.startswith(so_far) else None
         if end is None:
             return None
@@ -198,26 +198,26 @@ class ChatRenderer:
         ends_in_control = any(trimmed.endswith(token) for token in self._control_tokens)
         return start, start + len(trimmed) if ends_in_control else end
 
-    def _cut(self, text: str, spans: list[tuple[int, int, int]], typed: re.Pattern[str]) -> list[RenderedSpan]:
-        pieces: list[RenderedSpan] = []
+    def _cut(self, text: str, turns: list[tuple[int, int, int]], typed: re.Pattern[str]) -> list[RenderedSpan]:
+        spans: list[RenderedSpan] = []
         at = 0
-        for start, end, number in [*spans, (len(text), len(text), -1)]:
-            pieces += self._split(text[at:start], -1, typed)
-            pieces += self._split(text[start:end], number, typed)
+        for start, end, number in [*turns, (len(text), len(text), -1)]:
+            spans += self._split(text[at:start], -1, typed)
+            spans += self._split(text[start:end], number, typed)
             at = end
-        return pieces
+        return spans
 
     def _split(self, text: str, turn: int, typed: re.Pattern[str]) -> list[RenderedSpan]:
-        pieces: list[RenderedSpan] = []
+        spans: list[RenderedSpan] = []
         at = 0
         for match in self._control.finditer(text):
             if at < match.start():
-                pieces.append((self._unmark(text[at : match.start()], typed), False, turn))
-            pieces.append((match[0], True, turn))
+                spans.append((self._unmark(text[at : match.start()], typed), False, turn))
+            spans.append((match[0], True, turn))
             at = match.end()
         if at < len(text):
-            pieces.append((self._unmark(text[at:], typed), False, turn))
-        return pieces
+            spans.append((self._unmark(text[at:], typed), False, turn))
+        return spans
 
     def _mark(self, value: Any, mark: str) -> Any:
         """The same messages with every control token that they hold replaced by a mark and its number."""
@@ -234,7 +234,7 @@ class ChatRenderer:
     def _unmark(self, text: str, typed: re.Pattern[str]) -> str:
         return typed.sub(lambda match: self._control_tokens[int(match[1])], text)
 
-    def _render(self, messages: list[Message], tools: list[Any] | None, *, generation: bool = False) -> str:
+    def _print(self, messages: list[Message], tools: list[Any] | None, *, generation: bool = False) -> str:
         if self._wants_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
@@ -268,27 +268,33 @@ def _merge_system(messages: list[Message]) -> list[Message]:
 
 
 def serve(connection: Any) -> None:
-    """Answers requests until the pipe closes: first (template, names, control tokens, date), then conversations."""
+    """Answers requests until the pipe closes: first what ChatRenderer takes and the limit, then conversations.
+
+    Past the limit of processor time, for one conversation, the system ends the process with SIGPROF, whatever it is at.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
     def answer(work: Callable[[], Any]) -> Any:
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
             result: tuple[str, Any] = ("ok", work())
         except RenderError as error:
             result = ("error", str(error))
         except MemoryError:
             result = ("error", f"the chat template takes more than {MEMORY_BYTES // 2**20} MiB of memory")
+        signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send(result)
         return result
 
     try:
-        template, names, control_tokens, date = connection.recv()
+        template, names, control_tokens, date, cpu_seconds = connection.recv()
         renderer: list[ChatRenderer] = []
         answer(lambda: renderer.append(ChatRenderer(template, names, control_tokens, date)))
         while True:
             for messages, tools, required, prompt_only in connection.recv():
-                answer(lambda: renderer[0].lay_out(messages, tools, required=required, prompt_only=prompt_only))  # noqa: B023
+                answer(lambda: renderer[0].render(messages, tools, required=required, prompt_only=prompt_only))  # noqa: B023
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
 

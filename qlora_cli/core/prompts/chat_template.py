@@ -1,7 +1,8 @@
-"""Conversations in, runs of text and control tokens out: checks messages and speaks to the process that renders them."""
+"""Chat templates: checked messages, and the limited child process that renders them (`chat_renderer`)."""
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from qlora_cli.core.prompts.encoder import TokenizerSpec
 from qlora_cli.core.prompts.records import describe_type
 from qlora_cli.errors import DataError
 
-RENDER_SECONDS = 10.0  # for one conversation; a real template takes far less than a millisecond
+RENDER_CPU_SECONDS = 10.0  # of the processor, for one conversation; a real template takes far less than a millisecond
 
 # For a tokenizer without a chat template: plain text, no new tokens, every answer closed by the end-of-text token.
 FALLBACK_TEMPLATE = """\
@@ -81,15 +82,29 @@ def _check_message(message: Any, number: int) -> Message:
 
 
 class ChatProcess:
-    """One child process that renders one template; started when made, replaced after it had to be stopped."""
+    """One child process that renders one template; replaced by another after it had to be stopped."""
 
-    def __init__(self, template: str, names: dict[str, str], control_tokens: Sequence[str], date: str | None) -> None:
+    def __init__(
+        self,
+        template: str,
+        names: dict[str, str],
+        control_tokens: Sequence[str],
+        date: str | None,
+        cpu_seconds: float = RENDER_CPU_SECONDS,
+    ) -> None:
         """Starts the child and compiles the template.
+
+        Args:
+            template: Jinja source.
+            names: bos_token, eos_token and so on.
+            control_tokens: Every control token of the tokenizer.
+            date: ISO date that the template sees as today.
+            cpu_seconds: Processor time that a conversation may take. Not by the clock: a busy machine is no loop.
 
         Raises:
             DataError: The template does not compile, refuses an ordinary conversation, or does not come to an end.
         """
-        self._setup = (template, names, list(control_tokens), date)
+        self._setup = (template, names, list(control_tokens), date, cpu_seconds)
         self._start()
 
     def _start(self) -> None:
@@ -109,15 +124,16 @@ class ChatProcess:
             raise DataError(f"{message[0].upper()}{message[1:]}.", "Give another one with --chat-template FILE.")
 
     def _receive(self) -> tuple[str, Any]:
+        """The child's next answer, or how it died; waits as long as the child lives."""
         try:
-            if self._connection.poll(RENDER_SECONDS):
-                kind, answer = self._connection.recv()
-                return kind, answer
+            kind, answer = self._connection.recv()
+            return kind, answer
         except (EOFError, ConnectionResetError):
-            self.close()
-            return "dead", f"the chat template takes more than {rendering.MEMORY_BYTES // 2**20} MiB of memory"
-        self.close()
-        return "dead", f"the chat template did not come to an end within {RENDER_SECONDS:.0f} seconds"
+            code = self._process.wait()
+            self._connection.close()
+        if code == -signal.SIGPROF:
+            return "dead", f"the chat template did not come to an end within {self._setup[-1]:g} seconds"
+        return "dead", f"the chat template takes more than {rendering.MEMORY_BYTES // 2**20} MiB of memory"
 
     def render(
         self,

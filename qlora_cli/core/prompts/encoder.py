@@ -1,4 +1,4 @@
-"""Runs of text and control tokens in, token ids out, the same in training and at generation.
+"""Text encoder: runs of text and control tokens to token ids, the same in training and at generation.
 
 A row is a list of runs: a str is text in which nothing is ever a control token, whoever typed it; an int is a control
 token. Each text run is tokenised by itself, so that whatever borders it (where the answer starts, where a mask
@@ -16,8 +16,7 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 
-from qlora_cli.core.prompts.word_cache import WordCache
-from qlora_cli.core.prompts.word_cuts import find_cut
+from qlora_cli.core.prompts.word_cache import WordCache, find_cut
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -199,7 +198,7 @@ class TextEncoder:
     def _without_control(self, backend: Tokenizer, texts: list[str], encoded: list[list[int]]) -> list[list[int]]:
         """The ids of texts, letter by letter where they hold a control token.
 
-        A vocabulary that is searched as a whole (Unigram) finds "</s>" in plain text, whatever it is told.
+        A vocabulary that is searched as a whole (Unigram) finds "</s>" in plain text, whatever `encode_special_tokens` says.
         """
         if self._forbidden.isdisjoint(chain.from_iterable(encoded)):
             return encoded

@@ -1,4 +1,4 @@
-"""A record, or a prompt, and a Formatting in; runs of text and control tokens out, each trained on or not."""
+"""Formatting: records and prompts to runs of text and control tokens, each trained on or not."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -22,18 +22,18 @@ class Formatting:
     """All that is needed to format a prompt at generation exactly as in training; kept beside the adapter.
 
     Attributes:
-        shape: text, prompt, chat or tokens.
+        format: text, prompt, chat or tokens.
         column: The text, messages or input_ids column.
-        prompt_column: Where a prompt given as plain text goes (shape prompt).
-        completion_column: What is answered (shape prompt).
-        optional_column: A column that may be empty (shape prompt).
-        template: Text with {column} fields (shape prompt), or a Jinja chat template (shape chat).
+        prompt_column: Where a prompt given as plain text goes (format prompt).
+        completion_column: What is answered (format prompt).
+        optional_column: A column that may be empty (format prompt).
+        template: Text with {column} fields (format prompt), or a Jinja chat template (format chat).
         template_without_optional: Used where the optional column is empty.
         date: ISO date that a chat template sees as today.
-        markup: Texts were formatted beforehand: control tokens written in them are control tokens (shape text).
+        markup: Texts were formatted beforehand: control tokens written in them are control tokens (format text).
     """
 
-    shape: str
+    format: str
     column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
@@ -49,8 +49,9 @@ class Formatting:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Formatting":
-        """Reads what `to_dict` wrote; unknown keys are ignored."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
+        """Reads what `to_dict` wrote, also when `format` was called `shape`; unknown keys are ignored."""
+        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        return cls(**{"format": content.get("shape"), **known})
 
 
 class Blank(Exception):
@@ -77,7 +78,7 @@ class RowFormatter:
         self.formatting = formatting
         self.unanswered = self.unfolded = 0
         self._encoder = encoder
-        if formatting.shape == "prompt":
+        if formatting.format == "prompt":
             assert formatting.template is not None and formatting.completion_column is not None
             self._long = PlainTemplate(formatting.template, formatting.completion_column, encoder)
             self._short = (
@@ -85,7 +86,7 @@ class RowFormatter:
                 if formatting.template_without_optional is not None
                 else self._long
             )
-        elif formatting.shape == "chat":
+        elif formatting.format == "chat":
             assert formatting.template is not None
             self._chat = chat_process(formatting.template, encoder.spec, tuple(encoder.control_ids), formatting.date)
 
@@ -96,9 +97,9 @@ class RowFormatter:
             records: One object a row.
             train_on: all, completion or last.
         """
-        if self.formatting.shape == "chat":
+        if self.formatting.format == "chat":
             return self._format_chats(records, train_on)
-        make = self._format_text if self.formatting.shape == "text" else self._format_pair
+        make = self._format_text if self.formatting.format == "text" else self._format_pair
         rows: list[Formatted] = []
         for record in records:
             try:
@@ -119,17 +120,17 @@ class RowFormatter:
             raise DataError(f"This prompt cannot be formatted: {reason}.") from reason
 
     def _prompt_runs(self, prompt: "str | Record | list[Record]") -> list[Run]:
-        if self.formatting.shape == "chat":
+        if self.formatting.format == "chat":
             return self._chat_prompt(prompt)
         if isinstance(prompt, list):
             raise BadField(
-                f"it is a conversation, but the model was trained on rows of shape {self.formatting.shape!r}"
+                f"it is a conversation, but the model was trained on rows of the format {self.formatting.format!r}"
             )
-        if self.formatting.shape == "prompt":
+        if self.formatting.format == "prompt":
             return self._pair_prompt(prompt)
         column = str(self.formatting.column)
         if isinstance(prompt, dict):
-            if self.formatting.shape == "tokens" and column in prompt:
+            if self.formatting.format == "tokens" and column in prompt:
                 return [(token, False) for token in prompt[column]]
             prompt = text_of(prompt, column if column in prompt else "prompt")
         return self._text_runs(prompt, trained=False)
@@ -177,28 +178,29 @@ class RowFormatter:
             prompt = {column: prompt}
         if isinstance(prompt[column], str):
             prompt = {**prompt, column: [{"role": "user", "content": prompt[column]}]}
-        laid = self._render([prompt], train_on="all", prompt_only=True)[0]
-        if isinstance(laid, BadField | Blank):
-            raise BadField(str(laid))
-        return self._runs_of(laid[0][0], lambda turn: False)
+        rendered = self._render([prompt], train_on="all", prompt_only=True)[0]
+        if isinstance(rendered, BadField | Blank):
+            raise BadField(str(rendered))
+        ((spans, _),) = rendered
+        return self._runs_of(spans, lambda turn: False)
 
     def _format_chats(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
         rows: list[Formatted] = []
-        for laid in self._render(records, train_on=train_on, prompt_only=False):
-            if isinstance(laid, BadField | Blank):
-                rows.append(laid)
+        for rendered in self._render(records, train_on=train_on, prompt_only=False):
+            if isinstance(rendered, BadField | Blank):
+                rows.append(rendered)
             else:
-                self.unfolded += len(laid) > 1
-                rows.append([self._chat_row(pieces, "last" if only_last else train_on) for pieces, only_last in laid])
+                self.unfolded += len(rendered) > 1
+                rows.append([self._chat_row(spans, "last" if only_last else train_on) for spans, only_last in rendered])
         return rows
 
-    def _chat_row(self, pieces: list[RenderedSpan], train_on: str) -> list[Run]:
-        last = max(turn for _, _, turn in pieces)
-        while pieces[-1][2] != last:  # what a template prints after the last answer
-            pieces.pop()
+    def _chat_row(self, spans: list[RenderedSpan], train_on: str) -> list[Run]:
+        last = max(turn for _, _, turn in spans)
+        while spans[-1][2] != last:  # what a template prints after the last answer
+            spans.pop()
         return self._close(
             self._runs_of(
-                pieces,
+                spans,
                 lambda turn: train_on == "all" or turn == last or (train_on == "completion" and turn >= 0),
             )
         )
@@ -217,7 +219,7 @@ class RowFormatter:
                 reasons.append(reason)
         required = {"completion": "all", "last": "last", "all": "none"}[train_on]
         answers = iter(self._chat.render(sent, required=required, prompt_only=prompt_only))
-        return [reason or _laid(next(answers)) for reason in reasons]
+        return [reason or _rendered(next(answers)) for reason in reasons]
 
     def _messages(self, record: Record) -> list[Message]:
         column = str(self.formatting.column)
@@ -237,14 +239,14 @@ class RowFormatter:
         self.unanswered += answers[-1] + 1 < len(messages)
         return messages[: answers[-1] + 1]
 
-    def _runs_of(self, pieces: Sequence[RenderedSpan], trained: Callable[[int], bool]) -> list[Run]:
-        """Pieces of a rendered chat to runs, one for each stretch of text of the same turn.
+    def _runs_of(self, spans: Sequence[RenderedSpan], trained: Callable[[int], bool]) -> list[Run]:
+        """A rendered chat's spans as runs, one for each stretch of text of the same turn.
 
         Spaces right before an answer go to the answer, as in PlainTemplate.
         """
         runs: list[Run] = []
         previous = -1
-        for text, is_control, turn in pieces:
+        for text, is_control, turn in spans:
             spaces = move_spaces(runs) if turn >= 0 and turn != previous else ""
             if not is_control:
                 runs.append((spaces + text, trained(turn)))
@@ -266,7 +268,7 @@ class RowFormatter:
         return [*runs, (eos, True)]
 
 
-def _laid(answer: list[RenderedRow] | BadConversation) -> list[RenderedRow] | BadField:
+def _rendered(answer: list[RenderedRow] | BadConversation) -> list[RenderedRow] | BadField:
     return BadField(str(answer)) if isinstance(answer, BadConversation) else answer
 
 
@@ -286,13 +288,13 @@ def _tools(record: Record) -> list[Any] | None:
 def chat_formatting(template: str, column: str = "messages") -> Formatting:
     """Chats under a Jinja template; if it prints the date, it will print today's from now on."""
     date = datetime.now(UTC).date().isoformat() if "strftime_now" in template else None
-    return Formatting(shape="chat", column=column, template=template, date=date)
+    return Formatting(format="chat", column=column, template=template, date=date)
 
 
 def default_formatting(tokenizer: "PreTrainedTokenizerBase") -> Formatting:
     """For generation without a run record: the model's chat template if it has one, else raw text."""
     template = encoder_of(tokenizer).spec.chat_template
-    return Formatting(shape="text", column="text") if template is None else chat_formatting(template)
+    return Formatting(format="text", column="text") if template is None else chat_formatting(template)
 
 
 def format_prompt(

@@ -1,4 +1,4 @@
-"""A template with {column} fields and a record in; the runs of its prompt and of its answer out."""
+"""Prompt templates with {column} fields: a record to the runs of its prompt and of its answer."""
 
 from collections.abc import Iterable, Iterator
 from string import Formatter
