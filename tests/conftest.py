@@ -162,6 +162,16 @@ def load_tiny(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    """A process that has imported everything and forks a child for each function it is to run: tests/faults/zygote.py."""
+    from tests.faults.conftest import Zygote
+
+    started = Zygote(tmp_path_factory.mktemp("zygote"), {})
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def gsm8k_rows() -> Path:
     """The real GSM8K rows, where they are."""
     path = SHARED_DATA / "gsm8k_train.jsonl"

@@ -1,6 +1,6 @@
 """One of two ranks: shards layers of random bytes as a base's weights, runs them both ways, and compares every byte.
 
-torchrun --nproc-per-node 2 fsdp_bytes.py cpu|cuda [host]
+On cards: torchrun --nproc-per-node 2 fsdp_bytes.py [host]
 """
 
 import os
@@ -17,6 +17,7 @@ from qlora_cli.core.engine.fsdp import gathered, shard_base, sharded_weight_of
 from qlora_cli.core.engine.lora_linear import AdapterValues
 from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.core.models.quantization import pack_weight, restored_linear
+from tests.faults.victims import fork_ranks
 
 SIZE, LAYERS, VOCABULARY = 192, 4, 256  # 18,432 bytes a weight and 576 constants: shares of which are filled up
 
@@ -71,9 +72,14 @@ class Base(nn.Module):
         return self.decoder(self.embedding(ids).requires_grad_())
 
 
-def main() -> None:
-    """Fails where a byte is another one."""
-    kind, on_host = sys.argv[1], sys.argv[2:] == ["host"]
+def run_on_cpu(on_host: bool) -> None:
+    """Both ranks, in processes forked from this one."""
+    codes = fork_ranks(2, lambda rank: check_bytes("cpu", on_host))
+    assert codes == [0, 0], codes
+
+
+def check_bytes(kind: str, on_host: bool) -> None:
+    """One rank. Fails where a byte is another one."""
     device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -108,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    check_bytes("cuda", on_host=sys.argv[1:] == ["host"])

@@ -9,26 +9,38 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core.engine import cuda_graphs as engine_graphs
-from qlora_cli.core.engine import decoder_layers as engine_layers
-from qlora_cli.core.engine import fast as engine_fast
-from qlora_cli.core.engine import packed_attention as engine_attention
-from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket, bucketed, explain_failure
-from qlora_cli.kernels import gated as gated_kernel
-from qlora_cli.kernels import lora_products
+from qlora_cli.core.engine.cuda_graphs import MOST_YIELDS, StepGraphs, StepInputs, bucket, bucketed, explain_failure
+from tests.engine import cpu_attention  # noqa: F401 - lets compiled layers attend on the CPU
 from tests.engine.test_engine import adapted, batch_of, gradients, install, step
 
-project = lora_products.project
-gate_products = gated_kernel.forward
+
+class Compiler:
+    """A backend that notes what it is given to compile: for each graph, how often it calls which of our ops."""
+
+    def __init__(self):
+        self.backend = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        parts = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        nodes = [node for part in parts for node in part.graph.nodes if str(node.target).startswith("qlora.")]
+        self.graphs.append([(str(node.target).split(".")[1], node.args) for node in nodes])
+        return self.backend(graph, inputs)
+
+    def arguments_of(self, op):
+        """For each graph, the arguments of each call of one op."""
+        return [[arguments for name, arguments in graph if name == op] for graph in self.graphs]
 
 
-def raise_(error):
-    raise error
-
-
-def mix(query, key, value, boundaries, longest, scale, window):
-    """Stands for flash attention, which no CPU has; of its shape."""
-    return query * (key + value).mean(dim=1, keepdim=True)
+def compile_layers(engine, *, lean=False):
+    """Runs an engine's layers compiled, which it does by itself on cards only."""
+    torch._dynamo.reset()
+    compiler = Compiler()
+    engine.compiled = True
+    engine._share_projections()
+    for plan in engine.layer_plans:
+        plan.compiled, plan.lean, plan.backend = True, lean, compiler
+    return compiler
 
 
 @given(st.integers(1, 10**6), st.sampled_from([8, 16, 128]))
@@ -56,52 +68,26 @@ def test_a_pack_laid_into_the_grid_has_the_same_loss_and_gradients(load_tiny, ar
     assert (plain - padded).norm() <= 1e-5 * plain.norm()
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture, recomputed, monkeypatch):
-    graphs = []
-
-    eager = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return eager(graph, inputs)
-
-    monkeypatch.setattr(engine_layers, "_compiled", {})
-    torch._dynamo.reset()
-    model = adapted(load_tiny, architecture, dropout=0.1)
-    engine = install(model)
-    monkeypatch.setattr(engine_attention, "packed_attention", mix)
+@pytest.mark.parametrize(("architecture", "recomputed"), [("llama", False), ("gpt_neox", True)])
+def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture, recomputed):
+    engine = install(adapted(load_tiny, architecture, dropout=0.1))
     assert len(engine.layers) > 1
-    for name in ("_run", "_run_recomputed"):
-        function = getattr(engine_layers, name)
-        monkeypatch.setitem(engine_layers._compiled, (function, False), torch.compile(function, backend=count))
-    engine.compiled = True
-    engine._share_projections()
-    for plan in engine.layer_plans:
-        plan.compiled = True
+    compiler = compile_layers(engine)
     if recomputed:
         everything = replace(engine.plan, recomputed=len(engine.layers))
         engine.plan_by_tokens = lambda tokens: everything
     for lengths in ((40, 7, 33), (60, 50), (9, 8, 7, 6, 5), (30, 34)):
         engine.loss(batch_of(lengths)).backward()
-    assert len(graphs) == 1
+    assert len(compiler.graphs) == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_lean_layers_keep_less_and_have_the_same_gradients(load_tiny, architecture, monkeypatch):
-    monkeypatch.setattr(engine_attention, "packed_attention", mix)
-    eager = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+def test_lean_layers_keep_less_and_have_the_same_gradients(load_tiny, architecture):
     found = []
-    for is_lean in (False, True):
-        torch._dynamo.reset()
+    for lean in (False, True):
         model = adapted(load_tiny, architecture)
         engine = install(model)
-        backend = engine_layers.lean(eager) if is_lean else eager
-        compiled = {(engine_layers._run, is_lean): torch.compile(engine_layers._run, backend=backend)}
-        monkeypatch.setattr(engine_layers, "_compiled", compiled)
-        for plan in engine.layer_plans:
-            plan.compiled, plan.lean = True, is_lean
+        compile_layers(engine, lean=lean)
         saved = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t
@@ -114,27 +100,32 @@ def test_lean_layers_keep_less_and_have_the_same_gradients(load_tiny, architectu
     assert (lean - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_the_inputs_of_a_prepared_batch_wait_on_the_device_and_are_used_once(load_tiny, monkeypatch):
+def test_the_inputs_of_a_prepared_batch_wait_on_the_device_and_are_used_once(load_tiny):
     engine = install(adapted(load_tiny, "llama"))
-    laid = []
-    monkeypatch.setattr(engine_fast, "bucketed", lambda inputs: laid.append(inputs) or bucketed(inputs))
+    embedded = []
+    engine.embeddings.module.register_forward_hook(lambda *call: embedded.append(call))
     engine.graphs = StepGraphs(
         lambda inputs: None, [], lambda: None, lambda tokens: (), lambda: True, lambda event: None
     )
     engine.graphs.failed = True  # every pass runs without one
     batch, other = batch_of((40, 7)), batch_of((9,))
     expected = [engine.loss(each) for each in (batch, other)]
-    laid.clear()
-    assert engine.prepare(batch) is batch and len(laid) == 1
-    assert torch.equal(engine.loss(other), expected[1]) and len(laid) == 2
-    assert torch.equal(engine.loss(batch), expected[0]) and len(laid) == 2
-    assert torch.equal(engine.loss(batch), expected[0]) and len(laid) == 3
-    with monkeypatch.context() as full:
-        full.setattr(engine, "_bucketed_inputs", lambda batch: raise_(torch.OutOfMemoryError("no room")))
-        assert engine.prepare(batch) is batch and engine.ahead is None, "the step itself sees to that"
+    embedded.clear()
+    assert engine.prepare(batch) is batch and len(embedded) == 1
+    assert torch.equal(engine.loss(other), expected[1]) and len(embedded) == 2
+    assert torch.equal(engine.loss(batch), expected[0]) and len(embedded) == 2
+    assert torch.equal(engine.loss(batch), expected[0]) and len(embedded) == 3
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    hook = engine.embeddings.module.register_forward_pre_hook(full)
+    assert engine.prepare(batch) is batch, "the step itself sees to that"
+    hook.remove()
     engine.plan = replace(engine.plan, recomputed=1)
+    embedded.clear()
     engine.prepare(batch)
-    assert engine.ahead is None, "where memory is short, nothing lies about"
+    assert not embedded, "where memory is short, nothing lies about"
 
 
 def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
@@ -145,42 +136,36 @@ def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
     assert graphs.loss(None) is None and not graphs.graphs
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gemma3"])
-@pytest.mark.parametrize("recomputed", [0, 1])
-def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, architecture, recomputed, monkeypatch):
-    monkeypatch.setattr(engine_layers, "_compiled", {})
-    torch._dynamo.reset()
-    monkeypatch.setattr(engine_attention, "packed_attention", mix)
+@pytest.mark.parametrize(
+    ("architecture", "recomputed"),
+    [("llama", 0), ("llama", 1), ("qwen2", 0), ("gpt_neox", 0), ("gemma3", 0)],
+)
+def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, architecture, recomputed):
     model = adapted(load_tiny, architecture)
     batch = batch_of((40, 7, 33))
     expected_loss, expected, _ = step(model, batch)
     engine = install(model, gradient_checkpointing=str(recomputed))
-    for name in ("_run", "_run_recomputed"):
-        function = getattr(engine_layers, name)
-        backend = "aot_eager_decomp_partition"
-        monkeypatch.setitem(engine_layers._compiled, function, torch.compile(function, backend=backend))
-    engine.compiled = True
-    engine._share_projections()
+    compiler = compile_layers(engine)
     groups = [len(shared.members) for shared in engine.layer_plans[-1].shared]
     assert groups == ([] if architecture == "gpt_neox" else [3, 2])
-    for plan in engine.layer_plans:
-        plan.compiled = True
-    gates = [unit.kind for plan in engine.layer_plans for unit in plan.gates]
     kind = "gelu_tanh" if architecture == "gemma3" else "silu"
+    gates = [unit.kind for plan in engine.layer_plans for unit in plan.gates]
     assert gates == ([] if architecture == "gpt_neox" else [kind] * len(engine.layers))
-    gated = []
-    monkeypatch.setattr(gated_kernel, "forward", lambda *a: gated.append(a[-1]) or gate_products(*a))
-    calls = []
-    monkeypatch.setattr(lora_products, "project", lambda *a: calls.append(a[1].shape[0]) or project(*a))
     model.zero_grad(set_to_none=True)
     loss = engine.loss(batch)
     loss.backward()
     assert torch.allclose(loss, expected_loss, rtol=1e-5)
     found = gradients(model)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert len(compiler.graphs) == 1 + recomputed, "of layers that are repeated, and of the others"
+    fused = [[arguments[-1] for arguments in graph] for graph in compiler.arguments_of("gated")]
+    ranks = [
+        {arguments[1].meta["example_value"].shape[0] for arguments in graph}
+        for graph in compiler.arguments_of("project_shared")
+    ]
     if groups:
-        assert {12, 8} <= set(calls), "three and two projections of rank 4 in one"
-        assert gated == gates[recomputed:], "a repeated layer has none"
+        assert fused == [[]] * recomputed + [[kind]], "a repeated layer has none"
+        assert ranks == [set()] * recomputed + [{12, 8}], "three and two projections of rank 4 in one"
     assert all(shared.x is None for plan in engine.layer_plans for shared in plan.shared)
     engine.put_gates_back()
     engine.put_gates_back()  # as where what comes between the two fails
@@ -204,7 +189,7 @@ def test_a_capture_that_fails_is_explained_by_its_first_error_and_holds_nothing(
         with pytest.raises(RuntimeError) as caught:
             fail(kind)
         assert explain_failure(caught.value) == (f"{kind.__name__}: no room", expected)
-    assert explain_failure(NotImplementedError()) == ("NotImplementedError: ", False)
+    assert explain_failure(NotImplementedError("of this kind")) == ("NotImplementedError: of this kind", False)
     assert all(reference() is None for reference in watched)
 
 
@@ -238,7 +223,7 @@ def test_graphs_make_room_before_a_leaner_plan_has_to(load_tiny):
     graphs.yields, graphs.graphs = 0, {(1,): None}
     graphs.warm, graphs.warming = {("done",), ("broken off",)}, ("broken off",)
     assert engine.reduce_memory() and graphs.warm == {("done",)}, "what was compiled is, whatever else had no room"
-    graphs.yields = engine_graphs.MOST_YIELDS
+    graphs.yields = MOST_YIELDS
     graphs.graphs = {(1,): None}
     assert not engine.reduce_memory() and not graphs.graphs, "room is made whatever follows"
     engine.close()

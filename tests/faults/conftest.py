@@ -1,11 +1,11 @@
-"""The zygote, a small run to torment, and the table of figures that the long form prints."""
+"""The zygote's other end, a small run to torment, and the table of figures that the long form prints."""
 
 import json
 import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,6 @@ class Zygote:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(30)
-
-
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory) -> Iterator[Zygote]:
-    started = Zygote(tmp_path_factory.mktemp("zygote"), {})
-    yield started
-    started.close()
 
 
 @dataclass

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -209,6 +210,12 @@ def train_as_ranks(
 
     Prints the exit code of each as `codes [...]`.
     """
+    codes = fork_ranks(world_size, lambda rank: train(options, fault if rank == faulty_rank else None))
+    print("codes", codes, flush=True)
+
+
+def fork_ranks(world_size: int, run: Callable[[int], None]) -> list[int]:
+    """`run(rank)` in so many forked processes, which find each other as torchrun's do; the exit code of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -219,15 +226,15 @@ def train_as_ranks(
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
             numbers |= {"MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
-            _exit_as_rank(options, fault if rank == faulty_rank else None)
+            _exit_as_rank(rank, run)
         children.append(child)
-    print("codes", [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def _exit_as_rank(options: dict[str, Any], fault: dict[str, Any] | None) -> None:
+def _exit_as_rank(rank: int, run: Callable[[int], None]) -> None:
     code = 1
     try:
-        train(options, fault)
+        run(rank)
         code = 0
     except QloraError as error:
         print(error.message, flush=True)
@@ -235,6 +242,7 @@ def _exit_as_rank(options: dict[str, Any], fault: dict[str, Any] | None) -> None
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(code)
 
 

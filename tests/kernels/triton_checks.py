@@ -11,6 +11,13 @@ from qlora_cli.kernels.triton import dropout, gated_tiles, low_rank, nf4, short_
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 # The interpreter multiplies bfloat16's bits as if they were integers.
 PRODUCT_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
@@ -28,13 +35,15 @@ def quantise(shape, quant_type="nf4", nested=True, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", [(96, 128), (7, 33), (3, 4544)])
-def test_dequantise_is_bit_equal_to_bitsandbytes(shape, quant_type, nested, dtype):
+@pytest.mark.parametrize(("shape", "tile"), [((130, 128), 2048), ((7, 33), 256), ((3, 1088), 256)])
+def test_dequantise_is_bit_equal_to_bitsandbytes(shape, tile, quant_type, nested, dtype):
+    """260 blocks, two nested ones; an odd number of values; rows of 17 blocks, and no whole number of tiles."""
     weight, expected = quantise(shape, quant_type, nested, dtype)
     out = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-    nf4.dequantize_4bit(*weight[3:9], 64, 256, out, tile=256)
+    nf4.dequantize_4bit(*weight[3:9], 64, 256, out, tile=tile)
     if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts to bfloat16 where the GPU rounds
-        assert ((out.view(torch.int16).int() - expected.view(torch.int16).int()).abs() <= 1).all()
+        bits = [(values + 0.0).view(torch.int16).int() for values in (out, expected)]  # with one zero: fp4 has two
+        assert ((bits[0] - bits[1]).abs() <= 1).all()
     else:
         assert torch.equal(out, expected)
 
@@ -97,7 +106,7 @@ def test_dropout_drops_its_share_repeats_with_the_seed_and_differs_by_layer():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("rank", [1, 8, 20, 64])
+@pytest.mark.parametrize("rank", [1, 20, 64])
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
 def test_a_low_rank_product_is_added_with_one_rounding_where_dropout_keeps_it(dtype, rank, rate):
     rows, columns = 70, 132
@@ -196,14 +205,19 @@ def test_the_fused_gate_leaves_to_others_what_it_does_not_cover():
     assert not gated_tiles.covers(gate, gate, left.new_zeros(6, 65), left.new_zeros(6, 65), wide, wide)
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(2048, 70, 1), (2100, 300, 20), (2050, 8200, 32)])
+# Rows of two programs and no whole number of tiles; 10 parts, more than are added up at once; on a card its own tiles.
+THIN = [(512, 70, 1, (64, 256)), (600, 300, 20, (64, 32)), (530, 520, 32, (32, 512))]
+THIN += [(2048, 70, 1, None), (2100, 300, 20, None), (2050, 8200, 32, None)] * (DEVICE == "cuda")
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank", "tile"), THIN)
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES[1:])
-def test_both_thin_products_of_one_pass_are_those_of_float64(dtype, rows, columns, rank):
+def test_both_thin_products_of_one_pass_are_those_of_float64(dtype, rows, columns, rank, tile):
     big, right = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((rows, columns), (columns, rank)))
     left = torch.randn(rows, 2 * rank, device=DEVICE).to(dtype)[:, rank:]
-    assert thin_products.covers(big, right, left)
-    found = thin_products.multiply_both(big, right, left, 0.5, torch.float32)
-    again = thin_products.multiply_both(big, right, left, 0.5, torch.float32)
+    assert tile or thin_products.covers(big, right, left)
+    found = thin_products.multiply_both(big, right, left, 0.5, torch.float32, tile=tile)
+    again = thin_products.multiply_both(big, right, left, 0.5, torch.float32, tile=tile)
     exact = 0.5 * big.double() @ right.double(), big.double().t() @ left.double()
     assert (found[0].dtype, found[1].dtype) == (dtype, torch.float32)
     for got, repeated, true, error in zip(found, again, exact, (torch.finfo(dtype).eps / 2, 2e-6), strict=True):

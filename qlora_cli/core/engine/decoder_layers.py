@@ -1,9 +1,10 @@
-"""Decoder layers in; the same instances, each kept, recomputed, offloaded or compiled as planned, out."""
+"""Decoder layers that keep, recompute or offload their activations and run compiled or not, each as planned."""
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +36,7 @@ class LayerPlan:
         step: The engine's shared state.
         shared: What linears of the layer have in common while they are compiled.
         gates: Its gated MLPs, fused while they are compiled.
+        backend: What compiles it, as `torch.compile` takes it.
     """
 
     number: int
@@ -46,6 +48,7 @@ class LayerPlan:
     shared: tuple[SharedProjection, ...] = ()
     gates: tuple[GatedUnit, ...] = ()
     lean: bool = False
+    backend: str | Callable = "inductor"
 
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:
@@ -69,12 +72,9 @@ def _run_recomputed(layer: Any, args: tuple, kwargs: dict) -> Any:
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=plan.preserve_random_state)
 
 
-_compiled: dict[tuple[Callable, bool], Callable] = {}
-
-
-def lean(backend: Callable) -> Callable:
-    """A compiler's backend, told to repeat element-wise operations in the backward pass even where a product takes
-    their result from memory. A normalised input, or a gated product, is then not kept for the adapters' gradients."""
+def _lean(backend: Callable) -> Callable:
+    """A compiler's backend that repeats element-wise operations in the backward pass even where a product takes their
+    result from memory. A normalised input, or a gated product, is then not kept for the adapters' gradients."""
 
     def compile_leanly(graph: Any, inputs: Any, **options: Any) -> Any:
         with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
@@ -83,12 +83,10 @@ def lean(backend: Callable) -> Callable:
     return compile_leanly
 
 
-def _compile(function: Callable, is_lean: bool) -> Callable:
+@cache
+def _compile(function: Callable, backend: str | Callable, lean: bool) -> Callable:
     """One compiled function for all layers: those alike share its code."""
-    if (function, is_lean) not in _compiled:
-        inductor = torch._dynamo.lookup_backend("inductor")
-        _compiled[function, is_lean] = torch.compile(function, backend=lean(inductor) if is_lean else "inductor")
-    return _compiled[function, is_lean]
+    return torch.compile(function, backend=_lean(torch._dynamo.lookup_backend(backend)) if lean else backend)
 
 
 def _mark_dynamic(tensors: Any, tokens: int) -> None:
@@ -111,7 +109,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     with plan.offload.layer(plan.number) if plan.offload is not None else nullcontext():
         if plan.compiled:
             _mark_dynamic((*args, *kwargs.values()), args[0].shape[1])
-            return _compile(_run_recomputed if plan.recompute else _run, plan.lean)(self, args, kwargs)
+            function = _run_recomputed if plan.recompute else _run
+            return _compile(function, plan.backend, plan.lean)(self, args, kwargs)
         if not plan.recompute:
             return _run(self, args, kwargs)
         return checkpoint(

@@ -1,4 +1,4 @@
-"""A large gradient and an adapter's two thin matrices in; both products with it, in one pass over it, out (Triton).
+"""Products of a large gradient with an adapter's two thin matrices, both in one pass over it (Triton).
 
 Sums go over parts that programs leave in memory, added up in one order: equal runs give equal bits.
 """
@@ -97,7 +97,13 @@ def covers(big: Tensor, right: Tensor, left: Tensor) -> bool:
 
 
 def multiply_both(
-    big: Tensor, right: Tensor, left: Tensor, scale: float, left_dtype: torch.dtype
+    big: Tensor,
+    right: Tensor,
+    left: Tensor,
+    scale: float,
+    left_dtype: torch.dtype,
+    *,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """scale big right, and big^T left.
 
@@ -107,13 +113,14 @@ def multiply_both(
         left: (rows, rank), values of a row side by side.
         scale: Of the first product.
         left_dtype: Of the second product.
+        tile: Rows of a tile and columns of a program, powers of two from 16 on; None for what is known to be fast.
 
     Returns:
         (rows, rank) in the dtype of big, (columns, rank) in `left_dtype`; both summed in fp32 and rounded once.
     """
     rows, columns = big.shape
     rank = right.shape[1]
-    tile_rows, tile_columns = next((r, c) for most, r, c in TILES if columns <= most)
+    tile_rows, tile_columns = tile or next((r, c) for most, r, c in TILES if columns <= most)
     across, down = triton.cdiv(columns, tile_columns), triton.cdiv(rows, ROWS)
     by_right = torch.empty(across, rows, rank, dtype=torch.float32, device=big.device)
     by_left = torch.empty(down, columns, rank, dtype=torch.float32, device=big.device)
