@@ -151,8 +151,7 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         errors = measure_quantization_error(
             build_empty(model_config, trust_remote_code=config.trust_remote_code),
             files.weights,
-            quant_type=config.quant_type,
-            double_quant=config.double_quant,
+            config,
             compute_dtype=compute_dtype,
             device=device,
             report=report,

@@ -14,7 +14,7 @@ from torch import nn
 
 from qlora_cli import __version__
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, sha256_of
-from qlora_cli.config import MergeConfig
+from qlora_cli.config import MergeConfig, QuantizationSettings
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, four_bit_config, write_config, write_index
@@ -139,8 +139,7 @@ def choose_options(config: MergeConfig, base: Base, device: torch.device) -> Mer
     dtype = DTYPES[config.dtype] if config.dtype else compute_dtype if stored == torch.float32 else stored
     return MergeOptions(
         restore=config.base == "dequantized",
-        quant_type=base.identity.quant_type,
-        double_quant=base.identity.double_quant,
+        quantization=QuantizationSettings(quant_type=base.identity.quant_type, double_quant=base.identity.double_quant),
         compute_dtype=compute_dtype,
         dtype=dtype,
         pack=config.quantize,
@@ -201,9 +200,7 @@ def write_other_files(directory: Path, adapter: Path, base: Base, plan: MergePla
     """Writes configuration, tokenizer and index."""
     quantization = None
     if options.pack:
-        quantization = four_bit_config(
-            options.quant_type, options.double_quant, options.dtype, skipped=head_names(base.model)
-        )
+        quantization = four_bit_config(options.quantization, options.dtype, skipped=head_names(base.model))
     write_config(
         base.directory,
         directory,
@@ -234,7 +231,7 @@ def write_card(
         else None,  # of the hub: a local path stays private
         method=config.base,
         dtype=dtype_name(options.dtype),
-        packed=options.quant_type if options.pack else None,
+        packed=options.quantization.quant_type if options.pack else None,
         comparison=comparison,
         rows_described=rows_described,
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.config import LoraSettings
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.inspection.weight_stats import (
     LayerValue,
     group_tensors,
@@ -87,8 +87,7 @@ def test_the_4bit_error_is_that_of_the_round_trip(tiny_model, architecture, doub
     found = measure_quantization_error(
         build_empty(resolve_model(str(directory)).config),
         directory,
-        quant_type="nf4",
-        double_quant=double_quant,
+        QuantizationSettings(quant_type="nf4", double_quant=double_quant),
         compute_dtype=torch.float32,
         device=CPU,
         report=events.append,
@@ -110,8 +109,7 @@ def test_fp4_loses_more_than_nf4(tiny_model):
         found = measure_quantization_error(
             build_empty(resolve_model(str(directory)).config),
             directory,
-            quant_type=quant_type,
-            double_quant=True,
+            QuantizationSettings(quant_type=quant_type, double_quant=True),
             compute_dtype=torch.float32,
             device=CPU,
             report=lambda event: None,
@@ -129,8 +127,7 @@ def test_a_checkpoint_without_a_linear_s_weight_is_refused(tiny_model, tmp_path)
         measure_quantization_error(
             build_empty(resolve_model(str(directory)).config),
             tmp_path,
-            quant_type="nf4",
-            double_quant=True,
+            QuantizationSettings(quant_type="nf4", double_quant=True),
             compute_dtype=torch.float32,
             device=CPU,
             report=lambda event: None,

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.merge.arithmetic import Factors, merge_rows, restored_rows
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, four_bit_values, round_trip
 
@@ -60,9 +61,15 @@ def test_no_delta_changes_nothing() -> None:
 # ---------------------------------------------------------------- 4-bit round trip
 
 
-def rows_after(weight: torch.Tensor, **quantization):
+def rows_after(weight: torch.Tensor, *, compute_dtype: torch.dtype, **quantization):
     """`restored_rows` of a weight in memory."""
-    return restored_rows(lambda i, j: weight[i:j], tuple(weight.shape), name="w", **quantization)
+    return restored_rows(
+        lambda i, j: weight[i:j],
+        tuple(weight.shape),
+        name="w",
+        quantization=QuantizationSettings(**quantization),
+        compute_dtype=compute_dtype,
+    )
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
+from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names
@@ -98,9 +99,8 @@ def measure_updates(directory: Path, scaling: float) -> list[LayerValue]:
 def measure_quantization_error(
     model: PreTrainedModel,
     directory: Path,
+    quantization: QuantizationSettings,
     *,
-    quant_type: str,
-    double_quant: bool,
     compute_dtype: torch.dtype,
     device: torch.device,
     report: Report,
@@ -110,8 +110,7 @@ def measure_quantization_error(
     Args:
         model: The architecture on the meta device.
         directory: Its checkpoint.
-        quant_type: "nf4" or "fp4".
-        double_quant: Whether the constants are quantised too.
+        quantization: How a run quantises.
         compute_dtype: Dtype from which a run quantises.
         device: Where it is computed.
         report: Receives progress.
@@ -133,7 +132,8 @@ def measure_quantization_error(
             weight = file.read(stored)
         weight = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight  # (out, in)
         weight = weight.to(device, compute_dtype)
-        lost = round_trip(weight, quant_type=quant_type, double_quant=double_quant).float() - weight.float()
+        restored = round_trip(weight, quant_type=quantization.quant_type, double_quant=quantization.double_quant)
+        lost = restored.float() - weight.float()
         value = float(lost.norm() / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
         values.append(LayerValue(layer_of(name), name.rsplit(".", 1)[-1], value))
         report(Progress("Measuring the 4-bit error", done, len(linears), "weights"))

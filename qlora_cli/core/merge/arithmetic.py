@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.models.quantization import BLOCK_SIZE, four_bit_values, round_trip, round_trip_constants
 from qlora_cli.core.storage.safetensors_file import TensorFile
@@ -104,8 +105,7 @@ def restored_rows(
     shape: tuple[int, int],
     *,
     name: str,
-    quant_type: str,
-    double_quant: bool,
+    quantization: QuantizationSettings,
     compute_dtype: torch.dtype,
 ) -> RowsOf:
     """Prepares the 4-bit round trip of one weight, as `load_base` quantises it and as training dequantises it.
@@ -114,8 +114,7 @@ def restored_rows(
         read_rows: Gives rows of the stored weight on the device to work on; each row is read twice.
         shape: (out, in) of the weight.
         name: For the error.
-        quant_type: "nf4" or "fp4".
-        double_quant: Whether the constants are quantised too.
+        quantization: How it is quantised.
         compute_dtype: Dtype it was quantised from and is dequantised to.
 
     Returns:
@@ -125,6 +124,7 @@ def restored_rows(
     Raises:
         ModelError: The weight holds NaN or infinity, which quantisation would hide.
     """
+    quant_type, double_quant = quantization.quant_type, quantization.double_quant
     first = read_rows(0, 1)
     if first.device.type == "cpu" and quant_type == "nf4" and shape[1] % BLOCK_SIZE == 0:
         return _nf4_rows(read_rows, shape, name, double_quant=double_quant, compute_dtype=compute_dtype)

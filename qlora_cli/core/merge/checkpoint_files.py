@@ -10,6 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_json
+from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.models.files import TOKENIZER_FILES
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
@@ -64,12 +65,12 @@ def write_config(
     write_json(directory / CONFIG, config)
 
 
-def four_bit_config(quant_type: str, double_quant: bool, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
+def four_bit_config(quantization: QuantizationSettings, dtype: torch.dtype, *, skipped: list[str]) -> dict[str, Any]:
     """The quantization_config with which transformers loads a 4-bit checkpoint by itself."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skipped,
     ).to_dict()

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, load_factors, merge_rows, restored_rows
 from qlora_cli.core.merge.delta import WeightDelta
@@ -64,8 +65,7 @@ class MergeOptions:
 
     Attributes:
         restore: Whether quantised weights are sent through the 4-bit round trip first.
-        quant_type: "nf4" or "fp4".
-        double_quant: Whether the constants are quantised too.
+        quantization: How the base was quantised in training.
         compute_dtype: Dtype the base was quantised from.
         dtype: Of the merged weights.
         pack: Whether linear layers are written in 4 bits.
@@ -73,8 +73,7 @@ class MergeOptions:
     """
 
     restore: bool
-    quant_type: str
-    double_quant: bool
+    quantization: QuantizationSettings
     compute_dtype: torch.dtype
     dtype: torch.dtype
     pack: bool
@@ -214,13 +213,14 @@ class _Planner:
 
         buffers = 32 * ROWS_ELEMENTS
         if pack:
-            parts = packed_tensors(shape[::-1] if transposed else shape, options.quant_type, options.double_quant)
+            parts = packed_tensors(shape[::-1] if transposed else shape, options.quantization)
             made = [(output_name + end, kind, size) for end, kind, size in parts]
             held = prod(shape) * (source.dtype.itemsize * (1 + transposed) + 2 * dtype.itemsize + 1)
             return made, MergeTask(held + buffers, lambda: self._pack(blocks(), output_name))
         # Most weights are read row by row; only what bitsandbytes itself restores, and a transpose, need all of it.
         whole = transposed or (
-            restore and (options.quant_type != "nf4" or options.device.type != "cpu" or shape[1] % BLOCK_SIZE)
+            restore
+            and (options.quantization.quant_type != "nf4" or options.device.type != "cpu" or shape[1] % BLOCK_SIZE)
         )
         held = prod(shape) * (2 * source.dtype.itemsize + 8) if whole else 0
         return [(output_name, dtype, shape)], MergeTask(held + buffers, run)
@@ -269,8 +269,7 @@ class _Planner:
                 read_rows,
                 (rows, columns),
                 name=source.name,
-                quant_type=options.quant_type,
-                double_quant=options.double_quant,
+                quantization=options.quantization,
                 compute_dtype=options.compute_dtype,
             )
         step = max(1, (ROWS_ELEMENTS if options.device.type == "cpu" else GPU_ROWS_ELEMENTS) // columns)
@@ -280,7 +279,9 @@ class _Planner:
     def _pack(self, blocks: Iterator[torch.Tensor], name: str) -> Iterator[TensorChunk]:
         options = self.options
         weight = torch.cat(list(blocks)).to(options.device)
-        packed = pack_weight(weight, quant_type=options.quant_type, double_quant=options.double_quant)
+        packed = pack_weight(
+            weight, quant_type=options.quantization.quant_type, double_quant=options.quantization.double_quant
+        )
         for ending, value in packed.items():
             content = value.cpu()
             if "quant_state" in ending:  # JSON, which may end in spaces
@@ -288,16 +289,16 @@ class _Planner:
             yield name + ending, content
 
 
-def packed_tensors(shape: tuple[int, ...], quant_type: str, double_quant: bool) -> list[TensorSpec]:
+def packed_tensors(shape: tuple[int, ...], quantization: QuantizationSettings) -> list[TensorSpec]:
     """Name endings, dtypes and shapes of the tensors a 4-bit checkpoint holds for one weight of `shape` (out, in)."""
     blocks = -(-prod(shape) // BLOCK_SIZE)
     made: list[TensorSpec] = [
         ("", torch.uint8, ((prod(shape) + 1) // 2, 1)),
-        (".absmax", torch.uint8 if double_quant else torch.float32, (blocks,)),
+        (".absmax", torch.uint8 if quantization.double_quant else torch.float32, (blocks,)),
         (".quant_map", torch.float32, (16,)),
-        (f".quant_state.bitsandbytes__{quant_type}", torch.uint8, (QUANT_STATE_BYTES,)),
+        (f".quant_state.bitsandbytes__{quantization.quant_type}", torch.uint8, (QUANT_STATE_BYTES,)),
     ]
-    if double_quant:
+    if quantization.double_quant:
         made += [
             (".nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)),
             (".nested_quant_map", torch.float32, (256,)),

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
-from qlora_cli.config import QuantizationSettings, TrainConfig
+from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.core.data.dataset import PreparedRows, RowSubset, hold_out
 from qlora_cli.core.device import read_free_bytes
@@ -101,7 +101,7 @@ def verify_merge(
     def open_trained() -> Iterator[nn.Module]:
         model, _ = load_base(
             base.files,
-            QuantizationSettings(quant_type=options.quant_type, double_quant=options.double_quant),
+            options.quantization,
             compute_dtype=options.compute_dtype,
             device=device,
         )
