@@ -23,7 +23,7 @@ class Hub:
         fault: drop, truncate, stall, status:CODE or status:CODE:ErrorCode; "" for none.
         times: How many requests go wrong; those after them go well.
         only: Only requests whose path holds this go wrong.
-        requests: Paths asked for, in order.
+        requests: Method and path of what was asked for, in order.
     """
 
     directory: Path
@@ -32,9 +32,9 @@ class Hub:
     only: str = ""
     requests: list[str] = field(default_factory=list)
 
-    def next_fault(self, path: str) -> str:
+    def next_fault(self, method: str, path: str) -> str:
         """The fault for this request."""
-        self.requests.append(path)
+        self.requests.append(f"{method} {path}")
         if not self.fault or self.only not in path or self.times <= 0:
             return ""
         self.times -= 1
@@ -58,7 +58,7 @@ def serving(hub: Hub) -> Iterator[int]:
             self.answer(body=True)
 
         def answer(self, *, body: bool) -> None:
-            fault = hub.next_fault(self.path)
+            fault = hub.next_fault(self.command, self.path)
             if fault == "drop":
                 self.close_connection = True
                 self.connection.close()

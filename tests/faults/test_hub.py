@@ -1,8 +1,10 @@
 """A hub that drops, truncates, stalls and refuses: downloads are tried again, or end in one clear sentence."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +100,72 @@ def test_a_hub_out_of_reach_is_said_and_what_is_cached_still_works(download, hub
     assert download("").code == 0
     cached = download("status:503")
     assert cached.code == 0 and whole(tmp_path / "cache", hub[0].directory), cached.said
+
+
+def test_a_download_is_announced_and_its_bytes_are_counted_to_the_end(download, hub, tmp_path):
+    events = [line for line in download("").said.splitlines() if "Downloading org/model" in line]
+    notices = [line for line in events if line.startswith("Notice")]
+    tokenizer, weights = (sum(path.stat().st_size for path in hub[0].directory.glob(p)) for p in ("*.json", "*.saf*"))
+    assert "files" in notices[0] and f" {tokenizer:,} bytes." in notices[0], notices
+    assert f"model.safetensors, {weights:,} bytes." in notices[1] and len(notices) == 2, notices
+    for total_bytes in (tokenizer, weights):
+        done = [int(n) for n in re.findall(rf"done=(\d+), total={total_bytes}, unit='bytes'", "\n".join(events))]
+        assert done == sorted(done) and done[-1] == total_bytes and len(done) > 1, events
+    again = download("")
+    assert again.code == 0 and "Downloading" not in again.said
+
+
+def test_what_is_here_already_is_said(download, hub, tmp_path):
+    assert download("").code == 0
+    lost = next((tmp_path / "cache").glob("models--org--model/snapshots/*/config.json"))
+    lost_bytes = lost.stat().st_size
+    lost.resolve().unlink()
+    lost.unlink()
+    said = download("").said
+    total_bytes = sum(path.stat().st_size for path in hub[0].directory.glob("*.json"))
+    assert f"{total_bytes:,} bytes, of which {total_bytes - lost_bytes:,} bytes are here already." in said, said
+
+
+def looked_up(hub: Hub) -> dict[str, int]:
+    """How often each file was asked for, by method and name; and how often the API about the model."""
+    counts: dict[str, int] = {}
+    for request in hub.requests:
+        method, _, path = request.partition(" ")
+        if "/resolve/" in path or "/api/models/" in path:  # the library asks for /api/agent-harnesses by itself
+            what = f"{method} {path.rsplit('/', 1)[-1]}" if "/resolve/" in path else "api"
+            counts[what] = counts.get(what, 0) + 1
+    hub.requests.clear()
+    return counts
+
+
+def test_train_and_generate_look_each_hub_file_up_once(hub, client, tmp_path):
+    """A HEAD and a GET of each file that is not here, and of none that is; a dry run asks for no weights."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"Row {i} of a few."}) + "\n" for i in range(8)))
+    train = {"model": "org/model", "data": str(data), "max_steps": 1, "batch_size": 2}
+    names = {path.name for path in hub[0].directory.iterdir()}
+    hub[0].fault = ""
+    hub[0].requests.clear()
+
+    def run(function: str, cache: str, **options: Any) -> dict[str, int]:
+        done = client.run(f"tests.faults.victims:{function}", options=options, cache=str(tmp_path / cache))
+        assert done.code == 0, done.said
+        return looked_up(hub[0])
+
+    dry = run("train_from_hub", "dry", **train, output=str(tmp_path / "dry-out"), dry_run=True)
+    assert {name.split()[1] for name in dry if name != "api"} == names - {"model.safetensors"}
+    for function, options in (
+        ("train_from_hub", {**train, "output": str(tmp_path / "out")}),
+        ("generate_from_hub", {"model": "org/model"}),
+    ):
+        cold = run(function, function, **options)
+        api = cold.pop("api")
+        assert {name.split()[1] for name in cold} == names
+        assert set(cold.values()) == {1}, cold
+        options = {**options, "overwrite": True} if "output" in options else options
+        warm = run(function, function, **options)
+        assert warm == {"api": 2}, warm  # the commit of the name, and of that commit which weights there are
+        assert api <= 6, api  # the library asks too before it downloads
 
 
 def test_a_run_trains_on_a_base_that_came_in_pieces_and_says_where_from(hub, client, tmp_path):

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import constants
 
 from qlora_cli.commands import train as training
-from qlora_cli.config import TrainConfig
+from qlora_cli.config import GenerateConfig, TrainConfig
 from qlora_cli.core.models import lora as adapter
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.storage import checkpoint
@@ -283,3 +283,12 @@ def train_from_hub(options: dict[str, Any], cache: str) -> None:
     """A run of `train` whose hub cache is its own."""
     with mock.patch.object(constants, "HF_HUB_CACHE", cache):
         train({**options, "base_cache": False})
+
+
+def generate_from_hub(options: dict[str, Any], cache: str) -> None:
+    """An answer whose hub cache is its own."""
+    from qlora_cli.commands.generate import generate
+
+    with mock.patch.object(constants, "HF_HUB_CACHE", cache):
+        config = GenerateConfig(base_cache=False, max_new_tokens=2, temperature=0, **options)
+        generate(config, ["Once"], lambda event: print(event, flush=True))
