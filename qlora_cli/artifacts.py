@@ -34,6 +34,11 @@ PREPARED_MANIFEST = "prepared.json"
 PREPARED_ROWS = "rows.arrow"  # Arrow IPC file: input_ids list<int32>, trained list<bool>
 
 
+def cache_root() -> Path:
+    """Where what can be made again is kept: $QLORA_CACHE, or ~/.cache/qlora."""
+    return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
+
+
 def fsync_path(path: Path) -> None:
     """Flushes one file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,7 +3,15 @@
 import time
 from typing import TextIO
 
-from qlora_cli.cli.units import Pace, format_amount, format_bytes, format_duration, format_seconds, format_share
+from qlora_cli.cli.units import (
+    Pace,
+    format_amount,
+    format_bytes,
+    format_duration,
+    format_seconds,
+    format_share,
+    say_bytes,
+)
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -62,9 +70,9 @@ class LineView:
     def _line(self, event: Event) -> str | None:
         match event:
             case Notice(text):
-                return text
+                return say_bytes(text)
             case Caution(text):
-                return f"warning: {text}"
+                return f"warning: {say_bytes(text)}"
             case Progress():
                 return self._progress(event)
             case RunStarted():

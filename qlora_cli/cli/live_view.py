@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.cli.line_view import describe_start
-from qlora_cli.cli.units import Pace, format_amount, format_bytes, format_duration, format_seconds
+from qlora_cli.cli.units import Pace, format_amount, format_bytes, format_duration, format_seconds, say_bytes
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -66,9 +66,9 @@ class LiveView:
         """Takes one event into the view."""
         match event:
             case Notice(text):
-                self.console.print(Text("• ", "cyan") + Text(text))
+                self.console.print(Text("• ", "cyan") + Text(say_bytes(text)))
             case Caution(text):
-                self.console.print(Text("! ", "bold yellow") + Text(text, "yellow"))
+                self.console.print(Text("! ", "bold yellow") + Text(say_bytes(text), "yellow"))
             case RunStarted():
                 self.console.print(Text("• ", "cyan") + Text(describe_start(event)))
             case Progress():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.artifacts import cache_root
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import cache_directory, choose_max_length
@@ -32,7 +33,7 @@ from qlora_cli.core.inspection.weight_stats import (
     tabulate_layers,
 )
 from qlora_cli.core.models.files import resolve_model
-from qlora_cli.core.models.quantized_cache import cache_root, cache_size_bytes
+from qlora_cli.core.models.quantized_cache import cache_size_bytes
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, predict_merging
 from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts

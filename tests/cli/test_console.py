@@ -288,6 +288,9 @@ def test_a_terminal_gets_the_live_view_unless_no_color_is_set(no_color, marks):
 def test_long_counts_of_bytes_in_sentences_are_drawn_as_gib():
     assert say_bytes("Training needs 5,368,709,120 bytes at the least.") == "Training needs 5.00 GiB at the least."
     assert say_bytes("12,000 bytes, 5 bytes and 1,234,567 rows") == "12,000 bytes, 5 bytes and 1,234,567 rows"
+    lines = io.StringIO()
+    LineView(lines).show(Notice("Downloading org/model: 46 files, 41,300,000,000 bytes."))
+    assert lines.getvalue() == "Downloading org/model: 46 files, 38.5 GiB.\n"
 
 
 def test_commands_to_type_are_told_in_one_piece_beside_the_result(capsys, monkeypatch):

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.decoding import prefill as decoding_prompts
-from qlora_cli.core.decoding.decoder import LaidPrompts, Prompt, lay_out, underlying_model
+from qlora_cli.core.decoding.decoder import LaidPrompts, Prompt, lay_out
 from qlora_cli.core.decoding.fused_layers import FastLayers
 from qlora_cli.core.decoding.graph_decoder import FastModel, GraphDecoder
 from qlora_cli.core.decoding.prefill import MOST_GRAPHS, MOST_TOKENS, PromptGraphs, bucket_places
@@ -19,6 +19,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.quantization import dequantized_weight
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.kernels.decode import gemv
 from tests.conftest import make_tokenizer, write_model
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_cli import artifacts
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models import quantized_cache as base_cache
@@ -207,4 +208,4 @@ def test_only_the_first_of_several_processes_writes(load_tiny, monkeypatch):
 
 def test_the_root_can_be_moved(monkeypatch):
     monkeypatch.delenv("QLORA_CACHE")
-    assert base_cache.cache_root() == Path.home() / ".cache" / "qlora"
+    assert artifacts.cache_root() == Path.home() / ".cache" / "qlora"

@@ -18,6 +18,7 @@ from qlora_cli.artifacts import (
     PREPARED_MANIFEST,
     PREPARED_ROWS,
     atomic_directory,
+    cache_root,
     write_json,
 )
 from qlora_cli.config import DataSettings
@@ -66,9 +67,8 @@ class PreparedSummary:
 
 
 def cache_directory() -> Path:
-    """Where rows prepared by `train --data` are kept: $QLORA_CACHE/prepared, or ~/.cache/qlora/prepared."""
-    root = os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora"
-    return Path(root).expanduser() / "prepared"
+    """Where rows prepared by `train --data` are kept."""
+    return cache_root() / "prepared"
 
 
 def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None", report: Report) -> int:

@@ -10,17 +10,13 @@ from torch import Tensor
 
 from qlora_cli.core.decoding.kv_cache import StaticKVCache
 from qlora_cli.core.decoding.sampling import Sampling, choose_tokens
+from qlora_cli.core.models.structure import underlying_model
 
 PREFILL_TOKENS = 8192  # most tokens in one forward over prompts
 # Outside transformers' attention interface, yet right with one 2-D mask a step: their attention looks at every place
 # that the mask leaves, whatever the row's own position (ALiBi differs by a constant in a row, which softmax ignores).
 MASKED_BY_PLACE = {"falcon", "bloom", "mpt", "gptj", "codegen"}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-
-
-def underlying_model(model: Any) -> Any:
-    """The transformers model inside a PEFT one, its linears adapted."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def why_not_stepwise(model: Any) -> str | None:

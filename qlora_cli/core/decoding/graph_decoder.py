@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from qlora_cli.core.decoding.attention import JoinedAttention
-from qlora_cli.core.decoding.decoder import Decoder, LaidPrompts, underlying_model
+from qlora_cli.core.decoding.decoder import Decoder, LaidPrompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
 from qlora_cli.core.decoding.prefill import PromptGraphs, bucket_places, capture
 from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.decoding.stacked_linears import FastLinears
 from qlora_cli.core.models.lora import adapted_modules
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import QloraError, first_line
 
 SHORTEST = 256  # places of the cache that a step reads at least, where its attention reads a fixed number

@@ -38,6 +38,7 @@ from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
 from qlora_cli.core.engine.packed_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
 from qlora_cli.core.engine.trials import Calibration
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.weights import FrozenWeight, reserve_values
@@ -61,7 +62,7 @@ class FastEngine:
 
     def __init__(self, model: Any, options: EngineOptions, *, device: torch.device, report: Report) -> None:
         self.model, self.device, self.report = model, device, report
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
         self.embeddings = InputEmbeddings(self.base, device, report)
         self.undo: list[Callable[[], None]] = []

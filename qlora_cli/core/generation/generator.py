@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
-from qlora_cli.core.decoding.decoder import Decoder, underlying_model, why_not_stepwise
+from qlora_cli.core.decoding.decoder import Decoder, why_not_stepwise
 from qlora_cli.core.decoding.sampling import Sampling
 from qlora_cli.core.generation.continuous_batching import answer_all
 from qlora_cli.core.generation.hf_generate import answer_plainly
 from qlora_cli.core.generation.requests import Completion, Request
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, PlainTemplate, RowFormatter
 from qlora_cli.errors import DataError

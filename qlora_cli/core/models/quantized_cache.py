@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from qlora_cli.artifacts import atomic_directory, read_json
+from qlora_cli.artifacts import atomic_directory, cache_root, read_json
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
 from qlora_cli.errors import DiskFull, QloraError, RunError
@@ -32,11 +32,6 @@ FOUR_BIT = "quant_state.bitsandbytes__"  # how the state of a packed weight begi
 HOST = torch.device("cpu")
 
 MakeLinear = Callable[[dict[str, Tensor], Tensor | None], nn.Module]
-
-
-def cache_root() -> Path:
-    """Where this project keeps what can be made again."""
-    return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
 
 
 def base_directory(facts: Mapping[str, Any]) -> Path:

@@ -30,6 +30,11 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False) ->
         ) from error
 
 
+def underlying_model(model: Any) -> Any:
+    """The transformers model inside a PEFT one, its linears adapted; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def head_names(model: Any) -> list[str]:
     """Names of the output head, as far as there is one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

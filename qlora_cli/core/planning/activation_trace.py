@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.lm_head import chunk_tokens, find_decoder
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
-from qlora_cli.core.models.structure import is_plain_linear, linear_names
+from qlora_cli.core.models.structure import is_plain_linear, linear_names, underlying_model
 from qlora_cli.core.planning.live_bytes import LiveBytes
 from qlora_cli.core.planning.meta_ops import Attention, CatchAttention, Linear, Loss, Sink, Source, stand_in_attention
 from qlora_cli.errors import ModelError, first_line
@@ -141,7 +141,7 @@ class _Trace:
 
     def __init__(self, model: Any, tokens: int, fused: bool) -> None:
         self.model, self.tokens, self.fused = model, tokens, fused
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
         self.modules: list[Any] = find_layers(self.decoder)
         # As `packed_attention` has them. Rows of one length, what takes most, go to cuDNN as they are, where it takes them.
