@@ -1,15 +1,15 @@
-"""The directories handed between commands: names and versions of their files in, checked paths and atomic writes out."""
+"""Artifacts: the directories handed between commands, their files' names and versions, atomic writes."""
 
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.errors import DiskFull, RunError
+from qlora_cli.errors import RunError
 
 FORMAT = 1  # of RUN_RECORD and PREPARED_MANIFEST; raised when an older version could not read them
 
@@ -97,7 +97,6 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     existing `target` is untouched.
 
     Raises:
-        DiskFull: The disk ran out of space inside the block or while flushing.
         RunError: `target` exists and `replace` is False.
     """
     if target.exists() and not replace and any(target.iterdir()):
@@ -120,23 +119,9 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         else:
             temporary.rename(target)
         fsync_path(target.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno == 28:  # ENOSPC
-            raise disk_full(target, error) from error
-        raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def disk_full(target: Path, error: OSError) -> DiskFull:
-    """The error for a write that met ENOSPC, naming what is free."""
-    free_bytes = shutil.disk_usage(target.parent).free
-    return DiskFull(
-        f"The disk is full: writing {target} failed with {free_bytes:,} bytes free ({error.strerror}).",
-        "Free some space, or choose an --output on another disk, and run the command again.",
-    )
 
 
 def read_run_record(directory: Path) -> dict[str, Any]:
@@ -172,6 +157,21 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
 def is_adapter(directory: Path) -> bool:
     """Whether the directory holds a PEFT adapter."""
     return (directory / ADAPTER_CONFIG).is_file()
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run was begun there, or an adapter lies there. `RUN_YAML` is written before metrics and record."""
+    return any((directory / name).exists() for name in (RUN_YAML, CHECKPOINTS, RUN_RECORD, ADAPTER_CONFIG))
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without one that a crash cut short; none where there is no file."""
+    lines = []
+    with suppress(FileNotFoundError):
+        for line in (directory / METRICS).read_bytes().splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
 
 
 def is_prepared(directory: Path) -> bool:

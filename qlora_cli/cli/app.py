@@ -1,7 +1,6 @@
 """Command-line application: the five commands, and the only place where a `QloraError` is caught."""
 
 import contextlib
-import errno
 import os
 import sys
 import traceback
@@ -194,8 +193,11 @@ def _usage_error(error: Any) -> UsageError:
 
 
 def _unexpected(error: Exception) -> QloraError:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" at {error.filename}" if error.filename else ""
+    from qlora_cli.core.storage.disk_space import is_disk_full
+
+    if is_disk_full(error):
+        filename = getattr(error, "filename", None)
+        where = f" at {filename}" if filename else ""
         return DiskFull(f"The disk is full{where}.", "Free some space and run the command again.")
     sentence = " ".join(str(error).split()) or "no message"
     return QloraError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.artifacts import cache_root
+from qlora_cli.artifacts import cache_root, is_run
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import cache_directory, choose_max_length
@@ -25,7 +25,7 @@ from qlora_cli.core.inspection.doctor import (
     list_devices,
     measure_directory,
 )
-from qlora_cli.core.inspection.run_summary import describe_run, holds_run
+from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.core.inspection.weight_stats import (
     group_tensors,
     list_tensors,
@@ -84,7 +84,7 @@ def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
     if config.model:
         return inspect_model(config, report)
     default = Path(TrainConfig.output)
-    if holds_run(default):
+    if is_run(default):
         return describe_run(default, None)
     return inspect_machine(config)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -30,8 +29,9 @@ from qlora_cli.core.models.adapter_record import read_source
 from qlora_cli.core.models.lora import read_adapter
 from qlora_cli.core.models.structure import head_names, linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
+from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
-from qlora_cli.errors import DiskFull, MergeError
+from qlora_cli.errors import MergeError
 from qlora_cli.events import Report
 
 SMALL_FILES_BYTES = 2**25  # tokenizer, configuration, card
@@ -88,7 +88,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         keep_tied = bool(facts.config.get("ensure_weight_tying"))
         plan = plan_merge(files, names, base.model, deltas, adapter, options, keep_tied=keep_tied)
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
-        require_room(output, plan)
+        require_space(output, missing_bytes(output, plan))
         with unfinished_directory(output, overwrite=config.overwrite, resume=config.resume) as directory:
             started = time.perf_counter()
             reused = write_weights(
@@ -150,20 +150,10 @@ def choose_options(config: MergeConfig, base: Base, device: torch.device) -> Mer
 # ---------------------------------------------------------------- files
 
 
-def require_room(output: Path, plan: MergePlan) -> None:
-    """Raises unless the disk has room for the merged model.
-
-    Raises:
-        DiskFull: It has not.
-    """
-    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+def missing_bytes(output: Path, plan: MergePlan) -> int:
+    """Bytes that a merge has yet to write, beside what an interrupted one left."""
     written_bytes = sum(path.stat().st_blocks * 512 for path in unfinished_path(output).glob("*.safetensors"))
-    needed, free = plan.total_bytes + SMALL_FILES_BYTES - written_bytes, shutil.disk_usage(place).free
-    if needed > free:
-        raise DiskFull(
-            f"The merged model takes {needed:,} bytes more, and the disk of {output} has {free:,} free.",
-            "Free some space, or choose an --output on another disk.",
-        )
+    return plan.total_bytes + SMALL_FILES_BYTES - written_bytes
 
 
 def merge_key(config: MergeConfig, base: Base, adapter: Path, options: MergeOptions) -> str:

@@ -40,16 +40,12 @@ from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.runs.finish import write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
 from qlora_cli.core.runs.inputs import Run, RunInputs, read_inputs
+from qlora_cli.core.runs.metrics import MetricsFile
 from qlora_cli.core.runs.results import TrainPlan, TrainResult
-from qlora_cli.core.runs.run_logs import open_logs, tracking
+from qlora_cli.core.runs.tracking import closing_tracker, log_to, start_tracker
 from qlora_cli.core.runs.validate import check_ranks, check_settings
-from qlora_cli.core.storage.checkpoint import (
-    Checkpoint,
-    list_checkpoints,
-    remove_leftovers,
-    reporting_disk_full,
-    require_space,
-)
+from qlora_cli.core.storage.checkpoint import Checkpoint, list_checkpoints, remove_leftovers
+from qlora_cli.core.storage.disk_space import reporting_disk_full, require_space
 from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import count_warmup_steps, learning_rate_schedule
@@ -58,7 +54,7 @@ from qlora_cli.core.training.reporting import RunReporter
 from qlora_cli.core.training.resume import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
 from qlora_cli.core.training.state import Checkpointing, TrainerState, read_trainer_state
 from qlora_cli.core.training.trainer import Optimization, Trainer, TrainerSchedule
-from qlora_cli.events import Event, Report, RunStarted, Vram
+from qlora_cli.events import EvaluationLogged, Event, Report, RunStarted, StepLogged, Vram
 
 SAVES_A_RUN = 10  # by default
 # The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `monitoring`.
@@ -118,7 +114,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
     run = Run(config, accelerator, ranks, choose_device(), report if ranks.is_main else report_nothing)
     with ExitStack() as stack:
         stack.enter_context(monitoring(ranks, run.device))
-        stack.enter_context(tracking(accelerator))
+        stack.enter_context(closing_tracker(accelerator))
         check_ranks(config, ranks)
         if ranks.is_main:
             stack.enter_context(claimed(run.output, resume=config.resume, overwrite=config.overwrite))
@@ -126,6 +122,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         ranks.barrier()
         inputs = read_inputs(run)
         decisions = decide(run, inputs)
+        if ranks.is_main and config.report_to and not config.dry_run:
+            start_tracker(config, accelerator)  # before any weights are downloaded to identify the base by
         start = find_start(run, inputs, decisions)
         if config.dry_run:
             return describe_plan(run, inputs, decisions, start)
@@ -136,9 +134,12 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         stack.callback(engine.close)
         optimization = start_optimization(run, inputs, decisions, start, loaded)
         # From here on the directory is a run.
+        log: Callable[[StepLogged | EvaluationLogged], None] = report_nothing
         if ranks.is_main:
             write_config_file(config, run.output / RUN_YAML)
-        log = open_logs(config, accelerator, run.output, start.state.step, stack) if ranks.is_main else report_nothing
+            metrics = MetricsFile(run.output, last_step=start.state.step)
+            stack.callback(metrics.close)
+            log = log_to(metrics, accelerator)
         report_start(run, inputs, start, engine)
         trainer = Trainer(
             replica=ModelReplica(loaded.model, engine, ranks, lockstep=loaded.weight_shards is not None),

@@ -367,7 +367,7 @@ def test_metrics_of_a_resumed_run_count_each_step_once():
         {"step": 3, "loss": None, "tokens": 10, "step_seconds": 1.0, "peak_vram_bytes": 8},
         {"step": 2, "eval_loss": 4.0, "perplexity": 54.6},
     ]
-    found = summarise_metrics(json.dumps(line) for line in lines)
+    found = summarise_metrics(lines)
     assert (found["steps"], found["best_loss"], found["best_step"], found["last_loss"]) == (3, 2.5, 2, 2.5)
     assert (found["tokens"], found["training_seconds"], found["peak_vram_bytes"]) == (30, 4.0, 9)
     assert found["best_eval_loss"] == 4.0

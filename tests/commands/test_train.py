@@ -478,6 +478,28 @@ def test_a_tracker_that_is_not_installed_is_said_with_what_to_type(options, monk
     assert "pip install wandb" in caught.value.hint
 
 
+@pytest.mark.parametrize("fails_in", ["start", "store_init_configuration"])
+def test_a_tracker_that_cannot_start_is_said_before_any_weights_are_read(options, monkeypatch, fails_in):
+    pytest.importorskip("tensorboard")
+
+    def refuse(self, *arguments):
+        raise RuntimeError("api_key not configured\nmore lines")
+
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{fails_in}", refuse)
+    for name in ("core.models.files.ModelFiles.identity", "commands.train.load_base"):
+        monkeypatch.setattr(f"qlora_cli.{name}", lambda *_, **__: pytest.fail("the weights were read"))
+    with pytest.raises(UsageError, match="tensorboard cannot start: api_key not configured") as caught:
+        run(options, report_to="tensorboard")
+    assert "\n" not in caught.value.message and "--report-to" in caught.value.hint
+    assert not Path(options["output"]).exists()
+
+
+def test_a_dry_run_starts_no_tracker(options):
+    pytest.importorskip("tensorboard")
+    run(options, report_to="tensorboard", dry_run=True)
+    assert not Path(options["output"]).exists()
+
+
 def test_too_little_space_is_said_before_the_base_is_loaded(options, monkeypatch):
     monkeypatch.setattr("qlora_cli.commands.train.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     usage = shutil.disk_usage("/")

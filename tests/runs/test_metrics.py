@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from qlora_cli.artifacts import LOSS_CURVE, METRICS
-from qlora_cli.core.runs.metrics import MetricsFile, as_metrics, draw_loss_curve, read_metrics
+from qlora_cli.artifacts import LOSS_CURVE, METRICS, read_metrics
+from qlora_cli.core.runs.metrics import MetricsFile, as_metrics, draw_loss_curve
 from qlora_cli.events import EvaluationLogged, StepLogged, Vram
 
 

@@ -18,7 +18,6 @@ from qlora_cli.core.storage.checkpoint import (
     prune,
     read_tensors,
     remove_leftovers,
-    require_space,
     verify_checkpoint,
     write_checkpoint,
     write_tensors,
@@ -194,9 +193,3 @@ def test_differences_name_every_leaf_and_see_through_json(tmp_path):
     now = {"base": {"sha": "a"}, "settings": {"rank": 16, "targets": ("q",), "new": 2}}
     assert differences(saved, now) == ["settings.gone: 1 → None", "settings.new: None → 2", "settings.rank: 8 → 16"]
     assert differences({"a": 32, "b": [1]}, {"a": 32.0, "b": (1,)}) == []
-
-
-def test_space_is_asked_of_the_nearest_existing_directory(tmp_path):
-    require_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(DiskFull, match="bytes are needed"):
-        require_space(tmp_path / "not" / "yet", 2**60)

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, disk_full, is_prepared, read_json
+from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, is_prepared, read_json
+from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.errors import DataError, RunError, UsageError
 
 SCHEMA = pa.schema(
@@ -46,18 +47,14 @@ class RowWriter:
             pa.ListArray.from_arrays(borders, pa.array(values, kind), type=field.type)
             for field, values, kind in zip(SCHEMA, (input_ids, trained), (pa.int32(), pa.bool_()), strict=True)
         ]
-        try:
+        with reporting_disk_full(self._path):
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        except OSError as error:
-            raise disk_full(self._path, error) if error.errno == 28 else error from error
 
     def close(self) -> None:
         """Writes the footer."""
-        try:
+        with reporting_disk_full(self._path):
             self._writer.close()
             self._sink.close()
-        except OSError as error:
-            raise disk_full(self._path, error) if error.errno == 28 else error from error
 
 
 class PreparedRows:

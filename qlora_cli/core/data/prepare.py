@@ -32,6 +32,7 @@ from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSet
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
 from qlora_cli.core.prompts.records import Record
+from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report
 
@@ -160,7 +161,7 @@ def prepare_rows(
         max_line_bytes=settings.max_line_bytes,
         vocabulary_size=len(tokenizer),
     )
-    with atomic_directory(directory, replace=overwrite) as temporary:
+    with reporting_disk_full(directory), atomic_directory(directory, replace=overwrite) as temporary:
         statistics = PreparationStatistics()
         with ExitStack() as stack:
             chunks = _limited(source.chunks(settings.max_line_bytes, chunk_bytes), settings)

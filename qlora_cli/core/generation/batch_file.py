@@ -1,6 +1,5 @@
 """A JSON Lines file of prompts in; one of answers out, appended to as they come, so that a stopped run goes on."""
 
-import errno
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qlora_cli.artifacts import disk_full
+from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.errors import DataError, RunError
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -130,15 +129,14 @@ class AnswerFile:
         row = {"index": index, **content, "key": self._digests[index], "settings": self.settings}
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         before = written = self._stream.tell()
-        try:
-            while written < before + len(line):
-                written += self._stream.write(line[written - before :])
-        except OSError as error:
-            self._stream.truncate(before)
-            self._stream.seek(before)
-            if error.errno == errno.ENOSPC:
-                raise disk_full(self.path, error) from error
-            raise
+        with reporting_disk_full(self.path):
+            try:
+                while written < before + len(line):
+                    written += self._stream.write(line[written - before :])
+            except OSError:
+                self._stream.truncate(before)
+                self._stream.seek(before)
+                raise
         self.finished.add(index)
 
     def put_in_order(self) -> None:

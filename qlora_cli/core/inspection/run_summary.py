@@ -1,6 +1,5 @@
 """Summary of a run directory or adapter: what it is, what produced it, how far its training came; JSON-ready."""
 
-import json
 import math
 import re
 import shlex
@@ -19,13 +18,6 @@ from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_size import base_name
 from qlora_cli.core.training.state import STATE, TrainerState, read_trainer_state
 
-SIGNS_OF_A_RUN = (artifacts.ADAPTER_CONFIG, artifacts.RUN_YAML, artifacts.METRICS, artifacts.CHECKPOINTS)
-
-
-def holds_run(directory: Path) -> bool:
-    """Whether a run was begun there, or an adapter is there."""
-    return any((directory / name).exists() for name in SIGNS_OF_A_RUN)
-
 
 def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     """What an adapter is, what produced it, and how far its training came.
@@ -41,7 +33,7 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     in_checkpoint = artifacts.run_of(directory) != directory
     facts: dict[str, Any] = {"kind": "run" if record else "adapter", "directory": str(directory)}
     tables: list[dict[str, Any]] = []
-    if not artifacts.is_adapter(directory) and holds_run(directory):
+    if not artifacts.is_adapter(directory) and artifacts.is_run(directory):
         facts |= {"kind": "run", "adapter": "none yet: training has not ended"}
     else:
         adapter = read_adapter(directory)
@@ -58,11 +50,10 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     settings = artifacts.run_of(directory) / artifacts.RUN_YAML
     if settings.is_file():
         facts["settings"] = yaml.safe_load(settings.read_text(encoding="utf-8"))
-    metrics = directory / artifacts.METRICS
     if in_checkpoint or (directory / STATE).is_file():
         facts |= {"kind": "checkpoint", "progress": _describe_progress(read_trainer_state(directory))}
-    elif metrics.is_file():
-        facts["progress"] = summarise_metrics(metrics.read_text(encoding="utf-8").splitlines())
+    elif (directory / artifacts.METRICS).is_file():
+        facts["progress"] = summarise_metrics(artifacts.read_metrics(directory))
     checkpoints = directory / artifacts.CHECKPOINTS
     if checkpoints.is_dir():
         facts["checkpoints"] = sorted(path.name for path in checkpoints.iterdir() if path.name[0] != ".")
@@ -78,27 +69,23 @@ def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
     return [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output merged"]
 
 
-def _describe_progress(progress: TrainerState) -> dict[str, Any]:
+def _describe_progress(state: TrainerState) -> dict[str, Any]:
     """How far a checkpoint's run had come, in the words of `summarise_metrics`."""
     return {
-        "steps": progress.step,
-        "last_loss": progress.last_loss,
-        "best_eval_loss": progress.best_loss,
-        "best_eval_step": progress.best_step,
-        "last_eval_loss": progress.last_eval_loss,
-        "tokens": progress.tokens,
+        "steps": state.step,
+        "last_loss": state.last_loss,
+        "best_eval_loss": state.best_loss,
+        "best_eval_step": state.best_step,
+        "last_eval_loss": state.last_eval_loss,
+        "tokens": state.tokens,
     }
 
 
-def summarise_metrics(lines: Iterable[str]) -> dict[str, Any]:
-    """Steps, losses and speed of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+def summarise_metrics(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Steps, losses and speed of a run's metrics."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, float] = {}
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
+    for entry in lines:
         if "eval_loss" in entry:
             evaluations[entry["step"]] = entry["eval_loss"]
         elif "loss" in entry:

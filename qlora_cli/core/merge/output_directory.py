@@ -3,19 +3,17 @@
 The unfinished directory lies hidden beside the output, so that no program takes it for a model.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_cli.artifacts import disk_full, fsync_path
+from qlora_cli.artifacts import LOCK, fsync_path
 from qlora_cli.core.merge.writer import JOURNAL
+from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.core.storage.lock import locked
 from qlora_cli.errors import DiskFull, Interrupted, QloraError, RunError
-
-LOCK = ".lock"
-NO_SPACE = 28  # errno ENOSPC
 
 
 def unfinished_path(output: Path) -> Path:
@@ -54,34 +52,20 @@ def unfinished_directory(output: Path, *, overwrite: bool, resume: bool) -> Iter
         DiskFull: The disk has no room.
     """
     directory = unfinished_path(output)
-    try:
-        if directory.exists() and not resume:
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RunError(f"{output} cannot be written: {error.strerror}.", "Choose another --output.") from error
-    try:
+    with locked(directory, output=output):
+        if not resume:
+            for path in directory.iterdir():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"Another process is merging to {output}.", "Wait for it, or choose another --output."
-            ) from None
-        try:
-            yield directory
-            _publish(directory, output, overwrite=overwrite)
+            with reporting_disk_full(output):
+                yield directory
+                _publish(directory, output, overwrite=overwrite)
         except (DiskFull, Interrupted):
             raise
         except QloraError:
             shutil.rmtree(directory)
             raise
-        except OSError as error:
-            if error.errno == NO_SPACE:
-                raise disk_full(output, error) from error
-            raise
-    finally:
-        os.close(lock)
 
 
 def _publish(directory: Path, output: Path, *, overwrite: bool) -> None:

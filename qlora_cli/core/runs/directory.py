@@ -1,7 +1,5 @@
-"""A run's output directory: claimed for one process, cleared on request, and filled with the finished adapter."""
+"""Run directory: claimed for one process, cleared on request, and filled with the finished adapter."""
 
-import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,13 +17,15 @@ from qlora_cli.artifacts import (
     MODEL_CARD,
     RUN_RECORD,
     RUN_YAML,
+    TRACKER_LOGS,
     fsync_path,
+    is_run,
 )
 from qlora_cli.core.storage.checkpoint import list_checkpoints
+from qlora_cli.core.storage.lock import locked
 from qlora_cli.errors import RunError
 
 RUN_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, RUN_RECORD, RUN_YAML, METRICS, LOSS_CURVE, MODEL_CARD, BAD_ROWS)
-SIGNS_OF_A_RUN = (ADAPTER_CONFIG, RUN_RECORD, RUN_YAML, CHECKPOINTS)
 UNFINISHED = ".finishing-"  # prefix of the directory that collects the final files
 
 
@@ -42,41 +42,21 @@ def claimed(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
         RunError: Another process holds it, or it holds a run (without `resume` or `overwrite`) or other files.
     """
     created = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RunError(f"{directory} cannot be written: {error.strerror}.", "Choose another --output.") from error
-    try:
-        _lock(lock, directory)
-        _require_free(directory, resume=resume, overwrite=overwrite)
-        yield
-    finally:
-        if created and [path.name for path in directory.iterdir()] == [LOCK]:
-            (directory / LOCK).unlink()
-            directory.rmdir()
-        os.close(lock)  # and with it the lock, as when the process is killed
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-        raise RunError(
-            f"Another process{f' ({owner})' if owner else ''} is writing to {directory}.",
-            "Wait for it to end, or choose another --output.",
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    with locked(directory):
+        try:
+            _require_free(directory, resume=resume, overwrite=overwrite)
+            yield
+        finally:
+            if created and {path.name for path in directory.iterdir()} <= {LOCK, TRACKER_LOGS}:
+                shutil.rmtree(directory)
 
 
 def _require_free(directory: Path, *, resume: bool, overwrite: bool) -> None:
-    visible = [path.name for path in directory.iterdir() if not path.name.startswith(".")]
-    holds_run = any((directory / name).exists() for name in SIGNS_OF_A_RUN)
-    if visible and not holds_run:
+    others = [p.name for p in directory.iterdir() if not p.name.startswith(".") and p.name != TRACKER_LOGS]
+    holds_run = is_run(directory)
+    if others and not holds_run:
         raise RunError(
-            f"{directory} holds other files ({', '.join(sorted(visible)[:3])}) and no run.",
+            f"{directory} holds other files ({', '.join(sorted(others)[:3])}) and no run.",
             "Choose another --output.",
         )
     if not holds_run or resume:

@@ -1,4 +1,4 @@
-"""Steps and evaluations in; `metrics.jsonl`, one JSON object a line, and the picture of the loss out."""
+"""Metrics of a run: `metrics.jsonl`, one JSON object a line, and the picture of the loss."""
 
 import io
 import json
@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qlora_cli.artifacts import LOSS_CURVE, METRICS, write_bytes
-from qlora_cli.core.storage.checkpoint import reporting_disk_full
+from qlora_cli.artifacts import LOSS_CURVE, METRICS, read_metrics, write_bytes
+from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.events import EvaluationLogged, StepLogged
 
 LINE_BYTES = 300
@@ -62,20 +62,6 @@ def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, without a last one that a kill cut short; none where there is no file."""
-    path = directory / METRICS
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_bytes().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
 
 
 def draw_loss_curve(directory: Path) -> None:

@@ -1,14 +1,12 @@
-"""The settings of a run in; a `UsageError` for what makes no sense out, before any file is read."""
+"""Validation of a run's settings, before any file is read."""
 
-import importlib.util
 import os
 
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.planning.run_plan import can_be_sharded
+from qlora_cli.core.runs.tracking import check_tracker
 from qlora_cli.errors import UsageError
-
-TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -37,11 +35,8 @@ def check_settings(config: TrainConfig) -> None:
         raise UsageError(
             f"--{wanting.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
         )
-    if config.report_to and not any(importlib.util.find_spec(name) for name in TRACKER_MODULES[config.report_to]):
-        raise UsageError(
-            f"--report-to {config.report_to} needs a package that is not installed.",
-            f"Type: pip install {config.report_to}",
-        )
+    if config.report_to:
+        check_tracker(config.report_to)
 
 
 def check_ranks(config: TrainConfig, ranks: ProcessGroup) -> None:

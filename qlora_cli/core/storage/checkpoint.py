@@ -5,13 +5,11 @@ what produced it, and its own digest. It is built under a temporary name, flushe
 directory with the final name is complete whatever killed the process; what a disk does to it later, the digests show.
 """
 
-import errno
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.artifacts import atomic_directory, fsync_path, sha256_of, write_json
-from qlora_cli.errors import CheckpointError, DiskFull
+from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 _DIRECTORY = re.compile(r"step-(\d{8,})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 @dataclass(frozen=True)
@@ -201,44 +198,6 @@ def differences(saved: Any, now: Any, name: str = "") -> list[str]:
         return found
     # Through JSON, so that a tuple equals the list it was saved as, while 32 equals 32.0.
     return [] if saved == json.loads(json.dumps(now)) else [f"{name}: {saved!r} → {now!r}"]
-
-
-def require_space(directory: Path, needed_bytes: int) -> None:
-    """Checks that the disk under `directory` (which may not exist yet) has room.
-
-    Raises:
-        DiskFull: It has less than `needed_bytes` free.
-    """
-    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
-    if shutil.disk_usage(existing).free < needed_bytes:
-        raise _disk_full(existing, needed_bytes)
-
-
-@contextmanager
-def reporting_disk_full(directory: Path, needed_bytes: int) -> Iterator[None]:
-    """Turns a full disk, in any of the ways libraries report it, into `DiskFull` with the bytes needed.
-
-    safetensors and tokenizers hide the system's error number in the text of exceptions of their own.
-    """
-    try:
-        yield
-    except DiskFull as error:
-        raise _disk_full(directory, needed_bytes) from error
-    except Exception as error:
-        hidden = _OS_ERROR.search(str(error))
-        number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else None
-        if number not in _DISK_FULL:
-            raise
-        raise _disk_full(directory, needed_bytes) from error
-
-
-def _disk_full(directory: Path, needed_bytes: int) -> DiskFull:
-    free_bytes = shutil.disk_usage(directory).free
-    return DiskFull(
-        f"The disk is full: {needed_bytes:,} bytes are needed in {directory}, {free_bytes:,} are free; "
-        "the checkpoints already written are intact.",
-        "Free some space and run the command again with --resume, or choose an --output on another disk.",
-    )
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

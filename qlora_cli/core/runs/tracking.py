@@ -1,0 +1,78 @@
+"""Trackers of a run: TensorBoard, Weights & Biases or trackio, by way of accelerate."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+
+from qlora_cli.config import TrainConfig
+from qlora_cli.core.runs.metrics import MetricsFile, as_metrics
+from qlora_cli.errors import Interrupted, UsageError, first_line
+from qlora_cli.events import EvaluationLogged, StepLogged
+
+PROJECT = "qlora"
+IS_AVAILABLE = {
+    "tensorboard": is_tensorboard_available,
+    "wandb": is_wandb_available,
+    "trackio": is_trackio_available,
+}
+HINTS = {"wandb": "Type: wandb login. Or set WANDB_MODE=offline, or leave --report-to out."}
+
+
+def check_tracker(name: str) -> None:
+    """Checks that a tracker's package is installed.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not IS_AVAILABLE[name]():
+        raise UsageError(f"--report-to {name} needs a package that is not installed.", f"Type: pip install {name}")
+
+
+@contextmanager
+def closing_tracker(accelerator: Accelerator) -> Iterator[None]:
+    """Closes the tracker at the end, and the process group unless others may be waiting in it."""
+    try:
+        yield
+    except Interrupted:
+        accelerator.end_training()
+        raise
+    except BaseException:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
+    accelerator.end_training()
+
+
+def start_tracker(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Starts the tracker that was asked for.
+
+    Raises:
+        UsageError: It cannot start, as where nobody is logged in.
+    """
+    # Numbers and choices only: no path of this machine leaves it.
+    shared = {name: value for name, value in asdict(config).items() if isinstance(value, int | float)}
+    try:
+        accelerator.init_trackers(PROJECT, config=shared)
+    except Exception as error:
+        accelerator.trackers.clear()  # what never started has nothing to finish, and would fail again
+        name = config.report_to or ""
+        raise UsageError(
+            f"The tracker {name} cannot start: {first_line(error)}",
+            HINTS.get(name, "Set it up, or leave --report-to out."),
+        ) from error
+
+
+def log_to(metrics: MetricsFile, accelerator: Accelerator) -> Callable[[StepLogged | EvaluationLogged], None]:
+    """What writes each step and evaluation to the metrics and to the tracker that was started, if any."""
+
+    def log(event: StepLogged | EvaluationLogged) -> None:
+        metrics.write(event)
+        if accelerator.trackers:
+            line = as_metrics(event)
+            step = line.pop("step")
+            accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
+
+    return log

@@ -1,0 +1,39 @@
+"""Disk space: asked for before a write, and a full disk said in one sentence."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.core.storage.disk_space import is_disk_full, reporting_disk_full, require_space
+from qlora_cli.errors import DiskFull
+
+
+def test_space_is_asked_of_the_nearest_existing_directory(tmp_path):
+    require_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(DiskFull, match="bytes are needed") as caught:
+        require_space(tmp_path / "not" / "yet", 2**60)
+    assert "--output" in caught.value.hint
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_a_quota_and_a_file_size_limit_are_a_full_disk(tmp_path, number):
+    with pytest.raises(DiskFull, match="disk is full") as caught, reporting_disk_full(tmp_path / "file"):
+        raise OSError(number, "no room")
+    assert str(tmp_path / "file") in caught.value.message and caught.value.exit_code == 74
+
+
+def test_a_real_full_device_is_recognised():
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(DiskFull), reporting_disk_full(Path("/dev/full")), Path("/dev/full").open("wb") as stream:
+        stream.write(b"1")
+
+
+def test_other_failures_and_those_already_reported_pass(tmp_path):
+    reported = DiskFull("The disk is full: as said before.")
+    for error in (OSError(errno.EIO, "broken disk"), KeyError("a"), reported):
+        with pytest.raises(type(error)) as caught, reporting_disk_full(tmp_path):
+            raise error
+        assert caught.value is error
+    assert is_disk_full(Exception("I/O error (os error 28)")) and not is_disk_full(Exception("os error 13"))
