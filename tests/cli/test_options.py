@@ -36,6 +36,14 @@ def test_a_repeated_flag_keeps_commas_and_spaces(config_of):
     assert made == GenerateConfig(stop=("one, two", "\n\n"))
 
 
+def test_a_setting_answers_to_its_former_name(config_of, tmp_path):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("shape: chat\n")
+    assert config_of(["train", "--config", recipe]) == TrainConfig(format="chat")
+    assert config_of(["train", "--config", recipe, "--shape", "text"]) == TrainConfig(format="text")
+    assert config_of(["train", "--config", recipe, "--format", "tokens"]) == TrainConfig(format="tokens")
+
+
 def test_flags_override_the_recipe_which_overrides_the_defaults(config_of, tmp_path):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(yaml.safe_dump({"rank": 8, "alpha": 64, "packing": True, "target_modules": ["a", "b"]}))

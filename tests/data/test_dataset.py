@@ -85,7 +85,7 @@ def test_rows_and_manifest_must_agree(tmp_path):
         PreparedRows(tmp_path)
 
 
-def test_a_full_disk_is_told_as_such():
+def test_a_full_disk_is_reported_as_such():
     from pathlib import Path
 
     writer = RowWriter(Path("/dev/full"))

@@ -276,12 +276,12 @@ HTML = b"<!DOCTYPE html>\n<html><body>404: Not Found</body></html>"
         (b"version https://git-lfs.github.com/spec/v1\noid", "this is a Git LFS pointer, not the data itself"),
     ],
 )
-def test_files_that_are_something_else_are_told(tmp_path, name, content, cause):
+def test_files_that_are_something_else_are_reported(tmp_path, name, content, cause):
     assert read(write(tmp_path / name, content)) == ([], [f"{name}: {cause}"])
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9])
-def test_broken_parquet_is_told(tmp_path, keep):
+def test_broken_parquet_is_reported(tmp_path, keep):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
@@ -339,7 +339,7 @@ def test_data_that_is_not_compressed_at_all_is_noticed(tmp_path, suffix):
     assert read(path) == ([], [f"rows.jsonl{suffix}: the file is empty"])
 
 
-def test_a_file_that_cannot_be_opened_is_told(tmp_path):
+def test_a_file_that_cannot_be_opened_is_reported(tmp_path):
     assert read(tmp_path / "absent.jsonl")[1] == ["absent.jsonl: cannot be read (No such file or directory)"]
 
 
@@ -361,7 +361,7 @@ def test_long_lines_are_left_out_without_being_held(tmp_path):
     assert peak_bytes < 12 * 2**20
 
 
-def test_names_tell_formats():
+def test_names_give_kinds():
     from pathlib import Path
 
     known = {name: kind_of(Path(name)) for name in ("a.JSON", "b.jsonl.zst", "c.d.parquet", "e.txt.gz", "f.tsv")}

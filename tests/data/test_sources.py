@@ -207,7 +207,7 @@ def test_a_hub_dataset_that_is_not_there(hub):
 
 
 @pytest.mark.parametrize("message", ["Access to the dataset org/set is gated and this account has not been let in."])
-def test_what_stops_a_download_is_told_in_one_sentence(monkeypatch, message):
+def test_what_stops_a_download_is_reported_in_one_sentence(monkeypatch, message):
     def refuse(*_, **__):
         raise ModelError(message, "Ask for access on its hub page.")
 
@@ -260,7 +260,7 @@ def test_a_hub_dataset_may_be_named_like_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "data", ["absent.jsonl", "no/such/folder/rows.jsonl", "./absent", "/absent", "a b c", "x/*.jsonl"]
 )
-def test_what_is_not_there_is_told(data):
+def test_what_is_not_there_is_reported(data):
     with pytest.raises(DataError, match=r"There is no file or folder|No file matches"):
         resolve(data)
 

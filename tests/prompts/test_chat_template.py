@@ -187,7 +187,7 @@ def test_typed_control_tokens_stay_text_even_where_the_template_looks_at_the_wor
     )
 
 
-def test_a_refused_conversation_tells_the_templates_own_reason():
+def test_a_refused_conversation_gives_the_templates_own_reason():
     reason = RowFormatter(formatting_of(manners.LLAMA_2), encoder_of(sentencepiece_like())).format_records(
         [{"messages": [CHAT[0], CHAT[2], CHAT[3]]}, {"messages": CHAT}], "completion"
     )

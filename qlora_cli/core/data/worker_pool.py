@@ -1,4 +1,9 @@
-"""A stream of chunks in, the same stream tokenised out, in order, by as many processes as there are cores."""
+"""Worker pool: chunks tokenised in their order by several processes.
+
+Not concurrent.futures' ProcessPoolExecutor with "spawn": it takes 7 % more processor time a row (415 against 388 µs,
+30,000 rows of GSM8K) and 108 against 100 MB a process with a tracker of 13 MB beside them, its processes outlive a
+parent that was killed, and each imports the main module again, with whatever that imports.
+"""
 
 import os
 import subprocess
@@ -12,12 +17,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
+import qlora_cli
 from qlora_cli.core.data.chunks import Chunk
 from qlora_cli.core.data.tokenize import TokenisedChunk, TokeniserSettings
 from qlora_cli.errors import DataError
 
 CHUNKS_AHEAD = 3  # chunks held for each process, waiting, in work or done; bounds the memory
-PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+IMPORT_ROOT = str(Path(qlora_cli.__file__).resolve().parents[1])
 # One thread and one heap that gives memory back: 100 MB a process instead of 140, at the same speed.
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -27,7 +33,7 @@ ENVIRONMENT = {
 }
 # A bare interpreter rather than a fork: it holds a tokenizer and numpy and none of torch's threads.
 CODE = (
-    f"import sys; sys.path.insert(0, {PACKAGE_ROOT!r})\n"
+    f"import sys; sys.path.insert(0, {IMPORT_ROOT!r})\n"
     "from multiprocessing.connection import Connection\n"
     "from qlora_cli.core.data.tokenize import serve\n"
     "serve(Connection(int(sys.argv[1])))"
