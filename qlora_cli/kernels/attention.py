@@ -1,4 +1,4 @@
-"""Query, key and value of rows laid end to end in, causal attention within each row out.
+"""Packed (variable-length) attention: causal attention within each of the rows that a pack holds end to end.
 
 On CUDA, rows of unequal lengths go through one opaque op: torch's variable-length flash attention, or a kernel of our
 own where no row is long. Rows of one length go through cuDNN's attention, the fastest on Hopper, which knows no
@@ -149,7 +149,7 @@ def packed_attention(
         (tokens, heads, size).
     """
     if query.is_cuda or torch.compiler.is_compiling():
-        # Flash lays its results out like its inputs: token by token, what follows needs no copy.
+        # Flash gives its results the layout of its inputs: token by token, what follows needs no copy.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         return torch.ops.qlora.packed_attention(query, key, value, boundaries, longest, scale, window)[0]
     groups = query.shape[1] // key.shape[1]

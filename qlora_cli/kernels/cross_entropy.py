@@ -1,4 +1,4 @@
-"""Hidden states, a language-model head and targets in, summed cross-entropy out, without ever holding all the logits.
+"""Chunked cross-entropy of a language-model head, which never holds all the logits.
 
 The gradient of the hidden states is made while a chunk of logits is there, so that the backward pass only scales it.
 """

@@ -1,4 +1,4 @@
-"""The frozen halves of a gated unit's two linears and their adapters' projections in; act(gate) * up out, as one op.
+"""Gated unit (SwiGLU, GeGLU) with the low-rank products of both adapters added inside it, as one op.
 
 Opaque to the compiler and for compiled code: the adapters' products join where the activation reads the large ones.
 """

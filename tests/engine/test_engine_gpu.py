@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qlora_cli.core.engine import fast as engine_fast
-from qlora_cli.core.engine import offload as engine_offload
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.memory_plan import MemoryPlan, StepNeeds
 from tests.engine.test_engine import adapted, batch_of, gradients
@@ -45,8 +44,7 @@ def batches():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon"])
-def test_measures_and_graphs_leave_gradients_as_they_are(load_tiny, architecture, compiled, monkeypatch):
-    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+def test_measures_and_graphs_leave_gradients_as_they_are(load_tiny, architecture, compiled):
     model = on_gpu(load_tiny, architecture)
     plain = install(model, total_steps=1)
     assert plain.graphs is None
@@ -56,6 +54,8 @@ def test_measures_and_graphs_leave_gradients_as_they_are(load_tiny, architecture
     layers = len(engine.layers)
     for recomputed, sent, away in ((0, 0, False), (layers, 0, True), (0, layers, False), (1, layers - 1, False)):
         engine._apply(MemoryPlan(recomputed, away, False, False, sent=sent))
+        if engine.offload is not None:
+            engine.offload.smallest_bytes = 1
         engine.plan_by_tokens = lambda tokens: engine.plan
         engine.graphs.clear()
         for layer in engine.layer_plans:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core.engine import offload as engine_offload
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload
 from tests.engine.test_engine import adapted, batch_of, gradients, install
@@ -41,9 +40,8 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_a_saved_tensor_comes_back_in_its_own_layout(view, monkeypatch):
-    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
-    offload = ActivationOffload(CPU, frozenset())
+def test_a_saved_tensor_comes_back_in_its_own_layout(view):
+    offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)
     x = torch.randn(24, 10, requires_grad=True)
     seen.clear()
     offload.start()
@@ -61,10 +59,9 @@ def test_a_saved_tensor_comes_back_in_its_own_layout(view, monkeypatch):
     assert held() is None and len(offload.free) == 2
 
 
-def test_small_layers_stay_and_return_beside_a_large_one_and_large_ones_one_by_one(monkeypatch):
+def test_small_layers_stay_and_return_beside_a_large_one_and_large_ones_one_by_one():
     """1,000 values of large layers, 100 of small ones: a copy of the former takes the time of more than one layer."""
-    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
-    offload = ActivationOffload(CPU, frozenset())
+    offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)
     x = torch.ones((), requires_grad=True)
     offload.start()
     out, there = x, []
@@ -82,10 +79,9 @@ def test_small_layers_stay_and_return_beside_a_large_one_and_large_ones_one_by_o
     del out
 
 
-def test_tensors_that_stay_anyway_are_not_copied(monkeypatch):
-    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+def test_tensors_that_stay_anyway_are_not_copied():
     weight = torch.randn(8, 8, requires_grad=True)
-    offload = ActivationOffload(CPU, frozenset([weight.untyped_storage().data_ptr()]))
+    offload = ActivationOffload(CPU, frozenset([weight.untyped_storage().data_ptr()]), smallest_bytes=1)
     offload.start()
     with offload.layer(0):
         (torch.randn(3, 8) @ weight).sum().backward()
@@ -95,10 +91,9 @@ def test_tensors_that_stay_anyway_are_not_copied(monkeypatch):
 
 
 @pytest.mark.parametrize("gathered", [torch.zeros(4096, dtype=torch.uint8), torch.rand(4096)])
-def test_a_gathered_weight_is_not_sent_away(gathered, monkeypatch):
+def test_a_gathered_weight_is_not_sent_away(gathered):
     """It is freed when its layer is done, which no copy of it would wait for."""
-    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
-    offload = ActivationOffload(CPU, frozenset())
+    offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)
     offload.start()
     with offload.layer(0):
         torch.ones((), requires_grad=True) * gathered  # saves it
@@ -107,7 +102,7 @@ def test_a_gathered_weight_is_not_sent_away(gathered, monkeypatch):
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=30))
 def test_buffers_are_used_again_and_never_by_two(sizes):
-    offload = ActivationOffload(CPU, frozenset())
+    offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)
     first = [offload.borrow(size) for size in sizes]
     spans = sorted((b.data_ptr(), b.data_ptr() + b.numel()) for b in first)
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
@@ -122,15 +117,14 @@ def test_buffers_are_used_again_and_never_by_two(sizes):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon"])
 @pytest.mark.parametrize(("recomputed", "sent"), [(0, 2), (1, 1), (0, 1)])
-def test_sent_layers_leave_loss_and_gradients_as_they_are(load_tiny, architecture, recomputed, sent, monkeypatch):
-    monkeypatch.setattr(engine_offload, "SMALLEST_BYTES", 1)
+def test_sent_layers_leave_loss_and_gradients_as_they_are(load_tiny, architecture, recomputed, sent):
     model = adapted(load_tiny, architecture)
     engine = install(model)
     found = []
     for plan in (engine.plan, MemoryPlan(recomputed, False, False, engine.resident, sent=sent)):
         engine._apply(plan)
         if plan.sent:
-            engine.offload = ActivationOffload(CPU, engine._persistent_storages())
+            engine.offload = ActivationOffload(CPU, engine._persistent_storages(), smallest_bytes=1)
         model.zero_grad(set_to_none=True)
         loss = engine.loss(batch_of())
         loss.backward()

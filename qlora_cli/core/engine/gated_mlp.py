@@ -1,4 +1,4 @@
-"""Decoder layers in; their gated MLPs, while a layer is compiled, with both adapters' products inside the gate, out."""
+"""Gated MLPs (SwiGLU, GeGLU) that, where a layer is compiled, add both adapters' products inside the gate."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def _gated_unit(module: Any, kinds: dict[int, str | None]) -> GatedUnit | None:
 
 
 def _is_plainly_gated(module: Any) -> bool:
-    """Whether the MLP's own forward, on stand-ins for its linears, is down(act(gate) * up) and nothing else."""
+    """Whether the MLP's own forward, with functions in place of its linears, is down(act(gate) * up) and nothing else."""
     parts = SimpleNamespace(
         gate_proj=lambda x: 1.25 * x + 0.1,
         up_proj=lambda x: 0.75 * x - 0.2,

@@ -1,4 +1,4 @@
-"""A causal model in; its decoder, its head and a loss over trained positions only, verified against the model, out."""
+"""Language-model head: found by trial, verified against the model's logits, with a loss over trained positions only."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,7 @@ def _transforms(config: Any) -> list[tuple[float, float | None]]:
 
 
 def find_decoder(base: Any) -> Any:
-    """The module below the head that turns token ids into hidden states."""
+    """The module below the head, which turns token ids into hidden states."""
     decoder = base.get_decoder()
     return decoder if decoder is not base else getattr(base, base.base_model_prefix)
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from qlora_cli.core.engine.memory_plan import ROOM
 from qlora_cli.events import Notice, Report
 
-SMALLEST_BYTES = 2**20  # below this a copy costs more than the memory is worth
+SMALLEST_BYTES = 2**20  # of a saved tensor: below, a copy costs more than the memory is worth
 TRIAL_BYTES = 2**25  # of the link
 CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each request up to a power of two
 
@@ -90,10 +90,11 @@ class ActivationOffload:
     Args:
         device: A CUDA device; on any other, copies are made at once.
         persistent: Storage addresses of tensors that stay anyway: weights and buffers.
+        smallest_bytes: Saved tensors below stay on the device.
     """
 
-    def __init__(self, device: torch.device, persistent: frozenset[int]) -> None:
-        self.device, self.persistent = device, persistent
+    def __init__(self, device: torch.device, persistent: frozenset[int], smallest_bytes: int = SMALLEST_BYTES) -> None:
+        self.device, self.persistent, self.smallest_bytes = device, persistent, smallest_bytes
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.free: list[Tensor] = []  # uint8 buffers not in use
         self.chunk: Tensor | None = None
@@ -150,7 +151,7 @@ class ActivationOffload:
             weight = storage in self.persistent or tensor.dtype == torch.uint8 or tensor.dim() == 1
             elsewhere = tensor.device.type != self.device.type
             repeated = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            if elsewhere or bytes_ < SMALLEST_BYTES or repeated or weight:
+            if elsewhere or bytes_ < self.smallest_bytes or repeated or weight:
                 return tensor
             # One tensor saved by several operations travels once. `seen` keeps it alive, so addresses are not reused.
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)

@@ -1,8 +1,8 @@
-"""A decoder in; the same instance attending within the rows of a pack out, where its architecture allows that exactly.
+"""Packed (variable-length) attention inside transformers' decoders, where an architecture allows that exactly.
 
 The pack's boundaries travel as the attention mask: a 4-D mask reaches every layer of every architecture untouched, and
 being a tensor it is carried through checkpointing and compilation. Its shape is (1, 1, longest, rows + 1), int32,
-every [0, 0, i] the same `cu_seqlens`; the third dimension is a view that takes no memory and only tells `longest`.
+every [0, 0, i] the same `cu_seqlens`; the third dimension is a view that takes no memory and only carries `longest`.
 Where all rows are of one length and cuDNN can attend to them, it is (1, rows, longest, 1), of which only the shape counts.
 """
 

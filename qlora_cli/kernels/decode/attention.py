@@ -1,4 +1,4 @@
-"""One new token a row and the keys and values before it in; its attention out, the new key and value stored on the way.
+"""Decode attention: one new token a row over its KV cache, in which its key and value are stored on the way.
 
 Every row reads exactly its own tokens, however long the cache is: lengths are read on the device, so that one CUDA
 graph serves every step. Long rows are divided among programs and joined by a second kernel

@@ -1,4 +1,4 @@
-"""A few rows of activations and stacked 4-bit weights in; their products, an adapter's added, out: one pass over memory.
+"""GEMV of stacked 4-bit weights with LoRA adapters, for a few rows of activations, in one pass over memory.
 
 Decoding reads every weight once a token, so that these kernels are as fast as the weights stream in. Weights that share
 their input (query, key and value; gate and up) are stacked and read by one launch, and the adapter costs one small

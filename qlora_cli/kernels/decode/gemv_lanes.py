@@ -1,4 +1,4 @@
-"""Packed 4-bit words and up to a few dozen rows of activations in, products out.
+"""4-bit GEMV for tensor cores, written a lane at a time.
 
 The Triton program behind gemv.py for tensor cores of compute capability 8.0 and later, written a lane at a time: every
 tensor has one element a thread, so that Triton's layouts have no say and nothing is rearranged on the way from the

@@ -1,4 +1,4 @@
-"""The portable Triton programs behind gemv.py: packed 4-bit words, activations and rank-sized parts in, products out."""
+"""4-bit GEMV and the adapters' first product, as portable Triton programs behind gemv.py."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""What a single lane does where Triton has no word for it, in PTX: tensors of one element a thread in and out.
+"""PTX instructions for single lanes, where Triton has none: on tensors of one element a thread.
 
 Used by gemv_lanes.py; tests run the same text in numpy. Fragments are those of `mma.m16n8k16` (PTX ISA, "Matrix
 Fragments"): lane 4 g + t has rows g and g + 8 of 16, token g of 8, and of the columns those that belong to t.

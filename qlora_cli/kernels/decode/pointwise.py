@@ -1,4 +1,4 @@
-"""The small steps of a decoder layer in, one launch each out, for any number of tokens: norms, rotations, gates."""
+"""Norms, rotary embeddings and gates of a decoder layer, one launch each, for any number of tokens."""
 
 import torch
 import triton

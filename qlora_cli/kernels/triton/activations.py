@@ -1,4 +1,4 @@
-"""Activations of gated units by name, and their slopes, for Triton kernels; numbers in fp32 in and out."""
+"""Activations of gated units by name, and their derivatives, in fp32, for Triton kernels."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Values, a seed and a rate in, dropped and rescaled values out; the same seed drops the same places again (Triton)."""
+"""Dropout by a seed that lies on the device: the same seed drops the same places again (Triton)."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Two products of a gated unit and their adapters' low-rank parts in; the unit's output, or gradients, out (Triton).
+"""Gated unit and its gradients, tile by tile, with both adapters' low-rank products added on the way (Triton).
 
 The adapters' parts are added where the products are read anyway: added on their own, they read and write both once more.
 """

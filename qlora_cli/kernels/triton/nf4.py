@@ -1,4 +1,4 @@
-"""Packed 4-bit weights with their raw statistics in, 16- or 32-bit values out: one Triton pass over memory.
+"""Dequantisation of NF4 and FP4 weights to 16 or 32 bits, in one pass over memory (Triton).
 
 Bit-equal to bitsandbytes: the same fp32 products in the same order, no fused multiply-add, one rounding at the store.
 """

@@ -1,8 +1,8 @@
-"""Query, key and value of short rows laid end to end in, causal attention within each row out (Triton).
+"""Packed attention for rows of at most 128 tokens, forward and backward (Triton).
 
 A program has one block of one row and head. Flash attention's backward pass is three kernels over an fp32 gradient of
 the queries, with 128 tokens more for each row: 55 MB for 64 heads of 15 rows. The same formulas: arXiv:2205.14135.
-Graphs of 1,024 tokens or more count with longer rows (`engine_graphs.bucketed`), where flash is as fast.
+Graphs of 1,024 tokens or more count with longer rows (`cuda_graphs.bucketed`), where flash is as fast.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A chunk of logits and targets in, each token's cross-entropy out, the logits overwritten by their gradient (Triton)."""
+"""Cross-entropy of a chunk of logits, which are overwritten by their gradient (Triton)."""
 
 import torch
 import triton
