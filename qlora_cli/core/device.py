@@ -91,7 +91,7 @@ def parse_memory(text: str) -> int:
 
 
 def list_versions() -> dict[str, str | None]:
-    """Version of each library that is spoken to; None where it is not installed. Imports none of them."""
+    """Version of each library in use; None where it is not installed. Imports none of them."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
