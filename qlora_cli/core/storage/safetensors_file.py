@@ -227,10 +227,6 @@ class TensorFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file."""
         os.close(self._descriptor)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
