@@ -6,6 +6,7 @@ merge is bounded. Format: https://huggingface.co/docs/safetensors (8 bytes of he
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +22,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LENGTH_BYTES = 8  # little endian, before the JSON
 HEADER_LIMIT_BYTES = 100 * 2**20  # safetensors refuses longer ones
-PADDING = "__padding_"  # begins the names of tensors that only fill space; copies of older versions have "__gap_"
+PADDING = re.compile(r"__(padding|gap)_\d+")  # names of tensors that only fill space
 AHEAD_BYTES = 64 * 2**20  # the disk reads on while what came is worked on; of itself the system asks for 128 KiB
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -134,7 +135,7 @@ def parse_header(content: bytes, file_bytes: int) -> Header:
         end += entry.total_bytes
     if end != file_bytes:
         raise ValueError(f"it has {file_bytes:,} bytes where its header says {end:,}")
-    entries = {entry.name: entry for entry in found if not entry.name.startswith((PADDING, "__gap_"))}
+    entries = {entry.name: entry for entry in found if not PADDING.fullmatch(entry.name)}
     return Header(content, entries, metadata, file_bytes)
 
 
@@ -171,7 +172,7 @@ def make_header(
     end = 0
     for name, dtype, shape in tensors:
         if padding := -end % alignment_bytes:
-            fields[f"{PADDING}{end}"] = _entry_fields(torch.uint8, [padding], end)
+            fields[f"__padding_{end}"] = _entry_fields(torch.uint8, [padding], end)
             end += padding
         fields[name] = _entry_fields(dtype, list(shape), end)
         end += prod(shape) * dtype.itemsize
