@@ -164,7 +164,7 @@ def test_a_template_may_be_a_file(tmp_path):
         ({"text_column": "answer", "prompt_column": "question"}, "--text-column and --prompt-column contradict", "one format"),
         ({"format": "chat", "template": "{answer}"}, "--format and --template contradict", None),
         ({"text_column": "answer", "train_on": "completion"}, "--train-on completion needs a completion", "--prompt-column"),
-        ({"prompt_column": "n", "completion_column": "n"}, "cannot be told", "--prompt-column and --completion-column"),
+        ({"prompt_column": "n", "completion_column": "n"}, "are not recognised", "--prompt-column and --completion-column"),
     ],
 )  # fmt: skip
 def test_flags_that_do_not_fit_say_what_to_type(settings, message, hint):

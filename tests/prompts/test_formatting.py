@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Blank, Formatting, RowFormatter, default_formatting, format_prompt
-from qlora_cli.core.prompts.prompt_template import BadField, PlainTemplate
+from qlora_cli.core.prompts.prompt_template import BadField, PromptTemplate
 from qlora_cli.errors import DataError, UsageError
 from tests.prompts import chat_templates
 from tests.prompts.small_tokenizers import CHATML, KINDS, byte_level, sentencepiece_like
@@ -209,7 +209,7 @@ def test_markup_prompts_keep_their_last_line_end():
 )
 def test_faulty_templates_are_refused(template, column, message):
     with pytest.raises(UsageError, match=message) as error:
-        PlainTemplate(template, column, encoder_of(byte_level()))
+        PromptTemplate(template, column, encoder_of(byte_level()))
     assert "--template" in error.value.hint
 
 

@@ -61,7 +61,7 @@ class PreparedRows:
     """The rows of a prepared directory, read through a memory map: nothing is held but what is asked for.
 
     Attributes:
-        directory: Where they lie.
+        directory: Where they are.
         manifest: Content of the manifest: rows, tokens, lengths, formatting, identities of data and tokenizer.
         lengths: (rows,) int32, tokens of each row.
     """

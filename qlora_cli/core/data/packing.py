@@ -181,8 +181,8 @@ def plan_epoch(
     A step takes batch_size * accumulation rows (packs, with packing) of similar length, however many ranks share it: a
     run goes through the same steps on any number of cards. As the loss is a mean over the step's trained tokens, how
     its rows are put into micro-batches does not change the mathematics: they are put into as few of at most
-    `token_budget` tokens as possible. All ranks get equally many micro-batches in a full step and, within the spread
-    that whole rows allow, equally many tokens. Of the unfull last step, which may hold fewer rows than there are ranks,
+    `token_budget` tokens as possible. All ranks get equally many micro-batches in a full step and, as far as whole
+    rows allow, equally many tokens. Of the unfull last step, which may hold fewer rows than there are ranks,
     a rank may get nothing.
 
     Args:

@@ -360,7 +360,7 @@ def _read_parquet(path: Path, name: str, file: IO[bytes]) -> Iterator[Chunk]:
     line = 0
     total_bytes = path.stat().st_size
     try:
-        # In pieces rather than whole column chunks, of which one may hold a gigabyte.
+        # In parts rather than whole column chunks, of which one may hold a gigabyte.
         parquet = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         rows = max(1, parquet.metadata.num_rows)
         for table in parquet.iter_batches(batch_size=RECORDS_A_CHUNK):

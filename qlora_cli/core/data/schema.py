@@ -10,7 +10,7 @@ from qlora_cli.config import DataSettings
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting, chat_formatting
-from qlora_cli.core.prompts.prompt_template import PlainTemplate
+from qlora_cli.core.prompts.prompt_template import PromptTemplate
 from qlora_cli.core.prompts.records import Record
 from qlora_cli.errors import DataError, UsageError
 
@@ -194,7 +194,7 @@ def _recognise_prompt(columns: _Columns, settings: DataSettings, encoder: TextEn
         return _recognise_template(columns, read_template(settings.template), prompt, answer, train_on, encoder)
     if prompt is None or answer is None or prompt == answer:
         raise UsageError(
-            f"Prompt and completion cannot be told among the columns {columns.listed}.",
+            f"Prompt and completion are not recognised among the columns {columns.listed}.",
             "Name both: --prompt-column and --completion-column.",
         )
     optional = pair[1] if prompt == pair[0] and pair[1] not in (prompt, answer) else None
@@ -217,7 +217,7 @@ def _recognise_prompt(columns: _Columns, settings: DataSettings, encoder: TextEn
 def _recognise_template(
     columns: _Columns, template: str, prompt: str | None, answer: str | None, train_on: str, encoder: TextEncoder
 ) -> Recognised:
-    fields = PlainTemplate.fields_of(template)
+    fields = PromptTemplate.fields_of(template)
     for name in fields:
         columns.require(name, "--template with")
     if not fields:
@@ -230,7 +230,7 @@ def _recognise_template(
         completion_column=answer,
         template=template,
     )
-    PlainTemplate(template, answer, encoder)  # complains of what is wrong with it
+    PromptTemplate(template, answer, encoder)  # complains of what is wrong with it
     return Recognised(
         formatting, train_on, f"rows under the template {template!r}, completion in {answer!r}, {_trained(train_on)}"
     )

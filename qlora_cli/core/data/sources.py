@@ -34,7 +34,7 @@ class Source:
         name: As the user gave it.
         files: Files that `readers` reads, each with the name shown in messages.
         table: A saved dataset, or a hub dataset in a format that only `datasets` reads.
-        hashed: Files whose content tells whether the data is the same.
+        hashed: Files whose content is the identity of the data.
         facts: split, revision and configuration, where there are any.
     """
 

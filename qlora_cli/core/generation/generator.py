@@ -15,7 +15,7 @@ from qlora_cli.core.generation.hf_generate import answer_plainly
 from qlora_cli.core.generation.requests import Completion, Request
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.encoder import encoder_of
-from qlora_cli.core.prompts.formatting import Formatting, PlainTemplate, RowFormatter
+from qlora_cli.core.prompts.formatting import Formatting, PromptTemplate, RowFormatter
 from qlora_cli.errors import DataError
 from qlora_cli.events import Report
 
@@ -58,7 +58,7 @@ def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         record: dict[str, Any] = {formatting.column or "messages": turns}
     elif formatting.format == "prompt":
-        fields = PlainTemplate(formatting.template or "", formatting.completion_column or "", encoder).fields
+        fields = PromptTemplate(formatting.template or "", formatting.completion_column or "", encoder).fields
         record = dict.fromkeys(fields, "a")
     else:
         return found

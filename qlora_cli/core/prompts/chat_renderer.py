@@ -82,7 +82,7 @@ class ChatRenderer:
         self._probe()
 
     def _probe(self) -> None:
-        """Learns the template's habits from conversations of its own."""
+        """Finds out what the template supports, and how it ends turns, by rendering small conversations."""
         user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}
         refusal = self._try([user, assistant])
         if isinstance(refusal, RenderError) or PROBE not in refusal:

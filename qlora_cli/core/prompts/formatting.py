@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.core.prompts.chat_renderer import Message, RenderedRow, RenderedSpan
 from qlora_cli.core.prompts.chat_template import BadConversation, chat_process, check_messages
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, encoder_of
-from qlora_cli.core.prompts.prompt_template import BadField, PlainTemplate, listed, move_spaces, text_of
+from qlora_cli.core.prompts.prompt_template import BadField, PromptTemplate, listed, move_spaces, text_of
 from qlora_cli.core.prompts.records import Record, describe_type, problem_of_record
 from qlora_cli.errors import DataError
 
@@ -80,9 +80,9 @@ class RowFormatter:
         self._encoder = encoder
         if formatting.format == "prompt":
             assert formatting.template is not None and formatting.completion_column is not None
-            self._long = PlainTemplate(formatting.template, formatting.completion_column, encoder)
+            self._long = PromptTemplate(formatting.template, formatting.completion_column, encoder)
             self._short = (
-                PlainTemplate(formatting.template_without_optional, formatting.completion_column, encoder)
+                PromptTemplate(formatting.template_without_optional, formatting.completion_column, encoder)
                 if formatting.template_without_optional is not None
                 else self._long
             )
@@ -161,7 +161,7 @@ class RowFormatter:
             prompt = {**prompt, column: prompt["prompt"]}
         return self._template_for(prompt).fill_prompt(prompt, trained=False)[0]
 
-    def _template_for(self, record: Record) -> PlainTemplate:
+    def _template_for(self, record: Record) -> PromptTemplate:
         if self._short is self._long:
             return self._long
         optional = record.get(str(self.formatting.optional_column))
@@ -242,7 +242,7 @@ class RowFormatter:
     def _runs_of(self, spans: Sequence[RenderedSpan], trained: Callable[[int], bool]) -> list[Run]:
         """A rendered chat's spans as runs, one for each stretch of text of the same turn.
 
-        Spaces right before an answer go to the answer, as in PlainTemplate.
+        Spaces right before an answer go to the answer, as in PromptTemplate.
         """
         runs: list[Run] = []
         previous = -1

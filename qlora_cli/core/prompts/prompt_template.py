@@ -14,7 +14,7 @@ class BadField(Exception):
     """Why a record cannot be formatted, as a sentence without its full stop."""
 
 
-class PlainTemplate:
+class PromptTemplate:
     """Text with {column} fields, parsed: what is before the completion is the prompt, the rest is the answer.
 
     Control tokens in the template's own words are control tokens; what a field holds is text. Spaces right before
