@@ -1,4 +1,4 @@
-"""Nothing in, the whole road out: base → answers → train → answers → inspect → merge → the same answers.
+"""The whole road on a small model: base → answers → train → answers → inspect → merge → the same answers.
 
     make demo
 

@@ -1,4 +1,4 @@
-"""Python's own help topics in, a small base model and its tokenizer on disk out: llama-shaped, trained from scratch.
+"""Small llama and its tokenizer, trained from scratch on Python's own help topics.
 
     python examples/demo_base.py DIRECTORY
 

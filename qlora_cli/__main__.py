@@ -1,4 +1,4 @@
-"""`python -m qlora_cli` and the `qlora` script in, an exit code out; also what torchrun and accelerate launch."""
+"""Entry point of `python -m qlora_cli` and of the `qlora` script; torchrun and accelerate launch it too."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Names on the hub in, a local hub cache that holds small stand-ins for them out, for tests that run offline."""
+"""Local hub cache with small models and data sets under the names of real ones, for tests that run offline."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Libraries that talk in, a silent terminal out: their warnings, logs and progress bars are off while a stage runs."""
+"""Silence for libraries: their warnings, logs and progress bars are off while a command runs."""
 
 import contextlib
 import logging

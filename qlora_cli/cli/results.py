@@ -1,4 +1,4 @@
-"""A command's result as a dictionary in, facts and tables on stdout out; a prepared row in colour or in brackets."""
+"""Results drawn on stdout as facts and tables, and prepared rows in colour or in brackets."""
 
 import itertools
 import re
