@@ -1,4 +1,4 @@
-"""Events and a result in, the terminal out: progress on stderr, the result on stdout, one object there with --json."""
+"""Console of a command: progress on stderr, the result on stdout, as one object there with --json."""
 
 import json
 import math
@@ -13,7 +13,6 @@ from rich.text import Text
 from qlora_cli.cli.line_view import LineView
 from qlora_cli.cli.live_view import LiveView
 from qlora_cli.cli.results import draw_result, draw_row
-from qlora_cli.cli.units import say_bytes
 from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Event, RowShown, TextGenerated
 
@@ -116,7 +115,7 @@ def show_error(error: QloraError, *, as_json: bool) -> None:
     """One sentence on stderr and what to type next; with --json also one object on stdout."""
     rank = os.environ.get("RANK", "0")
     named = rank == "0" or isinstance(error, RankLost)
-    message = say_bytes(error.message if named else f"rank {rank}: {error.message}")
+    message = error.message if named else f"rank {rank}: {error.message}"
     if has_live_view():
         console = RichConsole(stderr=True, highlight=False)
         console.print(Text("error: ", "bold red") + Text(message))

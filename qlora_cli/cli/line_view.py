@@ -1,17 +1,9 @@
-"""Events in, plain lines on a stream out: for logs, pipes and NO_COLOR."""
+"""Plain view of events, a line each: for logs, pipes and NO_COLOR."""
 
 import time
 from typing import TextIO
 
-from qlora_cli.cli.units import (
-    Pace,
-    format_amount,
-    format_bytes,
-    format_duration,
-    format_seconds,
-    format_share,
-    say_bytes,
-)
+from qlora_cli.cli.units import Pace, format_amount, format_duration, format_seconds, format_share
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -23,6 +15,7 @@ from qlora_cli.events import (
     StepLogged,
     Vram,
 )
+from qlora_cli.sizes import format_bytes
 
 STEP_LINES = 50  # of a long run; a short one prints every step
 QUIET_SECONDS = 30.0  # a step line comes at least this often
@@ -53,9 +46,9 @@ class LineView:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self._tasks: dict[str, Pace] = {}
-        self._task_told_seconds: dict[str, float] = {}
+        self._task_line_seconds: dict[str, float] = {}
         self._steps: Pace | None = None
-        self._step_told_seconds = 0.0
+        self._step_line_seconds = 0.0
         self._first_step = 1
 
     def show(self, event: Event) -> None:
@@ -70,9 +63,9 @@ class LineView:
     def _line(self, event: Event) -> str | None:
         match event:
             case Notice(text):
-                return say_bytes(text)
+                return text
             case Caution(text):
-                return f"warning: {say_bytes(text)}"
+                return f"warning: {text}"
             case Progress():
                 return self._progress(event)
             case RunStarted():
@@ -93,13 +86,13 @@ class LineView:
         elapsed_seconds = now_seconds - pace.started_seconds
         if event.done == event.total:
             del self._tasks[event.task]
-            self._task_told_seconds.pop(event.task, None)
+            self._task_line_seconds.pop(event.task, None)
             if elapsed_seconds < 1:
                 return None
             return f"{event.task}: {format_amount(event.done, event.unit)} in {format_seconds(elapsed_seconds)}"
-        if now_seconds - self._task_told_seconds.get(event.task, pace.started_seconds) < TASK_SECONDS:
+        if now_seconds - self._task_line_seconds.get(event.task, pace.started_seconds) < TASK_SECONDS:
             return None
-        self._task_told_seconds[event.task] = now_seconds
+        self._task_line_seconds[event.task] = now_seconds
         line = f"{event.task}: {format_share(event.done, event.total, event.unit)}"
         line += f", {format_amount(pace.per_second, event.unit)}/s"
         left_seconds = pace.left_seconds(event.total)
@@ -112,9 +105,9 @@ class LineView:
         self._steps.mark(event.step, now_seconds)
         stride = max(1, event.total_steps // STEP_LINES)
         wanted = event.step in (self._first_step, event.total_steps) or event.step % stride == 0
-        if not wanted and now_seconds - self._step_told_seconds < QUIET_SECONDS:
+        if not wanted and now_seconds - self._step_line_seconds < QUIET_SECONDS:
             return None
-        self._step_told_seconds = now_seconds
+        self._step_line_seconds = now_seconds
         parts = [
             f"step {event.step}/{event.total_steps}",
             f"loss {event.loss:.4f}",

@@ -1,4 +1,4 @@
-"""Events in, a live view on a terminal out: bars for tasks, and a panel for the run with its loss curve."""
+"""Live view of events on a terminal: bars for tasks, and a panel for the run with its loss curve."""
 
 import itertools
 import sys
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.cli.line_view import describe_start
-from qlora_cli.cli.units import Pace, format_amount, format_bytes, format_duration, format_seconds, say_bytes
+from qlora_cli.cli.units import Pace, format_amount, format_duration, format_seconds
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -24,6 +24,7 @@ from qlora_cli.events import (
     RunStarted,
     StepLogged,
 )
+from qlora_cli.sizes import format_bytes
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -66,9 +67,9 @@ class LiveView:
         """Takes one event into the view."""
         match event:
             case Notice(text):
-                self.console.print(Text("• ", "cyan") + Text(say_bytes(text)))
+                self.console.print(Text("• ", "cyan") + Text(text))
             case Caution(text):
-                self.console.print(Text("! ", "bold yellow") + Text(say_bytes(text), "yellow"))
+                self.console.print(Text("! ", "bold yellow") + Text(text, "yellow"))
             case RunStarted():
                 self.console.print(Text("• ", "cyan") + Text(describe_start(event)))
             case Progress():

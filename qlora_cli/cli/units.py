@@ -1,30 +1,11 @@
-"""Numbers in, short text out: bytes as GiB, seconds as h:mm:ss, settings and facts as words; and how long is left."""
+"""Numbers as short text: durations, amounts, facts by the unit in their key; and the pace of work and the time left."""
 
 import math
 import re
 import time
 from typing import Any
 
-KIB, MIB, GIB = 2**10, 2**20, 2**30
-
-
-def format_bytes(size_bytes: float) -> str:
-    """Bytes in the largest binary unit that keeps the number above a tenth: 4.57 GiB, 33.0 MiB, 512 B."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if abs(size_bytes) >= unit / 10:
-            return f"{three_digits(size_bytes / unit)} {name}"
-    return f"{size_bytes:.0f} B"
-
-
-def say_bytes(sentence: str) -> str:
-    """A sentence with its long counts of bytes drawn as `format_bytes` does: 12,884,901,888 bytes becomes 12.0 GiB."""
-    return re.sub(r"\b(\d{1,3}(?:,\d{3}){2,}) bytes\b", lambda m: format_bytes(int(m[1].replace(",", ""))), sentence)
-
-
-def three_digits(number: float) -> str:
-    """4.57, 33.0, 140, 12,345: three digits where that is enough."""
-    decimals = max(0, 2 - int(math.log10(abs(number)))) if abs(number) >= 1 else 2
-    return f"{number:,.{decimals}f}"
+from qlora_cli.sizes import format_bytes
 
 
 def format_duration(seconds: float) -> str:
@@ -91,7 +72,7 @@ def format_value(key: str, value: Any) -> str:
         return ", ".join(f"{split_unit(str(k))[0]} {format_value(str(k), v)}" for k, v in value.items()) or "none"
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(format_value(key, item) for item in value) or "none"
-    return say_bytes(str(value))
+    return str(value)
 
 
 class Pace:

@@ -14,7 +14,7 @@ from qlora_cli.cli.console import Console, to_json
 from qlora_cli.cli.line_view import LineView
 from qlora_cli.cli.live_view import LiveView, sparkline
 from qlora_cli.cli.results import draw_result, draw_row
-from qlora_cli.cli.units import Pace, format_bytes, format_duration, format_value, say_bytes
+from qlora_cli.cli.units import Pace, format_duration, format_value
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -34,21 +34,6 @@ GIB = 2**30
 
 def step(number, total=20, loss=1.5, vram=None):
     return StepLogged(number, total, number / total, loss, 2e-4, 0.7, 4096, 0.3, 14233.4, vram)
-
-
-@pytest.mark.parametrize(
-    ("size_bytes", "text"),
-    [
-        (0, "0 B"),
-        (100, "100 B"),
-        (1500, "1.46 KiB"),
-        (35 * 2**20, "35.0 MiB"),
-        (GIB, "1.00 GiB"),
-        (140 * GIB, "140 GiB"),
-    ],
-)
-def test_bytes_are_drawn_in_binary_units(size_bytes, text):
-    assert format_bytes(size_bytes) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3, "0:03"), (760, "12:40"), (3723, "1:02:03"), (90061, "1 d 1:01:01")])
@@ -285,15 +270,7 @@ def test_a_terminal_gets_the_live_view_unless_no_color_is_set(no_color, marks):
     child.close()
 
 
-def test_long_counts_of_bytes_in_sentences_are_drawn_as_gib():
-    assert say_bytes("Training needs 5,368,709,120 bytes at the least.") == "Training needs 5.00 GiB at the least."
-    assert say_bytes("12,000 bytes, 5 bytes and 1,234,567 rows") == "12,000 bytes, 5 bytes and 1,234,567 rows"
-    lines = io.StringIO()
-    LineView(lines).show(Notice("Downloading org/model: 46 files, 41,300,000,000 bytes."))
-    assert lines.getvalue() == "Downloading org/model: 46 files, 38.5 GiB.\n"
-
-
-def test_commands_to_type_are_told_in_one_piece_beside_the_result(capsys, monkeypatch):
+def test_commands_to_type_are_printed_in_one_piece_beside_the_result(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     command = "qlora train --model org/model --data DATA --gradient-checkpointing on --max-length 512"
     with Console(as_json=False) as console:

@@ -21,7 +21,7 @@ def check_full(zygote: Zygote, run: Run, fault: dict, row: str, free_again) -> b
     ended = zygote.train(run.options, fault)
     filled = ended.code != 0
     kept = all(verify_checkpoint(path, REQUIRED_FILES) for path in run.checkpoints) and len(run.checkpoints) >= 1
-    named = not filled or (ended.code == 74 and "bytes are needed" in ended.said and "--resume" in ended.said)
+    named = not filled or (ended.code == 74 and "are needed" in ended.said and "--resume" in ended.said)
     left = [path.name for path in run.output.rglob(".step-*")] + [path.name for path in run.output.glob(".finishing-*")]
     free_again()
     done = zygote.train({**run.options, "resume": True})

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.sizes import format_bytes
+
 from .conftest import Outcome, Zygote, count
 from .hub_server import Hub, serving
 
@@ -106,8 +108,8 @@ def test_a_download_is_announced_and_its_bytes_are_counted_to_the_end(download, 
     events = [line for line in download("").said.splitlines() if "Downloading org/model" in line]
     notices = [line for line in events if line.startswith("Notice")]
     tokenizer, weights = (sum(path.stat().st_size for path in hub[0].directory.glob(p)) for p in ("*.json", "*.saf*"))
-    assert "files" in notices[0] and f" {tokenizer:,} bytes." in notices[0], notices
-    assert f"model.safetensors, {weights:,} bytes." in notices[1] and len(notices) == 2, notices
+    assert "files" in notices[0] and f" {format_bytes(tokenizer)}." in notices[0], notices
+    assert f"model.safetensors, {format_bytes(weights)}." in notices[1] and len(notices) == 2, notices
     for total_bytes in (tokenizer, weights):
         done = [int(n) for n in re.findall(rf"done=(\d+), total={total_bytes}, unit='bytes'", "\n".join(events))]
         assert done == sorted(done) and done[-1] == total_bytes and len(done) > 1, events
@@ -123,7 +125,9 @@ def test_what_is_here_already_is_said(download, hub, tmp_path):
     lost.unlink()
     said = download("").said
     total_bytes = sum(path.stat().st_size for path in hub[0].directory.glob("*.json"))
-    assert f"{total_bytes:,} bytes, of which {total_bytes - lost_bytes:,} bytes are here already." in said, said
+    assert (
+        f"{format_bytes(total_bytes)}, of which {format_bytes(total_bytes - lost_bytes)} are here already." in said
+    ), said
 
 
 def looked_up(hub: Hub) -> dict[str, int]:

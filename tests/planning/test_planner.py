@@ -15,6 +15,7 @@ from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
 from qlora_cli.core.planning.planner import StepRequest, _cost, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, refuse, suggest_fit
 from qlora_cli.errors import UsageError
+from qlora_cli.sizes import format_bytes
 
 GIB = 2**30
 LAYERS = 8
@@ -211,7 +212,7 @@ def test_only_what_is_certain_to_fail_is_refused_and_with_exit_code_3():
     assert certainly_too_large(much_too_large)
     error = refuse(much_too_large, ("qlora train --max-length 512",))
     assert error.exit_code == 3
-    assert f"{least_bytes:,} bytes" in error.message and "--max-length 512" in error.hint
+    assert format_bytes(least_bytes) in error.message and "--max-length 512" in error.hint
     assert "Nothing fits" in refuse(much_too_large, ()).hint
 
 

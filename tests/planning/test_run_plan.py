@@ -12,6 +12,7 @@ from qlora_cli.config import TrainConfig
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.planning.run_plan import RunPlan, gather_run_facts, plan_run_memory, resolved_configuration
 from qlora_cli.errors import DoesNotFit, UsageError
+from qlora_cli.sizes import format_bytes
 
 MIB = 2**20
 CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -78,7 +79,7 @@ def test_a_run_that_cannot_end_well_is_refused_with_a_command_that_can(prepared)
     limit_mib = int(least_bytes() * 0.94) // MIB
     with pytest.raises(DoesNotFit) as caught:
         plan(vram=f"{limit_mib}MiB", **rows)
-    assert f"{limit_mib * MIB:,} bytes" in caught.value.message
+    assert format_bytes(limit_mib * MIB) in caught.value.message
     words = shlex.split(caught.value.hint.removeprefix("Type: "))
     assert words[words.index("--max-length") + 1] == "8000"
     assert words[words.index("--vram") + 1] == f"{limit_mib}MiB"

@@ -11,7 +11,7 @@ from qlora_cli.errors import DiskFull
 
 def test_space_is_asked_of_the_nearest_existing_directory(tmp_path):
     require_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(DiskFull, match="bytes are needed") as caught:
+    with pytest.raises(DiskFull, match="are needed") as caught:
         require_space(tmp_path / "not" / "yet", 2**60)
     assert "--output" in caught.value.hint
 

@@ -156,7 +156,7 @@ def test_a_header_longer_than_the_file_or_than_the_library_reads_is_refused() ->
     assert header_bytes(first(HEADER_LIMIT_BYTES), 2**40) == 8 + HEADER_LIMIT_BYTES
     with pytest.raises(ValueError, match="longer than the file"):
         header_bytes(first(93), 100)
-    with pytest.raises(ValueError, match="longer than 104,857,600 bytes"):
+    with pytest.raises(ValueError, match="longer than 100 MiB"):
         header_bytes(first(HEADER_LIMIT_BYTES + 1), 2**40)
     with pytest.raises(ValueError, match="longer than the file"):
         header_bytes(first(2**64 - 1), 2**40)

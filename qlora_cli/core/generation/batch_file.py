@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.errors import DataError, RunError
+from qlora_cli.sizes import format_bytes
 
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -51,7 +52,7 @@ def read_prompts(path: Path) -> list[FilePrompt]:
 def _parse(line: bytes, index: int, place: str) -> FilePrompt:
     hint = 'A line looks like: {"prompt": "Your question"}'
     if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"{place} is longer than {MAX_LINE_BYTES:,} bytes.", hint)
+        raise DataError(f"{place} is longer than {format_bytes(MAX_LINE_BYTES)}.", hint)
     try:
         value = json.loads(line)
     except ValueError as error:

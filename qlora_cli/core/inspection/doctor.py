@@ -25,6 +25,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from qlora_cli.errors import first_line
+from qlora_cli.sizes import format_bytes
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 CARD_NODE = Path("/dev/nvidiactl")
@@ -165,7 +166,7 @@ def check_disk(name: str, directory: Path) -> Check:
     """Whether a disk has room for a 7B model."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
-    found = f"{free_bytes:,} bytes free at {directory}"
+    found = f"{format_bytes(free_bytes)} free at {directory}"
     if free_bytes >= ENOUGH_DISK_BYTES:
         return Check(name, True, found)
     return Check(name, False, found, "Free some space; HF_HOME moves the hub cache to another disk.")

@@ -29,6 +29,7 @@ from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.errors import MergeError, ModelError, first_line
 from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.sizes import format_bytes
 
 MOST_KL = 0.01  # nats a token; rounding to bfloat16 costs 3e-5, merging into the wrong weights 0.1 and more
 FOUR_BIT_BYTES = 0.57  # a weight in 4 bits with its constants
@@ -70,7 +71,7 @@ def can_verify(plan: MergePlan, base: Base, facts: AdapterFacts, options: MergeO
     free = psutil.virtual_memory().available if free is None else free
     reason = None
     if needed > free:
-        reason = f"that takes about {needed:,} bytes of memory, and {free:,} are free"
+        reason = f"that takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
     elif options.device.type == "cpu" and any(shapes[name][-1] % BLOCK_SIZE for name in linears):
         reason = f"a CPU cannot load a 4-bit base whose widths are no multiples of {BLOCK_SIZE}"
     if reason:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Notice, Progress, Report
+from qlora_cli.sizes import format_bytes
 
 # What asking again does not mend: the library's error → what is wrong, and what to do. The first that fits counts.
 REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
@@ -124,8 +125,8 @@ def _download(
         return Path(snapshot_download(repository, revision=revision, **wanted))
     if not announced and missing:
         files = f"{len(sizes)} files" if len(sizes) > 1 else missing[0]
-        here = f", of which {cached_bytes:,} bytes are here already" if cached_bytes else ""
-        report(Notice(f"{task}: {files}, {total_bytes:,} bytes{here}."))
+        here = f", of which {format_bytes(cached_bytes)} are here already" if cached_bytes else ""
+        report(Notice(f"{task}: {files}, {format_bytes(total_bytes)}{here}."))
 
     def progress(arrived_bytes: int) -> None:
         report(Progress(task, min(cached_bytes + arrived_bytes, total_bytes - 1), total_bytes, "bytes"))

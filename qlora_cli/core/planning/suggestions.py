@@ -9,6 +9,7 @@ from qlora_cli.config import TrainConfig, flag_of
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.planning.planner import MemoryDecision, StepRequest, plan_training
 from qlora_cli.errors import DoesNotFit
+from qlora_cli.sizes import format_bytes
 
 CERTAINTY = 1.05  # past so much of the limit a prediction is never wrong (benchmarks/memory.md)
 SHORTEST_ROW_TOKENS = 128  # below this a suggestion helps nobody
@@ -38,9 +39,10 @@ def refuse(plan: MemoryDecision, commands: Sequence[str]) -> DoesNotFit:
         plan: With its memory predicted, and a limit.
         commands: That do fit; none where nothing does.
     """
-    assert plan.memory is not None
+    assert plan.memory is not None and plan.vram_bytes is not None
     return DoesNotFit(
-        f"Training needs {plan.memory.device_bytes:,} bytes at the least, and {plan.vram_bytes:,} bytes may be taken.",
+        f"Training needs {format_bytes(plan.memory.device_bytes)} at the least, "
+        f"and {format_bytes(plan.vram_bytes)} may be taken.",
         f"Type: {' && '.join(commands)}" if commands else "Nothing fits: take a smaller model or a larger card.",
     )
 

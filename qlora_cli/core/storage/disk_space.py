@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_cli.errors import DiskFull
+from qlora_cli.sizes import format_bytes
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OS_ERROR = re.compile(r"os error (\d+)")
@@ -28,7 +29,7 @@ def require_space(path: Path, needed_bytes: int) -> None:
     free_bytes = free_disk_bytes(path)
     if free_bytes < needed_bytes:
         raise DiskFull(
-            f"{needed_bytes:,} bytes are needed for {path}, and its disk has {free_bytes:,} free.",
+            f"{format_bytes(needed_bytes)} are needed for {path}, and its disk has {format_bytes(free_bytes)} free.",
             "Free some space, or choose an --output on another disk.",
         )
 
@@ -60,11 +61,11 @@ def reporting_disk_full(path: Path, needed_bytes: int | None = None) -> Iterator
         free_bytes = free_disk_bytes(path)
         if needed_bytes is None:
             raise DiskFull(
-                f"The disk is full: {path} could not be written, with {free_bytes:,} bytes free.",
+                f"The disk is full: {path} could not be written, with {format_bytes(free_bytes)} free.",
                 "Free some space, or choose an --output on another disk, and run the command again.",
             ) from error
         raise DiskFull(
-            f"The disk is full: {needed_bytes:,} bytes are needed in {path}, {free_bytes:,} are free; "
+            f"The disk is full: {format_bytes(needed_bytes)} are needed in {path}, {format_bytes(free_bytes)} are free; "
             "the checkpoints already written are intact.",
             "Free some space and run the command again with --resume, or choose an --output on another disk.",
         ) from error

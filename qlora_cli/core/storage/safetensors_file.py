@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import ModelError
+from qlora_cli.sizes import format_bytes
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -105,7 +106,7 @@ def header_bytes(start: bytes, file_bytes: int) -> int:
     if file_bytes < length:
         raise ValueError("its header is longer than the file")
     if length > LENGTH_BYTES + HEADER_LIMIT_BYTES:
-        raise ValueError(f"its header is longer than {HEADER_LIMIT_BYTES:,} bytes")
+        raise ValueError(f"its header is longer than {format_bytes(HEADER_LIMIT_BYTES)}")
     return length
 
 
