@@ -28,10 +28,9 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 
-    from qlora_cli.config import LoraSettings, QuantizationSettings
-    from qlora_cli.core.decoding.sampling import Sampling
-    from qlora_cli.core.generation.generator import Generator
+    from qlora_cli.config import GenerationSettings, LoraSettings, QuantizationSettings
     from qlora_cli.core.generation.requests import Request
+    from qlora_cli.core.generation.session import GenerationSession
     from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.loading import load_base
     from qlora_cli.core.models.lora import attach_adapter
@@ -53,7 +52,8 @@ def main() -> None:
         for rows in (1, 8):
             ids = torch.randint(5, 380, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
             theirs, ours = load().get_base_model(), load()
-            generator = Generator(ours, make_tokenizer(), sampling=Sampling(), engine="fast", report=print)
+            settings = GenerationSettings(temperature=0.0, seed=0, batch_size=rows)
+            session = GenerationSession(settings, print, model=ours, tokenizer=make_tokenizer())
             requests = [Request(i, row, NEW) for i, row in enumerate(ids.tolist())]
 
             def transformers_seconds(theirs=theirs, ids=ids):
@@ -61,9 +61,9 @@ def main() -> None:
                 generate_greedily(theirs, ids, new_tokens=NEW)
                 return time.process_time() - started
 
-            def own_seconds(generator=generator, requests=requests, rows=rows):
+            def own_seconds(session=session, requests=requests):
                 started = time.process_time()
-                list(generator.answer(requests, batch_size=rows, seed=0, end_ids=[NEVER]))
+                list(session.answer(requests, [NEVER]))
                 return time.process_time() - started
 
             transformers_seconds(), own_seconds()

@@ -105,23 +105,21 @@ class Bench:
         """Tokens per second of whole calls, and of steps alone."""
         import torch
 
-        from qlora_cli.core.decoding.sampling import Sampling
-        from qlora_cli.core.generation.generator import Generator
+        from qlora_cli.config import GenerationSettings
         from qlora_cli.core.generation.requests import Request
+        from qlora_cli.core.generation.session import GenerationSession
 
+        self.settings = GenerationSettings(temperature=0.0, seed=0, batch_size=max(BATCHES))
+        session = GenerationSession(self.settings, print, model=self.model, tokenizer=Words())
         for count in BATCHES:
-            generator = Generator(self.model, Words(), sampling=Sampling(), engine="fast", report=print)
-            if getattr(self, "fast", None) is not None:
-                generator._fast, generator._fast_for = self.fast
             requests = [Request(i, ids, NEW) for i, ids in enumerate(self.prompts(count))]
             for attempt in ("first", "second", "third"):
                 self.wait()
                 started = time.time()
-                answers = list(generator.answer(requests, batch_size=count, seed=0, end_ids=[NEVER]))
+                answers = list(session.answer(requests, [NEVER]))
                 self.wait()
                 seconds = time.time() - started
                 self.note(f"batch {count} {attempt} call tok/s", count * NEW / seconds)
-            self.fast = generator._fast, generator._fast_for
             found = {answer.index: list(answer.ids) for answer in answers}
             if count in getattr(self, "expected", {}):
                 same = [
@@ -129,14 +127,13 @@ class Bench:
                     for r, row in enumerate(self.expected[count])
                 ]
                 self.note(f"batch {count} tokens equal to the peer's", f"{min(same)}-{max(same)} of 64")
-            decoder = generator._decoder
-            self.note(f"batch {count} path", generator.path)
+            decoder = session.decoder
+            self.fast = getattr(decoder, "fast", None)
+            self.note(f"batch {count} path", session.path)
             self.note(f"batch {count} step ms", self.step_seconds(decoder) * 1e3)
             if count in (1, 8):
                 self.profile(decoder, count)
-            del generator, decoder
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+            del decoder
         if self.device == "cuda":
             self.note("peak GiB", torch.cuda.max_memory_allocated() / 2**30)
 
@@ -144,9 +141,9 @@ class Bench:
         """Seconds of one step, the device kept busy."""
         from qlora_cli.core.decoding.decoder import Prompt
 
-        slots = decoder.cache.slots
+        rows = decoder.cache.rows
         decoder.reset()
-        decoder.prefill(range(slots), [Prompt(ids) for ids in self.prompts(slots)])
+        decoder.prefill(range(rows), [Prompt(ids) for ids in self.prompts(rows)])
         for _ in range(5):
             decoder.step()
         self.wait()
@@ -181,10 +178,9 @@ class Bench:
             return
         from qlora_cli.core.decoding.decoder import Prompt
         from qlora_cli.core.decoding.graph_decoder import GraphDecoder
-        from qlora_cli.core.decoding.sampling import Sampling
 
         for count, length in ((1, 32), (1, 512), (1, 1900), (8, 512)):
-            decoder = GraphDecoder(self.fast[0], slots=count, capacity=2048, sampling=Sampling())
+            decoder = GraphDecoder(self.fast, rows=count, capacity=2048, sampling=self.settings)
             prompts = [Prompt(ids) for ids in self.prompts(count, length)]
             for call in ("first", "second", "third"):
                 self.wait()
@@ -193,8 +189,8 @@ class Bench:
                 seconds = time.time() - started
                 self.note(f"prefill {count} x {length} {call} call ms", seconds * 1e3)
             self.note(f"prefill {count} x {length} tok/s", count * length / seconds)
-            if decoder.prompts.reason is not None:
-                self.note(f"prefill {count} x {length} not captured", decoder.prompts.reason)
+            if decoder.prefill_graphs.reason is not None:
+                self.note(f"prefill {count} x {length} not captured", decoder.prefill_graphs.reason)
 
 
 def use_tilings(path: Path) -> None:

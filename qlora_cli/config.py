@@ -334,15 +334,9 @@ class MergeConfig(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelSettings, QuantizationSettings):
-    """`qlora generate`: a base, maybe with an adapter, and prompts to text."""
+class SamplingSettings:
+    """How tokens are chosen, and where an answer ends."""
 
-    adapter: str | None = setting(None, "Run directory or PEFT adapter.", panel=MODEL)
-    input: str | None = setting(None, "JSON Lines file of prompts.", panel=RUN)
-    output: str | None = setting(None, "JSON Lines file for the answers.", panel=RUN)
-    chat: bool = setting(False, "Hold a conversation.", panel=RUN)
-    raw: bool = setting(False, "Give the prompt to the model as it is, without the trained format.", panel=RUN)
-    batch_size: int = setting(8, "Prompts answered at once with --input.", panel=RUN)
     max_new_tokens: int = setting(256, "Longest answer, in tokens.", panel=SAMPLING)
     temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", panel=SAMPLING)
     top_p: float = setting(
@@ -355,7 +349,25 @@ class GenerateConfig(ModelSettings, QuantizationSettings):
         None, "Text at which the answer ends; may be given several times.", panel=SAMPLING, repeated=True
     )
     seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings(QuantizationSettings, SamplingSettings):
+    """How the base is held, and how answers are made."""
+
+    raw: bool = setting(False, "Give the prompt to the model as it is, without the trained format.", panel=RUN)
+    batch_size: int = setting(8, "Prompts answered at once with --input.", panel=RUN)
     engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ModelSettings, GenerationSettings):
+    """`qlora generate`: a base, maybe with an adapter, and prompts to text."""
+
+    adapter: str | None = setting(None, "Run directory or PEFT adapter.", panel=MODEL)
+    input: str | None = setting(None, "JSON Lines file of prompts.", panel=RUN)
+    output: str | None = setting(None, "JSON Lines file for the answers.", panel=RUN)
+    chat: bool = setting(False, "Hold a conversation.", panel=RUN)
     verbose: bool = setting(False, "Say which decoding path is used and how fast it was.", panel=RUN)
 
 

@@ -1,4 +1,6 @@
-"""Checks of decoding over fused kernels, run by test_decoding_graph.py: interpreted on a CPU, for real on a GPU."""
+"""Checks of decoding over fused kernels, run by test_graph_decoder.py: interpreted on a CPU, for real on a GPU."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,22 +8,22 @@ from peft import LoraConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_cli.config import LoraSettings, QuantizationSettings
-from qlora_cli.core.decoding import prefill as decoding_prompts
-from qlora_cli.core.decoding.decoder import LaidPrompts, Prompt, lay_out
+from qlora_cli.core.decoding import prefill
+from qlora_cli.core.decoding.decoder import PaddedPrompts, Prompt, pad_prompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
 from qlora_cli.core.decoding.graph_decoder import FastModel, GraphDecoder
-from qlora_cli.core.decoding.prefill import MOST_GRAPHS, MOST_TOKENS, PromptGraphs, bucket_places
-from qlora_cli.core.decoding.sampling import Sampling
+from qlora_cli.core.decoding.prefill import MOST_GRAPHS, MOST_TOKENS, PrefillGraphs, bucket_length
 from qlora_cli.core.generation.continuous_batching import answer_all
-from qlora_cli.core.generation.generator import Generator
-from qlora_cli.core.generation.requests import Request
+from qlora_cli.core.generation.requests import GrowingCompletion, Request
+from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.models.quantization import dequantized_weight
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.kernels.decode import gemv
 from tests.conftest import make_tokenizer, write_model
+from tests.generation.session_case import settings_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -47,7 +49,7 @@ ARCHITECTURES = {
 
 # With ALiBi some versions of transformers make the mask from numbers on the host.
 MAY_NOT_BE_CAPTURED = ("bloom", "falcon with ALiBi")
-SAMPLING = Sampling(repetition_penalty=1.4)  # keeps a random model from repeating itself
+SAMPLING = settings_of(repetition_penalty=1.4)  # keeps a random model from repeating itself
 
 
 def load(tmp_path, name, rank=4, dtype=torch.float32):
@@ -88,19 +90,25 @@ def own_answer(model, ids, count, penalty=SAMPLING.repetition_penalty):
     return output[0, len(ids) :].tolist()
 
 
-def fast_answers(fast, questions, counts, slots):
+def answer_with(open_decoder, questions, counts, rows):
+    requests = [Request(i, ids, n) for i, (ids, n) in enumerate(zip(questions, counts, strict=True))]
+
+    def start(request):
+        return GrowingCompletion(request, tokenizer=make_tokenizer(), end_ids=[NEVER])
+
+    answers = answer_all(requests, start, open_decoder, rows, seed=0, report=print)
+    found = {answer.index: list(answer.ids) for answer in answers}
+    return [found[i] for i in range(len(questions))]
+
+
+def fast_answers(fast, questions, counts, rows):
     made = []
 
-    def open_decoder(slots, capacity):
-        made.append(GraphDecoder(fast, slots=slots, capacity=capacity, sampling=SAMPLING, capture=ON_GPU))
+    def open_decoder(rows, capacity):
+        made.append(GraphDecoder(fast, rows=rows, capacity=capacity, sampling=SAMPLING))
         return made[-1]
 
-    requests = [Request(i, ids, n) for i, (ids, n) in enumerate(zip(questions, counts, strict=True))]
-    answers = answer_all(
-        requests, open_decoder, make_tokenizer(), batch_size=slots, seed=0, end_ids=[NEVER], report=lambda event: None
-    )
-    found = {answer.index: list(answer.ids) for answer in answers}
-    return [found[i] for i in range(len(questions))], made[-1]
+    return answer_with(open_decoder, questions, counts, rows), made[-1]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -111,15 +119,15 @@ def test_answers_are_those_of_transformers(tmp_path, name):
     weights = {n: dequantized_weight(m) for n, m in model.named_modules() if hasattr(m, "quant_state")}
     fast = FastModel(model)
     try:
-        for slots in (1, 2):
-            found, decoder = fast_answers(fast, questions, counts, slots)
+        for rows in (1, 2):
+            found, decoder = fast_answers(fast, questions, counts, rows)
             assert found == expected
             if ON_GPU:
                 assert not decoder.reason or name in MAY_NOT_BE_CAPTURED
-                assert bool(decoder._graphs) is not bool(decoder.reason)
+                assert bool(decoder.graphs) is not bool(decoder.reason)
         # Where transformers gives gemma2 an attention that knows no soft cap, ours is another and not used.
-        deaf = name == "gemma2" and underlying_model(model).config._attn_implementation != "eager"
-        assert fast.attention.usable is (name not in ("falcon", "falcon with ALiBi", "bloom") and not deaf)
+        differs = name == "gemma2" and underlying_model(model).config._attn_implementation != "eager"
+        assert fast.attention.usable is (name not in ("falcon", "falcon with ALiBi", "bloom") and not differs)
     finally:
         fast.close()
     assert own_answer(model, questions[0], 3) == expected[0][:3]  # the model is as it was
@@ -128,14 +136,14 @@ def test_answers_are_those_of_transformers(tmp_path, name):
             assert torch.equal(dequantized_weight(m), weights[n])
 
 
-def test_what_is_fused_is_told_and_layers_with_one_input_become_one_product(tmp_path):
+def test_what_is_fused_is_described_and_layers_with_one_input_become_one_product(tmp_path):
     model = load(tmp_path, "llama")
     fast = FastModel(model)
     fast_answers(fast, prompts()[:1], (2,), 1)
     layers = len(model.get_base_model().model.layers)
     assert (
         fast.describe()
-        == f"{7 * layers} linear layers in {4 * layers} products, norms, rotary embeddings and gates, joined attention"
+        == f"{7 * layers} linear layers in {4 * layers} products, norms, rotary embeddings and gates, fused attention"
     )
     assert {len(stack.sites) for stack in fast.linears.stacks} == {1, 2, 3}
     again = FastModel(model)  # finds the weights side by side already
@@ -149,23 +157,19 @@ def test_adapters_change_under_a_captured_graph(tmp_path):
     fast = FastModel(model)
     first, decoder = fast_answers(fast, [ids], (COUNT,), 1)
 
-    def speak():
-        requests = [Request(0, ids, COUNT)]
+    def answer():
         decoder.reset()
-        (answer,) = answer_all(
-            requests, lambda *size: decoder, make_tokenizer(), batch_size=1, seed=0, end_ids=[NEVER], report=print
-        )
-        return [list(answer.ids)]
+        return answer_with(lambda *size: decoder, [ids], (COUNT,), 1)
 
     with model.disable_adapter():
         fast.refresh()
-        base = speak()
+        base = answer()
     randomise(model, seed=1)
     fast.refresh()
-    other = speak()
+    other = answer()
     randomise(model, seed=0)
     fast.refresh()
-    assert speak() == first
+    assert answer() == first
     fast.close()
     with model.disable_adapter():
         assert base == [own_answer(model, ids, COUNT)]
@@ -194,13 +198,6 @@ def test_a_module_that_computes_something_else_is_left_alone(tmp_path):
     assert "norms" not in fast.describe()
 
 
-class Words:
-    """A tokenizer as far as an answer needs one: ids as words."""
-
-    def decode(self, ids, **_):
-        return "".join(f" {i}" for i in ids)
-
-
 def test_adapters_that_pefts_own_forward_applies_are_switched_too(tmp_path):
     model = load(tmp_path, "llama")
     fast = FastModel(model)
@@ -209,31 +206,24 @@ def test_adapters_that_pefts_own_forward_applies_are_switched_too(tmp_path):
     model.add_adapter("dora", LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_dora=True))
     model.set_adapter("dora")
     randomise(model, seed=2)
-    model.eval()
-    generator = Generator(model, Words(), sampling=SAMPLING, engine="fast", report=print)
-    generator._fast = fast = FastModel(model)
-    generator._fast_for = (id(model), *model.peft_config)
-    assert fast.adapters_elsewhere
-    if not ON_GPU:  # nothing is captured; what would hold a graph is given up when the adapter changes, and only then
-        generator.select("dora")
-        generator._decoder = kept = object()
-        generator.select("dora")
-        assert generator._decoder is kept
-        generator.select(None)
-        assert generator._decoder is None
-        fast.close()
-        return
-    (ids,) = prompts((6,))
-    found = {}
-    for adapter in ("dora", None, "dora"):
-        generator.select(adapter)
-        (answer,) = generator.answer([Request(0, ids, COUNT)], batch_size=1, seed=0, end_ids=[NEVER])
-        assert found.setdefault(adapter, list(answer.ids)) == list(answer.ids)
-    fast.close()
-    assert found["dora"] == own_answer(model, ids, COUNT)
+    (ids,), dora = prompts((6,)), tmp_path / "dora"
+    expected = {str(dora): own_answer(model.eval(), ids, COUNT)}
     with model.disable_adapter():
-        assert found[None] == own_answer(model, ids, COUNT)
-    assert found["dora"] != found[None]
+        expected[None] = own_answer(model, ids, COUNT)
+    dora.mkdir()
+    save_adapter(model, dora, base_name="llama", name="dora")
+    files, quantization = resolve_model(str(tmp_path / "model")), QuantizationSettings(base_cache=False)
+    base, _ = load_base(files, quantization, compute_dtype=torch.float32, device=DEVICE)
+    session = GenerationSession(SAMPLING, print, model=base, tokenizer=make_tokenizer(), fused=True)
+    decoders = []
+    for adapter in (str(dora), None, str(dora), str(dora)):
+        session.select(adapter)
+        (answer,) = session.answer([Request(0, ids, COUNT)], [NEVER])
+        assert list(answer.ids) == expected[adapter]
+        decoders.append(session.decoder)
+    # Captured graphs hold an adapter that PEFT applies: the decoder is given up when it changes, and only then.
+    assert decoders[2] is decoders[3] and len({id(decoder) for decoder in decoders}) == 3
+    assert decoders[0].fast.adapters_elsewhere and expected[str(dora)] != expected[None]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="only a GPU captures graphs")
@@ -255,10 +245,10 @@ def test_a_model_that_waits_for_the_device_is_stepped(tmp_path):
     assert decoder.reason
     for _ in range(3):
         assert first_tokens(decoder, prompts()[:1]) == expected[0][:1]
-    assert decoder.prompts.reason
+    assert decoder.prefill_graphs.reason
 
 
-def test_steps_in_16_bits_take_the_lanes_and_say_the_same(tmp_path, monkeypatch):
+def test_steps_in_16_bits_take_the_lanes_and_give_the_same(tmp_path, monkeypatch):
     model = load(tmp_path, "llama", dtype=torch.float16)
     questions, counts = prompts((5, 19)), (8, 6) if ON_GPU else (2, 2)
     expected = [own_answer(model, ids, count) for ids, count in zip(questions, counts, strict=True)]
@@ -280,8 +270,8 @@ def test_steps_in_16_bits_take_the_lanes_and_say_the_same(tmp_path, monkeypatch)
 # ---------------------------------------------------------------- prompts that came before
 
 
-class StandIn:
-    """What a CUDA graph is to those who use it: nothing is computed until a replay, and then into the same tensor."""
+class ReplayedRun:
+    """A CUDA graph without a GPU: nothing is computed until a replay, and then into the same tensor."""
 
     def __init__(self, run):
         self.run, self.result, self.replays = run, run().fill_(float("nan")), 0
@@ -292,23 +282,22 @@ class StandIn:
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """Every graph that is captured, in order; on a CPU they are stand-ins."""
-    made, real = [], decoding_prompts.capture
-
-    def capture(run, pool):
-        if ON_GPU:
-            made.append(real(run, pool))
-        else:
-            graph = StandIn(run)
-            made.append((graph, graph.result))
-        return made[-1]
-
-    monkeypatch.setattr(decoding_prompts, "capture", capture)
+def captured(monkeypatch):
+    """`captured.capture` captures graphs, on a CPU without one; `captured.graphs` are they, in order."""
     if not ON_GPU:
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    return made
+    graphs = []
+
+    def capture(run, pool):
+        if ON_GPU:
+            graphs.append(prefill.capture(run, pool))
+        else:
+            graph = ReplayedRun(run)
+            graphs.append((graph, graph.result))
+        return graphs[-1]
+
+    return SimpleNamespace(capture=capture, graphs=graphs)
 
 
 def first_tokens(decoder, questions):
@@ -316,15 +305,15 @@ def first_tokens(decoder, questions):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES if ON_GPU else ("llama",))
-def test_prompts_of_a_shape_that_came_before_say_the_same(tmp_path, graphs, name):
+def test_prompts_of_a_shape_that_came_before_give_the_same(tmp_path, captured, name):
     model = load(tmp_path, name)
     batches = [prompts(lengths) for lengths in ((5, 19, 9), (32, 2, 17), (11, 30, 12), (40, 7, 64), (50, 41, 33))]
     expected = [[own_answer(model, ids, 1)[0] for ids in batch] for batch in batches]
     fast = FastModel(model)
     if not ON_GPU:
         fast.layers.close()  # interpreted they take seconds, and other checks run them
-    decoder = GraphDecoder(fast, slots=3, capacity=96, sampling=SAMPLING, capture=ON_GPU)
-    decoder.prompts.reason = None
+    decoder = GraphDecoder(fast, rows=3, capacity=96, sampling=SAMPLING)
+    decoder.prefill_graphs = PrefillGraphs(decoder.read_padded, None, captured.capture)
 
     def read():
         return [first_tokens(decoder, batch) for batch in batches]
@@ -340,82 +329,86 @@ def test_prompts_of_a_shape_that_came_before_say_the_same(tmp_path, graphs, name
     elsewhere = fast.adapters_elsewhere
     fast.close()
     if name not in MAY_NOT_BE_CAPTURED:
-        assert decoder.prompts.reason is None
-        assert set(decoder.prompts._graphs) == {(3, 32), (3, 64)} and len(graphs) == 2
+        assert decoder.prefill_graphs.reason is None
+        assert set(decoder.prefill_graphs.graphs) == {(3, 32), (3, 64)} and len(captured.graphs) == 2
     assert found == expected
     assert other == [[own_answer(model, ids, 1)[0] for ids in batch] for batch in batches]
     assert following is None or following == [own_answer(model, ids, 2)[1] for ids in batches[-1]]
     with model.disable_adapter():
-        # Where PEFT applies an adapter its graphs hold it; answering.py gives them up.
+        # Where PEFT applies an adapter its graphs hold it; the session gives them up.
         assert elsewhere or bare == [[own_answer(model, ids, 1)[0] for ids in batch] for batch in batches]
     assert bare != found != other
 
 
-def all_reduce_sum(laid):
+def sum_up(padded):
     """A model: one number for each prompt that depends on its tokens and on where it ends."""
-    return (laid.ids.sum(1) + 1000 * laid.ends + laid.ids.flatten()[laid.last]).float()[:, None]
+    return (padded.ids.sum(1) + 1000 * padded.ends + padded.ids.flatten()[padded.last]).float()[:, None]
 
 
-def laid_out(lengths, room):
+def padded_prompts(lengths, length):
     batch = [Prompt(ids) for ids in prompts(lengths)]
-    return lay_out(range(len(batch)), batch, room).to(DEVICE)
+    return pad_prompts(range(len(batch)), batch, length).to(DEVICE)
 
 
-def test_places_are_few_kinds_and_not_many_more_than_tokens():
-    assert [bucket_places(n, 4000) for n in (1, 32, 33, 257, 513, 1900, 3999)] == [32, 32, 64, 288, 576, 1920, 4000]
-    assert all(n <= bucket_places(n, 4000) <= max(n + 31, 1.125 * n) for n in range(1, 4001))
-    laid = LaidPrompts.of(torch.tensor([4, 2, 1, 3, 0, 5, 7, 7, 7, 8, 9, 10]), 2)
-    assert torch.equal(lay_out([4, 2], [Prompt([7]), Prompt([8, 9, 10])], 3).whole, laid.whole)
+def test_padded_lengths_are_few_and_not_much_more_than_tokens():
+    assert [bucket_length(n, 4000) for n in (1, 32, 33, 257, 513, 1900, 3999)] == [32, 32, 64, 288, 576, 1920, 4000]
+    assert all(n <= bucket_length(n, 4000) <= max(n + 31, 1.125 * n) for n in range(1, 4001))
+    padded = PaddedPrompts.of(torch.tensor([4, 2, 1, 3, 0, 5, 7, 7, 7, 8, 9, 10]), 2)
+    assert torch.equal(pad_prompts([4, 2], [Prompt([7]), Prompt([8, 9, 10])], 3).whole, padded.whole)
 
 
-def test_the_last_graphs_used_are_kept(graphs):
-    reader = PromptGraphs(all_reduce_sum, None)
-    for room in range(1, MOST_GRAPHS + 2):
-        for lengths in ((room,), (1,), (max(1, room - 1),)):
-            laid = laid_out(lengths, room)
-            assert torch.equal(reader.read(laid), all_reduce_sum(laid))
-        reader.read(laid_out((1,), 1))
-    assert (1, 1) in reader._graphs and (1, 2) not in reader._graphs
-    assert len(reader._graphs) == MOST_GRAPHS == len(graphs) - 1
-    many = laid_out((2,), MOST_TOKENS + 1)
+def test_the_last_graphs_used_are_kept(captured):
+    reader = PrefillGraphs(sum_up, None, captured.capture)
+    for length in range(1, MOST_GRAPHS + 2):
+        for lengths in ((length,), (1,), (max(1, length - 1),)):
+            padded = padded_prompts(lengths, length)
+            assert torch.equal(reader.read(padded), sum_up(padded))
+        reader.read(padded_prompts((1,), 1))
+    assert (1, 1) in reader.graphs and (1, 2) not in reader.graphs
+    assert len(reader.graphs) == MOST_GRAPHS == len(captured.graphs) - 1
+    many = padded_prompts((2,), MOST_TOKENS + 1)
     for _ in range(3):
-        assert torch.equal(reader.read(many), all_reduce_sum(many))
-    assert len(graphs) == MOST_GRAPHS + 1
+        assert torch.equal(reader.read(many), sum_up(many))
+    assert len(captured.graphs) == MOST_GRAPHS + 1
 
 
-def test_a_capture_that_fails_is_the_last_one(graphs, monkeypatch):
-    reader = PromptGraphs(all_reduce_sum, None)
-    for _ in range(2):
-        reader.read(laid_out((3,), 4))
-    assert len(reader._graphs) == 1
+def test_a_capture_that_fails_is_the_last_one(captured):
+    attempts = []
 
-    def fail(run, pool):
+    def capture(run, pool):
+        attempts.append(run)
+        if len(attempts) == 1:
+            return captured.capture(run, pool)
         run()
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(decoding_prompts, "capture", fail)
-    for _ in range(3):
-        laid = laid_out((5, 2), 8)
-        assert torch.equal(reader.read(laid), all_reduce_sum(laid))
-    assert "OutOfMemoryError: CUDA out of memory" in reader.reason and not reader._graphs
-
-
-def test_graphs_make_room_for_a_prompt_that_needs_their_memory(graphs):
-    reader = PromptGraphs(all_reduce_sum, None)
+    reader = PrefillGraphs(sum_up, None, capture)
     for _ in range(2):
-        reader.read(laid_out((3,), 4))
+        reader.read(padded_prompts((3,), 4))
+    assert len(reader.graphs) == 1
+    for _ in range(3):
+        padded = padded_prompts((5, 2), 8)
+        assert torch.equal(reader.read(padded), sum_up(padded))
+    assert "OutOfMemoryError: CUDA out of memory" in reader.reason and not reader.graphs and len(attempts) == 2
 
-    def short_of_memory(laid):
-        if reader._graphs or laid.ids.shape[1] > 9:
+
+def test_graphs_make_room_for_a_prompt_that_needs_their_memory(captured):
+    short = []
+
+    def run(padded):
+        if short and (reader.graphs or padded.ids.shape[1] > 9):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return all_reduce_sum(laid)
+        return sum_up(padded)
 
-    reader._run = short_of_memory
-    laid = laid_out((5, 2), 8)
-    assert torch.equal(reader.read(laid), all_reduce_sum(laid))
+    reader = PrefillGraphs(run, None, captured.capture)
+    for _ in range(2):
+        reader.read(padded_prompts((3,), 4))
+    short.append(True)
+    padded = padded_prompts((5, 2), 8)
+    assert torch.equal(reader.read(padded), sum_up(padded))
     assert reader.reason == "their memory was needed"
     with pytest.raises(torch.OutOfMemoryError):
-        reader.read(laid_out((5,), 10))
+        reader.read(padded_prompts((5,), 10))
 
 
 def test_what_holds_for_a_step_is_found_out_anew_for_prompts():
@@ -424,7 +417,7 @@ def test_what_holds_for_a_step_is_found_out_anew_for_prompts():
     one, many = torch.randn(2, 1, 64, device=DEVICE), torch.randn(2, 5, 64, device=DEVICE)
     expected = norm(one), norm(many)
     layers = FastLayers(torch.nn.ModuleList([norm]))
-    for use, x, wanted in (("step", one, expected[0]), ("prompt", many, expected[1])) * 2:
+    for use, x, wanted in (("step", one, expected[0]), ("prefill", many, expected[1])) * 2:
         with layers.used_for(use), torch.no_grad():
             torch.testing.assert_close(norm(x), wanted)
     assert [fits is None for fits in layers._norms.values()] == [False, True]

@@ -4,19 +4,18 @@ import pytest
 import torch
 
 from qlora_cli.config import LoraSettings, QuantizationSettings
-from qlora_cli.core.decoding import cpu_linears as unpacked_linears
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, Prompt, why_not_stepwise
-from qlora_cli.core.decoding.sampling import Sampling
-from qlora_cli.core.generation.generator import Generator, context_length, find_end_ids, make_request
-from qlora_cli.core.generation.requests import ENDED, LENGTH, STOPPED
+from qlora_cli.core.generation.requests import ENDED, LENGTH, STOPPED, context_length, find_end_ids, make_request
+from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.errors import DataError, ModelError
 from tests.conftest import make_tokenizer
+from tests.generation.session_case import settings_of
 
 NEVER = 10**6  # as an end token: none
 LENGTHS = (5, 41, 19, 8, 30, 2)  # of prompts: some longer than the sliding windows, some far shorter
@@ -81,11 +80,14 @@ def generate_with_transformers(model, ids, count, penalty=1.0):
     return output[0, len(ids) :].tolist()
 
 
-def answers_of(model, requests, *, batch_size, sampling, end_ids=(NEVER,), engine="fast", seed=0, **arguments):
+def open_session(model, report=lambda event: None, **settings):
+    return GenerationSession(settings_of(**settings), report, model=model, tokenizer=make_tokenizer())
+
+
+def answers_of(model, requests, *, end_ids=(NEVER,), on_text=None, **settings):
     """Ids of each answer, by index, and the answers."""
     events = []
-    generator = Generator(model, make_tokenizer(), sampling=sampling, engine=engine, report=events.append)
-    found = list(generator.answer(requests, batch_size=batch_size, seed=seed, end_ids=end_ids, **arguments))
+    found = list(open_session(model, events.append, **settings).answer(requests, end_ids, on_text))
     assert sorted(answer.index for answer in found) == [request.index for request in requests]
     return {answer.index: list(answer.ids) for answer in found}, found, events
 
@@ -98,29 +100,28 @@ def test_greedy_answers_are_those_of_transformers(tuned, name):
     # The penalty keeps a random model from repeating itself, so that every step can go wrong.
     expected = [generate_with_transformers(model, p, n, 1.4) for p, n in zip(prompts, new_tokens, strict=True)]
     assert len({token for ids in expected for token in ids}) > 25
-    sampling = Sampling(repetition_penalty=1.4)
-    together, _, _ = answers_of(model, make_requests(prompts, new_tokens), batch_size=3, sampling=sampling)
+    together, _, _ = answers_of(model, make_requests(prompts, new_tokens), batch_size=3, repetition_penalty=1.4)
     assert [together[i] for i in range(len(prompts))] == expected
-    alone, _, _ = answers_of(model, make_requests(prompts[:2], new_tokens[:2]), batch_size=1, sampling=sampling)
+    alone, _, _ = answers_of(model, make_requests(prompts[:2], new_tokens[:2]), repetition_penalty=1.4)
     assert [alone[0], alone[1]] == expected[:2]
 
 
 def test_the_plain_path_gives_the_same_answers(tuned):
     model, prompts, new_tokens = tuned("llama"), make_prompts(), (14, 9, 20, 3, 12, 1)
-    for sampling in (Sampling(repetition_penalty=1.4), Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1)):
+    for sampling in ({"repetition_penalty": 1.4}, {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1}):
         requests = make_requests(prompts, new_tokens)
-        own, _, _ = answers_of(model, requests, batch_size=4, sampling=sampling, end_ids=[5, 6])
-        plain, _, _ = answers_of(model, requests, batch_size=4, sampling=sampling, end_ids=[5, 6], engine="plain")
+        own, _, _ = answers_of(model, requests, batch_size=4, end_ids=[5, 6], **sampling)
+        plain, _, _ = answers_of(model, requests, batch_size=4, end_ids=[5, 6], engine="plain", **sampling)
         assert own == plain
 
 
 def test_sampled_answers_depend_on_seed_and_prompt_but_not_on_the_batch(tuned):
-    model, prompts, sampling = tuned("qwen3"), make_prompts(), Sampling(temperature=1.0, top_p=0.95)
+    model, prompts, sampling = tuned("qwen3"), make_prompts(), {"temperature": 1.0, "top_p": 0.95}
     requests = make_requests(prompts, [12] * len(prompts))
-    first, _, _ = answers_of(model, requests, batch_size=1, sampling=sampling, seed=3)
-    second, _, _ = answers_of(model, requests, batch_size=4, sampling=sampling, seed=3)
-    part, _, _ = answers_of(model, requests[3:], batch_size=2, sampling=sampling, seed=3)
-    other, _, _ = answers_of(model, requests, batch_size=4, sampling=sampling, seed=4)
+    first, _, _ = answers_of(model, requests, seed=3, **sampling)
+    second, _, _ = answers_of(model, requests, batch_size=4, seed=3, **sampling)
+    part, _, _ = answers_of(model, requests[3:], batch_size=2, seed=3, **sampling)
+    other, _, _ = answers_of(model, requests, batch_size=4, seed=4, **sampling)
     assert first == second
     assert part == {index: first[index] for index in part}
     assert first != other
@@ -128,53 +129,52 @@ def test_sampled_answers_depend_on_seed_and_prompt_but_not_on_the_batch(tuned):
 
 def test_an_answer_ends_at_end_tokens_stop_strings_and_its_length(tuned):
     model, ids = tuned("llama"), make_prompts()[0]
-    free, (whole,), _ = answers_of(model, make_requests([ids], [20]), batch_size=1, sampling=Sampling(1.4))
+    free, (whole,), _ = answers_of(model, make_requests([ids], [20]), repetition_penalty=1.4)
     assert whole.finish == LENGTH and len(whole.ids) == 20
     end = free[0][7]
-    ended, (answer,), _ = answers_of(
-        model, make_requests([ids], [20]), batch_size=1, sampling=Sampling(1.4), end_ids=[end]
-    )
+    ended, (answer,), _ = answers_of(model, make_requests([ids], [20]), repetition_penalty=1.4, end_ids=[end])
     assert ended[0] == free[0][: free[0].index(end)] and answer.finish == ENDED
     stop = whole.text[4:7]
-    heard = []
+    pieces = []
     _, (answer,), _ = answers_of(
         model,
         make_requests([ids], [20]),
-        batch_size=1,
-        sampling=Sampling(1.4),
-        stop=[stop],
-        on_text=lambda index, piece: heard.append(piece),
+        repetition_penalty=1.4,
+        stop=(stop,),
+        on_text=lambda index, piece: pieces.append(piece),
     )
-    assert answer.text == whole.text[: whole.text.index(stop)] == "".join(heard) and answer.finish == STOPPED
+    assert answer.text == whole.text[: whole.text.index(stop)] == "".join(pieces) and answer.finish == STOPPED
 
 
 def test_two_answers_one_after_another_share_a_decoder(tuned):
     model = tuned("llama")
     prompts = make_prompts((60, 4))
     expected = [generate_with_transformers(model, ids, 6) for ids in prompts]
-    generator = Generator(model, make_tokenizer(), sampling=Sampling(), engine="fast", report=lambda event: None)
-    found = []
+    session, found, decoders = open_session(model), [], set()
     for request in make_requests(prompts, [6, 6]):
-        (answer,) = generator.answer([request], batch_size=1, seed=0, end_ids=[NEVER])
+        (answer,) = session.answer([request], [NEVER])
         found.append(list(answer.ids))
-    assert found == expected
+        decoders.add(session.decoder)
+    assert found == expected and len(decoders) == 1
 
 
-def test_the_adapter_can_be_left_out(tuned):
+def test_the_adapter_can_be_left_out(tuned, load_tiny, tmp_path):
     model = tuned("llama")
-    generator = Generator(model, make_tokenizer(), sampling=Sampling(), engine="fast", report=lambda event: None)
+    save_adapter(model, tmp_path, base_name="llama")
     requests = make_requests(make_prompts(), [12] * len(LENGTHS))
+    base, _ = load_tiny("llama")
+    session = open_session(base, batch_size=8)
 
-    def speak():
-        return [answer.ids for answer in generator.answer(requests, batch_size=8, seed=0, end_ids=[NEVER])]
+    def answer(adapter):
+        session.select(adapter)
+        return sorted(answer.ids for answer in session.answer(requests, [NEVER]))
 
-    tuned_answers = speak()
-    generator.select(None)
+    tuned_answers = answer(str(tmp_path))
+    assert tuned_answers == sorted(tuple(generate_with_transformers(model, r.ids, 12)) for r in requests)
     with model.disable_adapter():
-        expected = [tuple(generate_with_transformers(model, request.ids, 12)) for request in requests]
-    assert sorted(speak()) == sorted(expected) != sorted(tuned_answers)
-    generator.select("default")
-    assert speak() == tuned_answers
+        expected = sorted(tuple(generate_with_transformers(model, r.ids, 12)) for r in requests)
+    assert answer(None) == expected != tuned_answers
+    assert answer(str(tmp_path)) == tuned_answers
 
 
 def test_fewer_rows_are_tried_when_memory_is_short(tuned, monkeypatch):
@@ -182,22 +182,22 @@ def test_fewer_rows_are_tried_when_memory_is_short(tuned, monkeypatch):
     expected = [generate_with_transformers(model, ids, 8) for ids in prompts]
     prefill = Decoder.prefill
 
-    def short_of_memory(self, slots, prompts):
-        if self.cache.slots > 2:
+    def short_of_memory(self, rows, prompts):
+        if self.cache.rows > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return prefill(self, slots, prompts)
+        return prefill(self, rows, prompts)
 
     monkeypatch.setattr(Decoder, "prefill", short_of_memory)
-    found, _, events = answers_of(model, make_requests(prompts, [8] * 6), batch_size=6, sampling=Sampling())
+    found, _, events = answers_of(model, make_requests(prompts, [8] * 6), batch_size=6)
     assert [found[i] for i in range(6)] == expected
     assert "going on with 1" in events[-1].text
 
-    def no_memory(self, slots, prompts):
+    def no_memory(self, rows, prompts):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Decoder, "prefill", no_memory)
     with pytest.raises(ModelError, match="no room"):
-        answers_of(model, make_requests(prompts, [8] * 6), batch_size=6, sampling=Sampling())
+        answers_of(model, make_requests(prompts, [8] * 6), batch_size=6)
 
 
 @pytest.mark.parametrize("engine", ["fast", "plain"])
@@ -208,15 +208,15 @@ def test_output_that_is_no_number_is_an_error(tuned, engine):
     weight.data[3] = float("nan")
     try:
         with pytest.raises(ModelError, match="not a number"):
-            answers_of(model, make_requests(make_prompts()[:1], [5]), batch_size=1, sampling=Sampling(), engine=engine)
+            answers_of(model, make_requests(make_prompts()[:1], [5]), engine=engine)
     finally:
         weight.data.copy_(kept)
 
 
-def test_slots_that_are_not_in_use_change_nothing(tuned):
+def test_rows_that_are_not_in_use_change_nothing(tuned):
     model, (ids, *_) = tuned("gemma2"), make_prompts()
     expected = generate_with_transformers(model, ids, 10)
-    decoder = Decoder(model, slots=4, capacity=24, sampling=Sampling())
+    decoder = Decoder(model, rows=4, capacity=24, sampling=settings_of())
     found = decoder.prefill([2], [Prompt(ids)]).wait()
     for _ in range(9):
         found.append(decoder.step().wait()[2])
@@ -235,14 +235,12 @@ def test_models_that_keep_another_state_take_the_plain_path():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"compute_dtype": torch.bfloat16, "quant_type": "fp4"}])
-def test_unpacked_weights_give_the_same_logits_bit_for_bit(load_tiny, arguments, monkeypatch):
+def test_unpacked_weights_give_the_same_logits_bit_for_bit(load_tiny, arguments):
     base, _ = load_tiny("opt", **arguments)  # with biases
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
         packed = base(input_ids=ids).logits
-        monkeypatch.setattr(unpacked_linears, "free_bytes", lambda: 1000)
-        assert not unpack_linears(base) and torch.equal(base(input_ids=ids).logits, packed)
-        monkeypatch.undo()
+        assert not unpack_linears(base, free_bytes=1000) and torch.equal(base(input_ids=ids).logits, packed)
         assert unpack_linears(base) and torch.equal(base(input_ids=ids).logits, packed)
         layer = base.model.decoder.layers[0].fc1
         assert layer.weight.dtype == torch.uint8 and layer.forward.__name__ == "forward"

@@ -13,13 +13,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qlora_cli.core.decoding.sampling import NOT_A_NUMBER, Sampling, choose_tokens, draw_uniforms
+from qlora_cli.config import SamplingSettings
+from qlora_cli.core.decoding.sampling import NOT_A_NUMBER, check_sampling, choose_tokens, draw_uniforms
 from qlora_cli.errors import UsageError
+from tests.generation.session_case import settings_of
 
 VOCABULARY = 50
 
 
-def transformers_distribution(logits: torch.Tensor, sampling: Sampling, ids: torch.Tensor) -> torch.Tensor:
+def transformers_distribution(logits: torch.Tensor, sampling: SamplingSettings, ids: torch.Tensor) -> torch.Tensor:
     """Probabilities (vocabulary,) that transformers would sample from."""
     steps = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
@@ -47,7 +49,7 @@ def test_the_distribution_is_that_of_transformers(seed, temperature, top_k, top_
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(VOCABULARY, generator=generator)
     ids = torch.randint(0, VOCABULARY, (8,), generator=generator)
-    sampling = Sampling(penalty, temperature, top_k, top_p, min_p)
+    sampling = settings_of(repetition_penalty=penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = transformers_distribution(logits, sampling, ids)
     draws = 4000
     seen = torch.zeros(1, VOCABULARY, dtype=torch.bool).index_fill(1, ids, True)
@@ -60,8 +62,8 @@ def test_the_distribution_is_that_of_transformers(seed, temperature, top_k, top_
 def test_greedy_takes_the_likeliest_after_the_penalty():
     logits = torch.tensor([[2.0, 1.9, -1.0]])
     seen = torch.tensor([[True, False, False]])
-    assert choose_tokens(logits, Sampling()).tolist() == [0]
-    assert choose_tokens(logits, Sampling(repetition_penalty=1.2), None, seen).tolist() == [1]
+    assert choose_tokens(logits, settings_of()).tolist() == [0]
+    assert choose_tokens(logits, settings_of(repetition_penalty=1.2), None, seen).tolist() == [1]
 
 
 @given(uniform=st.sampled_from([0.0, 0.5, 1 - 2**-24]))
@@ -69,7 +71,7 @@ def test_greedy_takes_the_likeliest_after_the_penalty():
 def test_rounding_never_steps_past_what_was_kept(uniform):
     logits = torch.zeros(1, 1000)
     logits[0, :3] = 20
-    for sampling in (Sampling(temperature=1.0, top_k=3), Sampling(temperature=1.0, top_p=0.99)):
+    for sampling in (settings_of(temperature=1.0, top_k=3), settings_of(temperature=1.0, top_p=0.99)):
         assert choose_tokens(logits, sampling, torch.tensor([uniform])).item() < 3
 
 
@@ -77,7 +79,7 @@ def test_rounding_never_steps_past_what_was_kept(uniform):
 def test_logits_that_are_no_numbers_are_told_apart(bad):
     logits = torch.randn(2, VOCABULARY)
     logits[1, 7] = bad
-    for sampling in (Sampling(), Sampling(temperature=1.0)):
+    for sampling in (settings_of(), settings_of(temperature=1.0)):
         chosen = choose_tokens(logits, sampling, torch.tensor([0.3, 0.3]))
         assert chosen[0] != NOT_A_NUMBER and chosen[1] == NOT_A_NUMBER
 
@@ -103,4 +105,4 @@ def test_a_prompt_draws_the_same_numbers_whatever_else_is_answered():
 )
 def test_a_value_out_of_range_is_named(setting, flag):
     with pytest.raises(UsageError, match=flag):
-        Sampling(**setting)
+        check_sampling(settings_of(**setting))

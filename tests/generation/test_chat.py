@@ -4,34 +4,50 @@ import json
 
 import pytest
 
-from qlora_cli.core.generation.chat import Conversation, obey
+from qlora_cli.core.generation.chat import Conversation, run_line
+from qlora_cli.core.generation.requests import LENGTH, Completion, Request
+from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.events import Caution, TextGenerated
+from tests.generation.session_case import settings_of
 
 
 class Echo:
-    """A voice that repeats its prompt; stops in mid-answer when asked to."""
+    """A session whose answer to the first prompt is " heard 0"; stops in mid-answer when asked to."""
 
-    def __init__(self, *, history=True, room=10**6):
-        self.history, self.room, self.adapter = history, room, "first"
-        self.prompts = []
+    def __init__(self, *, format="chat", room=10**6):
+        self.settings = settings_of(max_new_tokens=10)
+        self.format, self.room = format, room
+        self.selected = None
+        self.prompts = []  # (prompt, its number, the adapter that answered)
         self.interrupt = False
 
-    def remembers(self):
-        return self.history
+    def formatting(self, adapter):
+        return Formatting(format=self.format)
 
     def fits(self, prompt):
         return len(json.dumps(prompt)) <= self.room
 
-    def say(self, prompt, *, turn, base, tell):
-        self.prompts.append((prompt, turn, base))
-        tell(" heard")
+    def request(self, index, prompt, adapter):
+        if not self.fits(prompt):
+            raise DataError("The prompt is too long.")
+        self.asked = prompt
+        return Request(index, [1], self.settings.max_new_tokens)
+
+    def select(self, adapter):
+        self.selected = adapter
+
+    def end_ids(self, adapter):
+        return {0}
+
+    def answer(self, requests, end_ids, on_text):
+        (request,) = requests
+        self.prompts.append((self.asked, request.index, self.selected))
+        on_text(request.index, " heard")
         if self.interrupt:
             raise KeyboardInterrupt
-        tell(f" {turn}")
-
-    def switch(self, directory):
-        self.adapter = directory
+        on_text(request.index, f" {request.index}")
+        yield Completion(request.index, f" heard {request.index}", (), LENGTH, 1)
 
 
 def user(text):
@@ -49,21 +65,21 @@ def echo():
 
 @pytest.fixture
 def conversation(echo):
-    return Conversation(echo, lambda piece: None)
+    return Conversation(echo, "first", lambda piece: None)
 
 
 def test_each_question_comes_with_all_before_it(conversation, echo):
     assert conversation.ask("a") == "heard 0"
     conversation.ask("b")
     assert echo.prompts == [
-        ([user("a")], 0, False),
-        ([user("a"), assistant("heard 0"), user("b")], 1, False),
+        ([user("a")], 0, "first"),
+        ([user("a"), assistant("heard 0"), user("b")], 1, "first"),
     ]
 
 
 def test_single_prompts_are_asked_alone():
-    echo = Echo(history=False)
-    conversation = Conversation(echo, lambda piece: None)
+    echo = Echo(format="prompt")
+    conversation = Conversation(echo, "first", lambda piece: None)
     conversation.ask("a")
     conversation.ask("b")
     assert [prompt for prompt, _, _ in echo.prompts] == ["a", "b"]
@@ -71,14 +87,14 @@ def test_single_prompts_are_asked_alone():
 
 def test_the_base_answers_the_same_question_and_is_not_remembered(conversation, echo):
     with pytest.raises(UsageError, match="no question"):
-        conversation.base()
+        conversation.ask_base()
     conversation.ask("a")
     conversation.ask("b")
     before = list(conversation.messages)
-    conversation.base()
-    assert echo.prompts[-1] == ([*before[:2], user("b")], 1, True)
-    conversation.base("c")
-    assert echo.prompts[-1] == ([*before, user("c")], 2, True)
+    conversation.ask_base()
+    assert echo.prompts[-1] == ([*before[:2], user("b")], 1, None)
+    conversation.ask_base("c")
+    assert echo.prompts[-1] == ([*before, user("c")], 2, None)
     assert conversation.messages == before
 
 
@@ -91,9 +107,9 @@ def test_an_interrupted_answer_is_remembered_as_far_as_it_came(conversation, ech
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full():
     echo = Echo(room=200)
-    conversation, events = Conversation(echo, lambda piece: None), []
+    conversation, events = Conversation(echo, "first", lambda piece: None), []
     for number in range(6):
-        obey(conversation, f"question {number}", events.append)
+        run_line(conversation, f"question {number}", events.append)
         assert echo.fits(echo.prompts[-1][0])
         assert echo.prompts[-1][0][-1] == user(f"question {number}")
         assert echo.prompts[-1][1] == number
@@ -111,16 +127,17 @@ def test_commands_do_what_they_say(conversation, echo, tmp_path):
         f"/save {tmp_path / 'a.jsonl'}",
         f"/save {tmp_path / 'a.jsonl'}",
     ):
-        obey(conversation, line, events.append)
-    assert echo.adapter == "second"
-    assert [base for _, _, base in echo.prompts] == [False, True]
+        run_line(conversation, line, events.append)
+    assert conversation.adapter == echo.selected == "second"
+    assert [adapter for _, _, adapter in echo.prompts] == ["first", None]
+    assert [row["base"] for row in conversation.rows] == [False, True]
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert rows == [{"messages": [user("hi"), assistant("heard 0")]}] * 2
     assert events.count(TextGenerated("", final=True)) == 2
-    obey(conversation, "/reset", events.append)
+    run_line(conversation, "/reset", events.append)
     assert conversation.messages == []
     for line, reported in (("/adaptor x", "is no command"), ("/adapter", "of what"), ("/save ", "of what")):
         with pytest.raises(UsageError, match=reported):
-            obey(conversation, line, events.append)
+            run_line(conversation, line, events.append)
     with pytest.raises(DataError, match="cannot be written"):
-        obey(conversation, f"/save {tmp_path}", events.append)
+        run_line(conversation, f"/save {tmp_path}", events.append)

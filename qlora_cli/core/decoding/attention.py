@@ -1,4 +1,4 @@
-"""The attention of decoding steps, as one of transformers' attention functions: rows of any length from a slot cache.
+"""Fused decode attention over the KV cache, as one of transformers' attention functions: rows of any length.
 
 It is chosen by name in the configuration of one model instance, for the time of a step. Models outside transformers'
 attention interface never call it.
@@ -22,8 +22,8 @@ NAME = "qlora_decode"
 UNDERSTOOD = {"sliding_window", "softcap", "position_ids", "use_cache", "output_attentions", "output_hidden_states"}
 
 
-class JoinedAttention:
-    """Attention over the slots of one cache, for one model instance.
+class FusedAttention:
+    """Attention over the rows of one KV cache, for one model instance.
 
     The first step is a trial: every layer computes both ways, and the results are compared. Only if all agree are
     later steps computed by the kernel alone, without masks.
@@ -40,7 +40,7 @@ class JoinedAttention:
 
     @contextmanager
     def step(self, cache: StaticKVCache) -> Iterator[None]:
-        """While it lasts, the model's attention is this one."""
+        """While it lasts, the model computes attention by this one."""
         self._agreed = []
         self._own = {key: config._attn_implementation for key, config in self._configs.items()}
         cache.attention = self
@@ -62,8 +62,8 @@ class JoinedAttention:
         own = ALL_ATTENTION_FUNCTIONS.get_interface(self._own[id(module.config)], eager)
         return own(module, *given, **named)
 
-    def try_out(self, found: Tensor, expected: Tensor) -> None:
-        """Remembers whether a layer of the trial agrees."""
+    def compare(self, found: Tensor, expected: Tensor) -> None:
+        """Notes whether a layer of the trial agrees."""
         self._agreed.append(is_same(found, expected))
 
 
@@ -78,30 +78,30 @@ def _decode(
     **named: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function as transformers has them: (rows, heads, 1, size) to (rows, 1, heads, size)."""
-    slot: Any = key.slot  # type: ignore[attr-defined]  # what SlotCache put there
-    attention: JoinedAttention = slot.cache.attention
+    layer: Any = key.layer  # type: ignore[attr-defined]  # what StaticKVCache put there
+    attention: FusedAttention = layer.cache.attention
 
-    def joined() -> Tensor:
-        new_key, new_value = slot.fresh
+    def fused() -> Tensor:
+        new_key, new_value = layer.new
         return attend(
             query,
             new_key,
             new_value,
-            slot.keys,
-            slot.values,
-            slot.cache.positions,
+            layer.keys,
+            layer.values,
+            layer.cache.positions,
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             window=named.get("sliding_window"),
             softcap=named.get("softcap"),
         )
 
     if attention.usable:
-        return joined(), None
+        return fused(), None
     own = {**named} if scaling is None else {**named, "scaling": scaling}
     expected, weights = attention.own_attention(module, query, key, value, attention_mask, dropout=dropout, **own)
     strange = {name for name, given in named.items() if given is not None} - UNDERSTOOD
-    alike = query.shape[-1] == slot.keys.shape[-1] == slot.values.shape[-1] and not strange
-    attention.try_out(joined() if alike else expected[:0], expected)
+    alike = query.shape[-1] == layer.keys.shape[-1] == layer.values.shape[-1] and not strange
+    attention.compare(fused() if alike else expected[:0], expected)
     return expected, weights
 
 

@@ -1,7 +1,7 @@
-"""A 4-bit model on the CPU in; the same numbers many times faster out, where memory has room for unpacked weights.
+"""4-bit linears on the CPU with their weights dequantised once: the same numbers many times faster.
 
-A GPU unpacks weights faster than it reads them; a CPU needs most of a token's time for it. So each weight is unpacked
-once, if all of them fit in half of the memory that is free.
+A GPU dequantises weights faster than it reads them; a CPU needs most of a token's time for it. So each weight is
+dequantised once, if all of them fit in half of the memory that is free.
 """
 
 from typing import Any
@@ -15,19 +15,20 @@ from qlora_cli.core.models.quantization import dequantized_weight, four_bit_line
 SHARE = 0.5  # of the free memory
 
 
-def free_bytes() -> int:
-    """Memory that programs can have without others being pushed out."""
-    return psutil.virtual_memory().available
-
-
-def unpack_linears(model: Any) -> bool:
-    """Lets every 4-bit linear of a model instance compute with its weight unpacked; returns whether there is room.
+def unpack_linears(model: Any, free_bytes: int | None = None) -> bool:
+    """Lets every 4-bit linear of a model instance compute with its weight dequantised; returns whether memory allows it.
 
     The packed weights stay where they are. Wrapping a linear with an adapter afterwards changes nothing.
+
+    Args:
+        model: Its linears are changed in place.
+        free_bytes: Memory to be had; by default what the host has available.
     """
+    if free_bytes is None:
+        free_bytes = psutil.virtual_memory().available
     linears = [module for _, module in four_bit_linears(model)]
     needed = sum(logical_numel(module.weight) * module.compute_dtype.itemsize for module in linears)
-    if needed > SHARE * free_bytes():
+    if needed > SHARE * free_bytes:
         return False
     for module in linears:
         _unpack(module)

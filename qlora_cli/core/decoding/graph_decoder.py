@@ -1,4 +1,4 @@
-"""A 4-bit model instance on a GPU in; decoding steps and prompts that are one CUDA graph each, over fused kernels, out.
+"""Decoder over fused kernels whose steps and prefills are one CUDA graph each.
 
 A step of a 7B model is some 600 launches of a few microseconds each: launched one by one from Python they take ten
 times as long as the weights take to read.
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.core.decoding.attention import JoinedAttention
-from qlora_cli.core.decoding.decoder import Decoder, LaidPrompts
+from qlora_cli.config import SamplingSettings
+from qlora_cli.core.decoding.attention import FusedAttention
+from qlora_cli.core.decoding.decoder import Decoder, PaddedPrompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
-from qlora_cli.core.decoding.prefill import PromptGraphs, bucket_places, capture
-from qlora_cli.core.decoding.sampling import Sampling
+from qlora_cli.core.decoding.prefill import PrefillGraphs, bucket_length, capture
 from qlora_cli.core.decoding.stacked_linears import FastLinears
 from qlora_cli.core.models.lora import adapted_modules
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import QloraError, first_line
 
-SHORTEST = 256  # places of the cache that a step reads at least, where its attention reads a fixed number
+SHORTEST = 256  # positions of the cache that a step reads at least, where its attention reads a fixed number
 
 
 class FastModel:
-    """One model instance with its linears, norms, rotary embeddings and decoding attention taken over.
+    """One model instance whose linears, norms, rotary embeddings and decode attention are fused kernels.
 
     Args:
         model: A transformers causal language model, maybe wrapped by PEFT, in eval mode.
@@ -38,7 +38,7 @@ class FastModel:
             ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
             self.linears = FastLinears(self.model, lambda: self.model(input_ids=ids, use_cache=False))
         self.layers = FastLayers(self.model)
-        self.attention = JoinedAttention(self.model)
+        self.attention = FusedAttention(self.model)
 
     @property
     def adapters_elsewhere(self) -> bool:
@@ -51,15 +51,15 @@ class FastModel:
         self.linears.refresh()
 
     @contextmanager
-    def reading(self, laid: LaidPrompts) -> Iterator[None]:
-        """While it lasts, a forward reads prompts: in few launches, and the head sees the last token of each alone."""
+    def prefilling(self, padded: PaddedPrompts) -> Iterator[None]:
+        """While it lasts, a forward reads prompts: in few launches, and the head gets the last token of each alone."""
 
         def narrow(head: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (given[0].flatten(0, 1).index_select(0, laid.last)[:, None], *given[1:])  # (prompts, 1, size)
+            return (given[0].flatten(0, 1).index_select(0, padded.last)[:, None], *given[1:])  # (prompts, 1, size)
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(narrow)
         try:
-            with self.layers.used_for("prompt"):
+            with self.layers.used_for("prefill"):
                 yield
         finally:
             hook.remove()
@@ -73,7 +73,7 @@ class FastModel:
     def describe(self) -> str:
         """What is fused."""
         parts = [self.linears.describe(), self.layers.describe()]
-        parts += ["joined attention"] if self.attention.usable else []
+        parts += ["fused attention"] if self.attention.usable else []
         return ", ".join(part for part in parts if part)
 
 
@@ -82,71 +82,77 @@ class GraphDecoder(Decoder):
 
     Args:
         fast: The model.
-        slots: Rows decoded at once.
+        rows: Answers decoded at once.
         capacity: Most tokens in a row.
         sampling: How tokens are chosen.
-        capture: Whether steps become graphs; otherwise they are launched one by one.
 
     Attributes:
-        obstacle: Why steps are not captured; None while they are.
-        prompts: What reads prompts; it has an obstacle of its own.
+        graphs: Captured steps, by the positions that attention reads.
+        reason: Why steps are not captured but launched one by one; None while they are captured.
+        prefill_graphs: Those of the prompts, with a reason of their own.
     """
 
-    def __init__(self, fast: FastModel, *, slots: int, capacity: int, sampling: Sampling, capture: bool = True) -> None:
-        super().__init__(fast.model, slots=slots, capacity=capacity, sampling=sampling)
+    def __init__(self, fast: FastModel, *, rows: int, capacity: int, sampling: SamplingSettings) -> None:
+        super().__init__(fast.model, rows=rows, capacity=capacity, sampling=sampling)
         self.fast = fast
-        self.reason = None if capture else "no graphs were asked for"
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the places that attention reads
+        self.reason = None if self.device.type == "cuda" else "only a GPU has graphs"
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
-        self.prompts = PromptGraphs(self._read_laid, self.reason)
-        # Four dimensions: every model takes that for a finished mask and hands it on; nobody reads it.
+        self.prefill_graphs = PrefillGraphs(self.read_padded, self.reason)
+        # Four dimensions: every model takes that for a finished mask and hands it on, and the kernel ignores it.
         nothing = torch.zeros(1, 1, 1, 1, device=self.device)
         self._no_mask: Any = dict.fromkeys(self._kinds, nothing) if len(self._kinds) > 1 else nothing
 
-    def _room_for(self, longest: int) -> int:
-        return bucket_places(longest, self.cache.capacity)
+    def _padded_length(self, longest: int) -> int:
+        return bucket_length(longest, self.cache.capacity)
 
-    def _read(self, laid: LaidPrompts, lengths: list[int]) -> Tensor:
-        return self.prompts.read(laid)
+    def describe(self) -> str:
+        how = "CUDA graphs" if self.reason is None else f"steps launched one by one (not captured: {self.reason})"
+        uncaptured = self.prefill_graphs.reason
+        if self.reason is None and uncaptured is not None:
+            how += f" (prompts launched one by one, not captured: {uncaptured})"
+        return f"{how} over fused kernels: {self.fast.describe()}"
 
-    def _read_laid(self, laid: LaidPrompts) -> Tensor:
-        """Prompts into their slots, on the device alone; the logits after each of them."""
-        self.cache.start_prefill(laid.rows, 0, laid.ids.shape[1])
-        with self.fast.reading(laid):
-            logits = self.model(input_ids=laid.ids, past_key_values=self.cache, use_cache=True).logits
+    def _read(self, padded: PaddedPrompts, lengths: list[int]) -> Tensor:
+        return self.prefill_graphs.read(padded)
+
+    def read_padded(self, padded: PaddedPrompts) -> Tensor:
+        """Prompts into their rows, on the device alone; the logits after each of them."""
+        self.cache.start_prefill(padded.rows, padded.ids.shape[1])
+        with self.fast.prefilling(padded):
+            logits = self.model(input_ids=padded.ids, past_key_values=self.cache, use_cache=True).logits
         if logits.shape[1] != 1:  # something else than the head gives the logits
-            logits = logits.flatten(0, 1).index_select(0, laid.last)[:, None]
+            logits = logits.flatten(0, 1).index_select(0, padded.last)[:, None]
         return logits[:, 0]
 
     def _advance(self) -> None:
-        if (
-            self.fast.attention.usable is None or self.reason is not None
-        ):  # the first step of this model: everything new is compared
-            self._fused_step(self._reach())
+        length = self._attended_length()
+        # In the first step of this model fused attention is compared with the model's own.
+        if self.fast.attention.usable is None or self.reason is not None:
+            self._fused_step(length)
         else:
-            length = self._reach()
-            graph = self._graphs.get(length) or self._capture(length)
+            graph = self.graphs.get(length) or self._capture(length)
             if graph is not None:
                 graph.replay()
 
-    def _reach(self) -> int:
-        """Places of the cache that attention reads: all of them where it looks for each row's end by itself."""
+    def _attended_length(self) -> int:
+        """Positions of the cache that attention reads: all of them where the kernel stops at each row's end by itself."""
         if self.fast.attention.usable:
             return self.cache.capacity
         return min(max(SHORTEST, 1 << (max(self.filled) - 1).bit_length()), self.cache.capacity)
 
     def _fused_step(self, length: int) -> None:
-        joined = bool(self.fast.attention.usable)
-        self.cache.start_step(self.positions, length, joined=joined)
+        fused = bool(self.fast.attention.usable)
+        self.cache.start_step(self.positions, length, fused=fused)
         with self.fast.layers.used_for("step"):
             if self.fast.attention.usable is False:
                 self._forward_step(self._mask(length))
             else:
                 with self.fast.attention.step(self.cache):
-                    self._forward_step(self._no_mask if joined else self._mask(length))
+                    self._forward_step(self._no_mask if fused else self._mask(length))
 
     def _state(self) -> list[Tensor]:
-        """What a step changes, apart from places of the cache that the next step writes again."""
+        """What a step changes, apart from positions of the cache that the next step writes again."""
         tensors = [self.tokens, self.positions, self.chosen, self.seen]
         return [tensor for tensor in tensors if tensor is not None]
 
@@ -172,5 +178,5 @@ class GraphDecoder(Decoder):
             self._fused_step(length)
             return None
         self._pool = graph.pool()
-        self._graphs[length] = graph
+        self.graphs[length] = graph
         return graph

@@ -1,9 +1,9 @@
-"""Prompts laid out on a GPU in, the logits after each of them out; shapes that came before are replayed as CUDA graphs.
+"""CUDA graphs of prefill: padded shapes of prompts that came before are replayed.
 
 Reading a short prompt is some 900 launches, which Python issues slower than the card works them off. A graph stands for
-one number of rows and places, so prompts are laid into the next larger of a coarse grid. Capturing takes as long as
-reading a few prompts, so that a shape is captured when it comes for the second time. The first time everything is
-compiled, chosen and compared, which a capture does not allow.
+one number of prompts and tokens, so prompts are padded to the next larger length of a coarse grid. Capturing takes as
+long as reading a few prompts, so that a shape is captured when it comes for the second time. The first time everything
+is compiled, chosen and compared, which a capture does not allow.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.core.decoding.decoder import LaidPrompts
+from qlora_cli.core.decoding.decoder import PaddedPrompts
 from qlora_cli.core.engine.cuda_graphs import bucket, explain_failure
 
 LEAST_TOKENS = 32
@@ -23,8 +23,8 @@ MOST_GRAPHS = 16
 MOST_TOKENS = 4096
 
 
-def bucket_places(longest: int, capacity: int) -> int:
-    """Places for prompts of at most `longest` tokens: an eighth too many at most where that is above 32."""
+def bucket_length(longest: int, capacity: int) -> int:
+    """Tokens that prompts of at most `longest` are padded to: an eighth too many at most where that is above 32."""
     return min(bucket(longest, LEAST_TOKENS), capacity)
 
 
@@ -45,77 +45,82 @@ def capture(run: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
     return graph, result
 
 
+Capture = Callable[[Callable[[], Any], Any], tuple[Any, Any]]
+
+
 @dataclass
 class _Graph:
     graph: Any
-    laid: LaidPrompts  # what it reads
+    padded: PaddedPrompts  # what it reads
     logits: Tensor  # what it writes: (prompts, vocabulary)
 
 
-class PromptGraphs:
-    """Graphs of one decoder's prompts, the last ones used.
+class PrefillGraphs:
+    """Graphs of one decoder's prefill, the last ones used.
 
     Args:
         run: Reads prompts, from tensors that are all on the device.
-        obstacle: Why nothing is to be captured, or None.
+        reason: Why nothing is to be captured, or None.
+        capture: Captures a graph, as `capture` of this module.
 
     Attributes:
-        obstacle: Why no prompt is read by a graph; None as long as they are.
+        graphs: By (prompts, length), the least recently used first.
+        reason: Why no prompt is read by a graph; None as long as they are.
     """
 
-    def __init__(self, run: Callable[[LaidPrompts], Tensor], reason: str | None) -> None:
+    def __init__(self, run: Callable[[PaddedPrompts], Tensor], reason: str | None, capture: Capture = capture) -> None:
         self.reason = reason
-        self._run = run
-        self._graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()  # by rows and places
+        self._run, self._capture_run = run, capture
+        self.graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
         self._met: set[tuple[int, ...]] = set()
-        # Of their own, not that of the steps: it ends with them when they have to make room.
+        # Their own memory pool, not that of the steps: it is freed when their memory is needed.
         self._pool: Any = None
 
-    def read(self, laid: LaidPrompts) -> Tensor:
+    def read(self, padded: PaddedPrompts) -> Tensor:
         """(prompts, vocabulary), valid until the next call."""
-        key = tuple(laid.ids.shape)
-        graph = self._graphs.get(key)
-        if graph is None and key in self._met and self.reason is None and laid.ids.numel() <= MOST_TOKENS:
-            graph = self._capture(key, laid)
+        key = tuple(padded.ids.shape)
+        graph = self.graphs.get(key)
+        if graph is None and key in self._met and self.reason is None and padded.ids.numel() <= MOST_TOKENS:
+            graph = self._capture(key, padded)
         if graph is None:
             self._met.add(key)
-            return self._run_plainly(laid)
-        self._graphs.move_to_end(key)
-        graph.laid.whole.copy_(laid.whole)
+            return self._run_plainly(padded)
+        self.graphs.move_to_end(key)
+        graph.padded.whole.copy_(padded.whole)
         graph.graph.replay()
         return graph.logits
 
-    def _run_plainly(self, laid: LaidPrompts) -> Tensor:
+    def _run_plainly(self, padded: PaddedPrompts) -> Tensor:
         try:
-            return self._run(laid)
+            return self._run(padded)
         except torch.OutOfMemoryError:
-            if not self._graphs:
+            if not self.graphs:
                 raise
         self._give_up("their memory was needed")  # outside the handler, whose traceback keeps the activations
-        return self._run(laid)
+        return self._run(padded)
 
-    def _capture(self, key: tuple[int, ...], laid: LaidPrompts) -> _Graph | None:
-        if len(self._graphs) >= MOST_GRAPHS:
+    def _capture(self, key: tuple[int, ...], padded: PaddedPrompts) -> _Graph | None:
+        if len(self.graphs) >= MOST_GRAPHS:
             torch.cuda.synchronize()  # it may still be running
-            left, _ = self._graphs.popitem(last=False)
-            self._met.discard(left)  # or shapes in rotation would each be captured every time
+            oldest, _ = self.graphs.popitem(last=False)
+            self._met.discard(oldest)  # or shapes in rotation would each be captured every time
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        own = LaidPrompts.of(laid.whole.clone(), len(laid.rows))
+        own = PaddedPrompts.of(padded.whole.clone(), len(padded.rows))
         try:
-            graph, logits = capture(lambda: self._run(own), self._pool)
+            graph, logits = self._capture_run(lambda: self._run(own), self._pool)
         except Exception as error:  # memory, or something in this architecture waits for the device, or Triton's own
             reason, _ = explain_failure(error)
         else:
-            self._graphs[key] = _Graph(graph, own, logits)
-            return self._graphs[key]
+            self.graphs[key] = _Graph(graph, own, logits)
+            return self.graphs[key]
         self._give_up(reason)
         return None
 
     def _give_up(self, reason: str) -> None:
-        """For good: what stood in the way once will again."""
+        """Captures nothing more: what failed once will again."""
         self.reason = reason[:200]
         torch.cuda.synchronize()
-        self._graphs.clear()
+        self.graphs.clear()
         self._pool = None
         torch.cuda.empty_cache()

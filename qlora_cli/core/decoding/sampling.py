@@ -1,52 +1,43 @@
-"""Logits and sampling settings in, token ids out; the same seed gives the same draw wherever a row stands in a batch."""
+"""Token sampling: temperature, top-k, top-p, min-p and repetition penalty; a row draws the same in any batch."""
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qlora_cli.config import SamplingSettings
 from qlora_cli.errors import UsageError
 
 NOT_A_NUMBER = -1  # token id that stands for logits without a finite maximum
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the filters apply in the order of the fields, as in transformers.
+def check_sampling(sampling: SamplingSettings) -> None:
+    """Checks the numbers that `choose_tokens` works with.
 
     Raises:
         UsageError: A value is out of range.
     """
+    checks = {
+        "repetition-penalty": (sampling.repetition_penalty > 0, "above 0"),
+        "temperature": (sampling.temperature >= 0, "0 or more"),
+        "top-k": (sampling.top_k >= 0, "0 or more"),
+        "top-p": (0 < sampling.top_p <= 1, "above 0, at most 1"),
+        "min-p": (0 <= sampling.min_p <= 1, "from 0 to 1"),
+    }
+    for flag, (good, wanted) in checks.items():
+        if not good:
+            value = getattr(sampling, flag.replace("-", "_"))
+            raise UsageError(f"--{flag} is {value:g} and has to be {wanted}.", f"Change --{flag}.")
 
-    repetition_penalty: float = 1.0  # https://arxiv.org/abs/1909.05858, section 4.1
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # https://arxiv.org/abs/1904.09751, section 3.1
-    min_p: float = 0.0  # https://arxiv.org/abs/2407.01082
 
-    def __post_init__(self) -> None:
-        checks = {
-            "repetition-penalty": (self.repetition_penalty > 0, "above 0"),
-            "temperature": (self.temperature >= 0, "0 or more"),
-            "top-k": (self.top_k >= 0, "0 or more"),
-            "top-p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "min-p": (0 <= self.min_p <= 1, "from 0 to 1"),
-        }
-        for flag, (good, wanted) in checks.items():
-            if not good:
-                value = getattr(self, flag.replace("-", "_"))
-                raise UsageError(f"--{flag} is {value:g} and has to be {wanted}.", f"Change --{flag}.")
+def is_greedy(sampling: SamplingSettings) -> bool:
+    """Whether the likeliest token is always taken."""
+    return sampling.temperature == 0
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self.temperature == 0
 
-    @property
-    def remembers(self) -> bool:
-        """Whether the choice depends on which tokens were seen."""
-        return self.repetition_penalty != 1
+def penalises_repetition(sampling: SamplingSettings) -> bool:
+    """Whether the choice depends on which tokens were seen."""
+    return sampling.repetition_penalty != 1
 
 
 def draw_uniforms(seed: int, index: int, count: int) -> Tensor:
@@ -66,9 +57,11 @@ def draw_uniforms(seed: int, index: int, count: int) -> Tensor:
 
 
 def choose_tokens(
-    logits: Tensor, sampling: Sampling, uniforms: Tensor | None = None, seen: Tensor | None = None
+    logits: Tensor, sampling: SamplingSettings, uniforms: Tensor | None = None, seen: Tensor | None = None
 ) -> Tensor:
-    """The next token of each row. Fixed shapes and no synchronisation, so that a CUDA graph can hold it.
+    """The next token of each row; the filters apply in transformers' order.
+
+    Shapes are fixed and nothing waits for the device, so that a CUDA graph can hold it.
 
     Args:
         logits: (batch, vocabulary), any floating dtype.
@@ -80,12 +73,12 @@ def choose_tokens(
         (batch,) int64; NOT_A_NUMBER where the row's logits have no finite maximum.
     """
     logits = logits.float()
-    if sampling.remembers:
+    if penalises_repetition(sampling):  # https://arxiv.org/abs/1909.05858, section 4.1
         assert seen is not None
         penalised = torch.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     best, likeliest = logits.max(dim=-1)
-    if sampling.greedy:
+    if is_greedy(sampling):
         chosen = likeliest
     else:
         assert uniforms is not None
@@ -93,7 +86,7 @@ def choose_tokens(
     return torch.where(torch.isfinite(best), chosen, NOT_A_NUMBER)
 
 
-def _sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+def _sample(logits: Tensor, sampling: SamplingSettings, uniforms: Tensor) -> Tensor:
     """Inverse transform sampling over the sorted distribution: one uniform number a row decides."""
     vocabulary = logits.shape[-1]
     if 0 < sampling.top_k < vocabulary:
@@ -101,11 +94,11 @@ def _sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     else:
         scores, ids = logits.sort(dim=-1, descending=True, stable=True)
     weights = torch.softmax(scores / sampling.temperature, dim=-1)  # (batch, kept), falling
-    if sampling.top_p < 1:  # a token stays while those before it hold less than top_p
+    if sampling.top_p < 1:  # a token stays while those before it hold less (https://arxiv.org/abs/1904.09751, 3.1)
         weights = weights.where(weights.cumsum(dim=-1) - weights < sampling.top_p, 0)
-    if sampling.min_p > 0:
+    if sampling.min_p > 0:  # https://arxiv.org/abs/2407.01082
         weights = weights.where(weights >= sampling.min_p * weights[:, :1], 0)
     mass = weights.cumsum(dim=-1)
-    place = (mass <= uniforms[:, None] * mass[:, -1:]).sum(dim=-1)
+    drawn = (mass <= uniforms[:, None] * mass[:, -1:]).sum(dim=-1)  # (batch,), an index into ids
     last = (weights > 0).sum(dim=-1).clamp(min=1) - 1  # rounding must not step past what was kept
-    return ids.gather(-1, torch.minimum(place, last)[:, None]).squeeze(-1)
+    return ids.gather(-1, torch.minimum(drawn, last)[:, None]).squeeze(-1)

@@ -1,10 +1,10 @@
-"""A JSON Lines file of prompts in; one of answers out, appended to as they come, so that a stopped run goes on."""
+"""Batch files: JSON Lines of prompts, and of answers, appended to as they come so that a stopped run goes on."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -158,12 +158,3 @@ class AnswerFile:
 
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
         self._stream.close()
-
-
-def answer_row(prompt: FilePrompt, answer: Any) -> dict[str, Any]:
-    """What a line tells of an answer."""
-    content = asdict(answer)
-    row = {"prompt": prompt.prompt, "answer": content["text"], "finish": content["finish"]}
-    if prompt.adapter is not None:
-        row["adapter"] = prompt.adapter
-    return {**row, "prompt_tokens": content["prompt_tokens"], "new_tokens": len(content["ids"])}

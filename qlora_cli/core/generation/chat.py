@@ -1,10 +1,11 @@
-"""What a user types turn by turn in, what the model is asked out: history, and the commands of a chat."""
+"""A conversation at the terminal: its history, and the commands that a user may type."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.events import Caution, Notice, Report, TextGenerated
 
@@ -12,38 +13,33 @@ Message = dict[str, str]
 COMMANDS = "/base [QUESTION], /adapter DIR, /reset, /save FILE, /exit"
 
 
-class ChatBackend(Protocol):
-    """Who answers in a conversation."""
-
-    def remembers(self) -> bool:
-        """Whether earlier turns can be part of a prompt: they cannot where single prompts were trained."""
-        ...
-
-    def fits(self, prompt: Any) -> bool:
-        """Whether a prompt leaves room for an answer in the model's context."""
-        ...
-
-    def say(self, prompt: Any, *, turn: int, base: bool, tell: Callable[[str], None]) -> None:
-        """Answers a prompt, piece by piece; `base` turns the adapter off."""
-        ...
-
-    def switch(self, directory: str) -> None:
-        """Speaks with another adapter from now on."""
-        ...
-
-
 class Conversation:
     """Turns of one user with one model.
 
     Args:
-        voice: Who answers.
-        tell: Told each piece of an answer.
+        session: Answers the prompts.
+        adapter: The adapter at first; None for the bare base.
+        on_text: Called with each piece of an answer.
+
+    Attributes:
+        messages: What was said, user and assistant in turn, as far as it is remembered.
+        forgotten: Messages that the context had no room for.
+        rows: Every finished answer, as `Completion.to_row` has it.
+
+    Raises:
+        QloraError: Base or adapter cannot be loaded.
     """
 
-    def __init__(self, backend: ChatBackend, tell: Callable[[str], None]) -> None:
-        self.backend, self.tell = backend, tell
-        self.messages: list[Message] = []  # user and assistant in turn
-        self.forgotten = 0  # messages that the context had no room for, all in all
+    def __init__(self, session: GenerationSession, adapter: str | None, on_text: Callable[[str], None]) -> None:
+        self.session, self.adapter, self._on_text = session, adapter, on_text
+        self.messages: list[Message] = []
+        self.forgotten = 0
+        self.rows: list[dict[str, Any]] = []
+        session.select(adapter)
+
+    @property
+    def _turn(self) -> int:
+        return (len(self.messages) + self.forgotten) // 2
 
     def ask(self, text: str) -> str:
         """Answers a question and remembers both, the answer as far as it came when it is interrupted.
@@ -52,32 +48,30 @@ class Conversation:
             DataError: The question alone is longer than the context.
         """
         question = {"role": "user", "content": text}
-        turn = len(self.messages) // 2 + self.forgotten // 2
         self._make_room(question)
-        heard: list[str] = []
+        pieces: list[str] = []
         try:
-            self._say([*self.messages, question], turn, base=False, heard=heard)
+            self._answer([*self.messages, question], self._turn, pieces)
         finally:
-            answer = "".join(heard).strip()
+            answer = "".join(pieces).strip()
             if answer:
                 self.messages += [question, {"role": "assistant", "content": answer}]
         return answer
 
-    def base(self, text: str = "") -> str:
+    def ask_base(self, text: str = "") -> str:
         """Lets the untuned model answer the same, or another, question; nothing of it is remembered.
 
         Raises:
             UsageError: There is no question yet.
         """
-        before, question = self.messages, {"role": "user", "content": text}
-        turn = len(before) // 2 + self.forgotten // 2
+        before, question, turn = self.messages, {"role": "user", "content": text}, self._turn
         if not text:
             if not before:
                 raise UsageError("There is no question yet for the base to answer.", "Ask one, or type: /base QUESTION")
             before, question, turn = before[:-2], before[-2], turn - 1
-        heard: list[str] = []
-        self._say([*before, question], turn, base=True, heard=heard)
-        return "".join(heard).strip()
+        pieces: list[str] = []
+        self._answer([*before, question], turn, pieces, base=True)
+        return "".join(pieces).strip()
 
     def switch_adapter(self, directory: str) -> None:
         """Goes on with another adapter; the history stays.
@@ -85,7 +79,8 @@ class Conversation:
         Raises:
             AdapterError: There is none, or it belongs to another base.
         """
-        self.backend.switch(directory)
+        self.session.select(directory)
+        self.adapter = directory
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -105,24 +100,39 @@ class Conversation:
             raise DataError(f"{path} cannot be written: {error.strerror}.", "Type: /save FILE") from error
 
     def _prompt(self, messages: list[Message]) -> Any:
-        return messages if self.backend.remembers() else messages[-1]["content"]
+        """All messages for a model trained on chats; the last alone for one trained on single prompts."""
+        return messages if self.session.formatting(self.adapter).format == "chat" else messages[-1]["content"]
 
     def _make_room(self, question: Message) -> None:
         """Forgets the oldest turns until the rest fits the model's context."""
-        while self.messages and not self.backend.fits(self._prompt([*self.messages, question])):
+        while self.messages and not self._fits([*self.messages, question]):
             del self.messages[:2]
             self.forgotten += 2
 
-    def _say(self, messages: list[Message], turn: int, *, base: bool, heard: list[str]) -> None:
-        def tell(piece: str) -> None:
-            heard.append(piece)
-            self.tell(piece)
+    def _fits(self, messages: list[Message]) -> bool:
+        """Whether an answer has room for at least half of what --max-new-tokens allows."""
+        try:
+            request = self.session.request(0, self._prompt(messages), self.adapter)
+        except DataError:  # no room at all; where the question alone is too long, asking it says so
+            return False
+        return 2 * request.max_new_tokens >= self.session.settings.max_new_tokens
 
-        self.backend.say(self._prompt(messages), turn=turn, base=base, tell=tell)
+    def _answer(self, messages: list[Message], turn: int, pieces: list[str], *, base: bool = False) -> None:
+        """Answers the last message; `base` leaves the adapter out. The text goes to `pieces` as it comes."""
+
+        def on_text(index: int, piece: str) -> None:
+            pieces.append(piece)
+            self._on_text(piece)
+
+        prompt = self._prompt(messages)
+        request = self.session.request(turn, prompt, self.adapter)
+        self.session.select(None if base else self.adapter)
+        for answer in self.session.answer([request], self.session.end_ids(self.adapter), on_text):
+            self.rows.append({**answer.to_row(prompt), "base": base})
 
 
-def obey(conversation: Conversation, line: str, report: Report) -> None:
-    """Does what one line of a conversation says.
+def run_line(conversation: Conversation, line: str, report: Report) -> None:
+    """Runs one line of a conversation: a command, or a question.
 
     Raises:
         QloraError: It cannot be done; the conversation is as it was.
@@ -132,7 +142,7 @@ def obey(conversation: Conversation, line: str, report: Report) -> None:
         case "", _:
             return
         case "/base", question:
-            conversation.base(question)
+            conversation.ask_base(question)
             report(TextGenerated("", final=True))
         case "/adapter", directory if directory:
             conversation.switch_adapter(directory)

@@ -1,30 +1,28 @@
-"""Many prompts in, their answers out as they finish: sorted by length, freed rows refilled while the others go on."""
+"""Continuous batching: prompts sorted by length, rows that finish refilled while the others go on."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from qlora_cli.core.decoding.decoder import Decoder, Pending, Prompt
-from qlora_cli.core.decoding.sampling import draw_uniforms
-from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request
+from qlora_cli.core.decoding.decoder import Decoder, PendingTokens, Prompt
+from qlora_cli.core.decoding.sampling import draw_uniforms, is_greedy
+from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request, StartCompletion
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Caution, Report
 
 REFILL_SHARE = 8  # prompts are taken in when 1/8 of the rows are free: a forward over prompts holds up all rows
 
+Owners = list[GrowingCompletion | None]  # which answer each row belongs to; None for a free one
+
 
 def answer_all(
     requests: Sequence[Request],
+    start: StartCompletion,
     open_decoder: Callable[[int, int], Decoder],
-    tokenizer: Any,
-    *,
     batch_size: int,
+    *,
     seed: int,
-    end_ids: Collection[int],
-    stop: Sequence[str] = (),
-    on_text: Callable[[int, str], None] | None = None,
     report: Report,
 ) -> Iterator[Completion]:
     """Answers requests, `batch_size` at a time, in any order.
@@ -33,78 +31,76 @@ def answer_all(
 
     Args:
         requests: What to answer.
-        open_decoder: Gives a decoder of (slots, capacity).
-        tokenizer: Of the model.
+        start: Makes a request's answer, nothing of which is there yet.
+        open_decoder: Gives a decoder of (rows, capacity).
         batch_size: Rows decoded at once.
         seed: With a request's index it decides what is sampled.
-        end_ids: Tokens that end an answer.
-        stop: Strings that end an answer.
-        on_text: Told each piece of text with its request's index.
-        report: Told when rows had to be given up.
+        report: Receives a caution when rows had to be given up.
 
     Raises:
         ModelError: Not even one row has room, or the model's output is not a number.
     """
     left = {request.index: request for request in requests}
-    slots = max(1, min(batch_size, len(requests)))
+    rows = max(1, min(batch_size, len(requests)))
     while left:
-        growing = [
-            GrowingCompletion(request, tokenizer, end_ids=end_ids, stop=stop, on_text=on_text)
-            for request in left.values()
-        ]
         try:
             capacity = max(len(request.ids) + request.max_new_tokens for request in left.values())
-            for answer in _run(growing, open_decoder(slots, capacity), slots, seed):
+            growing = [start(request) for request in left.values()]
+            for answer in _run(growing, open_decoder(rows, capacity), seed):
                 del left[answer.index]
                 yield answer
         except torch.OutOfMemoryError as error:
-            if slots == 1:
+            if rows == 1:
                 raise ModelError(
                     f"The GPU has no room for an answer of {capacity:,} tokens with its prompt.",
                     "Lower --max-new-tokens, or shorten the prompt.",
                 ) from error
-            slots = max(1, slots // 2)
-            report(Caution(f"The GPU has no room for so many rows; going on with {slots}."))
+            rows = max(1, rows // 2)
+            report(Caution(f"The GPU has no room for so many rows; going on with {rows}."))
 
 
-def _run(growing: Sequence[GrowingCompletion], decoder: Decoder, slots: int, seed: int) -> Iterator[Completion]:
-    waiting = deque(sorted(growing, key=lambda t: -len(t.request.ids)))  # the longest first: no surprise at the end
-    running: list[GrowingCompletion | None] = [None] * slots
-    flying: deque[tuple[Pending, list[GrowingCompletion | None]]] = deque()  # what the device is at, oldest first
-    ahead = 1 if decoder.device.type == "cuda" else 0  # steps launched before the last one's tokens are read
+def _run(growing: Sequence[GrowingCompletion], decoder: Decoder, seed: int) -> Iterator[Completion]:
+    rows = decoder.cache.rows
+    waiting = deque(sorted(growing, key=lambda g: -len(g.request.ids)))  # the longest first: no surprise at the end
+    running: Owners = [None] * rows
+    # Forwards that were launched and whose tokens were not read yet, oldest first. On a GPU the next is launched before
+    # the last one's tokens are read, so that the device computes while the host turns ids into text.
+    launched: deque[tuple[PendingTokens, Owners]] = deque()
+    ahead = 1 if decoder.device.type == "cuda" else 0
 
-    def launch(pending: Pending, owners: list[GrowingCompletion | None]) -> None:
-        flying.append((pending, owners))
+    def free(row: int) -> None:
+        running[row] = None
+        decoder.release(row)
+
+    def launch(pending: PendingTokens, owners: Owners) -> None:
+        launched.append((pending, owners))
         for owner in owners:
             if owner is not None:
-                owner.asked += 1
-        for slot, runner in enumerate(running):
-            if runner is not None and runner.fully_asked:
-                running[slot] = None
-                decoder.release(slot)
+                owner.launched += 1
+        for row, owner in enumerate(running):
+            if owner is not None and owner.fully_launched:
+                free(row)
 
-    while waiting or any(running) or flying:
-        free = [slot for slot, owner in enumerate(running) if owner is None]
-        if waiting and (len(free) == slots or len(free) * REFILL_SHARE >= slots):
-            fill = free[: len(waiting)]
-            taken = [waiting.popleft() for _ in fill]
-            for slot, completion in zip(fill, taken, strict=True):
-                running[slot] = completion
-            launch(decoder.prefill(fill, [_prompt(t.request, decoder, seed) for t in taken]), [*taken])
+    while waiting or any(running) or launched:
+        free_rows = [row for row, owner in enumerate(running) if owner is None]
+        if waiting and (len(free_rows) == rows or len(free_rows) * REFILL_SHARE >= rows):
+            filled = free_rows[: len(waiting)]
+            taken = [waiting.popleft() for _ in filled]
+            for row, new in zip(filled, taken, strict=True):
+                running[row] = new
+            launch(decoder.prefill(filled, [_prompt(new.request, decoder, seed) for new in taken]), [*taken])
         elif any(running):
             launch(decoder.step(), list(running))
-        while len(flying) > (ahead if any(running) else 0):
-            pending, reported = flying.popleft()
-            for token, owner in zip(pending.wait(), reported, strict=True):
+        while len(launched) > (ahead if any(running) else 0):
+            pending, owners = launched.popleft()
+            for token, owner in zip(pending.wait(), owners, strict=True):
                 if owner is not None and owner.finish is None and owner.push(token):
                     if owner in running:
-                        slot = running.index(owner)
-                        running[slot] = None
-                        decoder.release(slot)
-                    yield owner.answer()
+                        free(running.index(owner))
+                    yield owner.completion()
 
 
 def _prompt(request: Request, decoder: Decoder, seed: int) -> Prompt:
-    if decoder.sampling.greedy:
+    if is_greedy(decoder.sampling):
         return Prompt(request.ids)
     return Prompt(request.ids, draw_uniforms(seed, request.index, request.max_new_tokens))

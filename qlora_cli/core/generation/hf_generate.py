@@ -1,6 +1,6 @@
-"""Prompts in, answers out by transformers' own generate, for models that nothing faster fits and for comparison."""
+"""Answers by transformers' own generate: for models that no decoder of ours covers, and for comparison."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,34 +13,35 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from qlora_cli.core.decoding.sampling import NOT_A_NUMBER, Sampling, choose_tokens, draw_uniforms
-from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request, not_a_number
+from qlora_cli.config import SamplingSettings
+from qlora_cli.core.decoding.sampling import (
+    NOT_A_NUMBER,
+    choose_tokens,
+    draw_uniforms,
+    is_greedy,
+    penalises_repetition,
+)
+from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request, StartCompletion, not_a_number
 
 
 def answer_plainly(
     requests: Sequence[Request],
+    start: StartCompletion,
     model: Any,
-    tokenizer: Any,
-    *,
     batch_size: int,
-    sampling: Sampling,
+    sampling: SamplingSettings,
+    *,
     seed: int,
-    end_ids: Collection[int],
-    stop: Sequence[str] = (),
-    on_text: Callable[[int, str], None] | None = None,
 ) -> Iterator[Completion]:
     """Answers requests in batches of like lengths, padded on the left; a batch ends with its longest answer.
 
     Args:
         requests: What to answer.
+        start: Makes a request's answer, nothing of which is there yet.
         model: A transformers causal language model, its adapter inside.
-        tokenizer: Of the model.
         batch_size: Prompts in a batch.
         sampling: How tokens are chosen: the same choice as in `Decoder`.
         seed: With a request's index it decides what is sampled.
-        end_ids: Tokens that end an answer.
-        stop: Strings that end an answer.
-        on_text: Told each piece of text with the request's index.
 
     Raises:
         ModelError: The model's output is not a number.
@@ -49,20 +50,19 @@ def answer_plainly(
     ordered = sorted(requests, key=lambda request: -len(request.ids))
     for at in range(0, len(ordered), batch_size):
         batch = ordered[at : at + batch_size]
-        growing = [GrowingCompletion(r, tokenizer, end_ids=end_ids, stop=stop, on_text=on_text) for r in batch]
+        growing = [start(request) for request in batch]
         longest = max(len(request.ids) for request in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
             ids[row, longest - len(request.ids) :] = torch.tensor(request.ids)
             mask[row, longest - len(request.ids) :] = 1
-        most = max(request.max_new_tokens for request in batch)
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
-            max_new_tokens=most,
+            max_new_tokens=max(request.max_new_tokens for request in batch),
             pad_token_id=0,
-            eos_token_id=sorted(end_ids),
+            eos_token_id=sorted(growing[0].end_ids),
             repetition_penalty=1.0,
             use_cache=True,
         )
@@ -71,27 +71,27 @@ def answer_plainly(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([_Choice(batch, sampling, seed, device)]),
-                stopping_criteria=StoppingCriteriaList([_Listener(growing)]),
+                logits_processor=LogitsProcessorList([_OwnSampling(batch, sampling, seed, device)]),
+                stopping_criteria=StoppingCriteriaList([_StopFinished(growing)]),
             )
-        yield from (completion.answer() for completion in growing)
+        yield from (answer.completion() for answer in growing)
 
 
-class _Choice(LogitsProcessor):
+class _OwnSampling(LogitsProcessor):
     """Leaves of each row's logits only the token that our own sampling takes."""
 
-    def __init__(self, batch: Sequence[Request], sampling: Sampling, seed: int, device: torch.device) -> None:
+    def __init__(self, batch: Sequence[Request], sampling: SamplingSettings, seed: int, device: torch.device) -> None:
         self.batch, self.sampling, self.device = batch, sampling, device
         self.step = 0
         self.seen: Tensor | None = None
         self.uniforms: Tensor | None = None
-        if not sampling.greedy:
+        if not is_greedy(sampling):
             most = max(request.max_new_tokens for request in batch)
             rows = [draw_uniforms(seed, r.index, r.max_new_tokens) for r in batch]
             self.uniforms = torch.stack([torch.nn.functional.pad(row, (0, most - len(row))) for row in rows]).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.sampling.remembers:
+        if penalises_repetition(self.sampling):
             if self.seen is None:
                 self.seen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
                 for row, request in enumerate(self.batch):
@@ -107,15 +107,15 @@ class _Choice(LogitsProcessor):
         return only.scatter_(1, chosen[:, None], 0.0)
 
 
-class _Listener(StoppingCriteria):
-    """Hands each new token to its transcript and tells which rows are finished."""
+class _StopFinished(StoppingCriteria):
+    """Hands each row's new token to its answer and stops the rows whose answer is finished."""
 
     def __init__(self, growing: Sequence[GrowingCompletion]) -> None:
         self.growing = growing
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        for token, completion in zip(input_ids[:, -1].tolist(), self.growing, strict=True):
-            if completion.finish is None:
-                completion.push(token)
-        done = [completion.finish is not None for completion in self.growing]
+        for token, answer in zip(input_ids[:, -1].tolist(), self.growing, strict=True):
+            if answer.finish is None:
+                answer.push(token)
+        done = [answer.finish is not None for answer in self.growing]
         return torch.tensor(done, device=input_ids.device)

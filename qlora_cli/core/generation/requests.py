@@ -1,4 +1,4 @@
-"""A tokenised prompt and its tokens one by one in; the text of an answer, and why it ended, out."""
+"""Generation requests and their completions: a tokenised prompt, its answer while it grows, and the finished answer."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,9 @@ from typing import Any
 
 from qlora_cli.core.decoding.sampling import NOT_A_NUMBER
 from qlora_cli.core.generation.detokenizer import TextStream
-from qlora_cli.errors import ModelError
+from qlora_cli.core.prompts.encoder import encoder_of
+from qlora_cli.core.prompts.formatting import Formatting, PromptTemplate, RowFormatter
+from qlora_cli.errors import DataError, ModelError
 
 ENDED = "end"  # the model's own end of answer
 STOPPED = "stop"  # a stop string
@@ -40,6 +42,58 @@ class Completion:
     finish: str  # ENDED, STOPPED or LENGTH
     prompt_tokens: int
 
+    def to_row(self, prompt: Any, adapter: str | None = None) -> dict[str, Any]:
+        """The answer beside its prompt, JSON-ready; `adapter` is the prompt's own, where it names one."""
+        row = {"prompt": prompt, "answer": self.text, "finish": self.finish}
+        if adapter is not None:
+            row["adapter"] = adapter
+        return {**row, "prompt_tokens": self.prompt_tokens, "new_tokens": len(self.ids)}
+
+
+def context_length(config: Any) -> int | None:
+    """Most tokens the model can read at once, prompt and answer together; None where nothing limits it."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+
+
+def make_request(
+    index: int, ids: Sequence[int], *, max_new_tokens: int, context: int | None, strip: bool = False
+) -> Request:
+    """A request that fits the model's context; the answer is cut shorter where it must be.
+
+    Raises:
+        DataError: The prompt is empty, or leaves no room for an answer.
+    """
+    if not ids:
+        raise DataError("The prompt is empty.", 'Type: qlora generate --adapter out "Your question"')
+    if context is not None and len(ids) >= context:
+        raise DataError(
+            f"The prompt has {len(ids):,} tokens and the model reads at most {context:,}.", "Shorten the prompt."
+        )
+    room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
+    return Request(index, ids, room, strip)
+
+
+def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]:
+    """Tokens that end an answer: the end of text, the model's own choices, and what closed the answers in training."""
+    encoder = encoder_of(tokenizer)
+    own = model.generation_config.eos_token_id
+    found = {encoder.spec.eos_id, *(own if isinstance(own, list) else [own])} - {None}
+    if formatting.format == "chat":
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        record: dict[str, Any] = {formatting.column or "messages": turns}
+    elif formatting.format == "prompt":
+        fields = PromptTemplate(formatting.template or "", formatting.completion_column or "", encoder).fields
+        record = dict.fromkeys(fields, "a")
+    else:
+        return found
+    (rows,) = RowFormatter(formatting, encoder).format_records([record], "last")
+    assert isinstance(rows, list)
+    row = rows[-1]
+    last_text = max(position for position, (content, _) in enumerate(row) if isinstance(content, str))
+    closing = next((content for content, _ in row[last_text + 1 :] if isinstance(content, int)), None)
+    return found | ({closing} if closing is not None else set())
+
 
 def not_a_number() -> ModelError:
     """The error for logits that are not finite."""
@@ -49,37 +103,41 @@ def not_a_number() -> ModelError:
 
 
 class GrowingCompletion:
-    """An answer while it grows.
+    """An answer while it grows, token by token.
 
     Args:
         request: What is answered.
         tokenizer: Turns ids into text.
         end_ids: Tokens that end an answer.
         stop: Strings that end an answer.
-        on_text: Told each piece of text with the request's index.
+        on_text: Called with the request's index and each piece of text.
+
+    Attributes:
+        launched: Tokens whose computation was launched; some may still be on their way from the device.
+        finish: Why it ended; None while it grows.
     """
 
     def __init__(
         self,
         request: Request,
-        tokenizer: Any,
         *,
+        tokenizer: Any,
         end_ids: Collection[int],
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> None:
         self.request = request
-        self.asked = 0  # tokens the device was asked for
+        self.launched = 0
         self.finish: str | None = None
         self._ids: list[int] = []
-        self._end_ids = end_ids
+        self.end_ids = end_ids
         self._stream = TextStream(tokenizer, request.ids, stop, strip=request.strip)
         self._on_text = on_text
 
     @property
-    def fully_asked(self) -> bool:
-        """Whether the device need not be asked for more."""
-        return self.asked >= self.request.max_new_tokens or self.finish is not None
+    def fully_launched(self) -> bool:
+        """Whether the device need not compute more tokens of it."""
+        return self.launched >= self.request.max_new_tokens or self.finish is not None
 
     def push(self, token: int) -> bool:
         """Takes the next token; returns whether the answer is finished.
@@ -89,25 +147,28 @@ class GrowingCompletion:
         """
         if token == NOT_A_NUMBER:
             raise not_a_number()
-        if token in self._end_ids:
+        if token in self.end_ids:
             self.finish = ENDED
         else:
             self._ids.append(token)
-            self._tell(self._stream.push(token))
+            self._emit(self._stream.push(token))
             if self._stream.stopped:
                 self.finish = STOPPED
             elif len(self._ids) >= self.request.max_new_tokens:
                 self.finish = LENGTH
         if self.finish is not None:
-            self._tell(self._stream.finish())
+            self._emit(self._stream.finish())
         return self.finish is not None
 
-    def _tell(self, piece: str) -> None:
+    def _emit(self, piece: str) -> None:
         if piece and self._on_text is not None:
             self._on_text(self.request.index, piece)
 
-    def answer(self) -> Completion:
+    def completion(self) -> Completion:
         """The finished answer."""
         assert self.finish is not None
         request = self.request
         return Completion(request.index, self._stream.text, tuple(self._ids), self.finish, len(request.ids))
+
+
+StartCompletion = Callable[[Request], GrowingCompletion]

@@ -1,89 +1,119 @@
-"""A base, adapters and prompts in any form in; answers out, each formatted as in its adapter's training."""
+"""Generation session: a base model with any of its LoRA adapters, answering prompts formatted as in their training."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import gc
+import importlib.util
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from qlora_cli.config import QuantizationSettings
-from qlora_cli.core.decoding.sampling import Sampling
-from qlora_cli.core.generation.generator import Generator, context_length, find_end_ids, make_request
-from qlora_cli.core.generation.requests import Completion, Request
+from qlora_cli.config import GenerationSettings
+from qlora_cli.core.decoding.cpu_linears import unpack_linears
+from qlora_cli.core.decoding.decoder import Decoder, why_not_stepwise
+from qlora_cli.core.decoding.sampling import check_sampling
+from qlora_cli.core.device import choose_device, resolve_compute_dtype
+from qlora_cli.core.generation.continuous_batching import answer_all
+from qlora_cli.core.generation.hf_generate import answer_plainly
+from qlora_cli.core.generation.requests import (
+    Completion,
+    GrowingCompletion,
+    Request,
+    context_length,
+    find_end_ids,
+    make_request,
+)
 from qlora_cli.core.models.adapter_record import AdapterRecord, read_merge_record, read_source
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.core.models.lora import load_adapter
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
 RAW = Formatting(format="text", column="text")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseSettings:
-    """Which base, and how it is held."""
-
-    files: ModelFiles
-    quantization: QuantizationSettings | None  # None: the weights as they are stored
-    compute_dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerSettings:
-    """How answers are made.
-
-    Raises:
-        UsageError: A number is too small.
-    """
-
-    sampling: Sampling
-    seed: int
-    max_new_tokens: int
-    batch_size: int = 1
-    stop: tuple[str, ...] = ()
-    raw: bool = False  # prompts as they are, without the trained formatting
-    engine: str = "fast"
-
-    def __post_init__(self) -> None:
-        for flag, value in (("max-new-tokens", self.max_new_tokens), ("batch-size", self.batch_size)):
-            if value < 1:
-                raise UsageError(f"--{flag} is {value} and has to be 1 or more.", f"Change --{flag}.")
+UNQUANTIZED = "none"  # quant_type of a base whose weights stay as they are stored
+CAPACITY_STEP = 256  # rows are made for a multiple of so many tokens, so that the next prompt finds them long enough
 
 
 class GenerationSession:
-    """Loads the base when the first answer is asked for, and each adapter when it first speaks.
+    """One base model, loaded when the first adapter is selected, and any number of adapters.
 
     An adapter goes by its directory; None is the bare base.
 
     Args:
-        base: Which base.
-        settings: How answers are made.
-        report: Receives what loading and decoding tell.
+        settings: How the base is held, and how answers are made.
+        report: Receives what decoding reports.
+        files: Of the base.
+        model: A loaded causal language model, maybe wrapped by PEFT, where there are no files.
+        tokenizer: Of that model.
+        fused: Whether to decode over fused kernels; by default on a GPU with Triton.
+
+    Attributes:
+        seed: Of sampling; drawn where the settings have none.
+        decoder: What the last answers were decoded by; None before them, and with transformers' own generate.
+        path: How the last answers were decoded, and why not faster.
+        loaded_at: `time.perf_counter()` when base and first adapter were loaded.
+        first_text_at: The same when the first piece of text came.
+
+    Raises:
+        UsageError: A setting is out of range.
+        ModelError: The base's configuration or tokenizer cannot be read.
     """
 
-    def __init__(self, base: BaseSettings, settings: AnswerSettings, report: Report) -> None:
-        self.base, self.settings, self.report = base, settings, report
-        self.context = context_length(base.files.config)
-        self.tokenizer = base.files.tokenizer
-        _, self._merged_formatting = read_merge_record(base.files.directory)
+    def __init__(
+        self,
+        settings: GenerationSettings,
+        report: Report,
+        *,
+        files: ModelFiles | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        fused: bool | None = None,
+    ) -> None:
+        check_sampling(settings)
+        for flag, value in (("max-new-tokens", settings.max_new_tokens), ("batch-size", settings.batch_size)):
+            if value < 1:
+                raise UsageError(f"--{flag} is {value} and has to be 1 or more.", f"Change --{flag}.")
+        self.settings, self.report, self.files = settings, report, files
+        self.model, self.tokenizer = model, tokenizer
+        self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
+        self.decoder: Decoder | None = None
+        self.path: str | None = None
+        self.loaded_at: float | None = None
+        self.first_text_at: float | None = None
+        self._trained_formatting: Formatting | None = None  # of a merged model
+        if files is not None:
+            config, self.tokenizer, self.device = files.config, files.tokenizer, choose_device()
+            _, self._trained_formatting = read_merge_record(files.directory)
+        else:
+            config, self.device = model.config, model.get_input_embeddings().weight.device
+        self.context = context_length(config)
+        self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, self.device)
+        has_triton = importlib.util.find_spec("triton") is not None
+        self._fused = fused if fused is not None else self.device.type == "cuda" and has_triton
+        self._fast: Any = None  # the FastModel
+        self._unpacked: bool | None = None  # whether a CPU's weights were dequantised; None before that was tried
         self._sources: dict[str, AdapterRecord] = {}
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
-        self._generator: Generator | None = None
+        self._selected: Any = ...  # not known before the first choice
+
+    # ------------------------------------------------------------ prompts to requests
 
     def source(self, adapter: str) -> AdapterRecord:
-        """What an adapter says of itself, its base compared with this one.
+        """What an adapter's run recorded, its base compared with this one.
 
         Raises:
             AdapterError: There is none, or it was trained on another base.
         """
         if adapter not in self._sources:
             source = read_source(Path(adapter))
-            source.require_base(self.base.files)
+            if self.files is not None:
+                source.require_base(self.files)
             self._sources[adapter] = source
         return self._sources[adapter]
 
@@ -91,7 +121,7 @@ class GenerationSession:
         """How prompts are formatted: as in the training of the adapter or merged model, else by the model's template."""
         if self.settings.raw:
             return RAW
-        trained = self.source(adapter).formatting if adapter is not None else self._merged_formatting
+        trained = self.source(adapter).formatting if adapter is not None else self._trained_formatting
         return trained or default_formatting(self.tokenizer)
 
     def request(self, index: int, prompt: Any, adapter: str | None) -> Request:
@@ -109,56 +139,115 @@ class GenerationSession:
             strip=formatting.format in ("prompt", "chat"),
         )
 
-    @property
-    def path(self) -> str | None:
-        """How answers are decoded, once the model is loaded."""
-        return self._generator.path if self._generator is not None else None
+    def end_ids(self, adapter: str | None) -> set[int]:
+        """Tokens that end an answer to a prompt formatted for an adapter."""
+        return find_end_ids(self.model, self.tokenizer, self.formatting(adapter))
 
-    def open(self) -> Generator:
-        """The loaded model."""
-        if self._generator is None:
-            base = self.base
-            model: PreTrainedModel
-            if base.quantization is None:
-                model = load_unquantized(base.files, dtype=base.compute_dtype, device=base.device)
-            else:
-                model, _ = load_base(
-                    base.files, base.quantization, compute_dtype=base.compute_dtype, device=base.device
-                )
-            self._generator = Generator(
-                model,
-                self.tokenizer,
-                sampling=self.settings.sampling,
-                engine=self.settings.engine,
-                report=self.report,
-            )
-        return self._generator
+    # ------------------------------------------------------------ requests to completions
 
-    def select(self, adapter: str | None) -> Generator:
-        """The loaded model with an adapter in effect."""
-        generator = self.open()
+    def select(self, adapter: str | None) -> None:
+        """Puts an adapter in effect; it, and the base, are loaded when they are first needed.
+
+        Raises:
+            AdapterError: There is none, or it belongs to another base.
+            ModelError: The base cannot be loaded.
+        """
+        if self.model is None:
+            self.model = self._load()
         if adapter is not None and adapter not in self._names:
-            source, name = self.source(adapter), f"adapter{len(self._names)}"
-            generator.model = load_adapter(generator.model, source.directory, name=name)
+            directory, name = self.source(adapter).directory, f"adapter{len(self._names)}"
+            if self._fast is not None:  # made for the layers that are about to be wrapped
+                self._fast.close()
+                self._fast = self.decoder = None
+            self.model = load_adapter(self.model, directory, name=name)
             self._names[adapter] = name
-        generator.select(None if adapter is None else self._names[adapter])
-        return generator
+        if adapter is not None:
+            self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(self._names[adapter])
+            self.model.eval()
+        elif hasattr(self.model, "get_base_model"):
+            self.model.base_model.disable_adapter_layers()
+        if self._fast is not None:
+            self._fast.refresh()
+            if adapter != self._selected and self._fast.adapters_elsewhere:
+                self.decoder = None  # its graphs hold the adapter of before
+        self._selected = adapter
+        self.loaded_at = self.loaded_at or time.perf_counter()
 
     def answer(
         self,
         requests: Sequence[Request],
-        adapter: str | None,
+        end_ids: Collection[int],
         on_text: Callable[[int, str], None] | None = None,
-        *,
-        base: bool = False,
     ) -> Iterator[Completion]:
-        """Answers requests formatted for an adapter, in any order; `base` then leaves that adapter out."""
-        generator, settings = self.select(None if base else adapter), self.settings
-        yield from generator.answer(
-            requests,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            end_ids=find_end_ids(generator.model, self.tokenizer, self.formatting(adapter)),
-            stop=settings.stop,
-            on_text=on_text,
+        """Answers requests with the selected adapter, in any order.
+
+        Args:
+            requests: What to answer.
+            end_ids: Tokens that end an answer.
+            on_text: Called with a request's index and each piece of its answer.
+
+        Raises:
+            ModelError: Not even one row has room, or the model's output is not a number.
+        """
+
+        def on_piece(index: int, piece: str) -> None:
+            self.first_text_at = self.first_text_at or time.perf_counter()
+            if on_text is not None:
+                on_text(index, piece)
+
+        settings = self.settings
+        start = partial(
+            GrowingCompletion, tokenizer=self.tokenizer, end_ids=end_ids, stop=settings.stop or (), on_text=on_piece
         )
+        reason = "--engine plain was given" if settings.engine == "plain" else why_not_stepwise(self.model)
+        try:
+            if reason is None:
+                yield from answer_all(
+                    requests, start, self._open_decoder, settings.batch_size, seed=self.seed, report=self.report
+                )
+            else:
+                model = underlying_model(self.model)
+                yield from answer_plainly(requests, start, model, settings.batch_size, settings, seed=self.seed)
+        finally:
+            self.path = f"transformers' own generate, because {reason}" if reason else self._describe_decoder()
+
+    def _load(self) -> Any:
+        assert self.files is not None
+        if self.settings.quant_type == UNQUANTIZED:
+            return load_unquantized(self.files, dtype=self.compute_dtype, device=self.device)
+        model, _ = load_base(self.files, self.settings, compute_dtype=self.compute_dtype, device=self.device)
+        return model
+
+    def _open_decoder(self, rows: int, capacity: int) -> Decoder:
+        """A decoder with room for so many rows and tokens; the last one again where it has."""
+        if self._fused and self._fast is None:
+            from qlora_cli.core.decoding.graph_decoder import FastModel  # needs Triton
+
+            self._fast = FastModel(self.model)
+        if self.device.type == "cpu" and self._unpacked is None and not self._fused:
+            self._unpacked = unpack_linears(underlying_model(self.model))
+        decoder = self.decoder
+        if decoder is None or decoder.cache.rows != rows or decoder.cache.capacity < capacity:
+            self.decoder = decoder = None  # its memory is free before the next one asks
+            if self.device.type == "cuda":
+                gc.collect()  # a decoder, its cache and its graphs refer to one another
+                torch.cuda.empty_cache()
+            capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+            capacity = min(capacity, self.context or capacity)
+            size: dict[str, Any] = {"rows": rows, "capacity": capacity, "sampling": self.settings}
+            if self._fast is None:
+                decoder = Decoder(self.model, **size)
+            else:
+                from qlora_cli.core.decoding.graph_decoder import GraphDecoder
+
+                decoder = GraphDecoder(self._fast, **size)
+            self.decoder = decoder
+        decoder.reset()
+        return decoder
+
+    def _describe_decoder(self) -> str | None:
+        if self.decoder is None:
+            return None
+        held = "" if self._fused else f", weights {'unpacked' if self._unpacked else 'packed'}"
+        return self.decoder.describe() + held
