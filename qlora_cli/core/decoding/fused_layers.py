@@ -1,7 +1,7 @@
-"""A model instance in; its norms, rotary embeddings and gates as one launch each out, wherever that gives the same.
+"""Norms, rotary embeddings and gates of one model instance as one fused launch each, wherever that gives the same.
 
 Each is compared with the module's own at its first use, on what it is really given; one that differs is left alone. A
-step's single token says nothing about the many of a prompt, so that each of these uses is found out about by itself.
+step's single token says nothing about the many of a prompt, so that steps and prefill are compared separately.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.core.engine.gated_mlp import GATED_PARTS
+from qlora_cli.core.engine.gated_mlp import gated_mlp_kind
 from qlora_cli.kernels.decode.pointwise import gate, layer_norm, rms_norm, rotate
-from qlora_cli.kernels.gated import GATES
 
 ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
 # (offset, round_first) of known RMS norms: llama and most; those that multiply in float32; gemma.
@@ -37,11 +36,11 @@ class FastLayers:
 
     def __init__(self, model: nn.Module) -> None:
         self._use: str | None = None  # None: every module computes as it always did
-        # What was found out, by use first; None for nothing that fits.
+        # Results of the comparisons, by use first; None for nothing that fits.
         self._norms: dict[tuple[str, type], tuple[float, bool] | None] = {}
         self._centred: dict[str, bool] = {}  # whether layer norms agree
         self._rotations: dict[tuple[str, int], bool] = {}  # by identity of the function that is replaced
-        self._gates: dict[tuple[str, type], str | None] = {}
+        self._gates: dict[tuple[str, type], bool] = {}
         self._splits: dict[str, bool] = {}  # whether heads come apart as Falcon's do
         self._taken: list[tuple[nn.Module, str]] = []
         module: Any
@@ -50,8 +49,8 @@ class FastLayers:
                 self._take(module, self._norm_of(module, module.forward))
             elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
                 self._take(module, self._centring_of(module, module.forward))
-            elif isinstance(own := type(module).forward, FunctionType) and set(own.__code__.co_names) >= GATED_PARTS:
-                self._take(module, self._gating_of(module, module.forward))
+            elif kind := gated_mlp_kind(module):
+                self._take(module, self._gating_of(module, kind, module.forward))
             elif rotating := self._rotating_forward(module):
                 self._take(module, MethodType(rotating, module))
             if hasattr(module, "_split_heads") and hasattr(module, "new_decoder_architecture"):
@@ -128,34 +127,26 @@ class FastLayers:
 
     # ------------------------------------------------------------ gates
 
-    def _gating_of(self, module: Any, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        kind = type(module)
-
+    def _gating_of(self, module: Any, kind: str, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(*given: Any, **named: Any) -> Tensor:
             if self._use is None or len(given) != 1 or named:
                 return own(*given, **named)
             (x,) = given
-            known = self._use, kind
-            if known not in self._gates:
-                expected = own(x)
-                gated, straight = module.gate_proj(x), module.up_proj(x)
-                inner = module.act_fn(gated) * straight
-                plain = is_same(module.down_proj(inner), expected)  # nothing else happens in there
-                fitting = (name for name in GATES if plain and is_same(gate(gated, straight, name), inner))
-                self._gates[known] = next(fitting, None)
-                return expected
-            fits = self._gates[known]
-            if fits is None:
+            known = self._use, type(module)
+            if self._gates.get(known) is False:
                 return own(x)
-            gated, straight = module.gate_proj(x), module.up_proj(x)
-            return module.down_proj(gate(gated, straight, fits))
+            gated, up = module.gate_proj(x), module.up_proj(x)
+            if known not in self._gates:
+                self._gates[known] = is_same(gate(gated, up, kind), module.act_fn(gated) * up)
+                return own(x)
+            return module.down_proj(gate(gated, up, kind))
 
         return forward
 
     # ------------------------------------------------------------ heads
 
     def _splitting_of(self, module: Any, own: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], Any]:
-        """Falcon's query, key and value by slices: its lists of places come from the host, which no graph allows."""
+        """Falcon's query, key and value by slices: its lists of indices come from the host, which no graph allows."""
 
         def split(fused: Tensor) -> tuple[Tensor, ...]:
             if self._use is None or self._splits.get(self._use) is False:

@@ -1,8 +1,8 @@
-"""A 4-bit model instance in; its linear layers answered by stacked products, until it is closed, out.
+"""4-bit linears of one model instance as stacked GEMVs with LoRA inside.
 
 Layers that read the same tensor (query, key and value; gate and up) are found by watching one forward, and become one
-product. Their packed weights are laid one below the other, and the layers keep views of that, so that nothing is held
-twice and every other use of them goes on.
+product. Their packed weights are concatenated, and the layers keep views of that, so that nothing is held twice and
+every other use of them goes on.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.core.engine.lora_linear import group_by_input, is_adapted, is_plain_lora
 from qlora_cli.core.models.quantization import is_4bit
 from qlora_cli.kernels import lora_products
 from qlora_cli.kernels.decode.gemv import MAX_TOKENS, ROW_UNIT, StackedAdapter, StackedWeight, multiply
@@ -64,43 +65,20 @@ class Site:
         if self.module is self.base:
             return True
         active = [name for name in self.module.active_adapters if name in self.module.lora_A]
-        simple = not self.module.lora_variant and not any(self.module.lora_bias.values())
-        return simple and len(active) <= 1 and not self.module.merged
+        plain = all(is_plain_lora(self.module, name) for name in self.module.lora_A)  # any may be selected later
+        return plain and len(active) <= 1 and not self.module.merged
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every 4-bit linear that can be taken over, in the model's order."""
+    """Every 4-bit linear that stacked products cover, in the model's order."""
     sites, inner = [], set()
     for name, module in model.named_modules():
-        wrapped = getattr(module, "base_layer", None)
-        if wrapped is not None and is_4bit(wrapped) and hasattr(module, "lora_A"):
-            inner.add(wrapped)
-            sites.append(Site(name, module, wrapped))
+        if is_adapted(module) and is_4bit(module.base_layer):
+            inner.add(module.base_layer)
+            sites.append(Site(name, module, module.base_layer))
         elif is_4bit(module) and module not in inner:
             sites.append(Site(name, module, module))
     return [site for site in sites if site.is_plain()]
-
-
-def group_by_input(model: nn.Module, sites: list[Site], run: Callable[[], Any]) -> list[list[Site]]:
-    """Sites that were given the very same tensor during `run`, unchanged in between; the others stand alone."""
-    calls: list[tuple[Site, Tensor, int]] = []  # holding the tensors keeps their identities apart
-    hooks = [
-        site.module.register_forward_pre_hook(
-            lambda module, arguments, site=site: calls.append((site, arguments[0], arguments[0]._version))
-        )
-        for site in sites
-    ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups: dict[tuple[int, int], list[Site]] = {}
-    met = [site for site, _, _ in calls]
-    for site, tensor, version in calls:
-        if met.count(site) == 1:  # a layer that is called twice (shared) cannot be part of one product
-            groups.setdefault((id(tensor), version), []).append(site)
-    return list(groups.values())
 
 
 def _may_stack(sites: list[Site]) -> bool:
@@ -120,7 +98,7 @@ def _may_stack(sites: list[Site]) -> bool:
     return True
 
 
-def _lay_together(tensors: list[Tensor]) -> Tensor:
+def _concatenate(tensors: list[Tensor]) -> Tensor:
     """One flat tensor of all; the same memory when they lie one after another already."""
     flat = [tensor.detach().view(-1) for tensor in tensors]
     end = flat[0].data_ptr()
@@ -144,23 +122,23 @@ class Stack:
         self.rank = max(site.largest_rank() for site in sites)
         self.weight = self._stack_weights()
         self.bias = self._stack_biases()
-        self.adapter = self._make_room() if self.rank else None
+        self.adapter = self._allocate_adapter() if self.rank else None
         self._starts = [0]
         for site in sites:
             self._starts.append(self._starts[-1] + site.shape[0])
-        self._frozen = self._freeze()
+        self._frozen = self._as_frozen()
         self._adapted = self._divide()
         self._last: tuple[Tensor, Tensor] | None = None  # the input that was multiplied, and the product
         self.refresh()
 
     def _stack_weights(self) -> StackedWeight:
         states = [site.state for site in self.sites]
-        packed = _lay_together([site.base.weight.data for site in self.sites])
-        absmax = _lay_together([state.absmax for state in states])
+        packed = _concatenate([site.base.weight.data for site in self.sites])
+        absmax = _concatenate([state.absmax for state in states])
         at_byte = at_block = at_outer = 0
         nested: dict[str, Any] = {}
         if states[0].nested:
-            nested_absmax = _lay_together([state.state2.absmax for state in states])
+            nested_absmax = _concatenate([state.state2.absmax for state in states])
             offsets = [state.offset.float().expand(state.state2.absmax.numel()) for state in states]
             nested = {
                 "nested_absmax": nested_absmax,
@@ -190,7 +168,7 @@ class Stack:
             **nested,
         )
 
-    def _freeze(self) -> FrozenWeight:
+    def _as_frozen(self) -> FrozenWeight:
         """The stack as one weight to dequantise."""
         weight = self.weight
         return FrozenWeight(
@@ -229,7 +207,7 @@ class Stack:
         ]
         return torch.cat(parts)
 
-    def _make_room(self) -> StackedAdapter:
+    def _allocate_adapter(self) -> StackedAdapter:
         device, count = self.weight.packed.device, len(self.sites)
         first_rank = [
             number * self.rank for number, site in enumerate(self.sites) for _ in range(-(-site.shape[0] // ROW_UNIT))
@@ -242,7 +220,7 @@ class Stack:
         )
 
     def refresh(self) -> None:
-        """Takes over which adapter is in effect, in place: a captured graph goes on with it."""
+        """Copies the adapter in effect into the stacked one, in place: captured graphs go on with it."""
         if self.adapter is None:
             return
         for tensor in self.adapter[:3]:
@@ -281,12 +259,12 @@ class Stack:
         return y
 
     def forget(self) -> None:
-        """Lets go of the product of a forward pass that broke off."""
+        """Drops the product that a forward pass which broke off left behind."""
         self._last = None
 
 
 class FastLinears:
-    """Takes over the 4-bit linears of one model instance; `close` gives them back.
+    """Stacked products in place of the forwards of one model's 4-bit linears, until `close`.
 
     Args:
         model: With or without LoRA layers.
@@ -295,19 +273,21 @@ class FastLinears:
 
     def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
         self.stacks: list[Stack] = []
-        for sites in group_by_input(model, find_sites(model), run):
+        site_of: dict[nn.Module, Site] = {site.module: site for site in find_sites(model)}
+        for group in group_by_input(site_of, run):
+            sites = [site_of[module] for module in group]
             self.stacks += [Stack(sites)] if _may_stack(sites) else [Stack([site]) for site in sites]
         for stack in self.stacks:
             for number, site in enumerate(stack.sites):
                 site.module.forward = lambda x, *rest, stack=stack, number=number, **named: stack.product(number, x)
 
     def forget(self) -> None:
-        """Lets go of the products of a forward pass that broke off."""
+        """Drops the products that a forward pass which broke off left behind."""
         for stack in self.stacks:
             stack.forget()
 
     def refresh(self) -> None:
-        """Takes over which adapter is in effect."""
+        """Brings every stack to the adapter in effect."""
         for stack in self.stacks:
             stack.refresh()
 

@@ -65,8 +65,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
 
 def fuse_gates(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Gives gated MLPs whose two linears share a projection the fused form; returns what puts them back."""
-    kinds: dict[int, str | None] = {}
-    units = {module: _gated_unit(module, kinds) for module in modules}
+    units = {module: _gated_unit(module) for module in modules}
     return replace_forward({module: unit for module, unit in units.items() if unit is not None}, _forward)
 
 
@@ -76,22 +75,26 @@ def gated_unit_of(module: nn.Module) -> GatedUnit | None:
     return state if isinstance(state, GatedUnit) else None
 
 
-def _gated_unit(module: Any, kinds: dict[int, str | None]) -> GatedUnit | None:
+def gated_mlp_kind(module: Any) -> str | None:
+    """The activation, one of `GATES`, of an MLP that is down(act(gate) * up) and nothing else; None for other modules."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType) or not set(forward.__code__.co_names) >= GATED_PARTS:
         return None
     if "forward" in vars(module) or not all(hasattr(module, part) for part in GATED_PARTS):
+        return None
+    return _kind_of_gate(module) if _is_plainly_gated(module) else None
+
+
+def _gated_unit(module: Any) -> GatedUnit | None:
+    kind = gated_mlp_kind(module)
+    if kind is None:
         return None
     gate, up = (fast_linear_of(m) for m in (module.gate_proj, module.up_proj))
     if gate is None or up is None or gate.shared is None or gate.shared.members != [gate, up]:
         return None
     if gate.lora_b is None or up.lora_b is None or (gate.b.dtype, gate.b.shape) != (up.b.dtype, up.b.shape):
         return None
-    code = id(forward.__code__)
-    if code not in kinds:
-        kinds[code] = _kind_of_gate(module) if _is_plainly_gated(module) else None
-    kind = kinds[code]
-    return None if kind is None else GatedUnit(gate, up, gate.shared, kind)
+    return GatedUnit(gate, up, gate.shared, kind)
 
 
 def _is_plainly_gated(module: Any) -> bool:

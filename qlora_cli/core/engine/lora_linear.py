@@ -1,6 +1,7 @@
 """A model's frozen and adapted linear layers in; the same module instances, computing through the fused op, out."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,18 +240,20 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
-def _covered_adapter(module: Any) -> str | None:
-    """The one plain LoRA adapter of a wrapped layer; None where PEFT's own forward has to do it (DoRA, biases, ...)."""
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if len(active) != 1 or len(module.active_adapters) != 1 or getattr(module, "fan_in_fan_out", False):
-        return None
-    name = active[0]
+def is_plain_lora(module: Any, name: str) -> bool:
+    """Whether an adapter of a wrapped layer adds scaled B A and nothing else: no DoRA, no biases, nothing transposed."""
     a, b = module.lora_A[name], module.lora_B[name]
     plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
-    known_dropout = isinstance(module.lora_dropout[name], nn.Identity | nn.Dropout)
-    if not plain or not known_dropout or name in module.lora_variant or not adapter_is_active(module, name):
+    return plain and name not in module.lora_variant and not getattr(module, "fan_in_fan_out", False)
+
+
+def _covered_adapter(module: Any) -> str | None:
+    """The one plain LoRA adapter of a wrapped layer; None where PEFT's own forward has to do it."""
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if len(active) != 1 or not adapter_is_active(module, active[0]):
         return None
-    return name
+    known_dropout = isinstance(module.lora_dropout[active[0]], nn.Identity | nn.Dropout)
+    return active[0] if known_dropout and is_plain_lora(module, active[0]) else None
 
 
 def fast_linear(
@@ -320,27 +323,39 @@ def swap_linears(
     return list(found.values()), kept, replace_forward(found, _forward)
 
 
-def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[SharedProjection]:
-    """Finds swapped layers that get the same tensor while `run` runs, and lets them share one projection."""
-    readers: dict[int, list[FastLinear]] = {}
-    inputs: list[Tensor] = []  # kept, so that no other tensor gets their identity
+def group_by_input(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[list[nn.Module]]:
+    """Modules that are given the very same tensor, unchanged in between, while `run` runs, in the order of their calls.
+
+    A module that reads a tensor of its own is a group of one; one that is called twice (a shared one) is left out.
+    """
+    calls: list[tuple[nn.Module, Tensor, int]] = []  # holding the tensors keeps their identities apart
 
     def note(module: nn.Module, args: tuple) -> None:
-        fast = fast_linear_of(module)
-        if fast is not None and fast.adapter is not None and fast.rate == 0 and args:
-            inputs.append(args[0])
-            readers.setdefault(id(args[0]), []).append(fast)
+        if args:
+            calls.append((module, args[0], args[0]._version))
 
-    hooks = [module.register_forward_pre_hook(note) for module in modules if fast_linear_of(module)]
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
+    counts = Counter(id(module) for module, _, _ in calls)
+    groups: dict[tuple[int, int], list[nn.Module]] = {}
+    for module, tensor, version in calls:
+        if counts[id(module)] == 1:
+            groups.setdefault((id(tensor), version), []).append(module)
+    return list(groups.values())
+
+
+def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[SharedProjection]:
+    """Finds swapped layers that get the same tensor while `run` runs, and lets them share one projection."""
+    fast_of = {module: fast for module in modules if (fast := fast_linear_of(module)) is not None}
+    sharing = [module for module, fast in fast_of.items() if fast.adapter is not None and fast.rate == 0]
     found = []
-    for members in readers.values():
-        distinct = len({id(member) for member in members}) == len(members)
-        if len(members) > 1 and distinct and len({member.options.scaling for member in members}) == 1:
+    for group in group_by_input(sharing, run):
+        members = [fast_of[module] for module in group]
+        if len(members) > 1 and len({member.options.scaling for member in members}) == 1:
             found.append(SharedProjection(members))
             for place, member in enumerate(members):
                 member.shared, member.place = found[-1], place
