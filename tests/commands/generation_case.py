@@ -1,4 +1,4 @@
-"""Run directories for the tests of generation: an adapter that says something of its own, and its run record."""
+"""Run directories for the tests of generation: an adapter that gives answers of its own, and its run record."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,7 @@ PAIR = Formatting(format="prompt", prompt_column="q", completion_column="a", tem
 
 @pytest.fixture(scope="module")
 def make_run(tiny_model, tmp_path_factory):
-    """`make_run(seed, formatting)`: a run directory whose adapter says something of its own."""
+    """`make_run(seed, formatting)`: a run directory whose adapter gives answers of its own."""
     built = {}
 
     def make(seed=0, formatting=None, **identity):
@@ -92,7 +92,7 @@ def test_the_base_is_held_as_in_training(make_run):
     assert any("trained with quant_type nf4; fp4" in event.text for event in events if isinstance(event, Caution))
 
 
-def test_bad_input_is_told_in_one_sentence_before_anything_is_loaded(make_run, tiny_model, tmp_path, monkeypatch):
+def test_bad_input_is_reported_in_one_sentence_before_anything_is_loaded(make_run, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "qlora_cli.core.generation.session.load_base", lambda *a, **k: pytest.fail("the model was loaded")
     )

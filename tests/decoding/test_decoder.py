@@ -30,7 +30,7 @@ ARCHITECTURES = {
 
 @pytest.fixture(scope="module")
 def tuned(tiny_model):
-    """`tuned(name)`: a 4-bit base of an architecture with an adapter that changes what it says."""
+    """`tuned(name)`: a 4-bit base of an architecture with an adapter that changes its answers."""
     built = {}
 
     def build(name):

@@ -76,7 +76,7 @@ def test_rounding_never_steps_past_what_was_kept(uniform):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_no_numbers_are_told_apart(bad):
+def test_logits_that_are_no_numbers_are_recognised(bad):
     logits = torch.randn(2, VOCABULARY)
     logits[1, 7] = bad
     for sampling in (settings_of(), settings_of(temperature=1.0)):

@@ -51,7 +51,7 @@ def test_a_bad_file_is_described_in_one_sentence(tmp_path, content, complaint):
         read_prompts(path)
 
 
-def test_a_file_that_is_not_there_or_no_file_is_told(tmp_path):
+def test_a_missing_file_and_a_directory_are_reported(tmp_path):
     with pytest.raises(DataError, match="no file"):
         read_prompts(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="cannot be read"):

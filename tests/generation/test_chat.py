@@ -13,7 +13,7 @@ from tests.generation.session_case import settings_of
 
 
 class Echo:
-    """A session whose answer to the first prompt is " heard 0"; stops in mid-answer when asked to."""
+    """A session whose answer to the first prompt is " word 0"; stops in mid-answer when asked to."""
 
     def __init__(self, *, format="chat", room=10**6):
         self.settings = settings_of(max_new_tokens=10)
@@ -43,11 +43,11 @@ class Echo:
     def answer(self, requests, end_ids, on_text):
         (request,) = requests
         self.prompts.append((self.asked, request.index, self.selected))
-        on_text(request.index, " heard")
+        on_text(request.index, " word")
         if self.interrupt:
             raise KeyboardInterrupt
         on_text(request.index, f" {request.index}")
-        yield Completion(request.index, f" heard {request.index}", (), LENGTH, 1)
+        yield Completion(request.index, f" word {request.index}", (), LENGTH, 1)
 
 
 def user(text):
@@ -69,11 +69,11 @@ def conversation(echo):
 
 
 def test_each_question_comes_with_all_before_it(conversation, echo):
-    assert conversation.ask("a") == "heard 0"
+    assert conversation.ask("a") == "word 0"
     conversation.ask("b")
     assert echo.prompts == [
         ([user("a")], 0, "first"),
-        ([user("a"), assistant("heard 0"), user("b")], 1, "first"),
+        ([user("a"), assistant("word 0"), user("b")], 1, "first"),
     ]
 
 
@@ -102,7 +102,7 @@ def test_an_interrupted_answer_is_remembered_as_far_as_it_came(conversation, ech
     echo.interrupt = True
     with pytest.raises(KeyboardInterrupt):
         conversation.ask("a")
-    assert conversation.messages == [user("a"), assistant("heard")]
+    assert conversation.messages == [user("a"), assistant("word")]
 
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full():
@@ -132,7 +132,7 @@ def test_commands_do_what_they_say(conversation, echo, tmp_path):
     assert [adapter for _, _, adapter in echo.prompts] == ["first", None]
     assert [row["base"] for row in conversation.rows] == [False, True]
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert rows == [{"messages": [user("hi"), assistant("heard 0")]}] * 2
+    assert rows == [{"messages": [user("hi"), assistant("word 0")]}] * 2
     assert events.count(TextGenerated("", final=True)) == 2
     run_line(conversation, "/reset", events.append)
     assert conversation.messages == []

@@ -45,7 +45,7 @@ def draw_uniforms(seed: int, index: int, count: int) -> Tensor:
 
     Args:
         seed: Of the whole command.
-        index: The prompt's number; not its place in a batch.
+        index: The prompt's number; not its row in a batch.
         count: Tokens that may be sampled.
 
     Returns:

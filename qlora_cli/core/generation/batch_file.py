@@ -49,26 +49,26 @@ def read_prompts(path: Path) -> list[FilePrompt]:
     return prompts
 
 
-def _parse(line: bytes, index: int, place: str) -> FilePrompt:
+def _parse(line: bytes, index: int, where: str) -> FilePrompt:
     hint = 'A line looks like: {"prompt": "Your question"}'
     if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"{place} is longer than {format_bytes(MAX_LINE_BYTES)}.", hint)
+        raise DataError(f"{where} is longer than {format_bytes(MAX_LINE_BYTES)}.", hint)
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{place} is not JSON: {error}.", hint) from error
+        raise DataError(f"{where} is not JSON: {error}.", hint) from error
     adapter = value.pop("adapter", None) if isinstance(value, dict) else None
     if adapter is not None and not isinstance(adapter, str):
-        raise DataError(f"{place}: its adapter is no directory's name.", 'Write it like: "adapter": "out"')
+        raise DataError(f"{where}: its adapter is not the name of a directory.", 'Write it like: "adapter": "out"')
     if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("prompt", "messages"):
         (value,) = value.values()
     if not isinstance(value, str | list | dict) or not value:
-        raise DataError(f"{place} holds no prompt.", hint)
+        raise DataError(f"{where} holds no prompt.", hint)
     return FilePrompt(index, value, adapter)
 
 
 def fingerprint(*facts: Any) -> str:
-    """Eight hexadecimal digits that stand for JSON-ready facts."""
+    """Eight hexadecimal digits of a digest of JSON-ready facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -81,7 +81,7 @@ class AnswerFile:
     Args:
         path: Of the file.
         prompts: All that is to be answered.
-        settings: Stands for all that decides an answer beside its prompt.
+        settings: Fingerprint of all that decides an answer beside its prompt.
 
     Raises:
         RunError: The file holds answers to other prompts or under other settings, or something else.
@@ -102,7 +102,7 @@ class AnswerFile:
         self._stream.seek(kept)
 
     def _read(self) -> Iterator[tuple[int, int]]:
-        """Index of each whole line and the place where it ends."""
+        """Index of each whole line, and the byte at which it ends."""
         other = "Choose another --output, or remove the file."
         end = 0
         with self.path.open("rb") as stream:
