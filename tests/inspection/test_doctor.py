@@ -104,7 +104,7 @@ def test_a_full_disk_is_noticed_before_the_directory_exists(monkeypatch, tmp_pat
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     check = check_disk("hub cache", tmp_path / "not" / "yet")
     assert not check.works
-    assert "954 MiB free" in check.found
+    assert "0.93 GiB free" in check.found
     usage.free = 10**12
     assert check_disk("hub cache", tmp_path / "not" / "yet").works
 
