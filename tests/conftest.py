@@ -191,6 +191,15 @@ def neox_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>")
 
 
+# Tests of a minute or more, which start processes: begun first, none of them is what others wait for at the end.
+LONGEST = {"test_readme_lines.py", "test_launchers.py", "test_triton.py", "test_graph_decoder.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first; among themselves tests stay in order."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_runtest_setup(item):
     """Tests marked gpu need a CUDA device."""
     if item.get_closest_marker("gpu"):

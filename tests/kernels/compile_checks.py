@@ -1,4 +1,4 @@
-"""Compiles kernels for a Hopper card, without one: run by test_gemv.py where no GPU finds the mistakes.
+"""Compiles kernels for a Hopper card, without one: run by test_triton.py where no GPU finds the mistakes.
 
 All of decoding, and those of training that the interpreter does not run in bfloat16.
 """

@@ -1,9 +1,8 @@
-"""Checks of the attention of one new token, run by test_gemv.py: by the interpreter on a CPU, for real on a GPU."""
+"""Checks of the attention of one new token, run by test_triton.py: by the interpreter on a CPU, for real on a GPU."""
 
 import pytest
 import torch
 
-from qlora_cli.kernels.decode import attention as decode_attention
 from qlora_cli.kernels.decode.attention import attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,12 +73,11 @@ def test_16_bit_error_is_within_twice_that_of_torch(dtype):
     assert (found.double() - truth).norm() <= 2 * (eager.double() - truth).norm()
 
 
-def test_many_parts_give_what_one_gives(monkeypatch):
+def test_many_parts_give_what_one_gives():
     positions = torch.tensor([0, 63, 64, 200, 255], device=DEVICE)
     query = torch.randn(5, 4, 1, 32, device=DEVICE)
     new = torch.randn(2, 5, 2, 1, 32, device=DEVICE)
     caches = torch.randn(2, 5, 2, 256, 32, device=DEVICE)
     one = attend(query, *new, *caches.clone(), positions, scale=0.2)
-    monkeypatch.setattr(decode_attention, "UNDIVIDED", 0)
-    many = attend(query, *new, *caches.clone(), positions, scale=0.2)
+    many = attend(query, *new, *caches.clone(), positions, scale=0.2, undivided=0)
     torch.testing.assert_close(many, one, atol=1e-6, rtol=1e-5)

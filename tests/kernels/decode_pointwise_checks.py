@@ -1,4 +1,4 @@
-"""Checks of the small decoding kernels, run by test_gemv.py: by the interpreter on a CPU, for real on a GPU."""
+"""Checks of the small decoding kernels, run by test_triton.py: by the interpreter on a CPU, for real on a GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checks of the decoding kernels, run by test_gemv.py: under Triton's interpreter on a CPU, for real on a GPU."""
+"""Checks of the decoding kernels, run by test_triton.py: under Triton's interpreter on a CPU, for real on a GPU."""
 
 import bitsandbytes.functional as bnb
 import pytest

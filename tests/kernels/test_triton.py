@@ -8,27 +8,35 @@ from pathlib import Path
 
 import pytest
 
-CHECKS = Path(__file__).with_name("triton_checks.py")
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CHECKS = ["triton_checks.py", "gemv_checks.py", "decode_attention_checks.py", "decode_pointwise_checks.py"]
 
 
-def run_checks(**environment: str) -> None:
-    # A process of its own: Triton reads TRITON_INTERPRET when kernels are defined. Nothing is compiled there for its
-    # own sake: bitsandbytes' dequantisation of an odd shape would be, by a C++ compiler, for each shape.
+def run_checks(*names: str, **environment: str) -> None:
+    # A process of their own: Triton reads TRITON_INTERPRET when kernels are defined. One for all: each takes 10 s of
+    # processor time to import what it needs.
+    files = [str(Path(__file__).with_name(name)) for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", str(CHECKS)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@NEEDS_TRITON
 def test_kernels_under_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
+    # Without compiling: bitsandbytes' dequantisation of an odd shape would be, by a C++ compiler, for each shape.
+    run_checks(*CHECKS, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
+
+
+@NEEDS_TRITON
+def test_kernels_compile_for_a_card_that_is_not_here():
+    run_checks("compile_checks.py", TRITON_INTERPRET="0")
 
 
 @pytest.mark.gpu
 def test_kernels_on_the_gpu():
-    run_checks(TRITON_INTERPRET="0")
+    run_checks(*CHECKS, TRITON_INTERPRET="0")

@@ -13,11 +13,6 @@ from qlora_cli.kernels.weights import FrozenWeight
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 # The interpreter multiplies bfloat16's bits as if they were integers.
 PRODUCT_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 

@@ -153,6 +153,7 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    undivided: int = UNDIVIDED,
 ) -> Tensor:
     """Attention of each row's new token over its own tokens and itself; stores the new key and value.
 
@@ -166,6 +167,7 @@ def attend(
         scale: Factor on the scores.
         window: A token sees itself and the window - 1 before it; None for all.
         softcap: Scores become softcap * tanh(scores / softcap); None for none.
+        undivided: Longest cache whose rows are not divided among programs.
 
     Returns:
         (rows, 1, heads, size), contiguous, in the dtype of `query`.
@@ -173,7 +175,7 @@ def attend(
     rows, heads, _, size = query.shape
     _, key_heads, capacity, _ = keys.shape
     parts = 1
-    if capacity > UNDIVIDED:
+    if capacity > undivided:
         parts = max(1, min(triton.cdiv(PROGRAMS, rows * key_heads), triton.cdiv(capacity, STEP)))
     part = triton.cdiv(triton.cdiv(capacity, parts), STEP) * STEP
     parts = triton.cdiv(capacity, part)
