@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from qlora_cli.cli.app import main
 from tests.hub import PROJECT, lay_model, lay_quotes, lay_rows, new_machine
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -58,10 +59,10 @@ def test_the_first_lines_work_as_written(machine):
     assert "EleutherAI/gpt-neox-20b" in inspected.stdout
 
 
-def test_inspect_in_an_empty_directory_tells_about_the_machine(machine, tmp_path):
-    done = run_in(tmp_path, machine[1], ["qlora", "inspect", "--json"])
-    assert done.returncode == 0, done.stderr
-    assert "torch" in json.dumps(json.loads(done.stdout))
+def test_inspect_in_an_empty_directory_tells_about_the_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "--json"]) == 0
+    assert "torch" in json.dumps(json.loads(capsys.readouterr().out))
     assert not list(tmp_path.iterdir())
 
 

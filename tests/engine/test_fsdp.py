@@ -34,11 +34,11 @@ def test_no_copy_on_the_card_changes_a_byte():
     """Those that FSDP2 makes: into the buffer of an all-gather, and out of it."""
     pairs = all_pairs_of_bytes().flatten().cuda().view(CARRIER)
     sizes = [pairs.numel() - 12, 12]
-    laid = torch.zeros_like(pairs)
-    torch._foreach_copy_(list(laid.split(sizes)), list(pairs.split(sizes)))
+    packed = torch.zeros_like(pairs)
+    torch._foreach_copy_(list(packed.split(sizes)), list(pairs.split(sizes)))
     out = [torch.zeros(1, size, dtype=CARRIER, device="cuda") for size in sizes]
-    torch.split_with_sizes_copy(laid.view(1, -1), sizes, dim=1, out=out)
-    for found in (laid, torch.cat(out, dim=1)[0]):
+    torch.split_with_sizes_copy(packed.view(1, -1), sizes, dim=1, out=out)
+    for found in (packed, torch.cat(out, dim=1)[0]):
         assert torch.equal(found.view(torch.uint8), pairs.view(torch.uint8))
 
 

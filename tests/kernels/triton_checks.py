@@ -157,13 +157,13 @@ def test_short_rows_attend_as_in_float64(lengths, size):
 
 def test_short_attention_leaves_to_others_what_it_does_not_cover():
     query, fewer, narrow = torch.zeros(300, 4, 64), torch.zeros(300, 2, 64), torch.zeros(300, 4, 32)
-    wide, spread = torch.zeros(9, 4, 256), torch.zeros(4, 300, 64).transpose(0, 1)
+    wide, strided = torch.zeros(9, 4, 256), torch.zeros(4, 300, 64).transpose(0, 1)
     assert short_attention.covers(query, query, query, 128, None)
     assert short_attention.covers(query, query, query, 100, 100)
     for tensors, longest, window in (
         ((query, fewer, fewer), 128, None),
         ((query, query, narrow), 128, None),
-        ((query, query, spread), 128, None),
+        ((query, query, strided), 128, None),
         ((wide, wide, wide), 128, None),
         ((query, query, query), 129, None),
         ((query, query, query), 128, 50),

@@ -1,7 +1,7 @@
-"""Tensors of a micro-batch in, its loss out, forward and backward each replayed as one CUDA graph.
+"""CUDA graphs of a training step: forward and backward pass of a micro-batch, each replayed as one graph.
 
 Launching a step's thousands of kernels from Python takes longer than small models or short steps compute. A graph
-stands for one shape, so a pack is laid into the next larger shape of a coarse grid: what is added is a row of its own,
+stands for one shape, so a pack is padded to the next larger shape of a coarse grid: what is added is a row of its own,
 empty rows, and positions without a target. All graphs share one pool of memory, for only one runs at a time.
 """
 
@@ -173,7 +173,7 @@ class StepGraphs:
         if addresses != self.addresses:
             self._drop()
             self.addresses = addresses
-        # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend and lay out.
+        # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend and to keep within memory.
         way = (inputs.equal_rows > 0, is_short(inputs.longest), *self.layout(inputs.labels.shape[1]))
         self.warming = None if way in self.warm else way
         if self.warming is not None:

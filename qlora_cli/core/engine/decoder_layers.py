@@ -31,7 +31,7 @@ class LayerPlan:
         recompute: Whether its forward pass is repeated in the backward pass instead of saving activations.
         offload: Where what it saves waits; None for on the device.
         compiled: Whether it runs compiled.
-        lean: Whether compiled code repeats what is cheap instead of keeping it.
+        lean: Whether compiled code repeats element-wise operations instead of keeping it.
         preserve_random_state: Whether a repetition must draw the same random numbers again.
         step: The engine's shared state.
         shared: What linears of the layer have in common while they are compiled.
@@ -90,7 +90,7 @@ def _compile(function: Callable, backend: str | Callable, lean: bool) -> Callabl
 
 
 def _mark_dynamic(tensors: Any, tokens: int) -> None:
-    """Tells the compiler which dimensions change from batch to batch, so that it compiles once for all of them."""
+    """Declares to the compiler which dimensions change from batch to batch, so that it compiles once for all of them."""
     for value in tensors:
         if isinstance(value, tuple | list):
             _mark_dynamic(value, tokens)

@@ -25,7 +25,7 @@ from qlora_cli.core.models.quantization import four_bit_linears
 from qlora_cli.kernels.weights import FrozenWeight
 
 # FSDP2 of torch 2.11 makes parameters of floating-point numbers only, so bytes travel viewed as such, only ever copied.
-# Not 16-bit ones: on CUDA `torch._foreach_copy_`, which lays them out for the all-gather, takes each through float32 and
+# Not 16-bit ones: on CUDA `torch._foreach_copy_`, which packs them for the all-gather, takes each through float32 and
 # back (ATen/native/cuda/ForeachBinaryOpList.cu), and every NaN comes out as one and the same.
 CARRIER = torch.float32
 ATTRIBUTE = "_qlora_sharded_weight"  # of a linear whose weight is sharded: its `ShardedWeight`

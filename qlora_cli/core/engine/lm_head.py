@@ -114,9 +114,9 @@ def trained_positions(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
     trained = targets != -100
-    # The k-th trained place is written to slot k, every other one to the slot past the end.
-    slots = torch.where(trained, trained.cumsum(0) - 1, count)
-    last = slots.numel() - 1  # never trained: nothing follows it
-    positions = slots.new_full((count + 1,), last).scatter_(0, slots, torch.arange(last + 1, device=slots.device))
+    # The k-th trained place is written to place k of the result, every other one to the place past its end.
+    order = torch.where(trained, trained.cumsum(0) - 1, count)
+    last = order.numel() - 1  # never trained: nothing follows it
+    positions = order.new_full((count + 1,), last).scatter_(0, order, torch.arange(last + 1, device=order.device))
     positions = positions[:count]
     return positions, targets[positions]

@@ -1,4 +1,4 @@
-"""A model's frozen and adapted linear layers in; the same module instances, computing through the fused op, out."""
+"""Fused forward of a model's frozen and adapted linear layers, set on the module instances."""
 
 import math
 from collections import Counter

@@ -150,8 +150,8 @@ def _attend_backward(
 def covers(query: Tensor, key: Tensor, value: Tensor, longest: int, window: int | None) -> bool:
     """Whether rows are short enough, every head has a key of its own, and no window ends inside a row."""
     alike = query.shape == key.shape == value.shape and query.shape[2] <= LARGEST_HEAD
-    laid_out = all(t.is_contiguous() for t in (query, key, value))
-    return alike and laid_out and longest <= LONGEST and (window is None or window >= longest)
+    contiguous = all(t.is_contiguous() for t in (query, key, value))
+    return alike and contiguous and longest <= LONGEST and (window is None or window >= longest)
 
 
 def _grid(query: Tensor, boundaries: Tensor, longest: int) -> tuple[int, int, int]:

@@ -92,8 +92,8 @@ def _add_up(
 def covers(big: Tensor, right: Tensor, left: Tensor) -> bool:
     """Whether `multiply_both` takes these, and is the faster way."""
     alike = big.dtype == right.dtype == left.dtype and big.dtype.itemsize == 2
-    laid = big.is_contiguous() and right.is_contiguous() and left.stride(1) == 1
-    return alike and laid and right.shape[1] <= LARGEST_RANK and big.shape[0] >= LEAST_ROWS
+    contiguous = big.is_contiguous() and right.is_contiguous() and left.stride(1) == 1
+    return alike and contiguous and right.shape[1] <= LARGEST_RANK and big.shape[0] >= LEAST_ROWS
 
 
 def multiply_both(
