@@ -1,8 +1,8 @@
-"""Failures a user can mend: one sentence, the next thing to type, and the exit code of each kind."""
+"""Errors a user can mend: one sentence, the next thing to type, and the exit code of each kind."""
 
 
 class QloraError(Exception):
-    """A failure told to the user in one sentence, without a traceback.
+    """A failure reported to the user in one sentence, without a traceback.
 
     Args:
         message: What was wrong and what was found, as one sentence.
@@ -10,7 +10,7 @@ class QloraError(Exception):
     """
 
     exit_code = 1
-    reported = False  # by another of several ranks: one voice tells it
+    reported = False  # by another of several ranks, so that only one shows it
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)

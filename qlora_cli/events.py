@@ -1,4 +1,4 @@
-"""What a stage tells while it works: frozen events in, whatever a Report makes of them out."""
+"""Events that a command reports while it works; what becomes of them is up to the `Report` that receives them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class RowShown(Event):
-    """One prepared row for the eye: pieces of text, each with whether it is trained on."""
+    """One prepared row to be shown: pieces of text, each with whether it is trained on."""
 
     index: int
     pieces: tuple[tuple[str, bool], ...]

@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, TRACKER_LOGS
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
-from qlora_cli.core.device import choose_device, dtype_name, read_vram, resolve_compute_dtype
+from qlora_cli.core.device import choose_device, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.rank_monitor import monitoring
 from qlora_cli.core.distributed.weight_shards import WeightShards
@@ -27,15 +27,8 @@ from qlora_cli.core.engine.memory_plan import limit_memory
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import PeftModel, attach_adapter, save_adapter
-from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.planner import MemoryDecision
-from qlora_cli.core.planning.run_plan import (
-    RunPlan,
-    plan_is_for_card,
-    plan_run_memory,
-    planned_dtype,
-    resolved_configuration,
-)
+from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
 from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.runs.finish import write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
@@ -44,12 +37,12 @@ from qlora_cli.core.runs.metrics import MetricsFile
 from qlora_cli.core.runs.results import TrainPlan, TrainResult
 from qlora_cli.core.runs.tracking import closing_tracker, log_to, start_tracker
 from qlora_cli.core.runs.validate import check_ranks, check_settings
-from qlora_cli.core.storage.checkpoint import Checkpoint, list_checkpoints, remove_leftovers
-from qlora_cli.core.storage.disk_space import reporting_disk_full, require_space
+from qlora_cli.core.storage.checkpoint import Checkpoint, remove_leftovers
+from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
-from qlora_cli.core.training.lr_schedule import count_warmup_steps, learning_rate_schedule
-from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer, choose_optimizer, state_bytes
+from qlora_cli.core.training.lr_schedule import learning_rate_schedule
+from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer
 from qlora_cli.core.training.reporting import RunReporter
 from qlora_cli.core.training.resume import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
 from qlora_cli.core.training.state import Checkpointing, TrainerState, read_trainer_state
@@ -59,18 +52,6 @@ from qlora_cli.events import EvaluationLogged, Event, Report, RunStarted, StepLo
 SAVES_A_RUN = 10  # by default
 # The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `monitoring`.
 EXCHANGE_TIMEOUT = timedelta(hours=24)
-SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """What the settings leave open, decided before the base is loaded."""
-
-    memory: RunPlan
-    optimizer: str
-    compute_dtype: torch.dtype
-    warmup_steps: int
-    checkpoint_bytes: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +107,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             start_tracker(config, accelerator)  # before any weights are downloaded to identify the base by
         start = find_start(run, inputs, decisions)
         if config.dry_run:
-            return describe_plan(run, inputs, decisions, start)
+            return describe_plan(run, inputs, decisions, first_step=start.state.step + 1)
         loaded = load_model(run, inputs, decisions)
         if start.checkpoint:
             restore_adapter(start.checkpoint, loaded.model)
@@ -175,70 +156,6 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
 
 def report_nothing(event: Event) -> None:
     """The report of ranks that are not the main one."""
-
-
-# ---------------------------------------------------------------- plan
-
-
-def decide(run: Run, inputs: RunInputs) -> Decisions:
-    """Decides what the settings leave open, and checks that checkpoints will fit the disk.
-
-    Raises:
-        DoesNotFit: The step does not fit this machine's card.
-        DiskFull: The disk has no room for the checkpoints that are kept and the one being written.
-    """
-    config, footprint = run.config, inputs.facts.footprint
-    memory = plan_run_memory(
-        config,
-        inputs.files.config,
-        inputs.facts,
-        max_length=inputs.max_length,
-        lengths=inputs.data.rows.lengths,
-        longest=inputs.data.sampler.longest_micro_batches(),
-        device=run.device,
-        ranks=run.ranks,
-        report=run.report,
-    )
-    optimizer = choose_optimizer(config.optimizer, run.device)
-    trainable = footprint.trainable_parameters
-    checkpoint_bytes = 4 * trainable + state_bytes(optimizer, trainable) + SMALL_FILES_BYTES
-    standing = len(list_checkpoints(run.output / CHECKPOINTS))
-    require_space(run.output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - standing))
-    return Decisions(
-        memory=memory,
-        optimizer=optimizer,
-        compute_dtype=resolve_compute_dtype(config.compute_dtype, run.device),
-        warmup_steps=count_warmup_steps(config.warmup_steps, config.warmup_ratio, inputs.data.sampler.total_steps),
-        checkpoint_bytes=checkpoint_bytes,
-    )
-
-
-def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, start: StartingPoint) -> TrainPlan:
-    """What the run would do, for --dry-run."""
-    config, memory = run.config, decisions.memory
-    dtype = dtype_name(planned_dtype(config, run.device))
-    return TrainPlan(
-        output=config.output,
-        device="cuda" if plan_is_for_card(config, run.device) else "cpu",
-        compute_dtype=dtype,
-        rows=len(inputs.data.rows),
-        held_out_rows=len(inputs.data.eval_rows),
-        first_step=start.state.step + 1,
-        total_steps=inputs.data.sampler.total_steps,
-        warmup_steps=decisions.warmup_steps,
-        trainable_parameters=inputs.facts.footprint.trainable_parameters,
-        total_parameters=inputs.facts.footprint.total_parameters,
-        checkpoint_bytes=decisions.checkpoint_bytes,
-        disk=estimate_disk(inputs.facts, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
-        vram_bytes=memory.plan.vram_bytes,
-        fits=memory.plan.fits,
-        settings={**memory.decided, "shard": memory.sharded, "token_budget": memory.plan.token_budget},
-        memory=memory.predicted(),
-        configuration=resolved_configuration(
-            config, memory, max_length=inputs.max_length, compute_dtype=dtype, warmup_steps=decisions.warmup_steps
-        ),
-        next=memory.commands,
-    )
 
 
 # ---------------------------------------------------------------- load

@@ -82,7 +82,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_gpus_starts_the_ranks_whose_losses_are_those_of_one_and_one_voice_is_heard(case):
+def test_gpus_starts_the_ranks_whose_losses_are_those_of_one_and_one_rank_reports(case):
     folder, flags, alone = case
     command = [sys.executable, "-m", "qlora_cli", "train", *flags, "--gpus", "2"]
     code, out, said = wait(start([*command, "--output", folder / "gpus", "--json"]))

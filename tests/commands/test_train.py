@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_cli import artifacts
 from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, MODEL_CARD, RUN_RECORD, RUN_YAML
 from qlora_cli.cli.app import main
-from qlora_cli.commands import train as training
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
 from qlora_cli.config import PrepareConfig, QuantizationSettings, TrainConfig
@@ -29,6 +28,7 @@ from qlora_cli.config_file import read_config_file
 from qlora_cli.core.engine.fast import FastEngine
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.runs import decisions
 from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.storage.checkpoint import checkpoint_path, list_checkpoints
 from qlora_cli.errors import (
@@ -591,7 +591,7 @@ def test_a_dry_run_needs_no_weights_and_says_whether_a_card_suffices(options, tm
 
 
 def test_micro_batches_stay_within_the_planned_tokens_and_resume_keeps_them(options, monkeypatch):
-    planned = training.plan_run_memory
+    planned = decisions.plan_run_memory
 
     def short_of_memory(*arguments, **settings):
         memory = planned(*arguments, **settings)
@@ -603,12 +603,12 @@ def test_micro_batches_stay_within_the_planned_tokens_and_resume_keeps_them(opti
     settings = {"max_steps": 2, "save_every": 1, "eval_rows": None, "eval_every": None, "dropout": 0.0}
     run(options, **settings)
     whole, largest = metrics(Path(options["output"])), max(seen)
-    monkeypatch.setattr(training, "plan_run_memory", short_of_memory)
+    monkeypatch.setattr(decisions, "plan_run_memory", short_of_memory)
     seen.clear()
     events: list = []
     with pytest.raises(Interrupted):
         train(TrainConfig(**{**options, **settings}, overwrite=True), stopping_at(1, events))
-    monkeypatch.setattr(training, "plan_run_memory", planned)  # as where another program has ended since
+    monkeypatch.setattr(decisions, "plan_run_memory", planned)  # as where another program has ended since
     run(options, **settings, resume=True)
     assert max(seen) <= 70 < largest
     split = metrics(Path(options["output"]))

@@ -1,7 +1,7 @@
-"""A number of cards and a command line in; the same command as one rank a card, started and waited for, an exit code out.
+"""Launcher: runs a command line as one rank a card of this machine, and waits for its exit code.
 
-The processes are started by torch.distributed's elastic launcher, each in a session of its own. What is added to it is
-patience: that launcher ends every rank the moment one has ended, also while the main one still says why.
+The processes are started by torch.distributed's elastic launcher, each in a session of its own. That launcher ends every
+rank the moment one has ended, even while the main one still reports why; this one gives the others time to end.
 """
 
 import os
@@ -18,7 +18,7 @@ from qlora_cli.core.distributed.rank_monitor import LAUNCHER
 from qlora_cli.errors import RankLost, UsageError
 
 POLL_SECONDS = 0.1
-ENDING_SECONDS = 20.0  # for the other ranks to end by themselves once one has failed
+SHUTDOWN_SECONDS = 20.0  # for the other ranks to end by themselves once one has failed
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -32,7 +32,7 @@ def launch(count: int, arguments: list[str]) -> int:
 
     Raises:
         UsageError: There are not so many cards.
-        RankLost: A rank ended without a word, and no other was left to say so.
+        RankLost: A rank ended by a signal, and no other was left to report it.
     """
     environment = rank_environment(count)
     processes = start_processes(
@@ -59,9 +59,9 @@ def launch(count: int, arguments: list[str]) -> int:
         processes.close(signal.SIGKILL, timeout=5)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    spoken = [code for code in codes.values() if code > 0]
-    if not any(codes.values()) or spoken:
-        return codes[0] if codes[0] > 0 else max(spoken, default=0)
+    reported = [code for code in codes.values() if code > 0]
+    if not any(codes.values()) or reported:
+        return codes[0] if codes[0] > 0 else max(reported, default=0)
     lost_by = signal.Signals(-codes[first_lost]).name
     raise RankLost(
         f"Rank {first_lost} of {count} (process {pids[first_lost]}) was ended by {lost_by}, and the others with it.",
@@ -70,7 +70,7 @@ def launch(count: int, arguments: list[str]) -> int:
 
 
 def rank_environment(count: int) -> dict[str, str]:
-    """What all ranks are told.
+    """Environment variables that all ranks share.
 
     `ACCELERATE_USE_CPU=1`, accelerate's own switch, makes ranks of this machine's cores instead of its cards.
 
@@ -111,7 +111,7 @@ def _wait(processes: object, count: int) -> tuple[dict[int, int], int]:
                 continue
             codes[rank] = code
             if code and deadline == float("inf"):
-                first_failed, deadline = rank, time.monotonic() + ENDING_SECONDS
+                first_failed, deadline = rank, time.monotonic() + SHUTDOWN_SECONDS
         time.sleep(POLL_SECONDS)
     for rank in range(count):
         if rank not in codes:

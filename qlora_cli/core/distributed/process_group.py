@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, and the few exchanges between them. One process exchanges nothing."""
+"""Process group: the ranks of a run, which one this is, and the few collectives between them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class ProcessGroup:
         return tensor
 
     def start_all_reduce_sum(self, tensor: Tensor) -> Any:
-        """Begins to replace `tensor` by its sum over all ranks; its `wait()` makes the device wait, on the CPU this thread."""
+        """Starts replacing `tensor` by its sum over all ranks; its `wait()` makes the device wait, on the CPU this thread."""
         return dist.all_reduce(tensor, async_op=True)
 
     def all_reduce_max(self, value: int, device: torch.device) -> int:

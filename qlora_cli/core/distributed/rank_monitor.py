@@ -1,4 +1,4 @@
-"""The ranks of a run in; the news that one of them ended, on all others and within seconds, out.
+"""Rank monitor: when one rank of a run ends, all others learn of it within seconds.
 
 A collective does not notice that a process is gone: NCCL waits for ten minutes, and then cannot say for whom. So each rank
 holds a TCP connection to the main one, which the kernel closes however a process ends. Works under any launcher and
@@ -27,11 +27,11 @@ from qlora_cli.errors import Interrupted, QloraError, RankLost
 LAUNCHER = "QLORA_LAUNCHER"  # environment: process id of the launcher that started this rank
 GRACE_SECONDS = 5.0  # for a collective to fail by itself, after which the process is ended
 CARD_GRACE_SECONDS = 1.0  # the same with NCCL, whose collectives do not: by then its own watchdog may end the process
-PARTING_SECONDS = 10.0  # that the main rank, which has the last word, is waited for
-LAST_SECONDS = 15.0  # for a process that told why it ends, but hangs in tidying up after a broken collective
+PARTING_SECONDS = 10.0  # that the main rank, which ends last, is waited for
+LAST_SECONDS = 15.0  # for a process that reported why it ends, but hangs in cleaning up after a broken collective
 CONNECT_SECONDS = 120.0
 POLL_SECONDS = 1.0
-# A machine that is gone sends no word: after so many seconds without an answer, probed so often, it counts as gone.
+# A machine that is gone closes no connection: after so many seconds without an answer, probed so often, it counts as gone.
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
 
 
@@ -52,8 +52,8 @@ class RankMonitor:
         self.verdict: QloraError | None = None
         self.known = threading.Event()  # the verdict
         self.handled = threading.Event()  # by the main thread
-        self.left: set[int] = set()  # ranks that took their leave
-        self.parted = threading.Event()  # the main rank's connection is closed
+        self.left: set[int] = set()  # ranks that announced their end
+        self.main_closed = threading.Event()  # the main rank's connection
         self.peers: dict[socket.socket, dict[str, Any]] = {}
         self._connect(device)
         self.launcher = int(os.environ.get(LAUNCHER, 0))
@@ -74,10 +74,10 @@ class RankMonitor:
                     except TimeoutError:
                         raise RankLost("Not all ranks have come.", "Run the command again.") from None
                     peer.settimeout(CONNECT_SECONDS)
-                    words = _receive(peer)
-                    if words and words[0].pop("secret", None) == secret:
+                    messages = _receive(peer)
+                    if messages and messages[0].pop("secret", None) == secret:
                         _send(peer, name)
-                        self.peers[peer] = words[0]
+                        self.peers[peer] = messages[0]
         else:
             port = self.ranks.all_reduce_max(0, device)
             host = "127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]
@@ -89,10 +89,10 @@ class RankMonitor:
                     "Open the ports between the machines to one another.",
                 ) from error
             _send(peer, {**name, "secret": secret})
-            words = _receive(peer)
-            if not words:
+            messages = _receive(peer)
+            if not messages:
                 raise RankLost("The main rank has ended.", "See what it said.")
-            self.peers[peer] = words[0]
+            self.peers[peer] = messages[0]
         for connected in self.peers:
             connected.settimeout(None)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -109,52 +109,53 @@ class RankMonitor:
             while selector.get_map():
                 for key, _ in selector.select(POLL_SECONDS):
                     peer = key.data
-                    words = _receive(peer)
-                    for word in words:
-                        self._hear(peer, word)
-                    if not words:
+                    messages = _receive(peer)
+                    for message in messages:
+                        self._handle_message(peer, message)
+                    if not messages:
                         selector.unregister(peer)
-                        self._miss(peer)
+                        self._handle_end(peer)
                 if self.launcher and os.getppid() != self.launcher:
                     self.launcher = 0
                     os.kill(os.getpid(), signal.SIGTERM)  # nobody is left to stop this run: it saves and ends
                 if self.known.is_set():
                     break
             if self.known.is_set():
-                self._see_to_the_end(selector)
+                self._end_if_stuck(selector)
 
-    def _see_to_the_end(self, selector: selectors.BaseSelector) -> None:
-        """Ends the process where the main thread does not: it hangs in a collective, or in tidying up after one."""
-        concluded = time.monotonic()
+    def _end_if_stuck(self, selector: selectors.BaseSelector) -> None:
+        """Ends the process where the main thread does not: it hangs in a collective, or in cleaning up after one."""
+        decided = time.monotonic()
         while True:
-            since_seconds = time.monotonic() - concluded
+            since_seconds = time.monotonic() - decided
             if since_seconds > (LAST_SECONDS if self.handled.is_set() else self.grace_seconds):
                 self._end_process()
             for key, _ in selector.select(POLL_SECONDS / 10) if selector.get_map() else ():
                 if not _receive(key.data):
                     selector.unregister(key.fileobj)
                     if self.peers[key.data]["rank"] == 0:
-                        self.parted.set()
+                        self.main_closed.set()
             if not selector.get_map():
                 time.sleep(POLL_SECONDS / 10)
 
-    def _hear(self, peer: socket.socket, word: dict[str, Any]) -> None:
-        if "left" in word:
+    def _handle_message(self, peer: socket.socket, message: dict[str, Any]) -> None:
+        if "left" in message:
             self.left.add(self.peers[peer]["rank"])
-        elif "lost" in word:
-            self._conclude(RankLost(word["lost"], word["hint"]), reported=not self._speaks_for(0))
-        elif "failed" in word:
+        elif "lost" in message:
+            self._decide(RankLost(message["lost"], message["hint"]), reported=not self._reports_end_of(0))
+        elif "failed" in message:
             rank = self.peers[peer]["rank"]
             self.left.add(rank)
-            error = QloraError(word["failed"] if rank == 0 else f"rank {rank}: {word['failed']}", word["hint"])
-            error.exit_code = word["exit_code"]
-            self._conclude(error, reported=not self.ranks.is_main)
+            failure = message["failed"]
+            error = QloraError(failure if rank == 0 else f"rank {rank}: {failure}", message["hint"])
+            error.exit_code = message["exit_code"]
+            self._decide(error, reported=not self.ranks.is_main)
 
-    def _miss(self, peer: socket.socket) -> None:
+    def _handle_end(self, peer: socket.socket) -> None:
         """A connection is closed."""
         facts = self.peers[peer]
         if facts["rank"] == 0:
-            self.parted.set()
+            self.main_closed.set()
         if facts["rank"] in self.left or 0 in self.left:
             return
         error = RankLost(
@@ -162,20 +163,20 @@ class RankMonitor:
             "without a word, as when it is killed or the host's memory runs out; so the run has stopped.",
             "Go on from the newest checkpoint with the same command and --resume.",
         )
-        self._conclude(error, reported=not self._speaks_for(facts["rank"]))
+        self._decide(error, reported=not self._reports_end_of(facts["rank"]))
 
-    def _speaks_for(self, lost: int) -> bool:
-        """Whether this rank tells of the end of another: the lowest that is left."""
+    def _reports_end_of(self, lost: int) -> bool:
+        """Whether this rank is the one that reports the end of another: the lowest that is left."""
         return self.ranks.rank == (1 if lost == 0 else 0)
 
-    def _conclude(self, error: QloraError, *, reported: bool) -> None:
+    def _decide(self, error: QloraError, *, reported: bool) -> None:
         if self.verdict is not None:
             return
         error.reported = reported
         self.verdict = error
         if self.ranks.is_main:
-            word = "lost" if isinstance(error, RankLost) else "failed"
-            self._tell({word: error.message, "hint": error.hint, "exit_code": error.exit_code})
+            kind = "lost" if isinstance(error, RankLost) else "failed"
+            self._send_to_all({kind: error.message, "hint": error.hint, "exit_code": error.exit_code})
         self.known.set()
 
     def _end_process(self) -> None:
@@ -189,36 +190,36 @@ class RankMonitor:
 
     # ------------------------------------------------------------ the main thread
 
-    def _tell(self, word: dict[str, Any]) -> None:
+    def _send_to_all(self, message: dict[str, Any]) -> None:
         for peer in self.peers:
-            _send(peer, word)
+            _send(peer, message)
 
     def explain(self) -> QloraError | None:
-        """The verdict, waited for: a broken collective is noticed before the connection that tells why."""
+        """The verdict, waited for: a broken collective is noticed before the connection that says why."""
         self.known.wait(GRACE_SECONDS)
         self.handled.set()
         return self.verdict
 
     def leave(self, failure: QloraError | None = None) -> None:
-        """Takes leave, so that the end of this process means nothing. The main rank ends last: it has the last word."""
+        """Announces that this process ends, which then is no failure. The main rank ends last, for its message to arrive."""
         self.handled.set()
         if failure is None:
-            self._tell({"left": True})
+            self._send_to_all({"left": True})
         else:
-            self._tell({"failed": failure.message, "hint": failure.hint, "exit_code": failure.exit_code})
+            self._send_to_all({"failed": failure.message, "hint": failure.hint, "exit_code": failure.exit_code})
         if not self.ranks.is_main:
-            self.parted.wait(PARTING_SECONDS)
+            self.main_closed.wait(PARTING_SECONDS)
 
 
-def _send(peer: socket.socket, word: dict[str, Any]) -> None:
+def _send(peer: socket.socket, message: dict[str, Any]) -> None:
     try:
-        peer.sendall(json.dumps(word).encode() + b"\n")
+        peer.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
-        return  # it is gone, which the listening thread hears
+        return  # it is gone, which the listening thread sees
 
 
 def _receive(peer: socket.socket) -> list[dict[str, Any]]:
-    """The words that came; none where the connection is closed. A word is shorter than what arrives at once."""
+    """The messages that came; none where the connection is closed. Each is shorter than what arrives at once."""
     text = b""
     try:
         while not text.endswith(b"\n"):
@@ -236,7 +237,7 @@ _kept: list[RankMonitor] = []  # connections close with the process, not before
 
 @contextmanager
 def monitoring(ranks: ProcessGroup, device: torch.device) -> Iterator[RankMonitor | None]:
-    """Watches over the ranks inside the block; one that fails or ends there ends the others, with one error.
+    """Monitors the ranks inside the block; one that fails or ends there ends the others, with one error.
 
     Raises:
         RankLost: Another rank ended without a word.
@@ -245,27 +246,27 @@ def monitoring(ranks: ProcessGroup, device: torch.device) -> Iterator[RankMonito
     if ranks.world_size == 1:
         yield None
         return
-    watch = RankMonitor(ranks, device)
-    _kept.append(watch)
+    monitor = RankMonitor(ranks, device)
+    _kept.append(monitor)
     try:
-        yield watch
+        yield monitor
     except Interrupted as error:
         error.reported = not ranks.is_main
-        watch.leave()
+        monitor.leave()
         raise
     except QloraError as error:
-        if isinstance(watch.verdict, RankLost):  # its end came first, and this is what followed
-            watch.handled.set()
-            raise watch.verdict from error
+        if isinstance(monitor.verdict, RankLost):  # its end came first, and this is what followed
+            monitor.handled.set()
+            raise monitor.verdict from error
         error.reported = not ranks.is_main
-        watch.leave(error)
+        monitor.leave(error)
         raise
     except Exception as error:
-        verdict = watch.explain()
+        verdict = monitor.explain()
         if verdict is not None:
             raise verdict from error
         failure = QloraError(f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        watch.leave(failure)
+        monitor.leave(failure)
         raise
     else:
-        watch.leave()
+        monitor.leave()

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in; a flag the loop looks at between batches out, so that the step in hand is finished and saved."""
+"""Stop request: SIGINT and SIGTERM set a flag that the trainer reads between batches, so that the step is finished and saved."""
 
 import os
 import signal

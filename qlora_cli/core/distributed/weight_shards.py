@@ -1,4 +1,4 @@
-"""Tensors of a base as they are loaded in, the share of each that one rank keeps out."""
+"""Weight shards: the share of each tensor of a base that one rank keeps while the base is loaded."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ ALIGNED_ELEMENTS = 16  # so that a share of bytes is one of wider numbers too
 
 @dataclass(frozen=True)
 class WeightShards:
-    """How a base is sharded while it is loaded: no rank ever holds more than its share and the weight in hand.
+    """How a base is sharded while it is loaded: no rank ever holds more than its share and the weight being loaded.
 
     Attributes:
         ranks: This process among those that share the base.
-        on_host: Whether shares wait in host memory.
+        on_host: Whether shares are kept in host memory.
     """
 
     ranks: ProcessGroup

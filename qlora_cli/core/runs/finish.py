@@ -1,4 +1,4 @@
-"""A trained adapter and what it came from in; the finished run directory out: adapter, tokenizer, record, card, curve."""
+"""Finished run: adapter, tokenizer, run record, model card and loss curve in the run directory."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.runs.directory import finished_files
 from qlora_cli.core.runs.metrics import draw_loss_curve
 from qlora_cli.core.runs.model_card import write_card
-from qlora_cli.core.storage.checkpoint import checkpoint_path, verify_checkpoint
+from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, verify_checkpoint
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
@@ -53,16 +53,20 @@ def write_run(
         rows: What it was trained on.
         settings: Of the run, for the card.
         training: What the run came to, for record and card.
-        report: Told which adapter is kept where that was a choice.
+        report: Receives which adapter is kept, where that was a choice.
     """
     draw_loss_curve(output)
     if (rows.directory / BAD_ROWS).is_file():
         shutil.copyfile(rows.directory / BAD_ROWS, output / BAD_ROWS)
     data = rows.manifest["data"]
+    best = None if best_step is None else _find_best(output, best_step, report)
     with finished_files(output) as directory:
         tokenizer.save_pretrained(directory)
-        if best_step is None or not _copy_best(output, best_step, directory, report):
+        if best is None:
             save_adapter(directory)
+        else:
+            for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+                shutil.copyfile(best.path / name, directory / name)
         write_record(directory, base, rows, training=training)
         card = write_card(
             base=base.model if base.revision else None,  # a directory has no revision, and its path stays private
@@ -89,14 +93,12 @@ def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more
     write_json(directory / RUN_RECORD, record)
 
 
-def _copy_best(output: Path, step: int, directory: Path, report: Report) -> bool:
-    """Takes the adapter of the best evaluation from its checkpoint; False, with a caution, when that is damaged."""
+def _find_best(output: Path, step: int, report: Report) -> Checkpoint | None:
+    """The checkpoint of the best evaluation; None, with a caution, where it is damaged: the run must not be lost too."""
     try:
         best = verify_checkpoint(checkpoint_path(output / CHECKPOINTS, step), REQUIRED_FILES)
     except CheckpointError as error:
         report(Caution(f"The best adapter, of step {step}, is lost ({error.message}): the last one is kept instead."))
-        return False
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        shutil.copyfile(best.path / name, directory / name)
+        return None
     report(Notice(f"The adapter kept is that of step {step}, which had the lowest evaluation loss."))
-    return True
+    return best

@@ -1,4 +1,4 @@
-"""What a run depends on in, its identity out: two runs with equal ones go through the same numbers."""
+"""Run identity: all that a run's numbers depend on, so that two runs with equal ones go through the same numbers."""
 
 from dataclasses import asdict
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a run trained on and how it went in, the model card of its adapter out: no local path and no token in it."""
+"""Model card of an adapter: what it was trained on and how it went, with no local path and no token."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run of training came to, or would do, as the caller and `--json` get it."""
+"""Results of `train`: what a run came to, or would do, as the caller and `--json` get it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""A model's trainable parameters in; a few contiguous buffers of values and gradients out, the parameters views of them.
+"""Trainable parameters in a few contiguous buffers of values and gradients, the parameters views of them.
 
 An adapter is hundreds of small matrices. As views of one buffer they are zeroed, reduced over ranks, measured, scaled
 and updated in one launch each: bitsandbytes takes 27 ms to step 448 separate tensors on an H200.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Of each parameter's place in its buffer. bitsandbytes scales 8-bit states by blocks of 256 elements, so no block
+# Of each parameter's offset in its buffer. bitsandbytes scales 8-bit states by blocks of 256 elements, so no block
 # spans two parameters, and the update equals that of separate tensors.
 ALIGNMENT_ELEMENTS = 256
 LARGEST_BUFFER_ELEMENTS = 2**30  # bitsandbytes' kernels index with 32 bits

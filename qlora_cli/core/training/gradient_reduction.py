@@ -1,9 +1,9 @@
-"""Gradient buffers of all ranks in, their sums out, while the backward pass that fills them still runs.
+"""Gradient all-reduce over ranks, by buckets, while the backward pass that fills them still runs.
 
 A backward pass goes from the last layer to the first, and so through the buffers from end to start: a bucket whose
-parameters have all received their gradient is on its way while the layers below compute. Where one CUDA graph holds
-the whole backward pass, nothing can be told apart inside it, and all buckets go when it is done: r 16 on every linear of
-a 7B model is 160 MB. All that two cards with NVLink exchange, in the open, is 1.8 % of a step (benchmarks/ranks.md).
+parameters have all received their gradient is sent while the layers below compute. Where one CUDA graph holds the whole
+backward pass no hook runs inside it, and all buckets are sent when it is done: r 16 on every linear of a 7B model is
+160 MB. All that two cards with NVLink exchange, not overlapped at all, is 1.8 % of a step (benchmarks/ranks.md).
 """
 
 from functools import partial
@@ -19,21 +19,21 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradientReduction:
-    """Adds up gradients over the ranks.
+    """Sums gradients over the ranks.
 
-    Buckets go in one fixed order on every rank, whatever order their parameters come in: collectives have to match.
+    Buckets are sent in one fixed order on every rank, whatever order their gradients come in: collectives have to match.
 
     Args:
-        parameters: Whose gradient buffers are added up, in place.
-        ranks: This process among those that do.
+        parameters: Whose gradient buffers are summed, in place.
+        ranks: This process among those of the run.
         bucket_bytes: About how much is sent at once.
     """
 
     def __init__(self, parameters: TrainableParameters, ranks: ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.ranks = ranks
-        self.buckets: list[Tensor] = []  # in the order in which they go
+        self.buckets: list[Tensor] = []  # in the order in which they are sent
         self.sizes: list[int] = []  # parameters in each
-        self.missing: list[int] = []  # of them, those whose gradient has not come
+        self.missing: list[int] = []  # of them, those without their gradient yet
         self.sent = 0
         self.works: list[Any] = []
         self.armed = False

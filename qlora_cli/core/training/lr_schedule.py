@@ -1,4 +1,4 @@
-"""A schedule's name, peak and length in; the learning rate of any step out, as a pure function with no state to save."""
+"""Learning-rate schedule: the rate of any step as a pure function, with no state to save."""
 
 import math
 from collections.abc import Callable

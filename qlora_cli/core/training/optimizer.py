@@ -1,4 +1,4 @@
-"""An optimizer's name and the parameter buffers in; an optimizer out, with its state as tensors and plain numbers."""
+"""Optimizers by name, over the parameter buffers, with their state as tensors and plain numbers."""
 
 import warnings
 from typing import Any
@@ -41,13 +41,13 @@ def state_bytes(name: str, parameters: int) -> int:
 
 
 def allocated_state_bytes(name: str, parameters: int) -> int:
-    """Of these, what PyTorch's allocator gives on a CUDA device: nothing for a paged optimizer, whose states are in
+    """Of these, what PyTorch's allocator holds on a CUDA device: nothing for a paged optimizer, whose states are in
     managed memory and leave the device where it is full."""
     return 0 if name.startswith("paged") else state_bytes(name, parameters)
 
 
 def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay: float) -> Optimizer:
-    """Builds an optimizer over the buffers. Its learning rate is set before every step by the loop.
+    """Builds an optimizer over the buffers. Its learning rate is set before every step by the trainer.
 
     Args:
         name: One of `config.OPTIMIZERS`. Those of bitsandbytes work on the CPU too, where nothing is paged.
@@ -57,11 +57,11 @@ def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay:
     Raises:
         UsageError: There is no optimizer of that name.
     """
-    whole = name == "adafactor"
+    separate = name == "adafactor"
     groups = []
     for decays in (True, False):
         buffers = [buffer for buffer in parameters.buffers if buffer.decays == decays]
-        trained = [view for buffer in buffers for view in buffer.views] if whole else [b.values for b in buffers]
+        trained = [view for buffer in buffers for view in buffer.views] if separate else [b.values for b in buffers]
         if trained:
             groups.append({"params": trained, "weight_decay": weight_decay if decays else 0.0})
     if name in _BITSANDBYTES:
@@ -84,8 +84,9 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 def step_optimizer(optimizer: Optimizer) -> None:
     """Updates the parameters, without waiting for the device from the second step on.
 
-    bitsandbytes' own `step` waits after each parameter. Nothing here needs that: what follows is queued behind the
-    update, and `optimizer_state` waits before a paged state is read.
+    After the first step, which prepares its state, this is bitsandbytes' own `step` without its waits: that synchronises
+    after each parameter, for the sake of paged states. Nothing here needs it: what follows is queued behind the update,
+    and `optimizer_state` waits before a paged state is read.
     """
     if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit) and optimizer.initialized:
         for group_index, group in enumerate(optimizer.param_groups):
@@ -96,7 +97,7 @@ def step_optimizer(optimizer: Optimizer) -> None:
                     optimizer.prefetch_state(parameter)
                     optimizer.update_step(group, parameter, group_index, parameter_index)
         return
-    with warnings.catch_warnings():  # that nothing is paged on the CPU is no news to the user
+    with warnings.catch_warnings():  # what is paged on a card is not on the CPU, and need not be
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         optimizer.step()
 

@@ -1,0 +1,96 @@
+"""Decisions of a training run: what the settings leave open, decided before the base is loaded."""
+
+from dataclasses import dataclass
+
+import torch
+
+from qlora_cli.artifacts import CHECKPOINTS
+from qlora_cli.core.device import dtype_name, resolve_compute_dtype
+from qlora_cli.core.planning.memory_estimate import estimate_disk
+from qlora_cli.core.planning.run_plan import (
+    RunPlan,
+    plan_is_for_card,
+    plan_run_memory,
+    planned_dtype,
+    resolved_configuration,
+)
+from qlora_cli.core.runs.inputs import Run, RunInputs
+from qlora_cli.core.runs.results import TrainPlan
+from qlora_cli.core.storage.checkpoint import list_checkpoints
+from qlora_cli.core.storage.disk_space import require_space
+from qlora_cli.core.training.lr_schedule import count_warmup_steps
+from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
+
+SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the settings leave open, decided before the base is loaded."""
+
+    memory: RunPlan
+    optimizer: str
+    compute_dtype: torch.dtype
+    warmup_steps: int
+    checkpoint_bytes: int
+
+
+def decide(run: Run, inputs: RunInputs) -> Decisions:
+    """Decides what the settings leave open, and checks that checkpoints will fit the disk.
+
+    Raises:
+        DoesNotFit: The step does not fit this machine's card.
+        DiskFull: The disk has no room for the checkpoints that are kept and the one being written.
+    """
+    config, footprint = run.config, inputs.facts.footprint
+    memory = plan_run_memory(
+        config,
+        inputs.files.config,
+        inputs.facts,
+        max_length=inputs.max_length,
+        lengths=inputs.data.rows.lengths,
+        longest=inputs.data.sampler.longest_micro_batches(),
+        device=run.device,
+        ranks=run.ranks,
+        report=run.report,
+    )
+    optimizer = choose_optimizer(config.optimizer, run.device)
+    trainable = footprint.trainable_parameters
+    checkpoint_bytes = 4 * trainable + state_bytes(optimizer, trainable) + SMALL_FILES_BYTES
+    standing = len(list_checkpoints(run.output / CHECKPOINTS))
+    require_space(run.output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - standing))
+    return Decisions(
+        memory=memory,
+        optimizer=optimizer,
+        compute_dtype=resolve_compute_dtype(config.compute_dtype, run.device),
+        warmup_steps=count_warmup_steps(config.warmup_steps, config.warmup_ratio, inputs.data.sampler.total_steps),
+        checkpoint_bytes=checkpoint_bytes,
+    )
+
+
+def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step: int) -> TrainPlan:
+    """What the run would do, for --dry-run."""
+    config, memory = run.config, decisions.memory
+    dtype = dtype_name(planned_dtype(config, run.device))
+    return TrainPlan(
+        output=config.output,
+        device="cuda" if plan_is_for_card(config, run.device) else "cpu",
+        compute_dtype=dtype,
+        rows=len(inputs.data.rows),
+        held_out_rows=len(inputs.data.eval_rows),
+        first_step=first_step,
+        total_steps=inputs.data.sampler.total_steps,
+        warmup_steps=decisions.warmup_steps,
+        trainable_parameters=inputs.facts.footprint.trainable_parameters,
+        total_parameters=inputs.facts.footprint.total_parameters,
+        checkpoint_bytes=decisions.checkpoint_bytes,
+        disk=estimate_disk(inputs.facts, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
+        vram_bytes=memory.plan.vram_bytes,
+        fits=memory.plan.fits,
+        settings={**memory.decided, "shard": memory.sharded, "token_budget": memory.plan.token_budget},
+        memory=memory.predicted(),
+        configuration=resolved_configuration(
+            config, memory, max_length=inputs.max_length, compute_dtype=dtype, warmup_steps=decisions.warmup_steps
+        ),
+        next=memory.commands,
+    )
