@@ -53,24 +53,14 @@ def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool,
     import torch
     from support.models import make_config
 
-    from qlora_cli.core.planning.model_profile import gather_facts
-    from qlora_cli.core.planning.planner import StepRequest, plan_training
+    from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
+    from qlora_cli.core.planning.model_profile import profile_model
+    from qlora_cli.core.planning.planner import RowLengths, plan_training
 
-    adapter = {"dropout": 0.0, "target_modules": None} | ADAPTERS[name]
-    facts = gather_facts(
-        make_config(name),
-        alpha=32,
-        rslora=False,
-        dora=False,
-        modules_to_save=None,
-        quant_type="nf4",
-        double_quant=True,
-        compute_dtype=torch.bfloat16,
-        engine="fast",
-        **adapter,
-    )
-    wishes = StepRequest(batch_size=rows, max_length=row_tokens, optimizer=OPTIMIZER, resident_weights=False, **options)
-    return plan_training(facts, wishes, vram_bytes=limit_bytes, on_cuda=on_cuda)
+    lora = LoraSettings(alpha=32, **ADAPTERS[name])
+    profile = profile_model(make_config(name), lora, QuantizationSettings(), compute_dtype=torch.bfloat16)
+    settings = StepSettings(batch_size=rows, optimizer=OPTIMIZER, resident_weights=False, **options)
+    return plan_training(profile, settings, RowLengths(row_tokens), vram_bytes=limit_bytes, on_cuda=on_cuda)
 
 
 def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -> None:
@@ -78,7 +68,7 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     import torch
 
     from qlora_cli.config import LoraSettings
-    from qlora_cli.core.engine.memory_plan import limit_memory
+    from qlora_cli.core.device import limit_memory
     from qlora_cli.core.models.lora import attach_adapter
     from qlora_cli.core.training.flat_parameters import TrainableParameters
 
@@ -102,7 +92,7 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
             predicted = plan.memory
             result |= {
                 "limit_bytes": limit_bytes,
-                "recomputed_layers": plan.recomputed_layers,
+                "recomputed_layers": plan.measures.recomputed,
                 "token_budget": plan.token_budget,
                 "predicted_bytes": predicted.peak_bytes,
                 "predicted": predicted.to_dict(),
@@ -123,8 +113,9 @@ def measure_setting(
 
     import torch
 
+    from qlora_cli.config import StepSettings
+    from qlora_cli.core.device import limit_memory
     from qlora_cli.core.engine.engine import install_engine
-    from qlora_cli.core.engine.memory_plan import limit_memory
     from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES
     from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, state_bytes, step_optimizer
 
@@ -134,15 +125,13 @@ def measure_setting(
         limit_memory(device, plan.vram_bytes - CONTEXT_BYTES)
     engine = install_engine(
         model,
-        kind="fast",
+        StepSettings(resident_weights=False, **options),
         device=device,
         compute_dtype=torch.bfloat16,
-        resident_weights=False,
         max_tokens=rows * row_tokens,
         total_steps=told_steps,
         optimizer_bytes=state_bytes(OPTIMIZER, parameters.elements),
         report=notices.append,
-        **options,
     )
     optimizer = build_optimizer(OPTIMIZER, parameters, weight_decay=0.0)
     set_learning_rate(optimizer, 1e-4)

@@ -21,7 +21,7 @@ import torch
 from support.models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.files import resolve_model
@@ -38,10 +38,9 @@ def stepper(base, kind: str):
     model = attach_adapter(base, LoraSettings(rank=16, alpha=32, dropout=0.0), seed=0).train()
     engine = install_engine(
         model,
-        kind=kind,
+        StepSettings(engine=kind, gradient_checkpointing="off"),
         device=CPU,
         compute_dtype=torch.float32,
-        gradient_checkpointing="off",
         max_tokens=4096,
         total_steps=STEPS,
         report=lambda event: None,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from support.models import write_checkpoint
 
-from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.files import resolve_model
@@ -53,10 +53,9 @@ def curve(checkpoint: Path, kind: str, seed: int, rows: list, arguments: argpars
     model = attach_adapter(base, LoraSettings(rank=16, alpha=32, dropout=0.0), seed=seed).train()
     engine = install_engine(
         model,
-        kind=kind,
+        StepSettings(engine=kind, gradient_checkpointing="off"),
         device=device,
         compute_dtype=dtype,
-        gradient_checkpointing="off",
         max_tokens=arguments.batch * arguments.longest,
         total_steps=arguments.steps,
         report=lambda event: None,

@@ -71,12 +71,12 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     import numpy as np
     import torch
 
-    from qlora_cli.config import LoraSettings
+    from qlora_cli.config import LoraSettings, StepSettings
     from qlora_cli.core.data.packing import collate
+    from qlora_cli.core.device import limit_memory
     from qlora_cli.core.engine import fast as engine_fast
     from qlora_cli.core.engine.cuda_graphs import bucket
     from qlora_cli.core.engine.engine import install_engine
-    from qlora_cli.core.engine.memory_plan import limit_memory
     from qlora_cli.core.models.lora import attach_adapter
     from qlora_cli.core.training.flat_parameters import TrainableParameters
 
@@ -108,14 +108,13 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     started = time.time()
     engine = install_engine(
         model,
-        kind="fast",
+        StepSettings(**options),
         device=torch.device(device),
         compute_dtype=torch.bfloat16,
         max_tokens=max(b.tokens for b in batches),
         total_steps=100,
         optimizer_bytes=12 * parameters.elements,
         report=lambda event: print("   ", event.text, flush=True),
-        **options,
     )
     result["install_s"] = time.time() - started
     result["engine"] = engine.describe()

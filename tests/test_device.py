@@ -1,9 +1,10 @@
 """Sizes in words become bytes, and a device without memory of its own has none to read."""
 
+import psutil
 import pytest
 import torch
 
-from qlora_cli.core.device import parse_memory, read_free_bytes, read_vram
+from qlora_cli.core.device import parse_memory, read_capacity_bytes, read_free_bytes, read_vram
 from qlora_cli.errors import UsageError
 
 
@@ -39,7 +40,21 @@ def test_a_forgotten_unit_is_pointed_out():
 
 def test_the_cpu_has_no_vram():
     assert read_vram(torch.device("cpu")) is None
-    assert read_free_bytes(torch.device("cpu")) is None
+
+
+def test_the_cpu_s_memory_is_the_host_s():
+    for read in (read_free_bytes, read_capacity_bytes):
+        assert 0 < read(torch.device("cpu")) < psutil.virtual_memory().total
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_this_process_allocates_is_no_longer_free_but_within_its_capacity():
+    device = torch.device("cuda", 0)
+    free_bytes, capacity_bytes = read_free_bytes(device), read_capacity_bytes(device)
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    assert free_bytes - read_free_bytes(device) == pytest.approx(block.nbytes, rel=0.1)
+    assert read_capacity_bytes(device) == pytest.approx(capacity_bytes, rel=0.01)
 
 
 @pytest.mark.gpu

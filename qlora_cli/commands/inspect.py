@@ -8,7 +8,7 @@ Where memory was predicted against a limit, `fits` says whether it is enough.
 
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,9 @@ from qlora_cli.core.inspection.weight_stats import (
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.quantized_cache import cache_size_bytes
 from qlora_cli.core.models.structure import build_empty
-from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, predict_merging
-from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
-from qlora_cli.core.planning.planner import StepRequest, plan_training, read_limit_bytes
+from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, estimate_merging
+from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
+from qlora_cli.core.planning.planner import RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.roofline import bound_speed
 from qlora_cli.core.planning.run_plan import may_be_sharded
 from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
@@ -46,8 +46,8 @@ from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
 OF_A_MODEL = ("vram", "max_length", "quantization_error")
-# Ways to train that a table compares, from the fastest to the leanest.
 CARDS = (2, 4, 8)  # over which a base may be sharded
+# Ways to train that a table compares, from the fastest to the leanest.
 WAYS: dict[str, dict[str, Any]] = {
     "nothing recomputed": {"gradient_checkpointing": "off", "offload_activations": False, "offload_embeddings": False},
     "every layer recomputed": {
@@ -109,24 +109,17 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     # What would be rented is a card that computes in bfloat16, whatever this machine has.
     compute_dtype = resolve_compute_dtype(config.compute_dtype or "bfloat16", device)
 
-    def gather(rank: int) -> ModelProfile:
-        return gather_facts(
+    def profile_with_rank(rank: int) -> ModelProfile:
+        return profile_model(
             model_config,
-            rank=rank,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            target_modules=config.target_modules,
-            rslora=config.rslora,
-            dora=config.dora,
-            modules_to_save=config.modules_to_save,
-            quant_type=config.quant_type,
-            double_quant=config.double_quant,
+            replace(config, rank=rank),
+            config,
             compute_dtype=compute_dtype,
             engine=config.engine,
             trust_remote_code=config.trust_remote_code,
         )
 
-    model = gather(config.rank)
+    model = profile_with_rank(config.rank)
     footprint = model.footprint
     optimizer = config.optimizer or choose_optimizer(None, torch.device("cuda"))
     facts = {
@@ -145,7 +138,7 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         facts["memory"] = f"cannot be predicted: {model.untraced}"
     else:
         max_length = choose_max_length(config.max_length, model_config, report)
-        predicted, predicted_tables = _predict(config, model, gather, max_length)
+        predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length)
         facts |= predicted
         tables += predicted_tables
     if config.quantization_error:
@@ -167,50 +160,49 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
 
 
 def _predict(
-    config: InspectConfig, model: ModelProfile, gather: Callable[[int], ModelProfile], max_length: int
+    config: InspectConfig, model: ModelProfile, profile_with_rank: Callable[[int], ModelProfile], max_length: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts on training, generation and merging; and tables of ways to train and of speed."""
     device = choose_device()
     known = config.vram is not None or device.type == "cuda"
     vram_bytes = read_limit_bytes(config.vram, device) if known else None
-    names = [part.name for part in fields(StepRequest) if part.name != "max_length"]
-    request = StepRequest(max_length=max_length, **{name: getattr(config, name) for name in names})
-    plan = plan_training(model, request, vram_bytes=vram_bytes)
+    lengths = RowLengths(max_length)
+    plan = plan_training(model, config, lengths, vram_bytes=vram_bytes)
     assert plan.memory is not None and plan.flops_per_token is not None
     ways = []
     for name, open_choices in WAYS.items():
-        memory = plan_training(model, replace(request, **open_choices), vram_bytes=None).memory
+        memory = plan_training(model, replace(config, **open_choices), lengths, vram_bytes=None).memory
         assert memory is not None
         ways.append({"way": name, "peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes})
     sharded = {
-        cards: plan_training(model, request, vram_bytes=vram_bytes, shards=cards)
+        cards: plan_training(model, config, lengths, vram_bytes=vram_bytes, shards=cards)
         for cards in (CARDS if may_be_sharded(config) else ())
     }
     shares = [
         {"cards": cards, **{name: getattr(each.memory, name) for name in ("base_bytes", "peak_bytes", "device_bytes")}}
         for cards, each in sharded.items()
     ]
-    settings = ("gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
     facts: dict[str, Any] = {
         "vram_bytes": vram_bytes,
         "fits": plan.fits,
         "settings": {
             "max_length": max_length,
             "rank": config.rank,
-            "optimizer": plan.optimizer,
-            **{name: getattr(plan, name) for name in settings},
+            **plan.settings,
             "token_budget": plan.token_budget,
         },
         "flops_per_token": plan.flops_per_token,
         "training": plan.memory.to_dict(),
         "generation": estimate_generation(model, rows=1, row_tokens=max_length).to_dict(),
-        "merging": predict_merging(model),
+        "merging": estimate_merging(model),
         "disk": estimate_disk(model, optimizer=plan.optimizer, kept_checkpoints=TrainConfig.keep),
         "next": [write_train_command(config, {})],
     }
     if plan.fits is False:
         assert vram_bytes is not None
-        nearest = suggest_fit(model, request, vram_bytes=vram_bytes, rank=config.rank, regather=gather)
+        nearest = suggest_fit(
+            model, config, lengths, vram_bytes=vram_bytes, rank=config.rank, profile_with_rank=profile_with_rank
+        )
         if nearest is None:
             facts["nearest"] = "nothing fits: take a smaller model or a larger card"
             del facts["next"]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, TRACKER_LOGS
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
-from qlora_cli.core.device import choose_device, read_vram
+from qlora_cli.core.device import choose_device, limit_memory, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.rank_monitor import monitoring
 from qlora_cli.core.distributed.weight_shards import WeightShards
@@ -23,11 +23,9 @@ from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.engine import Engine, install_engine
 from qlora_cli.core.engine.fsdp import shard_base
 from qlora_cli.core.engine.lm_head import find_decoder
-from qlora_cli.core.engine.memory_plan import limit_memory
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import PeftModel, attach_adapter, save_adapter
-from qlora_cli.core.planning.planner import MemoryDecision
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
 from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.runs.finish import write_record, write_run
@@ -194,26 +192,18 @@ def start_engine(
     config, lengths = run.config, inputs.data.rows.lengths
     largest = inputs.data.sampler.longest_micro_batches(start.state.micro_batch_limit_tokens)
     sharded_on_cards = loaded.weight_shards is not None and run.device.type == "cuda"
-    trainable = inputs.facts.footprint.trainable_parameters
+    trainable = inputs.profile.footprint.trainable_parameters
     return install_engine(
         loaded.model,
-        kind=config.engine,
+        # Where the base is sharded no layer is measured by itself: what was predicted decides.
+        replace(config, **decisions.memory.plan.settings) if sharded_on_cards else config,
         device=run.device,
         compute_dtype=decisions.compute_dtype,
-        # Where the base is sharded no layer is measured by itself: what was predicted decides.
-        **measures_of(decisions.memory.plan if sharded_on_cards else config),
-        compile=config.compile,
         max_tokens=max(int(lengths[batch].sum()) for batch in largest),
         total_steps=inputs.data.sampler.total_steps,  # of a resumed run too, whose steps are to be computed the same way
         optimizer_bytes=allocated_state_bytes(decisions.optimizer, trainable),
         report=run.report,
     )
-
-
-def measures_of(settings: TrainConfig | MemoryDecision) -> dict[str, Any]:
-    """How a step keeps within memory: what the engine takes as given."""
-    names = ("gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
-    return {name: getattr(settings, name) for name in names}
 
 
 # ---------------------------------------------------------------- resume
@@ -277,7 +267,7 @@ def start_optimization(
 
 def report_start(run: Run, inputs: RunInputs, start: StartingPoint, engine: Engine) -> None:
     """Reports that training begins."""
-    footprint, world_size = inputs.facts.footprint, run.ranks.world_size
+    footprint, world_size = inputs.profile.footprint, run.ranks.world_size
     run.report(
         RunStarted(
             first_step=start.state.step + 1,
@@ -298,7 +288,7 @@ def describe_result(
     def highest(value_bytes: int | None) -> int | None:
         return None if value_bytes is None else run.ranks.all_reduce_max(value_bytes, run.device)
 
-    vram, footprint = read_vram(run.device), inputs.facts.footprint
+    vram, footprint = read_vram(run.device), inputs.profile.footprint
     return TrainResult(
         output=run.config.output,
         steps=state.step,

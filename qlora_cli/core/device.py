@@ -4,6 +4,7 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 
+import psutil
 import torch
 
 from qlora_cli.errors import UsageError
@@ -65,12 +66,37 @@ def read_vram(device: torch.device) -> Vram | None:
     )
 
 
-def read_free_bytes(device: torch.device) -> int | None:
-    """Bytes this process may still take on a CUDA device, its own allocations counted as free; None elsewhere."""
+def read_free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a device, or on the CPU take without others being pushed out.
+
+    On CUDA that is within the allocator's limit (see `limit_memory`), and its cache counts as free.
+    """
     if device.type != "cuda":
-        return None
+        return psutil.virtual_memory().available
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    reserved_bytes, allocated_bytes = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed_bytes = int(total_bytes * torch.cuda.get_per_process_memory_fraction(_index(device))) - reserved_bytes
+    return min(free_bytes, allowed_bytes) + reserved_bytes - allocated_bytes
+
+
+def read_capacity_bytes(device: torch.device) -> int:
+    """Bytes that this process can hold on a device in all: what is free, and on CUDA what its allocator has already."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return free_bytes + torch.cuda.memory_reserved(device)
+
+
+def limit_memory(device: torch.device, limit_bytes: int) -> None:
+    """Keeps PyTorch's allocator within so many bytes of a CUDA device, from before anything is loaded."""
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), _index(device))
+    # Near a limit, pieces too small for the next tensor would be lost.
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def parse_memory(text: str) -> int:

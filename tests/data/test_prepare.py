@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -266,9 +266,9 @@ def test_no_row_left_is_an_error_that_says_why(tmp_path):
 
 def test_the_length_comes_from_the_model():
     events = []
-    model = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=1024, model_type="llama"))
-    learned = SimpleNamespace(get_text_config=lambda: SimpleNamespace(n_positions=1024, model_type="gpt2"))
-    long = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=131072, model_type="llama"))
+    model = transformers.LlamaConfig(max_position_embeddings=1024)
+    learned = transformers.GPT2Config(n_positions=1024)
+    long = transformers.LlamaConfig(max_position_embeddings=131072)
     assert choose_max_length(None, None, events.append) == 2048
     assert choose_max_length(None, model, events.append) == 1024
     assert choose_max_length(None, long, events.append) == 2048

@@ -6,7 +6,7 @@ import torch
 from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, Prompt, why_not_stepwise
-from qlora_cli.core.generation.requests import ENDED, LENGTH, STOPPED, context_length, find_end_ids, make_request
+from qlora_cli.core.generation.requests import ENDED, LENGTH, STOPPED, find_end_ids, make_request
 from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
@@ -258,13 +258,6 @@ def test_a_prompt_longer_than_the_context_is_refused_and_a_long_answer_is_cut():
         make_request(0, [], max_new_tokens=5, context=512)
     assert make_request(0, [1] * 500, max_new_tokens=50, context=512).max_new_tokens == 12
     assert make_request(0, [1] * 500, max_new_tokens=50, context=None).max_new_tokens == 50
-
-
-def test_the_context_is_read_from_any_configuration(tiny_model):
-    from transformers import AutoConfig
-
-    assert context_length(AutoConfig.from_pretrained(tiny_model("gpt2"))) == 512
-    assert context_length(AutoConfig.from_pretrained(tiny_model("bloom"))) is None
 
 
 def test_end_tokens_include_what_closed_the_answers_in_training(tuned, tiny_model):

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.engine.calibration import Calibration
 from qlora_cli.core.engine.fsdp import gathered, shard_base, sharded_weight_of
 from qlora_cli.core.engine.lora_linear import AdapterValues
-from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.core.models.quantization import pack_weight, restored_linear
 from tests.faults.victims import fork_ranks
 

@@ -1,13 +1,12 @@
 """Steps are planned within the host's memory too, for every number of tokens, and leaner each time memory runs out."""
 
-from functools import partial
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_cli.config import StepSettings
 from qlora_cli.core.engine.calibration import StepPlanner
-from qlora_cli.core.engine.memory_plan import LayerSeconds, StepNeeds, plan_memory
+from qlora_cli.core.engine.memory_plan import LayerSeconds, StepNeeds
 from tests.engine.test_engine import adapted, install
 
 GIB = 2**30
@@ -15,8 +14,7 @@ TOKENS = 4096
 
 
 def planner(available_bytes: int, host_bytes: int) -> StepPlanner:
-    undecided = ("recomputed", "offload_activations", "offload_embeddings", "resident_weights")
-    made = StepPlanner(partial(plan_memory, **dict.fromkeys(undecided)), TOKENS, adapts=True)
+    made = StepPlanner(StepSettings(), TOKENS)
     made.needs = StepNeeds(
         layers=32,
         kept_bytes=GIB,

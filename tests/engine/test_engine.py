@@ -1,19 +1,16 @@
 """The fast engine computes what the plain one does, rows never see one another, and the model comes back as it was."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
-from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.data.packing import collate
-from qlora_cli.core.engine.calibration import StepPlanner
+from qlora_cli.core.engine.calibration import Calibration, StepPlanner
 from qlora_cli.core.engine.decoder_layers import saved_bytes_a_token
-from qlora_cli.core.engine.engine import count_recomputed_layers, install_engine
+from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE
-from qlora_cli.core.engine.memory_plan import StepNeeds, plan_memory
-from qlora_cli.core.engine.trials import Calibration
+from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.errors import TrainingError, UsageError
@@ -34,10 +31,11 @@ def adapted(load_tiny, architecture, *, rank=4, **arguments):
     return model.train()
 
 
-def install(model, kind="fast", events=None, **options):
-    options = {"gradient_checkpointing": "off", "max_tokens": 128, "total_steps": 3, **options}
+def install(model, kind="fast", events=None, *, max_tokens=128, **options):
+    settings = StepSettings(engine=kind, **{"gradient_checkpointing": "off", **options})
     report = (lambda event: None) if events is None else events.append
-    return install_engine(model, kind=kind, device=CPU, compute_dtype=torch.float32, report=report, **options)
+    run = {"max_tokens": max_tokens, "total_steps": 3, "report": report}
+    return install_engine(model, settings, device=CPU, compute_dtype=torch.float32, **run)
 
 
 def batch_of(lengths=(40, 7, 33), *, seed=0, change=None):
@@ -334,7 +332,14 @@ def test_fifty_steps_follow_the_plain_engines_losses(load_tiny):
 
 @pytest.mark.parametrize("word", ["auto", "on", "off", "1", "99"])
 def test_gradient_checkpointing_takes_words_and_numbers(word):
-    assert count_recomputed_layers(word, 4) == {"auto": None, "on": 4, "off": 0, "1": 1, "99": 4}[word]
+    settings = StepSettings(gradient_checkpointing=word)
+    assert count_recomputed_layers(settings, 4) == {"auto": None, "on": 4, "off": 0, "1": 1, "99": 4}[word]
+
+
+def test_the_plain_engine_recomputes_all_layers_or_none():
+    for word, counts in {"auto": (4, 0), "on": (4, 4), "off": (0, 0), "1": (4, 4), "0": (0, 0)}.items():
+        settings = StepSettings(engine="plain", gradient_checkpointing=word)
+        assert tuple(count_recomputed_layers(settings, 4, on_cuda=on_cuda) for on_cuda in (True, False)) == counts
 
 
 def test_unknown_words_are_refused(load_tiny):
@@ -362,10 +367,9 @@ def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(
         largest_dense_bytes=0,
         embedding_bytes=0,
     )
-    choose = partial(
-        plan_memory, recomputed=None, offload_activations=False, offload_embeddings=False, resident_weights=False
+    engine.planner = StepPlanner(
+        StepSettings(offload_activations=False, offload_embeddings=False, resident_weights=False), 128
     )
-    engine.planner = StepPlanner(choose, 128, adapts=True)
     engine.planner.needs, engine.planner.available_bytes = needs, 2**30 + 2**28
     counts = []
     while engine.reduce_memory():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlora_cli.config import StepSettings
 from qlora_cli.core.engine import fast as engine_fast
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.memory_plan import MemoryPlan, StepNeeds
@@ -17,10 +18,15 @@ def on_gpu(load_tiny, architecture, **arguments):
     return adapted(lambda name: load_tiny(name, **options), architecture, **arguments)
 
 
-def install(model, **options):
-    options = {"gradient_checkpointing": "off", "max_tokens": 128, "total_steps": 100, "compile": False, **options}
+def install(model, *, max_tokens=128, total_steps=100, **options):
     return install_engine(
-        model, kind="fast", device=CUDA, compute_dtype=torch.bfloat16, report=lambda event: None, **options
+        model,
+        StepSettings(**{"gradient_checkpointing": "off", "compile": False, **options}),
+        device=CUDA,
+        compute_dtype=torch.bfloat16,
+        max_tokens=max_tokens,
+        total_steps=total_steps,
+        report=lambda event: None,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_cli.config import StepSettings
 from qlora_cli.core.engine.memory_plan import ROOM, TOP_LAYERS, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
 
 GIB = 2**30
@@ -20,16 +21,11 @@ NEEDS = StepNeeds(
     largest_dense_bytes=90 * 2**20,
     embedding_bytes=GIB // 4,
 )
-UNDECIDED = {
-    "recomputed": None,
-    "offload_activations": None,
-    "offload_embeddings": None,
-    "resident_weights": None,
-}
+UNDECIDED = StepSettings()
 
 
 def test_measures_come_one_after_another_as_memory_shrinks():
-    plenty, some, little, least = (plan_memory(NEEDS, n * GIB, **UNDECIDED) for n in (100, 17, 6, 1))
+    plenty, some, little, least = (plan_memory(NEEDS, n * GIB, UNDECIDED) for n in (100, 17, 6, 1))
     assert (plenty.recomputed, plenty.resident_weights, plenty.workspace_bytes) == (0, True, None)
     assert 0 < some.recomputed < 10 and not some.resident_weights and not some.offload_activations
     assert little.recomputed > some.recomputed and not little.resident_weights
@@ -38,34 +34,33 @@ def test_measures_come_one_after_another_as_memory_shrinks():
 
 @given(st.integers(2, 120))
 def test_a_plan_keeps_within_memory_or_nothing_does(gib):
-    plan = plan_memory(NEEDS, gib * GIB, **UNDECIDED)
-    leanest = plan_memory(NEEDS, 0, **UNDECIDED)
+    plan = plan_memory(NEEDS, gib * GIB, UNDECIDED)
+    leanest = plan_memory(NEEDS, 0, UNDECIDED)
     assert plan.step_bytes(NEEDS) <= max(gib * GIB, leanest.step_bytes(NEEDS))
 
 
 @given(st.integers(2, 40), st.floats(0.05, 1.0))
 def test_smaller_micro_batches_never_need_more(gib, share):
-    plan = plan_memory(NEEDS, gib * GIB, **UNDECIDED)
+    plan = plan_memory(NEEDS, gib * GIB, UNDECIDED)
     assert plan.step_bytes(NEEDS.for_share(share)) <= plan.step_bytes(NEEDS)
 
 
 @given(st.integers(1, 120), st.integers(1, 120))
 def test_more_memory_never_recomputes_more_where_weights_stay_packed(one, other):
-    wish = {**UNDECIDED, "resident_weights": False}  # keeping them dequantised may be worth a few layers
-    low, high = (plan_memory(NEEDS, gib * GIB, **wish) for gib in sorted((one, other)))
+    packed = StepSettings(resident_weights=False)  # keeping them dequantised may be worth a few layers
+    low, high = (plan_memory(NEEDS, gib * GIB, packed) for gib in sorted((one, other)))
     assert high.recomputed <= low.recomputed
 
 
 @given(st.integers(1, 120), st.integers(0, 32), st.booleans(), st.booleans(), st.booleans())
 def test_what_was_asked_for_stands(gib, layers, activations, embeddings, resident):
-    plan = plan_memory(
-        NEEDS,
-        gib * GIB,
-        recomputed=layers,
+    asked = StepSettings(
+        gradient_checkpointing=str(layers),
         offload_activations=activations,
         offload_embeddings=embeddings,
         resident_weights=resident,
     )
+    plan = plan_memory(NEEDS, gib * GIB, asked)
     assert (plan.recomputed, plan.offload_activations, plan.offload_embeddings, plan.resident_weights) == (
         layers,
         activations,
@@ -76,7 +71,7 @@ def test_what_was_asked_for_stands(gib, layers, activations, embeddings, residen
 
 def test_embeddings_that_cannot_move_buy_nothing():
     fixed = replace(NEEDS, embedding_bytes=0)
-    assert plan_memory(fixed, 5 * GIB, **UNDECIDED).recomputed >= plan_memory(NEEDS, 5 * GIB, **UNDECIDED).recomputed
+    assert plan_memory(fixed, 5 * GIB, UNDECIDED).recomputed >= plan_memory(NEEDS, 5 * GIB, UNDECIDED).recomputed
 
 
 LINKED = replace(
@@ -85,11 +80,11 @@ LINKED = replace(
 
 
 def test_layers_wait_on_the_host_while_copies_hide_behind_the_others_and_are_recomputed_beyond():
-    quick = plan_memory(LINKED, 5 * GIB, **UNDECIDED)
+    quick = plan_memory(LINKED, 5 * GIB, UNDECIDED)
     assert quick.sent > 0 and quick.recomputed == 0
-    slow = plan_memory(replace(LINKED, link_bytes_per_second=2e8), 5 * GIB, **UNDECIDED)
+    slow = plan_memory(replace(LINKED, link_bytes_per_second=2e8), 5 * GIB, UNDECIDED)
     assert 0 <= slow.sent < quick.sent and slow.recomputed > 0
-    nothing = plan_memory(replace(LINKED, host_bytes=0), 5 * GIB, **UNDECIDED)
+    nothing = plan_memory(replace(LINKED, host_bytes=0), 5 * GIB, UNDECIDED)
     assert nothing.sent == 0 and nothing.recomputed > 0
 
 
@@ -103,9 +98,9 @@ def test_hidden_states_on_their_way_beside_a_sent_layer_are_counted():
 
 
 def test_no_layer_waits_on_the_host_against_the_users_word():
-    refused = plan_memory(LINKED, 5 * GIB, **{**UNDECIDED, "offload_activations": False})
+    refused = plan_memory(LINKED, 5 * GIB, StepSettings(offload_activations=False))
     assert (refused.sent, refused.offload_activations) == (0, False)
-    asked = plan_memory(LINKED, 5 * GIB, **{**UNDECIDED, "recomputed": 0, "offload_activations": True})
+    asked = plan_memory(LINKED, 5 * GIB, StepSettings(gradient_checkpointing="off", offload_activations=True))
     assert asked.sent == LINKED.layers
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 import transformers
 
-from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine import packed_attention as engine_attention
 from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
@@ -17,7 +18,7 @@ from qlora_cli.core.planning.activation_trace import TRACED_TOKENS, Growth, Heig
 from qlora_cli.core.planning.live_bytes import LiveBytes
 from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_training
 from qlora_cli.core.planning.meta_ops import Attention
-from qlora_cli.core.planning.model_profile import gather_facts
+from qlora_cli.core.planning.model_profile import profile_model
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from tests.conftest import ARCHITECTURES
 
@@ -159,12 +160,9 @@ def test_a_real_step_is_as_high_as_predicted(tmp_path, monkeypatch, architecture
     model = attach_adapter(base, LoraSettings(rank=4, alpha=8))
     installed = install_engine(
         model,
-        kind=engine,
+        StepSettings(engine=engine, gradient_checkpointing=recompute, resident_weights=True, compile=False),
         device=torch.device("cpu"),
         compute_dtype=torch.float32,
-        gradient_checkpointing=recompute,
-        resident_weights=True,
-        compile=False,
         max_tokens=TOKENS,
         total_steps=1,
         report=lambda event: None,
@@ -180,32 +178,16 @@ def test_a_real_step_is_as_high_as_predicted(tmp_path, monkeypatch, architecture
     with LiveBytes() as live:
         installed.loss(batch).backward()
 
-    facts = gather_facts(
-        config,
-        rank=4,
-        alpha=8,
-        dropout=0.0,
-        target_modules=None,
-        rslora=False,
-        dora=False,
-        modules_to_save=None,
-        quant_type="nf4",
-        double_quant=True,
-        compute_dtype=torch.float32,
-        engine=engine,
-    )
+    lora = LoraSettings(rank=4, alpha=8)
+    profile = profile_model(config, lora, QuantizationSettings(), compute_dtype=torch.float32, engine=engine)
     layers = {"off": 0, "on": 3, "1": 1 if engine == "fast" else 3}[recompute]
     step = ResolvedStep(
         tokens=TOKENS,
         row_tokens=TOKENS,
-        engine=engine,
         optimizer="adamw",
-        recomputed_layers=layers,
-        offload_activations=False,
-        offload_embeddings=False,
-        resident_weights=True,
-        compiled=False,
+        measures=MemoryPlan(recomputed=layers, resident_weights=True),
+        engine=engine,
         on_cuda=False,
     )
-    predicted = estimate_training(facts, step)
+    predicted = estimate_training(profile, step)
     assert predicted.activation_bytes + predicted.working_bytes == pytest.approx(live.peak_bytes, rel=0.03)

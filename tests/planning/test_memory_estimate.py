@@ -9,16 +9,18 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,
     ResolvedStep,
     count_flops,
     estimate_disk,
     estimate_generation,
+    estimate_merging,
     estimate_training,
-    predict_merging,
 )
-from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
+from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 
 CONFIGS = {
     "llama": transformers.LlamaConfig(
@@ -34,13 +36,16 @@ CONFIGS = {
     ),
     "bloom": transformers.BloomConfig(vocab_size=4096, hidden_size=512, n_layer=4, n_head=8),
 }
-ADAPTER = {"alpha": 16, "rslora": False, "dora": False, "modules_to_save": None, "target_modules": None}
-BASE = {"quant_type": "nf4", "double_quant": True, "compute_dtype": torch.bfloat16}
+
+
+def profile(config, engine: str = "fast", **lora) -> ModelProfile:
+    settings = LoraSettings(**{"rank": 4, "alpha": 16, **lora})
+    return profile_model(config, settings, QuantizationSettings(), compute_dtype=torch.bfloat16, engine=engine)
 
 
 @cache
-def facts_of(name: str, rank: int = 16, engine: str = "fast", dropout: float = 0.0) -> ModelProfile:
-    return gather_facts(CONFIGS[name], rank=rank, dropout=dropout, engine=engine, **ADAPTER, **BASE)
+def profile_of(name: str, rank: int = 16, engine: str = "fast", dropout: float = 0.0) -> ModelProfile:
+    return profile(CONFIGS[name], engine, rank=rank, dropout=dropout)
 
 
 LAYERS = {"llama": 6, "gpt_neox": 6, "bloom": 4}
@@ -52,62 +57,65 @@ def steps(draw, name: str):
     return ResolvedStep(
         tokens=row_tokens * draw(st.integers(1, 8)),
         row_tokens=row_tokens,
-        engine="fast",
         optimizer=draw(st.sampled_from(("paged_adamw_8bit", "adamw", "adamw_8bit", "lion", "sgd"))),
-        recomputed_layers=draw(st.integers(0, LAYERS[name])),
-        offload_activations=draw(st.booleans()),
-        offload_embeddings=draw(st.booleans()),
-        resident_weights=draw(st.booleans()),
+        measures=MemoryPlan(
+            recomputed=draw(st.integers(0, LAYERS[name])),
+            offload_activations=draw(st.booleans()),
+            offload_embeddings=draw(st.booleans()),
+            resident_weights=draw(st.booleans()),
+            workspace_bytes=draw(st.sampled_from((None, 2**20, 2**26))),
+        ),
         compiled=draw(st.booleans()),
-        workspace_bytes=draw(st.sampled_from((None, 2**20, 2**26))),
     )
+
+
+def with_measures(step: ResolvedStep, **measures) -> ResolvedStep:
+    return replace(step, measures=replace(step.measures, **measures))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_more_work_never_takes_less_and_savings_never_more(name, data):
-    facts = facts_of(name)
+    model_profile = profile_of(name)
     step = data.draw(steps(name))
-    peak_bytes = estimate_training(facts, step).peak_bytes
+    peak_bytes = estimate_training(model_profile, step).peak_bytes
 
     more = data.draw(st.integers(0, 5000))
-    assert estimate_training(facts, replace(step, tokens=step.tokens + more)).peak_bytes >= peak_bytes
+    assert estimate_training(model_profile, replace(step, tokens=step.tokens + more)).peak_bytes >= peak_bytes
     longer = replace(step, tokens=step.tokens + more, row_tokens=step.row_tokens + more)
-    assert estimate_training(facts, longer).peak_bytes >= peak_bytes
+    assert estimate_training(model_profile, longer).peak_bytes >= peak_bytes
     for name_ in ("offload_activations", "offload_embeddings"):
-        assert estimate_training(facts, replace(step, **{name_: True})).peak_bytes <= peak_bytes + 1
-    assert estimate_training(facts, replace(step, resident_weights=True)).peak_bytes >= peak_bytes
-    assert estimate_training(facts, replace(step, workspace_bytes=2**18)).peak_bytes <= peak_bytes
+        assert estimate_training(model_profile, with_measures(step, **{name_: True})).peak_bytes <= peak_bytes + 1
+    assert estimate_training(model_profile, with_measures(step, resident_weights=True)).peak_bytes >= peak_bytes
+    assert estimate_training(model_profile, with_measures(step, workspace_bytes=2**18)).peak_bytes <= peak_bytes
     heavier = replace(step, optimizer="adamw")
-    assert estimate_training(facts, heavier).peak_bytes >= peak_bytes
+    assert estimate_training(model_profile, heavier).peak_bytes >= peak_bytes
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_higher_rank_never_takes_less(name):
-    step = ResolvedStep(4096, 2048, "fast", "adamw", 0, False, False, False, False)
-    peaks = [estimate_training(facts_of(name, rank), step).peak_bytes for rank in (1, 8, 16, 64)]
+    step = ResolvedStep(4096, 2048, "adamw")
+    peaks = [estimate_training(profile_of(name, rank), step).peak_bytes for rank in (1, 8, 16, 64)]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recomputing_and_offloading_save_what_is_kept(name):
-    facts = facts_of(name)
-    kept = ResolvedStep(16384, 2048, "fast", "adamw", 0, False, False, False, False)
-    recomputed = replace(kept, recomputed_layers=LAYERS[name])
-    offloaded = replace(recomputed, offload_activations=True)
-    peaks = [estimate_training(facts, step).peak_bytes for step in (kept, recomputed, offloaded)]
+    model_profile = profile_of(name)
+    kept = ResolvedStep(16384, 2048, "adamw")
+    recomputed = with_measures(kept, recomputed=LAYERS[name])
+    offloaded = with_measures(recomputed, offload_activations=True)
+    peaks = [estimate_training(model_profile, step).peak_bytes for step in (kept, recomputed, offloaded)]
     assert peaks[0] > 1.2 * peaks[1] > 1.2 * peaks[2]
-    hidden_bytes = 16384 * facts.trace.layers[0].hidden * 2
+    hidden_bytes = 16384 * model_profile.trace.layers[0].hidden * 2
     saved = peaks[1] - peaks[2]
     assert saved == pytest.approx((LAYERS[name] - 2) * hidden_bytes * 1.01, rel=0.3)
 
 
 def test_the_parts_add_up():
-    memory = estimate_training(
-        facts_of("llama"), ResolvedStep(4096, 2048, "fast", "paged_adamw_8bit", 3, False, False, False, False)
-    )
+    memory = estimate_training(profile_of("llama"), ResolvedStep(4096, 2048, "paged_adamw_8bit", MemoryPlan(3)))
     content = memory.to_dict()
     outside = ("peak_bytes", "device_bytes", "paged_bytes", "context_bytes", "host_bytes")
     parts = [value for name, value in content.items() if name.endswith("_bytes") and name not in outside]
@@ -117,15 +125,15 @@ def test_the_parts_add_up():
 
 
 def test_the_weights_of_the_prediction_are_those_of_the_count():
-    facts = facts_of("gpt_neox")
-    step = ResolvedStep(2048, 2048, "fast", "adamw", 6, False, False, False, False)
-    memory = estimate_training(facts, step)
-    trained = facts.footprint.trainable_parameters
-    assert memory.base_bytes == facts.footprint.base_bytes
+    model_profile = profile_of("gpt_neox")
+    step = ResolvedStep(2048, 2048, "adamw", MemoryPlan(6))
+    memory = estimate_training(model_profile, step)
+    trained = model_profile.footprint.trainable_parameters
+    assert memory.base_bytes == model_profile.footprint.base_bytes
     assert memory.adapter_bytes == (4 + 2) * trained  # float32, and a copy in bfloat16
     assert memory.gradient_bytes == 4 * trained
     assert memory.optimizer_bytes == 8 * trained
-    without = estimate_training(facts, replace(step, offload_embeddings=True))
+    without = estimate_training(model_profile, with_measures(step, offload_embeddings=True))
     assert memory.base_bytes - without.base_bytes == 50304 * 1024 * 2
     assert without.host_bytes - memory.host_bytes == 50304 * 1024 * 2
 
@@ -140,42 +148,44 @@ def test_the_weights_of_the_prediction_are_those_of_the_count():
     ],
 )
 def test_embeddings_that_are_trained_stay_on_the_card(changes, movable):
-    facts = gather_facts(CONFIGS["llama"], rank=4, dropout=0.0, engine="fast", **{**ADAPTER, **BASE, **changes})
-    assert (facts.embedding_bytes > 0) == movable
+    model_profile = profile(CONFIGS["llama"], **changes)
+    assert (model_profile.embedding_bytes > 0) == movable
 
 
 def test_the_plain_engine_takes_more_than_the_fast_one():
-    fast = ResolvedStep(4096, 2048, "fast", "adamw", 0, False, False, False, False)
+    fast = ResolvedStep(4096, 2048, "adamw")
     plain = replace(fast, engine="plain")
     assert (
-        estimate_training(facts_of("llama", engine="plain"), plain).peak_bytes
-        > 1.3 * estimate_training(facts_of("llama"), fast).peak_bytes
+        estimate_training(profile_of("llama", engine="plain"), plain).peak_bytes
+        > 1.3 * estimate_training(profile_of("llama"), fast).peak_bytes
     )
 
 
 def test_dropout_takes_room_for_what_it_drops():
-    step = ResolvedStep(4096, 2048, "fast", "adamw", 0, False, False, False, False)
+    step = ResolvedStep(4096, 2048, "adamw")
     assert (
-        estimate_training(facts_of("llama", dropout=0.1), step).peak_bytes
-        >= estimate_training(facts_of("llama"), step).peak_bytes
+        estimate_training(profile_of("llama", dropout=0.1), step).peak_bytes
+        >= estimate_training(profile_of("llama"), step).peak_bytes
     )
 
 
 def test_written_out_attention_grows_with_the_square_of_a_row():
-    facts = facts_of("bloom")
-    short = ResolvedStep(8192, 512, "fast", "adamw", 0, False, False, False, False)
-    peaks = [estimate_training(facts, replace(short, row_tokens=row)).activation_bytes for row in (512, 1024, 2048)]
+    model_profile = profile_of("bloom")
+    short = ResolvedStep(8192, 512, "adamw")
+    peaks = [
+        estimate_training(model_profile, replace(short, row_tokens=row)).activation_bytes for row in (512, 1024, 2048)
+    ]
     assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.01)
     assert peaks[1] > 1.3 * peaks[0]
 
 
 def test_answers_need_room_for_keys_and_values():
-    facts = facts_of("llama")
-    one = estimate_generation(facts, rows=1, row_tokens=1024)
+    model_profile = profile_of("llama")
+    one = estimate_generation(model_profile, rows=1, row_tokens=1024)
     assert one.cache_bytes == 1024 * 6 * 2 * 1024 * 2  # tokens, layers, keys and values, width, bytes
-    eight = estimate_generation(facts, rows=8, row_tokens=1024)
+    eight = estimate_generation(model_profile, rows=8, row_tokens=1024)
     assert eight.cache_bytes == 8 * one.cache_bytes
-    assert eight.peak_bytes > one.peak_bytes > facts.footprint.base_bytes
+    assert eight.peak_bytes > one.peak_bytes > model_profile.footprint.base_bytes
 
 
 def test_grouped_heads_keep_fewer_keys_and_values():
@@ -187,38 +197,37 @@ def test_grouped_heads_keep_fewer_keys_and_values():
         num_key_value_heads=2,
         intermediate_size=512,
     )
-    facts = gather_facts(config, rank=4, dropout=0.0, engine="fast", **ADAPTER, **BASE)
-    assert facts.trace.layers[0].keys_and_values == 2 * 2 * 32
+    model_profile = profile(config)
+    assert model_profile.trace.layers[0].keys_and_values == 2 * 2 * 32
 
 
 def test_disk_and_merging_follow_the_checkpoint():
-    facts = facts_of("llama")
-    parameters = facts.footprint.total_parameters - facts.footprint.trainable_parameters
-    disk = estimate_disk(facts, optimizer="adamw", kept_checkpoints=2)
+    model_profile = profile_of("llama")
+    parameters = model_profile.footprint.total_parameters - model_profile.footprint.trainable_parameters
+    disk = estimate_disk(model_profile, optimizer="adamw", kept_checkpoints=2)
     assert disk["download_bytes"] == 2 * parameters  # the configuration names no dtype: 16 bits
-    assert disk["base_cache_bytes"] == facts.footprint.base_bytes
-    assert disk["run_bytes"] == (4 + 3 * 12) * facts.footprint.trainable_parameters
-    assert predict_merging(facts)["disk_bytes"] == disk["download_bytes"]
+    assert disk["base_cache_bytes"] == model_profile.footprint.base_bytes
+    assert disk["run_bytes"] == (4 + 3 * 12) * model_profile.footprint.trainable_parameters
+    assert estimate_merging(model_profile)["disk_bytes"] == disk["download_bytes"]
 
 
 def test_the_checkpoint_s_dtype_decides_the_download():
     halves = transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "dtype": "float16"})
     floats = transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "dtype": "float32"})
-    half, whole = (
-        gather_facts(config, rank=4, dropout=0.0, engine="fast", **ADAPTER, **BASE).stored_bytes
-        for config in (halves, floats)
-    )
+    half, whole = (profile(config).stored_bytes for config in (halves, floats))
     assert whole == 2 * half
 
 
 def test_arithmetic_is_four_operations_a_weight_and_half_as_much_again_recomputed():
-    facts = facts_of("llama")
-    weights = sum(facts.footprint.quantized_numels) + 32000 * 1024
-    step = ResolvedStep(2048, 1, "fast", "adamw", 0, False, False, False, False)
-    adapter = facts.footprint.trainable_parameters
-    assert count_flops(facts, step) == pytest.approx(4 * weights + 6 * adapter, rel=1e-3)
-    again = count_flops(facts, replace(step, recomputed_layers=6))
-    assert again - count_flops(facts, step) == pytest.approx(2 * (weights - 32000 * 1024) + 2 * adapter, rel=1e-3)
+    model_profile = profile_of("llama")
+    weights = sum(model_profile.footprint.quantized_numels) + 32000 * 1024
+    step = ResolvedStep(2048, 1, "adamw")
+    adapter = model_profile.footprint.trainable_parameters
+    assert count_flops(model_profile, step) == pytest.approx(4 * weights + 6 * adapter, rel=1e-3)
+    again = count_flops(model_profile, with_measures(step, recomputed=6))
+    assert again - count_flops(model_profile, step) == pytest.approx(
+        2 * (weights - 32000 * 1024) + 2 * adapter, rel=1e-3
+    )
 
 
 @pytest.mark.gpu
@@ -255,14 +264,12 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
     }
     engine = install_engine(
         model,
-        kind="fast",
+        StepSettings(compile=False, **options),
         device=device,
         compute_dtype=torch.bfloat16,
-        compile=False,
         max_tokens=rows * row_tokens,
         total_steps=3,
         report=lambda event: None,
-        **options,
     )
     parameters = TrainableParameters(model)
     optimizer = build_optimizer("adamw", parameters, weight_decay=0.0)
@@ -282,12 +289,11 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
     step = ResolvedStep(
         tokens=rows * row_tokens,
         row_tokens=row_tokens,
-        engine="fast",
         optimizer="adamw",
-        recomputed_layers=0 if measure == "kept" else LAYERS["llama"],
-        offload_activations=options["offload_activations"],
-        offload_embeddings=options["offload_embeddings"],
-        resident_weights=False,
-        compiled=False,
+        measures=MemoryPlan(
+            recomputed=0 if measure == "kept" else LAYERS["llama"],
+            offload_activations=options["offload_activations"],
+            offload_embeddings=options["offload_embeddings"],
+        ),
     )
-    assert estimate_training(facts_of("llama"), step).peak_bytes == pytest.approx(measured_bytes, rel=0.05)
+    assert estimate_training(profile_of("llama"), step).peak_bytes == pytest.approx(measured_bytes, rel=0.05)

@@ -70,7 +70,7 @@ KNOWN = {
         (4_718_592, 6_921_720_704),
     ),
 }
-HELD = {"quant_type": "nf4", "double_quant": True, "compute_dtype": torch.bfloat16}
+HELD = QuantizationSettings(), torch.bfloat16
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -79,7 +79,7 @@ def test_known_models_have_their_known_counts(name):
     model = attach_adapter(
         build_empty(config_class(**arguments)), LoraSettings(rank=rank, alpha=32, target_modules=targets)
     )
-    found = measure_footprint(model, **HELD)
+    found = measure_footprint(model, *HELD)
     assert found.trainable_parameters == trainable == sum(row.trainable for row in found.rows)
     assert found.total_parameters == base + trainable
     assert sum(row.parameters for row in found.rows) == base
@@ -88,7 +88,7 @@ def test_known_models_have_their_known_counts(name):
 
 def test_the_falcon_base_fits_where_it_must():
     config_class, arguments, _, _ = KNOWN["falcon-7b"]
-    assert measure_footprint(build_empty(config_class(**arguments)), **HELD).base_bytes < 4.6 * 2**30
+    assert measure_footprint(build_empty(config_class(**arguments)), *HELD).base_bytes < 4.6 * 2**30
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -116,7 +116,7 @@ def test_the_meta_count_is_the_loaded_count(tiny_model, architecture):
         device=torch.device("cpu"),
     )
     loaded = attach_adapter(base, LoraSettings(rank=4, alpha=8))
-    found = measure_footprint(meta, quant_type="nf4", double_quant=True, compute_dtype=torch.float32)
+    found = measure_footprint(meta, QuantizationSettings(), torch.float32)
     assert (found.trainable_parameters, found.total_parameters) == count_parameters(loaded)
     plain = sum(p.nbytes for p in loaded.parameters() if not p.requires_grad and p.dtype == torch.float32)
     packed = sum(packed_bytes(numel, double_quant=True) for numel in found.quantized_numels)
@@ -125,9 +125,9 @@ def test_the_meta_count_is_the_loaded_count(tiny_model, architecture):
 
 def test_modules_trained_in_full_count_as_trained(tiny_model):
     config = resolve_model(str(tiny_model("llama"))).config
-    plain = measure_footprint(attach_adapter(build_empty(config), LoraSettings(rank=4, alpha=8)), **HELD)
+    plain = measure_footprint(attach_adapter(build_empty(config), LoraSettings(rank=4, alpha=8)), *HELD)
     model = attach_adapter(build_empty(config), LoraSettings(rank=4, alpha=8, modules_to_save=("lm_head",)))
-    found = measure_footprint(model, **HELD)
+    found = measure_footprint(model, *HELD)
     head = config.vocab_size * config.hidden_size
     assert found.trainable_parameters == plain.trainable_parameters + head
     assert next(row for row in found.rows if row.module == "lm_head").trainable == head

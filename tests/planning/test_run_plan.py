@@ -10,7 +10,7 @@ import transformers
 
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.planning.run_plan import RunPlan, gather_run_facts, plan_run_memory, resolved_configuration
+from qlora_cli.core.planning.run_plan import RunPlan, plan_run_memory, profile_run, resolved_configuration
 from qlora_cli.errors import DoesNotFit, UsageError
 from qlora_cli.sizes import format_bytes
 
@@ -28,7 +28,7 @@ CONFIG = TrainConfig(
 class Cards(ProcessGroup):
     """Ranks that all have the same card."""
 
-    def highest(self, value, device):
+    def all_reduce_max(self, value, device):
         return value
 
 
@@ -39,9 +39,9 @@ def plan(
     return plan_run_memory(
         config,
         model,
-        gather_run_facts(config, model, device),
+        profile_run(config, model, device),
         max_length=config.max_length or 16384,
-        lengths=lengths,
+        row_lengths=lengths,
         longest=longest,
         device=device,
         ranks=ranks or ProcessGroup(),
@@ -57,7 +57,7 @@ def test_what_fits_stays_as_it_was_asked_for():
     memory = plan(vram="40GiB")
     assert memory.plan.fits and memory.limit_tokens is None and memory.commands == ()
     assert memory.largest_tokens == memory.plan.token_budget == 64000
-    assert memory.decided["gradient_checkpointing"] == "off"
+    assert memory.plan.settings["gradient_checkpointing"] == "off"
 
 
 def test_micro_batches_are_limited_where_memory_is_short():
@@ -92,7 +92,7 @@ def test_a_run_that_cannot_end_well_is_refused_with_a_command_that_can(prepared)
     assert shorter.plan.fits
 
 
-def test_where_nothing_fits_that_is_said():
+def test_where_nothing_fits_the_error_says_so():
     with pytest.raises(DoesNotFit) as caught:
         plan(vram="100MiB")
     assert "Nothing fits" in caught.value.hint
@@ -113,16 +113,18 @@ def test_a_run_on_the_cpu_is_never_refused():
     assert not events[1:]
 
 
-def test_a_dry_run_on_the_cpu_tells_the_host_s_memory():
+def test_a_dry_run_on_the_cpu_reports_the_host_s_memory():
     memory = plan(CPU, dry_run=True)
     assert memory.plan.vram_bytes is None
     assert memory.predicted()["context_bytes"] == 0 < memory.predicted()["peak_bytes"]
-    assert memory.decided["optimizer"] == "adamw"
+    assert memory.plan.settings["optimizer"] == "adamw"
 
 
 def test_a_model_that_cannot_be_followed_says_why():
     memory = plan(vram="40GiB")
-    blind = replace(memory, plan=replace(memory.plan, memory=None), facts=replace(memory.facts, untraced="it must not"))
+    blind = replace(
+        memory, plan=replace(memory.plan, memory=None), profile=replace(memory.profile, untraced="it must not")
+    )
     assert blind.predicted() == "cannot be predicted: it must not"
 
 
@@ -139,7 +141,7 @@ def test_a_size_without_a_unit_is_refused():
         plan(vram="12")
 
 
-def test_the_base_is_spread_where_one_card_cannot_hold_it_and_two_can():
+def test_the_base_is_sharded_where_one_card_cannot_hold_it_and_two_can():
     deep = transformers.LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
     short = {"model": deep, "lengths": np.full(8, 64, dtype=np.int32), "longest": ((0,),), "max_length": 64}
     leanest = {"gradient_checkpointing": "on", "offload_activations": True, "dry_run": True}

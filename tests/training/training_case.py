@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.data.dataset import hold_out
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -129,7 +129,7 @@ def make_case(
     model = attach_adapter(frozen, LoraSettings(rank=4, alpha=8, dropout=dropout), seed=0)
     engine = install_engine(
         model,
-        kind="plain",
+        StepSettings(engine="plain"),
         device=CPU,
         compute_dtype=compute_dtype,
         max_tokens=80,

@@ -30,6 +30,7 @@ from qlora_cli.core.data.sources import Source, resolve_source
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
+from qlora_cli.core.models.structure import context_length
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
 from qlora_cli.core.prompts.records import Record
 from qlora_cli.core.storage.disk_space import reporting_disk_full
@@ -78,21 +79,14 @@ def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None
     Raises:
         UsageError: It is too small, or past what the model has position embeddings for.
     """
-    text_config = model_config.get_text_config() if model_config is not None else None
-    context = next(
-        (
-            value
-            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-            if isinstance(value := getattr(text_config, name, None), int) and value > 0
-        ),
-        None,
-    )
+    context = None if model_config is None else context_length(model_config)
     if wanted is None:
         return min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if wanted < 2:
         raise UsageError(f"--max-length {wanted} leaves no token to train.", "Use at least 2, commonly 512 to 2048.")
     if context and wanted > context:
-        if getattr(text_config, "model_type", None) in LEARNED_POSITIONS:
+        assert model_config is not None
+        if model_config.get_text_config(decoder=True).model_type in LEARNED_POSITIONS:
             raise UsageError(
                 f"--max-length {wanted} is past the {context} positions that the model has.",
                 f"Use: --max-length {context}",

@@ -6,10 +6,11 @@ dequantised once, if all of them fit in half of the memory that is free.
 
 from typing import Any
 
-import psutil
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, logical_numel
 
 SHARE = 0.5  # of the free memory
@@ -25,7 +26,7 @@ def unpack_linears(model: Any, free_bytes: int | None = None) -> bool:
         free_bytes: Memory to be had; by default what the host has available.
     """
     if free_bytes is None:
-        free_bytes = psutil.virtual_memory().available
+        free_bytes = read_free_bytes(torch.device("cpu"))
     linears = [module for _, module in four_bit_linears(model)]
     needed = sum(logical_numel(module.weight) * module.compute_dtype.itemsize for module in linears)
     if needed > SHARE * free_bytes:

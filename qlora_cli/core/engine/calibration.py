@@ -1,76 +1,171 @@
-"""One decoder layer tried out in; how steps keep within the device's memory, for each number of tokens, out."""
+"""Calibration of an engine: layers are tried out on random tokens, and steps are planned by what that measured."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from typing import Any
 
-import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from qlora_cli.config import StepSettings
+from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
-from qlora_cli.core.engine.decoder_layers import LayerBytes
-from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan, StepNeeds, free_bytes, plan_memory
+from qlora_cli.core.engine.decoder_layers import LayerBytes, capture_first_call, measure_layer
+from qlora_cli.core.engine.lora_linear import AdapterValues
+from qlora_cli.core.engine.memory_plan import SLICE_BYTES, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
 from qlora_cli.core.engine.offload import link_bytes_per_second
-from qlora_cli.core.engine.trials import LEAST_TRIAL_TOKENS, Calibration
+from qlora_cli.core.engine.packed_attention import pack_mask
+from qlora_cli.core.models.structure import context_length
+from qlora_cli.errors import first_line
 
 RELIEF_BYTES, MOST_RELIEFS = 2**28, 16  # how much less memory is planned with each time it runs out
 HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
+# Rows of the pack that the engine is tried on. Their sum is no size of a weight: it tells activations from them.
+TRIAL_LENGTHS = (24, 43)
+LONG_ROW = 1024  # of so many tokens attention has other kernels
+LEAST_TRIAL_TOKENS = 32
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine is asked for; see `install_engine`. None leaves a choice to the engine.
+class Calibration:
+    """Runs of one model instance before its first step.
+
+    Args:
+        model: The whole model, which says whether it is training.
+        decoder: The part below the head.
+        embedding: The input embeddings.
+        values: The adapters' values, brought up to date before each run.
+        device: Where the model computes.
 
     Attributes:
-        recomputed: How many of so many layers are recomputed.
+        packed: Whether attention takes packs by now.
+        hidden_bytes: Of one token before the layer that was measured.
     """
 
-    compute_dtype: torch.dtype
-    recomputed: Callable[[int], int | None]
-    offload_activations: bool | None
-    offload_embeddings: bool | None
-    resident_weights: bool | None
-    compile: bool | None
-    max_tokens: int
-    total_steps: int
-    optimizer_bytes: int
+    def __init__(
+        self, model: nn.Module, decoder: Any, embedding: Any, values: AdapterValues, device: torch.device
+    ) -> None:
+        self.model, self.decoder, self.embedding, self.values, self.device = model, decoder, embedding, values, device
+        self.packed = False
+        self.hidden_bytes = 0
 
-    def plan(self, layers: int, *, resident: bool) -> MemoryPlan:
-        """Of steps that nothing is measured for: what was asked for, and nothing else."""
-        recomputed, away = self.recomputed(layers), self.offload_activations
-        sent = layers if away and recomputed == 0 else 0
-        return MemoryPlan(recomputed or 0, bool(away), bool(self.offload_embeddings), resident, sent=sent)
+    @property
+    def _vocabulary(self) -> int:
+        return self.embedding.weight.shape[0]
 
-    def planner(self, layers: int) -> "StepPlanner":
-        """Decides what was left open."""
-        recomputed = self.recomputed(layers)
-        choose = partial(
-            plan_memory,
-            recomputed=recomputed,
-            offload_activations=self.offload_activations,
-            offload_embeddings=self.offload_embeddings,
-            resident_weights=self.resident_weights,
-        )
-        return StepPlanner(choose, bucket_tokens(self.max_tokens), adapts=recomputed is None)
+    def _ids(self, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self._vocabulary, (1, tokens), generator=generator).to(self.device)
+
+    def inputs(self, tokens: int) -> dict[str, Tensor]:
+        """A row of random tokens, embedded where the embeddings are not on the device."""
+        return self._whole(self._ids(tokens))
+
+    def _whole(self, ids: Tensor) -> dict[str, Tensor]:
+        weight = self.embedding.weight
+        # Sharded embeddings are gathered on the device, and FSDP2 asks for the whole model to be called first.
+        away = weight.device.type != self.device.type and not isinstance(weight, DTensor)
+        return {"inputs_embeds": self._embed(ids)} if away else {"input_ids": ids}
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids.to(self.embedding.weight.device)).to(self.device)
+
+    def _pack_states(self, ids: Tensor, lengths: tuple[int, ...], longest: int = 0) -> Tensor:
+        """Hidden states (T, size) of rows of those lengths, end to end; attention may expect one of `longest` tokens."""
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
+        boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        mask = pack_mask(boundaries.to(self.device), max(longest, *lengths))
+        inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        return self.decoder(inputs_embeds=self._embed(ids), **inputs).last_hidden_state[0]
+
+    def run(self, lengths: tuple[int, ...] = TRIAL_LENGTHS) -> None:
+        """One forward pass of rows of those lengths."""
+        self.values.refresh()
+        with torch.no_grad():
+            ids = self._ids(sum(lengths))
+            if self.packed:
+                self._pack_states(ids, lengths)
+            else:
+                rows = len(lengths) if len(set(lengths)) == 1 else 1
+                self.decoder(inputs_embeds=self._embed(ids.view(rows, -1)), use_cache=False)
+
+    def rows_of(self, tokens: int) -> tuple[int, ...]:
+        """Lengths of rows with so many tokens together, or a few more, for each of which the model has positions."""
+        context = context_length(self.decoder.config) or tokens
+        rows = -(-tokens // context)
+        return (-(-tokens // rows),) * rows
+
+    @torch.no_grad()
+    def why_pack_differs(self) -> str | None:
+        """Tries a pack of two rows: neither the other row nor a later token may change anything, not by one bit more
+        than rounding, and each row must come out as it does alone."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self.values.refresh()
+            short, long = TRIAL_LENGTHS
+            ids = self._ids(short + long)
+            pack = self._pack_states(ids, TRIAL_LENGTHS)
+            changed = ids.clone()
+            changed[0, :short] = (changed[0, :short] + 1) % self._vocabulary
+            other_row = self._pack_states(changed, TRIAL_LENGTHS)[short:]
+            changed = ids.clone()
+            changed[0, -1] = (changed[0, -1] + 1) % self._vocabulary
+            earlier = self._pack_states(changed, TRIAL_LENGTHS)[:-1]
+            as_long = self._pack_states(ids, TRIAL_LENGTHS, LONG_ROW)
+            alone = self.decoder(**self._whole(ids[:, short:]), use_cache=False).last_hidden_state[0]
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            return f"this architecture refused a pack ({type(error).__name__}: {first_line(error)})"
+        finally:
+            self.model.train(was_training)
+        spread = pack.float().std()
+        rounding = torch.finfo(pack.dtype).eps * 8 * spread
+        if not bool(((other_row - pack[short:]).float().abs().max() <= rounding).item()):
+            return "rows of a pack saw one another in a trial"
+        if not bool(((earlier - pack[:-1]).float().abs().max() <= rounding).item()):
+            return "tokens saw later ones in a trial"
+        error_ = max((alone - found[short:]).float().norm() / alone.float().norm() for found in (pack, as_long))
+        if not bool((error_ <= 0.1).item()):
+            return "a packed row came out unlike the same row alone in a trial"
+        return None
+
+    def measure(self, layer: nn.Module, tokens: int) -> tuple[LayerBytes, LayerSeconds] | None:
+        """Memory and time that the first layer takes at so many tokens; None where there is not the memory.
+
+        Raises:
+            torch.OutOfMemoryError: There is not even the memory for a few tokens.
+        """
+        try:
+            call = capture_first_call(layer, lambda: self.run(self.rows_of(tokens)))
+            self.hidden_bytes = call.args[0].shape[-1] * call.args[0].element_size()
+            return measure_layer(layer, call)
+        except torch.OutOfMemoryError:
+            if tokens < 2 * LEAST_TRIAL_TOKENS:
+                raise
+        torch.cuda.empty_cache()
+        return None
 
 
 class StepPlanner:
     """Plans the steps of one engine on a CUDA device.
 
     Args:
-        choose: `plan_memory` with what was asked for.
-        largest_tokens: Of a micro-batch.
-        adapts: Whether smaller micro-batches may keep what larger ones recompute.
+        settings: What was asked for; where it leaves recomputation open, smaller micro-batches keep what larger ones
+            recompute.
+        max_tokens: Of a micro-batch.
 
     Attributes:
+        largest_tokens: Of a micro-batch, as the engine lays it into its shapes.
         needs: Of the largest micro-batch, once measured.
         available_bytes: What the device had left then, less what running out of memory has taught since.
     """
 
-    def __init__(self, choose: Callable[..., MemoryPlan], largest_tokens: int, *, adapts: bool) -> None:
-        self.choose, self.largest_tokens, self.adapts = choose, largest_tokens, adapts
+    def __init__(self, settings: StepSettings, max_tokens: int) -> None:
+        self.settings, self.largest_tokens = settings, bucket_tokens(max_tokens)
+        self.adapts = settings.gradient_checkpointing == "auto"
+        self.workspaces: tuple[int | None, ...] = (None, SLICE_BYTES)
         self.needs: StepNeeds
         self.available_bytes = 0
 
@@ -87,6 +182,7 @@ class StepPlanner:
         while (measured := trials.measure(layer, self.largest_tokens // share)) is None:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
         bytes_, seconds = measured
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         few = trials.measure(layer, max(LEAST_TRIAL_TOKENS, self.largest_tokens // share // 4))
         self.needs = replace(
             _with_layer(static, bytes_, share, workspace_bytes),
@@ -94,19 +190,17 @@ class StepPlanner:
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
             fixed_seconds=None if few is None else _fixed(seconds, few[1]),
             link_bytes_per_second=link_bytes_per_second(trials.device),
-            host_bytes=int(
-                HOST_SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            ),
+            host_bytes=int(HOST_SHARE * read_free_bytes(torch.device("cpu")) / ranks_here),
         )
-        self.available_bytes = free_bytes(trials.device)
+        self.available_bytes = read_free_bytes(trials.device)
 
     def plan(self) -> MemoryPlan:
         """For the largest micro-batch."""
-        return self.choose(self.needs, self.available_bytes)
+        return plan_memory(self.needs, self.available_bytes, self.settings, workspaces=self.workspaces)
 
     def keep_workspace(self, workspace_bytes: int | None) -> None:
         """Plans no other slices from now on: compiled code holds them."""
-        self.choose = partial(self.choose, workspaces=(workspace_bytes,))
+        self.workspaces = (workspace_bytes,)
 
     def reduce_memory(self, current: MemoryPlan) -> MemoryPlan | None:
         """A leaner plan than the one with which memory ran out; None where there is none."""

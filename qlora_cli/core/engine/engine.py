@@ -1,4 +1,4 @@
-"""A model with an adapter in, an `Engine` out that turns micro-batches into losses; nothing is patched globally."""
+"""Engine of a training step: what turns a micro-batch into its loss, for one model instance; nothing global is patched."""
 
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_cli.core.engine.calibration import EngineOptions
+from qlora_cli.config import StepSettings
+from qlora_cli.core.engine.calibration import LEAST_TRIAL_TOKENS
 from qlora_cli.core.engine.fast import FastEngine
-from qlora_cli.core.engine.trials import LEAST_TRIAL_TOKENS
+from qlora_cli.core.engine.memory_plan import count_recomputed_layers
 from qlora_cli.errors import TrainingError, UsageError, first_line
 from qlora_cli.events import Report
 
@@ -28,7 +29,7 @@ class Engine(Protocol):
         ...
 
     def reduce_memory(self) -> bool:
-        """Gives up speed for memory, after it ran out. False where nothing is left to give up."""
+        """Gives up speed for memory, after it ran out; returns whether there was anything left to give up."""
         ...
 
     def describe(self) -> str:
@@ -42,15 +43,10 @@ class Engine(Protocol):
 
 def install_engine(
     model: nn.Module,
+    settings: StepSettings,
     *,
-    kind: str,
     device: torch.device,
     compute_dtype: torch.dtype,
-    gradient_checkpointing: str = "auto",
-    offload_activations: bool | None = None,
-    offload_embeddings: bool | None = None,
-    resident_weights: bool | None = None,
-    compile: bool | None = None,
     max_tokens: int,
     total_steps: int,
     optimizer_bytes: int = 0,
@@ -60,72 +56,48 @@ def install_engine(
 
     Args:
         model: A transformers causal language model, usually wrapped by PEFT, on `device`.
-        kind: "fast", or "plain" for the model's own forward on padded rows.
+        settings: Which engine, and how it keeps within memory; what is left open is decided here, by memory and by the
+            length of the run.
         device: Where the model computes.
         compute_dtype: Dtype of the base model's arithmetic.
-        gradient_checkpointing: "auto", "on", "off", or how many decoder layers are recomputed.
-        offload_activations: Whether checkpointed activations wait in pinned host memory; None decides by memory.
-        offload_embeddings: Whether the input embeddings stay on the host; None decides by memory.
-        resident_weights: Whether dequantised weights stay in memory; None decides by memory.
-        compile: Whether decoder layers are compiled; None decides by the length of the run.
         max_tokens: Most tokens in one micro-batch.
         total_steps: Optimizer steps still to run.
         optimizer_bytes: Of state that the optimizer has yet to allocate on the device.
         report: Receives notices of what was decided.
 
     Raises:
-        UsageError: A value is not one of the above.
+        UsageError: A setting is not one of those there are.
         TrainingError: There is not the memory to try a layer out.
     """
-    if kind == "plain":
-        return PlainEngine(model, device=device, gradient_checkpointing=gradient_checkpointing)
-    if kind == "fast":
-        options = EngineOptions(
+    if settings.engine == "plain":
+        return PlainEngine(model, settings, device=device)
+    if settings.engine != "fast":
+        raise UsageError(f"There is no engine {settings.engine!r}.", "Use --engine fast or --engine plain.")
+    try:
+        return FastEngine(
+            model,
+            settings,
+            device=device,
             compute_dtype=compute_dtype,
-            recomputed=lambda layers: count_recomputed_layers(gradient_checkpointing, layers),
-            offload_activations=offload_activations,
-            offload_embeddings=offload_embeddings,
-            resident_weights=resident_weights,
-            compile=compile,
             max_tokens=max_tokens,
             total_steps=total_steps,
             optimizer_bytes=optimizer_bytes,
+            report=report,
         )
-        try:
-            return FastEngine(model, options, device=device, report=report)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"Beside the model's weights there is no room on the device to run one layer on {LEAST_TRIAL_TOKENS} "
-                f"tokens ({first_line(error)})",
-                "Give more memory with --vram, close what else uses the card, or take a smaller model.",
-            ) from error
-    raise UsageError(f"There is no engine {kind!r}.", "Use --engine fast or --engine plain.")
-
-
-def count_recomputed_layers(gradient_checkpointing: str, layers: int) -> int | None:
-    """How many of `layers` decoder layers are recomputed in the backward pass; None leaves it to the engine.
-
-    Raises:
-        UsageError: Neither a word nor a number of layers.
-    """
-    words = {"auto": None, "on": layers, "off": 0}
-    if gradient_checkpointing in words:
-        return words[gradient_checkpointing]
-    if gradient_checkpointing.isdecimal():
-        return min(int(gradient_checkpointing), layers)
-    raise UsageError(
-        f"--gradient-checkpointing is {gradient_checkpointing!r}.",
-        "Use auto, on, off, or a number of layers.",
-    )
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Beside the model's weights there is no room on the device to run one layer on {LEAST_TRIAL_TOKENS} "
+            f"tokens ({first_line(error)})",
+            "Give more memory with --vram, close what else uses the card, or take a smaller model.",
+        ) from error
 
 
 class PlainEngine:
     """The model's own forward over padded rows, logits in full, cross-entropy in fp32: the truth to compare with."""
 
-    def __init__(self, model: Any, *, device: torch.device, gradient_checkpointing: str) -> None:
-        recomputed = count_recomputed_layers(gradient_checkpointing, layers=1)
+    def __init__(self, model: Any, settings: StepSettings, *, device: torch.device) -> None:
         self.model, self.device = model, device
-        self.recompute = device.type == "cuda" if recomputed is None else recomputed > 0
+        self.recompute = bool(count_recomputed_layers(settings, layers=1, on_cuda=device.type == "cuda"))
         if self.recompute:
             # Non-reentrant: gradients flow although the embeddings' output does not require any.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

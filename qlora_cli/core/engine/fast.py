@@ -6,12 +6,13 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qlora_cli.core.engine.calibration import EngineOptions, StepPlanner
+from qlora_cli.config import StepSettings
+from qlora_cli.core.device import read_free_bytes
+from qlora_cli.core.engine.calibration import Calibration, StepPlanner
 from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
@@ -34,10 +35,16 @@ from qlora_cli.core.engine.lora_linear import (
     share_projections,
     swap_linears,
 )
-from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, free_bytes
+from qlora_cli.core.engine.memory_plan import (
+    SLICE_BYTES,
+    MemoryPlan,
+    StepNeeds,
+    keeps_resident_on_cpu,
+    plan_as_asked,
+    settle_sharded,
+)
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
 from qlora_cli.core.engine.packed_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
-from qlora_cli.core.engine.trials import Calibration
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
@@ -60,34 +67,50 @@ ASSUMED_FLOPS_PER_SECOND = 4e14
 class FastEngine:
     """Steps of one model instance through the fused path. See `Engine` and `install_engine` for the contract."""
 
-    def __init__(self, model: Any, options: EngineOptions, *, device: torch.device, report: Report) -> None:
+    def __init__(
+        self,
+        model: Any,
+        settings: StepSettings,
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        max_tokens: int,
+        total_steps: int,
+        optimizer_bytes: int,
+        report: Report,
+    ) -> None:
         self.model, self.device, self.report = model, device, report
         self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
         self.embeddings = InputEmbeddings(self.base, device, report)
         self.undo: list[Callable[[], None]] = []
-        self.values = AdapterValues(options.compute_dtype)
+        self.values = AdapterValues(compute_dtype)
         self.trials = Calibration(model, self.decoder, self.embeddings.module, self.values, device)
         self.packed = self.equal_rows = False
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
+        self.largest_tokens = max_tokens
         try:
-            self._install(options)
+            self._install(settings, total_steps, optimizer_bytes)
         except BaseException:
             self.close()
             raise
 
-    def _install(self, options: EngineOptions) -> None:
-        dtype, self.largest_tokens = options.compute_dtype, options.max_tokens
+    def _install(self, settings: StepSettings, total_steps: int, optimizer_bytes: int) -> None:
+        dtype = self.values.dtype
         on_cuda = self.device.type == "cuda"
         self.sharded = is_sharded(self.base)
+        if self.sharded:
+            if settings.compile:
+                self.report(Notice("The layers of a sharded base are not compiled."))
+            settings = settle_sharded(settings)
         self.candidates = list(linear_candidates(self.base, self.base.get_output_embeddings()))
         self.step = StepState(self.device, len(self.candidates))
         dense_bytes = sum(logical_elements(m) for _, m in self.candidates) * dtype.itemsize
-        resident = False if self.sharded else options.resident_weights
+        resident = settings.resident_weights
         if not on_cuda and resident is None:
-            resident = dense_bytes < psutil.virtual_memory().available // 2
+            resident = keeps_resident_on_cpu(dense_bytes)
         self.put_linears_back: Callable[[], None] = lambda: None
         self.put_gates_back: Callable[[], None] = lambda: None
         self.undo.append(lambda: self.put_linears_back())
@@ -95,7 +118,7 @@ class FastEngine:
         self.undo.append(self.embeddings.move_back)
         self.buffer: Tensor | None = None
         self.undo.append(self._release_values)
-        if on_cuda and options.offload_embeddings is not False and free_bytes(self.device) < TRIAL_ROOM_BYTES:
+        if on_cuda and settings.offload_embeddings is not False and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.move_to_host()
         # Trials run on weights in slices: there may be no room for a whole one.
         self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
@@ -120,18 +143,16 @@ class FastEngine:
         self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
         self.undo.append(swap_layers(layers, self.layer_plans))
 
-        if options.compile and self.sharded:
-            self.report(Notice("The layers of a sharded base are not compiled."))
         elements = dense_bytes // dtype.itemsize
-        seconds = options.total_steps * 6 * elements * options.max_tokens / ASSUMED_FLOPS_PER_SECOND
-        wanted = seconds > COMPILE_PAYS_SECONDS if options.compile is None else options.compile
-        self.compiled = wanted and on_cuda and self.packed and not self.sharded
+        seconds = total_steps * 6 * elements * self.largest_tokens / ASSUMED_FLOPS_PER_SECOND
+        wanted = seconds > COMPILE_PAYS_SECONDS if settings.compile is None else settings.compile
+        self.compiled = wanted and on_cuda and self.packed
         self._share_projections()
 
-        plan = options.plan(len(layers), resident=bool(resident))
+        plan = plan_as_asked(settings, len(layers), resident_weights=bool(resident))
         if on_cuda and layers and not self.sharded:  # a layer by itself is not measured where all ranks gather it
-            self.planner = options.planner(len(layers))
-            plan = self._plan(self.planner, dense_bytes, options.optimizer_bytes)
+            self.planner = StepPlanner(settings, self.largest_tokens)
+            plan = self._plan(self.planner, dense_bytes, optimizer_bytes)
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled
         if self.compiled and self.planner is not None and self.embeddings.frozen:
@@ -139,14 +160,7 @@ class FastEngine:
         self._apply(plan)
         # Graphs read no trained embeddings or head, which lie outside of them, and repeat no random numbers.
         still = self.head is not None and self.head.frozen and self.embeddings.frozen and not drops
-        if (
-            on_cuda
-            and self.packed
-            and layers
-            and still
-            and not self.sharded
-            and options.total_steps >= GRAPHS_PAY_STEPS
-        ):
+        if on_cuda and self.packed and layers and still and not self.sharded and total_steps >= GRAPHS_PAY_STEPS:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.graphs = StepGraphs(
                 self._packed_loss,

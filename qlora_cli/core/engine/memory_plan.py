@@ -1,22 +1,34 @@
-"""What a model's step needs and what the device has in; which layers keep, recompute or send away activations, out."""
+"""How a training step keeps within memory: the measures there are, what each costs and saves, and which to take.
 
-from collections.abc import Iterable, Sequence
+The one rule book. Planning asks it before anything is downloaded, with predicted bytes; the engine on the device, with
+measured ones. `StepSettings` is what is asked for, `MemoryPlan` what comes of it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
+from qlora_cli.config import StepSettings
+from qlora_cli.core.device import read_free_bytes
+from qlora_cli.errors import UsageError
 from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
 
 # For what is not measured: libraries' workspaces, fragmentation, the optimizer's temporary values, a compiled layer's
 # other order of allocation. With 96 MiB each of three models near their limit ran out of memory.
 MARGIN_BYTES = 320 * 2**20
 SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole dequantised ones
+CPU_RESIDENT_SHARE = 0.5  # of the host's free memory, which dequantised weights may take unasked
 
 # Cost of each measure as a share of a step, or of one layer's forward pass: recomputing a layer, whose last linear is
 # left out; hidden states on their way to the host and back; embeddings looked up by the host; weights dequantised in
 # slices; dequantising. Copies hide behind so much of the time that layers compute.
 RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.7, 0.03, 0.01, 0.05, 0.08
 HIDDEN_SHARE = 0.8
+# Beside the measures a micro-batch takes a fixed time, that of about so many tokens: it launches every kernel and
+# dequantises every weight twice.
+FIXED_TOKENS = 500
 TOP_LAYERS = 2  # that keep everything, if any layer does
 # What is on its way to the host or back may take, as a multiple of what the largest layer sends: such a layer, and the
 # hidden states of recomputed ones beside it, which take more time to compute than to copy.
@@ -56,13 +68,13 @@ class StepNeeds:
     """
 
     layers: int
-    kept_bytes: int
-    peak_bytes: int
-    hidden_bytes: int
-    optimizer_bytes: int
-    dense_bytes: int
-    largest_dense_bytes: int
-    embedding_bytes: int
+    kept_bytes: int = 0
+    peak_bytes: int = 0
+    hidden_bytes: int = 0
+    optimizer_bytes: int = 0
+    dense_bytes: int = 0
+    largest_dense_bytes: int = 0
+    embedding_bytes: int = 0
     seconds: LayerSeconds | None = None
     fixed_seconds: LayerSeconds | None = None
     link_bytes_per_second: float = 0.0
@@ -70,7 +82,7 @@ class StepNeeds:
 
     def for_share(self, share: float) -> "StepNeeds":
         """The same for a micro-batch with that share of the largest one's tokens."""
-        passing = self.peak_bytes - self.largest_dense_bytes
+        transient = self.peak_bytes - self.largest_dense_bytes
         seconds, fixed = self.seconds, self.fixed_seconds
         if seconds is not None and fixed is not None:
             seconds = LayerSeconds(
@@ -80,7 +92,7 @@ class StepNeeds:
         return replace(
             self,
             kept_bytes=int(self.kept_bytes * share),
-            peak_bytes=int(passing * share) + self.largest_dense_bytes,
+            peak_bytes=int(transient * share) + self.largest_dense_bytes,
             hidden_bytes=int(self.hidden_bytes * share),
             seconds=seconds,
         )
@@ -99,10 +111,10 @@ class MemoryPlan:
         sent: How many other layers have all that they save wait on the host.
     """
 
-    recomputed: int
-    offload_activations: bool
-    offload_embeddings: bool
-    resident_weights: bool
+    recomputed: int = 0
+    offload_activations: bool = False
+    offload_embeddings: bool = False
+    resident_weights: bool = False
     workspace_bytes: int | None = None
     sent: int = 0
 
@@ -141,7 +153,7 @@ class MemoryPlan:
         return self.sent * needs.kept_bytes + self.recomputed * needs.hidden_bytes * self.offload_activations
 
     def cost(self, needs: StepNeeds) -> float:
-        """Time the measures take, as a share of a step."""
+        """Time that the measures take, as a share of a step."""
         seconds = needs.seconds or LayerSeconds(1.0, 1.0)
         layers = max(needs.layers, 1)
         step = layers * seconds.device
@@ -154,6 +166,10 @@ class MemoryPlan:
             + SLICE_COST * (self.workspace_bytes is not None)
             + DEQUANTISE_COST * (not self.resident_weights)
         )
+
+    def token_cost(self, layers: int, tokens: int) -> float:
+        """Time a token takes in micro-batches of so many, by the costs alone: 1 for arithmetic without any measure."""
+        return (1 + self.cost(StepNeeds(layers))) * (1 + FIXED_TOKENS / tokens)
 
     def _waiting_seconds(self, needs: StepNeeds, seconds: LayerSeconds, repeated: float) -> float:
         """How long layers wait for copies to the host and back."""
@@ -189,59 +205,113 @@ def _evenly(numbers: Sequence[int], count: int) -> list[int]:
     return [number for i, number in enumerate(numbers) if (i + 1) * count // total > i * count // total]
 
 
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+def count_recomputed_layers(settings: StepSettings, layers: int, *, on_cuda: bool = True) -> int | None:
+    """How many of `layers` decoder layers are recomputed in the backward pass; None leaves it open.
+
+    The plain engine recomputes all of them or none, and unasked all of them on a card.
+
+    Raises:
+        UsageError: `gradient_checkpointing` is neither a word nor a number of layers.
+    """
+    asked, words = settings.gradient_checkpointing, {"auto": None, "on": layers, "off": 0}
+    if asked not in words and not asked.isdecimal():
+        raise UsageError(f"--gradient-checkpointing is {asked!r}.", "Use auto, on, off, or a number of layers.")
+    count = words[asked] if asked in words else min(int(asked), layers)
+    if settings.engine == "plain":
+        return layers if (on_cuda if count is None else count) else 0
+    return count
 
 
-def limit_memory(device: torch.device, limit_bytes: int) -> None:
-    """Keeps PyTorch's allocator within so many bytes of a CUDA device, from before anything is loaded."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), _index(device))
-    # Near a limit, pieces too small for the next tensor would be lost.
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+def keeps_resident_on_cpu(dense_bytes: int) -> bool:
+    """Whether a CPU keeps so many bytes of dequantised weights unasked."""
+    return dense_bytes < CPU_RESIDENT_SHARE * read_free_bytes(torch.device("cpu"))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory this process can still take on a CUDA device, its allocator's cache included."""
-    free, total = torch.cuda.mem_get_info(device)
-    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(_index(device))) - reserved
-    return min(free, allowed) + reserved - allocated
+def settle_sharded(settings: StepSettings) -> StepSettings:
+    """Without what a base sharded over several cards rules out: weights that are whole, and compiled layers."""
+    return replace(settings, offload_embeddings=False, resident_weights=False, compile=False)
+
+
+def plan_as_asked(settings: StepSettings, layers: int, *, resident_weights: bool) -> MemoryPlan:
+    """The plan of steps that nothing is measured for: what was asked for, and nothing else."""
+    recomputed, away = count_recomputed_layers(settings, layers), bool(settings.offload_activations)
+    sent = layers if away and recomputed == 0 else 0
+    return MemoryPlan(recomputed or 0, away, bool(settings.offload_embeddings), resident_weights, sent=sent)
+
+
+def offer_measures(
+    settings: StepSettings,
+    *,
+    embedding_bytes: int,
+    largest_dense_bytes: int,
+    workspaces: tuple[int | None, ...] = (None, SLICE_BYTES),
+    on_cuda: bool = True,
+    limited: bool = True,
+) -> Iterator[tuple[bool, bool, bool, int | None]]:
+    """Every combination of the measures beside recomputation, in the order of `MemoryPlan`, the plainest first.
+
+    Args:
+        settings: What is given is not decided anew.
+        embedding_bytes: Of input embeddings that can leave the device.
+        largest_dense_bytes: Of the largest linear weight dequantised.
+        workspaces: Which limits of dequantised values at once may be chosen, None for whole weights.
+        on_cuda: Whether there is a device beside the host, which alone anything can be moved off.
+        limited: Whether memory is; otherwise nothing is done unasked.
+    """
+    fast = settings.engine == "fast"
+    movable = fast and on_cuda
+    either = (False, True) if limited else (False,)
+
+    def choices(asked: bool | None, *, possible: bool, open_choices: tuple[bool, ...] = either) -> tuple[bool, ...]:
+        return (False,) if not possible else open_choices if asked is None else (asked,)
+
+    for activations, embeddings, resident in product(
+        choices(settings.offload_activations, possible=movable),
+        choices(settings.offload_embeddings, possible=movable and embedding_bytes > 0),
+        choices(settings.resident_weights, possible=fast, open_choices=either if on_cuda else (False,)),
+    ):
+        sliced = movable and limited and not resident and largest_dense_bytes > SLICE_BYTES
+        for workspace_bytes in workspaces if sliced else (None,):
+            yield activations, embeddings, resident, workspace_bytes
+
+
+def least_recomputed(settings: StepSettings, *, offload_activations: bool) -> int:
+    """Layers to recompute at the least: what layers keep whole takes PCIe longer than the layers take the card, so that
+    only hidden states leave unasked."""
+    return 1 if offload_activations and not settings.offload_activations else 0
 
 
 def plan_memory(
     needs: StepNeeds,
     available_bytes: int,
+    settings: StepSettings,
     *,
-    recomputed: int | None,
-    offload_activations: bool | None,
-    offload_embeddings: bool | None,
-    resident_weights: bool | None,
     workspaces: tuple[int | None, ...] = (None, SLICE_BYTES),
 ) -> MemoryPlan:
-    """The fastest way to stay within memory, or the leanest where none does; what is given is not decided anew.
+    """The fastest way for the fast engine to stay within memory, or the leanest where none does.
 
     Args:
         needs: Of a step.
         available_bytes: What the device has left.
-        recomputed: Layers to recompute; None decides.
-        offload_activations: Whether anything may wait on the host: True sends the hidden states of recomputed layers,
-            or all that layers save where none is recomputed; None decides by memory and time.
-        offload_embeddings: None decides.
-        resident_weights: None decides.
+        settings: What is given is not decided anew. `offload_activations` sends the hidden states of recomputed
+            layers to the host, or all that layers save where none is recomputed.
         workspaces: Which limits of dequantised values at once may be chosen, None for whole weights.
     """
-    either = (False, True)
-    plans = [
-        MemoryPlan(layers, away, embeddings, resident, workspace, sent)
-        for layers in (range(needs.layers + 1) if recomputed is None else (recomputed,))
-        for away in (either if offload_activations is None and layers else (bool(offload_activations),))
-        for sent in _sent_counts(needs, layers, offload_activations)
-        for embeddings in (
-            either if offload_embeddings is None and needs.embedding_bytes else (bool(offload_embeddings),)
+    recomputed = count_recomputed_layers(settings, needs.layers)
+    offered = list(
+        offer_measures(
+            settings,
+            embedding_bytes=needs.embedding_bytes,
+            largest_dense_bytes=needs.largest_dense_bytes,
+            workspaces=workspaces,
         )
-        for resident in (either if resident_weights is None else (resident_weights,))
-        for workspace in (workspaces if needs.largest_dense_bytes > SLICE_BYTES and not resident else (None,))
+    )
+    plans = [
+        MemoryPlan(layers, *measures, sent)
+        for layers in (range(needs.layers + 1) if recomputed is None else (recomputed,))
+        for measures in offered
+        if layers >= least_recomputed(settings, offload_activations=measures[0])
+        for sent in _sent_counts(needs, layers, settings.offload_activations)
     ]
     fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]
     if not fitting:

@@ -50,12 +50,6 @@ class Completion:
         return {**row, "prompt_tokens": self.prompt_tokens, "new_tokens": len(self.ids)}
 
 
-def context_length(config: Any) -> int | None:
-    """Most tokens the model can read at once, prompt and answer together; None where nothing limits it."""
-    text = config.get_text_config(decoder=True)
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
-
-
 def make_request(
     index: int, ids: Sequence[int], *, max_new_tokens: int, context: int | None, strip: bool = False
 ) -> Request:

@@ -22,7 +22,6 @@ from qlora_cli.core.generation.requests import (
     Completion,
     GrowingCompletion,
     Request,
-    context_length,
     find_end_ids,
     make_request,
 )
@@ -30,7 +29,7 @@ from qlora_cli.core.models.adapter_record import AdapterRecord, read_merge_recor
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.core.models.lora import load_adapter
-from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.core.models.structure import context_length, underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report

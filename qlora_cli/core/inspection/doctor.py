@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants as hub_constants
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.device import dtype_name, list_versions
 from qlora_cli.core.engine.engine import install_engine
@@ -251,10 +251,9 @@ def run_engine_steps(device: torch.device, compute_dtype: torch.dtype) -> tuple[
             model = attach_adapter(base, LoraSettings(rank=4, alpha=8)).train()
             engine = install_engine(
                 model,
-                kind=kind,
+                StepSettings(engine=kind, compile=False),
                 device=device,
                 compute_dtype=compute_dtype,
-                compile=False,
                 max_tokens=50,
                 total_steps=1,
                 report=lambda event: None,

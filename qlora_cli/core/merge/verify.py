@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -68,7 +67,6 @@ def can_verify(plan: MergePlan, base: Base, facts: AdapterFacts, options: MergeO
     merged = plan.total_bytes * growth / (1 if options.pack else options.dtype.itemsize)
     needed = int(max(trained, merged)) + KEPT_BYTES + WORKING_BYTES
     free = read_free_bytes(options.device)
-    free = psutil.virtual_memory().available if free is None else free
     reason = None
     if needed > free:
         reason = f"that takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are free"

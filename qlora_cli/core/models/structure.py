@@ -12,6 +12,8 @@ from qlora_cli.errors import ModelError, first_line
 
 # Subclasses of nn.Linear whose forward is that of nn.Linear in other words; transformers leaves them in 16 bits.
 PLAIN_LINEAR_SUBCLASSES = {"FalconLinear"}
+# What configurations call the most tokens of a row: most of them; GPT-2 and its kin; MPT; Bloom and the first GLMs.
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -33,6 +35,13 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False) ->
 def underlying_model(model: Any) -> Any:
     """The transformers model inside a PEFT one, its linears adapted; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens a model reads at once, prompt and answer together; None where its configuration names no limit."""
+    text_config = config.get_text_config(decoder=True)
+    lengths = (getattr(text_config, name, None) for name in CONTEXT_NAMES)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def head_names(model: Any) -> list[str]:

@@ -1,16 +1,17 @@
-"""Facts on a model and the settings of a step in; bytes of memory at the highest moment, part by part, out.
+"""Memory estimate of training, generation and merging: bytes at the highest moment, part by part.
 
 A training step is highest at one of these moments: in the loss, when every layer has kept what it keeps; in the backward
-pass of a layer, when those below still hold theirs; in the forward pass of a layer. `tracing` knows how high each
-reaches by itself; here they are put together.
+pass of a layer, when those below still hold theirs; in the forward pass of a layer. `activation_trace` knows how high
+each reaches by itself; here they are put together.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Any
 
 from qlora_cli.core.decoding.decoder import PREFILL_TOKENS
+from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.planning.activation_trace import LayerTrace, ModelTrace
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS
@@ -29,9 +30,8 @@ PROCESS_BYTES = 3 * 2**30  # host memory of Python with PyTorch, transformers an
 GATHERED_LAYERS = 4  # of a sharded base: the one that computes and the next, each as it arrives and as it is used
 SHARD_BYTES = 5 * 10**9  # of a checkpoint on the hub, at most
 MERGED_AT_ONCE = 16  # weights that `qlora merge` holds, one a core
-MERGE_DEVICE_BYTES = (
-    2**24 * 32
-)  # rows that `qlora merge` works on at a time, in float32 with their intermediate results
+# Rows that `qlora merge` works on at a time, in float32 with their intermediate results.
+MERGE_DEVICE_BYTES = 2**24 * 32
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,18 @@ class ResolvedStep:
 
     tokens: int  # most in a micro-batch
     row_tokens: int  # in the longest row
-    engine: str
     optimizer: str
-    recomputed_layers: int
-    offload_activations: bool
-    offload_embeddings: bool
-    resident_weights: bool
-    compiled: bool
-    workspace_bytes: int | None = None  # most of a weight dequantised at once; None for whole weights
+    measures: MemoryPlan = field(default_factory=MemoryPlan)
+    engine: str = "fast"
+    compiled: bool = False
     on_cuda: bool = True
     shards: int = 1  # cards that the base is sharded over
-    shard_offload: bool = False  # their shares of it wait on the host
+    shard_offload: bool = False  # their shards of it wait on the host
 
-    def away(self, index: int) -> bool:
-        """Whether what a layer holds waits on the host: what recomputed layers do, or all where none is recomputed."""
-        return self.offload_activations and (index < self.recomputed_layers or self.recomputed_layers == 0)
+    def is_offloaded(self, index: int) -> bool:
+        """Whether what a layer holds waits on the host: of recomputed layers, or of all where none is recomputed."""
+        recomputed = self.measures.recomputed
+        return self.measures.offload_activations and (index < recomputed or recomputed == 0)
 
 
 @dataclass(frozen=True)
@@ -93,33 +90,35 @@ class TrainingMemory:
         return {"peak_bytes": self.peak_bytes, "device_bytes": self.device_bytes, **asdict(self)}
 
 
-def estimate_training(facts: ModelProfile, step: ResolvedStep) -> TrainingMemory:
+def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemory:
     """Memory of training at its highest moment.
 
     Args:
-        facts: On the model; its forward pass must have been followed.
+        profile: Of the model; its forward pass must have been followed.
         step: Of the largest micro-batch.
     """
-    assert facts.trace is not None
+    assert profile.trace is not None
     moment, activation_bytes, working_bytes = max(
-        _moments(facts.trace, facts.itemsize, step), key=lambda found: found[1] + found[2]
+        _moments(profile.trace, profile.itemsize, step), key=lambda found: found[1] + found[2]
     )
-    trained = sum(-(-numel // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS for numel in facts.footprint.trainable_numels)
-    copies_bytes = trained * facts.itemsize if step.engine == "fast" and facts.itemsize < 4 else 0
+    trained = sum(-(-numel // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS for numel in profile.footprint.trainable_numels)
+    copies_bytes = trained * profile.itemsize if step.engine == "fast" and profile.itemsize < 4 else 0
     states_bytes = state_bytes(step.optimizer, trained)
     paged = step.on_cuda and step.optimizer.startswith("paged")
-    base_bytes, gathered_bytes, waiting_bytes = _sharded_base(facts, step)
+    base_bytes, gathered_bytes, waiting_bytes = _sharded_base(profile, step)
     parts = {
-        "base_bytes": base_bytes - facts.embedding_bytes * step.offload_embeddings,
+        "base_bytes": base_bytes - profile.embedding_bytes * step.measures.offload_embeddings,
         "gathered_bytes": gathered_bytes,
-        "resident_bytes": sum(facts.footprint.quantized_numels) * facts.itemsize * step.resident_weights,
+        "resident_bytes": sum(profile.footprint.quantized_numels) * profile.itemsize * step.measures.resident_weights,
         "adapter_bytes": 4 * trained + copies_bytes,
         "gradient_bytes": 4 * trained,
         "optimizer_bytes": 0 if paged else states_bytes,
         "activation_bytes": int(activation_bytes),
         "working_bytes": int(working_bytes) + CUBLAS_BYTES * step.on_cuda,
     }
-    away_bytes = sum(_held(layer, index, step) for index, layer in enumerate(facts.trace.layers) if step.away(index))
+    offloaded_bytes = sum(
+        _held(layer, index, step) for index, layer in enumerate(profile.trace.layers) if step.is_offloaded(index)
+    )
     return TrainingMemory(
         moment=moment,
         **parts,
@@ -127,75 +126,76 @@ def estimate_training(facts: ModelProfile, step: ResolvedStep) -> TrainingMemory
         paged_bytes=states_bytes if paged else 0,
         context_bytes=CONTEXT_BYTES if step.on_cuda else 0,
         host_bytes=PROCESS_BYTES
-        + facts.embedding_bytes * step.offload_embeddings
-        + int(away_bytes)
+        + profile.embedding_bytes * step.measures.offload_embeddings
+        + int(offloaded_bytes)
         + waiting_bytes * step.shard_offload,
     )
 
 
-def _sharded_base(facts: ModelProfile, step: ResolvedStep) -> tuple[int, int, int]:
+def _sharded_base(profile: ModelProfile, step: ResolvedStep) -> tuple[int, int, int]:
     """Bytes of the base that a card holds, of what it gathers from the others at once, and of its share of what is sharded.
 
     Sharded are the 4-bit weights, and embeddings and head where these are two plain tables (core/engine/fsdp.py).
     """
-    whole_bytes = facts.footprint.base_bytes
+    whole_bytes = profile.footprint.base_bytes
     if step.shards == 1:
         return whole_bytes, 0, 0
-    weights_bytes = facts.footprint.quantized_bytes
-    table_bytes = facts.embedding_bytes
+    weights_bytes = profile.footprint.quantized_bytes
+    table_bytes = profile.embedding_bytes
     sharded_bytes = weights_bytes + 2 * table_bytes
     share_bytes = -(-sharded_bytes // step.shards)
-    gathered_bytes = max(GATHERED_LAYERS * weights_bytes // max(1, facts.layers), 2 * table_bytes)
+    gathered_bytes = max(GATHERED_LAYERS * weights_bytes // max(1, profile.layers), 2 * table_bytes)
     held_bytes = whole_bytes - sharded_bytes + (0 if step.shard_offload else share_bytes)
     return held_bytes, gathered_bytes, share_bytes
 
 
 def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[tuple[str, float, float]]:
     """(name, bytes that other layers hold, bytes of the moment itself) of every moment that can be the highest."""
-    size, most_scratch = (step.tokens, step.row_tokens), inf if step.workspace_bytes is None else step.workspace_bytes
+    size, workspace_bytes = (step.tokens, step.row_tokens), step.measures.workspace_bytes
+    most_scratch = inf if workspace_bytes is None else workspace_bytes
     below = 0.0  # held on the device by the layers below
-    passing = 0.0  # on its way to or from the host: of the layer just below of those that wait there
+    in_transit = 0.0  # on its way to or from the host: of the layer just below of those that wait there
     for index, layer in enumerate(trace.layers):
         hidden_bytes = layer.recomputed.held.bytes(*size)
         if step.compiled:
             forward, backward = layer.compiled.forward, layer.compiled.backward
         else:
-            chosen = layer.recomputed if index < step.recomputed_layers else layer.kept
+            chosen = layer.recomputed if index < step.measures.recomputed else layer.kept
             forward, backward = chosen.forward, chosen.backward
-        present = below + passing
+        present = below + in_transit
         yield f"forward pass of layer {index}", present, forward.bytes(*size, most_scratch) + hidden_bytes
         yield f"backward pass of layer {index}", present, backward.bytes(*size, most_scratch)
         held = _held(layer, index, step)
-        if step.away(index):
-            passing = held
+        if step.is_offloaded(index):
+            in_transit = held
         else:
             below += held
     logits_bytes = step.tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
-    yield "loss", below + passing, trace.tail.bytes(*size, logits_bytes)
+    yield "loss", below + in_transit, trace.tail.bytes(*size, logits_bytes)
 
 
 def _held(layer: LayerTrace, index: int, step: ResolvedStep) -> float:
     """Bytes a layer holds between its forward and its backward pass."""
-    if index < step.recomputed_layers:
+    if index < step.measures.recomputed:
         chosen = layer.recomputed
     else:
         chosen = layer.compiled if step.compiled else layer.kept
     return chosen.held.bytes(step.tokens, step.row_tokens)
 
 
-def count_flops(facts: ModelProfile, step: ResolvedStep) -> float:
+def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:
     """Arithmetic of training on one token, in floating-point operations.
 
     A weight takes 2 in the forward pass and 2 in the backward pass to its input, and 2 more where its layer is
     recomputed; a frozen one has no gradient of its own, an adapter's takes 2 (https://arxiv.org/abs/2001.08361, 2.1).
     Causal attention takes 2 * row_tokens * width a layer forward and 2.5 times that backward.
     """
-    assert facts.trace is not None
-    passes = 2 + step.recomputed_layers / max(1, facts.layers)
-    head = facts.trace.vocabulary * facts.trace.layers[-1].hidden
-    attention = sum(2 * step.row_tokens * layer.hidden for layer in facts.trace.layers)
-    frozen = 2 * passes * sum(facts.footprint.quantized_numels) + 4 * head
-    return frozen + 2 * (passes + 1) * facts.footprint.trainable_parameters + (passes + 1.5) * attention
+    assert profile.trace is not None
+    passes = 2 + step.measures.recomputed / max(1, profile.layers)
+    head = profile.trace.vocabulary * profile.trace.layers[-1].hidden
+    attention = sum(2 * step.row_tokens * layer.hidden for layer in profile.trace.layers)
+    frozen = 2 * passes * sum(profile.footprint.quantized_numels) + 4 * head
+    return frozen + 2 * (passes + 1) * profile.footprint.trainable_parameters + (passes + 1.5) * attention
 
 
 @dataclass(frozen=True)
@@ -219,40 +219,40 @@ class GenerationMemory:
         return {"peak_bytes": self.peak_bytes, "device_bytes": device_bytes, **asdict(self)}
 
 
-def estimate_generation(facts: ModelProfile, *, rows: int, row_tokens: int) -> GenerationMemory:
+def estimate_generation(profile: ModelProfile, *, rows: int, row_tokens: int) -> GenerationMemory:
     """Memory of answering `rows` prompts at once, prompt and answer `row_tokens` long together."""
-    assert facts.trace is not None
-    layers = facts.trace.layers
+    assert profile.trace is not None
+    layers = profile.trace.layers
     keys_and_values = sum(layer.keys_and_values or 2 * layer.hidden for layer in layers)
     prompts = min(PREFILL_TOKENS, rows * row_tokens), row_tokens
     forward_bytes = max(layer.recomputed.forward.bytes(*prompts) for layer in layers)
-    logits_bytes = 3 * 4 * rows * facts.trace.vocabulary  # in float32, scaled and as probabilities
+    logits_bytes = 3 * 4 * rows * profile.trace.vocabulary  # in float32, scaled and as probabilities
     return GenerationMemory(
-        base_bytes=facts.footprint.base_bytes,
-        adapter_bytes=facts.footprint.adapter_bytes,
-        cache_bytes=rows * row_tokens * keys_and_values * facts.itemsize,
+        base_bytes=profile.footprint.base_bytes,
+        adapter_bytes=profile.footprint.adapter_bytes,
+        cache_bytes=rows * row_tokens * keys_and_values * profile.itemsize,
         working_bytes=int(forward_bytes) + logits_bytes + CUBLAS_BYTES,
         context_bytes=CONTEXT_BYTES,
     )
 
 
-def predict_merging(facts: ModelProfile) -> dict[str, Any]:
+def estimate_merging(profile: ModelProfile) -> dict[str, Any]:
     """Memory and disk of `qlora merge`, which works tensor by tensor and shard by shard."""
-    largest_bytes = max(facts.footprint.quantized_numels, default=0) * 2
-    shard_bytes = min(facts.stored_bytes, SHARD_BYTES)
+    largest_bytes = max(profile.footprint.quantized_numels, default=0) * 2
+    shard_bytes = min(profile.stored_bytes, SHARD_BYTES)
     return {
         "device_bytes": MERGE_DEVICE_BYTES + CONTEXT_BYTES,
         "host_bytes": PROCESS_BYTES // 3 + min(shard_bytes, MERGED_AT_ONCE * largest_bytes),
-        "disk_bytes": facts.stored_bytes,
+        "disk_bytes": profile.stored_bytes,
     }
 
 
-def estimate_disk(facts: ModelProfile, *, optimizer: str, kept_checkpoints: int) -> dict[str, Any]:
+def estimate_disk(profile: ModelProfile, *, optimizer: str, kept_checkpoints: int) -> dict[str, Any]:
     """What training downloads and writes."""
-    trained = facts.footprint.trainable_parameters
+    trained = profile.footprint.trainable_parameters
     checkpoint_bytes = 4 * trained + state_bytes(optimizer, trained)
     return {
-        "download_bytes": facts.stored_bytes,
-        "base_cache_bytes": facts.footprint.base_bytes,
+        "download_bytes": profile.stored_bytes,
+        "base_cache_bytes": profile.footprint.base_bytes,
         "run_bytes": 4 * trained + checkpoint_bytes * (kept_checkpoints + 1),  # one more while it is written
     }

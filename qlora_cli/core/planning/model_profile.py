@@ -1,4 +1,4 @@
-"""A configuration and adapter settings in; everything memory is predicted from out, without weights."""
+"""Profile of a model with its adapter: sizes and activation trace, from which memory is predicted without weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from qlora_cli.config import LoraSettings
+from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
@@ -19,7 +19,6 @@ class ModelProfile:
     """A base with its adapter, as it will be held and run."""
 
     model_type: str
-    context_tokens: int | None  # longest row the positions allow
     footprint: Footprint
     trace: ModelTrace | None  # None where the forward pass cannot be followed without weights
     untraced: str | None  # then, why
@@ -33,37 +32,36 @@ class ModelProfile:
         return len(self.trace.layers) if self.trace else 0
 
     @property
+    def dense_bytes(self) -> int:
+        """Of all 4-bit weights once dequantised."""
+        return sum(self.footprint.quantized_numels) * self.itemsize
+
+    @property
     def largest_weight_bytes(self) -> int:
         """Of the largest 4-bit weight once dequantised."""
         return max(self.footprint.quantized_numels, default=0) * self.itemsize
 
 
-def gather_facts(
+def profile_model(
     config: PreTrainedConfig,
+    lora: LoraSettings,
+    quantization: QuantizationSettings,
     *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: tuple[str, ...] | None,
-    rslora: bool,
-    dora: bool,
-    modules_to_save: tuple[str, ...] | None,
-    quant_type: str,
-    double_quant: bool,
     compute_dtype: torch.dtype,
-    engine: str,
+    engine: str = "fast",
     trust_remote_code: bool = False,
-    followed: bool = True,
+    traced: bool = True,
 ) -> ModelProfile:
     """Builds the model on the meta device, attaches the adapter, counts, and follows one forward pass.
 
     Args:
         config: Of the base.
-        rank: And the following: as `attach_adapter`.
-        quant_type: And the following: as `load_base`.
+        lora: The adapter.
+        quantization: How the base is held; `compute_dtype` is given resolved.
+        compute_dtype: Dtype of everything that is not quantised.
         engine: "fast" or "plain".
         trust_remote_code: Run the model's own code.
-        followed: Whether to follow the forward pass at all; without, memory cannot be predicted.
+        traced: Whether to follow the forward pass at all; without, memory cannot be predicted.
 
     Raises:
         ModelError: The configuration is no causal language model.
@@ -74,30 +72,17 @@ def gather_facts(
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
-    lora = LoraSettings(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        rslora=rslora,
-        dora=dora,
-        modules_to_save=modules_to_save,
-    )
     adapted = attach_adapter(model, lora)
     trace, untraced = None, None
     try:
-        trace = trace_model(adapted, fused=engine == "fast" and not dora) if followed else None
+        trace = trace_model(adapted, fused=engine == "fast" and not lora.dora) if traced else None
     except ModelError as error:
         untraced = error.message
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
-    text_config = config.get_text_config()
     stored = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
     return ModelProfile(
         model_type=config.model_type,
-        context_tokens=getattr(text_config, "max_position_embeddings", None),
-        footprint=measure_footprint(
-            adapted, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
-        ),
+        footprint=measure_footprint(adapted, quantization, compute_dtype),
         trace=trace,
         untraced=untraced,
         itemsize=compute_dtype.itemsize,

@@ -1,4 +1,4 @@
-"""A model on the meta device in; true parameter counts, and the bytes each kind of module takes, out."""
+"""Size of a model: true parameter counts, and the bytes each kind of module takes, from the meta device."""
 
 import re
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.models.lora import count_parameters
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE
@@ -71,13 +72,12 @@ def base_name(name: str) -> str:
     return WRAPPER.sub("", ADAPTER_PART.sub("", name.removeprefix("base_model.model.")))
 
 
-def measure_footprint(model: Any, *, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> Footprint:
+def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dtype: torch.dtype) -> Footprint:
     """Counts an unquantised model, usually on the meta device, as it will be held in 4 bits.
 
     Args:
         model: From `build_empty`, maybe with an adapter attached.
-        quant_type: "nf4" or "fp4", for the table.
-        double_quant: Whether the constants are quantised too.
+        quantization: How the base is held.
         compute_dtype: Dtype of everything that is not quantised.
     """
     quantized = {base_name(name) for name in linear_names(model)}
@@ -87,7 +87,7 @@ def measure_footprint(model: Any, *, quant_type: str, double_quant: bool, comput
     quantized_bytes = 0
     for name, parameter in model.named_parameters():
         owner = base_name(name) if ".lora_" in name else base_name(name).rpartition(".")[0]
-        held = quant_type if owner in quantized else dtype_name(compute_dtype)
+        held = quantization.quant_type if owner in quantized else dtype_name(compute_dtype)
         key = owner.rpartition(".")[2], f"{owners[owner]}, {held}"
         group = groups.setdefault(key, {"owners": set(), "parameters": 0, "trainable": 0, "held_bytes": 0})
         group["owners"].add(owner)
@@ -98,10 +98,11 @@ def measure_footprint(model: Any, *, quant_type: str, double_quant: bool, comput
         group["parameters"] += numel
         if owner in quantized and name.endswith("weight"):
             quantized_numels.append(numel)
-            quantized_bytes += packed_bytes(numel, double_quant=double_quant)
-            group["held_bytes"] += packed_bytes(numel, double_quant=double_quant)
+            held_bytes = packed_bytes(numel, double_quant=quantization.double_quant)
+            quantized_bytes += held_bytes
         else:
-            group["held_bytes"] += numel * compute_dtype.itemsize
+            held_bytes = numel * compute_dtype.itemsize
+        group["held_bytes"] += held_bytes
     rows = tuple(ModuleRow(module, kind, len(group.pop("owners")), **group) for (module, kind), group in groups.items())
     trainable, total = count_parameters(model)
     return Footprint(

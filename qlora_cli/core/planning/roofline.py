@@ -1,4 +1,4 @@
-"""The arithmetic of a token in; how many tokens a second cards could train on at most, out."""
+"""Roofline of training: how many tokens a second the arithmetic of each card allows at most."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def bound_speed(flops_per_token: float) -> dict[str, Any]:
     """A table of the bound for some cards; memory, launches and the host only make it less.
 
     Args:
-        flops_per_token: Of training, recomputation included (`prediction.count_flops`).
+        flops_per_token: Of training, recomputation included (`memory_estimate.count_flops`).
     """
     rows = [[card, int(flops / flops_per_token)] for card, flops in CARDS.items()]
     return {"title": f"Speed at most: {REACHED}", "columns": ["card", "tokens_per_second"], "rows": rows}

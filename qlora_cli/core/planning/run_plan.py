@@ -1,8 +1,8 @@
-"""A run's settings, model and row lengths in; how it will keep within memory, or why it cannot, out. Nothing is loaded."""
+"""Memory plan of a run: how it will keep within memory, or why it cannot, before anything is loaded."""
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,21 +12,19 @@ from transformers import PreTrainedConfig
 from qlora_cli.config import InspectConfig, TrainConfig, recorded_fields
 from qlora_cli.core.device import resolve_compute_dtype
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.planning.model_profile import ModelProfile, gather_facts
-from qlora_cli.core.planning.planner import MemoryDecision, StepRequest, plan_training, read_limit_bytes
+from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
+from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, refuse, suggest_fit, write_train_command
 from qlora_cli.events import Notice, Report
-
-DECIDED = ("optimizer", "gradient_checkpointing", "offload_activations", "offload_embeddings", "resident_weights")
 
 
 @dataclass(frozen=True)
 class RunPlan:
     """What a run will take, and how it keeps within what there is."""
 
-    facts: ModelProfile
+    profile: ModelProfile
     plan: MemoryDecision
-    largest_tokens: int  # in a micro-batch, as the settings have it
+    largest_tokens: int  # in a micro-batch, by the settings as they were given
     commands: tuple[str, ...]  # to type instead, where it does not fit
     sharded: bool  # whether the base is sharded over the cards
 
@@ -35,22 +33,11 @@ class RunPlan:
         """Most tokens a micro-batch may hold; None where all of them may stay as they are."""
         return self.plan.token_budget if self.plan.token_budget < self.largest_tokens else None
 
-    @property
-    def decided(self) -> dict[str, Any]:
-        """What was left open, decided."""
-        return {name: getattr(self.plan, name) for name in DECIDED}
-
     def predicted(self) -> dict[str, Any] | str:
         """Predicted bytes, or why there are none."""
         if self.plan.memory is None:
-            return f"cannot be predicted: {self.facts.untraced}"
+            return f"cannot be predicted: {self.profile.untraced}"
         return self.plan.memory.to_dict()
-
-
-def adapter_settings(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of `attach_adapter`, but for the seed."""
-    names = ("rank", "alpha", "dropout", "target_modules", "rslora", "dora", "modules_to_save")
-    return {name: getattr(config, name) for name in names}
 
 
 def plan_is_for_card(config: TrainConfig, device: torch.device) -> bool:
@@ -64,32 +51,31 @@ def planned_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return resolve_compute_dtype(config.compute_dtype or elsewhere, device)
 
 
-def gather_run_facts(config: TrainConfig, model_config: PreTrainedConfig, device: torch.device) -> ModelProfile:
+def profile_run(config: TrainConfig, model_config: PreTrainedConfig, device: torch.device) -> ModelProfile:
     """Counts the model with its adapter, and follows its forward pass where memory will be predicted.
 
     Raises:
         ModelError: The configuration is no causal language model.
         AdapterError: The adapter cannot be attached.
     """
-    return gather_facts(
+    return profile_model(
         model_config,
-        **adapter_settings(config),
-        quant_type=config.quant_type,
-        double_quant=config.double_quant,
+        config,
+        config,
         compute_dtype=planned_dtype(config, device),
         engine=config.engine,
         trust_remote_code=config.trust_remote_code,
-        followed=config.dry_run or device.type == "cuda",
+        traced=config.dry_run or device.type == "cuda",
     )
 
 
 def plan_run_memory(
     config: TrainConfig,
     model_config: PreTrainedConfig,
-    facts: ModelProfile,
+    profile: ModelProfile,
     *,
     max_length: int,
-    lengths: np.ndarray,
+    row_lengths: np.ndarray,
     longest: Sequence[Sequence[int]],
     device: torch.device,
     ranks: ProcessGroup,
@@ -100,13 +86,13 @@ def plan_run_memory(
     Args:
         config: Of the run.
         model_config: Of the base.
-        facts: From `gather_run_facts`.
+        profile: From `profile_run`.
         max_length: Tokens in the longest row allowed, and in a pack.
-        lengths: (rows,) tokens of each row.
+        row_lengths: (rows,) tokens of each row.
         longest: The largest micro-batches, as row indices.
         device: Where training would run.
         ranks: The smallest card decides for all.
-        report: Hears what has no effect.
+        report: Receives notices of what has no effect.
 
     Raises:
         DoesNotFit: On this machine's card, nothing that was left open makes it fit. A dry run says so in its plan.
@@ -118,20 +104,18 @@ def plan_run_memory(
         vram_bytes = -ranks.all_reduce_max(-read_limit_bytes(config.vram, device), device)
     elif config.vram is not None:
         report(Notice("--vram is about a GPU's memory: there is no GPU here, and the host's is not limited."))
-    request = StepRequest(
-        **{part.name: getattr(config, part.name) for part in fields(StepRequest) if part.name != "max_length"},
-        max_length=max_length,
-    )
-    padded = config.engine == "plain"
-    sizes = [len(rows) * lengths[rows].max() if padded else lengths[rows].sum() for rows in map(list, longest)]
-    largest_tokens = ranks.all_reduce_max(int(max(sizes)), device)  # the same decision everywhere
-    data = {"longest_row_tokens": int(lengths.max()), "largest_batch_tokens": largest_tokens}
+    largest_tokens = ranks.all_reduce_max(_largest_tokens(config, row_lengths, longest), device)
+    lengths = RowLengths(max_length, int(row_lengths.max()), largest_tokens)
+
+    def plan_with(shards: int) -> MemoryDecision:
+        offload = config.shard_offload and shards > 1
+        limits: dict[str, Any] = {"vram_bytes": vram_bytes, "on_cuda": for_card}
+        return plan_training(profile, config, lengths, shards=shards, shard_offload=offload, **limits)
+
     sharded = bool(config.shard or config.shard_offload)
-    in_shares: dict[str, Any] = {"shards": ranks.world_size, "shard_offload": config.shard_offload}
-    given: dict[str, Any] = {"vram_bytes": vram_bytes, "on_cuda": for_card, **data}
-    plan = plan_training(facts, request, **given, **(in_shares if sharded else {}))
+    plan = plan_with(ranks.world_size if sharded else 1)
     if plan.fits is False and can_be_sharded(config, ranks) and config.shard is None:
-        lean = plan_training(facts, request, **given, **in_shares)
+        lean = plan_with(ranks.world_size)
         if lean.fits:
             plan, sharded = lean, True
             report(Notice(f"The base is sharded over {ranks.world_size} cards: one cannot hold it and a step."))
@@ -140,21 +124,28 @@ def plan_run_memory(
     if refused or plan.fits is False:
         assert vram_bytes is not None
         found = suggest_fit(
-            facts,
-            request,
+            profile,
+            config,
+            lengths,
             vram_bytes=vram_bytes,
             rank=config.rank,
-            regather=lambda rank: gather_run_facts(replace(config, rank=rank), model_config, device),
-            **data,
+            profile_with_rank=lambda rank: profile_run(replace(config, rank=rank), model_config, device),
         )
         commands = write_commands(config, found.changes) if found else ()
     if refused:
         raise refuse(plan, commands)
-    return RunPlan(facts, plan, largest_tokens, commands, sharded)
+    return RunPlan(profile, plan, largest_tokens, commands, sharded)
+
+
+def _largest_tokens(config: TrainConfig, row_lengths: np.ndarray, longest: Sequence[Sequence[int]]) -> int:
+    """Tokens of the largest micro-batch, padding included where rows are padded."""
+    batches = [row_lengths[list(rows)] for rows in longest]
+    padded = config.engine == "plain"
+    return int(max(len(batch) * batch.max() if padded else batch.sum() for batch in batches))
 
 
 def may_be_sharded(config: TrainConfig | InspectConfig) -> bool:
-    """Whether these settings allow a base held in shares, gathered layer by layer as it computes."""
+    """Whether these settings allow a sharded base, gathered layer by layer as it computes."""
     return config.engine == "fast" and not config.dora and not config.modules_to_save
 
 
@@ -183,4 +174,4 @@ def resolved_configuration(config: TrainConfig, memory: RunPlan, **known: Any) -
         known: Others that are known by now.
     """
     given = {name: getattr(config, name) for name in recorded_fields(TrainConfig)}
-    return given | memory.decided | known
+    return given | memory.plan.settings | known

@@ -1,13 +1,13 @@
-"""Settings that do not fit in; the nearest that do, and the command to type for them, out."""
+"""Suggestions where a run does not fit: the nearest settings that do, and the command to type for them."""
 
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from qlora_cli.config import TrainConfig, flag_of
+from qlora_cli.config import StepSettings, TrainConfig, flag_of
 from qlora_cli.core.planning.model_profile import ModelProfile
-from qlora_cli.core.planning.planner import MemoryDecision, StepRequest, plan_training
+from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training
 from qlora_cli.errors import DoesNotFit
 from qlora_cli.sizes import format_bytes
 
@@ -48,69 +48,68 @@ def refuse(plan: MemoryDecision, commands: Sequence[str]) -> DoesNotFit:
 
 
 def suggest_fit(
-    facts: ModelProfile,
-    request: StepRequest,
+    profile: ModelProfile,
+    settings: StepSettings,
+    lengths: RowLengths,
     *,
     vram_bytes: int,
     rank: int,
-    regather: Callable[[int], ModelProfile],
-    longest_row_tokens: int | None = None,
-    largest_batch_tokens: int | None = None,
+    profile_with_rank: Callable[[int], ModelProfile],
 ) -> Suggestion | None:
     """The nearest settings that fit: memory measures first, then shorter rows, then a lower rank.
 
     Args:
-        facts: On the model and its adapter.
-        wishes: What does not fit.
+        profile: Of the model with its adapter.
+        settings: What does not fit.
+        lengths: Of the rows.
         vram_bytes: The limit.
         rank: Of the adapter.
-        regather: Facts for another rank.
-        longest_row_tokens: As for `plan_training`, like the next.
-        largest_batch_tokens: Of the data.
+        profile_with_rank: The same for another rank.
 
     Returns:
         None where nothing fits.
     """
     free = replace(
-        request,
+        settings,
         gradient_checkpointing="auto",
         offload_activations=None,
         offload_embeddings=None,
         resident_weights=None,
     )
     smallest = replace(free, batch_size=1)
-    data: Any = {"longest_row_tokens": longest_row_tokens, "largest_batch_tokens": largest_batch_tokens}
-    lengths = []
-    length = min(request.max_length, longest_row_tokens or request.max_length) // 2
-    while length >= SHORTEST_ROW_TOKENS:
-        lengths.append(length)
-        length //= 2
-    for tried in (free, smallest, *(replace(smallest, max_length=length) for length in lengths)):
-        plan = plan_training(facts, tried, vram_bytes=vram_bytes, **data)
+    shorter = []
+    max_length = lengths.row_tokens // 2
+    while max_length >= SHORTEST_ROW_TOKENS:
+        shorter.append(replace(lengths, max_length=max_length))
+        max_length //= 2
+    tried = [(free, lengths), *((smallest, each) for each in (lengths, *shorter))]
+    for asked, rows in tried:
+        plan = plan_training(profile, asked, rows, vram_bytes=vram_bytes)
         if plan.fits:
-            return Suggestion(_changes(request, tried, plan), plan)
-    while rank > 1 and lengths:
+            return Suggestion(_changes(settings, lengths, asked, rows, plan), plan)
+    while rank > 1 and shorter:
         rank //= 2
-        tried = replace(smallest, max_length=lengths[-1])
-        plan = plan_training(regather(rank), tried, vram_bytes=vram_bytes, **data)
+        plan = plan_training(profile_with_rank(rank), smallest, shorter[-1], vram_bytes=vram_bytes)
         if plan.fits:
-            return Suggestion({**_changes(request, tried, plan), "rank": rank}, plan)
+            return Suggestion({**_changes(settings, lengths, smallest, shorter[-1], plan), "rank": rank}, plan)
     return None
 
 
-def _changes(request: StepRequest, tried: StepRequest, plan: MemoryDecision) -> dict[str, Any]:
-    """Settings of a plan that differ from the wishes; what was left open counts as off."""
-    changes: dict[str, Any] = {
-        name: getattr(tried, name)
-        for name in ("batch_size", "max_length")
-        if getattr(tried, name) != getattr(request, name)
-    }
-    if plan.gradient_checkpointing != request.gradient_checkpointing:
+def _changes(
+    settings: StepSettings, lengths: RowLengths, tried: StepSettings, tried_lengths: RowLengths, plan: MemoryDecision
+) -> dict[str, Any]:
+    """Settings of a plan that differ from those asked for; what was left open counts as off."""
+    changes: dict[str, Any] = {}
+    if tried.batch_size != settings.batch_size:
+        changes["batch_size"] = tried.batch_size
+    if tried_lengths.max_length != lengths.max_length:
+        changes["max_length"] = tried_lengths.max_length
+    if plan.gradient_checkpointing != settings.gradient_checkpointing:
         changes["gradient_checkpointing"] = plan.gradient_checkpointing
     for name in ("offload_activations", "offload_embeddings"):
-        if getattr(plan, name) != bool(getattr(request, name)):
-            changes[name] = getattr(plan, name)
-    if request.resident_weights and not plan.resident_weights:
+        if getattr(plan.measures, name) != bool(getattr(settings, name)):
+            changes[name] = getattr(plan.measures, name)
+    if settings.resident_weights and not plan.measures.resident_weights:
         changes["resident_weights"] = False
     return changes
 

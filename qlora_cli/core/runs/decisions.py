@@ -42,13 +42,13 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         DoesNotFit: The step does not fit this machine's card.
         DiskFull: The disk has no room for the checkpoints that are kept and the one being written.
     """
-    config, footprint = run.config, inputs.facts.footprint
+    config, footprint = run.config, inputs.profile.footprint
     memory = plan_run_memory(
         config,
         inputs.files.config,
-        inputs.facts,
+        inputs.profile,
         max_length=inputs.max_length,
-        lengths=inputs.data.rows.lengths,
+        row_lengths=inputs.data.rows.lengths,
         longest=inputs.data.sampler.longest_micro_batches(),
         device=run.device,
         ranks=run.ranks,
@@ -81,13 +81,13 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step:
         first_step=first_step,
         total_steps=inputs.data.sampler.total_steps,
         warmup_steps=decisions.warmup_steps,
-        trainable_parameters=inputs.facts.footprint.trainable_parameters,
-        total_parameters=inputs.facts.footprint.total_parameters,
+        trainable_parameters=inputs.profile.footprint.trainable_parameters,
+        total_parameters=inputs.profile.footprint.total_parameters,
         checkpoint_bytes=decisions.checkpoint_bytes,
-        disk=estimate_disk(inputs.facts, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
+        disk=estimate_disk(inputs.profile, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
         vram_bytes=memory.plan.vram_bytes,
         fits=memory.plan.fits,
-        settings={**memory.decided, "shard": memory.sharded, "token_budget": memory.plan.token_budget},
+        settings={**memory.plan.settings, "shard": memory.sharded, "token_budget": memory.plan.token_budget},
         memory=memory.predicted(),
         configuration=resolved_configuration(
             config, memory, max_length=inputs.max_length, compute_dtype=dtype, warmup_steps=decisions.warmup_steps

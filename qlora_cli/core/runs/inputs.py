@@ -14,7 +14,7 @@ from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.planning.model_profile import ModelProfile
-from qlora_cli.core.planning.run_plan import gather_run_facts
+from qlora_cli.core.planning.run_plan import profile_run
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.training.trainer import TrainingData
 from qlora_cli.errors import DataError
@@ -42,7 +42,7 @@ class RunInputs:
     """What a run reads before the base is loaded."""
 
     files: ModelFiles  # of the base
-    facts: ModelProfile  # of the base with its adapter
+    profile: ModelProfile  # of the base with its adapter
     rows: PreparedRows  # all of them
     data: TrainingData
     max_length: int
@@ -61,7 +61,7 @@ def read_inputs(run: Run) -> RunInputs:
     files = resolve_model(
         config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=run.report
     )
-    facts = gather_run_facts(config, files.config, run.device)
+    profile = profile_run(config, files.config, run.device)
     with run.accelerator.main_process_first():
         if config.prepared is None:
             rows = PreparedRows(prepare_rows(config, files.tokenizer, files.config, None, run.report).directory)
@@ -73,7 +73,7 @@ def read_inputs(run: Run) -> RunInputs:
     once = replace(config, gradient_accumulation_steps=run.ranks.world_size, epochs=1.0, max_steps=None)
     eval_sampler = sample_batches(once, eval_rows, run.ranks, max_length) if len(eval_rows) else None
     data = TrainingData(train_rows, sampler, eval_rows, eval_sampler)
-    return RunInputs(files, facts, rows, data, max_length)
+    return RunInputs(files, profile, rows, data, max_length)
 
 
 def open_prepared(directory: str, tokenizer: PreTrainedTokenizerBase, model: str) -> PreparedRows:
