@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_the_plain_engines(load_tiny, architecture, gradi
     plain_loss, plain_gradients, _ = step(model, batch, kind="plain")
     loss, fast_gradients, engine = step(model, batch, gradient_checkpointing=gradient_checkpointing)
     assert engine.packed == (architecture not in PADDED)
-    assert len(engine.fast_linears) and not engine.kept_linears and engine.head is not None
+    assert len(engine.linears.fused) and not engine.linears.kept and engine.head is not None
     assert torch.allclose(loss, plain_loss, rtol=1e-6)
     assert (fast_gradients - plain_gradients).norm() <= 1e-5 * plain_gradients.norm()
 
@@ -163,7 +163,7 @@ def test_what_the_op_does_not_cover_goes_to_pefts_own_forward(load_tiny, change)
             if "lora_B" in name:
                 parameter.normal_(0, 0.05)
     covered = install(model)
-    fused = len(covered.fast_linears)
+    fused = len(covered.linears.fused)
     covered.close()
     if change == "two adapters":
         model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -176,8 +176,8 @@ def test_what_the_op_does_not_cover_goes_to_pefts_own_forward(load_tiny, change)
     if change == "disabled":
         model.base_model.disable_adapter_layers()
     engine = install(model)
-    assert len(engine.fast_linears) < fused or change == "dora"
-    assert not any(linear.adapter for linear in engine.fast_linears)
+    assert len(engine.linears.fused) < fused or change == "dora"
+    assert not any(linear.adapter for linear in engine.linears.fused)
     with torch.no_grad():
         fast = engine.loss(batch_of())
         engine.close()
@@ -279,7 +279,7 @@ def test_packed_weights_give_the_same_as_resident_ones(load_tiny):
     resident = step(model, batch_of(), resident_weights=True)
     packed = step(model, batch_of(), resident_weights=False)
     assert torch.equal(resident[0], packed[0]) and torch.equal(resident[1], packed[1])
-    assert all(linear.weight.dense is None for linear in packed[2].fast_linears)
+    assert all(linear.weight.dense is None for linear in packed[2].linears.fused)
 
 
 def test_closing_puts_every_instance_back(load_tiny):

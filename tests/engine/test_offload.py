@@ -121,7 +121,7 @@ def test_sent_layers_leave_loss_and_gradients_as_they_are(load_tiny, architectur
     model = adapted(load_tiny, architecture)
     engine = install(model)
     found = []
-    for plan in (engine.plan, MemoryPlan(recomputed, False, False, engine.resident, sent=sent)):
+    for plan in (engine.plan, MemoryPlan(recomputed, False, False, engine.linears.resident, sent=sent)):
         engine._apply(plan)
         if plan.sent:
             engine.offload = ActivationOffload(CPU, engine._persistent_storages(), smallest_bytes=1)

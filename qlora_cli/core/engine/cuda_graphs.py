@@ -160,12 +160,28 @@ class StepGraphs:
             self.pool = None
             gc.unfreeze()
 
-    def loss(self, inputs: StepInputs) -> Tensor | None:
-        """The loss of a shape of the grid, or None where this micro-batch has to run without a graph.
+    def loss(self, inputs: StepInputs) -> Tensor:
+        """The loss of a shape of the grid: replayed where there is a graph of it, or one can be captured.
 
         Raises:
             torch.OutOfMemoryError: There is not the memory to capture this shape.
         """
+        graph = self._graph_for(inputs)
+        return self.run(inputs) if graph is None else _Replay.apply(self.parameters[0], graph, self)
+
+    def loss_beside(self, inputs: StepInputs) -> Tensor:
+        """The loss of any shape, without a graph; what graphs hold makes room where memory runs out."""
+        try:
+            return self.run(inputs)
+        except torch.OutOfMemoryError:
+            if not self.graphs:
+                raise
+        self.clear()
+        torch.cuda.empty_cache()
+        return self.run(inputs)
+
+    def _graph_for(self, inputs: StepInputs) -> _Graph | None:
+        """The graph of this shape, filled with these inputs; None where this micro-batch has to run without one."""
         self.passes += 1
         addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
         if self.failed or 0 in addresses:
@@ -181,17 +197,14 @@ class StepGraphs:
             return None
         key = (*inputs.labels.shape, inputs.boundaries.numel(), *_numbers(inputs))
         graph = self.graphs.get(key)
-        if graph is None:
-            if len(self.graphs) >= MOST_GRAPHS:
-                return None
-            graph = self._capture(inputs)
-            if graph is None:
-                return None
-            self.graphs[key] = graph
-        else:
+        if graph is not None:
             for name in ("embedded", "labels", "position_ids", "boundaries"):
                 getattr(graph.inputs, name).copy_(getattr(inputs, name))
-        return _Replay.apply(self.parameters[0], graph, self)
+        elif len(self.graphs) < MOST_GRAPHS:
+            graph = self._capture(inputs)
+            if graph is not None:
+                self.graphs[key] = graph
+        return graph
 
     def _add_together(self, found: tuple[Tensor | None, ...]) -> None:
         pairs = [

@@ -1,4 +1,4 @@
-"""A model with an adapter in, the fast engine out: fused linears, packed rows, a head over trained positions only."""
+"""Fast engine: fused linears, packed rows, a loss over trained positions only, layers that keep within memory."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,24 +17,16 @@ from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tok
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
     capture_calls,
-    drop_something,
     find_layers,
-    saved_bytes_a_token,
+    has_dropout,
+    runs_better_plainly,
     skip_unused_outputs,
     swap_layers,
 )
 from qlora_cli.core.engine.fsdp import is_sharded
-from qlora_cli.core.engine.gated_mlp import fuse_gates, gated_unit_of
+from qlora_cli.core.engine.gated_mlp import fuse_gates, gated_unit_of, share_projections
 from qlora_cli.core.engine.lm_head import find_decoder, find_head, trained_positions
-from qlora_cli.core.engine.lora_linear import (
-    AdapterValues,
-    StepState,
-    fast_linear_of,
-    linear_candidates,
-    logical_elements,
-    share_projections,
-    swap_linears,
-)
+from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears, fast_linear_of
 from qlora_cli.core.engine.memory_plan import (
     SLICE_BYTES,
     MemoryPlan,
@@ -48,7 +40,7 @@ from qlora_cli.core.engine.packed_attention import install_packed_attention, pac
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
-from qlora_cli.kernels.weights import FrozenWeight, reserve_values
+from qlora_cli.kernels.weights import reserve_values
 
 if TYPE_CHECKING:
     from qlora_cli.core.data.packing import MicroBatch
@@ -59,8 +51,6 @@ COMPILE_PAYS_SECONDS = 120
 GRAPHS_PAY_STEPS = 8
 HEAD_TRIAL_TOKENS = 8
 TRIAL_ROOM_BYTES = 2**29  # for running a layer on a few tokens
-# Of what a layer saves, without its input's gradient: GPT-NeoX, Falcon and Phi with adapted attention 0.5, others 0.9.
-MOSTLY_LEFT_OUT = 0.7
 ASSUMED_FLOPS_PER_SECOND = 4e14
 
 
@@ -85,12 +75,18 @@ class FastEngine:
         self.embeddings = InputEmbeddings(self.base, device, report)
         self.undo: list[Callable[[], None]] = []
         self.values = AdapterValues(compute_dtype)
+        self.linears = FusedLinears(self.base, self.values, device)
         self.trials = Calibration(model, self.decoder, self.embeddings.module, self.values, device)
+        self.sharded = is_sharded(self.base)
         self.packed = self.equal_rows = False
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
         self.largest_tokens = max_tokens
+        self.buffer: Tensor | None = None
+        self.put_gates_back: Callable[[], None] = lambda: None
+        self.undo += [self.linears.put_back, lambda: self.put_gates_back(), self.embeddings.move_back]
+        self.undo.append(self._release_values)
         try:
             self._install(settings, total_steps, optimizer_bytes)
         except BaseException:
@@ -98,114 +94,103 @@ class FastEngine:
             raise
 
     def _install(self, settings: StepSettings, total_steps: int, optimizer_bytes: int) -> None:
-        dtype = self.values.dtype
+        """Puts one part in place after the other, in the order in which the next is tried out on what is there by then:
+        linears, on which trial packs find the head and whether attention packs rows exactly; decoder layers, of which
+        one is measured as it will run; the plan that follows from it; graphs of steps that run by that plan."""
         on_cuda = self.device.type == "cuda"
-        self.sharded = is_sharded(self.base)
         if self.sharded:
             if settings.compile:
                 self.report(Notice("The layers of a sharded base are not compiled."))
             settings = settle_sharded(settings)
-        self.candidates = list(linear_candidates(self.base, self.base.get_output_embeddings()))
-        self.step = StepState(self.device, len(self.candidates))
-        dense_bytes = sum(logical_elements(m) for _, m in self.candidates) * dtype.itemsize
-        resident = settings.resident_weights
-        if not on_cuda and resident is None:
-            resident = keeps_resident_on_cpu(dense_bytes)
-        self.put_linears_back: Callable[[], None] = lambda: None
-        self.put_gates_back: Callable[[], None] = lambda: None
-        self.undo.append(lambda: self.put_linears_back())
-        self.undo.append(lambda: self.put_gates_back())
-        self.undo.append(self.embeddings.move_back)
-        self.buffer: Tensor | None = None
-        self.undo.append(self._release_values)
+        if not on_cuda and settings.resident_weights is None:
+            settings = replace(settings, resident_weights=keeps_resident_on_cpu(self.linears.dense_bytes))
         if on_cuda and settings.offload_embeddings is not False and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.move_to_host()
-        # Trials run on weights in slices: there may be no room for a whole one.
-        self._swap_linears(bool(resident) and not on_cuda, SLICE_BYTES if on_cuda else None)
-        if self.kept_linears and self.sharded:
-            raise UsageError(
-                f"{self.kept_linears[0]} needs its whole weight at all times, which --shard shards.",
-                "Leave out --shard, or --dora and what else gives this layer a forward pass of its own.",
-            )
-        if self.kept_linears:
-            self.report(Notice(f"{len(self.kept_linears)} linear layers keep PEFT's own forward, which is slower."))
+        self._fuse_linears(bool(settings.resident_weights))
         self.head = find_head(self.base, self.decoder, self.trials.inputs(HEAD_TRIAL_TOKENS))
         if self.head is None:
             self.report(Notice("The output head is not a plain one; logits are held in full."))
-        self._install_attention(dtype)
+        self._install_attention()
+        self._swap_layers()
+        self.compiled = on_cuda and self.packed and self._compiling_pays(settings.compile, total_steps)
+        self._share_projections()
+        plan = plan_as_asked(settings, len(self.layers), resident_weights=bool(settings.resident_weights))
+        if on_cuda and self.layers and not self.sharded:  # a layer by itself is not measured where all ranks gather it
+            self.planner = StepPlanner(settings, self.largest_tokens)
+            plan = self._plan(self.planner, optimizer_bytes)
+        for layer_plan in self.layer_plans:
+            layer_plan.compiled = self.compiled
+        if self.compiled and self.planner is not None and self.embeddings.frozen:
+            compiled_bytes_a_token = self.planner.needs.kept_bytes / self.largest_tokens
+            plainly = runs_better_plainly(self.layers[0], self.calls[0], compiled_bytes_a_token)
+            self.layer_plans[0].compiled = not plainly
+        self._apply(plan)
+        if total_steps >= GRAPHS_PAY_STEPS:
+            self._use_graphs()
 
+    def _fuse_linears(self, resident: bool) -> None:
+        """Trials on a card run on weights in slices: there may be no room for a whole one."""
+        on_cuda = self.device.type == "cuda"
+        self.linears.fuse(resident=resident and not on_cuda, workspace_bytes=SLICE_BYTES if on_cuda else None)
+        kept = self.linears.kept
+        if kept and self.sharded:
+            raise UsageError(
+                f"{kept[0]} needs its whole weight at all times, which --shard shards.",
+                "Leave out --shard, or --dora and what else gives this layer a forward pass of its own.",
+            )
+        if kept:
+            self.report(Notice(f"{len(kept)} linear layers keep PEFT's own forward, which is slower."))
+
+    def _swap_layers(self) -> None:
+        """Finds the decoder's layers and what they are called with, and has each run as its plan says."""
         layers = find_layers(self.decoder)
         self.calls = capture_calls(layers, self.trials.run)
         if len(self.calls) != len(layers):  # layers that are called other than once each are left as they are
             layers, self.calls = [], []
         self.layers = layers
-        drops = drop_something(layers)
-        self.layer_plans = [LayerPlan(i, False, None, False, drops, self.step) for i in range(len(layers))]
+        self.dropout = has_dropout(layers)
+        step = self.linears.step
+        self.layer_plans = [LayerPlan(i, False, None, False, self.dropout, step) for i in range(len(layers))]
         self.undo.append(swap_layers(layers, self.layer_plans))
 
-        elements = dense_bytes // dtype.itemsize
+    def _compiling_pays(self, asked: bool | None, total_steps: int) -> bool:
+        """Whether layers are to be compiled: as asked, else where the run takes long enough by the arithmetic."""
+        elements = self.linears.dense_bytes // self.values.dtype.itemsize
         seconds = total_steps * 6 * elements * self.largest_tokens / ASSUMED_FLOPS_PER_SECOND
-        wanted = seconds > COMPILE_PAYS_SECONDS if settings.compile is None else settings.compile
-        self.compiled = wanted and on_cuda and self.packed
-        self._share_projections()
+        return seconds > COMPILE_PAYS_SECONDS if asked is None else asked
 
-        plan = plan_as_asked(settings, len(layers), resident_weights=bool(resident))
-        if on_cuda and layers and not self.sharded:  # a layer by itself is not measured where all ranks gather it
-            self.planner = StepPlanner(settings, self.largest_tokens)
-            plan = self._plan(self.planner, dense_bytes, optimizer_bytes)
-        for layer_plan in self.layer_plans:
-            layer_plan.compiled = self.compiled
-        if self.compiled and self.planner is not None and self.embeddings.frozen:
-            self.layer_plans[0].compiled = not self._first_layer_pays_plainly(self.planner.needs)
-        self._apply(plan)
-        # Graphs read no trained embeddings or head, which lie outside of them, and repeat no random numbers.
-        still = self.head is not None and self.head.frozen and self.embeddings.frozen and not drops
-        if on_cuda and self.packed and layers and still and not self.sharded and total_steps >= GRAPHS_PAY_STEPS:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.graphs = StepGraphs(
-                self._packed_loss,
-                trained,
-                self._join,
-                self._layout,
-                lambda: not self.plan.frees_activations,
-                self.report,
-            )
-            self.undo.append(self.graphs.clear)
-
-    def _swap_linears(self, resident: bool, workspace_bytes: int | None) -> None:
-        """Gives the linear layers their fused forward, on packed or on dequantised weights."""
-        self.put_linears_back()
-        self.values.linears.clear()
-        self.values.addresses = ()
-        self.fast_linears, self.kept_linears, self.put_linears_back = swap_linears(
-            self.candidates,
-            self.values.dtype,
-            self.step,
-            self.values,
-            resident=resident,
-            workspace_bytes=workspace_bytes,
+    def _use_graphs(self) -> None:
+        """Has steps replayed as graphs, which read no trained embeddings or head, as these lie outside of them, and
+        repeat no random numbers."""
+        still = self.head is not None and self.head.frozen and self.embeddings.frozen and not self.dropout
+        if self.device.type != "cuda" or not (self.packed and self.layers and still) or self.sharded:
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.graphs = StepGraphs(
+            self._packed_loss, trained, self._join, self._layout, lambda: not self.plan.frees_activations, self.report
         )
-        self.resident = resident
+        self.undo.append(self.graphs.clear)
 
     def _apply(self, plan: MemoryPlan) -> None:
         """Runs steps from now on as planned."""
         self.plan = plan
         on_cuda = self.device.type == "cuda"
         self._release_values()
-        if plan.resident_weights != self.resident:
-            self._swap_linears(plan.resident_weights, plan.workspace_bytes)
+        if plan.resident_weights != self.linears.resident:
+            self.linears.fuse(resident=plan.resident_weights, workspace_bytes=plan.workspace_bytes)
             self._share_projections()
-        self._set_workspace(plan.workspace_bytes)
+        self.linears.set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings:
             self.embeddings.move_to_host()
         offloads = on_cuda and (plan.offload_activations or plan.sent)
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:
-            self._lay_out(replace(plan, recomputed=0, sent=0, offload_activations=False))  # trials run layers plainly
+            plainly = replace(plan, recomputed=0, sent=0, offload_activations=False)  # as trials run layers
+            self._set_layers(plainly)
             self.skipped = skip_unused_outputs(self.layers, self.calls)
         planner = self.planner
         self.plan_by_tokens = cache(lambda tokens: plan if planner is None else planner.for_tokens(plan, tokens))
-        self._lay_out(plan)
+        self._set_layers(plan)
         if on_cuda:
             torch.cuda.empty_cache()
         if self.planner is not None and self.planner.adapts and plan.frees_activations:
@@ -227,10 +212,6 @@ class FastEngine:
 
     def _release_values(self) -> None:
         self.buffer = reserve_values(self.device, 0)
-
-    def _set_workspace(self, bytes_: int | None) -> None:
-        for linear in self.fast_linears:
-            linear.options = linear.options._replace(workspace_bytes=bytes_)
 
     def reduce_memory(self) -> bool:
         """See `Engine.reduce_memory`."""
@@ -255,23 +236,22 @@ class FastEngine:
         self.report(Notice(f"Memory ran out; the engine is now: {self.describe()}."))
         return True
 
-    def _plan(self, planner: StepPlanner, dense_bytes: int, optimizer_bytes: int) -> MemoryPlan:
+    def _plan(self, planner: StepPlanner, optimizer_bytes: int) -> MemoryPlan:
         """Measures a layer at the largest micro-batch and plans for it; once more compiled, where that decides."""
-        itemsize = self.values.dtype.itemsize
         static = StepNeeds(
             layers=len(self.layers),
             kept_bytes=0,
             peak_bytes=0,
             hidden_bytes=0,
             optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
-            dense_bytes=dense_bytes,
-            largest_dense_bytes=max(logical_elements(m) for _, m in self.candidates) * itemsize,
+            dense_bytes=self.linears.dense_bytes,
+            largest_dense_bytes=self.linears.largest_dense_bytes,
             embedding_bytes=self.embeddings.movable_bytes(),
         )
         planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)
         plan = planner.plan()
         if self.compiled and plan.frees_activations:  # compiled, a layer saves less
-            self._set_workspace(plan.workspace_bytes)
+            self.linears.set_workspace(plan.workspace_bytes)
             planner.keep_workspace(plan.workspace_bytes)
             for layer_plan in self.layer_plans:
                 layer_plan.lean = True
@@ -282,16 +262,7 @@ class FastEngine:
             plan = planner.plan()
         return plan
 
-    def _first_layer_pays_plainly(self, needs: StepNeeds) -> bool:
-        """Whether the first layer is better not compiled. Its input needs no gradient, so that run plainly it leaves out
-        what only leads there: where adapters are on the attention alone and the MLP stands beside it, all of the MLP's
-        backward pass. (Compiled, it would be compiled a second time.) Elsewhere little is left out, and plain
-        operations are slower."""
-        layer, call = self.layers[0], self.calls[0]
-        whole, rest = (saved_bytes_a_token(layer, call, input_gradient=wanted) for wanted in (True, False))
-        return rest <= min(MOSTLY_LEFT_OUT * whole, needs.kept_bytes / self.largest_tokens)
-
-    def _lay_out(self, plan: MemoryPlan) -> None:
+    def _set_layers(self, plan: MemoryPlan) -> None:
         """Which layers are recomputed and which wait on the host."""
         recomputed, sent = plan.numbers(len(self.layer_plans))
         for layer in self.layer_plans:
@@ -312,31 +283,24 @@ class FastEngine:
         if self.offload is not None:
             self.offload.join()
 
-    def _install_attention(self, dtype: torch.dtype) -> None:
+    def _install_attention(self) -> None:
         """Packs rows where that is exact, which is tried out; otherwise rows stay padded."""
-        reason = why_not_packed(self.base, self.decoder, self.device, dtype)
+        reason = why_not_packed(self.base, self.decoder, self.device, self.values.dtype)
         if reason is None:
-            put_back = install_packed_attention(self.base, self.decoder)
-            self.packed = True
+            self.undo.append(install_packed_attention(self.base, self.decoder))
             self.trials.packed = True
             reason = self.trials.why_pack_differs()
-            if reason is None:
-                self.undo.append(put_back)
-                self.equal_rows = takes_equal_rows(self.decoder, self.device)
-            else:
-                self.packed = self.trials.packed = False
-                put_back()
+            if reason is not None:
+                self.trials.packed = False
+                self.undo.pop()()
         if reason is not None:
             self.report(Notice(f"Rows are padded instead of packed, because {reason}."))
-
-    def _hidden(self, embedded: Tensor, **inputs: Any) -> Tensor:
-        return self.decoder(inputs_embeds=embedded, use_cache=False, **inputs).last_hidden_state
+            return
+        self.packed = True
+        self.equal_rows = takes_equal_rows(self.decoder, self.device)
 
     def _persistent_storages(self) -> frozenset[int]:
-        tensors = [*self.base.parameters(), *self.base.buffers()]
-        for linear in self.fast_linears:
-            if isinstance(linear.weight, FrozenWeight):
-                tensors += [t for t in linear.weight if isinstance(t, Tensor)]
+        tensors = [*self.base.parameters(), *self.base.buffers(), *self.linears.tensors()]
         return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
 
     def prepare(self, batch: "MicroBatch") -> "MicroBatch":
@@ -346,7 +310,7 @@ class FastEngine:
         if self.embeddings.on_host:
             return replace(batch, embedded=self.embeddings.look_up(batch.input_ids))
         if self.graphs is not None and not self.plan.frees_activations:  # there is room for two steps' inputs
-            with suppress(torch.OutOfMemoryError):  # `loss` makes them, where running out of memory is seen to
+            with suppress(torch.OutOfMemoryError):  # `loss` makes them, which handles running out of memory
                 self.ahead = batch, self._bucketed_inputs(batch)
         return batch
 
@@ -354,16 +318,14 @@ class FastEngine:
         """See `Engine.loss`. A batch still on the host saves a wait where embeddings are on the host."""
         self.values.refresh()
         training = self.model.training
-        if training and any(linear.rate > 0 for linear in self.fast_linears):
-            self.step.draw_seeds()
+        if training and any(linear.rate > 0 for linear in self.linears.fused):
+            self.linears.step.draw_seeds()
         if self.packed:
             if self.graphs is None:
                 return self._packed_loss(self._inputs(batch))
-            if not training or not _differentiates():
-                return self._loss_beside_graphs(self._inputs(batch))
-            inputs = self._bucketed_inputs(batch)
-            loss = self.graphs.loss(inputs)
-            return self._packed_loss(inputs) if loss is None else loss
+            if training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+                return self.graphs.loss(self._bucketed_inputs(batch))
+            return self.graphs.loss_beside(self._inputs(batch))
         ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
         # Without padding the mask is the plain causal one, which has kernels of its own.
         mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
@@ -375,18 +337,6 @@ class FastEngine:
             return bucketed(self._inputs(batch))
         (_, inputs), self.ahead = self.ahead, None
         return inputs
-
-    def _loss_beside_graphs(self, inputs: StepInputs) -> Tensor:
-        """Without a graph; what graphs hold makes room where memory runs out."""
-        assert self.graphs is not None
-        try:
-            return self._packed_loss(inputs)
-        except torch.OutOfMemoryError:
-            if not self.graphs.graphs:
-                raise
-        self.graphs.clear()
-        torch.cuda.empty_cache()
-        return self._packed_loss(inputs)
 
     def _inputs(self, batch: "MicroBatch") -> StepInputs:
         embedded = self.embeddings.embed(batch.input_ids, batch.embedded)
@@ -408,31 +358,28 @@ class FastEngine:
     def _packed_loss(self, inputs: StepInputs) -> Tensor:
         mask = pack_mask(inputs.boundaries, inputs.longest, inputs.equal_rows)
         return self._loss(
-            inputs.embedded,
-            inputs.labels,
-            inputs.trained_tokens,
-            attention_mask=mask,
-            position_ids=inputs.position_ids,
+            inputs.embedded, inputs.labels, inputs.trained_tokens, attention_mask=mask, position_ids=inputs.position_ids
         )
 
     def _loss(self, embedded: Tensor, labels: Tensor, trained_tokens: int, **inputs: Tensor) -> Tensor:
-        """Sum over trained tokens, fp32; labels (rows, length) tell which those are."""
+        """Sum over trained tokens, fp32; labels (rows, length) say which those are."""
         if self.offload is not None:
             self.offload.start()
         if torch.is_grad_enabled() and not embedded.requires_grad and self.layers and self.layer_plans[0].compiled:
             embedded = embedded.detach().requires_grad_()  # so that the first layer is compiled like the others
-        self._lay_out(self.plan_by_tokens(labels.numel()))
+        self._set_layers(self.plan_by_tokens(labels.numel()))
         positions, targets = trained_positions(labels, trained_tokens)
         if self.head is None:
             logits = self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[positions]
             return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        hidden = self._hidden(embedded, **inputs).flatten(0, 1)  # (tokens, size)
+        hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **inputs).last_hidden_state
+        hidden = hidden.flatten(0, 1)  # (tokens, size)
         # Not indexing: its backward pass sorts. No place comes twice but those that count nothing.
         return self.head.loss(hidden.index_select(0, positions), targets)
 
     def describe(self) -> str:
         """See `Engine.describe`."""
-        parts = [f"fast: {len(self.fast_linears)} fused linears"]
+        parts = [f"fast: {len(self.linears.fused)} fused linears"]
         parts.append("packed rows" if self.packed else "padded rows")
         if self.head is not None:
             parts.append("chunked loss")
@@ -451,7 +398,3 @@ class FastEngine:
         """See `Engine.close`."""
         while self.undo:
             self.undo.pop()()
-
-
-def _differentiates() -> bool:
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -1,4 +1,4 @@
-"""Gated MLPs (SwiGLU, GeGLU) that, where a layer is compiled, add both adapters' products inside the gate."""
+"""What compiled layers do together: projections of linears with one input, and gated MLPs with both adapters inside."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from qlora_cli.core.engine.lora_linear import (
     SharedProjection,
     adapter_is_active,
     fast_linear_of,
+    group_by_input,
     replace_forward,
 )
 from qlora_cli.kernels.gated import GATES, activate, gated_product
@@ -61,6 +62,20 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     if wanted and all(adapter_is_active(module, fast.adapter) for module, fast in linears):
         return self.down_proj(unit(x))
     return type(self).forward(self, x)
+
+
+def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[SharedProjection]:
+    """Finds swapped layers that get the same tensor while `run` runs, and lets them share one projection."""
+    fast_of = {module: fast for module in modules if (fast := fast_linear_of(module)) is not None}
+    sharing = [module for module, fast in fast_of.items() if fast.adapter is not None and fast.rate == 0]
+    found = []
+    for group in group_by_input(sharing, run):
+        members = [fast_of[module] for module in group]
+        if len(members) > 1 and len({member.options.scaling for member in members}) == 1:
+            found.append(SharedProjection(members))
+            for place, member in enumerate(members):
+                member.shared, member.place = found[-1], place
+    return found
 
 
 def fuse_gates(modules: Iterable[nn.Module]) -> Callable[[], None]:

@@ -81,6 +81,10 @@ class AdapterValues:
         self.copies: list[Tensor] = []
         self.addresses: tuple[int, ...] = ()
 
+    def take(self, linears: Iterable["FastLinear"]) -> None:
+        """Whose values are kept from the next `refresh` on."""
+        self.linears, self.addresses = list(linears), ()
+
     def _build(self) -> None:
         """Copies of whole storages, so that parameters that are views of one buffer are copied together."""
         self.sources, self.copies = [], []
@@ -294,33 +298,64 @@ def linear_candidates(model: nn.Module, excluded: nn.Module | None) -> Iterator[
             yield name, module
 
 
-def swap_linears(
-    candidates: Iterable[tuple[str, nn.Module]],
-    dtype: torch.dtype,
-    step: StepState,
-    values: AdapterValues,
-    *,
-    resident: bool,
-    workspace_bytes: int | None,
-) -> tuple[list[FastLinear], list[str], Callable[[], None]]:
-    """Gives each candidate instance the fused forward where it is covered.
+class FusedLinears:
+    """The linear layers of one model instance, as far as they compute through the fused op.
 
-    Returns:
-        The fused layers; the names of layers that keep their own forward; a function that puts everything back.
+    Args:
+        model: The causal language model, whose head is left out.
+        values: The adapters' values, one copy for all layers.
+        device: Where it computes.
+
+    Attributes:
+        step: What the layers share while a step runs.
+        fused: The layers that do.
+        kept: Names of layers that keep their own forward.
+        resident: Whether the fused ones hold dequantised weights.
+        dense_bytes: Of all weights, dequantised.
+        largest_dense_bytes: Of the largest.
     """
-    found: dict[nn.Module, FastLinear] = {}
-    kept: list[str] = []
-    for number, (name, module) in enumerate(candidates):
-        fast = fast_linear(
-            module, dtype, step, resident=resident, workspace_bytes=workspace_bytes, seed=step.seeds[number]
-        )
-        if fast is None:
-            kept.append(name)
-            continue
-        found[module] = fast
-        if fast.adapter is not None:
-            values.linears.append(fast)
-    return list(found.values()), kept, replace_forward(found, _forward)
+
+    def __init__(self, model: Any, values: AdapterValues, device: torch.device) -> None:
+        self.values = values
+        self.candidates = list(linear_candidates(model, model.get_output_embeddings()))
+        self.step = StepState(device, len(self.candidates))
+        self.fused: list[FastLinear] = []
+        self.kept: list[str] = []
+        self.resident = False
+        sizes = [logical_elements(module) * values.dtype.itemsize for _, module in self.candidates]
+        self.dense_bytes, self.largest_dense_bytes = sum(sizes), max(sizes, default=0)
+        self._put_back: Callable[[], None] = lambda: None
+
+    def fuse(self, *, resident: bool, workspace_bytes: int | None) -> None:
+        """Gives each layer that is covered the fused forward, on packed or on dequantised weights."""
+        self.put_back()
+        found: dict[nn.Module, FastLinear] = {}
+        self.kept = []
+        for (name, module), seed in zip(self.candidates, self.step.seeds, strict=True):
+            options = {"resident": resident, "workspace_bytes": workspace_bytes, "seed": seed}
+            fast = fast_linear(module, self.values.dtype, self.step, **options)
+            if fast is None:
+                self.kept.append(name)
+            else:
+                found[module] = fast
+        self.fused, self.resident = list(found.values()), resident
+        self.values.take(fast for fast in self.fused if fast.adapter is not None)
+        self._put_back = replace_forward(found, _forward)
+
+    def set_workspace(self, bytes_: int | None) -> None:
+        """Most bytes of dequantised values at once, from now on; None for a whole weight."""
+        for fast in self.fused:
+            fast.options = fast.options._replace(workspace_bytes=bytes_)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What the frozen weights consist of, but those that ranks share."""
+        for fast in self.fused:
+            if isinstance(fast.weight, FrozenWeight):
+                yield from (part for part in fast.weight if isinstance(part, Tensor))
+
+    def put_back(self) -> None:
+        """Gives the instances their own forward back."""
+        self._put_back()
 
 
 def group_by_input(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[list[nn.Module]]:
@@ -346,20 +381,6 @@ def group_by_input(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list
         if counts[id(module)] == 1:
             groups.setdefault((id(tensor), version), []).append(module)
     return list(groups.values())
-
-
-def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[SharedProjection]:
-    """Finds swapped layers that get the same tensor while `run` runs, and lets them share one projection."""
-    fast_of = {module: fast for module in modules if (fast := fast_linear_of(module)) is not None}
-    sharing = [module for module, fast in fast_of.items() if fast.adapter is not None and fast.rate == 0]
-    found = []
-    for group in group_by_input(sharing, run):
-        members = [fast_of[module] for module in group]
-        if len(members) > 1 and len({member.options.scaling for member in members}) == 1:
-            found.append(SharedProjection(members))
-            for place, member in enumerate(members):
-                member.shared, member.place = found[-1], place
-    return found
 
 
 def fast_linear_of(module: nn.Module) -> FastLinear | None:
