@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_cli.config import GenerateConfig
 from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_prompts
 from qlora_cli.core.generation.chat import COMMANDS, Conversation, run_line
@@ -63,11 +65,11 @@ def generate(config: GenerateConfig, prompts: Sequence[str], report: Report) -> 
     started = time.perf_counter()
     if (config.input is None) != (config.output is None):
         raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
-    session = open_session(config, report)
+    config, session = open_session(config, report)
     if config.input is None or config.output is None:
         rows = answer_prompts(session, config.adapter, prompts, report)
     else:
-        rows = answer_file(session, config.adapter, Path(config.input), Path(config.output), report)
+        rows = answer_file(session, config, Path(config.input), Path(config.output), report)
     return finish(session, config, config.adapter, rows, started, report)
 
 
@@ -82,7 +84,7 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
         read_line: Given a prompt to show, the next line; None or EOFError at the end.
     """
     started = time.perf_counter()
-    session = open_session(config, report)
+    config, session = open_session(config, report)
     conversation = Conversation(session, config.adapter, lambda piece: report(TextGenerated(piece)))
     report(Notice(f"Type a question, or {COMMANDS}. Ctrl-C stops an answer, Ctrl-D leaves."))
     while True:
@@ -107,8 +109,10 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
 # ---------------------------------------------------------------- the model
 
 
-def open_session(config: GenerateConfig, report: Report) -> GenerationSession:
-    """The base that a configuration names; held as in the adapter's training unless a flag says otherwise.
+def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig, GenerationSession]:
+    """The settings with the base decided, and a session under them.
+
+    The base is held as in the adapter's training unless a flag says otherwise.
 
     Raises:
         UsageError: Neither a model nor an adapter is given, or a flag is out of range.
@@ -124,11 +128,12 @@ def open_session(config: GenerateConfig, report: Report) -> GenerationSession:
     else:
         raise UsageError("generate needs a model.", "Add --adapter DIR of a run, or --model ID for the bare base.")
     files = resolve_model(model, revision, trust_remote_code=config.trust_remote_code, report=report)
-    settings = replace(config, **choose_quantization(config, files, source, report))
-    session = GenerationSession(settings, report, files=files)
+    held = choose_quantization(config, files, source, report)
+    config = replace(config, model=model, model_revision=revision, **held)
+    session = GenerationSession(config, report, files=files)
     if config.adapter is not None:
         session.source(config.adapter)
-    return session
+    return config, session
 
 
 def choose_quantization(
@@ -136,9 +141,7 @@ def choose_quantization(
 ) -> dict[str, Any]:
     """`quant_type`, `double_quant` and `compute_dtype` of the base, by name."""
     trained = source.base if source is not None else None
-    chosen: dict[str, Any] = {"compute_dtype": config.compute_dtype}
-    if trained is not None and config.compute_dtype is None:
-        chosen["compute_dtype"] = trained.compute_dtype
+    chosen: dict[str, Any] = {"compute_dtype": config.compute_dtype or getattr(trained, "compute_dtype", None)}
     for name in ("quant_type", "double_quant"):
         asked, recorded = getattr(config, name), getattr(trained, name, getattr(config, name))
         chosen[name] = recorded if asked == getattr(GenerateConfig, name) else asked
@@ -147,7 +150,8 @@ def choose_quantization(
     if source is None and chosen["quant_type"] == GenerateConfig.quant_type:
         merged, _ = read_merge_record(files.directory)
         if merged and getattr(files.config, "quantization_config", None) is None:
-            chosen["quant_type"] = UNQUANTIZED  # 4 bits again would lose much of what was learned
+            # 4 bits again would lose much of what was learned; without them there is nothing to quantise twice.
+            chosen |= {"quant_type": UNQUANTIZED, "double_quant": GenerateConfig.double_quant}
     return chosen
 
 
@@ -169,7 +173,7 @@ def answer_prompts(
 
 
 def answer_file(
-    session: GenerationSession, default_adapter: str | None, source: Path, target: Path, report: Report
+    session: GenerationSession, config: GenerateConfig, source: Path, target: Path, report: Report
 ) -> list[dict[str, Any]]:
     """Answers a file of prompts into a file, adapter by adapter, going on where an earlier call stopped.
 
@@ -179,13 +183,13 @@ def answer_file(
     prompts = read_prompts(source)
     requests: dict[str | None, list[Request]] = {}
     for prompt in prompts:
-        adapter = prompt.adapter or default_adapter
+        adapter = prompt.adapter or config.adapter
         try:
             requests.setdefault(adapter, []).append(session.request(prompt.index, prompt.prompt, adapter))
         except DataError as error:
             raise DataError(f"{source}, prompt {prompt.index + 1}: {error.message}", error.hint) from error
     rows = []
-    with AnswerFile(target, prompts, settings_fingerprint(session, default_adapter)) as answers:
+    with AnswerFile(target, prompts, settings_fingerprint(config, session.compute_dtype)) as answers:
         if answers.finished:
             report(Notice(f"{target} holds {len(answers.finished):,} of {len(prompts):,} answers already."))
         left = {a: [r for r in group if r.index not in answers.finished] for a, group in requests.items()}
@@ -200,31 +204,34 @@ def answer_file(
     return rows
 
 
-def settings_fingerprint(session: GenerationSession, adapter: str | None) -> str:
-    """Stands for all that decides an answer beside its prompt; what does not is None, as in files written before."""
-    settings, files = session.settings, session.files
-    assert files is not None
+def settings_fingerprint(config: GenerateConfig, compute_dtype: torch.dtype) -> str:
+    """Stands for all that decides an answer beside its prompt; what does not is None, as in files written before.
+
+    Args:
+        config: As decided by `open_session`: model and revision as typed, or as the adapter's run recorded them.
+        compute_dtype: Of the base.
+    """
     base = {
-        "model": files.name,
-        "revision": files.commit,
-        "quant_type": None if settings.quant_type == UNQUANTIZED else settings.quant_type,
-        "double_quant": settings.double_quant,
-        "compute_dtype": session.compute_dtype,
-        "trust_remote_code": files.trust_remote_code,
+        "model": config.model,
+        "revision": config.model_revision,
+        "quant_type": None if config.quant_type == UNQUANTIZED else config.quant_type,
+        "double_quant": config.double_quant,
+        "compute_dtype": compute_dtype,
+        "trust_remote_code": config.trust_remote_code,
         "device": None,
         "cache": None,
     }
     sampling = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
     answers = {
-        "sampling": {name: getattr(settings, name) for name in sampling},
-        "seed": settings.seed,
-        "max_new_tokens": settings.max_new_tokens,
-        "stop": settings.stop or (),
-        "raw": settings.raw,
+        "sampling": {name: getattr(config, name) for name in sampling},
+        "seed": config.seed,
+        "max_new_tokens": config.max_new_tokens,
+        "stop": config.stop or (),
+        "raw": config.raw,
         "batch_size": None,
         "engine": None,
     }
-    return fingerprint(base, answers, adapter)
+    return fingerprint(base, answers, config.adapter)
 
 
 # ---------------------------------------------------------------- the result
@@ -239,12 +246,12 @@ def finish(
     report: Report,
 ) -> GenerateResult:
     """The result of the rows answered now, and what is reported of it."""
-    assert session.files is not None
+    assert config.model is not None
     now = time.perf_counter()
     loaded = session.loaded_at or now
     new_tokens = sum(row["new_tokens"] for row in rows)
     result = GenerateResult(
-        model=session.files.name,
+        model=config.model,
         adapter=adapter,
         path=session.path,
         seed=session.seed,

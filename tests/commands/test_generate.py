@@ -1,10 +1,13 @@
 """Promises of `generate`: formatted as in training, the right base, text as it comes, files that resume, plain errors."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from qlora_cli.artifacts import MERGE_RECORD
 from qlora_cli.commands.generate import converse, generate
 from qlora_cli.config import GenerateConfig
 from qlora_cli.core.prompts.formatting import Formatting
@@ -175,6 +178,46 @@ def test_a_stopped_file_goes_on(prompt_file, make_run, tmp_path):
     with pytest.raises(RunError, match="other settings"):
         ask([], **arguments, top_k=3)
     assert target.read_bytes() == whole
+
+
+def first_fingerprint(model, revision, quant_type, **changes):
+    """That of the first version's answer files: what decided an answer then, under the names of then."""
+    base = {"model": model, "revision": revision, "quant_type": quant_type, "double_quant": True}
+    base |= {"compute_dtype": "torch.float32", "device": None, "trust_remote_code": False, "cache": None}
+    sampling = {"repetition_penalty": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
+    answers = {"sampling": sampling, "seed": None, "max_new_tokens": 12, "batch_size": None, "stop": [], "raw": False}
+    facts = [base, {**answers, "engine": None, **changes}, None]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def test_a_file_goes_on_when_the_hub_has_a_newer_commit_unless_a_revision_was_typed(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_cli.core.models.files.download_snapshot", lambda *_, **__: tiny_model("llama"))
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('"a"\n"b"\n')
+    arguments = {"model": "org/model", "input": str(source), "output": str(target)}
+    for commit, answered in (("a" * 40, 2), ("b" * 40, 0)):
+        monkeypatch.setattr("qlora_cli.core.models.files.commit_of", lambda _, commit=commit: commit)
+        assert ask([], **arguments)[0].answered == answered
+    assert {row["settings"] for row in rows_of(target)} == {first_fingerprint("org/model", None, "nf4")}
+    with pytest.raises(RunError, match="other settings"):
+        ask([], **arguments, model_revision="v1")
+    target.unlink()
+    ask([], **arguments, model_revision="v1", seed=3)
+    assert {row["settings"] for row in rows_of(target)} == {first_fingerprint("org/model", "v1", "nf4", seed=3)}
+
+
+def test_double_quantisation_tells_no_files_apart_where_nothing_is_quantised(tiny_model, tmp_path):
+    merged = tmp_path / "merged"
+    shutil.copytree(tiny_model("llama"), merged)
+    (merged / MERGE_RECORD).write_text("{}")
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('"a"\n')
+    arguments = {"model": str(merged), "input": str(source), "output": str(target)}
+    assert ask([], **arguments)[0].answered == 1
+    assert ask([], **arguments, double_quant=False)[0].answered == 0
+    assert rows_of(target)[0]["settings"] == first_fingerprint(str(merged), None, None)
+    with pytest.raises(RunError, match="other settings"):
+        ask([], **{**arguments, "model": str(tiny_model("llama"))}, double_quant=False)
 
 
 # ---------------------------------------------------------------- conversations
