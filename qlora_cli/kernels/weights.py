@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_cli.kernels import reference
-
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
     from qlora_cli.kernels.triton import nf4
 
@@ -110,11 +108,26 @@ class FrozenWeight(NamedTuple):
                 out,
                 first_row * self.columns,
             )
-        scales = reference.dequantize_statistics(
-            self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize
-        )
-        flat = reference.dequantize_4bit(self.packed, scales, self.code, self.blocksize, self.rows * self.columns)
-        return flat.view(self.rows, self.columns)[first_row:end_row].to(dtype)
+        return self._plain_values().view(self.rows, self.columns)[first_row:end_row].to(dtype)
+
+    def _plain_values(self) -> Tensor:
+        """code[nibble] * scale of its block, fp32 (out * in,), in plain PyTorch; the last byte and block may be partly filled.
+
+        Scales are plain, or from their own 8-bit blocks: the double quantisation of arXiv:2305.14314, section 3.
+        """
+        assert self.packed is not None and self.absmax is not None and self.code is not None
+        packed, scales = self.packed.flatten(), self.absmax.float()
+        if self.nested_absmax is not None and self.nested_code is not None and self.offset is not None:
+            block = torch.arange(scales.numel(), device=scales.device) // self.nested_blocksize
+            offset = self.offset[block] if self.offset.numel() > 1 else self.offset
+            scales = self.nested_code[self.absmax.int()] * self.nested_absmax[block] + offset
+        elements = self.rows * self.columns
+        nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:elements]
+        values = self.code[nibbles.int()]
+        whole = elements - elements % self.blocksize
+        values[:whole].view(-1, self.blocksize).mul_(scales[: whole // self.blocksize, None])
+        values[whole:] *= scales[-1:]
+        return values
 
     def row_slices(self, limit_bytes: int | None, itemsize: int) -> list[tuple[int, int]]:
         """Row ranges, each starting with a block, whose dequantised values take about `limit_bytes` or less."""

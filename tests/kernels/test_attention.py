@@ -5,8 +5,8 @@ from itertools import accumulate
 import pytest
 import torch
 
-from qlora_cli.kernels import reference
 from qlora_cli.kernels.attention import equal_rows_attention, packed_attention
+from tests.kernels import reference
 
 
 def inputs(lengths, heads, key_heads, size, device, dtype):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_cli.kernels import reference
 from qlora_cli.kernels.cross_entropy import chunk_tokens, linear_cross_entropy
+from tests.kernels import reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

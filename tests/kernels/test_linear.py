@@ -4,8 +4,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_cli.kernels import linear, lora_products, reference
+from qlora_cli.kernels import linear, lora_products
 from qlora_cli.kernels.weights import FrozenWeight
+from tests.kernels import reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -6,9 +6,10 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_cli.kernels import gated, reference
+from qlora_cli.kernels import gated
 from qlora_cli.kernels.triton import dropout, gated_tiles, low_rank, nf4, short_attention, softmax, thin_products
 from qlora_cli.kernels.weights import FrozenWeight
+from tests.kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,46 +1,10 @@
-"""Plain PyTorch truth for every op of this room: slow, readable, differentiable, exact in whatever dtype it is given."""
+"""Plain PyTorch truth for every training op: slow, readable, differentiable, exact in whatever dtype it is given."""
 
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def dequantize_statistics(
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Tensor:
-    """Scale of every block, fp32 (blocks,), from plain fp32 statistics or from their own 8-bit blocks.
-
-    Source: the double quantisation of arXiv:2305.14314, section 3.
-    """
-    if nested_absmax is None or nested_code is None or offset is None:
-        return absmax.float()
-    block = torch.arange(absmax.numel(), device=absmax.device) // nested_blocksize
-    return nested_code[absmax.int()] * nested_absmax[block] + (offset[block] if offset.numel() > 1 else offset)
-
-
-def dequantize_4bit(packed: Tensor, scales: Tensor, code: Tensor, blocksize: int, elements: int) -> Tensor:
-    """4-bit codes to fp32 values (elements,): code[nibble] * scale of its block, the high nibble first.
-
-    Args:
-        packed: uint8, two values a byte.
-        scales: fp32 (blocks,).
-        code: fp32 (16,), the value of each code.
-        blocksize: Values that share a scale.
-        elements: Values wanted; the last byte and block may be partly filled.
-    """
-    packed = packed.flatten()
-    nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:elements]
-    values = code[nibbles.int()]
-    whole = elements - elements % blocksize
-    values[:whole].view(-1, blocksize).mul_(scales[: whole // blocksize, None])
-    values[whole:] *= scales[-1:]
-    return values
 
 
 def qlora_linear(
