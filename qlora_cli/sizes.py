@@ -6,9 +6,9 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Bytes in the largest binary unit that keeps the number above a tenth: 4.57 GiB, 33.0 MiB, 512 B."""
+    """Bytes in the largest binary unit that keeps the number above a tenth, or as they are below 1 KiB."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if abs(size_bytes) >= unit / 10:
+        if abs(size_bytes) >= max(unit / 10, KIB):
             return f"{_three_digits(size_bytes / unit)} {name}"
     return f"{size_bytes:.0f} B"
 

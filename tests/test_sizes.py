@@ -10,6 +10,8 @@ from qlora_cli.sizes import GIB, format_bytes
     [
         (0, "0 B"),
         (100, "100 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
         (1500, "1.46 KiB"),
         (35 * 2**20, "35.0 MiB"),
         (GIB, "1.00 GiB"),

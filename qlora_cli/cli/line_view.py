@@ -1,9 +1,11 @@
 """Plain view of events, a line each: for logs, pipes and NO_COLOR."""
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TextIO
 
-from qlora_cli.cli.units import Pace, format_amount, format_duration, format_seconds, format_share
+from qlora_cli.cli.units import format_amount, format_duration, format_seconds, format_share
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -40,15 +42,40 @@ def describe_start(event: RunStarted) -> str:
     )
 
 
-class LineView:
-    """Writes each event as at most one line; of a long run's steps about fifty."""
+@dataclass
+class Pace:
+    """Where a task stood when its first event came (which holds the warm-up), and when it last had a line."""
 
-    def __init__(self, stream: TextIO) -> None:
+    first_seconds: float
+    first_done: int
+    line_seconds: float
+
+    def per_second(self, done: int, now_seconds: float) -> float:
+        """Units a second since the first event."""
+        elapsed_seconds = now_seconds - self.first_seconds
+        return (done - self.first_done) / elapsed_seconds if elapsed_seconds > 0 else 0.0
+
+    def eta(self, done: int, total: int | None, now_seconds: float) -> list[str]:
+        """The time left as the last part of a line; none while it cannot be known, and at the end."""
+        per_second = self.per_second(done, now_seconds)
+        if total is None or done >= total or per_second <= 0:
+            return []
+        return [f"ETA {format_duration((total - done) / per_second)}"]
+
+
+class LineView:
+    """Writes each event as at most one line; of a long run's steps about fifty.
+
+    Args:
+        stream: Where lines go.
+        clock: Seconds that never run backwards.
+    """
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream = stream
+        self.clock = clock
         self._tasks: dict[str, Pace] = {}
-        self._task_line_seconds: dict[str, float] = {}
         self._steps: Pace | None = None
-        self._step_line_seconds = 0.0
         self._first_step = 1
 
     def show(self, event: Event) -> None:
@@ -80,34 +107,30 @@ class LineView:
         return None
 
     def _progress(self, event: Progress) -> str | None:
-        now_seconds = time.monotonic()
-        pace = self._tasks.setdefault(event.task, Pace(0, now_seconds))
-        pace.mark(event.done, now_seconds)
-        elapsed_seconds = now_seconds - pace.started_seconds
+        now_seconds = self.clock()
+        pace = self._tasks.setdefault(event.task, Pace(now_seconds, 0, now_seconds))
         if event.done == event.total:
             del self._tasks[event.task]
-            self._task_line_seconds.pop(event.task, None)
+            elapsed_seconds = now_seconds - pace.first_seconds
             if elapsed_seconds < 1:
                 return None
             return f"{event.task}: {format_amount(event.done, event.unit)} in {format_seconds(elapsed_seconds)}"
-        if now_seconds - self._task_line_seconds.get(event.task, pace.started_seconds) < TASK_SECONDS:
+        if now_seconds - pace.line_seconds < TASK_SECONDS:
             return None
-        self._task_line_seconds[event.task] = now_seconds
-        line = f"{event.task}: {format_share(event.done, event.total, event.unit)}"
-        line += f", {format_amount(pace.per_second, event.unit)}/s"
-        left_seconds = pace.left_seconds(event.total)
-        return line if left_seconds is None else f"{line}, ETA {format_duration(left_seconds)}"
+        pace.line_seconds = now_seconds
+        share = format_share(event.done, event.total, event.unit)
+        rate = format_amount(pace.per_second(event.done, now_seconds), event.unit)
+        return ", ".join([f"{event.task}: {share}", f"{rate}/s", *pace.eta(event.done, event.total, now_seconds)])
 
     def _step(self, event: StepLogged) -> str | None:
-        now_seconds = time.monotonic()
+        now_seconds = self.clock()
         if self._steps is None:
-            self._steps = Pace(event.step, now_seconds)
-        self._steps.mark(event.step, now_seconds)
+            self._steps = Pace(now_seconds, event.step, now_seconds)
         stride = max(1, event.total_steps // STEP_LINES)
         wanted = event.step in (self._first_step, event.total_steps) or event.step % stride == 0
-        if not wanted and now_seconds - self._step_line_seconds < QUIET_SECONDS:
+        if not wanted and now_seconds - self._steps.line_seconds < QUIET_SECONDS:
             return None
-        self._step_line_seconds = now_seconds
+        self._steps.line_seconds = now_seconds
         parts = [
             f"step {event.step}/{event.total_steps}",
             f"loss {event.loss:.4f}",
@@ -119,7 +142,4 @@ class LineView:
             parts += [f"VRAM {rank}: {describe_vram(card)}" for rank, card in enumerate(event.cards)]
         elif event.vram is not None:
             parts.append(f"VRAM {describe_vram(event.vram)}")
-        left_seconds = self._steps.left_seconds(event.total_steps)
-        if left_seconds:
-            parts.append(f"ETA {format_duration(left_seconds)}")
-        return " · ".join(parts)
+        return " · ".join([*parts, *self._steps.eta(event.step, event.total_steps, now_seconds)])

@@ -1,19 +1,20 @@
 """Live view of events on a terminal: bars for tasks, and a panel for the run with its loss curve."""
 
 import itertools
+import math
 import sys
 import termios
-import time
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as ProgressBars
+from rich.table import Column
 from rich.text import Text
 
 from qlora_cli.cli.line_view import describe_start
-from qlora_cli.cli.units import Pace, format_amount, format_duration, format_seconds
+from qlora_cli.cli.units import format_amount, format_duration, format_seconds
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -50,14 +51,35 @@ def echo_control_keys(shown: bool) -> None:
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
+class Figures(ProgressColumn):
+    """Percent, amount, rate and time left of a task; of a run, which has no unit, percent, time taken and time left."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        figures = [f"{task.percentage:3.0f} %"] if task.total else []
+        figures.append(format_amount(task.completed, unit) if unit else format_duration(task.elapsed or 0))
+        if unit and task.speed:
+            figures.append(f"{format_amount(task.speed, unit)}/s")
+        if task.time_remaining is not None:
+            figures.append(f"ETA {format_duration(task.time_remaining)}")
+        return Text("  ".join(figures))
+
+
+def make_bars(*columns: ProgressColumn) -> ProgressBars:
+    """Bars with figures behind them; the rate is the mean of the last thousand events, however slow they are."""
+    bar = BarColumn(None, table_column=Column(ratio=1))
+    figures = Figures(Column(no_wrap=True, justify="right"))
+    return ProgressBars(*columns, bar, figures, expand=True, speed_estimate_period=math.inf)
+
+
 class LiveView:
     """Draws the state that the events leave behind, four times a second; notices scroll by above it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live: Live | None = None
-        self._tasks: dict[str, tuple[Progress, Pace]] = {}
-        self._steps: Pace | None = None
+        self._tasks = make_bars(TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)))
+        self._run = make_bars()
         self._step: StepLogged | None = None
         self._losses: list[float] = []
         self._evaluation: EvaluationLogged | None = None
@@ -83,7 +105,8 @@ class LiveView:
 
     def close(self) -> None:
         """Draws the last state and leaves it on the screen."""
-        self._tasks.clear()
+        for task_id in self._tasks.task_ids:
+            self._tasks.remove_task(task_id)
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -97,75 +120,46 @@ class LiveView:
             echo_control_keys(False)  # a ^C at the end of a full line would break the frame
 
     def _follow_task(self, event: Progress) -> None:
-        now_seconds = time.monotonic()
-        pace = self._tasks[event.task][1] if event.task in self._tasks else Pace(0, now_seconds)
-        pace.mark(event.done, now_seconds)
-        self._tasks[event.task] = event, pace
+        task = next((task for task in self._tasks.tasks if task.description == event.task), None)
+        if task is None:
+            self._tasks.add_task(event.task, total=event.total, unit=event.unit)
+            task = self._tasks.tasks[-1]
+        self._tasks.update(task.id, completed=event.done, total=event.total)
         self._open()
         if event.done != event.total:
             return
-        del self._tasks[event.task]
-        elapsed_seconds = now_seconds - pace.started_seconds
-        if elapsed_seconds >= 1:
+        self._tasks.remove_task(task.id)
+        seconds = task.elapsed or 0.0
+        if seconds >= 1:
             amount = format_amount(event.done, event.unit)
-            self.console.print(
-                Text("✓ ", "green") + Text(f"{event.task}: {amount} in {format_seconds(elapsed_seconds)}")
-            )
-        if not self._tasks and self._step is None:
+            self.console.print(Text("✓ ", "green") + Text(f"{event.task}: {amount} in {format_seconds(seconds)}"))
+        if not self._tasks.tasks and self._step is None:
             self.close()
 
     def _follow_step(self, event: StepLogged) -> None:
-        if self._steps is None:
-            self._steps = Pace(event.step)
-        self._steps.mark(event.step)
+        if not self._run.tasks:
+            self._run.add_task("", total=event.total_steps, completed=event.step - 1, unit=None)
+        self._run.update(self._run.task_ids[0], completed=event.step)
         self._step = event
         self._losses.append(event.loss)
         self._open()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        tasks = list(self._tasks.values())
-        if tasks:
-            yield self._draw_tasks(tasks)
+        if self._tasks.tasks:
+            yield self._tasks
         if self._step is not None:
             yield self._draw_run(self._step, options.max_width)
 
-    def _draw_tasks(self, tasks: list[tuple[Progress, Pace]]) -> RenderableType:
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(ratio=1)
-        grid.add_column(no_wrap=True, justify="right")
-        for event, pace in tasks:
-            facts = format_amount(event.done, event.unit)
-            if event.total:
-                facts = f"{100 * event.done / event.total:3.0f} %  {facts}"
-            if pace.per_second > 0:
-                facts += f"  {format_amount(pace.per_second, event.unit)}/s"
-            left_seconds = pace.left_seconds(event.total)
-            if left_seconds is not None:
-                facts += f"  ETA {format_duration(left_seconds)}"
-            bar = ProgressBar(total=event.total, completed=event.done, pulse=event.total is None)
-            grid.add_row(event.task, bar, facts)
-        return grid
-
     def _draw_run(self, step: StepLogged, width: int) -> RenderableType:
-        elapsed_seconds = time.monotonic() - self._steps.started_seconds if self._steps else 0.0
-        left_seconds = self._steps.left_seconds(step.total_steps) if self._steps else None
-        clock = f"{100 * step.step / step.total_steps:3.0f} %  {format_duration(elapsed_seconds)}"
-        clock += f"  ETA {format_duration(left_seconds)}" if left_seconds is not None else ""
-        bar = Table.grid(padding=(0, 1), expand=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        bar.add_row(ProgressBar(total=step.total_steps, completed=step.step), clock)
-
-        lines: list[RenderableType] = [bar]
-        lines.append(
+        lines: list[RenderableType] = [
+            self._run,
             _facts(
                 ("loss", f"{step.loss:.4f}"),
                 ("tokens/s", f"{step.tokens_per_second:,.0f}"),
                 ("learning rate", f"{step.learning_rate:.2e}"),
                 ("gradient norm", f"{step.grad_norm:.3g}"),
-            )
-        )
+            ),
+        ]
         for rank, card in enumerate(step.cards or filter(None, [step.vram])):
             lines.append(
                 _facts(

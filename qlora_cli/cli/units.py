@@ -1,8 +1,7 @@
-"""Numbers as short text: durations, amounts, facts by the unit in their key; and the pace of work and the time left."""
+"""Numbers as short text: durations, amounts, and facts by the unit in their key."""
 
 import math
 import re
-import time
 from typing import Any
 
 from qlora_cli.sizes import format_bytes
@@ -73,27 +72,3 @@ def format_value(key: str, value: Any) -> str:
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(format_value(key, item) for item in value) or "none"
     return str(value)
-
-
-class Pace:
-    """How fast amounts grow, and the seconds left; the first mark only starts the clock (it holds the warm-up)."""
-
-    def __init__(self, done: float, now: float | None = None) -> None:
-        self.started_seconds = time.monotonic() if now is None else now
-        self.first_done = self.last_done = done
-        self.last_seconds = self.started_seconds
-
-    def mark(self, done: float, now: float | None = None) -> None:
-        """Says that `done` units are finished by now."""
-        self.last_done, self.last_seconds = done, time.monotonic() if now is None else now
-
-    @property
-    def per_second(self) -> float:
-        elapsed_seconds = self.last_seconds - self.started_seconds
-        return (self.last_done - self.first_done) / elapsed_seconds if elapsed_seconds > 0 else 0.0
-
-    def left_seconds(self, total: float | None) -> float | None:
-        """Seconds until `total` at this pace; None while it cannot be known."""
-        if total is None or self.per_second <= 0:
-            return None
-        return max(0.0, (total - self.last_done) / self.per_second)

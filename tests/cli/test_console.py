@@ -1,6 +1,7 @@
 """What is drawn: units, plain lines, the live view, rows, results; and which stream it goes to."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from qlora_cli.cli.console import Console, to_json
 from qlora_cli.cli.line_view import LineView
 from qlora_cli.cli.live_view import LiveView, sparkline
 from qlora_cli.cli.results import draw_result, draw_row
-from qlora_cli.cli.units import Pace, format_duration, format_value
+from qlora_cli.cli.units import format_duration, format_value
 from qlora_cli.events import (
     Caution,
     CheckpointSaved,
@@ -62,18 +63,10 @@ def test_a_value_is_drawn_by_the_unit_in_its_key(key, value, text):
     assert format_value(key, value) == text
 
 
-def test_pace_leaves_out_what_came_before_its_start():
-    pace = Pace(5, now=100.0)
-    assert pace.left_seconds(20) is None
-    pace.mark(10, now=110.0)
-    assert pace.per_second == 0.5
-    assert pace.left_seconds(20) == 20.0
-    assert pace.left_seconds(None) is None
-
-
-def lines_of(*events):
+def lines_of(*events, seconds=()):
+    """Lines that the plain view writes of events that come at these seconds, or all at once."""
     stream = io.StringIO()
-    view = LineView(stream)
+    view = LineView(stream, clock=itertools.chain(seconds, itertools.repeat(0)).__next__)
     for event in events:
         view.show(event)
     return stream.getvalue().splitlines()
@@ -111,15 +104,17 @@ def test_other_events_are_one_line_each():
     ]
 
 
-def test_quick_progress_writes_nothing_and_slow_progress_a_line(monkeypatch):
-    clock = iter([0.0, 4.0, 10.0, 15.0])
-    monkeypatch.setattr("qlora_cli.cli.line_view.time.monotonic", lambda: next(clock))
-    assert lines_of(*(Progress("Reading", n * 100, 300) for n in range(4))) == [
+def test_the_time_left_leaves_out_the_first_step():
+    lines = lines_of(RunStarted(5, 20, 1, 10, "cpu", "plain"), *(step(n) for n in (5, 10, 20)), seconds=[100, 110, 130])
+    assert "ETA" not in lines[1] and lines[2].endswith("ETA 0:20") and "ETA" not in lines[3]
+
+
+def test_quick_progress_writes_nothing_and_slow_progress_a_line():
+    assert lines_of(*(Progress("Reading", n * 100, 300) for n in range(4)), seconds=[0, 4, 10, 15]) == [
         "Reading: 200 rows of 300 (67 %), 20 rows/s, ETA 0:05",
         "Reading: 300 rows in 15.0 s",
     ]
-    monkeypatch.undo()
-    assert lines_of(Progress("Reading", 0, 3), Progress("Reading", 3, 3)) == []
+    assert lines_of(Progress("Reading", 0, 3), Progress("Reading", 3, 3), seconds=[0, 0.5]) == []
 
 
 def screen(width, *events):
@@ -180,7 +175,7 @@ def drawn_row(**options):
     return stream.getvalue()
 
 
-def test_a_row_tells_trained_from_untrained_with_and_without_colour():
+def test_a_row_marks_what_is_trained_with_and_without_colour():
     assert drawn_row() == "Row 0: 9 tokens, 3 trained\nWhy?\n⟦Because.<|endoftext|>⟧\n\n"
     coloured = drawn_row(force_terminal=True, color_system="truecolor")
     assert "\x1b[2mWhy?↵" in coloured and "\x1b[1;32mBecause.<|endoftext|>\x1b[0m" in coloured
@@ -275,9 +270,9 @@ def test_commands_to_type_are_printed_in_one_piece_beside_the_result(capsys, mon
     command = "qlora train --model org/model --data DATA --gradient-checkpointing on --max-length 512"
     with Console(as_json=False) as console:
         console.show_result({"kind": "model", "fits": False, "next": [command]})
-    reported = capsys.readouterr()
-    assert f"→ {command}\n" in reported.err and "qlora" not in reported.out
+    streams = capsys.readouterr()
+    assert f"→ {command}\n" in streams.err and "qlora" not in streams.out
     with Console(as_json=True) as console:
         console.show_result({"kind": "model", "next": [command]})
-    reported = capsys.readouterr()
-    assert json.loads(reported.out)["next"] == [command] and not reported.err
+    streams = capsys.readouterr()
+    assert json.loads(streams.out)["next"] == [command] and not streams.err
