@@ -3,7 +3,11 @@
 import gc
 import json
 import os
+import signal
+import sys
 import threading
+import time
+import traceback
 import weakref
 
 import pytest
@@ -11,7 +15,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.core.storage import hashed_file
 from qlora_cli.core.storage.hashed_file import ALIGNMENT_BYTES, HashedFile, write_hashed_file
 from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES
 from qlora_cli.errors import RunError
@@ -174,13 +177,33 @@ def test_after_a_failure_and_after_ctrl_c_no_thread_works_on_and_nothing_is_held
     finally:
         gc.enable()
 
-    def interrupted(*_, **__):
+    preadv, first, interrupted, main = os.preadv, iter([True]), threading.Event(), threading.main_thread()
+
+    def waits_for_threads():
+        stack = traceback.extract_stack(sys._current_frames()[main.ident])
+        return any("concurrent" in frame.filename and frame.name == "wait" for frame in stack)
+
+    def interrupt(*_):
+        interrupted.set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hashed_file, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        read(path, digests)
-    assert threading.active_count() == threads
+    def interrupting(*arguments):
+        if threading.current_thread() is not main:  # which has read the header
+            if next(first, False):
+                while not waits_for_threads():
+                    time.sleep(0.001)
+                signal.pthread_kill(main.ident, signal.SIGINT)
+            interrupted.wait()
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", interrupting)
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            read(path, digests)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert interrupted.is_set() and threading.active_count() == threads
 
 
 @pytest.mark.gpu

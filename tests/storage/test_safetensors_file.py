@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qlora_cli.core.inspection.weight_stats import group_tensors
+from qlora_cli.core.models.identity import weights_digest
 from qlora_cli.core.storage.safetensors_file import (
     DTYPES,
     HEADER_LIMIT_BYTES,
@@ -82,6 +84,21 @@ def test_every_dtype_has_the_name_the_library_gives_it(tmp_path: Path) -> None:
         save_file({"x": torch.zeros(2, dtype=dtype)}, tmp_path / "x.safetensors")
         with safe_open(tmp_path / "x.safetensors", "pt") as reader:
             assert reader.get_slice("x").get_dtype() == name
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
+def test_a_dtype_that_torch_lacks_is_refused_only_once_it_is_read(tmp_path: Path, dtype: str, size: int) -> None:
+    header = json.dumps({"a": entry(0, size, [8], dtype), "b": entry(size, size + 8)}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size + 8))
+    with safe_open(path, "pt") as reader, TensorFile(path) as file:
+        assert reader.get_slice("a").get_dtype() == file.entries["a"].dtype_name == dtype
+        assert file.entries["a"].total_bytes == size
+        assert file.read("b").tolist() == [0, 0]
+        with pytest.raises(ModelError, match=f"a is stored as {dtype}"):
+            file.read("a")
+    assert [group.dtype for group in group_tensors(file.entries.values())] == [dtype, "F32"]
+    assert len(weights_digest(tmp_path)) == 64
 
 
 def refusal(path: Path) -> str:

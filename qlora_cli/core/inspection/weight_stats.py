@@ -17,7 +17,7 @@ from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names
 from qlora_cli.core.planning.model_size import base_name
-from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES, TensorEntry, TensorFile
+from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Progress, Report
 
@@ -64,7 +64,7 @@ def group_tensors(entries: Iterable[TensorEntry]) -> list[TensorGroup]:
     groups: dict[tuple[str, str], list[int]] = {}
     for entry in entries:
         module = entry.name.rsplit(".", 2)[-2] if "." in entry.name else entry.name
-        group = groups.setdefault((module, DTYPE_NAMES[entry.dtype]), [0, 0, 0])
+        group = groups.setdefault((module, entry.dtype_name), [0, 0, 0])
         for position, amount in enumerate((1, entry.elements, entry.total_bytes)):
             group[position] += amount
     return [TensorGroup(module, dtype, *amounts) for (module, dtype), amounts in groups.items()]

@@ -16,7 +16,14 @@ from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
 from qlora_cli.core.models.structure import linear_names
-from qlora_cli.core.storage.safetensors_file import Header, TensorEntry, TensorFile, TensorSpec, make_header
+from qlora_cli.core.storage.safetensors_file import (
+    DTYPES,
+    Header,
+    TensorEntry,
+    TensorFile,
+    TensorSpec,
+    make_header,
+)
 from qlora_cli.errors import MergeError, ModelError
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
@@ -86,17 +93,18 @@ def main_dtype(files: Sequence[TensorFile]) -> torch.dtype:
     Raises:
         ModelError: It is neither a 16-bit nor a 32-bit one.
     """
-    counts: Counter[torch.dtype] = Counter()
+    counts: Counter[str] = Counter()
     for file in files:
         for entry in file.entries.values():
-            counts[entry.dtype] += entry.total_bytes
-    dtype = counts.most_common(1)[0][0]
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            counts[entry.dtype_name] += entry.total_bytes
+    stored = counts.most_common(1)[0][0]
+    if stored not in ("BF16", "F16", "F32"):
+        name = dtype_name(DTYPES[stored]) if stored in DTYPES else stored
         raise ModelError(
-            f"The base checkpoint's weights are stored as {dtype_name(dtype)}: it is quantised already.",
+            f"The base checkpoint's weights are stored as {name}: it is quantised already.",
             "Give the 16-bit model that it was made from with --model.",
         )
-    return dtype
+    return DTYPES[stored]
 
 
 def plan_merge(

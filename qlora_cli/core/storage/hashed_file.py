@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 from qlora_cli.core.storage.safetensors_file import (
     LENGTH_BYTES,
     Header,
-    TensorEntry,
     bytes_of,
     header_bytes,
     make_header,
@@ -43,7 +41,7 @@ def write_hashed_file(
     """Writes a safetensors file, each tensor aligned, one in memory at a time.
 
     Args:
-        stream: To write to.
+        stream: The file.
         shapes: Of every tensor, in order; these themselves, or ones on the meta device.
         values: The tensors in the same order.
         piece_bytes: Covered by one digest.
@@ -97,7 +95,7 @@ class HashedFile:
         """Opens the file.
 
         Args:
-            path: The file.
+            path: Of the file.
             digests: What `write_hashed_file` returned.
             piece_bytes: As when it was written.
 
@@ -115,24 +113,17 @@ class HashedFile:
             if len(digests) != self._pieces:
                 raise RunError(f"{path.name} has another length than was written.")
             try:
-                self._header = self._read_header()
+                self.entries = self._read_header().entries
             except ValueError as error:
                 raise RunError(f"{path.name} is damaged: {error}.") from error
         except BaseException:
             self._stream.close()
             raise
 
-    @property
-    def entries(self) -> Mapping[str, TensorEntry]:
-        """Every tensor, in the order of their bytes."""
-        return self._header.entries
-
     def __enter__(self) -> "HashedFile":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stream.close()
 
     def _read_header(self) -> Header:

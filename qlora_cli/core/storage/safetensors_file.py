@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ LENGTH_BYTES = 8  # little endian, before the JSON
 HEADER_LIMIT_BYTES = 100 * 2**20  # safetensors refuses longer ones
 PADDING = re.compile(r"__(padding|gap)_\d+")  # names of tensors that only fill space
 AHEAD_BYTES = 64 * 2**20  # the disk reads on while what came is worked on; of itself the system asks for 128 KiB
-DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {  # read here
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -43,8 +42,11 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 TensorSpec = tuple[str, torch.dtype, Sequence[int]]  # name, dtype and shape of a tensor to be written
 
@@ -58,15 +60,26 @@ class TensorEntry:
 
     Attributes:
         name: As the file has it.
-        dtype: Of its elements.
+        dtype_name: One of safetensors' names.
         shape: In elements.
         start: Its first byte, counted from the start of the file.
     """
 
     name: str
-    dtype: torch.dtype
+    dtype_name: str
     shape: tuple[int, ...]
     start: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """PyTorch's dtype of the elements.
+
+        Raises:
+            ModelError: It has none whose elements stand one by one.
+        """
+        if self.dtype_name not in DTYPES:
+            raise ModelError(f"{self.name} is stored as {self.dtype_name}, which is not read.", "Use a 16-bit model.")
+        return DTYPES[self.dtype_name]
 
     @property
     def elements(self) -> int:
@@ -76,7 +89,7 @@ class TensorEntry:
     @property
     def total_bytes(self) -> int:
         """Bytes of the tensor."""
-        return self.elements * self.dtype.itemsize
+        return self.elements * BITS[self.dtype_name] // 8
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Header:
 
     Attributes:
         content: The file's first bytes: the length of the JSON, and the JSON.
-        entries: Every tensor that is not padding, in the order of their bytes.
+        entries: Every tensor that is not padding by its name, in the order of their bytes.
         metadata: Strings about the whole file.
         total_bytes: Of the whole file.
     """
@@ -112,10 +125,6 @@ def header_bytes(start: bytes, file_bytes: int) -> int:
 
 def parse_header(content: bytes, file_bytes: int) -> Header:
     """Reads a header and checks that its tensors fill the file: no gap, no overlap, none past the end.
-
-    Args:
-        content: The header, from the start of the file.
-        file_bytes: Of the whole file.
 
     Raises:
         ValueError: The reason as a clause.
@@ -145,26 +154,23 @@ def _parse_entry(name: str, fields: Any, data_start: int) -> TensorEntry:
         dtype, shape, (start, end) = str(fields["dtype"]), tuple(fields["shape"]), fields["data_offsets"]
     except (TypeError, LookupError, ValueError):
         raise ValueError(f"{name} lacks a dtype, a shape or two offsets") from None
-    if dtype not in DTYPES:
+    if dtype not in BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype}")
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError(f"the shape or the offsets of {name} are not whole numbers")
-    entry = TensorEntry(name, DTYPES[dtype], shape, data_start + start)
+    entry = TensorEntry(name, dtype, shape, data_start + start)
     if end - start != entry.total_bytes:
         raise ValueError(f"{name} has {end - start:,} bytes where its shape needs {entry.total_bytes:,}")
     return entry
 
 
 def make_header(
-    tensors: Iterable[TensorSpec],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    alignment_bytes: int = 1,
+    tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None, *, alignment_bytes: int = 1
 ) -> Header:
     """The header of a file of these tensors, one behind the other.
 
     Args:
-        tensors: Each of them, in order.
+        tensors: In order.
         metadata: The file's; `format: pt` is added, without which transformers refuses the file.
         alignment_bytes: Each tensor begins at a multiple of it in the file. The format has no gaps, so that tensors of
             padding fill them.
@@ -192,12 +198,7 @@ def _entry_fields(dtype: torch.dtype, shape: list[int], start: int) -> dict[str,
 
 
 class TensorFile:
-    """A safetensors file open for reading; safe to read from several threads.
-
-    Attributes:
-        path: The file.
-        header: Its header.
-    """
+    """A safetensors file open for reading; safe to read from several threads."""
 
     def __init__(self, path: Path) -> None:
         """Reads and checks the header.
@@ -219,23 +220,19 @@ class TensorFile:
         except (ValueError, OSError) as error:
             os.close(self._descriptor)
             raise ModelError(f"{path} is damaged: {error}.", "Remove it, and download or copy it again.") from error
-
-    @property
-    def entries(self) -> Mapping[str, TensorEntry]:
-        """Every tensor, in the order of their bytes."""
-        return self.header.entries
+        self.entries = self.header.entries
 
     def __enter__(self) -> "TensorFile":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         os.close(self._descriptor)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A tensor, or rows `rows.start` to `rows.stop` of it, in memory of its own.
 
         Raises:
-            ModelError: The file ends too early.
+            ModelError: The file ends too early, or the dtype is none of PyTorch's.
         """
         entry = self.entries[name]
         shape, start = entry.shape, entry.start
