@@ -2,13 +2,7 @@
 
 import sys
 
-from qlora_cli.cli import app as commands
-
-
-def main() -> None:
-    """Runs the command line of this process and exits with its code."""
-    sys.exit(commands.main())
-
+from qlora_cli.cli.app import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,7 @@ def setting(
     default: Any,
     help: str,
     *,
-    panel: str = "Options",
+    panel: str,
     choices: tuple[str, ...] | None = None,
     flag: str | None = None,
     former_name: str | None = None,
@@ -53,6 +53,7 @@ EVALUATION = "Evaluation and checkpoints"
 MEMORY = "Memory and speed"
 SAMPLING = "Sampling"
 RUN = "Run"
+PANELS = (MODEL, DATA, ADAPTER, QUANTIZATION, OPTIMISATION, EVALUATION, MEMORY, SAMPLING, RUN)  # as --help lists them
 
 OPTIMIZERS = (
     "paged_adamw_8bit",
@@ -97,9 +98,7 @@ class QuantizationSettings:
 
     quant_type: str = setting("nf4", "4-bit data type of the base.", panel=QUANTIZATION, choices=("nf4", "fp4"))
     double_quant: bool = setting(
-        True,
-        "Quantise the quantisation constants too (saves 0.37 bit a parameter).",
-        panel=QUANTIZATION,
+        True, "Quantise the quantisation constants too (saves 0.37 bit a parameter).", panel=QUANTIZATION
     )
     compute_dtype: str | None = setting(
         None,
@@ -208,14 +207,10 @@ class StepSettings:
         panel=MEMORY,
     )
     offload_activations: bool | None = setting(
-        None,
-        "Keep checkpointed activations in pinned host memory; by default when memory is short.",
-        panel=MEMORY,
+        None, "Keep checkpointed activations in pinned host memory; by default when memory is short.", panel=MEMORY
     )
     offload_embeddings: bool | None = setting(
-        None,
-        "Keep the input embeddings on the host; by default when memory is short.",
-        panel=MEMORY,
+        None, "Keep the input embeddings on the host; by default when memory is short.", panel=MEMORY
     )
     resident_weights: bool | None = setting(
         None,
@@ -226,9 +221,7 @@ class StepSettings:
         "fast", "plain turns every fast path off, for comparison.", panel=MEMORY, choices=("fast", "plain")
     )
     compile: bool | None = setting(
-        None,
-        "Compile decoder layers; by default where a run is long enough to pay for it.",
-        panel=MEMORY,
+        None, "Compile decoder layers; by default where a run is long enough to pay for it.", panel=MEMORY
     )
     vram: str | None = setting(None, "Memory to keep within, such as 12GiB; by default what is free.", panel=MEMORY)
 
@@ -265,9 +258,7 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     save_every: int | None = setting(None, "Checkpoint every N steps; by default ten times a run.", panel=EVALUATION)
     keep: int = setting(2, "Checkpoints kept.", panel=EVALUATION)
     keep_best: bool = setting(
-        False,
-        "The adapter saved at the end is the one with the lowest evaluation loss.",
-        panel=EVALUATION,
+        False, "The adapter saved at the end is the one with the lowest evaluation loss.", panel=EVALUATION
     )
     patience: int | None = setting(None, "Stop after N evaluations without a better loss.", panel=EVALUATION)
     seed: int = setting(42, "Seed of initialisation, order and dropout.", panel=RUN)
@@ -276,16 +267,10 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     )
     resume: bool = setting(False, "Go on from the newest checkpoint that verifies.", panel=RUN, recorded=False)
     allow_changes: bool = setting(
-        False,
-        "Resume although base, data or settings differ from the checkpoint's.",
-        panel=RUN,
-        recorded=False,
+        False, "Resume although base, data or settings differ from the checkpoint's.", panel=RUN, recorded=False
     )
     overwrite: bool = setting(
-        False,
-        "Start anew although --output holds a run; it is removed.",
-        panel=RUN,
-        recorded=False,
+        False, "Start anew although --output holds a run; it is removed.", panel=RUN, recorded=False
     )
     dry_run: bool = setting(False, "Print the plan and stop.", panel=RUN, recorded=False)
     gpus: int | None = setting(None, "Cards of this machine to train on.", panel=RUN)
@@ -317,9 +302,7 @@ class MergeConfig(ModelSettings):
     )
     quantize: bool = setting(False, "Write a 4-bit checkpoint instead of a 16-bit one.", panel=RUN)
     verify: bool | None = setting(
-        None,
-        "Compare the merged model with base + adapter; by default where a model fits in memory.",
-        panel=RUN,
+        None, "Compare the merged model with base + adapter; by default where a model fits in memory.", panel=RUN
     )
     max_kl: float | None = setting(
         None,

@@ -53,7 +53,7 @@ def new_machine(home: Path) -> tuple[Path, dict[str, str]]:
     scripts = home / "bin"
     scripts.mkdir()
     script = scripts / "qlora"  # the entry point of pyproject.toml, whether or not the package is installed
-    script.write_text(f"#!{sys.executable}\nfrom qlora_cli.__main__ import main\nmain()\n")
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom qlora_cli.__main__ import main\nsys.exit(main())\n")
     script.chmod(0o755)
     environment = {
         **os.environ,

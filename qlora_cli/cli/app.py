@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_cli import __version__
-from qlora_cli.cli.options import CONTEXT, PanelledCommand, as_command, overrides, parameter
+from qlora_cli.cli.options import CONTEXT, PanelledCommand, overrides, parameter, signature_of
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.errors import DiskFull, DoesNotFit, QloraError, UsageError
 
@@ -76,9 +76,10 @@ def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], An
             if result is not None and result.get("fits") is False:
                 raise typer.Exit(DoesNotFit.exit_code)
 
-        run.__name__ = body.__name__
-        run.__doc__ = body.__doc__
-        app.command(cls=PanelledCommand)(as_command(run, config_type, arguments))
+        signature = signature_of(config_type, arguments)
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+        app.command(body.__name__, help=body.__doc__, cls=PanelledCommand)(run)
 
     return register
 
@@ -164,35 +165,28 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: What follows the program's name; by default this process's own.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    failure: QloraError
-    cause: BaseException
     try:
         return app(arguments, prog_name="qlora", standalone_mode=False, obj=arguments) or 0
-    except QloraError as error:
-        failure, cause = error, error
-    except typer.TyperException as error:
-        failure, cause = _usage_error(error), error
     except Exception as error:
-        failure, cause = _unexpected(error), error
-    if failure.reported or (isinstance(failure, UsageError) and os.environ.get("RANK", "0") != "0"):
-        return failure.exit_code  # another rank prints it
-    if "--debug" in arguments:
-        traceback.print_exception(cause)
+        failure = _as_failure(error)
+        if failure.reported or (isinstance(failure, UsageError) and os.environ.get("RANK", "0") != "0"):
+            return failure.exit_code  # another rank prints it
+        if "--debug" in arguments:
+            traceback.print_exception(error)
     from qlora_cli.cli.console import show_error
 
     show_error(failure, as_json="--json" in arguments)
     return failure.exit_code
 
 
-def _usage_error(error: Any) -> UsageError:
-    """Typer's error in our form; `Value error, ` is how pydantic, inside Typer, begins some messages."""
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else "qlora"
-    message = error.format_message().replace("Value error, ", "")
-    return UsageError(message, f"See: {path} --help")
-
-
-def _unexpected(error: Exception) -> QloraError:
+def _as_failure(error: Exception) -> QloraError:
+    """Whatever a command raised, as one sentence with its exit code."""
+    if isinstance(error, QloraError):
+        return error
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        message = error.format_message().replace("Value error, ", "")  # as pydantic, inside Typer, begins some
+        return UsageError(message, f"See: {context.command_path if context else 'qlora'} --help")
     from qlora_cli.core.storage.disk_space import is_disk_full
 
     if is_disk_full(error):

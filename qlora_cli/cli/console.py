@@ -1,10 +1,9 @@
 """Console of a command: progress on stderr, the result on stdout, as one object there with --json."""
 
+import contextlib
 import json
-import math
 import os
 import sys
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -24,7 +23,7 @@ def has_live_view() -> bool:
 
 
 class Console:
-    """The one sink of a command. Its `report` takes the stage's events; streams are those at construction.
+    """What a command writes to: its `report` takes the command's events. Streams are those at construction.
 
     Args:
         as_json: Whether the result is printed as JSON, and nothing else goes to stdout.
@@ -32,16 +31,15 @@ class Console:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.silent = os.environ.get("RANK", "0") != "0"  # of several ranks the first one talks
+        self.silent = os.environ.get("RANK", "0") != "0"  # of several ranks the first one writes
         self._stdout = sys.stdout
         self._next: list[str] = []
-        self._view: LiveView | LineView
         self._view = LiveView(RichConsole(stderr=True)) if has_live_view() else LineView(sys.stderr)
 
     def __enter__(self) -> "Console":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._view.close()
 
     def report(self, event: Event) -> None:
@@ -91,24 +89,14 @@ class Console:
             return line.rstrip("\n")
         import readline  # noqa: F401 - input() edits lines and remembers them once this is imported
 
-        replaced, sys.stdout = sys.stdout, self._stdout  # input() edits only on the real stdout
-        try:
+        with contextlib.redirect_stdout(self._stdout):  # input() edits only on the real one
             return input(prompt)
-        finally:
-            sys.stdout = replaced
 
 
 def to_json(value: Any) -> str:
     """One JSON object; a number that JSON does not have becomes null."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=2)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, ensure_ascii=False, indent=2)
 
 
 def show_error(error: QloraError, *, as_json: bool) -> None:

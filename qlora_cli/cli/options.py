@@ -5,7 +5,6 @@ Nothing is restated here: name, type, default, help, panel and choices all come 
 
 import inspect
 import textwrap
-from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
@@ -13,20 +12,8 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.core import TyperCommand
 
-from qlora_cli import config as settings
-from qlora_cli.config import flag_of, type_of
+from qlora_cli.config import PANELS, flag_of, type_of
 
-PANEL_ORDER = (
-    settings.MODEL,
-    settings.DATA,
-    settings.ADAPTER,
-    settings.QUANTIZATION,
-    settings.OPTIMISATION,
-    settings.EVALUATION,
-    settings.MEMORY,
-    settings.SAMPLING,
-    settings.RUN,
-)
 THIS_CALL = "This call"
 CONTEXT = "context"  # name of the parameter through which Typer hands over its context
 
@@ -47,7 +34,7 @@ def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = (
     ordered = sorted(
         fields(config_type),
         key=lambda field: (
-            PANEL_ORDER.index(field.metadata["panel"]),
+            PANELS.index(field.metadata["panel"]),
             next(i for i, owner in enumerate(owners) if field.name in owner.__annotations__),
         ),
     )
@@ -142,17 +129,3 @@ def _definition(flags: str, help: str, width: int, column: int = 30) -> str:
     else:
         lines.insert(0, start)
     return "\n".join(lines).replace("\xa0", " ") + "\n"
-
-
-def as_command(body: Callable[..., None], config_type: type, arguments: tuple[inspect.Parameter, ...] = ()) -> Any:
-    """`body(**values)` under the name, help and signature that Typer reads."""
-
-    def command(**values: Any) -> None:
-        body(**values)
-
-    signature = signature_of(config_type, arguments)
-    command.__name__ = body.__name__
-    command.__doc__ = body.__doc__
-    command.__signature__ = signature  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-    return command

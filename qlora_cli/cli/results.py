@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from rich import box
@@ -24,24 +24,19 @@ def draw_result(console: Console, result: dict[str, Any]) -> None:
     """
     if result.get("kind"):
         console.print(Text(str(result["kind"]).replace("_", " "), "bold"))
-    facts = {key: value for key, value in result.items() if key not in ("kind", "facts", "tables", "next")}
-    with console.capture() as captured:  # so that the blanks that fill a column or follow a table can go
-        _draw(console, {**result.get("facts", {}), **facts}, result.get("tables", ()))
-    text = "\n".join(line.rstrip() for line in captured.get().splitlines())
-    console.file.write(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
-    console.file.flush()
-
-
-def _draw(console: Console, facts: dict[str, Any], tables: Iterable[dict[str, Any]]) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for label, value in _rows(facts):
+    for label, value in _rows({key: value for key, value in result.items() if key not in ("kind", "tables", "next")}):
         grid.add_row(Text(label, "dim"), Text(value))
-    console.print(grid)
-    for table in tables:
-        console.print()
-        console.print(_table(table))
+    with console.capture() as captured:  # so that the blanks that fill a column or follow a table can go
+        console.print(grid)
+        for table in result.get("tables", ()):
+            console.print()
+            console.print(_table(table))
+    text = "\n".join(line.rstrip() for line in captured.get().splitlines())
+    console.file.write(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
+    console.file.flush()
 
 
 def _rows(facts: dict[str, Any], depth: int = 0) -> Iterator[tuple[str, str]]:

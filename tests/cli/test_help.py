@@ -68,7 +68,7 @@ def test_completion_offers_commands_flags_and_choices():
         words = line.split(" ")
         environment = {**os.environ, "_QLORA_COMPLETE": "complete_bash", "COMP_WORDS": line}
         environment["COMP_CWORD"] = str(len(words) - 1)
-        done = run_python("-c", "from qlora_cli.__main__ import main; main()", env=environment)
+        done = run_python("-c", "import sys; from qlora_cli.__main__ import main; sys.exit(main())", env=environment)
         return done.stdout.split()
 
     assert complete("qlora tr") == ["train"]
