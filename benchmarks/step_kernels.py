@@ -82,13 +82,13 @@ def dequantise() -> None:
                     continue
                 us = microseconds(
                     lambda t=tile, w=warps, ws=weights, o=out: nf4.dequantize_4bit(
-                        *ws[next(turn) % 6][0][3:9], 64, 256, o, tile=t, warps=w
+                        ws[next(turn) % 6][0], o, tile=t, warps=w
                     )
                 )
                 RESULTS[f"dequantise {name} tile {tile} warps {warps} us"] = us
                 best = min(best or (us,), (us, tile, warps))
         note(f"dequantise {name} best us, tile, warps", tuple(round(x, 1) for x in best))
-        default = microseconds(lambda ws=weights, o=out: nf4.dequantize_4bit(*ws[next(turn) % 6][0][3:9], 64, 256, o))
+        default = microseconds(lambda ws=weights, o=out: nf4.dequantize_4bit(ws[next(turn) % 6][0], o))
         note(f"dequantise {name} default us", default)
         note(f"dequantise {name} default TB/s", rows * columns * (0.516 + 2) / default / 1e6)
         theirs = microseconds(lambda ws=weights: bnb.dequantize_4bit(*ws[next(turn) % 6][1:]))
@@ -206,7 +206,7 @@ def host_cost() -> None:
     y = torch.randn(64, 64, device=DEVICE, dtype=torch.bfloat16)
     note("host us, one mm", clock(lambda: y @ y))
     out = torch.empty(64, 64, device=DEVICE, dtype=torch.bfloat16)
-    note("host us, one dequantise", clock(lambda: nf4.dequantize_4bit(*weight[3:9], 64, 256, out)))
+    note("host us, one dequantise", clock(lambda: nf4.dequantize_4bit(weight, out)))
 
 
 def attend() -> None:

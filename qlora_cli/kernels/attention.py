@@ -103,11 +103,6 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: object) ->
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _repeat(t: Tensor, groups: int) -> Tensor:
-    """Each key head `groups` times over: (tokens, key heads, size) to (tokens, heads, size)."""
-    return t if groups == 1 else t.repeat_interleave(groups, dim=1)
-
-
 def _save(ctx, inputs: tuple, output: tuple) -> None:
     query, key, value, boundaries, *ctx.constants = inputs
     ctx.save_for_backward(query, key, value, *output, boundaries)
@@ -153,7 +148,8 @@ def packed_attention(
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         return torch.ops.qlora.packed_attention(query, key, value, boundaries, longest, scale, window)[0]
     groups = query.shape[1] // key.shape[1]
-    key, value = _repeat(key, groups), _repeat(value, groups)
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))  # a key for each head
     rows = []
     for start, end in pairwise(boundaries.tolist()):
         q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))  # (heads, length, size)

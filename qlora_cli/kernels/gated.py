@@ -33,56 +33,6 @@ def _activate_backward(grad: Tensor, value: Tensor, kind: str) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, value, approximate=_approximation(kind))
 
 
-def forward(
-    gate: Tensor,
-    up: Tensor,
-    gate_projected: Tensor,
-    up_projected: Tensor,
-    gate_lora_b: Tensor,
-    up_lora_b: Tensor,
-    kind: str,
-) -> Tensor:
-    """act(gate + gate_projected gate_lora_b^T) (up + up_projected up_lora_b^T).
-
-    Args:
-        gate: (tokens, size) in the compute dtype, what the frozen weight gives.
-        up: The same.
-        gate_projected: (tokens, rank) from `linear.project_shared`.
-        up_projected: The same.
-        gate_lora_b: (size, rank) in the compute dtype.
-        up_lora_b: The same.
-        kind: One of GATES.
-
-    Returns:
-        (tokens, size).
-    """
-    parts = gate, up, gate_projected, up_projected, gate_lora_b, up_lora_b
-    if gate.is_cuda and gated_tiles.covers(*parts):
-        return gated_tiles.gate_products(*parts, kind)
-    return activate(torch.addmm(gate, gate_projected, gate_lora_b.t()), kind) * torch.addmm(
-        up, up_projected, up_lora_b.t()
-    )
-
-
-def backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_projected: Tensor,
-    up_projected: Tensor,
-    gate_lora_b: Tensor,
-    up_lora_b: Tensor,
-    kind: str,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `forward` with respect to gate and up, for `grad` of (tokens, size)."""
-    parts = gate, up, gate_projected, up_projected, gate_lora_b, up_lora_b
-    if gate.is_cuda and gated_tiles.covers(*parts):
-        return gated_tiles.gate_products_backward(grad, *parts, kind)
-    whole = torch.addmm(gate, gate_projected, gate_lora_b.t())
-    grad_gate = _activate_backward(grad * torch.addmm(up, up_projected, up_lora_b.t()), whole, kind)
-    return grad_gate, grad * activate(whole, kind)
-
-
 @torch.library.custom_op("qlora::gated", mutates_args=())
 def _gated_op(
     gate: Tensor,
@@ -95,10 +45,12 @@ def _gated_op(
     up_lora_b: Tensor,
     kind: str,
 ) -> Tensor:
-    size = gate.shape[-1]
-    return forward(
-        gate.reshape(-1, size), up.reshape(-1, size), gate_projected, up_projected, gate_lora_b, up_lora_b, kind
-    ).view(gate.shape)
+    flat_gate, flat_up = (t.reshape(-1, gate.shape[-1]) for t in (gate, up))
+    parts = (flat_gate, flat_up), (gate_projected, up_projected), (gate_lora_b, up_lora_b)
+    if gate.is_cuda and gated_tiles.covers(*parts):
+        return gated_tiles.gate_products(*parts, kind).view(gate.shape)
+    activated = activate(torch.addmm(flat_gate, gate_projected, gate_lora_b.t()), kind)
+    return (activated * torch.addmm(flat_up, up_projected, up_lora_b.t())).view(gate.shape)
 
 
 @_gated_op.register_fake
@@ -118,12 +70,18 @@ def _gated_backward_op(
     kind: str,
     adapter_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    size = gate.shape[-1]
-    flat = [t.reshape(-1, size) for t in (grad, gate, up)]
-    found = backward(flat[0], flat[1], flat[2], gate_projected, up_projected, gate_lora_b, up_lora_b, kind)
-    of_gate = adapter_gradients(found[0], gate_projected, gate_lora_b, adapter_dtype)
-    of_up = adapter_gradients(found[1], up_projected, up_lora_b, adapter_dtype)
-    return found[0].view(gate.shape), found[1].view(up.shape), *of_gate, *of_up
+    flat_grad, flat_gate, flat_up = (t.reshape(-1, gate.shape[-1]) for t in (grad, gate, up))
+    parts = (flat_gate, flat_up), (gate_projected, up_projected), (gate_lora_b, up_lora_b)
+    if gate.is_cuda and gated_tiles.covers(*parts):
+        grad_gate, grad_up = gated_tiles.gate_products_backward(flat_grad, *parts, kind)
+    else:
+        whole = torch.addmm(flat_gate, gate_projected, gate_lora_b.t())
+        grad_gate = flat_grad * torch.addmm(flat_up, up_projected, up_lora_b.t())
+        grad_gate = _activate_backward(grad_gate, whole, kind)
+        grad_up = flat_grad * activate(whole, kind)
+    of_gate = adapter_gradients(grad_gate, gate_projected, gate_lora_b, adapter_dtype)
+    of_up = adapter_gradients(grad_up, up_projected, up_lora_b, adapter_dtype)
+    return grad_gate.view(gate.shape), grad_up.view(up.shape), *of_gate, *of_up
 
 
 @_gated_backward_op.register_fake

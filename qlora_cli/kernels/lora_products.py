@@ -157,17 +157,17 @@ def backward(
     """
     flat_grad = grad.reshape(-1, weight.rows)
     grad_x = grad_a = grad_b = grad_projected = None
-    if lora_a is None and lora_b is not None and projected is not None:
-        grad_a, grad_b = adapter_gradients(flat_grad, projected, lora_b, adapter_dtype)
-    if lora_a is not None and lora_b is not None and x is not None and projected is not None:
-        grad_projected, grad_b = adapter_gradients(flat_grad, projected, lora_b, adapter_dtype, options.scaling)
+    if lora_b is not None and projected is not None:
+        scaling = 1.0 if lora_a is None else options.scaling
+        grad_projected, grad_b = adapter_gradients(flat_grad, projected, lora_b, adapter_dtype, scaling)
+        grad_a = grad_projected
+    if lora_a is not None and x is not None and grad_projected is not None:
         flat = x.reshape(-1, weight.columns)
         dropped = flat if dropout is None else drop(flat.contiguous(), dropout)
         grad_a = wide_product(grad_projected.t(), dropped, adapter_dtype)
         del dropped
     if needs_x:
-        row_slices = weight.row_slices(options.workspace_bytes, grad.element_size())
-        for first, end in row_slices:
+        for first, end in weight.row_slices(options.workspace_bytes, grad.element_size()):
             values = weight.values(grad.dtype, first, end)
             if grad_x is None:
                 grad_x = flat_grad[:, first:end] @ values

@@ -96,18 +96,7 @@ class FrozenWeight(NamedTuple):
         assert self.packed is not None and self.absmax is not None and self.code is not None
         if self.packed.is_cuda:
             out = _room(end_row - first_row, self.columns, dtype, self.packed.device)
-            return nf4.dequantize_4bit(
-                self.packed,
-                self.absmax,
-                self.code,
-                self.nested_absmax,
-                self.nested_code,
-                self.offset,
-                self.blocksize,
-                self.nested_blocksize,
-                out,
-                first_row * self.columns,
-            )
+            return nf4.dequantize_4bit(self, out, first_row * self.columns)
         return self._plain_values().view(self.rows, self.columns)[first_row:end_row].to(dtype)
 
     def _plain_values(self) -> Tensor:

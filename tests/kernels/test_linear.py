@@ -11,14 +11,10 @@ from tests.kernels import reference
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def quantise(rows, columns, *, nested=True, quant_type="nf4", device="cpu"):
-    packed, state = bnb.quantize_4bit(
-        torch.randn(rows, columns, device=device), quant_type=quant_type, compress_statistics=nested
-    )
-    second = state.state2
-    statistics = (second.absmax, second.code, state.offset) if nested else (None, None, None)
-    weight = FrozenWeight(rows, columns, None, packed.flatten(), state.absmax, state.code, *statistics)
-    return weight, bnb.dequantize_4bit(packed, state)
+def quantise(shape, *, nested=True, quant_type="nf4", dtype=torch.float32, device="cpu"):
+    values = torch.randn(shape, dtype=dtype, device=device)
+    packed, state = bnb.quantize_4bit(values, quant_type=quant_type, compress_statistics=nested)
+    return FrozenWeight.of_state(state, packed.flatten()), bnb.dequantize_4bit(packed, state)
 
 
 def relative(got, truth):
@@ -32,7 +28,7 @@ def relative(got, truth):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_against_float64_is_within_twice_eager_own(dtype, workspace_bytes, rate, compiled, device):
     torch.manual_seed(0)
-    weight, dense = quantise(384, 64, device=device)
+    weight, dense = quantise((384, 64), device=device)
     x = torch.randn(2, 21, 64, dtype=dtype, device=device, requires_grad=True)
     a = torch.randn(8, 64, device=device, requires_grad=True)
     b = torch.randn(384, 8, device=device, requires_grad=True)
@@ -66,18 +62,13 @@ def test_error_against_float64_is_within_twice_eager_own(dtype, workspace_bytes,
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_reference_dequantise_is_bit_equal_to_bitsandbytes(quant_type, nested, dtype):
-    packed, state = bnb.quantize_4bit(
-        torch.randn(33, 50, dtype=dtype), quant_type=quant_type, compress_statistics=nested
-    )
-    second = state.state2
-    statistics = (second.absmax, second.code, state.offset) if nested else (None, None, None)
-    weight = FrozenWeight(33, 50, None, packed.flatten(), state.absmax, state.code, *statistics)
-    assert torch.equal(weight.values(dtype), bnb.dequantize_4bit(packed, state))
+    weight, expected = quantise((33, 50), nested=nested, quant_type=quant_type, dtype=dtype)
+    assert torch.equal(weight.values(dtype), expected)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nothing_is_saved_but_input_projection_and_packed_weight(compiled):
-    weight, _ = quantise(1024, 64)
+    weight, _ = quantise((1024, 64))
     x = torch.randn(16, 64, requires_grad=True)
     a, b = torch.randn(4, 64, requires_grad=True), torch.randn(1024, 4, requires_grad=True)
     saved = []
@@ -94,7 +85,7 @@ def test_nothing_is_saved_but_input_projection_and_packed_weight(compiled):
 
 
 def test_a_layer_without_an_adapter_saves_no_activation():
-    weight, dense = quantise(32, 64)
+    weight, dense = quantise((32, 64))
     x = torch.randn(5, 64, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -1,31 +1,21 @@
 """Checks of the Triton kernels, run by test_triton.py: under Triton's interpreter on a CPU, for real on a GPU."""
 
+from functools import partial
 from itertools import accumulate
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from qlora_cli.kernels import gated
 from qlora_cli.kernels.triton import dropout, gated_tiles, low_rank, nf4, short_attention, softmax, thin_products
 from qlora_cli.kernels.weights import FrozenWeight
-from tests.kernels import reference
+from tests.kernels import reference, test_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
+quantise = partial(test_linear.quantise, device=DEVICE)
 
 # The interpreter multiplies bfloat16's bits as if they were integers.
 PRODUCT_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
-
-
-def quantise(shape, quant_type="nf4", nested=True, dtype=torch.float32):
-    packed, state = bnb.quantize_4bit(
-        torch.randn(shape, dtype=dtype, device=DEVICE), quant_type=quant_type, compress_statistics=nested
-    )
-    second = state.state2
-    statistics = (second.absmax, second.code, state.offset) if nested else (None, None, None)
-    weight = FrozenWeight(*shape, None, packed.flatten(), state.absmax, state.code, *statistics)
-    return weight, bnb.dequantize_4bit(packed, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -34,9 +24,9 @@ def quantise(shape, quant_type="nf4", nested=True, dtype=torch.float32):
 @pytest.mark.parametrize(("shape", "tile"), [((130, 128), 2048), ((7, 33), 256), ((3, 1088), 256)])
 def test_dequantise_is_bit_equal_to_bitsandbytes(shape, tile, quant_type, nested, dtype):
     """260 blocks, two nested ones; an odd number of values; rows of 17 blocks, and no whole number of tiles."""
-    weight, expected = quantise(shape, quant_type, nested, dtype)
+    weight, expected = quantise(shape, quant_type=quant_type, nested=nested, dtype=dtype)
     out = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-    nf4.dequantize_4bit(*weight[3:9], 64, 256, out, tile=tile)
+    nf4.dequantize_4bit(weight, out, tile=tile)
     if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts to bfloat16 where the GPU rounds
         bits = [(values + 0.0).view(torch.int16).int() for values in (out, expected)]  # with one zero: fp4 has two
         assert ((bits[0] - bits[1]).abs() <= 1).all()
@@ -48,8 +38,8 @@ def test_a_part_equals_the_same_part_of_the_whole():
     # 48 columns, so that rows begin inside blocks. (bitsandbytes' AVX512 code, 0.50.2, is wrong at such widths.)
     weight, _ = quantise((256, 48))
     whole, part = (torch.full((rows, 48), float("nan"), device=DEVICE) for rows in (256, 128))
-    nf4.dequantize_4bit(*weight[3:9], 64, 256, whole)
-    nf4.dequantize_4bit(*weight[3:9], 64, 256, part, first_element=128 * 48)
+    nf4.dequantize_4bit(weight, whole)
+    nf4.dequantize_4bit(weight, part, first_element=128 * 48)
     assert torch.equal(part, whole[128:])
 
 
@@ -62,7 +52,7 @@ def test_stacked_weights_keep_offsets_of_their_own():
     packed, absmax, nested_absmax = together
     stacked = FrozenWeight(128, 256, None, packed, absmax, parts[0].code, nested_absmax, parts[0].nested_code, offsets)
     out = torch.full((128, 256), float("nan"), device=DEVICE)
-    nf4.dequantize_4bit(*stacked[3:9], 64, 256, out)
+    nf4.dequantize_4bit(stacked, out)
     assert torch.equal(out, torch.cat([expected for _, expected in weights]))
     assert torch.equal(stacked.values(torch.float32), out)
 
@@ -70,7 +60,7 @@ def test_stacked_weights_keep_offsets_of_their_own():
 def test_a_part_inside_a_block_is_refused():
     weight, _ = quantise((4, 33))
     with pytest.raises(ValueError, match="inside a block"):
-        nf4.dequantize_4bit(*weight[3:9], 64, 256, torch.empty(2, 33, device=DEVICE), first_element=33)
+        nf4.dequantize_4bit(weight, torch.empty(2, 33, device=DEVICE), first_element=33)
 
 
 @pytest.mark.parametrize(("vocabulary", "scale", "softcap"), [(100, 1.0, None), (5000, 0.25, None), (300, 1.5, 5.0)])
@@ -179,13 +169,13 @@ def test_gated_products_are_those_of_float64_rounded_once(dtype, tokens, size, r
     gate, up, grad = (torch.randn(tokens, size, device=DEVICE).to(dtype) for _ in range(3))
     lefts = torch.randn(tokens, 2 * rank, device=DEVICE).to(dtype).split(rank, dim=1)
     rights = [torch.randn(size, rank, device=DEVICE).to(dtype) for _ in range(2)]
-    assert gated_tiles.covers(gate, up, *lefts, *rights)
+    arguments = (gate, up), lefts, rights
+    assert gated_tiles.covers(*arguments)
     products = [t.double().requires_grad_() for t in (gate, up)]
     sums = [p + left.double() @ right.double().t() for p, left, right in zip(products, lefts, rights, strict=True)]
     exact = gated.activate(sums[0], kind) * sums[1]
     expected = exact, *torch.autograd.grad(exact, products, grad.double())
-    arguments = (gate, up, *lefts, *rights, kind)
-    found = gated_tiles.gate_products(*arguments), *gated_tiles.gate_products_backward(grad, *arguments)
+    found = gated_tiles.gate_products(*arguments, kind), *gated_tiles.gate_products_backward(grad, *arguments, kind)
     for got, true in zip(found, expected, strict=True):
         rounding = torch.finfo(dtype).eps / 2 * true.abs()
         assert ((got.double() - true).abs() <= rounding + 4e-6 * (1 + rank) * (1 + true.abs())).all()
@@ -193,12 +183,15 @@ def test_gated_products_are_those_of_float64_rounded_once(dtype, tokens, size, r
 
 def test_the_fused_gate_leaves_to_others_what_it_does_not_cover():
     gate, left, right = (torch.zeros(shape, device=DEVICE) for shape in ((6, 30), (6, 4), (30, 4)))
-    assert gated_tiles.covers(gate, gate, left, left, right, right)
-    assert not gated_tiles.covers(gate[:, ::2], gate[:, ::2], left, left, right[::2], right[::2])
-    assert not gated_tiles.covers(gate, gate, left.half(), left, right, right)
-    assert not gated_tiles.covers(gate, gate, left, left, right, right.t().contiguous().t())
-    wide = torch.zeros(30, 65, device=DEVICE)
-    assert not gated_tiles.covers(gate, gate, left.new_zeros(6, 65), left.new_zeros(6, 65), wide, wide)
+
+    def covers(product, left, right):
+        return gated_tiles.covers((product, product), (left, left), (right, right))
+
+    assert covers(gate, left, right)
+    assert not covers(gate[:, ::2], left, right[::2])
+    assert not gated_tiles.covers((gate, gate), (left.half(), left), (right, right))
+    assert not gated_tiles.covers((gate, gate), (left, left), (right, right.t().contiguous().t()))
+    assert not covers(gate, left.new_zeros(6, 65), torch.zeros(30, 65, device=DEVICE))
 
 
 # Rows of two programs and no whole number of tiles; 10 parts, more than are added up at once; on a card its own tiles.

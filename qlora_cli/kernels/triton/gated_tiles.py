@@ -91,78 +91,55 @@ def _gate_tile_backward(
     tl.store(grad_up + place, (d * activate(g, KIND)).to(grad_up.dtype.element_ty), mask=used)
 
 
-def covers(gate: Tensor, up: Tensor, gate_left: Tensor, up_left: Tensor, gate_right: Tensor, up_right: Tensor) -> bool:
+Pair = tuple[Tensor, Tensor]  # of the gate, and of what it gates
+
+
+def covers(products: Pair, lefts: Pair, rights: Pair) -> bool:
     """Whether the functions below take these."""
-    products = gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape
-    rights = gate_right.is_contiguous() and up_right.is_contiguous() and gate_right.shape == up_right.shape
-    lefts = gate_left.stride() == up_left.stride() and gate_left.stride(1) == 1
-    tensors = (gate, up, gate_left, up_left, gate_right, up_right)
-    return (
-        products and rights and lefts and gate_right.shape[1] <= LARGEST_RANK and len({t.dtype for t in tensors}) == 1
-    )
+    contiguous = all(t.is_contiguous() for t in (*products, *rights))
+    alike = products[0].shape == products[1].shape and rights[0].shape == rights[1].shape
+    alike = alike and lefts[0].stride() == lefts[1].stride() and lefts[0].stride(1) == 1
+    one_dtype = len({t.dtype for t in (*products, *lefts, *rights)}) == 1
+    return contiguous and alike and one_dtype and rights[0].shape[1] <= LARGEST_RANK
 
 
-def gate_products(
-    gate: Tensor,
-    up: Tensor,
-    gate_left: Tensor,
-    up_left: Tensor,
-    gate_right: Tensor,
-    up_right: Tensor,
-    kind: str,
-) -> Tensor:
-    """act(gate + gate_left gate_right^T) (up + up_left up_right^T), in fp32, rounded once.
+def gate_products(products: Pair, lefts: Pair, rights: Pair, kind: str) -> Tensor:
+    """act(product_0 + left_0 right_0^T) (product_1 + left_1 right_1^T), in fp32, rounded once.
 
     Args:
-        gate: (rows, columns), contiguous.
-        up: The same.
-        gate_left: (rows, rank), values of a row side by side.
-        up_left: The same, of the same strides.
-        gate_right: (columns, rank), contiguous.
-        up_right: The same.
+        products: (rows, columns), contiguous.
+        lefts: (rows, rank), values of a row side by side, both of the same strides.
+        rights: (columns, rank), contiguous.
         kind: One of `gated.GATES`.
 
     Returns:
         (rows, columns).
     """
-    out = torch.empty_like(gate)
-    _launch(_gate_tile, (out,), gate, up, gate_left, up_left, gate_right, up_right, kind)
+    out = torch.empty_like(products[0])
+    _launch(_gate_tile, (out,), products, lefts, rights, kind)
     return out
 
 
-def gate_products_backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_left: Tensor,
-    up_left: Tensor,
-    gate_right: Tensor,
-    up_right: Tensor,
-    kind: str,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `gate_products` with respect to gate and up, each (rows, columns), for `grad` of that shape."""
-    found = torch.empty_like(gate), torch.empty_like(up)
-    _launch(_gate_tile_backward, (grad, *found), gate, up, gate_left, up_left, gate_right, up_right, kind)
+def gate_products_backward(grad: Tensor, products: Pair, lefts: Pair, rights: Pair, kind: str) -> Pair:
+    """Gradients of `gate_products` with respect to both products, each (rows, columns), for `grad` of that shape."""
+    found = torch.empty_like(products[0]), torch.empty_like(products[1])
+    _launch(_gate_tile_backward, (grad, *found), products, lefts, rights, kind)
     return found
 
 
-def _launch(kernel, first: tuple[Tensor, ...], gate: Tensor, up: Tensor, *rest) -> None:
-    gate_left, up_left, gate_right, up_right, kind = rest
-    rows, columns = gate.shape
-    rank = gate_right.shape[1]
-    with torch.cuda.device_of(gate):
+def _launch(kernel, first: tuple[Tensor, ...], products: Pair, lefts: Pair, rights: Pair, kind: str) -> None:
+    rows, columns = products[0].shape
+    rank = rights[0].shape[1]
+    with torch.cuda.device_of(products[0]):
         kernel[(triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))](
             *first,
-            gate,
-            up,
-            gate_left,
-            up_left,
-            gate_right,
-            up_right,
+            *products,
+            *lefts,
+            *rights,
             rows,
             columns,
             rank,
-            gate_left.stride(0),
+            lefts[0].stride(0),
             KIND=kind,
             ROWS=ROWS,
             COLUMNS=COLUMNS,

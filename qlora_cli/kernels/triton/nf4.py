@@ -3,10 +3,15 @@
 Bit-equal to bitsandbytes: the same fp32 products in the same order, no fused multiply-add, one rounding at the store.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from qlora_cli.kernels.weights import FrozenWeight
 
 # A program takes TILE values, 8 a thread: a 4-byte load and a 16-byte store each. H200, six layers of GPT-NeoX-20B:
 # 1.76 ms with 4,096 values and 4 warps, 1.94 with 8, 2.03 with 8,192; tiles of whole blocks, 32 values a thread, 2.20.
@@ -57,46 +62,27 @@ def _dequantize(
 
 
 def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out: Tensor,
-    first_element: int = 0,
-    *,
-    tile: int = TILE,
-    warps: int = WARPS,
+    weight: "FrozenWeight", out: Tensor, first_element: int = 0, *, tile: int = TILE, warps: int = WARPS
 ) -> Tensor:
-    """Writes the values from `first_element` on that fill `out`, and returns `out`.
+    """Writes a packed weight's values from `first_element` on that fill `out`, and returns `out`.
 
     Args:
-        packed: uint8, contiguous, two values a byte, the high nibble first.
-        absmax: fp32 scale of each block, or uint8 codes of the scales.
-        code: fp32 (16,).
-        nested_absmax: fp32 scale of each `nested_blocksize` scales; None for plain statistics.
-        nested_code: fp32 (256,); None for plain statistics.
-        offset: fp32, the mean that was taken off the scales: a scalar, or one for each nested scale where weights with
-            means of their own are stacked; None for plain statistics.
-        blocksize: Values that share a scale, a power of two from 8 on.
-        nested_blocksize: Scales that share a nested scale.
+        weight: Its blocksize is a power of two from 8 on.
         out: Contiguous bf16, fp16 or fp32 of any shape.
-        first_element: Multiple of `blocksize`.
+        first_element: Multiple of the blocksize.
         tile: Values a program writes, a power of two from 8 on.
         warps: Warps a program has.
 
     Raises:
         ValueError: `first_element` is inside a block, or a tensor is not contiguous.
     """
+    packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize = weight[3:]
+    assert packed is not None and absmax is not None
     if first_element % blocksize or not (packed.is_contiguous() and absmax.is_contiguous() and out.is_contiguous()):
         raise ValueError(f"element {first_element} is inside a block of {blocksize}, or a tensor is not contiguous")
     elements = out.numel()
-    grid = (triton.cdiv(elements, tile),)
     with torch.cuda.device_of(out):
-        _dequantize[grid](
+        _dequantize[(triton.cdiv(elements, tile),)](
             packed,
             absmax,
             code,

@@ -212,16 +212,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend`'s first result with respect to query, key and value.
 
-    Args:
-        grad: (tokens, heads, size), contiguous: the gradient of `out`.
-        query: As given to `attend`, likewise all that follow.
-        key: See there.
-        value: See there.
-        out: Its first result.
-        lse: Its second one.
-        boundaries: See there.
-        longest: See there.
-        scale: See there.
+    `grad`, contiguous, is the gradient of `out`; all that follows is as `attend` took and returned it.
     """
     tokens, heads, size = query.shape
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
