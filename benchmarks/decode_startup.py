@@ -123,7 +123,7 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
         (files, "weights_digest"),
         (base_cache, "_read"),  # of which `fill` is the part after the header is read and memory is taken
         (HashedFile, "fill"),
-        (loading, "build_empty"),
+        (base_cache, "build_empty"),
         (base_cache, "_fill"),
         (loading, "freeze_base"),
     ):

@@ -124,20 +124,6 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def read_run_record(directory: Path) -> dict[str, Any]:
-    """The run record beside an adapter.
-
-    Raises:
-        RunError: It is missing, broken, or written by a newer version.
-    """
-    record = read_json(directory / RUN_RECORD)
-    if not isinstance(record, dict) or record.get("format", FORMAT + 1) > FORMAT:
-        raise RunError(
-            f"{directory / RUN_RECORD} was written by a newer qlora.", "Update with: pip install -U qlora-cli"
-        )
-    return record
-
-
 def run_of(adapter: Path) -> Path:
     """The run directory of an adapter: its own, or for one in a checkpoint the one above."""
     place = adapter.absolute().parent
@@ -148,15 +134,15 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
     """The record beside an adapter, or for a checkpoint without one that of its run; empty where there is none.
 
     Raises:
-        RunError: As `read_run_record`.
+        RunError: It is broken, or written by a newer version.
     """
-    places = [place for place in (adapter, run_of(adapter)) if (place / RUN_RECORD).is_file()]
-    return read_run_record(places[0]) if places else {}
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether the directory holds a PEFT adapter."""
-    return (directory / ADAPTER_CONFIG).is_file()
+    path = next((place / RUN_RECORD for place in (adapter, run_of(adapter)) if (place / RUN_RECORD).is_file()), None)
+    if path is None:
+        return {}
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format", FORMAT + 1) > FORMAT:
+        raise RunError(f"{path} was written by a newer qlora.", "Update with: pip install -U qlora-cli")
+    return record
 
 
 def is_run(directory: Path) -> bool:

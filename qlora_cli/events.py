@@ -109,3 +109,7 @@ class TextGenerated(Event):
 
 
 Report = Callable[[Event], None]
+
+
+def report_nothing(event: Event) -> None:
+    """The report of whoever has no reader, such as a rank that is not the main one."""

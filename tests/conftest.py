@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from qlora_cli.events import report_nothing
+
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
@@ -144,7 +146,7 @@ def tiny_model(tmp_path_factory) -> Callable[..., Path]:
 def load_tiny(tiny_model):
     """`load_tiny(architecture)`: a fresh 4-bit base on the CPU and its identity."""
 
-    def load(architecture: str = "gpt_neox", *, report=None, compute_dtype=None, device=None, **held):
+    def load(architecture: str = "gpt_neox", *, report=report_nothing, compute_dtype=None, device=None, **held):
         import torch
 
         from qlora_cli.config import QuantizationSettings

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qlora_cli.artifacts import METRICS, read_run_record
+from qlora_cli.artifacts import METRICS, find_run_record
 from qlora_cli.cli import app as commands
 from tests.conftest import SHARED_DATA, write_model
 
@@ -58,7 +58,7 @@ def test_gsm8k_from_rows_to_merged_model(qlora, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained("merged")
     model = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
-    formatting = Formatting.from_dict(read_run_record(tmp_path / "run")["formatting"])
+    formatting = Formatting.from_dict(find_run_record(tmp_path / "run")["formatting"])
     ids = torch.tensor([format_prompt(QUESTION, formatting, tokenizer)])
     found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip() == answered["answer"].strip()

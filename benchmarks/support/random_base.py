@@ -9,6 +9,7 @@ Layers share their random weights: neither speed nor memory depends on them, as 
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from support.models import CONFIGS, make_config, write_tokenizer
@@ -42,7 +43,7 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
     quantised = {"quant_type": "nf4", "double_quant": True}
     files = resolve_model(str(directory))
     identity = files.identity(QuantizationSettings(**quantised), dtype)
-    facts = {**identity.to_dict(), "model": None, "revision": None, "device": device.type}
+    facts = {**asdict(identity), "model": None, "revision": None, "device": device.type}
     if base_directory(facts).exists():
         return directory
     model = build_empty(files.config)

@@ -13,7 +13,7 @@ from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_p
 from qlora_cli.core.generation.chat import COMMANDS, Conversation, run_line
 from qlora_cli.core.generation.requests import Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
-from qlora_cli.core.models.adapter_record import AdapterRecord, read_merge_record, read_source
+from qlora_cli.core.models.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.errors import DataError, QloraError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
@@ -118,7 +118,7 @@ def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig
         UsageError: Neither a model nor an adapter is given, or a flag is out of range.
         AdapterError: No adapter there, or one trained on another base.
     """
-    source = read_source(Path(config.adapter)) if config.adapter is not None else None
+    source = read_adapter_record(Path(config.adapter)) if config.adapter is not None else None
     if config.model is not None:
         model, revision = config.model, config.model_revision
     elif source is not None:

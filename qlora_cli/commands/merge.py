@@ -25,8 +25,7 @@ from qlora_cli.core.merge.plan import MergeOptions, MergePlan, plan_merge
 from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
-from qlora_cli.core.models.adapter_record import read_source
-from qlora_cli.core.models.lora import read_adapter
+from qlora_cli.core.models.adapter_record import read_adapter_record
 from qlora_cli.core.models.structure import head_names, linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.storage.disk_space import require_space
@@ -67,7 +66,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         QloraError: In one sentence; whatever can be checked is checked before anything is written.
     """
     adapter_directory, output = Path(config.adapter), Path(config.output)
-    facts, source = read_adapter(adapter_directory), read_source(adapter_directory)
+    source = read_adapter_record(adapter_directory)
+    facts = source.facts
     if config.push:
         check_repository_name(config.push)
     require_free(output, overwrite=config.overwrite)
@@ -160,7 +160,7 @@ def merge_key(config: MergeConfig, base: Base, adapter: Path, options: MergeOpti
     """A digest of all that the merged weights depend on."""
     parts = {
         "version": __version__,
-        "base": base.identity.to_dict() | {"model": None},
+        "base": asdict(base.identity) | {"model": None},
         "method": config.base,
         "dtype": dtype_name(options.dtype),
         "pack": options.pack,

@@ -45,7 +45,7 @@ from qlora_cli.core.training.reporting import RunReporter
 from qlora_cli.core.training.resume import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
 from qlora_cli.core.training.state import Checkpointing, TrainerState, read_trainer_state
 from qlora_cli.core.training.trainer import Optimization, Trainer, TrainerSchedule
-from qlora_cli.events import EvaluationLogged, Event, Report, RunStarted, StepLogged, Vram
+from qlora_cli.events import EvaluationLogged, Report, RunStarted, StepLogged, Vram, report_nothing
 
 SAVES_A_RUN = 10  # by default
 # The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `monitoring`.
@@ -150,10 +150,6 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
                 finish_run(run, inputs, loaded, result)
         ranks.barrier()
         return result
-
-
-def report_nothing(event: Event) -> None:
-    """The report of ranks that are not the main one."""
 
 
 # ---------------------------------------------------------------- load

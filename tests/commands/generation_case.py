@@ -1,6 +1,7 @@
 """Run directories for the tests of generation: an adapter that gives answers of its own, and its run record."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def write_run(
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     save_adapter(model, run, base_name=str(base_directory))
-    record = {"format": FORMAT, "base": {**found.to_dict(), **identity}}
+    record = {"format": FORMAT, "base": {**asdict(found), **identity}}
     if formatting is not None:
         record["formatting"] = formatting.to_dict()
     (run / RUN_RECORD).write_text(json.dumps(record))

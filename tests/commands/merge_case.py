@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def make_case(
     adapter = directory / "adapter"
     peft_model.save_pretrained(adapter, save_embedding_layers=bool(new_tokens) or "auto")
     if recorded:
-        record = {"format": FORMAT, "base": identity.to_dict()}
+        record = {"format": FORMAT, "base": asdict(identity)}
         (adapter / RUN_RECORD).write_text(json.dumps(record))
     assert identity.compute_dtype == dtype_name(compute_dtype)
     return Case(base, adapter, directory / "merged", logits_of(peft_model.eval()))

@@ -10,7 +10,7 @@ from qlora_cli.commands.generate import generate
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
 from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
-from qlora_cli.core.models.adapter_record import read_source
+from qlora_cli.core.models.adapter_record import read_adapter_record
 from qlora_cli.events import Caution
 
 
@@ -50,7 +50,7 @@ def checkpoint(run, request, tmp_path):
 
 
 def test_a_checkpoint_knows_how_its_base_was_held(run, checkpoint):
-    source, whole = read_source(checkpoint), read_source(run)
+    source, whole = read_adapter_record(checkpoint), read_adapter_record(run)
     assert source.base == whole.base and source.formatting == whole.formatting
     assert (source.base.quant_type, source.base.double_quant) == ("fp4", False)
 

@@ -191,12 +191,13 @@ def first_fingerprint(model, revision, quant_type, **changes):
 
 
 def test_a_file_goes_on_when_the_hub_has_a_newer_commit_unless_a_revision_was_typed(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_cli.core.models.files.download_snapshot", lambda *_, **__: tiny_model("llama"))
     source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     source.write_text('"a"\n"b"\n')
     arguments = {"model": "org/model", "input": str(source), "output": str(target)}
     for commit, answered in (("a" * 40, 2), ("b" * 40, 0)):
-        monkeypatch.setattr("qlora_cli.core.models.files.commit_of", lambda _, commit=commit: commit)
+        snapshot = tmp_path / commit
+        snapshot.symlink_to(tiny_model("llama"))
+        monkeypatch.setattr("qlora_cli.core.models.files.download_snapshot", lambda *_, found=snapshot, **__: found)
         assert ask([], **arguments)[0].answered == answered
     assert {row["settings"] for row in rows_of(target)} == {first_fingerprint("org/model", None, "nf4")}
     with pytest.raises(RunError, match="other settings"):

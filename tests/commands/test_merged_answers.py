@@ -1,5 +1,7 @@
 """A merged model answers as base and adapter did, formatted alike, through the same command."""
 
+from dataclasses import asdict
+
 import torch
 
 from qlora_cli.artifacts import FORMAT, RUN_RECORD, write_json
@@ -27,7 +29,7 @@ def test_a_merged_model_gives_the_adapters_greedy_answer_in_the_trained_format(l
         completion_column="answer",
         template="Question: {question}\nAnswer: {answer}",
     )
-    write_json(run / RUN_RECORD, {"format": FORMAT, "base": identity.to_dict(), "formatting": formatting.to_dict()})
+    write_json(run / RUN_RECORD, {"format": FORMAT, "base": asdict(identity), "formatting": formatting.to_dict()})
     reported: list = []
     merge(MergeConfig(adapter=str(run), output=str(merged), verify=False), reported.append)
     settings = {"temperature": 0.0, "max_new_tokens": 12, "base_cache": False}

@@ -187,7 +187,7 @@ def test_every_checkpoint_is_an_adapter_too_and_the_last_is_the_final_one(finish
 
 def test_the_record_says_what_generation_and_merging_need(finished, tiny_model):
     output, result, _ = finished
-    record = artifacts.read_run_record(output)
+    record = artifacts.find_run_record(output)
     assert record["base"]["model"] == str(tiny_model("llama")) and len(record["base"]["weights_sha256"]) == 64
     assert record["formatting"]["format"] == "prompt"
     assert record["training"]["final_loss"] == result.final_loss

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +16,7 @@ from qlora_cli.core.models import quantized_cache as base_cache
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.quantization import four_bit_linears, freeze_base
 from qlora_cli.core.models.quantized_cache import base_directory, cache_size_bytes, restore_base, save_base
-from qlora_cli.core.models.structure import build_empty
+from qlora_cli.events import report_nothing
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -30,23 +29,8 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "cache" / "base"
 
 
-def make_linear(packed, bias):
-    """A 4-bit linear on the CPU, as `load_base` would have it."""
-    weight = packed.pop("")
-    state = bnb.functional.QuantState.from_dict(
-        {name.removeprefix("."): value for name, value in packed.items()}, device=CPU
-    )
-    rows, columns = state.shape
-    with torch.device("meta"):
-        linear = bnb.nn.Linear4bit(columns, rows, bias=bias is not None, compute_dtype=torch.float32)
-    stats = {name.removeprefix("."): value for name, value in packed.items()}
-    linear.weight = bnb.nn.Params4bit.from_prequantized(weight, stats, device=CPU, module=linear)
-    linear.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-    return linear
-
-
-def restore(directory, report=None):
-    found = restore_base(FACTS, lambda: build_empty(resolve_model(str(directory)).config), make_linear, CPU, report)
+def restore(directory, report=report_nothing):
+    found = restore_base(FACTS, resolve_model(str(directory), report=report), torch.float32, CPU)
     return None if found is None else freeze_base(found)
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from qlora_cli.artifacts import sha256_of
 from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, BadRow, Chunk
 from qlora_cli.core.data.readers import CHUNK_BYTES, COMPRESSIONS, KINDS, kind_of, read_chunks
-from qlora_cli.core.models.hub import commit_of, download_snapshot
+from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Progress, Report
 
@@ -170,7 +170,7 @@ def _hub_source(data: str, split: str, revision: str | None, report: Report) -> 
     except ModelError as error:
         hint = error.hint if "HF_HUB_OFFLINE" in error.message else f"{error.hint or ''} A local path works too."
         raise DataError(error.message, hint.strip() if hint else None) from error
-    facts = {"split": split, "revision": commit_of(folder) or revision or "main"}
+    facts = {"split": split, "revision": folder.name}
     return _dataset_folder(data, folder, config or None, split, facts)
 
 

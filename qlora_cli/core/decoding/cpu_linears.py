@@ -37,7 +37,7 @@ def unpack_linears(model: Any, free_bytes: int | None = None) -> bool:
 
 
 def _unpack(module: Any) -> None:
-    weight = dequantized_weight(module, module.compute_dtype)
+    weight = dequantized_weight(module).to(module.compute_dtype)
     bias = None if module.bias is None else module.bias.detach().to(module.compute_dtype)
 
     def forward(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from qlora_cli.core.generation.requests import (
     find_end_ids,
     make_request,
 )
-from qlora_cli.core.models.adapter_record import AdapterRecord, read_merge_record, read_source
+from qlora_cli.core.models.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.core.models.lora import load_adapter
@@ -110,7 +110,7 @@ class GenerationSession:
             AdapterError: There is none, or it was trained on another base.
         """
         if adapter not in self._sources:
-            source = read_source(Path(adapter))
+            source = read_adapter_record(Path(adapter))
             if self.files is not None:
                 source.require_base(self.files)
             self._sources[adapter] = source

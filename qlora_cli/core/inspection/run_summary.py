@@ -33,7 +33,7 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     in_checkpoint = artifacts.run_of(directory) != directory
     facts: dict[str, Any] = {"kind": "run" if record else "adapter", "directory": str(directory)}
     tables: list[dict[str, Any]] = []
-    if not artifacts.is_adapter(directory) and artifacts.is_run(directory):
+    if not (directory / artifacts.ADAPTER_CONFIG).is_file() and artifacts.is_run(directory):
         facts |= {"kind": "run", "adapter": "none yet: training has not ended"}
     else:
         adapter = read_adapter(directory)

@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_cli.artifacts import MERGE_RECORD, find_run_record, read_json
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
-from qlora_cli.core.models.lora import read_adapter
+from qlora_cli.core.models.lora import AdapterFacts, read_adapter
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.errors import AdapterError
 
@@ -16,7 +16,7 @@ class AdapterRecord:
     """An adapter, and what its run recorded where it did."""
 
     directory: Path
-    base_name: str | None  # as the adapter's own configuration has it
+    facts: AdapterFacts  # what its own files say
     base: BaseIdentity | None
     formatting: Formatting | None
 
@@ -28,12 +28,12 @@ class AdapterRecord:
         """
         if self.base is not None:
             return self.base.model, self.base.revision
-        if self.base_name is None:
+        if self.facts.base_model is None:
             raise AdapterError(
                 f"The adapter in {self.directory} does not say which base it belongs to.",
                 "Name the base with --model.",
             )
-        return self.base_name, None
+        return self.facts.base_model, None
 
     def require_base(self, files: ModelFiles) -> None:
         """Checks that a model has the configuration and weights of the base in training, wherever it lies.
@@ -51,7 +51,7 @@ class AdapterRecord:
                 )
 
 
-def read_source(directory: Path) -> AdapterRecord:
+def read_adapter_record(directory: Path) -> AdapterRecord:
     """What an adapter says of itself.
 
     Raises:
@@ -63,7 +63,7 @@ def read_source(directory: Path) -> AdapterRecord:
     base, formatting = record.get("base"), record.get("formatting")
     return AdapterRecord(
         directory,
-        facts.base_model,
+        facts,
         BaseIdentity.from_dict(base) if base else None,
         Formatting.from_dict(formatting) if formatting else None,
     )

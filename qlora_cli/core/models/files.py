@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from qlora_cli.artifacts import MERGE_RECORD
 from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
-from qlora_cli.core.models.hub import commit_of, download_snapshot
+from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
 from qlora_cli.errors import ModelError, UsageError, first_line
-from qlora_cli.events import Report
+from qlora_cli.events import Report, report_nothing
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
 TOKENIZER_FILES = [
@@ -45,7 +45,7 @@ class ModelFiles:
     directory: Path
     commit: str | None
     trust_remote_code: bool = False
-    report: Report | None = field(default=None, repr=False, compare=False)
+    report: Report = field(default=report_nothing, repr=False, compare=False)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -131,7 +131,7 @@ class ModelFiles:
 
 
 def resolve_model(
-    model: str, revision: str | None = None, *, trust_remote_code: bool = False, report: Report | None = None
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False, report: Report = report_nothing
 ) -> ModelFiles:
     """Finds a model; of one on the hub, configuration and tokenizer are downloaded.
 
@@ -139,7 +139,7 @@ def resolve_model(
         model: Directory or hub id.
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Run the model's own code; needs a full commit hash unless the model is a directory.
-        report: Receives what downloading and loading report.
+        report: Receives what downloading reports, and later loading.
 
     Raises:
         ModelError: It is not there, gated, unauthorised or out of reach.
@@ -160,4 +160,4 @@ def resolve_model(
     directory = download_snapshot(model, revision, CONFIG_FILES + TOKENIZER_FILES, kind="model", report=report)
     if not (directory / "config.json").is_file():
         raise ModelError(f"{model} has no config.json.", "Give --model a transformers model.")
-    return ModelFiles(model, directory, commit_of(directory), trust_remote_code, report)
+    return ModelFiles(model, directory, directory.name, trust_remote_code, report)

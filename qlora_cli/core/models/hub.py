@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
 from qlora_cli.errors import ModelError, first_line
-from qlora_cli.events import Notice, Progress, Report
+from qlora_cli.events import Notice, Progress, Report, report_nothing
 from qlora_cli.sizes import format_bytes
 
 # What asking again does not mend: the library's error → what is wrong, and what to do. The first that fits counts.
@@ -44,11 +44,11 @@ def download_snapshot(
     patterns: list[str],
     *,
     kind: str,
-    report: Report | None = None,
+    report: Report = report_nothing,
     attempts: int = 5,
     pause_seconds: float = 2.0,
 ) -> Path:
-    """A snapshot of a hub repository in the local cache, its missing files downloaded.
+    """A snapshot of a hub repository in the local cache, named after its commit; missing files are downloaded.
 
     huggingface_hub itself tries again when a connection breaks, and goes on where it was; a server's 5xx ends its
     download (http_get of 1.3 and 2.4 retries 429 alone), hence the attempts here.
@@ -59,7 +59,7 @@ def download_snapshot(
         patterns: File names wanted, at the top of the repository for models.
         kind: "model" or "dataset".
         report: Receives what is downloaded, its progress, and failed attempts.
-        attempts: Tries in all.
+        attempts: In all.
         pause_seconds: Wait after the first failure; doubled after each further one.
 
     Raises:
@@ -101,14 +101,13 @@ def download_snapshot(
                     f"The {kind} {repository} could not be downloaded after {attempt} attempts: {reason}",
                     "Check the connection and run the command again: finished files are kept.",
                 ) from error
-            if report:
-                report(Notice(f"Download of {repository} failed ({reason}); attempt {attempt + 1} follows."))
+            report(Notice(f"Download of {repository} failed ({reason}); attempt {attempt + 1} follows."))
             time.sleep(pause_seconds * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
 
 
 def _download(
-    repository: str, revision: str | None, wanted: dict[str, Any], report: Report | None, *, announced: bool
+    repository: str, revision: str | None, wanted: dict[str, Any], report: Report, *, announced: bool
 ) -> Path:
     """One attempt: downloads what the cache lacks, if anything."""
     try:
@@ -121,8 +120,6 @@ def _download(
     total_bytes = sum(sizes.values())
     cached_bytes = total_bytes - sum(sizes[name] for name in missing)
     task = f"Downloading {repository}"
-    if report is None:
-        return Path(snapshot_download(repository, revision=revision, **wanted))
     if not announced and missing:
         files = f"{len(sizes)} files" if len(sizes) > 1 else missing[0]
         here = f", of which {format_bytes(cached_bytes)} are here already" if cached_bytes else ""
@@ -147,8 +144,7 @@ def _list_files(repository: str, revision: str | None, wanted: dict[str, Any]) -
 
 
 def _is_cached(repository: str, name: str, commit: str, kind: str) -> bool:
-    cache = hub_constants.HF_HUB_CACHE
-    return isinstance(try_to_load_from_cache(repository, name, cache, revision=commit, repo_type=kind), str)
+    return isinstance(try_to_load_from_cache(repository, name, revision=commit, repo_type=kind), str)
 
 
 def byte_counter(on_bytes: Callable[[int], None]) -> type[tqdm]:
@@ -175,9 +171,3 @@ def byte_counter(on_bytes: Callable[[int], None]) -> type[tqdm]:
                     on_bytes(farthest)
 
     return ByteCounter
-
-
-def commit_of(directory: Path) -> str | None:
-    """The commit hash when the directory is a snapshot in the hub cache."""
-    name = directory.resolve().name if directory.parent.name != "snapshots" else directory.name
-    return name if directory.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", name) else None

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,10 @@ class BaseIdentity:
     double_quant: bool
     compute_dtype: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "BaseIdentity":
-        """Reads what `to_dict` wrote; unknown keys are ignored."""
+        """Reads what `asdict` gave; unknown keys are ignored."""
         return cls(**{name: content[name] for name in cls.__dataclass_fields__})
-
-    def differences(self, other: "BaseIdentity") -> list[str]:
-        """Fields in which two bases differ, as "field: this → other"; where the base lies does not count."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return [
-            f"{name}: {mine[name]} → {theirs[name]}"
-            for name in mine
-            if name not in ("model", "revision") and mine[name] != theirs[name]
-        ]
 
 
 def config_digest(directory: Path) -> str:

@@ -1,7 +1,6 @@
 """Loading a causal language model: frozen in 4 bits, or with its weights as they are stored."""
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,13 +13,11 @@ from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.quantization import (
     BLOCK_SIZE,
-    CheckedQuantize,
     FourBitConfig,
     four_bit_linears,
     freeze_base,
     is_4bit,
     is_finite,
-    restored_linear,
 )
 from qlora_cli.core.models.quantized_cache import restore_base, save_base
 from qlora_cli.core.models.structure import build_empty, head_names, linear_names
@@ -43,9 +40,8 @@ def load_base(
 
     Args:
         files: Of the model; their `report` receives progress.
-        quantization: How it is held; a checkpoint that is 4-bit already stays as it is. `compute_dtype` is resolved
-            by the caller.
-        compute_dtype: Dtype of the arithmetic and of what is not quantised.
+        quantization: How it is held; a checkpoint that is 4-bit already stays as it is.
+        compute_dtype: Dtype of the arithmetic and of what is not quantised, resolved.
         device: Where it goes.
         weight_shards: Keep this rank's share of each 4-bit weight only, for `engine.fsdp.shard_base`; all ranks load
             at once.
@@ -58,23 +54,13 @@ def load_base(
     """
     stored = _stored_quantization(files)
     if stored is not None:
-        quantization = replace(
-            quantization,
-            quant_type=stored["bnb_4bit_quant_type"],
-            double_quant=stored["bnb_4bit_use_double_quant"],
-        )
+        quantization = replace(quantization, **stored)
     identity = files.identity(quantization, compute_dtype)
-    cached_facts = {**identity.to_dict(), "model": None, "revision": None, "device": device.type}
-
-    def build() -> PreTrainedModel:
-        return build_empty(files.config, trust_remote_code=files.trust_remote_code)
-
-    if files.report:
-        held = f"{quantization.quant_type}, arithmetic in {dtype_name(compute_dtype)}"
-        files.report(Notice(f"Loading {files.name} in 4 bits ({held})."))
+    cached_facts = {**asdict(identity), "model": None, "revision": None, "device": device.type}
+    held = f"{quantization.quant_type}, arithmetic in {dtype_name(compute_dtype)}"
+    files.report(Notice(f"Loading {files.name} in 4 bits ({held})."))
     if quantization.base_cache and stored is None:
-        make_linear = partial(restored_linear, compute_dtype, device)
-        base = restore_base(cached_facts, build, make_linear, device, files.report, weight_shards)
+        base = restore_base(cached_facts, files, compute_dtype, device, weight_shards)
         if base is not None:
             base.config.dtype = compute_dtype
             return freeze_base(base), identity
@@ -87,9 +73,9 @@ def load_base(
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=head_names(build()),
+        llm_int8_skip_modules=head_names(build_empty(files.config, trust_remote_code=files.trust_remote_code)),
     )
-    base = _load(files, compute_dtype, device, quantization_config=None if stored is not None else four_bit)
+    base = _load(files, compute_dtype, device, four_bit if stored is None else None)
     _check_weights(base, files.name)
     base = freeze_base(base)
     if quantization.base_cache and stored is None:
@@ -98,7 +84,7 @@ def load_base(
 
 
 def _stored_quantization(files: ModelFiles) -> dict[str, Any] | None:
-    """How a checkpoint that is 4-bit already was quantised; None for a plain one."""
+    """`quant_type` and `double_quant` of a checkpoint that is 4-bit already; None for a plain one."""
     stored = getattr(files.config, "quantization_config", None)
     if stored is None:
         return None
@@ -108,7 +94,10 @@ def _stored_quantization(files: ModelFiles) -> dict[str, Any] | None:
             f"{files.name} is quantised already, by {settings.get('quant_method')}.",
             "Give --model the 16-bit checkpoint, or one in bitsandbytes' 4 bits.",
         )
-    return {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, **settings}
+    return {
+        "quant_type": settings.get("bnb_4bit_quant_type", "fp4"),
+        "double_quant": settings.get("bnb_4bit_use_double_quant", False),
+    }
 
 
 def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -117,8 +106,7 @@ def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.dev
     Raises:
         ModelError: Missing, no causal language model, or non-finite weights.
     """
-    if files.report:
-        files.report(Notice(f"Loading {files.name} in {dtype_name(dtype)}, not quantised."))
+    files.report(Notice(f"Loading {files.name} in {dtype_name(dtype)}, not quantised."))
     base = _load(files, dtype, device)
     _check_finite(base, files.name, {})
     base.requires_grad_(False)
@@ -126,8 +114,7 @@ def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.dev
     return base
 
 
-def _load(files: ModelFiles, dtype: torch.dtype, device: torch.device, **arguments: Any) -> Any:
-    CheckedQuantize.out_of_memory = None
+def _load(files: ModelFiles, dtype: torch.dtype, device: torch.device, four_bit: FourBitConfig | None = None) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
             files.weights,
@@ -136,10 +123,10 @@ def _load(files: ModelFiles, dtype: torch.dtype, device: torch.device, **argumen
             device_map={"": device},
             trust_remote_code=files.trust_remote_code,
             use_safetensors=True,
-            **arguments,
+            quantization_config=four_bit,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or CheckedQuantize.out_of_memory:
+        if isinstance(error, torch.OutOfMemoryError) or (four_bit and four_bit.out_of_memory):
             raise ModelError(
                 f"{files.name} does not fit in the GPU's memory while it is loaded.",
                 f"See: qlora inspect --model {files.name}",

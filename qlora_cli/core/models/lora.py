@@ -47,21 +47,19 @@ def find_targets(model: PreTrainedModel, target_modules: tuple[str, ...] | None)
         AdapterError: A name matches no module that an adapter can be attached to.
     """
     linears = linear_names(model)
+    leaves = {name.rsplit(".", 1)[-1] for name in linears}
     if target_modules is None:
         if not linears:
             raise AdapterError("The model has no linear layer to adapt.", "Name modules with --target-modules.")
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        others = [name for name, _ in model.named_modules() if name and name not in set(linears)]
-        clashing = any(name.rsplit(".", 1)[-1] in leaves for name in others)
-        return sorted(linears) if clashing else leaves
+        others = {name.rsplit(".", 1)[-1] for name in dict(model.named_modules()).keys() - set(linears)}
+        return sorted(linears if leaves & others else leaves)
     adaptable = [*linears, *head_names(model)]
     adaptable += [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in adaptable)]
     if missing:
-        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
         raise AdapterError(
             f"--target-modules {', '.join(missing)} matches no linear layer of this {model.config.model_type} model.",
-            f"Its linear layers are: {known}.",
+            f"Its linear layers are: {', '.join(sorted(leaves))}.",
         )
     return list(target_modules)
 
@@ -98,16 +96,15 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
     )
-    parameter = next(model.parameters())
-    cuda = [parameter.device] if parameter.device.type == "cuda" else []
+    device = next(model.parameters()).device
+    cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=parameter.device.type == "meta")
-    if lora.modules_to_save:
-        for name, trained in peft_model.named_parameters():
-            if trained.requires_grad and "modules_to_save" in name:
-                trained.data = trained.data.float()  # full modules train in float32 like the adapter
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=device.type == "meta")
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad and "modules_to_save" in name:
+            parameter.data = parameter.data.float()  # full modules train in float32 like the adapter
     return peft_model
 
 
@@ -115,7 +112,6 @@ def load_adapter(
     model: PreTrainedModel | PeftModel,
     directory: Path,
     *,
-    trainable: bool = False,
     name: str = "default",
     replaced: Iterable[str | None] = (),
 ) -> PeftModel:
@@ -124,8 +120,7 @@ def load_adapter(
     Args:
         model: The base, or the model with adapters.
         directory: Of the adapter.
-        trainable: Whether it is trained on.
-        name: Of the adapter in the model.
+        name: In the model.
         replaced: Parameters of the base that the adapter's file may replace: embeddings of a vocabulary that grew.
 
     Raises:
@@ -136,11 +131,10 @@ def load_adapter(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(model, PeftModel):
-                result = model.load_adapter(str(directory), adapter_name=name, is_trainable=trainable)
+                model.load_adapter(str(directory), adapter_name=name)
                 peft_model = model
             else:
-                peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=name, is_trainable=trainable)
-                result = None
+                peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -149,13 +143,11 @@ def load_adapter(
             f"The adapter in {directory}{made_for} does not fit this base: {_first_mismatch(error)}",
             "Give the base it was trained on with --model.",
         ) from error
-    if result is not None and result.unexpected_keys:
-        raise AdapterError(
-            f"The adapter in {directory} has tensors this base has no place for, first {result.unexpected_keys[0]}.",
-            "Give the base it was trained on with --model.",
-        )
-    loaded = adapter_state(peft_model, name)
-    missing = sorted(set(facts.tensors) - set(loaded) - {f"base_model.model.{parameter}" for parameter in replaced})
+    missing = sorted(
+        set(facts.tensors)
+        - set(adapter_state(peft_model, name))
+        - {f"base_model.model.{parameter}" for parameter in replaced}
+    )
     if missing:
         raise AdapterError(
             f"The adapter in {directory} has {len(missing)} tensors this base has no place for, first {missing[0]}.",
@@ -176,49 +168,32 @@ def adapter_state(peft_model: PeftModel, name: str = "default") -> dict[str, tor
     return get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
 
 
-def load_adapter_state(peft_model: PeftModel, state: Mapping[str, torch.Tensor], name: str = "default") -> None:
+def load_adapter_state(peft_model: PeftModel, state: Mapping[str, torch.Tensor]) -> None:
     """Puts saved adapter tensors back, in place.
 
     Raises:
         AdapterError: The names or shapes are not this adapter's.
     """
-    current = adapter_state(peft_model, name)
+    current = adapter_state(peft_model)
     wrong = [n for n in sorted(set(current) | set(state)) if n not in current or n not in state]
     wrong += [n for n in current if n in state and current[n].shape != state[n].shape]
     if wrong:
         raise AdapterError(f"The saved adapter does not match: {wrong[0]} and {len(wrong) - 1} more tensors differ.")
-    set_peft_model_state_dict(peft_model, dict(state), adapter_name=name)
+    set_peft_model_state_dict(peft_model, dict(state))
 
 
 def save_adapter(peft_model: PeftModel, directory: Path, *, base_name: str, name: str = "default") -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, loadable by `PeftModel.from_pretrained`.
 
-    No network call is made.
-
-    Args:
-        peft_model: The model with the adapter.
-        directory: Existing directory.
-        base_name: Hub id or directory recorded as the base.
-        name: Of the adapter in the model.
+    No network call is made. `base_name` is the hub id or directory that it records as the base.
     """
     state = {key: value.detach().to("cpu").contiguous() for key, value in adapter_state(peft_model, name).items()}
     save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = peft_model.peft_config[name].to_dict()
     config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True
-    content = json.dumps(_plain(config), indent=2, sort_keys=True)
+    content = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets as sorted lists
     (directory / ADAPTER_CONFIG).write_text(content + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """Sets as sorted lists and enums as their values, so that JSON can hold them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return getattr(value, "value", value)
 
 
 def read_adapter(directory: Path) -> AdapterFacts:
@@ -277,6 +252,5 @@ def adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters; a packed 4-bit weight counts the weights it holds, a tied one counts once."""
-    parameters = list(model.parameters())
-    total = sum(logical_numel(parameter) for parameter in parameters)
-    return sum(logical_numel(parameter) for parameter in parameters if parameter.requires_grad), total
+    counts = [(logical_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)

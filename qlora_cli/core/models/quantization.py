@@ -26,9 +26,11 @@ class FourBitConfig(BitsAndBytesConfig):
         super().__init__(load_in_4bit=True, **arguments)
         self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
         self.weight_shards = weight_shards
+        self.out_of_memory = False  # in the load under way; transformers goes on, and reports that something failed
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "weight_shards"}
+        own = ("weight_shards", "out_of_memory")
+        return {name: value for name, value in super().to_dict().items() if name not in own}
 
 
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,22 +44,19 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
 class CheckedQuantize(Bnb4bitQuantize):
     """Quantises one weight and remembers whether it was finite: quantisation hides a NaN."""
 
-    out_of_memory: torch.OutOfMemoryError | None = None  # of the load that is under way
-
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        config = self.hf_quantizer.quantization_config
         for name, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
-            self.hf_quantizer.finite[name] = is_finite(tensor)
+            self.hf_quantizer.finite[name] = is_finite(value[0] if isinstance(value, list) else value)
         try:
-            converted = super().convert(input_dict, *args, **kwargs)
-        except torch.OutOfMemoryError as error:  # transformers goes on, and reports that something failed
-            CheckedQuantize.out_of_memory = error.with_traceback(None)
+            converted: dict[str, Any] = super().convert(input_dict, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            config.out_of_memory = True
             raise
-        if weight_shards := self.hf_quantizer.quantization_config.weight_shards:
-            weights: Any = converted.values()
-            for weight in weights:
-                weight.data = weight_shards.keep(weight.data)
-                weight.quant_state.absmax = weight_shards.keep(weight.quant_state.absmax)
+        if config.weight_shards:
+            for weight in converted.values():
+                weight.data = config.weight_shards.keep(weight.data)
+                weight.quant_state.absmax = config.weight_shards.keep(weight.quant_state.absmax)
         return converted
 
 
@@ -125,18 +124,9 @@ def four_bit_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if is_4bit(module))
 
 
-def dequantized_weight(module: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight a 4-bit linear computes with.
-
-    Args:
-        module: A quantised linear.
-        dtype: Of the result; by default the dtype it was quantised from.
-
-    Returns:
-        (out_features, in_features).
-    """
-    weight = _dequantize(module.weight.data, module.weight.quant_state)
-    return weight if dtype is None else weight.to(dtype)
+def dequantized_weight(module: Any) -> torch.Tensor:
+    """The weight a 4-bit linear computes with, (out_features, in_features) in the dtype it was quantised from."""
+    return _dequantize(module.weight.data, module.weight.quant_state)
 
 
 def _dequantize(packed: torch.Tensor, state: Any) -> torch.Tensor:
@@ -148,21 +138,15 @@ def _dequantize(packed: torch.Tensor, state: Any) -> torch.Tensor:
     return bnb.functional.dequantize_4bit(packed, flat).reshape(state.shape)
 
 
-def round_trip(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> torch.Tensor:
-    """Quantises and dequantises a weight as `load_base` does, bit for bit.
-
-    Args:
-        weight: (out, in) in the compute dtype of the run.
-        quant_type: "nf4" or "fp4".
-        double_quant: As in `load_base`.
-
-    Returns:
-        (out, in) in the same dtype.
-    """
-    packed, state = bnb.functional.quantize_4bit(
+def _quantize(weight: torch.Tensor, quant_type: str, double_quant: bool) -> tuple[torch.Tensor, Any]:
+    return bnb.functional.quantize_4bit(
         weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
     )
-    return _dequantize(packed, state)
+
+
+def round_trip(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> torch.Tensor:
+    """Quantises and dequantises a weight, (out, in) in the run's compute dtype, as `load_base` does, bit for bit."""
+    return _dequantize(*_quantize(weight, quant_type, double_quant))
 
 
 def four_bit_values(quant_type: str) -> torch.Tensor:
@@ -171,13 +155,10 @@ def four_bit_values(quant_type: str) -> torch.Tensor:
 
 
 def round_trip_constants(constants: torch.Tensor) -> torch.Tensor:
-    """What double quantisation leaves of the constants of one weight, bit for bit.
+    """What double quantisation leaves of one weight's constants, bit for bit.
 
     Args:
         constants: (blocks,) float32, the largest magnitude of each block.
-
-    Returns:
-        (blocks,) float32.
     """
     offset = constants.mean()
     codes, state = bnb.functional.quantize_blockwise(constants - offset, blocksize=NESTED_BLOCK_SIZE)
@@ -185,19 +166,12 @@ def round_trip_constants(constants: torch.Tensor) -> torch.Tensor:
 
 
 def pack_weight(weight: torch.Tensor, *, quant_type: str, double_quant: bool) -> dict[str, torch.Tensor]:
-    """A weight as a 4-bit checkpoint holds it.
-
-    Args:
-        weight: (out, in), 16 or 32 bit.
-        quant_type: "nf4" or "fp4".
-        double_quant: As in `load_base`.
+    """A weight, (out, in) in 16 or 32 bits, as a 4-bit checkpoint holds it.
 
     Returns:
         The packed codes under "", and what undoes the quantisation under the ending each has in a checkpoint.
     """
-    packed, state = bnb.functional.quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
-    )
+    packed, state = _quantize(weight, quant_type, double_quant)
     return {"": packed, **{f".{name}": value for name, value in state.as_dict(packed=True).items()}}
 
 

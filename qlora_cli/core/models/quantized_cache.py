@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,18 @@ from transformers import GenerationConfig
 
 from qlora_cli.artifacts import atomic_directory, cache_root, read_json
 from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.models.files import ModelFiles
+from qlora_cli.core.models.quantization import restored_linear
+from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
-from qlora_cli.errors import DiskFull, QloraError, RunError
-from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.errors import DiskFull, RunError
+from qlora_cli.events import Caution, Notice, Report, report_nothing
 
 FORMAT = 1  # raised when an older copy cannot be read
 WEIGHTS, MANIFEST = "base.safetensors", "base.json"
 SPARE_BYTES = 2 * 2**30  # room left on the disk beside a copy
 FOUR_BIT = "quant_state.bitsandbytes__"  # how the state of a packed weight begins, behind "weight."
 HOST = torch.device("cpu")
-
-MakeLinear = Callable[[dict[str, Tensor], Tensor | None], nn.Module]
 
 
 def base_directory(facts: Mapping[str, Any]) -> Path:
@@ -57,7 +58,7 @@ def cache_size_bytes() -> int:
 def save_base(
     model: Any,
     facts: Mapping[str, Any],
-    report: Report | None = None,
+    report: Report = report_nothing,
     weight_shards: WeightShards | None = None,
     piece_bytes: int = PIECE_BYTES,
 ) -> None:
@@ -98,19 +99,17 @@ def save_base(
                 }
                 (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     except (DiskFull, OSError) as error:  # a convenience only: never a reason to stop
-        if report:
-            report(Caution(f"The quantised base could not be kept in {directory.parent}: {error}"))
+        report(Caution(f"The quantised base could not be kept in {directory.parent}: {error}"))
     for _ in values:
         pass  # every rank takes part in what is gathered, whether it or the main one writes or not
 
 
-def _has_room(directory: Path, tensors: Iterable[Tensor], report: Report | None) -> bool:
+def _has_room(directory: Path, tensors: Iterable[Tensor], report: Report) -> bool:
     total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     directory.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(directory).free >= total_bytes + SPARE_BYTES:
         return True
-    if report:
-        report(Notice(f"The quantised base is not kept in {directory}: the disk is nearly full."))
+    report(Notice(f"The quantised base is not kept in {directory}: the disk is nearly full."))
     return False
 
 
@@ -139,10 +138,9 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def restore_base(
     facts: Mapping[str, Any],
-    build: Callable[[], Any],
-    make_linear: MakeLinear,
+    files: ModelFiles,
+    compute_dtype: torch.dtype,
     device: torch.device,
-    report: Report | None = None,
     weight_shards: WeightShards | None = None,
 ) -> Any | None:
     """The base whose copy is here; None where there is none that can be used.
@@ -151,11 +149,9 @@ def restore_base(
 
     Args:
         facts: See `base_directory`.
-        build: Gives the model on the meta device, unquantised.
-        make_linear: Makes a 4-bit linear of a packed weight (under ""), what undoes the packing (under the ending each
-            has in a checkpoint, such as ".absmax") and a bias.
+        files: Of the model; their `report` receives what is read.
+        compute_dtype: Of its arithmetic.
         device: Where it goes.
-        report: Receives what is read.
         weight_shards: Keep this rank's share of each packed weight and its constants only.
 
     Returns:
@@ -167,18 +163,15 @@ def restore_base(
     try:
         manifest = read_json(directory / MANIFEST)
         tensors = _read(directory / WEIGHTS, manifest, device, weight_shards)
-        model = build()
-        _fill(model, tensors, make_linear)
+        model = build_empty(files.config, trust_remote_code=files.trust_remote_code)
+        _fill(model, tensors, compute_dtype, device)
     except (RunError, OSError, ValueError, KeyError, AttributeError) as error:
-        if report:
-            reported = error.message if isinstance(error, QloraError) else str(error)
-            report(Caution(f"The copy of the quantised base in {directory} is made anew: {reported}"))
+        files.report(Caution(f"The copy of the quantised base in {directory} is made anew: {error}"))
         error.__traceback__ = None  # it holds what was read, on the device that is about to be filled again
         shutil.rmtree(directory, ignore_errors=True)
         return None
     model.generation_config = GenerationConfig.from_dict(manifest["generation_config"])
-    if report:
-        report(Notice(f"Using the quantised base kept in {directory.parent}."))
+    files.report(Notice(f"Using the quantised base kept in {directory.parent}."))
     return model
 
 
@@ -208,7 +201,7 @@ def _read(
     return tensors
 
 
-def _fill(model: Any, tensors: dict[str, Tensor], make_linear: MakeLinear) -> None:
+def _fill(model: Any, tensors: dict[str, Tensor], compute_dtype: torch.dtype, device: torch.device) -> None:
     """Puts tensors into a model on the meta device.
 
     Raises:
@@ -223,7 +216,8 @@ def _fill(model: Any, tensors: dict[str, Tensor], make_linear: MakeLinear) -> No
         if name in packed:
             packed[name][f".{ending}"] = tensors.pop(key)
     for name, parts in packed.items():
-        model.set_submodule(name, make_linear(parts, tensors.pop(f"{name}.bias", None)))
+        bias = tensors.pop(f"{name}.bias", None)
+        model.set_submodule(name, restored_linear(compute_dtype, device, parts, bias))
     for name, tensor in tensors.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)

@@ -46,8 +46,8 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 def head_names(model: Any) -> list[str]:
     """Names of the output head, as far as there is one."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in model.named_modules() if head is not None and module is head]
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head]
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -12,9 +12,6 @@ from qlora_cli.errors import ModelError
 def renamer(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
     """The renaming of one model's checkpoints.
 
-    Args:
-        model: On any device, as `build_empty` makes it.
-
     Returns:
         A function from a name in a checkpoint to the name in the model, and whether the tensor also changes on its
         way (is split, stacked, permuted), so that it is no weight of the model by itself.
@@ -35,11 +32,7 @@ def renamer(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
 
 
 def map_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
-    """Which tensor of a checkpoint each parameter and buffer of the model is read from.
-
-    Args:
-        names: Of the checkpoint's tensors.
-        model: As `build_empty` makes it.
+    """Which of a checkpoint's tensors each parameter and buffer of the model, on any device, is read from.
 
     Returns:
         Name in the model → name in the checkpoint. Tensors that no part of the model takes as they are (extra ones,

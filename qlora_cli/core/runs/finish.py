@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more
     record = {
         "format": FORMAT,
         "qlora_version": __version__,
-        "base": base.to_dict(),
+        "base": asdict(base),
         "data": {**manifest["data"], **origin},
         "formatting": manifest["formatting"],
         **more,

@@ -53,7 +53,7 @@ def run_identity(
     settings |= {"optimizer": optimizer, "total_steps": total_steps, "warmup_steps": warmup_steps}
     located = {"model", "revision"}
     return {
-        "base": {name: value for name, value in base.to_dict().items() if name not in located},
+        "base": {name: value for name, value in asdict(base).items() if name not in located},
         "data": data_digest,
         "settings": settings,
     }
