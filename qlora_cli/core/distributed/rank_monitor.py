@@ -36,20 +36,12 @@ KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
 
 
 class RankMonitor:
-    """This rank's connection (the main rank's connections) and the thread that listens.
-
-    Args:
-        ranks: This process among those of the run.
-        device: On which the ranks meet.
-
-    Attributes:
-        verdict: Why the run cannot go on; None while it can.
-    """
+    """This rank's connection (the main rank's connections) and the thread that listens."""
 
     def __init__(self, ranks: ProcessGroup, device: torch.device) -> None:
         self.ranks = ranks
         self.grace_seconds = CARD_GRACE_SECONDS if device.type == "cuda" else GRACE_SECONDS
-        self.verdict: QloraError | None = None
+        self.verdict: QloraError | None = None  # why the run cannot go on
         self.known = threading.Event()  # the verdict
         self.handled = threading.Event()  # by the main thread
         self.left: set[int] = set()  # ranks that announced their end
@@ -106,7 +98,7 @@ class RankMonitor:
         with selectors.DefaultSelector() as selector:
             for peer in self.peers:
                 selector.register(peer, selectors.EVENT_READ, peer)
-            while selector.get_map():
+            while selector.get_map() and not self.known.is_set():
                 for key, _ in selector.select(POLL_SECONDS):
                     peer = key.data
                     messages = _receive(peer)
@@ -118,8 +110,6 @@ class RankMonitor:
                 if self.launcher and os.getppid() != self.launcher:
                     self.launcher = 0
                     os.kill(os.getpid(), signal.SIGTERM)  # nobody is left to stop this run: it saves and ends
-                if self.known.is_set():
-                    break
             if self.known.is_set():
                 self._end_if_stuck(selector)
 
@@ -127,16 +117,13 @@ class RankMonitor:
         """Ends the process where the main thread does not: it hangs in a collective, or in cleaning up after one."""
         decided = time.monotonic()
         while True:
-            since_seconds = time.monotonic() - decided
-            if since_seconds > (LAST_SECONDS if self.handled.is_set() else self.grace_seconds):
+            if time.monotonic() - decided > (LAST_SECONDS if self.handled.is_set() else self.grace_seconds):
                 self._end_process()
-            for key, _ in selector.select(POLL_SECONDS / 10) if selector.get_map() else ():
+            for key, _ in selector.select(POLL_SECONDS / 10):
                 if not _receive(key.data):
                     selector.unregister(key.fileobj)
                     if self.peers[key.data]["rank"] == 0:
                         self.main_closed.set()
-            if not selector.get_map():
-                time.sleep(POLL_SECONDS / 10)
 
     def _handle_message(self, peer: socket.socket, message: dict[str, Any]) -> None:
         if "left" in message:
@@ -175,8 +162,7 @@ class RankMonitor:
         error.reported = reported
         self.verdict = error
         if self.ranks.is_main:
-            kind = "lost" if isinstance(error, RankLost) else "failed"
-            self._send_to_all({kind: error.message, "hint": error.hint, "exit_code": error.exit_code})
+            self._send_to_all(error)
         self.known.set()
 
     def _end_process(self) -> None:
@@ -190,23 +176,18 @@ class RankMonitor:
 
     # ------------------------------------------------------------ the main thread
 
-    def _send_to_all(self, message: dict[str, Any]) -> None:
+    def _send_to_all(self, failure: QloraError | None) -> None:
+        message: dict[str, Any] = {"left": True}
+        if failure is not None:
+            kind = "lost" if isinstance(failure, RankLost) else "failed"
+            message = {kind: failure.message, "hint": failure.hint, "exit_code": failure.exit_code}
         for peer in self.peers:
             _send(peer, message)
-
-    def explain(self) -> QloraError | None:
-        """The verdict, waited for: a broken collective is noticed before the connection that says why."""
-        self.known.wait(GRACE_SECONDS)
-        self.handled.set()
-        return self.verdict
 
     def leave(self, failure: QloraError | None = None) -> None:
         """Announces that this process ends, which then is no failure. The main rank ends last, for its message to arrive."""
         self.handled.set()
-        if failure is None:
-            self._send_to_all({"left": True})
-        else:
-            self._send_to_all({"failed": failure.message, "hint": failure.hint, "exit_code": failure.exit_code})
+        self._send_to_all(failure)
         if not self.ranks.is_main:
             self.main_closed.wait(PARTING_SECONDS)
 
@@ -236,7 +217,7 @@ _kept: list[RankMonitor] = []  # connections close with the process, not before
 
 
 @contextmanager
-def monitoring(ranks: ProcessGroup, device: torch.device) -> Iterator[RankMonitor | None]:
+def monitoring(ranks: ProcessGroup, device: torch.device) -> Iterator[None]:
     """Monitors the ranks inside the block; one that fails or ends there ends the others, with one error.
 
     Raises:
@@ -244,12 +225,12 @@ def monitoring(ranks: ProcessGroup, device: torch.device) -> Iterator[RankMonito
         QloraError: Another rank failed, or this one did. `reported` says that another rank shows it.
     """
     if ranks.world_size == 1:
-        yield None
+        yield
         return
     monitor = RankMonitor(ranks, device)
     _kept.append(monitor)
     try:
-        yield monitor
+        yield
     except Interrupted as error:
         error.reported = not ranks.is_main
         monitor.leave()
@@ -262,11 +243,11 @@ def monitoring(ranks: ProcessGroup, device: torch.device) -> Iterator[RankMonito
         monitor.leave(error)
         raise
     except Exception as error:
-        verdict = monitor.explain()
-        if verdict is not None:
-            raise verdict from error
-        failure = QloraError(f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        monitor.leave(failure)
+        monitor.known.wait(GRACE_SECONDS)  # a broken collective is noticed before the connection that says why
+        if monitor.verdict is not None:
+            monitor.handled.set()
+            raise monitor.verdict from error
+        monitor.leave(QloraError(f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
         raise
     else:
         monitor.leave()
