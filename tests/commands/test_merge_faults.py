@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_sentence_and_finished_files_stay(case, monkeypatch) 
 def test_a_disk_without_room_is_reported_before_anything_is_written(case, monkeypatch) -> None:
     usage = shutil.disk_usage(case.base)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    with pytest.raises(DiskFull, match="9.77 KiB free"):
+    with pytest.raises(DiskFull, match=r"9\.77 KiB free"):
         case.merge()
     assert not unfinished_path(case.output).exists()
 
