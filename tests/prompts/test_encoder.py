@@ -103,20 +103,6 @@ def test_words_are_looked_up_under_every_kind(kind):
     assert encoder._words.is_cutting
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "llama_3", "gpt_4o", "neox"])
-@settings(max_examples=60, deadline=None)
-@given(text=st.text(st.characters(max_codepoint=127), max_size=60))
-def test_ascii_is_cut_by_the_tokenizers_own_pattern(kind, text):
-    """The pieces are the tokenizer's own, word for word."""
-    encoder = encoder_of(KINDS[kind]())
-    if "  " in text and kind == "neox":
-        return  # runs of spaces are tokens of their own there, cut out before the pattern
-    if any(token in text for token in ("<think>", "</think>")):
-        return
-    own = [text[start:stop] for _, (start, stop) in encoder._at_start.pre_tokenizer.pre_tokenize_str(text)]
-    assert encoder._words._cut(text) == own
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -130,16 +116,26 @@ def test_ascii_is_cut_by_the_tokenizers_own_pattern(kind, text):
 )
 def test_tokenizers_that_look_across_words_are_not_cut(change):
     plain = {"model": {"type": "BPE", "vocab": {"▁a": 0}}, "added_tokens": [], "pre_tokenizer": {"type": "Metaspace"}}
-    assert find_cut(plain)("one two, 3") == ["one", " two,", " 3"]
+    assert find_cut(plain)("one two, 3") == ["one", " two", ",", " 3"]
     assert find_cut({**plain, **change}) is None
 
 
-@pytest.mark.parametrize("pattern", [r"\p{Han}+|.", r"\P{L}+|.", r"(a)|.", r"[a-z&&[^b]]|.", r"(?<n", r"\p{M}|."])
-def test_patterns_that_re_cannot_follow_are_left_to_the_tokenizer(pattern):
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    own = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}
-    description = {"model": {"type": "BPE", "vocab": {}}, "added_tokens": [], "pre_tokenizer": own}
-    assert find_cut(description)("one two, 3") == ["one", " two,", " 3"]
+@pytest.mark.parametrize(
+    ("change", "pieces"),
+    [
+        ({}, ["don't", " see", "(x", "-", "12", ",", " 3", ")."]),
+        ({"vocab": {"a(": 0}}, ["don't", " see(x-", "12,", " 3)."]),
+        ({"vocab": {"(1": 0}}, ["don't", " see", "(x", "-12", ",", " 3", ")."]),
+        ({"vocab": {"ĠĠ": 0, "<s>": 1, "<0x0A>": 2}}, ["don't", " see", "(x", "-", "12", ",", " 3", ")."]),
+        ({"fuse_unk": True}, ["don't", " see(x-12,", " 3)."]),
+        ({"type": "Unigram", "vocab": [["▁a", 0.0]]}, ["don't", " see(x-12,", " 3)."]),
+    ],
+)
+def test_texts_are_cut_where_no_token_reaches_across(change, pieces):
+    control = {"content": "<s>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
+    model = {"type": "BPE", "vocab": {"Ġa": 0}, **change}
+    cut = find_cut({"model": model, "added_tokens": [control], "pre_tokenizer": {"type": "ByteLevel"}})
+    assert cut("don't see(x-12, 3).") == pieces
 
 
 def test_a_vocabulary_that_reaches_across_words_gets_whole_texts():

@@ -3,10 +3,8 @@
 A fast tokenizer spends 1.7 µs on a token; a look-up takes a tenth of that, and prose repeats its words: `prepare` takes
 0.40 of the processor time that it takes without (benchmarks/data.md).
 
-Texts are cut into pieces that the tokenizer treats independently, in one of two ways, both exact. An ASCII text under a
-byte-level tokenizer is cut by the tokenizer's own pattern, which Python's `re` understands once its Unicode classes are
-written as the ASCII letters and digits in them. Any other text is cut before a space that follows a printable ASCII
-character and precedes a letter or digit, where no token of the vocabulary reaches across such a place.
+Texts are cut where no token of the vocabulary reaches across, so that the pieces are tokenised independently: before a
+word, and between letters or digits and punctuation.
 """
 
 import re
@@ -23,14 +21,14 @@ PROVED_BY = 64  # texts compared with the tokenizer's own answer before the cuts
 Correction = Callable[[Tokenizer, list[str], list[list[int]]], list[list[int]]]
 Cut = Callable[[str], list[str]]
 
-BEFORE_WORD = re.compile(r"(?<=[!-~])(?= [A-Za-z0-9])")
-REACHES_ACROSS = re.compile(r"[!-~][Ġ▁ ]")  # how byte-level, SentencePiece-like and other vocabularies write a space
-UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}  # normalisers that leave ASCII as it is
-LOCAL_STEPS = UNICODE_FORMS | {
-    "Sequence", "Lowercase", "Replace", "Prepend", "ByteLevel", "Metaspace", "Split", "Digits", "Punctuation",
+PUNCTUATION = r"[!-&(-/:-@\[-`{-~]"  # of ASCII; not the apostrophe, as some patterns take "don't" for one word
+# What stands before a cut and right after it, which no token may hold side by side, and what must follow.
+PLACES = [("[!-~]", " ", "[A-Za-z0-9]"), ("[A-Za-z0-9]", PUNCTUATION, ""), (PUNCTUATION, "[0-9]", "")]
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+LOCAL_STEPS = {
+    "Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Replace", "Prepend", "ByteLevel", "Metaspace", "Split",
+    "Digits", "Punctuation",
 }  # fmt: skip
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel itself
-ASCII_PARTS = {"L": "A-Za-z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9", "Nd": "0-9", "Lt": "", "Lm": "", "Lo": "", "M": ""}
 
 
 class _Words:
@@ -136,71 +134,26 @@ def find_cut(description: dict[str, Any]) -> Cut | None:
     Args:
         description: The tokenizer.json, parsed; special tokens are taken for text (see `encoding`).
     """
-    model = description["model"]
+    model, added = description["model"], description["added_tokens"]
     if model["type"] not in ("BPE", "Unigram") or model.get("dropout"):
         return None
-    ordinary = [token for token in description["added_tokens"] if not token["special"]]
+    ordinary = [token for token in added if not token["special"]]
     if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in ordinary):
         return None
-    vocabulary = model["vocab"] if isinstance(model["vocab"], dict) else (piece for piece, _ in model["vocab"])
-    steps = _types(description.get("normalizer")) | _types(description.get("pre_tokenizer"))
-    reaches_across = any(map(REACHES_ACROSS.search, (*vocabulary, *(token["content"] for token in ordinary))))
-    by_word = None if reaches_across or not steps <= LOCAL_STEPS else BEFORE_WORD.split
-    pattern = _own_pattern(description)
-    if pattern is None:
-        return by_word
-    contents = [re.escape(token["content"]) for token in ordinary]
-    holds_ordinary = re.compile("|".join(contents) or "(?!)").search  # added tokens are cut out before the pattern
-
-    def cut(text: str) -> list[str]:
-        if text.isascii() and not holds_ordinary(text):
-            pieces = pattern.findall(text)
-            if sum(map(len, pieces)) == len(text):
-                return pieces
-        return by_word(text) if by_word else [text]
-
-    return cut
-
-
-def _own_pattern(description: dict[str, Any]) -> re.Pattern[str] | None:
-    """The pattern by which a byte-level tokenizer cuts ASCII texts, if it has one that `re` can follow."""
-    if not _types(description.get("normalizer")) <= UNICODE_FORMS | {"Sequence"}:
+    if not _types(description.get("normalizer")) | _types(description.get("pre_tokenizer")) <= LOCAL_STEPS:
         return None
-    first = description.get("pre_tokenizer") or {}
-    steps = first["pretokenizers"] if first.get("type") == "Sequence" else [first]
-    if any(step.get("add_prefix_space") for step in steps):
-        return None
-    match steps:
-        case [{"type": "ByteLevel", "use_regex": True}]:
-            return _in_ascii(GPT2_PATTERN)
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "use_regex": False},
-        ]:
-            return _in_ascii(pattern)
-    return None
-
-
-def _in_ascii(pattern: str) -> re.Pattern[str] | None:
-    """A pattern with Unicode classes as one for ASCII texts; None where it uses more than those."""
-    written = ""
-    is_in_class = False
-    for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
-        if part.startswith(r"\p{"):
-            letters = ASCII_PARTS.get(part[3:-1])
-            if letters is None or (not letters and not is_in_class):
-                return None
-            part = letters if is_in_class else f"[{letters}]"
-        elif part in (r"\P", r"\p", "&") or (part == "[" and is_in_class):
-            return None  # negated classes, intersections, classes within classes
-        elif part in "[]":
-            is_in_class = part == "["
-        written += part
-    try:
-        compiled = re.compile(written, re.ASCII)
-    except re.error:
-        return None
-    return compiled if not compiled.groups else None  # findall would give the groups
+    vocabulary = set(model["vocab"] if isinstance(model["vocab"], dict) else (piece for piece, _ in model["vocab"]))
+    vocabulary |= {token["content"] for token in ordinary}
+    places = PLACES[:1]
+    if model["type"] == "BPE" and (model.get("byte_fallback") or not model.get("fuse_unk")):
+        # No merge leads to a special token or to a byte, and no unknown letters become one.
+        vocabulary -= {token["content"] for token in added if token["special"]} | BYTES
+        places = PLACES
+    tokens = re.sub("[Ġ▁]", " ", "\n".join(vocabulary))  # how byte-level and SentencePiece-like ones write a space
+    places = [place for place in places if not re.search(place[0] + place[1], tokens)]
+    if PLACES[0] not in places:
+        return None  # pieces of several words seldom come again
+    return re.compile("|".join(f"(?<={before})(?={after}{then})" for before, after, then in places)).split
 
 
 def _types(part: Any) -> set[str]:
