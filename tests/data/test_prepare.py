@@ -32,7 +32,7 @@ from qlora_cli.core.data.prepare import (
 from qlora_cli.core.data.readers import CHUNK_BYTES
 from qlora_cli.core.data.tokenize import Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
-from qlora_cli.core.prompts.encoder import describe_tokenizer, encoder_of
+from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, format_prompt
 from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress
@@ -174,7 +174,7 @@ def test_what_is_trained_can_be_chosen(tmp_path):
 def tokeniser(kind):
     tokenizer = KINDS[kind]()
     settings_ = TokeniserSettings(
-        spec=describe_tokenizer(tokenizer),
+        spec=encoder_of(tokenizer).spec,
         formatting=Formatting(format="prompt", prompt_column="q", completion_column="a", template="{q}: {a}"),
         train_on="completion",
         max_length=64,
@@ -537,7 +537,7 @@ def test_the_manifest_says_what_the_rows_are(tmp_path):
     assert manifest["formatting"]["format"] == "prompt"
     assert manifest["column"] == "answer"
     assert manifest["train_on"] == "completion"
-    assert manifest["tokenizer"]["sha256"] == describe_tokenizer(tokenizer).sha256
+    assert manifest["tokenizer"]["sha256"] == encoder_of(tokenizer).spec.sha256
     assert len(manifest["data"]["files"][0]["sha256"]) == 64
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_cli.core.prompts import chat_renderer as rendering
 from qlora_cli.core.prompts.chat_renderer import ChatRenderer, RenderError
-from qlora_cli.core.prompts.chat_template import RENDER_CPU_SECONDS, BadConversation, ChatProcess
+from qlora_cli.core.prompts.chat_template import RENDER_CPU_SECONDS, ChatProcess
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, RowFormatter, chat_formatting, format_prompt
 from qlora_cli.core.prompts.prompt_template import BadField
@@ -233,7 +233,7 @@ def test_a_template_that_misbehaves_later_is_stopped_too_and_the_next_row_starts
     harmful = [{"role": "user", "content": "bomb"}]
     try:
         answers = process.render([(harmful, None), (CHAT, None)])
-        assert isinstance(answers[0], BadConversation)  # memory is given back within the process
+        assert isinstance(answers[0], BadField)  # memory is given back within the process
         assert message in str(answers[0])
         assert isinstance(answers[1], list)
     except DataError as error:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from qlora_cli.core.prompts.encoder import TextEncoder, describe_tokenizer, encoder_of
+from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
 from qlora_cli.core.prompts.word_cache import WordCache, find_cut
 from qlora_cli.errors import ModelError
 from tests.conftest import TEXT
@@ -153,7 +153,7 @@ def test_a_vocabulary_that_reaches_across_words_gets_whole_texts():
 
 def test_a_wrong_cut_is_noticed_on_the_first_texts():
     """Were the check of the vocabulary ever fooled, the first texts tell."""
-    encoder = TextEncoder(describe_tokenizer(sentencepiece_like("legacy")))
+    encoder = TextEncoder(encoder_of(sentencepiece_like("legacy")).spec)
     encoder._words._inside = encoder._words._first  # words inside a text would get another space
     whole = [encoder._at_start.encode(text, add_special_tokens=False).ids for text in TEXT]
     assert encoder._words.encode(TEXT, [True] * len(TEXT)) == whole
@@ -198,11 +198,11 @@ def test_a_tokenizer_that_changes_is_described_anew():
     from tests.conftest import make_tokenizer
 
     tokenizer = make_tokenizer()
-    before = describe_tokenizer(tokenizer).sha256
-    assert describe_tokenizer(tokenizer).sha256 == before
+    before = encoder_of(tokenizer).spec.sha256
+    assert encoder_of(tokenizer).spec.sha256 == before
     tokenizer.add_special_tokens({"eos_token": "<|padding|>"})
-    assert describe_tokenizer(tokenizer).sha256 != before
-    assert describe_tokenizer(tokenizer).eos_id == 1
+    assert encoder_of(tokenizer).spec.sha256 != before
+    assert encoder_of(tokenizer).spec.eos_id == 1
 
 
 def test_a_tokenizer_without_an_end_is_refused():
@@ -211,4 +211,4 @@ def test_a_tokenizer_without_an_end_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end-of-text token"):
-        describe_tokenizer(tokenizer)
+        encoder_of(tokenizer)

@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,68 +39,61 @@ class Chunk:
 
     file: str
     first_line: int = 1
-    kind: str = "records"
+    kind: str = "jsonl"
     raw: bytes = b""
     records: list[Record] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     source_bytes: int = 0
 
-
-class ChunkBuilder:
-    """Collects the records of one file, checked, into chunks."""
-
-    def __init__(self, file: str) -> None:
-        self._chunk = Chunk(file)
-
     def add(self, record: Any, line: int) -> None:
         """Adds a record, as a bad row if it cannot be used."""
         if problem := problem_of_record(record):
             self.fail(line, problem)
         else:
-            self._chunk.records.append(record)
-            self._chunk.lines.append(line)
+            self.records.append(record)
+            self.lines.append(line)
 
-    def fail(self, line: int | None, cause: str) -> None:
-        """Adds a bad row, or a bad file."""
-        self._chunk.bad_rows.append(BadRow(self._chunk.file, line, cause))
+    def fail(self, line: int | None, cause: str) -> "Chunk":
+        """Adds a bad row, or a bad file (line None); returns this chunk."""
+        self.bad_rows.append(BadRow(self.file, line, cause))
+        return self
 
     @property
     def is_full(self) -> bool:
         """Whether there are enough rows for a chunk."""
-        return len(self._chunk.records) + len(self._chunk.bad_rows) >= RECORDS_A_CHUNK
-
-    def take(self) -> Chunk:
-        """What was collected since the last call."""
-        full, self._chunk = self._chunk, Chunk(self._chunk.file)
-        return full
+        return len(self.records) + len(self.bad_rows) >= RECORDS_A_CHUNK
 
 
-def too_long(file: str, line: int, max_line_bytes: int) -> BadRow:
-    """The bad row that a line past the limit makes."""
-    return BadRow(file, line, f"longer than --max-line-bytes {max_line_bytes}")
+def too_long(max_line_bytes: int) -> str:
+    """What is wrong with a line past the limit."""
+    return f"longer than --max-line-bytes {max_line_bytes}"
 
 
 def parse_chunk(chunk: Chunk, max_line_bytes: int) -> None:
     """Parses a chunk's raw lines into its records and bad rows."""
-    if chunk.kind == "records":
+    if not chunk.raw:
         return
     raw = chunk.raw.removeprefix(b"\xef\xbb\xbf") if chunk.first_line == 1 else chunk.raw
+    rows: Sequence[str | bytes]
     try:
-        lines: list[str | BadRow] = list(raw.decode("utf-8").split("\n"))
+        rows = raw.decode("utf-8").split("\n")
     except UnicodeDecodeError:
-        lines = [_decode(line, chunk, number) for number, line in enumerate(raw.split(b"\n"), chunk.first_line)]
+        rows = raw.split(b"\n")
     is_suspect = "\\u" in raw.decode("utf-8", "replace") or b"\0" in raw
     check_length = len(raw) > max_line_bytes
     decode = DECODER.decode
-    for number, line in enumerate(lines, chunk.first_line):
-        if isinstance(line, BadRow):
-            chunk.bad_rows.append(line)
+    for number, row in enumerate(rows, chunk.first_line):
+        try:
+            line = row if isinstance(row, str) else row.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02X} at byte {error.start + 1} of the line"
+            chunk.fail(number, f"not UTF-8: {byte}")
             continue
         if not line or line.isspace():
             continue
         if check_length and len(line.encode()) > max_line_bytes:
-            chunk.bad_rows.append(too_long(chunk.file, number, max_line_bytes))
+            chunk.fail(number, too_long(max_line_bytes))
             continue
         if chunk.kind == "txt":
             record = {TEXT_COLUMN: line.rstrip("\r")}
@@ -107,23 +101,14 @@ def parse_chunk(chunk: Chunk, max_line_bytes: int) -> None:
             try:
                 record = decode(line)
             except (ValueError, RecursionError) as error:
-                chunk.bad_rows.append(BadRow(chunk.file, number, json_cause(line, error)))
+                chunk.fail(number, json_cause(line, error))
                 continue
-        if problem := (problem_of_record(record) if is_suspect or type(record) is not dict else None):
-            chunk.bad_rows.append(BadRow(chunk.file, number, problem))
-            continue
-        chunk.records.append(record)
-        chunk.lines.append(number)
+        if is_suspect or type(record) is not dict:
+            chunk.add(record, number)
+        else:
+            chunk.records.append(record)
+            chunk.lines.append(number)
     chunk.raw = b""
-
-
-def _decode(line: bytes, chunk: Chunk, number: int) -> str | BadRow:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRow(
-            chunk.file, number, f"not UTF-8: byte 0x{line[error.start]:02X} at byte {error.start + 1} of the line"
-        )
 
 
 class NotANumber(ValueError):

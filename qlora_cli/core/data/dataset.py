@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -116,28 +116,13 @@ class PreparedRows:
         return self._ids[batch][start:stop], trained
 
 
-class Rows(Protocol):
-    """Tokenised rows, in memory or on disk."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(rows,) int32: tokens of each row."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(input_ids int32 (n,), trained bool (n,)) of one row."""
-        ...
-
-
 class RowSubset:
     """Some rows of a set, numbered from 0; `indices` are their numbers in the set."""
 
-    def __init__(self, rows: Rows, indices: Sequence[int] | np.ndarray) -> None:
+    def __init__(self, rows: PreparedRows, indices: Sequence[int] | np.ndarray) -> None:
         self.rows = rows
         self.indices = np.asarray(indices, dtype=np.int64)
-        self.lengths = np.asarray(rows.lengths)[self.indices]
+        self.lengths = rows.lengths[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -146,7 +131,7 @@ class RowSubset:
         return self.rows[int(self.indices[index])]
 
 
-def hold_out(rows: Rows, *, fraction: float, count: int | None, seed: int) -> tuple[RowSubset, RowSubset]:
+def hold_out(rows: PreparedRows, *, fraction: float, count: int | None, seed: int) -> tuple[RowSubset, RowSubset]:
     """Splits rows into those trained on and those evaluated on, each in the set's order.
 
     Args:

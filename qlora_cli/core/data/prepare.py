@@ -234,7 +234,6 @@ def _limited(chunks: Iterator[Chunk], settings: DataSettings) -> Iterator[Chunk]
     left = settings.limit
     for chunk in chunks:
         parse_chunk(chunk, settings.max_line_bytes)
-        chunk.kind = "records"
         chunk.records, chunk.lines = chunk.records[:left], chunk.lines[:left]
         left -= len(chunk.records)
         if not left:

@@ -19,9 +19,7 @@ import pyarrow.parquet as pq
 from qlora_cli.core.data.chunks import (
     DECODER,
     RECORDS_A_CHUNK,
-    BadRow,
     Chunk,
-    ChunkBuilder,
     is_cut_short,
     json_cause,
     refuse_constant,
@@ -63,14 +61,16 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
     """
     kind = kind_of(path)
     try:
-        with path.open("rb", buffering=HEAD_BYTES) as file:
+        with io.BufferedReader(io.FileIO(path), HEAD_BYTES) as file:
             if kind == "parquet":
                 yield from _read_parquet(path, name, file)
                 return
-            stream = _decompress(path, file)
+            stream: Any = file
+            if compression := COMPRESSIONS.get(path.suffix.lower()):
+                stream = io.BufferedReader(pa.input_stream(file, compression=compression), HEAD_BYTES)
             head = stream.peek(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf")
             if problem := _problem_of(head):
-                yield Chunk(name, bad_rows=[BadRow(name, None, problem)])
+                yield Chunk(name).fail(None, problem)
                 return
             if kind in ("csv", "tsv"):
                 chunks = _read_csv(stream, name, max_line_bytes, tabs=kind == "tsv")
@@ -89,15 +89,7 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
         # What pyarrow finds wrong with compressed data has no error number; what the system refuses has one.
         is_broken = error.errno is None and path.suffix.lower() in COMPRESSIONS
         cause = "the compressed data is broken or cut short" if is_broken else "cannot be read"
-        yield Chunk(name, bad_rows=[BadRow(name, None, f"{cause} ({error.strerror or first_line(error)})")])
-
-
-def _decompress(path: Path, file: IO[bytes]) -> io.BufferedReader:
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    if compression is not None:
-        return io.BufferedReader(pa.input_stream(file, compression=compression), HEAD_BYTES)
-    assert isinstance(file, io.BufferedReader)
-    return file
+        yield Chunk(name).fail(None, f"{cause} ({error.strerror or first_line(error)})")
 
 
 def _problem_of(head: bytes) -> str | None:
@@ -145,7 +137,7 @@ def _read_lines(
         else:
             rest += block
         if len(rest) > max_line_bytes:
-            yield Chunk(name, bad_rows=[too_long(name, line, max_line_bytes)])
+            yield Chunk(name).fail(line, too_long(max_line_bytes))
             rest, skipping = b"", True
     if rest:
         yield Chunk(name, line, kind, rest)
@@ -153,20 +145,21 @@ def _read_lines(
 
 def _read_array(stream: io.BufferedReader, name: str, max_line_bytes: int, chunk_bytes: int) -> Iterator[Chunk]:
     """The elements of one JSON array, without holding the array; numbered by the line an element starts on."""
-    builder = ChunkBuilder(name)
+    chunk = Chunk(name)
     text = _ArrayText(stream, max_line_bytes, chunk_bytes)
     try:
         for element, line in text.elements():
-            builder.add(element, line)
-            if builder.is_full:
-                yield builder.take()
+            chunk.add(element, line)
+            if chunk.is_full:
+                yield chunk
+                chunk = Chunk(name)
     except _BrokenArray as error:
-        builder.fail(error.line, f"{error}; what follows cannot be told apart")
+        chunk.fail(error.line, f"{error}; what follows cannot be told apart")
     else:
         line = text.line
         if text.next_sign():
-            builder.fail(line, "the file goes on after the end of its array")
-    yield builder.take()
+            chunk.fail(line, "the file goes on after the end of its array")
+    yield chunk
 
 
 class _BrokenArray(Exception):
@@ -276,21 +269,21 @@ _SPACE = re.compile(r"\s*")
 
 def _read_object(stream: io.BufferedReader, name: str) -> Iterator[Chunk]:
     """A JSON object that holds rows: a list of objects in some field, or a list for each column."""
-    builder = ChunkBuilder(name)
+    chunk = Chunk(name)
     try:
         content = json.loads(stream.read().decode("utf-8-sig"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        builder.fail(line, f"not UTF-8: byte 0x{error.object[error.start]:02X}")
+        chunk.fail(line, f"not UTF-8: byte 0x{error.object[error.start]:02X}")
     except json.JSONDecodeError as error:
         cause = f"invalid JSON at column {error.colno}: {error.msg}"
-        builder.fail(error.lineno, "truncated JSON" if is_cut_short(error, error.doc) else cause)
+        chunk.fail(error.lineno, "truncated JSON" if is_cut_short(error, error.doc) else cause)
     except (ValueError, RecursionError) as error:
-        builder.fail(None, json_cause("", error))
+        chunk.fail(None, json_cause("", error))
     else:
         for number, record in enumerate(_rows_of(content), start=1):
-            builder.add(record, number)
-    yield builder.take()
+            chunk.add(record, number)
+    yield chunk
 
 
 def _rows_of(content: Any) -> list[Any]:
@@ -309,7 +302,7 @@ def _rows_of(content: Any) -> list[Any]:
 
 def _read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs: bool) -> Iterator[Chunk]:
     """Rows under a header line; numbered by the line a row ends on."""
-    builder = ChunkBuilder(name)
+    chunk = Chunk(name)
     head = stream.peek(HEAD_BYTES).partition(b"\n")[0]
     delimiter = "\t" if tabs else ";" if b";" in head and b"," not in head else ","
     # Bytes that are not UTF-8 pass as lone surrogates, so that the row which holds them can be named.
@@ -322,24 +315,25 @@ def _read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs
         if len(set(header)) < len(header) or not all(header):
             problem = f"the header names a column twice or not at all ({', '.join(map(repr, header))})"
         if problem:
-            builder.fail(1, problem)
-            yield builder.take()
+            chunk.fail(1, problem)
+            yield chunk
             return
         for row in rows:
             if not row:
                 continue
             if len(row) != len(header):
-                builder.fail(rows.line_num, f"the row has {len(row)} fields, the header {len(header)}")
+                chunk.fail(rows.line_num, f"the row has {len(row)} fields, the header {len(header)}")
             else:
-                builder.add(dict(zip(header, row, strict=True)), rows.line_num)
-            if builder.is_full:
-                yield builder.take()
+                chunk.add(dict(zip(header, row, strict=True)), rows.line_num)
+            if chunk.is_full:
+                yield chunk
+                chunk = Chunk(name)
     except csv.Error as error:
-        builder.fail(rows.line_num, f"invalid CSV: {error}; what follows cannot be told apart")
+        chunk.fail(rows.line_num, f"invalid CSV: {error}; what follows cannot be told apart")
     finally:
         csv.field_size_limit(previous_limit)
         text.detach()
-    yield builder.take()
+    yield chunk
 
 
 def _limited(text: io.TextIOWrapper, max_line_bytes: int) -> Iterator[str]:
@@ -353,10 +347,10 @@ def _read_parquet(path: Path, name: str, file: IO[bytes]) -> Iterator[Chunk]:
     """Rows of a Parquet file, numbered from 1."""
     head = file.read(2**10)
     if problem := _problem_of(head):
-        yield Chunk(name, bad_rows=[BadRow(name, None, problem)])
+        yield Chunk(name).fail(None, problem)
         return
     file.seek(0)
-    builder = ChunkBuilder(name)
+    chunk = Chunk(name)
     line = 0
     total_bytes = path.stat().st_size
     try:
@@ -367,17 +361,17 @@ def _read_parquet(path: Path, name: str, file: IO[bytes]) -> Iterator[Chunk]:
             for record in _records_of(table):
                 line += 1
                 if isinstance(record, UnicodeDecodeError):
-                    builder.fail(line, f"not UTF-8: byte 0x{record.object[record.start]:02X}")
+                    chunk.fail(line, f"not UTF-8: byte 0x{record.object[record.start]:02X}")
                 else:
-                    builder.add(record, line)
-            chunk = builder.take()
+                    chunk.add(record, line)
             chunk.source_bytes = total_bytes * table.num_rows // rows
             yield chunk
+            chunk = Chunk(name)
         if not line:
-            builder.fail(None, "the file holds no rows")
+            chunk.fail(None, "the file holds no rows")
     except (pa.ArrowException, OSError) as error:
-        builder.fail(line + 1 if line else None, f"broken Parquet: {first_line(error)}")
-    yield builder.take()
+        chunk.fail(line + 1 if line else None, f"broken Parquet: {first_line(error)}")
+    yield chunk
 
 
 def _records_of(table: pa.RecordBatch) -> list[Record | UnicodeDecodeError]:

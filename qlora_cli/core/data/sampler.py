@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import count
 
 import numpy as np
 
@@ -61,21 +62,24 @@ class BatchSampler:
         if max_steps is None and not epochs > 0:
             raise UsageError(f"--epochs is {epochs}.", "Use a number above 0, or --max-steps.")
         if batch_size * accumulation % ranks.world_size:
+            even = next(n for n in count(accumulation) if batch_size * n % ranks.world_size == 0)
             raise UsageError(
                 f"A step of {batch_size * accumulation} rows (--batch-size {batch_size} times "
                 f"--gradient-accumulation-steps {accumulation}) cannot be dealt out evenly to {ranks.world_size} cards.",
-                f"Use --gradient-accumulation-steps {_evenly_shared(batch_size, accumulation, ranks.world_size)}.",
+                f"Use --gradient-accumulation-steps {even}.",
             )
         self.lengths = lengths
         self.rank = ranks.rank
-        self._arguments: dict[str, Any] = {
-            "batch_size": batch_size,
-            "accumulation": accumulation,
-            "packing": packing,
-            "max_length": max_length,
-            "seed": seed,
-            "world_size": ranks.world_size,
-        }
+        self._plan_epoch = partial(
+            plan_epoch,
+            lengths,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            packing=packing,
+            max_length=max_length,
+            seed=seed,
+            world_size=ranks.world_size,
+        )
         self._ends: list[int] = []  # steps taken when each epoch ends
         self._planned: tuple[int, list[list[list[list[int]]]]] = (-1, [])
         if max_steps is not None:
@@ -114,22 +118,12 @@ class BatchSampler:
         return [most] if most == widest else [most, widest]
 
     def _epoch_of(self, number: int) -> int:
-        epoch = 0
-        while self.epoch_end(epoch) < number:
-            epoch += 1
-        return epoch
+        return next(epoch for epoch in count() if self.epoch_end(epoch) >= number)
 
     def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
         if self._planned[0] != epoch:
-            self._planned = (epoch, plan_epoch(self.lengths, epoch=epoch, **self._arguments))
+            self._planned = (epoch, self._plan_epoch(epoch=epoch))
         return self._planned[1]
-
-
-def _evenly_shared(batch_size: int, accumulation: int, world_size: int) -> int:
-    """The next higher number of micro-batches whose rows can be dealt out evenly."""
-    while batch_size * accumulation % world_size:
-        accumulation += 1
-    return accumulation
 
 
 def split_to_fit(micro_batches: list[list[int]], lengths: np.ndarray, limit_tokens: int | None) -> list[list[int]]:

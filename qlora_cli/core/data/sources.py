@@ -12,7 +12,7 @@ import datasets
 from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
-from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, BadRow, Chunk
+from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, Chunk
 from qlora_cli.core.data.readers import CHUNK_BYTES, COMPRESSIONS, KINDS, kind_of, read_chunks
 from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
@@ -64,7 +64,7 @@ class Source:
                 yield Chunk(self.name, records=records, lines=list(range(line, line + len(records))))
                 line += len(records)
         except Exception as error:  # datasets' readers fail in every way
-            yield Chunk(self.name, bad_rows=[BadRow(self.name, line, f"cannot be read: {error}")])
+            yield Chunk(self.name).fail(line, f"cannot be read: {error}")
 
     def identify(self, report: Report) -> dict[str, Any]:
         """Name, split and SHA-256 of the data."""

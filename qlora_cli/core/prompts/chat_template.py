@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_cli.core.prompts import chat_renderer as rendering
 from qlora_cli.core.prompts.chat_renderer import Message, RenderedRow
-from qlora_cli.core.prompts.encoder import TokenizerSpec
+from qlora_cli.core.prompts.prompt_template import BadField
 from qlora_cli.core.prompts.records import describe_type
 from qlora_cli.errors import DataError
 
@@ -48,35 +48,31 @@ ROLES = {
 }
 
 
-class BadConversation(Exception):
-    """Why a conversation cannot be trained on, as part of a sentence."""
-
-
 def check_messages(value: Any) -> list[Message]:
     """Messages as `role` and `content`, from those or from ShareGPT's `from` and `value`.
 
     Raises:
-        BadConversation: It is no list of messages, or a message has no role, or no text.
+        BadField: It is no list of messages, or a message has no role, or no text.
     """
     if not isinstance(value, list) or not value:
-        raise BadConversation("is no list of messages" if not isinstance(value, list) else "has no messages")
+        raise BadField("is no list of messages" if not isinstance(value, list) else "has no messages")
     return [_check_message(message, number) for number, message in enumerate(value, start=1)]
 
 
 def _check_message(message: Any, number: int) -> Message:
     if not isinstance(message, dict):
-        raise BadConversation(f"message {number} is {describe_type(message)}, not an object")
+        raise BadField(f"message {number} is {describe_type(message)}, not an object")
     role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
     role, content = message.get(role_key), message.get(content_key)
     if not isinstance(role, str):
-        raise BadConversation(f"message {number} has no role")
+        raise BadField(f"message {number} has no role")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     calls_tools = bool(message.get("tool_calls"))
     if content is None and calls_tools:
         content = ""
     if not isinstance(content, str):
-        raise BadConversation(f"the {content_key!r} of message {number} is {describe_type(content)}, not text")
+        raise BadField(f"the {content_key!r} of message {number} is {describe_type(content)}, not text")
     rest = {key: item for key, item in message.items() if key not in (role_key, content_key) and item is not None}
     return {**rest, "role": ROLES.get(role.lower(), role.lower()), "content": content}
 
@@ -141,7 +137,7 @@ class ChatProcess:
         *,
         required: str = "none",
         prompt_only: bool = False,
-    ) -> list[list[RenderedRow] | BadConversation]:
+    ) -> list[list[RenderedRow] | BadField]:
         """Renders conversations, each to one row or several; those that cannot be come back as the reason why.
 
         Raises:
@@ -152,12 +148,12 @@ class ChatProcess:
         if self._connection.closed:
             self._start()
         self._connection.send([(messages, tools, required, prompt_only) for messages, tools in conversations])
-        rendered: list[list[RenderedRow] | BadConversation] = []
+        rendered: list[list[RenderedRow] | BadField] = []
         for _ in conversations:
             kind, answer = self._receive()
             if kind == "dead":
                 raise DataError(f"{answer[0].upper()}{answer[1:]}.", "Give another one with --chat-template FILE.")
-            rendered.append(answer if kind == "ok" else BadConversation(answer))
+            rendered.append(answer if kind == "ok" else BadField(answer))
         return rendered
 
     def close(self) -> None:
@@ -168,18 +164,14 @@ class ChatProcess:
 
 
 @lru_cache(maxsize=8)
-def _process_for(
+def chat_process(
     template: str, names: tuple[tuple[str, str], ...], control_tokens: tuple[str, ...], date: str | None
 ) -> ChatProcess:
-    process = ChatProcess(template, dict(names), control_tokens, date)
-    atexit.register(process.close)
-    return process
-
-
-def chat_process(template: str, spec: TokenizerSpec, control_tokens: Sequence[str], date: str | None) -> ChatProcess:
-    """The process that renders this template for this tokenizer, one for each in use.
+    """The process that renders this template for a tokenizer's names and control tokens, one for each in use.
 
     Raises:
         DataError: The template cannot be used.
     """
-    return _process_for(template, tuple(sorted(spec.names.items())), tuple(control_tokens), date)
+    process = ChatProcess(template, dict(names), control_tokens, date)
+    atexit.register(process.close)
+    return process

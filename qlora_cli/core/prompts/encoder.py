@@ -52,16 +52,7 @@ class TokenizerSpec:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-_specs: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, TokenizerSpec, TextEncoder]]" = WeakKeyDictionary()
-
-
-def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
-    """What of a transformers tokenizer matters here.
-
-    Raises:
-        ModelError: It has no fast (Rust) form, or no end-of-text token.
-    """
-    return _described(tokenizer)[1]
+_encoders: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, TextEncoder]]" = WeakKeyDictionary()
 
 
 def encoder_of(tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
@@ -70,16 +61,11 @@ def encoder_of(tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
     Raises:
         ModelError: It has no fast (Rust) form, or no end-of-text token.
     """
-    return _described(tokenizer)[2]
-
-
-def _described(tokenizer: "PreTrainedTokenizerBase") -> "tuple[Any, TokenizerSpec, TextEncoder]":
     state = (len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, str(tokenizer.chat_template))
-    known = _specs.get(tokenizer)
+    known = _encoders.get(tokenizer)
     if known is None or known[0] != state:
-        spec = _describe(tokenizer)
-        known = _specs[tokenizer] = (state, spec, TextEncoder(spec))
-    return known
+        known = _encoders[tokenizer] = (state, TextEncoder(_describe(tokenizer)))
+    return known[1]
 
 
 def _describe(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
@@ -187,13 +173,13 @@ class TextEncoder:
             for content, _ in row:
                 if isinstance(content, str):
                     texts.append(content)
-                    starts.append(before is None or (isinstance(before, int) and self._prefix_follows(before)))
+                    follows_prefix = isinstance(before, int) and (
+                        self.spec.prefix_after_control or before in self.spec.prefix_ids
+                    )
+                    starts.append(before is None or follows_prefix)
                 before = content
         encoded = iter(self._words.encode(texts, starts))
         return [[[content] if isinstance(content, int) else next(encoded) for content, _ in row] for row in rows]
-
-    def _prefix_follows(self, control: int) -> bool:
-        return self.spec.prefix_after_control or control in self.spec.prefix_ids
 
     def _without_control(self, backend: Tokenizer, texts: list[str], encoded: list[list[int]]) -> list[list[int]]:
         """The ids of texts, letter by letter where they hold a control token.

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.core.prompts.chat_renderer import Message, RenderedRow, RenderedSpan
-from qlora_cli.core.prompts.chat_template import BadConversation, chat_process, check_messages
+from qlora_cli.core.prompts.chat_template import chat_process, check_messages
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, encoder_of
 from qlora_cli.core.prompts.prompt_template import BadField, PromptTemplate, listed, move_spaces, text_of
 from qlora_cli.core.prompts.records import Record, describe_type, problem_of_record
@@ -88,7 +88,8 @@ class RowFormatter:
             )
         elif formatting.format == "chat":
             assert formatting.template is not None
-            self._chat = chat_process(formatting.template, encoder.spec, tuple(encoder.control_ids), formatting.date)
+            names = tuple(sorted(encoder.spec.names.items()))
+            self._chat = chat_process(formatting.template, names, tuple(encoder.control_ids), formatting.date)
 
     def format_records(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
         """The rows of each record (one, but for some chats) as runs, BOS and EOS included; or why there are none.
@@ -208,7 +209,7 @@ class RowFormatter:
     def _render(
         self, records: Sequence[Record], *, train_on: str, prompt_only: bool
     ) -> list[list[RenderedRow] | BadField | Blank]:
-        reasons: list[BadField | Blank | None] = []
+        reasons: list[BadField | Blank | None] = []  # why a record is not sent
         sent: list[tuple[list[Message], list[Any] | None]] = []
         for record in records:
             try:
@@ -219,7 +220,7 @@ class RowFormatter:
                 reasons.append(reason)
         required = {"completion": "all", "last": "last", "all": "none"}[train_on]
         answers = iter(self._chat.render(sent, required=required, prompt_only=prompt_only))
-        return [reason or _rendered(next(answers)) for reason in reasons]
+        return [reason or next(answers) for reason in reasons]
 
     def _messages(self, record: Record) -> list[Message]:
         column = str(self.formatting.column)
@@ -227,7 +228,7 @@ class RowFormatter:
             raise BadField(f"field {column!r} is missing (it has {listed(record)})")
         try:
             return check_messages(record[column])
-        except BadConversation as reason:
+        except BadField as reason:
             raise BadField(f"field {column!r}: {reason}") from None
 
     def _up_to_answer(self, messages: list[Message], train_on: str) -> list[Message]:
@@ -266,10 +267,6 @@ class RowFormatter:
             runs[-1] = (eos, True)
             return runs
         return [*runs, (eos, True)]
-
-
-def _rendered(answer: list[RenderedRow] | BadConversation) -> list[RenderedRow] | BadField:
-    return BadField(str(answer)) if isinstance(answer, BadConversation) else answer
 
 
 def _tools(record: Record) -> list[Any] | None:
