@@ -4,7 +4,6 @@
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,11 +74,11 @@ def parse_chunk(chunk: Chunk, max_line_bytes: int) -> None:
     if not chunk.raw:
         return
     raw = chunk.raw.removeprefix(b"\xef\xbb\xbf") if chunk.first_line == 1 else chunk.raw
-    rows: Sequence[str | bytes]
+    rows: list[str | bytes]
     try:
-        rows = raw.decode("utf-8").split("\n")
+        rows = [*raw.decode("utf-8").split("\n")]
     except UnicodeDecodeError:
-        rows = raw.split(b"\n")
+        rows = [*raw.split(b"\n")]
     is_suspect = "\\u" in raw.decode("utf-8", "replace") or b"\0" in raw
     check_length = len(raw) > max_line_bytes
     decode = DECODER.decode
