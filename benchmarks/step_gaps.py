@@ -54,15 +54,15 @@ def watch(work: str, folder: Path, cached: bool, extra: list[str]) -> dict:
     from qlora_cli.core.training import trainer as watched
 
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    own_take, own_read = watched.Trainer._take, watched.read_sums
+    own_take, own_read = watched.Trainer.take_step, watched.read_sums
     number, last = 0, FIRST + STEPS
 
-    def take(self, step, *rest):
+    def take(self, step, batches):
         nonlocal number
         number = step.number
         if number == FIRST:
             profiler.start()
-        return own_take(self, step, *rest)
+        return own_take(self, step, batches)
 
     def read(sums):
         if not FIRST <= number <= last:
@@ -73,7 +73,7 @@ def watch(work: str, folder: Path, cached: bool, extra: list[str]) -> dict:
             profiler.stop()
         return found
 
-    watched.Trainer._take, watched.read_sums = take, read
+    watched.Trainer.take_step, watched.read_sums = take, read
     command = train_speed.our_command(work, folder, steps=last + 3, extra=extra, cached=cached)
     app(command[3:], standalone_mode=False)
     events = profiler.profiler.kineto_results.events()

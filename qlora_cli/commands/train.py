@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, TRACKER_LOGS
+from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_YAML, TRACKER_LOGS
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
 from qlora_cli.core.device import choose_device, limit_memory, read_vram
@@ -25,7 +25,7 @@ from qlora_cli.core.engine.fsdp import shard_base
 from qlora_cli.core.engine.lm_head import find_decoder
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import PeftModel, attach_adapter, save_adapter
+from qlora_cli.core.models.lora import PeftModel, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
 from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.runs.finish import write_record, write_run
@@ -33,19 +33,20 @@ from qlora_cli.core.runs.identity import run_identity
 from qlora_cli.core.runs.inputs import Run, RunInputs, read_inputs
 from qlora_cli.core.runs.metrics import MetricsFile
 from qlora_cli.core.runs.results import TrainPlan, TrainResult
-from qlora_cli.core.runs.tracking import closing_tracker, log_to, start_tracker
+from qlora_cli.core.runs.tracking import closing_tracker, logging_report, start_tracker
 from qlora_cli.core.runs.validate import check_ranks, check_settings
-from qlora_cli.core.storage.checkpoint import Checkpoint, remove_leftovers
+from qlora_cli.core.storage.checkpoint import Checkpoint, read_tensors, remove_leftovers
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import learning_rate_schedule
 from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer
 from qlora_cli.core.training.reporting import RunReporter
-from qlora_cli.core.training.resume import find_checkpoint, restore_adapter, restore_optimizer, restore_or_seed
-from qlora_cli.core.training.state import Checkpointing, TrainerState, read_trainer_state
-from qlora_cli.core.training.trainer import Optimization, Trainer, TrainerSchedule
-from qlora_cli.events import EvaluationLogged, Report, RunStarted, StepLogged, Vram, report_nothing
+from qlora_cli.core.training.resume import find_checkpoint, restore_or_seed
+from qlora_cli.core.training.state import Checkpointing, TrainerState, load_optimizer, read_trainer_state
+from qlora_cli.core.training.trainer import Optimization, Trainer
+from qlora_cli.errors import CheckpointError
+from qlora_cli.events import Caution, Report, RunStarted, Vram, report_nothing
 
 SAVES_A_RUN = 10  # by default
 # The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `monitoring`.
@@ -73,10 +74,9 @@ class LoadedModel:
 
 
 def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
-    """Trains an adapter and writes the run directory. What is cheap to check is checked before the base is loaded.
+    """Trains an adapter and writes the run directory; with `dry_run` only says what it would do, and writes nothing.
 
-    Returns:
-        What the run came to; with `dry_run` what it would do, and nothing is written.
+    What is cheap to check is checked before the base is loaded.
 
     Raises:
         QloraError: Any of its children.
@@ -108,36 +108,34 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             return describe_plan(run, inputs, decisions, first_step=start.state.step + 1)
         loaded = load_model(run, inputs, decisions)
         if start.checkpoint:
-            restore_adapter(start.checkpoint, loaded.model)
+            load_adapter_state(loaded.model, read_tensors(start.checkpoint.path / ADAPTER_WEIGHTS))
         engine = start_engine(run, inputs, decisions, start, loaded)
         stack.callback(engine.close)
         optimization = start_optimization(run, inputs, decisions, start, loaded)
         # From here on the directory is a run.
-        log: Callable[[StepLogged | EvaluationLogged], None] = report_nothing
+        logged = run.report
         if ranks.is_main:
             write_config_file(config, run.output / RUN_YAML)
             metrics = MetricsFile(run.output, last_step=start.state.step)
             stack.callback(metrics.close)
-            log = log_to(metrics, accelerator)
+            logged = logging_report(run.report, metrics, accelerator)
         report_start(run, inputs, start, engine)
         trainer = Trainer(
             replica=ModelReplica(loaded.model, engine, ranks, lockstep=loaded.weight_shards is not None),
             data=inputs.data,
             optimization=optimization,
-            schedule=TrainerSchedule(
-                eval_every=config.eval_every,
-                save_every=config.save_every or -(-inputs.data.sampler.total_steps // SAVES_A_RUN),
-                patience=config.patience,
-            ),
+            eval_every=config.eval_every,
+            patience=config.patience,
             checkpointing=Checkpointing(
                 root=run.output / CHECKPOINTS,
                 identity=start.identity,
                 save_adapter=loaded.save_adapter,
                 needed_bytes=decisions.checkpoint_bytes,
+                every=config.save_every or -(-inputs.data.sampler.total_steps // SAVES_A_RUN),
                 keep=config.keep,
                 keep_best=config.keep_best,
             ),
-            reporter=RunReporter(run.report, log, deferred=run.device.type == "cuda"),
+            reporter=RunReporter(logged, deferred=run.device.type == "cuda"),
             state=start.state,
         )
         if run.device.type == "cuda":
@@ -147,7 +145,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         result = describe_result(run, inputs, loaded, trainer.state, time.perf_counter() - started)
         if ranks.is_main:
             with reporting_disk_full(run.output, decisions.checkpoint_bytes):
-                finish_run(run, inputs, loaded, result)
+                write_run(run, inputs, loaded.base, loaded.save_adapter, result)
         ranks.barrier()
         return result
 
@@ -214,14 +212,7 @@ def find_start(run: Run, inputs: RunInputs, decisions: Decisions) -> StartingPoi
     config, checkpoint = run.config, None
     identity: dict[str, Any] = {}
     if config.resume or not config.dry_run:  # a dry run downloads no weights to identify a base by
-        identity = run_identity(
-            config,
-            inputs.files.identity(config, decisions.compute_dtype),
-            inputs.rows.manifest["rows_sha256"],
-            optimizer=decisions.optimizer,
-            total_steps=inputs.data.sampler.total_steps,
-            warmup_steps=decisions.warmup_steps,
-        )
+        identity = run_identity(run, inputs, decisions)
     if config.resume:
         root = run.output / CHECKPOINTS
         checkpoint = find_checkpoint(root, identity, allow_changes=config.allow_changes, report=run.report)
@@ -234,15 +225,25 @@ def find_start(run: Run, inputs: RunInputs, decisions: Decisions) -> StartingPoi
 def start_optimization(
     run: Run, inputs: RunInputs, decisions: Decisions, start: StartingPoint, loaded: LoadedModel
 ) -> Optimization:
-    """Builds the optimizer; its state and the random generators are those of the starting point."""
+    """Builds the optimizer; its state and the random generators are those of the starting point.
+
+    Raises:
+        CheckpointError: The saved state does not fit, and without --allow-changes it may not start fresh.
+    """
     config, checkpoint = run.config, start.checkpoint
     parameters = TrainableParameters(loaded.model)
     optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=config.weight_decay)
     unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements)
     if checkpoint:
-        restore_optimizer(checkpoint, optimizer, parameters, allow_changes=config.allow_changes, report=run.report)
-        unallocated_bytes = 0
-    restore_or_seed(checkpoint, parameters, seed=config.seed, rank=run.ranks.rank)
+        try:
+            load_optimizer(checkpoint.path, optimizer, parameters)
+            unallocated_bytes = 0
+        except CheckpointError as error:
+            if not config.allow_changes:
+                raise
+            optimizer.state.clear()
+            run.report(Caution(f"The optimizer starts without its state: {error.message}"))
+    restore_or_seed(checkpoint, parameters.device, seed=config.seed, rank=run.ranks.rank)
     return Optimization(
         parameters=parameters,
         optimizer=optimizer,
@@ -301,19 +302,4 @@ def describe_result(
         base_vram_bytes=highest(loaded.vram.now_bytes if loaded.vram else None),
         loading_vram_bytes=highest(loaded.vram.peak_bytes if loaded.vram else None),
         peak_vram_bytes=highest(vram.peak_bytes if vram else None),
-    )
-
-
-def finish_run(run: Run, inputs: RunInputs, loaded: LoadedModel, result: TrainResult) -> None:
-    """Writes the adapter, and what has to be known to use it, into the run directory."""
-    write_run(
-        run.output,
-        save_adapter=loaded.save_adapter,
-        best_step=result.best_step if run.config.keep_best else None,
-        tokenizer=inputs.files.tokenizer,
-        base=loaded.base,
-        rows=inputs.rows,
-        settings=asdict(run.config),
-        training={name: value for name, value in result.to_dict().items() if name != "output"},
-        report=run.report,
     )

@@ -239,9 +239,14 @@ def poison(loss: torch.Tensor, gradient_only: bool) -> torch.Tensor:
 @pytest.mark.parametrize("gradient_only", [False, True])
 def test_what_is_not_finite_makes_no_update_and_training_goes_on(base, tmp_path, gradient_only):
     wrap = nan_in_steps(base, tmp_path, range(3, 5), gradient_only=gradient_only)
-    case = make_case(base, tmp_path, wrap_engine=wrap, max_steps=6)
     after = {}
-    case.trainer.reporter.log = lambda event: after.update({event.step: case.adapter})
+    case = make_case(
+        base,
+        tmp_path,
+        wrap_engine=wrap,
+        max_steps=6,
+        on_step=lambda event: after.update({event.step: case.adapter}),
+    )
     case.run()
     assert same(after[2], after[3]) and same(after[3], after[4])
     assert not same(after[1], after[2]) and not same(after[4], after[5])
@@ -411,9 +416,10 @@ def test_evaluation_that_runs_out_of_memory_goes_on_in_halves(base, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_in_hand_and_saves_it(base, tmp_path, number, code):
-    case = make_case(base, tmp_path, save_every=100)
+    case = make_case(
+        base, tmp_path, save_every=100, on_step=lambda event: event.step == 3 and os.kill(os.getpid(), number)
+    )
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    case.trainer.reporter.log = lambda event: event.step == 3 and os.kill(os.getpid(), number)
     with pytest.raises(Interrupted) as caught:
         case.run()
     assert caught.value.exit_code == code and "--resume" in caught.value.hint

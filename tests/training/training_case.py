@@ -1,6 +1,7 @@
 """A small run for the tests of the trainer: real model, real adapter, rows in memory; everything else by keyword."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from qlora_cli.core.training.state import (
     read_random_state,
     read_trainer_state,
 )
-from qlora_cli.core.training.trainer import Optimization, Trainer, TrainerSchedule, TrainingData
+from qlora_cli.core.training.trainer import Optimization, Trainer, TrainingData
 from qlora_cli.events import EvaluationLogged, Event, StepLogged
 
 CPU = torch.device("cpu")
@@ -115,8 +116,12 @@ def make_case(
     wrap_engine: Any = lambda engine: engine,
     compute_dtype: torch.dtype = torch.float32,
     deferred: bool = False,
+    on_step: Callable[[StepLogged], Any] = lambda event: None,
 ) -> Case:
-    """Builds a run on a tiny base, or with `resume` the continuation of the one saved in `root`."""
+    """Builds a run on a tiny base, or with `resume` the continuation of the one saved in `root`.
+
+    `on_step` is called with each step, before it counts as reported.
+    """
     ranks = ranks or ProcessGroup()
     rows = MemoryRows()
     train, held = hold_out(rows, fraction=0, count=eval_rows, seed=1)
@@ -148,6 +153,12 @@ def make_case(
         load_optimizer(checkpoint.path, built, parameters)
         random_state = read_random_state(checkpoint.path, ranks.rank)
     events: list[Event] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, StepLogged):
+            on_step(event)
+        events.append(event)
+
     trainer = Trainer(
         replica=ModelReplica(model, wrap_engine(engine), ranks),
         data=TrainingData(train, sampler, held, eval_sampler),
@@ -161,11 +172,18 @@ def make_case(
             max_grad_norm=max_grad_norm,
             scaled=scaled,
         ),
-        schedule=TrainerSchedule(eval_every, save_every, patience),
+        eval_every=eval_every,
+        patience=patience,
         checkpointing=Checkpointing(
-            root, {"case": 1}, lambda path: save_adapter(model, path, base_name="base"), 10_000, keep, keep_best
+            root,
+            {"case": 1},
+            lambda path: save_adapter(model, path, base_name="base"),
+            needed_bytes=10_000,
+            every=save_every,
+            keep=keep,
+            keep_best=keep_best,
         ),
-        reporter=RunReporter(events.append, lambda event: None, deferred=deferred),
+        reporter=RunReporter(report, deferred=deferred),
         state=trainer_state,
     )
     return Case(trainer, model, random_state, events)

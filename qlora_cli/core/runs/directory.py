@@ -33,10 +33,7 @@ UNFINISHED = ".finishing-"  # prefix of the directory that collects the final fi
 def claimed(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Holds a run directory for this process; one that was made for nothing is removed again.
 
-    Args:
-        directory: May be absent.
-        resume: Whether it may hold a run, which goes on.
-        overwrite: Whether it may hold a run, whose files are removed.
+    A run in it goes on with `resume`; with `overwrite` its files are removed.
 
     Raises:
         RunError: Another process holds it, or it holds a run (without `resume` or `overwrite`) or other files.

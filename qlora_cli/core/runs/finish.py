@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from qlora_cli import __version__
 from qlora_cli.artifacts import (
     ADAPTER_CONFIG,
@@ -23,8 +21,10 @@ from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.runs.directory import finished_files
+from qlora_cli.core.runs.inputs import Run, RunInputs
 from qlora_cli.core.runs.metrics import draw_loss_curve
 from qlora_cli.core.runs.model_card import write_card
+from qlora_cli.core.runs.results import TrainResult
 from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, verify_checkpoint
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import CheckpointError
@@ -32,37 +32,22 @@ from qlora_cli.events import Caution, Notice, Report
 
 
 def write_run(
-    output: Path,
-    *,
-    save_adapter: Callable[[Path], None],
-    best_step: int | None,
-    tokenizer: PreTrainedTokenizerBase,
-    base: BaseIdentity,
-    rows: PreparedRows,
-    settings: dict[str, Any],
-    training: dict[str, Any],
-    report: Report,
+    run: Run, inputs: RunInputs, base: BaseIdentity, save_adapter: Callable[[Path], None], result: TrainResult
 ) -> None:
     """Writes the files that make a directory of checkpoints and metrics a finished run. No network call is made.
 
-    Args:
-        output: Run directory.
-        save_adapter: Writes the trained adapter, as it is now, into a directory.
-        best_step: Step whose checkpoint holds the adapter to keep instead; None to keep the one of now.
-        tokenizer: Saved with the adapter.
-        base: What the adapter belongs to.
-        rows: What it was trained on.
-        settings: Of the run, for the card.
-        training: What the run came to, for record and card.
-        report: Receives which adapter is kept, where that was a choice.
+    `save_adapter` writes the trained adapter, as it is now, into a directory; with --keep-best that of the best
+    evaluation is kept instead.
     """
+    output, rows = run.output, inputs.rows
     draw_loss_curve(output)
     if (rows.directory / BAD_ROWS).is_file():
         shutil.copyfile(rows.directory / BAD_ROWS, output / BAD_ROWS)
     data = rows.manifest["data"]
-    best = None if best_step is None else _find_best(output, best_step, report)
+    training = {name: value for name, value in result.to_dict().items() if name != "output"}
+    best = _find_best(output, result.best_step, run.report) if run.config.keep_best and result.best_step else None
     with finished_files(output) as directory:
-        tokenizer.save_pretrained(directory)
+        inputs.files.tokenizer.save_pretrained(directory)
         if best is None:
             save_adapter(directory)
         else:
@@ -72,7 +57,7 @@ def write_run(
         card = write_card(
             base=base.model if base.revision else None,  # a directory has no revision, and its path stays private
             dataset=data["source"].partition(":")[0] if "revision" in data else None,
-            settings=settings,
+            settings=asdict(run.config),
             results=training,
         )
         (directory / MODEL_CARD).write_text(card, encoding="utf-8")
@@ -80,14 +65,13 @@ def write_run(
 
 def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more: Any) -> None:
     """Writes what has to be known to use an adapter beside it: its base, how that was held, how prompts were formatted."""
-    manifest = rows.manifest
-    origin = {"prepared": str(rows.directory.absolute()), "rows_sha256": manifest["rows_sha256"]}
+    data, digest = rows.manifest["data"], rows.manifest["rows_sha256"]
     record = {
         "format": FORMAT,
         "qlora_version": __version__,
         "base": asdict(base),
-        "data": {**manifest["data"], **origin},
-        "formatting": manifest["formatting"],
+        "data": {**data, "prepared": str(rows.directory.absolute()), "rows_sha256": digest},
+        "formatting": rows.manifest["formatting"],
         **more,
         "versions": list_versions(),
     }

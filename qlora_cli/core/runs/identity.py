@@ -1,21 +1,15 @@
 """Run identity: all that a run's numbers depend on, so that two runs with equal ones go through the same numbers."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
-from qlora_cli.config import TrainConfig
-from qlora_cli.core.models.identity import BaseIdentity
+from qlora_cli.config import LoraSettings
+from qlora_cli.core.runs.decisions import Decisions
+from qlora_cli.core.runs.inputs import Run, RunInputs
 
 # Settings that change the numbers. Where the base and the data lie, how often the run saves, what it fits into memory
 # by, and how many cards share a step, do not.
-SETTINGS = (
-    "rank",
-    "alpha",
-    "dropout",
-    "target_modules",
-    "rslora",
-    "dora",
-    "modules_to_save",
+SETTINGS = {option.name for option in fields(LoraSettings)} | {
     "batch_size",
     "packing",
     "engine",
@@ -26,34 +20,20 @@ SETTINGS = (
     "eval_fraction",
     "eval_rows",
     "seed",
-)
+}
 
 
-def run_identity(
-    config: TrainConfig,
-    base: BaseIdentity,
-    data_digest: str,
-    *,
-    optimizer: str,
-    total_steps: int,
-    warmup_steps: int,
-) -> dict[str, Any]:
-    """The identity kept in every checkpoint.
-
-    Args:
-        config: Settings of the run.
-        base: Of the base model; its name and place are left out.
-        data_digest: Of the prepared rows.
-        optimizer: Its name, resolved.
-        total_steps: Of the whole run.
-        warmup_steps: Of the schedule.
-    """
-    settings = {name: value for name, value in asdict(config).items() if name in SETTINGS}
-    settings["batches_per_step"] = config.gradient_accumulation_steps
-    settings |= {"optimizer": optimizer, "total_steps": total_steps, "warmup_steps": warmup_steps}
-    located = {"model", "revision"}
+def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str, Any]:
+    """The identity kept in every checkpoint; where the base lies is left out."""
+    base = asdict(inputs.files.identity(run.config, decisions.compute_dtype))
     return {
-        "base": {name: value for name, value in asdict(base).items() if name not in located},
-        "data": data_digest,
-        "settings": settings,
+        "base": {name: value for name, value in base.items() if name not in ("model", "revision")},
+        "data": inputs.rows.manifest["rows_sha256"],
+        "settings": {
+            **{name: value for name, value in asdict(run.config).items() if name in SETTINGS},
+            "batches_per_step": run.config.gradient_accumulation_steps,
+            "optimizer": decisions.optimizer,
+            "total_steps": inputs.data.sampler.total_steps,
+            "warmup_steps": decisions.warmup_steps,
+        },
     }

@@ -1,14 +1,14 @@
 """Inputs of a training run: the base's configuration and tokenizer, and the rows of every step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.data.dataset import PreparedRows, RowSubset, hold_out
+from qlora_cli.core.data.dataset import PreparedRows, hold_out
 from qlora_cli.core.data.prepare import prepare_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -54,7 +54,7 @@ def read_inputs(run: Run) -> RunInputs:
     Raises:
         ModelError: There is no such base.
         AdapterError: The adapter cannot be attached to it.
-        DataError: The rows cannot be read or trained on.
+        DataError: The rows cannot be read or trained on, or were prepared with another tokenizer.
     """
     config = run.config
     assert config.model is not None
@@ -66,43 +66,28 @@ def read_inputs(run: Run) -> RunInputs:
         if config.prepared is None:
             rows = PreparedRows(prepare_rows(config, files.tokenizer, files.config, None, run.report).directory)
         else:
-            rows = open_prepared(config.prepared, files.tokenizer, files.name)
+            rows = PreparedRows(config.prepared)
+            tokenizer = rows.manifest["tokenizer"]
+            if tokenizer["sha256"] != encoder_of(files.tokenizer).spec.sha256:
+                raise DataError(
+                    f"The rows in {config.prepared} were prepared with another tokenizer ({tokenizer['name']}) than "
+                    f"that of {files.name}.",
+                    f"Prepare them anew: qlora prepare --model {files.name} --data ... --output {config.prepared}",
+                )
     max_length = config.max_length or rows.manifest["max_length"]
     train_rows, eval_rows = hold_out(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
-    sampler = sample_batches(config, train_rows, run.ranks, max_length)
-    once = replace(config, gradient_accumulation_steps=run.ranks.world_size, epochs=1.0, max_steps=None)
-    eval_sampler = sample_batches(once, eval_rows, run.ranks, max_length) if len(eval_rows) else None
-    data = TrainingData(train_rows, sampler, eval_rows, eval_sampler)
-    return RunInputs(files, profile, rows, data, max_length)
-
-
-def open_prepared(directory: str, tokenizer: PreTrainedTokenizerBase, model: str) -> PreparedRows:
-    """Rows that `qlora prepare` wrote.
-
-    Raises:
-        DataError: They were prepared with another tokenizer.
-    """
-    rows = PreparedRows(directory)
-    prepared_with = rows.manifest["tokenizer"]
-    if prepared_with["sha256"] != encoder_of(tokenizer).spec.sha256:
-        raise DataError(
-            f"The rows in {directory} were prepared with another tokenizer ({prepared_with['name']}) than that "
-            f"of {model}.",
-            f"Prepare them anew: qlora prepare --model {model} --data ... --output {directory}",
-        )
-    return rows
-
-
-def sample_batches(config: TrainConfig, rows: RowSubset, ranks: ProcessGroup, max_length: int) -> BatchSampler:
-    """The rows of each step."""
-    return BatchSampler(
-        rows.lengths,
+    sample = partial(
+        BatchSampler,
         batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
         packing=config.packing,
         max_length=max_length,
         seed=config.seed,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        ranks=ranks,
+        ranks=run.ranks,
     )
+    accumulation, ranks = config.gradient_accumulation_steps, run.ranks.world_size
+    sampler = sample(train_rows.lengths, accumulation=accumulation, epochs=config.epochs, max_steps=config.max_steps)
+    eval_sampler = None
+    if len(eval_rows):
+        eval_sampler = sample(eval_rows.lengths, accumulation=ranks, epochs=1.0, max_steps=None)
+    data = TrainingData(train_rows, sampler, eval_rows, eval_sampler)
+    return RunInputs(files, profile, rows, data, max_length)

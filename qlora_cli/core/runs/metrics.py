@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qlora_cli.artifacts import LOSS_CURVE, METRICS, read_metrics, write_bytes
@@ -14,14 +13,13 @@ from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.events import EvaluationLogged, StepLogged
 
 LINE_BYTES = 300
+STEP_FIELDS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "step_seconds", "tokens_per_second")
 
 
 class MetricsFile:
     """Appends to the metrics of a run directory, each line at once.
 
-    Args:
-        directory: Run directory.
-        last_step: Lines of later steps, and a last line cut short, are removed: a resumed run writes them anew.
+    Lines of steps after `last_step`, and a last line cut short, are removed: a resumed run writes them anew.
     """
 
     def __init__(self, directory: Path, *, last_step: int) -> None:
@@ -44,20 +42,10 @@ class MetricsFile:
 
 def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
     """The fields that a line of metrics holds; a number that is not finite is null."""
-    values: dict[str, Any]
-    if isinstance(event, EvaluationLogged):
-        values = {"step": event.step, "eval_loss": event.eval_loss, "perplexity": event.perplexity}
-    else:
-        values = {
-            "step": event.step,
-            "loss": event.loss,
-            "learning_rate": event.learning_rate,
-            "grad_norm": event.grad_norm,
-            "tokens": event.tokens,
-            "step_seconds": event.step_seconds,
-            "tokens_per_second": event.tokens_per_second,
-            "peak_vram_bytes": event.vram.peak_bytes if event.vram else None,
-        }
+    names = STEP_FIELDS if isinstance(event, StepLogged) else ("step", "eval_loss", "perplexity")
+    values = {name: getattr(event, name) for name in names}
+    if isinstance(event, StepLogged):
+        values["peak_vram_bytes"] = event.vram.peak_bytes if event.vram else None
         values |= {f"peak_vram_bytes_{rank}": card.peak_bytes for rank, card in enumerate(event.cards) if rank}
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
@@ -70,7 +58,6 @@ def draw_loss_curve(directory: Path) -> None:
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if steps:
         axes.plot(*zip(*steps, strict=True), color="#9ecae1", linewidth=1, label="step")

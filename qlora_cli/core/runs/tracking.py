@@ -1,6 +1,6 @@
 """Trackers of a run: TensorBoard, Weights & Biases or trackio, by way of accelerate."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -10,7 +10,7 @@ from accelerate.utils import is_tensorboard_available, is_trackio_available, is_
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.runs.metrics import MetricsFile, as_metrics
 from qlora_cli.errors import Interrupted, UsageError, first_line
-from qlora_cli.events import EvaluationLogged, StepLogged
+from qlora_cli.events import EvaluationLogged, Event, Report, StepLogged
 
 PROJECT = "qlora"
 IS_AVAILABLE = {
@@ -19,16 +19,6 @@ IS_AVAILABLE = {
     "trackio": is_trackio_available,
 }
 HINTS = {"wandb": "Type: wandb login. Or set WANDB_MODE=offline, or leave --report-to out."}
-
-
-def check_tracker(name: str) -> None:
-    """Checks that a tracker's package is installed.
-
-    Raises:
-        UsageError: It is not.
-    """
-    if not IS_AVAILABLE[name]():
-        raise UsageError(f"--report-to {name} needs a package that is not installed.", f"Type: pip install {name}")
 
 
 @contextmanager
@@ -65,14 +55,16 @@ def start_tracker(config: TrainConfig, accelerator: Accelerator) -> None:
         ) from error
 
 
-def log_to(metrics: MetricsFile, accelerator: Accelerator) -> Callable[[StepLogged | EvaluationLogged], None]:
-    """What writes each step and evaluation to the metrics and to the tracker that was started, if any."""
+def logging_report(report: Report, metrics: MetricsFile, accelerator: Accelerator) -> Report:
+    """`report`, but steps and evaluations are written to the metrics first, and to the tracker that was started, if any."""
 
-    def log(event: StepLogged | EvaluationLogged) -> None:
-        metrics.write(event)
-        if accelerator.trackers:
-            line = as_metrics(event)
-            step = line.pop("step")
-            accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
+    def log(event: Event) -> None:
+        if isinstance(event, StepLogged | EvaluationLogged):
+            metrics.write(event)
+            if accelerator.trackers:
+                line = as_metrics(event)
+                step = line.pop("step")
+                accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
+        report(event)
 
     return log

@@ -4,9 +4,11 @@ import os
 
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.planning.run_plan import can_be_sharded
-from qlora_cli.core.runs.tracking import check_tracker
+from qlora_cli.core.planning.run_plan import may_be_sharded
+from qlora_cli.core.runs.tracking import IS_AVAILABLE
 from qlora_cli.errors import UsageError
+
+POSITIVE = ("max_steps", "save_every", "eval_every", "patience", "keep", "batch_size", "gradient_accumulation_steps")
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -21,22 +23,23 @@ def check_settings(config: TrainConfig) -> None:
         raise UsageError(
             "Training takes rows from one place.", "Give either --data or --prepared (written by qlora prepare)."
         )
-    positive = ("max_steps", "save_every", "eval_every", "patience", "keep", "batch_size")
-    for name in (*positive, "gradient_accumulation_steps"):
+    for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}.", "Use 1 or more.")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"):
         if getattr(config, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}.", "Use 0 or more.")
-    evaluates = config.eval_rows or config.eval_fraction
-    if (config.keep_best or config.patience or config.eval_every) and not evaluates:
-        wanting = next(n for n in ("keep_best", "patience", "eval_every") if getattr(config, n))
+    for name in ("keep_best", "patience", "eval_every"):
+        if getattr(config, name) and not (config.eval_rows or config.eval_fraction):
+            raise UsageError(
+                f"--{name.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
+            )
+    tracker = config.report_to
+    if tracker and not IS_AVAILABLE[tracker]():
         raise UsageError(
-            f"--{wanting.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
+            f"--report-to {tracker} needs a package that is not installed.", f"Type: pip install {tracker}"
         )
-    if config.report_to:
-        check_tracker(config.report_to)
 
 
 def check_ranks(config: TrainConfig, ranks: ProcessGroup) -> None:
@@ -45,13 +48,15 @@ def check_ranks(config: TrainConfig, ranks: ProcessGroup) -> None:
     Raises:
         UsageError: They are not.
     """
-    if (config.shard or config.shard_offload) and not can_be_sharded(config, ranks):
-        alone = ranks.world_size == 1
+    sharded = config.shard or config.shard_offload
+    if sharded and ranks.world_size == 1:
         raise UsageError(
-            "--shard shards the base over several cards, and one process runs."
-            if alone
-            else "--shard takes the fast engine and plain LoRA adapters only.",
-            "Add --gpus 2, or leave --shard out." if alone else "Leave out --engine, --dora and --modules-to-save.",
+            "--shard shards the base over several cards, and one process runs.", "Add --gpus 2, or leave --shard out."
+        )
+    if sharded and not may_be_sharded(config):
+        raise UsageError(
+            "--shard takes the fast engine and plain LoRA adapters only.",
+            "Leave out --engine, --dora and --modules-to-save.",
         )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     if config.gpus is not None and config.gpus != here:

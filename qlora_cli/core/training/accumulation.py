@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,7 @@ class StepSums:
 
 
 class Accumulation:
-    """Forward and backward over the micro-batches of a step.
-
-    Args:
-        replica: The model of this rank.
-        rows: Where row indices point.
-        parameters: Whose gradients are accumulated.
-    """
+    """Forward and backward over the micro-batches of a step."""
 
     def __init__(self, replica: ModelReplica, rows: RowSubset, parameters: TrainableParameters) -> None:
         self.engine = replica.engine
@@ -71,10 +65,7 @@ class Accumulation:
     def accumulate(self, batches: list[MicroBatch], *, scale: float = 1.0, stopping: bool = False) -> Tensor:
         """Gradients of `scale` times the mean loss over the trained tokens of all ranks' batches.
 
-        Nothing here waits for the device; `read_sums` does.
-
-        Returns:
-            (6 + 3 * ranks,) float64 on the device, for `read_sums`.
+        What it returns, (6 + 3 * ranks,) float64 on the device, is for `read_sums`: that waits for the device, this not.
         """
         self.parameters.zero_gradients()
         trained = sum(batch.trained_tokens for batch in batches)
@@ -84,16 +75,15 @@ class Accumulation:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.failed = None
         idle = self.ranks.all_reduce_max(len(batches), self.device) - len(batches) if self.lockstep else 0
-        for number, batch in enumerate(batches, start=1):
-            if number == len(batches) + idle:
+        passes: list[MicroBatch | None] = [*batches, *[None] * idle]
+        for number, batch in enumerate(passes, start=1):
+            if number == len(passes):  # the same on all ranks: sums of gradients and gathered weights go in one order
                 self.reduction.arm()
-            if not self._runs(batch, factor, loss_sum):
+            if batch is None:
+                self._run_idle(self.engine.loss(read_batch(self.rows, [0], self.device)))
+            elif not self._runs(batch, factor, loss_sum):
                 self.failed = batch
                 break
-        for left in reversed(range(idle)):
-            if left == 0:  # at the same pass on all ranks: sums of gradients and gathered weights go in one order
-                self.reduction.arm()
-            self._run_idle(self.engine.loss(read_batch(self.rows, [0], self.device)))
         self.reduction.finish()
         tokens = sum(batch.tokens for batch in batches)
         counts = torch.tensor([trained, tokens, self.failed is not None, stopping, *self._card()], dtype=torch.float64)
@@ -106,11 +96,9 @@ class Accumulation:
 
     def _card(self) -> list[int]:
         """This card's memory at its rank's place, zeros at all others: their sum over the ranks is that of every card."""
-        numbers = [0] * (3 * self.ranks.world_size)
-        vram = read_vram(self.device)
-        if vram is not None:
-            place = 3 * self.ranks.rank
-            numbers[place : place + 3] = vram.now_bytes, vram.peak_bytes, vram.total_bytes
+        numbers, place = [0] * (3 * self.ranks.world_size), 3 * self.ranks.rank
+        if vram := read_vram(self.device):
+            numbers[place : place + 3] = astuple(vram)
         return numbers
 
     def _runs(self, batch: MicroBatch, factor: Tensor | float, loss_sum: Tensor) -> bool:
@@ -154,10 +142,9 @@ class Accumulation:
         return self.ranks.all_reduce_max(failed_tokens, self.device) // 2
 
     def try_out(self, micro_batches: Iterable[list[int]], limit_tokens: int | None, reserve_bytes: int) -> int | None:
-        """Runs micro-batches forward and backward and forgets them, with room kept for `reserve_bytes` more.
+        """The limit on a micro-batch's tokens with which all of these fit, with room kept for `reserve_bytes` more.
 
-        Returns:
-            The limit on a micro-batch's tokens with which all of them fit.
+        They are run forward and backward and forgotten.
 
         Raises:
             TrainingError: A single row does not fit.

@@ -8,7 +8,6 @@ from torch import Tensor
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import split_micro_batch
 from qlora_cli.core.data.sampler import BatchSampler
-from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.training.accumulation import ModelReplica, free_memory, is_out_of_memory, read_batch
 from qlora_cli.core.training.rng_state import undisturbed_random_state
 from qlora_cli.errors import TrainingError
@@ -24,30 +23,24 @@ def measure_loss(
 ) -> float | None:
     """Mean loss in nats per trained token, without dropout and without touching random state.
 
-    Args:
-        replica: Its model is put into evaluation mode and back into training; each rank measures its share.
-        rows: Held-out rows.
-        sampler: One epoch over them.
-        device: Where the engine computes.
-        stopping: Asked after every step of the sampler; the answer is the same on all ranks.
-
-    Returns:
-        The loss, or None when `stopping` broke it off.
+    Each rank measures its share of the sampler's one epoch. `stopping`, whose answer is the same on all ranks, is asked
+    after every step; where it breaks the evaluation off the loss is None.
 
     Raises:
         TrainingError: A single row does not fit memory.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss in nats, trained tokens
-    engine, ranks, lockstep = replica.engine, replica.ranks, replica.lockstep
+    ranks = replica.ranks
     replica.model.eval()
     try:
         with undisturbed_random_state(device), torch.no_grad():
             for number in range(1, sampler.total_steps + 1):
                 batches = sampler.step(number).micro_batches
                 for indices in batches:
-                    _add_loss(engine, rows, indices, sums, lockstep)
-                for _ in range(ranks.all_reduce_max(len(batches), device) - len(batches) if lockstep else 0):
-                    engine.loss(read_batch(rows, [0], device))  # counts nothing
+                    _add_loss(replica, rows, indices, sums)
+                idle = ranks.all_reduce_max(len(batches), device) - len(batches) if replica.lockstep else 0
+                for _ in range(idle):
+                    replica.engine.loss(read_batch(rows, [0], device))  # counts nothing
                 if stopping():
                     return None
     finally:
@@ -56,20 +49,20 @@ def measure_loss(
     return loss_sum / max(trained, 1)
 
 
-def _add_loss(engine: Engine, rows: RowSubset, indices: list[int], sums: Tensor, lockstep: bool) -> None:
+def _add_loss(replica: ModelReplica, rows: RowSubset, indices: list[int], sums: Tensor) -> None:
     batch = read_batch(rows, indices, sums.device)
     try:
-        sums[0] += engine.loss(batch)
+        sums[0] += replica.engine.loss(batch)
         sums[1] += batch.trained_tokens
         return
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        if len(indices) == 1 or lockstep:
+        if len(indices) == 1 or replica.lockstep:
             raise TrainingError(
                 f"There is not enough memory to evaluate {len(indices)} rows of {batch.tokens:,} tokens.",
                 "Lower --max-length.",
             ) from None
     free_memory(sums.device)
     for half in split_micro_batch(indices, rows.lengths):
-        _add_loss(engine, rows, half, sums, lockstep)
+        _add_loss(replica, rows, half, sums)

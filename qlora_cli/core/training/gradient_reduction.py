@@ -19,28 +19,22 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradientReduction:
-    """Sums gradients over the ranks.
+    """Sums the gradient buffers over the ranks, in place, in buckets of about `bucket_bytes`.
 
-    Buckets are sent in one fixed order on every rank, whatever order their gradients come in: collectives have to match.
-
-    Args:
-        parameters: Whose gradient buffers are summed, in place.
-        ranks: This process among those of the run.
-        bucket_bytes: About how much is sent at once.
+    They are sent in one fixed order on every rank, whatever order their gradients come in: collectives have to match.
     """
 
     def __init__(self, parameters: TrainableParameters, ranks: ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.ranks = ranks
         self.buckets: list[Tensor] = []  # in the order in which they are sent
         self.sizes: list[int] = []  # parameters in each
-        self.missing: list[int] = []  # of them, those without their gradient yet
-        self.sent = 0
-        self.works: list[Any] = []
-        self.armed = False
-        if ranks.world_size == 1:
-            return
-        for buffer in reversed(parameters.buffers):
-            self._cut(buffer, bucket_bytes)
+        self.missing: list[
+            int
+        ] = []  # of them, those without their gradient yet; empty but in a step's last backward pass
+        self.works: list[Any] = []  # one for each bucket sent
+        if ranks.world_size > 1:
+            for buffer in reversed(parameters.buffers):
+                self._cut(buffer, bucket_bytes)
 
     def _cut(self, buffer: Buffer, bucket_bytes: int) -> None:
         gradients = buffer.values.grad
@@ -59,24 +53,22 @@ class GradientReduction:
     def arm(self) -> None:
         """The next backward pass is the last one of the step."""
         self.missing = list(self.sizes)
-        self.armed = True
 
     def _note(self, bucket: int, parameter: Tensor) -> None:
-        if not self.armed or (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not self.missing or (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self.missing[bucket] -= 1
-        while self.sent < len(self.buckets) and not self.missing[self.sent]:
+        while len(self.works) < len(self.buckets) and not self.missing[len(self.works)]:
             self._send()
 
     def _send(self) -> None:
-        self.works.append(self.ranks.start_all_reduce_sum(self.buckets[self.sent]))
-        self.sent += 1
+        self.works.append(self.ranks.start_all_reduce_sum(self.buckets[len(self.works)]))
 
     def finish(self) -> None:
         """Sends what is left. The gradients are sums when what is queued on the device is done."""
-        self.armed = False
-        while self.sent < len(self.buckets):
+        self.missing = []
+        while len(self.works) < len(self.buckets):
             self._send()
         for work in self.works:
             work.wait()
-        self.works, self.sent = [], 0
+        self.works = []

@@ -20,12 +20,7 @@ def learning_rate_schedule(name: str, *, peak: float, warmup_steps: int, total_s
 
     transformers gives the first step of a warm-up a rate of 0, which trains nothing. Here step k of the warm-up has
     k / warmup_steps of the peak, and the decay begins after it: no step is wasted at either end.
-
-    Args:
-        name: One of `config.SCHEDULERS`.
-        peak: Highest rate.
-        warmup_steps: Steps of linear warm-up; "constant" has none.
-        total_steps: Steps of the whole run, where the decay ends.
+    `name` is one of `config.SCHEDULERS`; "constant" has no warm-up.
     """
     # Only the shape is wanted, a function of the step; the optimizer that transformers asks for carries the peak.
     carrier = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)

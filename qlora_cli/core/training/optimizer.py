@@ -1,6 +1,8 @@
 """Optimizers by name, over the parameter buffers, with their state as tensors and plain numbers."""
 
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,21 +13,19 @@ from torch.optim import Optimizer
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.errors import CheckpointError, UsageError
 
-# Bytes of state for each trained parameter; 8-bit states add one fp32 scale for every 256. Adafactor keeps a row and a
-# column of a matrix: 4 / rank bytes, here for the smallest ranks in use.
-_STATE_BYTES = {"adamw": 8.0, "lion": 4.0, "sgd": 0.0, "adafactor": 1.0}
-_STATE_BYTES |= {"paged_adamw_32bit": 8.0, "paged_lion_32bit": 4.0}
-_STATE_BYTES |= {"paged_adamw_8bit": 2 + 8 / 256, "adamw_8bit": 2 + 8 / 256}
-_STATE_BYTES |= {"paged_lion_8bit": 1 + 4 / 256, "lion_8bit": 1 + 4 / 256}
-
-_BITSANDBYTES = {
-    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
-    "adamw_8bit": bnb.optim.AdamW8bit,
-    "paged_lion_8bit": bnb.optim.PagedLion8bit,
-    "paged_lion_32bit": bnb.optim.PagedLion32bit,
-    "lion_8bit": bnb.optim.Lion8bit,
-    "lion": bnb.optim.Lion32bit,
+# How each is made, and its bytes of state for each trained parameter; 8-bit states add one fp32 scale for every 256.
+# Adafactor keeps a row and a column of a matrix: 4 / rank bytes, here for the smallest ranks in use.
+_OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float]] = {
+    "adamw": (partial(torch.optim.AdamW, fused=True), 8),
+    "lion": (bnb.optim.Lion32bit, 4),
+    "sgd": (torch.optim.SGD, 0),
+    "adafactor": (torch.optim.Adafactor, 1),
+    "paged_adamw_32bit": (bnb.optim.PagedAdamW32bit, 8),
+    "paged_lion_32bit": (bnb.optim.PagedLion32bit, 4),
+    "paged_adamw_8bit": (bnb.optim.PagedAdamW8bit, 2 + 8 / 256),
+    "adamw_8bit": (bnb.optim.AdamW8bit, 2 + 8 / 256),
+    "paged_lion_8bit": (bnb.optim.PagedLion8bit, 1 + 4 / 256),
+    "lion_8bit": (bnb.optim.Lion8bit, 1 + 4 / 256),
 }
 _CONSTANTS = {"qmap1", "qmap2"}  # bitsandbytes' quantisation maps, equal in every run
 
@@ -37,7 +37,7 @@ def choose_optimizer(name: str | None, device: torch.device) -> str:
 
 def state_bytes(name: str, parameters: int) -> int:
     """Bytes of optimizer state for so many trained parameters."""
-    return int(_STATE_BYTES[name] * parameters)
+    return int(_OPTIMIZERS[name][1] * parameters)
 
 
 def allocated_state_bytes(name: str, parameters: int) -> int:
@@ -49,30 +49,23 @@ def allocated_state_bytes(name: str, parameters: int) -> int:
 def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay: float) -> Optimizer:
     """Builds an optimizer over the buffers. Its learning rate is set before every step by the trainer.
 
-    Args:
-        name: One of `config.OPTIMIZERS`. Those of bitsandbytes work on the CPU too, where nothing is paged.
-        parameters: What is trained. Adafactor, which factors matrices, gets the separate ones.
-        weight_decay: Decoupled; for matrices only.
+    Those of bitsandbytes work on the CPU too, where nothing is paged. Adafactor, which factors matrices, gets the
+    separate parameters. Weight decay is decoupled, and for matrices only.
 
     Raises:
         UsageError: There is no optimizer of that name.
     """
-    separate = name == "adafactor"
+    if name not in _OPTIMIZERS:
+        raise UsageError(f"There is no optimizer {name!r}.", f"Use one of: {', '.join(_OPTIMIZERS)}.")
     groups = []
     for decays in (True, False):
         buffers = [buffer for buffer in parameters.buffers if buffer.decays == decays]
-        trained = [view for buffer in buffers for view in buffer.views] if separate else [b.values for b in buffers]
+        trained = [buffer.values for buffer in buffers]
+        if name == "adafactor":
+            trained = [view for buffer in buffers for view in buffer.views]
         if trained:
             groups.append({"params": trained, "weight_decay": weight_decay if decays else 0.0})
-    if name in _BITSANDBYTES:
-        return _BITSANDBYTES[name](groups, lr=0.0)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0)
-    if name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=0.0)
-    raise UsageError(f"There is no optimizer {name!r}.", f"Use one of: {', '.join(_STATE_BYTES)}.")
+    return _OPTIMIZERS[name][0](groups, lr=0.0)
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
@@ -89,13 +82,13 @@ def step_optimizer(optimizer: Optimizer) -> None:
     and `optimizer_state` waits before a paged state is read.
     """
     if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit) and optimizer.initialized:
-        for group_index, group in enumerate(optimizer.param_groups):
-            for parameter_index, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    if not optimizer.state[parameter]:
-                        optimizer.init_state(group, parameter, group_index, parameter_index)
-                    optimizer.prefetch_state(parameter)
-                    optimizer.update_step(group, parameter, group_index, parameter_index)
+        for place in _places(optimizer):
+            parameter = place[1]
+            if parameter.grad is not None:
+                if not optimizer.state[parameter]:
+                    optimizer.init_state(*place)
+                optimizer.prefetch_state(parameter)
+                optimizer.update_step(*place)
         return
     with warnings.catch_warnings():  # what is paged on a card is not on the CPU, and need not be
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
@@ -106,7 +99,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
     """(tensors, numbers) of the optimizer by `<parameter's index>.<name>`: all that the next step depends on."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
+    for index, (_, parameter, *_) in enumerate(_places(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and key not in _CONSTANTS:
                 if value.device.type == "cpu" and parameter.device.type == "cuda":
@@ -123,8 +116,7 @@ def load_optimizer_state(optimizer: Optimizer, tensors: dict[str, Tensor], numbe
     Raises:
         CheckpointError: The state is another optimizer's, or of parameters of other sizes.
     """
-    parameters = _parameters(optimizer)
-    saved: list[dict[str, Any]] = [{} for _ in parameters]
+    saved: list[dict[str, Any]] = [{} for _ in _places(optimizer)]
     for name, value in {**tensors, **numbers}.items():
         index, _, key = name.partition(".")
         if int(index) >= len(saved):
@@ -142,29 +134,28 @@ def load_optimizer_state(optimizer: Optimizer, tensors: dict[str, Tensor], numbe
 
 def _load_bitsandbytes_state(optimizer: Any, saved: list[dict[str, Any]]) -> None:
     # Its own load_state_dict would move paged states into plain device memory.
-    index = 0
+    for place, wanted in zip(_places(optimizer), saved, strict=True):
+        if not wanted:
+            continue
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+            optimizer.init_state(*place)
+        state = optimizer.state[place[1]]
+        if wrong := {key for key, _ in _shapes(wanted).items() ^ _shapes(state).items()}:
+            raise CheckpointError(f"The saved optimizer state does not fit: {', '.join(sorted(wrong))}.")
+        for key, value in wanted.items():
+            if isinstance(value, Tensor):
+                state[key].copy_(value)
+            else:
+                state[key] = value
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, torch.Size | None]:
+    return {k: v.shape if isinstance(v, Tensor) else None for k, v in state.items() if k not in _CONSTANTS}
+
+
+def _places(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, int, int]]:
+    """(group, parameter, index of the group, index in it) of every parameter, as bitsandbytes' methods take them."""
     for group_index, group in enumerate(optimizer.param_groups):
-        for parameter_index, parameter in enumerate(group["params"]):
-            if saved[index]:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-                    optimizer.init_state(group, parameter, group_index, parameter_index)
-                state = optimizer.state[parameter]
-                wrong = {key for key in saved[index].keys() ^ state.keys() if key not in _CONSTANTS}
-                wrong |= {
-                    key
-                    for key, value in saved[index].items()
-                    if isinstance(value, Tensor) and key in state and state[key].shape != value.shape
-                }
-                if wrong:
-                    raise CheckpointError(f"The saved optimizer state does not fit: {', '.join(sorted(wrong))}.")
-                for key, value in saved[index].items():
-                    if isinstance(value, Tensor):
-                        state[key].copy_(value)
-                    else:
-                        state[key] = value
-            index += 1
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(group["params"]):
+            yield group, parameter, group_index, index

@@ -1,17 +1,13 @@
-"""Resume: finds the checkpoint from which a run goes on, and puts adapter, optimizer and random state back."""
+"""Resume: the checkpoint from which a run goes on, and the random state with which it does."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
-from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.core.models.lora import PeftModel, load_adapter_state
-from qlora_cli.core.storage.checkpoint import Checkpoint, differences, newest_valid, read_tensors
-from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.core.storage.checkpoint import Checkpoint, differences, newest_valid
 from qlora_cli.core.training.rng_state import restore_random_state
-from qlora_cli.core.training.state import REQUIRED_FILES, load_optimizer, read_random_state
+from qlora_cli.core.training.state import REQUIRED_FILES, read_random_state
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
 
@@ -21,14 +17,10 @@ RANK_STRIDE = 1_000_003  # between the seeds of two ranks
 def find_checkpoint(root: Path, identity: dict[str, Any], *, allow_changes: bool, report: Report) -> Checkpoint | None:
     """The newest checkpoint that verifies, of this very run; None where none was written yet.
 
-    Args:
-        root: Directory of the run's checkpoints.
-        identity: Of the run that is to go on.
-        allow_changes: Go on although the identity differs.
-        report: Receives what was skipped and why, and what differs.
+    What was skipped and why, and with `allow_changes` what differs, is reported.
 
     Raises:
-        CheckpointError: None of those there verifies, or it is of another run.
+        CheckpointError: None of those in `root` verifies, or its identity differs and changes were not allowed.
     """
     checkpoint, skipped = newest_valid(root, REQUIRED_FILES)
     for bad in skipped:
@@ -52,41 +44,10 @@ def find_checkpoint(root: Path, identity: dict[str, Any], *, allow_changes: bool
     return checkpoint
 
 
-def restore_adapter(checkpoint: Checkpoint, model: PeftModel) -> None:
-    """Puts the trained tensors back, in place.
-
-    Raises:
-        AdapterError: They are of another adapter.
-    """
-    load_adapter_state(model, read_tensors(checkpoint.path / ADAPTER_WEIGHTS))
-
-
-def restore_optimizer(
-    checkpoint: Checkpoint,
-    optimizer: Optimizer,
-    parameters: TrainableParameters,
-    *,
-    allow_changes: bool,
-    report: Report,
-) -> None:
-    """Puts the optimizer's state back; where that cannot be and changes are allowed, it starts fresh.
-
-    Raises:
-        CheckpointError: The state does not fit, and changes were not allowed.
-    """
-    try:
-        load_optimizer(checkpoint.path, optimizer, parameters)
-    except CheckpointError as error:
-        if not allow_changes:
-            raise
-        optimizer.state.clear()
-        report(Caution(f"The optimizer starts without its state: {error.message}"))
-
-
-def restore_or_seed(checkpoint: Checkpoint | None, parameters: TrainableParameters, *, seed: int, rank: int) -> None:
+def restore_or_seed(checkpoint: Checkpoint | None, device: torch.device, *, seed: int, rank: int) -> None:
     """Puts the random state of this rank back, or seeds it where none was saved, every rank differently."""
     saved = read_random_state(checkpoint.path, rank) if checkpoint else None
     if saved is not None:
-        restore_random_state(saved, parameters.device)
+        restore_random_state(saved, device)
     else:
         torch.manual_seed(seed + RANK_STRIDE * rank + (checkpoint.step if checkpoint else 0))

@@ -3,8 +3,7 @@
 Nothing draws from Python's and NumPy's global generators: rows are ordered and held out by generators of their own.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -30,11 +29,6 @@ def restore_random_state(state: RandomState, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-@contextmanager
-def undisturbed_random_state(device: torch.device) -> Iterator[None]:
+def undisturbed_random_state(device: torch.device) -> AbstractContextManager[None]:
     """What is drawn inside the block is as if it had never been drawn."""
-    state = capture_random_state(device)
-    try:
-        yield
-    finally:
-        restore_random_state(state, device)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, write_json
@@ -65,11 +64,6 @@ class TrainerState:
     micro_batch_limit_tokens: int | None = None  # set when memory ran out
     loss_scale: LossScale = field(default_factory=LossScale)
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "TrainerState":
-        """Reads what `dataclasses.asdict` gave."""
-        return cls(**{**content, "loss_scale": LossScale(**content["loss_scale"])})
-
 
 @dataclass(frozen=True)
 class Checkpointing:
@@ -79,6 +73,7 @@ class Checkpointing:
     identity: dict[str, Any]  # of the run
     save_adapter: Callable[[Path], None]  # into a directory
     needed_bytes: int  # of one checkpoint, named where the disk is full
+    every: int  # steps
     keep: int
     keep_best: bool
 
@@ -89,13 +84,7 @@ class Checkpointing:
         optimizer: Optimizer,
         random_states: list[RandomState],
     ) -> CheckpointSaved:
-        """Writes a checkpoint and removes those it makes superfluous.
-
-        Args:
-            state: How far the run has come.
-            parameters: What is trained.
-            optimizer: With its state.
-            random_states: Of every rank.
+        """Writes a checkpoint, with the random states of all ranks, and removes those it makes superfluous.
 
         Raises:
             DiskFull: It did not fit.
@@ -106,9 +95,8 @@ class Checkpointing:
             self.save_adapter(directory)
             tensors, numbers = optimizer_state(optimizer)
             write_tensors(directory / OPTIMIZER_TENSORS, tensors)
-            by_rank = enumerate(random_states)
-            random_tensors = {f"{rank}.{name}": tensor for rank, of in by_rank for name, tensor in of.items()}
-            write_tensors(directory / RANDOM_TENSORS, random_tensors)
+            drawn = {f"{rank}.{name}": state for rank, of in enumerate(random_states) for name, state in of.items()}
+            write_tensors(directory / RANDOM_TENSORS, drawn)
             saved = {"kind": type(optimizer).__name__, "layout": parameters.layout(), "numbers": numbers}
             write_json(directory / STATE, {"progress": asdict(state), "optimizer": saved})
 
@@ -117,8 +105,9 @@ class Checkpointing:
         )
         best = [state.best_step] if self.keep_best and state.best_step else []
         prune(self.root, checkpoint, keep=self.keep, protect=best)
-        seconds = time.perf_counter() - started
-        return CheckpointSaved(checkpoint.step, str(checkpoint.path), checkpoint.total_bytes, seconds)
+        return CheckpointSaved(
+            checkpoint.step, str(checkpoint.path), checkpoint.total_bytes, seconds=time.perf_counter() - started
+        )
 
 
 def read_trainer_state(directory: Path) -> TrainerState:
@@ -128,7 +117,8 @@ def read_trainer_state(directory: Path) -> TrainerState:
         CheckpointError: The file was written by another version.
     """
     try:
-        return TrainerState.from_dict(read_json(directory / STATE)["progress"])
+        progress = read_json(directory / STATE)["progress"]
+        return TrainerState(**{**progress, "loss_scale": LossScale(**progress["loss_scale"])})
     except (LookupError, TypeError) as error:
         raise CheckpointError(f"{directory / STATE} was written by another version of qlora ({error}).") from error
 
@@ -149,9 +139,5 @@ def load_optimizer(directory: Path, optimizer: Optimizer, parameters: TrainableP
 
 def read_random_state(directory: Path, rank: int) -> RandomState | None:
     """The random state of one rank; None when the checkpoint was written by fewer."""
-    state: dict[str, Tensor] = {}
-    for name, tensor in read_tensors(directory / RANDOM_TENSORS).items():
-        owner, _, key = name.partition(".")
-        if owner == str(rank):
-            state[key] = tensor
-    return state or None
+    prefix, tensors = f"{rank}.", read_tensors(directory / RANDOM_TENSORS)
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)} or None

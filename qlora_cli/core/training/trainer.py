@@ -8,7 +8,8 @@ reported. From the end of that wait to the next step's first launch the device h
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
@@ -69,53 +70,27 @@ class Optimization:
         step_optimizer(self.optimizer)
 
 
-@dataclass(frozen=True)
-class TrainerSchedule:
-    """When a run evaluates, saves and stops."""
-
-    eval_every: int | None  # steps; None for the end of each epoch
-    save_every: int
-    patience: int | None  # evaluations without a lower loss
-
-
+@dataclass(kw_only=True, eq=False)
 class Trainer:
-    """The steps of one run.
+    """The steps of one run."""
 
-    Args:
-        replica: The model of this rank.
-        data: Rows of each step.
-        optimization: How gradients become updates.
-        schedule: When to evaluate, save and stop.
-        checkpointing: Where checkpoints go.
-        reporter: Receives events, on the main rank only.
-        state: Where the run stands; `TrainerState()` for a new one.
-    """
+    replica: ModelReplica
+    data: TrainingData
+    optimization: Optimization
+    eval_every: int | None  # steps; None for the end of each epoch
+    patience: int | None  # evaluations without a lower loss, after which the run stops
+    checkpointing: Checkpointing
+    reporter: RunReporter
+    state: TrainerState  # `TrainerState()` for a new run
 
-    def __init__(
-        self,
-        *,
-        replica: ModelReplica,
-        data: TrainingData,
-        optimization: Optimization,
-        schedule: TrainerSchedule,
-        checkpointing: Checkpointing,
-        reporter: RunReporter,
-        state: TrainerState,
-    ) -> None:
-        self.replica = replica
-        self.data = data
-        self.optimization = optimization
-        self.schedule = schedule
-        self.checkpointing = checkpointing
-        self.reporter = reporter
-        self.state = state
-        self.ranks = replica.ranks
-        self.sampler = data.sampler
-        self.device = optimization.parameters.device
-        self.accumulation = Accumulation(replica, data.rows, optimization.parameters)
+    def __post_init__(self) -> None:
+        self.ranks = self.replica.ranks
+        self.sampler = self.data.sampler
+        self.device = self.optimization.parameters.device
+        self.accumulation = Accumulation(self.replica, self.data.rows, self.optimization.parameters)
         self.stop = StopRequest()
         self.agreed_to_stop = False  # by all ranks, at the end of a step
-        self.saved_step = state.step
+        self.saved_step = self.state.step
         self.streak: list[Step] = []  # steps in a row without finite numbers
         self.before_streak: tuple[TrainerState, RandomState] | None = None
         self.random_state: RandomState = {}  # with which the next step begins
@@ -137,7 +112,7 @@ class Trainer:
 
     def _run(self) -> None:
         upcoming: Upcoming = None
-        if self._unfinished():
+        if self.state.step < self.sampler.total_steps and not self.state.stopped_early:
             self.try_longest()
             upcoming = self._read_step(self.state.step + 1)
             self.random_state = capture_random_state(self.device)
@@ -146,10 +121,14 @@ class Trainer:
                 self._evaluate()
             last = upcoming is None or self.state.stopped_early
             stopping = self._stopping()
-            if last or stopping or self.state.step % self.schedule.save_every == 0:
+            if last or stopping or self.state.step % self.checkpointing.every == 0:
                 self._save_once()
             if stopping:
-                raise self._interrupted()
+                raise Interrupted(
+                    f"Stopped by a signal after step {self.state.step} of {self.sampler.total_steps}, which is saved.",
+                    self.ranks.all_reduce_max(self.stop.signal_number or 0, self.device),
+                    "Go on with the same command and --resume.",
+                )
             if upcoming is None or last:
                 return
             upcoming = self.take_step(*upcoming)
@@ -245,7 +224,7 @@ class Trainer:
 
     def _skip_update(self, step: Step, random_state: RandomState) -> None:
         if not self.streak:
-            self.before_streak = replace(self.state, loss_scale=replace(self.state.loss_scale)), random_state
+            self.before_streak = deepcopy(self.state), random_state
         self.streak.append(step)
         self.reporter.report(Caution(f"Step {step.number}: the loss or a gradient is not finite; no update was made."))
 
@@ -255,9 +234,8 @@ class Trainer:
         self.state, random_state = self.before_streak
         restore_random_state(random_state, self.device)
         self._save_once()
-        rows = sorted(
-            int(self.data.rows.indices[i]) for step in self.streak for batch in step.micro_batches for i in batch
-        )
+        taken = [i for step in self.streak for batch in step.micro_batches for i in batch]
+        rows = sorted(self.data.rows.indices[taken].tolist())
         named = ", ".join(str(row) for row in rows[:ROWS_NAMED]) + (", …" if len(rows) > ROWS_NAMED else "")
         raise TrainingError(
             f"The loss or a gradient was not finite in steps {self.streak[0].number} to {self.streak[-1].number} "
@@ -269,7 +247,7 @@ class Trainer:
     # ------------------------------------------------------------ evaluation
 
     def _evaluation_due(self) -> bool:
-        step, every = self.state.step, self.schedule.eval_every
+        step, every = self.state.step, self.eval_every
         if self.data.eval_sampler is None or step == 0 or self.state.evaluated_step == step:
             return False
         if step == self.sampler.total_steps:
@@ -278,18 +256,14 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Measures the held-out loss. A signal breaks it off; then it is made up for after --resume."""
-        assert self.data.eval_sampler is not None
+        state, data = self.state, self.data
+        assert data.eval_sampler is not None
         self.reporter.flush()
         loss = measure_loss(
-            self.replica,
-            self.data.eval_rows,
-            self.data.eval_sampler,
-            device=self.device,
-            stopping=self._agree_to_stop,
+            self.replica, data.eval_rows, data.eval_sampler, device=self.device, stopping=self._agree_to_stop
         )
         if loss is None:
             return
-        state = self.state
         state.evaluated_step = state.step
         state.last_eval_loss = loss if math.isfinite(loss) else None
         self.reporter.report(EvaluationLogged(state.step, loss, math.exp(loss) if loss < 700 else math.inf))
@@ -299,7 +273,7 @@ class Trainer:
                 self._save_once()
             return
         state.evaluations_since_best += 1
-        if self.schedule.patience is not None and state.evaluations_since_best >= self.schedule.patience:
+        if self.patience is not None and state.evaluations_since_best >= self.patience:
             state.stopped_early = True
             best = f" than that of step {state.best_step}" if state.best_step else ""
             self.reporter.report(
@@ -323,9 +297,6 @@ class Trainer:
         self.ranks.barrier()
         self.saved_step = self.state.step
 
-    def _unfinished(self) -> bool:
-        return self.state.step < self.sampler.total_steps and not self.state.stopped_early
-
     def _stopping(self) -> bool:
         """Whether to stop before the next step: the same answer on all ranks, without an exchange of its own."""
         if self.ranks.world_size == 1:
@@ -336,10 +307,3 @@ class Trainer:
         """As `_stopping`, where the ranks have not just met."""
         self.agreed_to_stop = self.ranks.all_reduce_max(self.stop.signal_number or 0, self.device) > 0
         return self.agreed_to_stop
-
-    def _interrupted(self) -> Interrupted:
-        return Interrupted(
-            f"Stopped by a signal after step {self.state.step} of {self.sampler.total_steps}, which is saved.",
-            self.ranks.all_reduce_max(self.stop.signal_number or 0, self.device),
-            "Go on with the same command and --resume.",
-        )
