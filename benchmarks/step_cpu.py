@@ -68,7 +68,6 @@ def main() -> None:
         base, _ = load_base(
             resolve_model(str(checkpoint), report=lambda event: None),
             QuantizationSettings(quant_type="nf4", double_quant=True, base_cache=False),
-            revision=None,
             compute_dtype=torch.float32,
             device=CPU,
         )

@@ -25,8 +25,8 @@ ENVIRONMENT = {
 def quiet_libraries() -> Iterator[None]:
     """Inside the block no library writes to the terminal; what one prints to stdout goes to stderr.
 
-    Has to be entered before the stage is imported, since libraries read these variables once. A variable that the
-    user has set stays as it is.
+    Has to be entered before the command's module is imported, since libraries read these variables once. A variable
+    that the user has set stays as it is.
     """
     added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)

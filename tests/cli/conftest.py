@@ -23,14 +23,14 @@ class Answer:
 
 @pytest.fixture
 def run_with(monkeypatch):
-    """`run_with(arguments, stage)`: exit code of a command that runs the function `stage(config, *rest)`."""
+    """`run_with(arguments, command)`: exit code of a command line whose command is the function `command(config, *rest)`."""
 
-    def run(arguments, stage):
+    def run(arguments, command):
         monkeypatch.setenv(
             "RANK", os.environ.get("RANK", "0")
         )  # so that --gpus starts no processes: this is one already
         module = types.ModuleType(arguments[0])
-        setattr(module, arguments[0], stage)
+        setattr(module, arguments[0], command)
         package = __import__("qlora_cli.commands", fromlist=["commands"])
         name = arguments[0]
         monkeypatch.setitem(sys.modules, f"qlora_cli.commands.{name}", module)
@@ -47,11 +47,11 @@ def config_of(run_with):
     def build(arguments):
         seen = []
 
-        def stage(config, *rest):
+        def command(config, *rest):
             seen.append(config)
             return {} if arguments[0] == "inspect" else Answer()
 
-        assert run_with(arguments, stage) == 0
+        assert run_with(arguments, command) == 0
         return seen[0]
 
     return build

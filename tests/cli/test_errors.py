@@ -12,10 +12,10 @@ from tests.cli.conftest import Answer
 
 
 def failing(error):
-    def stage(*_):
+    def command(*_):
         raise error
 
-    return stage
+    return command
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A command line becomes exactly the settings it names, over a recipe, over the defaults."""
+"""A command line becomes exactly the settings it names, over a settings file, over the defaults."""
 
 from dataclasses import fields, replace
 
@@ -37,24 +37,24 @@ def test_a_repeated_flag_keeps_commas_and_spaces(config_of):
 
 
 def test_a_setting_answers_to_its_former_name(config_of, tmp_path):
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text("shape: chat\n")
-    assert config_of(["train", "--config", recipe]) == TrainConfig(format="chat")
-    assert config_of(["train", "--config", recipe, "--shape", "text"]) == TrainConfig(format="text")
-    assert config_of(["train", "--config", recipe, "--format", "tokens"]) == TrainConfig(format="tokens")
+    settings_file = tmp_path / "run.yaml"
+    settings_file.write_text("shape: chat\n")
+    assert config_of(["train", "--config", settings_file]) == TrainConfig(format="chat")
+    assert config_of(["train", "--config", settings_file, "--shape", "text"]) == TrainConfig(format="text")
+    assert config_of(["train", "--config", settings_file, "--format", "tokens"]) == TrainConfig(format="tokens")
 
 
-def test_flags_override_the_recipe_which_overrides_the_defaults(config_of, tmp_path):
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text(yaml.safe_dump({"rank": 8, "alpha": 64, "packing": True, "target_modules": ["a", "b"]}))
-    made = config_of(["train", "--config", recipe, "--alpha", "16", "--no-packing"])
+def test_flags_override_the_settings_file_which_overrides_the_defaults(config_of, tmp_path):
+    settings_file = tmp_path / "run.yaml"
+    settings_file.write_text(yaml.safe_dump({"rank": 8, "alpha": 64, "packing": True, "target_modules": ["a", "b"]}))
+    made = config_of(["train", "--config", settings_file, "--alpha", "16", "--no-packing"])
     assert made == TrainConfig(rank=8, alpha=16.0, packing=False, target_modules=("a", "b"))
 
 
-def test_a_flag_that_repeats_the_default_still_overrides_the_recipe(config_of, tmp_path):
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text("rank: 8\n")
-    assert config_of(["train", "--config", recipe, "--rank", "16"]) == TrainConfig()
+def test_a_flag_that_repeats_the_default_still_overrides_the_settings_file(config_of, tmp_path):
+    settings_file = tmp_path / "run.yaml"
+    settings_file.write_text("rank: 8\n")
+    assert config_of(["train", "--config", settings_file, "--rank", "16"]) == TrainConfig()
 
 
 def _typed(field, value) -> list[str]:
@@ -126,14 +126,14 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(arguments, says, c
 
 
 @pytest.mark.parametrize(
-    ("recipe", "says"),
+    ("content", "says"),
     [("rnak: 8\n", "rnak"), ("rank: eight\n", "rank"), ("- 8\n", "list"), ("a: [\n", "line 2"), ("rank: 8.5\n", "8.5")],
 )
-def test_a_wrong_recipe_is_named(recipe, says, capsys, tmp_path):
+def test_a_wrong_settings_file_is_named(content, says, capsys, tmp_path):
     from qlora_cli.cli import app as commands
 
     path = tmp_path / "run.yaml"
-    path.write_text(recipe)
+    path.write_text(content)
     assert commands.main(["train", "--config", str(path)]) == 2
     err = capsys.readouterr().err
     assert str(path) in err and says in err and "Traceback" not in err

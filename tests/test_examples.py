@@ -1,4 +1,4 @@
-"""Every recipe in examples/ says what its tutorial says, and trains two steps on a tiny model of its architecture."""
+"""Every settings file in examples/ says what its tutorial says, and trains two steps on a tiny model of its architecture."""
 
 import json
 from dataclasses import fields
@@ -12,10 +12,10 @@ from qlora_cli.cli import app as commands
 from qlora_cli.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "examples").glob("*.yaml"))
+SETTINGS_FILES = sorted((ROOT / "examples").glob("*.yaml"))
 ARCHITECTURE = {"gpt": "gpt_neox", "pythia": "gpt_neox", "falcon": "falcon", "llama": "llama"}
 
-# Stand-ins for what a recipe fetches from the hub, with the same columns.
+# One row with the columns of each data set that comes from the hub.
 ROWS = {
     "Abirate/english_quotes": {"quote": "Be the change.", "author": "Anonymous", "tags": ["change"]},
     "kotzeje/lamini_docs.jsonl": {"question": "What is a token?", "answer": "A piece of a word."},
@@ -61,20 +61,20 @@ TUTORIALS = {
 }
 
 
-def test_there_is_one_recipe_a_tutorial():
-    assert {recipe.stem for recipe in RECIPES} == set(TUTORIALS)
+def test_there_is_one_settings_file_a_tutorial():
+    assert {settings_file.stem for settings_file in SETTINGS_FILES} == set(TUTORIALS)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_says_what_its_tutorial_says(recipe):
-    written = yaml.safe_load(recipe.read_text())
-    for name, value in TUTORIALS[recipe.stem].items():
+@pytest.mark.parametrize("settings_file", SETTINGS_FILES, ids=lambda settings_file: settings_file.stem)
+def test_a_settings_file_says_what_its_tutorial_says(settings_file):
+    written = yaml.safe_load(settings_file.read_text())
+    for name, value in TUTORIALS[settings_file.stem].items():
         found = float(written[name]) if name == "learning_rate" else written[name]  # 2e-4 is a word to YAML
         assert found == value, name
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_trains_two_steps(recipe, tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("settings_file", SETTINGS_FILES, ids=lambda settings_file: settings_file.stem)
+def test_a_settings_file_trains_two_steps(settings_file, tiny_model, tmp_path, monkeypatch, capsys):
     from qlora_cli.commands import train as training
     from qlora_cli.core.models.quantization import is_4bit
     from qlora_cli.core.models.structure import linear_names
@@ -91,11 +91,12 @@ def test_a_recipe_trains_two_steps(recipe, tiny_model, tmp_path, monkeypatch, ca
 
     original = training.load_base
     monkeypatch.setattr(training, "load_base", load_base)
-    monkeypatch.chdir(ROOT)  # paths in recipes start at the project's directory
+    monkeypatch.chdir(ROOT)  # paths in these files start at the project's directory
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    settings = yaml.safe_load(recipe.read_text())
-    arguments = ["train", "--config", str(recipe), "--json", "--output", str(tmp_path / "out"), "--max-steps", "2"]
-    arguments += ["--model", str(tiny_model(ARCHITECTURE[recipe.stem.partition("-")[0]]))]
+    settings = yaml.safe_load(settings_file.read_text())
+    arguments = ["train", "--config", str(settings_file), "--json", "--max-steps", "2"]
+    arguments += ["--output", str(tmp_path / "out")]
+    arguments += ["--model", str(tiny_model(ARCHITECTURE[settings_file.stem.partition("-")[0]]))]
     if settings["data"] in ROWS:
         rows = tmp_path / "rows.jsonl"
         rows.write_text((json.dumps(ROWS[settings["data"]]) + "\n") * 40)
@@ -125,5 +126,5 @@ def test_a_recipe_trains_two_steps(recipe, tiny_model, tmp_path, monkeypatch, ca
     (base,) = loaded
     linears = [name for name in linear_names(base) if "lora_" not in name]
     assert linears and all(is_4bit(base.get_submodule(name)) for name in linears if name.endswith("base_layer"))
-    if "falcon" in recipe.stem:
+    if "falcon" in settings_file.stem:
         assert sum(is_4bit(module) for module in base.modules()) == 4 * base.config.num_hidden_layers
