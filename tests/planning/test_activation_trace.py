@@ -179,7 +179,9 @@ def test_a_real_step_is_as_high_as_predicted(tmp_path, monkeypatch, architecture
         installed.loss(batch).backward()
 
     lora = LoraSettings(rank=4, alpha=8)
-    profile = profile_model(config, lora, QuantizationSettings(), compute_dtype=torch.float32, engine=engine)
+    profile = profile_model(
+        resolve_model(str(tmp_path)).config, lora, QuantizationSettings(), compute_dtype=torch.float32, engine=engine
+    )
     layers = {"off": 0, "on": 3, "1": 1 if engine == "fast" else 3}[recompute]
     step = ResolvedStep(
         tokens=TOKENS,

@@ -13,15 +13,10 @@ ALIGNED_ELEMENTS = 16  # so that a share of bytes is one of wider numbers too
 
 @dataclass(frozen=True)
 class WeightShards:
-    """How a base is sharded while it is loaded: no rank ever holds more than its share and the weight being loaded.
-
-    Attributes:
-        ranks: This process among those that share the base.
-        on_host: Whether shares are kept in host memory.
-    """
+    """How a base is sharded while it is loaded: no rank ever holds more than its share and the weight being loaded."""
 
     ranks: ProcessGroup
-    on_host: bool = False
+    on_host: bool = False  # shares are kept in host memory
 
     def keep(self, tensor: Tensor) -> Tensor:
         """This rank's share of a tensor, flattened: one of equal parts, the last ones filled up with zeros."""

@@ -31,19 +31,11 @@ WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files, resolved by `resolve_model` once a command and handed on. Each property is read once.
+    """A model's files, resolved by `resolve_model` once a command and handed on. Each property is read once."""
 
-    Attributes:
-        name: Directory or hub id, as it was given.
-        directory: Where configuration and tokenizer are; `weights` is the same directory, with the weights in it.
-        commit: Full hash of a hub model; None for a directory of the user's.
-        trust_remote_code: Run the model's own code.
-        report: Receives what downloading and loading the weights report.
-    """
-
-    name: str
-    directory: Path
-    commit: str | None
+    name: str  # directory or hub id, as it was given
+    directory: Path  # of configuration and tokenizer; `weights` is the same directory, with the weights in it
+    commit: str | None  # full hash of a hub model; None for a directory of the user's
     trust_remote_code: bool = False
     report: Report = field(default=report_nothing, repr=False, compare=False)
 

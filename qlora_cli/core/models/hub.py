@@ -14,9 +14,11 @@ from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
 from qlora_cli.errors import ModelError, first_line
-from qlora_cli.events import Notice, Progress, Report, report_nothing
+from qlora_cli.events import Notice, Progress, Report
 from qlora_cli.sizes import format_bytes
 
+ATTEMPTS = 5
+FIRST_PAUSE_SECONDS = 2.0  # doubled after each further failure
 # What asking again does not mend: the library's error → what is wrong, and what to do. The first that fits counts.
 REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
     (
@@ -38,16 +40,7 @@ REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
 )
 
 
-def download_snapshot(
-    repository: str,
-    revision: str | None,
-    patterns: list[str],
-    *,
-    kind: str,
-    report: Report = report_nothing,
-    attempts: int = 5,
-    pause_seconds: float = 2.0,
-) -> Path:
+def download_snapshot(repository: str, revision: str | None, patterns: list[str], *, kind: str, report: Report) -> Path:
     """A snapshot of a hub repository in the local cache, named after its commit; missing files are downloaded.
 
     huggingface_hub itself tries again when a connection breaks, and goes on where it was; a server's 5xx ends its
@@ -59,8 +52,6 @@ def download_snapshot(
         patterns: File names wanted, at the top of the repository for models.
         kind: "model" or "dataset".
         report: Receives what is downloaded, its progress, and failed attempts.
-        attempts: In all.
-        pause_seconds: Wait after the first failure; doubled after each further one.
 
     Raises:
         ModelError: It is not there, gated, unauthorised or out of reach.
@@ -80,7 +71,7 @@ def download_snapshot(
                 f"The {kind} {repository} is not in the local hub cache and HF_HUB_OFFLINE is set.",
                 "Unset HF_HUB_OFFLINE to download it, or give {flag} a local path.".format(**words),
             ) from error
-    for attempt in range(1, attempts + 1):
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             return _download(repository, revision, wanted, report, announced=attempt > 1)
         except (hub_errors.HFValidationError, hub_errors.HTTPError, OSError) as error:
@@ -96,13 +87,13 @@ def download_snapshot(
                 ) from error
             # The message without the query of any URL in it: tokens travel there.
             reason = re.sub(r"\?\S*", "", first_line(error))
-            if attempt == attempts:
+            if attempt == ATTEMPTS:
                 raise ModelError(
                     f"The {kind} {repository} could not be downloaded after {attempt} attempts: {reason}",
                     "Check the connection and run the command again: finished files are kept.",
                 ) from error
             report(Notice(f"Download of {repository} failed ({reason}); attempt {attempt + 1} follows."))
-            time.sleep(pause_seconds * 2 ** (attempt - 1))
+            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
 
 
@@ -114,7 +105,8 @@ def _download(
         commit, sizes = _list_files(repository, revision, wanted)
     except (hub_errors.HTTPError, OSError):  # snapshot_download falls back to the cache, or says what is wrong
         return Path(snapshot_download(repository, revision=revision, **wanted))
-    missing = [name for name in sizes if not _is_cached(repository, name, commit, wanted["repo_type"])]
+    where = {"revision": commit, "repo_type": wanted["repo_type"]}
+    missing = [name for name in sizes if not isinstance(try_to_load_from_cache(repository, name, **where), str)]
     if sizes and not missing:
         return Path(snapshot_download(repository, revision=commit, local_files_only=True, **wanted))
     total_bytes = sum(sizes.values())
@@ -141,10 +133,6 @@ def _list_files(repository: str, revision: str | None, wanted: dict[str, Any]) -
         sizes, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"]
     )
     return str(info.sha), {name: sizes[name] for name in names}
-
-
-def _is_cached(repository: str, name: str, commit: str, kind: str) -> bool:
-    return isinstance(try_to_load_from_cache(repository, name, revision=commit, repo_type=kind), str)
 
 
 def byte_counter(on_bytes: Callable[[int], None]) -> type[tqdm]:

@@ -46,9 +46,6 @@ def load_base(
         weight_shards: Keep this rank's share of each 4-bit weight only, for `engine.fsdp.shard_base`; all ranks load
             at once.
 
-    Returns:
-        The model in training mode off, nothing requiring gradients, and its identity.
-
     Raises:
         ModelError: Missing, no causal language model, a linear that did not become 4-bit, or non-finite weights.
     """
@@ -77,7 +74,7 @@ def load_base(
     )
     base = _load(files, compute_dtype, device, four_bit if stored is None else None)
     _check_weights(base, files.name)
-    base = freeze_base(base)
+    freeze_base(base)
     if quantization.base_cache and stored is None:
         save_base(base, cached_facts, files.report, weight_shards)
     return base, identity
@@ -109,9 +106,7 @@ def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.dev
     files.report(Notice(f"Loading {files.name} in {dtype_name(dtype)}, not quantised."))
     base = _load(files, dtype, device)
     _check_finite(base, files.name, {})
-    base.requires_grad_(False)
-    base.eval()
-    return base
+    return base.requires_grad_(False).eval()
 
 
 def _load(files: ModelFiles, dtype: torch.dtype, device: torch.device, four_bit: FourBitConfig | None = None) -> Any:
@@ -156,13 +151,9 @@ def _check_weights(base: Any, model: str) -> None:
 
 def _check_finite(base: Any, model: str, quantised: dict[str, torch.Tensor]) -> None:
     """Raises when a weight is not finite; `quantised` says it of those that were looked at before quantisation."""
-    finite = dict(quantised)
-    for name, parameter in base.named_parameters():
-        if parameter.is_floating_point():
-            finite[name] = is_finite(parameter)
-    good = torch.stack([flag.to("cpu") for flag in finite.values()])
-    if not bool(good.all()):
-        bad = [name for name, flag in zip(finite, good.tolist(), strict=True) if not flag]
+    finite = quantised | {name: is_finite(p) for name, p in base.named_parameters() if p.is_floating_point()}
+    bad = [name for name, flag in finite.items() if not flag]
+    if bad:
         raise ModelError(
             f"The weights of {model} hold NaN or infinity in {len(bad)} tensors, first {bad[0]}.",
             "Download the model again, or use another --compute-dtype if they overflow float16.",

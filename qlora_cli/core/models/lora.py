@@ -132,9 +132,8 @@ def load_adapter(
             warnings.simplefilter("ignore")
             if isinstance(model, PeftModel):
                 model.load_adapter(str(directory), adapter_name=name)
-                peft_model = model
             else:
-                peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=name)
+                model = PeftModel.from_pretrained(model, str(directory), adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -143,17 +142,14 @@ def load_adapter(
             f"The adapter in {directory}{made_for} does not fit this base: {_first_mismatch(error)}",
             "Give the base it was trained on with --model.",
         ) from error
-    missing = sorted(
-        set(facts.tensors)
-        - set(adapter_state(peft_model, name))
-        - {f"base_model.model.{parameter}" for parameter in replaced}
-    )
+    loaded = {*adapter_state(model, name), *(f"base_model.model.{parameter}" for parameter in replaced)}
+    missing = sorted(set(facts.tensors) - loaded)
     if missing:
         raise AdapterError(
             f"The adapter in {directory} has {len(missing)} tensors this base has no place for, first {missing[0]}.",
             "Give the base it was trained on with --model.",
         )
-    return peft_model
+    return model
 
 
 def _first_mismatch(error: Exception) -> str:

@@ -86,7 +86,7 @@ if "qlora_4bit" not in AUTO_QUANTIZER_MAPPING:
 def restored_linear(
     compute_dtype: torch.dtype, device: torch.device, packed: dict[str, torch.Tensor], bias: torch.Tensor | None
 ) -> nn.Module:
-    """A 4-bit linear of tensors that a checkpoint or the cache holds."""
+    """A 4-bit linear of tensors that a checkpoint or the cache holds; `packed` as `pack_weight` gives it."""
     weight = packed.pop("")
     linear = bnb.nn.Linear4bit(1, 1, bias is not None, compute_dtype, device="meta")
     linear.weight = bnb.nn.Params4bit.from_prequantized(weight, packed, device=device, module=linear)
@@ -100,8 +100,7 @@ def restored_linear(
 
 def freeze_base(base: Any) -> PreTrainedModel:
     """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no CPU repacking of the packed weights."""
-    base.requires_grad_(False)
-    base.eval()
+    base.requires_grad_(False).eval()
     base.config.use_cache = False
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):

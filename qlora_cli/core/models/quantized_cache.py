@@ -52,9 +52,6 @@ def cache_size_bytes() -> int:
     return sum(path.stat().st_size for path in (cache_root() / "base").glob("*/*") if path.is_file())
 
 
-# ---------------------------------------------------------------- writing
-
-
 def save_base(
     model: Any,
     facts: Mapping[str, Any],
@@ -62,10 +59,10 @@ def save_base(
     weight_shards: WeightShards | None = None,
     piece_bytes: int = PIECE_BYTES,
 ) -> None:
-    """Keeps a copy of a quantised base, unless there is one or the disk is short.
+    """Keeps a copy of a quantised base, before an adapter is attached, unless there is one or the disk is short.
 
     Args:
-        model: As `load_base` made it, before an adapter is attached.
+        model: As `load_base` made it.
         facts: See `base_directory`.
         report: Receives why no copy could be kept; the work goes on without.
         weight_shards: Where the model holds this rank's share only: all ranks call, and the main one writes what it gathers.
@@ -133,9 +130,6 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in model.named_buffers() if name not in state)
 
 
-# ---------------------------------------------------------------- reading
-
-
 def restore_base(
     facts: Mapping[str, Any],
     files: ModelFiles,
@@ -143,19 +137,14 @@ def restore_base(
     device: torch.device,
     weight_shards: WeightShards | None = None,
 ) -> Any | None:
-    """The base whose copy is here; None where there is none that can be used.
-
-    A damaged copy is reported and removed.
+    """The base whose copy is here, bit for bit; None where there is none. A damaged copy is reported and removed.
 
     Args:
         facts: See `base_directory`.
         files: Of the model; their `report` receives what is read.
         compute_dtype: Of its arithmetic.
-        device: Where it goes.
+        device: On which every tensor is.
         weight_shards: Keep this rank's share of each packed weight and its constants only.
-
-    Returns:
-        The model, every tensor on `device`, bit for bit the one that was saved.
     """
     directory = base_directory(facts)
     if not (directory / MANIFEST).is_file():
@@ -207,10 +196,8 @@ def _fill(model: Any, tensors: dict[str, Tensor], compute_dtype: torch.dtype, de
     Raises:
         RunError: The model has another structure than the one that was saved.
     """
-    packed: dict[str, dict[str, Tensor]] = {}
-    for state_name in [name for name in tensors if f".weight.{FOUR_BIT}" in name]:
-        name = state_name.split(f".weight.{FOUR_BIT}")[0]
-        packed[name] = {"": tensors.pop(f"{name}.weight")}
+    names = [key.split(f".weight.{FOUR_BIT}")[0] for key in tensors if f".weight.{FOUR_BIT}" in key]
+    packed = {name: {"": tensors.pop(f"{name}.weight")} for name in names}
     for key in list(tensors):
         name, _, ending = key.rpartition(".weight.")
         if name in packed:
