@@ -33,6 +33,7 @@ NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_colu
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
 LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "WHOLE": False}
+GATE_TILE = {"ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS}
 CASES = [
     (gemv_lanes.multiply_lanes, {**LANES, "TILES": 1, "EIGHTS": 1, "AHEAD": True, "OVERLAP": True, "KIND": "bf16"}, 8),
     (gemv_lanes.multiply_lanes, {**LANES, "TILES": 2, "EIGHTS": 2, "AHEAD": False, "OVERLAP": False, "KIND": "f16"}, 8),
@@ -67,14 +68,9 @@ CASES = [
         for _, rows, columns in thin_products.TILES
     ),
     (thin_products._add_up, {"BLOCK": thin_products.BLOCK, "AT_ONCE": thin_products.AT_ONCE}, 4),
-    *(
-        (kernel, {"KIND": kind, "ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS, "RANK": rank}, 4)
-        for kernel, kind, rank in (
-            (gated_tiles._gate_tile, "silu", 64),
-            (gated_tiles._gate_tile_backward, "gelu_tanh", 16),
-            (gated_tiles._gate_tile_backward, "gelu", 64),
-        )
-    ),
+    (gated_tiles._gate_tile, {"grad": None, "up_out": None, "KIND": "silu", "RANK": 64, **GATE_TILE}, 4),
+    (gated_tiles._gate_tile, {"KIND": "gelu_tanh", "RANK": 16, **GATE_TILE}, 4),
+    (gated_tiles._gate_tile, {"KIND": "gelu", "RANK": 64, **GATE_TILE}, 4),
     (short_attention._attend, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
     (short_attention._attend_backward, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
 ]

@@ -195,7 +195,8 @@ class StepGraphs:
         if self.warming is not None:
             self.warm.add(way)
             return None
-        key = (*inputs.labels.shape, inputs.boundaries.numel(), *_numbers(inputs))
+        numbers = inputs.longest, inputs.equal_rows, inputs.trained_tokens
+        key = (*inputs.labels.shape, inputs.boundaries.numel(), *numbers)
         graph = self.graphs.get(key)
         if graph is not None:
             for name in ("embedded", "labels", "position_ids", "boundaries"):
@@ -266,10 +267,6 @@ def explain_failure(error: BaseException) -> tuple[str, bool]:
         traceback.clear_frames(each.__traceback__)
     memory_ran_out = any(isinstance(each, torch.OutOfMemoryError) for each in chain)
     return f"{type(chain[-1]).__name__}: {first_line(chain[-1])}", memory_ran_out
-
-
-def _numbers(inputs: StepInputs) -> tuple[int, int, int]:
-    return inputs.longest, inputs.equal_rows, inputs.trained_tokens
 
 
 class _Replay(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Decoder layers that keep, recompute or offload their activations and run compiled or not, each as planned."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.engine.fsdp import gathered
 from qlora_cli.core.engine.gated_mlp import GatedUnit
-from qlora_cli.core.engine.lora_linear import ATTRIBUTE, SharedProjection, StepState, fast_linear_of, replace_forward
+from qlora_cli.core.engine.lora_linear import ATTRIBUTE, SharedProjection, StepState, fast_linear_of, noted_calls
 from qlora_cli.core.engine.memory_plan import LayerSeconds
 from qlora_cli.core.engine.offload import ActivationOffload
 
@@ -67,11 +67,8 @@ def _run(layer: Any, args: tuple, kwargs: dict) -> Any:
 def _run_recomputed(layer: Any, args: tuple, kwargs: dict) -> Any:
     """Inside a compiled region: the compiler drops from the repetition whatever the backward pass does not need."""
     plan: LayerPlan = getattr(layer, ATTRIBUTE)
-
-    def run(*inner: Any) -> Any:
-        return type(layer).forward(layer, *inner, **kwargs)
-
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=plan.preserve_random_state)
+    random = plan.preserve_random_state
+    return checkpoint(lambda *inner: _run(layer, inner, kwargs), *args, use_reentrant=False, preserve_rng_state=random)
 
 
 def _lean(backend: Callable) -> Callable:
@@ -103,8 +100,8 @@ def _mark_dynamic(tensors: Any, tokens: int) -> None:
                 torch._dynamo.maybe_mark_dynamic(value, 1)
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replaces `forward` on one layer instance."""
+def run_as_planned(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `forward` on one layer instance, which has a `LayerPlan`."""
     plan: LayerPlan = getattr(self, ATTRIBUTE)
     if not torch.is_grad_enabled():
         return _run(self, args, kwargs)
@@ -122,11 +119,6 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             preserve_rng_state=plan.preserve_random_state,
             context_fn=lambda: (nullcontext(), plan.step.recompute()),
         )
-
-
-def swap_layers(layers: list[nn.Module], plans: list[LayerPlan]) -> Callable[[], None]:
-    """Runs each layer as planned; returns what puts the instances back."""
-    return replace_forward(dict(zip(layers, plans, strict=True)), _forward)
 
 
 @dataclass(frozen=True)
@@ -149,29 +141,16 @@ def capture_first_call(layer: nn.Module, run: Callable[[], Any]) -> LayerCall:
         calls.append(LayerCall(args, kwargs))
         raise _EnoughSeen
 
-    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with suppress(_EnoughSeen), noted_calls([layer], note):
         run()
-    except _EnoughSeen:
-        pass
-    finally:
-        hook.remove()
     return calls[0]
 
 
 def capture_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[LayerCall]:
     """What each layer is called with while `run` runs."""
     calls: list[LayerCall] = []
-
-    def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls.append(LayerCall(args, kwargs))
-
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    try:
+    with noted_calls(layers, lambda _, args, kwargs: calls.append(LayerCall(args, kwargs))):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 
@@ -210,13 +189,11 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
         kept = torch.cuda.memory_allocated(device) - start
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # autograd's thread is a new one
-            torch.autograd.backward(
-                out, torch.zeros_like(out), inputs=[hidden]
-            )  # parameters' gradients stay as they are
+            # Parameters' gradients stay as they are.
+            torch.autograd.backward(out, torch.zeros_like(out), inputs=[hidden])
         times[2].record()
     times[2].synchronize()
-    forward, backward = (begin.elapsed_time(end) / 1000 for begin, end in pairwise(times))
-    seconds = LayerSeconds(forward, backward)
+    seconds = LayerSeconds(*(begin.elapsed_time(end) / 1000 for begin, end in pairwise(times)))
     peak = torch.cuda.max_memory_allocated(device) - start
     del hidden, out
     missing = peak_before - torch.cuda.memory_allocated(device)
@@ -225,23 +202,18 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
     return LayerBytes(kept, peak), seconds
 
 
-def _saved_by(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> Iterator[Tensor]:
+def _saved_by(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> list[Tensor]:
     """The tensors autograd saves in one forward pass of a layer, run plainly."""
     saved: list[Tensor] = []
     hidden = call.args[0].detach().requires_grad_(input_gradient)
     with torch.enable_grad(), saved_tensors_hooks(lambda t: saved.append(t.detach()), lambda t: t):
         _run(layer, (hidden, *call.args[1:]), call.kwargs)
-    return iter(saved)
+    return saved
 
 
 def saved_bytes_a_token(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> float:
-    """Memory a layer's forward pass, run plainly, keeps for its backward pass, by the tokens of the call.
-
-    Args:
-        layer: Called like this before.
-        call: With hidden states of shape (rows, length, size) in front.
-        input_gradient: Whether the gradient of the hidden states is wanted.
-    """
+    """Memory a layer's forward pass, run plainly, keeps for its backward pass, by the tokens of the call, which has
+    hidden states (rows, length, size) in front; `input_gradient` says whether their gradient is wanted."""
     rows, length, _ = call.args[0].shape
     sizes = {rows * length, length}  # in the shape of every activation, and of no weight: see TRIAL_LENGTHS
     saved = {t.data_ptr(): t for t in _saved_by(layer, call, input_gradient=input_gradient) if sizes & set(t.shape)}
@@ -281,9 +253,7 @@ def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list
             with gathered(layer):
                 found[kind] = [name for name, linear in linears if _unused(layer, call, linear)]
         for name in found[kind]:
-            fast = fast_linear_of(layer.get_submodule(name))
-            if fast is not None:
-                fast.output_unused_in_recompute = True
+            getattr(layer.get_submodule(name), ATTRIBUTE).output_unused_in_recompute = True
     return sorted({name for names in found.values() for name in names})
 
 

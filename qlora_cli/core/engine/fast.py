@@ -19,14 +19,14 @@ from qlora_cli.core.engine.decoder_layers import (
     capture_calls,
     find_layers,
     has_dropout,
+    run_as_planned,
     runs_better_plainly,
     skip_unused_outputs,
-    swap_layers,
 )
 from qlora_cli.core.engine.fsdp import is_sharded
 from qlora_cli.core.engine.gated_mlp import fuse_gates, gated_unit_of, share_projections
 from qlora_cli.core.engine.lm_head import find_decoder, find_head, trained_positions
-from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears, fast_linear_of
+from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears, fast_linear_of, replace_forward
 from qlora_cli.core.engine.memory_plan import (
     SLICE_BYTES,
     MemoryPlan,
@@ -78,14 +78,13 @@ class FastEngine:
         self.linears = FusedLinears(self.base, self.values, device)
         self.trials = Calibration(model, self.decoder, self.embeddings.module, self.values, device)
         self.sharded = is_sharded(self.base)
-        self.packed = self.equal_rows = False
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
         self.largest_tokens = max_tokens
         self.buffer: Tensor | None = None
         self.put_gates_back: Callable[[], None] = lambda: None
-        self.undo += [self.linears.put_back, lambda: self.put_gates_back(), self.embeddings.move_back]
+        self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back(), self.embeddings.move_back]
         self.undo.append(self._release_values)
         try:
             self._install(settings, total_steps, optimizer_bytes)
@@ -121,9 +120,8 @@ class FastEngine:
         for layer_plan in self.layer_plans:
             layer_plan.compiled = self.compiled
         if self.compiled and self.planner is not None and self.embeddings.frozen:
-            compiled_bytes_a_token = self.planner.needs.kept_bytes / self.largest_tokens
-            plainly = runs_better_plainly(self.layers[0], self.calls[0], compiled_bytes_a_token)
-            self.layer_plans[0].compiled = not plainly
+            bytes_a_token = self.planner.needs.kept_bytes / self.largest_tokens
+            self.layer_plans[0].compiled = not runs_better_plainly(self.layers[0], self.calls[0], bytes_a_token)
         self._apply(plan)
         if total_steps >= GRAPHS_PAY_STEPS:
             self._use_graphs()
@@ -151,7 +149,7 @@ class FastEngine:
         self.dropout = has_dropout(layers)
         step = self.linears.step
         self.layer_plans = [LayerPlan(i, False, None, False, self.dropout, step) for i in range(len(layers))]
-        self.undo.append(swap_layers(layers, self.layer_plans))
+        self.undo.append(replace_forward(dict(zip(layers, self.layer_plans, strict=True)), run_as_planned))
 
     def _compiling_pays(self, asked: bool | None, total_steps: int) -> bool:
         """Whether layers are to be compiled: as asked, else where the run takes long enough by the arithmetic."""
@@ -240,9 +238,6 @@ class FastEngine:
         """Measures a layer at the largest micro-batch and plans for it; once more compiled, where that decides."""
         static = StepNeeds(
             layers=len(self.layers),
-            kept_bytes=0,
-            peak_bytes=0,
-            hidden_bytes=0,
             optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
             dense_bytes=self.linears.dense_bytes,
             largest_dense_bytes=self.linears.largest_dense_bytes,
@@ -288,16 +283,13 @@ class FastEngine:
         reason = why_not_packed(self.base, self.decoder, self.device, self.values.dtype)
         if reason is None:
             self.undo.append(install_packed_attention(self.base, self.decoder))
-            self.trials.packed = True
             reason = self.trials.why_pack_differs()
             if reason is not None:
-                self.trials.packed = False
                 self.undo.pop()()
         if reason is not None:
             self.report(Notice(f"Rows are padded instead of packed, because {reason}."))
-            return
-        self.packed = True
-        self.equal_rows = takes_equal_rows(self.decoder, self.device)
+        self.packed = self.trials.packed = reason is None
+        self.equal_rows = self.packed and takes_equal_rows(self.decoder, self.device)
 
     def _persistent_storages(self) -> frozenset[int]:
         tensors = [*self.base.parameters(), *self.base.buffers(), *self.linears.tensors()]

@@ -64,18 +64,16 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     return type(self).forward(self, x)
 
 
-def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[SharedProjection]:
+def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> None:
     """Finds swapped layers that get the same tensor while `run` runs, and lets them share one projection."""
     fast_of = {module: fast for module in modules if (fast := fast_linear_of(module)) is not None}
     sharing = [module for module, fast in fast_of.items() if fast.adapter is not None and fast.rate == 0]
-    found = []
     for group in group_by_input(sharing, run):
         members = [fast_of[module] for module in group]
         if len(members) > 1 and len({member.options.scaling for member in members}) == 1:
-            found.append(SharedProjection(members))
+            shared = SharedProjection(members)
             for place, member in enumerate(members):
-                member.shared, member.place = found[-1], place
-    return found
+                member.shared, member.place = shared, place
 
 
 def fuse_gates(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -97,7 +95,11 @@ def gated_mlp_kind(module: Any) -> str | None:
         return None
     if "forward" in vars(module) or not all(hasattr(module, part) for part in GATED_PARTS):
         return None
-    return _kind_of_gate(module) if _is_plainly_gated(module) else None
+    if not _is_plainly_gated(module):
+        return None
+    points = torch.linspace(-8, 8, TRIAL_POINTS)
+    own = module.act_fn(points)
+    return next((kind for kind in GATES if torch.allclose(activate(points, kind), own, atol=1e-6)), None)
 
 
 def _gated_unit(module: Any) -> GatedUnit | None:
@@ -127,9 +129,3 @@ def _is_plainly_gated(module: Any) -> bool:
         return False
     expected = parts.down_proj(parts.act_fn(parts.gate_proj(x)) * parts.up_proj(x))
     return isinstance(found, Tensor) and torch.equal(found, expected)
-
-
-def _kind_of_gate(module: Any) -> str | None:
-    points = torch.linspace(-8, 8, TRIAL_POINTS)
-    own = module.act_fn(points)
-    return next((kind for kind in GATES if torch.allclose(activate(points, kind), own, atol=1e-6)), None)

@@ -87,8 +87,7 @@ class AdapterValues:
 
     def _build(self) -> None:
         """Copies of whole storages, so that parameters that are views of one buffer are copied together."""
-        self.sources, self.copies = [], []
-        by_storage: dict[int, Tensor] = {}
+        by_storage: dict[int, tuple[Tensor, Tensor]] = {}  # source and copy
         for linear in self.linears:
             views = []
             for parameter in (linear.a, linear.b):
@@ -98,12 +97,12 @@ class AdapterValues:
                 storage = parameter.untyped_storage()
                 if storage.data_ptr() not in by_storage:
                     source = torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(storage)
-                    by_storage[storage.data_ptr()] = source.to(self.dtype)
-                    self.sources.append(source)
-                    self.copies.append(by_storage[storage.data_ptr()])
-                copy = by_storage[storage.data_ptr()]
+                    by_storage[storage.data_ptr()] = source, source.to(self.dtype)
+                _, copy = by_storage[storage.data_ptr()]
                 views.append(copy.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset()))
             linear.lora_a, linear.lora_b = views
+        self.sources = [source for source, _ in by_storage.values()]
+        self.copies = [copy for _, copy in by_storage.values()]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -324,7 +323,7 @@ class FusedLinears:
         self.resident = False
         sizes = [logical_elements(module) * values.dtype.itemsize for _, module in self.candidates]
         self.dense_bytes, self.largest_dense_bytes = sum(sizes), max(sizes, default=0)
-        self._put_back: Callable[[], None] = lambda: None
+        self.put_back: Callable[[], None] = lambda: None  # gives the instances their own forward back
 
     def fuse(self, *, resident: bool, workspace_bytes: int | None) -> None:
         """Gives each layer that is covered the fused forward, on packed or on dequantised weights."""
@@ -332,15 +331,16 @@ class FusedLinears:
         found: dict[nn.Module, FastLinear] = {}
         self.kept = []
         for (name, module), seed in zip(self.candidates, self.step.seeds, strict=True):
-            options = {"resident": resident, "workspace_bytes": workspace_bytes, "seed": seed}
-            fast = fast_linear(module, self.values.dtype, self.step, **options)
+            fast = fast_linear(
+                module, self.values.dtype, self.step, resident=resident, workspace_bytes=workspace_bytes, seed=seed
+            )
             if fast is None:
                 self.kept.append(name)
             else:
                 found[module] = fast
         self.fused, self.resident = list(found.values()), resident
         self.values.take(fast for fast in self.fused if fast.adapter is not None)
-        self._put_back = replace_forward(found, _forward)
+        self.put_back = replace_forward(found, _forward)
 
     def set_workspace(self, bytes_: int | None) -> None:
         """Most bytes of dequantised values at once, from now on; None for a whole weight."""
@@ -353,9 +353,16 @@ class FusedLinears:
             if isinstance(fast.weight, FrozenWeight):
                 yield from (part for part in fast.weight if isinstance(part, Tensor))
 
-    def put_back(self) -> None:
-        """Gives the instances their own forward back."""
-        self._put_back()
+
+@contextmanager
+def noted_calls(modules: Iterable[nn.Module], note: Callable[[nn.Module, tuple, dict], None]) -> Iterator[None]:
+    """Has each call of these modules inside the block noted, with its arguments, before it runs."""
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def group_by_input(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[list[nn.Module]]:
@@ -365,16 +372,12 @@ def group_by_input(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list
     """
     calls: list[tuple[nn.Module, Tensor, int]] = []  # holding the tensors keeps their identities apart
 
-    def note(module: nn.Module, args: tuple) -> None:
+    def note(module: nn.Module, args: tuple, _: dict) -> None:
         if args:
             calls.append((module, args[0], args[0]._version))
 
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
-    try:
+    with noted_calls(modules, note):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     counts = Counter(id(module) for module, _, _ in calls)
     groups: dict[tuple[int, int], list[nn.Module]] = {}
     for module, tensor, version in calls:

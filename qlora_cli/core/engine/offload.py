@@ -24,19 +24,6 @@ CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each reque
 class _Away:
     """One saved tensor: on the device until its copy is done and its layer is past, then on the host, then back."""
 
-    __slots__ = (
-        "__weakref__",
-        "buffer",
-        "bytes",
-        "copied",
-        "fetched",
-        "host",
-        "layer",
-        "offload",
-        "on_device",
-        "strides",
-    )
-
     def __init__(self, offload: "ActivationOffload", tensor: Tensor, layer: int) -> None:
         self.offload, self.layer = offload, layer
         self.on_device: Tensor | None = tensor
@@ -75,7 +62,7 @@ class _Away:
 
     def __del__(self) -> None:
         if hasattr(self, "buffer"):  # there may have been no memory for one
-            self.offload.give_back(self.buffer)
+            self.offload.free.append(self.buffer)
 
 
 def _wait(event: Any) -> None:
@@ -132,10 +119,6 @@ class ActivationOffload:
             self.chunk_used = 0
         first, self.chunk_used = self.chunk_used, self.chunk_used + room
         return self.chunk[first : self.chunk_used]
-
-    def give_back(self, buffer: Tensor) -> None:
-        """Takes a buffer back for the next tensor that fits."""
-        self.free.append(buffer)
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
@@ -275,11 +258,9 @@ class InputEmbeddings:
             ids: On the host or the device.
             looked_up: From `look_up`, where that was done before.
         """
-        if looked_up is None and self.on_host:
-            looked_up = self.look_up(ids)
-        if looked_up is None:
+        if looked_up is None and not self.on_host:
             return self.module(ids.to(self.device, non_blocking=True))
-        return looked_up.to(self.device, non_blocking=True)
+        return (self.look_up(ids) if looked_up is None else looked_up).to(self.device, non_blocking=True)
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Token ids (rows, length) to embeddings (rows, length, size) in memory of the host, pinned for a CUDA device."""

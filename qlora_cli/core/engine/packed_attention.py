@@ -7,8 +7,7 @@ Where all rows are of one length and cuDNN can attend to them, it is (1, rows, l
 """
 
 from collections.abc import Callable
-from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_cli.core.engine.lora_linear import replace_forward
 from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, packed_attention
 
 NAME = "qlora_packed"
@@ -35,7 +35,7 @@ def pack_mask(cu_seqlens: Tensor, longest: int, equal_rows: int = 0) -> Tensor:
     return cu_seqlens.view(1, 1, 1, -1).expand(1, 1, longest, -1)
 
 
-def _is_pack(mask: Tensor | None) -> bool:
+def _is_pack(mask: Tensor | None) -> TypeGuard[Tensor]:
     return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4
 
 
@@ -51,7 +51,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (1, heads, T, size) in, (1, T, heads, size) out; SDPA for other masks."""
-    if attention_mask is None or not _is_pack(attention_mask):
+    if not _is_pack(attention_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -77,7 +77,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _falcon_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """Falcon's attention, which is outside the interface: one, some or all heads with keys and values of their own."""
     mask = kwargs.get("attention_mask")
-    if args or mask is None or not _is_pack(mask):
+    if args or not _is_pack(mask):
         return type(self).forward(self, hidden_states, *args, **kwargs)
     fused = self.query_key_value(hidden_states)[0]  # (T, all heads' features)
     if self.new_decoder_architecture:
@@ -148,19 +148,8 @@ def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
 def install_packed_attention(base: Any, decoder: Any) -> Callable[[], None]:
     """Makes one model instance's attention understand packs; returns what undoes it."""
     config = decoder.config
-    before = config._attn_implementation
-    falcon = [m for m in decoder.modules() if type(m).__name__.startswith("Falcon") and hasattr(m, "query_key_value")]
     if config.model_type == "falcon":
-        for module in falcon:
-            module.forward = MethodType(_falcon_forward, module)
-    else:
-        config._attn_implementation_internal = NAME
-
-    def put_back() -> None:
-        if config.model_type == "falcon":
-            for module in falcon:
-                del module.forward
-        else:
-            config._attn_implementation_internal = before
-
-    return put_back
+        named = [m for m in decoder.modules() if type(m).__name__.startswith("Falcon")]
+        return replace_forward({m: None for m in named if hasattr(m, "query_key_value")}, _falcon_forward)
+    before, config._attn_implementation_internal = config._attn_implementation, NAME
+    return lambda: setattr(config, "_attn_implementation_internal", before)

@@ -32,38 +32,9 @@ def _with_adapter(product, left, right, row, column, inside, columns, rank, left
 
 @triton.jit
 def _gate_tile(
-    out,
-    gate,
-    up,
-    gate_left,
-    up_left,
-    gate_right,
-    up_right,
-    rows,
-    columns,
-    rank,
-    left_row,
-    KIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    # The last rows first, which the product before has left in the cache.
-    row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = row[:, None] < rows
-    g = _with_adapter(gate, gate_left, gate_right, row, column, inside, columns, rank, left_row, RANK)
-    u = _with_adapter(up, up_left, up_right, row, column, inside, columns, rank, left_row, RANK)
-    place = row[:, None].to(tl.int64) * columns + column[None, :]
-    result = activate(g, KIND) * u
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside & (column[None, :] < columns))
-
-
-@triton.jit
-def _gate_tile_backward(
     grad,
-    grad_gate,
-    grad_up,
+    out,
+    up_out,
     gate,
     up,
     gate_left,
@@ -79,16 +50,25 @@ def _gate_tile_backward(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """A tile of the unit to `out`; with the unit's gradient `grad`, those of gate and up to `out` and `up_out`."""
+    if grad is None:  # the last rows first, which the product before has left in the cache
+        band = tl.num_programs(1) - 1 - tl.program_id(1)
+    else:
+        band = tl.program_id(1)
+    row = band * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row[:, None] < rows
     g = _with_adapter(gate, gate_left, gate_right, row, column, inside, columns, rank, left_row, RANK)
     u = _with_adapter(up, up_left, up_right, row, column, inside, columns, rank, left_row, RANK)
     place = row[:, None].to(tl.int64) * columns + column[None, :]
     used = inside & (column[None, :] < columns)
-    d = tl.load(grad + place, mask=used, other=0.0).to(tl.float32)
-    tl.store(grad_gate + place, (d * u * slope(g, KIND)).to(grad_gate.dtype.element_ty), mask=used)
-    tl.store(grad_up + place, (d * activate(g, KIND)).to(grad_up.dtype.element_ty), mask=used)
+    if grad is None:
+        result = activate(g, KIND) * u
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=used)
+    else:
+        d = tl.load(grad + place, mask=used, other=0.0).to(tl.float32)
+        tl.store(out + place, (d * u * slope(g, KIND)).to(out.dtype.element_ty), mask=used)
+        tl.store(up_out + place, (d * activate(g, KIND)).to(up_out.dtype.element_ty), mask=used)
 
 
 Pair = tuple[Tensor, Tensor]  # of the gate, and of what it gates
@@ -116,22 +96,22 @@ def gate_products(products: Pair, lefts: Pair, rights: Pair, kind: str) -> Tenso
         (rows, columns).
     """
     out = torch.empty_like(products[0])
-    _launch(_gate_tile, (out,), products, lefts, rights, kind)
+    _launch((None, out, None), products, lefts, rights, kind)
     return out
 
 
 def gate_products_backward(grad: Tensor, products: Pair, lefts: Pair, rights: Pair, kind: str) -> Pair:
     """Gradients of `gate_products` with respect to both products, each (rows, columns), for `grad` of that shape."""
     found = torch.empty_like(products[0]), torch.empty_like(products[1])
-    _launch(_gate_tile_backward, (grad, *found), products, lefts, rights, kind)
+    _launch((grad, *found), products, lefts, rights, kind)
     return found
 
 
-def _launch(kernel, first: tuple[Tensor, ...], products: Pair, lefts: Pair, rights: Pair, kind: str) -> None:
+def _launch(first: tuple[Tensor | None, ...], products: Pair, lefts: Pair, rights: Pair, kind: str) -> None:
     rows, columns = products[0].shape
     rank = rights[0].shape[1]
     with torch.cuda.device_of(products[0]):
-        kernel[(triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))](
+        _gate_tile[(triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))](
             *first,
             *products,
             *lefts,
