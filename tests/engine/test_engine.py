@@ -357,16 +357,7 @@ def test_an_engine_that_ran_out_of_memory_recomputes_more_until_nothing_is_left(
     engine = install(model, events=(events := []))
     assert not engine.reduce_memory()  # nothing is planned on the CPU
     mebi = 2**20
-    needs = StepNeeds(
-        layers=2,
-        kept_bytes=300 * mebi,
-        peak_bytes=300 * mebi,
-        hidden_bytes=mebi,
-        optimizer_bytes=0,
-        dense_bytes=0,
-        largest_dense_bytes=0,
-        embedding_bytes=0,
-    )
+    needs = StepNeeds(layers=2, kept_bytes=300 * mebi, peak_bytes=300 * mebi, hidden_bytes=mebi)
     engine.planner = StepPlanner(
         StepSettings(offload_activations=False, offload_embeddings=False, resident_weights=False), 128
     )

@@ -55,9 +55,7 @@ class LayerPlan:
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:
     """The decoder's blocks: its longest list of modules."""
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
-    longest = max(lists, key=len, default=nn.ModuleList())
-    return list(longest)
+    return max((list(m) for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=len, default=[])
 
 
 def _run(layer: Any, args: tuple, kwargs: dict) -> Any:
@@ -226,11 +224,7 @@ def runs_better_plainly(first: nn.Module, call: LayerCall, compiled_bytes_a_toke
     Its input needs no gradient, so that run plainly it leaves out what only leads there: where adapters are on the
     attention alone and the MLP stands beside it, all of the MLP's backward pass. (Compiled, it would be compiled a
     second time.) Elsewhere little is left out, and plain operations are slower.
-
-    Args:
-        first: The first layer.
-        call: With which it is called.
-        compiled_bytes_a_token: What a compiled layer keeps for its backward pass.
+    `compiled_bytes_a_token` is what a compiled layer keeps for its backward pass.
     """
     whole, rest = (saved_bytes_a_token(first, call, input_gradient=wanted) for wanted in (True, False))
     return rest <= min(MOSTLY_LEFT_OUT * whole, compiled_bytes_a_token)

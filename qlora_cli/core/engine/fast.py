@@ -24,9 +24,9 @@ from qlora_cli.core.engine.decoder_layers import (
     skip_unused_outputs,
 )
 from qlora_cli.core.engine.fsdp import is_sharded
-from qlora_cli.core.engine.gated_mlp import fuse_gates, gated_unit_of, share_projections
+from qlora_cli.core.engine.gated_mlp import GatedUnit, fuse_gates, share_projections
 from qlora_cli.core.engine.lm_head import find_decoder, find_head, trained_positions
-from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears, fast_linear_of, replace_forward
+from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues, FastLinear, FusedLinears, replace_forward
 from qlora_cli.core.engine.memory_plan import (
     SLICE_BYTES,
     MemoryPlan,
@@ -70,6 +70,7 @@ class FastEngine:
         report: Report,
     ) -> None:
         self.model, self.device, self.report = model, device, report
+        self.on_cuda = device.type == "cuda"
         self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
         self.embeddings = InputEmbeddings(self.base, device, report)
@@ -96,14 +97,14 @@ class FastEngine:
         """Puts one part in place after the other, in the order in which the next is tried out on what is there by then:
         linears, on which trial packs find the head and whether attention packs rows exactly; decoder layers, of which
         one is measured as it will run; the plan that follows from it; graphs of steps that run by that plan."""
-        on_cuda = self.device.type == "cuda"
         if self.sharded:
             if settings.compile:
                 self.report(Notice("The layers of a sharded base are not compiled."))
             settings = settle_sharded(settings)
-        if not on_cuda and settings.resident_weights is None:
+        if not self.on_cuda and settings.resident_weights is None:
             settings = replace(settings, resident_weights=keeps_resident_on_cpu(self.linears.dense_bytes))
-        if on_cuda and settings.offload_embeddings is not False and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
+        embeddings_may_move = self.on_cuda and settings.offload_embeddings is not False
+        if embeddings_may_move and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.move_to_host()
         self._fuse_linears(bool(settings.resident_weights))
         self.head = find_head(self.base, self.decoder, self.trials.inputs(HEAD_TRIAL_TOKENS))
@@ -111,10 +112,12 @@ class FastEngine:
             self.report(Notice("The output head is not a plain one; logits are held in full."))
         self._install_attention()
         self._swap_layers()
-        self.compiled = on_cuda and self.packed and self._compiling_pays(settings.compile, total_steps)
+        self.compiled = self.on_cuda and self.packed and self._compiling_pays(settings.compile, total_steps)
         self._share_projections()
         plan = plan_as_asked(settings, len(self.layers), resident_weights=bool(settings.resident_weights))
-        if on_cuda and self.layers and not self.sharded:  # a layer by itself is not measured where all ranks gather it
+        if (
+            self.on_cuda and self.layers and not self.sharded
+        ):  # where all ranks gather a layer none is measured by itself
             self.planner = StepPlanner(settings, self.largest_tokens)
             plan = self._plan(self.planner, optimizer_bytes)
         for layer_plan in self.layer_plans:
@@ -128,8 +131,7 @@ class FastEngine:
 
     def _fuse_linears(self, resident: bool) -> None:
         """Trials on a card run on weights in slices: there may be no room for a whole one."""
-        on_cuda = self.device.type == "cuda"
-        self.linears.fuse(resident=resident and not on_cuda, workspace_bytes=SLICE_BYTES if on_cuda else None)
+        self.linears.fuse(resident=resident and not self.on_cuda, workspace_bytes=SLICE_BYTES if self.on_cuda else None)
         kept = self.linears.kept
         if kept and self.sharded:
             raise UsageError(
@@ -161,7 +163,7 @@ class FastEngine:
         """Has steps replayed as graphs, which read no trained embeddings or head, as these lie outside of them, and
         repeat no random numbers."""
         still = self.head is not None and self.head.frozen and self.embeddings.frozen and not self.dropout
-        if self.device.type != "cuda" or not (self.packed and self.layers and still) or self.sharded:
+        if not self.on_cuda or not (self.packed and self.layers and still) or self.sharded:
             return
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.graphs = StepGraphs(
@@ -172,7 +174,6 @@ class FastEngine:
     def _apply(self, plan: MemoryPlan) -> None:
         """Runs steps from now on as planned."""
         self.plan = plan
-        on_cuda = self.device.type == "cuda"
         self._release_values()
         if plan.resident_weights != self.linears.resident:
             self.linears.fuse(resident=plan.resident_weights, workspace_bytes=plan.workspace_bytes)
@@ -180,7 +181,7 @@ class FastEngine:
         self.linears.set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings:
             self.embeddings.move_to_host()
-        offloads = on_cuda and (plan.offload_activations or plan.sent)
+        offloads = self.on_cuda and (plan.offload_activations or plan.sent)
         self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
         if plan.recomputed and self.calls:
             plainly = replace(plan, recomputed=0, sent=0, offload_activations=False)  # as trials run layers
@@ -189,11 +190,11 @@ class FastEngine:
         planner = self.planner
         self.plan_by_tokens = cache(lambda tokens: plan if planner is None else planner.for_tokens(plan, tokens))
         self._set_layers(plan)
-        if on_cuda:
+        if self.on_cuda:
             torch.cuda.empty_cache()
-        if self.planner is not None and self.planner.adapts and plan.frees_activations:
+        if planner is not None and planner.adapts and plan.frees_activations:
             with suppress(torch.OutOfMemoryError):  # then each weight has a tensor of its own
-                self.buffer = reserve_values(self.device, plan.values_bytes(self.planner.needs.largest_dense_bytes))
+                self.buffer = reserve_values(self.device, plan.values_bytes(planner.needs.largest_dense_bytes))
 
     def _share_projections(self) -> None:
         """In compiled layers, linears with the same input have one projection; not in layers that are recomputed,
@@ -204,9 +205,10 @@ class FastEngine:
             share_projections(modules, self.trials.run)
             self.put_gates_back = fuse_gates(modules)
         for layer_plan, layer in zip(self.layer_plans, self.layers, strict=True):
-            shared = (fast.shared for m in layer.modules() if (fast := fast_linear_of(m)) and fast.shared)
-            layer_plan.shared = tuple({id(s): s for s in shared}.values())
-            layer_plan.gates = tuple(unit for m in layer.modules() if (unit := gated_unit_of(m)))
+            states = [getattr(module, ATTRIBUTE, None) for module in layer.modules()]
+            shared = (s.shared for s in states if isinstance(s, FastLinear) and s.shared is not None)
+            layer_plan.shared = tuple(dict.fromkeys(shared))
+            layer_plan.gates = tuple(s for s in states if isinstance(s, GatedUnit))
 
     def _release_values(self) -> None:
         self.buffer = reserve_values(self.device, 0)

@@ -72,15 +72,8 @@ def is_sharded(model: nn.Module) -> bool:
 def shard_base(
     base: Any, decoder: nn.Module, layers: list[nn.Module], shards: WeightShards, device: torch.device
 ) -> None:
-    """Hands a base, of which each rank has loaded its shard, over to FSDP2, in place.
-
-    Args:
-        base: The causal language model, an adapter attached or not.
-        decoder: The part below its head.
-        layers: The decoder's layers, each gathered as a whole.
-        shards: With which it was loaded.
-        device: Where it computes.
-    """
+    """Hands a causal language model, an adapter attached or not, of which each rank has loaded its shard, over to FSDP2,
+    in place. Each of the decoder's `layers` is gathered as a whole."""
     for parameter in base.parameters():
         if parameter.requires_grad and parameter.device != device:
             parameter.data = parameter.data.to(device)  # an adapter goes where its layer's shard is

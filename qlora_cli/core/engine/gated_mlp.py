@@ -78,14 +78,8 @@ def share_projections(modules: Iterable[nn.Module], run: Callable[[], Any]) -> N
 
 def fuse_gates(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Gives gated MLPs whose two linears share a projection the fused form; returns what puts them back."""
-    units = {module: _gated_unit(module) for module in modules}
-    return replace_forward({module: unit for module, unit in units.items() if unit is not None}, _forward)
-
-
-def gated_unit_of(module: nn.Module) -> GatedUnit | None:
-    """The fused form of an MLP instance; None for any other module."""
-    state = getattr(module, ATTRIBUTE, None)
-    return state if isinstance(state, GatedUnit) else None
+    units = {module: unit for module in modules if (unit := _gated_unit(module)) is not None}
+    return replace_forward(units, _forward)
 
 
 def gated_mlp_kind(module: Any) -> str | None:

@@ -117,6 +117,6 @@ def trained_positions(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     # The k-th trained place is written to place k of the result, every other one to the place past its end.
     order = torch.where(trained, trained.cumsum(0) - 1, count)
     last = order.numel() - 1  # never trained: nothing follows it
-    positions = order.new_full((count + 1,), last).scatter_(0, order, torch.arange(last + 1, device=order.device))
-    positions = positions[:count]
+    places = torch.arange(last + 1, device=order.device)
+    positions = order.new_full((count + 1,), last).scatter_(0, order, places)[:count]
     return positions, targets[positions]

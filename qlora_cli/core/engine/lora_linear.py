@@ -43,12 +43,8 @@ def replace_forward(modules: Mapping[nn.Module, Any], forward: Callable) -> Call
 
 
 class StepState:
-    """What the layers of one engine share: dropout seeds of the micro-batch, and whether a pass is a repetition.
-
-    Args:
-        device: Where the seeds are read.
-        linears: Linear layers, each of which has a seed of its own.
-    """
+    """What the layers of one engine share: dropout seeds of the micro-batch, one for each of its linears on the device,
+    and whether a pass is a repetition."""
 
     def __init__(self, device: torch.device, linears: int) -> None:
         # At one place for good, where compiled code and CUDA graphs read them.
@@ -217,13 +213,8 @@ def adapter_is_active(module: Any, name: str | None) -> bool:
 
 
 def frozen_weight(module: nn.Module, dtype: torch.dtype, *, resident: bool) -> FrozenWeight | None:
-    """The raw tensors of a frozen linear layer; None when it is not one, or is stored in a way not covered.
-
-    Args:
-        module: A 4-bit linear of bitsandbytes, or an nn.Linear in `dtype`.
-        dtype: The compute dtype.
-        resident: Keep the dequantised values rather than the packed ones.
-    """
+    """The raw tensors of a frozen linear layer, a 4-bit one of bitsandbytes or an nn.Linear in `dtype`; None when it is
+    not one, or is stored in a way not covered. `resident` has the dequantised values kept, not the packed ones."""
     weight: Any = getattr(module, "weight", None)
     if weight is None or weight.requires_grad:
         return None
@@ -283,9 +274,10 @@ def fast_linear(
     return fast
 
 
-def linear_candidates(model: nn.Module, excluded: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+def linear_candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers, adapted ones as a whole, except the head and whatever is inside an adapted one."""
-    inside: set[int] = {id(child) for child in excluded.modules()} if excluded is not None else set()
+    head = model.get_output_embeddings()
+    inside = {id(child) for child in head.modules()} if head is not None else set()
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
@@ -300,11 +292,6 @@ def linear_candidates(model: nn.Module, excluded: nn.Module | None) -> Iterator[
 class FusedLinears:
     """The linear layers of one model instance, as far as they compute through the fused op.
 
-    Args:
-        model: The causal language model, whose head is left out.
-        values: The adapters' values, one copy for all layers.
-        device: Where it computes.
-
     Attributes:
         step: What the layers share while a step runs.
         fused: The layers that do.
@@ -316,7 +303,7 @@ class FusedLinears:
 
     def __init__(self, model: Any, values: AdapterValues, device: torch.device) -> None:
         self.values = values
-        self.candidates = list(linear_candidates(model, model.get_output_embeddings()))
+        self.candidates = list(linear_candidates(model))
         self.step = StepState(device, len(self.candidates))
         self.fused: list[FastLinear] = []
         self.kept: list[str] = []

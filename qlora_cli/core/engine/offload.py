@@ -28,7 +28,7 @@ class _Away:
         self.offload, self.layer = offload, layer
         self.on_device: Tensor | None = tensor
         self.strides = tensor.stride()  # compiled code relies on them
-        self.bytes = tensor.numel() * tensor.element_size()
+        self.bytes = tensor.nbytes
         self.buffer = offload.borrow(self.bytes)
         self.host = self.buffer[: self.bytes].view(tensor.dtype).view(tensor.shape)
         self.fetched: Any = None
@@ -127,14 +127,13 @@ class ActivationOffload:
         seen: dict[tuple, _Away] = {}
 
         def pack(tensor: Tensor) -> Tensor | _Away:
-            bytes_ = tensor.numel() * tensor.element_size()
             storage = tensor.untyped_storage().data_ptr()
             # A gathered weight has no fixed address, and is gone before a copy of it would be done: its bytes, and the
             # constants in a row of their own, which no activation is.
             weight = storage in self.persistent or tensor.dtype == torch.uint8 or tensor.dim() == 1
             elsewhere = tensor.device.type != self.device.type
             repeated = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            if elsewhere or bytes_ < self.smallest_bytes or repeated or weight:
+            if elsewhere or tensor.nbytes < self.smallest_bytes or repeated or weight:
                 return tensor
             # One tensor saved by several operations travels once. `seen` keeps it alive, so addresses are not reused.
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
@@ -201,12 +200,7 @@ def link_bytes_per_second(device: torch.device) -> float:
 
 
 class InputEmbeddings:
-    """The input embeddings of a model that an engine runs.
-
-    Args:
-        base: The causal language model.
-        device: Where it computes.
-        report: Receives a notice when there is no room any more to put the table back.
+    """The input embeddings of a causal language model that computes on `device`.
 
     Attributes:
         on_host: Whether the table waits on the host.
@@ -226,12 +220,11 @@ class InputEmbeddings:
 
     def movable_bytes(self) -> int:
         """Of the table on the device; 0 where it must stay: tied to the head, adapted or trained."""
-        weight = getattr(self.module, "weight", None)
-        if type(self.module) is not nn.Embedding or weight is None or weight.requires_grad or self.on_host:
+        if type(self.module) is not nn.Embedding or self.on_host:
             return 0
-        if self.head is not None and getattr(self.head, "weight", None) is weight:
-            return 0
-        return weight.numel() * weight.element_size()
+        weight = self.module.weight
+        tied = getattr(self.head, "weight", None) is weight
+        return 0 if tied or weight.requires_grad else weight.nbytes
 
     def move_to_host(self) -> None:
         """Moves the table to the host, where it may."""
