@@ -140,15 +140,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward` after `project` with respect to x, A and B, or x, `projected` and B.
 
+    What is not described is as it was given to these two, dropout with the same seed.
+
     Args:
         grad: (..., out), the gradient of the output.
         x: Their input; None for a layer without an adapter, or with one whose projection is an input of its own.
-        projected: From `project`.
-        weight: As in `forward`.
-        lora_a: As in `project`; None where x is.
-        lora_b: As in `forward`.
-        dropout: As in `project`, with the same seed.
-        options: Scaling and workspace.
+        lora_a: None where x is.
         needs_x: Whether the gradient of x is wanted.
         adapter_dtype: Dtype of the gradients of A and B.
 

@@ -147,10 +147,7 @@ class FastLinear:
 
     Attributes:
         weight: The frozen weight, or what gives it while it is gathered from all ranks.
-        bias: (out,) in the compute dtype, or None.
-        dtype: The compute dtype.
-        step: Shared by the engine's layers.
-        options: Scaling and workspace.
+        bias: (out,) in the compute dtype `dtype`, or None.
         seed: int64 scalar of the layer's own, so that layers drop different places.
         adapter: Name of the covered adapter; None for a layer without one.
         a: (rank, in) parameter.
