@@ -26,7 +26,7 @@ import torch
 
 from qlora_cli.kernels.decode import attention as decode_attention
 from qlora_cli.kernels.decode import gemv
-from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
+from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, Tiling
 from qlora_cli.kernels.decode.pointwise import rms_norm, rotate
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -59,9 +59,10 @@ def make_stack(rows: int, columns: int, count: int, rank: int = 16):
     dense = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02
     packed, state = bnb_functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
     second = state.state2
-    weight = StackedWeight(
+    weight = FrozenWeight(
         rows,
         columns,
+        None,
         packed.flatten(),
         state.absmax,
         state.code,
@@ -79,9 +80,9 @@ def make_stack(rows: int, columns: int, count: int, rank: int = 16):
     return weight, adapter, packed, state
 
 
-def bytes_of(weight: StackedWeight, adapter: StackedAdapter | None) -> int:
+def bytes_of(weight: FrozenWeight, adapter: StackedAdapter | None) -> int:
     """What one product has to read."""
-    tensors = [weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset]
+    tensors = [weight.packed, weight.absmax, weight.nested_absmax, weight.offset]
     tensors += [adapter.a, adapter.b] if adapter is not None else []
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -243,7 +244,7 @@ def sweep(tokens_list, tilings) -> None:
                 )
                 note(f"{name} x{tokens} bitsandbytes us", theirs * 1e6)
             if tokens >= 16:
-                frozen = [FrozenWeight(w.rows, w.columns, None, *w[2:7], s.offset) for w, _, _, s in stacks]
+                frozen = [w._replace(offset=s.offset) for w, _, _, s in stacks]
                 whole = graph_seconds([lambda f=f, x=x: x @ f.values(x.dtype).t() for f in frozen])
                 note(f"{name} x{tokens} dequantised whole us", whole * 1e6)
         del stacks

@@ -30,9 +30,9 @@ NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row",
 NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units", "size"}
 NUMBERS |= {"right_parts", "left_parts", "right_elements", "left_elements"}
 NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
-PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
-FEW = {**PRODUCT, "RANK_ROOM": 16, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
-LANES = {**PRODUCT, "ROOM": 16, "PARTS": 8, "WARPS": 8, "WHOLE": False}
+PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "ROOM": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
+FEW = {**PRODUCT, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
+LANES = {**PRODUCT, "PARTS": 8, "WARPS": 8, "WHOLE": False}
 GATE_TILE = {"ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS}
 CASES = [
     (gemv_lanes.multiply_lanes, {**LANES, "TILES": 1, "EIGHTS": 1, "AHEAD": True, "OVERLAP": True, "KIND": "bf16"}, 8),

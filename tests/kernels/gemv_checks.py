@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from qlora_cli.kernels.decode import gemv
-from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, StackedWeight, Tiling
+from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, Tiling
+from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU_ONLY = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cuts to bfloat16 where the GPU rounds")
@@ -25,11 +26,11 @@ def stack(row_counts, columns, *, quant_type="nf4", nested=True, dtype=torch.flo
         statistics = {
             "nested_absmax": torch.cat([s.absmax for s in second]),
             "nested_code": second[0].code,
-            "nested_offset": torch.cat(
+            "offset": torch.cat(
                 [state.offset.expand(s.absmax.numel()) for (_, state), s in zip(parts, second, strict=True)]
             ),
         }
-    weight = StackedWeight(
+    weight = FrozenWeight(
         rows=sum(row_counts),
         columns=columns,
         packed=torch.cat([packed for packed, _ in parts]),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qlora_cli.core.engine.lora_linear import group_by_input, is_adapted, is_plain_lora
 from qlora_cli.core.models.quantization import is_4bit
 from qlora_cli.kernels import lora_products
-from qlora_cli.kernels.decode.gemv import MAX_TOKENS, ROW_UNIT, StackedAdapter, StackedWeight, multiply
+from qlora_cli.kernels.decode.gemv import MAX_TOKENS, ROW_UNIT, StackedAdapter, multiply
 from qlora_cli.kernels.weights import FrozenWeight
 
 MOST_VALUES = 2**29  # bytes of a stack's dequantised values at once; GPT-NeoX-20B's largest weight has 0.3 GB
@@ -98,15 +98,18 @@ def _may_stack(sites: list[Site]) -> bool:
     return True
 
 
-def _concatenate(tensors: list[Tensor]) -> Tensor:
-    """One flat tensor of all; the same memory when they lie one after another already."""
-    flat = [tensor.detach().view(-1) for tensor in tensors]
-    end = flat[0].data_ptr()
+def _concatenate(tensors: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One flat tensor of all, and the part of each in it; the same memory when they lie one after another already."""
+    flat = [tensor.detach().as_subclass(Tensor).view(-1) for tensor in tensors]
+    sizes, end = [tensor.numel() for tensor in flat], flat[0].data_ptr()
     for tensor in flat:
         if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != flat[0].untyped_storage().data_ptr():
-            return torch.cat(flat)
+            whole = torch.cat(flat)
+            break
         end += tensor.numel() * tensor.element_size()
-    return flat[0].as_strided((sum(tensor.numel() for tensor in flat),), (1,))
+    else:
+        whole = flat[0].as_strided((sum(sizes),), (1,))
+    return whole, whole.split(sizes)
 
 
 class Stack:
@@ -118,7 +121,7 @@ class Stack:
 
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
-        self.dtype = sites[0].base.compute_dtype
+        self.dtype, self.device = sites[0].base.compute_dtype, sites[0].base.weight.device
         self.rank = max(site.largest_rank() for site in sites)
         self.weight = self._stack_weights()
         self.bias = self._stack_biases()
@@ -126,62 +129,38 @@ class Stack:
         self._starts = [0]
         for site in sites:
             self._starts.append(self._starts[-1] + site.shape[0])
-        self._frozen = self._as_frozen()
         self._adapted = self._divide()
         self._last: tuple[Tensor, Tensor] | None = None  # the input that was multiplied, and the product
         self.refresh()
 
-    def _stack_weights(self) -> StackedWeight:
+    def _stack_weights(self) -> FrozenWeight:
+        """The sites' weights as one, whose parts take the place of their own."""
         states = [site.state for site in self.sites]
-        packed = _concatenate([site.base.weight.data for site in self.sites])
-        absmax = _concatenate([state.absmax for state in states])
-        at_byte = at_block = at_outer = 0
+        packed, parts = _concatenate([site.base.weight.data for site in self.sites])
+        for site, part in zip(self.sites, parts, strict=True):
+            site.base.weight.data = part.view(site.base.weight.data.shape)
+        absmax, parts = _concatenate([state.absmax for state in states])
+        for state, part in zip(states, parts, strict=True):
+            state.absmax = part
         nested: dict[str, Any] = {}
         if states[0].nested:
-            nested_absmax = _concatenate([state.state2.absmax for state in states])
-            offsets = [state.offset.float().expand(state.state2.absmax.numel()) for state in states]
+            nested_absmax, parts = _concatenate([state.state2.absmax for state in states])
+            for state, part in zip(states, parts, strict=True):
+                state.state2.absmax = part
             nested = {
                 "nested_absmax": nested_absmax,
                 "nested_code": states[0].state2.code,
-                "nested_offset": torch.cat(offsets).contiguous(),
+                "offset": torch.cat([state.offset.float().expand(state.state2.absmax.numel()) for state in states]),
                 "nested_blocksize": states[0].state2.blocksize,
             }
-        for site in self.sites:
-            state, weight = site.state, site.base.weight
-            count = weight.data.numel()
-            weight.data = packed[at_byte : at_byte + count].view(weight.data.shape)
-            at_byte += count
-            blocks = state.absmax.numel()
-            state.absmax = absmax[at_block : at_block + blocks]
-            at_block += blocks
-            if state.nested:
-                outer = state.state2.absmax.numel()
-                state.state2.absmax = nested["nested_absmax"][at_outer : at_outer + outer]
-                at_outer += outer
-        return StackedWeight(
+        return FrozenWeight(
             rows=sum(site.shape[0] for site in self.sites),
             columns=self.sites[0].shape[1],
-            packed=packed,
+            packed=packed.view(torch.uint8),
             absmax=absmax,
             code=states[0].code,
             blocksize=states[0].blocksize,
             **nested,
-        )
-
-    def _as_frozen(self) -> FrozenWeight:
-        """The stack as one weight to dequantise."""
-        weight = self.weight
-        return FrozenWeight(
-            rows=weight.rows,
-            columns=weight.columns,
-            packed=weight.packed.as_subclass(Tensor).view(torch.uint8),
-            absmax=weight.absmax,
-            code=weight.code,
-            nested_absmax=weight.nested_absmax,
-            nested_code=weight.nested_code,
-            offset=weight.nested_offset,
-            blocksize=weight.blocksize,
-            nested_blocksize=weight.nested_blocksize,
         )
 
     def _divide(self) -> list[tuple[slice, slice, Tensor, Tensor]]:
@@ -200,7 +179,7 @@ class Stack:
         if all(bias is None for bias in biases):
             return None
         parts = [
-            torch.zeros(site.shape[0], dtype=self.dtype, device=self.weight.packed.device)
+            torch.zeros(site.shape[0], dtype=self.dtype, device=self.device)
             if bias is None
             else bias.detach().to(self.dtype)
             for site, bias in zip(self.sites, biases, strict=True)
@@ -208,7 +187,7 @@ class Stack:
         return torch.cat(parts)
 
     def _allocate_adapter(self) -> StackedAdapter:
-        device, count = self.weight.packed.device, len(self.sites)
+        device, count = self.device, len(self.sites)
         first_rank = [
             number * self.rank for number, site in enumerate(self.sites) for _ in range(-(-site.shape[0] // ROW_UNIT))
         ]
@@ -251,7 +230,7 @@ class Stack:
 
     def _product_of_many(self, flat: Tensor) -> Tensor:
         """Dequantised once and multiplied, as in training; (tokens, rows) of all sites."""
-        y = lora_products.forward(flat, self._frozen, self.bias, None, None, MOST_VALUES)
+        y = lora_products.forward(flat, self.weight, self.bias, None, None, MOST_VALUES)
         if self.adapter is not None:
             projected = flat @ self.adapter.a.t()  # (tokens, ranks)
             for rows, ranks, b, scale in self._adapted:

@@ -13,39 +13,12 @@ import triton
 from torch import Tensor
 
 from qlora_cli.kernels.decode import gemv_lanes, gemv_programs
+from qlora_cli.kernels.weights import FrozenWeight
 
 MAX_TOKENS = 64  # rows of activations; more are better dequantised once and multiplied as usual
 LANE_TOKENS = 16  # up to which `multiply_lanes` is the quicker program
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # what tensor cores call them
 PROJECT_COLUMNS = 512  # columns of A a program of `project` sums over
-
-
-class StackedWeight(NamedTuple):
-    """Weights of the same input, one below the other, in bitsandbytes' 4-bit format.
-
-    Attributes:
-        rows: out features, all together.
-        columns: in features, a multiple of the blocksize.
-        packed: uint8 (rows * columns / 2,), the high nibble first.
-        absmax: fp32 (blocks,), or uint8 codes when nested.
-        code: fp32 (16,).
-        nested_absmax: fp32 (blocks / nested_blocksize,), or None.
-        nested_code: fp32 (256,), or None.
-        nested_offset: fp32, like `nested_absmax`: each weight has an offset of its own; or None.
-        blocksize: Values that share a scale.
-        nested_blocksize: Scales that share a nested scale.
-    """
-
-    rows: int
-    columns: int
-    packed: Tensor
-    absmax: Tensor
-    code: Tensor
-    nested_absmax: Tensor | None = None
-    nested_code: Tensor | None = None
-    nested_offset: Tensor | None = None
-    blocksize: int = 64
-    nested_blocksize: int = 256
 
 
 class StackedAdapter(NamedTuple):
@@ -111,7 +84,7 @@ def _overlaps(device: torch.device) -> bool:
     return _multiprocessors(device) > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def takes_lanes(x: Tensor, weight: StackedWeight) -> bool:
+def takes_lanes(x: Tensor, weight: FrozenWeight) -> bool:
     """Whether a product is computed by `multiply_lanes`, and not by the portable program."""
     fit = x.shape[0] <= LANE_TOKENS and x.dtype in KINDS and weight.blocksize == 64
     return fit and _multiprocessors(x.device) > 0
@@ -152,7 +125,7 @@ def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
 
 def multiply(
     x: Tensor,
-    weight: StackedWeight,
+    weight: FrozenWeight,
     adapter: StackedAdapter | None = None,
     bias: Tensor | None = None,
     *,
@@ -166,7 +139,8 @@ def multiply(
 
     Args:
         x: (tokens, columns), contiguous, at most MAX_TOKENS tokens.
-        weight: The stack.
+        weight: 4-bit weights, one below the other, each starting with a nested scale and with an offset for each of its
+            nested scales; columns are a multiple of the blocksize.
         adapter: Of the stack; `a` and `b` in the dtype of x.
         bias: (rows,) or None.
         tiling: How `multiply_lanes` divides its work; None for what is known to be fast.
@@ -182,114 +156,82 @@ def multiply(
     tokens, columns = x.shape
     if columns != weight.columns or columns % weight.blocksize or tokens > MAX_TOKENS or not x.is_contiguous():
         raise ValueError(f"{tuple(x.shape)} activations do not suit a ({weight.rows}, {weight.columns}) stack")
+    assert weight.packed is not None
     y = torch.empty(tokens, weight.rows, dtype=x.dtype, device=x.device)
-    if not takes_lanes(x, weight):
-        _multiply_portably(x, weight, adapter, bias, y, x.is_cuda if shuffle is None else shuffle)
-        return y
-    if x.data_ptr() % 16:
+    lanes = takes_lanes(x, weight)
+    if lanes and x.data_ptr() % 16:
         x = x.clone()  # loads are of 16 bytes
-    _multiply_lanes(x, weight, adapter, bias, y, tiling)
+    projected = b = first_rank = None
+    ranks = parts = rank = 0
+    if adapter is not None:
+        projected, b, first_rank = project(x, adapter), adapter.b, adapter.first_rank
+        ranks, parts, rank = adapter.a.shape[0], projected.shape[0], b.shape[1]
+    packed = weight.packed.view(torch.int64 if lanes else torch.int32)
+    statistics = (weight.absmax, weight.code, weight.nested_absmax, weight.nested_code, weight.offset)
+    operands = (x, packed, *statistics, projected, b, first_rank, bias, y, tokens, weight.rows)
+    constants = {
+        "NESTED_BLOCKSIZE": weight.nested_blocksize if weight.nested_absmax is not None else 0,
+        "RANK": rank,
+        "ROOM": max(16, triton.next_power_of_2(rank)),
+        "HAS_BIAS": bias is not None,
+        "ROW_UNIT": ROW_UNIT,
+    }
+    with torch.cuda.device_of(x):
+        if lanes:
+            tiling = tiling or choose_tiling(tokens, weight.rows, columns)
+            _multiply_lanes(x, weight, operands, ranks, parts, constants, tiling)
+        else:
+            shuffle = x.is_cuda if shuffle is None else shuffle
+            _multiply_portably(x, weight, operands, ranks, parts, constants, shuffle)
     return y
 
 
 def _multiply_lanes(
-    x: Tensor,
-    weight: StackedWeight,
-    adapter: StackedAdapter | None,
-    bias: Tensor | None,
-    y: Tensor,
-    tiling: Tiling | None,
+    x: Tensor, weight: FrozenWeight, operands: tuple, ranks: int, parts: int, constants: dict[str, int], tiling: Tiling
 ) -> None:
     tokens, columns = x.shape
-    tiling = tiling or choose_tiling(tokens, weight.rows, columns)
-    projected = project(x, adapter) if adapter is not None else None
-    parts = projected.shape[0] if projected is not None else 0
-    rank, ranks = (adapter.b.shape[1], adapter.a.shape[0]) if adapter is not None else (0, 0)
     units = triton.cdiv(weight.rows, 16 * tiling.tiles)
     programs = min(units, _multiprocessors(x.device) * tiling.resident)
     row_blocks = columns // weight.blocksize
-    overlap = projected is not None and _overlaps(x.device)
-    with torch.cuda.device_of(x):
-        gemv_lanes.multiply_lanes[(programs,)](
-            x,
-            weight.packed.view(torch.int64),
-            weight.absmax,
-            weight.code,
-            weight.nested_absmax,
-            weight.nested_code,
-            weight.nested_offset,
-            projected,
-            adapter.b if adapter is not None else None,
-            adapter.first_rank if adapter is not None else None,
-            bias,
-            y,
-            tokens,
-            weight.rows,
-            row_blocks,
-            ranks,
-            parts,
-            units,
-            NESTED_BLOCKSIZE=weight.nested_blocksize if weight.nested_absmax is not None else 0,
-            RANK=rank,
-            ROOM=max(16, triton.next_power_of_2(rank)),
-            PARTS=triton.next_power_of_2(parts),
-            HAS_BIAS=bias is not None,
-            ROW_UNIT=ROW_UNIT,
-            TILES=tiling.tiles,
-            EIGHTS=triton.next_power_of_2(triton.cdiv(tokens, 8)),
-            WARPS=tiling.warps,
-            AHEAD=tiling.ahead,
-            WHOLE=row_blocks % 4 == 0 and weight.rows % (16 * tiling.tiles) == 0,
-            OVERLAP=overlap,
-            KIND=KINDS[x.dtype],
-            num_warps=tiling.warps,
-            maxnreg=tiling.registers,
-            launch_pdl=overlap,
-        )
+    overlap = parts > 0 and _overlaps(x.device)
+    gemv_lanes.multiply_lanes[(programs,)](
+        *operands,
+        row_blocks,
+        ranks,
+        parts,
+        units,
+        **constants,
+        PARTS=triton.next_power_of_2(parts),
+        TILES=tiling.tiles,
+        EIGHTS=triton.next_power_of_2(triton.cdiv(tokens, 8)),
+        WARPS=tiling.warps,
+        AHEAD=tiling.ahead,
+        WHOLE=row_blocks % 4 == 0 and weight.rows % (16 * tiling.tiles) == 0,
+        OVERLAP=overlap,
+        KIND=KINDS[x.dtype],
+        num_warps=tiling.warps,
+        maxnreg=tiling.registers,
+        launch_pdl=overlap,
+    )
 
 
 def _multiply_portably(
-    x: Tensor,
-    weight: StackedWeight,
-    adapter: StackedAdapter | None,
-    bias: Tensor | None,
-    y: Tensor,
-    shuffle: bool,
+    x: Tensor, weight: FrozenWeight, operands: tuple, ranks: int, parts: int, constants: dict[str, int], shuffle: bool
 ) -> None:
     tokens, columns = x.shape
-    projected = project(x, adapter) if adapter is not None else None
-    rank, ranks = (adapter.b.shape[1], adapter.a.shape[0]) if adapter is not None else (0, 0)
     rows = 32 if tokens <= 16 else 64
-    with torch.cuda.device_of(x):
-        # Rounding is that of a dequantisation only when no product of it is fused into a sum.
-        gemv_programs.multiply_few[(triton.cdiv(weight.rows, rows),)](
-            x,
-            weight.packed.view(torch.int32),
-            weight.absmax,
-            weight.code,
-            weight.nested_absmax,
-            weight.nested_code,
-            weight.nested_offset,
-            projected,
-            adapter.b if adapter is not None else None,
-            adapter.first_rank if adapter is not None else None,
-            bias,
-            y,
-            tokens,
-            weight.rows,
-            columns // 8,
-            ranks,
-            projected.shape[0] if projected is not None else 0,
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize if weight.nested_absmax is not None else 0,
-            RANK=rank,
-            RANK_ROOM=max(16, triton.next_power_of_2(rank)),
-            HAS_BIAS=bias is not None,
-            ROW_UNIT=ROW_UNIT,
-            TOKENS=max(16, triton.next_power_of_2(tokens)),
-            ROWS=rows,
-            BLOCKS=2,
-            SHUFFLE=shuffle,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    # Rounding is that of a dequantisation only when no product of it is fused into a sum.
+    gemv_programs.multiply_few[(triton.cdiv(weight.rows, rows),)](
+        *operands,
+        columns // 8,
+        ranks,
+        parts,
+        **constants,
+        BLOCKSIZE=weight.blocksize,
+        TOKENS=max(16, triton.next_power_of_2(tokens)),
+        ROWS=rows,
+        BLOCKS=2,
+        SHUFFLE=shuffle,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )

@@ -117,7 +117,7 @@ def multiply_few(
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     RANK: tl.constexpr,
-    RANK_ROOM: tl.constexpr,
+    ROOM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROW_UNIT: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -160,9 +160,9 @@ def multiply_few(
         weight = tl.reshape(tl.join(even, odd), (ROWS, BLOCKS * BLOCKSIZE))
         total = tl.dot(weight, values, total, input_precision="ieee")
     if RANK:
-        rank = tl.arange(0, RANK_ROOM)
+        rank = tl.arange(0, ROOM)
         start = tl.load(first_rank + tl.program_id(0) * ROWS // ROW_UNIT)
-        small = tl.zeros((TOKENS, RANK_ROOM), tl.float32)
+        small = tl.zeros((TOKENS, ROOM), tl.float32)
         for part in range(0, parts):
             at = (part * tokens + token[:, None]) * ranks + start + rank[None, :]
             small += tl.load(projected + at, mask=(token[:, None] < tokens) & (rank[None, :] < RANK), other=0.0)

@@ -26,34 +26,30 @@ def make_table(seed):
     )
 
 
+# An entry takes 128 bytes, 16 at a time: lanes next to each other start at different ones, and `xor` leads through all 8.
+STORE_PAIR = tl.constexpr(
+    """{
+    .reg .b32 row, at;
+    shl.b32 row, $2, 7;
+    add.u32 row, row, $1;
+    shl.b32 at, $2, 4;
+    and.b32 at, at, 112;
+    add.u32 at, at, row;
+    st.shared.v4.b32 [at], {$3, $3, $3, $3};
+    """
+    + "".join(
+        f"xor.b32 at, at, {apart};\nst.shared.v4.b32 [at], {{$3, $3, $3, $3}};\n"
+        for apart in (16, 48, 16, 112, 16, 48, 16)
+    )
+    + "mov.u32 $0, $1;\n}"
+)
+
+
 @triton.jit
 def store_pair(table, entry, pair):
-    """Writes an entry into all banks; lanes next to each other start at different ones."""
+    """Writes an entry into all banks."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 row, at;
-        shl.b32 row, $2, 7;
-        add.u32 row, row, $1;
-        shl.b32 at, $2, 4;
-        and.b32 at, at, 112;
-        add.u32 at, at, row;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 16;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 48;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 16;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 112;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 16;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 48;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        xor.b32 at, at, 16;
-        st.shared.v4.b32 [at], {$3, $3, $3, $3};
-        mov.u32 $0, $1;
-        }""",
+        STORE_PAIR,
         "=r,r,r,r",
         [table, entry, pair],
         dtype=tl.int32,
@@ -80,38 +76,22 @@ def own_bank(table):
     )
 
 
+EXPAND = tl.constexpr(
+    "{\n.reg .b32 low, high, a;\nmov.b64 {low, high}, $8;\n"
+    + "".join(
+        f"prmt.b32 a, {'high' if byte > 3 else 'low'}, 0, 0x444{byte % 4};\n"
+        f"mad.lo.u32 a, a, 128, $9;\nld.shared.b32 ${byte}, [a];\n"
+        for byte in range(8)
+    )
+    + "}"
+)
+
+
 @triton.jit
 def expand(words, bank):
-    """16 packed weights (64 bits) to 8 registers of two, in order."""
+    """16 packed weights (64 bits) to 8 registers of two, in order: each byte is an entry of the table."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high, a;
-        mov.b64 {low, high}, $8;
-        prmt.b32 a, low, 0, 0x4440;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $0, [a];
-        prmt.b32 a, low, 0, 0x4441;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $1, [a];
-        prmt.b32 a, low, 0, 0x4442;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $2, [a];
-        prmt.b32 a, low, 0, 0x4443;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $3, [a];
-        prmt.b32 a, high, 0, 0x4440;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $4, [a];
-        prmt.b32 a, high, 0, 0x4441;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $5, [a];
-        prmt.b32 a, high, 0, 0x4442;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $6, [a];
-        prmt.b32 a, high, 0, 0x4443;
-        mad.lo.u32 a, a, 128, $9;
-        ld.shared.b32 $7, [a];
-        }""",
+        EXPAND,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,r",
         [words, bank],
         dtype=(tl.int32,) * 8,

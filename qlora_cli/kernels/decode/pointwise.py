@@ -52,10 +52,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
     Returns:
         (..., size), contiguous, in the dtype of x.
     """
-    size = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = x.numel() // size
-    flat = x.reshape(rows, size)
+    flat, out = x.reshape(-1, x.shape[-1]), x.new_empty(x.shape)
+    rows, size = flat.shape
     with torch.cuda.device_of(x):
         _normalise[(rows,)](
             flat,
@@ -100,10 +98,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
     Returns:
         (..., size), contiguous, in the dtype of x.
     """
-    size = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = x.numel() // size
-    flat = x.reshape(rows, size)
+    flat, out = x.reshape(-1, x.shape[-1]), x.new_empty(x.shape)
+    rows, size = flat.shape
     with torch.cuda.device_of(x):
         _centre[(rows,)](
             flat,
@@ -170,7 +166,7 @@ def _rotate(
     tl.store(target + place, (first + second).to(mine.dtype), mask=used)
 
 
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of query and key in halves (https://arxiv.org/abs/2104.09864).
 
     Args:
@@ -178,7 +174,6 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
         key: (rows, key heads, tokens, size), likewise.
         cos: (rows or 1, tokens, rotated), contiguous; rotated is at most size.
         sin: Like `cos`.
-        unsqueeze_dim: 1, the only layout that is meant here.
 
     Returns:
         Both, contiguous, in their dtype.
@@ -187,11 +182,10 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
         ValueError: Another layout.
     """
     rows, heads, tokens, size = query.shape
-    if unsqueeze_dim != 1 or cos.shape[-2] != tokens or query.stride(-1) != 1 or key.stride(-1) != 1:
+    if cos.shape[-2] != tokens or query.stride(-1) != 1 or key.stride(-1) != 1:
         raise ValueError(f"query {tuple(query.shape)} and angles {tuple(cos.shape)} in a layout that is not known")
     key_heads = key.shape[1]
-    out_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    out_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    out_query, out_key = query.new_empty(query.shape), key.new_empty(key.shape)
     with torch.cuda.device_of(query):
         _rotate[(rows * tokens, heads + key_heads)](
             query,
@@ -241,10 +235,9 @@ def gate(x: Tensor, y: Tensor, kind: str) -> Tensor:
     Returns:
         (..., size), contiguous, in their dtype.
     """
-    size = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = x.numel() // size
-    x, y = x.reshape(rows, size), y.reshape(rows, size)
+    out = x.new_empty(x.shape)
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    rows, size = x.shape
     room = 1024 if rows < 16 else 4096
     with torch.cuda.device_of(x):
         _gate[(rows, triton.cdiv(size, room))](
