@@ -30,18 +30,19 @@ class FusedAttention:
 
     Attributes:
         usable: Whether it may be used; None before the trial.
+        agreed: Whether each layer of the trial agreed.
     """
 
     def __init__(self, model: Any) -> None:
         self.usable: bool | None = None if model._can_set_attn_implementation() else False
         self._configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
         self._own: dict[int, str] = {}
-        self._agreed: list[bool] = []
+        self.agreed: list[bool] = []
 
     @contextmanager
     def step(self, cache: StaticKVCache) -> Iterator[None]:
         """While it lasts, the model computes attention by this one."""
-        self._agreed = []
+        self.agreed = []
         self._own = {key: config._attn_implementation for key, config in self._configs.items()}
         cache.attention = self
         try:
@@ -52,7 +53,7 @@ class FusedAttention:
             for key, config in self._configs.items():
                 config._attn_implementation = self._own[key]
         if self.usable is None:
-            self.usable = bool(self._agreed) and all(self._agreed)
+            self.usable = bool(self.agreed) and all(self.agreed)
 
     def own_attention(self, module: nn.Module, *given: Any, **named: Any) -> tuple[Tensor, Any]:
         """What the model would compute by itself."""
@@ -61,10 +62,6 @@ class FusedAttention:
         )
         own = ALL_ATTENTION_FUNCTIONS.get_interface(self._own[id(module.config)], eager)
         return own(module, *given, **named)
-
-    def compare(self, found: Tensor, expected: Tensor) -> None:
-        """Notes whether a layer of the trial agrees."""
-        self._agreed.append(is_same(found, expected))
 
 
 def _decode(
@@ -101,7 +98,7 @@ def _decode(
     expected, weights = attention.own_attention(module, query, key, value, attention_mask, dropout=dropout, **own)
     strange = {name for name, given in named.items() if given is not None} - UNDERSTOOD
     alike = query.shape[-1] == layer.keys.shape[-1] == layer.values.shape[-1] and not strange
-    attention.compare(fused() if alike else expected[:0], expected)
+    attention.agreed.append(is_same(fused() if alike else expected[:0], expected))
     return expected, weights
 
 

@@ -80,12 +80,6 @@ class FastModel:
 class GraphDecoder(Decoder):
     """A `Decoder` whose steps are captured once and replayed.
 
-    Args:
-        fast: The model.
-        rows: Answers decoded at once.
-        capacity: Most tokens in a row.
-        sampling: How tokens are chosen.
-
     Attributes:
         graphs: Captured steps, by the positions that attention reads.
         reason: Why steps are not captured but launched one by one; None while they are captured.
@@ -168,9 +162,7 @@ class GraphDecoder(Decoder):
             tensor.copy_(old)
         try:
             graph, _ = capture(lambda: self._fused_step(length), self._pool)
-        except torch.OutOfMemoryError:
-            raise
-        except QloraError:
+        except (torch.OutOfMemoryError, QloraError):
             raise
         except RuntimeError as error:  # something in this architecture waits for the device
             torch.cuda.synchronize()

@@ -82,20 +82,14 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def _may_stack(sites: list[Site]) -> bool:
-    first = sites[0].state
+    kinds = set()
     for site in sites:
         state, (rows, columns) = site.state, site.shape
         unit = state.blocksize * (state.state2.blocksize if state.nested else 1)
-        alike = (
-            columns == first.shape[1]
-            and state.blocksize == first.blocksize
-            and state.nested == first.nested
-            and state.quant_type == first.quant_type
-            and site.base.compute_dtype == sites[0].base.compute_dtype
-        )
-        if not alike or rows % ROW_UNIT or rows * columns % unit:
+        if rows % ROW_UNIT or rows * columns % unit:
             return False
-    return True
+        kinds.add((columns, state.blocksize, state.nested, state.quant_type, site.base.compute_dtype))
+    return len(kinds) == 1
 
 
 def _concatenate(tensors: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -130,7 +124,7 @@ class Stack:
         for site in sites:
             self._starts.append(self._starts[-1] + site.shape[0])
         self._adapted = self._divide()
-        self._last: tuple[Tensor, Tensor] | None = None  # the input that was multiplied, and the product
+        self.last: tuple[Tensor, Tensor] | None = None  # the input that was multiplied, and the product
         self.refresh()
 
     def _stack_weights(self) -> FrozenWeight:
@@ -216,16 +210,16 @@ class Stack:
 
     def product(self, number: int, x: Tensor) -> Tensor:
         """What the module of the site of this number returns for x, (..., in) to (..., out)."""
-        if self._last is None or self._last[0] is not x:
-            self._last = None  # not two of them at once
+        if self.last is None or self.last[0] is not x:
+            self.last = None  # not two of them at once
             flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
             if flat.shape[0] > MAX_TOKENS:
-                self._last = (x, self._product_of_many(flat))
+                self.last = (x, self._product_of_many(flat))
             else:
-                self._last = (x, multiply(flat.contiguous(), self.weight, self.adapter, self.bias))
-        y = self._last[1][:, self._starts[number] : self._starts[number + 1]]
+                self.last = (x, multiply(flat.contiguous(), self.weight, self.adapter, self.bias))
+        y = self.last[1][:, self._starts[number] : self._starts[number + 1]]
         if number == len(self.sites) - 1:
-            self._last = None  # the sites are called in order, and this was the last
+            self.last = None  # the sites are called in order, and this was the last
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
     def _product_of_many(self, flat: Tensor) -> Tensor:
@@ -236,10 +230,6 @@ class Stack:
             for rows, ranks, b, scale in self._adapted:
                 lora_products.add_product(y[:, rows], projected[:, ranks], b, scale=scale)
         return y
-
-    def forget(self) -> None:
-        """Drops the product that a forward pass which broke off left behind."""
-        self._last = None
 
 
 class FastLinears:
@@ -263,7 +253,7 @@ class FastLinears:
     def forget(self) -> None:
         """Drops the products that a forward pass which broke off left behind."""
         for stack in self.stacks:
-            stack.forget()
+            stack.last = None
 
     def refresh(self) -> None:
         """Brings every stack to the adapter in effect."""

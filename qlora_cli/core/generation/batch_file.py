@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qlora_cli.artifacts import write_bytes
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.errors import DataError, RunError
 from qlora_cli.sizes import format_bytes
@@ -92,23 +91,19 @@ class AnswerFile:
         self._digests = [fingerprint(p.prompt, p.adapter) for p in prompts]
         self.finished: set[int] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = 0
-        if path.exists():
-            for index, end in self._read():
-                self.finished.add(index)
-                kept = end
+        kept = self._read_finished() if path.exists() else 0
         self._stream = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self._stream.truncate(kept)
         self._stream.seek(kept)
 
-    def _read(self) -> Iterator[tuple[int, int]]:
-        """Index of each whole line, and the byte at which it ends."""
+    def _read_finished(self) -> int:
+        """Notes which answers are there; returns the byte at which the last whole line ends."""
         other = "Choose another --output, or remove the file."
         end = 0
         with self.path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if not line.endswith(b"\n"):
-                    return
+                    break
                 end += len(line)
                 try:
                     row = json.loads(line)
@@ -119,7 +114,8 @@ class AnswerFile:
                 if found != wanted:
                     what = "another prompt" if found[0] != wanted[0] else "other settings"
                     raise RunError(f"{self.path}, line {number} was answered for {what}.", other)
-                yield index, end
+                self.finished.add(index)
+        return end
 
     def write(self, index: int, content: dict[str, Any]) -> None:
         """Appends one answer.
@@ -143,15 +139,7 @@ class AnswerFile:
     def put_in_order(self) -> None:
         """Sorts the lines by their index; the file is replaced in one go."""
         lines = sorted(self.path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["index"])
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:
-                stream.writelines(lines)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(self.path, b"".join(lines))
 
     def __enter__(self) -> "AnswerFile":
         return self

@@ -30,10 +30,8 @@ def answer_all(
     When the GPU has no room for so many rows, half as many are tried.
 
     Args:
-        requests: What to answer.
         start: Makes a request's answer, nothing of which is there yet.
         open_decoder: Gives a decoder of (rows, capacity).
-        batch_size: Rows decoded at once.
         seed: With a request's index it decides what is sampled.
         report: Receives a caution when rows had to be given up.
 
@@ -78,8 +76,8 @@ def _run(growing: Sequence[GrowingCompletion], decoder: Decoder, seed: int) -> I
             if owner is not None:
                 owner.launched += 1
         for row, owner in enumerate(running):
-            if owner is not None and owner.fully_launched:
-                free(row)
+            if owner is not None and (owner.finish or owner.launched >= owner.request.max_new_tokens):
+                free(row)  # nothing more of it need be computed
 
     while waiting or any(running) or launched:
         free_rows = [row for row, owner in enumerate(running) if owner is None]

@@ -36,10 +36,8 @@ def answer_plainly(
     """Answers requests in batches of like lengths, padded on the left; a batch ends with its longest answer.
 
     Args:
-        requests: What to answer.
         start: Makes a request's answer, nothing of which is there yet.
         model: A transformers causal language model, its adapter inside.
-        batch_size: Prompts in a batch.
         sampling: How tokens are chosen: the same choice as in `Decoder`.
         seed: With a request's index it decides what is sampled.
 
@@ -81,7 +79,7 @@ class _OwnSampling(LogitsProcessor):
     """Leaves of each row's logits only the token that our own sampling takes."""
 
     def __init__(self, batch: Sequence[Request], sampling: SamplingSettings, seed: int, device: torch.device) -> None:
-        self.batch, self.sampling, self.device = batch, sampling, device
+        self.batch, self.sampling = batch, sampling
         self.step = 0
         self.seen: Tensor | None = None
         self.uniforms: Tensor | None = None

@@ -100,10 +100,8 @@ class GrowingCompletion:
     """An answer while it grows, token by token.
 
     Args:
-        request: What is answered.
-        tokenizer: Turns ids into text.
         end_ids: Tokens that end an answer.
-        stop: Strings that end an answer.
+        stop: Strings that do.
         on_text: Called with the request's index and each piece of text.
 
     Attributes:
@@ -127,11 +125,6 @@ class GrowingCompletion:
         self.end_ids = end_ids
         self._stream = TextStream(tokenizer, request.ids, stop, strip=request.strip)
         self._on_text = on_text
-
-    @property
-    def fully_launched(self) -> bool:
-        """Whether the device need not compute more tokens of it."""
-        return self.launched >= self.request.max_new_tokens or self.finish is not None
 
     def push(self, token: int) -> bool:
         """Takes the next token; returns whether the answer is finished.

@@ -152,7 +152,13 @@ class GenerationSession:
             ModelError: The base cannot be loaded.
         """
         if self.model is None:
-            self.model = self._load()
+            assert self.files is not None
+            if self.settings.quant_type == UNQUANTIZED:
+                self.model = load_unquantized(self.files, dtype=self.compute_dtype, device=self.device)
+            else:
+                self.model, _ = load_base(
+                    self.files, self.settings, compute_dtype=self.compute_dtype, device=self.device
+                )
         if adapter is not None and adapter not in self._names:
             directory, name = self.source(adapter).directory, f"adapter{len(self._names)}"
             if self._fast is not None:  # made for the layers that are about to be wrapped
@@ -182,7 +188,6 @@ class GenerationSession:
         """Answers requests with the selected adapter, in any order.
 
         Args:
-            requests: What to answer.
             end_ids: Tokens that end an answer.
             on_text: Called with a request's index and each piece of its answer.
 
@@ -211,20 +216,15 @@ class GenerationSession:
         finally:
             self.path = f"transformers' own generate, because {reason}" if reason else self._describe_decoder()
 
-    def _load(self) -> Any:
-        assert self.files is not None
-        if self.settings.quant_type == UNQUANTIZED:
-            return load_unquantized(self.files, dtype=self.compute_dtype, device=self.device)
-        model, _ = load_base(self.files, self.settings, compute_dtype=self.compute_dtype, device=self.device)
-        return model
-
     def _open_decoder(self, rows: int, capacity: int) -> Decoder:
         """A decoder with room for so many rows and tokens; the last one again where it has."""
-        if self._fused and self._fast is None:
-            from qlora_cli.core.decoding.graph_decoder import FastModel  # needs Triton
+        make: Callable[..., Decoder] = partial(Decoder, self.model)
+        if self._fused:
+            from qlora_cli.core.decoding.graph_decoder import FastModel, GraphDecoder  # needs Triton
 
-            self._fast = FastModel(self.model)
-        if self.device.type == "cpu" and self._unpacked is None and not self._fused:
+            self._fast = self._fast or FastModel(self.model)
+            make = partial(GraphDecoder, self._fast)
+        elif self.device.type == "cpu" and self._unpacked is None:
             self._unpacked = unpack_linears(underlying_model(self.model))
         decoder = self.decoder
         if decoder is None or decoder.cache.rows != rows or decoder.cache.capacity < capacity:
@@ -234,14 +234,7 @@ class GenerationSession:
                 torch.cuda.empty_cache()
             capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
             capacity = min(capacity, self.context or capacity)
-            size: dict[str, Any] = {"rows": rows, "capacity": capacity, "sampling": self.settings}
-            if self._fast is None:
-                decoder = Decoder(self.model, **size)
-            else:
-                from qlora_cli.core.decoding.graph_decoder import GraphDecoder
-
-                decoder = GraphDecoder(self._fast, **size)
-            self.decoder = decoder
+            self.decoder = decoder = make(rows=rows, capacity=capacity, sampling=self.settings)
         decoder.reset()
         return decoder
 
