@@ -205,7 +205,7 @@ def test_every_row_is_accounted_for_whatever_happens_to_long_ones(kind, records,
         tokeniser(kind)._settings = replace(tokeniser(kind)._settings, overlong=overlong, max_length=max_length)
         result = tokeniser(kind).process(chunk)
         assert result.lengths.sum() == result.input_ids.size == result.trained.size
-        assert result.records == len(records)
+        assert result.counts["records"] == len(records)
         return result, rows_of(result) if result.lengths.size else []
 
     whole, whole_rows = run("truncate", 10**6)
@@ -217,20 +217,20 @@ def test_every_row_is_accounted_for_whatever_happens_to_long_ones(kind, records,
     survivors = [(ids[:limit], flags[:limit]) for ids, flags in whole_rows if flags[:limit].any()]
     assert [ids.tolist() for ids, _ in cut_rows] == [ids.tolist() for ids, _ in survivors]
     assert [flags.tolist() for _, flags in cut_rows] == [flags.tolist() for _, flags in survivors]
-    assert cut.truncated == sum(len(ids) > limit and flags[:limit].any() for ids, flags in whole_rows)
+    assert cut.counts["truncated"] == sum(len(ids) > limit and flags[:limit].any() for ids, flags in whole_rows)
     assert sum(cut.dropped.values()) == len(records) - len(cut_rows)
     assert all(ids[-1] == eos and flags[-1] for ids, flags in cut_rows if len(ids) < limit)
 
     dropped, dropped_rows = run("drop", limit)
     assert [ids.tolist() for ids, _ in dropped_rows] == [ids.tolist() for ids, _ in whole_rows if len(ids) <= limit]
-    assert dropped.truncated == 0
+    assert dropped.counts["truncated"] == 0
     assert dropped.dropped[f"longer than {limit} tokens"] == sum(len(ids) > limit for ids, _ in whole_rows)
 
     split, split_rows = run("split", limit)
     assert all(len(ids) <= limit for ids, _ in split_rows)
     assert all(ids[: len(prefix)].tolist() == prefix for ids, _ in split_rows)
-    assert split.truncated == 0
-    assert split.split == sum(len(ids) > limit for ids, _ in whole_rows)
+    assert split.counts["truncated"] == 0
+    assert split.counts["split"] == sum(len(ids) > limit for ids, _ in whole_rows)
     lost_to_borders = sum(flags.sum() for _, flags in whole_rows) - sum(flags.sum() for _, flags in split_rows)
     pieces = sum(-(-max(len(ids) - limit, 0) // (limit - len(prefix))) for ids, _ in whole_rows)
     # Only a piece without BOS loses the label of its first token: nothing stands before it.

@@ -279,10 +279,11 @@ def _write(
                 statistics.add(chunk)
                 writer.write(chunk.input_ids, chunk.trained, np.cumsum([0, *chunk.lengths], dtype=np.int32))
                 done_bytes += chunk.source_bytes
-                report(Progress(TASK, statistics.records, _estimate(statistics.records, done_bytes, total_bytes)))
+                records = statistics.counts["records"]
+                report(Progress(TASK, records, _estimate(records, done_bytes, total_bytes)))
         finally:
             writer.close()
-    report(Progress(TASK, statistics.records, statistics.records))
+    report(Progress(TASK, statistics.counts["records"], statistics.counts["records"]))
 
 
 def _estimate(records: int, done_bytes: int, total_bytes: int | None) -> int | None:

@@ -20,8 +20,7 @@ class PreparationStatistics:
     def __init__(self) -> None:
         self.lengths: list[np.ndarray] = []
         self.dropped: Counter[str] = Counter()
-        self.records = self.trained_tokens = self.bad_rows = 0
-        self.truncated = self.split = self.closed = self.unanswered = self.unfolded = 0
+        self.counts: Counter[str] = Counter()  # as in TokenisedChunk, with trained_tokens and bad_rows
         self.first_bad: list[BadRow] = []
         self._hashes = [hashlib.sha256() for _ in range(3)]
 
@@ -29,32 +28,20 @@ class PreparationStatistics:
         """Counts one chunk."""
         self.lengths.append(chunk.lengths)
         self.dropped += chunk.dropped
-        self.records += chunk.records
-        self.trained_tokens += int(chunk.trained.sum())
-        self.truncated += chunk.truncated
-        self.split += chunk.split
-        self.closed += chunk.closed
-        self.unanswered += chunk.unanswered
-        self.unfolded += chunk.unfolded
-        self.bad_rows += len(chunk.bad_rows)
+        self.counts += chunk.counts + Counter(trained_tokens=int(chunk.trained.sum()), bad_rows=len(chunk.bad_rows))
         self.first_bad += chunk.bad_rows[: 3 - len(self.first_bad)]
         for hashed, values in zip(self._hashes, (chunk.input_ids, chunk.trained, chunk.lengths), strict=True):
             hashed.update(values.tobytes())
 
-    @property
-    def rows(self) -> int:
-        """Rows there are."""
-        return sum(lengths.size for lengths in self.lengths)
-
     def check(self, data: str) -> None:
         """Raises DataError if no row is left."""
-        if self.rows:
+        if any(lengths.size for lengths in self.lengths):
             return
         reasons = [f"{count} {reason}" for reason, count in self.dropped.most_common()]
-        if self.bad_rows:
-            reasons.append(f"{self.bad_rows} bad rows, the first {self.first_bad[0]}")
+        if self.first_bad:
+            reasons.append(f"{self.counts['bad_rows']} bad rows, the first {self.first_bad[0]}")
         raise DataError(
-            f"Of {self.records} rows in {data} none is left to train on ({'; '.join(reasons) or 'no rows'}).",
+            f"Of {self.counts['records']} rows in {data} none is left to train on ({'; '.join(reasons) or 'no rows'}).",
             "Check the columns and --max-length.",
         )
 
@@ -65,7 +52,7 @@ class PreparationStatistics:
         return {
             "rows": int(lengths.size),
             "tokens": int(lengths.sum(dtype=np.int64)),
-            "trained_tokens": self.trained_tokens,
+            "trained_tokens": self.counts["trained_tokens"],
             "lengths": {
                 "min": low,
                 "p50": median,
@@ -74,42 +61,41 @@ class PreparationStatistics:
                 "max": high,
                 "mean": round(float(lengths.mean()), 1),
             },
-            "records": self.records,
-            "truncated": self.truncated,
-            "split": self.split,
+            **{name: self.counts[name] for name in ("records", "truncated", "split")},
             "dropped": dict(self.dropped),
-            "bad_rows": self.bad_rows,
+            "bad_rows": self.counts["bad_rows"],
             "rows_sha256": hashlib.sha256(b"".join(hashed.digest() for hashed in self._hashes)).hexdigest(),
         }
 
     def report(self, report: Report, directory: Path) -> None:
         """Reports everything that was not taken as it came."""
-        if self.truncated:
+        counts, records = self.counts, self.counts["records"]
+        if counts["truncated"]:
             report(
                 Caution(
-                    f"{self.truncated} of {self.records} rows were cut at --max-length and have no end of text; "
+                    f"{counts['truncated']} of {records} rows were cut at --max-length and have no end of text; "
                     "--overlong split would keep the rest of them."
                 )
             )
-        if self.split:
-            report(Notice(f"{self.split} of {self.records} rows were split at --max-length."))
+        if counts["split"]:
+            report(Notice(f"{counts['split']} of {records} rows were split at --max-length."))
         for reason, count in self.dropped.most_common():
-            report(Caution(f"{count} of {self.records} rows were left out: {reason}."))
-        if self.closed:
-            report(Notice(f"{self.closed} rows were given the beginning or end token that they lacked."))
-        if self.unanswered:
-            report(Notice(f"{self.unanswered} conversations end in messages without an answer; those were left out."))
-        if self.unfolded:
+            report(Caution(f"{count} of {records} rows were left out: {reason}."))
+        if count := counts["closed"]:
+            report(Notice(f"{count} rows were given the beginning or end token that they lacked."))
+        if count := counts["unanswered"]:
+            report(Notice(f"{count} conversations end in messages without an answer; those were left out."))
+        if count := counts["unfolded"]:
             report(
                 Notice(
-                    f"{self.unfolded} of {self.records} conversations became a row for each answer, because the chat "
-                    "template shows an answer differently once another follows; --train-on last takes one each."
+                    f"{count} of {records} conversations became a row for each answer, because the chat template shows "
+                    "an answer differently once another follows; --train-on last takes one each."
                 )
             )
-        if self.bad_rows:
+        if count := counts["bad_rows"]:
             report(
                 Caution(
-                    f"{self.bad_rows} of {self.records} rows are bad and were skipped; they are listed in "
-                    f"{directory / BAD_ROWS}. The first: {self.first_bad[0]}."
+                    f"{count} of {records} rows are bad and were skipped; they are listed in {directory / BAD_ROWS}. "
+                    f"The first: {self.first_bad[0]}."
                 )
             )

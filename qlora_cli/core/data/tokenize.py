@@ -39,13 +39,11 @@ class TokenisedChunk:
         input_ids: (tokens,) int32, rows end to end.
         trained: (tokens,) bool.
         lengths: (rows,) int32.
-        records: Records read, good and bad.
-        truncated: Rows cut at the limit.
-        split: Records that became several rows.
+        counts: records (read, good and bad); truncated (rows cut at the limit); split (records that became several
+            rows); closed (pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained); unanswered
+            (conversations whose last messages had no answer and were left out); unfolded (conversations that became a
+            row for each answer).
         dropped: Reason → records left out.
-        closed: Pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained.
-        unanswered: Conversations whose last messages had no answer and were left out.
-        unfolded: Conversations that became a row for each answer.
         bad_rows: In order.
         source_bytes: As in Chunk.
     """
@@ -53,13 +51,8 @@ class TokenisedChunk:
     input_ids: np.ndarray
     trained: np.ndarray
     lengths: np.ndarray
-    records: int = 0
-    truncated: int = 0
-    split: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    closed: int = 0
-    unanswered: int = 0
-    unfolded: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     source_bytes: int = 0
 
@@ -79,7 +72,7 @@ class Tokeniser:
             result = self._gather(chunk)
         else:
             result = self._tokenise(chunk)
-        result.records = len(chunk.records) + len(chunk.bad_rows)
+        result.counts["records"] = len(chunk.records) + len(chunk.bad_rows)
         result.bad_rows = sorted(chunk.bad_rows + result.bad_rows, key=lambda bad: bad.line or 0)
         result.source_bytes = chunk.source_bytes
         self._fit(result)
@@ -110,9 +103,8 @@ class Tokeniser:
             input_ids,
             trained,
             lengths.astype(np.int32),
-            dropped=dropped,
-            unanswered=self._formatter.unanswered,
-            unfolded=self._formatter.unfolded,
+            Counter(unanswered=self._formatter.unanswered, unfolded=self._formatter.unfolded),
+            dropped,
             bad_rows=bad_rows,
         )
 
@@ -129,7 +121,7 @@ class Tokeniser:
                 result.dropped["every token is masked" if row[0].size else "no tokens"] += 1
                 continue
             closed = self._close(*row)
-            result.closed += closed[0] is not row[0]
+            result.counts["closed"] += closed[0] is not row[0]
             rows.append(closed)
         _store(result, rows)
         return result
@@ -194,7 +186,7 @@ class Tokeniser:
                 if lost.any():
                     result.dropped[reason] += int(lost.sum())
             _keep(result, has_trained)
-        result.truncated = int((cut & has_trained).sum())
+        result.counts["truncated"] = int((cut & has_trained).sum())
 
     def _split(self, result: TokenisedChunk) -> None:
         """Cuts each long row into parts of at most the limit, each with the tokenizer's prefix (BOS)."""
@@ -204,7 +196,7 @@ class Tokeniser:
         parts: list[Row] = []
         for ids, trained in _rows(result):
             parts.append((ids[:limit], trained[:limit]))
-            result.split += ids.size > limit
+            result.counts["split"] += ids.size > limit
             for start in range(limit, ids.size, step):
                 parts.append(
                     (
