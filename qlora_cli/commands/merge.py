@@ -21,7 +21,7 @@ from qlora_cli.core.merge.compare_models import Comparison
 from qlora_cli.core.merge.delta import check_finite, read_deltas
 from qlora_cli.core.merge.model_card import write_merged_card
 from qlora_cli.core.merge.output_directory import require_free, unfinished_directory, unfinished_path
-from qlora_cli.core.merge.plan import MergeOptions, MergePlan, plan_merge
+from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
 from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
@@ -81,12 +81,14 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             trust_remote_code=config.trust_remote_code,
             report=report,
         )
-        files = [stack.enter_context(TensorFile(base.directory / n)) for n in list_weight_files(base.directory)]
+        files = [
+            stack.enter_context(TensorFile(base.files.weights / name)) for name in list_weight_files(base.files.weights)
+        ]
         options = choose_options(config, base, choose_device())
         deltas = read_deltas(facts, base.model, renamer(base.model))
         names = map_names((name for file in files for name in file.entries), base.model)
-        keep_tied = bool(facts.config.get("ensure_weight_tying"))
-        plan = plan_merge(files, names, base.model, deltas, adapter, options, keep_tied=keep_tied)
+        planner = MergePlanner(files, names, base.model, deltas, adapter, options)
+        plan = planner.plan(keep_tied=bool(facts.config.get("ensure_weight_tying")))
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
         require_space(output, missing_bytes(output, plan))
         with unfinished_directory(output, overwrite=config.overwrite, resume=config.resume) as directory:
@@ -101,10 +103,12 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
                 comparison, rows = verify_merge(directory, adapter_directory, base, plan, options, report)
                 faithful = options.restore and not options.pack
                 require_same(comparison, rows, faithful=faithful, max_kl=config.max_kl, report=report)
-            write_card(directory, config, base, options, comparison, rows)
+            data = find_run_record(adapter_directory).get("data") or {}
+            card = write_merged_card(base, options, data, comparison, rows)
+            (directory / MODEL_CARD).write_text(card, encoding="utf-8")
     return MergeResult(
         output=config.output,
-        base_model=base.name,
+        base_model=base.files.name,
         base=config.base,
         dtype=dtype_name(options.dtype),
         quantized=config.quantize,
@@ -192,37 +196,13 @@ def write_other_files(directory: Path, adapter: Path, base: Base, plan: MergePla
     if options.pack:
         quantization = four_bit_config(options.quantization, options.dtype, skipped=head_names(base.model))
     write_config(
-        base.directory,
+        base.files.directory,
         directory,
         dtype=options.dtype,
         vocabulary=plan.vocabulary,
         untied=plan.untied,
         quantization=quantization,
     )
-    copy_checkpoint_files(base.directory, adapter, directory)
+    copy_checkpoint_files(base.files.directory, adapter, directory)
     if len(plan.files) > 1:
         write_index(directory, [file.name for file in plan.files])
-
-
-def write_card(
-    directory: Path,
-    config: MergeConfig,
-    base: Base,
-    options: MergeOptions,
-    comparison: Comparison | None,
-    rows_described: str | None,
-) -> None:
-    """Writes the model card."""
-    data = find_run_record(Path(config.adapter)).get("data") or {}
-    card = write_merged_card(
-        base=base.hub_id,
-        dataset=data["source"].partition(":")[0]
-        if "revision" in data
-        else None,  # of the hub: a local path stays private
-        method=config.base,
-        dtype=dtype_name(options.dtype),
-        packed=options.quantization.quant_type if options.pack else None,
-        comparison=comparison,
-        rows_described=rows_described,
-    )
-    (directory / MODEL_CARD).write_text(card, encoding="utf-8")

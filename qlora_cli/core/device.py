@@ -1,5 +1,6 @@
 """This machine's device: which one, its memory, the dtype of its arithmetic; library versions, and sizes in words."""
 
+import gc
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -93,6 +94,13 @@ def limit_memory(device: torch.device, limit_bytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), _index(device))
     # Near a limit, pieces too small for the next tensor would be lost.
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what dropped tensors held, and on CUDA the allocator's unused blocks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _index(device: torch.device) -> int:

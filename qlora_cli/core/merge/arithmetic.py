@@ -58,7 +58,7 @@ def load_factors(delta: WeightDelta, adapter: TensorFile, device: torch.device) 
 
 
 def merge_rows(rows_of: RowsOf, factors: Factors, *, rows: int, step: int) -> Iterator[torch.Tensor]:
-    """The merged weight, `step` rows at a time, from the first to the last.
+    """The merged weight of `rows` rows, `step` of them at a time, from the first to the last.
 
     Linear layers: W + scaling * B @ A, with DoRA its rows scaled to the magnitudes
     (https://arxiv.org/abs/2402.09353, equation 5). Embeddings: W + scaling * (B @ A)^T, with DoRA its columns scaled.
@@ -66,7 +66,7 @@ def merge_rows(rows_of: RowsOf, factors: Factors, *, rows: int, step: int) -> It
     Args:
         rows_of: Gives rows of W as fresh float32 tensors on the factors' device.
         factors: The delta.
-        rows: Rows of W.
+        rows: Of W.
         step: Rows made at a time.
     """
 
@@ -124,14 +124,18 @@ def restored_rows(
     Raises:
         ModelError: The weight holds NaN or infinity, which quantisation would hide.
     """
-    quant_type, double_quant = quantization.quant_type, quantization.double_quant
-    first = read_rows(0, 1)
-    if first.device.type == "cpu" and quant_type == "nf4" and shape[1] % BLOCK_SIZE == 0:
+    double_quant = quantization.double_quant
+    if restores_by_rows(quantization, shape[1], read_rows(0, 1).device):
         return _nf4_rows(read_rows, shape, name, double_quant=double_quant, compute_dtype=compute_dtype)
     weight = read_rows(0, shape[0]).to(compute_dtype)
     _require_finite(weight, name)
-    restored = round_trip(weight, quant_type=quant_type, double_quant=double_quant)
+    restored = round_trip(weight, quant_type=quantization.quant_type, double_quant=double_quant)
     return lambda start, stop: restored[start:stop].to(torch.float32, copy=True)
+
+
+def restores_by_rows(quantization: QuantizationSettings, columns: int, device: torch.device) -> bool:
+    """Whether a weight is restored by rows as they are read; else bitsandbytes restores all of it at once."""
+    return device.type == "cpu" and quantization.quant_type == "nf4" and columns % BLOCK_SIZE == 0
 
 
 def _nf4_rows(

@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -28,21 +27,6 @@ class Base:
     identity: BaseIdentity  # with how it was quantised in training
     stored_dtype: torch.dtype  # of most of its weights
 
-    @property
-    def name(self) -> str:
-        """Directory or hub id."""
-        return self.files.name
-
-    @property
-    def directory(self) -> Path:
-        """Where its files are."""
-        return self.files.directory
-
-    @property
-    def hub_id(self) -> str | None:
-        """Its name on the hub; None for a local directory, whose path stays private."""
-        return self.name if self.identity.revision is not None else None
-
 
 def find_base(
     source: AdapterRecord, *, model: str | None, revision: str | None, trust_remote_code: bool, report: Report
@@ -51,7 +35,7 @@ def find_base(
 
     Args:
         source: Of the adapter.
-        model: The base the user named; None for the recorded one, which is then reported.
+        model: As the user named it; None for the recorded one, which is then reported.
         revision: The commit, branch or tag the user named.
         trust_remote_code: Run the model's own code.
         report: Receives which base it is, and what has to be assumed.
@@ -70,15 +54,14 @@ def find_base(
             f"{model} is stored quantised already, and its 16-bit weights are gone.",
             "Give the 16-bit model that it was made from with --model.",
         )
-    directory = files.weights
     with ExitStack() as stack:
-        names = list_weight_files(directory)
-        stored = main_dtype([stack.enter_context(TensorFile(directory / name)) for name in names])
+        names = list_weight_files(files.weights)
+        stored = main_dtype([stack.enter_context(TensorFile(files.weights / name)) for name in names])
     if source.base is not None:
-        quant_type, double_quant = source.base.quant_type, source.base.double_quant
+        quantization = QuantizationSettings(quant_type=source.base.quant_type, double_quant=source.base.double_quant)
         compute_dtype = DTYPES[source.base.compute_dtype]
     else:
-        quant_type, double_quant = "nf4", True
+        quantization = QuantizationSettings(quant_type="nf4", double_quant=True)
         compute_dtype = torch.bfloat16 if stored == torch.float32 else stored
         report(
             Caution(
@@ -87,6 +70,5 @@ def find_base(
             )
         )
     source.require_base(files)
-    identity = files.identity(QuantizationSettings(quant_type=quant_type, double_quant=double_quant), compute_dtype)
     empty = build_empty(files.config, trust_remote_code=trust_remote_code)
-    return Base(files, empty, identity, stored)
+    return Base(files, empty, files.identity(quantization, compute_dtype), stored)

@@ -1,16 +1,15 @@
 """Comparison of two models on rows of tokens: KL divergence, perplexity, greedy agreement."""
 
-import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
+from qlora_cli.core.device import free_memory
 from qlora_cli.events import Progress, Report
 
 KEPT_BYTES = 2**29  # float32 log-probabilities of the first model held on the host while the second one answers
@@ -23,29 +22,15 @@ OpenModel = Callable[[], AbstractContextManager[nn.Module]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far `other` predicts apart from `reference` over the same tokens.
+    """How far `other` predicts apart from `reference` over the same tokens."""
 
-    Attributes:
-        kl_mean: Mean of KL(reference || other), nats a token.
-        kl_max: The largest of one token.
-        reference_perplexity: exp of the mean cross-entropy of the reference.
-        other_perplexity: The same of the other model.
-        greedy_agreement: Share of tokens at which both hold the same one likeliest, 0 to 1.
-        tokens: Predictions compared.
-        rows: Rows they come from.
-    """
-
-    kl_mean: float
-    kl_max: float
-    reference_perplexity: float
+    kl_mean: float  # of KL(reference || other), nats a token
+    kl_max: float  # of one token
+    reference_perplexity: float  # exp of the mean cross-entropy
     other_perplexity: float
-    greedy_agreement: float
-    tokens: int
-    rows: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return asdict(self)
+    greedy_agreement: float  # share of tokens at which both hold the same one likeliest, 0 to 1
+    tokens: int  # predictions compared
+    rows: int  # they come from
 
 
 def choose_rows(rows: Iterable[Row], *, vocabulary: int, device: torch.device) -> list[Row]:
@@ -90,7 +75,7 @@ def compare_models(
             kept.append(_log_probabilities(model, row, device).cpu())
             report(Progress("Verifying base + adapter", number, len(rows)))
     del model
-    release_memory()
+    free_memory(device)
     totals = torch.zeros(4, dtype=torch.float64)  # KL, cross-entropy of each, agreements
     kl_max, tokens = -math.inf, 0
     with open_other() as model:
@@ -105,7 +90,7 @@ def compare_models(
             kl_max, tokens = max(kl_max, float(divergence.max())), tokens + len(targets)
             report(Progress("Verifying merged model", number, len(rows)))
     del model
-    release_memory()
+    free_memory(device)
     kl, reference_loss, other_loss, agreement = (totals / tokens).tolist()
     return Comparison(kl, kl_max, math.exp(reference_loss), math.exp(other_loss), agreement, tokens, len(rows))
 
@@ -124,10 +109,3 @@ def _predicting(row: Row, device: torch.device) -> torch.Tensor:
 
 def _targets(row: Row, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(row[0][1:][row[1][1:]].astype(np.int64)).to(device)
-
-
-def release_memory() -> None:
-    """Gives back what dropped models held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

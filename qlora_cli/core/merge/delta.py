@@ -61,7 +61,7 @@ class WeightDelta:
 def read_deltas(
     facts: AdapterFacts, model: PreTrainedModel, rename: Callable[[str], tuple[str, bool]]
 ) -> dict[str, WeightDelta]:
-    """What an adapter deltas, by the parameter's name in the model.
+    """What an adapter changes, by the parameter's name in the model.
 
     Args:
         facts: Of the adapter.
@@ -92,7 +92,7 @@ def read_deltas(
             continue
         module = parameter.rpartition(".")[0]
         if kind in ("a", "b", "bias"):
-            update["scaling"] = _scaling(facts, module, rank=_rank(facts, name))
+            update["scaling"] = _scaling(facts, module, name)
         if kind == "rows":
             update["token_indices"] = _token_indices(facts.config, module)
         embedding = isinstance(model.get_submodule(module), nn.Embedding)
@@ -119,13 +119,10 @@ def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
         )
 
 
-def _rank(facts: AdapterFacts, name: str) -> int:
-    """The rank of the pair a tensor belongs to: the adapter's own, or another for this module (rank_pattern)."""
+def _scaling(facts: AdapterFacts, module: str, name: str) -> float:
+    """The factor on B @ A of the pair a tensor belongs to; rank_pattern and alpha_pattern give modules their own."""
     pair = re.sub(r"lora_(embedding_)?[AB](\.\w+)?$", lambda m: f"lora_{m[1] or ''}A{'' if m[1] else '.weight'}", name)
-    return facts.tensors[pair][0][0] if pair in facts.tensors else facts.rank
-
-
-def _scaling(facts: AdapterFacts, module: str, *, rank: int) -> float:
+    rank = facts.tensors[pair][0][0] if pair in facts.tensors else facts.rank
     patterns = facts.config.get("alpha_pattern") or {}
     alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), facts.alpha)
     return float(alpha) / (rank**0.5 if facts.rslora else rank)

@@ -1,53 +1,42 @@
-"""Model card of a merged model; no local path is in it."""
+"""Model card of a merged model: how it was merged, and how far it predicts apart from base + adapter."""
 
-from huggingface_hub import ModelCardData
+from collections.abc import Mapping
+from typing import Any
 
 from qlora_cli import __version__
+from qlora_cli.core.device import dtype_name
+from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import Comparison
+from qlora_cli.core.merge.plan import MergeOptions
+from qlora_cli.core.models.model_card import format_card, hub_dataset, link_base
 
 
 def write_merged_card(
-    *,
-    base: str | None,
-    dataset: str | None,
-    method: str,
-    dtype: str,
-    packed: str | None,
+    base: Base,
+    options: MergeOptions,
+    data: Mapping[str, Any],
     comparison: Comparison | None,
     rows_described: str | None,
 ) -> str:
-    """The text of a README.md with the metadata the hub reads.
+    """The text of the card.
 
     Args:
-        base: Hub id of the base; None when it is a local directory, whose path stays private.
-        dataset: Hub id of the data it was tuned on; None when it is local or unknown.
-        method: "dequantized" or "original".
-        dtype: Of the weights.
-        packed: 4-bit type of the linear layers, None where they are in `dtype`.
+        base: Of the merge.
+        options: How it was merged.
+        data: It was tuned on, as the run's record has it.
         comparison: Merged model against base + adapter, if it was made.
         rows_described: Which rows it was made on.
     """
-    metadata = ModelCardData(
-        base_model=base,
-        base_model_relation=("quantized" if packed else "finetune") if base else None,
-        datasets=[dataset] if dataset else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["qlora", "merged"] + (["bitsandbytes", "4-bit"] if packed else []),
+    name = base.files.name if base.files.commit else None
+    packed, dtype = options.quantization.quant_type if options.pack else None, dtype_name(options.dtype)
+    of_base = link_base(name)
+    weights = (
+        "the 4-bit weights the adapter was trained against, dequantised"
+        if options.restore
+        else "the base's original weights, which are not those the adapter was trained against"
     )
-    of_base = f"[{base}](https://huggingface.co/{base})" if base else "a local base model"
-    weights = {
-        "dequantized": "the 4-bit weights the adapter was trained against, dequantised",
-        "original": "the base's original weights, which are not those the adapter was trained against",
-    }[method]
     stored = f"linear layers in 4 bits ({packed}), the rest in {dtype}" if packed else dtype
     lines = [
-        "---",
-        metadata.to_yaml().strip(),
-        "---",
-        "",
-        f"# {base.rpartition('/')[2]}, fine-tuned" if base else "# A fine-tuned model",
-        "",
         f"{of_base[0].upper()}{of_base[1:]}, fine-tuned with QLoRA; the adapter is merged into {weights}. Stored: "
         f"{stored}. Written by qlora {__version__}.",
         "",
@@ -60,9 +49,16 @@ def write_merged_card(
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")',
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/model", dtype="auto", device_map="auto")',
         "```",
-        "",
     ]
-    return "\n".join(lines)
+    return format_card(
+        f"{name.rpartition('/')[2]}, fine-tuned" if name else "A fine-tuned model",
+        lines,
+        base=name,
+        dataset=hub_dataset(data),
+        base_model_relation=("quantized" if packed else "finetune") if name else None,
+        library_name="transformers",
+        tags=["qlora", "merged"] + (["bitsandbytes", "4-bit"] if packed else []),
+    )
 
 
 def _comparison(comparison: Comparison | None, rows_described: str | None) -> list[str]:

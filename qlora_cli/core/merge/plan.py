@@ -11,7 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
-from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, load_factors, merge_rows, restored_rows
+from qlora_cli.core.merge.arithmetic import (
+    ROWS_ELEMENTS,
+    RowsOf,
+    load_factors,
+    merge_rows,
+    restored_rows,
+    restores_by_rows,
+)
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
@@ -68,23 +75,14 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How weights are merged.
+    """How weights are merged."""
 
-    Attributes:
-        restore: Whether quantised weights are sent through the 4-bit round trip first.
-        quantization: How the base was quantised in training.
-        compute_dtype: Dtype the base was quantised from.
-        dtype: Of the merged weights.
-        pack: Whether linear layers are written in 4 bits.
-        device: Where weights are worked on.
-    """
-
-    restore: bool
-    quantization: QuantizationSettings
-    compute_dtype: torch.dtype
-    dtype: torch.dtype
-    pack: bool
-    device: torch.device
+    restore: bool  # whether quantised weights are sent through the 4-bit round trip first
+    quantization: QuantizationSettings  # of the base in training
+    compute_dtype: torch.dtype  # the base was quantised from
+    dtype: torch.dtype  # of the merged weights
+    pack: bool  # whether linear layers are written in 4 bits
+    device: torch.device  # where weights are worked on
 
 
 def main_dtype(files: Sequence[TensorFile]) -> torch.dtype:
@@ -107,61 +105,39 @@ def main_dtype(files: Sequence[TensorFile]) -> torch.dtype:
     return DTYPES[stored]
 
 
-def plan_merge(
-    files: Sequence[TensorFile],
-    names: Mapping[str, str],
-    model: PreTrainedModel,
-    deltas: Mapping[str, WeightDelta],
-    adapter: TensorFile,
-    options: MergeOptions,
-    *,
-    keep_tied: bool,
-) -> MergePlan:
-    """Plans the merged checkpoint: same files and order of tensors as the base.
+@dataclass
+class MergePlanner:
+    """Plans a merged checkpoint: same files and order of tensors as the base."""
 
-    Args:
-        files: Of the base checkpoint.
-        names: Name in the model → name in the checkpoint (`weight_names.map_names`).
-        model: The base's architecture on the meta device.
-        deltas: By name in the model (`delta.read_deltas`).
-        adapter: The adapter's tensors.
-        options: How to merge.
-        keep_tied: Whether the delta of tied input embeddings is the head's too.
+    files: Sequence[TensorFile]  # of the base
+    names: dict[str, str]  # name in the model → name in the checkpoint (`weight_names.map_names`)
+    model: PreTrainedModel  # the base's architecture on the meta device
+    deltas: Mapping[str, WeightDelta]  # by name in the model (`delta.read_deltas`)
+    adapter: TensorFile
+    options: MergeOptions
 
-    Raises:
-        MergeError: A weight that is quantised or adapted is not in the checkpoint, or has another shape there.
-        AdapterError: The adapter's vocabulary is not one.
-    """
-    return _Planner(files, names, model, deltas, adapter, options).plan(keep_tied=keep_tied)
-
-
-class _Planner:
-    def __init__(
-        self,
-        files: Sequence[TensorFile],
-        names: Mapping[str, str],
-        model: PreTrainedModel,
-        deltas: Mapping[str, WeightDelta],
-        adapter: TensorFile,
-        options: MergeOptions,
-    ) -> None:
-        self.files, self.names, self.model, self.adapter = files, dict(names), model, adapter
-        self.deltas, self.options = dict(deltas), options
-        self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        self.linears = {f"{name}.weight" for name in linear_names(model)}
-        self.transposed = {n for n in self.linears if isinstance(model.get_submodule(n.rpartition(".")[0]), Conv1D)}
-        self.file_of = {name: file for file in files for name in file.entries}
-        self.main_dtype = main_dtype(files)
+    def __post_init__(self) -> None:
+        self.linears = {f"{name}.weight" for name in linear_names(self.model)}
+        self.main_dtype = main_dtype(self.files)
 
     def plan(self, *, keep_tied: bool) -> MergePlan:
+        """The plan.
+
+        Args:
+            keep_tied: Whether the delta of tied input embeddings is the head's too.
+
+        Raises:
+            MergeError: A weight that is quantised or adapted is not in the checkpoint, or has another shape there.
+            AdapterError: The adapter's vocabulary is not one.
+        """
         tying = settle_tying(self.model, self.names, self.deltas, self.adapter, keep_tied=keep_tied)
         parameter_of = {name: parameter for parameter, name in self.names.items()}
-        self.names |= tying.borrowed
-        self.deltas = dict(tying.deltas)
+        self.names = {**self.names, **tying.borrowed}
+        self.deltas = tying.deltas
         self._check_sources()
         outputs, restored = [], 0
         for file in self.files:
-            wanted = [(name, parameter_of.get(name)) for name in file.entries]
+            wanted = [(name, parameter_of.get(name, "")) for name in file.entries]
             wanted += [(new, new) for new, source in tying.borrowed.items() if source in file.entries]
             tensors: list[TensorSpec] = []
             tasks: list[MergeTask] = []
@@ -183,20 +159,21 @@ class _Planner:
                 f"model, first {missing[0]}.",
                 "This checkpoint is rearranged as it is loaded; use the adapter unmerged.",
             )
+        stored = {name: entry for file in self.files for name, entry in file.entries.items()}
+        state = self.model.state_dict()
         for name in sorted(needed):
-            found = self.file_of[self.names[name]].entries[self.names[name]]
-            if found.shape != self.shapes[name]:
+            found, shape = stored[self.names[name]], tuple(state[name].shape)
+            if found.shape != shape:
                 raise MergeError(
-                    f"{found.name} is {found.shape} in the base checkpoint where its config.json makes it "
-                    f"{self.shapes[name]}.",
+                    f"{found.name} is {found.shape} in the base checkpoint where its config.json makes it {shape}.",
                     "Give the base the adapter was trained on with --model.",
                 )
 
     def _plan_tensor(
-        self, file: TensorFile, source: TensorEntry, output_name: str, parameter: str | None
+        self, file: TensorFile, source: TensorEntry, output_name: str, parameter: str
     ) -> tuple[list[TensorSpec], MergeTask]:
-        """The output tensors made from one tensor of the base, and the work."""
-        delta = self.deltas.get(parameter, WeightDelta()) if parameter else WeightDelta()
+        """The output tensors made from one tensor of the base, "" where no parameter is read from it, and the work."""
+        delta = self.deltas.get(parameter, WeightDelta())
         linear, options = parameter in self.linears, self.options
         converted = linear or parameter in self.deltas or source.dtype == self.main_dtype
         dtype = options.dtype if converted and source.dtype.is_floating_point else source.dtype
@@ -210,7 +187,7 @@ class _Planner:
         if delta.added:
             task = MergeTask(16 * source.total_bytes, lambda: self._merge_bias(file, source, output_name, delta, dtype))
             return [(output_name, dtype, shape)], task
-        transposed = parameter in self.transposed
+        transposed = linear and isinstance(self.model.get_submodule(parameter.rpartition(".")[0]), Conv1D)
 
         def blocks() -> Iterator[torch.Tensor]:
             return self._merge_weight(file, source, delta, dtype, restore=restore, transposed=transposed)
@@ -226,10 +203,7 @@ class _Planner:
             held = prod(shape) * (source.dtype.itemsize * (1 + transposed) + 2 * dtype.itemsize + 1)
             return made, MergeTask(held + buffers, lambda: self._pack(blocks(), output_name))
         # Most weights are read row by row; only what bitsandbytes itself restores, and a transpose, need all of it.
-        whole = transposed or (
-            restore
-            and (options.quantization.quant_type != "nf4" or options.device.type != "cpu" or shape[1] % BLOCK_SIZE)
-        )
+        whole = transposed or (restore and not restores_by_rows(options.quantization, shape[1], options.device))
         held = prod(shape) * (2 * source.dtype.itemsize + 8) if whole else 0
         return [(output_name, dtype, shape)], MergeTask(held + buffers, run)
 
@@ -326,11 +300,7 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
     if not all(bool(torch.isfinite(v.sum(dtype=torch.float32))) for v in checked) and not bool(
         torch.isfinite(result).all()
     ):
-        source_bad = not bool(torch.isfinite(values).all())
-        raise MergeError(
-            f"{name} holds NaN or infinity in the base."
-            if source_bad
-            else f"{name} has values too large for {dtype_name(dtype)}.",
-            "Download the base again." if source_bad else "Add --dtype bfloat16.",
-        )
+        if bool(torch.isfinite(values).all()):
+            raise MergeError(f"{name} has values too large for {dtype_name(dtype)}.", "Add --dtype bfloat16.")
+        raise MergeError(f"{name} holds NaN or infinity in the base.", "Download the base again.")
     return result

@@ -98,12 +98,7 @@ def verify_merge(
 
     @contextmanager
     def open_trained() -> Iterator[nn.Module]:
-        model, _ = load_base(
-            base.files,
-            options.quantization,
-            compute_dtype=options.compute_dtype,
-            device=device,
-        )
+        model, _ = load_base(base.files, options.quantization, compute_dtype=options.compute_dtype, device=device)
         if plan.vocabulary is not None:
             model.resize_token_embeddings(plan.vocabulary, mean_resizing=False)
         resized = () if plan.vocabulary is None else embedding_names(base.model)
@@ -149,7 +144,7 @@ def require_same(comparison: Comparison, rows: str, *, faithful: bool, max_kl: f
 
     Args:
         comparison: The figures.
-        rows: Which rows they are from.
+        rows: They are from.
         faithful: Whether the merge keeps the weights trained against. What other merges lose is their nature: it is
             reported, and refused only past a given `max_kl`.
         max_kl: Limit of the mean, nats a token.
@@ -192,18 +187,17 @@ def find_rows(
     Args:
         adapter: Run directory or PEFT adapter.
         tokenizer: For the built-in text.
-        least_tokens: Held out, below which rows trained on are added.
+        least_tokens: As `LEAST_TOKENS`.
 
     Returns:
         Rows one at a time, and a description that ends a sentence.
     """
     rows = _rows_of_run(adapter)
     if rows is None:
-        return (_whole(tokenizer(text)["input_ids"]) for text in TEXTS), "of a built-in text"
-    settings: dict[str, Any] = {}
-    if (run_of(adapter) / RUN_YAML).is_file():
-        settings = read_config_file(run_of(adapter) / RUN_YAML, TrainConfig)
-    run = TrainConfig(**settings)
+        texts = (np.asarray(tokenizer(text)["input_ids"], dtype=np.int32) for text in TEXTS)
+        return ((ids, np.ones(len(ids), dtype=np.bool_)) for ids in texts), "of a built-in text"
+    settings = run_of(adapter) / RUN_YAML
+    run = TrainConfig(**(read_config_file(settings, TrainConfig) if settings.is_file() else {}))
     trained, held = hold_out(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
     if held.lengths.sum() >= least_tokens:
         return _each(held), "held out from training"
@@ -224,7 +218,3 @@ def _rows_of_run(adapter: Path) -> PreparedRows | None:
         return None
     rows = PreparedRows(directory)
     return rows if rows.manifest.get("rows_sha256") == data.get("rows_sha256") else None
-
-
-def _whole(ids: list[int]) -> Row:
-    return np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=np.bool_)

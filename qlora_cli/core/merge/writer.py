@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from qlora_cli.artifacts import fsync_path, read_json, write_json
 from qlora_cli.core.merge.plan import MergeTask, OutputFile
 from qlora_cli.core.storage.safetensors_file import TensorFile, bytes_of
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import ModelError, RunError
 from qlora_cli.events import Progress, Report
 
 JOURNAL = ".journal.json"
@@ -38,18 +39,15 @@ def choose_workers(files: tuple[OutputFile, ...], allowed_bytes: int, device: to
     return max(1, min(cores, most, allowed_bytes // max(1, largest)))
 
 
-def write_files(
-    files: tuple[OutputFile, ...], directory: Path, *, key: str, workers: int, report: Report, task: str = "Merging"
-) -> list[str]:
+def write_files(files: tuple[OutputFile, ...], directory: Path, *, key: str, workers: int, report: Report) -> list[str]:
     """Writes every planned file, flushed to the disk.
 
     Args:
         files: What to write.
-        directory: Where; an existing directory with a journal of the same key is continued.
+        directory: Where; one with a journal of the same key is continued.
         key: Everything the contents depend on, as a digest.
         workers: Threads.
         report: Receives progress in bytes.
-        task: Name of the progress.
 
     Returns:
         Names of the files that were finished before and are kept.
@@ -59,12 +57,8 @@ def write_files(
         OSError: The disk is full, or fails.
     """
     journal_path = directory / JOURNAL
-    journal: dict[str, Any] = {"key": key, "files": {}}
-    if journal_path.is_file():
-        found = _read_journal(journal_path)
-        journal = found if found.get("key") == key else journal
-    total_bytes = sum(file.header.total_bytes for file in files)
-    progress = _Progress(task, total_bytes, report)
+    journal = _read_journal(journal_path, key)
+    progress = _Progress(sum(file.header.total_bytes for file in files), report)
     threads = torch.get_num_threads()
     kept = []
     flushing: list[Future[None]] = []
@@ -106,12 +100,12 @@ def write_files(
     return kept
 
 
-def _read_journal(path: Path) -> dict[str, Any]:
-    try:
+def _read_journal(path: Path, key: str) -> dict[str, Any]:
+    with suppress(RunError):  # none, or torn by a crash: nothing in it can be trusted, so all is made anew
         content = read_json(path)
-    except QloraError:  # torn by a crash: nothing in it can be trusted, so all is made anew
-        return {}
-    return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else {}
+        if isinstance(content, dict) and isinstance(content.get("files"), dict) and content.get("key") == key:
+            return content
+    return {"key": key, "files": {}}
 
 
 def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress: "_Progress") -> tuple[int, str]:
@@ -119,19 +113,17 @@ def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     digests: dict[str, bytes] = {}
     stop = threading.Event()
+    futures: list[Future[None]] = []
     try:
         _write_all(descriptor, memoryview(file.header.content), 0)
         progress.add(len(file.header.content))
-        futures = [pool.submit(_run_task, t, file, descriptor, digests, progress, stop) for t in file.tasks]
-        try:
-            _wait_all(futures, progress)
-        except BaseException:
-            stop.set()
-            for future in futures:
-                future.cancel()
-            wait(futures)
-            raise
+        futures += [pool.submit(_run_task, t, file, descriptor, digests, progress, stop) for t in file.tasks]
+        _wait_all(futures, progress)
     except BaseException:
+        stop.set()
+        for future in futures:
+            future.cancel()
+        wait(futures)
         os.close(descriptor)
         raise
     return descriptor, _combine(file.header.content, (digests[name] for name in file.header.entries))
@@ -193,7 +185,7 @@ def digest_file(path: Path, pool: ThreadPoolExecutor) -> str | None:
     """The digest `write_files` records for a file, read back from the disk; None where it is not even safetensors."""
     try:
         file = TensorFile(path)
-    except QloraError:
+    except ModelError:
         return None
     with file:
 
@@ -211,8 +203,8 @@ def digest_file(path: Path, pool: ThreadPoolExecutor) -> str | None:
 class _Progress:
     """Bytes done, added to by any thread and reported by one."""
 
-    def __init__(self, task: str, total_bytes: int, report: Report) -> None:
-        self._task, self._total, self._report = task, total_bytes, report
+    def __init__(self, total_bytes: int, report: Report) -> None:
+        self._total, self._report = total_bytes, report
         self._done, self._reported, self._lock = 0, -1, threading.Lock()
 
     def add(self, count: int) -> None:
@@ -222,4 +214,4 @@ class _Progress:
     def report(self) -> None:
         if self._done != self._reported:
             self._reported = self._done
-            self._report(Progress(self._task, self._reported, self._total, unit="bytes"))
+            self._report(Progress("Merging", self._reported, self._total, unit="bytes"))

@@ -20,6 +20,7 @@ from qlora_cli.artifacts import (
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions
 from qlora_cli.core.models.identity import BaseIdentity
+from qlora_cli.core.models.model_card import hub_dataset
 from qlora_cli.core.runs.directory import finished_files
 from qlora_cli.core.runs.inputs import Run, RunInputs
 from qlora_cli.core.runs.metrics import draw_loss_curve
@@ -56,7 +57,7 @@ def write_run(
         write_record(directory, base, rows, training=training)
         card = write_card(
             base=base.model if base.revision else None,  # a directory has no revision, and its path stays private
-            dataset=data["source"].partition(":")[0] if "revision" in data else None,
+            dataset=hub_dataset(data),
             settings=asdict(run.config),
             results=training,
         )

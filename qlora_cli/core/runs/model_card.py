@@ -1,10 +1,9 @@
-"""Model card of an adapter: what it was trained on and how it went, with no local path and no token."""
+"""Model card of an adapter: what it was trained on and how it went."""
 
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
 from qlora_cli import __version__
+from qlora_cli.core.models.model_card import format_card, link_base
 
 RESULTS = (
     "steps",
@@ -37,7 +36,7 @@ SETTINGS = (
 
 
 def write_card(*, base: str | None, dataset: str | None, settings: dict[str, Any], results: dict[str, Any]) -> str:
-    """The text of a README.md with the metadata that the hub reads.
+    """The text of the card.
 
     Args:
         base: Hub id of the base model; None when it is a local directory, whose path stays private.
@@ -45,23 +44,9 @@ def write_card(*, base: str | None, dataset: str | None, settings: dict[str, Any
         settings: Settings of the run by name; those in `SETTINGS` are listed.
         results: What the run came to, by name; those in `RESULTS` are listed.
     """
-    metadata = ModelCardData(
-        base_model=base,
-        datasets=[dataset] if dataset else None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", "qlora", "4-bit", "peft"] + ([f"base_model:adapter:{base}"] if base else []),
-    )
-    of_base = f"[{base}](https://huggingface.co/{base})" if base else "a local base model"
     on_data = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else "local data"
     lines = [
-        "---",
-        metadata.to_yaml().strip(),
-        "---",
-        "",
-        f"# {base.rsplit('/', 1)[-1]} fine-tuned" if base else "# A fine-tuned adapter",
-        "",
-        f"A LoRA adapter of {of_base}, trained on {on_data} by QLoRA: the base frozen in 4 bits, the adapter in "
+        f"A LoRA adapter of {link_base(base)}, trained on {on_data} by QLoRA: the base frozen in 4 bits, the adapter in "
         f"float32. Written by qlora {__version__}.",
         "",
         "## Results",
@@ -84,9 +69,15 @@ def write_card(*, base: str | None, dataset: str | None, settings: dict[str, Any
         "",
         'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")',
         "```",
-        "",
     ]
-    return "\n".join(lines)
+    return format_card(
+        f"{base.rsplit('/', 1)[-1]} fine-tuned" if base else "A fine-tuned adapter",
+        lines,
+        base=base,
+        dataset=dataset,
+        library_name="peft",
+        tags=["lora", "qlora", "4-bit", "peft"] + ([f"base_model:adapter:{base}"] if base else []),
+    )
 
 
 def _table(values: dict[str, Any], names: tuple[str, ...]) -> list[str]:

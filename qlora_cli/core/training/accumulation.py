@@ -1,6 +1,5 @@
 """Gradient accumulation over the micro-batches of an optimizer step and over all ranks."""
 
-import gc
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import MicroBatch, collate
 from qlora_cli.core.data.sampler import split_to_fit
-from qlora_cli.core.device import read_vram
+from qlora_cli.core.device import free_memory, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -184,10 +183,3 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(
         sign in text for sign in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
     )
-
-
-def free_memory(device: torch.device) -> None:
-    """Gives the allocator's unused blocks back after memory ran out."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

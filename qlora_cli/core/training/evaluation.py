@@ -8,7 +8,8 @@ from torch import Tensor
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import split_micro_batch
 from qlora_cli.core.data.sampler import BatchSampler
-from qlora_cli.core.training.accumulation import ModelReplica, free_memory, is_out_of_memory, read_batch
+from qlora_cli.core.device import free_memory
+from qlora_cli.core.training.accumulation import ModelReplica, is_out_of_memory, read_batch
 from qlora_cli.core.training.rng_state import undisturbed_random_state
 from qlora_cli.errors import TrainingError
 
