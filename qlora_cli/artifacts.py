@@ -107,21 +107,25 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                fsync_path(Path(folder) / name)
-            fsync_path(Path(folder))
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-        fsync_path(target.parent)
+        publish_directory(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish_directory(directory: Path, target: Path) -> None:
+    """Flushes everything in a directory to the disk and renames it to `target`, which it replaces."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            fsync_path(Path(folder) / name)
+        fsync_path(Path(folder))
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    directory.rename(target)
+    fsync_path(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def run_of(adapter: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What to look at in, facts out: a model, an adapter or run, a prepared set, or this machine.
+"""`qlora inspect`: facts on a model, an adapter or run, a prepared set, or this machine.
 
 Every view returns one JSON-ready dictionary. `kind` names the view; the other entries are facts: scalars, lists of
 scalars, or a dictionary of more facts under one heading. `tables` is a list of `{"title", "columns", "rows"}`, `next` a
@@ -19,12 +19,7 @@ from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import cache_directory, choose_max_length
 from qlora_cli.core.device import choose_device, list_versions, resolve_compute_dtype
-from qlora_cli.core.inspection.doctor import (
-    check_environment,
-    describe_machine,
-    list_devices,
-    measure_directory,
-)
+from qlora_cli.core.inspection.doctor import check_environment, describe_machine, list_devices, measure_directory
 from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.core.inspection.weight_stats import (
     group_tensors,
@@ -37,29 +32,21 @@ from qlora_cli.core.models.quantized_cache import cache_size_bytes
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, estimate_merging
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
-from qlora_cli.core.planning.planner import RowLengths, plan_training, read_limit_bytes
+from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.roofline import bound_speed
 from qlora_cli.core.planning.run_plan import may_be_sharded
-from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
+from qlora_cli.core.planning.suggestions import Suggestion, suggest_fit, write_train_command
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
 OF_A_MODEL = ("vram", "max_length", "quantization_error")
 CARDS = (2, 4, 8)  # over which a base may be sharded
-# Ways to train that a table compares, from the fastest to the leanest.
-WAYS: dict[str, dict[str, Any]] = {
-    "nothing recomputed": {"gradient_checkpointing": "off", "offload_activations": False, "offload_embeddings": False},
-    "every layer recomputed": {
-        "gradient_checkpointing": "on",
-        "offload_activations": False,
-        "offload_embeddings": False,
-    },
-    "and offloaded to the host": {
-        "gradient_checkpointing": "on",
-        "offload_activations": True,
-        "offload_embeddings": True,
-    },
+# Ways to train that a table compares, from the fastest to the leanest → (gradient_checkpointing, what offloads).
+WAYS = {
+    "nothing recomputed": ("off", False),
+    "every layer recomputed": ("on", False),
+    "and offloaded to the host": ("on", True),
 }
 
 
@@ -164,59 +151,76 @@ def _predict(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts on training, generation and merging; and tables of ways to train and of speed."""
     device = choose_device()
-    known = config.vram is not None or device.type == "cuda"
-    vram_bytes = read_limit_bytes(config.vram, device) if known else None
+    vram_bytes = read_limit_bytes(config.vram, device) if config.vram is not None or device.type == "cuda" else None
     lengths = RowLengths(max_length)
     plan = plan_training(model, config, lengths, vram_bytes=vram_bytes)
     assert plan.memory is not None and plan.flops_per_token is not None
-    ways = []
-    for name, open_choices in WAYS.items():
-        memory = plan_training(model, replace(config, **open_choices), lengths, vram_bytes=None).memory
-        assert memory is not None
-        ways.append({"way": name, "peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes})
     sharded = {
         cards: plan_training(model, config, lengths, vram_bytes=vram_bytes, shards=cards)
         for cards in (CARDS if may_be_sharded(config) else ())
     }
-    shares = [
-        {"cards": cards, **{name: getattr(each.memory, name) for name in ("base_bytes", "peak_bytes", "device_bytes")}}
-        for cards, each in sharded.items()
-    ]
     facts: dict[str, Any] = {
         "vram_bytes": vram_bytes,
         "fits": plan.fits,
-        "settings": {
-            "max_length": max_length,
-            "rank": config.rank,
-            **plan.settings,
-            "token_budget": plan.token_budget,
-        },
+        "settings": {"max_length": max_length, "rank": config.rank, **plan.settings, "token_budget": plan.token_budget},
         "flops_per_token": plan.flops_per_token,
         "training": plan.memory.to_dict(),
         "generation": estimate_generation(model, rows=1, row_tokens=max_length).to_dict(),
         "merging": estimate_merging(model),
         "disk": estimate_disk(model, optimizer=plan.optimizer, kept_checkpoints=TrainConfig.keep),
-        "next": [write_train_command(config, {})],
     }
     if plan.fits is False:
         assert vram_bytes is not None
         nearest = suggest_fit(
             model, config, lengths, vram_bytes=vram_bytes, rank=config.rank, profile_with_rank=profile_with_rank
         )
-        if nearest is None:
-            facts["nearest"] = "nothing fits: take a smaller model or a larger card"
-            del facts["next"]
-        else:
-            assert nearest.plan.memory is not None
-            facts["nearest"] = {**nearest.changes, "device_bytes": nearest.plan.memory.device_bytes}
-            facts["next"] = [write_train_command(config, nearest.changes)]
-        enough = next((cards for cards, each in sharded.items() if each.fits), None)
-        if enough is not None:
-            changes = {"gpus": enough, "shard": True}
-            facts["nearest_with_more_cards"] = changes
-            facts["next"] = [*facts.get("next", ()), write_train_command(config, changes)]
-    of_several = [_table("Base sharded over cards, for each of them", shares)] if shares else []
-    return facts, [_table("Ways to train", ways), *of_several, bound_speed(plan.flops_per_token)]
+        facts |= _suggest(config, nearest, sharded)
+    else:
+        facts["next"] = [write_train_command(config, {})]
+    return facts, [
+        _tabulate_ways(config, model, lengths),
+        *_tabulate_shards(sharded),
+        bound_speed(plan.flops_per_token),
+    ]
+
+
+def _suggest(config: InspectConfig, nearest: Suggestion | None, sharded: dict[int, MemoryDecision]) -> dict[str, Any]:
+    """What to do where a model does not fit: the nearest settings, or the fewest cards, with their commands."""
+    facts: dict[str, Any] = {}
+    commands = []
+    if nearest is None:
+        facts["nearest"] = "nothing fits: take a smaller model or a larger card"
+    else:
+        assert nearest.plan.memory is not None
+        facts["nearest"] = {**nearest.changes, "device_bytes": nearest.plan.memory.device_bytes}
+        commands.append(write_train_command(config, nearest.changes))
+    enough = next((cards for cards, each in sharded.items() if each.fits), None)
+    if enough is not None:
+        facts["nearest_with_more_cards"] = {"gpus": enough, "shard": True}
+        commands.append(write_train_command(config, facts["nearest_with_more_cards"]))
+    return {**facts, "next": commands} if commands else facts
+
+
+def _tabulate_ways(config: InspectConfig, model: ModelProfile, lengths: RowLengths) -> dict[str, Any]:
+    """Memory of ways to train, from the fastest to the leanest."""
+    ways = []
+    for name, (checkpointing, offload) in WAYS.items():
+        way = replace(
+            config, gradient_checkpointing=checkpointing, offload_activations=offload, offload_embeddings=offload
+        )
+        memory = plan_training(model, way, lengths, vram_bytes=None).memory
+        assert memory is not None
+        ways.append({"way": name, "peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes})
+    return _table("Ways to train", ways)
+
+
+def _tabulate_shards(sharded: dict[int, MemoryDecision]) -> list[dict[str, Any]]:
+    """Memory of each card where the base is sharded; no table where it is not."""
+    names = ("base_bytes", "peak_bytes", "device_bytes")
+    shares = [
+        {"cards": cards, **{name: getattr(each.memory, name) for name in names}} for cards, each in sharded.items()
+    ]
+    return [_table("Base sharded over cards, for each of them", shares)] if shares else []
 
 
 # ---------------------------------------------------------------- this machine
@@ -227,17 +231,17 @@ def inspect_machine(config: InspectConfig) -> dict[str, Any]:
     device = choose_device()
     compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
     checks = check_environment(device, compute_dtype, Path.cwd())
-    prepared, devices = cache_directory(), list_devices()
+    devices = list_devices()
     return {
         "kind": "machine",
         "works": all(check.works for check in checks if check.name != "cuda"),
         **describe_machine(),
         "cache": str(cache_root()),
-        "caches": {"bases_bytes": cache_size_bytes(), "prepared_rows_bytes": measure_directory(prepared)},
+        "caches": {"bases_bytes": cache_size_bytes(), "prepared_rows_bytes": measure_directory(cache_directory())},
         "versions": list_versions(),
         "tables": [
             *([_table("Devices", devices)] if devices else []),
-            _table("Checks", [check.to_dict() for check in checks]),
+            _table("Checks", [asdict(check) for check in checks]),
         ],
     }
 

@@ -93,9 +93,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         require_space(output, missing_bytes(output, plan))
         with unfinished_directory(output, overwrite=config.overwrite, resume=config.resume) as directory:
             started = time.perf_counter()
-            reused = write_weights(
-                plan, directory, options, merge_key(config, base, adapter_directory, options), report
-            )
+            key = merge_key(config, base, adapter_directory, options)
+            reused = write_weights(plan, directory, options, key, report)
             seconds = time.perf_counter() - started
             write_other_files(directory, adapter_directory, base, plan, options)
             comparison = rows = None
@@ -180,8 +179,7 @@ def write_weights(plan: MergePlan, directory: Path, options: MergeOptions, key: 
     Raises:
         MergeError: The GPU has no memory for it.
     """
-    largest = max(file.header.total_bytes for file in plan.files)
-    workers = choose_workers(plan.files, largest, options.device)
+    workers = choose_workers(plan.files, max(file.header.total_bytes for file in plan.files), options.device)
     try:
         return write_files(plan.files, directory, key=key, workers=workers, report=report)
     except torch.OutOfMemoryError as error:

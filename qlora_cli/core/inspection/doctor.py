@@ -2,11 +2,10 @@
 
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
+from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import first_line
 from qlora_cli.sizes import format_bytes
 
@@ -46,10 +46,6 @@ class Check:
     works: bool
     found: str
     fix: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return asdict(self)
 
 
 def read_driver(driver_file: Path = DRIVER_FILE) -> str | None:
@@ -98,15 +94,9 @@ def measure_directory(directory: Path) -> int:
 
 
 def check_environment(device: torch.device, compute_dtype: torch.dtype, directory: Path) -> list[Check]:
-    """Tries what training needs.
-
-    Args:
-        device: Where 4-bit arithmetic is tried.
-        compute_dtype: Its dtype.
-        directory: Where runs would be written.
-    """
+    """Tries what training needs: 4-bit arithmetic on a device, and room where runs would be written."""
     return [
-        check_python(),
+        Check("python", True, platform.python_version()),  # pip installs this on no older one
         check_card(),
         check_triton(device),
         check_4bit_step(device, compute_dtype),
@@ -116,37 +106,22 @@ def check_environment(device: torch.device, compute_dtype: torch.dtype, director
     ]
 
 
-def check_python() -> Check:
-    """Whether this Python is new enough."""
-    found = platform.python_version()
-    fix = None if sys.version_info >= (3, 11) else "Install Python 3.11 or newer."
-    return Check("python", fix is None, found, fix)
-
-
 def check_card(driver_file: Path = DRIVER_FILE, card_node: Path = CARD_NODE) -> Check:
     """Whether PyTorch sees a CUDA card, and if not, which of driver, build or card is missing."""
     if torch.cuda.is_available():
         return Check("cuda", True, f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
     driver = read_driver(driver_file)
-    if torch.version.cuda is None:
-        if driver or card_node.exists():
-            return Check(
-                "cuda",
-                False,
-                f"the driver ({driver}) is there, but PyTorch {torch.__version__} was built for the CPU",
-                "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
-            )
-        return Check("cuda", False, "no NVIDIA card or driver", "Small models train on the CPU; others need a card.")
-    if driver is None:
-        return Check(
-            "cuda", False, "no NVIDIA driver", "Install the NVIDIA driver, or pass the card into the container."
-        )
-    return Check(
-        "cuda",
-        False,
-        f"driver {driver} is there, but PyTorch's CUDA {torch.version.cuda} finds no usable card",
-        "Update the driver, or look at CUDA_VISIBLE_DEVICES and: nvidia-smi",
-    )
+    if torch.version.cuda is None and (driver or card_node.exists()):
+        found = f"the driver ({driver}) is there, but PyTorch {torch.__version__} was built for the CPU"
+        fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+    elif torch.version.cuda is None:
+        found, fix = "no NVIDIA card or driver", "Small models train on the CPU; others need a card."
+    elif driver is None:
+        found, fix = "no NVIDIA driver", "Install the NVIDIA driver, or pass the card into the container."
+    else:
+        found = f"driver {driver} is there, but PyTorch's CUDA {torch.version.cuda} finds no usable card"
+        fix = "Update the driver, or look at CUDA_VISIBLE_DEVICES and: nvidia-smi"
+    return Check("cuda", False, found, fix)
 
 
 def check_triton(device: torch.device) -> Check:
@@ -164,8 +139,7 @@ def check_triton(device: torch.device) -> Check:
 
 def check_disk(name: str, directory: Path) -> Check:
     """Whether a disk has room for a 7B model."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    free_bytes = free_disk_bytes(directory)
     found = f"{format_bytes(free_bytes)} free at {directory}"
     if free_bytes >= ENOUGH_DISK_BYTES:
         return Check(name, True, found)

@@ -140,12 +140,12 @@ def measure_quantization_error(
     return values
 
 
-def tabulate_layers(title: str, values: list[LayerValue], digits: int = 3) -> dict[str, Any]:
+def tabulate_layers(title: str, values: list[LayerValue]) -> dict[str, Any]:
     """A table with a row a layer and a column a module; `rows` hold numbers, None where a layer lacks the module."""
     modules = list(dict.fromkeys(value.module for value in values))
     rows: dict[int | None, dict[str, float]] = {}
     for value in values:
-        rows.setdefault(value.layer, {})[value.module] = float(f"{value.value:.{digits}g}")
+        rows.setdefault(value.layer, {})[value.module] = float(f"{value.value:.3g}")
     ordered = sorted(rows.items(), key=lambda item: (item[0] is None, item[0] or 0))
     return {
         "title": title,

@@ -34,7 +34,7 @@ def write_config(
     """Writes the base's config.json with what the merge changed; every other line stays as the base has it.
 
     Args:
-        base: Its directory.
+        base: Where it is.
         directory: Of the merged checkpoint.
         dtype: Of the merged weights.
         vocabulary: New number of embedding rows, or None.
@@ -50,8 +50,8 @@ def write_config(
         raise ModelError(f"{base / CONFIG} cannot be read: {error}.") from error
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)  # a path on the machine that wrote it
-    sections = [config] + [config[name] for name in ("text_config",) if isinstance(config.get(name), dict)]
-    for section in sections:
+    text_config = config.get("text_config")
+    for section in [config, text_config] if isinstance(text_config, dict) else [config]:
         for name in {"dtype", "torch_dtype"} & set(section):
             section[name] = dtype_name(dtype)
         if vocabulary is not None and ("vocab_size" in section or section is config):
@@ -89,8 +89,7 @@ def copy_checkpoint_files(base: Path, adapter: Path, directory: Path) -> None:
     for path in [base / GENERATION_CONFIG, *base.glob("*.py")]:  # *.py: of a model that comes with its code
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
-    formatting = find_run_record(adapter).get("formatting")
-    write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": formatting})
+    write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})
 
 
 def write_index(directory: Path, names: list[str]) -> None:

@@ -3,13 +3,12 @@
 The unfinished directory lies hidden beside the output, so that no program takes it for a model.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_cli.artifacts import LOCK, fsync_path
+from qlora_cli.artifacts import LOCK, fsync_path, publish_directory
 from qlora_cli.core.merge.writer import JOURNAL
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.lock import locked
@@ -60,26 +59,13 @@ def unfinished_directory(output: Path, *, overwrite: bool, resume: bool) -> Iter
         try:
             with reporting_disk_full(output):
                 yield directory
-                _publish(directory, output, overwrite=overwrite)
+                require_free(output, overwrite=overwrite)
+                publish_directory(directory, output)
+                for name in (JOURNAL, LOCK):  # after the rename: a crash before it finds the journal where it looks
+                    (output / name).unlink(missing_ok=True)
+                fsync_path(output)
         except (DiskFull, Interrupted):
             raise
         except QloraError:
             shutil.rmtree(directory)
             raise
-
-
-def _publish(directory: Path, output: Path, *, overwrite: bool) -> None:
-    require_free(output, overwrite=overwrite)
-    for path in sorted(directory.rglob("*")):
-        fsync_path(path)
-    fsync_path(directory)
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    if output.exists():
-        output.rename(old)
-    directory.rename(output)
-    for name in (JOURNAL, LOCK):  # after the rename: a crash before it finds the journal where it looks for it
-        (output / name).unlink(missing_ok=True)
-    fsync_path(output)
-    fsync_path(output.parent)
-    if old.exists():
-        shutil.rmtree(old)

@@ -15,19 +15,12 @@ COMPARED_ROWS = 1024
 
 @dataclass(frozen=True)
 class Tying:
-    """How the embeddings of the merged model are stored.
+    """How the embeddings of the merged model are stored."""
 
-    Attributes:
-        deltas: As given, or with the delta of one embedding applied to both.
-        borrowed: Parameters that share a tensor in the base and need their own now → the base tensor to start from.
-        untied: Whether the base's embeddings are tied and the merged ones are not.
-        vocabulary: New number of embedding rows, None where it stays.
-    """
-
-    deltas: Mapping[str, WeightDelta]
-    borrowed: Mapping[str, str]
-    untied: bool
-    vocabulary: int | None
+    deltas: Mapping[str, WeightDelta]  # as given, or with the delta of one embedding applied to both
+    borrowed: Mapping[str, str]  # parameters that need a tensor of their own now → the base tensor to start from
+    untied: bool  # the base's embeddings are tied and the merged ones are not
+    vocabulary: int | None  # new number of embedding rows, None where it stays
 
 
 def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
@@ -54,7 +47,7 @@ def settle_tying(
         model: The base's architecture.
         names: Name in the model → name in the checkpoint.
         deltas: By name in the model.
-        adapter: The adapter's tensors.
+        adapter: Of the deltas.
         keep_tied: PEFT's `ensure_weight_tying`.
 
     Raises:

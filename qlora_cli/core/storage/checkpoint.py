@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Checkpoint:
     path: Path
     step: int
     identity: dict[str, Any]
-    files: dict[str, int] = field(default_factory=dict)  # name -> bytes
+    files: dict[str, int]  # name → bytes
 
     @property
     def total_bytes(self) -> int:
@@ -76,11 +76,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def write_checkpoint(
     root: Path, step: int, *, identity: dict[str, Any], fill: Callable[[Path], None], needed_bytes: int
 ) -> Checkpoint:
-    """Writes the checkpoint of `step`, replacing one of the same step.
+    """Writes the checkpoint after `step` optimizer steps below `root`, replacing one of the same step.
 
     Args:
-        root: Directory of all checkpoints of a run.
-        step: Optimizer steps taken.
         identity: What the state depends on (base, data, settings), compared on resume.
         fill: Writes the files into the directory it is given.
         needed_bytes: Expected size, reported when the disk is full.
@@ -90,13 +88,11 @@ def write_checkpoint(
     """
     target = checkpoint_path(root, step)
     root.mkdir(parents=True, exist_ok=True)
-    files: dict[str, int] = {}
     with reporting_disk_full(root, needed_bytes), atomic_directory(target, replace=True) as directory:
         fill(directory)
-        entries = {}
-        for path in sorted(directory.iterdir()):
-            files[path.name] = path.stat().st_size
-            entries[path.name] = {"bytes": files[path.name], "sha256": sha256_of(path)}
+        paths = sorted(directory.iterdir())
+        files = {path.name: path.stat().st_size for path in paths}
+        entries = {path.name: {"bytes": files[path.name], "sha256": sha256_of(path)} for path in paths}
         manifest = {"format": MANIFEST_FORMAT, "step": step, "identity": identity, "files": entries}
         write_json(directory / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
     return Checkpoint(target, step, identity, files)
@@ -123,9 +119,8 @@ def verify_checkpoint(path: Path, required: Iterable[str] = ()) -> Checkpoint:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is malformed ({error!r})") from error
-    for name in expected:
-        if not _PLAIN_NAME.fullmatch(name):
-            raise CheckpointError(f"{MANIFEST} names {name!r}, which is not a plain file name")
+    if odd := [name for name in expected if not _PLAIN_NAME.fullmatch(name)]:
+        raise CheckpointError(f"{MANIFEST} names {odd[0]!r}, which is not a plain file name")
     for name in sorted({*expected, *required}):
         if name not in expected:
             raise CheckpointError(f"{MANIFEST} does not name {name}")
@@ -134,12 +129,7 @@ def verify_checkpoint(path: Path, required: Iterable[str] = ()) -> Checkpoint:
 
 
 def newest_valid(root: Path, required: Iterable[str] = ()) -> tuple[Checkpoint | None, list[Skipped]]:
-    """The newest checkpoint that verifies, and the newer ones that do not.
-
-    Args:
-        root: Directory of all checkpoints of a run; may be absent.
-        required: File names a checkpoint must hold to be of use.
-    """
+    """The newest checkpoint that verifies and holds the `required` files, and the newer ones that do not."""
     skipped: list[Skipped] = []
     for path in reversed(list_checkpoints(root)):
         try:

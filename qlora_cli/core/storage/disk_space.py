@@ -50,7 +50,7 @@ def reporting_disk_full(path: Path, needed_bytes: int | None = None) -> Iterator
     """Turns a full disk inside the block into `DiskFull`, which names what is free.
 
     Args:
-        path: What is written, or its directory.
+        path: What is written, or where.
         needed_bytes: Of a run's file, after whose failure --resume goes on; None for any other file.
     """
     try:
