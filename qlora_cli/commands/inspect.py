@@ -142,7 +142,7 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     reads_weights = files.commit is None or config.quantization_error
     entries = [entry for _, entry in list_tensors(files.directory).values()] if reads_weights else []
     if groups := group_tensors(entries):
-        tables.append(_table("Weights", [asdict(group) for group in groups]))
+        tables.append(_table("Weights", groups))
     return {**facts, "tables": tables}
 
 

@@ -16,7 +16,7 @@ from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, fin
 from qlora_cli.config import MergeConfig, QuantizationSettings
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
-from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, four_bit_config, write_config, write_index
+from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
 from qlora_cli.core.merge.compare_models import Comparison
 from qlora_cli.core.merge.delta import check_finite, read_deltas
 from qlora_cli.core.merge.model_card import write_merged_card
@@ -26,7 +26,7 @@ from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.models.adapter_record import read_adapter_record
-from qlora_cli.core.models.structure import head_names, linear_names
+from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
@@ -74,13 +74,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     with ExitStack() as stack:
         adapter = stack.enter_context(TensorFile(adapter_directory / ADAPTER_WEIGHTS))
         check_finite(adapter)
-        base = find_base(
-            source,
-            model=config.model,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-            report=report,
-        )
+        base = find_base(source, config, report)
         files = [
             stack.enter_context(TensorFile(base.files.weights / name)) for name in list_weight_files(base.files.weights)
         ]
@@ -96,7 +90,10 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             key = merge_key(config, base, adapter_directory, options)
             reused = write_weights(plan, directory, options, key, report)
             seconds = time.perf_counter() - started
-            write_other_files(directory, adapter_directory, base, plan, options)
+            write_config(directory, base, plan, options)
+            copy_checkpoint_files(base.files.directory, adapter_directory, directory)
+            if len(plan.files) > 1:
+                write_index(directory, [file.name for file in plan.files])
             comparison = rows = None
             if verifies:
                 comparison, rows = verify_merge(directory, adapter_directory, base, plan, options, report)
@@ -186,21 +183,3 @@ def write_weights(plan: MergePlan, directory: Path, options: MergeOptions, key: 
         raise MergeError(
             "The GPU has no memory left to merge on.", "Put CUDA_VISIBLE_DEVICES= before the command."
         ) from error
-
-
-def write_other_files(directory: Path, adapter: Path, base: Base, plan: MergePlan, options: MergeOptions) -> None:
-    """Writes configuration, tokenizer and index."""
-    quantization = None
-    if options.pack:
-        quantization = four_bit_config(options.quantization, options.dtype, skipped=head_names(base.model))
-    write_config(
-        base.files.directory,
-        directory,
-        dtype=options.dtype,
-        vocabulary=plan.vocabulary,
-        untied=plan.untied,
-        quantization=quantization,
-    )
-    copy_checkpoint_files(base.files.directory, adapter, directory)
-    if len(plan.files) > 1:
-        write_index(directory, [file.name for file in plan.files])

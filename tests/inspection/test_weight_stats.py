@@ -35,12 +35,12 @@ def test_tensors_are_grouped_by_module_and_dtype(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     save_file({"lm_head.weight": torch.zeros(9)}, tmp_path / "consolidated.safetensors")
     groups = {
-        (group.module, group.dtype): group
+        (group["module"], group["dtype"]): group
         for group in group_tensors(entry for _, entry in list_tensors(tmp_path).values())
     }
     assert set(groups) == {("q_proj", "BF16"), ("q_proj", "F32"), ("lm_head", "F16")}
     both = groups["q_proj", "BF16"]
-    assert (both.tensors, both.elements, both.stored_bytes) == (2, 64, 128)
+    assert (both["tensors"], both["elements"], both["stored_bytes"]) == (2, 64, 128)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{x"])

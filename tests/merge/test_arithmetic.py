@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.config import QuantizationSettings
-from qlora_cli.core.merge.arithmetic import Factors, merge_rows, restored_rows
+from qlora_cli.core.merge.arithmetic import merge_rows, restored_rows
+from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, four_bit_values, round_trip
 
 
@@ -46,16 +47,25 @@ def test_every_block_size_gives_the_formula(
     if indices is not None:
         expected[indices] = replaced.double()
 
-    factors = Factors(scaling, a, b, lengths, replaced, indices, embedding)
-    blocks = list(merge_rows(lambda i, j: weight[i:j].clone(), factors, rows=rows, step=step))
+    delta = WeightDelta(
+        scaling,
+        a="a",
+        b="b",
+        magnitude="lengths" if magnitude else None,
+        rows="replaced" if trained_rows else None,
+        token_indices=tuple(indices.tolist()) if trained_rows else (),
+        embedding=embedding,
+    )
+    tensors = {"a": a, "b": b, "lengths": lengths, "replaced": replaced}
+    blocks = list(merge_rows(lambda i, j: weight[i:j].clone(), delta, tensors, rows=rows, step=step))
     assert [len(block) for block in blocks[:-1]] == [step] * (len(blocks) - 1)
     assert torch.allclose(torch.cat(blocks).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_no_delta_changes_nothing() -> None:
     weight = torch.randn(7, 5)
-    nothing = Factors(1.0, None, None, None, None, None, False)
-    assert torch.equal(torch.cat(list(merge_rows(lambda i, j: weight[i:j].clone(), nothing, rows=7, step=3))), weight)
+    blocks = list(merge_rows(lambda i, j: weight[i:j].clone(), WeightDelta(), {}, rows=7, step=3))
+    assert torch.equal(torch.cat(blocks), weight)
 
 
 # ---------------------------------------------------------------- 4-bit round trip

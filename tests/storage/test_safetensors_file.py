@@ -97,7 +97,7 @@ def test_a_dtype_that_torch_lacks_is_refused_only_once_it_is_read(tmp_path: Path
         assert file.read("b").tolist() == [0, 0]
         with pytest.raises(ModelError, match=f"a is stored as {dtype}"):
             file.read("a")
-    assert [group.dtype for group in group_tensors(file.entries.values())] == [dtype, "F32"]
+    assert [group["dtype"] for group in group_tensors(file.entries.values())] == [dtype, "F32"]
     assert len(weights_digest(tmp_path)) == 64
 
 

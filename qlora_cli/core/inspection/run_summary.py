@@ -16,7 +16,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.lora import AdapterFacts, count_parameters, read_adapter
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_size import base_name
-from qlora_cli.core.training.state import STATE, TrainerState, read_trainer_state
+from qlora_cli.core.training.state import STATE, read_trainer_state
 
 
 def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
@@ -51,7 +51,16 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
     if settings.is_file():
         facts["settings"] = yaml.safe_load(settings.read_text(encoding="utf-8"))
     if in_checkpoint or (directory / STATE).is_file():
-        facts |= {"kind": "checkpoint", "progress": _describe_progress(read_trainer_state(directory))}
+        state = read_trainer_state(directory)
+        facts["kind"] = "checkpoint"
+        facts["progress"] = {  # in the words of `summarise_metrics`
+            "steps": state.step,
+            "last_loss": state.last_loss,
+            "best_eval_loss": state.best_loss,
+            "best_eval_step": state.best_step,
+            "last_eval_loss": state.last_eval_loss,
+            "tokens": state.tokens,
+        }
     elif (directory / artifacts.METRICS).is_file():
         facts["progress"] = summarise_metrics(artifacts.read_metrics(directory))
     checkpoints = directory / artifacts.CHECKPOINTS
@@ -67,18 +76,6 @@ def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
         return [f"qlora train --config {shlex.quote(str(settings))} --resume"] if settings.is_file() else []
     place = shlex.quote(str(directory))
     return [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output merged"]
-
-
-def _describe_progress(state: TrainerState) -> dict[str, Any]:
-    """How far a checkpoint's run had come, in the words of `summarise_metrics`."""
-    return {
-        "steps": state.step,
-        "last_loss": state.last_loss,
-        "best_eval_loss": state.best_loss,
-        "best_eval_step": state.best_step,
-        "last_eval_loss": state.last_eval_loss,
-        "tokens": state.tokens,
-    }
 
 
 def summarise_metrics(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:

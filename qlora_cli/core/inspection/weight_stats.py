@@ -25,17 +25,6 @@ LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class TensorGroup:
-    """Tensors of a checkpoint with the same last name and dtype."""
-
-    module: str
-    dtype: str
-    tensors: int
-    elements: int
-    stored_bytes: int
-
-
-@dataclass(frozen=True)
 class LayerValue:
     """One number on one module of one layer."""
 
@@ -59,15 +48,16 @@ def list_tensors(directory: Path) -> dict[str, tuple[Path, TensorEntry]]:
     return found
 
 
-def group_tensors(entries: Iterable[TensorEntry]) -> list[TensorGroup]:
-    """Tensors by module and dtype, in the order given."""
+def group_tensors(entries: Iterable[TensorEntry]) -> list[dict[str, Any]]:
+    """Tensors by module (their last name) and dtype, in the order given."""
     groups: dict[tuple[str, str], list[int]] = {}
     for entry in entries:
         module = entry.name.rsplit(".", 2)[-2] if "." in entry.name else entry.name
         group = groups.setdefault((module, entry.dtype_name), [0, 0, 0])
         for position, amount in enumerate((1, entry.elements, entry.total_bytes)):
             group[position] += amount
-    return [TensorGroup(module, dtype, *amounts) for (module, dtype), amounts in groups.items()]
+    names = ("module", "dtype", "tensors", "elements", "stored_bytes")
+    return [dict(zip(names, (*key, *amounts), strict=True)) for key, amounts in groups.items()]
 
 
 def layer_of(name: str) -> int | None:

@@ -5,8 +5,7 @@ each on one core (EPYC, AVX-512); here it is 4 ns, because two look-ups in a tab
 search.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
@@ -14,7 +13,6 @@ import torch
 from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.models.quantization import BLOCK_SIZE, four_bit_values, round_trip, round_trip_constants
-from qlora_cli.core.storage.safetensors_file import TensorFile
 from qlora_cli.errors import ModelError
 
 BINS = 16  # a unit: bins of 1/16 hold at most one border between NF4 values, the closest lying 0.08 apart
@@ -27,73 +25,52 @@ RowsOf = Callable[[int, int], torch.Tensor]  # (start, stop) → (stop - start, 
 # ---------------------------------------------------------------- low-rank update
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A weight delta with its tensors in float32; shapes as in `WeightDelta`."""
-
-    scaling: float
-    a: torch.Tensor | None
-    b: torch.Tensor | None
-    magnitude: torch.Tensor | None
-    rows: torch.Tensor | None
-    token_indices: torch.Tensor | None
-    embedding: bool
-
-
-def load_factors(delta: WeightDelta, adapter: TensorFile, device: torch.device) -> Factors:
-    """Reads the tensors of one weight delta."""
-
-    def read(name: str | None) -> torch.Tensor | None:
-        return None if name is None else adapter.read(name).to(device).float()
-
-    return Factors(
-        scaling=delta.scaling,
-        a=read(delta.a),
-        b=read(delta.b),
-        magnitude=read(delta.magnitude),
-        rows=read(delta.rows),
-        token_indices=torch.tensor(delta.token_indices, device=device) if delta.rows else None,
-        embedding=delta.embedding,
-    )
-
-
-def merge_rows(rows_of: RowsOf, factors: Factors, *, rows: int, step: int) -> Iterator[torch.Tensor]:
+def merge_rows(
+    rows_of: RowsOf, delta: WeightDelta, tensors: Mapping[str, torch.Tensor], *, rows: int, step: int
+) -> Iterator[torch.Tensor]:
     """The merged weight of `rows` rows, `step` of them at a time, from the first to the last.
 
     Linear layers: W + scaling * B @ A, with DoRA its rows scaled to the magnitudes
     (https://arxiv.org/abs/2402.09353, equation 5). Embeddings: W + scaling * (B @ A)^T, with DoRA its columns scaled.
 
     Args:
-        rows_of: Gives rows of W as fresh float32 tensors on the factors' device.
-        factors: The delta.
+        rows_of: Gives rows of W as fresh float32 tensors on the device of `tensors`.
+        delta: What is done to W.
+        tensors: Those it names, in float32.
         rows: Of W.
         step: Rows made at a time.
     """
 
+    a, b, magnitude, trained = (
+        tensors[name] if name else None for name in (delta.a, delta.b, delta.magnitude, delta.rows)
+    )
+    device = None if trained is None else trained.device
+    indices = torch.tensor(delta.token_indices, dtype=torch.int64, device=device)
+
     def updated(start: int, stop: int) -> torch.Tensor:
         part = rows_of(start, stop)
-        if factors.a is not None and factors.b is not None:
-            if factors.embedding:
-                part.addmm_(factors.a[:, start:stop].T, factors.b.T, alpha=factors.scaling)
+        if a is not None and b is not None:
+            if delta.embedding:
+                part.addmm_(a[:, start:stop].T, b.T, alpha=delta.scaling)
             else:
-                part.addmm_(factors.b[start:stop], factors.a, alpha=factors.scaling)
+                part.addmm_(b[start:stop], a, alpha=delta.scaling)
         return part
 
     starts = range(0, rows, step)
     columns = None
-    if factors.magnitude is not None and factors.embedding:
+    if magnitude is not None and delta.embedding:
         squares = sum(updated(s, min(s + step, rows)).double().square().sum(dim=0) for s in starts)
-        columns = factors.magnitude / torch.as_tensor(squares).sqrt().float()
+        columns = magnitude / torch.as_tensor(squares).sqrt().float()
     for start in starts:
         stop = min(start + step, rows)
         part = updated(start, stop)
         if columns is not None:
             part.mul_(columns)
-        elif factors.magnitude is not None:
-            part.mul_((factors.magnitude[start:stop] / torch.linalg.vector_norm(part, dim=1)).unsqueeze(1))
-        if factors.rows is not None and factors.token_indices is not None:
-            here = (factors.token_indices >= start) & (factors.token_indices < stop)
-            part[factors.token_indices[here] - start] = factors.rows[here]
+        elif magnitude is not None:
+            part.mul_((magnitude[start:stop] / torch.linalg.vector_norm(part, dim=1)).unsqueeze(1))
+        if trained is not None:
+            here = (indices >= start) & (indices < stop)
+            part[indices[here] - start] = trained[here]
         yield part
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.config import QuantizationSettings
+from qlora_cli.config import ModelSettings, QuantizationSettings
 from qlora_cli.core.device import DTYPES
 from qlora_cli.core.merge.plan import main_dtype
 from qlora_cli.core.models.adapter_record import AdapterRecord
@@ -28,27 +28,24 @@ class Base:
     stored_dtype: torch.dtype  # of most of its weights
 
 
-def find_base(
-    source: AdapterRecord, *, model: str | None, revision: str | None, trust_remote_code: bool, report: Report
-) -> Base:
+def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) -> Base:
     """The base's files and architecture.
 
     Args:
         source: Of the adapter.
-        model: As the user named it; None for the recorded one, which is then reported.
-        revision: The commit, branch or tag the user named.
-        trust_remote_code: Run the model's own code.
+        settings: With the base the user named; where none is, the recorded one is taken and reported.
         report: Receives which base it is, and what has to be assumed.
 
     Raises:
         ModelError: It cannot be found, or is stored quantised already.
         AdapterError: It is not the one the adapter was trained on.
     """
+    model, revision = settings.model, settings.model_revision
     if model is None:
         model, recorded_revision = source.name_base()
         revision = revision or recorded_revision
         report(Notice(f"The base is {model}, as {source.directory} recorded it."))
-    files = resolve_model(model, revision, trust_remote_code=trust_remote_code, report=report)
+    files = resolve_model(model, revision, trust_remote_code=settings.trust_remote_code, report=report)
     if getattr(files.config, "quantization_config", None) is not None:
         raise ModelError(
             f"{model} is stored quantised already, and its 16-bit weights are gone.",
@@ -70,5 +67,5 @@ def find_base(
             )
         )
     source.require_base(files)
-    empty = build_empty(files.config, trust_remote_code=trust_remote_code)
+    empty = build_empty(files.config, trust_remote_code=settings.trust_remote_code)
     return Base(files, empty, files.identity(quantization, compute_dtype), stored)

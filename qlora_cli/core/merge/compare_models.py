@@ -83,7 +83,7 @@ def compare_models(
             other = _log_probabilities(model, row, device)
             reference = reference.to(device)
             divergence = torch.sum(reference.exp() * (reference - other), dim=-1)  # (predicted,)
-            targets = _targets(row, device)
+            targets = torch.from_numpy(row[0][1:][row[1][1:]].astype(np.int64)).to(device)  # (predicted,)
             likelihoods = [log.gather(1, targets.unsqueeze(1)).sum().double() for log in (reference, other)]
             agreements = (reference.argmax(-1) == other.argmax(-1)).sum().double()
             totals += torch.stack([divergence.double().sum(), -likelihoods[0], -likelihoods[1], agreements]).cpu()
@@ -100,12 +100,5 @@ def _log_probabilities(model: nn.Module, row: Row, device: torch.device) -> torc
     """(predicted, vocabulary) float32: at every position whose next token is trained."""
     ids = torch.from_numpy(row[0].astype(np.int64)).to(device).unsqueeze(0)
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # (tokens - 1, vocabulary)
-    return torch.log_softmax(logits[_predicting(row, device)].float(), dim=-1)
-
-
-def _predicting(row: Row, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.flatnonzero(row[1][1:])).to(device)
-
-
-def _targets(row: Row, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(row[0][1:][row[1][1:]].astype(np.int64)).to(device)
+    predicting = torch.from_numpy(np.flatnonzero(row[1][1:])).to(device)
+    return torch.log_softmax(logits[predicting].float(), dim=-1)

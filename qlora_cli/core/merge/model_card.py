@@ -18,15 +18,7 @@ def write_merged_card(
     comparison: Comparison | None,
     rows_described: str | None,
 ) -> str:
-    """The text of the card.
-
-    Args:
-        base: Of the merge.
-        options: How it was merged.
-        data: It was tuned on, as the run's record has it.
-        comparison: Merged model against base + adapter, if it was made.
-        rows_described: Which rows it was made on.
-    """
+    """The text of the card; `data` is what the run's record says of it, `rows_described` as `find_rows` returns it."""
     name = base.files.name if base.files.commit else None
     packed, dtype = options.quantization.quant_type if options.pack else None, dtype_name(options.dtype)
     of_base = link_base(name)

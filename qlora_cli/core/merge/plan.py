@@ -11,14 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
-from qlora_cli.core.merge.arithmetic import (
-    ROWS_ELEMENTS,
-    RowsOf,
-    load_factors,
-    merge_rows,
-    restored_rows,
-    restores_by_rows,
-)
+from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, merge_rows, restored_rows, restores_by_rows
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
@@ -255,7 +248,9 @@ class MergePlanner:
                 compute_dtype=options.compute_dtype,
             )
         step = max(1, (ROWS_ELEMENTS if options.device.type == "cpu" else GPU_ROWS_ELEMENTS) // columns)
-        for part in merge_rows(rows_of, load_factors(delta, self.adapter, options.device), rows=rows, step=step):
+        used = [name for name in (delta.a, delta.b, delta.magnitude, delta.rows) if name]
+        tensors = {name: self.adapter.read(name).to(options.device).float() for name in used}
+        for part in merge_rows(rows_of, delta, tensors, rows=rows, step=step):
             yield _rounded(part, dtype, source.name).cpu()
 
     def _pack(self, blocks: Iterator[torch.Tensor], name: str) -> Iterator[TensorChunk]:

@@ -118,7 +118,12 @@ def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress
         _write_all(descriptor, memoryview(file.header.content), 0)
         progress.add(len(file.header.content))
         futures += [pool.submit(_run_task, t, file, descriptor, digests, progress, stop) for t in file.tasks]
-        _wait_all(futures, progress)
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=REPORT_SECONDS, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            progress.report()
     except BaseException:
         stop.set()
         for future in futures:
@@ -127,16 +132,6 @@ def _write_file(file: OutputFile, path: Path, pool: ThreadPoolExecutor, progress
         os.close(descriptor)
         raise
     return descriptor, _combine(file.header.content, (digests[name] for name in file.header.entries))
-
-
-def _wait_all(futures: list[Future], progress: "_Progress") -> None:
-    """Waits for all, reporting progress from this thread; raises the first failure."""
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=REPORT_SECONDS, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        progress.report()
 
 
 def _run_task(

@@ -35,12 +35,7 @@ class Checkpoint:
     path: Path
     step: int
     identity: dict[str, Any]
-    files: dict[str, int]  # name → bytes
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all files but the manifest."""
-        return sum(self.files.values())
+    files: dict[str, int]  # all but the manifest: name → bytes
 
 
 @dataclass(frozen=True)

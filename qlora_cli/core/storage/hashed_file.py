@@ -187,12 +187,8 @@ class HashedFile:
                 copies.join()
 
     def _work(self, waiting: deque[int], targets: list[tuple[int, Any]], copies: "_CudaCopies | None") -> None:
-        """Takes pieces until none is left: reads, verifies and copies them to where they belong.
-
-        Args:
-            waiting: Numbers of pieces, shared with other threads.
-            targets: Places in the file, in order, and bytes to be filled from there.
-            copies: How bytes get to a CUDA device.
+        """Takes numbers of pieces from `waiting`, shared by the threads, until none is left: reads and verifies each,
+        and copies it to the targets, which are places in the file, in order, and the bytes to be filled from there.
         """
         starts = [start for start, _ in targets]
         with copies.selected() if copies else nullcontext():

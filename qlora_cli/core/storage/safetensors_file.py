@@ -56,19 +56,12 @@ TensorSpec = tuple[str, torch.dtype, Sequence[int]]  # name, dtype and shape of 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a safetensors file.
-
-    Attributes:
-        name: As the file has it.
-        dtype_name: One of safetensors' names.
-        shape: In elements.
-        start: Its first byte, counted from the start of the file.
-    """
+    """Where one tensor lies in a safetensors file."""
 
     name: str
-    dtype_name: str
+    dtype_name: str  # as safetensors calls it
     shape: tuple[int, ...]
-    start: int
+    start: int  # its first byte, counted from the start of the file
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,19 +87,12 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the data of a safetensors file.
+    """What stands before the data of a safetensors file."""
 
-    Attributes:
-        content: The file's first bytes: the length of the JSON, and the JSON.
-        entries: Every tensor that is not padding by its name, in the order of their bytes.
-        metadata: Strings about the whole file.
-        total_bytes: Of the whole file.
-    """
-
-    content: bytes
-    entries: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
-    total_bytes: int
+    content: bytes  # the file's first ones: the length of the JSON, and the JSON
+    entries: Mapping[str, TensorEntry]  # every tensor that is not padding by its name, in the order of their bytes
+    metadata: Mapping[str, str]  # about the whole file
+    total_bytes: int  # of the whole file
 
 
 def header_bytes(start: bytes, file_bytes: int) -> int:
@@ -177,21 +163,16 @@ def make_header(
     """
     fields: dict[str, Any] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
     end = 0
-    for name, dtype, shape in tensors:
-        if padding := -end % alignment_bytes:
-            fields[f"__padding_{end}"] = _entry_fields(torch.uint8, [padding], end)
-            end += padding
-        fields[name] = _entry_fields(dtype, list(shape), end)
-        end += prod(shape) * dtype.itemsize
+    for tensor in tensors:
+        padding = -end % alignment_bytes
+        before: list[TensorSpec] = [(f"__padding_{end}", torch.uint8, [padding])] if padding else []
+        for name, dtype, shape in [*before, tensor]:
+            start, end = end, end + prod(shape) * dtype.itemsize
+            fields[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(LENGTH_BYTES + len(text)) % max(8, alignment_bytes))  # to 8 bytes at least, as safetensors does
     content = len(text).to_bytes(LENGTH_BYTES, "little") + text
     return parse_header(content, len(content) + end)
-
-
-def _entry_fields(dtype: torch.dtype, shape: list[int], start: int) -> dict[str, Any]:
-    offsets = [start, start + prod(shape) * dtype.itemsize]
-    return {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
 
 
 # ---------------------------------------------------------------- files

@@ -105,9 +105,8 @@ class Checkpointing:
         )
         best = [state.best_step] if self.keep_best and state.best_step else []
         prune(self.root, checkpoint, keep=self.keep, protect=best)
-        return CheckpointSaved(
-            checkpoint.step, str(checkpoint.path), checkpoint.total_bytes, seconds=time.perf_counter() - started
-        )
+        seconds = time.perf_counter() - started
+        return CheckpointSaved(checkpoint.step, str(checkpoint.path), sum(checkpoint.files.values()), seconds)
 
 
 def read_trainer_state(directory: Path) -> TrainerState:
