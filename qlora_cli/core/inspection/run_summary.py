@@ -127,7 +127,6 @@ def _count_with_base(
     """Counts of parameters; without the base's configuration only the adapter's own are known.
 
     Args:
-        adapter: Read from its directory.
         model: The base, as the user or the run record names it.
         revision: As the run record names it.
         reachable: Whether the user named the base, which may then be fetched from the hub.

@@ -100,10 +100,7 @@ def measure_quantization_error(
     Args:
         model: The architecture on the meta device.
         directory: Its checkpoint.
-        quantization: How a run quantises.
-        compute_dtype: Dtype from which a run quantises.
-        device: Where it is computed.
-        report: Receives progress.
+        compute_dtype: From which a run quantises.
 
     Raises:
         ModelError: A linear layer's weight is not in the checkpoint, or cannot be read.

@@ -90,8 +90,6 @@ def restored_rows(
     Args:
         read_rows: Gives rows of the stored weight on the device to work on; each row is read twice.
         shape: (out, in) of the weight.
-        name: For the error.
-        quantization: How it is quantised.
         compute_dtype: Dtype it was quantised from and is dequantised to.
 
     Returns:

@@ -29,12 +29,7 @@ class Base:
 
 
 def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) -> Base:
-    """The base's files and architecture.
-
-    Args:
-        source: Of the adapter.
-        settings: With the base the user named; where none is, the recorded one is taken and reported.
-        report: Receives which base it is, and what has to be assumed.
+    """The base's files and architecture: of the model named in the settings, else of the recorded one, as is reported.
 
     Raises:
         ModelError: It cannot be found, or is stored quantised already.

@@ -66,8 +66,6 @@ def compare_models(
         open_reference: Opens the model that is right; closing it frees its memory.
         open_other: Opens the model to compare with it.
         rows: From `choose_rows`; at least one.
-        device: Where both are.
-        report: Receives progress in rows.
     """
     kept: list[torch.Tensor] = []
     with open_reference() as model:

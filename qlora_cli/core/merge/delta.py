@@ -170,11 +170,7 @@ def _check_shapes(facts: AdapterFacts, model: PreTrainedModel, deltas: Mapping[s
 
 
 def check_finite(adapter: TensorFile) -> None:
-    """Raises unless every number of an adapter is finite.
-
-    Raises:
-        AdapterError: NaN or infinity, in which tensors.
-    """
+    """Raises AdapterError unless every number of an adapter is finite."""
     bad = [entry.name for entry in adapter.entries.values() if not _is_finite(adapter, entry)]
     if bad:
         raise AdapterError(

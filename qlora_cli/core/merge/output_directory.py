@@ -21,11 +21,7 @@ def unfinished_path(output: Path) -> Path:
 
 
 def require_free(output: Path, *, overwrite: bool) -> None:
-    """Raises unless `output` may be written.
-
-    Raises:
-        RunError: It is a file, or holds files and `overwrite` is False.
-    """
+    """Raises RunError where `output` is a file, or holds files and may not be overwritten."""
     if output.exists() and not output.is_dir():
         raise RunError(f"{output} is a file.", "Choose another --output.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -42,8 +38,7 @@ def unfinished_directory(output: Path, *, overwrite: bool, resume: bool) -> Iter
     the finished files in it.
 
     Args:
-        output: Final directory.
-        overwrite: Whether an existing one is replaced.
+        output: Final directory; with `overwrite` an existing one is replaced.
         resume: Whether files of an earlier attempt are kept.
 
     Raises:

@@ -114,10 +114,7 @@ class MergePlanner:
         self.main_dtype = main_dtype(self.files)
 
     def plan(self, *, keep_tied: bool) -> MergePlan:
-        """The plan.
-
-        Args:
-            keep_tied: Whether the delta of tied input embeddings is the head's too.
+        """The plan; with `keep_tied` the delta of tied input embeddings is the head's too.
 
         Raises:
             MergeError: A weight that is quantised or adapted is not in the checkpoint, or has another shape there.
@@ -165,7 +162,7 @@ class MergePlanner:
     def _plan_tensor(
         self, file: TensorFile, source: TensorEntry, output_name: str, parameter: str
     ) -> tuple[list[TensorSpec], MergeTask]:
-        """The output tensors made from one tensor of the base, "" where no parameter is read from it, and the work."""
+        """The output tensors made from one tensor of the base, and the work; `parameter` is "" for none of the model."""
         delta = self.deltas.get(parameter, WeightDelta())
         linear, options = parameter in self.linears, self.options
         converted = linear or parameter in self.deltas or source.dtype == self.main_dtype

@@ -10,11 +10,7 @@ from qlora_cli.errors import MergeError, UsageError
 
 
 def check_repository_name(repository: str) -> None:
-    """Raises unless it is ORG/NAME.
-
-    Raises:
-        UsageError: It is not.
-    """
+    """Raises UsageError unless it is ORG/NAME."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
         raise UsageError(f"--push {repository} is no repository name.", "Write it as ORG/NAME.")
 
@@ -23,8 +19,6 @@ def push_model(directory: Path, repository: str, *, public: bool, api: HfApi | N
     """Uploads a model directory in one commit, making the repository if need be.
 
     Args:
-        directory: All of it is uploaded.
-        repository: ORG/NAME.
         public: Whether everyone may see it; a repository that exists keeps what it is, and is not uploaded to when it
             is public and this is False.
         api: The hub; by default the one HF_ENDPOINT names, with the token of `hf auth login`.

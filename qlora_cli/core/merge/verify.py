@@ -184,11 +184,6 @@ def find_rows(
 ) -> tuple[Iterator[Row], str]:
     """The best rows there are: held out by the run, else those it trained on, else a built-in text.
 
-    Args:
-        adapter: Run directory or PEFT adapter.
-        tokenizer: For the built-in text.
-        least_tokens: As `LEAST_TOKENS`.
-
     Returns:
         Rows one at a time, and a description that ends a sentence.
     """

@@ -46,8 +46,7 @@ def settle_tying(
     Args:
         model: The base's architecture.
         names: Name in the model → name in the checkpoint.
-        deltas: By name in the model.
-        adapter: Of the deltas.
+        deltas: By name in the model, of `adapter`.
         keep_tied: PEFT's `ensure_weight_tying`.
 
     Raises:

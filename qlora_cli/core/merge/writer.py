@@ -42,12 +42,7 @@ def choose_workers(files: tuple[OutputFile, ...], allowed_bytes: int, device: to
 def write_files(files: tuple[OutputFile, ...], directory: Path, *, key: str, workers: int, report: Report) -> list[str]:
     """Writes every planned file, flushed to the disk.
 
-    Args:
-        files: What to write.
-        directory: Where; one with a journal of the same key is continued.
-        key: Everything the contents depend on, as a digest.
-        workers: Threads.
-        report: Receives progress in bytes.
+    A directory with a journal of the same `key`, a digest of everything the contents depend on, is continued.
 
     Returns:
         Names of the files that were finished before and are kept.

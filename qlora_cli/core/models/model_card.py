@@ -17,15 +17,7 @@ def link_base(base: str | None) -> str:
 
 
 def format_card(title: str, lines: list[str], *, base: str | None, dataset: str | None, **metadata: Any) -> str:
-    """The text of a card.
-
-    Args:
-        title: Its heading.
-        lines: Below the heading.
-        base: Hub id of the base model; None when it is a local directory.
-        dataset: Hub id of the data; None when it is local or unknown.
-        metadata: More of `ModelCardData`.
-    """
+    """The text of a card: hub ids, None for what is local; lines below the title; more fields of `ModelCardData`."""
     card = ModelCardData(
         base_model=base, datasets=[dataset] if dataset else None, pipeline_tag="text-generation", **metadata
     )

@@ -36,14 +36,7 @@ SETTINGS = (
 
 
 def write_card(*, base: str | None, dataset: str | None, settings: dict[str, Any], results: dict[str, Any]) -> str:
-    """The text of the card.
-
-    Args:
-        base: Hub id of the base model; None when it is a local directory, whose path stays private.
-        dataset: Hub id of the data; None when it is local.
-        settings: Settings of the run by name; those in `SETTINGS` are listed.
-        results: What the run came to, by name; those in `RESULTS` are listed.
-    """
+    """The text of the card: hub ids, None for what is local, and of settings and results what the tables above name."""
     on_data = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else "local data"
     lines = [
         f"A LoRA adapter of {link_base(base)}, trained on {on_data} by QLoRA: the base frozen in 4 bits, the adapter in "

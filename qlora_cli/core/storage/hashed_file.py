@@ -41,7 +41,6 @@ def write_hashed_file(
     """Writes a safetensors file, each tensor aligned, one in memory at a time.
 
     Args:
-        stream: The file.
         shapes: Of every tensor, in order; these themselves, or ones on the meta device.
         values: The tensors in the same order.
         piece_bytes: Covered by one digest.
@@ -92,12 +91,7 @@ class HashedFile:
     """A file of `write_hashed_file`, open; its header is verified, and with `fill` every other byte."""
 
     def __init__(self, path: Path, digests: Sequence[str], piece_bytes: int) -> None:
-        """Opens the file.
-
-        Args:
-            path: Of the file.
-            digests: What `write_hashed_file` returned.
-            piece_bytes: As when it was written.
+        """Opens a file that was written in pieces of `piece_bytes` with these digests.
 
         Raises:
             RunError: It has another length, or its header is damaged.
