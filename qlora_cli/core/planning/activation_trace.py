@@ -1,12 +1,13 @@
-"""A model on the meta device in; what each decoder layer keeps and how high its passes reach, a token, out.
+"""Activation trace of a training step: bytes that each decoder layer keeps, and peaks of its passes, by tokens.
 
-Nothing is computed or allocated: layers run forward and backward on tensors without values, and the bytes of the
-tensors alive are counted. Ops whose insides the meta device does not have are imitated by `stand_ins`.
+Nothing is computed or allocated: layers run forward and backward on the meta device, fused ops through their kernels in
+`meta_ops`, and the bytes of the tensors alive are counted.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -21,12 +22,21 @@ from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.lm_head import chunk_tokens, find_decoder
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
 from qlora_cli.core.models.structure import is_plain_linear, linear_names, underlying_model
-from qlora_cli.core.planning.live_bytes import LiveBytes
-from qlora_cli.core.planning.meta_ops import Attention, CatchAttention, Linear, Loss, Sink, Source, stand_in_attention
+from qlora_cli.core.planning.meta_ops import (
+    Attention,
+    CatchAttention,
+    Linear,
+    LiveBytes,
+    Loss,
+    Sink,
+    Source,
+    replace_attention,
+    storage_key,
+)
 from qlora_cli.errors import ModelError, first_line
 
 # So many that what does not grow with the tokens, such as an adapter's gradient, is next to nothing. The second length
-# is needed only where attention is written out, and grows with the tokens' square.
+# is needed only where attention is no fused op, and grows with the tokens' square.
 TRACED_TOKENS = (4096, 8192)
 
 
@@ -35,21 +45,21 @@ class Growth:
     """Bytes that grow with a micro-batch: so many a token, and so many a pair of tokens of one row."""
 
     per_token: float
-    per_pair: float  # where attention is written out: scores of every pair
+    per_pair: float  # of the scores of attention that is no fused op
 
     def bytes(self, tokens: int, row_tokens: int) -> float:
-        """Bytes for `tokens` in rows of `row_tokens`."""
+        """Bytes of `tokens` in rows of `row_tokens`."""
         return tokens * (self.per_token + self.per_pair * row_tokens)
 
 
 @dataclass(frozen=True)
-class Height:
-    """The highest moments of a pass: with so much scratch memory in use, the most that was alive beside it."""
+class Peak:
+    """Highest moments of a pass: with so many bytes of scratch memory in use, the most that was alive beside it."""
 
     moments: tuple[tuple[int, Growth], ...]
 
     def bytes(self, tokens: int, row_tokens: int, most_scratch: float = inf) -> float:
-        """Bytes at the highest moment, where no more scratch memory than `most_scratch` is ever needed."""
+        """Bytes at the highest moment, where no more scratch memory than `most_scratch` is used."""
         return max(min(scratch, most_scratch) + growth.bytes(tokens, row_tokens) for scratch, growth in self.moments)
 
 
@@ -58,8 +68,8 @@ class Pass:
     """One layer's forward and backward pass."""
 
     held: Growth  # between the two
-    forward: Height
-    backward: Height
+    forward: Peak
+    backward: Peak
 
 
 @dataclass(frozen=True)
@@ -75,22 +85,22 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """A training step."""
+    """Activations of a training step."""
 
     layers: tuple[LayerTrace, ...]
-    tail: Height  # all before the first and after the last layer, the loss included
+    tail: Peak  # all before the first and after the last layer, the loss included
     vocabulary: int
 
 
 def trace_model(model: Any, *, fused: bool) -> ModelTrace:
-    """Follows a training step.
+    """Traces a training step.
 
     Args:
         model: A causal language model on the meta device, in the compute dtype, with its adapter attached.
         fused: Whether the fast engine runs it, or PEFT, bitsandbytes and transformers alone.
 
     Raises:
-        ModelError: The model cannot be followed without real numbers.
+        ModelError: The model's forward pass asks for values.
     """
     model.train()
     for parameter in model.parameters():
@@ -101,16 +111,15 @@ def trace_model(model: Any, *, fused: bool) -> ModelTrace:
         linear = all(layer.keys_and_values for layer in short.result.layers)
         long = None if linear else _Trace(model, TRACED_TOKENS[1], fused)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        reason = first_line(error)
         raise ModelError(
-            f"The forward pass of {model.config.model_type} cannot be followed without weights: {reason}.",
+            f"The forward pass of {model.config.model_type} cannot be followed without weights: {first_line(error)}.",
             "Its memory cannot be predicted; its parameters can be counted.",
         ) from error
     return short.result if long is None else _separate(short.result, long.result)
 
 
 def _separate(short: Any, long: Any) -> Any:
-    """One trace from two lengths, told apart what grows with the tokens and what with their square."""
+    """One trace from two lengths: growth with the tokens and growth with their square, separated."""
     if isinstance(short, Growth):
         per_pair = max(0.0, (long.per_token - short.per_token) / (TRACED_TOKENS[1] - TRACED_TOKENS[0]))
         return Growth(short.per_token - per_pair * TRACED_TOKENS[0], per_pair)
@@ -132,30 +141,31 @@ class _Call:
     output: Any
 
     def answer(self, hidden: Tensor) -> Any:
-        """What the model expects of the layer, with these hidden states."""
+        """The layer's output as the model expects it, with these hidden states."""
         return (hidden, *self.output[1:]) if isinstance(self.output, tuple) else hidden
 
 
 class _Trace:
-    """One step at one length."""
+    """Trace of a step on one row of so many tokens."""
 
     def __init__(self, model: Any, tokens: int, fused: bool) -> None:
         self.model, self.tokens, self.fused = model, tokens, fused
         self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
         self.modules: list[Any] = find_layers(self.decoder)
-        # As `packed_attention` has them. Rows of one length, what takes most, go to cuDNN as they are, where it takes them.
+        # Whether attention has its inputs token by token: as packs do, and rows of one length, which take most, where
+        # they do not go to cuDNN.
         self.token_by_token = fused and not takes_equal_rows(self.decoder, torch.device("cuda"))
         self.live = LiveBytes()
         self.keys_and_values = 0
-        self.noting = False  # whether what opaque ops read, and linears make of what, is written down and so kept alive
-        self.read: dict[int, Tensor] = {}
-        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+        self.recording = False  # whether these two are filled, which keeps the tensors alive
+        self.read: dict[int, Tensor] = {}  # by opaque ops and norms
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}  # by linears, and of what
         self.anchor = torch.empty((), device="meta", requires_grad=True)
-        with _forwards(*self._stand_in_linears()), stand_in_attention(self.base, self._attend) as needs_mask:
+        with _forwards(*self._meta_linears()), replace_attention(self.base, self._attend) as needs_mask:
             ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
             self.inputs = {"attention_mask": torch.ones_like(ids)} if needs_mask else {}
-            # Layers of one kind are alike, but for the first, whose input asks for no gradient: embeddings are frozen.
+            # Layers of one kind are alike, but for the first: its input requires no gradient, as embeddings are frozen.
             kinds = [
                 (number == 0, type(module), tuple(parameter.shape for parameter in module.parameters()))
                 for number, module in enumerate(self.modules)
@@ -163,10 +173,9 @@ class _Trace:
             calls = self._capture_calls(ids, kinds)
             traced = {kind: self._trace_layer(call, differentiable=not kind[0]) for kind, call in calls.items()}
             tail = self._trace_tail(ids, [calls[kind] for kind in kinds])
-        vocabulary = self.base.get_output_embeddings().weight.shape[0]
-        self.result = ModelTrace(tuple(traced[kind] for kind in kinds), tail, vocabulary)
+        self.result = ModelTrace(tuple(traced[kind] for kind in kinds), tail, self._vocabulary())
 
-    # ------------------------------------------------------------ stand-ins
+    # ------------------------------------------------------------ meta kernels
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.token_by_token:
@@ -176,8 +185,8 @@ class _Trace:
         self._note_read(query, key, value, output)
         return output
 
-    def _stand_in_linears(self) -> tuple[list[Any], list[Callable]]:
-        """Every linear layer with its stand-in; with the fused engine its adapter is part of it."""
+    def _meta_linears(self) -> tuple[list[Any], list[Callable]]:
+        """Linear layers, and their forward on the meta device; with the fast engine the adapter is part of it."""
         modules, forwards = [], []
         for name in linear_names(self.model):
             module = self.model.get_submodule(name.removesuffix(".base_layer") if self.fused else name)
@@ -191,24 +200,24 @@ class _Trace:
     def _linear(self, out_features: int, a: Tensor | None, b: Tensor | None, dropout: float) -> Callable:
         def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
             y = Linear.apply(x, out_features, dropout, self.live, a, b)
-            if self.noting:
-                self.made[_storage(y)] = (y, x)
+            if self.recording:
+                self.made[storage_key(y)] = (y, x)
             if a is not None:
                 self._note_read(x)
             return y
 
         return forward
 
-    def _grow(self, total_bytes: int) -> Growth:
+    def _per_token(self, total_bytes: int) -> Growth:
         return Growth(total_bytes / self.tokens, 0.0)
 
-    def _rise(self, highest_bytes: dict[int, int]) -> Height:
-        return Height(tuple((scratch, self._grow(alive)) for scratch, alive in sorted(highest_bytes.items())))
+    def _peak(self, highest_bytes: dict[int, int]) -> Peak:
+        return Peak(tuple((scratch, self._per_token(alive)) for scratch, alive in sorted(highest_bytes.items())))
 
     # ------------------------------------------------------------ layers
 
     def _capture_calls(self, ids: Tensor, kinds: list[Any]) -> dict[Any, _Call]:
-        """How the model calls the first layer of each kind; those like it pass their input on."""
+        """How the model calls the first layer of each kind; others of the kind pass their input on."""
         calls: dict[Any, _Call] = {}
 
         def pass_on(module: Any, kind: Any) -> Callable:
@@ -236,18 +245,15 @@ class _Trace:
             with CatchAttention(self._attend):
                 return call.module(*arguments, **keywords)
 
-        kept = self._follow(run, call, differentiable=differentiable)
+        kept = self._count(run, call, differentiable=differentiable)
         keys_and_values = self.keys_and_values
-
-        def again(*arguments: Any, **keywords: Any) -> Any:
-            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
-
-        recomputed = self._follow(again, call, differentiable=differentiable)
+        recompute = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        recomputed = self._count(recompute, call, differentiable=differentiable)
         hidden = call.arguments[0].shape[-1]
         return LayerTrace(hidden, keys_and_values, kept, recomputed, self._compile(call))
 
-    def _follow(self, run: Callable, call: _Call, *, differentiable: bool) -> Pass:
-        """Runs a layer forward and backward and counts."""
+    def _count(self, run: Callable, call: _Call, *, differentiable: bool) -> Pass:
+        """Runs a layer forward and backward, and counts bytes."""
         self.live.reset()
         with self.live:
             inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
@@ -259,21 +265,21 @@ class _Trace:
             end = Sink.apply(output)
             del output
             end.backward()
-        return Pass(self._grow(held_bytes), self._rise(forward), self._rise(self.live.highest_bytes))
+        return Pass(self._per_token(held_bytes), self._peak(forward), self._peak(self.live.highest_bytes))
 
     def _compile(self, call: _Call) -> Pass:
-        """The same under a compiler, by rule instead of by count.
+        """The same of a compiled layer, by rule instead of by count.
 
         Kept are what opaque ops (linears with adapters, attention) and norms read, and the outputs of linears that an
-        activation's gradient needs; all else is elementwise on these and made again. Inductor's partitioner does not
-        make again what an opaque op reads in the backward pass (functorch's ban_recompute_materialized_backward). The
+        activation's gradient needs; all else is elementwise on these and recomputed. Inductor's partitioner does not
+        recompute what an opaque op reads in the backward pass (functorch's ban_recompute_materialized_backward). The
         backward pass is highest where the widest activation's gradients meet, or in a linear.
         """
-        self.read, self.made, self.noting = {}, {}, True
+        self.read, self.made, self.recording = {}, {}, True
         saved: set[int] = set()
 
         def save(tensor: Tensor) -> Tensor:
-            saved.add(_storage(tensor))
+            saved.add(storage_key(tensor))
             return tensor
 
         norms = [
@@ -282,19 +288,18 @@ class _Trace:
         handles = [
             part.register_forward_pre_hook(lambda _, arguments: self._note_read(arguments[0]))
             for part in norms
-            if "forward" not in vars(part)  # linears have their stand-in there
+            if "forward" not in vars(part)  # as linears have
         ]
         try:
             with saved_tensors_hooks(save, lambda tensor: tensor), CatchAttention(self._attend):
                 inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
                 call.module(inputs, *call.arguments[1:], **call.keywords)
         finally:
-            self.noting = False
+            self.recording = False
             for handle in handles:
                 handle.remove()
         made = {key: tensor for key, (tensor, _) in self.made.items() if key in saved}
-        kept_bytes = sum(tensor.nbytes for tensor in (self.read | made).values())
-        hidden_bytes = inputs.nbytes
+        kept_bytes, hidden_bytes = sum(tensor.nbytes for tensor in (self.read | made).values()), inputs.nbytes
         linears = [(read.nbytes, tensor.nbytes) for tensor, read in self.made.values()]
         widest = max((read for read, _ in linears), default=0)
         gradients = widest + sum(tensor for _, tensor in linears if tensor >= widest) + hidden_bytes
@@ -302,45 +307,47 @@ class _Trace:
         for read, tensor in linears:
             scratch = read // self.tokens * (tensor // self.tokens) // inputs.element_size()
             backward[scratch] = max(backward.get(scratch, 0), kept_bytes + read + tensor + hidden_bytes)
-        return Pass(self._grow(kept_bytes), self._rise({0: kept_bytes + hidden_bytes}), self._rise(backward))
+        return Pass(self._per_token(kept_bytes), self._peak({0: kept_bytes + hidden_bytes}), self._peak(backward))
 
     def _note_read(self, *tensors: Tensor) -> None:
-        if self.noting:
-            self.read.update({_storage(tensor): tensor for tensor in tensors})
+        if self.recording:
+            self.read.update({storage_key(tensor): tensor for tensor in tensors})
 
     # ------------------------------------------------------------ before and after the layers
 
-    def _trace_tail(self, ids: Tensor, calls: list[_Call]) -> Height:
+    def _trace_tail(self, ids: Tensor, calls: list[_Call]) -> Peak:
         """Everything but the layers: embeddings, last norm, head and loss, from the last layer on and back to it."""
         self.live.reset()
-        positions = torch.zeros(self.tokens, dtype=torch.long, device="meta")
-        with _forwards(self.modules, [self._stand_in_layer(call) for call in calls]), self.live:
+        with _forwards(self.modules, [self._skipped_layer(call) for call in calls]), self.live:
             if self.fused:
-                self._fused_loss(ids, positions).backward()
+                self._fused_loss(ids).backward()
             else:
                 logits = self.model(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs).logits
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
                 del logits
                 loss.backward()
-        return self._rise(self.live.highest_bytes)
+        return self._peak(self.live.highest_bytes)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.base.get_input_embeddings()(ids)  # models look at the values of ids, and there are none
 
-    def _fused_loss(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _fused_loss(self, ids: Tensor) -> Tensor:
         embedded = self._embed(ids)  # held to the end, as by the engine
         hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **self.inputs).last_hidden_state.flatten(0, 1)
-        vocabulary = self.base.get_output_embeddings().weight.shape[0]
+        vocabulary = self._vocabulary()
         chunk_bytes = chunk_tokens(vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
-        return Loss.apply(hidden[positions], chunk_bytes, self.live)
+        return Loss.apply(hidden[ids[0]], chunk_bytes, self.live)  # some position for each token
 
-    def _stand_in_layer(self, call: _Call) -> Callable:
+    def _vocabulary(self) -> int:
+        return self.base.get_output_embeddings().weight.shape[0]
+
+    def _skipped_layer(self, call: _Call) -> Callable:
         return lambda hidden, *_, **__: call.answer(Source.apply(self.anchor, hidden.shape, hidden.dtype))
 
 
 @contextmanager
 def _forwards(modules: list[Any], forwards: list[Callable]) -> Iterator[None]:
-    """Gives module instances other forwards for a while."""
+    """Replaces the forward of module instances."""
     for module, forward in zip(modules, forwards, strict=True):
         module.forward = forward
     try:
@@ -348,10 +355,6 @@ def _forwards(modules: list[Any], forwards: list[Callable]) -> Iterator[None]:
     finally:
         for module in modules:
             del module.forward
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None, float]:

@@ -1,8 +1,9 @@
-"""Tensors without values in, tensors of the right shapes out: for each op that the meta device does not have, one here.
+"""Meta kernels of fused ops, and the bytes of the tensors alive while a model runs on them.
 
-Each keeps for its backward pass, and allocates on the way, what the real op does; nothing else about it is imitated.
+A meta kernel computes shapes alone. It saves for its backward pass, and allocates on the way, what the real op does.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +11,64 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
-from qlora_cli.core.planning.live_bytes import LiveBytes
-
 TRACED_ATTENTION = "qlora_traced"
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same for all views of one storage, while it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+class LiveBytes(TorchDispatchMode):
+    """While active, counts every storage made, on any device, from its making to its end, what autograd holds included.
+
+    Attributes:
+        now_bytes: Alive at this moment.
+        highest_bytes: By the bytes of scratch memory in use (see `mark`), the most that was alive beside it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.now_bytes = 0
+        self.highest_bytes: dict[int, int] = {0: 0}
+        self._sizes: dict[int, int] = {}
+
+    def restart(self) -> dict[int, int]:
+        """Starts the highest moments anew from here, and returns what they were."""
+        before, self.highest_bytes = self.highest_bytes, {0: self.now_bytes}
+        return before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage_key(value) for value in args if isinstance(value, Tensor)}
+        for value in result if isinstance(result, tuple | list) else (result,):
+            # A view of what was there before, such as a transposed weight, is not new.
+            if isinstance(value, Tensor) and storage_key(value) not in given:
+                self._count(value.untyped_storage())
+        self.mark(0)
+        return result
+
+    def mark(self, scratch_bytes: int) -> None:
+        """Notes the present moment, at which so much scratch memory, not counted here, is in use as well."""
+        self.highest_bytes[scratch_bytes] = max(self.highest_bytes.get(scratch_bytes, 0), self.now_bytes)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now_bytes += storage.nbytes()
+            weakref.finalize(storage, self._discount, self._sizes, key)
+
+    def _discount(self, sizes: dict[int, int], key: int) -> None:
+        if sizes is self._sizes:  # not from before a reset
+            self.now_bytes -= sizes.pop(key)
 
 
 class Linear(torch.autograd.Function):
@@ -26,14 +80,13 @@ class Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight_bytes = x.shape[-1] * out_features * x.element_size()
         ctx.dropout, ctx.live, ctx.adapter = dropout, live, None if a is None or b is None else (a, b)
+        ctx.in_shape = x.shape
         y = x.new_empty(*x.shape[:-1], out_features)
         live.mark(ctx.weight_bytes)
         if a is not None:
             dropped = x.new_empty(x.shape) if dropout else None
             ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], a.shape[0]))
-            live.mark(0)
             del dropped
-        ctx.in_shape = x.shape
         return y
 
     @staticmethod
@@ -93,7 +146,7 @@ class Loss(torch.autograd.Function):
 
 
 class Source(torch.autograd.Function):
-    """What comes before: a tensor that requires a gradient, and whoever drops it frees it."""
+    """What comes before a layer: a tensor that requires a gradient, and whoever drops it frees it."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -105,7 +158,7 @@ class Source(torch.autograd.Function):
 
 
 class Sink(torch.autograd.Function):
-    """What comes after: keeps nothing, and hands a gradient back."""
+    """What comes after a layer: keeps nothing, and hands a gradient back."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
@@ -118,7 +171,7 @@ class Sink(torch.autograd.Function):
 
 
 class CatchAttention(TorchFunctionMode):
-    """While active, puts `attend` in the place of torch's attention: architectures outside the interface call it."""
+    """While active, replaces torch's attention by `attend`: architectures outside transformers' interface call it."""
 
     def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -132,8 +185,8 @@ class CatchAttention(TorchFunctionMode):
 
 
 @contextmanager
-def stand_in_attention(base: Any, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[bool]:
-    """Puts `attend` in the place of a model's attention where it asks transformers for it.
+def replace_attention(base: Any, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[bool]:
+    """Replaces a model's attention by `attend` where the model asks transformers for it.
 
     Args:
         base: A transformers model.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_cli.core.planning.live_bytes import LiveBytes
+from qlora_cli.core.planning.meta_ops import LiveBytes
 
 SIZE = 4 * 1000
 
@@ -23,7 +23,7 @@ def test_what_autograd_saves_stays_counted_until_the_backward_pass(device):
         total.backward()
         del total
         assert live.now_bytes == SIZE  # the gradient
-    assert live.peak_bytes == 2 * SIZE + 8
+    assert live.highest_bytes == {0: 2 * SIZE + 8}
 
 
 def test_views_of_what_was_there_before_are_free():
@@ -43,7 +43,6 @@ def test_scratch_memory_counts_with_what_is_alive_beside_it():
         large = torch.ones(5000)
         del large
     assert live.highest_bytes == {0: 5 * SIZE, 10 * SIZE: SIZE}
-    assert live.peak_bytes == 11 * SIZE
 
 
 def test_moments_start_anew_with_what_is_still_alive():
