@@ -35,7 +35,7 @@ from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.roofline import bound_speed
 from qlora_cli.core.planning.run_plan import may_be_sharded
-from qlora_cli.core.planning.suggestions import Suggestion, suggest_fit, write_train_command
+from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
@@ -112,7 +112,7 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     facts = {
         "kind": "model",
         "model": config.model,
-        "model_type": model.model_type,
+        "model_type": model_config.model_type,
         "total_parameters": footprint.total_parameters,
         "trainable_parameters": footprint.trainable_parameters,
         "trainable_percent": footprint.trainable_percent,
@@ -165,7 +165,7 @@ def _predict(
         "settings": {"max_length": max_length, "rank": config.rank, **plan.settings, "token_budget": plan.token_budget},
         "flops_per_token": plan.flops_per_token,
         "training": plan.memory.to_dict(),
-        "generation": estimate_generation(model, rows=1, row_tokens=max_length).to_dict(),
+        "generation": estimate_generation(model, rows=1, row_tokens=max_length),
         "merging": estimate_merging(model),
         "disk": estimate_disk(model, optimizer=plan.optimizer, kept_checkpoints=TrainConfig.keep),
     }
@@ -184,16 +184,19 @@ def _predict(
     ]
 
 
-def _suggest(config: InspectConfig, nearest: Suggestion | None, sharded: dict[int, MemoryDecision]) -> dict[str, Any]:
+def _suggest(
+    config: InspectConfig, nearest: tuple[dict[str, Any], MemoryDecision] | None, sharded: dict[int, MemoryDecision]
+) -> dict[str, Any]:
     """What to do where a model does not fit: the nearest settings, or the fewest cards, with their commands."""
     facts: dict[str, Any] = {}
     commands = []
     if nearest is None:
         facts["nearest"] = "nothing fits: take a smaller model or a larger card"
     else:
-        assert nearest.plan.memory is not None
-        facts["nearest"] = {**nearest.changes, "device_bytes": nearest.plan.memory.device_bytes}
-        commands.append(write_train_command(config, nearest.changes))
+        changes, decision = nearest
+        assert decision.memory is not None
+        facts["nearest"] = {**changes, "device_bytes": decision.memory.device_bytes}
+        commands.append(write_train_command(config, changes))
     enough = next((cards for cards, each in sharded.items() if each.fits), None)
     if enough is not None:
         facts["nearest_with_more_cards"] = {"gpus": enough, "shard": True}

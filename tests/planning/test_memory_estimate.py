@@ -182,10 +182,10 @@ def test_written_out_attention_grows_with_the_square_of_a_row():
 def test_answers_need_room_for_keys_and_values():
     model_profile = profile_of("llama")
     one = estimate_generation(model_profile, rows=1, row_tokens=1024)
-    assert one.cache_bytes == 1024 * 6 * 2 * 1024 * 2  # tokens, layers, keys and values, width, bytes
+    assert one["cache_bytes"] == 1024 * 6 * 2 * 1024 * 2  # tokens, layers, keys and values, width, bytes
     eight = estimate_generation(model_profile, rows=8, row_tokens=1024)
-    assert eight.cache_bytes == 8 * one.cache_bytes
-    assert eight.peak_bytes > one.peak_bytes > model_profile.footprint.base_bytes
+    assert eight["cache_bytes"] == 8 * one["cache_bytes"]
+    assert eight["peak_bytes"] > one["peak_bytes"] > model_profile.footprint.base_bytes
 
 
 def test_grouped_heads_keep_fewer_keys_and_values():

@@ -16,9 +16,8 @@ from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES, ResolvedStep, estimate_training
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
-from qlora_cli.core.planning.suggestions import certainly_too_large, refuse, suggest_fit
+from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit
 from qlora_cli.errors import UsageError
-from qlora_cli.sizes import format_bytes
 
 GIB = 2**30
 LAYERS = 8
@@ -171,41 +170,36 @@ def test_on_the_cpu_weights_are_resident_where_half_of_memory_holds_them(monkeyp
 def test_the_nearest_fit_changes_only_what_it_must():
     asked = {"batch_size": 2, "max_length": 4096, "gradient_checkpointing": "off", "offload_activations": False}
     limit_bytes = plan(None, **asked).memory.device_bytes // 2
-    found = suggest(limit_bytes, **asked)
-    assert found.plan.fits
-    assert set(found.changes) <= {"gradient_checkpointing", "offload_embeddings"}
-    assert plan(limit_bytes, **{**asked, **found.changes}).fits
+    changes, decision = suggest(limit_bytes, **asked)
+    assert decision.fits
+    assert set(changes) <= {"gradient_checkpointing", "offload_embeddings"}
+    assert plan(limit_bytes, **{**asked, **changes}).fits
 
 
 def test_rows_are_shortened_and_then_the_rank_is_lowered():
     just_too_little = leanest_bytes(max_length=8192) - 1
-    found = suggest(just_too_little, max_length=8192)
-    assert found.changes["max_length"] == 4096
-    assert "rank" not in found.changes
+    changes, _ = suggest(just_too_little, max_length=8192)
+    assert changes["max_length"] == 4096
+    assert "rank" not in changes
     assert plan(just_too_little, max_length=4096).fits
 
-    found = suggest(leanest_bytes(max_length=128) - 1, max_length=8192)
-    assert found.changes["max_length"] == 128
-    assert found.changes["rank"] < 16
-    assert found.plan.fits
+    changes, decision = suggest(leanest_bytes(max_length=128) - 1, max_length=8192)
+    assert changes["max_length"] == 128
+    assert changes["rank"] < 16
+    assert decision.fits
 
 
 def test_where_nothing_fits_nothing_is_suggested():
     assert suggest(GIB // 4, rank=2) is None
 
 
-def test_only_what_is_certain_to_fail_is_refused_and_with_exit_code_3():
+def test_only_what_is_certain_to_fail_is_refused():
     assert not certainly_too_large(plan(80 * GIB))
     assert not certainly_too_large(plan(None))
     least_bytes = leanest_bytes()
     nearly = plan(least_bytes - 2**20)
     assert nearly.fits is False and not certainly_too_large(nearly)
-    much_too_large = plan(least_bytes * 9 // 10)
-    assert certainly_too_large(much_too_large)
-    error = refuse(much_too_large, ("qlora train --max-length 512",))
-    assert error.exit_code == 3
-    assert format_bytes(least_bytes) in error.message and "--max-length 512" in error.hint
-    assert "Nothing fits" in refuse(much_too_large, ()).hint
+    assert certainly_too_large(plan(least_bytes * 9 // 10))
 
 
 def test_the_allocator_has_the_limit_without_the_context():

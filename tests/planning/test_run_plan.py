@@ -10,7 +10,7 @@ import transformers
 
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.planning.run_plan import RunPlan, plan_run_memory, profile_run, resolved_configuration
+from qlora_cli.core.planning.run_plan import RunPlan, measure_rows, plan_run_memory, profile_run, resolved_configuration
 from qlora_cli.errors import DoesNotFit, UsageError
 from qlora_cli.sizes import format_bytes
 
@@ -40,9 +40,7 @@ def plan(
         config,
         model,
         profile_run(config, model, device),
-        max_length=config.max_length or 16384,
-        row_lengths=lengths,
-        longest=longest,
+        lengths=measure_rows(config, config.max_length or 16384, lengths, longest),
         device=device,
         ranks=ranks or ProcessGroup(),
         report=(events if events is not None else []).append,
@@ -79,7 +77,8 @@ def test_a_run_that_cannot_end_well_is_refused_with_a_command_that_can(prepared)
     limit_mib = int(least_bytes() * 0.94) // MIB
     with pytest.raises(DoesNotFit) as caught:
         plan(vram=f"{limit_mib}MiB", **rows)
-    assert format_bytes(limit_mib * MIB) in caught.value.message
+    assert caught.value.exit_code == 3
+    assert format_bytes(least_bytes()) in caught.value.message and format_bytes(limit_mib * MIB) in caught.value.message
     words = shlex.split(caught.value.hint.removeprefix("Type: "))
     assert words[words.index("--max-length") + 1] == "8000"
     assert words[words.index("--vram") + 1] == f"{limit_mib}MiB"

@@ -19,43 +19,27 @@ from qlora_cli.core.engine.packed_attention import pack_mask
 from qlora_cli.core.models.structure import context_length
 from qlora_cli.errors import first_line
 
-RELIEF_BYTES, MOST_RELIEFS = 2**28, 16  # how much less memory is planned with each time it runs out
+REDUCTION_BYTES, MOST_REDUCTIONS = 2**28, 16  # how much less memory is planned with each time it runs out
 HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
-# Rows of the pack that the engine is tried on. Their sum is no size of a weight: it tells activations from them.
+# Rows of the pack that the engine is tried on. Their sum is no size of a weight, so that activations are known by it.
 TRIAL_LENGTHS = (24, 43)
 LONG_ROW = 1024  # of so many tokens attention has other kernels
 LEAST_TRIAL_TOKENS = 32
 
 
 class Calibration:
-    """Runs of one model instance before its first step.
-
-    Args:
-        model: The whole model, which says whether it is training.
-        decoder: The part below the head.
-        embedding: The input embeddings.
-        values: The adapters' values, brought up to date before each run.
-        device: Where the model computes.
-
-    Attributes:
-        packed: Whether attention takes packs by now.
-        hidden_bytes: Of one token before the layer that was measured.
-    """
+    """Runs of one model instance before its first step."""
 
     def __init__(
         self, model: nn.Module, decoder: Any, embedding: Any, values: AdapterValues, device: torch.device
     ) -> None:
         self.model, self.decoder, self.embedding, self.values, self.device = model, decoder, embedding, values, device
-        self.packed = False
-        self.hidden_bytes = 0
-
-    @property
-    def _vocabulary(self) -> int:
-        return self.embedding.weight.shape[0]
+        self.packed = False  # whether attention takes packs by now
+        self.hidden_bytes = 0  # of one token before the layer that was measured
 
     def _ids(self, tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(self._vocabulary, (1, tokens), generator=generator).to(self.device)
+        return torch.randint(self.embedding.weight.shape[0], (1, tokens), generator=generator).to(self.device)
 
     def inputs(self, tokens: int) -> dict[str, Tensor]:
         """A row of random tokens, embedded where the embeddings are not on the device."""
@@ -103,15 +87,12 @@ class Calibration:
         self.model.eval()
         try:
             self.values.refresh()
-            short, long = TRIAL_LENGTHS
-            ids = self._ids(short + long)
+            short = TRIAL_LENGTHS[0]
+            ids = self._ids(sum(TRIAL_LENGTHS))
+            others = (ids + 1) % self.embedding.weight.shape[0]
             pack = self._pack_states(ids, TRIAL_LENGTHS)
-            changed = ids.clone()
-            changed[0, :short] = (changed[0, :short] + 1) % self._vocabulary
-            other_row = self._pack_states(changed, TRIAL_LENGTHS)[short:]
-            changed = ids.clone()
-            changed[0, -1] = (changed[0, -1] + 1) % self._vocabulary
-            earlier = self._pack_states(changed, TRIAL_LENGTHS)[:-1]
+            other_row = self._pack_states(torch.cat([others[:, :short], ids[:, short:]], 1), TRIAL_LENGTHS)[short:]
+            earlier = self._pack_states(torch.cat([ids[:, :-1], others[:, -1:]], 1), TRIAL_LENGTHS)[:-1]
             as_long = self._pack_states(ids, TRIAL_LENGTHS, LONG_ROW)
             alone = self.decoder(**self._whole(ids[:, short:]), use_cache=False).last_hidden_state[0]
         except torch.OutOfMemoryError:
@@ -120,14 +101,12 @@ class Calibration:
             return f"this architecture refused a pack ({type(error).__name__}: {first_line(error)})"
         finally:
             self.model.train(was_training)
-        spread = pack.float().std()
-        rounding = torch.finfo(pack.dtype).eps * 8 * spread
-        if not bool(((other_row - pack[short:]).float().abs().max() <= rounding).item()):
+        rounding = torch.finfo(pack.dtype).eps * 8 * pack.float().std()
+        if not (other_row - pack[short:]).float().abs().max() <= rounding:  # nor where it is NaN
             return "rows of a pack saw one another in a trial"
-        if not bool(((earlier - pack[:-1]).float().abs().max() <= rounding).item()):
+        if not (earlier - pack[:-1]).float().abs().max() <= rounding:
             return "tokens saw later ones in a trial"
-        error_ = max((alone - found[short:]).float().norm() / alone.float().norm() for found in (pack, as_long))
-        if not bool((error_ <= 0.1).item()):
+        if not max((alone - found[short:]).float().norm() / alone.float().norm() for found in (pack, as_long)) <= 0.1:
             return "a packed row came out unlike the same row alone in a trial"
         return None
 
@@ -149,43 +128,32 @@ class Calibration:
 
 
 class StepPlanner:
-    """Plans the steps of one engine on a CUDA device.
-
-    Args:
-        settings: What was asked for; where it leaves recomputation open, smaller micro-batches keep what larger ones
-            recompute.
-        max_tokens: Of a micro-batch.
-
-    Attributes:
-        largest_tokens: Of a micro-batch, as the engine lays it into its shapes.
-        needs: Of the largest micro-batch, once measured.
-        available_bytes: What the device had left then, less what running out of memory has taught since.
-    """
+    """Plans the steps of one engine on a CUDA device."""
 
     def __init__(self, settings: StepSettings, max_tokens: int) -> None:
-        self.settings, self.largest_tokens = settings, bucket_tokens(max_tokens)
+        self.settings = settings
+        self.largest_tokens = bucket_tokens(max_tokens)  # of a micro-batch, padded to the shape it runs in
+        # Where recomputation was left open, smaller micro-batches keep what larger ones recompute.
         self.adapts = settings.gradient_checkpointing == "auto"
-        self.workspaces: tuple[int | None, ...] = (None, SLICE_BYTES)
-        self.needs: StepNeeds
-        self.available_bytes = 0
+        self.workspaces: tuple[int | None, ...] = (None, SLICE_BYTES)  # `workspace_bytes` that may be planned
+        self.needs: StepNeeds  # of the largest micro-batch, once measured
+        self.available_bytes = 0  # what the device had left then, less a reduction each time memory ran out since
 
     def measure(self, trials: Calibration, layer: nn.Module, static: StepNeeds, workspace_bytes: int | None) -> None:
-        """Runs the first layer as it stands.
-
-        Args:
-            trials: Of the engine.
-            layer: The layer.
-            static: What is known without running it; the rest is filled in.
-            workspace_bytes: Which slices of weights the layer runs on.
-        """
+        """Runs the first layer as it stands, on weights dequantised in slices of `workspace_bytes`, and completes what
+        is known without running it."""
         share = 1
         while (measured := trials.measure(layer, self.largest_tokens // share)) is None:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
-        bytes_, seconds = measured
+        layer_bytes, seconds = measured
+        largest_bytes = static.largest_dense_bytes
+        dense_bytes = MemoryPlan(workspace_bytes=workspace_bytes).values_bytes(largest_bytes)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         few = trials.measure(layer, max(LEAST_TRIAL_TOKENS, self.largest_tokens // share // 4))
         self.needs = replace(
-            _with_layer(static, bytes_, share, workspace_bytes),
+            static,
+            kept_bytes=layer_bytes.kept * share,
+            peak_bytes=(layer_bytes.peak - dense_bytes) * share + largest_bytes,
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
             fixed_seconds=None if few is None else _fixed(seconds, few[1]),
@@ -198,14 +166,10 @@ class StepPlanner:
         """For the largest micro-batch."""
         return plan_memory(self.needs, self.available_bytes, self.settings, workspaces=self.workspaces)
 
-    def keep_workspace(self, workspace_bytes: int | None) -> None:
-        """Plans no other slices from now on: compiled code holds them."""
-        self.workspaces = (workspace_bytes,)
-
     def reduce_memory(self, current: MemoryPlan) -> MemoryPlan | None:
         """A leaner plan than the one with which memory ran out; None where there is none."""
-        for _ in range(MOST_RELIEFS):
-            self.available_bytes -= RELIEF_BYTES
+        for _ in range(MOST_REDUCTIONS):
+            self.available_bytes -= REDUCTION_BYTES
             plan = self.plan()
             if plan != current:
                 return plan
@@ -221,19 +185,13 @@ class StepPlanner:
             for recomputed in range(plan.recomputed + 1)
             for sent in range(plan.sent + plan.recomputed - recomputed + 1 if plan.sent else 1)
         ]
-        room = max(needs.host_bytes, plan.sent_bytes(needs))  # on the host; what was asked for may be more
+        host_bytes = max(needs.host_bytes, plan.sent_bytes(needs))  # what was asked for may be more
         fitting = [
-            leaner
-            for leaner in plans
-            if leaner.step_bytes(needs) <= self.available_bytes and leaner.sent_bytes(needs) <= room
+            other
+            for other in plans
+            if other.step_bytes(needs) <= self.available_bytes and other.sent_bytes(needs) <= host_bytes
         ]
-        return min(fitting, key=lambda leaner: leaner.cost(needs), default=plan)
-
-
-def _with_layer(static: StepNeeds, layer: LayerBytes, share: int, workspace_bytes: int | None) -> StepNeeds:
-    largest = static.largest_dense_bytes
-    held = largest if workspace_bytes is None else min(largest, workspace_bytes)
-    return replace(static, kept_bytes=layer.kept * share, peak_bytes=(layer.peak - held) * share + largest)
+        return min(fitting, key=lambda other: other.cost(needs), default=plan)
 
 
 def _fixed(seconds: LayerSeconds, quarter: LayerSeconds) -> LayerSeconds:

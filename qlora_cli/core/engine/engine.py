@@ -1,4 +1,4 @@
-"""Engine of a training step: what turns a micro-batch into its loss, for one model instance; nothing global is patched."""
+"""Engine of a training step: turns a micro-batch into its loss, for one model instance; nothing global is patched."""
 
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,23 +22,18 @@ class Engine(Protocol):
 
     def prepare(self, batch: "MicroBatch") -> "MicroBatch":
         """The same batch, with what the host does for it done: best while the device computes another."""
-        ...
 
     def loss(self, batch: "MicroBatch") -> Tensor:
         """Cross-entropy in nats, summed over the batch's trained tokens: a differentiable fp32 scalar."""
-        ...
 
     def reduce_memory(self) -> bool:
-        """Gives up speed for memory, after it ran out; returns whether there was anything left to give up."""
-        ...
+        """Gives up speed for memory, after memory ran out; returns whether there was anything left to give up."""
 
     def describe(self) -> str:
         """One line: which fast paths are in use."""
-        ...
 
     def close(self) -> None:
         """Puts the model instance back as it was."""
-        ...
 
 
 def install_engine(
@@ -52,18 +47,15 @@ def install_engine(
     optimizer_bytes: int = 0,
     report: Report,
 ) -> Engine:
-    """Prepares one model instance for training steps.
+    """Prepares one instance of a causal language model, usually wrapped by PEFT, for training steps on its `device`.
+
+    What `settings` leave open is decided here, by memory and by the length of the run.
 
     Args:
-        model: A transformers causal language model, usually wrapped by PEFT, on `device`.
-        settings: Which engine, and how it keeps within memory; what is left open is decided here, by memory and by the
-            length of the run.
-        device: Where the model computes.
-        compute_dtype: Dtype of the base model's arithmetic.
-        max_tokens: Most tokens in one micro-batch.
-        total_steps: Optimizer steps still to run.
+        compute_dtype: Of the base model's arithmetic.
+        max_tokens: In one micro-batch.
+        total_steps: Of the optimizer, still to run.
         optimizer_bytes: Of state that the optimizer has yet to allocate on the device.
-        report: Receives notices of what was decided.
 
     Raises:
         UsageError: A setting is not one of those there are.
@@ -93,7 +85,7 @@ def install_engine(
 
 
 class PlainEngine:
-    """The model's own forward over padded rows, logits in full, cross-entropy in fp32: the truth to compare with."""
+    """`Engine` of the model's own forward over padded rows, logits in full, cross-entropy in fp32: the reference."""
 
     def __init__(self, model: Any, settings: StepSettings, *, device: torch.device) -> None:
         self.model, self.device = model, device
@@ -103,27 +95,21 @@ class PlainEngine:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def prepare(self, batch: "MicroBatch") -> "MicroBatch":
-        """See `Engine.prepare`."""
         return batch
 
     def loss(self, batch: "MicroBatch") -> Tensor:
-        """See `Engine.loss`."""
-        padded = batch.to(self.device, non_blocking=True).padded()
-        input_ids, attention_mask, labels = padded  # (rows, longest) each
+        input_ids, attention_mask, labels = batch.to(self.device, non_blocking=True).padded()  # (rows, longest) each
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
         )
 
     def reduce_memory(self) -> bool:
-        """See `Engine.reduce_memory`."""
         return False
 
     def describe(self) -> str:
-        """See `Engine.describe`."""
         return "plain" + (", gradient checkpointing" if self.recompute else "")
 
     def close(self) -> None:
-        """See `Engine.close`."""
         if self.recompute:
             self.model.gradient_checkpointing_disable()

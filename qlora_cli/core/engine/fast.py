@@ -31,9 +31,8 @@ from qlora_cli.core.engine.memory_plan import (
     SLICE_BYTES,
     MemoryPlan,
     StepNeeds,
-    keeps_resident_on_cpu,
     plan_as_asked,
-    settle_sharded,
+    settle,
 )
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
 from qlora_cli.core.engine.packed_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
@@ -97,12 +96,9 @@ class FastEngine:
         """Puts one part in place after the other, in the order in which the next is tried out on what is there by then:
         linears, on which trial packs find the head and whether attention packs rows exactly; decoder layers, of which
         one is measured as it will run; the plan that follows from it; graphs of steps that run by that plan."""
-        if self.sharded:
-            if settings.compile:
-                self.report(Notice("The layers of a sharded base are not compiled."))
-            settings = settle_sharded(settings)
-        if not self.on_cuda and settings.resident_weights is None:
-            settings = replace(settings, resident_weights=keeps_resident_on_cpu(self.linears.dense_bytes))
+        if self.sharded and settings.compile:
+            self.report(Notice("The layers of a sharded base are not compiled."))
+        settings = settle(settings, self.linears.dense_bytes, on_cuda=self.on_cuda, sharded=self.sharded)
         embeddings_may_move = self.on_cuda and settings.offload_embeddings is not False
         if embeddings_may_move and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.move_to_host()
@@ -249,7 +245,7 @@ class FastEngine:
         plan = planner.plan()
         if self.compiled and plan.frees_activations:  # compiled, a layer saves less
             self.linears.set_workspace(plan.workspace_bytes)
-            planner.keep_workspace(plan.workspace_bytes)
+            planner.workspaces = (plan.workspace_bytes,)  # no other slices from now on: compiled code holds them
             for layer_plan in self.layer_plans:
                 layer_plan.lean = True
                 for unit in layer_plan.gates:

@@ -50,39 +50,23 @@ class LayerSeconds:
 
 @dataclass(frozen=True)
 class StepNeeds:
-    """Bytes a training step asks for beside the loaded model, and how long its parts take.
+    """Bytes a training step asks for beside the loaded model, and how long its parts take, at the largest micro-batch."""
 
-    Attributes:
-        layers: Decoder layers.
-        kept_bytes: What one layer saves at the largest micro-batch.
-        peak_bytes: The most one layer holds at once in its forward and backward pass, `kept_bytes` included.
-        hidden_bytes: Hidden states of the largest micro-batch.
-        optimizer_bytes: Gradients of the adapter and the optimizer's state.
-        dense_bytes: All linear weights dequantised.
-        largest_dense_bytes: The largest linear weight dequantised, of which `peak_bytes` contains one.
-        embedding_bytes: The input embeddings, 0 where they cannot leave the device.
-        seconds: Of one layer at the largest micro-batch; None where it was not measured.
-        fixed_seconds: The part of `seconds` that does not grow with tokens: reading weights, dequantising them.
-        link_bytes_per_second: Of copies between the device and pinned host memory; 0 where not measured.
-        host_bytes: Host memory that activations may take.
-    """
-
-    layers: int
-    kept_bytes: int = 0
-    peak_bytes: int = 0
-    hidden_bytes: int = 0
-    optimizer_bytes: int = 0
-    dense_bytes: int = 0
-    largest_dense_bytes: int = 0
-    embedding_bytes: int = 0
-    seconds: LayerSeconds | None = None
-    fixed_seconds: LayerSeconds | None = None
-    link_bytes_per_second: float = 0.0
-    host_bytes: int = 0
+    layers: int  # of the decoder
+    kept_bytes: int = 0  # that one layer saves
+    peak_bytes: int = 0  # the most one layer holds at once in its forward and backward pass, `kept_bytes` included
+    hidden_bytes: int = 0  # of hidden states
+    optimizer_bytes: int = 0  # gradients of the adapter and the optimizer's state
+    dense_bytes: int = 0  # of all linear weights dequantised
+    largest_dense_bytes: int = 0  # of the largest linear weight dequantised, of which `peak_bytes` contains one
+    embedding_bytes: int = 0  # of input embeddings, where they can leave the device
+    seconds: LayerSeconds | None = None  # of one layer; None where it was not measured
+    fixed_seconds: LayerSeconds | None = None  # which do not grow with tokens: reading weights, dequantising them
+    link_bytes_per_second: float = 0.0  # of copies between the device and pinned host memory; 0 where not measured
+    host_bytes: int = 0  # that activations may take
 
     def for_share(self, share: float) -> "StepNeeds":
         """The same for a micro-batch with that share of the largest one's tokens."""
-        transient = self.peak_bytes - self.largest_dense_bytes
         seconds, fixed = self.seconds, self.fixed_seconds
         if seconds is not None and fixed is not None:
             seconds = LayerSeconds(
@@ -92,7 +76,7 @@ class StepNeeds:
         return replace(
             self,
             kept_bytes=int(self.kept_bytes * share),
-            peak_bytes=int(transient * share) + self.largest_dense_bytes,
+            peak_bytes=int((self.peak_bytes - self.largest_dense_bytes) * share) + self.largest_dense_bytes,
             hidden_bytes=int(self.hidden_bytes * share),
             seconds=seconds,
         )
@@ -100,23 +84,14 @@ class StepNeeds:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a step stays within memory.
+    """How a step stays within memory."""
 
-    Attributes:
-        recomputed: How many layers are recomputed in the backward pass.
-        offload_activations: Whether the hidden states that recomputed layers save wait on the host.
-        offload_embeddings: Whether input embeddings stay on the host.
-        resident_weights: Whether dequantised weights stay on the device.
-        workspace_bytes: Most bytes of a weight dequantised at once; None for whole weights.
-        sent: How many other layers have all that they save wait on the host.
-    """
-
-    recomputed: int = 0
-    offload_activations: bool = False
-    offload_embeddings: bool = False
-    resident_weights: bool = False
-    workspace_bytes: int | None = None
-    sent: int = 0
+    recomputed: int = 0  # layers recomputed in the backward pass
+    offload_activations: bool = False  # the hidden states that recomputed layers save wait on the host
+    offload_embeddings: bool = False  # input embeddings stay on the host
+    resident_weights: bool = False  # dequantised weights stay on the device
+    workspace_bytes: int | None = None  # most of a weight dequantised at once; None for whole weights
+    sent: int = 0  # other layers, of which all that they save waits on the host
 
     def step_bytes(self, needs: StepNeeds) -> int:
         """Most bytes beside the loaded model that a step with these measures holds at once."""
@@ -127,13 +102,13 @@ class MemoryPlan:
         if self.sent and self.offload_activations:
             waiting = max(waiting, int(min(self.sent_bytes(needs), ROOM * kept)))
         head = 4 * needs.hidden_bytes + 2 * CHUNK_BYTES
-        # Highest at the head or its neighbour, where all that is kept is there, in a layer that is repeated, or in one
+        # Highest at the head or its neighbour, where all that is kept is there, in a layer that is recomputed, or in one
         # whose tensors came back, while those of the next are on their way.
-        heights = [waiting + whole * kept + max(head, peak - kept if whole else 0)]
+        peaks = [waiting + whole * kept + max(head, peak - kept if whole else 0)]
         below = waiting + max(0, whole - TOP_LAYERS) * kept
-        heights += [below + peak + needs.hidden_bytes] if self.recomputed else []
-        heights += [below + peak] if self.sent else []
-        step = max(heights) + needs.optimizer_bytes + MARGIN_BYTES
+        peaks += [below + peak + needs.hidden_bytes] if self.recomputed else []
+        peaks += [below + peak] if self.sent else []
+        step = max(peaks) + needs.optimizer_bytes + MARGIN_BYTES
         step += needs.dense_bytes if self.resident_weights else self.values_bytes(needs.largest_dense_bytes)
         return step - (needs.embedding_bytes if self.offload_embeddings else 0)
 
@@ -189,7 +164,7 @@ class MemoryPlan:
         return frozenset(numbers) - sent, sent
 
     def describe(self, layers: int) -> list[str]:
-        """What is unlike a step with memory to spare, of so many layers."""
+        """The measures in words, of a model of so many layers."""
         parts = [f"{self.recomputed} of {layers} layers recomputed"] if self.recomputed else []
         if self.sent:
             parts.append(f"activations of {self.sent} on the host")
@@ -222,18 +197,19 @@ def count_recomputed_layers(settings: StepSettings, layers: int, *, on_cuda: boo
     return count
 
 
-def keeps_resident_on_cpu(dense_bytes: int) -> bool:
-    """Whether a CPU keeps so many bytes of dequantised weights unasked."""
-    return dense_bytes < CPU_RESIDENT_SHARE * read_free_bytes(torch.device("cpu"))
-
-
-def settle_sharded(settings: StepSettings) -> StepSettings:
-    """Without what a base sharded over several cards rules out: weights that are whole, and compiled layers."""
-    return replace(settings, offload_embeddings=False, resident_weights=False, compile=False)
+def settle(settings: StepSettings, dense_bytes: int, *, on_cuda: bool, sharded: bool) -> StepSettings:
+    """Without what a base sharded over several cards rules out, whole weights and compiled layers; and on the CPU with
+    the fast engine's dequantised weights of `dense_bytes` resident, unasked, where the host has the memory."""
+    if sharded:
+        return replace(settings, offload_embeddings=False, resident_weights=False, compile=False)
+    if on_cuda or settings.engine != "fast" or settings.resident_weights is not None:
+        return settings
+    free_bytes = read_free_bytes(torch.device("cpu"))
+    return replace(settings, resident_weights=dense_bytes < CPU_RESIDENT_SHARE * free_bytes)
 
 
 def plan_as_asked(settings: StepSettings, layers: int, *, resident_weights: bool) -> MemoryPlan:
-    """The plan of steps that nothing is measured for: what was asked for, and nothing else."""
+    """The plan of steps that nothing is known of: what was asked for, and nothing else."""
     recomputed, away = count_recomputed_layers(settings, layers), bool(settings.offload_activations)
     sent = layers if away and recomputed == 0 else 0
     return MemoryPlan(recomputed or 0, away, bool(settings.offload_embeddings), resident_weights, sent=sent)
@@ -247,32 +223,31 @@ def offer_measures(
     workspaces: tuple[int | None, ...] = (None, SLICE_BYTES),
     on_cuda: bool = True,
     limited: bool = True,
-) -> Iterator[tuple[bool, bool, bool, int | None]]:
-    """Every combination of the measures beside recomputation, in the order of `MemoryPlan`, the plainest first.
+) -> Iterator[MemoryPlan]:
+    """Every combination of the measures beside recomputation that `settings` leave open, the plainest first.
 
     Args:
-        settings: What is given is not decided anew.
-        embedding_bytes: Of input embeddings that can leave the device.
-        largest_dense_bytes: Of the largest linear weight dequantised.
-        workspaces: Which limits of dequantised values at once may be chosen, None for whole weights.
+        embedding_bytes: As in `StepNeeds`, and so `largest_dense_bytes`.
+        workspaces: Which `workspace_bytes` may be chosen.
         on_cuda: Whether there is a device beside the host, which alone anything can be moved off.
         limited: Whether memory is; otherwise nothing is done unasked.
     """
     fast = settings.engine == "fast"
     movable = fast and on_cuda
-    either = (False, True) if limited else (False,)
 
-    def choices(asked: bool | None, *, possible: bool, open_choices: tuple[bool, ...] = either) -> tuple[bool, ...]:
-        return (False,) if not possible else open_choices if asked is None else (asked,)
+    def choices(asked: bool | None, *, possible: bool) -> tuple[bool, ...]:
+        if not possible or asked is not None:
+            return (possible and bool(asked),)
+        return (False, True) if limited and on_cuda else (False,)
 
     for activations, embeddings, resident in product(
         choices(settings.offload_activations, possible=movable),
         choices(settings.offload_embeddings, possible=movable and embedding_bytes > 0),
-        choices(settings.resident_weights, possible=fast, open_choices=either if on_cuda else (False,)),
+        choices(settings.resident_weights, possible=fast),
     ):
         sliced = movable and limited and not resident and largest_dense_bytes > SLICE_BYTES
         for workspace_bytes in workspaces if sliced else (None,):
-            yield activations, embeddings, resident, workspace_bytes
+            yield MemoryPlan(0, activations, embeddings, resident, workspace_bytes)
 
 
 def least_recomputed(settings: StepSettings, *, offload_activations: bool) -> int:
@@ -288,14 +263,10 @@ def plan_memory(
     *,
     workspaces: tuple[int | None, ...] = (None, SLICE_BYTES),
 ) -> MemoryPlan:
-    """The fastest way for the fast engine to stay within memory, or the leanest where none does.
+    """The fastest way for the fast engine to stay within what the device has left, or the leanest where none does.
 
-    Args:
-        needs: Of a step.
-        available_bytes: What the device has left.
-        settings: What is given is not decided anew. `offload_activations` sends the hidden states of recomputed
-            layers to the host, or all that layers save where none is recomputed.
-        workspaces: Which limits of dequantised values at once may be chosen, None for whole weights.
+    What `settings` give is not decided anew: `offload_activations` sends the hidden states of recomputed layers to the
+    host, or all that layers save where none is recomputed. `workspaces` are the `workspace_bytes` that may be chosen.
     """
     recomputed = count_recomputed_layers(settings, needs.layers)
     offered = list(
@@ -307,10 +278,10 @@ def plan_memory(
         )
     )
     plans = [
-        MemoryPlan(layers, *measures, sent)
+        replace(measures, recomputed=layers, sent=sent)
         for layers in (range(needs.layers + 1) if recomputed is None else (recomputed,))
         for measures in offered
-        if layers >= least_recomputed(settings, offload_activations=measures[0])
+        if layers >= least_recomputed(settings, offload_activations=measures.offload_activations)
         for sent in _sent_counts(needs, layers, settings.offload_activations)
     ]
     fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]

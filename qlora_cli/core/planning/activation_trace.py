@@ -5,7 +5,7 @@ Nothing is computed or allocated: layers run forward and backward on the meta de
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from math import inf
@@ -45,7 +45,7 @@ class Growth:
     """Bytes that grow with a micro-batch: so many a token, and so many a pair of tokens of one row."""
 
     per_token: float
-    per_pair: float  # of the scores of attention that is no fused op
+    per_pair: float = 0.0  # of the scores of attention that is no fused op
 
     def bytes(self, tokens: int, row_tokens: int) -> float:
         """Bytes of `tokens` in rows of `row_tokens`."""
@@ -93,10 +93,9 @@ class ModelTrace:
 
 
 def trace_model(model: Any, *, fused: bool) -> ModelTrace:
-    """Traces a training step.
+    """Traces a training step of a model on the meta device, in the compute dtype, with its adapter attached.
 
     Args:
-        model: A causal language model on the meta device, in the compute dtype, with its adapter attached.
         fused: Whether the fast engine runs it, or PEFT, bitsandbytes and transformers alone.
 
     Raises:
@@ -162,7 +161,7 @@ class _Trace:
         self.read: dict[int, Tensor] = {}  # by opaque ops and norms
         self.made: dict[int, tuple[Tensor, Tensor]] = {}  # by linears, and of what
         self.anchor = torch.empty((), device="meta", requires_grad=True)
-        with _forwards(*self._meta_linears()), replace_attention(self.base, self._attend) as needs_mask:
+        with _forwards(self._meta_linears()), replace_attention(self.base, self._attend) as needs_mask:
             ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
             self.inputs = {"attention_mask": torch.ones_like(ids)} if needs_mask else {}
             # Layers of one kind are alike, but for the first: its input requires no gradient, as embeddings are frozen.
@@ -185,19 +184,23 @@ class _Trace:
         self._note_read(query, key, value, output)
         return output
 
-    def _meta_linears(self) -> tuple[list[Any], list[Callable]]:
+    def _meta_linears(self) -> dict[Any, Callable]:
         """Linear layers, and their forward on the meta device; with the fast engine the adapter is part of it."""
-        modules, forwards = [], []
+        forwards = {}
         for name in linear_names(self.model):
             module = self.model.get_submodule(name.removesuffix(".base_layer") if self.fused else name)
             base = getattr(module, "base_layer", module)
             if is_plain_linear(base) or type(base) is Conv1D:
-                out_features = base.out_features if hasattr(base, "out_features") else base.nf  # Conv1D
-                modules.append(module)
-                forwards.append(self._linear(out_features, *_adapter_of(module)))
-        return modules, forwards
+                forwards[module] = self._linear(module, base.nf if type(base) is Conv1D else base.out_features)
+        return forwards
 
-    def _linear(self, out_features: int, a: Tensor | None, b: Tensor | None, dropout: float) -> Callable:
+    def _linear(self, module: Any, out_features: int) -> Callable:
+        a, b, dropout = None, None, 0.0
+        if hasattr(module, "lora_A"):
+            name = next(iter(module.lora_A))
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            dropout = getattr(module.lora_dropout[name], "p", 0.0)
+
         def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
             y = Linear.apply(x, out_features, dropout, self.live, a, b)
             if self.recording:
@@ -209,7 +212,7 @@ class _Trace:
         return forward
 
     def _per_token(self, total_bytes: int) -> Growth:
-        return Growth(total_bytes / self.tokens, 0.0)
+        return Growth(total_bytes / self.tokens)
 
     def _peak(self, highest_bytes: dict[int, int]) -> Peak:
         return Peak(tuple((scratch, self._per_token(alive)) for scratch, alive in sorted(highest_bytes.items())))
@@ -233,7 +236,7 @@ class _Trace:
         with (
             torch.no_grad(),
             CatchAttention(self._attend),
-            _forwards(self.modules, list(map(pass_on, self.modules, kinds))),
+            _forwards(dict(zip(self.modules, map(pass_on, self.modules, kinds), strict=True))),
         ):
             self.decoder(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs)
         return calls
@@ -254,7 +257,7 @@ class _Trace:
 
     def _count(self, run: Callable, call: _Call, *, differentiable: bool) -> Pass:
         """Runs a layer forward and backward, and counts bytes."""
-        self.live.reset()
+        self.live = LiveBytes()
         with self.live:
             inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
             output = run(inputs if differentiable else inputs.detach(), *call.arguments[1:], **call.keywords)
@@ -282,22 +285,15 @@ class _Trace:
             saved.add(storage_key(tensor))
             return tensor
 
-        norms = [
-            part for part in call.module.modules() if list(part.parameters(recurse=False)) and not list(part.children())
-        ]
-        handles = [
-            part.register_forward_pre_hook(lambda _, arguments: self._note_read(arguments[0]))
-            for part in norms
-            if "forward" not in vars(part)  # as linears have
-        ]
-        try:
-            with saved_tensors_hooks(save, lambda tensor: tensor), CatchAttention(self._attend):
-                inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
-                call.module(inputs, *call.arguments[1:], **call.keywords)
-        finally:
-            self.recording = False
-            for handle in handles:
-                handle.remove()
+        with saved_tensors_hooks(save, lambda tensor: tensor), CatchAttention(self._attend), ExitStack() as hooks:
+            for part in call.module.modules():
+                is_leaf = list(part.parameters(recurse=False)) and not list(part.children())
+                if is_leaf and "forward" not in vars(part):  # a norm: linears have a forward of their own here
+                    note = part.register_forward_pre_hook(lambda _, arguments: self._note_read(arguments[0]))
+                    hooks.callback(note.remove)
+            inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
+            call.module(inputs, *call.arguments[1:], **call.keywords)
+        self.recording = False
         made = {key: tensor for key, (tensor, _) in self.made.items() if key in saved}
         kept_bytes, hidden_bytes = sum(tensor.nbytes for tensor in (self.read | made).values()), inputs.nbytes
         linears = [(read.nbytes, tensor.nbytes) for tensor, read in self.made.values()]
@@ -317,8 +313,8 @@ class _Trace:
 
     def _trace_tail(self, ids: Tensor, calls: list[_Call]) -> Peak:
         """Everything but the layers: embeddings, last norm, head and loss, from the last layer on and back to it."""
-        self.live.reset()
-        with _forwards(self.modules, [self._skipped_layer(call) for call in calls]), self.live:
+        self.live = LiveBytes()
+        with _forwards(dict(zip(self.modules, map(self._skipped_layer, calls), strict=True))), self.live:
             if self.fused:
                 self._fused_loss(ids).backward()
             else:
@@ -346,21 +342,12 @@ class _Trace:
 
 
 @contextmanager
-def _forwards(modules: list[Any], forwards: list[Callable]) -> Iterator[None]:
+def _forwards(forwards: dict[Any, Callable]) -> Iterator[None]:
     """Replaces the forward of module instances."""
-    for module, forward in zip(modules, forwards, strict=True):
+    for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module in modules:
+        for module in forwards:
             del module.forward
-
-
-def _adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None, float]:
-    """A, B and the dropout of a linear's adapter."""
-    if not hasattr(module, "lora_A"):
-        return None, None, 0.0
-    name = next(iter(module.lora_A))
-    dropout = getattr(module.lora_dropout[name], "p", 0.0)
-    return module.lora_A[name].weight, module.lora_B[name].weight, dropout

@@ -1,8 +1,8 @@
 """Memory estimate of training, generation and merging: bytes at the highest moment, part by part.
 
 A training step is highest at one of these moments: in the loss, when every layer has kept what it keeps; in the backward
-pass of a layer, when those below still hold theirs; in the forward pass of a layer. `activation_trace` knows how high
-each reaches by itself; here they are put together.
+pass of a layer, when those below still hold theirs; in the forward pass of a layer. `activation_trace` has the peak of
+each by itself.
 """
 
 from collections.abc import Iterator
@@ -75,10 +75,9 @@ class TrainingMemory:
     @property
     def peak_bytes(self) -> int:
         """As `torch.cuda.max_memory_allocated` reports it."""
-        static_bytes = (
-            self.base_bytes + self.gathered_bytes + self.resident_bytes + self.adapter_bytes + self.gradient_bytes
-        )
-        return static_bytes + self.optimizer_bytes + self.activation_bytes + self.working_bytes + self.allocator_bytes
+        held_bytes = self.base_bytes + self.gathered_bytes + self.resident_bytes + self.adapter_bytes
+        trained_bytes = self.gradient_bytes + self.optimizer_bytes
+        return held_bytes + trained_bytes + self.activation_bytes + self.working_bytes + self.allocator_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -91,12 +90,7 @@ class TrainingMemory:
 
 
 def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemory:
-    """Memory of training at its highest moment.
-
-    Args:
-        profile: Of the model; its forward pass must have been followed.
-        step: Of the largest micro-batch.
-    """
+    """Memory of training a traced model at its highest moment, by the largest micro-batch."""
     assert profile.trace is not None
     moment, activation_bytes, working_bytes = max(
         _moments(profile.trace, profile.itemsize, step), key=lambda found: found[1] + found[2]
@@ -109,7 +103,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
     parts = {
         "base_bytes": base_bytes - profile.embedding_bytes * step.measures.offload_embeddings,
         "gathered_bytes": gathered_bytes,
-        "resident_bytes": sum(profile.footprint.quantized_numels) * profile.itemsize * step.measures.resident_weights,
+        "resident_bytes": profile.dense_bytes * step.measures.resident_weights,
         "adapter_bytes": 4 * trained + copies_bytes,
         "gradient_bytes": 4 * trained,
         "optimizer_bytes": 0 if paged else states_bytes,
@@ -137,10 +131,9 @@ def _sharded_base(profile: ModelProfile, step: ResolvedStep) -> tuple[int, int, 
 
     Sharded are the 4-bit weights, and embeddings and head where these are two plain tables (core/engine/fsdp.py).
     """
-    whole_bytes = profile.footprint.base_bytes
+    whole_bytes, weights_bytes = profile.footprint.base_bytes, profile.footprint.quantized_bytes
     if step.shards == 1:
         return whole_bytes, 0, 0
-    weights_bytes = profile.footprint.quantized_bytes
     table_bytes = profile.embedding_bytes
     sharded_bytes = weights_bytes + 2 * table_bytes
     share_bytes = -(-sharded_bytes // step.shards)
@@ -151,20 +144,17 @@ def _sharded_base(profile: ModelProfile, step: ResolvedStep) -> tuple[int, int, 
 
 def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[tuple[str, float, float]]:
     """(name, bytes that other layers hold, bytes of the moment itself) of every moment that can be the highest."""
-    size, workspace_bytes = (step.tokens, step.row_tokens), step.measures.workspace_bytes
-    most_scratch = inf if workspace_bytes is None else workspace_bytes
+    size = step.tokens, step.row_tokens
+    most_scratch = inf if step.measures.workspace_bytes is None else step.measures.workspace_bytes
     below = 0.0  # held on the device by the layers below
     in_transit = 0.0  # on its way to or from the host: of the layer just below of those that wait there
     for index, layer in enumerate(trace.layers):
         hidden_bytes = layer.recomputed.held.bytes(*size)
-        if step.compiled:
-            forward, backward = layer.compiled.forward, layer.compiled.backward
-        else:
-            chosen = layer.recomputed if index < step.measures.recomputed else layer.kept
-            forward, backward = chosen.forward, chosen.backward
+        eager = layer.recomputed if index < step.measures.recomputed else layer.kept
+        passes = layer.compiled if step.compiled else eager
         present = below + in_transit
-        yield f"forward pass of layer {index}", present, forward.bytes(*size, most_scratch) + hidden_bytes
-        yield f"backward pass of layer {index}", present, backward.bytes(*size, most_scratch)
+        yield f"forward pass of layer {index}", present, passes.forward.bytes(*size, most_scratch) + hidden_bytes
+        yield f"backward pass of layer {index}", present, passes.backward.bytes(*size, most_scratch)
         held = _held(layer, index, step)
         if step.is_offloaded(index):
             in_transit = held
@@ -176,11 +166,9 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
 
 def _held(layer: LayerTrace, index: int, step: ResolvedStep) -> float:
     """Bytes a layer holds between its forward and its backward pass."""
-    if index < step.measures.recomputed:
-        chosen = layer.recomputed
-    else:
-        chosen = layer.compiled if step.compiled else layer.kept
-    return chosen.held.bytes(step.tokens, step.row_tokens)
+    whole = layer.compiled if step.compiled else layer.kept
+    passes = layer.recomputed if index < step.measures.recomputed else whole
+    return passes.held.bytes(step.tokens, step.row_tokens)
 
 
 def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:
@@ -198,28 +186,7 @@ def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:
     return frozen + 2 * (passes + 1) * profile.footprint.trainable_parameters + (passes + 1.5) * attention
 
 
-@dataclass(frozen=True)
-class GenerationMemory:
-    """Bytes while answering."""
-
-    base_bytes: int
-    adapter_bytes: int
-    cache_bytes: int  # keys and values
-    working_bytes: int  # of the prompts' forward pass
-    context_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """As `torch.cuda.max_memory_allocated` reports it."""
-        return self.base_bytes + self.adapter_bytes + self.cache_bytes + self.working_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields, the sums first."""
-        device_bytes = self.peak_bytes + self.context_bytes
-        return {"peak_bytes": self.peak_bytes, "device_bytes": device_bytes, **asdict(self)}
-
-
-def estimate_generation(profile: ModelProfile, *, rows: int, row_tokens: int) -> GenerationMemory:
+def estimate_generation(profile: ModelProfile, *, rows: int, row_tokens: int) -> dict[str, int]:
     """Memory of answering `rows` prompts at once, prompt and answer `row_tokens` long together."""
     assert profile.trace is not None
     layers = profile.trace.layers
@@ -227,16 +194,18 @@ def estimate_generation(profile: ModelProfile, *, rows: int, row_tokens: int) ->
     prompts = min(PREFILL_TOKENS, rows * row_tokens), row_tokens
     forward_bytes = max(layer.recomputed.forward.bytes(*prompts) for layer in layers)
     logits_bytes = 3 * 4 * rows * profile.trace.vocabulary  # in float32, scaled and as probabilities
-    return GenerationMemory(
-        base_bytes=profile.footprint.base_bytes,
-        adapter_bytes=profile.footprint.adapter_bytes,
-        cache_bytes=rows * row_tokens * keys_and_values * profile.itemsize,
-        working_bytes=int(forward_bytes) + logits_bytes + CUBLAS_BYTES,
-        context_bytes=CONTEXT_BYTES,
-    )
+    parts = {
+        "base_bytes": profile.footprint.base_bytes,
+        "adapter_bytes": profile.footprint.adapter_bytes,
+        "cache_bytes": rows * row_tokens * keys_and_values * profile.itemsize,
+        "working_bytes": int(forward_bytes) + logits_bytes + CUBLAS_BYTES,
+    }
+    peak_bytes = sum(parts.values())
+    device_bytes = peak_bytes + CONTEXT_BYTES
+    return {"peak_bytes": peak_bytes, "device_bytes": device_bytes, **parts, "context_bytes": CONTEXT_BYTES}
 
 
-def estimate_merging(profile: ModelProfile) -> dict[str, Any]:
+def estimate_merging(profile: ModelProfile) -> dict[str, int]:
     """Memory and disk of `qlora merge`, which works tensor by tensor and shard by shard."""
     largest_bytes = max(profile.footprint.quantized_numels, default=0) * 2
     shard_bytes = min(profile.stored_bytes, SHARD_BYTES)
@@ -247,7 +216,7 @@ def estimate_merging(profile: ModelProfile) -> dict[str, Any]:
     }
 
 
-def estimate_disk(profile: ModelProfile, *, optimizer: str, kept_checkpoints: int) -> dict[str, Any]:
+def estimate_disk(profile: ModelProfile, *, optimizer: str, kept_checkpoints: int) -> dict[str, int]:
     """What training downloads and writes."""
     trained = profile.footprint.trainable_parameters
     checkpoint_bytes = 4 * trained + state_bytes(optimizer, trained)

@@ -23,20 +23,12 @@ def storage_key(tensor: Tensor) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts every storage made, on any device, from its making to its end, what autograd holds included.
-
-    Attributes:
-        now_bytes: Alive at this moment.
-        highest_bytes: By the bytes of scratch memory in use (see `mark`), the most that was alive beside it.
-    """
+    """While active, counts every storage made, on any device, from its making to its end, what autograd holds included."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.now_bytes = 0
+        self.now_bytes = 0  # alive at this moment
+        # By the bytes of scratch memory in use (see `mark`), the most that was alive beside it.
         self.highest_bytes: dict[int, int] = {0: 0}
         self._sizes: dict[int, int] = {}
 
@@ -64,11 +56,10 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.now_bytes += storage.nbytes()
-            weakref.finalize(storage, self._discount, self._sizes, key)
+            weakref.finalize(storage, self._discount, key)
 
-    def _discount(self, sizes: dict[int, int], key: int) -> None:
-        if sizes is self._sizes:  # not from before a reset
-            self.now_bytes -= sizes.pop(key)
+    def _discount(self, key: int) -> None:
+        self.now_bytes -= self._sizes.pop(key)
 
 
 class Linear(torch.autograd.Function):
@@ -189,7 +180,6 @@ def replace_attention(base: Any, attend: Callable[[Tensor, Tensor, Tensor], Tens
     """Replaces a model's attention by `attend` where the model asks transformers for it.
 
     Args:
-        base: A transformers model.
         attend: (rows, heads, tokens, size) of query, key and value to those of the output.
 
     Yields:

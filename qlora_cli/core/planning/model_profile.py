@@ -18,7 +18,6 @@ from qlora_cli.errors import ModelError
 class ModelProfile:
     """A base with its adapter, as it will be held and run."""
 
-    model_type: str
     footprint: Footprint
     trace: ModelTrace | None  # None where the forward pass cannot be followed without weights
     untraced: str | None  # then, why
@@ -52,16 +51,11 @@ def profile_model(
     trust_remote_code: bool = False,
     traced: bool = True,
 ) -> ModelProfile:
-    """Builds the model on the meta device, attaches the adapter, counts, and follows one forward pass.
+    """Builds the model on the meta device, attaches the adapter, counts, and traces a training step.
 
     Args:
-        config: Of the base.
-        lora: The adapter.
-        quantization: How the base is held; `compute_dtype` is given resolved.
-        compute_dtype: Dtype of everything that is not quantised.
-        engine: "fast" or "plain".
-        trust_remote_code: Run the model's own code.
-        traced: Whether to follow the forward pass at all; without, memory cannot be predicted.
+        compute_dtype: Of everything that is not quantised, resolved.
+        traced: Whether to trace at all; without, memory cannot be predicted.
 
     Raises:
         ModelError: The configuration is no causal language model.
@@ -73,7 +67,7 @@ def profile_model(
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
     adapted = attach_adapter(model, lora)
-    trace, untraced = None, None
+    trace = untraced = None
     try:
         trace = trace_model(adapted, fused=engine == "fast" and not lora.dora) if traced else None
     except ModelError as error:
@@ -81,7 +75,6 @@ def profile_model(
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
     stored = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
     return ModelProfile(
-        model_type=config.model_type,
         footprint=measure_footprint(adapted, quantization, compute_dtype),
         trace=trace,
         untraced=untraced,

@@ -14,7 +14,6 @@ from qlora_cli.core.models.structure import linear_names
 
 ADAPTER_PART = re.compile(r"\.lora_.*$")
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
-ADAPTER_ITEMSIZE = 4  # adapters and modules trained in full are kept in float32
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,8 @@ def base_name(name: str) -> str:
 
 
 def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dtype: torch.dtype) -> Footprint:
-    """Counts an unquantised model, usually on the meta device, as it will be held in 4 bits.
-
-    Args:
-        model: From `build_empty`, maybe with an adapter attached.
-        quantization: How the base is held.
-        compute_dtype: Dtype of everything that is not quantised.
-    """
+    """Counts a model from `build_empty`, maybe with an adapter attached, as it will be held: its linears in 4 bits, all
+    else of the base in `compute_dtype`."""
     quantized = {base_name(name) for name in linear_names(model)}
     owners = {base_name(name): type(module).__name__ for name, module in model.named_modules() if ".lora_" not in name}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
@@ -113,5 +107,5 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
         quantized_numels=tuple(quantized_numels),
         quantized_bytes=quantized_bytes,
         base_bytes=sum(row.held_bytes for row in rows),
-        adapter_bytes=trainable * ADAPTER_ITEMSIZE,
+        adapter_bytes=4 * trainable,  # in float32
     )

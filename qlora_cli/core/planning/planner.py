@@ -7,6 +7,7 @@ with what it measures on the device. Here the number of rows in a micro-batch is
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from qlora_cli.core.engine.memory_plan import (
     MARGIN_BYTES,
     MemoryPlan,
     count_recomputed_layers,
-    keeps_resident_on_cpu,
     least_recomputed,
     offer_measures,
-    settle_sharded,
+    plan_as_asked,
+    settle,
 )
 from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,
@@ -55,7 +56,7 @@ class RowLengths:
 
 @dataclass(frozen=True)
 class MemoryDecision:
-    """Settings of a step with nothing left open, and the memory they take."""
+    """Settings of a step, none left open, and the memory they take."""
 
     gradient_checkpointing: str  # in the words of the configuration: on, off, or a number of layers
     measures: MemoryPlan
@@ -90,11 +91,7 @@ class MemoryDecision:
 
 
 def read_limit_bytes(vram: str | None, device: torch.device) -> int:
-    """Memory to keep within: as asked for, or what the CUDA device has free, or on the CPU the host.
-
-    Args:
-        vram: Such as 12GiB, the CUDA context included.
-        device: Where training would run.
+    """Memory to keep within, the CUDA context included: as asked for, or what the device has free, or the host.
 
     Raises:
         UsageError: `vram` is no amount of memory.
@@ -115,29 +112,21 @@ def plan_training(
     shards: int = 1,
     shard_offload: bool = False,
 ) -> MemoryDecision:
-    """Chooses what was left open, so that training is fastest within the limit.
+    """Chooses what was left open, so that training is fastest within the limit, or where nothing fits takes the least.
 
     Micro-batches may be made smaller than asked for: a step's rows stay the same and so does its arithmetic.
 
     Args:
-        profile: Of the model with its adapter.
-        settings: What was asked for.
-        lengths: Of the rows.
         vram_bytes: The limit; None for none: then nothing is recomputed, offloaded or kept resident unasked.
         on_cuda: Whether a CUDA device is meant; on the CPU nothing is offloaded, and memory is the host's.
         shards: Cards that the base is sharded over; the plan is of each.
         shard_offload: Whether their shards of it wait on the host.
 
-    Returns:
-        The decision. Where nothing fits it is the leanest there is, and `fits` is False.
-
     Raises:
         UsageError: `gradient_checkpointing` is neither a word nor a number.
     """
     optimizer = choose_optimizer(settings.optimizer, torch.device("cuda" if on_cuda else "cpu"))
-    settings = _settle_resident_weights(profile, settings, on_cuda=on_cuda)
-    if shards > 1:
-        settings = settle_sharded(settings)
+    settings = settle(settings, profile.dense_bytes, on_cuda=on_cuda, sharded=shards > 1)
     if profile.trace is None:
         return _decide_without_prediction(settings, lengths, optimizer, vram_bytes)
     largest = ResolvedStep(
@@ -174,26 +163,14 @@ def plan_training(
     )
 
 
-def _settle_resident_weights(profile: ModelProfile, settings: StepSettings, *, on_cuda: bool) -> StepSettings:
-    """Decides by the host's memory for the CPU, where the fast engine's plan is no matter of a limit."""
-    if on_cuda or settings.engine != "fast" or settings.resident_weights is not None:
-        return settings
-    return replace(settings, resident_weights=keeps_resident_on_cpu(profile.dense_bytes))
-
-
 def _decide_without_prediction(
     settings: StepSettings, lengths: RowLengths, optimizer: str, vram_bytes: int | None
 ) -> MemoryDecision:
     """What was asked for, and all layers recomputed where that was left open."""
-    count_recomputed_layers(settings, layers=0)  # checks the setting
     checkpointing = settings.gradient_checkpointing
     return MemoryDecision(
         gradient_checkpointing="on" if checkpointing == "auto" else checkpointing,
-        measures=MemoryPlan(
-            offload_activations=bool(settings.offload_activations),
-            offload_embeddings=bool(settings.offload_embeddings),
-            resident_weights=bool(settings.resident_weights),
-        ),
+        measures=plan_as_asked(settings, layers=0, resident_weights=bool(settings.resident_weights)),
         token_budget=lengths.batch_tokens(settings.batch_size),
         optimizer=optimizer,
         memory=None,
@@ -209,18 +186,15 @@ def _open_steps(
     budgets = [largest.tokens]
     while budgets[-1] > largest.row_tokens:
         budgets.append(max(largest.row_tokens, budgets[-1] // 2))
-    offered = list(
-        offer_measures(
-            settings,
-            embedding_bytes=profile.embedding_bytes,
-            largest_dense_bytes=profile.largest_weight_bytes,
-            on_cuda=largest.on_cuda,
-            limited=limited,
-        )
+    offered = offer_measures(
+        settings,
+        embedding_bytes=profile.embedding_bytes,
+        largest_dense_bytes=profile.largest_weight_bytes,
+        on_cuda=largest.on_cuda,
+        limited=limited,
     )
-    for tokens in budgets:
-        for measures in offered:
-            yield replace(largest, tokens=tokens, measures=MemoryPlan(0, *measures))
+    for tokens, measures in product(budgets, offered):
+        yield replace(largest, tokens=tokens, measures=measures)
 
 
 def _recompute_least(

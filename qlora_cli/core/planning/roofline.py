@@ -19,10 +19,6 @@ REACHED = "an H200 reaches a third to a half of it, with short micro-batches les
 
 
 def bound_speed(flops_per_token: float) -> dict[str, Any]:
-    """A table of the bound for some cards; memory, launches and the host only make it less.
-
-    Args:
-        flops_per_token: Of training, recomputation included (`memory_estimate.count_flops`).
-    """
+    """A table of the bound for some cards, by `memory_estimate.count_flops`; memory, launches and the host only lower it."""
     rows = [[card, int(flops / flops_per_token)] for card, flops in CARDS.items()]
     return {"title": f"Speed at most: {REACHED}", "columns": ["card", "tokens_per_second"], "rows": rows}

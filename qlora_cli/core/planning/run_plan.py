@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from qlora_cli.core.device import resolve_compute_dtype
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
-from qlora_cli.core.planning.suggestions import certainly_too_large, refuse, suggest_fit, write_train_command
+from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit, write_train_command
+from qlora_cli.errors import DoesNotFit
 from qlora_cli.events import Notice, Report
+from qlora_cli.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -69,30 +72,35 @@ def profile_run(config: TrainConfig, model_config: PreTrainedConfig, device: tor
     )
 
 
+def measure_rows(
+    config: TrainConfig, max_length: int, row_lengths: np.ndarray, longest: Sequence[Sequence[int]]
+) -> RowLengths:
+    """Lengths of a run's rows.
+
+    Args:
+        max_length: Tokens in the longest row allowed, and in a pack.
+        row_lengths: (rows,) tokens of each row.
+        longest: The largest micro-batches, as row indices; padding counts where rows are padded.
+    """
+    batches = [row_lengths[list(rows)] for rows in longest]
+    padded = config.engine == "plain"
+    largest_tokens = max(len(batch) * batch.max() if padded else batch.sum() for batch in batches)
+    return RowLengths(max_length, int(row_lengths.max()), int(largest_tokens))
+
+
 def plan_run_memory(
     config: TrainConfig,
     model_config: PreTrainedConfig,
     profile: ModelProfile,
     *,
-    max_length: int,
-    row_lengths: np.ndarray,
-    longest: Sequence[Sequence[int]],
+    lengths: RowLengths,
     device: torch.device,
     ranks: ProcessGroup,
     report: Report,
 ) -> RunPlan:
     """Decides what was left open, before anything is downloaded or loaded. The engine refines it on the device.
 
-    Args:
-        config: Of the run.
-        model_config: Of the base.
-        profile: From `profile_run`.
-        max_length: Tokens in the longest row allowed, and in a pack.
-        row_lengths: (rows,) tokens of each row.
-        longest: The largest micro-batches, as row indices.
-        device: Where training would run.
-        ranks: The smallest card decides for all.
-        report: Receives notices of what has no effect.
+    The smallest card and the largest micro-batch of all ranks decide; `lengths` are of this rank's rows.
 
     Raises:
         DoesNotFit: On this machine's card, nothing that was left open makes it fit. A dry run says so in its plan.
@@ -104,25 +112,28 @@ def plan_run_memory(
         vram_bytes = -ranks.all_reduce_max(-read_limit_bytes(config.vram, device), device)
     elif config.vram is not None:
         report(Notice("--vram is about a GPU's memory: there is no GPU here, and the host's is not limited."))
-    largest_tokens = ranks.all_reduce_max(_largest_tokens(config, row_lengths, longest), device)
-    lengths = RowLengths(max_length, int(row_lengths.max()), largest_tokens)
-
-    def plan_with(shards: int) -> MemoryDecision:
-        offload = config.shard_offload and shards > 1
-        limits: dict[str, Any] = {"vram_bytes": vram_bytes, "on_cuda": for_card}
-        return plan_training(profile, config, lengths, shards=shards, shard_offload=offload, **limits)
-
+    here_tokens = lengths.largest_batch_tokens or lengths.batch_tokens(config.batch_size)
+    largest_tokens = ranks.all_reduce_max(here_tokens, device)
+    lengths = replace(lengths, largest_batch_tokens=largest_tokens)
+    plan_with = partial(
+        plan_training,
+        profile,
+        config,
+        lengths,
+        vram_bytes=vram_bytes,
+        on_cuda=for_card,
+        shard_offload=config.shard_offload,
+    )
     sharded = bool(config.shard or config.shard_offload)
-    plan = plan_with(ranks.world_size if sharded else 1)
+    plan = plan_with(shards=ranks.world_size if sharded else 1)
     if plan.fits is False and can_be_sharded(config, ranks) and config.shard is None:
-        lean = plan_with(ranks.world_size)
-        if lean.fits:
-            plan, sharded = lean, True
+        of_all = plan_with(shards=ranks.world_size)
+        if of_all.fits:
+            plan, sharded = of_all, True
             report(Notice(f"The base is sharded over {ranks.world_size} cards: one cannot hold it and a step."))
-    refused = certainly_too_large(plan) and not config.dry_run
     commands: tuple[str, ...] = ()
-    if refused or plan.fits is False:
-        assert vram_bytes is not None
+    if plan.fits is False:
+        assert vram_bytes is not None and plan.memory is not None
         found = suggest_fit(
             profile,
             config,
@@ -131,17 +142,16 @@ def plan_run_memory(
             rank=config.rank,
             profile_with_rank=lambda rank: profile_run(replace(config, rank=rank), model_config, device),
         )
-        commands = write_commands(config, found.changes) if found else ()
-    if refused:
-        raise refuse(plan, commands)
+        commands = write_commands(config, found[0]) if found else ()
+        if certainly_too_large(plan) and not config.dry_run:
+            raise DoesNotFit(
+                f"Training needs {format_bytes(plan.memory.device_bytes)} at the least, "
+                f"and {format_bytes(vram_bytes)} may be taken.",
+                f"Type: {' && '.join(commands)}"
+                if commands
+                else "Nothing fits: take a smaller model or a larger card.",
+            )
     return RunPlan(profile, plan, largest_tokens, commands, sharded)
-
-
-def _largest_tokens(config: TrainConfig, row_lengths: np.ndarray, longest: Sequence[Sequence[int]]) -> int:
-    """Tokens of the largest micro-batch, padding included where rows are padded."""
-    batches = [row_lengths[list(rows)] for rows in longest]
-    padded = config.engine == "plain"
-    return int(max(len(batch) * batch.max() if padded else batch.sum() for batch in batches))
 
 
 def may_be_sharded(config: TrainConfig | InspectConfig) -> bool:
@@ -166,12 +176,6 @@ def write_commands(config: TrainConfig, changes: dict[str, Any]) -> tuple[str, .
 
 
 def resolved_configuration(config: TrainConfig, memory: RunPlan, **known: Any) -> dict[str, Any]:
-    """Every setting that `run.yaml` keeps, with what was left open as decided.
-
-    Args:
-        config: As given.
-        memory: Decides some.
-        known: Others that are known by now.
-    """
+    """Every setting that `run.yaml` keeps, with what was left open as decided by `memory`, or `known` otherwise."""
     given = {name: getattr(config, name) for name in recorded_fields(TrainConfig)}
     return given | memory.plan.settings | known

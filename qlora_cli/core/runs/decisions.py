@@ -9,6 +9,7 @@ from qlora_cli.core.device import dtype_name, resolve_compute_dtype
 from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.run_plan import (
     RunPlan,
+    measure_rows,
     plan_is_for_card,
     plan_run_memory,
     planned_dtype,
@@ -42,14 +43,12 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         DoesNotFit: The step does not fit this machine's card.
         DiskFull: The disk has no room for the checkpoints that are kept and the one being written.
     """
-    config, footprint = run.config, inputs.profile.footprint
+    config, footprint, data = run.config, inputs.profile.footprint, inputs.data
     memory = plan_run_memory(
         config,
         inputs.files.config,
         inputs.profile,
-        max_length=inputs.max_length,
-        row_lengths=inputs.data.rows.lengths,
-        longest=inputs.data.sampler.longest_micro_batches(),
+        lengths=measure_rows(config, inputs.max_length, data.rows.lengths, data.sampler.longest_micro_batches()),
         device=run.device,
         ranks=run.ranks,
         report=run.report,
@@ -63,7 +62,7 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         memory=memory,
         optimizer=optimizer,
         compute_dtype=resolve_compute_dtype(config.compute_dtype, run.device),
-        warmup_steps=count_warmup_steps(config.warmup_steps, config.warmup_ratio, inputs.data.sampler.total_steps),
+        warmup_steps=count_warmup_steps(config.warmup_steps, config.warmup_ratio, data.sampler.total_steps),
         checkpoint_bytes=checkpoint_bytes,
     )
 
