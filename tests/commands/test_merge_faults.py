@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.artifacts import PREPARED_MANIFEST, RUN_RECORD, sha256_of
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.config import PrepareConfig
-from qlora_cli.core.data.dataset import PreparedRows, hold_out
+from qlora_cli.core.data.dataset import PreparedRows, split_rows
 from qlora_cli.core.merge.delta import read_deltas
 from qlora_cli.core.merge.output_directory import unfinished_path
 from qlora_cli.core.merge.verify import find_rows
@@ -357,7 +357,7 @@ def test_held_out_rows_of_the_run_are_used_where_they_are(case, tmp_path) -> Non
     record["data"] = {"prepared": str(directory), "rows_sha256": rows.manifest["rows_sha256"]}
     (case.adapter / RUN_RECORD).write_text(json.dumps(record))
     (case.adapter / "run.yaml").write_text("eval_rows: 3\nseed: 5\n")
-    trained, held = hold_out(rows, fraction=0, count=3, seed=5)
+    trained, held = split_rows(rows, fraction=0, count=3, seed=5)
     tokens = int(held.lengths.sum())
     assert 512 < tokens < 1024  # enough to compare on, and as many as are
     found, described = find_rows(case.adapter, None, least_tokens=tokens + 1)

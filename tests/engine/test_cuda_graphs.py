@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core.engine.cuda_graphs import MOST_YIELDS, StepGraphs, StepInputs, bucket, bucketed, explain_failure
+from qlora_cli.core.engine.cuda_graphs import MOST_RELEASES, StepGraphs, StepInputs, bucket, bucketed, explain_failure
 from tests.engine import cpu_attention  # noqa: F401 - lets compiled layers attend on the CPU
 from tests.engine.test_engine import adapted, batch_of, gradients, install, step
 
@@ -220,10 +220,10 @@ def test_graphs_make_room_before_a_leaner_plan_has_to(load_tiny):
         graphs.crowded = not graphs.graphs
         assert engine.reduce_memory() and engine.plan is plan and not graphs.graphs
         assert not engine.reduce_memory()  # nothing is planned on the CPU
-    graphs.yields, graphs.graphs = 0, {(1,): None}
+    graphs.releases, graphs.graphs = 0, {(1,): None}
     graphs.warm, graphs.warming = {("done",), ("broken off",)}, ("broken off",)
     assert engine.reduce_memory() and graphs.warm == {("done",)}, "what was compiled is, whatever else had no room"
-    graphs.yields = MOST_YIELDS
+    graphs.releases = MOST_RELEASES
     graphs.graphs = {(1,): None}
     assert not engine.reduce_memory() and not graphs.graphs, "room is made whatever follows"
     engine.close()

@@ -11,7 +11,7 @@ import torch
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
-from qlora_cli.core.data.dataset import hold_out
+from qlora_cli.core.data.dataset import split_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import install_engine
@@ -124,7 +124,7 @@ def make_case(
     """
     ranks = ranks or ProcessGroup()
     rows = MemoryRows()
-    train, held = hold_out(rows, fraction=0, count=eval_rows, seed=1)
+    train, held = split_rows(rows, fraction=0, count=eval_rows, seed=1)
     common: dict[str, Any] = {"batch_size": batch_size, "packing": False, "max_length": 40, "seed": 1, "ranks": ranks}
     sampler = BatchSampler(train.lengths, accumulation=2, epochs=epochs, max_steps=max_steps, **common)
     eval_sampler = BatchSampler(held.lengths, accumulation=1, epochs=1, max_steps=None, **common) if eval_rows else None

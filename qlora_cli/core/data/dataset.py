@@ -18,7 +18,7 @@ SCHEMA = pa.schema(
         pa.field("trained", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
     ]
 )
-HOLDOUT_STREAM = 0x5E7  # apart from the stream that orders the epochs
+SPLIT_STREAM = 0x5E7  # apart from the stream that orders the epochs
 
 
 class RowWriter:
@@ -131,7 +131,7 @@ class RowSubset:
         return self.rows[int(self.indices[index])]
 
 
-def hold_out(rows: PreparedRows, *, fraction: float, count: int | None, seed: int) -> tuple[RowSubset, RowSubset]:
+def split_rows(rows: PreparedRows, *, fraction: float, count: int | None, seed: int) -> tuple[RowSubset, RowSubset]:
     """Splits rows into those trained on and those evaluated on, each in the set's order.
 
     Args:
@@ -154,5 +154,5 @@ def hold_out(rows: PreparedRows, *, fraction: float, count: int | None, seed: in
             f"Holding out {held} of {len(rows)} rows leaves nothing to train on.",
             "Lower --eval-rows or --eval-fraction, or use more rows.",
         )
-    order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(rows))
+    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(len(rows))
     return RowSubset(rows, np.sort(order[held:])), RowSubset(rows, np.sort(order[:held]))

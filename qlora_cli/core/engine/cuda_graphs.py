@@ -20,7 +20,7 @@ from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.attention import is_short
 
 MOST_GRAPHS = 48
-MOST_YIELDS = 4  # how often graphs make room before a leaner plan has to
+MOST_RELEASES = 4  # how often graphs make room before a leaner plan has to
 COARSENESS = 8  # buckets of tokens from one power of two to the next
 # Each shape is captured once, which takes as long as several steps: shapes are kept few where that costs little.
 LEAST_TOKENS = 64
@@ -131,7 +131,7 @@ class StepGraphs:
         self.stream: Any = None
         self.passes = 0  # forward passes of training, with a graph and without
         self.crowded = False  # memory ran out in a capture while other graphs held some
-        self.yields = 0
+        self.releases = 0
         self.failed = False
 
     def clear(self) -> None:
@@ -145,9 +145,9 @@ class StepGraphs:
         what a plan counts once, and so does a first one of another shape where their pool has no large enough hole."""
         held = bool(self.graphs) or self.crowded
         self.crowded = False
-        if not held or self.yields >= MOST_YIELDS:
+        if not held or self.releases >= MOST_RELEASES:
             return False
-        self.yields += 1
+        self.releases += 1
         self._drop()
         if self.warming is not None:  # that pass has yet to come to its end
             self.warm.discard(self.warming)

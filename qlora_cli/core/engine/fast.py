@@ -228,7 +228,7 @@ class FastEngine:
             except torch.OutOfMemoryError:  # layers are tried out before they are recomputed
                 torch.cuda.empty_cache()
         if self.graphs is not None:
-            self.graphs.yields = 0
+            self.graphs.releases = 0
         self.report(Notice(f"Memory ran out; the engine is now: {self.describe()}."))
         return True
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import read_config_file
-from qlora_cli.core.data.dataset import PreparedRows, RowSubset, hold_out
+from qlora_cli.core.data.dataset import PreparedRows, RowSubset, split_rows
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models
@@ -193,7 +193,7 @@ def find_rows(
         return ((ids, np.ones(len(ids), dtype=np.bool_)) for ids in texts), "of a built-in text"
     settings = run_of(adapter) / RUN_YAML
     run = TrainConfig(**(read_config_file(settings, TrainConfig) if settings.is_file() else {}))
-    trained, held = hold_out(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
+    trained, held = split_rows(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
     if held.lengths.sum() >= least_tokens:
         return _each(held), "held out from training"
     if len(held):

@@ -74,6 +74,7 @@ def profile_model(
         untraced = error.message
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
     stored = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored  # a name once the configuration was saved
     return ModelProfile(
         footprint=measure_footprint(adapted, quantization, compute_dtype),
         trace=trace,

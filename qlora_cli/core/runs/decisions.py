@@ -56,8 +56,8 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
     optimizer = choose_optimizer(config.optimizer, run.device)
     trainable = footprint.trainable_parameters
     checkpoint_bytes = 4 * trainable + state_bytes(optimizer, trainable) + SMALL_FILES_BYTES
-    standing = len(list_checkpoints(run.output / CHECKPOINTS))
-    require_space(run.output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - standing))
+    kept_checkpoints = len(list_checkpoints(run.output / CHECKPOINTS))
+    require_space(run.output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - kept_checkpoints))
     return Decisions(
         memory=memory,
         optimizer=optimizer,

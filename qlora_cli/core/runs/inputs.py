@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.data.dataset import PreparedRows, hold_out
+from qlora_cli.core.data.dataset import PreparedRows, split_rows
 from qlora_cli.core.data.prepare import prepare_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -75,7 +75,7 @@ def read_inputs(run: Run) -> RunInputs:
                     f"Prepare them anew: qlora prepare --model {files.name} --data ... --output {config.prepared}",
                 )
     max_length = config.max_length or rows.manifest["max_length"]
-    train_rows, eval_rows = hold_out(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
+    train_rows, eval_rows = split_rows(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
     sample = partial(
         BatchSampler,
         batch_size=config.batch_size,

@@ -69,7 +69,7 @@ def _add_parts(parts, out, count, elements, scale, block, BLOCK: tl.constexpr, A
 
 
 @triton.jit
-def _add_up(
+def _add_partial_sums(
     by_right,
     by_left,
     right_out,
@@ -144,7 +144,7 @@ def multiply_both(
             num_warps=4,
             num_stages=3,
         )
-        _add_up[(triton.cdiv(rows * rank, BLOCK) + triton.cdiv(columns * rank, BLOCK),)](
+        _add_partial_sums[(triton.cdiv(rows * rank, BLOCK) + triton.cdiv(columns * rank, BLOCK),)](
             by_right,
             by_left,
             right_out,
