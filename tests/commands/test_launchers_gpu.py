@@ -16,7 +16,7 @@ def two_cards():
         pytest.skip("needs two CUDA GPUs")
 
 
-def test_a_spread_base_trains_as_a_whole_one(case):  # noqa: F811
+def test_a_sharded_base_trains_as_a_whole_one(case):  # noqa: F811
     folder, flags, _ = case
     found = {}
     for name, more in (("whole", []), ("sharded", ["--shard"]), ("away", ["--shard-offload"])):

@@ -119,7 +119,7 @@ def test_answers_are_those_of_transformers(tmp_path, name):
     weights = {n: dequantized_weight(m) for n, m in model.named_modules() if hasattr(m, "quant_state")}
     fast = FastModel(model)
     try:
-        for rows in (1, 2):
+        for rows in (1, 2) if ON_GPU or name == "llama" else (2,):  # the interpreter takes ten seconds an answer
             found, decoder = fast_answers(fast, questions, counts, rows)
             assert found == expected
             if ON_GPU:

@@ -86,7 +86,7 @@ def test_two_processes_resumed_are_bit_for_bit_two_processes_never_stopped(zygot
         {"quant_type": "fp4", "packing": True, "max_length": 64},
     ],
 )
-def test_a_spread_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, changes):
+def test_a_sharded_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, changes):
     """Bit for bit: what is gathered are the very bytes."""
     whole = make_run(tmp_path / "whole", **{**ALONE, **changes, "shard_offload": False})
     sharded = make_run(tmp_path / "sharded", **ALONE, shard=True, **changes)
@@ -97,7 +97,7 @@ def test_a_spread_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, ch
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "falcon", "gpt2", "opt", "qwen2", "gemma3", "bloom"])
-def test_any_architecture_can_be_spread(zygote, make_run, tiny_model, tmp_path, architecture):
+def test_any_architecture_can_be_sharded(zygote, make_run, tiny_model, tmp_path, architecture):
     changes = {**ALONE, "model": str(tiny_model(architecture)), "target_modules": None, "max_steps": 3}
     whole = make_run(tmp_path / "whole", **changes)
     sharded = make_run(tmp_path / "sharded", **changes, shard=True)
@@ -107,7 +107,7 @@ def test_any_architecture_can_be_spread(zygote, make_run, tiny_model, tmp_path, 
     assert sharded.weights() == whole.weights() and sharded.metrics() == whole.metrics()
 
 
-def test_a_rank_holds_its_share_of_a_spread_base_and_no_more(zygote, make_run, load_tiny, tmp_path):
+def test_a_rank_holds_its_share_of_a_sharded_base_and_no_more(zygote, make_run, load_tiny, tmp_path):
     base, _ = load_tiny("llama")
     whole = sum(p.nbytes + (p.quant_state.absmax.nbytes if hasattr(p, "quant_state") else 0) for p in base.parameters())
     held = []
@@ -119,7 +119,7 @@ def test_a_rank_holds_its_share_of_a_spread_base_and_no_more(zygote, make_run, l
     assert held[0] < 0.51 * whole and held[1] < 0.35 * whole
 
 
-def test_a_spread_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_whole_one(zygote, make_run, tmp_path):
+def test_a_sharded_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_whole_one(zygote, make_run, tmp_path):
     runs = [make_run(tmp_path / name, **ALONE, base_cache=True, max_steps=2) for name in ("first", "sharded")]
     assert zygote.train(runs[0].options).code == 0  # keeps the copy
     quantised = make_run(tmp_path / "quantised", **ALONE, shard=True, max_steps=2)
@@ -129,7 +129,7 @@ def test_a_spread_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_wh
     assert runs[1].weights() == quantised.weights()
 
 
-def test_a_spread_run_keeps_a_copy_of_the_base_that_is_the_one_a_whole_run_keeps(zygote, make_run, tmp_path):
+def test_a_sharded_run_keeps_a_copy_of_the_base_that_is_the_one_a_whole_run_keeps(zygote, make_run, tmp_path):
     changes = {**ALONE, "max_steps": 1, "quant_type": "fp4", "gradient_accumulation_steps": 3}
     sharded = make_run(tmp_path / "sharded", **changes, base_cache=True, shard=True)
     assert "codes [0, 0, 0]" in train_as_two(zygote, sharded, world_size=3).said
@@ -151,7 +151,7 @@ def test_three_ranks_share_what_does_not_divide_by_three(zygote, make_run, tmp_p
     assert same_numbers(sharded, whole)
 
 
-def test_a_spread_run_is_stopped_and_resumed_whole_by_one_process_and_back(zygote, make_run, single, tmp_path):
+def test_a_sharded_run_is_stopped_and_resumed_whole_by_one_process_and_back(zygote, make_run, single, tmp_path):
     run = make_run(tmp_path / "out", **ALONE, shard=True)
     stopped = train_as_two(zygote, run, fault={"kind": "signalled", "step": 2}, faulty_rank=1)
     assert "codes [143, 143]" in stopped.said, stopped.said
@@ -164,14 +164,14 @@ def test_a_spread_run_is_stopped_and_resumed_whole_by_one_process_and_back(zygot
     assert same_numbers(run, single)
 
 
-def test_a_rank_of_a_spread_run_that_dies_ends_the_others(zygote, make_run, tmp_path):
+def test_a_rank_of_a_sharded_run_that_dies_ends_the_others(zygote, make_run, tmp_path):
     run = make_run(tmp_path / "out", **ALONE, shard=True)
     died = train_as_two(zygote, run, fault={"kind": "signalled", "step": 4, "number": 9}, faulty_rank=1)
     assert "codes [1, -9]" in died.said and "Rank 1 of 2" in died.said, died.said
     assert [int(path.name[5:]) for path in run.checkpoints] == [2]
 
 
-def test_memory_that_runs_out_in_a_spread_run_ends_it_with_a_reason(zygote, make_run, tmp_path):
+def test_memory_that_runs_out_in_a_sharded_run_ends_it_with_a_reason(zygote, make_run, tmp_path):
     run = make_run(tmp_path / "out", **ALONE, shard=True)
     fault = {"kind": "out_of_memory", "above_tokens": 20, "from_step": 1}
     done = train_as_two(zygote, run, fault=fault, faulty_rank=1)
@@ -182,13 +182,13 @@ def test_memory_that_runs_out_in_a_spread_run_ends_it_with_a_reason(zygote, make
     ("changes", "says"),
     [({"shard": True}, "one process runs"), ({"shard": True, "dora": True}, "one process runs")],
 )
-def test_a_base_that_cannot_be_spread_is_refused(zygote, make_run, tmp_path, changes, says):
+def test_a_base_that_cannot_be_sharded_is_refused(zygote, make_run, tmp_path, changes, says):
     run = make_run(tmp_path / "out", **changes)
     refused = zygote.train(run.options)
     assert refused.code == 2 and says in refused.said
 
 
-def test_a_layer_with_a_forward_pass_of_its_own_cannot_be_spread(zygote, make_run, tmp_path):
+def test_a_layer_with_a_forward_pass_of_its_own_cannot_be_sharded(zygote, make_run, tmp_path):
     run = make_run(tmp_path / "out", **ALONE, shard=True, dora=True)
     refused = train_as_two(zygote, run)
     assert "codes [2, 2]" in refused.said and "plain LoRA adapters only" in refused.said
