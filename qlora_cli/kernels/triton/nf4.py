@@ -3,15 +3,12 @@
 Bit-equal to bitsandbytes: the same fp32 products in the same order, no fused multiply-add, one rounding at the store.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from qlora_cli.kernels.weights import FrozenWeight
 
 # A program takes TILE values, 8 a thread: a 4-byte load and a 16-byte store each. H200, six layers of GPT-NeoX-20B:
 # 1.76 ms with 4,096 values and 4 warps, 1.94 with 8, 2.03 with 8,192; tiles of whole blocks, 32 values a thread, 2.20.
@@ -62,12 +59,12 @@ def _dequantize(
 
 
 def dequantize_4bit(
-    weight: "FrozenWeight", out: Tensor, first_element: int = 0, *, tile: int = TILE, warps: int = WARPS
+    weight: Any, out: Tensor, first_element: int = 0, *, tile: int = TILE, warps: int = WARPS
 ) -> Tensor:
     """Writes a packed weight's values from `first_element` on that fill `out`, and returns `out`.
 
     Args:
-        weight: Its blocksize is a power of two from 8 on.
+        weight: A `FrozenWeight` (kernels/weights.py, which imports this module); its blocksize is a power of two from 8 on.
         out: Contiguous bf16, fp16 or fp32 of any shape.
         first_element: Multiple of the blocksize.
         tile: Values a program writes, a power of two from 8 on.
