@@ -36,6 +36,10 @@ def zstd(content):
 
 
 COMPRESS = {".gz": gzip.compress, ".zst": zstd}
+CUT_SHORT = {
+    ".gz": "Compressed file ended before the end-of-stream marker was reached",
+    ".zst": "Truncated compressed stream",
+}
 
 
 def write(path, content):
@@ -324,7 +328,14 @@ def test_compressed_data_cut_short_is_noticed(tmp_path, suffix, members, keep):
     packed = b"".join(COMPRESS[suffix](content[i : i + size]) for i in range(0, len(content), size))
     path.write_bytes(packed[: int(len(packed) * keep)])
     _, bad = read(path)
-    assert f"rows.jsonl{suffix}: the compressed data is broken or cut short (Truncated compressed stream)" in bad
+    assert f"rows.jsonl{suffix}: the compressed data is broken or cut short ({CUT_SHORT[suffix]})" in bad
+
+
+def test_gzip_that_is_padded_with_zeros_is_whole(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(as_jsonl(ROWS).encode()) + bytes(512))
+    records, bad = read(path)
+    assert not bad and [record for _, record in records] == ROWS
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)

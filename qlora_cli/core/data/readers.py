@@ -6,10 +6,12 @@ file is held as a whole but a JSON object that holds its rows in some field.
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,13 +41,17 @@ KINDS = {
     ".parquet": "parquet",
     ".txt": "txt",
 }
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# Not pyarrow for gzip: it refuses members that are padded with zeros, as files read back from tapes are.
+DECOMPRESS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".zst": lambda file: pa.input_stream(file, compression="zstd"),
+}
 
 
 def kind_of(path: Path) -> str | None:
     """jsonl, json, csv, tsv, parquet or txt by a file's name, compressed or not; None for anything else."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
+    if suffixes and suffixes[-1] in DECOMPRESS:
         suffixes.pop()
     return KINDS.get(suffixes[-1]) if suffixes else None
 
@@ -66,8 +72,8 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
                 yield from _read_parquet(path, name, file)
                 return
             stream: Any = file
-            if compression := COMPRESSIONS.get(path.suffix.lower()):
-                stream = io.BufferedReader(pa.input_stream(file, compression=compression), HEAD_BYTES)
+            if decompress := DECOMPRESS.get(path.suffix.lower()):
+                stream = io.BufferedReader(decompress(file), HEAD_BYTES)
             head = stream.peek(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf")
             if problem := _problem_of(head):
                 yield Chunk(name).fail(None, problem)
@@ -85,11 +91,11 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
                 position = file.tell()
                 chunk.source_bytes, seen = position - seen, position
                 yield chunk
-    except OSError as error:
-        # What pyarrow finds wrong with compressed data has no error number; what the system refuses has one.
-        is_broken = error.errno is None and path.suffix.lower() in COMPRESSIONS
+    except (EOFError, zlib.error, OSError) as error:
+        # What is wrong with compressed data has no error number; what the system refuses has one.
+        is_broken = getattr(error, "errno", None) is None and path.suffix.lower() in DECOMPRESS
         cause = "the compressed data is broken or cut short" if is_broken else "cannot be read"
-        yield Chunk(name).fail(None, f"{cause} ({error.strerror or first_line(error)})")
+        yield Chunk(name).fail(None, f"{cause} ({getattr(error, 'strerror', None) or first_line(error)})")
 
 
 def _problem_of(head: bytes) -> str | None:

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
 from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, Chunk
-from qlora_cli.core.data.readers import CHUNK_BYTES, COMPRESSIONS, KINDS, kind_of, read_chunks
+from qlora_cli.core.data.readers import CHUNK_BYTES, DECOMPRESS, KINDS, kind_of, read_chunks
 from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Progress, Report
@@ -23,7 +23,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-READABLE = ", ".join([*KINDS, *COMPRESSIONS])
+READABLE = ", ".join([*KINDS, *DECOMPRESS])
 
 
 @dataclass(frozen=True)
