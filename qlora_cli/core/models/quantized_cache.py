@@ -24,8 +24,9 @@ from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.quantization import restored_linear
 from qlora_cli.core.models.structure import build_empty
+from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
-from qlora_cli.errors import DiskFull, RunError
+from qlora_cli.errors import RunError
 from qlora_cli.events import Caution, Notice, Report, report_nothing
 
 FORMAT = 1  # raised when an older copy cannot be read
@@ -95,7 +96,7 @@ def save_base(
                     "generation_config": model.generation_config.to_dict(),
                 }
                 (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    except (DiskFull, OSError) as error:  # a convenience only: never a reason to stop
+    except OSError as error:  # a convenience only: never a reason to stop
         report(Caution(f"The quantised base could not be kept in {directory.parent}: {error}"))
     for _ in values:
         pass  # every rank takes part in what is gathered, whether it or the main one writes or not
@@ -104,7 +105,7 @@ def save_base(
 def _has_room(directory: Path, tensors: Iterable[Tensor], report: Report) -> bool:
     total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     directory.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(directory).free >= total_bytes + SPARE_BYTES:
+    if free_disk_bytes(directory) >= total_bytes + SPARE_BYTES:
         return True
     report(Notice(f"The quantised base is not kept in {directory}: the disk is nearly full."))
     return False
