@@ -12,8 +12,7 @@ CHECKS = Path(__file__).with_name("fast_decoding_checks.py")
 
 
 def run_checks(**environment: str) -> None:
-    # A process of its own: Triton reads TRITON_INTERPRET when kernels are defined. Nothing is compiled there for its
-    # own sake: bitsandbytes' dequantisation of an odd shape would be, by a C++ compiler, for each shape.
+    # A process of its own: Triton reads TRITON_INTERPRET when kernels are defined.
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS)],
         env={**os.environ, **environment},
@@ -26,7 +25,7 @@ def run_checks(**environment: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_fused_steps_under_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
+    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu

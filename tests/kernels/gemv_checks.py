@@ -1,9 +1,9 @@
 """Checks of the decoding kernels, run by test_triton.py: under Triton's interpreter on a CPU, for real on a GPU."""
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from qlora_cli.core.bnb import bitsandbytes
 from qlora_cli.kernels.decode import gemv
 from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, Tiling
 from qlora_cli.kernels.weights import FrozenWeight
@@ -17,8 +17,8 @@ def stack(row_counts, columns, *, quant_type="nf4", nested=True, dtype=torch.flo
     parts, values = [], []
     for rows in row_counts:
         dense = torch.randn(rows, columns, dtype=dtype, device=DEVICE) * (0.5 + torch.rand(1, device=DEVICE).item())
-        packed, state = bnb.quantize_4bit(dense, quant_type=quant_type, compress_statistics=nested)
-        values.append(bnb.dequantize_4bit(packed, state))
+        packed, state = bitsandbytes.functional.quantize_4bit(dense, quant_type=quant_type, compress_statistics=nested)
+        values.append(bitsandbytes.functional.dequantize_4bit(packed, state))
         parts.append((packed.flatten(), state))
     second = [state.state2 for _, state in parts]
     statistics = {}

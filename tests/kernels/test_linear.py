@@ -1,9 +1,9 @@
 """The fused QLoRA linear computes what its formula says, forward and backward, and keeps nothing it need not."""
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from qlora_cli.core.bnb import bitsandbytes
 from qlora_cli.kernels import linear, lora_products
 from qlora_cli.kernels.weights import FrozenWeight
 from tests.kernels import reference
@@ -13,8 +13,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 def quantise(shape, *, nested=True, quant_type="nf4", dtype=torch.float32, device="cpu"):
     values = torch.randn(shape, dtype=dtype, device=device)
-    packed, state = bnb.quantize_4bit(values, quant_type=quant_type, compress_statistics=nested)
-    return FrozenWeight.of_state(state, packed.flatten()), bnb.dequantize_4bit(packed, state)
+    packed, state = bitsandbytes.functional.quantize_4bit(values, quant_type=quant_type, compress_statistics=nested)
+    return FrozenWeight.of_state(state, packed.flatten()), bitsandbytes.functional.dequantize_4bit(packed, state)
 
 
 def relative(got, truth):

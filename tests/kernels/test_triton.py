@@ -28,8 +28,7 @@ def run_checks(*names: str, **environment: str) -> None:
 
 @NEEDS_TRITON
 def test_kernels_under_the_interpreter():
-    # Without compiling: bitsandbytes' dequantisation of an odd shape would be, by a C++ compiler, for each shape.
-    run_checks(*CHECKS, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
+    run_checks(*CHECKS, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @NEEDS_TRITON

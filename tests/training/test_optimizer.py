@@ -2,12 +2,12 @@
 
 import json
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
 
 from qlora_cli.config import OPTIMIZERS
+from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.storage.checkpoint import read_tensors, write_tensors
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import (

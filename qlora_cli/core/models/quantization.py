@@ -4,14 +4,13 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from qlora_cli.core.bnb import Bnb4BitHfQuantizer, Bnb4bitQuantize
+from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models.structure import is_plain_linear
 

@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from qlora_cli.artifacts import LOSS_CURVE, METRICS, read_metrics, write_bytes
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.events import EvaluationLogged, StepLogged
@@ -54,6 +52,8 @@ def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
 
 def draw_loss_curve(directory: Path) -> None:
     """Draws `loss.png` from the run's metrics: loss of each step, its running mean, evaluations."""
+    from matplotlib.figure import Figure  # takes a second to import, at the end of a run
+
     lines = read_metrics(directory)
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]

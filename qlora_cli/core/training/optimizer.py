@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.errors import CheckpointError, UsageError
 
