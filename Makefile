@@ -5,11 +5,12 @@ BIN := .venv/bin
 WORKERS ?= logical
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults lint clean
+.PHONY: help demo test long faults lint clean
 
 help:
 	@echo "make demo    the whole road on a small model built here: no GPU, about three minutes"
 	@echo "make test    ruff, mypy, import-linter, then every test but the long ones"
+	@echo "make long    what make test leaves out because it takes long"
 	@echo "make faults  the long fault-injection suite, with its table of figures"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make clean   remove .venv and what demo and the checkers left behind"
@@ -38,11 +39,14 @@ lint: .venv/tests-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test faults: export OMP_NUM_THREADS = 1
-test faults: export TOKENIZERS_PARALLELISM = false
+test long faults: export OMP_NUM_THREADS = 1
+test long faults: export TOKENIZERS_PARALLELISM = false
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8
+
+long: .venv/tests-installed
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --maxprocesses 8 --ignore tests/faults/test_stock_trainer.py
 
 faults: .venv/tests-installed
 	$(BIN)/python -m pytest -m slow tests/faults -s

@@ -130,7 +130,7 @@ def newest(output: Path) -> str:
     return max((path.name for path in (output / "checkpoints").glob("step-*")), default="")
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])
+@pytest.mark.parametrize("script", ["torchrun.sh", pytest.param("accelerate.sh", marks=pytest.mark.slow)])
 def test_two_machines_of_one_rank_each_train_as_one_does(case, script):
     folder, flags, alone = case
     output, port = folder / script, free_port()

@@ -96,7 +96,10 @@ def test_a_sharded_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, c
     assert sharded.metrics() == whole.metrics() and sharded.weights() == whole.weights()
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "falcon", "gpt2", "opt", "qwen2", "gemma3", "bloom"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "gpt2", "qwen2", "bloom")]
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "opt", "gemma3", *OTHERS])
 def test_any_architecture_can_be_sharded(zygote, make_run, tiny_model, tmp_path, architecture):
     changes = {**ALONE, "model": str(tiny_model(architecture)), "target_modules": None, "max_steps": 3}
     whole = make_run(tmp_path / "whole", **changes)

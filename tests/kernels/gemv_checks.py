@@ -101,9 +101,16 @@ def test_stacked_weights_with_adapters_and_bias(tokens, row_counts, columns, ran
 
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(
-    "tiling", [None, Tiling(1, 1, 1), Tiling(2, 2, 4, ahead=False), Tiling(4, 4, 1), Tiling(2, 8, 1, registers=128)]
+    ("tiling", "nested"),
+    [
+        (None, True),
+        (None, False),
+        (Tiling(1, 1, 1), False),
+        (Tiling(2, 2, 4, ahead=False), True),
+        (Tiling(4, 4, 1), False),
+        (Tiling(2, 8, 1, registers=128), True),
+    ],
 )
-@pytest.mark.parametrize("nested", [True, False])
 def test_lanes_of_any_tiling_give_the_exact_product(tokens, tiling, nested, monkeypatch):
     if DEVICE == "cpu":
         from tests.kernels.lane_emulation import emulate

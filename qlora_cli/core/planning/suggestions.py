@@ -47,12 +47,18 @@ def suggest_fit(
     smallest = replace(free, batch_size=1)
     halves = takewhile(lambda tokens: tokens >= SHORTEST_ROW_TOKENS, (lengths.row_tokens >> n for n in count(1)))
     rows = [lengths, *(replace(lengths, max_length=tokens) for tokens in halves)]
-    # A lower rank saves next to nothing beside rows that are short already.
-    lower_ranks = takewhile(bool, (rank >> n for n in count(1))) if len(rows) > 1 else ()
+
+    def lower_ranks() -> Iterator[int]:
+        # A lower rank saves next to nothing beside rows that are short already. Each takes a trace of the model, so
+        # that none is tried where the lowest is too high.
+        if len(rows) > 1 and rank > 1:
+            lowest = plan_training(profile_with_rank(1), smallest, rows[-1], vram_bytes=vram_bytes)
+            yield from takewhile(bool, (rank >> n for n in count(1))) if lowest.fits else ()
+
     tried: Iterator[tuple[ModelProfile, StepSettings, RowLengths, dict[str, int]]] = chain(
         [(profile, free, lengths, {})],
         ((profile, smallest, each, {}) for each in rows),
-        ((profile_with_rank(lower), smallest, rows[-1], {"rank": lower}) for lower in lower_ranks),
+        ((profile_with_rank(lower), smallest, rows[-1], {"rank": lower}) for lower in lower_ranks()),
     )
     for each_profile, asked, each_lengths, lower_rank in tried:
         decision = plan_training(each_profile, asked, each_lengths, vram_bytes=vram_bytes)

@@ -219,7 +219,9 @@ def _multiply_portably(
     x: Tensor, weight: FrozenWeight, operands: tuple, ranks: int, parts: int, constants: dict[str, int], shuffle: bool
 ) -> None:
     tokens, columns = x.shape
-    rows = 32 if tokens <= 16 else 64
+    rows = (
+        32 if tokens <= 16 and x.is_cuda else 64
+    )  # the interpreter takes as long for a small program as for a large one
     # Rounding is that of a dequantisation only when no product of it is fused into a sum.
     gemv_programs.multiply_few[(triton.cdiv(weight.rows, rows),)](
         *operands,
