@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from qlora_cli.config import recorded_fields, type_of
 from qlora_cli.errors import UsageError
+from qlora_cli.settings import recorded_fields, type_of
 
 # What a setting's type is called in an error.
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

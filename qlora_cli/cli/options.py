@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.core import TyperCommand
 
-from qlora_cli.config import PANELS, flag_of, type_of
+from qlora_cli.config import PANELS
+from qlora_cli.settings import flag_of, type_of
 
 THIS_CALL = "This call"
 CONTEXT = "context"  # name of the parameter through which Typer hands over its context

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.config import GenerateConfig, TrainConfig, flag_of, type_of
+from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.settings import flag_of, type_of
 
 
 def test_no_flags_give_the_defaults(config_of):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from qlora_cli.config import InspectConfig, TrainConfig, recorded_fields
+from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.device import resolve_compute_dtype
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
@@ -18,6 +18,7 @@ from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_tra
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit, write_train_command
 from qlora_cli.errors import DoesNotFit
 from qlora_cli.events import Notice, Report
+from qlora_cli.settings import recorded_fields
 from qlora_cli.sizes import format_bytes
 
 
