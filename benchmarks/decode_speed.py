@@ -48,7 +48,7 @@ class Bench:
         from support.models import build
 
         from qlora_cli.config import LoraSettings
-        from qlora_cli.core.models.lora import attach_adapter
+        from qlora_cli.core.adapters.lora import attach_adapter
 
         self.name, self.device, self.figures = name, device, {}
         started = time.time()

@@ -68,8 +68,8 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     import torch
 
     from qlora_cli.config import LoraSettings
+    from qlora_cli.core.adapters.lora import attach_adapter
     from qlora_cli.core.device import limit_memory
-    from qlora_cli.core.models.lora import attach_adapter
     from qlora_cli.core.training.flat_parameters import TrainableParameters
 
     device = torch.device(device_name)

@@ -22,11 +22,11 @@ from support.models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 
 CPU = torch.device("cpu")

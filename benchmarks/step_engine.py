@@ -72,12 +72,12 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     import torch
 
     from qlora_cli.config import LoraSettings, StepSettings
+    from qlora_cli.core.adapters.lora import attach_adapter
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.device import limit_memory
     from qlora_cli.core.engine import fast as engine_fast
     from qlora_cli.core.engine.cuda_graphs import bucket
     from qlora_cli.core.engine.engine import install_engine
-    from qlora_cli.core.models.lora import attach_adapter
     from qlora_cli.core.training.flat_parameters import TrainableParameters
 
     architecture, rows, adapter, options = RUNS[name]

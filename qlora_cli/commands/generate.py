@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from qlora_cli.config import GenerateConfig
+from qlora_cli.core.adapters.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_prompts
 from qlora_cli.core.generation.chat import COMMANDS, Conversation, run_line
 from qlora_cli.core.generation.requests import Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
-from qlora_cli.core.models.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.errors import DataError, QloraError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated

@@ -14,6 +14,7 @@ from torch import nn
 from qlora_cli import __version__
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, sha256_of
 from qlora_cli.config import MergeConfig, QuantizationSettings
+from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
@@ -25,7 +26,6 @@ from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
 from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
-from qlora_cli.core.models.adapter_record import read_adapter_record
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.storage.disk_space import require_space

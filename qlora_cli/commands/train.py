@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_YAML, TRACKER_LOGS
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
+from qlora_cli.core.adapters.lora import PeftModel, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.device import choose_device, limit_memory, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.rank_monitor import monitoring
@@ -25,7 +26,6 @@ from qlora_cli.core.engine.fsdp import shard_base
 from qlora_cli.core.engine.lm_head import find_decoder
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import PeftModel, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
 from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.runs.finish import write_record, write_run

@@ -8,9 +8,9 @@ import torch
 
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.prompts.formatting import Formatting
 
 CHAT = Formatting(

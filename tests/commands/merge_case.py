@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.commands.merge import MergeResult, merge
 from qlora_cli.config import MergeConfig, QuantizationSettings
+from qlora_cli.core.adapters.lora import find_targets
 from qlora_cli.core.device import choose_device, dtype_name
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import find_targets
 from qlora_cli.core.models.quantization import freeze_base
 from qlora_cli.events import Event, Report
 

@@ -10,7 +10,7 @@ from qlora_cli.commands.generate import generate
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
 from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
-from qlora_cli.core.models.adapter_record import read_adapter_record
+from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.events import Caution
 
 

@@ -8,7 +8,7 @@ from qlora_cli.artifacts import FORMAT, RUN_RECORD, write_json
 from qlora_cli.commands.generate import generate
 from qlora_cli.commands.merge import merge
 from qlora_cli.config import GenerateConfig, LoraSettings, MergeConfig
-from qlora_cli.core.models.lora import attach_adapter, save_adapter
+from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.prompts.formatting import Formatting
 
 

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.decoding import prefill
 from qlora_cli.core.decoding.decoder import PaddedPrompts, Prompt, pad_prompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
@@ -18,7 +19,6 @@ from qlora_cli.core.generation.requests import GrowingCompletion, Request
 from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.models.quantization import dequantized_weight
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.kernels.decode import gemv

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, Prompt, why_not_stepwise
 from qlora_cli.core.generation.requests import ENDED, LENGTH, STOPPED, find_end_ids, make_request
 from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import attach_adapter, save_adapter
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.errors import DataError, ModelError

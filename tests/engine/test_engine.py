@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.decoder_layers import saved_bytes_a_token
@@ -12,7 +13,6 @@ from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
-from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.errors import TrainingError, UsageError
 from tests.conftest import ARCHITECTURES
 

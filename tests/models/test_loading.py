@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import count_parameters
 from qlora_cli.core.models.quantization import (
     Bnb4bitQuantize,
     freeze_base,

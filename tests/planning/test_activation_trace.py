@@ -6,13 +6,13 @@ import torch
 import transformers
 
 from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine import packed_attention as engine_attention
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import attach_adapter
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import TRACED_TOKENS, Growth, Peak, trace_model
 from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_training

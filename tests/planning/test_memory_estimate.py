@@ -237,11 +237,11 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
     import numpy as np
 
     from qlora_cli.config import LoraSettings, QuantizationSettings
+    from qlora_cli.core.adapters.lora import attach_adapter
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.engine.engine import install_engine
     from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.loading import load_base
-    from qlora_cli.core.models.lora import attach_adapter
     from qlora_cli.core.training.flat_parameters import TrainableParameters
     from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, step_optimizer
 

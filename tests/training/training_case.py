@@ -11,13 +11,13 @@ import torch
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.core.adapters.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.data.dataset import split_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.runs.metrics import as_metrics
 from qlora_cli.core.storage.checkpoint import newest_valid, read_tensors
 from qlora_cli.core.training.accumulation import ModelReplica

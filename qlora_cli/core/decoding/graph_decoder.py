@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from qlora_cli.config import SamplingSettings
+from qlora_cli.core.adapters.lora import adapted_modules
 from qlora_cli.core.decoding.attention import FusedAttention
 from qlora_cli.core.decoding.decoder import Decoder, PaddedPrompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
 from qlora_cli.core.decoding.prefill import PrefillGraphs, bucket_length, capture
 from qlora_cli.core.decoding.stacked_linears import FastLinears
-from qlora_cli.core.models.lora import adapted_modules
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import QloraError, first_line
 

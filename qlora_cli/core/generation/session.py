@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from qlora_cli.config import GenerationSettings
+from qlora_cli.core.adapters.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
+from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, why_not_stepwise
 from qlora_cli.core.decoding.sampling import check_sampling
@@ -25,10 +27,8 @@ from qlora_cli.core.generation.requests import (
     find_end_ids,
     make_request,
 )
-from qlora_cli.core.models.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.loading import load_base, load_unquantized
-from qlora_cli.core.models.lora import load_adapter
 from qlora_cli.core.models.structure import context_length, underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt
 from qlora_cli.errors import UsageError

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from qlora_cli import artifacts
+from qlora_cli.core.adapters.lora import AdapterFacts, count_parameters, read_adapter
 from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_layers
 from qlora_cli.core.models.files import resolve_model
-from qlora_cli.core.models.lora import AdapterFacts, count_parameters, read_adapter
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_size import base_name
 from qlora_cli.core.training.state import STATE, read_trainer_state

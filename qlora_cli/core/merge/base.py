@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.config import ModelSettings, QuantizationSettings
+from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.device import DTYPES
 from qlora_cli.core.merge.plan import main_dtype
-from qlora_cli.core.models.adapter_record import AdapterRecord
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.structure import build_empty

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.core.models.lora import AdapterFacts
+from qlora_cli.core.adapters.lora import AdapterFacts
 from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
 from qlora_cli.errors import AdapterError
 

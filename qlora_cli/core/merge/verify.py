@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import read_config_file
+from qlora_cli.core.adapters.lora import AdapterFacts, load_adapter
 from qlora_cli.core.data.dataset import PreparedRows, RowSubset, split_rows
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.merge.base import Base
@@ -23,7 +24,6 @@ from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.merge.weight_tying import embedding_names
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.lora import AdapterFacts, load_adapter
 from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.errors import MergeError, ModelError, first_line

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from qlora_cli.config import LoraSettings, QuantizationSettings
-from qlora_cli.core.models.lora import attach_adapter
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
 from qlora_cli.core.planning.model_size import Footprint, measure_footprint

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.device import dtype_name
-from qlora_cli.core.models.lora import count_parameters
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora_cli.core.models.structure import linear_names
 

@@ -7,8 +7,7 @@ import torch
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings
-from qlora_cli.core.models.files import resolve_model
-from qlora_cli.core.models.lora import (
+from qlora_cli.core.adapters.lora import (
     adapter_state,
     attach_adapter,
     count_parameters,
@@ -17,6 +16,7 @@ from qlora_cli.core.models.lora import (
     read_adapter,
     save_adapter,
 )
+from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
 from tests.conftest import ARCHITECTURES
