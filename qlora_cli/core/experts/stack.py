@@ -1,0 +1,129 @@
+"""Stack of 4-bit expert matrices: each quantised by itself as bitsandbytes quantises it, all in a few tensors.
+
+A matrix is quantised as (out, in), blocks along its inputs, also where the model keeps it the other way round: so are
+linear layers, and so is MXFP4. One by one because double quantisation takes the mean of a whole tensor's constants
+(https://arxiv.org/abs/2305.14314, section 3): quantised as one tensor, an expert's values would depend on the others.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.experts.layout import ExpertWeight
+from qlora_cli.kernels.weights import FrozenWeight
+
+BLOCK_SIZE = 64  # weights a constant covers
+NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quantisation)
+
+
+class Packed(NamedTuple):
+    """Tensors of one or more packed matrices, one behind the other.
+
+    Attributes:
+        codes: uint8, two values a byte.
+        absmax: A constant a block of 64: fp32, or uint8 codes when nested.
+        nested_absmax: fp32, a constant for so many of them as divide both 256 and the blocks of a matrix; or None.
+        offset: fp32, one for each of `nested_absmax`; or None.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+
+def can_pack(weight: ExpertWeight) -> bool:
+    """Whether each expert's matrix consists of whole blocks."""
+    return weight.elements % BLOCK_SIZE == 0
+
+
+def nested_block_size(elements: int) -> int:
+    """Constants that a second-level constant of a stack covers, for matrices of so many weights each."""
+    return math.gcd(NESTED_BLOCK_SIZE, elements // BLOCK_SIZE)
+
+
+def pack_matrix(matrix: Tensor, *, quant_type: str, double_quant: bool) -> Packed:
+    """Quantises one matrix, (out, in) in the compute dtype, to the bits that bitsandbytes makes of it."""
+    codes, state = bnb.functional.quantize_4bit(
+        matrix.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
+    )
+    return packed_of(codes, state)
+
+
+def packed_of(codes: Tensor, state: Any) -> Packed:
+    """The tensors of a weight that bitsandbytes has quantised, of whole blocks."""
+    if state.state2 is None:
+        return Packed(codes.flatten(), state.absmax.flatten(), None, None)
+    every = nested_block_size(int(torch.Size(state.shape).numel()))
+    blocks = state.absmax.numel()
+    nested = state.state2.absmax.repeat_interleave(NESTED_BLOCK_SIZE // every)[: blocks // every]
+    return Packed(codes.flatten(), state.absmax.flatten(), nested, state.offset.float().expand(len(nested)))
+
+
+def empty_stack(weight: ExpertWeight, *, double_quant: bool, device: torch.device) -> Packed:
+    """Room for a whole stack."""
+    total = weight.experts * weight.elements
+    blocks = total // BLOCK_SIZE
+    codes = torch.empty(total // 2, dtype=torch.uint8, device=device)
+    if not double_quant:
+        return Packed(codes, torch.empty(blocks, dtype=torch.float32, device=device), None, None)
+    nested = blocks // nested_block_size(weight.elements)
+    return Packed(
+        codes,
+        torch.empty(blocks, dtype=torch.uint8, device=device),
+        torch.empty(nested, dtype=torch.float32, device=device),
+        torch.empty(nested, dtype=torch.float32, device=device),
+    )
+
+
+def put_expert(stack: Packed, packed: Packed, start: float, share: float) -> None:
+    """Copies packed matrices into their place, `start` and `share` as fractions of the whole stack."""
+    for whole, part in zip(stack, packed, strict=True):
+        if whole is not None and part is not None:
+            first = round(start * whole.numel())
+            whole[first : first + round(share * whole.numel())].copy_(part)
+
+
+def code_tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 16 values of a 4-bit type and the 256 of its constants' codes, fp32, as bitsandbytes has them."""
+    code = bnb.functional.get_4bit_type(quant_type, device=device)
+    return code, bnb.functional.create_dynamic_map().to(device)
+
+
+def expert_values(
+    stack: FrozenWeight, weight: ExpertWeight, quant_type: str, dtype: torch.dtype, first: int, end: int
+) -> Tensor:
+    """Matrices of experts `first` to `end`, (experts, out, in) in `dtype`; valid until the next values are asked for.
+
+    Bit-equal to `dequantize_4bit` of each: on a GPU the same fp32 products, rounded once; on a CPU by bitsandbytes
+    itself, whose kernel rounds to bfloat16 in its own way.
+    """
+    shape = (end - first, weight.rows, weight.columns)
+    assert stack.packed is not None
+    if stack.packed.is_cuda:
+        return stack.values(dtype, first * weight.rows, end * weight.rows).view(shape)
+    size = weight.elements
+    state = bnb.functional.QuantState(
+        absmax=_scales(stack, first * size, end * size),
+        shape=torch.Size([1, (end - first) * size]),  # as one long row: the CPU kernel starts a new block at each row
+        code=stack.code,
+        blocksize=stack.blocksize,
+        quant_type=quant_type,
+        dtype=dtype,
+    )
+    return bnb.functional.dequantize_4bit(stack.packed[first * size // 2 : end * size // 2], state).view(shape)
+
+
+def _scales(stack: FrozenWeight, first: int, end: int) -> Tensor:
+    """The constants, fp32, of the blocks between two elements of a stack."""
+    assert stack.absmax is not None
+    absmax = stack.absmax[first // stack.blocksize : end // stack.blocksize]
+    if stack.nested_absmax is None or stack.nested_code is None or stack.offset is None:
+        return absmax
+    covered = stack.blocksize * stack.nested_blocksize
+    nested, offset = (tensor[first // covered : end // covered] for tensor in (stack.nested_absmax, stack.offset))
+    codes = stack.nested_code[absmax.int()].view(-1, stack.nested_blocksize)
+    return (codes * nested[:, None] + offset[:, None]).flatten()
