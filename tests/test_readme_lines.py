@@ -2,7 +2,7 @@
 
 import json
 import os
-import shlex
+import re
 import subprocess
 import sys
 
@@ -19,8 +19,33 @@ FIRST_LINES = [
 ]
 
 
-def run_in(directory, environment, command):
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+# One process runs many, as each would take seconds to import what it needs; it says where each begins.
+RUN_ALL = """
+import io, json, shlex, sys
+from qlora_cli.cli.app import main
+for line in json.load(sys.stdin):
+    typed, _, command = line.rpartition("| ")
+    sys.stdin = io.StringIO(typed and shlex.split(typed)[1])
+    print(f"$ {line}", file=sys.stderr, flush=True)
+    print(f"$ {line}", flush=True)
+    code = main(shlex.split(command, comments=True)[1:])
+    if code:
+        sys.exit(f"{line} ended with {code}")
+"""
+
+
+def run_in(directory, environment, lines):
+    """What they printed on stdout and on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        input=json.dumps(lines),
+        cwd=directory,
+        env={**environment, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +63,14 @@ def test_the_first_lines_stand_in_the_readme():
 
 def test_the_first_lines_work_as_written(machine):
     directory, environment = machine
-    results = [run_in(directory, environment, shlex.split(line)) for line in FIRST_LINES]
-    for done in results:
-        assert done.returncode == 0, done.stderr
-        for noise in ("Traceback", "Warning", "Failed to load", "it/s"):  # of the libraries
-            assert noise not in done.stderr
-    trained, generated, inspected = results
+    out, said = run_in(directory, environment, FIRST_LINES)
+    for noise in ("Traceback", "Warning", "Failed to load", "it/s"):  # of the libraries
+        assert noise not in said
+    (_, generated, inspected), (trained, named, _) = (
+        re.split(r"^\$ .*\n", text, flags=re.M)[1:] for text in (out, said)
+    )
 
-    assert "quote" in trained.stderr  # the text column is named
+    assert "quote" in trained  # the text column is named
     run = directory / "out"
     for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "run.yaml", "README.md"):
         assert (run / name).is_file(), name
@@ -54,9 +79,9 @@ def test_the_first_lines_work_as_written(machine):
         assert line["step"] == step and line["loss"] > 0 and line["tokens"] > 0
         assert line.keys() >= {"learning_rate", "grad_norm", "step_seconds", "tokens_per_second", "peak_vram_bytes"}
 
-    assert generated.stdout
-    assert "EleutherAI/gpt-neox-20b" in generated.stderr  # the base that the run recorded is named
-    assert "EleutherAI/gpt-neox-20b" in inspected.stdout
+    assert generated.strip()
+    assert "EleutherAI/gpt-neox-20b" in named  # the base that the run recorded is named
+    assert "EleutherAI/gpt-neox-20b" in inspected
 
 
 def test_inspect_in_an_empty_directory_tells_about_the_machine(tmp_path, monkeypatch, capsys):
@@ -64,20 +89,6 @@ def test_inspect_in_an_empty_directory_tells_about_the_machine(tmp_path, monkeyp
     assert main(["inspect", "--json"]) == 0
     assert "torch" in json.dumps(json.loads(capsys.readouterr().out))
     assert not list(tmp_path.iterdir())
-
-
-# One process runs them all, as each would take seconds to import what it needs.
-RUN_ALL = """
-import io, json, shlex, sys
-from qlora_cli.cli.app import main
-for line in json.load(sys.stdin):
-    typed, _, command = line.rpartition("| ")
-    sys.stdin = io.StringIO(typed and shlex.split(typed)[1])
-    print(f"$ {line}", file=sys.stderr)
-    code = main(shlex.split(command, comments=True)[1:])
-    if code:
-        sys.exit(f"{line} ended with {code}")
-"""
 
 
 def test_every_other_line_works_as_written(tmp_path_factory):
@@ -96,13 +107,5 @@ def test_every_other_line_works_as_written(tmp_path_factory):
     lay_rows(hub, "mlabonne/guanaco-llama2-1k", "train.jsonl", [chat] * 40)
     (directory / "examples").symlink_to(PROJECT / "examples")
     (directory / "prompts.jsonl").write_text('{"prompt": "What does len() return?"}\n"And abs()?"\n')
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL],
-        input=json.dumps(lines),
-        cwd=directory,
-        env={**environment, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "ACCELERATE_USE_CPU": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in(directory, environment, lines)
     assert len((directory / "answers.jsonl").read_text().splitlines()) == 2

@@ -130,7 +130,8 @@ def newest(output: Path) -> str:
     return max((path.name for path in (output / "checkpoints").glob("step-*")), default="")
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh", pytest.param("accelerate.sh", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])
 def test_two_machines_of_one_rank_each_train_as_one_does(case, script):
     folder, flags, alone = case
     output, port = folder / script, free_port()
@@ -142,6 +143,7 @@ def test_two_machines_of_one_rank_each_train_as_one_does(case, script):
     assert losses(output) == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_slurm_starts_a_rank_a_task(case, tmp_path):
     folder, flags, alone = case
     for name, text in (("srun", SRUN), ("scontrol", "#!/usr/bin/env bash\necho 127.0.0.1\n")):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from qlora_cli.core.bnb import bitsandbytes
@@ -20,6 +21,7 @@ def test_no_command_imports_the_compiler():
     assert torch.compile.__module__ == "torch"
 
 
+@pytest.mark.slow  # a minute of compiling
 def test_an_odd_shape_has_the_bits_that_bitsandbytes_compiled_gives(tmp_path):
     weight = torch.randn((7, 33), generator=torch.Generator().manual_seed(0))
     state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
