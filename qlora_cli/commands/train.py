@@ -23,9 +23,9 @@ from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.engine import Engine, install_engine
 from qlora_cli.core.engine.fsdp import shard_base
-from qlora_cli.core.engine.lm_head import find_decoder
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
 from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.runs.finish import write_record, write_run

@@ -211,7 +211,8 @@ def test_a_trained_head_gets_its_gradient(load_tiny, target):
 def test_head_scaling_and_caps_are_honoured(tiny_model):
     import transformers
 
-    from qlora_cli.core.engine.lm_head import find_decoder, find_head
+    from qlora_cli.core.engine.lm_head import find_head
+    from qlora_cli.core.models.structure import find_decoder
 
     small = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small["num_key_value_heads"] = 2

@@ -3,7 +3,15 @@
 import pytest
 import transformers
 
-from qlora_cli.core.models.structure import context_length
+from qlora_cli.core.models.structure import (
+    build_empty,
+    context_length,
+    find_decoder,
+    is_multimodal,
+    linear_names,
+    tower_names,
+)
+from qlora_cli.errors import ModelError
 
 
 @pytest.mark.parametrize(
@@ -20,3 +28,68 @@ from qlora_cli.core.models.structure import context_length
 )
 def test_the_context_is_read_from_any_configuration(config, tokens):
     assert context_length(config) == tokens
+
+
+TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+# Configuration class → (arguments, what stands beside the language model).
+MULTIMODAL = {
+    "LlavaConfig": (
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": {"model_type": "clip_vision_model", **TOWER},
+        },
+        ["model.vision_tower", "model.multi_modal_projector"],
+    ),
+    "Gemma3Config": (
+        {"text_config": TEXT, "vision_config": TOWER},
+        ["model.vision_tower", "model.multi_modal_projector"],
+    ),
+    "Qwen2_5_VLConfig": ({"text_config": TEXT, "vision_config": QWEN_TOWER}, ["model.visual"]),
+    "Qwen3_5Config": (
+        {"text_config": {**TEXT, "layer_types": ["full_attention"]}, "vision_config": QWEN_TOWER},
+        ["model.visual"],
+    ),
+    "Llama4Config": (
+        {"text_config": {**TEXT, "num_local_experts": 2}, "vision_config": TOWER},
+        ["vision_model", "multi_modal_projector"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_a_multimodal_model_keeps_its_class_and_leaves_its_towers_out(name):
+    arguments, towers = MULTIMODAL[name]
+    config = getattr(transformers, name)(**arguments)
+    whole, text = build_empty(config, whole=True), build_empty(config)
+    assert type(text).__name__ == type(whole).__name__ == name.replace("Config", "ForConditionalGeneration")
+    assert tower_names(whole) == tower_names(text) == towers
+    beside = tuple(f"{tower}." for tower in towers)
+    assert set(text.state_dict()) == {key for key in whole.state_dict() if not key.startswith(beside)}
+    assert find_decoder(text).config.model_type == config.get_text_config().model_type
+    assert linear_names(text) and not any(linear.startswith(beside) for linear in linear_names(text))
+
+
+def test_a_model_of_text_alone_has_no_towers():
+    model = build_empty(transformers.LlamaConfig(**TEXT))
+    assert tower_names(model) == [] and not is_multimodal(model.config)
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    with pytest.raises(ModelError, match="t5 is an encoder with a decoder"):
+        build_empty(transformers.T5Config())

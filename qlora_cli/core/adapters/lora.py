@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings
 from qlora_cli.core.models.quantization import logical_numel
-from qlora_cli.core.models.structure import head_names, linear_names
+from qlora_cli.core.models.structure import head_names, linear_names, tower_names
 from qlora_cli.errors import AdapterError
 
 
@@ -52,7 +52,8 @@ def find_targets(model: PreTrainedModel, target_modules: tuple[str, ...] | None)
         if not linears:
             raise AdapterError("The model has no linear layer to adapt.", "Name modules with --target-modules.")
         others = {name.rsplit(".", 1)[-1] for name in dict(model.named_modules()).keys() - set(linears)}
-        return sorted(linears if leaves & others else leaves)
+        # Towers, which are left out here, have leaves of these names too: whoever loads the adapter loads them.
+        return sorted(linears if leaves & others or tower_names(model) else leaves)
     adaptable = [*linears, *head_names(model)]
     adaptable += [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in adaptable)]

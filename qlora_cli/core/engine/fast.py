@@ -25,7 +25,7 @@ from qlora_cli.core.engine.decoder_layers import (
 )
 from qlora_cli.core.engine.fsdp import is_sharded
 from qlora_cli.core.engine.gated_mlp import GatedUnit, fuse_gates, share_projections
-from qlora_cli.core.engine.lm_head import find_decoder, find_head, trained_positions
+from qlora_cli.core.engine.lm_head import find_head, trained_positions
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues, FastLinear, FusedLinears, replace_forward
 from qlora_cli.core.engine.memory_plan import (
     SLICE_BYTES,
@@ -36,7 +36,7 @@ from qlora_cli.core.engine.memory_plan import (
 )
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
 from qlora_cli.core.engine.packed_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
-from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.weights import reserve_values

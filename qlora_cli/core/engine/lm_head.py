@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.core.device import dtype_name
 from qlora_cli.core.engine.fsdp import gathered
+from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import chunk_tokens, linear_cross_entropy
 
 
@@ -70,15 +72,13 @@ def _transforms(config: Any) -> list[tuple[float, float | None]]:
     return [(scale, cap) for cap in reversed(caps) for scale in reversed(scales)]
 
 
-def find_decoder(base: Any) -> Any:
-    """The module below the head, which turns token ids into hidden states."""
-    decoder = base.get_decoder()
-    return decoder if decoder is not base else getattr(base, base.base_model_prefix)
-
-
 @torch.no_grad()
 def find_head(base: Any, decoder: Any, inputs: dict[str, Tensor]) -> Head | None:
-    """The head that, after the decoder, reproduces the model's logits on `inputs`; None when none does."""
+    """The head that, after the decoder, reproduces the model's logits on `inputs`; None when none does.
+
+    Raises:
+        ModelError: The logits are not finite.
+    """
     module = base.get_output_embeddings()
     if module is None:
         return None
@@ -86,6 +86,11 @@ def find_head(base: Any, decoder: Any, inputs: dict[str, Tensor]) -> Head | None
     base.eval()
     try:
         wanted = base(**inputs, use_cache=False).logits.float()
+        if not bool(torch.isfinite(wanted.sum())):
+            raise ModelError(
+                f"The model's output is not a number in {dtype_name(next(decoder.parameters()).dtype)}.",
+                "Try another --compute-dtype: float16 ends at 65,504, bfloat16 where float32 does.",
+            )
         hidden = decoder(**inputs, use_cache=False).last_hidden_state
         plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward  # sharded or not
         frozen = plain and not any(p.requires_grad for p in module.parameters())

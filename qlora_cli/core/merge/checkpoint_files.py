@@ -10,8 +10,8 @@ from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_jso
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
-from qlora_cli.core.models.files import TOKENIZER_FILES
-from qlora_cli.core.models.structure import head_names
+from qlora_cli.core.models.files import PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
 from qlora_cli.errors import ModelError
 
@@ -52,19 +52,21 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
             bnb_4bit_quant_type=options.quantization.quant_type,
             bnb_4bit_use_double_quant=options.quantization.double_quant,
             bnb_4bit_compute_dtype=options.dtype,
-            llm_int8_skip_modules=head_names(base.model),
+            llm_int8_skip_modules=head_names(base.model) + tower_names(base.model),
         ).to_dict()
     write_json(directory / CONFIG, config)
 
 
 def copy_checkpoint_files(base: Path, adapter: Path, directory: Path) -> None:
-    """Copies the tokenizer (the adapter's, else the base's) with its chat template, generation config and own code.
+    """Copies the tokenizer (the adapter's, else the base's) with its chat template, and the base's generation config,
+    processors of images and sound, and own code.
 
     How prompts were formatted in training is recorded too, so that `generate --model` formats them so.
     """
     trained = any((adapter / name).is_file() for name in TOKENIZER_SIGNS)
     paths = [path for pattern in TOKENIZER_FILES for path in (adapter if trained else base).glob(pattern)]
-    for path in [*paths, base / GENERATION_CONFIG, *base.glob("*.py")]:  # *.py: of a model that comes with its code
+    beside = [path for pattern in [GENERATION_CONFIG, *PROCESSOR_FILES, "*.py"] for path in base.glob(pattern)]
+    for path in [*paths, *beside]:  # *.py: of a model that comes with its code
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})

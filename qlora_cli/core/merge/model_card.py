@@ -9,6 +9,7 @@ from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import Comparison
 from qlora_cli.core.merge.plan import MergeOptions
 from qlora_cli.core.models.model_card import format_card, hub_dataset, link_base
+from qlora_cli.core.models.structure import is_multimodal
 
 
 def write_merged_card(
@@ -28,6 +29,7 @@ def write_merged_card(
         else "the base's original weights, which are not those the adapter was trained against"
     )
     stored = f"linear layers in 4 bits ({packed}), the rest in {dtype}" if packed else dtype
+    auto_class = "AutoModelForImageTextToText" if is_multimodal(base.files.config) else "AutoModelForCausalLM"
     lines = [
         f"{of_base[0].upper()}{of_base[1:]}, fine-tuned with QLoRA; the adapter is merged into {weights}. Stored: "
         f"{stored}. Written by qlora {__version__}.",
@@ -36,10 +38,10 @@ def write_merged_card(
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")',
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/model", dtype="auto", device_map="auto")',
+        f'model = {auto_class}.from_pretrained("path/to/this/model", dtype="auto", device_map="auto")',
         "```",
     ]
     return format_card(

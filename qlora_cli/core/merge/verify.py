@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
 from qlora_cli.config import TrainConfig
@@ -25,7 +25,7 @@ from qlora_cli.core.merge.weight_tying import embedding_names
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
-from qlora_cli.core.models.structure import linear_names
+from qlora_cli.core.models.structure import linear_names, model_class
 from qlora_cli.errors import MergeError, ModelError, first_line
 from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.sizes import format_bytes
@@ -118,7 +118,7 @@ def open_merged(directory: Path, base: Base, options: MergeOptions) -> Iterator[
     """
     dtype = options.dtype if options.pack else evaluation_dtype(options.dtype, options.device)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(base.files.config).from_pretrained(
             directory,
             dtype=dtype,
             device_map={"": options.device},
@@ -133,7 +133,7 @@ def open_merged(directory: Path, base: Base, options: MergeOptions) -> Iterator[
     wrong = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if wrong:
         raise MergeError(f"The merged model lacks {len(wrong)} weights, first {wrong[0]}.")
-    packed = [is_4bit(model.get_submodule(name)) for name in linear_names(model)]
+    packed = [is_4bit(model.get_submodule(name)) for name in linear_names(base.model)]
     if options.pack and not all(packed):
         raise MergeError(f"{packed.count(False)} linear layers of the merged model are not in 4 bits once loaded.")
     yield freeze_base(model) if options.pack else model.eval()

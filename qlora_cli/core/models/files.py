@@ -26,6 +26,7 @@ TOKENIZER_FILES = [
     "merges.txt",
     "*.jinja",
 ]
+PROCESSOR_FILES = ["*processor_config.json"]  # of images and sound, which a merged checkpoint keeps
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -149,7 +150,9 @@ def resolve_model(
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
         raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
-    directory = download_snapshot(model, revision, CONFIG_FILES + TOKENIZER_FILES, kind="model", report=report)
+    directory = download_snapshot(
+        model, revision, CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES, kind="model", report=report
+    )
     if not (directory / "config.json").is_file():
         raise ModelError(f"{model} has no config.json.", "Give --model a transformers model.")
     return ModelFiles(model, directory, directory.name, trust_remote_code, report)

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
@@ -20,7 +20,7 @@ from qlora_cli.core.models.quantization import (
     is_finite,
 )
 from qlora_cli.core.models.quantized_cache import restore_base, save_base
-from qlora_cli.core.models.structure import build_empty, head_names, linear_names
+from qlora_cli.core.models.structure import build_empty, head_names, linear_names, text_class
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Notice
 
@@ -111,7 +111,7 @@ def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.dev
 
 def _load(files: ModelFiles, dtype: torch.dtype, device: torch.device, four_bit: FourBitConfig | None = None) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return text_class(files.config).from_pretrained(
             files.weights,
             config=files.config,
             dtype=dtype,

@@ -1,11 +1,14 @@
-"""Structure of a model: built without weights, its linear layers and its output head by name."""
+"""Structure of a model: its class, built without weights, its language model, linear layers and output head by name."""
 
 import copy
-from typing import Any
+from functools import cache
+from itertools import accumulate
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError, first_line
@@ -16,20 +19,108 @@ PLAIN_LINEAR_SUBCLASSES = {"FalconLinear"}
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
-def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is of a language model with towers beside it, for images or sound."""
+    return config.get_text_config(decoder=True) is not config and not config.is_encoder_decoder
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """What builds and loads the model of a configuration by `from_config` and `from_pretrained`, whole.
+
+    A multimodal checkpoint is of a class of its own; where `AutoModelForCausalLM` has one for it as well, that one may
+    be of its language model alone, whose checkpoint would lack the towers (qwen3_5, llama4).
+    """
+    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}) and is_multimodal(config):
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            if type(config) in auto._model_mapping.keys():  # noqa: SIM118 - its iterator is of keys, `in` is not
+                found = _get_model_class(config, auto._model_mapping)
+                if found.config_class in (None, type(config)):
+                    return found
+    return AutoModelForCausalLM
+
+
+def text_class(config: PreTrainedConfig) -> Any:
+    """As `model_class`, but that the towers of a multimodal model are left out: neither built nor read."""
+    found = model_class(config)
+    return _without_towers(found) if found is not AutoModelForCausalLM else found  # type: ignore[arg-type]
+
+
+@cache
+def _without_towers(whole: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+        whole.__init__(self, *arguments, **keywords)
+        leave_out_towers(self)
+
+    # transformers goes by a class's name and by the module that it is from.
+    own = {"__init__": init, "__module__": whole.__module__, "__qualname__": whole.__qualname__}
+    return type(whole.__name__, (whole,), own)
+
+
+class AbsentTower(nn.Module):
+    """Stands where a multimodal model has a tower, which text never reaches."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> NoReturn:
+        raise ModelError("Only text is read here, and this is an image or a sound.", "Leave such rows and prompts out.")
+
+
+def tower_names(model: Any) -> list[str]:
+    """Names of what stands beside the language model and its head in a multimodal model, left out or not: towers and
+    projectors."""
+    if not is_multimodal(model.config):
+        return []
+    kept = [name for name, module in model.named_modules() if module is find_decoder(model)] + head_names(model)
+    on_the_way = {"", *(part for name in kept for part in accumulate(name.split("."), "{}.{}".format))}
+    return [
+        name
+        for name, module in model.named_modules()
+        if name not in on_the_way
+        and name.rpartition(".")[0] in on_the_way - set(kept)
+        and (isinstance(module, AbsentTower) or any(True for _ in module.parameters()))
+    ]
+
+
+def leave_out_towers(model: Any) -> None:
+    """Takes the towers out of a multimodal model; of any other nothing."""
+    for name in tower_names(model):
+        model.set_submodule(name, AbsentTower())
+
+
+def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, whole: bool = False) -> PreTrainedModel:
     """The model of a configuration on the meta device: true shapes, no memory.
+
+    Args:
+        config: Of the model.
+        trust_remote_code: Whether to run the model's own code.
+        whole: With the towers of a multimodal model, which are left out as they are in loading.
 
     Raises:
         ModelError: The configuration belongs to no causal language model.
     """
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{config.model_type} is an encoder with a decoder, and no causal language model.",
+            "Give --model a decoder such as llama, gpt_neox, falcon, mistral, qwen3 or gemma3.",
+        )
     try:
+        built = (model_class if whole else text_class)(config)
+        # A class of models has `_from_config` only, and takes a configuration that it changes.
+        from_config = getattr(built, "from_config", None) or built._from_config
+        options = {} if built is not AutoModelForCausalLM else {"trust_remote_code": trust_remote_code}
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+            return from_config(copy.deepcopy(config), **options)
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"{config.model_type} is no causal language model that can be built here: {first_line(error)}",
             "Give --model a decoder such as llama, gpt_neox, falcon, mistral, qwen3 or gemma3.",
         ) from error
+
+
+def find_decoder(base: Any) -> Any:
+    """The module below the head, which turns token ids into hidden states: of a multimodal model its language model."""
+    decoder = base.get_decoder()
+    if decoder is not base and decoder.get_decoder() is not decoder:  # a language model with its own head inside
+        return find_decoder(decoder)
+    return decoder if decoder is not base else getattr(base, base.base_model_prefix)
 
 
 def underlying_model(model: Any) -> Any:

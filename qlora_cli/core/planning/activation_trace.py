@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.engine.decoder_layers import find_layers
-from qlora_cli.core.engine.lm_head import chunk_tokens, find_decoder
+from qlora_cli.core.engine.lm_head import chunk_tokens
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
-from qlora_cli.core.models.structure import is_plain_linear, linear_names, underlying_model
+from qlora_cli.core.models.structure import find_decoder, is_plain_linear, linear_names, underlying_model
 from qlora_cli.core.planning.meta_ops import (
     Attention,
     CatchAttention,
