@@ -42,7 +42,7 @@ def model_class(config: PreTrainedConfig) -> Any:
 def text_class(config: PreTrainedConfig) -> Any:
     """As `model_class`, but that the towers of a multimodal model are left out: neither built nor read."""
     found = model_class(config)
-    return _without_towers(found) if found is not AutoModelForCausalLM else found  # type: ignore[arg-type]
+    return _without_towers(found) if found is not AutoModelForCausalLM else found
 
 
 @cache
