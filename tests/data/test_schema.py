@@ -85,7 +85,8 @@ def test_the_plain_templates_name_their_parts():
 )
 def test_chats_are_found(record, column):
     found = recognised(record)
-    assert found.formatting == Formatting(format="chat", column=column, template=FALLBACK_TEMPLATE)
+    assert (found.formatting.format, found.formatting.template) == ("chat", FALLBACK_TEMPLATE)
+    assert found.formatting.conversation.messages == found.formatting.column == column
     assert found.train_on == "completion"
     assert "a plain template (the model has none)" in found.sentence
 

@@ -228,9 +228,9 @@ def test_braces_can_be_written():
         (PAIR, {"question": ["q"], "answer": "a"}, "field 'question' is a list, not text"),
         (TEXT, {"text": True}, "field 'text' is true or false, not text"),
         (TEXT, {"text": {"a": 1}}, "field 'text' is an object, not text"),
-        (CHAT, {"messages": "hi"}, "field 'messages': is no list of messages"),
+        (CHAT, {"messages": "hi"}, "field 'messages': is text, no list of messages"),
         (CHAT, {"messages": []}, "field 'messages': has no messages"),
-        (CHAT, {"messages": ["hi"]}, "field 'messages': message 1 is text, not an object"),
+        (CHAT, {"messages": [1]}, "field 'messages': message 1 is a number, not an object"),
         (CHAT, {"messages": [{"content": "hi"}]}, "field 'messages': message 1 has no role"),
         (
             CHAT,
@@ -240,7 +240,7 @@ def test_braces_can_be_written():
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "field 'messages': the 'content' of message 1 is a list, not text",
+            "field 'messages': message 1 holds a part of the type 'image', which is no text",
         ),
         (CHAT, {"other": 1}, "field 'messages' is missing (it has 'other')"),
     ],

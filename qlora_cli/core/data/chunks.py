@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_cli.core.prompts.records import Record, problem_of_record
+from qlora_cli.core.records.record import Record, problem_of_record
 
 TEXT_COLUMN = "text"  # of a .txt file
 RECORDS_A_CHUNK = 1024

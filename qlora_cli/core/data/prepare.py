@@ -32,7 +32,7 @@ from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSet
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.models.structure import context_length
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
-from qlora_cli.core.prompts.records import Record
+from qlora_cli.core.records.record import Record
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report

@@ -27,7 +27,7 @@ from qlora_cli.core.data.chunks import (
     refuse_constant,
     too_long,
 )
-from qlora_cli.core.prompts.records import Record, problem_of_record
+from qlora_cli.core.records.record import Record, problem_of_record
 from qlora_cli.errors import first_line
 
 CHUNK_BYTES = 2**19

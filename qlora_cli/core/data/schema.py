@@ -11,7 +11,8 @@ from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting, chat_formatting
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
-from qlora_cli.core.prompts.records import Record
+from qlora_cli.core.records.conversation import ConversationColumns
+from qlora_cli.core.records.record import Record
 from qlora_cli.errors import DataError, UsageError
 
 # (prompt, columns that may be empty, completion), in the order they are looked for; names compare without case.
@@ -272,7 +273,7 @@ def _recognise_chat(columns: _Columns, settings: DataSettings, encoder: TextEnco
     else:
         template, whose = FALLBACK_TEMPLATE, "a plain template (the model has none)"
     return Recognised(
-        chat_formatting(template, column),
+        chat_formatting(template, ConversationColumns(messages=column, tools=columns.find(["tools"]))),
         train_on,
         f"chat messages in column {column!r}, {whose}, {_trained(train_on)}",
     )

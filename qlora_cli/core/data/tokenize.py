@@ -12,7 +12,7 @@ from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec
 from qlora_cli.core.prompts.formatting import Blank, Formatting, RowFormatter
 from qlora_cli.core.prompts.prompt_template import BadField
-from qlora_cli.core.prompts.records import Record, describe_type
+from qlora_cli.core.records.record import Record, describe_type
 from qlora_cli.errors import QloraError
 
 Row = tuple[np.ndarray, np.ndarray]  # input_ids (n,) int32, trained (n,) bool

@@ -1,4 +1,4 @@
-"""Chat templates: checked messages, and the limited child process that renders them (`chat_renderer`)."""
+"""Chat templates: the limited child process that renders conversations (`chat_renderer`)."""
 
 import atexit
 import os
@@ -11,9 +11,9 @@ from multiprocessing import Pipe
 from typing import Any
 
 from qlora_cli.core.prompts import chat_renderer as rendering
-from qlora_cli.core.prompts.chat_renderer import Message, RenderedRow
-from qlora_cli.core.prompts.prompt_template import BadField
-from qlora_cli.core.prompts.records import describe_type
+from qlora_cli.core.prompts.chat_renderer import RenderedRow
+from qlora_cli.core.records.messages import Message
+from qlora_cli.core.records.record import BadField
 from qlora_cli.errors import DataError
 
 RENDER_CPU_SECONDS = 10.0  # of the processor, for one conversation; a real template takes far less than a millisecond
@@ -33,48 +33,6 @@ FALLBACK_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '### Assistant:\\n' }}{%- endif -%}
 """
-
-ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
-
-
-def check_messages(value: Any) -> list[Message]:
-    """Messages as `role` and `content`, from those or from ShareGPT's `from` and `value`.
-
-    Raises:
-        BadField: It is no list of messages, or a message has no role, or no text.
-    """
-    if not isinstance(value, list) or not value:
-        raise BadField("is no list of messages" if not isinstance(value, list) else "has no messages")
-    return [_check_message(message, number) for number, message in enumerate(value, start=1)]
-
-
-def _check_message(message: Any, number: int) -> Message:
-    if not isinstance(message, dict):
-        raise BadField(f"message {number} is {describe_type(message)}, not an object")
-    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
-    role, content = message.get(role_key), message.get(content_key)
-    if not isinstance(role, str):
-        raise BadField(f"message {number} has no role")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    calls_tools = bool(message.get("tool_calls"))
-    if content is None and calls_tools:
-        content = ""
-    if not isinstance(content, str):
-        raise BadField(f"the {content_key!r} of message {number} is {describe_type(content)}, not text")
-    rest = {key: item for key, item in message.items() if key not in (role_key, content_key) and item is not None}
-    return {**rest, "role": ROLES.get(role.lower(), role.lower()), "content": content}
 
 
 class ChatProcess:

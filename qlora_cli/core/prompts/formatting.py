@@ -1,16 +1,18 @@
 """Formatting: records and prompts to runs of text and control tokens, each trained on or not."""
 
-import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.core.prompts.chat_renderer import Message, RenderedRow, RenderedSpan
-from qlora_cli.core.prompts.chat_template import chat_process, check_messages
+from qlora_cli.core.prompts.chat_renderer import RenderedRow, RenderedSpan
+from qlora_cli.core.prompts.chat_template import chat_process
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, encoder_of
-from qlora_cli.core.prompts.prompt_template import BadField, PromptTemplate, listed, move_spaces, text_of
-from qlora_cli.core.prompts.records import Record, describe_type, problem_of_record
+from qlora_cli.core.prompts.prompt_template import PromptTemplate, listed, move_spaces, text_of
+from qlora_cli.core.records.conversation import Conversation, ConversationColumns, read_conversation
+from qlora_cli.core.records.messages import KNOWN_ROLES
+from qlora_cli.core.records.record import BadField, Blank, Record, problem_of_record
 from qlora_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Formatting:
         template: Text with {column} fields (format prompt), or a Jinja chat template (format chat).
         template_without_optional: Used where the optional column is empty.
         date: ISO date that a chat template sees as today.
+        conversation: Where a record holds its conversation (format chat); None: `column` and `tools`.
         markup: Texts were formatted beforehand: control tokens written in them are control tokens (format text).
     """
 
@@ -41,21 +44,24 @@ class Formatting:
     template: str | None = None
     template_without_optional: str | None = None
     date: str | None = None
+    conversation: ConversationColumns | None = None
     markup: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, without those that say nothing."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        content = {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        if self.conversation is not None:
+            content["conversation"] = {name: value for name, value in content["conversation"].items() if value}
+        return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Formatting":
         """Reads what `to_dict` wrote, also when `format` was called `shape`; unknown keys are ignored."""
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        if conversation := known.get("conversation"):
+            names = ConversationColumns.__dataclass_fields__
+            known["conversation"] = ConversationColumns(**{k: v for k, v in conversation.items() if k in names})
         return cls(**{"format": content.get("shape"), **known})
-
-
-class Blank(Exception):
-    """A record with nothing to train on; says which part is empty."""
 
 
 Formatted = list[list[Run]] | BadField | Blank
@@ -90,6 +96,8 @@ class RowFormatter:
             assert formatting.template is not None
             names = tuple(sorted(encoder.spec.names.items()))
             self._chat = chat_process(formatting.template, names, tuple(encoder.control_ids), formatting.date)
+            self._columns = formatting.conversation or ConversationColumns(messages=formatting.column, tools="tools")
+            self._roles = KNOWN_ROLES | set(re.findall(r"""["']([\w -]+)["']""", formatting.template))
 
     def format_records(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
         """The rows of each record (one, but for some chats) as runs, BOS and EOS included; or why there are none.
@@ -169,7 +177,7 @@ class RowFormatter:
         return self._short if optional is None or (isinstance(optional, str) and not optional.strip()) else self._long
 
     def _chat_prompt(self, prompt: "str | Record | list[Record]") -> list[Run]:
-        column = str(self.formatting.column)
+        column = str(self._columns.messages or self._columns.prompt)
         if isinstance(prompt, dict) and column not in prompt:
             given = next((name for name in ("messages", "prompt") if name in prompt), None)
             if given is None:
@@ -177,9 +185,9 @@ class RowFormatter:
             prompt = {**prompt, column: prompt[given]}
         elif not isinstance(prompt, dict):
             prompt = {column: prompt}
-        if isinstance(prompt[column], str):
+        if column == self._columns.messages and isinstance(prompt[column], str):
             prompt = {**prompt, column: [{"role": "user", "content": prompt[column]}]}
-        rendered = self._render([prompt], train_on="all", prompt_only=True)[0]
+        rendered, _ = self._render([prompt], train_on="all", prompt_only=True)[0]
         if isinstance(rendered, BadField | Blank):
             raise BadField(str(rendered))
         ((spans, _),) = rendered
@@ -187,58 +195,75 @@ class RowFormatter:
 
     def _format_chats(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
         rows: list[Formatted] = []
-        for rendered in self._render(records, train_on=train_on, prompt_only=False):
+        for rendered, flags in self._render(records, train_on=train_on, prompt_only=False):
             if isinstance(rendered, BadField | Blank):
                 rows.append(rendered)
-            else:
-                self.unfolded += len(rendered) > 1
-                rows.append([self._chat_row(spans, "last" if only_last else train_on) for spans, only_last in rendered])
+                continue
+            self.unfolded += len(rendered) > 1
+            made = [self._chat_row(spans, "last" if only_last else train_on, flags) for spans, only_last in rendered]
+            trained = [row for row in made if any(is_trained for _, is_trained in row)]
+            rows.append(trained or Blank("no answer that the data lets be trained"))
         return rows
 
-    def _chat_row(self, spans: list[RenderedSpan], train_on: str) -> list[Run]:
+    def _chat_row(self, spans: list[RenderedSpan], train_on: str, flags: list[bool]) -> list[Run]:
         last = max(turn for _, _, turn in spans)
         while spans[-1][2] != last:  # what a template prints after the last answer
             spans.pop()
-        return self._close(
-            self._runs_of(
-                spans,
-                lambda turn: train_on == "all" or turn == last or (train_on == "completion" and turn >= 0),
-            )
-        )
+
+        def is_trained(turn: int) -> bool:
+            wanted = train_on == "all" or turn == last or (train_on == "completion" and turn >= 0)
+            return wanted and (turn < 0 or flags[turn])
+
+        return self._close(self._runs_of(spans, is_trained), trained=flags[last])
 
     def _render(
         self, records: Sequence[Record], *, train_on: str, prompt_only: bool
-    ) -> list[list[RenderedRow] | BadField | Blank]:
+    ) -> list[tuple[list[RenderedRow] | BadField | Blank, list[bool]]]:
+        """Each record's rows, or why there are none, and of each of the assistant's turns whether it may be trained."""
         reasons: list[BadField | Blank | None] = []  # why a record is not sent
-        sent: list[tuple[list[Message], list[Any] | None]] = []
+        sent: list[Conversation] = []
         for record in records:
             try:
-                messages = self._messages(record)
-                sent.append((messages if prompt_only else self._up_to_answer(messages, train_on), _tools(record)))
+                conversation = self._conversation(record, is_prompt=prompt_only)
+                sent.append(conversation if prompt_only else self._up_to_answer(conversation, train_on))
                 reasons.append(None)
             except (BadField, Blank) as reason:
                 reasons.append(reason)
         required = {"completion": "all", "last": "last", "all": "none"}[train_on]
-        answers = iter(self._chat.render(sent, required=required, prompt_only=prompt_only))
-        return [reason or next(answers) for reason in reasons]
+        answers = iter(
+            self._chat.render(
+                [(conversation.messages, conversation.tools) for conversation in sent],
+                required=required,
+                prompt_only=prompt_only,
+            )
+        )
+        flags = (
+            [may for may, message in zip(c.trained, c.messages, strict=True) if message["role"] == "assistant"]
+            for c in sent
+        )
+        return [(reason, []) if reason else (next(answers), next(flags)) for reason in reasons]
 
-    def _messages(self, record: Record) -> list[Message]:
-        column = str(self.formatting.column)
-        if column not in record:
-            raise BadField(f"field {column!r} is missing (it has {listed(record)})")
-        try:
-            return check_messages(record[column])
-        except BadField as reason:
-            raise BadField(f"field {column!r}: {reason}") from None
+    def _conversation(self, record: Record, *, is_prompt: bool) -> Conversation:
+        """A record's conversation; a role that neither chat templates in general nor this one know stops it."""
+        conversation = read_conversation(record, self._columns, is_prompt=is_prompt)
+        for number, message in enumerate(conversation.messages, start=1):
+            if (role := message["role"]) not in self._roles:
+                raise BadField(
+                    f"message {number} has the role {role!r}, which the chat template does not know; "
+                    f"say whose it is, such as --role {role}=assistant"
+                )
+        return conversation
 
-    def _up_to_answer(self, messages: list[Message], train_on: str) -> list[Message]:
+    def _up_to_answer(self, conversation: Conversation, train_on: str) -> Conversation:
         """The conversation without messages that nobody answers."""
+        messages = conversation.messages
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = answers[-1:] if train_on == "last" else answers
         if not any(messages[i]["content"].strip() or messages[i].get("tool_calls") for i in wanted):
             raise Blank("no answer")
         self.unanswered += answers[-1] + 1 < len(messages)
-        return messages[: answers[-1] + 1]
+        end = answers[-1] + 1
+        return replace(conversation, messages=messages[:end], trained=conversation.trained[:end])
 
     def _runs_of(self, spans: Sequence[RenderedSpan], trained: Callable[[int], bool]) -> list[Run]:
         """A rendered chat's spans as runs, one for each stretch of text of the same turn.
@@ -260,32 +285,21 @@ class RowFormatter:
             move_spaces(runs)  # a prompt that ends here
         return runs
 
-    def _close(self, runs: list[Run]) -> list[Run]:
+    def _close(self, runs: list[Run], *, trained: bool = True) -> list[Run]:
+        """The row with BOS and EOS; `trained` says whether its last answer, which EOS belongs to, is."""
         runs = self._encoder.with_prefix(runs)
         eos = self._encoder.spec.eos_id
         if runs and runs[-1][0] == eos:
-            runs[-1] = (eos, True)
+            runs[-1] = (eos, trained)
             return runs
-        return [*runs, (eos, True)]
+        return [*runs, (eos, trained)]
 
 
-def _tools(record: Record) -> list[Any] | None:
-    """Descriptions of tools in the column `tools`, as a list or as JSON text."""
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise BadField(f"field 'tools' is no JSON ({error})") from None
-    if tools is not None and not isinstance(tools, list):
-        raise BadField(f"field 'tools' is {describe_type(tools)}, not a list")
-    return tools or None
-
-
-def chat_formatting(template: str, column: str = "messages") -> Formatting:
+def chat_formatting(template: str, columns: ConversationColumns | None = None) -> Formatting:
     """Chats under a Jinja template; if it prints the date, it will print today's from now on."""
     date = datetime.now(UTC).date().isoformat() if "strftime_now" in template else None
-    return Formatting(format="chat", column=column, template=template, date=date)
+    column = (columns.messages or columns.prompt) if columns else "messages"
+    return Formatting(format="chat", column=column, template=template, date=date, conversation=columns)
 
 
 def default_formatting(tokenizer: "PreTrainedTokenizerBase") -> Formatting:

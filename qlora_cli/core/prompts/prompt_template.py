@@ -4,14 +4,10 @@ from collections.abc import Iterable, Iterator
 from string import Formatter
 
 from qlora_cli.core.prompts.encoder import Run, TextEncoder
-from qlora_cli.core.prompts.records import Record, describe_type
+from qlora_cli.core.records.record import BadField, Record, describe_type
 from qlora_cli.errors import UsageError
 
 _Part = str | int | tuple[str]
-
-
-class BadField(Exception):
-    """Why a record cannot be formatted, as a sentence without its full stop."""
 
 
 class PromptTemplate:

@@ -1,8 +1,19 @@
 """A record: one JSON object with named fields, such as a row of data or a prompt; what it may not hold."""
 
+import ast
+import json
 from typing import Any
 
 Record = dict[str, Any]
+LONGEST_LITERAL = 2**20  # letters of a Python literal that are parsed; Python's parser takes 100 times as much memory
+
+
+class BadField(Exception):
+    """Why a record cannot be used, as a sentence without its full stop."""
+
+
+class Blank(Exception):
+    """A record with nothing to train on; says which part is empty."""
 
 
 def problem_of_record(record: Any) -> str | None:
@@ -38,3 +49,21 @@ def describe_type(value: Any) -> str:
         return "true or false"
     names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def decode_nested(text: str) -> Any:
+    """What a text holds if it is a list or an object written as JSON, or as Python prints it; else the text itself."""
+    stripped = text.strip()
+    if stripped[:1] + stripped[-1:] not in ("[]", "{}"):
+        return text
+    try:
+        return json.loads(stripped)
+    except (ValueError, RecursionError):
+        pass
+    if len(stripped) > LONGEST_LITERAL:
+        return text
+    try:
+        value = ast.literal_eval(stripped)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, list | dict) else text

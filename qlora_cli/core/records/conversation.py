@@ -1,0 +1,178 @@
+"""A conversation in normal form: what every row of chats becomes before a chat template prints it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_cli.core.records.messages import Message, holds_messages, pair_of, read_messages
+from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
+from qlora_cli.core.records.tools import read_tools
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages and what else a chat template is given with them.
+
+    Attributes:
+        messages: `role`, `content` (text, never null), and what else the data has; `tool_calls` is there only where
+            there are calls, and their arguments are objects.
+        trained: For each message, whether the data lets it be trained (`weight`, `train`, `loss`); what is no answer
+            of the assistant is not trained in any case.
+        tools: Descriptions of tools, or None.
+        documents: For templates that print documents, or None.
+        settings: Variables of the template that this row sets itself (`chat_template_kwargs`).
+    """
+
+    messages: list[Message]
+    trained: list[bool]
+    tools: list[Record] | None = None
+    documents: list[Record] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationColumns:
+    """Which columns of a record hold its conversation: what is there is joined in the order of these attributes.
+
+    Attributes:
+        system: Text of a system turn.
+        messages: The turns, or those before the question.
+        history: Pairs of earlier questions and answers.
+        prompt: The question, as text or as messages.
+        addition: Text that belongs to the question, such as Alpaca's `input`.
+        answer: The answer, as text or as messages; if these begin with the question, they are the whole.
+        tools: Descriptions of tools.
+        documents: Documents.
+        settings: Variables of the template.
+        roles: Names of roles in this data → names that chat templates know.
+    """
+
+    system: str | None = None
+    messages: str | None = None
+    history: str | None = None
+    prompt: str | None = None
+    addition: str | None = None
+    answer: str | None = None
+    tools: str | None = None
+    documents: str | None = None
+    settings: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt: bool = False) -> Conversation:
+    """The conversation of one record.
+
+    Args:
+        record: A row of data, or a prompt.
+        columns: Where it is.
+        is_prompt: The answer is still to be made, and its column need not be there.
+
+    Raises:
+        BadField: A column is missing, or holds no messages, tools or documents.
+    """
+    reader = _Reader(columns.roles)
+    if columns.messages is not None:
+        reader.add(_required(record, columns.messages), columns.messages)
+    for pair in _history(record, columns.history):
+        reader.add(pair, columns.history)
+    if columns.prompt is not None:
+        question = _required(record, columns.prompt)
+        addition = record.get(columns.addition) if columns.addition else None
+        if isinstance(question, str) and isinstance(addition, str) and addition.strip():
+            question = f"{question}\n{addition}" if question.strip() else addition
+        reader.add(question, columns.prompt, role="user")
+    if columns.answer is not None and not is_prompt:
+        reader.add_answer(_required(record, columns.answer), columns.answer)
+    if not reader.messages:
+        raise BadField(f"field {columns.messages or columns.prompt!r}: has no messages")
+    _add_system(reader, record.get(columns.system) if columns.system else None, columns.system)
+    return Conversation(
+        reader.messages,
+        reader.trained,
+        read_tools(record.get(columns.tools), columns.tools) if columns.tools else None,
+        _documents(record, columns.documents),
+        _settings(record, columns.settings),
+    )
+
+
+class _Reader:
+    """Messages gathered from one column after another."""
+
+    def __init__(self, roles: Mapping[str, str]) -> None:
+        self.messages: list[Message] = []
+        self.trained: list[bool] = []
+        self._roles = roles
+
+    def add(self, value: Any, column: str | None, role: str | None = None) -> None:
+        """Appends a column's messages; text is a message of this role."""
+        messages, trained = self._read(value, column, role)
+        self.messages += messages
+        self.trained += trained
+
+    def add_answer(self, value: Any, column: str) -> None:
+        """Appends the answer, or takes its messages for the whole where they begin with what came before."""
+        messages, trained = self._read(value, column, "assistant")
+        before = [(message["role"], message["content"].strip()) for message in self.messages]
+        begins = [(message["role"], message["content"].strip()) for message in messages if message["role"] != "system"]
+        if before and len(begins) > len(before) and begins[: len(before)] == before:
+            self.messages, self.trained = messages, trained
+        else:
+            self.messages += messages
+            self.trained += trained
+
+    def _read(self, value: Any, column: str | None, role: str | None) -> tuple[list[Message], list[bool]]:
+        if role is not None and isinstance(value, str) and not holds_messages(value):
+            return [{"role": role, "content": value}], [True]
+        try:
+            return read_messages(value, self._roles, first=len(self.messages) + 1)
+        except BadField as reason:
+            raise BadField(f"field {column!r}: {reason}") from None
+
+
+def _required(record: Record, column: str) -> Any:
+    if column not in record:
+        names = ", ".join(map(repr, record)) or "nothing"
+        raise BadField(f"field {column!r} is missing (it has {names})")
+    return record[column]
+
+
+def _history(record: Record, column: str | None) -> list[Any]:
+    """Earlier questions and answers: a list of pairs, or messages."""
+    value = record.get(column) if column else None
+    value = decode_nested(value) if isinstance(value, str) else value
+    if not value:
+        return []
+    return [pair_of(item) or item for item in value] if isinstance(value, list) else [value]
+
+
+def _add_system(reader: _Reader, text: Any, column: str | None) -> None:
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return
+    if not isinstance(text, str):
+        raise BadField(f"field {column!r} is {describe_type(text)}, not text")
+    first = reader.messages[0]
+    if first["role"] != "system":
+        reader.messages.insert(0, {"role": "system", "content": text})
+        reader.trained.insert(0, True)
+    elif first["content"].strip() != text.strip():
+        raise BadField(f"field {column!r} differs from the system turn that the conversation has")
+
+
+def _documents(record: Record, column: str | None) -> list[Record] | None:
+    value = record.get(column) if column else None
+    value = decode_nested(value) if isinstance(value, str) else value
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise BadField(f"field {column!r} is no list of documents (objects)")
+    return value
+
+
+def _settings(record: Record, column: str | None) -> dict[str, Any]:
+    value = record.get(column) if column else None
+    value = decode_nested(value) if isinstance(value, str) else value
+    if not value:
+        return {}
+    if not isinstance(value, dict):
+        raise BadField(f"field {column!r} is {describe_type(value)}, not an object of template settings")
+    return value

@@ -1,0 +1,194 @@
+"""Messages of a conversation: every way in which data sets write turns, read into one list of role and content.
+
+Read are lists of `{"role", "content"}` and of ShareGPT's `{"from", "value"}`, one message alone, a struct of lists
+(how Arrow stores lists of objects sometimes), a list of texts in turn, a list of question and answer pairs, and all of
+these as JSON text or as Python prints them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
+from qlora_cli.core.records.tools import read_calls, wrap_call
+
+Message = dict[str, Any]
+
+KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+CALL = "tool call"  # a turn of its own in ShareGPT's and Swift's tool data; becomes part of an assistant's turn
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "function_call": CALL,
+    "tool_call": CALL,
+    "tool_calls": CALL,
+}
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+ASKED = ("human", "user", "question", "instruction", "prompt", "input", "query", "q")
+ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
+TRAINED_KEYS = ("weight", "train", "training", "loss")  # what data sets call it that a turn is trained, or is not
+
+
+def turns_of(value: Any) -> list[Any] | None:
+    """The turns that a value of any of these forms holds, each an object with a role; None if it is of none of them.
+
+    Only the form is looked at: what an object's role or content is may still be wrong. An empty list has no turns.
+    """
+    if isinstance(value, str):
+        decoded = decode_nested(value)
+        return None if isinstance(decoded, str) else turns_of(decoded)
+    if isinstance(value, dict):
+        return _turns_of_object(value)
+    if not isinstance(value, list):
+        return None
+    items = [decode_nested(item) if isinstance(item, str) and item[:1] == "{" else item for item in value]
+    if items and all(isinstance(item, str) for item in items):
+        return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(items)]
+    turns: list[Any] = []
+    for item in items:
+        found = _turns_of_object(item) if isinstance(item, dict) else pair_of(item)
+        if found is None:
+            return None
+        turns += found
+    return turns
+
+
+def holds_messages(value: Any) -> bool:
+    """Whether a value is messages beyond doubt: each of its turns says whose it is.
+
+    A question that happens to be JSON, or a list of texts, does not.
+    """
+    value = decode_nested(value) if isinstance(value, str) else value
+    items = (
+        [decode_nested(item) if isinstance(item, str) else item for item in value] if isinstance(value, list) else []
+    )
+    if isinstance(value, dict):
+        return bool(turns_of(value)) and any(isinstance(value.get(key), str | list) for key in ROLE_KEYS)
+    return bool(items) and all(
+        isinstance(item, dict) and any(isinstance(item.get(key), str) for key in ROLE_KEYS) for item in items
+    )
+
+
+def pair_of(value: Any) -> list[Message] | None:
+    """Question and answer written as a list of two texts."""
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value):
+        return [{"role": "user", "content": value[0]}, {"role": "assistant", "content": value[1]}]
+    return None
+
+
+def _turns_of_object(value: Record) -> list[Any] | None:
+    role = next((key for key in ROLE_KEYS if key in value), None)
+    if role is not None and isinstance(value[role], list):
+        lists = {key: items for key, items in value.items() if isinstance(items, list)}
+        if len({len(items) for items in lists.values()}) > 1:
+            return None
+        return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+    if role is not None:
+        return [value]
+    asked = next((key for key in ASKED if isinstance(value.get(key), str)), None)
+    answered = next((key for key in ANSWERED if isinstance(value.get(key), str)), None)
+    if asked and answered and len(value) <= 4:
+        return [{"role": "user", "content": value[asked]}, {"role": "assistant", "content": value[answered]}]
+    return None
+
+
+def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple[list[Message], list[bool]]:
+    """Messages as `role` and `content`, and of each whether the data lets it be trained.
+
+    Calls that stand in turns of their own become `tool_calls` of the assistant's turn before them, or of a new one.
+    Keys whose value says nothing (null, no calls) are left out.
+
+    Args:
+        value: See `turns_of`.
+        roles: Names of roles in this data → names that chat templates know, beside ROLES.
+        first: Number of the first message, as errors name it.
+
+    Raises:
+        BadField: It is no list of messages, or a message has no role, or no text.
+    """
+    turns = turns_of(value)
+    if turns is None:
+        if isinstance(value, list):
+            index, item = next((i, v) for i, v in enumerate(value) if not isinstance(v, dict) or turns_of([v]) is None)
+            what = "has no role" if isinstance(item, dict) else f"is {describe_type(item)}, not an object"
+            raise BadField(f"message {first + index} {what}")
+        raise BadField(f"is {describe_type(value)}, no list of messages")
+    messages: list[Message] = []
+    trained: list[bool] = []
+    for number, turn in enumerate(turns, start=first):
+        message, is_trained = _read_message(turn, number, roles)
+        if message["role"] == CALL:
+            calls = [wrap_call(call) for call in read_calls(decode_nested(message["content"]), number)]
+            if messages and messages[-1]["role"] == "assistant" and is_trained == trained[-1]:
+                messages[-1] = {**messages[-1], "tool_calls": [*messages[-1].get("tool_calls", []), *calls]}
+                continue
+            message = {"role": "assistant", "content": "", "tool_calls": calls}
+        messages.append(message)
+        trained.append(is_trained)
+    return messages, trained
+
+
+def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Message, bool]:
+    if not isinstance(turn, dict):
+        raise BadField(f"message {number} is {describe_type(turn)}, not an object")
+    role_key = next((key for key in ROLE_KEYS if isinstance(turn.get(key), str)), None)
+    if role_key is None:
+        raise BadField(f"message {number} has no role")
+    content_key = next((key for key in CONTENT_KEYS if key in turn), "content" if role_key == "role" else "value")
+    name = turn[role_key]
+    role = roles.get(name) or roles.get(name.lower()) or ROLES.get(name.lower(), name.lower())
+    message = {
+        key: item
+        for key, item in turn.items()
+        if key not in (role_key, content_key, *TRAINED_KEYS) and item is not None
+    }
+    calls = message.pop("tool_calls", None)
+    if former := message.pop("function_call", None):
+        calls = [wrap_call(call) for call in read_calls(former, number)]
+    if calls and (read := read_calls(calls, number)):
+        message["tool_calls"] = read
+    content = _read_content(turn.get(content_key), number)
+    if content is None and ("tool_calls" in message or role == CALL):
+        content = ""
+    if not isinstance(content, str):
+        raise BadField(f"the {content_key!r} of message {number} is {describe_type(content)}, not text")
+    return {**message, "role": role, "content": content}, _is_trained(turn, number)
+
+
+def _read_content(content: Any, number: int) -> Any:
+    """The text of parts that are all text; other content as it is."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    for part in content:
+        if part.get("type", "text") != "text" or not isinstance(part.get("text", ""), str | None):
+            raise BadField(f"message {number} holds a part of the type {part.get('type')!r}, which is no text")
+    return "".join(part.get("text") or "" for part in content)
+
+
+def _is_trained(turn: Record, number: int) -> bool:
+    """Whether the data lets a turn be trained; it does unless it says otherwise.
+
+    Raises:
+        BadField: It says neither yes nor no.
+    """
+    wanted = True
+    for key in TRAINED_KEYS:
+        value = turn.get(key)
+        if isinstance(value, str):
+            value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower(), value)
+        if value is None:
+            continue
+        if value not in (True, False):  # 1.0 and 0 are equal to these
+            raise BadField(f"the {key!r} of message {number} is {value!r}; a turn is trained (1) or is not (0)")
+        wanted = wanted and bool(value)
+    return wanted

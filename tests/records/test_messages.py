@@ -1,0 +1,203 @@
+"""Every way in which data sets write turns and calls is read into one form, or refused with the message's number."""
+
+import json
+
+import pytest
+
+from qlora_cli.core.records.conversation import ConversationColumns, read_conversation
+from qlora_cli.core.records.messages import holds_messages, read_messages, turns_of
+from qlora_cli.core.records.record import BadField, decode_nested
+from qlora_cli.core.records.tools import read_tools
+
+ASK, ANSWER = {"role": "user", "content": "A lake?"}, {"role": "assistant", "content": "It's Chiemsee."}
+FUNCTION = {"name": "get_depth", "arguments": {"lake": "Chiemsee"}}
+CALL = {"type": "function", "function": FUNCTION}
+AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(FUNCTION["arguments"])}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [ASK, ANSWER],
+        [{"from": "human", "value": "A lake?"}, {"from": "gpt", "value": "It's Chiemsee."}],
+        [{"role": "Prompter", "text": "A lake?"}, {"role": "model", "text": "It's Chiemsee."}],
+        {"from": ["human", "gpt"], "value": ["A lake?", "It's Chiemsee."]},
+        ["A lake?", "It's Chiemsee."],
+        [["A lake?", "It's Chiemsee."]],
+        [{"human": "A lake?", "assistant": "It's Chiemsee."}],
+        [{"question": "A lake?", "answer": "It's Chiemsee."}],
+        json.dumps([ASK, ANSWER]),
+        repr([ASK, ANSWER]),
+        [json.dumps(ASK), json.dumps(ANSWER)],
+        [ASK, {**ANSWER, "tool_calls": [], "name": None, "function_call": None}],
+        [ASK, {**ANSWER, "tool_calls": ""}],
+        [{"role": "user", "content": [{"type": "text", "text": "A lake?"}, {"type": "text", "text": None}]}, ANSWER],
+    ],
+)
+def test_every_form_of_turns_is_the_same_conversation(value):
+    assert read_messages(value, {}) == ([ASK, ANSWER], [True, True])
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        [{"role": "assistant", "content": "", "tool_calls": [AS_TEXT]}],
+        [{"role": "assistant", "content": None, "tool_calls": json.dumps([AS_TEXT])}],
+        [{"role": "assistant", "content": None, "tool_calls": [json.dumps(CALL)]}],
+        [{"role": "assistant", "content": None, "function_call": AS_TEXT["function"]}],
+        [{"from": "function_call", "value": json.dumps(FUNCTION)}],
+        [{"from": "function_call", "value": json.dumps([FUNCTION])}],
+        [ANSWER, {"role": "tool_call", "content": json.dumps(FUNCTION)}],
+    ],
+)
+def test_every_form_of_a_call_is_the_assistants_turn_with_arguments_as_an_object(turns):
+    messages, _ = read_messages([ASK, *turns, {"from": "observation", "value": "73 m"}], {})
+    content = ANSWER["content"] if turns[0] is ANSWER else ""
+    assert messages == [
+        ASK,
+        {"role": "assistant", "content": content, "tool_calls": [CALL]},
+        {"role": "tool", "content": "73 m"},
+    ]
+
+
+def test_calls_in_a_row_are_one_turn_and_arguments_may_be_empty():
+    turns = [{"role": "tool_call", "content": json.dumps({"name": name, "arguments": ""})} for name in ("a", "b")]
+    messages, _ = read_messages([ASK, *turns], {})
+    assert [call["function"] for call in messages[1]["tool_calls"]] == [
+        {"name": "a", "arguments": {}},
+        {"name": "b", "arguments": {}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"content": "x"}, "message 2 has no role"),
+        ({"role": "assistant", "content": 3}, "the 'content' of message 2 is a number, not text"),
+        ({"role": "assistant", "content": [{"type": "image"}]}, "message 2 holds a part of the type 'image'"),
+        ({"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}, "a part of the type 'tool_use'"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "message 2: a call has no name"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '"Beijing"'}}]},
+            "message 2: the arguments of f are text, not an object",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{'a"}}]},
+            "message 2: the arguments of f is no JSON",
+        ),
+        ({"role": "function_call", "content": "depth of Chiemsee"}, "message 2: a call is no JSON"),
+        ({"role": "assistant", "content": "x", "weight": 0.5}, "the 'weight' of message 2 is 0.5"),
+    ],
+)
+def test_what_is_wrong_with_a_turn_is_said_with_its_number(turn, reason):
+    with pytest.raises(BadField) as error:
+        read_messages([ASK, turn], {})
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "is_trained"),
+    [
+        ({"weight": 0}, False),
+        ({"weight": 1.0}, True),
+        ({"train": False}, False),
+        ({"loss": "false"}, False),
+        ({"loss": True, "weight": None}, True),
+        ({"weight": 1, "train": False}, False),
+    ],
+)
+def test_a_turn_says_whether_it_is_trained_and_the_template_does_not_see_it(said, is_trained):
+    assert read_messages([ASK, {**ANSWER, **said}], {}) == ([ASK, ANSWER], [True, is_trained])
+
+
+def test_roles_of_ones_own_are_mapped():
+    turns = [{"from": "customer", "value": "A lake?"}, {"from": "Bard", "value": "It's Chiemsee."}]
+    assert read_messages(turns, {"customer": "user", "bard": "assistant"})[0] == [ASK, ANSWER]
+    assert read_messages(turns, {})[0][1]["role"] == "bard"
+
+
+@pytest.mark.parametrize("value", ["words", "[1, 2]", [1], {"a": [1]}, 3, None, [["a"]], [{"human": "a", "score": 1}]])
+def test_what_is_no_conversation_has_no_turns(value):
+    assert turns_of(value) is None
+
+
+def test_only_messages_with_roles_are_messages_beyond_doubt():
+    assert holds_messages(json.dumps([ASK]))
+    assert holds_messages([json.dumps(ASK)])
+    assert not any(map(holds_messages, ['["a", "b"]', '{"role": 1}', ["a", "b"], [], "a", None]))
+
+
+def test_nested_text_is_read_as_json_or_as_python_prints_it():
+    assert decode_nested(' {"a": null} ') == {"a": None}
+    assert decode_nested("{'a': None}") == {"a": None}
+    assert decode_nested("[very good]") == "[very good]"
+    assert decode_nested("{1, 2}") == "{1, 2}"
+
+
+TOOL = {"type": "function", "function": {"name": "get_depth"}}
+
+
+@pytest.mark.parametrize(
+    ("value", "column", "tools"),
+    [
+        ([TOOL], "tools", [TOOL]),
+        (json.dumps([TOOL]), "tools", [TOOL]),
+        ([json.dumps(TOOL)], "tool_defs", [TOOL]),
+        ([TOOL["function"]], "functions", [TOOL]),
+        ({"tools": [TOOL]}, "tools", [TOOL]),
+        (json.dumps(TOOL), "tools", [TOOL]),
+        *((empty, "tools", None) for empty in ("", " ", "[]", [], None)),
+    ],
+)
+def test_tools_are_read_from_every_form(value, column, tools):
+    assert read_tools(value, column) == tools
+
+
+@pytest.mark.parametrize(("value", "reason"), [("{", "is no JSON"), (3, "is a number"), ([3], "holds a number")])
+def test_tools_that_are_none_are_refused(value, reason):
+    with pytest.raises(BadField, match=f"field 'tools' {reason}"):
+        read_tools(value, "tools")
+
+
+def read(record, **columns):
+    conversation = read_conversation(record, ConversationColumns(**columns))
+    return [(message["role"], message["content"]) for message in conversation.messages]
+
+
+CHAT = [("user", "A lake?"), ("assistant", "It's Chiemsee.")]
+
+
+def test_columns_are_joined_in_order():
+    row = {"q": "A lake?", "a": "It's Chiemsee.", "s": "Be brief.", "h": [["Hi", "Hello"]], "i": "Big.", "m": [ASK]}
+    assert read(row, prompt="q", answer="a") == CHAT
+    assert read(row, prompt="q", answer="a", system="s") == [("system", "Be brief."), *CHAT]
+    assert read(row, prompt="q", answer="a", history="h") == [("user", "Hi"), ("assistant", "Hello"), *CHAT]
+    assert read(row, prompt="q", answer="a", addition="i")[0] == ("user", "A lake?\nBig.")
+    assert read(row, messages="m", answer="a") == CHAT
+
+
+@pytest.mark.parametrize("answer", [ANSWER, [ANSWER], [ASK, ANSWER], json.dumps([ASK, ANSWER])])
+@pytest.mark.parametrize("prompt", ["A lake?", [ASK]])
+def test_an_answer_that_repeats_the_question_is_the_whole(prompt, answer):
+    assert read({"prompt": prompt, "chosen": answer}, prompt="prompt", answer="chosen") == CHAT
+
+
+def test_questions_that_are_json_stay_text():
+    assert read({"q": '["a", "b"]', "a": "{}"}, prompt="q", answer="a") == [("user", '["a", "b"]'), ("assistant", "{}")]
+
+
+def test_a_system_column_beside_a_system_turn():
+    turns = [{"role": "system", "content": "Be brief."}, ASK, ANSWER]
+    assert read({"m": turns, "s": "Be brief."}, messages="m", system="s")[0] == ("system", "Be brief.")
+    assert read({"m": turns, "s": None}, messages="m", system="s")[0] == ("system", "Be brief.")
+    with pytest.raises(BadField, match="differs from the system turn"):
+        read({"m": turns, "s": "Be long."}, messages="m", system="s")
+
+
+def test_settings_and_documents_of_a_row_travel_with_it():
+    row = {"m": [ASK, ANSWER], "k": '{"enable_thinking": false}', "d": [{"title": "Lakes"}]}
+    found = read_conversation(row, ConversationColumns(messages="m", settings="k", documents="d"))
+    assert (found.settings, found.documents) == ({"enable_thinking": False}, [{"title": "Lakes"}])
+    with pytest.raises(BadField, match="'k' is text"):
+        read_conversation({**row, "k": "on"}, ConversationColumns(messages="m", settings="k"))
