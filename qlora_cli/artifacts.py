@@ -20,6 +20,7 @@ RUN_RECORD = "qlora.json"  # base identity, formatting, data identity, versions
 RUN_YAML = "run.yaml"
 METRICS = "metrics.jsonl"
 LOSS_CURVE = "loss.png"
+REPORT_PAGE = "report.html"
 MODEL_CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 TRACKER_LOGS = "logs"

@@ -133,7 +133,7 @@ def test_a_run_leaves_what_the_contract_names_and_no_pickle(finished):
     names = {path.name for path in output.iterdir()}
     assert names >= {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "run.yaml", "README.md", "loss.png", "metrics.jsonl", "qlora.json", "checkpoints",
+        "run.yaml", "README.md", "loss.png", "report.html", "metrics.jsonl", "qlora.json", "checkpoints",
     }  # fmt: skip
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     for path in output.rglob("*"):

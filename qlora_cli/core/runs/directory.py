@@ -15,6 +15,7 @@ from qlora_cli.artifacts import (
     LOSS_CURVE,
     METRICS,
     MODEL_CARD,
+    REPORT_PAGE,
     RUN_RECORD,
     RUN_YAML,
     TRACKER_LOGS,
@@ -25,7 +26,17 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints
 from qlora_cli.core.storage.lock import locked
 from qlora_cli.errors import RunError
 
-RUN_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, RUN_RECORD, RUN_YAML, METRICS, LOSS_CURVE, MODEL_CARD, BAD_ROWS)
+RUN_FILES = (
+    ADAPTER_WEIGHTS,
+    ADAPTER_CONFIG,
+    RUN_RECORD,
+    RUN_YAML,
+    METRICS,
+    LOSS_CURVE,
+    REPORT_PAGE,
+    MODEL_CARD,
+    BAD_ROWS,
+)
 UNFINISHED = ".finishing-"  # prefix of the directory that collects the final files
 
 

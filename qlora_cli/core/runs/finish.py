@@ -17,6 +17,7 @@ from qlora_cli.artifacts import (
     RUN_RECORD,
     write_json,
 )
+from qlora_cli.config import TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions
 from qlora_cli.core.models.identity import BaseIdentity
@@ -25,11 +26,13 @@ from qlora_cli.core.runs.directory import finished_files
 from qlora_cli.core.runs.inputs import Run, RunInputs
 from qlora_cli.core.runs.metrics import draw_loss_curve
 from qlora_cli.core.runs.model_card import write_card
+from qlora_cli.core.runs.report_page import write_report_page
 from qlora_cli.core.runs.results import TrainResult
 from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, verify_checkpoint
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.settings import recorded_fields
 
 
 def write_run(
@@ -46,6 +49,10 @@ def write_run(
         shutil.copyfile(rows.directory / BAD_ROWS, output / BAD_ROWS)
     data = rows.manifest["data"]
     training = {name: value for name, value in result.to_dict().items() if name != "output"}
+    settings = {f.name: getattr(run.config, f.name) for f in recorded_fields(TrainConfig).values()}
+    counts = {name: value for name, value in rows.manifest.items() if isinstance(value, (int, float, str))}
+    title = f"{settings['model']} on {data['source']}"
+    write_report_page(output, title=title, results=training, settings=settings, data={**data, **counts})
     best = _find_best(output, result.best_step, run.report) if run.config.keep_best and result.best_step else None
     with finished_files(output) as directory:
         inputs.files.tokenizer.save_pretrained(directory)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.artifacts import LOSS_CURVE, METRICS, read_metrics, write_bytes
+from qlora_cli.core.runs.report_page import centred_mean
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.events import EvaluationLogged, StepLogged
 
@@ -51,7 +52,7 @@ def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
 
 
 def draw_loss_curve(directory: Path) -> None:
-    """Draws `loss.png` from the run's metrics: loss of each step, its running mean, evaluations."""
+    """Draws `loss.png` from the run's metrics: loss of each step, the mean around it, evaluations."""
     from matplotlib.figure import Figure  # takes a second to import, at the end of a run
 
     lines = read_metrics(directory)
@@ -61,22 +62,13 @@ def draw_loss_curve(directory: Path) -> None:
     axes = figure.add_subplot()
     if steps:
         axes.plot(*zip(*steps, strict=True), color="#9ecae1", linewidth=1, label="step")
-        axes.plot(*zip(*_smooth(steps), strict=True), color="#08519c", linewidth=1.8, label="running mean")
+        axes.plot(*zip(*centred_mean(steps), strict=True), color="#08519c", linewidth=1.8, label="mean")
     if evaluations:
         axes.plot(*zip(*evaluations, strict=True), "o-", color="#d94801", markersize=4, label="held-out rows")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set(title="Loss", xlabel="optimizer step", ylabel="nats per token")
     axes.grid(alpha=0.3)
     if steps or evaluations:
         axes.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_bytes(directory / LOSS_CURVE, picture.getvalue())
-
-
-def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Mean over the last tenth of the steps so far, at least five."""
-    smooth = []
-    for index, (step, _) in enumerate(points):
-        window = points[max(0, index + 1 - max(5, len(points) // 10)) : index + 1]
-        smooth.append((step, sum(loss for _, loss in window) / len(window)))
-    return smooth
