@@ -1,17 +1,20 @@
 """Artifacts: the directories handed between commands, their files' names and versions, atomic writes."""
 
+import fcntl
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import secrets
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import RunError
 
 FORMAT = 1  # of RUN_RECORD and PREPARED_MANIFEST; raised when an older version could not read them
+
+MARK = ".qlora.json"  # in whatever directory this program published: its kind, and the files that may be replaced
 
 # Run directory: a PEFT adapter with what produced it.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -55,17 +58,53 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+@cache
+def _machine() -> str:
+    """Eight hexadecimal digits for this machine since it was started, by its name where the system does not tell."""
+    try:
+        facts = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        facts = os.uname().nodename.encode()
+    return hashlib.sha256(facts).hexdigest()[:8]
+
+
+def process_name() -> str:
+    """Machine, process-id namespace, number and start of this process, which no other ever shares.
+
+    Two containers may both be process 1; a number is given again once its process has ended.
+    """
+    try:
+        space = Path("/proc/self/ns/pid").stat().st_ino
+        start = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        space, start = 0, "0"
+    return f"{_machine()}-{space}-{os.getpid()}-{start}"
+
+
+def temporary_beside(path: Path, ending: str = "tmp") -> Path:
+    """A name beside `path` that nobody else takes; `core/storage/temporaries.py` removes those of dead processes."""
+    return path.with_name(f".{shortened(path.name)}.{process_name()}-{secrets.token_hex(4)}.{ending}")
+
+
+def shortened(name: str) -> str:
+    """A file's name, short enough that more fits into the 255 bytes that file systems allow."""
+    return os.fsencode(name)[:150].decode(errors="ignore")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically: a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as stream:
+            with suppress(OSError):  # it only tells others that the writer lives
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
 
@@ -88,45 +127,6 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is missing.", "Check the directory's name.") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}.") from error
-
-
-@contextmanager
-def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary directory beside `target` that takes its place when the block succeeds.
-
-    Every file is fsynced before the rename and the parent after it; on any failure nothing is left behind and an
-    existing `target` is untouched.
-
-    Raises:
-        RunError: `target` exists and `replace` is False.
-    """
-    if target.exists() and not replace and any(target.iterdir()):
-        raise RunError(f"{target} exists already.", "Choose another directory, or add --overwrite to replace it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        publish_directory(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def publish_directory(directory: Path, target: Path) -> None:
-    """Flushes everything in a directory to the disk and renames it to `target`, which it replaces."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            fsync_path(Path(folder) / name)
-        fsync_path(Path(folder))
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    directory.rename(target)
-    fsync_path(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def run_of(adapter: Path) -> Path:

@@ -15,6 +15,7 @@ from qlora_cli.core.generation.chat import COMMANDS, Conversation, run_line
 from qlora_cli.core.generation.requests import Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
 from qlora_cli.core.models.files import ModelFiles, resolve_model
+from qlora_cli.core.storage.ownership import may_write_file
 from qlora_cli.errors import DataError, QloraError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
 
@@ -65,6 +66,9 @@ def generate(config: GenerateConfig, prompts: Sequence[str], report: Report) -> 
     started = time.perf_counter()
     if (config.input is None) != (config.output is None):
         raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
+    if config.input is not None and config.output is not None:
+        named = [name for name in (config.input, config.adapter, config.model) if name]
+        may_write_file(Path(config.output), [Path(name).expanduser() for name in named])
     config, session = open_session(config, report)
     if config.input is None or config.output is None:
         rows = answer_prompts(session, config.adapter, prompts, report)
@@ -189,6 +193,7 @@ def answer_file(
         except DataError as error:
             raise DataError(f"{source}, prompt {prompt.index + 1}: {error.message}", error.hint) from error
     rows = []
+    target = may_write_file(target, [source])
     with AnswerFile(target, prompts, settings_fingerprint(config, session.compute_dtype)) as answers:
         if answers.finished:
             report(Notice(f"{target} holds {len(answers.finished):,} of {len(prompts):,} answers already."))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qlora_cli import __version__
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, sha256_of
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, run_of, sha256_of
 from qlora_cli.config import MergeConfig, QuantizationSettings
 from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
@@ -21,7 +21,7 @@ from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_c
 from qlora_cli.core.merge.compare_models import Comparison
 from qlora_cli.core.merge.delta import check_finite, read_deltas
 from qlora_cli.core.merge.model_card import write_merged_card
-from qlora_cli.core.merge.output_directory import require_free, unfinished_directory, unfinished_path
+from qlora_cli.core.merge.output_directory import find_place, unfinished_directory, unfinished_path
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
 from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
@@ -29,6 +29,7 @@ from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.storage.disk_space import require_space
+from qlora_cli.core.storage.ownership import Place
 from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
 from qlora_cli.errors import MergeError
 from qlora_cli.events import Report
@@ -70,7 +71,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     facts = source.facts
     if config.push:
         check_repository_name(config.push)
-    require_free(output, overwrite=config.overwrite)
+    reads = [adapter_directory, run_of(adapter_directory), Path(config.model or source.name_base()[0]).expanduser()]
+    place = find_place(output, overwrite=config.overwrite, reads=reads)
     with ExitStack() as stack:
         adapter = stack.enter_context(TensorFile(adapter_directory / ADAPTER_WEIGHTS))
         check_finite(adapter)
@@ -84,8 +86,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         planner = MergePlanner(files, names, base.model, deltas, adapter, options)
         plan = planner.plan(keep_tied=bool(facts.config.get("ensure_weight_tying")))
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
-        require_space(output, missing_bytes(output, plan))
-        with unfinished_directory(output, overwrite=config.overwrite, resume=config.resume) as directory:
+        require_space(place.path, missing_bytes(place, plan))
+        with unfinished_directory(place, shown=config.output, resume=config.resume) as directory:
             started = time.perf_counter()
             key = merge_key(config, base, adapter_directory, options)
             reused = write_weights(plan, directory, options, key, report)
@@ -150,7 +152,7 @@ def choose_options(config: MergeConfig, base: Base, device: torch.device) -> Mer
 # ---------------------------------------------------------------- files
 
 
-def missing_bytes(output: Path, plan: MergePlan) -> int:
+def missing_bytes(output: Place, plan: MergePlan) -> int:
     """Bytes that a merge has yet to write, beside what an interrupted one left."""
     written_bytes = sum(path.stat().st_blocks * 512 for path in unfinished_path(output).glob("*.safetensors"))
     return plan.total_bytes + SMALL_FILES_BYTES - written_bytes

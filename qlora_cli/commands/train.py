@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_YAML, TRACKER_
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
 from qlora_cli.core.adapters.lora import PeftModel, attach_adapter, load_adapter_state, save_adapter
+from qlora_cli.core.data.prepare import read_paths
 from qlora_cli.core.device import choose_device, limit_memory, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.rank_monitor import monitoring
@@ -27,7 +28,7 @@ from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
-from qlora_cli.core.runs.directory import claimed
+from qlora_cli.core.runs.directory import begin_run, claimed
 from qlora_cli.core.runs.finish import write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
 from qlora_cli.core.runs.inputs import Run, RunInputs, read_inputs
@@ -35,7 +36,7 @@ from qlora_cli.core.runs.metrics import MetricsFile
 from qlora_cli.core.runs.results import TrainPlan, TrainResult
 from qlora_cli.core.runs.tracking import closing_tracker, logging_report, start_tracker
 from qlora_cli.core.runs.validate import check_ranks, check_settings
-from qlora_cli.core.storage.checkpoint import Checkpoint, read_tensors, remove_leftovers
+from qlora_cli.core.storage.checkpoint import Checkpoint, read_tensors
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -96,8 +97,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         stack.enter_context(closing_tracker(accelerator))
         check_ranks(config, ranks)
         if ranks.is_main:
-            stack.enter_context(claimed(run.output, resume=config.resume, overwrite=config.overwrite))
-            remove_leftovers(run.output / CHECKPOINTS)
+            stack.enter_context(claimed_output(config))
         ranks.barrier()
         inputs = read_inputs(run)
         decisions = decide(run, inputs)
@@ -113,8 +113,9 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         stack.callback(engine.close)
         optimization = start_optimization(run, inputs, decisions, start, loaded)
         # From here on the directory is a run.
-        logged = run.report
+        logged, run_id = run.report, ""
         if ranks.is_main:
+            run_id = begin_run(run.output, start.checkpoint.run if start.checkpoint else None, run.report)
             write_config_file(config, run.output / RUN_YAML)
             metrics = MetricsFile(run.output, last_step=start.state.step)
             stack.callback(metrics.close)
@@ -134,6 +135,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
                 every=config.save_every or -(-inputs.data.sampler.total_steps // SAVES_A_RUN),
                 keep=config.keep,
                 keep_best=config.keep_best,
+                run_id=run_id,
+                report=run.report,
             ),
             reporter=RunReporter(logged, deferred=run.device.type == "cuda"),
             state=start.state,
@@ -148,6 +151,18 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
                 write_run(run, inputs, loaded.base, loaded.save_adapter, result)
         ranks.barrier()
         return result
+
+
+def claimed_output(config: TrainConfig) -> AbstractContextManager[None]:
+    """The run directory, held for this process."""
+    inputs = [Path(name).expanduser() for name in (config.model, config.prepared) if name]
+    return claimed(
+        Path(config.output),
+        resume=config.resume,
+        overwrite=config.overwrite,
+        reads=[*read_paths(config), *inputs],
+        dry_run=config.dry_run,
+    )
 
 
 # ---------------------------------------------------------------- load

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.artifacts import PREPARED_MANIFEST, RUN_RECORD, sha256_of
+from qlora_cli.artifacts import MARK, PREPARED_MANIFEST, RUN_RECORD, sha256_of
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows, split_rows
@@ -151,13 +151,27 @@ def test_what_is_wrong_is_named_and_nothing_is_left(case, fault) -> None:
 def test_an_output_in_use_is_kept_unless_it_may_be_replaced(case) -> None:
     case.output.mkdir()
     (case.output / "thesis.txt").write_text("mine")
-    with pytest.raises(RunError, match="not empty"):
-        case.merge()
+    for flags in ({}, {"overwrite": True}):
+        with pytest.raises(RunError, match="which qlora did not write"):
+            case.merge(**flags)
     assert (case.output / "thesis.txt").read_text() == "mine"
+    (case.output / "thesis.txt").unlink()
+    case.merge()
+    with pytest.raises(RunError, match="exists already"):
+        case.merge()
     case.merge(overwrite=True)
-    assert not (case.output / "thesis.txt").exists()
+    (case.output / MARK).unlink()  # as older versions left it
+    case.merge(overwrite=True)
     assert (case.output / "config.json").exists()
     assert sorted(path.name for path in case.output.parent.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_neither_the_adapter_nor_the_base_nor_what_is_around_them_is_merged_over(case) -> None:
+    before = {path: sha256_of(path) for path in case.adapter.parent.rglob("*") if path.is_file()}
+    for output in (case.adapter, case.base, case.adapter.parent):
+        with pytest.raises(RunError, match="this command reads"):
+            replace(case, output=output).merge(overwrite=True)
+    assert {path: sha256_of(path) for path in case.adapter.parent.rglob("*") if path.is_file()} == before
 
 
 def test_a_failed_merge_keeps_the_model_it_would_have_replaced(case) -> None:
@@ -228,7 +242,7 @@ def test_an_interrupted_merge_goes_on_with_the_files_it_finished(case) -> None:
     progress = [e for e in events if isinstance(e, Progress)]
     assert progress[-1].done == progress[-1].total == result.total_bytes
     assert [e.done for e in progress] == sorted(e.done for e in progress)
-    assert not list(case.output.glob(".*"))
+    assert [path.name for path in case.output.glob(".*")] == [MARK]
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "a cut", "a broken journal", "another adapter", "--no-resume"])

@@ -138,7 +138,7 @@ def test_a_run_leaves_what_the_contract_names_and_no_pickle(finished):
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     for path in output.rglob("*"):
         assert path.suffix not in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-        assert not path.name.startswith(".") or path.name == artifacts.LOCK
+        assert not path.name.startswith(".") or path.name in (artifacts.LOCK, artifacts.MARK)
     assert result.steps == result.total_steps and result.output == str(output)
 
 

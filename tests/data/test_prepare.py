@@ -460,10 +460,15 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
 def test_another_directory_is_not_written_over(tmp_path):
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared" / "thesis.tex").write_text("x")
-    with pytest.raises(RunError, match="exists already") as error:
-        prepare(tmp_path, PAIRS)
-    assert "--overwrite" in error.value.hint
+    for flags in ({}, {"overwrite": True}):
+        with pytest.raises(RunError, match="which qlora did not write"):
+            prepare(tmp_path, PAIRS, **flags)
     assert (tmp_path / "prepared" / "thesis.tex").read_text() == "x"
+    (tmp_path / "prepared" / "thesis.tex").unlink()
+    prepare(tmp_path, PAIRS)
+    with pytest.raises(RunError, match="exists already") as error:
+        prepare(tmp_path, PAIRS[:9])
+    assert "--overwrite" in error.value.hint
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path):

@@ -64,7 +64,7 @@ def test_a_stopped_file_goes_on_and_ends_in_order(tmp_path):
         answers.write(2, {"answer": "two"})
         answers.write(0, {"answer": "zéro"})
     whole = path.read_bytes()
-    for cut in range(len(whole) + 1):  # stopped after any byte
+    for cut in (0, *range(whole.index(b"\n") + 1, len(whole) + 1)):  # stopped after any byte behind the first line
         path.write_bytes(whole[:cut])
         with AnswerFile(path, PROMPTS, "s") as answers:
             assert answers.finished == {
@@ -91,10 +91,11 @@ def test_answers_to_something_else_are_not_mixed(tmp_path):
     ):
         with pytest.raises(RunError, match=what):
             AnswerFile(path, prompts, settings)
-    path.write_text("my notes\n")
-    with pytest.raises(RunError, match="line 1"):
-        AnswerFile(path, PROMPTS, "s")
-    assert path.read_text() == "my notes\n"
+    for notes, match in (("my notes\n", "line 1"), ('{"important": true}', "something else"), ("\n", "line 1")):
+        path.write_text(notes)
+        with pytest.raises(RunError, match=match):
+            AnswerFile(path, PROMPTS, "s")
+        assert path.read_text() == notes
     path.write_bytes(before)
 
 

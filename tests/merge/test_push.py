@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.utils import close_session
 
+from qlora_cli.artifacts import MARK
 from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.errors import MergeError, UsageError
 from tests.commands.merge_case import make_case
@@ -172,7 +173,7 @@ def test_a_merge_pushes_all_it_made(hub, api, tiny_model, tmp_path, monkeypatch,
     result = case.merge(push="someone/tuned", public=public)
     assert result.pushed_to == f"{hub.endpoint}/someone/tuned"
     assert hub.visibility == {"someone/tuned": not public}
-    assert hub.files == {path.name: path.read_bytes() for path in case.output.iterdir()}
+    assert hub.files == {path.name: path.read_bytes() for path in case.output.iterdir() if path.name != MARK}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
 
 

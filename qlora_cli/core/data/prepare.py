@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,6 @@ from qlora_cli.artifacts import (
     FORMAT,
     PREPARED_MANIFEST,
     PREPARED_ROWS,
-    atomic_directory,
     cache_root,
     write_json,
 )
@@ -34,6 +35,9 @@ from qlora_cli.core.models.structure import context_length
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
 from qlora_cli.core.records.record import Record
 from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.core.storage.ownership import PREPARED, may_replace
+from qlora_cli.core.storage.publish import atomic_directory
+from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report
 
@@ -47,6 +51,7 @@ SMALL_BYTES = 2**21  # a smaller input is done before processes would have start
 MOST_PROCESSES = 8  # of 100 MB each beside 600 MB here; --workers may ask for more
 LEARNED_POSITIONS = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "ctrl", "openai-gpt"}
 TASK = "Preparing"
+PREPARED_FILES = (PREPARED_MANIFEST, PREPARED_ROWS, BAD_ROWS)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,12 @@ class PreparedSummary:
 def cache_directory() -> Path:
     """Where rows prepared by `train --data` are kept."""
     return cache_root() / "prepared"
+
+
+def read_paths(settings: DataSettings) -> list[Path]:
+    """Local files and folders that settings name for reading; of a pattern, the folder before its first wildcard."""
+    names = (settings.data, settings.template, settings.chat_template)
+    return [Path(re.split(r"[^/]*[*?\[]", name)[0] or ".").expanduser() for name in names if name]
 
 
 def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None", report: Report) -> int:
@@ -131,17 +142,23 @@ def prepare_rows(
     """
     if settings.data is None:
         raise UsageError("No data was given.", "Add: --data FILE (or a folder, a glob, or a hub dataset).")
+    asked = None
+    if directory is not None:
+        heal(directory)
+        reads = [*read_paths(settings), Path(tokenizer.name_or_path)]
+        may_replace(directory, PREPARED, overwrite=True, reads=reads, files=PREPARED_FILES)
+        asked = partial(may_replace, directory, PREPARED, overwrite=overwrite, reads=reads, files=PREPARED_FILES)
     encoder = encoder_of(tokenizer)
     source = resolve_source(settings.data, split=settings.split, revision=settings.revision, report=report)
     max_length = choose_max_length(settings.max_length, model_config, report)
     identity = source.identify(report)
     digest = _digest(settings, encoder, max_length, identity)
     if directory is None:
-        directory = cache_directory() / digest[:32]
-        overwrite = True  # whatever is there under this name is a part of the same
+        directory = cache_directory() / digest[:32]  # whatever is there under this name is a part of the same
     if (manifest := _manifest_of(directory, digest)) is not None:
         report(Notice(f"These rows are prepared already in {directory} (same data, tokenizer and settings)."))
         return PreparedSummary(str(directory), True, manifest)
+    place = asked() if asked else directory
     recognised = _recognise(source, settings, encoder)
     report(Notice(f"{settings.data}: {recognised.sentence}."))
     for remark in recognised.remarks:
@@ -155,7 +172,7 @@ def prepare_rows(
         max_line_bytes=settings.max_line_bytes,
         vocabulary_size=len(tokenizer),
     )
-    with reporting_disk_full(directory), atomic_directory(directory, replace=overwrite) as temporary:
+    with reporting_disk_full(directory), atomic_directory(place) as temporary:
         statistics = PreparationStatistics()
         with ExitStack() as stack:
             chunks = _limited(source.chunks(settings.max_line_bytes, chunk_bytes), settings)

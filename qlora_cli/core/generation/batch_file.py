@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_cli.artifacts import write_bytes
 from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.core.storage.temporaries import sweep
 from qlora_cli.errors import DataError, RunError
 from qlora_cli.sizes import format_bytes
 
@@ -91,10 +92,16 @@ class AnswerFile:
         self._digests = [fingerprint(p.prompt, p.adapter) for p in prompts]
         self.finished: set[int] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, path.name)
         kept = self._read_finished() if path.exists() else 0
-        self._stream = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        self._stream.truncate(kept)
-        self._stream.seek(kept)
+        self._stream: Any = None  # the file is made with its first line
+        if path.exists():
+            self._open(kept)
+
+    def _open(self, end: int) -> None:
+        self._stream = self.path.open("r+b", buffering=0)
+        self._stream.truncate(end)
+        self._stream.seek(end)
 
     def _read_finished(self) -> int:
         """Notes which answers are there; returns the byte at which the last whole line ends."""
@@ -115,6 +122,9 @@ class AnswerFile:
                     what = "another prompt" if found[0] != wanted[0] else "other settings"
                     raise RunError(f"{self.path}, line {number} was answered for {what}.", other)
                 self.finished.add(index)
+        if not end and self.path.stat().st_size:
+            # Ours has one whole line at least: a file without any was written by somebody else.
+            raise RunError(f"{self.path} holds something else than answers.", other)
         return end
 
     def write(self, index: int, content: dict[str, Any]) -> None:
@@ -125,8 +135,13 @@ class AnswerFile:
         """
         row = {"index": index, **content, "key": self._digests[index], "settings": self.settings}
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        before = written = self._stream.tell()
         with reporting_disk_full(self.path):
+            if self._stream is None:
+                write_bytes(self.path, line)
+                self._open(len(line))
+                self.finished.add(index)
+                return
+            before = written = self._stream.tell()
             try:
                 while written < before + len(line):
                     written += self._stream.write(line[written - before :])
@@ -145,4 +160,5 @@ class AnswerFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()

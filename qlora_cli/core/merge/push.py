@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
+from qlora_cli.artifacts import MARK
 from qlora_cli.errors import MergeError, UsageError
 
 
@@ -38,7 +39,9 @@ def push_model(directory: Path, repository: str, *, public: bool, api: HfApi | N
                 f"{repository} exists already and is public; nothing was uploaded.",
                 f"Add --public, or name another repository. {again}",
             )
-        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload merged model")
+        api.upload_folder(
+            repo_id=repository, folder_path=directory, commit_message="Upload merged model", ignore_patterns=[MARK]
+        )
     except hub_errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         hint = "Run: hf auth login (with a token that may write)." if status in (401, 403) else "Try again later."

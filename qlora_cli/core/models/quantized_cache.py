@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from qlora_cli.artifacts import atomic_directory, cache_root, read_json
+from qlora_cli.artifacts import cache_root, read_json
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.quantization import restored_linear
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
+from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.errors import RunError
 from qlora_cli.events import Caution, Notice, Report, report_nothing
 
@@ -85,7 +86,7 @@ def save_base(
     )
     try:
         if is_main:
-            with atomic_directory(directory, replace=True) as temporary:
+            with atomic_directory(directory) as temporary:
                 with (temporary / WEIGHTS).open("wb") as stream:
                     digests = write_hashed_file(stream, shapes, values, piece_bytes=piece_bytes)
                 manifest = {

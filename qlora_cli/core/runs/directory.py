@@ -1,9 +1,9 @@
-"""Run directory: claimed for one process, cleared on request, and filled with the finished adapter."""
+"""Run directory: claimed for one process, cleared when a new run begins, and filled with the finished adapter."""
 
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlora_cli.artifacts import (
@@ -13,6 +13,7 @@ from qlora_cli.artifacts import (
     CHECKPOINTS,
     LOCK,
     LOSS_CURVE,
+    MARK,
     METRICS,
     MODEL_CARD,
     REPORT_PAGE,
@@ -20,11 +21,23 @@ from qlora_cli.artifacts import (
     RUN_YAML,
     TRACKER_LOGS,
     fsync_path,
-    is_run,
+    temporary_beside,
 )
-from qlora_cli.core.storage.checkpoint import list_checkpoints
+from qlora_cli.core.storage.checkpoint import is_checkpoint, list_checkpoints, remove_leftovers, step_of
 from qlora_cli.core.storage.lock import locked
+from qlora_cli.core.storage.ownership import (
+    NAMES,
+    RUN,
+    read_mark,
+    require_apart,
+    require_writable,
+    resolve,
+    write_mark,
+)
+from qlora_cli.core.storage.publish import flush_tree
+from qlora_cli.core.storage.temporaries import discard, remove, sweep
 from qlora_cli.errors import RunError
+from qlora_cli.events import Caution, Report
 
 RUN_FILES = (
     ADAPTER_WEIGHTS,
@@ -37,22 +50,42 @@ RUN_FILES = (
     MODEL_CARD,
     BAD_ROWS,
 )
-UNFINISHED = ".finishing-"  # prefix of the directory that collects the final files
+UNFINISHED = ".finishing"  # the directory that collects the final files
 
 
 @contextmanager
-def claimed(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def claimed(
+    directory: Path, *, resume: bool, overwrite: bool, reads: Iterable[Path] = (), dry_run: bool = False
+) -> Iterator[None]:
     """Holds a run directory for this process; one that was made for nothing is removed again.
 
-    A run in it goes on with `resume`; with `overwrite` its files are removed.
+    Nothing in it is touched but what dead processes left behind: `begin_run` clears an older run. A dry run only looks.
 
     Raises:
-        RunError: Another process holds it, or it holds a run (without `resume` or `overwrite`) or other files.
+        RunError: Another process holds it, or it holds a run (without `resume` or `overwrite`) or other files, or is
+            what the command reads.
     """
+    path = resolve(directory)
+    require_apart(directory, path, reads, above=False)
+    for read in reads:
+        inside = read.exists() and path in read.resolve().parents and read.resolve().relative_to(path).parts[0]
+        if overwrite and inside in (CHECKPOINTS, *RUN_FILES):
+            raise RunError(f"--overwrite would remove {read}, which this command reads.", "Choose another --output.")
+    _require_free(directory, resume=resume, overwrite=overwrite)
+    require_writable(directory, path)
+    if dry_run:
+        yield
+        return
     created = not directory.exists()
     with locked(directory):
         try:
             _require_free(directory, resume=resume, overwrite=overwrite)
+            sweep(directory)
+            for leftover in directory.glob(f"{UNFINISHED}-*"):  # of versions that named it so
+                with suppress(OSError):
+                    remove(leftover)
+            if (directory / CHECKPOINTS).is_dir():
+                remove_leftovers(directory / CHECKPOINTS)
             yield
         finally:
             if created and {path.name for path in directory.iterdir()} <= {LOCK, TRACKER_LOGS}:
@@ -60,24 +93,47 @@ def claimed(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
 
 
 def _require_free(directory: Path, *, resume: bool, overwrite: bool) -> None:
-    others = [p.name for p in directory.iterdir() if not p.name.startswith(".") and p.name != TRACKER_LOGS]
-    holds_run = is_run(directory)
-    if others and not holds_run:
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{directory} cannot be written: it is a file.", "Choose another --output.")
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    others = [name for name in names if name[0] != "." and name != TRACKER_LOGS]
+    mark = read_mark(directory)
+    if mark is not None and mark.kind != RUN:
+        raise RunError(f"{directory} holds {NAMES[mark.kind]}, and not {NAMES[RUN]}.", "Choose another --output.")
+    saved = [path for path in list_checkpoints(directory / CHECKPOINTS) if is_checkpoint(path)]
+    if others and mark is None and not saved:
         raise RunError(
-            f"{directory} holds other files ({', '.join(sorted(others)[:3])}) and no run.",
+            f"{directory} holds other files ({', '.join(others[:3])}) and no run of qlora.",
             "Choose another --output.",
         )
-    if not holds_run or resume:
+    if not others or resume or overwrite:
         return
-    if not overwrite:
-        saved = list_checkpoints(directory / CHECKPOINTS)
-        raise RunError(
-            f"{directory} holds a run already{f', saved at step {int(saved[-1].name[5:])}' if saved else ''}.",
-            "Add --resume to go on with it, --overwrite to remove it, or choose another --output.",
-        )
-    for name in RUN_FILES:
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    raise RunError(
+        f"{directory} holds a run already{f', saved at step {step_of(saved[-1])}' if saved else ''}.",
+        "Add --resume to go on with it, --overwrite to remove it, or choose another --output.",
+    )
+
+
+def begin_run(directory: Path, run_id: str | None, report: Report) -> str:
+    """Marks a directory as a run that begins or goes on, and clears what an older one left.
+
+    The mark comes first: checkpoints of another run are not seen any more from then on, whatever stops the clearing.
+
+    Args:
+        run_id: Of the run that goes on, empty for one of a version without ids; None for one that begins.
+
+    Returns:
+        The run's id.
+    """
+    id, mark = run_id or secrets.token_hex(8), read_mark(directory)
+    older = run_id is not None and (mark is None or mark.older)
+    write_mark(directory, RUN, id=id, files=[*RUN_FILES, MARK], older=older)
+    if run_id is None:
+        old = [directory / name for name in RUN_FILES if (directory / name).is_file()]
+        for path in [*list_checkpoints(directory / CHECKPOINTS), *old]:
+            if error := discard(path):
+                report(Caution(f"{path} of the older run could not be removed ({error.strerror})."))
+    return id
 
 
 @contextmanager
@@ -86,16 +142,12 @@ def finished_files(directory: Path) -> Iterator[Path]:
 
     Each is flushed and renamed, the adapter's configuration last: a directory with one has the weights too.
     """
-    for leftover in directory.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover)
-    collected = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=directory))
+    collected = temporary_beside(directory / UNFINISHED[1:])
+    collected.mkdir()
     try:
         yield collected
-        paths = sorted(collected.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG)
-        for path in paths:
-            path.chmod(0o644)
-            fsync_path(path)
-        for path in paths:
+        flush_tree(collected)
+        for path in sorted(collected.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
             path.replace(directory / path.name)
         fsync_path(directory)
     finally:

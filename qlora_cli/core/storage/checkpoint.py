@@ -8,8 +8,8 @@ directory with the final name is complete whatever killed the process; what a di
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.artifacts import atomic_directory, fsync_path, sha256_of, write_json
+from qlora_cli.artifacts import sha256_of, write_json
 from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.core.storage.ownership import read_mark
+from qlora_cli.core.storage.publish import atomic_directory
+from qlora_cli.core.storage.temporaries import discard, remove, sweep
 from qlora_cli.errors import CheckpointError
+from qlora_cli.events import Caution, Report, report_nothing
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -36,6 +40,7 @@ class Checkpoint:
     step: int
     identity: dict[str, Any]
     files: dict[str, int]  # all but the manifest: name → bytes
+    run: str = ""  # id of the run that wrote it; empty in those of older versions
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,20 @@ class Skipped:
 def checkpoint_path(root: Path, step: int) -> Path:
     """Directory of the checkpoint after `step` optimizer steps."""
     return root / f"step-{step:08d}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory holds a manifest of ours, whole or damaged in its files: other programs name theirs so too."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.pop("sha256", None) == manifest_digest(manifest)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, which is their order: the texts of 99999999 and 100000000 are not."""
+    return int(path.name.removeprefix("step-"))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -69,7 +88,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(
-    root: Path, step: int, *, identity: dict[str, Any], fill: Callable[[Path], None], needed_bytes: int
+    root: Path, step: int, *, identity: dict[str, Any], fill: Callable[[Path], None], needed_bytes: int, run: str = ""
 ) -> Checkpoint:
     """Writes the checkpoint after `step` optimizer steps below `root`, replacing one of the same step.
 
@@ -77,20 +96,21 @@ def write_checkpoint(
         identity: What the state depends on (base, data, settings), compared on resume.
         fill: Writes the files into the directory it is given.
         needed_bytes: Expected size, reported when the disk is full.
+        run: Id of the run, by which those of an older run in the same place are told from its own.
 
     Raises:
         DiskFull: It did not fit. The older checkpoints are untouched and nothing of this one is left.
     """
     target = checkpoint_path(root, step)
     root.mkdir(parents=True, exist_ok=True)
-    with reporting_disk_full(root, needed_bytes), atomic_directory(target, replace=True) as directory:
+    with reporting_disk_full(root, needed_bytes), atomic_directory(target) as directory:
         fill(directory)
         paths = sorted(directory.iterdir())
         files = {path.name: path.stat().st_size for path in paths}
         entries = {path.name: {"bytes": files[path.name], "sha256": sha256_of(path)} for path in paths}
-        manifest = {"format": MANIFEST_FORMAT, "step": step, "identity": identity, "files": entries}
+        manifest = {"format": MANIFEST_FORMAT, "step": step, "run": run, "identity": identity, "files": entries}
         write_json(directory / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
-    return Checkpoint(target, step, identity, files)
+    return Checkpoint(target, step, identity, files, run)
 
 
 def verify_checkpoint(path: Path, required: Iterable[str] = ()) -> Checkpoint:
@@ -120,17 +140,21 @@ def verify_checkpoint(path: Path, required: Iterable[str] = ()) -> Checkpoint:
         if name not in expected:
             raise CheckpointError(f"{MANIFEST} does not name {name}")
         _check_file(path / name, *expected[name])
-    return Checkpoint(path, step, identity, {name: size_bytes for name, (size_bytes, _) in expected.items()})
+    files = {name: size_bytes for name, (size_bytes, _) in expected.items()}
+    return Checkpoint(path, step, identity, files, str(manifest.get("run", "")))
 
 
 def newest_valid(root: Path, required: Iterable[str] = ()) -> tuple[Checkpoint | None, list[Skipped]]:
-    """The newest checkpoint that verifies and holds the `required` files, and the newer ones that do not."""
+    """The newest checkpoint of this run that verifies and holds the `required` files, and the newer ones that do not."""
     skipped: list[Skipped] = []
+    mark = read_mark(root.parent)
     for path in reversed(list_checkpoints(root)):
         try:
             checkpoint = verify_checkpoint(path, required)
             if checkpoint_path(root, checkpoint.step) != path:
                 raise CheckpointError(f"its manifest is of step {checkpoint.step}")
+            if mark is not None and mark.id and not (checkpoint.run == mark.id or (mark.older and not checkpoint.run)):
+                raise CheckpointError("it was written by another run than that of this directory")
         except CheckpointError as error:
             skipped.append(Skipped(path, error.message))
         else:
@@ -142,36 +166,30 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Directories named as checkpoints, oldest first, verified or not."""
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if _DIRECTORY.fullmatch(path.name) and path.is_dir())
+    return sorted((path for path in root.iterdir() if _DIRECTORY.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
-def prune(root: Path, written: Checkpoint, *, keep: int, protect: Iterable[int] = ()) -> None:
+def prune(
+    root: Path, written: Checkpoint, *, keep: int, protect: Iterable[int] = (), report: Report = report_nothing
+) -> None:
     """Removes what `written`, just saved, makes superfluous.
 
     What stays: `written`, the `keep` - 1 checkpoints before it that look whole, and the steps in `protect`. Newer ones
-    go: the run went back behind them because they did not verify.
+    go: the run went back behind them because they did not verify. What cannot be removed costs a caution, never the run.
     """
-    older = [path for path in list_checkpoints(root) if path.name < written.path.name and _looks_whole(path)]
+    older = [path for path in list_checkpoints(root) if step_of(path) < written.step and _looks_whole(path)]
     staying = {written.path, *older[len(older) - (keep - 1) :]} | {checkpoint_path(root, step) for step in protect}
-    discard(path for path in list_checkpoints(root) if path not in staying)
-
-
-def discard(paths: Iterable[Path]) -> None:
-    """Removes checkpoint directories so that a kill in between leaves none that is half there under its name."""
-    for path in paths:
-        if path.exists():
-            trash = path.with_name(f".{path.name}.old")
-            shutil.rmtree(trash, ignore_errors=True)
-            path.rename(trash)
-            fsync_path(path.parent)
-            shutil.rmtree(trash)
+    for path in list_checkpoints(root):
+        if path not in staying and (error := discard(path)):
+            report(Caution(f"The superfluous checkpoint {path} could not be removed ({error.strerror})."))
 
 
 def remove_leftovers(root: Path) -> None:
     """Removes temporary directories of a killed process. Call it with the run's lock held."""
-    if root.is_dir():
-        for path in root.glob(".step-*"):
-            shutil.rmtree(path)
+    sweep(root)
+    for path in root.glob(".step-*"):  # of versions that named them by the step alone
+        with suppress(OSError):
+            remove(path)
 
 
 def differences(saved: Any, now: Any, name: str = "") -> list[str]:

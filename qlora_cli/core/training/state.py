@@ -14,7 +14,7 @@ from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import load_optimizer_state, optimizer_state
 from qlora_cli.core.training.rng_state import RandomState
 from qlora_cli.errors import CheckpointError
-from qlora_cli.events import CheckpointSaved
+from qlora_cli.events import CheckpointSaved, Report, report_nothing
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 RANDOM_TENSORS = "random.safetensors"
@@ -76,6 +76,8 @@ class Checkpointing:
     every: int  # steps
     keep: int
     keep_best: bool
+    run_id: str = ""
+    report: Report = report_nothing  # of what could not be removed
 
     def write(
         self,
@@ -101,10 +103,15 @@ class Checkpointing:
             write_json(directory / STATE, {"progress": asdict(state), "optimizer": saved})
 
         checkpoint = write_checkpoint(
-            self.root, state.step, identity=self.identity, fill=fill, needed_bytes=self.needed_bytes
+            self.root,
+            state.step,
+            identity=self.identity,
+            fill=fill,
+            needed_bytes=self.needed_bytes,
+            run=self.run_id,
         )
         best = [state.best_step] if self.keep_best and state.best_step else []
-        prune(self.root, checkpoint, keep=self.keep, protect=best)
+        prune(self.root, checkpoint, keep=self.keep, protect=best, report=self.report)
         seconds = time.perf_counter() - started
         return CheckpointSaved(checkpoint.step, str(checkpoint.path), sum(checkpoint.files.values()), seconds)
 
