@@ -138,7 +138,19 @@ class LoraSettings:
     )
     dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.", panel=ADAPTER)
     target_modules: tuple[str, ...] | None = setting(
-        None, "Comma-separated module names to adapt; by default every linear layer but the head.", panel=ADAPTER
+        None,
+        "Comma-separated modules to adapt: names, ends of names, regular expressions of whole names, or all-linear, "
+        "the default: every linear layer but the head.",
+        panel=ADAPTER,
+    )
+    exclude_modules: tuple[str, ...] | None = setting(
+        None, "Comma-separated modules left unadapted, named as for --target-modules.", panel=ADAPTER
+    )
+    rank_pattern: tuple[str, ...] | None = setting(
+        None, "Ranks of their own, comma-separated: q_proj=8,layers.0.mlp.up_proj=32.", panel=ADAPTER
+    )
+    alpha_pattern: tuple[str, ...] | None = setting(
+        None, "Alphas of their own, named as for --rank-pattern.", panel=ADAPTER
     )
     rslora: bool = setting(False, "Rank-stabilised scaling alpha/sqrt(rank).", panel=ADAPTER)
     dora: bool = setting(False, "Weight-decomposed adapters (DoRA).", panel=ADAPTER)

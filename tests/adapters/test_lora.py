@@ -7,13 +7,13 @@ import torch
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings
+from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.lora import (
     adapter_state,
     attach_adapter,
     count_parameters,
     load_adapter,
     load_adapter_state,
-    read_adapter,
     save_adapter,
 )
 from qlora_cli.core.models.files import resolve_model

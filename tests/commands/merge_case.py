@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.commands.merge import MergeResult, merge
-from qlora_cli.config import MergeConfig, QuantizationSettings
-from qlora_cli.core.adapters.lora import find_targets
+from qlora_cli.config import LoraSettings, MergeConfig, QuantizationSettings
+from qlora_cli.core.adapters.targets import find_targets
 from qlora_cli.core.device import choose_device, dtype_name
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
@@ -91,7 +91,13 @@ def make_case(
     )
     if new_tokens:
         model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + new_tokens, mean_resizing=False)
-    settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": find_targets(model, None), **lora}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "task_type": "CAUSAL_LM",
+        "target_modules": find_targets(model, LoraSettings()),
+        **lora,
+    }
     torch.manual_seed(1)
     peft_model = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.artifacts import MERGE_RECORD, find_run_record, read_json
-from qlora_cli.core.adapters.lora import AdapterFacts, read_adapter
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.prompts.formatting import Formatting

@@ -1,9 +1,10 @@
-"""LoRA adapters by PEFT: attached to a base, loaded, saved, and read without their base."""
+"""LoRA adapters by PEFT: attached to a base, loaded and saved."""
 
 import json
+import math
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +12,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings
+from qlora_cli.core.adapters.adapter_facts import read_adapter
+from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, stored_config
+from qlora_cli.core.adapters.targets import find_targets, read_patterns, short_names
 from qlora_cli.core.models.quantization import logical_numel
-from qlora_cli.core.models.structure import head_names, linear_names, tower_names
-from qlora_cli.errors import AdapterError
-
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """What an adapter's own files say, without its base."""
-
-    rank: int
-    alpha: float
-    scaling: float  # factor on B @ A
-    dropout: float
-    target_modules: tuple[str, ...]
-    base_model: str | None
-    rslora: bool
-    dora: bool
-    modules_to_save: tuple[str, ...]
-    tensors: Mapping[str, tuple[tuple[int, ...], str]]  # name → (shape, safetensors dtype)
-    config: Mapping[str, Any]  # adapter_config.json
-
-
-def find_targets(model: PreTrainedModel, target_modules: tuple[str, ...] | None) -> list[str]:
-    """Module names for PEFT: those asked for, or the last names of every linear layer but the head.
-
-    Raises:
-        AdapterError: A name matches no module that an adapter can be attached to.
-    """
-    linears = linear_names(model)
-    leaves = {name.rsplit(".", 1)[-1] for name in linears}
-    if target_modules is None:
-        if not linears:
-            raise AdapterError("The model has no linear layer to adapt.", "Name modules with --target-modules.")
-        others = {name.rsplit(".", 1)[-1] for name in dict(model.named_modules()).keys() - set(linears)}
-        # Towers, which are left out here, have leaves of these names too: whoever loads the adapter loads them.
-        return sorted(linears if leaves & others or tower_names(model) else leaves)
-    adaptable = [*linears, *head_names(model)]
-    adaptable += [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in adaptable)]
-    if missing:
-        raise AdapterError(
-            f"--target-modules {', '.join(missing)} matches no linear layer of this {model.config.model_type} model.",
-            f"Its linear layers are: {', '.join(sorted(leaves))}.",
-        )
-    return list(target_modules)
+from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.errors import AdapterError, first_line
 
 
 def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0) -> PeftModel:
@@ -85,28 +46,64 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
     for name in lora.modules_to_save or ():
         if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
             raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")
-    alpha: Any = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha  # as peft writes it
+    names = find_targets(model, lora)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=alpha,
+        lora_alpha=_as_written(lora.alpha),
         lora_dropout=lora.dropout,
-        target_modules=find_targets(model, lora.target_modules),
+        target_modules=short_names(names, lora.target_modules, model),
         bias="none",
         task_type="CAUSAL_LM",
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
+        **_patterns(lora, names),
     )
+    stored_config(config, model)  # refuses what PEFT could not read back
     device = next(model.parameters()).device
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings(), as_they_are():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=device.type == "meta")
+        try:
+            peft_model = get_peft_model(model, config, low_cpu_mem_usage=device.type == "meta")
+        except ValueError as error:
+            raise AdapterError(
+                f"No adapter can be attached as asked: {first_line(error)}", "Leave modules out with --exclude-modules."
+            ) from error
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and "modules_to_save" in name:
             parameter.data = parameter.data.float()  # full modules train in float32 like the adapter
     return peft_model
+
+
+def _as_written(number: float) -> Any:
+    return int(number) if float(number).is_integer() else number  # as peft writes it
+
+
+def _patterns(lora: LoraSettings, names: Sequence[str]) -> dict[str, Any]:
+    """`rank_pattern` and `alpha_pattern` of PEFT, by full name.
+
+    Raises:
+        AdapterError: A value is none, or a name matches no module that is adapted.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for field, read in (("rank_pattern", int), ("alpha_pattern", float)):
+        flag = "--" + field.replace("_", "-")
+        values = {}
+        for name, text in read_patterns(getattr(lora, field), names, flag).items():
+            try:
+                values[f"^{re.escape(name)}"] = _as_written(_positive(read(text)))
+            except ValueError as error:
+                raise AdapterError(f"{flag} gives {name} {text}, which is none above 0.") from error
+        found[field] = values
+    return found
+
+
+def _positive(number: float) -> float:
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
 
 
 def load_adapter(
@@ -129,13 +126,15 @@ def load_adapter(
     """
     facts = read_adapter(directory)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), as_they_are():
             warnings.simplefilter("ignore")
+            config = config_to_load(facts, underlying_model(model))
             if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
                 model.load_adapter(str(directory), adapter_name=name)
             else:
-                model = PeftModel.from_pretrained(model, str(directory), adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as error:
+                model = PeftModel.from_pretrained(model, str(directory), adapter_name=name, config=config)
+    except (RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         made_for = f" (made for {facts.base_model})" if facts.base_model else ""
@@ -176,7 +175,8 @@ def load_adapter_state(peft_model: PeftModel, state: Mapping[str, torch.Tensor])
     wrong += [n for n in current if n in state and current[n].shape != state[n].shape]
     if wrong:
         raise AdapterError(f"The saved adapter does not match: {wrong[0]} and {len(wrong) - 1} more tensors differ.")
-    set_peft_model_state_dict(peft_model, dict(state))
+    with as_they_are():
+        set_peft_model_state_dict(peft_model, dict(state))
 
 
 def save_adapter(peft_model: PeftModel, directory: Path, *, base_name: str, name: str = "default") -> None:
@@ -186,60 +186,11 @@ def save_adapter(peft_model: PeftModel, directory: Path, *, base_name: str, name
     """
     state = {key: value.detach().to("cpu").contiguous() for key, value in adapter_state(peft_model, name).items()}
     save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = peft_model.peft_config[name].to_dict()
+    config = stored_config(peft_model.peft_config[name], peft_model.get_base_model())
     config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True
     content = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets as sorted lists
     (directory / ADAPTER_CONFIG).write_text(content + "\n", encoding="utf-8")
-
-
-def read_adapter(directory: Path) -> AdapterFacts:
-    """Reads what an adapter directory says of itself.
-
-    Raises:
-        AdapterError: No adapter there, pickle weights only, or files that cannot be read.
-    """
-    config_path, weights_path = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
-    if not config_path.is_file():
-        raise AdapterError(
-            f"There is no adapter in {directory}: {ADAPTER_CONFIG} is missing.",
-            "Train one with: qlora train, or give --adapter the right directory.",
-        )
-    if not weights_path.is_file():
-        pickle = next(directory.glob("adapter_model*.bin"), None)
-        found = f"only {pickle.name}, a pickle file, is there and is not read" if pickle else "it is missing"
-        raise AdapterError(f"{weights_path} is needed: {found}.", "Save the adapter as safetensors.")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if config.get("peft_type") != "LORA":
-            raise AdapterError(
-                f"{directory} holds a {config.get('peft_type')} adapter.", "Only LoRA adapters are read."
-            )
-        with safe_open(weights_path, framework="pt") as reader:
-            tensors = {}
-            for name in reader.keys():  # noqa: SIM118 - not a mapping
-                part = reader.get_slice(name)
-                tensors[name] = (tuple(part.get_shape()), part.get_dtype())
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"The adapter in {directory} cannot be read: {error}.", "Use an earlier checkpoint."
-        ) from error
-    rslora = bool(config.get("use_rslora"))
-    targets = config.get("target_modules") or ()
-    return AdapterFacts(
-        rank=rank,
-        alpha=alpha,
-        scaling=alpha / (rank**0.5 if rslora else rank),
-        dropout=float(config.get("lora_dropout") or 0),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        base_model=config.get("base_model_name_or_path"),
-        rslora=rslora,
-        dora=bool(config.get("use_dora")),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
-        tensors=tensors,
-        config=config,
-    )
 
 
 def adapted_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from qlora_cli import artifacts
-from qlora_cli.core.adapters.lora import AdapterFacts, count_parameters, read_adapter
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
+from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_layers
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty

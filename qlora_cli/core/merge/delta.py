@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.core.adapters.lora import AdapterFacts
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts
 from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
 from qlora_cli.errors import AdapterError
 
@@ -30,7 +30,6 @@ NOT_MERGEABLE = (
     "kasa_config",
     "layer_replication",
     "monteclora_config",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
     "velora_config",

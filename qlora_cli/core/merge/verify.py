@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.artifacts import RUN_YAML, find_run_record, is_prepared, run_of
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import read_config_file
-from qlora_cli.core.adapters.lora import AdapterFacts, load_adapter
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts
+from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.data.dataset import PreparedRows, RowSubset, split_rows
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.merge.base import Base

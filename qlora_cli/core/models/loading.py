@@ -20,6 +20,7 @@ from qlora_cli.core.models.quantization import (
     is_finite,
 )
 from qlora_cli.core.models.quantized_cache import restore_base, save_base
+from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import build_empty, head_names, linear_names, text_class
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Notice
@@ -65,12 +66,13 @@ def load_base(
         raise ModelError(
             f"{files.name} is stored in 4 bits, which cannot be sharded.", "Give --model the 16-bit checkpoint."
         )
+    empty = build_empty(files.config, trust_remote_code=files.trust_remote_code)
     four_bit = FourBitConfig(
         weight_shards=weight_shards,
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=head_names(build_empty(files.config, trust_remote_code=files.trust_remote_code)),
+        llm_int8_skip_modules=[*head_names(empty), *sorted(read_raw(empty))],
     )
     base = _load(files, compute_dtype, device, four_bit if stored is None else None)
     _check_weights(base, files.name)

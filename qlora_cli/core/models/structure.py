@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.errors import ModelError, first_line
 
 # Subclasses of nn.Linear whose forward is that of nn.Linear in other words; transformers leaves them in 16 bits.
@@ -142,12 +143,12 @@ def head_names(model: Any) -> list[str]:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Full names of every linear layer but the output head (nn.Linear and its subclasses, Conv1D, 4-bit ones)."""
-    heads = set(head_names(model))
+    """Full names of every linear layer that is called but the output head (nn.Linear, its subclasses, Conv1D, 4-bit)."""
+    left_out = {*head_names(model), *read_raw(model)}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name not in heads and "lora_" not in name
+        if isinstance(module, (nn.Linear, Conv1D)) and name not in left_out and "lora_" not in name
     ]
 
 

@@ -1,0 +1,78 @@
+"""Facts of an adapter: what its own files say, read without its base."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter's own files say, without its base."""
+
+    rank: int
+    alpha: float
+    scaling: float  # factor on B @ A
+    dropout: float
+    target_modules: tuple[str, ...]
+    base_model: str | None
+    rslora: bool
+    dora: bool
+    modules_to_save: tuple[str, ...]
+    tensors: Mapping[str, tuple[tuple[int, ...], str]]  # name → (shape, safetensors dtype)
+    config: Mapping[str, Any]  # adapter_config.json
+
+
+def read_adapter(directory: Path) -> AdapterFacts:
+    """Reads what an adapter directory says of itself.
+
+    Raises:
+        AdapterError: No adapter there, pickle weights only, or files that cannot be read.
+    """
+    config_path, weights_path = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+    if not config_path.is_file():
+        raise AdapterError(
+            f"There is no adapter in {directory}: {ADAPTER_CONFIG} is missing.",
+            "Train one with: qlora train, or give --adapter the right directory.",
+        )
+    if not weights_path.is_file():
+        pickle = next(directory.glob("adapter_model*.bin"), None)
+        found = f"only {pickle.name}, a pickle file, is there and is not read" if pickle else "it is missing"
+        raise AdapterError(f"{weights_path} is needed: {found}.", "Save the adapter as safetensors.")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if config.get("peft_type") != "LORA":
+            raise AdapterError(
+                f"{directory} holds a {config.get('peft_type')} adapter.", "Only LoRA adapters are read."
+            )
+        with safe_open(weights_path, framework="pt") as reader:
+            tensors = {}
+            for name in reader.keys():  # noqa: SIM118 - not a mapping
+                part = reader.get_slice(name)
+                tensors[name] = (tuple(part.get_shape()), part.get_dtype())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"The adapter in {directory} cannot be read: {error}.", "Use an earlier checkpoint."
+        ) from error
+    rslora = bool(config.get("use_rslora"))
+    targets = config.get("target_modules") or ()
+    return AdapterFacts(
+        rank=rank,
+        alpha=alpha,
+        scaling=alpha / (rank**0.5 if rslora else rank),
+        dropout=float(config.get("lora_dropout") or 0),
+        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        base_model=config.get("base_model_name_or_path"),
+        rslora=rslora,
+        dora=bool(config.get("use_dora")),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        tensors=tensors,
+        config=config,
+    )

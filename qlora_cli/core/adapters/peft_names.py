@@ -1,0 +1,121 @@
+"""Names that PEFT changes on its way: those of mixture-of-experts models, in a configuration and in a file.
+
+transformers 4 had a linear layer for each expert, and PEFT takes `gate_proj` and its like for those (`w1` in Mixtral):
+they become adapters on the stacked experts. The dense and shared layers that are called so get none, in training and when
+PEFT loads an adapter that names them. Listed as parameters (`<layer>.weight`) they are what they are.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import transformers_weight_conversion as conversion
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts
+from qlora_cli.errors import AdapterError
+
+PREFIX = "base_model.model."
+
+
+@contextlib.contextmanager
+def as_they_are() -> Iterator[None]:
+    """Has PEFT take the names of a configuration and of tensors as they are."""
+    converts = ("convert_peft_config_for_transformers", "convert_peft_adapter_state_dict_for_transformers")
+    before = {name: getattr(conversion, name) for name in converts}
+    try:
+        conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+        conversion.convert_peft_adapter_state_dict_for_transformers = lambda *_, adapter_state_dict, **__: (
+            adapter_state_dict
+        )
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(conversion, name, function)
+
+
+def changes_name(model: Any, name: str) -> bool:
+    """Whether PEFT takes a target of this name for something else in this model."""
+    config = LoraConfig(target_modules=[name])
+    try:
+        conversion.convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # one of two that are one parameter now
+        return True
+    return set(config.target_modules or ()) != {name}
+
+
+def stored_config(config: Any, model: Any) -> dict[str, Any]:
+    """The fields of `adapter_config.json` with which PEFT attaches the adapter where it is attached here.
+
+    Args:
+        config: Whose `target_modules` are names and suffixes of modules, taken as they are.
+        model: The base, adapted or not.
+
+    Raises:
+        AdapterError: No configuration of PEFT says it.
+    """
+    content: dict[str, Any] = config.to_dict()
+    targets = sorted(config.target_modules or ())
+    changed = {leaf for leaf in {name.rsplit(".", 1)[-1] for name in targets} if changes_name(model, leaf)}
+    if not changed:
+        return content
+    kept = [name for name in targets if name.rsplit(".", 1)[-1] not in changed]
+    endings = tuple(f".{name}" for name in set(targets) - set(kept))
+    moved = [
+        name
+        for name, module in model.named_modules()
+        if name.endswith(endings) or name in targets
+        if name.rsplit(".", 1)[-1] in changed
+    ]
+    if config.use_dora or config.lora_bias:
+        raise AdapterError(
+            f"PEFT reads no DoRA adapter on {', '.join(sorted(changed))} of this {model.config.model_type} model.",
+            f"Leave --dora out, or add: --exclude-modules {','.join(sorted(changed))}",
+        )
+    content["target_modules"] = kept
+    content["target_parameters"] = sorted({*(config.target_parameters or ()), *(f"{name}.weight" for name in moved)})
+    content["lora_dropout"] = 0.0  # of training alone; PEFT takes none with parameters
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = content.get(field) or {}
+        content[field] = patterns | {f"({key})\\.weight": value for key, value in patterns.items()}
+    return content
+
+
+def config_to_load(facts: AdapterFacts, model: Any) -> LoraConfig:
+    """PEFT's configuration of an adapter in a file, its targets the modules that the file has tensors of.
+
+    Args:
+        facts: Of the adapter.
+        model: The base, adapted or not.
+
+    Raises:
+        ValueError, TypeError: PEFT refuses a field.
+    """
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    config: Any = LoraConfig(**{name: value for name, value in facts.config.items() if name in known})
+    config.inference_mode = True
+    if not config.target_parameters:
+        return config
+    modules = dict(model.named_modules())
+    adapted = {name.removeprefix(PREFIX).split(".lora_", 1)[0] for name in facts.tensors if ".lora_" in name}
+    layers = (nn.Linear, nn.Embedding, Conv1D, BaseTunerLayer)
+    targets = {
+        name
+        for name in adapted
+        if isinstance(modules.get(name), layers) and not isinstance(modules.get(name), ParamWrapper)
+    }
+    if targets:
+        config.target_modules = targets
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    endings = tuple(f"{name}.weight" for name in targets)
+    config.target_parameters = [
+        parameter
+        for parameter in config.target_parameters
+        if not any(ending == parameter or ending.endswith(f".{parameter}") for ending in endings)
+    ] or None
+    return config

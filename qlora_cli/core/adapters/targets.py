@@ -1,0 +1,133 @@
+"""Targets of an adapter: which modules it is attached to, found by name, suffix or regular expression."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import regex
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.config import LoraSettings
+from qlora_cli.core.models.quantization import is_4bit
+from qlora_cli.core.models.raw_weights import read_raw
+from qlora_cli.core.models.structure import head_names, is_plain_linear, linear_names, tower_names
+from qlora_cli.errors import AdapterError
+
+ALL_LINEAR = "all-linear"
+MATCH_SECONDS = 1.0  # for one name: a pattern may backtrack for ever
+REGEX_CHARACTERS = set("*+?[](){}|^$\\")
+LISTED = 12  # names in an error
+
+
+def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
+    """Full names of the modules to adapt: those asked for, or every linear layer but the head, without those excluded.
+
+    By default a layer is left out whose weight is read without calling it (`read_raw`), or that does more than a linear
+    layer does, as some routers.
+
+    Raises:
+        AdapterError: A name matches no module that an adapter can be attached to, or nothing is left.
+    """
+    linears = linear_names(model)
+    raw = read_raw(model)
+    beside = tuple(f"{name}." for name in tower_names(model))
+    default = [name for name in linears if not name.startswith(beside) and _is_linear(model.get_submodule(name))]
+    if lora.target_modules is None:
+        found = default
+    else:
+        others = [*head_names(model), *(n for n, module in model.named_modules() if isinstance(module, nn.Embedding))]
+        found = _find(lora.target_modules, default, [*linears, *others, *raw], "--target-modules", model)
+        odd = [name for name in found if name not in default and name not in others]
+        if odd:
+            raise AdapterError(
+                f"{odd[0]} takes no adapter: its weight is read without calling it, or it does more than a linear "
+                "layer.",
+                f"Leave it out, or use --target-modules {ALL_LINEAR}, which does.",
+            )
+    if lora.exclude_modules:
+        excluded = set(_find(lora.exclude_modules, default, found, "--exclude-modules", model))
+        found = [name for name in found if name not in excluded]
+    if not found:
+        raise AdapterError("No linear layer is left to adapt.", "Name modules with --target-modules.")
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return is_plain_linear(module) or is_4bit(module) or isinstance(module, Conv1D)
+
+
+def _find(
+    wanted: Sequence[str], default: Sequence[str], names: Sequence[str], flag: str, model: PreTrainedModel
+) -> list[str]:
+    """Those of `names` that a comma-separated setting matches, in their order; each item has to match one."""
+    matched = {item: set(default) if item == ALL_LINEAR else match(item, names, flag) for item in wanted}
+    missing = [item for item, found in matched.items() if not found]
+    if missing and len(wanted) > 1:  # the commas may be a regular expression's
+        whole = match(",".join(wanted), names, flag)
+        if whole:
+            return [name for name in names if name in whole]
+    if missing:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise AdapterError(
+            f"{flag} {', '.join(missing)} matches no linear layer of this {model.config.model_type} model.",
+            f"Its linear layers are: {', '.join(leaves[:LISTED])}{', …' if len(leaves) > LISTED else ''}.",
+        )
+    chosen = set().union(*matched.values())
+    return [name for name in names if name in chosen]
+
+
+def match(item: str, names: Iterable[str], flag: str) -> set[str]:
+    """Names that are `item`, end in it behind a dot, or that it matches as a whole as a regular expression.
+
+    Raises:
+        AdapterError: The expression takes too long.
+    """
+    found = {name for name in names if name == item or name.endswith(f".{item}")}
+    if found or not set(item) & REGEX_CHARACTERS:
+        return found
+    try:
+        pattern = regex.compile(item)
+        return {name for name in names if pattern.fullmatch(name, timeout=MATCH_SECONDS)}
+    except regex.error:
+        return set()
+    except TimeoutError as error:
+        raise AdapterError(
+            f"{flag} {item} takes longer than {MATCH_SECONDS:g} s to match a name.", "Write a simpler expression."
+        ) from error
+
+
+def short_names(names: Sequence[str], wanted: Sequence[str] | None, model: PreTrainedModel) -> list[str]:
+    """The shortest way to name modules for PEFT, which takes names and suffixes: as asked for, last names, or in full.
+
+    In full beside towers, which are left out here: they have modules of these names too, whoever loads the adapter.
+    """
+    if tower_names(model):
+        return sorted(names)
+    every = [name for name, _ in model.named_modules()]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    for candidate in [list(wanted or ()), leaves]:
+        endings = tuple(f".{item}" for item in candidate)
+        if candidate and {n for n in every if n in candidate or n.endswith(endings)} == set(names):
+            return candidate
+    return sorted(names)
+
+
+def read_patterns(items: Sequence[str] | None, names: Iterable[str], flag: str) -> Mapping[str, str]:
+    """Values by module of settings such as `q_proj=8`, whose names are names, suffixes or regular expressions.
+
+    Returns:
+        Full name → value as typed; of several items the first that matches a name gives its value, as in PEFT.
+
+    Raises:
+        AdapterError: An item has no value, or matches nothing.
+    """
+    values: dict[str, str] = {}
+    for item in items or ():
+        key, equals, value = item.rpartition("=")
+        found = match(key, names, flag) if equals else set()
+        if not found:
+            raise AdapterError(
+                f"{flag} {item} matches no adapted module.", f"Write a module's name and a value: {flag} q_proj=8"
+            )
+        values |= {name: value for name in found if name not in values}
+    return values

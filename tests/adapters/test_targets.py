@@ -1,0 +1,144 @@
+"""An adapter is attached where the user says, and PEFT alone puts it there too."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.artifacts import ADAPTER_CONFIG
+from qlora_cli.config import LoraSettings
+from qlora_cli.core.adapters.lora import attach_adapter, load_adapter, save_adapter
+from qlora_cli.core.adapters.targets import find_targets
+from qlora_cli.core.models.structure import build_empty, linear_names
+from qlora_cli.errors import AdapterError
+
+IDS = torch.arange(5, 25)[None]
+SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GLM = transformers.Glm4MoeConfig(
+    **SMALL,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    moe_intermediate_size=48,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    pad_token_id=1,
+)
+
+
+def build(config, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.08)
+    return model.eval().requires_grad_(False)
+
+
+def randomise(peft_model):
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    return peft_model.eval()
+
+
+def adapted_names(peft_model):
+    names = (n.split(".lora_A")[0] for n, _ in peft_model.named_parameters() if ".lora_A." in n)
+    return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build_empty(transformers.LlamaConfig(**SMALL, intermediate_size=128))
+
+
+def test_dense_and_shared_layers_of_a_mixture_are_adapted_as_layers_and_peft_alone_puts_them_there(tmp_path):
+    patterns = {"rank_pattern": ("shared_experts.up_proj=2",), "alpha_pattern": ("up_proj=4",)}
+    adapted = attach_adapter(build(GLM), LoraSettings(rank=8, alpha=16, dropout=0.1, **patterns))
+    assert adapted_names(adapted) == set(linear_names(build_empty(GLM)))
+    randomise(adapted)
+    logits = adapted(IDS).logits
+    assert (logits - build(GLM)(IDS).logits).abs().max() > 0.1
+    save_adapter(adapted, tmp_path, base_name="org/base")
+    for again in (PeftModel.from_pretrained(build(GLM), str(tmp_path)), load_adapter(build(GLM), tmp_path)):
+        torch.testing.assert_close(again.eval()(IDS).logits, logits, rtol=0, atol=5e-6)
+        assert adapted_names(again) == adapted_names(adapted)
+
+
+def test_what_peft_cannot_read_back_is_refused_with_what_to_leave_out():
+    with pytest.raises(AdapterError, match="DoRA") as error:
+        attach_adapter(build_empty(GLM), LoraSettings(dora=True))
+    leaves = error.value.hint.rpartition(" ")[2]
+    adapted = attach_adapter(build_empty(GLM), LoraSettings(dora=True, exclude_modules=tuple(leaves.split(","))))
+    assert {name.rsplit(".", 1)[-1] for name in adapted_names(adapted)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "found"),
+    [
+        (("all-linear",), None, 14),
+        (("all-linear",), ("mlp.up_proj", "layers.1.self_attn.q_proj"), 11),
+        ((r".*layers\.1\.(self_attn\.(q|k)_proj|mlp\.up_proj)",), None, 3),
+        ((r"model\.layers\.\d{1", r"2}\.mlp\..*"), None, 6),  # commas are a regular expression's own
+        (("self_attn.q_proj", r".*\.1\.mlp.*"), None, 5),
+        (("model.layers.1.self_attn.q_proj",), None, 1),
+        (("q_proj", "lm_head", "embed_tokens"), None, 4),
+        (None, (r".*self_attn.*",), 6),
+    ],
+)
+def test_targets_are_names_ends_expressions_or_all(llama, targets, excluded, found):
+    assert len(find_targets(llama, LoraSettings(target_modules=targets, exclude_modules=excluded))) == found
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target_modules": ("q_proj", "v_porj")},
+        {"target_modules": (r".*\.mlq\..*",)},
+        {"target_modules": ("(",)},
+        {"target_modules": ("embed_tokens", "norm")},
+        {"exclude_modules": ("q_porj",)},
+        {"target_modules": ("q_proj",), "exclude_modules": ("k_proj",)},
+        {"exclude_modules": ("all-linear",)},
+        {"rank_pattern": ("q_porj=4",)},
+        {"rank_pattern": ("q_proj=0",)},
+        {"rank_pattern": ("q_proj",)},
+        {"alpha_pattern": ("q_proj=much",)},
+        {"target_modules": (r"(.*)*(.*)*(.*)*(.*)*(.*)*x",)},  # backtracks for hours
+    ],
+)
+def test_what_matches_nothing_or_says_nothing_is_one_sentence(llama, wrong):
+    with pytest.raises(AdapterError):
+        attach_adapter(llama, LoraSettings(**wrong))
+
+
+def test_a_layer_that_is_read_and_not_called_is_left_out_and_refused_by_name():
+    mixer = build_empty(transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=4))
+    assert find_targets(mixer, LoraSettings()) == ["backbone.layers.0.mixer.in_proj"]
+    with pytest.raises(AdapterError, match="dt_proj takes no adapter"):
+        find_targets(mixer, LoraSettings(target_modules=("in_proj", "dt_proj")))
+
+
+def test_ranks_and_alphas_of_their_own_are_peft_patterns(llama, tmp_path):
+    settings = LoraSettings(
+        rank=4, alpha=8, rank_pattern=("layers.1.mlp.up_proj=16", "q_proj=2"), alpha_pattern=("q_proj=3",)
+    )
+    model = build(llama.config)
+    adapted = randomise(attach_adapter(model, settings))
+    save_adapter(adapted, tmp_path, base_name="org/base")
+    again = PeftModel.from_pretrained(build(llama.config), str(tmp_path)).eval()
+    torch.testing.assert_close(again(IDS).logits, adapted(IDS).logits, rtol=0, atol=0)
+    ranks = {n: p.shape[0] for n, p in adapted.named_parameters() if ".lora_A." in n}
+    assert {r for n, r in ranks.items() if "q_proj" in n} == {2} and sorted(set(ranks.values())) == [2, 4, 16]
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == 1.5
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["r"] == 4
