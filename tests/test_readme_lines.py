@@ -23,7 +23,8 @@ FIRST_LINES = [
 RUN_ALL = """
 import io, json, shlex, sys
 from qlora_cli.cli.app import main
-for line in json.load(sys.stdin):
+given = json.load(sys.stdin)
+for line in given["lines"]:
     typed, _, command = line.rpartition("| ")
     sys.stdin = io.StringIO(typed and shlex.split(typed)[1])
     print(f"$ {line}", file=sys.stderr, flush=True)
@@ -31,14 +32,17 @@ for line in json.load(sys.stdin):
     code = main(shlex.split(command, comments=True)[1:])
     if code:
         sys.exit(f"{line} ended with {code}")
+names = {}
+for cell in given["cells"]:
+    exec(cell, names)
 """
 
 
-def run_in(directory, environment, lines):
-    """What they printed on stdout and on stderr."""
+def run_in(directory, environment, lines, cells=()):
+    """What command lines, and Python after them, printed on stdout and on stderr."""
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL],
-        input=json.dumps(lines),
+        input=json.dumps({"lines": lines, "cells": cells}),
         cwd=directory,
         env={**environment, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "ACCELERATE_USE_CPU": "1"},
         capture_output=True,
@@ -91,7 +95,7 @@ def test_inspect_in_an_empty_directory_tells_about_the_machine(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_every_other_line_works_as_written(tmp_path_factory):
+def test_every_other_line_and_the_notebook_work_as_written(tmp_path_factory):
     lines = [line.strip() for line in README.splitlines() if line.startswith("    ") and "qlora " in line]
     lines = [line for line in lines if line not in FIRST_LINES]
     assert len(lines) > 15
@@ -107,5 +111,7 @@ def test_every_other_line_works_as_written(tmp_path_factory):
     lay_rows(hub, "mlabonne/guanaco-llama2-1k", "train.jsonl", [chat] * 40)
     (directory / "examples").symlink_to(PROJECT / "examples")
     (directory / "prompts.jsonl").write_text('{"prompt": "What does len() return?"}\n"And abs()?"\n')
-    run_in(directory, environment, lines)
+    cells = json.loads((PROJECT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    run_in(directory, environment, lines, ["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
+    assert (directory / "notebook-merged" / "config.json").is_file()
     assert len((directory / "answers.jsonl").read_text().splitlines()) == 2
