@@ -43,7 +43,7 @@ from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import learning_rate_schedule
 from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer
 from qlora_cli.core.training.reporting import RunReporter
-from qlora_cli.core.training.resume import find_checkpoint, restore_or_seed
+from qlora_cli.core.training.resume import find_shared_checkpoint, restore_or_seed
 from qlora_cli.core.training.state import Checkpointing, TrainerState, load_optimizer, read_trainer_state
 from qlora_cli.core.training.trainer import Optimization, Trainer
 from qlora_cli.errors import CheckpointError
@@ -108,7 +108,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             return describe_plan(run, inputs, decisions, first_step=start.state.step + 1)
         loaded = load_model(run, inputs, decisions)
         if start.checkpoint:
-            load_adapter_state(loaded.model, read_tensors(start.checkpoint.path / ADAPTER_WEIGHTS))
+            load_adapter_state(loaded.model, read_tensors(start.checkpoint, ADAPTER_WEIGHTS))
         engine = start_engine(run, inputs, decisions, start, loaded)
         stack.callback(engine.close)
         optimization = start_optimization(run, inputs, decisions, start, loaded)
@@ -230,8 +230,15 @@ def find_start(run: Run, inputs: RunInputs, decisions: Decisions) -> StartingPoi
         identity = run_identity(run, inputs, decisions)
     if config.resume:
         root = run.output / CHECKPOINTS
-        checkpoint = find_checkpoint(root, identity, allow_changes=config.allow_changes, report=run.report)
-    state = read_trainer_state(checkpoint.path) if checkpoint else TrainerState()
+        checkpoint = find_shared_checkpoint(
+            root,
+            identity,
+            allow_changes=config.allow_changes,
+            ranks=run.ranks,
+            device=run.device,
+            report=run.report,
+        )
+    state = read_trainer_state(checkpoint) if checkpoint else TrainerState()
     limits = [state.micro_batch_limit_tokens, decisions.memory.limit_tokens]
     state.micro_batch_limit_tokens = min((limit for limit in limits if limit is not None), default=None)
     return StartingPoint(identity, checkpoint, state)
@@ -251,7 +258,7 @@ def start_optimization(
     unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements)
     if checkpoint:
         try:
-            load_optimizer(checkpoint.path, optimizer, parameters)
+            load_optimizer(checkpoint, optimizer, parameters)
             unallocated_bytes = 0
         except CheckpointError as error:
             if not config.allow_changes:
@@ -259,6 +266,8 @@ def start_optimization(
             optimizer.state.clear()
             run.report(Caution(f"The optimizer starts without its state: {error.message}"))
     restore_or_seed(checkpoint, parameters.device, seed=config.seed, rank=run.ranks.rank)
+    if checkpoint:
+        checkpoint.close()
     return Optimization(
         parameters=parameters,
         optimizer=optimizer,

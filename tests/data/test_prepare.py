@@ -446,10 +446,20 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
     first = prepare_rows(config, byte_level(), None, None, lambda event: None)
     assert Path(first.directory).parent == tmp_path / "cache" / "prepared"
     assert prepare_rows(config, byte_level(), None, None, lambda event: None).cache_hit
-    damages = (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9]))
-    for name, damage in zip((PREPARED_MANIFEST, PREPARED_ROWS), damages, strict=True):
+
+    def flip(path):
+        content = path.read_bytes()
+        position = content.index(b"\0\0\0", len(content) // 4) - 1  # of an id, which stays one
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+
+    whole = (Path(first.directory) / PREPARED_ROWS).read_bytes()
+    damages = (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9]), flip)
+    for name, damage in zip((PREPARED_MANIFEST, PREPARED_ROWS, PREPARED_ROWS), damages, strict=True):
         damage(Path(first.directory) / name)
-        repaired = prepare_rows(config, byte_level(), None, None, lambda event: None)
+        events = []
+        repaired = prepare_rows(config, byte_level(), None, None, events.append)
+        assert name == PREPARED_MANIFEST or "made anew" in events[0].text
+        assert (Path(repaired.directory) / PREPARED_ROWS).read_bytes() == whole
         assert not repaired.cache_hit
         assert repaired.directory == first.directory
         assert len(PreparedRows(repaired.directory)) == 30
@@ -564,6 +574,7 @@ def test_a_directory_prepared_when_formats_were_called_shapes_is_the_same(tmp_pa
     path = tmp_path / "prepared" / PREPARED_MANIFEST
     manifest = json.loads(path.read_text())
     manifest["formatting"]["shape"] = manifest["formatting"].pop("format")
+    del manifest["sha256"]
     path.write_text(json.dumps(manifest))
     assert prepare(tmp_path, PAIRS)[1].cache_hit
     found = Formatting.from_dict(PreparedRows(tmp_path / "prepared").manifest["formatting"])

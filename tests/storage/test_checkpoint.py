@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,63 @@ def test_a_link_in_place_of_a_file_is_refused(tmp_path):
     link(written.path / FILES[0])
     with pytest.raises(CheckpointError, match=r"adapter.safetensors is a link"):
         verify_checkpoint(written.path)
+
+
+def test_what_was_verified_is_what_is_read_and_no_later_change_reaches_it(tmp_path):
+    save(tmp_path, 1)
+    found = newest_valid(tmp_path)[0]
+    tensors = read_tensors(found, FILES[0])
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    replacement = tmp_path / "other"
+    write_tensors(replacement, {"weight": torch.zeros(64)})
+    replacement.replace(found.path / FILES[0])  # another file under the name: the verified one is still read
+    assert torch.equal(read_tensors(found, FILES[0])["weight"], tensors["weight"])
+    found.close()
+    with pytest.raises(CheckpointError, match=r"adapter.safetensors was changed while it was read"):
+        read_tensors(found, FILES[0])
+    assert torch.equal(tensors["weight"], torch.full((64,), 1.0))
+    save(tmp_path, 2)
+    found = newest_valid(tmp_path)[0]
+    with (found.path / FILES[0]).open("r+b") as stream:  # written into, in place
+        stream.seek(-4, 2)
+        stream.write(b"\1\2\3\4")
+    with pytest.raises(CheckpointError, match="was changed"):
+        read_tensors(found, FILES[0])
+
+
+@pytest.mark.parametrize("call", ["open", "pread", "fstat"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ELOOP])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_file_that_cannot_be_read_leads_to_the_older_checkpoint(tmp_path, monkeypatch, name, number, call):
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    real, bad = getattr(os, call), (newer.path / name).stat().st_ino
+
+    def failing(what, *arguments, **keywords):
+        facts = Path(what if call == "open" else f"/proc/self/fd/{what}").stat()
+        if facts.st_ino == bad:
+            raise OSError(number, os.strerror(number))
+        return real(what, *arguments, **keywords)
+
+    monkeypatch.setattr(os, call, failing)
+    found, skipped = newest_valid(tmp_path, FILES)
+    assert found == older and f"{name} cannot be read ({os.strerror(number)})" in skipped[0].reason
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    for name in (FILES[0], MANIFEST):
+        (newer.path / name).unlink()
+        os.mkfifo(newer.path / name)
+        found, skipped = newest_valid(tmp_path, FILES)
+        assert found == older and "not a regular file" in skipped[0].reason
+
+
+def test_the_order_is_the_step_s_number(tmp_path):
+    for step in (99_999_998, 99_999_999):
+        save(tmp_path, step)
+    prune(tmp_path, save(tmp_path, 100_000_000), keep=2)
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
+    assert newest_valid(tmp_path, FILES)[0].step == 100_000_000
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".hidden", "a\x00b", "C:\\x", ""])

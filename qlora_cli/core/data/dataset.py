@@ -1,11 +1,17 @@
-"""A prepared directory: its rows written as Arrow batches, read through a memory map, split into trained and held out."""
+"""A prepared directory: its rows written as Arrow batches, verified when they are opened, split into trained and held out."""
 
+import hashlib
+import json
+import mmap
+import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, is_prepared, read_json
@@ -18,6 +24,7 @@ SCHEMA = pa.schema(
         pa.field("trained", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
     ]
 )
+MEMORY_SHARE = 1 / 8  # of the memory that is free: so much may the rows take
 SPLIT_STREAM = 0x5E7  # apart from the stream that orders the epochs
 
 
@@ -57,8 +64,24 @@ class RowWriter:
             self._sink.close()
 
 
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """Digest of a manifest, which it holds itself beside the rest; those of older versions hold none."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _open_once(path: Path) -> pa.Buffer:
+    """A file's bytes, in memory where they take little of what is free, else mapped."""
+    with path.open("rb") as stream:
+        if os.fstat(stream.fileno()).st_size <= psutil.virtual_memory().available * MEMORY_SHARE:
+            return pa.py_buffer(stream.read())
+        return pa.py_buffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
 class PreparedRows:
-    """The rows of a prepared directory, read through a memory map: nothing is held but what is asked for.
+    """The rows of a prepared directory, compared with the digest of what was written before any is used.
+
+    Rows that take little of the memory that is free are held there, so that nothing done to the file changes them any
+    more; of others nothing is held but what is asked for, through a memory map.
 
     Attributes:
         directory: Where they are.
@@ -83,7 +106,7 @@ class PreparedRows:
             raise RunError(f"{self.directory} was prepared by a newer qlora.", "Update with: pip install -U qlora-cli")
         path = self.directory / PREPARED_ROWS
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            reader = pa.ipc.open_file(_open_once(path))
             if reader.schema != SCHEMA:
                 raise pa.ArrowInvalid(f"unexpected columns {reader.schema.names}")
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -102,6 +125,26 @@ class PreparedRows:
                 f"{path} holds {len(self)} rows, but its manifest says {self.manifest.get('rows')}.",
                 "Prepare the data again.",
             )
+        wanted = self.manifest.get("rows_sha256")
+        if self.manifest.pop("sha256", None) not in (None, manifest_sha256(self.manifest)) or (
+            isinstance(wanted, str) and wanted != self._sha256()
+        ):
+            raise RunError(
+                f"{self.directory} is damaged: it holds other rows than were written there.", "Prepare the data again."
+            )
+
+    def _sha256(self) -> str:
+        """Digest of the rows as `PreparationStatistics` forms it while they are written, by three threads."""
+
+        def digest(parts: Iterable[np.ndarray]) -> bytes:
+            hashed = hashlib.sha256()
+            for part in parts:
+                hashed.update(np.ascontiguousarray(part).view(np.uint8).data)
+            return hashed.digest()
+
+        trained = (bits.to_numpy(zero_copy_only=False) for bits in self._trained)
+        with ThreadPoolExecutor(3) as pool:
+            return hashlib.sha256(b"".join(pool.map(digest, (self._ids, trained, [self.lengths])))).hexdigest()
 
     def __len__(self) -> int:
         return self._first_row[-1]

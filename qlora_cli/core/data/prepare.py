@@ -20,11 +20,12 @@ from qlora_cli.artifacts import (
     PREPARED_MANIFEST,
     PREPARED_ROWS,
     cache_root,
+    is_prepared,
     write_json,
 )
 from qlora_cli.config import DataSettings
 from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
-from qlora_cli.core.data.dataset import PreparedRows, RowWriter
+from qlora_cli.core.data.dataset import PreparedRows, RowWriter, manifest_sha256
 from qlora_cli.core.data.readers import CHUNK_BYTES
 from qlora_cli.core.data.schema import Recognised, read_template, recognise
 from qlora_cli.core.data.sources import Source, resolve_source
@@ -155,7 +156,7 @@ def prepare_rows(
     digest = _digest(settings, encoder, max_length, identity)
     if directory is None:
         directory = cache_directory() / digest[:32]  # whatever is there under this name is a part of the same
-    if (manifest := _manifest_of(directory, digest)) is not None:
+    if (manifest := _manifest_of(directory, digest, report)) is not None:
         report(Notice(f"These rows are prepared already in {directory} (same data, tokenizer and settings)."))
         return PreparedSummary(str(directory), True, manifest)
     place = asked() if asked else directory
@@ -197,16 +198,18 @@ def prepare_rows(
             "tokenizer": {"name": tokenizer.name_or_path, "sha256": encoder.spec.sha256},
             "digest": digest,
         }
-        write_json(temporary / PREPARED_MANIFEST, manifest)
+        write_json(temporary / PREPARED_MANIFEST, {**manifest, "sha256": manifest_sha256(manifest)})
     statistics.report(report, directory)
     return PreparedSummary(str(directory), False, manifest)
 
 
-def _manifest_of(directory: Path, digest: str) -> dict[str, Any] | None:
+def _manifest_of(directory: Path, digest: str, report: Report) -> dict[str, Any] | None:
     """The manifest, if the rows in a directory are whole and the ones wanted."""
     try:
         manifest = PreparedRows(directory).manifest
-    except RunError:
+    except RunError as error:
+        if is_prepared(directory):
+            report(Caution(f"{error.message} They are made anew."))
         return None
     return manifest if manifest.get("digest") == digest else None
 

@@ -1,6 +1,5 @@
 """Finished run: adapter, tokenizer, run record, model card and loss curve in the run directory."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from qlora_cli.artifacts import (
     FORMAT,
     MODEL_CARD,
     RUN_RECORD,
+    write_bytes,
     write_json,
 )
 from qlora_cli.config import TrainConfig
@@ -46,7 +46,7 @@ def write_run(
     output, rows = run.output, inputs.rows
     draw_loss_curve(output)
     if (rows.directory / BAD_ROWS).is_file():
-        shutil.copyfile(rows.directory / BAD_ROWS, output / BAD_ROWS)
+        write_bytes(output / BAD_ROWS, (rows.directory / BAD_ROWS).read_bytes())
     data = rows.manifest["data"]
     training = {name: value for name, value in result.to_dict().items() if name != "output"}
     settings = {f.name: getattr(run.config, f.name) for f in recorded_fields(TrainConfig).values()}
@@ -60,7 +60,7 @@ def write_run(
             save_adapter(directory)
         else:
             for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-                shutil.copyfile(best.path / name, directory / name)
+                (directory / name).write_bytes(best.read(name))
         write_record(directory, base, rows, training=training)
         card = write_card(
             base=base.model if base.revision else None,  # a directory has no revision, and its path stays private

@@ -10,20 +10,21 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from qlora_cli.artifacts import sha256_of, write_json
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.ownership import read_mark
 from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.core.storage.temporaries import discard, remove, sweep
-from qlora_cli.errors import CheckpointError
+from qlora_cli.core.storage.verified import VerifiedFolder
+from qlora_cli.errors import CheckpointError, first_line
 from qlora_cli.events import Caution, Report, report_nothing
 
 MANIFEST = "manifest.json"
@@ -41,6 +42,20 @@ class Checkpoint:
     identity: dict[str, Any]
     files: dict[str, int]  # all but the manifest: name → bytes
     run: str = ""  # id of the run that wrote it; empty in those of older versions
+    folder: VerifiedFolder | None = field(default=None, compare=False, repr=False)  # of one that was read
+
+    def read(self, name: str) -> bytes:
+        """The content of a file, from where it was verified: nothing is looked up by its path a second time.
+
+        Raises:
+            CheckpointError: It changed since, or cannot be read.
+        """
+        return (self.folder or VerifiedFolder(self.path)).read(name)
+
+    def close(self) -> None:
+        """Closes its files: an open one cannot be removed from some network file systems."""
+        if self.folder is not None:
+            self.folder.close()
 
 
 @dataclass(frozen=True)
@@ -75,16 +90,31 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads safetensors onto the CPU.
+def read_file(source: Checkpoint | Path, name: str) -> bytes:
+    """The content of a file of a checkpoint that verified, or of any directory.
 
     Raises:
-        CheckpointError: The file is not safetensors.
+        CheckpointError: It cannot be read, or is not what was verified.
     """
+    return source.read(name) if isinstance(source, Checkpoint) else VerifiedFolder(source).read(name)
+
+
+def read_tensors(source: Checkpoint | Path, name: str | None = None) -> dict[str, torch.Tensor]:
+    """Reads safetensors onto the CPU, into memory of their own: no later change of the file reaches them.
+
+    Args:
+        source: A checkpoint with the file's `name` in it; or the file itself.
+
+    Raises:
+        CheckpointError: The file is not safetensors, or cannot be read.
+    """
+    if name is None:
+        assert isinstance(source, Path)
+        source, name = source.parent, source.name
     try:
-        return load_file(path)
+        return load(read_file(source, name))
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}.") from error
+        raise CheckpointError(f"{name} is not a safetensors file: {error}.") from error
 
 
 def write_checkpoint(
@@ -119,12 +149,11 @@ def verify_checkpoint(path: Path, required: Iterable[str] = ()) -> Checkpoint:
     Raises:
         CheckpointError: With the reason as its message: what is missing, cut short, changed or not allowed.
     """
+    folder = VerifiedFolder(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read ({error})") from error
+        manifest = json.loads(folder.read(MANIFEST))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read ({first_line(error)})") from error
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != manifest_digest(manifest):
         raise CheckpointError(f"{MANIFEST} was changed or cut short")
     if manifest.get("format") != MANIFEST_FORMAT:
@@ -139,9 +168,9 @@ def verify_checkpoint(path: Path, required: Iterable[str] = ()) -> Checkpoint:
     for name in sorted({*expected, *required}):
         if name not in expected:
             raise CheckpointError(f"{MANIFEST} does not name {name}")
-        _check_file(path / name, *expected[name])
+        folder.check(name, *expected[name])
     files = {name: size_bytes for name, (size_bytes, _) in expected.items()}
-    return Checkpoint(path, step, identity, files, str(manifest.get("run", "")))
+    return Checkpoint(path, step, identity, files, str(manifest.get("run", "")), folder)
 
 
 def newest_valid(root: Path, required: Iterable[str] = ()) -> tuple[Checkpoint | None, list[Skipped]]:
@@ -206,18 +235,6 @@ def differences(saved: Any, now: Any, name: str = "") -> list[str]:
 def manifest_digest(manifest: dict[str, Any]) -> str:
     """SHA-256 of a manifest without its own digest, in hexadecimal."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _check_file(path: Path, size_bytes: int, sha256: str) -> None:
-    if path.is_symlink():
-        raise CheckpointError(f"{path.name} is a link, not a regular file")
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing")
-    found_bytes = path.stat().st_size
-    if found_bytes != size_bytes:
-        raise CheckpointError(f"{path.name} has {found_bytes:,} bytes instead of {size_bytes:,}")
-    if sha256_of(path) != sha256:
-        raise CheckpointError(f"{path.name} was changed: its SHA-256 is not the recorded one")
 
 
 def _looks_whole(path: Path) -> bool:

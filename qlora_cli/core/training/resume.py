@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from qlora_cli.core.storage.checkpoint import Checkpoint, differences, newest_valid
+from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, differences, newest_valid, verify_checkpoint
 from qlora_cli.core.training.rng_state import restore_random_state
 from qlora_cli.core.training.state import REQUIRED_FILES, read_random_state
 from qlora_cli.errors import CheckpointError
@@ -44,9 +45,37 @@ def find_checkpoint(root: Path, identity: dict[str, Any], *, allow_changes: bool
     return checkpoint
 
 
+def find_shared_checkpoint(
+    root: Path,
+    identity: dict[str, Any],
+    *,
+    allow_changes: bool,
+    ranks: ProcessGroup,
+    device: torch.device,
+    report: Report,
+) -> Checkpoint | None:
+    """`find_checkpoint` of the main rank, for all: a read error that only one meets must not part them.
+
+    Raises:
+        CheckpointError: As there; or this rank cannot read what the main one chose.
+    """
+    found = find_checkpoint(root, identity, allow_changes=allow_changes, report=report) if ranks.is_main else None
+    step = ranks.all_reduce_max(found.step if found else 0, device)
+    if ranks.is_main or not step:
+        return found
+    path = checkpoint_path(root, step)
+    try:
+        return verify_checkpoint(path, REQUIRED_FILES)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"Rank {ranks.rank} cannot read {path}, from which the others go on: {error.message}.",
+            "Check that every machine sees the same --output.",
+        ) from error
+
+
 def restore_or_seed(checkpoint: Checkpoint | None, device: torch.device, *, seed: int, rank: int) -> None:
     """Puts the random state of this rank back, or seeds it where none was saved, every rank differently."""
-    saved = read_random_state(checkpoint.path, rank) if checkpoint else None
+    saved = read_random_state(checkpoint, rank) if checkpoint else None
     if saved is not None:
         restore_random_state(saved, device)
     else:

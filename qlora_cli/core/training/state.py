@@ -1,5 +1,6 @@
 """Trainer state: how far a run has come, and all that its next step depends on as the files of a checkpoint."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -8,12 +9,19 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, write_json
-from qlora_cli.core.storage.checkpoint import prune, read_tensors, write_checkpoint, write_tensors
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_json
+from qlora_cli.core.storage.checkpoint import (
+    Checkpoint,
+    prune,
+    read_file,
+    read_tensors,
+    write_checkpoint,
+    write_tensors,
+)
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import load_optimizer_state, optimizer_state
 from qlora_cli.core.training.rng_state import RandomState
-from qlora_cli.errors import CheckpointError
+from qlora_cli.errors import CheckpointError, first_line
 from qlora_cli.events import CheckpointSaved, Report, report_nothing
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
@@ -116,34 +124,44 @@ class Checkpointing:
         return CheckpointSaved(checkpoint.step, str(checkpoint.path), sum(checkpoint.files.values()), seconds)
 
 
-def read_trainer_state(directory: Path) -> TrainerState:
-    """How far the run had come.
+def read_trainer_state(source: Checkpoint | Path) -> TrainerState:
+    """How far the run had come, by a checkpoint that verified or a directory.
 
     Raises:
         CheckpointError: The file was written by another version.
     """
     try:
-        progress = read_json(directory / STATE)["progress"]
+        progress = _read_state(source)["progress"]
         return TrainerState(**{**progress, "loss_scale": LossScale(**progress["loss_scale"])})
     except (LookupError, TypeError) as error:
-        raise CheckpointError(f"{directory / STATE} was written by another version of qlora ({error}).") from error
+        raise CheckpointError(f"{STATE} was written by another version of qlora ({error}).") from error
 
 
-def load_optimizer(directory: Path, optimizer: Optimizer, parameters: TrainableParameters) -> None:
+def _read_state(source: Checkpoint | Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_file(source, STATE))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{STATE} cannot be read ({first_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{STATE} was written by another version of qlora.")
+    return content
+
+
+def load_optimizer(source: Checkpoint | Path, optimizer: Optimizer, parameters: TrainableParameters) -> None:
     """Puts the optimizer's state back.
 
     Raises:
         CheckpointError: It is of another optimizer or of other parameters.
     """
-    saved = read_json(directory / STATE)["optimizer"]
+    saved = _read_state(source)["optimizer"]
     if saved["kind"] != type(optimizer).__name__:
         raise CheckpointError(f"The saved optimizer is {saved['kind']}, not {type(optimizer).__name__}.")
     if saved["layout"] != parameters.layout():
         raise CheckpointError("The saved optimizer is of other trained parameters.")
-    load_optimizer_state(optimizer, read_tensors(directory / OPTIMIZER_TENSORS), saved["numbers"])
+    load_optimizer_state(optimizer, read_tensors(source, OPTIMIZER_TENSORS), saved["numbers"])
 
 
-def read_random_state(directory: Path, rank: int) -> RandomState | None:
+def read_random_state(source: Checkpoint | Path, rank: int) -> RandomState | None:
     """The random state of one rank; None when the checkpoint was written by fewer."""
-    prefix, tensors = f"{rank}.", read_tensors(directory / RANDOM_TENSORS)
+    prefix, tensors = f"{rank}.", read_tensors(source, RANDOM_TENSORS)
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)} or None
