@@ -149,6 +149,10 @@ class PreparedRows:
     def __len__(self) -> int:
         return self._first_row[-1]
 
+    def largest_id(self) -> int:
+        """The largest token id in any row; -1 where there is no token."""
+        return max((int(ids.max()) for ids in self._ids if len(ids)), default=-1)
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """One row: input_ids (n,) int32 and trained (n,) bool."""
         if not 0 <= index < len(self):

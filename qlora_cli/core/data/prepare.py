@@ -32,7 +32,7 @@ from qlora_cli.core.data.sources import Source, resolve_source
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
-from qlora_cli.core.models.structure import context_length
+from qlora_cli.core.models.structure import context_length, has_position_table
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
 from qlora_cli.core.records.record import Record
 from qlora_cli.core.storage.disk_space import reporting_disk_full
@@ -50,7 +50,6 @@ DEFAULT_MAX_LENGTH = 2048
 SAMPLE_RECORDS = 256  # looked at to recognise the format
 SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
 MOST_PROCESSES = 8  # of 100 MB each beside 600 MB here; --workers may ask for more
-LEARNED_POSITIONS = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "ctrl", "openai-gpt"}
 TASK = "Preparing"
 PREPARED_FILES = (PREPARED_MANIFEST, PREPARED_ROWS, BAD_ROWS)
 
@@ -98,7 +97,7 @@ def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None
         raise UsageError(f"--max-length {wanted} leaves no token to train.", "Use at least 2, commonly 512 to 2048.")
     if context and wanted > context:
         assert model_config is not None
-        if model_config.get_text_config(decoder=True).model_type in LEARNED_POSITIONS:
+        if has_position_table(model_config):
             raise UsageError(
                 f"--max-length {wanted} is past the {context} positions that the model has.",
                 f"Use: --max-length {context}",

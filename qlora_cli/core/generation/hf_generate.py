@@ -1,6 +1,7 @@
 """Answers by transformers' own generate: for models that no decoder of ours covers, and for comparison."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def answer_plainly(
             repetition_penalty=1.0,
             use_cache=True,
         )
-        with torch.no_grad():
+        with torch.no_grad(), _own_settings_alone(model):
             model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -73,6 +74,16 @@ def answer_plainly(
                 stopping_criteria=StoppingCriteriaList([_StopFinished(growing)]),
             )
         yield from (answer.completion() for answer in growing)
+
+
+@contextmanager
+def _own_settings_alone(model: Any) -> Iterator[None]:
+    """Keeps the settings that come with a model out: `generate` fills in from them whatever is not given it."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _OwnSampling(LogitsProcessor):

@@ -192,7 +192,8 @@ class GenerationSession:
             on_text: Called with a request's index and each piece of its answer.
 
         Raises:
-            ModelError: Not even one row has room, or the model's output is not a number.
+            ModelError: Not even one row has room, the model's output is not a number, or it has no embedding for a
+                token of a prompt.
         """
 
         def on_piece(index: int, piece: str) -> None:
@@ -200,6 +201,9 @@ class GenerationSession:
             if on_text is not None:
                 on_text(index, piece)
 
+        if self.files is not None and requests:  # an adapter may have brought more embeddings than the base has
+            vocabulary = underlying_model(self.model).get_input_embeddings().weight.shape[0]
+            self.files.check_token(max(max(request.ids) for request in requests), vocabulary)
         settings = self.settings
         start = partial(
             GrowingCompletion, tokenizer=self.tokenizer, end_ids=end_ids, stop=settings.stop or (), on_text=on_piece

@@ -90,6 +90,11 @@ def main_dtype(files: Sequence[TensorFile]) -> torch.dtype:
             counts[entry.dtype_name] += entry.total_bytes
     stored = counts.most_common(1)[0][0]
     if stored not in ("BF16", "F16", "F32"):
+        if stored == "F64":
+            raise ModelError(
+                "The base checkpoint's weights are stored as float64.",
+                "Save the base in bfloat16 or float32 and train on that, or use the adapter unmerged.",
+            )
         name = dtype_name(DTYPES[stored]) if stored in DTYPES else stored
         raise ModelError(
             f"The base checkpoint's weights are stored as {name}: it is quantised already.",

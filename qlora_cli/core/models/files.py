@@ -1,5 +1,6 @@
 """Files of one model: found or downloaded once a command, then its configuration, tokenizer, weights and identity."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,9 @@ PROCESSOR_FILES = ["*processor_config.json"]  # of images and sound, which a mer
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 
+STORED_DTYPES = ("bfloat16", "float16", "float32", "float64")  # that a configuration may say weights are in
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """A model's files, resolved by `resolve_model` once a command and handed on. Each property is read once."""
@@ -47,15 +51,38 @@ class ModelFiles:
         Raises:
             ModelError: It is broken, needs code of its own, or is no causal language model.
         """
+        self._check_dtypes()
         try:
             return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        except Exception as error:  # whatever a configuration's own checks come upon
             if "trust_remote_code" in str(error):
                 raise ModelError(
                     f"{self.name} needs code that comes with the model, which is not run.",
                     "If you have read it, add --trust-remote-code --model-revision COMMIT.",
                 ) from error
-            raise ModelError(f"The configuration of {self.name} cannot be read: {first_line(error)}") from error
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ModelError(
+                f"The configuration of {self.name} cannot be read: {reason}",
+                f"Mend {self.directory / 'config.json'}, or download the model again.",
+            ) from error
+
+    def _check_dtypes(self) -> None:
+        """Raises where config.json names a dtype that weights cannot be in: transformers fails on it anywhere."""
+        try:
+            content = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return  # whoever reads it as a configuration says what is wrong
+        content = (
+            {**content, "quantization_config": None} if isinstance(content, dict) else {}
+        )  # with dtypes of its own
+        sections = [content, *content.values()]
+        for section in (section for section in sections if isinstance(section, dict)):
+            for key in ("torch_dtype", "dtype"):
+                if section.get(key) not in (None, *STORED_DTYPES):
+                    raise ModelError(
+                        f"{key} is {section[key]!r} in the config.json of {self.name}, which is no dtype of weights.",
+                        f'Write "{key}": "bfloat16" there, or whatever dtype most of its weights are in.',
+                    )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -71,6 +98,19 @@ class ModelFiles:
                 f"The tokenizer of {self.name} cannot be read: {first_line(error)}",
                 "Check that the tokenizer files are there.",
             ) from error
+
+    def check_token(self, token_id: int, vocabulary: int) -> None:
+        """Checks that a token of the tokenizer has an embedding in a model with so many.
+
+        Raises:
+            ModelError: It has none.
+        """
+        if token_id >= vocabulary:
+            raise ModelError(
+                f"The tokenizer of {self.name} makes token {token_id} ({self.tokenizer.decode([token_id])!r}) of this "
+                f"text, and the model has embeddings for {vocabulary} tokens.",
+                "Use the tokenizer that the model was trained with, or a model whose embeddings were resized for it.",
+            )
 
     @cached_property
     def weights(self) -> Path:

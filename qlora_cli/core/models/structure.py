@@ -16,6 +16,7 @@ from qlora_cli.errors import ModelError, first_line
 
 # Subclasses of nn.Linear whose forward is that of nn.Linear in other words; transformers leaves them in 16 bits.
 PLAIN_LINEAR_SUBCLASSES = {"FalconLinear"}
+MOST_OFFSET = 2  # entries before the first position in a table of positions (OPT, XGLM)
 # What configurations call the most tokens of a row: most of them; GPT-2 and its kin; MPT; Bloom and the first GLMs.
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
@@ -109,7 +110,7 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, wh
         options = {} if built is not AutoModelForCausalLM else {"trust_remote_code": trust_remote_code}
         with torch.device("meta"):
             return from_config(copy.deepcopy(config), **options)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a configuration can break any line of a model's constructor
         raise ModelError(
             f"{config.model_type} is no causal language model that can be built here: {first_line(error)}",
             "Give --model a decoder such as llama, gpt_neox, falcon, mistral, qwen3 or gemma3.",
@@ -134,6 +135,24 @@ def context_length(config: PreTrainedConfig) -> int | None:
     text_config = config.get_text_config(decoder=True)
     lengths = (getattr(text_config, name, None) for name in CONTEXT_NAMES)
     return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def has_position_table(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> bool:
+    """Whether positions past the context have no values at all: they are looked up in a table as long as the context.
+
+    Raises:
+        ModelError: As `build_empty`.
+    """
+    context = context_length(config)
+    if context is None:
+        return False
+    if config.get_text_config(decoder=True).model_type == "mpt":  # makes its ALiBi biases for the context, in each pass
+        return True
+    model: Any = build_empty(config, trust_remote_code=trust_remote_code)
+    inputs = model.get_input_embeddings()
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not inputs]
+    lengths = {table.shape[0] for table in tables} | {size for buffer in model.buffers() for size in buffer.shape}
+    return not lengths.isdisjoint(range(context, context + MOST_OFFSET + 1))
 
 
 def head_names(model: Any) -> list[str]:

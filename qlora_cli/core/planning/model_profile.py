@@ -22,6 +22,7 @@ class ModelProfile:
     trace: ModelTrace | None  # None where the forward pass cannot be followed without weights
     untraced: str | None  # then, why
     itemsize: int  # bytes of the compute dtype
+    vocabulary: int  # tokens that have an input embedding
     embedding_bytes: int  # input embeddings, where they can stay on the host
     stored_bytes: int  # of the checkpoint, in the dtype its configuration names
 
@@ -80,6 +81,7 @@ def profile_model(
         trace=trace,
         untraced=untraced,
         itemsize=compute_dtype.itemsize,
+        vocabulary=embeddings.weight.shape[0],
         embedding_bytes=embeddings.weight.numel() * compute_dtype.itemsize * movable,
         stored_bytes=base_parameters * stored.itemsize,
     )

@@ -52,7 +52,7 @@ def read_inputs(run: Run) -> RunInputs:
     """Reads a run's inputs; rows of --data are prepared in the cache.
 
     Raises:
-        ModelError: There is no such base.
+        ModelError: There is no such base, or its tokenizer makes tokens that it has no embeddings for.
         AdapterError: The adapter cannot be attached to it.
         DataError: The rows cannot be read or trained on, or were prepared with another tokenizer.
     """
@@ -74,6 +74,7 @@ def read_inputs(run: Run) -> RunInputs:
                     f"that of {files.name}.",
                     f"Prepare them anew: qlora prepare --model {files.name} --data ... --output {config.prepared}",
                 )
+    files.check_token(rows.largest_id(), profile.vocabulary)
     max_length = config.max_length or rows.manifest["max_length"]
     train_rows, eval_rows = split_rows(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
     sample = partial(

@@ -1,0 +1,147 @@
+"""Odd configurations, tokenizers and generation settings end in one sentence, or change nothing."""
+
+import json
+import shutil
+
+import pytest
+import transformers
+
+from qlora_cli.commands.generate import generate
+from qlora_cli.commands.train import train
+from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.structure import build_empty, has_position_table
+from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.events import report_nothing
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "base_cache": False}
+
+
+def edited(source, directory, file="config.json", **changes):
+    """A copy of a checkpoint with other settings; None takes one out."""
+    shutil.copytree(source, directory)
+    path = directory / file
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "auto"},
+        {"torch_dtype": "torch.bfloat16"},
+        {"torch_dtype": {"": "bfloat16"}},
+        {"dtype": 16},
+        {"num_attention_heads": 0},
+        {"hidden_size": 66},
+        {"max_position_embeddings": "512"},
+        {"vocab_size": -1},
+        {"pad_token_id": 5000},
+        {"hidden_act": "nope"},
+        {"model_type": None},
+    ],
+    ids=str,
+)
+def test_a_broken_configuration_is_refused_in_a_sentence(tiny_model, tmp_path, changes):
+    directory = edited(tiny_model("llama"), tmp_path / "model", **changes)
+    with pytest.raises(ModelError):
+        build_empty(resolve_model(str(directory)).config)
+
+
+@pytest.mark.parametrize("changes", [{"architectures": None}, {"dtype": None}, {"dtype": "float64"}], ids=str)
+def test_what_a_configuration_leaves_out_is_not_needed(tiny_model, tmp_path, changes):
+    directory = edited(tiny_model("llama"), tmp_path / "model", **changes)
+    assert type(build_empty(resolve_model(str(directory)).config)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "limited"),
+    [
+        ("GPT2Config", {"n_positions": 48}, True),
+        ("GPTJConfig", {"n_positions": 48, "rotary_dim": 4}, True),
+        ("CodeGenConfig", {"n_positions": 48, "rotary_dim": 4}, True),
+        ("GPTBigCodeConfig", {"n_positions": 48}, True),
+        ("GPTNeoConfig", {"max_position_embeddings": 48, "attention_types": [[["global"], 2]]}, True),
+        ("OPTConfig", {"max_position_embeddings": 48, "ffn_dim": 32, "word_embed_proj_dim": 64}, True),
+        ("MptConfig", {"max_seq_len": 48}, True),
+        ("BloomConfig", {"seq_length": 48}, False),
+        ("LlamaConfig", {"max_position_embeddings": 48}, False),
+        ("GPTNeoXConfig", {"max_position_embeddings": 48}, False),
+    ],
+)
+def test_positions_that_are_looked_up_in_a_table_end_with_it(name, arguments, limited):
+    small = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, name)(**small, **arguments)
+    assert has_position_table(config) is limited
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"The quick brown fox number {n}"}) + "\n" for n in range(4)))
+    return str(path)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused_where_its_tokens_are_used(tiny_model, tmp_path, rows):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([f"<unused{n}>" for n in range(512 - len(tokenizer))] + ["fox"])
+    tokenizer.save_pretrained(directory)
+    config = TrainConfig(model=str(directory), data=rows, output=str(tmp_path / "out"), base_cache=False)
+    with pytest.raises(ModelError, match=r"token 512 \('fox'\).* embeddings for 512"):
+        train(config, report_nothing)
+    with pytest.raises(ModelError, match=r"token 512 \('fox'\)"):
+        generate(GenerateConfig(model=str(directory), **GREEDY), ["a fox"], report_nothing)
+    assert generate(GenerateConfig(model=str(directory), **GREEDY), ["a dog"], report_nothing).answers
+
+
+def test_training_past_a_table_of_positions_is_refused(tiny_model, tmp_path, rows):
+    config = TrainConfig(model=str(tiny_model("gpt2")), data=rows, max_length=600, output=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="600 is past the 512 positions"):
+        train(config, report_nothing)
+
+
+def test_float16_that_overflows_is_said(tiny_model, tmp_path, rows):
+    from safetensors.torch import load_file, save_file
+
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= 3e4
+    weights["model.layers.0.mlp.up_proj.weight"] *= 30
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config = TrainConfig(
+        model=str(directory), data=rows, output=str(tmp_path / "out"), compute_dtype="float16", base_cache=False
+    )
+    with pytest.raises(ModelError, match="not a number in float16"):
+        train(config, report_nothing)
+
+
+SETTINGS_OF_A_MODEL = {
+    "do_sample": True,
+    "temperature": 0.9,
+    "top_k": 5,
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": [5, 6, 7],
+    "min_new_tokens": 3,
+    "max_length": 12,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "bad_words_ids": [[200]],
+    "forced_eos_token_id": 9,
+    "cache_implementation": "static",
+}
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+def test_generation_settings_that_come_with_a_model_change_no_greedy_answer(tiny_model, tmp_path, engine):
+    plain = tiny_model("llama")
+    directory = edited(plain, tmp_path / "model", "generation_config.json", **SETTINGS_OF_A_MODEL)
+    found = [
+        generate(GenerateConfig(model=str(model), engine=engine, **GREEDY), ["The quick"], report_nothing).answers
+        for model in (plain, directory)
+    ]
+    assert found[0] == found[1]
