@@ -146,6 +146,15 @@ class LoraSettings:
     exclude_modules: tuple[str, ...] | None = setting(
         None, "Comma-separated modules left unadapted, named as for --target-modules.", panel=ADAPTER
     )
+    adapt_experts: bool = setting(
+        False, "Adapt the routed experts of a mixture-of-experts model too, each with a rank of its own.", panel=ADAPTER
+    )
+    expert_rank: int | None = setting(
+        None,
+        "Rank an expert gets with --adapt-experts; by default --rank over the experts a token meets, at least 1. Their "
+        "update is scaled as every other.",
+        panel=ADAPTER,
+    )
     rank_pattern: tuple[str, ...] | None = setting(
         None, "Ranks of their own, comma-separated: q_proj=8,layers.0.mlp.up_proj=32.", panel=ADAPTER
     )

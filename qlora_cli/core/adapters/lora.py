@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings
 from qlora_cli.core.adapters.adapter_facts import read_adapter
+from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, short_parameters, use_expert_lora
 from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, stored_config
 from qlora_cli.core.adapters.targets import find_targets, read_patterns, short_names
 from qlora_cli.core.models.quantization import logical_numel
@@ -46,7 +47,7 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
     for name in lora.modules_to_save or ():
         if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
             raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")
-    names = find_targets(model, lora)
+    names, experts = find_targets(model, lora), expert_targets(model, lora)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=_as_written(lora.alpha),
@@ -57,8 +58,10 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
-        **_patterns(lora, names),
+        target_parameters=short_parameters(experts, model) if experts else None,
+        **_patterns(model, lora, names, experts),
     )
+    use_expert_lora(config, model)
     stored_config(config, model)  # refuses what PEFT could not read back
     device = next(model.parameters()).device
     cuda = [device] if device.type == "cuda" else []
@@ -81,8 +84,10 @@ def _as_written(number: float) -> Any:
     return int(number) if float(number).is_integer() else number  # as peft writes it
 
 
-def _patterns(lora: LoraSettings, names: Sequence[str]) -> dict[str, Any]:
-    """`rank_pattern` and `alpha_pattern` of PEFT, by full name.
+def _patterns(
+    model: PreTrainedModel, lora: LoraSettings, names: Sequence[str], experts: Sequence[str]
+) -> dict[str, Any]:
+    """`rank_pattern` and `alpha_pattern` of PEFT, by full name, and behind those the experts' by the end of theirs.
 
     Raises:
         AdapterError: A value is none, or a name matches no module that is adapted.
@@ -91,12 +96,18 @@ def _patterns(lora: LoraSettings, names: Sequence[str]) -> dict[str, Any]:
     for field, read in (("rank_pattern", int), ("alpha_pattern", float)):
         flag = "--" + field.replace("_", "-")
         values = {}
-        for name, text in read_patterns(getattr(lora, field), names, flag).items():
+        for name, text in read_patterns(getattr(lora, field), [*names, *experts], flag).items():
             try:
                 values[f"^{re.escape(name)}"] = _as_written(_positive(read(text)))
             except ValueError as error:
                 raise AdapterError(f"{flag} gives {name} {text}, which is none above 0.") from error
         found[field] = values
+    rank = expert_rank(model, lora) if experts else lora.rank
+    if rank != lora.rank:
+        alpha = lora.alpha if lora.rslora else lora.alpha * rank / lora.rank  # the scaling is that of all others
+        for end in sorted({".".join(name.split(".")[-2:]) for name in experts}):
+            found["rank_pattern"][rf".*\.{re.escape(end)}"] = rank
+            found["alpha_pattern"][rf".*\.{re.escape(end)}"] = _as_written(alpha)
     return found
 
 
@@ -129,6 +140,7 @@ def load_adapter(
         with warnings.catch_warnings(), as_they_are():
             warnings.simplefilter("ignore")
             config = config_to_load(facts, underlying_model(model))
+            use_expert_lora(config, underlying_model(model))
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)
                 model.load_adapter(str(directory), adapter_name=name)

@@ -60,6 +60,8 @@ def stored_config(config: Any, model: Any) -> dict[str, Any]:
         AdapterError: No configuration of PEFT says it.
     """
     content: dict[str, Any] = config.to_dict()
+    if config.target_parameters:
+        content["target_parameters"] = sorted(config.target_parameters)
     targets = sorted(config.target_modules or ())
     changed = {leaf for leaf in {name.rsplit(".", 1)[-1] for name in targets} if changes_name(model, leaf)}
     if not changed:
@@ -99,6 +101,8 @@ def config_to_load(facts: AdapterFacts, model: Any) -> LoraConfig:
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     config: Any = LoraConfig(**{name: value for name, value in facts.config.items() if name in known})
     config.inference_mode = True
+    if config.init_lora_weights is False:  # B of what the file has no tensors for has to be zero
+        config.init_lora_weights = True
     if not config.target_parameters:
         return config
     modules = dict(model.named_modules())

@@ -115,6 +115,11 @@ def _describe_adapter(adapter: AdapterFacts, directory: Path) -> dict[str, Any]:
         "scaling": adapter.scaling,
         "dropout": adapter.dropout,
         "target_modules": list(adapter.target_modules),
+        **{
+            name: adapter.config[name]
+            for name in ("target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern")
+            if adapter.config.get(name)
+        },
         "dora": adapter.dora,
         "rslora": adapter.rslora,
         "modules_to_save": list(adapter.modules_to_save),

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts
+from qlora_cli.core.adapters.expert_tensors import expert_pairs
 from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
 from qlora_cli.errors import AdapterError
 
@@ -72,6 +73,12 @@ def read_deltas(
             that is more than scaling * B @ A.
     """
     _refuse_other_kinds(facts.config)
+    experts = expert_pairs(facts, model)
+    if experts:
+        raise AdapterError(
+            f"The adapter adapts {len(experts)} stacks of experts, first {next(iter(experts))}, which are not merged yet.",
+            "Use the adapter unmerged.",
+        )
     state, deltas = model.state_dict(), dict[str, WeightDelta]()
     unknown = []
     for name in facts.tensors:
