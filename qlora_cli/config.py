@@ -166,6 +166,13 @@ class LoraSettings:
     modules_to_save: tuple[str, ...] | None = setting(
         None, "Comma-separated modules trained in full and saved with the adapter.", panel=ADAPTER
     )
+    init: str = setting(
+        "calibrated",
+        "Start of the adapter: calibrated answers the error of the 4-bit base as some training rows see it; loftq "
+        "answers that of the weights alone; eva takes A from the rows; default and gaussian are random, B zero.",
+        panel=ADAPTER,
+        choices=("calibrated", "default", "gaussian", "loftq", "eva"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_YAML, TRACKER_LOGS
+from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_YAML, TRACKER_LOGS, find_run_record
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
-from qlora_cli.core.adapters.lora import PeftModel, attach_adapter, load_adapter_state, save_adapter
+from qlora_cli.core.adapters.lora import PeftModel, adapter_state, attach_adapter, load_adapter_state, save_adapter
+from qlora_cli.core.calibration.initialization import FROM_THE_BASE, StartInputs, initialize_adapter
 from qlora_cli.core.data.prepare import read_paths
 from qlora_cli.core.device import choose_device, limit_memory, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -71,6 +72,7 @@ class LoadedModel:
     base: BaseIdentity
     weight_shards: WeightShards | None  # where the base is sharded over the ranks
     vram: Vram | None  # right after loading; None on the CPU
+    started: dict[str, Any]  # what is recorded of the adapter's start: `start`, or nothing for a plain one
     save_adapter: Callable[[Path], None]  # with the run's record, so that a moved checkpoint can be used like a run
 
 
@@ -106,9 +108,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         start = find_start(run, inputs, decisions)
         if config.dry_run:
             return describe_plan(run, inputs, decisions, first_step=start.state.step + 1)
-        loaded = load_model(run, inputs, decisions)
-        if start.checkpoint:
-            load_adapter_state(loaded.model, read_tensors(start.checkpoint, ADAPTER_WEIGHTS))
+        loaded = load_model(run, inputs, decisions, start.checkpoint)
         engine = start_engine(run, inputs, decisions, start, loaded)
         stack.callback(engine.close)
         optimization = start_optimization(run, inputs, decisions, start, loaded)
@@ -148,7 +148,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         result = describe_result(run, inputs, loaded, trainer.state, time.perf_counter() - started)
         if ranks.is_main:
             with reporting_disk_full(run.output, decisions.checkpoint_bytes):
-                write_run(run, inputs, loaded.base, loaded.save_adapter, result)
+                write_run(run, inputs, loaded.base, loaded.save_adapter, result, loaded.started)
         ranks.barrier()
         return result
 
@@ -168,8 +168,8 @@ def claimed_output(config: TrainConfig) -> AbstractContextManager[None]:
 # ---------------------------------------------------------------- load
 
 
-def load_model(run: Run, inputs: RunInputs, decisions: Decisions) -> LoadedModel:
-    """Loads the base in 4 bits, sharded where that was decided, and attaches a fresh adapter."""
+def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Checkpoint | None) -> LoadedModel:
+    """Loads the base in 4 bits, sharded where that was decided, with the adapter of the checkpoint, or a fresh one."""
     config, memory = run.config, decisions.memory
     limit_bytes = memory.plan.allocator_bytes  # of what is free, where no limit was given
     if limit_bytes is not None and run.device.type == "cuda" and (config.vram or run.ranks.world_size == 1):
@@ -183,15 +183,43 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions) -> LoadedModel
         weight_shards=weight_shards,
     )
     model = attach_adapter(base, config, seed=config.seed)
+    if checkpoint:
+        load_adapter_state(model, read_tensors(checkpoint, ADAPTER_WEIGHTS))
+        started = {name: value for name, value in find_run_record(checkpoint.path).items() if name == "start"}
+    else:
+        started = start_adapter(run, inputs, model, identity, sharded=weight_shards is not None)
     if weight_shards is not None:
         decoder = find_decoder(base)
         shard_base(base, decoder, find_layers(decoder), weight_shards, run.device)
 
     def save(directory: Path) -> None:
         save_adapter(model, directory, base_name=identity.model)
-        write_record(directory, identity, inputs.rows)
+        write_record(directory, identity, inputs.rows, **started)
 
-    return LoadedModel(model, identity, weight_shards, read_vram(run.device), save)
+    return LoadedModel(model, identity, weight_shards, read_vram(run.device), started, save)
+
+
+def start_adapter(
+    run: Run, inputs: RunInputs, model: PeftModel, identity: BaseIdentity, *, sharded: bool
+) -> dict[str, Any]:
+    """Starts a fresh adapter as the settings ask, the same on every rank; what is recorded of that, nothing where plainly."""
+    if sharded:
+        if run.config.init in FROM_THE_BASE:
+            run.report(Caution(f"The adapter starts plainly, without --init {run.config.init}: the base is sharded."))
+        return {}
+    start = StartInputs(
+        files=inputs.files,
+        identity=identity,
+        rows=inputs.data.rows,
+        seed=run.config.seed,
+        device=run.device,
+        cached=run.config.base_cache and run.ranks.world_size == 1,
+    )
+    facts = initialize_adapter(model, run.config, start, run.report)
+    if run.ranks.world_size > 1:
+        for tensor in adapter_state(model).values():
+            run.ranks.all_reduce_sum(tensor.detach() if run.ranks.is_main else tensor.detach().zero_())
+    return {} if facts is None else {"start": asdict(facts)}
 
 
 def start_engine(

@@ -120,6 +120,7 @@ def make_run(zygote, tiny_model, tmp_path_factory) -> Callable[..., Run]:
         "save_every": 2,
         "optimizer": "paged_adamw_8bit",
         "base_cache": False,
+        "init": "default",
     }
     reference = Run({**common, "output": str(folder / "reference")})
     done = zygote.train(reference.options)

@@ -30,6 +30,8 @@ from qlora_cli.errors import AdapterError, first_line
 def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0) -> PeftModel:
     """Attaches a fresh LoRA adapter in float32: A Kaiming-uniform, B zero (https://arxiv.org/abs/2106.09685, 4.1).
 
+    What starts from the base's weights or from rows is set afterwards (`calibration.initialization`).
+
     Args:
         model: A base from `load_base`, or a meta model from `build_empty`.
         lora: A is (rank, in), B is (out, rank); B @ A is scaled by alpha / rank, or alpha / sqrt(rank) with rslora
@@ -57,6 +59,7 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
         task_type="CAUSAL_LM",
         use_rslora=lora.rslora,
         use_dora=lora.dora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
         target_parameters=short_parameters(experts, model) if experts else None,
         **_patterns(model, lora, names, experts),

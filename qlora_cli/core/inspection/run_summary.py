@@ -46,7 +46,9 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
             tabulate_layers("Norm of the update", measure_updates(directory, adapter.scaling)),
         ]
     facts |= {
-        name: record[name] for name in ("base", "data", "training", "versions", "qlora_version") if name in record
+        name: record[name]
+        for name in ("base", "data", "start", "training", "versions", "qlora_version")
+        if name in record
     }
     settings = artifacts.run_of(directory) / artifacts.RUN_YAML
     if settings.is_file():

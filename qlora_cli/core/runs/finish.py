@@ -36,12 +36,17 @@ from qlora_cli.settings import recorded_fields
 
 
 def write_run(
-    run: Run, inputs: RunInputs, base: BaseIdentity, save_adapter: Callable[[Path], None], result: TrainResult
+    run: Run,
+    inputs: RunInputs,
+    base: BaseIdentity,
+    save_adapter: Callable[[Path], None],
+    result: TrainResult,
+    started: dict[str, Any],
 ) -> None:
     """Writes the files that make a directory of checkpoints and metrics a finished run. No network call is made.
 
     `save_adapter` writes the trained adapter, as it is now, into a directory; with --keep-best that of the best
-    evaluation is kept instead.
+    evaluation is kept instead. `started` is what is recorded of the adapter's start.
     """
     output, rows = run.output, inputs.rows
     draw_loss_curve(output)
@@ -61,7 +66,7 @@ def write_run(
         else:
             for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
                 (directory / name).write_bytes(best.read(name))
-        write_record(directory, base, rows, training=training)
+        write_record(directory, base, rows, training=training, **started)
         card = write_card(
             base=base.model if base.revision else None,  # a directory has no revision, and its path stays private
             dataset=hub_dataset(data),

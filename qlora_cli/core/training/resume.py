@@ -34,7 +34,7 @@ def find_checkpoint(root: Path, identity: dict[str, Any], *, allow_changes: bool
             )
         report(Notice(f"There is no checkpoint in {root} yet: training starts at step 1."))
         return None
-    if differing := "; ".join(differences(checkpoint.identity, identity)):
+    if differing := "; ".join(differences(checkpoint.identity, _as_known(checkpoint.identity, identity))):
         if not allow_changes:
             raise CheckpointError(
                 f"The run saved in {checkpoint.path} was another one: {differing}.",
@@ -71,6 +71,12 @@ def find_shared_checkpoint(
             f"Rank {ranks.rank} cannot read {path}, from which the others go on: {error.message}.",
             "Check that every machine sees the same --output.",
         ) from error
+
+
+def _as_known(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """An identity without the settings that were not there yet when a checkpoint was saved."""
+    settings = {name: value for name, value in now.get("settings", {}).items() if name in saved.get("settings", {})}
+    return {**now, "settings": settings} if "settings" in now else now
 
 
 def restore_or_seed(checkpoint: Checkpoint | None, device: torch.device, *, seed: int, rank: int) -> None:

@@ -1,0 +1,114 @@
+"""Hidden states of some rows on their way through a decoder, moved one layer at a time, so that a layer may change first."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.engine.decoder_layers import LayerCall, find_layers
+from qlora_cli.core.engine.lora_linear import noted_calls
+from qlora_cli.core.models.structure import find_decoder
+from qlora_cli.errors import ModelError
+
+
+class ActivationStream:
+    """The inputs of every layer of a decoder over some batches, of which one layer's are held at a time, on the host.
+
+    Attributes:
+        layers: The decoder's.
+        batches: How many batches there are.
+    """
+
+    def __init__(self, base: Any, batches: Sequence[Tensor]) -> None:
+        """Looks up the embeddings and what each layer is called with.
+
+        Args:
+            base: A causal language model in evaluation mode, adapted or not.
+            batches: (rows, length) int64 token ids each, without padding.
+
+        Raises:
+            ModelError: The model is no stack of layers that take hidden states, (rows, length, size), in front.
+        """
+        decoder = find_decoder(base)
+        self.layers = find_layers(decoder)
+        self.batches = len(batches)
+        self._base, self._batches = base, batches
+        self._device = base.device
+        self._hidden: list[Tensor] = []
+        self._calls: list[list[LayerCall]] = []  # of each batch, one a layer, without the hidden states
+        self._at = 0
+        for batch in batches:
+            calls: list[LayerCall] = []
+
+            def note(_: nn.Module, args: tuple, kwargs: dict, calls: list[LayerCall] = calls) -> None:
+                calls.append(LayerCall(args, kwargs))
+
+            with noted_calls(self.layers, note), skipped(self.layers), torch.no_grad():
+                decoder(input_ids=batch.to(self._device), use_cache=False)
+            shapes = [tuple(call.args[0].shape[:2]) if call.args else () for call in calls]
+            if not self.layers or shapes != [tuple(batch.shape)] * len(self.layers):
+                raise ModelError("Its layers are not called one after another with hidden states in front.")
+            self._hidden.append(calls[0].args[0].cpu())
+            self._calls.append([LayerCall(call.args[1:], call.kwargs) for call in calls])
+
+    def outputs(self, batch: int) -> Tensor:
+        """The next layer's output of one batch, (rows, length, size), on the device."""
+        call = self._calls[batch][self._at]
+        with torch.no_grad():
+            hidden = self._hidden[batch].to(self._device)
+            out = self.layers[self._at](hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def watch(self, note: Callable[[nn.Module, tuple, dict], None], modules: Sequence[nn.Module]) -> None:
+        """Runs the next layer over every batch, each call of these modules in it noted; the outputs are dropped."""
+        with noted_calls(modules, note):
+            for batch in range(self.batches):
+                self.outputs(batch)
+
+    def logits(self, batch: int) -> Tensor:
+        """What the model makes of a batch's hidden states once every layer is behind them, (rows, length, vocabulary)."""
+        *others, last = self.layers
+        hidden = self._hidden[batch].to(self._device)
+        with skipped(others), torch.no_grad():
+            hook = last.register_forward_hook(
+                lambda _, __, out: (hidden, *out[1:]) if isinstance(out, tuple) else hidden, prepend=True
+            )
+            try:
+                return self._base(input_ids=self._batches[batch].to(self._device), use_cache=False).logits
+            finally:
+                hook.remove()
+
+    def advance(self) -> None:
+        """Moves every batch through the next layer, as that is now."""
+        for batch in range(self.batches):
+            self._hidden[batch] = self.outputs(batch).cpu()
+        self._at += 1
+
+
+@contextmanager
+def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the block layers hand their hidden states on as they are, the first one excepted, which really runs."""
+    as_tuple = False
+
+    def remember(_: nn.Module, __: Any, out: Any) -> None:
+        nonlocal as_tuple
+        as_tuple = isinstance(out, tuple)
+
+    def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden, None) if as_tuple else hidden
+
+    hook = layers[0].register_forward_hook(remember) if layers else None
+    kept = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers[1:]:
+        layer.forward = pass_on
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        for layer, forward in list(zip(layers, kept, strict=True))[1:]:
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
