@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 TRACKER_LOGS = "logs"
 BAD_ROWS = "bad_rows.jsonl"
 LOCK = ".lock"
+SPARE_ROWS = ".rows"  # prepared rows where the cache takes none, removed when the run ends
 
 # Merged model: beside the checkpoint, how prompts were formatted.
 MERGE_RECORD = "qlora_merge.json"

@@ -13,7 +13,7 @@ import typer
 from qlora_cli import __version__
 from qlora_cli.cli.options import CONTEXT, PanelledCommand, overrides, parameter, signature_of
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
-from qlora_cli.errors import DiskFull, DoesNotFit, QloraError, UsageError
+from qlora_cli.errors import DoesNotFit, QloraError, UsageError
 
 if TYPE_CHECKING:
     from qlora_cli.cli.console import Console
@@ -187,12 +187,10 @@ def _as_failure(error: Exception) -> QloraError:
         context = getattr(error, "ctx", None)
         message = error.format_message().replace("Value error, ", "")  # as pydantic, inside Typer, begins some
         return UsageError(message, f"See: {context.command_path if context else 'qlora'} --help")
-    from qlora_cli.core.storage.disk_space import is_disk_full
+    from qlora_cli.core.storage.disk_space import describe_refusal
 
-    if is_disk_full(error):
-        filename = getattr(error, "filename", None)
-        where = f" at {filename}" if filename else ""
-        return DiskFull(f"The disk is full{where}.", "Free some space and run the command again.")
+    if (refusal := describe_refusal(error)) is not None:
+        return refusal
     sentence = " ".join(str(error).split()) or "no message"
     return QloraError(
         f"Unexpected {type(error).__name__}: {sentence[:300]}", "Run again with --debug for the traceback."

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sha256_of
 from qlora_cli.config import GenerateConfig
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_prompts
@@ -194,7 +195,9 @@ def answer_file(
             raise DataError(f"{source}, prompt {prompt.index + 1}: {error.message}", error.hint) from error
     rows = []
     target = may_write_file(target, [source])
-    with AnswerFile(target, prompts, settings_fingerprint(config, session.compute_dtype)) as answers:
+    settings = settings_fingerprint(config, session.compute_dtype)
+    made_by = {prompt.adapter: digest_weights(session, prompt.adapter or config.adapter) for prompt in prompts}
+    with AnswerFile(target, prompts, settings, made_by, report) as answers:
         if answers.finished:
             report(Notice(f"{target} holds {len(answers.finished):,} of {len(prompts):,} answers already."))
         left = {a: [r for r in group if r.index not in answers.finished] for a, group in requests.items()}
@@ -207,6 +210,16 @@ def answer_file(
                 report(Progress("Answering", len(answers.finished), len(prompts), "prompts"))
         answers.put_in_order()
     return rows
+
+
+def digest_weights(session: GenerationSession, adapter: str | None) -> tuple[str, float]:
+    """Digest of an adapter's files, and of a base that lies in a directory of the user's; when they last changed."""
+    paths = [Path(adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if adapter else []
+    facts, files = [sha256_of(path) for path in paths], session.files
+    if files is not None and files.commit is None:
+        facts.append(files.weights_sha256)
+        paths += files.weights.glob("*.safetensors")
+    return fingerprint(*facts), max((path.stat().st_mtime for path in paths), default=0.0)
 
 
 def settings_fingerprint(config: GenerateConfig, compute_dtype: torch.dtype) -> str:

@@ -99,7 +99,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         stack.enter_context(closing_tracker(accelerator))
         check_ranks(config, ranks)
         if ranks.is_main:
-            stack.enter_context(claimed_output(config))
+            stack.enter_context(claimed_output(run))
         ranks.barrier()
         inputs = read_inputs(run)
         decisions = decide(run, inputs)
@@ -153,8 +153,9 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         return result
 
 
-def claimed_output(config: TrainConfig) -> AbstractContextManager[None]:
+def claimed_output(run: Run) -> AbstractContextManager[None]:
     """The run directory, held for this process."""
+    config = run.config
     inputs = [Path(name).expanduser() for name in (config.model, config.prepared) if name]
     return claimed(
         Path(config.output),
@@ -162,6 +163,7 @@ def claimed_output(config: TrainConfig) -> AbstractContextManager[None]:
         overwrite=config.overwrite,
         reads=[*read_paths(config), *inputs],
         dry_run=config.dry_run,
+        report=run.report,
     )
 
 

@@ -123,3 +123,31 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
         with pytest.raises(DiskFull):
             answers.write(1, {"answer": "b"})
     assert path.read_bytes() == whole
+
+
+def test_two_writers_of_one_file_never_mix(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path, PROMPTS, "s") as answers:
+        answers.write(0, {"answer": "a"})
+        with pytest.raises(RunError, match="is writing to"):
+            AnswerFile(path, PROMPTS, "s")
+        answers.write(1, {"answer": "b"})
+        answers.put_in_order()
+    assert len(path.read_text().splitlines()) == 2 and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_answers_of_other_weights_are_refused(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    old, new = ({prompt.adapter: (digest, 0.0) for prompt in PROMPTS} for digest in ("old", "new"))
+    with AnswerFile(path, PROMPTS, "s", old) as answers:
+        answers.write(0, {"answer": "a"})
+    with AnswerFile(path, PROMPTS, "s", old) as answers:
+        assert answers.finished == {0}
+    with pytest.raises(RunError, match="line 1 was answered by other weights"):
+        AnswerFile(path, PROMPTS, "s", new)
+    path.write_text(path.read_text().replace(', "made_by": "old"', ""))  # of a version that did not say
+    with AnswerFile(path, PROMPTS, "s", new) as answers:
+        assert answers.finished == {0}
+    later = {name: ("new", path.stat().st_mtime + 1) for name in new}
+    with pytest.raises(RunError, match="by other weights"):
+        AnswerFile(path, PROMPTS, "s", later)

@@ -23,7 +23,7 @@ from qlora_cli.core.storage.checkpoint import (
     write_checkpoint,
     write_tensors,
 )
-from qlora_cli.errors import CheckpointError, DiskFull
+from qlora_cli.errors import CheckpointError, DiskFull, RunError
 
 FILES = ("adapter.safetensors", "state.json")
 
@@ -237,11 +237,20 @@ def test_a_full_disk_in_the_words_of_a_library_is_understood(tmp_path, kind):
         save(tmp_path, 1, fill=fill)
 
 
-def test_any_other_failure_is_raised_as_it_is_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("raised", "seen", "words"),
+    [
+        (OSError(errno.EIO, "broken disk", "/a/b"), RunError, "refused a file operation at /a/b: Input/output error"),
+        (SafetensorError("I/O error: broken (os error 5)"), RunError, "refused a file operation: Input/output error"),
+        (ConnectionRefusedError(111, "refused"), ConnectionRefusedError, "refused"),
+        (ZeroDivisionError("x"), ZeroDivisionError, "x"),
+    ],
+)
+def test_any_other_failure_is_said_or_raised_as_it_is_and_leaves_nothing(tmp_path, raised, seen, words):
     def fill(directory: Path) -> None:
-        raise OSError(errno.EIO, "broken disk")
+        raise raised
 
-    with pytest.raises(OSError, match="broken disk"):
+    with pytest.raises(seen, match=words):
         save(tmp_path, 1, fill=fill)
     assert list(tmp_path.iterdir()) == []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.core.storage.disk_space import is_disk_full, reporting_disk_full, require_space
-from qlora_cli.errors import DiskFull
+from qlora_cli.errors import DiskFull, RunError
 
 
 def test_space_is_asked_of_the_nearest_existing_directory(tmp_path):
@@ -32,7 +32,9 @@ def test_a_real_full_device_is_recognised():
 
 def test_other_failures_and_those_already_reported_pass(tmp_path):
     reported = DiskFull("The disk is full: as said before.")
-    for error in (OSError(errno.EIO, "broken disk"), KeyError("a"), reported):
+    with pytest.raises(RunError, match="refused a file operation: Input/output error"), reporting_disk_full(tmp_path):
+        raise OSError(errno.EIO, "broken disk")
+    for error in (ConnectionRefusedError(111, "refused"), KeyError("a"), reported):
         with pytest.raises(type(error)) as caught, reporting_disk_full(tmp_path):
             raise error
         assert caught.value is error

@@ -39,7 +39,7 @@ from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.ownership import PREPARED, may_replace
 from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.core.storage.temporaries import heal
-from qlora_cli.errors import DataError, RunError, UsageError
+from qlora_cli.errors import DataError, DiskFull, RunError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 
 if TYPE_CHECKING:
@@ -104,6 +104,25 @@ def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None
             )
         report(Caution(f"--max-length {wanted} is past the model's context of {context} tokens."))
     return wanted
+
+
+def prepare_cached_rows(
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    model_config: "PreTrainedConfig | None",
+    spare: Path,
+    report: Report,
+) -> PreparedSummary:
+    """`prepare_rows` in the cache; in `spare` where that takes no files, which costs time and never the run.
+
+    Raises:
+        QloraError: As `prepare_rows`.
+    """
+    try:
+        return prepare_rows(settings, tokenizer, model_config, None, report)
+    except (OSError, RunError, DiskFull) as error:
+        report(Caution(f"The cache in {cache_root()} cannot be used: {first_line(error)} The rows are in {spare}."))
+    return prepare_rows(settings, tokenizer, model_config, spare, report, overwrite=True)
 
 
 def prepare_rows(

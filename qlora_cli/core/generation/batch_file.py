@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -9,8 +11,10 @@ from typing import Any
 
 from qlora_cli.artifacts import write_bytes
 from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.core.storage.lock import locked_file
 from qlora_cli.core.storage.temporaries import sweep
 from qlora_cli.errors import DataError, RunError
+from qlora_cli.events import Report, report_nothing
 from qlora_cli.sizes import format_bytes
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -82,19 +86,38 @@ class AnswerFile:
         path: Of the file.
         prompts: All that is to be answered.
         settings: Fingerprint of all that decides an answer beside its prompt.
+        made_by: Digest of the weights that answer a prompt, and when they were last changed (seconds), by adapter.
 
     Raises:
-        RunError: The file holds answers to other prompts or under other settings, or something else.
+        RunError: The file holds answers to other prompts, under other settings or of other weights, or something else;
+            or another process is writing it.
     """
 
-    def __init__(self, path: Path, prompts: list[FilePrompt], settings: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        prompts: list[FilePrompt],
+        settings: str,
+        made_by: Mapping[str | None, tuple[str, float]] | None = None,
+        report: Report = report_nothing,
+    ) -> None:
         self.path, self.settings = path, settings
+        self._made_by = [(made_by or {}).get(prompt.adapter) for prompt in prompts]
+        self._stream: Any = None  # the file is made with its first line
+        self._held = ExitStack()
+        self._held.enter_context(locked_file(path, report=report))
+        try:
+            self._start(prompts)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _start(self, prompts: list[FilePrompt]) -> None:
+        path = self.path
         self._digests = [fingerprint(p.prompt, p.adapter) for p in prompts]
         self.finished: set[int] = set()
-        path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
         kept = self._read_finished() if path.exists() else 0
-        self._stream: Any = None  # the file is made with its first line
         if path.exists():
             self._open(kept)
 
@@ -121,6 +144,11 @@ class AnswerFile:
                 if found != wanted:
                     what = "another prompt" if found[0] != wanted[0] else "other settings"
                     raise RunError(f"{self.path}, line {number} was answered for {what}.", other)
+                if (made_by := self._made_by[index]) is not None:
+                    # Lines of older versions do not say: they are taken where the weights are older than the file.
+                    digest, changed = made_by
+                    if row.get("made_by", digest if changed < self.path.stat().st_mtime else None) != digest:
+                        raise RunError(f"{self.path}, line {number} was answered by other weights.", other)
                 self.finished.add(index)
         if not end and self.path.stat().st_size:
             # Ours has one whole line at least: a file without any was written by somebody else.
@@ -134,6 +162,8 @@ class AnswerFile:
             DiskFull: No room; the file ends with its last whole line.
         """
         row = {"index": index, **content, "key": self._digests[index], "settings": self.settings}
+        if (made_by := self._made_by[index]) is not None:
+            row["made_by"] = made_by[0]
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         with reporting_disk_full(self.path):
             if self._stream is None:
@@ -162,3 +192,4 @@ class AnswerFile:
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
         if self._stream is not None:
             self._stream.close()
+        self._held.close()

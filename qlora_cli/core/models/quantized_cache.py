@@ -75,7 +75,7 @@ def save_base(
     shapes = {
         name: _whole_shape(model, name, tensor) if weight_shards else tensor for name, tensor in _tensors_of(model)
     }
-    wanted = is_main and not directory.exists() and _has_room(directory.parent, shapes.values(), report)
+    wanted = is_main and not _is_file(directory / MANIFEST) and _has_room(directory.parent, shapes.values(), report)
     if weight_shards:
         wanted = bool(weight_shards.ranks.all_reduce_max(int(wanted), model.device))
     if not wanted:
@@ -97,7 +97,7 @@ def save_base(
                     "generation_config": model.generation_config.to_dict(),
                 }
                 (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    except OSError as error:  # a convenience only: never a reason to stop
+    except (OSError, RunError) as error:  # a convenience only: never a reason to stop
         report(Caution(f"The quantised base could not be kept in {directory.parent}: {error}"))
     for _ in values:
         pass  # every rank takes part in what is gathered, whether it or the main one writes or not
@@ -105,11 +105,23 @@ def save_base(
 
 def _has_room(directory: Path, tensors: Iterable[Tensor], report: Report) -> bool:
     total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    directory.mkdir(parents=True, exist_ok=True)
-    if free_disk_bytes(directory) >= total_bytes + SPARE_BYTES:
-        return True
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if free_disk_bytes(directory) >= total_bytes + SPARE_BYTES:
+            return True
+    except OSError as error:
+        report(Caution(f"The quantised base cannot be kept in {directory}: {error.strerror}."))
+        return False
     report(Notice(f"The quantised base is not kept in {directory}: the disk is nearly full."))
     return False
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file can be seen; a cache that others may not enter holds nothing for them."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _whole_shape(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -149,7 +161,7 @@ def restore_base(
         weight_shards: Keep this rank's share of each packed weight and its constants only.
     """
     directory = base_directory(facts)
-    if not (directory / MANIFEST).is_file():
+    if not _is_file(directory / MANIFEST):
         return None
     try:
         manifest = read_json(directory / MANIFEST)

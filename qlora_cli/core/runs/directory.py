@@ -19,6 +19,7 @@ from qlora_cli.artifacts import (
     REPORT_PAGE,
     RUN_RECORD,
     RUN_YAML,
+    SPARE_ROWS,
     TRACKER_LOGS,
     fsync_path,
     temporary_beside,
@@ -37,7 +38,7 @@ from qlora_cli.core.storage.ownership import (
 from qlora_cli.core.storage.publish import flush_tree
 from qlora_cli.core.storage.temporaries import discard, remove, sweep
 from qlora_cli.errors import RunError
-from qlora_cli.events import Caution, Report
+from qlora_cli.events import Caution, Report, report_nothing
 
 RUN_FILES = (
     ADAPTER_WEIGHTS,
@@ -55,7 +56,13 @@ UNFINISHED = ".finishing"  # the directory that collects the final files
 
 @contextmanager
 def claimed(
-    directory: Path, *, resume: bool, overwrite: bool, reads: Iterable[Path] = (), dry_run: bool = False
+    directory: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    reads: Iterable[Path] = (),
+    dry_run: bool = False,
+    report: Report = report_nothing,
 ) -> Iterator[None]:
     """Holds a run directory for this process; one that was made for nothing is removed again.
 
@@ -73,11 +80,14 @@ def claimed(
             raise RunError(f"--overwrite would remove {read}, which this command reads.", "Choose another --output.")
     _require_free(directory, resume=resume, overwrite=overwrite)
     require_writable(directory, path)
-    if dry_run:
-        yield
-        return
     created = not directory.exists()
-    with locked(directory):
+    if dry_run:
+        try:
+            yield
+        finally:
+            _remove_spare(directory, created=created)
+        return
+    with locked(directory, report=report):
         try:
             _require_free(directory, resume=resume, overwrite=overwrite)
             sweep(directory)
@@ -88,8 +98,18 @@ def claimed(
                 remove_leftovers(directory / CHECKPOINTS)
             yield
         finally:
+            _remove_spare(directory, created=False)
             if created and {path.name for path in directory.iterdir()} <= {LOCK, TRACKER_LOGS}:
                 shutil.rmtree(directory)
+
+
+def _remove_spare(directory: Path, *, created: bool) -> None:
+    """Removes rows that were kept here because the cache takes none, and with `created` the directory made for them."""
+    with suppress(OSError):
+        remove(directory / SPARE_ROWS)
+    if created:
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def _require_free(directory: Path, *, resume: bool, overwrite: bool) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from qlora_cli.artifacts import SPARE_ROWS
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows, split_rows
-from qlora_cli.core.data.prepare import prepare_rows
+from qlora_cli.core.data.prepare import prepare_cached_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.models.files import ModelFiles, resolve_model
@@ -64,7 +65,9 @@ def read_inputs(run: Run) -> RunInputs:
     profile = profile_run(config, files.config, run.device)
     with run.accelerator.main_process_first():
         if config.prepared is None:
-            rows = PreparedRows(prepare_rows(config, files.tokenizer, files.config, None, run.report).directory)
+            spare = run.output / SPARE_ROWS
+            prepared = prepare_cached_rows(config, files.tokenizer, files.config, spare, run.report)
+            rows = PreparedRows(prepared.directory)
         else:
             rows = PreparedRows(config.prepared)
             tokenizer = rows.manifest["tokenizer"]

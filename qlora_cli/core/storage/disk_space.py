@@ -1,16 +1,49 @@
-"""Disk space: checked before a write, and a full disk reported in one sentence whichever library met it."""
+"""Disk space, checked before a write; and what a disk refuses, in one sentence whichever library met it."""
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_cli.errors import DiskFull
+from qlora_cli.errors import DiskFull, QloraError, RunError
 from qlora_cli.sizes import format_bytes
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OF_FILES = {
+    getattr(errno, name)
+    for name in [
+        "EIO",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "ESTALE",
+        "ENOTDIR",
+        "ENOENT",
+        "EEXIST",
+        "EISDIR",
+        "EBUSY",
+        "EXDEV",
+        "ENOTEMPTY",
+        "ELOOP",
+        "ENAMETOOLONG",
+        "EMFILE",
+        "ENFILE",
+        "EINTR",
+        "ENODEV",
+        "ENXIO",
+        "EMLINK",
+        "ETXTBSY",
+        "EINVAL",
+        "ENOLCK",
+        "EOPNOTSUPP",
+        "ENOSYS",
+        "EREMOTEIO",
+    ]
+    if hasattr(errno, name)
+}
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 
@@ -34,20 +67,41 @@ def require_space(path: Path, needed_bytes: int) -> None:
         )
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a write met a full disk, a quota or a limit on the size of files.
+def error_number(error: BaseException) -> int | None:
+    """The system's number of an error.
 
-    safetensors and tokenizers hide the system's error number in the text of exceptions of their own.
+    safetensors and tokenizers hide it in the text of exceptions of their own.
     """
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _DISK_FULL
+        return error.errno
     hidden = _OS_ERROR.search(str(error))
-    return hidden is not None and int(hidden[1]) in _DISK_FULL
+    return int(hidden[1]) if hidden else None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write met a full disk, a quota or a limit on the size of files."""
+    return error_number(error) in _DISK_FULL
+
+
+def describe_refusal(error: BaseException) -> QloraError | None:
+    """What the system refused, as one sentence; None for an error that is not the system's."""
+    number = error_number(error)
+    if number not in _OF_FILES | _DISK_FULL or isinstance(error, QloraError):
+        return None
+    assert number is not None
+    name = getattr(error, "filename", None)
+    named = f" at {os.fsdecode(name)}" if isinstance(name, str | bytes) else ""
+    if number in _DISK_FULL:
+        return DiskFull(f"The disk is full{named}.", "Free some space and run the command again.")
+    return RunError(
+        f"The system refused a file operation{named}: {os.strerror(number)}.",
+        "Check the disk and the rights there, and run the command again.",
+    )
 
 
 @contextmanager
 def reporting_disk_full(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turns a full disk inside the block into `DiskFull`, which names what is free.
+    """Turns a full disk inside the block into `DiskFull`, which names what is free, and other refusals into `RunError`.
 
     Args:
         path: What is written, or where.
@@ -57,15 +111,20 @@ def reporting_disk_full(path: Path, needed_bytes: int | None = None) -> Iterator
         yield
     except Exception as error:
         if not is_disk_full(error):
+            if (refusal := describe_refusal(error)) is not None:
+                raise refusal from error
             raise
-        free_bytes = free_disk_bytes(path)
+        try:
+            free = f"{format_bytes(free_disk_bytes(path))} free"
+        except OSError:  # quotas and dying disks refuse this too
+            free = "an unknown number of bytes free"
         if needed_bytes is None:
             raise DiskFull(
-                f"The disk is full: {path} could not be written, with {format_bytes(free_bytes)} free.",
+                f"The disk is full: {path} could not be written, with {free}.",
                 "Free some space, or choose an --output on another disk, and run the command again.",
             ) from error
         raise DiskFull(
-            f"The disk is full: {format_bytes(needed_bytes)} are needed in {path}, {format_bytes(free_bytes)} are free; "
+            f"The disk is full: {format_bytes(needed_bytes)} are needed in {path}, with {free}; "
             "the checkpoints already written are intact.",
             "Free some space and run the command again with --resume, or choose an --output on another disk.",
         ) from error
