@@ -108,6 +108,25 @@ class DataSettings:
     chat_template: str | None = setting(
         None, "File with a Jinja chat template to use instead of the model's.", panel=DATA
     )
+    template_setting: tuple[str, ...] | None = setting(
+        None,
+        "Variable of the chat template, as name=value (enable_thinking=false); may be given several times.",
+        panel=DATA,
+        repeated=True,
+    )
+    thoughts: str = setting(
+        "keep",
+        "Thoughts of answers: keep all (a row for each answer, if the chat template shows earlier ones without), "
+        "those of the last answer only, or drop them.",
+        panel=DATA,
+        choices=("keep", "last", "drop"),
+    )
+    on_lost_content: str = setting(
+        "stop",
+        "Stop at a conversation of which the chat template leaves something out, or warn and count.",
+        panel=DATA,
+        choices=("stop", "warn"),
+    )
     train_on: str | None = setting(
         None,
         "Which tokens are trained: completion (every assistant turn of a chat), the last answer only, or all. "

@@ -64,6 +64,8 @@ def _typed(field, value) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else off]
     if isinstance(value, tuple):
+        if field.metadata["repeated"]:
+            return [word for item in value for word in (flag, item)]
         return [flag, ",".join(value)]
     return [flag, str(value)]
 

@@ -2,11 +2,13 @@
 
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 
-from qlora_cli.core.prompts import chat_renderer as rendering
-from qlora_cli.core.prompts.chat_renderer import ChatRenderer, RenderError
+from qlora_cli.core.prompts.chat.control_marks import MARKS
+from qlora_cli.core.prompts.chat.printer import RenderError
+from qlora_cli.core.prompts.chat.renderer import ChatRenderer, Rendered, Request
 from qlora_cli.core.prompts.chat_template import RENDER_CPU_SECONDS, ChatProcess
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, RowFormatter, chat_formatting, format_prompt
@@ -75,31 +77,64 @@ def test_a_template_that_opens_answers_with_a_tag_at_generation_only():
     """The prompt at generation is the one that was trained: without the tag."""
     ids, trained = check_prompts(manners.REASONING, byte_level())
     assert trained_text(byte_level(), ids, trained) == "first<|im_end|>second<|im_end|>"
-    thinking = [CHAT[0], {"role": "assistant", "content": "<think>\nhm\n</think>first"}]
-    ids, trained = check_prompts(manners.REASONING, byte_level(), thinking)
-    assert trained_text(byte_level(), ids, trained) == "first<|im_end|>"
 
 
-def test_a_template_that_forgets_earlier_reasoning():
-    """The last answer shows its reasoning; the one before is trained as the history shows it."""
+def rows_of(template, record, train_on="completion", on_lost_content="stop", **fields):
+    """Of each row of a record: its text, trained stretches in brackets; or why there is none."""
+    tokenizer = byte_level()
+    encoder = encoder_of(tokenizer)
+    formatter = RowFormatter(replace(formatting_of(template), **fields), encoder, on_lost_content)
+    (rows,) = formatter.format_records([record], train_on)
+    if not isinstance(rows, list):
+        return str(rows)
+    texts = []
+    for runs in rows:
+        encoded = encoder.encode_rows([runs])[0]
+        parts = [
+            f"[[{tokenizer.decode(ids)}]]" if flag else tokenizer.decode(ids)
+            for ids, (_, flag) in zip(encoded, runs, strict=True)
+        ]
+        texts.append("".join(parts).replace("]][[", ""))
+    return texts
+
+
+def test_a_template_that_forgets_earlier_thoughts():
+    """Each answer is trained as it was given, with its thought, in a row of its own."""
     messages = [*CHAT[:1], {**CHAT[1], "reasoning": "r1"}, CHAT[2], {**CHAT[3], "reasoning": "r2"}]
-    ids, trained = check_prompts(manners.FORGETFUL, byte_level(), messages)
-    assert trained_text(byte_level(), ids, trained) == "first<|im_end|><think>\nr2\n</think>\nsecond<|im_end|>"
+    first, second = rows_of(manners.FORGETFUL, {"messages": messages})
+    assert first.endswith("assistant\n[[<think>\nr1\n</think>\nfirst<|im_end|>]]")
+    assert second.endswith("assistant\n[[<think>\nr2\n</think>\nsecond<|im_end|>]]")
+    assert "assistant\nfirst<|im_end|>" in second
+    (only,) = rows_of(manners.FORGETFUL, {"messages": messages}, thoughts="last")
+    assert "assistant\n[[first<|im_end|>]]" in only
+    assert only.endswith("[[<think>\nr2\n</think>\nsecond<|im_end|>]]")
+    (only,) = rows_of(manners.FORGETFUL, {"messages": messages}, thoughts="drop")
+    assert "r1" not in only
+    assert "r2" not in only
+
+
+def test_a_template_that_drops_thoughts_stops_and_says_so():
+    thinking = [CHAT[0], {"role": "assistant", "content": "<think>\nhm\n</think>first"}]
+    reason = rows_of(manners.REASONING, {"messages": thinking})
+    assert reason.startswith("the chat template leaves out the thought of message 2 (--thoughts drop")
+    (row,) = rows_of(manners.REASONING, {"messages": thinking}, on_lost_content="warn")
+    assert row.endswith("[[first<|im_end|>]]")
+    assert rows_of(manners.REASONING, {"messages": thinking}, thoughts="drop") == [row]
 
 
 def test_a_template_that_rewrites_what_stands_before_an_answer():
-    reason = RowFormatter(formatting_of(manners.COUNTING), encoder_of(byte_level())).format_records(
-        [{"messages": CHAT}], "completion"
-    )[0]
-    assert isinstance(reason, BadField)
-    assert str(reason) == "the chat template changes what stands before an answer once the answer is there"
+    """Each row is the prompt as at generation, and the answer."""
+    first, second = rows_of(manners.COUNTING, {"messages": CHAT})
+    assert first == "1: <|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n[[first<|im_end|>]]"
+    assert second.startswith("3: <|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nfirst<|im_end|>")
+    assert second.endswith("assistant\n[[second<|im_end|>]]")
 
 
 def test_answers_that_change_once_another_follows_get_a_row_each():
     tokenizer = byte_level()
     formatter = RowFormatter(formatting_of(manners.THINKING), encoder_of(tokenizer))
     (rows,) = formatter.format_records([{"messages": CHAT}], "completion")
-    assert formatter.unfolded == 1
+    assert formatter.counts["unfolded"] == 1
     assert len(rows) == 2
     expected = ["\n</think>\n\nfirst<|im_end|>", "\n</think>\n\nsecond<|im_end|>"]
     for position, runs, answer in zip((1, 3), rows, expected, strict=True):
@@ -232,13 +267,13 @@ def test_a_template_that_misbehaves_later_is_stopped_too_and_the_next_row_starts
     process = start(ON_BOMB.replace("BOMB", bomb), 0.5 if bomb == LOOP else RENDER_CPU_SECONDS)
     harmful = [{"role": "user", "content": "bomb"}]
     try:
-        answers = process.render([(harmful, None), (CHAT, None)])
+        answers = process.render([Request(harmful), Request(CHAT)])
         assert isinstance(answers[0], BadField)  # memory is given back within the process
         assert message in str(answers[0])
-        assert isinstance(answers[1], list)
+        assert isinstance(answers[1], Rendered)
     except DataError as error:
         assert message in error.message
-    assert isinstance(process.render([(CHAT, None)])[0], list)
+    assert isinstance(process.render([Request(CHAT)])[0], Rendered)
     process.close()
 
 
@@ -247,8 +282,8 @@ def test_only_the_time_of_one_conversation_counts():
     process = start(manners.CHATML.replace("{% for", "{% for i in range(20000) %}{% endfor %}{% for", 1), 0.25)
     process._process.send_signal(signal.SIGSTOP)
     threading.Timer(0.6, process._process.send_signal, [signal.SIGCONT]).start()
-    answers = process.render([(CHAT, None)] * 400)
-    assert all(isinstance(answer, list) for answer in answers)
+    answers = process.render([Request(CHAT)] * 400)
+    assert all(isinstance(answer, Rendered) for answer in answers)
     process.close()
 
 
@@ -268,9 +303,65 @@ def test_the_process_ends_with_its_parent():
 
 def test_marks_are_chosen_so_that_no_text_is_mistaken_for_one():
     renderer = ChatRenderer(manners.CHATML, {}, ["<|im_start|>", "<|im_end|>"], None)
-    everything = "".join(rendering.MARKS)
+    everything = "".join(MARKS)
     with pytest.raises(RenderError, match="noncharacters"):
-        renderer.render([{"role": "user", "content": everything}], None, required="none", prompt_only=True)
+        renderer.render(Request([{"role": "user", "content": everything}], mode="prompt"))
     almost = everything[:-1] + "0<|im_end|>"
-    ((spans, _),) = renderer.render([{"role": "user", "content": almost}], None, required="none", prompt_only=True)
+    ((spans, _),) = renderer.render(Request([{"role": "user", "content": almost}], mode="prompt")).rows
     assert ("user\n" + almost, False, -1) in spans
+
+
+CALLING = [
+    {"role": "user", "content": "How deep?"},
+    {
+        "role": "assistant",
+        "content": "I look it up.",
+        "tool_calls": [
+            {"id": f"call-00{number}", "type": "function", "function": {"name": "depth", "arguments": arguments}}
+            for number, arguments in enumerate([{"lake": "Ammersee", "unit": 1}, '{"lake": "Chiemsee", "unit": 1}'])
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call-000", "content": "81 m"},
+    {"role": "tool", "tool_call_id": "call-001", "content": "73 m"},
+    {"role": "assistant", "content": "81 and 73 metres."},
+]
+DEPTH = {"type": "function", "function": {"name": "depth", "description": "Depth of a lake", "parameters": {
+    "type": "object", "properties": {"lake": {"type": "string", "enum": ["Ammersee", "Chiemsee"]}}}}}  # fmt: skip
+CALL = "{% for c in m.tool_calls or [] %}{{ '[' ~ c.id ~ ' ' ~ c.function.name ~ c.function.arguments | tojson ~ ']' }}{% endfor %}"
+TOOL_CHAT = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    + CALL
+    + "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lost"),
+    [
+        ("", "", None),
+        ("{{ tools | tojson }}", "{{ 'Tools' }}", "the name 'depth' of tool 1 (depth)"),
+        ("tools | tojson", "tools[0].function.name", "the description 'Depth of a lake' of tool 1 (depth)"),
+        ("c in m.tool_calls or []", "c in (m.tool_calls or [])[:1]", "argument 'lake' of call 2 (depth) of message 2"),
+        ("c.function.name ~", "", "the name of call 1 (depth) of message 2"),
+        (
+            "c.function.arguments | tojson",
+            "c.function.arguments.lake",
+            "argument 'unit' of call 1 (depth) of message 2",
+        ),
+        ("+ m.content", "+ (m.content if not m.tool_calls else '')", "the text of message 2"),
+        ("+ m.content", "+ (m.content if m.role != 'tool' else '')", "the text of message 3"),
+        ("+ m.content", "+ m.content + (m.content if loop.first else '')", "prints twice the text of message 1"),
+        ("+ m.content", "+ m.content.replace('deep', '')", "the text of message 1"),
+    ],
+)
+def test_what_a_template_leaves_out_is_named(old, new, lost):
+    record = {"messages": CALLING, "tools": [DEPTH]}
+    template = TOOL_CHAT.replace(old, new)
+    found = rows_of(template, record)
+    if lost is None:
+        (row,) = found
+        assert '[[I look it up.[call-000 depth{"lake": "Ammersee", "unit": 1}]' in row
+        assert row.count("[[") == 2
+    else:
+        assert lost in found
+        assert len(rows_of(template, record, on_lost_content="warn")) == 1

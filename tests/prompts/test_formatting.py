@@ -273,7 +273,7 @@ def test_messages_that_nobody_answers_are_left_out_and_counted():
     assert formatter.format_records([more], "completion") == formatter.format_records(
         [{"messages": answered}], "completion"
     )
-    assert formatter.unanswered == 1
+    assert formatter.counts["unanswered"] == 1
 
 
 def test_a_formatting_survives_json():

@@ -45,7 +45,7 @@ from qlora_cli.events import Caution, Notice, Progress, Report
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-PREPARATION = 1  # raised when the same input would give other rows, so that older caches are not taken for these
+PREPARATION = 2  # raised when the same input would give other rows, so that older caches are not taken for these
 DEFAULT_MAX_LENGTH = 2048
 SAMPLE_RECORDS = 256  # looked at to recognise the format
 SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
@@ -190,6 +190,7 @@ def prepare_rows(
         overlong=settings.overlong,
         max_line_bytes=settings.max_line_bytes,
         vocabulary_size=len(tokenizer),
+        on_lost_content=settings.on_lost_content,
     )
     with reporting_disk_full(directory), atomic_directory(place) as temporary:
         statistics = PreparationStatistics()
@@ -242,6 +243,7 @@ def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, ident
     if settings.chat_template and Path(settings.chat_template).is_file():
         wanted["chat_template"] = Path(settings.chat_template).read_text(encoding="utf-8", errors="replace")
     facts = [PREPARATION, FORMAT, wanted, identity["sha256"], encoder.spec.sha256, encoder.spec.chat_template]
+    facts += [encoder.spec.tool_template] if encoder.spec.tool_template else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_cli.config import DataSettings
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
-from qlora_cli.core.prompts.formatting import Formatting, chat_formatting
+from qlora_cli.core.prompts.formatting import Formatting, chat_formatting, own_template
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
 from qlora_cli.core.records.conversation import ConversationColumns
 from qlora_cli.core.records.record import Record
@@ -30,6 +30,7 @@ PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 )
 TEXTS = ("text", "content", "quote", "document", "body", "passage", "story", "article", "sentence", "code")
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+SETTINGS = "chat_template_kwargs"  # as vLLM and others call a row's own variables of the template
 CLEARLY_LONGER = 2  # the text column holds this many times the letters of the next one, or the user has to choose
 
 
@@ -259,6 +260,7 @@ def _recognise_chat(columns: _Columns, settings: DataSettings, encoder: TextEnco
         if found is None:
             raise UsageError(f"No column holds chat messages; the data has {columns.listed}.", "Use --messages-column.")
         column = found
+    tool_template = None
     if settings.chat_template:
         try:
             template = Path(settings.chat_template).read_text(encoding="utf-8")
@@ -268,12 +270,20 @@ def _recognise_chat(columns: _Columns, settings: DataSettings, encoder: TextEnco
                 "Give --chat-template a Jinja file.",
             ) from None
         whose = f"the template in {settings.chat_template}"
-    elif encoder.spec.chat_template:
-        template, whose = encoder.spec.chat_template, "the model's own template"
+    elif own := own_template(encoder.spec):
+        template, whose = own, "the model's own template"
+        tool_template = encoder.spec.tool_template
+        whose += " (for conversations with tools, its own for these)" if tool_template else ""
     else:
         template, whose = FALLBACK_TEMPLATE, "a plain template (the model has none)"
     return Recognised(
-        chat_formatting(template, ConversationColumns(messages=column, tools=columns.find(["tools"]))),
+        chat_formatting(
+            template,
+            ConversationColumns(messages=column, tools=columns.find(["tools"]), settings=columns.find([SETTINGS])),
+            tool_template=tool_template,
+            settings=settings.template_setting,
+            thoughts=settings.thoughts,
+        ),
         train_on,
         f"chat messages in column {column!r}, {whose}, {_trained(train_on)}",
     )

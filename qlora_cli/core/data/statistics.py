@@ -13,6 +13,14 @@ from qlora_cli.core.data.tokenize import TokenisedChunk
 from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Report
 
+# Kind of content → what is said of conversations that hold some which the chat template does not print.
+LOST = {
+    "text": "hold texts that the chat template leaves out or prints elsewhere",
+    "thought": "lack thoughts of trained answers, which the chat template leaves out",
+    "call": "lack tool calls or arguments, which the chat template leaves out",
+    "tool": "lack descriptions of tools, which the chat template leaves out",
+}
+
 
 class PreparationStatistics:
     """Counts what became of every row, chunk by chunk."""
@@ -92,6 +100,16 @@ class PreparationStatistics:
                     "an answer differently once another follows; --train-on last takes one each."
                 )
             )
+        if count := counts["moved"]:
+            report(
+                Notice(
+                    f"{count} conversations have system or developer turns that the chat template does not print as "
+                    "they stand; they were put into its system turn, or into the user turn that follows."
+                )
+            )
+        for kind, what in LOST.items():
+            if count := counts[f"lost_{kind}"]:
+                report(Caution(f"{count} of {records} conversations {what}, and were kept all the same."))
         if count := counts["bad_rows"]:
             report(
                 Caution(

@@ -10,9 +10,8 @@ import numpy as np
 
 from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec
-from qlora_cli.core.prompts.formatting import Blank, Formatting, RowFormatter
-from qlora_cli.core.prompts.prompt_template import BadField
-from qlora_cli.core.records.record import Record, describe_type
+from qlora_cli.core.prompts.formatting import Formatting, RowFormatter
+from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
 from qlora_cli.errors import QloraError
 
 Row = tuple[np.ndarray, np.ndarray]  # input_ids (n,) int32, trained (n,) bool
@@ -29,6 +28,7 @@ class TokeniserSettings:
     overlong: str
     max_line_bytes: int
     vocabulary_size: int
+    on_lost_content: str = "stop"
 
 
 @dataclass
@@ -42,7 +42,8 @@ class TokenisedChunk:
         counts: records (read, good and bad); truncated (rows cut at the limit); split (records that became several
             rows); closed (pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained); unanswered
             (conversations whose last messages had no answer and were left out); unfolded (conversations that became a
-            row for each answer).
+            row for each answer); moved (conversations whose system turns were put where the chat template prints
+            them); lost_text, lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out).
         dropped: Reason → records left out.
         bad_rows: In order.
         source_bytes: As in Chunk.
@@ -63,7 +64,7 @@ class Tokeniser:
     def __init__(self, settings: TokeniserSettings) -> None:
         self._settings = settings
         self._encoder = TextEncoder(settings.spec)
-        self._formatter = RowFormatter(settings.formatting, self._encoder)
+        self._formatter = RowFormatter(settings.formatting, self._encoder, settings.on_lost_content)
 
     def process(self, chunk: Chunk) -> TokenisedChunk:
         """Parses, formats, tokenises and fits one chunk."""
@@ -82,7 +83,7 @@ class Tokeniser:
         rows: list[list[Run]] = []
         dropped: Counter[str] = Counter()
         bad_rows = []
-        self._formatter.unanswered = self._formatter.unfolded = 0
+        self._formatter.counts.clear()
         formatted = self._formatter.format_records(chunk.records, self._settings.train_on)
         for line, row in zip(chunk.lines, formatted, strict=True):
             if isinstance(row, Blank):
@@ -103,7 +104,7 @@ class Tokeniser:
             input_ids,
             trained,
             lengths.astype(np.int32),
-            Counter(unanswered=self._formatter.unanswered, unfolded=self._formatter.unfolded),
+            Counter(self._formatter.counts),
             dropped,
             bad_rows=bad_rows,
         )

@@ -1,4 +1,4 @@
-"""Chat templates: the limited child process that renders conversations (`chat_renderer`)."""
+"""Chat templates: the limited child process that renders conversations (`chat.renderer`)."""
 
 import atexit
 import os
@@ -8,14 +8,21 @@ import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
-from qlora_cli.core.prompts import chat_renderer as rendering
-from qlora_cli.core.prompts.chat_renderer import RenderedRow
-from qlora_cli.core.records.messages import Message
+import qlora_cli
+from qlora_cli.core.prompts.chat.printer import MEMORY_BYTES
+from qlora_cli.core.prompts.chat.renderer import Rendered, Request
 from qlora_cli.core.records.record import BadField
 from qlora_cli.errors import DataError
 
+# What the child runs: isolated from the environment, with nothing but this package in reach.
+CHILD = (
+    "import sys; sys.path.insert(0, sys.argv[1]);"
+    "from qlora_cli.core.prompts.chat.renderer import serve_descriptor; serve_descriptor(int(sys.argv[2]))"
+)
+PACKAGES = str(Path(qlora_cli.__file__).parents[1])
 RENDER_CPU_SECONDS = 10.0  # of the processor, for one conversation; a real template takes far less than a millisecond
 
 # For a tokenizer without a chat template: plain text, no new tokens, every answer closed by the end-of-text token.
@@ -65,7 +72,7 @@ class ChatProcess:
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", rendering.__file__, str(theirs.fileno())],
+                [sys.executable, "-I", "-c", CHILD, PACKAGES, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={"PATH": os.environ.get("PATH", "")},
@@ -87,27 +94,21 @@ class ChatProcess:
             self._connection.close()
         if code == -signal.SIGPROF:
             return "dead", f"the chat template did not come to an end within {self._setup[-1]:g} seconds"
-        return "dead", f"the chat template takes more than {rendering.MEMORY_BYTES // 2**20} MiB of memory"
+        return "dead", f"the chat template takes more than {MEMORY_BYTES // 2**20} MiB of memory"
 
-    def render(
-        self,
-        conversations: Sequence[tuple[list[Message], list[Any] | None]],
-        *,
-        required: str = "none",
-        prompt_only: bool = False,
-    ) -> list[list[RenderedRow] | BadField]:
+    def render(self, requests: Sequence[Request]) -> list[Rendered | BadField]:
         """Renders conversations, each to one row or several; those that cannot be come back as the reason why.
 
         Raises:
             DataError: The template loops for ever or fills the memory.
         """
-        if not conversations:
+        if not requests:
             return []
         if self._connection.closed:
             self._start()
-        self._connection.send([(messages, tools, required, prompt_only) for messages, tools in conversations])
-        rendered: list[list[RenderedRow] | BadField] = []
-        for _ in conversations:
+        self._connection.send(list(requests))
+        rendered: list[Rendered | BadField] = []
+        for _ in requests:
             kind, answer = self._receive()
             if kind == "dead":
                 raise DataError(f"{answer[0].upper()}{answer[1:]}.", "Give another one with --chat-template FILE.")

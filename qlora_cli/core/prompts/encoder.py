@@ -35,6 +35,8 @@ class TokenizerSpec:
         eos_id: End of text.
         names: bos_token, eos_token and so on, as templates know them.
         chat_template: Its own, or None.
+        tool_template: Its own for conversations with tools, where that is another one.
+        other_templates: Names of further ones, that nothing here chooses by itself.
         prefix_after_control: Whether it puts its prefix space after a control token as well as at the start.
     """
 
@@ -44,6 +46,8 @@ class TokenizerSpec:
     names: dict[str, str]
     chat_template: str | None
     prefix_after_control: bool
+    tool_template: str | None = None
+    other_templates: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -79,16 +83,17 @@ def _describe(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
             f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, so no answer could ever end.",
             'Set "eos_token" in its tokenizer_config.json.',
         )
-    chat_template = tokenizer.chat_template
-    if isinstance(chat_template, dict):
-        chat_template = chat_template.get("default")
+    given = tokenizer.chat_template
+    templates: dict[str, str] = given if isinstance(given, dict) else {"default": given} if given else {}
+    chat_template = templates.get("default")
+    everything = "\n".join(templates.values())
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     for token in content["added_tokens"]:
         # Some models ship <|im_start|> and the like as ordinary added tokens; in their template they control all the
         # same. <think> and <tool_call> stay what they are: answers hold them rightly.
-        in_template = chat_template is not None and token["content"] in chat_template and "|" in token["content"]
+        in_template = token["content"] in everything and re.search("[|｜]", token["content"]) is not None
         token["special"] = token["special"] or in_template or token["content"] in names.values()
     probe = "a"
     plain = tokenizer(probe, add_special_tokens=False)["input_ids"]
@@ -103,6 +108,10 @@ def _describe(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
         names=names,
         chat_template=chat_template,
         prefix_after_control=after_control == plain,
+        tool_template=templates.get("tool_use") if chat_template is not None else None,
+        other_templates=tuple(
+            name for name in templates if chat_template is None or name not in ("default", "tool_use")
+        ),
     )
 
 
@@ -148,6 +157,25 @@ class TextEncoder:
         rest = text[at:].lstrip() if strip_next else text[at:]
         return [*parts, rest] if rest else parts
 
+    def strip_beside_control(self, spans: Sequence[tuple[str, bool, int]]) -> list[tuple[str, bool, int]]:
+        """Spans of a rendered chat without the white space that control tokens beside it take along.
+
+        Args:
+            spans: Text, whether it is a control token, and what else belongs to it.
+        """
+        if not self._strips_left and not self._strips_right:
+            return list(spans)
+        stripped: list[tuple[str, bool, int]] = []
+        for i, (text, is_control, turn) in enumerate(spans):
+            if not is_control:
+                if i and spans[i - 1][1] and spans[i - 1][0] in self._strips_right:
+                    text = text.lstrip()
+                if i + 1 < len(spans) and spans[i + 1][1] and spans[i + 1][0] in self._strips_left:
+                    text = text.rstrip()
+            if text:
+                stripped.append((text, is_control, turn))
+        return stripped
+
     def holds_control(self, text: str) -> bool:
         """Whether somebody typed a control token."""
         return self._control.search(text) is not None
@@ -163,6 +191,12 @@ class TextEncoder:
         if not prefix or (runs and runs[0][0] == prefix[0]):
             return runs
         return [*((token, False) for token in prefix), *runs]
+
+    def close(self, runs: list[Run]) -> list[Run]:
+        """The row with what the tokenizer puts before a text, and with end of text, trained, once."""
+        runs = self.with_prefix(runs)
+        eos = self.spec.eos_id
+        return [*(runs[:-1] if runs and runs[-1][0] == eos else runs), (eos, True)]
 
     def encode_rows(self, rows: Sequence[Sequence[Run]]) -> list[list[list[int]]]:
         """The ids of every run of every row."""

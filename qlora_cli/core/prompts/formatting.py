@@ -1,19 +1,18 @@
 """Formatting: records and prompts to runs of text and control tokens, each trained on or not."""
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.core.prompts.chat_renderer import RenderedRow, RenderedSpan
-from qlora_cli.core.prompts.chat_template import chat_process
-from qlora_cli.core.prompts.encoder import Run, TextEncoder, encoder_of
-from qlora_cli.core.prompts.prompt_template import PromptTemplate, listed, move_spaces, text_of
-from qlora_cli.core.records.conversation import Conversation, ConversationColumns, read_conversation
-from qlora_cli.core.records.messages import KNOWN_ROLES
+from qlora_cli.core.prompts.chat_rows import ChatFormatter
+from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec, encoder_of
+from qlora_cli.core.prompts.prompt_template import PromptTemplate, listed, text_of
+from qlora_cli.core.records.conversation import ConversationColumns
 from qlora_cli.core.records.record import BadField, Blank, Record, problem_of_record
-from qlora_cli.errors import DataError
+from qlora_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +33,9 @@ class Formatting:
         date: ISO date that a chat template sees as today.
         conversation: Where a record holds its conversation (format chat); None: `column` and `tools`.
         markup: Texts were formatted beforehand: control tokens written in them are control tokens (format text).
+        tool_template: Jinja chat template for conversations with tools; None for the same (format chat).
+        template_settings: Variables of the chat template, such as enable_thinking (format chat).
+        thoughts: Thoughts of answers that are trained: keep, last or drop (format chat).
     """
 
     format: str
@@ -46,10 +48,13 @@ class Formatting:
     date: str | None = None
     conversation: ConversationColumns | None = None
     markup: bool = False
+    tool_template: str | None = None
+    template_settings: dict[str, Any] | None = None
+    thoughts: str = "keep"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, without those that say nothing."""
-        content = {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        content = {name: value for name, value in asdict(self).items() if value not in (None, False, "keep")}
         if self.conversation is not None:
             content["conversation"] = {name: value for name, value in content["conversation"].items() if value}
         return content
@@ -72,17 +77,16 @@ class RowFormatter:
 
     Attributes:
         formatting: As given.
-        unanswered: Conversations so far whose last messages had no answer and were left out.
-        unfolded: Conversations so far that became a row for each answer.
+        counts: What became of conversations so far, under the names of `TokenisedChunk.counts`.
 
     Raises:
         UsageError: The template has no place for the completion, or other faults.
         DataError: The chat template cannot be used.
     """
 
-    def __init__(self, formatting: Formatting, encoder: TextEncoder) -> None:
+    def __init__(self, formatting: Formatting, encoder: TextEncoder, on_lost_content: str = "stop") -> None:
         self.formatting = formatting
-        self.unanswered = self.unfolded = 0
+        self.counts: Counter[str] = Counter()
         self._encoder = encoder
         if formatting.format == "prompt":
             assert formatting.template is not None and formatting.completion_column is not None
@@ -94,10 +98,7 @@ class RowFormatter:
             )
         elif formatting.format == "chat":
             assert formatting.template is not None
-            names = tuple(sorted(encoder.spec.names.items()))
-            self._chat = chat_process(formatting.template, names, tuple(encoder.control_ids), formatting.date)
-            self._columns = formatting.conversation or ConversationColumns(messages=formatting.column, tools="tools")
-            self._roles = KNOWN_ROLES | set(re.findall(r"""["']([\w -]+)["']""", formatting.template))
+            self._chat = ChatFormatter(formatting, encoder, on_lost_content, self.counts)
 
     def format_records(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
         """The rows of each record (one, but for some chats) as runs, BOS and EOS included; or why there are none.
@@ -107,12 +108,12 @@ class RowFormatter:
             train_on: all, completion or last.
         """
         if self.formatting.format == "chat":
-            return self._format_chats(records, train_on)
+            return self._chat.format_records(records, train_on)
         make = self._format_text if self.formatting.format == "text" else self._format_pair
         rows: list[Formatted] = []
         for record in records:
             try:
-                rows.append([self._close(make(record, train_on))])
+                rows.append([self._encoder.close(make(record, train_on))])
             except (BadField, Blank) as reason:
                 rows.append(reason)
         return rows
@@ -130,7 +131,7 @@ class RowFormatter:
 
     def _prompt_runs(self, prompt: "str | Record | list[Record]") -> list[Run]:
         if self.formatting.format == "chat":
-            return self._chat_prompt(prompt)
+            return self._chat.prompt_runs(prompt)
         if isinstance(prompt, list):
             raise BadField(
                 f"it is a conversation, but the model was trained on rows of the format {self.formatting.format!r}"
@@ -176,136 +177,87 @@ class RowFormatter:
         optional = record.get(str(self.formatting.optional_column))
         return self._short if optional is None or (isinstance(optional, str) and not optional.strip()) else self._long
 
-    def _chat_prompt(self, prompt: "str | Record | list[Record]") -> list[Run]:
-        column = str(self._columns.messages or self._columns.prompt)
-        if isinstance(prompt, dict) and column not in prompt:
-            given = next((name for name in ("messages", "prompt") if name in prompt), None)
-            if given is None:
-                raise BadField(f"it has no {column!r} (it has {listed(prompt)})")
-            prompt = {**prompt, column: prompt[given]}
-        elif not isinstance(prompt, dict):
-            prompt = {column: prompt}
-        if column == self._columns.messages and isinstance(prompt[column], str):
-            prompt = {**prompt, column: [{"role": "user", "content": prompt[column]}]}
-        rendered, _ = self._render([prompt], train_on="all", prompt_only=True)[0]
-        if isinstance(rendered, BadField | Blank):
-            raise BadField(str(rendered))
-        ((spans, _),) = rendered
-        return self._runs_of(spans, lambda turn: False)
 
-    def _format_chats(self, records: Sequence[Record], train_on: str) -> list[Formatted]:
-        rows: list[Formatted] = []
-        for rendered, flags in self._render(records, train_on=train_on, prompt_only=False):
-            if isinstance(rendered, BadField | Blank):
-                rows.append(rendered)
-                continue
-            self.unfolded += len(rendered) > 1
-            made = [self._chat_row(spans, "last" if only_last else train_on, flags) for spans, only_last in rendered]
-            trained = [row for row in made if any(is_trained for _, is_trained in row)]
-            rows.append(trained or Blank("no answer that the data lets be trained"))
-        return rows
+def chat_formatting(
+    template: str,
+    columns: ConversationColumns | None = None,
+    *,
+    tool_template: str | None = None,
+    settings: Sequence[str] | None = None,
+    thoughts: str = "keep",
+) -> Formatting:
+    """Chats under a Jinja template; if it prints the date, it will print today's from now on.
 
-    def _chat_row(self, spans: list[RenderedSpan], train_on: str, flags: list[bool]) -> list[Run]:
-        last = max(turn for _, _, turn in spans)
-        while spans[-1][2] != last:  # what a template prints after the last answer
-            spans.pop()
+    Args:
+        template: Its source.
+        columns: Where a record holds its conversation; by default in `messages` and `tools`.
+        tool_template: Source of another template, for conversations with tools.
+        settings: Variables of the template, each as name=value.
+        thoughts: keep, last or drop.
 
-        def is_trained(turn: int) -> bool:
-            wanted = train_on == "all" or turn == last or (train_on == "completion" and turn >= 0)
-            return wanted and (turn < 0 or flags[turn])
+    Raises:
+        UsageError: A setting has no name or no value.
+    """
+    dated = "strftime_now" in template + (tool_template or "")
+    return Formatting(
+        format="chat",
+        column=(columns.messages or columns.prompt) if columns else "messages",
+        template=template,
+        conversation=columns,
+        date=datetime.now(UTC).date().isoformat() if dated else None,
+        tool_template=tool_template,
+        template_settings=parse_template_settings(settings or ()) or None,
+        thoughts=thoughts,
+    )
 
-        return self._close(self._runs_of(spans, is_trained), trained=flags[last])
 
-    def _render(
-        self, records: Sequence[Record], *, train_on: str, prompt_only: bool
-    ) -> list[tuple[list[RenderedRow] | BadField | Blank, list[bool]]]:
-        """Each record's rows, or why there are none, and of each of the assistant's turns whether it may be trained."""
-        reasons: list[BadField | Blank | None] = []  # why a record is not sent
-        sent: list[Conversation] = []
-        for record in records:
-            try:
-                conversation = self._conversation(record, is_prompt=prompt_only)
-                sent.append(conversation if prompt_only else self._up_to_answer(conversation, train_on))
-                reasons.append(None)
-            except (BadField, Blank) as reason:
-                reasons.append(reason)
-        required = {"completion": "all", "last": "last", "all": "none"}[train_on]
-        answers = iter(
-            self._chat.render(
-                [(conversation.messages, conversation.tools) for conversation in sent],
-                required=required,
-                prompt_only=prompt_only,
+def parse_template_settings(given: Sequence[str]) -> dict[str, Any]:
+    """Variables of a chat template from name=value: JSON where the value is JSON (true, 3, null), else text.
+
+    Raises:
+        UsageError: One has no name or no value.
+    """
+    settings: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise UsageError(
+                f"--template-setting {item!r} is no name=value.",
+                "Write it like: --template-setting enable_thinking=false",
             )
+        try:
+            settings[name.strip()] = json.loads(value)
+        except ValueError:
+            # Python's spelling means the same, and the text "False" would be true to a template.
+            settings[name.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
+    return settings
+
+
+def own_template(spec: TokenizerSpec) -> str | None:
+    """The model's own chat template, if it has one.
+
+    Raises:
+        DataError: It has several, none of which is the default one.
+    """
+    if spec.chat_template is None and spec.other_templates:
+        raise DataError(
+            f"The model has the chat templates {listed(spec.other_templates)}, and none of them is its default.",
+            "Save the one you want from its tokenizer as a file and give it with --chat-template FILE.",
         )
-        flags = (
-            [may for may, message in zip(c.trained, c.messages, strict=True) if message["role"] == "assistant"]
-            for c in sent
-        )
-        return [(reason, []) if reason else (next(answers), next(flags)) for reason in reasons]
-
-    def _conversation(self, record: Record, *, is_prompt: bool) -> Conversation:
-        """A record's conversation; a role that neither chat templates in general nor this one know stops it."""
-        conversation = read_conversation(record, self._columns, is_prompt=is_prompt)
-        for number, message in enumerate(conversation.messages, start=1):
-            if (role := message["role"]) not in self._roles:
-                raise BadField(
-                    f"message {number} has the role {role!r}, which the chat template does not know; "
-                    f"say whose it is, such as --role {role}=assistant"
-                )
-        return conversation
-
-    def _up_to_answer(self, conversation: Conversation, train_on: str) -> Conversation:
-        """The conversation without messages that nobody answers."""
-        messages = conversation.messages
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = answers[-1:] if train_on == "last" else answers
-        if not any(messages[i]["content"].strip() or messages[i].get("tool_calls") for i in wanted):
-            raise Blank("no answer")
-        self.unanswered += answers[-1] + 1 < len(messages)
-        end = answers[-1] + 1
-        return replace(conversation, messages=messages[:end], trained=conversation.trained[:end])
-
-    def _runs_of(self, spans: Sequence[RenderedSpan], trained: Callable[[int], bool]) -> list[Run]:
-        """A rendered chat's spans as runs, one for each stretch of text of the same turn.
-
-        Spaces right before an answer go to the answer, as in PromptTemplate.
-        """
-        runs: list[Run] = []
-        previous = -1
-        for text, is_control, turn in spans:
-            spaces = move_spaces(runs) if turn >= 0 and turn != previous else ""
-            if not is_control:
-                runs.append((spaces + text, trained(turn)))
-            else:
-                if spaces:
-                    runs.append((spaces, trained(turn)))
-                runs.append((self._encoder.control_ids[text], trained(turn)))
-            previous = turn
-        if previous < 0:
-            move_spaces(runs)  # a prompt that ends here
-        return runs
-
-    def _close(self, runs: list[Run], *, trained: bool = True) -> list[Run]:
-        """The row with BOS and EOS; `trained` says whether its last answer, which EOS belongs to, is."""
-        runs = self._encoder.with_prefix(runs)
-        eos = self._encoder.spec.eos_id
-        if runs and runs[-1][0] == eos:
-            runs[-1] = (eos, trained)
-            return runs
-        return [*runs, (eos, trained)]
-
-
-def chat_formatting(template: str, columns: ConversationColumns | None = None) -> Formatting:
-    """Chats under a Jinja template; if it prints the date, it will print today's from now on."""
-    date = datetime.now(UTC).date().isoformat() if "strftime_now" in template else None
-    column = (columns.messages or columns.prompt) if columns else "messages"
-    return Formatting(format="chat", column=column, template=template, date=date, conversation=columns)
+    return spec.chat_template
 
 
 def default_formatting(tokenizer: "PreTrainedTokenizerBase") -> Formatting:
-    """For generation without a run record: the model's chat template if it has one, else raw text."""
-    template = encoder_of(tokenizer).spec.chat_template
-    return Formatting(format="text", column="text") if template is None else chat_formatting(template)
+    """For generation without a run record: the model's chat template if it has one, else raw text.
+
+    Raises:
+        DataError: The model has several chat templates and no default one.
+    """
+    spec = encoder_of(tokenizer).spec
+    template = own_template(spec)
+    if template is None:
+        return Formatting(format="text", column="text")
+    return chat_formatting(template, tool_template=spec.tool_template)
 
 
 def format_prompt(
