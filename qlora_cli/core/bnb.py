@@ -28,7 +28,6 @@ def nothing_compiled() -> Iterator[None]:
 
 with nothing_compiled():
     import bitsandbytes
-    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-__all__ = ["Bnb4BitHfQuantizer", "Bnb4bitQuantize", "bitsandbytes"]
+__all__ = ["Bnb4BitHfQuantizer", "bitsandbytes"]

@@ -6,7 +6,7 @@ import torch
 from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.layout import expert_weights
-from tests.experts.expert_modules import CONFIGS, make_experts, pack
+from tests.experts.expert_modules import make_experts, pack
 
 TOKENS, CHOICES, RANK = 13, 2, 3
 
@@ -38,7 +38,7 @@ def test_values_of_each_expert_are_bitsandbytes_own(layout, quant_type, dtype, d
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("layout", CONFIGS)
+@pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss", "llama4", "nemotron_h"])
 def test_answer_and_gradients_are_those_of_the_models_own_class(layout, adapted):
     packed, reference = pack(make_experts(layout), torch.float32), make_experts(layout)
     generator = torch.Generator().manual_seed(3)

@@ -9,10 +9,10 @@ from torch import nn
 
 from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.adapters.lora import count_parameters
+from qlora_cli.core.bnb import bitsandbytes
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import (
-    Bnb4bitQuantize,
     freeze_base,
     is_4bit,
 )
@@ -43,7 +43,7 @@ def test_memory_that_runs_out_while_a_weight_is_quantised_is_said(load_tiny, mon
     def no_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Bnb4bitQuantize, "convert", no_memory)
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", no_memory)
     with pytest.raises(ModelError, match="does not fit in the GPU's memory while it is loaded"):
         load_tiny("llama")
 

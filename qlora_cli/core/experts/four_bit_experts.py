@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.experts.grouped_product import ExpertStack, Routing, dense_product, packed_product, route
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
 from qlora_cli.core.experts.stack import (
@@ -102,6 +103,21 @@ class FourBitExperts(nn.Module):
         experts = self.weight_of(name).experts
         put_expert(self.packed(name), packed, number / experts, 1 / experts)
 
+    def keep_shards(self, name: str, shards: WeightShards) -> None:
+        """Keeps this rank's share of a stack, and of its constants, only."""
+        codes = getattr(self, name)
+        codes.data = shards.keep(codes.data)
+        setattr(self, f"{name}_absmax", shards.keep(getattr(self, f"{name}_absmax")))
+
+    def whole(self, leaf: str, tensor: Tensor) -> Tensor:
+        """On the meta device, what a tensor of this module of which `keep_shards` left a share was; any other as it is."""
+        for weight in self.expert_weights:
+            total = weight.experts * weight.elements
+            sizes = {weight.name: total // 2, f"{weight.name}_absmax": total // BLOCK_SIZE}
+            if leaf in sizes:
+                return torch.empty(sizes[leaf], dtype=tensor.dtype, device="meta")
+        return tensor
+
     def dequantized(self, name: str, number: int) -> Tensor:
         """One expert's matrix, (out, in) in the compute dtype."""
         return self.stack(name).matrices(self.compute_dtype, number, number + 1)[0].clone()
@@ -128,7 +144,6 @@ class FourBitExperts(nn.Module):
             result = result + getattr(self, weight.bias)[expert_ids]
         return result
 
-    @torch.compiler.disable
     def forward(
         self, hidden_states: Tensor, top_k_index: Any = None, top_k_weights: Any = None, **named: Any
     ) -> Tensor:
@@ -175,6 +190,10 @@ class FourBitExperts(nn.Module):
         return self.post_expert_norm(hidden) if getattr(self, "has_post_expert_norm", False) else hidden  # type: ignore[operator]
 
 
+# The compiler calls it rather than looking inside. `torch.compiler.disable` says the same and imports the compiler.
+FourBitExperts.forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 def pack_experts(
     module: nn.Module, *, compute_dtype: torch.dtype, quant_type: str, double_quant: bool, device: torch.device
 ) -> FourBitExperts:
@@ -182,7 +201,8 @@ def pack_experts(
     weights = expert_weights(module)
     for weight in weights:
         packed = empty_stack(weight, double_quant=double_quant, device=device)
-        delattr(module, weight.name)
+        module._parameters.pop(weight.name, None)
+        module.__dict__.pop(weight.name, None)
         codes = nn.Parameter(packed.codes, requires_grad=False)
         codes.logical_elements = weight.experts * weight.elements  # type: ignore[attr-defined]
         module.register_parameter(weight.name, codes)

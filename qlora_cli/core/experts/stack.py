@@ -41,8 +41,12 @@ def can_pack(weight: ExpertWeight) -> bool:
 
 
 def nested_block_size(elements: int) -> int:
-    """Constants that a second-level constant of a stack covers, for matrices of so many weights each."""
-    return math.gcd(NESTED_BLOCK_SIZE, elements // BLOCK_SIZE)
+    """Constants that a second-level constant of a stack covers, for matrices of so many weights each.
+
+    It divides those of half a matrix too: gate and up may have been quantised apart.
+    """
+    blocks = elements // BLOCK_SIZE
+    return 1 if blocks % 2 else math.gcd(NESTED_BLOCK_SIZE, blocks // 2)
 
 
 def pack_matrix(matrix: Tensor, *, quant_type: str, double_quant: bool) -> Packed:
@@ -53,11 +57,17 @@ def pack_matrix(matrix: Tensor, *, quant_type: str, double_quant: bool) -> Packe
     return packed_of(codes, state)
 
 
-def packed_of(codes: Tensor, state: Any) -> Packed:
-    """The tensors of a weight that bitsandbytes has quantised, of whole blocks."""
+def packed_of(codes: Tensor, state: Any, elements: int | None = None) -> Packed:
+    """The tensors of a weight that bitsandbytes has quantised, of whole blocks.
+
+    Args:
+        codes: uint8.
+        state: Its `QuantState`.
+        elements: Of the matrix in the stack, where it is made of several such weights one above the other.
+    """
     if state.state2 is None:
         return Packed(codes.flatten(), state.absmax.flatten(), None, None)
-    every = nested_block_size(int(torch.Size(state.shape).numel()))
+    every = nested_block_size(elements or int(torch.Size(state.shape).numel()))
     blocks = state.absmax.numel()
     nested = state.state2.absmax.repeat_interleave(NESTED_BLOCK_SIZE // every)[: blocks // every]
     return Packed(codes.flatten(), state.absmax.flatten(), nested, state.offset.float().expand(len(nested)))
@@ -77,6 +87,13 @@ def empty_stack(weight: ExpertWeight, *, double_quant: bool, device: torch.devic
         torch.empty(nested, dtype=torch.float32, device=device),
         torch.empty(nested, dtype=torch.float32, device=device),
     )
+
+
+def stack_bytes(weight: ExpertWeight, *, double_quant: bool) -> int:
+    """Bytes of a whole stack, as it is held on the device."""
+    blocks = weight.experts * weight.elements // BLOCK_SIZE
+    constants = blocks + 8 * (blocks // nested_block_size(weight.elements)) if double_quant else 4 * blocks
+    return weight.experts * weight.elements // 2 + constants
 
 
 def put_expert(stack: Packed, packed: Packed, start: float, share: float) -> None:

@@ -1,27 +1,32 @@
 """Loading a causal language model: frozen in 4 bits, or with its weights as they are stored."""
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.models.account import Account, account_for
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
+from qlora_cli.core.models.packing import LazyWeight, Packer, withdraw
 from qlora_cli.core.models.quantization import (
     BLOCK_SIZE,
     FourBitConfig,
     four_bit_linears,
     freeze_base,
-    is_4bit,
     is_finite,
 )
 from qlora_cli.core.models.quantized_cache import restore_base, save_base
-from qlora_cli.core.models.raw_weights import read_raw
-from qlora_cli.core.models.structure import build_empty, head_names, linear_names, text_class
+from qlora_cli.core.models.structure import build_empty, text_class
+from qlora_cli.core.weights.checkpoint import Checkpoint
+from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Notice
 
@@ -48,55 +53,82 @@ def load_base(
             at once.
 
     Raises:
-        ModelError: Missing, no causal language model, a linear that did not become 4-bit, or non-finite weights.
+        ModelError: Missing or lacking a tensor, no causal language model, stored in a format that is not read, or
+            non-finite weights.
     """
-    stored = _stored_quantization(files)
-    if stored is not None:
-        quantization = replace(quantization, **stored)
+    stored = stored_format(files.config, files.name)
+    four_bit = stored is not None and stored.is_four_bit
+    if stored is not None and stored.quant_type:
+        quantization = replace(quantization, quant_type=stored.quant_type, double_quant=stored.double_quant)
     identity = files.identity(quantization, compute_dtype)
-    cached_facts = {**asdict(identity), "model": None, "revision": None, "device": device.type}
-    held = f"{quantization.quant_type}, arithmetic in {dtype_name(compute_dtype)}"
-    files.report(Notice(f"Loading {files.name} in 4 bits ({held})."))
-    if quantization.base_cache and stored is None:
-        base = restore_base(cached_facts, files, compute_dtype, device, weight_shards)
-        if base is not None:
-            base.config.dtype = compute_dtype
-            return freeze_base(base), identity
-    if weight_shards is not None and stored is not None:
-        raise ModelError(
-            f"{files.name} is stored in 4 bits, which cannot be sharded.", "Give --model the 16-bit checkpoint."
-        )
     empty = build_empty(files.config, trust_remote_code=files.trust_remote_code)
-    four_bit = FourBitConfig(
-        weight_shards=weight_shards,
-        bnb_4bit_quant_type=quantization.quant_type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[*head_names(empty), *sorted(read_raw(empty))],
-    )
-    base = _load(files, compute_dtype, device, four_bit if stored is None else None)
-    _check_weights(base, files.name)
+    with Checkpoint(files.weights, stored, device) as checkpoint:
+        account = account_for(empty, checkpoint.entries, stored.skipped if stored else ())
+        account.require_whole(files.name)
+        held = f"{quantization.quant_type}, arithmetic in {dtype_name(compute_dtype)}"
+        files.report(Notice(f"Loading {files.name} in 4 bits ({held}). {account.describe()}"))
+        facts = {**asdict(identity), "model": None, "revision": None, "device": device.type, **_packing_facts(account)}
+        if quantization.base_cache and not four_bit:
+            base = restore_base(facts, files, compute_dtype, device, weight_shards)
+            if base is not None:
+                base.config.dtype = compute_dtype
+                return freeze_base(base), identity
+        packer = Packer(checkpoint, quantization, compute_dtype, device, weight_shards)
+        base = _load(files, empty, checkpoint, account, packer)
+    _check_weights(base, files.name, packer.finite)
     freeze_base(base)
-    if quantization.base_cache and stored is None:
-        save_base(base, cached_facts, files.report, weight_shards)
+    if quantization.base_cache and not four_bit:
+        save_base(base, facts, files.report, weight_shards)
     return base, identity
 
 
-def _stored_quantization(files: ModelFiles) -> dict[str, Any] | None:
-    """`quant_type` and `double_quant` of a checkpoint that is 4-bit already; None for a plain one."""
-    stored = getattr(files.config, "quantization_config", None)
-    if stored is None:
-        return None
-    settings = stored if isinstance(stored, dict) else stored.to_dict()
-    if not settings.get("load_in_4bit"):
-        raise ModelError(
-            f"{files.name} is quantised already, by {settings.get('quant_method')}.",
-            "Give --model the 16-bit checkpoint, or one in bitsandbytes' 4 bits.",
+def _packing_facts(account: Account) -> dict[str, Any]:
+    """What of the packing the other facts of a copy do not decide; nothing for a model of plain linear layers."""
+    stacks = sorted(name for name in account.plan.packed if not name.endswith(".weight"))
+    left = sorted(p.name for p in account.plan.parameters if p.reason is not None and p.reason.startswith("read by"))
+    return {"experts": len(stacks), "left": left} if stacks or left else {}
+
+
+def _load(files: ModelFiles, empty: Any, checkpoint: Checkpoint, account: Account, packer: Packer) -> Any:
+    """The model of `empty`, its weights read: what is packed by `packer`, all else by transformers."""
+    four_bit = FourBitConfig(
+        prepare=lambda model: withdraw(model, account),
+        bnb_4bit_quant_type=packer.quantization.quant_type,
+        bnb_4bit_use_double_quant=packer.quantization.double_quant,
+        bnb_4bit_compute_dtype=packer.compute_dtype,
+    )
+    plain = [origin for origin in account.origins.of.values() if account.plan.packed.isdisjoint(origin.targets)]
+    config = copy.deepcopy(empty.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with _loading_errors(files):
+        base = type(empty).from_pretrained(
+            None,
+            config=config,
+            state_dict={name: LazyWeight(checkpoint, name) for origin in plain for name in origin.names},
+            dtype=packer.compute_dtype,
+            device_map={"": packer.device},
+            quantization_config=four_bit,
         )
-    return {
-        "quant_type": settings.get("bnb_4bit_quant_type", "fp4"),
-        "double_quant": settings.get("bnb_4bit_use_double_quant", False),
-    }
+        packer.fill(base, account)
+    base.config.name_or_path = base.name_or_path = str(files.directory)
+    with contextlib.suppress(OSError):  # there is none: the one that the configuration gives stays
+        base.generation_config = GenerationConfig.from_pretrained(files.directory)
+    return base
+
+
+@contextlib.contextmanager
+def _loading_errors(files: ModelFiles) -> Iterator[None]:
+    """Turns what transformers raises while weights are loaded into one sentence."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelError(
+                f"{files.name} does not fit in the GPU's memory while it is loaded.",
+                f"See: qlora inspect --model {files.name}",
+            ) from error
+        raise ModelError(f"{files.name} cannot be loaded: {first_line(error)}") from error
 
 
 def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -106,32 +138,20 @@ def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.dev
         ModelError: Missing, no causal language model, or non-finite weights.
     """
     files.report(Notice(f"Loading {files.name} in {dtype_name(dtype)}, not quantised."))
-    base = _load(files, dtype, device)
-    _check_finite(base, files.name, {})
-    return base.requires_grad_(False).eval()
-
-
-def _load(files: ModelFiles, dtype: torch.dtype, device: torch.device, four_bit: FourBitConfig | None = None) -> Any:
-    try:
-        return text_class(files.config).from_pretrained(
+    with _loading_errors(files):
+        base = text_class(files.config).from_pretrained(
             files.weights,
             config=files.config,
             dtype=dtype,
             device_map={"": device},
             trust_remote_code=files.trust_remote_code,
             use_safetensors=True,
-            quantization_config=four_bit,
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or (four_bit and four_bit.out_of_memory):
-            raise ModelError(
-                f"{files.name} does not fit in the GPU's memory while it is loaded.",
-                f"See: qlora inspect --model {files.name}",
-            ) from error
-        raise ModelError(f"{files.name} cannot be loaded: {first_line(error)}") from error
+    _check_finite(base, files.name, {})
+    return base.requires_grad_(False).eval()
 
 
-def _check_weights(base: Any, model: str) -> None:
+def _check_weights(base: Any, model: str, finite: dict[str, torch.Tensor]) -> None:
     on_cpu = base.device.type == "cpu"
     odd = [n for n, m in four_bit_linears(base) if on_cpu and m.weight.quant_state.shape[-1] % BLOCK_SIZE]
     if odd:
@@ -141,14 +161,7 @@ def _check_weights(base: Any, model: str) -> None:
             "which bitsandbytes cannot read back on a CPU.",
             "Use a machine with a CUDA GPU for this model.",
         )
-    left = [name for name in linear_names(base) if not is_4bit(base.get_submodule(name))]
-    if left:
-        raise ModelError(
-            f"{len(left)} linear layers of {model} did not become 4-bit, first {left[0]} "
-            f"({type(base.get_submodule(left[0])).__name__}).",
-            "This architecture is not supported yet.",
-        )
-    _check_finite(base, model, getattr(base.hf_quantizer, "finite", {}))
+    _check_finite(base, model, finite)
 
 
 def _check_finite(base: Any, model: str, quantised: dict[str, torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """4-bit quantization (NF4, FP4) by bitsandbytes: while a model loads, of a weight, and back."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,27 +9,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 
-from qlora_cli.core.bnb import Bnb4BitHfQuantizer, Bnb4bitQuantize
+from qlora_cli.core.bnb import Bnb4BitHfQuantizer
 from qlora_cli.core.bnb import bitsandbytes as bnb
-from qlora_cli.core.distributed.weight_shards import WeightShards
-from qlora_cli.core.models.structure import is_plain_linear
 
 BLOCK_SIZE = 64  # weights a quantisation constant covers
 NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quantisation)
-
-
-class FourBitConfig(BitsAndBytesConfig):
-    """BitsAndBytesConfig that selects the quantizer below, which may keep a share of each weight only."""
-
-    def __init__(self, weight_shards: WeightShards | None = None, **arguments: Any) -> None:
-        super().__init__(load_in_4bit=True, **arguments)
-        self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
-        self.weight_shards = weight_shards
-        self.out_of_memory = False  # in the load under way; transformers goes on, and reports that something failed
-
-    def to_dict(self) -> dict[str, Any]:
-        own = ("weight_shards", "out_of_memory")
-        return {name: value for name, value in super().to_dict().items() if name not in own}
 
 
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,42 +24,30 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(lowest) & torch.isfinite(highest)
 
 
-class CheckedQuantize(Bnb4bitQuantize):
-    """Quantises one weight and remembers whether it was finite: quantisation hides a NaN."""
+class FourBitConfig(BitsAndBytesConfig):
+    """BitsAndBytesConfig that selects the quantizer below."""
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        config = self.hf_quantizer.quantization_config
-        for name, value in input_dict.items():
-            self.hf_quantizer.finite[name] = is_finite(value[0] if isinstance(value, list) else value)
-        try:
-            converted: dict[str, Any] = super().convert(input_dict, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            config.out_of_memory = True
-            raise
-        if config.weight_shards:
-            for weight in converted.values():
-                weight.data = config.weight_shards.keep(weight.data)
-                weight.quant_state.absmax = config.weight_shards.keep(weight.quant_state.absmax)
-        return converted
+    def __init__(self, prepare: Callable[[Any], None] | None = None, **arguments: Any) -> None:
+        """`prepare` is called with the model before any of its weights is loaded."""
+        super().__init__(load_in_4bit=True, **arguments)
+        self.quant_method = "qlora_4bit"  # type: ignore[assignment]  # a registered name of ours
+        self.prepare = prepare
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "prepare"}
 
 
 class FourBitQuantizer(Bnb4BitHfQuantizer):
-    """transformers' 4-bit quantizer that also takes the linears it leaves out and finds non-finite weights."""
-
-    def __init__(self, quantization_config: Any, **arguments: Any) -> None:
-        super().__init__(quantization_config, **arguments)
-        self.finite: dict[str, torch.Tensor] = {}
+    """transformers' 4-bit quantizer, for which it is a model in 4 bits, while `packing` does the work."""
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **arguments: Any) -> None:
-        for name, module in list(model.named_modules()):
-            if is_plain_linear(module) and type(module) is not nn.Linear:
-                with torch.device("meta"):
-                    plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-                model.set_submodule(name, plain)
-        super()._process_model_before_weight_loading(model, device_map, **arguments)
+        config: Any = self.quantization_config
+        if config.prepare is not None:
+            config.prepare(model)
+            config.prepare = None
 
-    def get_quantize_ops(self) -> Bnb4bitQuantize:
-        return CheckedQuantize(self)
+    def param_needs_quantization(self, model: Any, param_name: str, **arguments: Any) -> bool:
+        return False
 
 
 if "qlora_4bit" not in AUTO_QUANTIZER_MAPPING:
@@ -176,4 +148,6 @@ def pack_weight(weight: torch.Tensor, *, quant_type: str, double_quant: bool) ->
 def logical_numel(parameter: torch.Tensor) -> int:
     """Number of weights a parameter stands for: a packed 4-bit one holds two in a byte."""
     state = getattr(parameter, "quant_state", None)
-    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+    if state is not None:
+        return int(torch.Size(state.shape).numel())
+    return getattr(parameter, "logical_elements", parameter.numel())  # of a stack of experts

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from qlora_cli.artifacts import cache_root, read_json
 from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.quantization import restored_linear
 from qlora_cli.core.models.structure import build_empty
@@ -126,6 +127,10 @@ def _is_file(path: Path) -> bool:
 
 def _whole_shape(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A tensor on the meta device as it is once gathered, for one that ranks hold shares of; any other as it is."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner) if owner in dict(model.named_modules()) else None
+    if isinstance(module, FourBitExperts):
+        return module.whole(leaf, tensor)
     match = re.fullmatch(r"(.+)\.weight(\.absmax)?", name)
     state = getattr(model.get_submodule(match[1]).weight, "quant_state", None) if match else None
     if match is None or state is None:
@@ -167,6 +172,7 @@ def restore_base(
         manifest = read_json(directory / MANIFEST)
         tensors = _read(directory / WEIGHTS, manifest, device, weight_shards)
         model = build_empty(files.config, trust_remote_code=files.trust_remote_code)
+        _blank_experts(model, tensors, facts, compute_dtype)
         _fill(model, tensors, compute_dtype, device)
     except (RunError, OSError, ValueError, KeyError, AttributeError) as error:
         files.report(Caution(f"The copy of the quantised base in {directory} is made anew: {error}"))
@@ -188,7 +194,8 @@ def _read(
     """
     with HashedFile(path, manifest["sha256"], int(manifest["hashed_bytes"])) as file:
         packed = {name.split(f".{FOUR_BIT}")[0] for name in file.entries if f".weight.{FOUR_BIT}" in name}
-        sharded = {name for weight in packed for name in (weight, f"{weight}.absmax")} if weight_shards else set()
+        sharded = {name for weight in packed for name in (weight, f"{weight}.absmax")}
+        sharded |= {name for stack in _stacks_in(file.entries) for name in (stack, f"{stack}_absmax")}
         tensors, parts = {}, []
         for name, entry in file.entries.items():
             if weight_shards and name in sharded:
@@ -202,6 +209,24 @@ def _read(
                 parts.append((entry.start, tensors[name]))
         file.fill(parts, device)
     return tensors
+
+
+def _stacks_in(names: Iterable[str]) -> set[str]:
+    """Names of the stacks of experts among those of a copy's tensors."""
+    names = set(names)
+    return {name.removesuffix("_absmax") for name in names if name.endswith("_absmax")} & names
+
+
+def _blank_experts(model: Any, names: Iterable[str], facts: Mapping[str, Any], compute_dtype: torch.dtype) -> None:
+    """Gives modules of experts whose stacks are in a copy the room for them, without memory."""
+    for owner in {name.rpartition(".")[0] for name in _stacks_in(names)}:
+        pack_experts(
+            model.get_submodule(owner),
+            compute_dtype=compute_dtype,
+            quant_type=facts["quant_type"],
+            double_quant=facts["double_quant"],
+            device=torch.device("meta"),
+        )
 
 
 def _fill(model: Any, tensors: dict[str, Tensor], compute_dtype: torch.dtype, device: torch.device) -> None:
@@ -223,7 +248,9 @@ def _fill(model: Any, tensors: dict[str, Tensor], compute_dtype: torch.dtype, de
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            made = nn.Parameter(tensor, requires_grad=False)
+            made.__dict__.update(owner._parameters[leaf].__dict__)  # of a stack of experts, the weights it stands for
+            owner._parameters[leaf] = made
         elif leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:

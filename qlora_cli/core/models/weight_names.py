@@ -1,12 +1,139 @@
 """Names of weights: in a checkpoint, and in the model that transformers loads it into."""
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from qlora_cli.errors import ModelError
+
+
+@dataclass(frozen=True)
+class WeightOrigin:
+    """Where one or more of a model's tensors come from.
+
+    Attributes:
+        targets: Their names in the model.
+        sources: Names in the checkpoint, by the pattern each matches, in order; one name where nothing is converted.
+        converter: How transformers makes the targets of the sources; None where they are as they are stored.
+    """
+
+    targets: tuple[str, ...]
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    converter: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of the checkpoint that is used."""
+        return [name for names in self.sources.values() for name in names]
+
+    def by_expert(self, experts: int) -> bool:
+        """Whether the slice of one expert can be made of its own tensors, or of its slice of each, alone."""
+        if self.converter is None:
+            return True
+        operations = self.converter.operations
+        stacks = isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
+        inside = all(
+            (isinstance(step, Concatenate) and step.dim > 0)
+            or (isinstance(step, Transpose) and min(step.dim0, step.dim1) > 0)
+            for step in operations[stacks:]
+        )
+        return inside and all(len(names) == (experts if stacks else 1) for names in self.sources.values())
+
+    def read(self, read: Callable[[str], Tensor], model: Any) -> dict[str, Tensor]:
+        """The targets, made of whole tensors that `read` gives by their name in the checkpoint."""
+        return self._make({pattern: [read(name) for name in names] for pattern, names in self.sources.items()}, model)
+
+    def read_expert(self, read: Callable[[str, slice | None], Tensor], model: Any, number: int) -> Tensor:
+        """One expert's slice (1, …) of the only target; `by_expert` must hold. `read` also reads rows alone."""
+        rows = slice(number, number + 1)
+        if self.converter is not None and isinstance(self.converter.operations[0], MergeModulelist):
+            made = self._make({p: [read(names[number], None)] for p, names in self.sources.items()}, model)
+        else:
+            made = self._make({p: [read(names[0], rows)] for p, names in self.sources.items()}, model)
+        return made[self.targets[0]]
+
+    def _make(self, tensors: dict[str, list[Tensor]], model: Any) -> dict[str, Tensor]:
+        if self.converter is None:
+            return {self.targets[0]: next(iter(tensors.values()))[0]}
+        step = copy.deepcopy(self.converter)
+        for pattern, values in tensors.items():
+            for value in values:
+                step.add_tensor(self.targets[0], self.targets[0], pattern, value)
+        try:
+            made = step.convert(self.targets[0], model=model, config=model.config)
+        except Exception as error:  # whatever an operation of transformers raises on tensors it was not made for
+            raise ModelError(
+                f"{self.targets[0]} cannot be made of {len(self.names)} tensors, first {self.names[0]}: {error}",
+                "Download the model again.",
+            ) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass(frozen=True)
+class WeightOrigins:
+    """Where all of a model's tensors come from.
+
+    Attributes:
+        of: By the first target's name.
+        unexpected: Tensors of the checkpoint that no part of the model takes.
+    """
+
+    of: Mapping[str, WeightOrigin]
+    unexpected: tuple[str, ...]
+
+    @property
+    def made(self) -> dict[str, WeightOrigin]:
+        """Each tensor of the model that the checkpoint gives, with its origin."""
+        return {target: origin for origin in self.of.values() for target in origin.targets}
+
+
+def find_origins(names: Iterable[str], model: PreTrainedModel) -> WeightOrigins:
+    """Where a model's tensors, on any device, come from in a checkpoint of these names: as transformers loads it.
+
+    Raises:
+        ModelError: Two tensors claim the same place.
+    """
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
+    origins: dict[str, WeightOrigin] = {}
+    unexpected = []
+    for name in sorted(names, key=dot_natural_key):
+        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if new not in state and name in state:  # as transformers: a name that fits already is not renamed
+            new, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if new not in state:
+            unexpected.append(name)
+        elif pattern is None:
+            if new in origins:
+                raise ModelError(
+                    f"The checkpoint holds {new} twice, as {origins[new].names[0]} and as {name}.",
+                    "Remove one of them, or download the model again.",
+                )
+            origins[new] = WeightOrigin((new,), {name: [name]})
+        else:
+            step = by_pattern[pattern]
+            if new not in origins:
+                targets = (new.replace(step.target_patterns[0], target, 1) for target in step.target_patterns)
+                origins[new] = WeightOrigin(tuple(targets), {}, step)
+            origins[new].sources.setdefault(pattern, []).append(name)
+    return WeightOrigins(origins, tuple(unexpected))
 
 
 def renamer(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
@@ -41,16 +168,5 @@ def map_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
     Raises:
         ModelError: Two tensors claim the same place.
     """
-    rename, state = renamer(model), model.state_dict()
-    found: dict[str, str] = {}
-    for name in names:
-        new, converted = rename(name)
-        if converted or new not in state:
-            continue
-        if new in found:
-            raise ModelError(
-                f"The checkpoint holds {new} twice, as {found[new]} and as {name}.",
-                "Remove one of them, or download the model again.",
-            )
-        found[new] = name
-    return found
+    origins = find_origins(names, model).of
+    return {target: origin.names[0] for target, origin in origins.items() if origin.converter is None}

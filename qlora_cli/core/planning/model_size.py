@@ -9,6 +9,8 @@ import torch
 from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.device import dtype_name
+from qlora_cli.core.experts.layout import expert_weights, find_experts
+from qlora_cli.core.experts.stack import can_pack, stack_bytes
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora_cli.core.models.structure import linear_names
 
@@ -75,13 +77,20 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
     """Counts a model from `build_empty`, maybe with an adapter attached, as it will be held: its linears in 4 bits, all
     else of the base in `compute_dtype`."""
     quantized = {base_name(name) for name in linear_names(model)}
+    stacks = {
+        f"{base_name(name)}.{weight.name}": weight
+        for name, module in find_experts(model)
+        for weight in expert_weights(module)
+        if can_pack(weight)
+    }
     owners = {base_name(name): type(module).__name__ for name, module in model.named_modules() if ".lora_" not in name}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     quantized_numels: list[int] = []
     quantized_bytes = 0
     for name, parameter in model.named_parameters():
         owner = base_name(name) if ".lora_" in name else base_name(name).rpartition(".")[0]
-        held = quantization.quant_type if owner in quantized else dtype_name(compute_dtype)
+        stack = stacks.get(base_name(name)) if ".lora_" not in name else None
+        held = quantization.quant_type if owner in quantized or stack else dtype_name(compute_dtype)
         key = owner.rpartition(".")[2], f"{owners[owner]}, {held}"
         group = groups.setdefault(key, {"owners": set(), "parameters": 0, "trainable": 0, "held_bytes": 0})
         group["owners"].add(owner)
@@ -90,7 +99,11 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
             group["trainable"] += numel
             continue
         group["parameters"] += numel
-        if owner in quantized and name.endswith("weight"):
+        if stack is not None:
+            quantized_numels += [stack.elements] * stack.experts
+            held_bytes = stack_bytes(stack, double_quant=quantization.double_quant)
+            quantized_bytes += held_bytes
+        elif owner in quantized and name.endswith("weight"):
             quantized_numels.append(numel)
             held_bytes = packed_bytes(numel, double_quant=quantization.double_quant)
             quantized_bytes += held_bytes

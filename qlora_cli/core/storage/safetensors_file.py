@@ -215,7 +215,10 @@ class TensorFile:
         Raises:
             ModelError: The file ends too early, or the dtype is none of PyTorch's.
         """
-        entry = self.entries[name]
+        return self.read_entry(self.entries[name], rows)
+
+    def read_entry(self, entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
+        """As `read`, of a tensor by where it lies."""
         shape, start = entry.shape, entry.start
         if rows is not None:
             row_bytes = prod(shape[1:]) * entry.dtype.itemsize

@@ -1,0 +1,196 @@
+"""Packing a base's weights in 4 bits while they are read: one matrix at a time is in 16 bits, on host and device."""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
+from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
+from qlora_cli.core.experts.stack import Packed, pack_matrix, packed_of
+from qlora_cli.core.models.account import Account
+from qlora_cli.core.models.quantization import is_finite, pack_weight, restored_linear
+from qlora_cli.core.models.weight_names import WeightOrigin
+from qlora_cli.core.weights.checkpoint import Checkpoint
+from qlora_cli.core.weights.stored_formats import four_bit_state
+from qlora_cli.errors import ModelError
+
+
+class Withdrawn(nn.Module):
+    """The place of a linear layer whose weight is not there yet; its bias is loaded like all that is not packed."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: Any) -> None:
+        """Takes the place of a linear layer on the meta device."""
+        super().__init__()
+        self.transposed = isinstance(linear, Conv1D)  # (in, out) in the model and in the checkpoint
+        self.shape = tuple(linear.weight.shape)
+        self.weight = _place(linear.weight)
+        self.register_parameter("bias", linear.bias)
+        self._is_hf_initialized = True
+
+
+def withdraw(model: nn.Module, account: Account) -> None:
+    """Takes what will be packed out of a model on the meta device, so that transformers loads the rest alone."""
+    for name in account.plan.packed:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        stacks = expert_weights(owner)
+        if any(weight.name == leaf for weight in stacks):
+            cast(Any, owner).expert_weights = stacks
+            owner._is_hf_initialized = True  # type: ignore[assignment]
+            place = _place(getattr(owner, leaf))
+            delattr(owner, leaf)
+            setattr(owner, leaf, place)
+        else:
+            model.set_submodule(owner_name, Withdrawn(owner))
+
+
+def _place(parameter: Any) -> Tensor:
+    """No parameter, without memory: some models initialise what lies in modules below, and look for it there."""
+    place = torch.empty_like(parameter, device="meta", requires_grad=False)
+    place._is_hf_initialized = True  # type: ignore[attr-defined]
+    return place
+
+
+class LazyWeight:
+    """A weight of a checkpoint that is read when it is indexed, as transformers takes the slices of safetensors."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        """`name` is the checkpoint's."""
+        self.checkpoint, self.name = checkpoint, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.checkpoint.read(self.name)[index]
+
+
+class Packer:
+    """Fills a model that `withdraw` was applied to with packed weights.
+
+    Attributes:
+        quantization: How they are held.
+        compute_dtype: Of the arithmetic, and what they are packed from.
+        device: Where they go.
+        finite: Whether each weight, by its name, was finite before it was packed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quantization: QuantizationSettings,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        weight_shards: WeightShards | None = None,
+    ) -> None:
+        """The arguments are those of `load_base`."""
+        self.checkpoint, self.device, self.shards = checkpoint, device, weight_shards
+        self.quantization, self.compute_dtype, self.model = quantization, compute_dtype, cast(Any, None)
+        held: dict[str, Any] = {"quant_type": quantization.quant_type, "double_quant": quantization.double_quant}
+        self._held = held
+        self.finite: dict[str, Tensor] = {}
+
+    def fill(self, model: Any, account: Account) -> None:
+        """Packs every weight of the plan into its place in the model.
+
+        Raises:
+            ModelError: A tensor has another shape than its place.
+        """
+        self.model = model
+        for name in account.plan.packed:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, Withdrawn):
+                continue
+            if not isinstance(owner, FourBitExperts):
+                pack_experts(owner, compute_dtype=self.compute_dtype, device=self.device, **self._held)
+        for origin in account.origins.of.values():
+            wanted = [target for target in origin.targets if target in account.plan.packed]
+            if wanted:
+                self._fill_from(origin, wanted)
+
+    def _fill_from(self, origin: WeightOrigin, wanted: list[str]) -> None:
+        owner = self.model.get_submodule(wanted[0].rpartition(".")[0])
+        if isinstance(owner, FourBitExperts):
+            name = wanted[0].rpartition(".")[2]
+            for number, packed in enumerate(self._packed_experts(origin, owner.weight_of(name), wanted[0])):
+                owner.put_expert(name, number, packed)
+            if self.shards:
+                owner.keep_shards(name, self.shards)
+            return
+        packed_parts = self.checkpoint.packed(origin.names[0]) if origin.converter is None else None
+        values = {} if packed_parts else origin.read(self._read, self.model)
+        for target in origin.targets:
+            if target in wanted:
+                self._put_linear(target, packed_parts, values.get(target))
+            elif target in values:  # of a tensor that is split into packed and other parts
+                place = self.model.get_parameter(target)
+                place.data.copy_(values[target])
+
+    def _put_linear(self, name: str, packed: dict[str, Tensor] | None, value: Tensor | None) -> None:
+        place = self.model.get_submodule(name.rpartition(".")[0])
+        if packed is None:
+            assert value is not None
+            self._require_shape(name, value, place.shape)
+            matrix = self._settled(name, value.T if place.transposed else value)
+            packed = pack_weight(matrix, **self._held)
+        bias = None if place.bias is None else place.bias.data
+        linear = restored_linear(self.compute_dtype, self.device, packed, bias)
+        if self.shards:
+            weight: Any = linear.weight
+            weight.data = self.shards.keep(weight.data)
+            weight.quant_state.absmax = self.shards.keep(weight.quant_state.absmax)
+        self.model.set_submodule(name.rpartition(".")[0], linear)
+
+    def _packed_experts(self, origin: WeightOrigin, weight: ExpertWeight, name: str) -> Iterator[Packed]:
+        """Each expert's matrix in turn."""
+        if (
+            self.checkpoint.stored is not None
+            and self.checkpoint.stored.is_four_bit
+            and origin.by_expert(weight.experts)
+        ):
+            parts = [self.checkpoint.packed(source) for source in origin.names]
+            if all(parts):
+                yield from self._stored_experts(origin, weight)
+                return
+        if origin.by_expert(weight.experts):
+            for number in range(weight.experts):
+                made = origin.read_expert(self._read, self.model, number)
+                self._require_shape(name, made, (1, *weight.shape[1:]))
+                yield pack_matrix(self._settled(f"{name}.{number}", weight.as_matrix(made[0])), **self._held)
+            return
+        stack = origin.read(self._read, self.model)[name]
+        self._require_shape(name, stack, weight.shape)
+        for number, matrix in enumerate(stack):
+            yield pack_matrix(self._settled(f"{name}.{number}", weight.as_matrix(matrix)), **self._held)
+
+    def _stored_experts(self, origin: WeightOrigin, weight: ExpertWeight) -> Iterator[Packed]:
+        """Experts that the checkpoint holds in 4 bits, one tensor or two each, as they are: no bit changes."""
+        for number in range(weight.experts):
+            pieces = []
+            for names in (origin.sources[p] for p in origin.converter.source_patterns if p in origin.sources):
+                parts = self.checkpoint.packed(names[number])
+                assert parts is not None
+                moved = {ending: part.to(self.device) for ending, part in parts.items()}
+                pieces.append(packed_of(moved.pop(""), four_bit_state(moved, self.device), weight.elements))
+            kinds: Any = zip(*pieces, strict=True)
+            yield Packed._make(None if kind[0] is None else torch.cat(kind) for kind in kinds)
+
+    def _read(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.checkpoint.read(name, rows)
+
+    def _settled(self, name: str, matrix: Tensor) -> Tensor:
+        """On the device in the compute dtype, (out, in) contiguous; whether it is finite is noted, which packing hides."""
+        matrix = matrix.to(self.device).to(self.compute_dtype).contiguous()
+        self.finite[name] = is_finite(matrix)
+        return matrix
+
+    def _require_shape(self, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(value.shape) != tuple(shape):
+            raise ModelError(
+                f"{name} is {tuple(value.shape)} in the checkpoint where its config.json makes it {tuple(shape)}.",
+                "Download or copy the model again; its configuration and its weights must belong together.",
+            )

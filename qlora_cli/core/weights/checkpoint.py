@@ -1,0 +1,186 @@
+"""Checkpoint as it means: its weights under their names with their values, however they are stored."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES, TensorEntry, TensorFile, list_weight_files
+from qlora_cli.core.weights.stored_formats import (
+    FOUR_BIT_STATE,
+    StoredFormat,
+    four_bit_state,
+    four_bit_values_of,
+    fp8_values,
+    mxfp4_values,
+)
+from qlora_cli.errors import ModelError
+
+HOST = torch.device("cpu")
+BLOCKS, SCALES = "_blocks", "_scales"  # MXFP4
+SCALE_ENDINGS = ("_scale_inv", "_scale")  # FP8; the scale is multiplied, whatever it is called
+IGNORED_ENDINGS = ("activation_scale", "input_scale")  # of FP8: activations are not quantised here
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
+FOUR_BIT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+class WeightFile(TensorFile):
+    """One file of a checkpoint, whose `entries` are the weights it holds: name, shape, and the dtype of their values.
+
+    A weight whose constants lie beside it is one entry, in the place of its main tensor.
+    """
+
+    def __init__(self, path: Path, checkpoint: "Checkpoint") -> None:
+        """As `TensorFile`."""
+        super().__init__(path)
+        self.checkpoint = checkpoint
+        self.stored = self.header.entries  # as they lie in the file
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a weight is stored as its values."""
+        return name in self.stored and name not in self.checkpoint.parts
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A weight's values, or rows `rows.start` to `rows.stop` of them, in memory of its own.
+
+        Raises:
+            ModelError: The file ends too early, or what is stored does not fit together.
+        """
+        if self.is_plain(name):
+            return super().read(name, rows)
+        return self.checkpoint.decode(name, rows)
+
+    def read_stored(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor of the file as it is."""
+        return self.read_entry(self.stored[name], rows)
+
+
+class Checkpoint:
+    """All weights of a model directory, open for reading.
+
+    Attributes:
+        files: In order.
+        entries: Every weight, by its name in the checkpoint.
+        parts: Of those stored quantised, the names of the tensors they are made of, by the ending behind their name.
+    """
+
+    def __init__(self, directory: Path, stored: StoredFormat | None = None, device: torch.device = HOST) -> None:
+        """Opens every file and reads its header.
+
+        Args:
+            directory: Of the model.
+            stored: How it is stored, of `stored_format`.
+            device: On which weights that are stored quantised become values; all others are read to the host.
+
+        Raises:
+            ModelError: A file is missing or damaged, or a quantised weight lacks a part.
+        """
+        self.stored, self.device, self.parts = stored, device, dict[str, dict[str, str]]()
+        self.entries: dict[str, TensorEntry] = {}
+        with ExitStack() as stack:
+            self.files = [WeightFile(directory / name, self) for name in list_weight_files(directory)]
+            for file in self.files:
+                stack.enter_context(file)
+            self._home = {name: file for file in self.files for name in file.stored}
+            for file in self.files:
+                file.entries = dict(self._weights_of(file))
+                self.entries |= file.entries
+            self._file_of = {name: file for file in self.files for name in file.entries}
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """As `WeightFile.read`."""
+        return self._file_of[name].read(name, rows)
+
+    def packed(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of a weight in bitsandbytes' 4 bits as they are stored, by their endings; None for another."""
+        if self.stored is None or not self.stored.is_four_bit or name not in self.parts:
+            return None
+        return {ending: self._home[part].read_stored(part) for ending, part in self.parts[name].items()}
+
+    def decode(self, name: str, rows: slice | None = None) -> Tensor:
+        """The values of a weight that is stored quantised; `rows` of its first dimension."""
+        parts = self.parts[name]
+        tensors = {ending: self._home[part] for ending, part in parts.items()}
+        if BLOCKS in parts:
+            blocks, scales = (tensors[ending].read_stored(parts[ending], rows) for ending in (BLOCKS, SCALES))
+            return mxfp4_values(blocks.to(self.device), scales.to(self.device))
+        if "" in parts and len(parts) == 2:
+            ending = next(ending for ending in parts if ending)
+            return self._decode_fp8(name, tensors[""], tensors[ending], parts, ending, rows)
+        packed = self.packed(name)
+        assert packed is not None
+        values = four_bit_values_of({ending: part.to(self.device) for ending, part in packed.items()})
+        return values if rows is None else values[rows]
+
+    def _decode_fp8(
+        self,
+        name: str,
+        file: WeightFile,
+        scale_file: WeightFile,
+        parts: dict[str, str],
+        ending: str,
+        rows: slice | None,
+    ) -> Tensor:
+        assert self.stored is not None
+        codes = file.read_stored(parts[""], rows).to(self.device)
+        scales = scale_file.read_stored(parts[ending]).to(self.device)
+        stacked = codes.ndim == 3
+        if stacked and rows is not None and scales.ndim == 3:
+            scales = scales[rows]
+        first = 0 if rows is None or stacked else rows.start
+        return fp8_values(codes, scales, self.stored.block, name, first)
+
+    def _weights_of(self, file: WeightFile) -> Iterator[tuple[str, TensorEntry]]:
+        method = self.stored.method if self.stored else None
+        for entry in file.stored.values():
+            name, kind, shape = entry.name, entry.dtype_name, entry.shape
+            if method == "mxfp4" and name.endswith(BLOCKS):
+                name, kind = name.removesuffix(BLOCKS), "BF16"
+                self.parts[name] = self._found(name, {BLOCKS: entry.name, SCALES: name + SCALES})
+                shape = (*shape[:-3], shape[-2] * 32, shape[-3])
+            elif method == "fp8" and kind in FP8_DTYPES:
+                scale = next((name + end for end in SCALE_ENDINGS if name + end in self._home), name + SCALE_ENDINGS[0])
+                self.parts[name] = self._found(name, {"": name, scale.removeprefix(name): scale})
+                kind = "F32"  # a product of an FP8 number and a float32 one
+            elif method == "bitsandbytes" and (states := self._states(name)):
+                endings = [ending for ending in FOUR_BIT_PARTS if name + ending in self._home]
+                self.parts[name] = {"": name, **{ending: name + ending for ending in [*endings, *states]}}
+                state = four_bit_state(self._state_parts(name), HOST)
+                kind, shape = DTYPE_NAMES[state.dtype], tuple(state.shape)
+            elif self._is_part(method, name):
+                continue
+            yield name, TensorEntry(name, kind, shape, entry.start)
+
+    def _states(self, name: str) -> list[str]:
+        endings = [f"{FOUR_BIT_STATE}{quant_type}" for quant_type in ("nf4", "fp4")]
+        return [ending for ending in endings if name + ending in self._home]
+
+    def _state_parts(self, name: str) -> dict[str, Tensor]:
+        held = {ending: part for ending, part in self.parts[name].items() if ending}
+        return {ending: self._home[part].read_stored(part) for ending, part in held.items()}
+
+    def _is_part(self, method: str | None, name: str) -> bool:
+        if method == "mxfp4":
+            return name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS in self._home
+        if method == "fp8":
+            mains = (name.removesuffix(ending) for ending in SCALE_ENDINGS if name.endswith(ending))
+            return name.endswith(IGNORED_ENDINGS) or any(main in self._home for main in mains)
+        if method == "bitsandbytes":
+            main = name.partition(FOUR_BIT_STATE)[0] if FOUR_BIT_STATE in name else name.rpartition(".")[0]
+            return main in self._home and main != name and (name.endswith(FOUR_BIT_PARTS) or FOUR_BIT_STATE in name)
+        return False
+
+    def _found(self, name: str, parts: dict[str, str]) -> dict[str, str]:
+        missing = [part for part in parts.values() if part not in self._home]
+        if missing:
+            raise ModelError(f"{name} is stored quantised, and {missing[0]} is missing.", "Download the model again.")
+        return parts

@@ -1,0 +1,136 @@
+"""Formats in which a checkpoint's weights are stored quantised already: which are read here, and their values.
+
+bitsandbytes' 4 bits; FP8 with a scale for each block (https://arxiv.org/abs/2412.19437, section 3.3.2); and MXFP4, as
+gpt-oss is released (OCP Microscaling Formats 1.0, sections 5.2 and 6.3).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.errors import ModelError
+
+FOUR_BIT_STATE = ".quant_state.bitsandbytes__"  # how the state's name begins, behind the weight's
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; the highest bit of a code is the sign
+EXPONENT_BIAS = 127  # of E8M0
+READ = ("bitsandbytes", "fp8", "mxfp4")
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """How a checkpoint is stored quantised, by its configuration.
+
+    Attributes:
+        method: One of `READ`.
+        quant_type: nf4 or fp4, of bitsandbytes' 4 bits.
+        double_quant: Likewise.
+        skipped: Names or patterns of modules that it leaves in 16 bits.
+        block: Rows and columns that an FP8 scale covers; None for one scale a weight.
+    """
+
+    method: str
+    quant_type: str | None = None
+    double_quant: bool = False
+    skipped: tuple[str, ...] = ()
+    block: tuple[int, int] | None = None
+
+    @property
+    def is_four_bit(self) -> bool:
+        """Whether it is bitsandbytes' own, which is kept bit for bit."""
+        return self.method == "bitsandbytes"
+
+
+def stored_format(config: Any, model: str) -> StoredFormat | None:
+    """How a checkpoint is stored, from its configuration alone; None for a plain one.
+
+    Args:
+        config: Of transformers.
+        model: As the user gave it.
+
+    Raises:
+        ModelError: In a format that cannot be trained on, with what to use instead.
+    """
+    settings: Any = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+    if method is None and settings.get("load_in_4bit"):
+        method = "bitsandbytes"
+    skipped = tuple(settings.get("llm_int8_skip_modules") or settings.get("modules_to_not_convert") or ())
+    if method == "bitsandbytes" and settings.get("load_in_4bit"):
+        quant_type = settings.get("bnb_4bit_quant_type", "fp4")
+        return StoredFormat(method, quant_type, bool(settings.get("bnb_4bit_use_double_quant")), skipped)
+    if method == "fp8" and settings.get("expert_dtype", "fp8") == "fp8":
+        block = settings.get("weight_block_size")
+        return StoredFormat(method, skipped=skipped, block=tuple(block) if block else None)
+    if method == "mxfp4":
+        return StoredFormat(method, skipped=skipped)
+    name = {"bitsandbytes": "bitsandbytes in 8 bits", "fp8": "FP8 with experts in FP4"}.get(str(method), method)
+    raise ModelError(
+        f"{model} is quantised already, by {name}, and an adapter cannot be trained on it here.",
+        "Give --model the 16-bit checkpoint it was made from, which qlora quantises itself, or one in bitsandbytes' "
+        "4 bits, MXFP4 or block-scaled FP8.",
+    )
+
+
+def fp8_values(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, name: str, first_row: int = 0) -> Tensor:
+    """Values (…, rows, columns) fp32: each code times the scale of its block; blocks at the edges may be partial.
+
+    Args:
+        codes: (…, rows, columns) float8.
+        scales: (…, ⌈rows / block⌉, ⌈columns / block⌉) of the whole weight, or one number.
+        block: Rows and columns of a block, from the configuration: the shapes alone do not tell it.
+        name: Of the weight.
+        first_row: Of the weight, that `codes` begin with.
+
+    Raises:
+        ModelError: The scales have another shape.
+    """
+    if scales.dtype == torch.uint8:
+        scales = torch.exp2(scales.float() - EXPONENT_BIAS)
+    scales = scales.float()
+    if scales.numel() == 1:
+        return codes.float() * scales.reshape(())
+    if block is None:
+        raise ModelError(f"{name} has {scales.numel()} scales where its configuration names no block.", None)
+    rows = (first_row + torch.arange(codes.shape[-2], device=codes.device)) // block[0]
+    columns = torch.arange(codes.shape[-1], device=codes.device) // block[1]
+    if rows[-1] >= scales.shape[-2] or int(columns[-1]) + 1 != scales.shape[-1]:
+        raise ModelError(
+            f"{name} has scales for {tuple(scales.shape)} blocks, which do not cover it in blocks of "
+            f"{block[0]} x {block[1]}.",
+            "Download the model again.",
+        )
+    return codes.float() * scales[..., rows, :][..., columns]
+
+
+def mxfp4_values(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Values (…, in, out) bf16, exact: stored as (…, out, in / 32, 16) bytes, with an exponent for each 32 inputs.
+
+    Args:
+        blocks: uint8, two codes a byte, the low half first.
+        scales: (…, out, in / 32) uint8, E8M0.
+    """
+    positive = torch.tensor(FP4_VALUES, dtype=torch.float32, device=blocks.device)
+    table = torch.cat((positive, -positive))
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (…, out, in / 32, 32)
+    values = torch.ldexp(table[codes.int()], (scales.int() - EXPONENT_BIAS)[..., None])
+    return values.flatten(-2).transpose(-2, -1).to(torch.bfloat16)
+
+
+def four_bit_state(parts: Mapping[str, Tensor], device: torch.device) -> Any:
+    """bitsandbytes' `QuantState` of the tensors stored beside a weight, by their endings behind its name."""
+    held = {ending.removeprefix("."): tensor for ending, tensor in parts.items() if ending}
+    return bnb.functional.QuantState.from_dict(held, device)
+
+
+def four_bit_values_of(parts: Mapping[str, Tensor]) -> Tensor:
+    """The values of a weight in bitsandbytes' 4 bits, of the tensors it is stored as, by their endings."""
+    state = four_bit_state(parts, parts[""].device)
+    shape, state.shape = state.shape, torch.Size([1, state.shape.numel()])  # one long row, as the CPU kernel needs it
+    return bnb.functional.dequantize_4bit(parts[""], state).view(shape)

@@ -1,0 +1,109 @@
+"""Bases with routed experts: loaded in 4 bits while they stream in, whatever the checkpoint's layout, and from the copy."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.experts.layout import find_experts
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.errors import ModelError
+from tests.experts.expert_modules import write_expert_model
+
+CPU = torch.device("cpu")
+
+
+def load(directory, *, dtype=torch.float32, cache=False, said=None, **held):
+    files = resolve_model(str(directory), report=(said.append if said is not None else lambda event: None))
+    return load_base(files, QuantizationSettings(base_cache=cache, **held), compute_dtype=dtype, device=CPU)[0]
+
+
+def experts_of(base):
+    return dict(find_experts(base))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """`models(layout)`: a checkpoint of it, written once, and its model in 16 bits; not to be changed."""
+    made = {}
+
+    def write(layout):
+        if layout not in made:
+            directory = tmp_path_factory.mktemp(layout) / "model"
+            made[layout] = (directory, write_expert_model(layout, directory))
+        return made[layout]
+
+    return write
+
+
+@pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss", "llama4", "mixtral", "deepseek_v3"])
+def test_experts_become_4bit_and_the_answer_is_that_of_their_values(models, layout):
+    directory, plain = models(layout)
+    said = []
+    base = load(directory, said=said)
+    assert any(("9" in e.text and "of the base is in 4 bits" in e.text) or "100%" in e.text for e in said)
+    for name, experts in experts_of(base).items():
+        original = plain.get_submodule(name)
+        for weight in experts.expert_weights:
+            for number in range(weight.experts):
+                matrix = weight.as_matrix(getattr(original, weight.name).data[number]).contiguous()
+                codes, state = bnb.functional.quantize_4bit(matrix, quant_type="nf4", compress_statistics=True)
+                state.shape = torch.Size([1, matrix.numel()])
+                expected = bnb.functional.dequantize_4bit(codes, state).view(matrix.shape)
+                assert torch.equal(experts.dequantized(weight.name, number), expected)
+    assert torch.isfinite(base(torch.arange(5, 25)[None]).logits).all()
+
+
+def test_a_copy_of_the_base_gives_the_same_experts_bit_for_bit(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    directory, _ = models("gpt_oss")
+    ids, said = torch.arange(5, 25)[None], []
+    logits = [load(directory, cache=True, said=said)(ids).logits for _ in range(2)]
+    assert torch.equal(*logits)
+    assert any("Using the quantised base kept" in event.text for event in said)
+
+
+def test_per_expert_tensors_in_4_bits_are_kept_bit_for_bit(models, tmp_path):
+    directory, _ = models("qwen3_moe")
+    stored = shutil.copytree(directory, tmp_path / "stored")
+    weights = load_file(stored / "model.safetensors")
+    packed, values = {}, {}
+    for name, weight in weights.items():
+        if not name.endswith("proj.weight"):
+            packed[name] = weight
+            continue
+        codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        packed |= {name: codes, **{f"{name}.{end}": part for end, part in state.as_dict(packed=True).items()}}
+        state.shape = torch.Size([1, weight.numel()])
+        values[name] = bnb.functional.dequantize_4bit(codes, state).view(weight.shape)
+    save_file(packed, stored / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((stored / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    (stored / "config.json").write_text(json.dumps(config))
+    for name, experts in experts_of(load(stored)).items():
+        for number in range(5):
+            gate, up, down = (values[f"{name}.{number}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+            assert torch.equal(experts.dequantized("gate_up_proj", number), torch.cat((gate, up)))
+            assert torch.equal(experts.dequantized("down_proj", number), down)
+
+
+def test_a_missing_expert_is_refused_by_name(models, tmp_path):
+    directory, _ = models("qwen3_moe")
+    for lacking in ("experts.4.", "experts.4.gate_proj", "layers.0.mlp.experts."):
+        broken = shutil.copytree(directory, tmp_path / lacking)
+        weights = load_file(broken / "model.safetensors")
+        kept = {name: weight for name, weight in weights.items() if lacking not in name}
+        assert len(kept) < len(weights)
+        save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts"):
+            load(broken)
