@@ -14,6 +14,7 @@ from qlora_cli.errors import RunError
 
 FORMAT = 1  # of RUN_RECORD and PREPARED_MANIFEST; raised when an older version could not read them
 
+SWAP = "swap"  # ending of what stands aside while two renames put another in its place
 MARK = ".qlora.json"  # in whatever directory this program published: its kind, and the files that may be replaced
 
 # Run directory: a PEFT adapter with what produced it.
@@ -92,6 +93,25 @@ def shortened(name: str) -> str:
     return os.fsencode(name)[:150].decode(errors="ignore")
 
 
+def replace_file(source: Path, target: Path) -> None:
+    """Renames a file over another. Where the file system renames over nothing, that steps aside first.
+
+    Who dies in between is healed by the next that writes there (see `core/storage/temporaries.py`).
+    """
+    try:
+        source.replace(target)
+    except FileExistsError:
+        aside = temporary_beside(target, SWAP)
+        target.rename(aside)
+        try:
+            source.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        with suppress(OSError):
+            aside.unlink()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically: a reader sees the old one or the new one, never a part."""
     temporary = temporary_beside(path)
@@ -102,7 +122,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-            temporary.replace(path)
+            replace_file(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from qlora_cli.commands import train as training
 from qlora_cli.config import GenerateConfig, TrainConfig
-from qlora_cli.core.models import lora as adapter
+from qlora_cli.core.adapters import lora as adapter
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.storage import checkpoint
 from qlora_cli.errors import QloraError

@@ -22,6 +22,7 @@ from qlora_cli.artifacts import (
     SPARE_ROWS,
     TRACKER_LOGS,
     fsync_path,
+    replace_file,
     temporary_beside,
 )
 from qlora_cli.core.storage.checkpoint import is_checkpoint, list_checkpoints, remove_leftovers, step_of
@@ -168,7 +169,7 @@ def finished_files(directory: Path) -> Iterator[Path]:
         yield collected
         flush_tree(collected)
         for path in sorted(collected.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
-            path.replace(directory / path.name)
+            replace_file(path, directory / path.name)
         fsync_path(directory)
     finally:
         shutil.rmtree(collected, ignore_errors=True)

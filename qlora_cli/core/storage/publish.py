@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.artifacts import MARK, fsync_path, temporary_beside
+from qlora_cli.artifacts import MARK, SWAP, fsync_path, temporary_beside
 from qlora_cli.core.storage.ownership import LAST_FILE, Place, read_mark, write_mark
-from qlora_cli.core.storage.temporaries import SWAP, holding, remove, sweep
+from qlora_cli.core.storage.temporaries import holding, remove, sweep
 from qlora_cli.errors import RunError
 
 _AT_FDCWD = -100

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_cli.artifacts import fsync_path, process_name, shortened, temporary_beside
+from qlora_cli.artifacts import SWAP, fsync_path, process_name, shortened, temporary_beside
 
 _NAME = re.compile(
     r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<space>\d+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}"
@@ -23,7 +23,6 @@ _NAME = re.compile(
     re.DOTALL,
 )
 _FORMER_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.(tmp|old)", re.DOTALL)  # of versions that named them by number alone
-SWAP = "swap"  # what stands aside while two renames put another in its place
 FORMER_SECONDS = 24 * 3600.0  # untouched for so long, a temporary of a writer that cannot be asked is dead
 FRESH_SECONDS = 2.0  # in which a temporary is made and locked
 HEAL_SECONDS = 2.0
