@@ -14,7 +14,9 @@ from torch import nn
 from qlora_cli import __version__
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, run_of, sha256_of
 from qlora_cli.config import MergeConfig, QuantizationSettings
+from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.adapter_record import read_adapter_record
+from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
@@ -68,15 +70,16 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     """
     adapter_directory, output = Path(config.adapter), Path(config.output)
     source = read_adapter_record(adapter_directory)
-    facts = source.facts
     if config.push:
         check_repository_name(config.push)
     reads = [adapter_directory, run_of(adapter_directory), Path(config.model or source.name_base()[0]).expanduser()]
     place = find_place(output, overwrite=config.overwrite, reads=reads)
     with ExitStack() as stack:
-        adapter = stack.enter_context(TensorFile(adapter_directory / ADAPTER_WEIGHTS))
-        check_finite(adapter)
         base = find_base(source, config, report)
+        fitted = stack.enter_context(fitted_adapter(adapter_directory, base.model))
+        facts = read_adapter(fitted)
+        adapter = stack.enter_context(TensorFile(fitted / ADAPTER_WEIGHTS))
+        check_finite(adapter)
         files = [
             stack.enter_context(TensorFile(base.files.weights / name)) for name in list_weight_files(base.files.weights)
         ]

@@ -1,5 +1,6 @@
 """An adapter is attached where the user says, and PEFT alone puts it there too."""
 
+import copy
 import json
 
 import pytest
@@ -35,7 +36,7 @@ GLM = transformers.Glm4MoeConfig(
 
 def build(config, seed=0):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -43,16 +43,29 @@ def expert_pairs(facts: AdapterFacts, model: nn.Module) -> dict[str, ExpertPair]
     Raises:
         AdapterError: The configuration does not say whose a pair is, one is not whole, or of another shape.
     """
+    pairs = {}
+    for parameter, halves, weight in stacked_pairs(facts, model):
+        pairs[parameter] = ExpertPair(weight, halves["A"], halves["B"], _scaling(facts, parameter, weight, halves))
+        _check_shapes(facts, parameter, pairs[parameter])
+    return pairs
+
+
+def stacked_pairs(facts: AdapterFacts, model: nn.Module) -> list[tuple[str, dict[str, str], ExpertWeight]]:
+    """Of each pair on a stack of experts the parameter's name in the model, the names of A and B, and the stack.
+
+    Raises:
+        AdapterError: The configuration does not say whose a pair is, or one is not whole.
+    """
     found: dict[str, dict[int, dict[str, str]]] = {}
     modules = dict(model.named_modules())
     for name in facts.tensors:
         match = PAIR.fullmatch(name.removeprefix(PREFIX))
-        if match and expert_weights(modules.get(match["module"], nn.Identity())):
+        if match and stacks_of(modules.get(match["module"])):
             depths = found.setdefault(match["module"], {})
             depths.setdefault(match["depth"].count("."), {})[match["half"]] = name
-    pairs = {}
+    pairs = []
     for module, depths in found.items():
-        weights = [w for w in _in_order(modules[module]) if _is_target(f"{module}.{w.name}", facts.config)]
+        weights = [w for w in stacks_of(modules[module]) if _is_target(f"{module}.{w.name}", facts.config)]
         if sorted(depths) != list(range(len(weights))):
             raise AdapterError(
                 f"The adapter has {len(depths)} pairs for {module}, and its target_parameters name {len(weights)} of "
@@ -63,11 +76,7 @@ def expert_pairs(facts: AdapterFacts, model: nn.Module) -> dict[str, ExpertPair]
             halves = depths[len(weights) - 1 - place]
             if len(halves) != 2:
                 raise AdapterError(f"The adapter has half of a pair for {module}.{weight.name}.")
-            pair = ExpertPair(
-                weight, halves["A"], halves["B"], _scaling(facts, f"{module}.{weight.name}", weight, halves)
-            )
-            _check_shapes(facts, f"{module}.{weight.name}", pair)
-            pairs[f"{module}.{weight.name}"] = pair
+            pairs.append((f"{module}.{weight.name}", halves, weight))
     return pairs
 
 
@@ -76,9 +85,15 @@ def adapter_sizes(weight: ExpertWeight) -> tuple[int, int]:
     return (weight.rows, weight.columns) if weight.adapter_swapped else (weight.columns, weight.rows)
 
 
-def _in_order(module: nn.Module) -> list[ExpertWeight]:
-    place = {name: number for number, (name, _) in enumerate(module.named_parameters(recurse=False))}
-    return sorted(expert_weights(module), key=lambda weight: place[weight.name])
+def stacks_of(module: nn.Module | None) -> list[ExpertWeight]:
+    """The stacks of a module, adapted or not, in the order in which it has them."""
+    inner: Any = module
+    while hasattr(inner, "base_layer"):
+        inner = inner.base_layer
+    if inner is None or not expert_weights(inner):
+        return []
+    place = {name: number for number, (name, _) in enumerate(inner.named_parameters(recurse=False))}
+    return sorted(expert_weights(inner), key=lambda weight: place[weight.name])
 
 
 def _is_target(parameter: str, config: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.config import LoraSettings
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, short_parameters, use_expert_lora
+from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, stored_config
 from qlora_cli.core.adapters.targets import find_targets, read_patterns, short_names
+from qlora_cli.core.adapters.vocabulary import replaced_weights, take_vocabulary
 from qlora_cli.core.models.quantization import logical_numel
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import AdapterError, first_line
@@ -120,45 +122,44 @@ def _positive(number: float) -> float:
     return number
 
 
-def load_adapter(
-    model: PreTrainedModel | PeftModel,
-    directory: Path,
-    *,
-    name: str = "default",
-    replaced: Iterable[str | None] = (),
-) -> PeftModel:
+def load_adapter(model: PreTrainedModel | PeftModel, directory: Path, *, name: str = "default") -> PeftModel:
     """Loads an adapter onto a base, or one more onto a model that has some.
+
+    Embeddings or a head that lie beside the adapter, of a vocabulary that grew or as they were when it was made, take the
+    place of the base's.
 
     Args:
         model: The base, or the model with adapters.
         directory: Of the adapter.
         name: In the model.
-        replaced: Parameters of the base that the adapter's file may replace: embeddings of a vocabulary that grew.
 
     Raises:
         AdapterError: No adapter there, pickle weights, or shapes that belong to another base.
     """
-    facts = read_adapter(directory)
-    try:
-        with warnings.catch_warnings(), as_they_are():
-            warnings.simplefilter("ignore")
-            config = config_to_load(facts, underlying_model(model))
-            use_expert_lora(config, underlying_model(model))
-            if isinstance(model, PeftModel):
-                model.add_adapter(name, config)
-                model.load_adapter(str(directory), adapter_name=name)
-            else:
-                model = PeftModel.from_pretrained(model, str(directory), adapter_name=name, config=config)
-    except (RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        made_for = f" (made for {facts.base_model})" if facts.base_model else ""
-        raise AdapterError(
-            f"The adapter in {directory}{made_for} does not fit this base: {_first_mismatch(error)}",
-            "Give the base it was trained on with --model.",
-        ) from error
-    loaded = {*adapter_state(model, name), *(f"base_model.model.{parameter}" for parameter in replaced)}
-    missing = sorted(set(facts.tensors) - loaded)
+    made_for = read_adapter(directory).base_model
+    with fitted_adapter(directory, model) as fitted:
+        facts = read_adapter(fitted)
+        replaced = replaced_weights(facts, underlying_model(model))
+        take_vocabulary(model, fitted, facts, replaced)
+        try:
+            with warnings.catch_warnings(), as_they_are():
+                warnings.simplefilter("ignore")
+                config = config_to_load(facts, underlying_model(model))
+                use_expert_lora(config, underlying_model(model))
+                if isinstance(model, PeftModel):
+                    model.add_adapter(name, config)
+                    model.load_adapter(str(fitted), adapter_name=name)
+                else:
+                    model = PeftModel.from_pretrained(model, str(fitted), adapter_name=name, config=config)
+        except (RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise AdapterError(
+                f"The adapter in {directory}{f' (made for {made_for})' if made_for else ''} does not fit this base: "
+                f"{_first_mismatch(error)}",
+                "Give the base it was trained on with --model.",
+            ) from error
+    missing = sorted(set(facts.tensors) - {*adapter_state(model, name), *replaced})
     if missing:
         raise AdapterError(
             f"The adapter in {directory} has {len(missing)} tensors this base has no place for, first {missing[0]}.",

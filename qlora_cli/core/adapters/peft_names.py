@@ -101,8 +101,7 @@ def config_to_load(facts: AdapterFacts, model: Any) -> LoraConfig:
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     config: Any = LoraConfig(**{name: value for name, value in facts.config.items() if name in known})
     config.inference_mode = True
-    if config.init_lora_weights is False:  # B of what the file has no tensors for has to be zero
-        config.init_lora_weights = True
+    config.init_lora_weights = True  # the file's follow; B of what it has no tensors for has to be zero
     if not config.target_parameters:
         return config
     modules = dict(model.named_modules())

@@ -35,8 +35,6 @@ NOT_MERGEABLE = (
     "use_qalora",
     "velora_config",
 )
-# Initialisations that subtract the initial adapter from the base weights: the saved adapter needs that other base.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ def read_deltas(
     state, deltas = model.state_dict(), dict[str, WeightDelta]()
     unknown = []
     for name in facts.tensors:
+        if ".original_module." in name:  # what a module trained in full was: its copy takes its place
+            continue
         match = PART.fullmatch(name.removeprefix(PREFIX))
         kind = match.lastgroup if match else None
         if match is None or kind is None:
@@ -115,9 +115,6 @@ def read_deltas(
 
 def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
     found = [name for name in NOT_MERGEABLE if config.get(name)]
-    initial = config.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(CHANGES_BASE):
-        found.append(f"init_lora_weights={initial}")
     if found:
         raise AdapterError(
             f"The adapter was made with {', '.join(found)}, which a merge into its base cannot express.",

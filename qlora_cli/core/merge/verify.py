@@ -100,10 +100,7 @@ def verify_merge(
     @contextmanager
     def open_trained() -> Iterator[nn.Module]:
         model, _ = load_base(base.files, options.quantization, compute_dtype=options.compute_dtype, device=device)
-        if plan.vocabulary is not None:
-            model.resize_token_embeddings(plan.vocabulary, mean_resizing=False)
-        resized = () if plan.vocabulary is None else embedding_names(base.model)
-        yield load_adapter(model, adapter, replaced=resized).eval()
+        yield load_adapter(model, adapter).eval()
 
     return compare_models(
         open_trained, lambda: open_merged(directory, base, options), chosen, device=device, report=report
