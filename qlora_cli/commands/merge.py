@@ -32,7 +32,8 @@ from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.storage.ownership import Place
-from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
+from qlora_cli.core.storage.safetensors_file import TensorFile
+from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.errors import MergeError
 from qlora_cli.events import Report
 
@@ -80,13 +81,11 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         facts = read_adapter(fitted)
         adapter = stack.enter_context(TensorFile(fitted / ADAPTER_WEIGHTS))
         check_finite(adapter)
-        files = [
-            stack.enter_context(TensorFile(base.files.weights / name)) for name in list_weight_files(base.files.weights)
-        ]
         options = choose_options(config, base, choose_device())
+        files = stack.enter_context(Checkpoint(base.files.weights, base.stored, options.device)).files
         deltas = read_deltas(facts, base.model, renamer(base.model))
         names = map_names((name for file in files for name in file.entries), base.model)
-        planner = MergePlanner(files, names, base.model, deltas, adapter, options)
+        planner = MergePlanner(files, names, base.model, deltas, adapter, options, base.stored)
         plan = planner.plan(keep_tied=bool(facts.config.get("ensure_weight_tying")))
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
         require_space(place.path, missing_bytes(place, plan))

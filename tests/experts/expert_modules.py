@@ -36,6 +36,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "interleave_moe_layer_step": 1,
         },
     ),
+    "llama": ("LlamaConfig", {"intermediate_size": 128, "num_hidden_layers": 2}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 5, "intermediate_size": 128}),
     "deepseek_v3": (
         "DeepseekV3Config",

@@ -1,6 +1,5 @@
 """Base of a merge: found by its recorded or given name, and checked to be the one the adapter was trained on."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,11 @@ from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.device import DTYPES
 from qlora_cli.core.merge.plan import main_dtype
 from qlora_cli.core.models.files import ModelFiles, resolve_model
-from qlora_cli.core.models.identity import BaseIdentity
+from qlora_cli.core.models.identity import BaseIdentity, config_digest
 from qlora_cli.core.models.structure import build_empty
-from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
-from qlora_cli.errors import ModelError
+from qlora_cli.core.weights.checkpoint import Checkpoint
+from qlora_cli.core.weights.stored_formats import StoredFormat, stored_format
+from qlora_cli.errors import QloraError
 from qlora_cli.events import Caution, Notice, Report
 
 
@@ -26,13 +26,14 @@ class Base:
     model: PreTrainedModel  # on the meta device
     identity: BaseIdentity  # with how it was quantised in training
     stored_dtype: torch.dtype  # of most of its weights
+    stored: StoredFormat | None = None  # how it is stored, if not plain
 
 
 def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) -> Base:
     """The base's files and architecture: of the model named in the settings, else of the recorded one, as is reported.
 
     Raises:
-        ModelError: It cannot be found, or is stored quantised already.
+        ModelError: It cannot be found, or is stored in a format that is not read.
         AdapterError: It is not the one the adapter was trained on.
     """
     model, revision = settings.model, settings.model_revision
@@ -41,14 +42,9 @@ def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) ->
         revision = revision or recorded_revision
         report(Notice(f"The base is {model}, as {source.directory} recorded it."))
     files = resolve_model(model, revision, trust_remote_code=settings.trust_remote_code, report=report)
-    if getattr(files.config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{model} is stored quantised already, and its 16-bit weights are gone.",
-            "Give the 16-bit model that it was made from with --model.",
-        )
-    with ExitStack() as stack:
-        names = list_weight_files(files.weights)
-        stored = main_dtype([stack.enter_context(TensorFile(files.weights / name)) for name in names])
+    format_ = stored_format(files.config, model)
+    with Checkpoint(files.weights, format_) as checkpoint:
+        stored = main_dtype(checkpoint.files)
     if source.base is not None:
         quantization = QuantizationSettings(quant_type=source.base.quant_type, double_quant=source.base.double_quant)
         compute_dtype = DTYPES[source.base.compute_dtype]
@@ -61,6 +57,32 @@ def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) ->
                 "is assumed."
             )
         )
-    source.require_base(files)
+    if format_ is not None or not _is_original_of(files, source, settings):
+        source.require_base(files)
+    else:
+        report(
+            Caution(
+                f"The adapter was trained on a quantised copy of {model}, whose weights differ from what is merged by "
+                "their rounding."
+            )
+        )
     empty = build_empty(files.config, trust_remote_code=settings.trust_remote_code)
-    return Base(files, empty, files.identity(quantization, compute_dtype), stored)
+    return Base(files, empty, files.identity(quantization, compute_dtype), stored, format_)
+
+
+def _is_original_of(files: ModelFiles, source: AdapterRecord, settings: ModelSettings) -> bool:
+    """Whether a plain model has the configuration of the quantised one that an adapter was trained on, as far as that
+    one is here to be looked at."""
+    if settings.model is None or source.base is None:
+        return False
+    try:
+        name, revision = source.name_base()
+        trained = resolve_model(name, revision, trust_remote_code=settings.trust_remote_code)
+        if getattr(trained.config, "quantization_config", None) is None:
+            return False
+    except QloraError:
+        return False
+    if trained.config_sha256 != source.base.config_sha256:
+        return False
+    left_out = ("quantization_config", "dtype", "torch_dtype")
+    return config_digest(trained.directory, left_out) == config_digest(files.directory, left_out)

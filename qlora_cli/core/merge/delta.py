@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts
-from qlora_cli.core.adapters.expert_tensors import expert_pairs
+from qlora_cli.core.adapters.expert_tensors import ExpertPair, expert_pairs
 from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
 from qlora_cli.errors import AdapterError
 
@@ -54,6 +54,7 @@ class WeightDelta:
     rows: str | None = None  # (tokens, hidden): take the place of these rows
     token_indices: tuple[int, ...] = ()
     embedding: bool = False
+    experts: ExpertPair | None = None  # of a stack of experts, and then nothing else
 
 
 def read_deltas(
@@ -72,15 +73,14 @@ def read_deltas(
     """
     _refuse_other_kinds(facts.config)
     experts = expert_pairs(facts, model)
-    if experts:
-        raise AdapterError(
-            f"The adapter adapts {len(experts)} stacks of experts, first {next(iter(experts))}, which are not merged yet.",
-            "Use the adapter unmerged.",
-        )
-    state, deltas = model.state_dict(), dict[str, WeightDelta]()
+    state = model.state_dict()
+    deltas = {parameter: WeightDelta(experts=pair) for parameter, pair in experts.items()}
+    of_experts = {name for pair in experts.values() for name in (pair.a, pair.b)}
     unknown = []
     for name in facts.tensors:
-        if ".original_module." in name:  # what a module trained in full was: its copy takes its place
+        if (
+            ".original_module." in name or name in of_experts
+        ):  # what a module trained in full was: its copy takes its place
             continue
         match = PART.fullmatch(name.removeprefix(PREFIX))
         kind = match.lastgroup if match else None
@@ -143,6 +143,8 @@ def _check_shapes(facts: AdapterFacts, model: PreTrainedModel, deltas: Mapping[s
     state = model.state_dict()
     wrong: list[tuple[str | None, object, tuple[int, ...]]] = []
     for parameter, delta in deltas.items():
+        if delta.experts is not None:  # looked at as it was read
+            continue
         shape = tuple(state[parameter].shape)
         module = model.get_submodule(parameter.rpartition(".")[0])
         vocabulary = module in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.adapters.merged_experts import MergedExperts
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, merge_rows, restored_rows, restores_by_rows
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
+from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
-from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.storage.safetensors_file import (
     DTYPES,
     Header,
@@ -24,6 +25,7 @@ from qlora_cli.core.storage.safetensors_file import (
     TensorSpec,
     make_header,
 )
+from qlora_cli.core.weights.stored_formats import StoredFormat
 from qlora_cli.errors import MergeError, ModelError
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
@@ -113,10 +115,19 @@ class MergePlanner:
     deltas: Mapping[str, WeightDelta]  # by name in the model (`delta.read_deltas`)
     adapter: TensorFile
     options: MergeOptions
+    stored: StoredFormat | None = None  # how the base is stored, if not plain
 
     def __post_init__(self) -> None:
-        self.linears = {f"{name}.weight" for name in linear_names(self.model)}
+        skipped = self.stored.skipped if self.stored else ()
+        packed = plan_packing(self.model, skipped).packed
+        self.linears = {name for name in packed if name.endswith(".weight")}
+        self.experts = MergedExperts(self.files, self.model, packed - self.linears)
         self.main_dtype = main_dtype(self.files)
+        if self.options.pack and self.experts.stacks:
+            raise MergeError(
+                "transformers loads no 4-bit checkpoint of this model: it keeps its experts as stacks in 16 bits.",
+                "Leave --quantize out; qlora generate quantises a 16-bit model as it loads it.",
+            )
 
     def plan(self, *, keep_tied: bool) -> MergePlan:
         """The plan; with `keep_tied` the delta of tied input embeddings is the head's too.
@@ -137,6 +148,11 @@ class MergePlanner:
             tensors: list[TensorSpec] = []
             tasks: list[MergeTask] = []
             for output_name, parameter in wanted:
+                if (task := self._plan_experts(output_name)) is not None:
+                    tensors.append((output_name, self.options.dtype, file.entries[output_name].shape))
+                    tasks.append(task)
+                    restored += self.options.restore
+                    continue
                 source = file.entries[self.names[parameter] if parameter else output_name]
                 made, task = self._plan_tensor(file, source, output_name, parameter)
                 tensors += made
@@ -147,7 +163,10 @@ class MergePlanner:
 
     def _check_sources(self) -> None:
         needed = set(self.deltas) | (self.linears if self.options.restore or self.options.pack else set())
+        stacks = set(self.experts.stacks) if self.options.restore else set(self.experts.stacks) & needed
+        needed -= stacks
         missing = sorted(name for name in needed if name not in self.names)
+        missing += sorted(stacks - self.experts.names)
         if missing:
             raise MergeError(
                 f"{len(missing)} weights that were trained against are not in the base checkpoint as they are in the "
@@ -175,6 +194,7 @@ class MergePlanner:
         if delta.replacement:
             file, source = self.adapter, self.adapter.entries[delta.replacement]
         restore, pack = linear and options.restore and not delta.replacement, linear and options.pack
+        restore = restore and not self._is_four_bit(file, source.name)
         shape = source.shape
         if not (restore or pack or delta.a or delta.added or delta.rows):
             copied = MergeTask(16 * COPY_BYTES, lambda: self._copy(file, source, output_name, dtype))
@@ -202,7 +222,37 @@ class MergePlanner:
         held = prod(shape) * (2 * source.dtype.itemsize + 8) if whole else 0
         return [(output_name, dtype, shape)], MergeTask(held + buffers, run)
 
+    def _plan_experts(self, source: str) -> MergeTask | None:
+        """The work on one tensor of a stack of experts; None for any other, and where nothing changes."""
+        experts, options = self.experts, self.options
+        place = experts.places.get(source)
+        if place is None:
+            return None
+        four_bit = self._is_four_bit(experts.file_of[source], source)
+        restore = options.quantization if options.restore and not four_bit else None
+        delta = self.deltas.get(place[0])
+        if restore is None and delta is None:
+            return None
+        pairs = {place[0]: delta.experts} if delta is not None and delta.experts is not None else {}
+
+        def run() -> Iterator[TensorChunk]:
+            merged = experts.merged(source, pairs, self.adapter, restore, options.compute_dtype, options.device)
+            return ((source, _rounded(values, options.dtype, source).cpu()) for values in merged)
+
+        return MergeTask(experts.held_bytes(source), run)
+
+    def _is_four_bit(self, file: TensorFile, name: str) -> bool:
+        """Whether a weight's values in the checkpoint are those it was trained against, of the same 4 bits."""
+        return self.stored is not None and self.stored.is_four_bit and not file.is_plain(name)
+
     def _copy(self, file: TensorFile, source: TensorEntry, name: str, dtype: torch.dtype) -> Iterator[TensorChunk]:
+        if not file.is_plain(source.name):
+            once = self._is_four_bit(file, source.name)  # decoded as a whole
+            step = source.shape[0] if once else max(1, ROWS_ELEMENTS // max(1, prod(source.shape[1:])))
+            for first in range(0, source.shape[0], step):
+                values = file.read(source.name, slice(first, min(first + step, source.shape[0])))
+                yield name, _rounded(values, dtype, source.name).cpu()
+            return
         for start in range(0, source.total_bytes, COPY_BYTES):
             buffer = torch.empty(min(COPY_BYTES, source.total_bytes - start), dtype=torch.uint8)
             file.read_into(buffer, source.start + start)
@@ -230,7 +280,10 @@ class MergePlanner:
         """Blocks of rows of the merged weight, (out, in) also where the checkpoint holds it transposed."""
         options = self.options
         rows, columns = source.shape[::-1] if transposed else source.shape
-        whole = file.read(source.name).to(options.device).T.contiguous() if transposed else None
+        whole = (
+            file.read(source.name).to(options.device) if transposed or self._is_four_bit(file, source.name) else None
+        )
+        whole = whole.T.contiguous() if whole is not None and transposed else whole
 
         def read_rows(start: int, stop: int) -> torch.Tensor:
             if whole is not None:

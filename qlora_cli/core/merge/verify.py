@@ -23,6 +23,7 @@ from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.merge.weight_tying import embedding_names
+from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
@@ -60,8 +61,9 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def can_verify(plan: MergePlan, base: Base, facts: AdapterFacts, options: MergeOptions, report: Report) -> bool:
     """Whether each of the two models to compare can be loaded here, one at a time; says so where not."""
     shapes = {name: parameter.shape for name, parameter in base.model.named_parameters()}
-    linears = [f"{name}.weight" for name in linear_names(base.model)]
-    linear, total = (sum(shapes[name].numel() for name in names) for names in (linears, shapes))
+    packed = plan_packing(base.model, base.stored.skipped if base.stored else ()).packed
+    linears = [name for name in packed if name.endswith(".weight")]
+    linear, total = (sum(shapes[name].numel() for name in names) for names in (packed, shapes))
     trained = linear * FOUR_BIT_BYTES + (total - linear) * options.compute_dtype.itemsize
     trained += sum(4 * prod(shape) for shape, _ in facts.tensors.values())
     growth = 1 if options.pack else evaluation_dtype(options.dtype, options.device).itemsize

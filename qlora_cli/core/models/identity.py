@@ -31,10 +31,10 @@ class BaseIdentity:
         return cls(**{name: content[name] for name in cls.__dataclass_fields__})
 
 
-def config_digest(directory: Path) -> str:
-    """SHA-256 of a config.json, without what changes from one save to the next."""
+def config_digest(directory: Path, left_out: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a config.json, without what changes from one save to the next and without `left_out`."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
+    for volatile in ("_name_or_path", "transformers_version", "use_cache", *left_out):
         config.pop(volatile, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 

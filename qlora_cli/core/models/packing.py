@@ -171,7 +171,7 @@ class Packer:
         """Experts that the checkpoint holds in 4 bits, one tensor or two each, as they are: no bit changes."""
         for number in range(weight.experts):
             pieces = []
-            for names in (origin.sources[p] for p in origin.converter.source_patterns if p in origin.sources):
+            for names in (origin.sources[pattern] for pattern in origin.patterns):
                 parts = self.checkpoint.packed(names[number])
                 assert parts is not None
                 moved = {ending: part.to(self.device) for ending, part in parts.items()}

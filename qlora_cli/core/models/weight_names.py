@@ -66,6 +66,37 @@ class WeightOrigin:
             made = self._make({p: [read(names[0], rows)] for p, names in self.sources.items()}, model)
         return made[self.targets[0]]
 
+    @property
+    def patterns(self) -> list[str]:
+        """Those of `sources`, in the order in which the targets are made of them."""
+        if self.converter is None:
+            return list(self.sources)
+        return [pattern for pattern in self.converter.source_patterns if pattern in self.sources]
+
+    def expert_parts(self) -> dict[str, tuple[int | None, int]]:
+        """What each of the tensors is of a stack for which `by_expert` holds: which expert's, None for all of them, and
+        which piece of its matrix, counted in the order of `patterns`."""
+        stacked = self.converter is not None and isinstance(self.converter.operations[0], MergeModulelist)
+        return {
+            name: (number if stacked else None, piece)
+            for piece, pattern in enumerate(self.patterns)
+            for number, name in enumerate(self.sources[pattern])
+        }
+
+    def stored_piece(self, matrix: Tensor, piece: int) -> Tensor:
+        """One piece of an expert's matrix as it lies in the checkpoint: the inverse of `read_expert`.
+
+        Args:
+            matrix: One expert's slice of the target, without its first dimension.
+            piece: Of `expert_parts`.
+        """
+        for step in reversed(self.converter.operations if self.converter is not None else ()):
+            if isinstance(step, Transpose):
+                matrix = matrix.transpose(step.dim0 - 1, step.dim1 - 1)
+            elif isinstance(step, Concatenate):
+                matrix = matrix.chunk(len(self.patterns), dim=step.dim - 1)[piece]
+        return matrix
+
     def _make(self, tensors: dict[str, list[Tensor]], model: Any) -> dict[str, Tensor]:
         if self.converter is None:
             return {self.targets[0]: next(iter(tensors.values()))[0]}

@@ -209,6 +209,10 @@ class TensorFile:
     def __exit__(self, *error: object) -> None:
         os.close(self._descriptor)
 
+    def is_plain(self, name: str) -> bool:
+        """Whether the bytes of a tensor in the file are those of its values."""
+        return name in self.entries
+
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A tensor, or rows `rows.start` to `rows.stop` of it, in memory of its own.
 

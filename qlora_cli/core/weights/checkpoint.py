@@ -39,7 +39,7 @@ class WeightFile(TensorFile):
         self.stored = self.header.entries  # as they lie in the file
 
     def is_plain(self, name: str) -> bool:
-        """Whether a weight is stored as its values."""
+        """As `TensorFile.is_plain`: not for a weight that is stored quantised."""
         return name in self.stored and name not in self.checkpoint.parts
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
