@@ -100,6 +100,13 @@ class DataSettings:
     prompt_column: str | None = setting(None, "Column with the prompt.", panel=DATA)
     completion_column: str | None = setting(None, "Column with the completion.", panel=DATA)
     messages_column: str | None = setting(None, "Column with the chat messages.", panel=DATA)
+    role: tuple[str, ...] | None = setting(
+        None,
+        "NAME=ROLE: what a role of this data's conversations is called by chat templates, such as bard=assistant; "
+        "may be given several times.",
+        panel=DATA,
+        repeated=True,
+    )
     template: str | None = setting(
         None,
         "Prompt/completion template: text (or a file) with {column} fields, one of them the completion.",

@@ -46,6 +46,7 @@ class MemoryRows:
     def __init__(self, count: int = 24, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         self.lengths = random.integers(5, 40, count).astype(np.int32)
+        self.records = np.arange(count)
         self.ids = [random.integers(2, 380, length).astype(np.int32) for length in self.lengths]
 
     def __len__(self) -> int:

@@ -7,9 +7,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.record import Record, problem_of_record
 
 TEXT_COLUMN = "text"  # of a .txt file
+MESSAGES_COLUMN = "messages"  # of rows that are lists of messages
 RECORDS_A_CHUNK = 1024
 
 
@@ -46,7 +48,9 @@ class Chunk:
     source_bytes: int = 0
 
     def add(self, record: Any, line: int) -> None:
-        """Adds a record, as a bad row if it cannot be used."""
+        """Adds a record, as a bad row if it cannot be used; a list of messages is a record that holds them."""
+        if isinstance(record, list) and holds_messages(record):
+            record = {MESSAGES_COLUMN: record}
         if problem := problem_of_record(record):
             self.fail(line, problem)
         else:

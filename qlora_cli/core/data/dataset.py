@@ -22,9 +22,11 @@ SCHEMA = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
         pa.field("trained", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
+        pa.field("record", pa.int64(), nullable=False),  # number of the conversation or document it is of
     ]
 )
 MEMORY_SHARE = 1 / 8  # of the memory that is free: so much may the rows take
+FORMER_SCHEMA = SCHEMA.remove(2)  # every row a record of its own
 SPLIT_STREAM = 0x5E7  # apart from the stream that orders the epochs
 
 
@@ -36,13 +38,14 @@ class RowWriter:
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
 
-    def write(self, input_ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray) -> None:
+    def write(self, input_ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray, records: np.ndarray) -> None:
         """Appends rows.
 
         Args:
             input_ids: (tokens,) int32, rows end to end.
             trained: (tokens,) bool.
             offsets: (rows + 1,) int32, where each row starts, and the end.
+            records: (rows,) int64, the number of the record that each row comes from.
 
         Raises:
             DiskFull: The disk has no room.
@@ -52,8 +55,9 @@ class RowWriter:
         borders = pa.array(offsets, pa.int32())
         columns = [
             pa.ListArray.from_arrays(borders, pa.array(values, kind), type=field.type)
-            for field, values, kind in zip(SCHEMA, (input_ids, trained), (pa.int32(), pa.bool_()), strict=True)
+            for field, values, kind in zip(SCHEMA, (input_ids, trained), (pa.int32(), pa.bool_()), strict=False)
         ]
+        columns.append(pa.array(records, pa.int64()))
         with reporting_disk_full(self._path):
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
@@ -87,6 +91,7 @@ class PreparedRows:
         directory: Where they are.
         manifest: Content of the manifest: rows, tokens, lengths, formatting, identities of data and tokenizer.
         lengths: (rows,) int32, tokens of each row.
+        records: (rows,) int64, the number of the conversation or document that each row is of.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -107,7 +112,7 @@ class PreparedRows:
         path = self.directory / PREPARED_ROWS
         try:
             reader = pa.ipc.open_file(_open_once(path))
-            if reader.schema != SCHEMA:
+            if reader.schema not in (SCHEMA, FORMER_SCHEMA):
                 raise pa.ArrowInvalid(f"unexpected columns {reader.schema.names}")
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except (OSError, pa.ArrowInvalid) as error:
@@ -119,6 +124,8 @@ class PreparedRows:
         self._borders = [ids.offsets.to_numpy() for ids, _ in columns]
         lengths = [np.diff(borders) for borders in self._borders]
         self.lengths: np.ndarray = np.concatenate([*lengths, np.empty(0, np.int32)]).astype(np.int32)
+        records = [batch.column(2).to_numpy() for batch in self._batches if batch.num_columns > 2]
+        self.records = np.concatenate([*records, np.empty(0, np.int64)]) if records else np.arange(self.lengths.size)
         self._first_row = np.cumsum([0, *map(len, lengths)]).tolist()
         if len(self) != self.manifest.get("rows"):
             raise RunError(
@@ -181,6 +188,9 @@ class RowSubset:
 def split_rows(rows: PreparedRows, *, fraction: float, count: int | None, seed: int) -> tuple[RowSubset, RowSubset]:
     """Splits rows into those trained on and those evaluated on, each in the set's order.
 
+    Rows of one conversation or document stay together: what was unfolded into a row for each answer, or cut at
+    --max-length, would else be evaluated on what was trained. So a few rows more may be held out than asked for.
+
     Args:
         rows: All rows.
         fraction: Share held out, rounded to whole rows, at least one where it is above 0.
@@ -195,11 +205,16 @@ def split_rows(rows: PreparedRows, *, fraction: float, count: int | None, seed: 
         raise UsageError(f"--eval-fraction is {fraction}.", "Use a share from 0 to below 1, such as 0.1.")
     if count is not None and count < 0:
         raise UsageError(f"--eval-rows is {count}.", "Use 0 or more rows.")
-    held = count if count is not None else max(1, round(fraction * len(rows))) if fraction else 0
-    if held >= len(rows):
+    wanted = count if count is not None else max(1, round(fraction * len(rows))) if fraction else 0
+    _, group_of_row, group_sizes = np.unique(rows.records, return_inverse=True, return_counts=True)
+    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(len(group_sizes))
+    # As many whole groups as it takes; with a row each, these are the first rows of the order.
+    held_groups = int(np.searchsorted(np.cumsum(group_sizes[order]), wanted)) + 1 if wanted else 0
+    if held_groups >= len(group_sizes):
+        several = "" if len(group_sizes) == len(rows) else f" (of {len(group_sizes)} conversations or documents)"
         raise DataError(
-            f"Holding out {held} of {len(rows)} rows leaves nothing to train on.",
+            f"Holding out {wanted} of {len(rows)} rows{several} leaves nothing to train on.",
             "Lower --eval-rows or --eval-fraction, or use more rows.",
         )
-    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(len(rows))
-    return RowSubset(rows, np.sort(order[held:])), RowSubset(rows, np.sort(order[:held]))
+    is_held = np.isin(group_of_row, order[:held_groups])
+    return RowSubset(rows, np.flatnonzero(~is_held)), RowSubset(rows, np.flatnonzero(is_held))

@@ -27,13 +27,15 @@ from qlora_cli.config import DataSettings
 from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter, manifest_sha256
 from qlora_cli.core.data.readers import CHUNK_BYTES
-from qlora_cli.core.data.schema import Recognised, read_template, recognise
 from qlora_cli.core.data.sources import Source, resolve_source
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.models.structure import context_length, has_position_table
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
+from qlora_cli.core.recognition.pairs import read_template
+from qlora_cli.core.recognition.recognise import recognise
+from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.core.records.record import Record
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.ownership import PREPARED, may_replace
@@ -191,6 +193,7 @@ def prepare_rows(
         max_line_bytes=settings.max_line_bytes,
         vocabulary_size=len(tokenizer),
         on_lost_content=settings.on_lost_content,
+        rules=recognised.rules,
     )
     with reporting_disk_full(directory), atomic_directory(place) as temporary:
         statistics = PreparationStatistics()
@@ -316,8 +319,9 @@ def _write(
                 for bad in chunk.bad_rows:
                     bad_rows = bad_rows or stack.enter_context((directory / BAD_ROWS).open("w", encoding="utf-8"))
                     bad_rows.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+                offsets = np.cumsum([0, *chunk.lengths], dtype=np.int32)
+                writer.write(chunk.input_ids, chunk.trained, offsets, chunk.origins + statistics.counts["records"])
                 statistics.add(chunk)
-                writer.write(chunk.input_ids, chunk.trained, np.cumsum([0, *chunk.lengths], dtype=np.int32))
                 done_bytes += chunk.source_bytes
                 records = statistics.counts["records"]
                 report(Progress(TASK, records, _estimate(records, done_bytes, total_bytes)))

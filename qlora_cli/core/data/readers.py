@@ -27,6 +27,7 @@ from qlora_cli.core.data.chunks import (
     refuse_constant,
     too_long,
 )
+from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.record import Record, problem_of_record
 from qlora_cli.errors import first_line
 
@@ -80,9 +81,9 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
                 return
             if kind in ("csv", "tsv"):
                 chunks = _read_csv(stream, name, max_line_bytes, tabs=kind == "tsv")
-            elif kind in ("json", "jsonl") and head.lstrip()[:1] == b"[":
+            elif kind in ("json", "jsonl") and head.lstrip()[:1] == b"[" and not _begins_with_messages(head):
                 chunks = _read_array(stream, name, max_line_bytes, chunk_bytes)
-            elif kind == "json" and not _is_whole_json(head):
+            elif kind == "json" and not _is_whole_json(head):  # a first line that is whole: JSON Lines by another name
                 chunks = _read_object(stream, name)
             else:
                 chunks = _read_lines(stream, name, max_line_bytes, chunk_bytes, "txt" if kind == "txt" else "jsonl")
@@ -121,6 +122,11 @@ def _is_whole_json(head: bytes) -> bool:
     except ValueError:
         return False
     return bool(rest.strip())
+
+
+def _begins_with_messages(head: bytes) -> bool:
+    """Whether a file's first line is a list of messages by itself and another follows: a conversation a line."""
+    return _is_whole_json(head) and holds_messages(json.loads(head.lstrip().partition(b"\n")[0]))
 
 
 def _read_lines(

@@ -91,6 +91,8 @@ class PreparationStatistics:
             report(Caution(f"{count} of {records} rows were left out: {reason}."))
         if count := counts["closed"]:
             report(Notice(f"{count} rows were given the beginning or end token that they lacked."))
+        if count := counts["unpacked"]:
+            report(Notice(f"{count} of {records} rows were packed beforehand and became a row for each example."))
         if count := counts["unanswered"]:
             report(Notice(f"{count} conversations end in messages without an answer; those were left out."))
         if count := counts["unfolded"]:

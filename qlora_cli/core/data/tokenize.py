@@ -10,10 +10,12 @@ import numpy as np
 
 from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec
-from qlora_cli.core.prompts.formatting import Formatting, RowFormatter
+from qlora_cli.core.prompts.formatting import Formatted, Formatting, RowFormatter
 from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
+from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import QloraError
 
+GIVEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # 1 where a token is trained
 Row = tuple[np.ndarray, np.ndarray]  # input_ids (n,) int32, trained (n,) bool
 
 
@@ -29,6 +31,7 @@ class TokeniserSettings:
     max_line_bytes: int
     vocabulary_size: int
     on_lost_content: str = "stop"
+    rules: RowRules = field(default_factory=RowRules)
 
 
 @dataclass
@@ -39,6 +42,8 @@ class TokenisedChunk:
         input_ids: (tokens,) int32, rows end to end.
         trained: (tokens,) bool.
         lengths: (rows,) int32.
+        origins: (rows,) int64, which record of the chunk each row comes from: rows of one record stay together where
+            rows are held out.
         counts: records (read, good and bad); truncated (rows cut at the limit); split (records that became several
             rows); closed (pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained); unanswered
             (conversations whose last messages had no answer and were left out); unfolded (conversations that became a
@@ -52,6 +57,7 @@ class TokenisedChunk:
     input_ids: np.ndarray
     trained: np.ndarray
     lengths: np.ndarray
+    origins: np.ndarray
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     bad_rows: list[BadRow] = field(default_factory=list)
@@ -81,17 +87,18 @@ class Tokeniser:
 
     def _tokenise(self, chunk: Chunk) -> TokenisedChunk:
         rows: list[list[Run]] = []
+        origins: list[int] = []
         dropped: Counter[str] = Counter()
         bad_rows = []
         self._formatter.counts.clear()
-        formatted = self._formatter.format_records(chunk.records, self._settings.train_on)
-        for line, row in zip(chunk.lines, formatted, strict=True):
+        for number, (line, row) in enumerate(zip(chunk.lines, self._format(chunk.records), strict=True)):
             if isinstance(row, Blank):
                 dropped[str(row)] += 1
             elif isinstance(row, BadField):
                 bad_rows.append(BadRow(chunk.file, line, str(row)))
             else:
                 rows += row
+                origins += [number] * len(row)
         encoded = self._encoder.encode_rows(rows)  # row → run → ids
         runs = list(chain.from_iterable(encoded))
         run_lengths = np.fromiter(map(len, runs), dtype=np.int64, count=len(runs))
@@ -104,31 +111,52 @@ class Tokeniser:
             input_ids,
             trained,
             lengths.astype(np.int32),
+            np.array(origins, dtype=np.int64),
             Counter(self._formatter.counts),
             dropped,
             bad_rows=bad_rows,
         )
 
+    def _format(self, records: list[Record]) -> list[Formatted]:
+        """The rows of each record, or why there are none, after the rules of the data set."""
+        rules = self._settings.rules
+        if not rules:
+            return self._formatter.format_records(records, self._settings.train_on)
+        reasons: list[BadField | Blank | None] = []
+        kept: list[Record] = []
+        for record in records:
+            try:
+                kept.append(rules.apply(record))
+                reasons.append(None)
+            except (BadField, Blank) as reason:
+                reasons.append(reason)
+        formatted = iter(self._formatter.format_records(kept, self._settings.train_on))
+        return [reason or next(formatted) for reason in reasons]
+
     def _gather(self, chunk: Chunk) -> TokenisedChunk:
         rows: list[Row] = []
-        result = TokenisedChunk(np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int32))
-        for line, record in zip(chunk.lines, chunk.records, strict=True):
+        origins: list[int] = []
+        result = TokenisedChunk(np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int32), np.empty(0, np.int64))
+        for number, (line, record) in enumerate(zip(chunk.lines, chunk.records, strict=True)):
             try:
-                row = self._given_tokens(record)
+                parts = self._given_rows(record)
             except BadField as reason:
                 result.bad_rows.append(BadRow(chunk.file, line, str(reason)))
                 continue
-            if not row[1].any():
-                result.dropped["every token is masked" if row[0].size else "no tokens"] += 1
-                continue
-            closed = self._close(*row)
-            result.counts["closed"] += closed[0] is not row[0]
-            rows.append(closed)
-        _store(result, rows)
+            result.counts["unpacked"] += len(parts) > 1
+            for ids, trained in parts:
+                if not trained.any():
+                    result.dropped["every token is masked" if ids.size else "no tokens"] += 1
+                    continue
+                closed = self._close(ids, trained)
+                result.counts["closed"] += closed[0] is not ids
+                rows.append(closed)
+                origins.append(number)
+        _store(result, rows, np.array(origins, dtype=np.int64))
         return result
 
-    def _given_tokens(self, record: Record) -> Row:
-        """A record's own ids; trained where its labels are not -100, or everywhere."""
+    def _given_rows(self, record: Record) -> list[Row]:
+        """A record's own ids, cut where its positions begin anew; trained where labels and masks say so, or everywhere."""
         column = str(self._settings.formatting.column)
         ids = _integers(record, column)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._settings.vocabulary_size:
@@ -136,27 +164,37 @@ class Tokeniser:
             raise BadField(f"field {column!r} holds {wrong}, which is no token of this tokenizer")
         trained = np.ones(ids.size, dtype=bool)
         real = np.ones(ids.size, dtype=bool)
-        for name in ("labels", "attention_mask"):
+        borders = np.zeros(ids.size, dtype=bool)
+        for name in ("labels", "attention_mask", *GIVEN_MASKS, "position_ids"):
             if record.get(name) is None:
                 continue
             values = _integers(record, name)
             if values.size != ids.size:
                 raise BadField(f"field {name!r} has {values.size} entries, but {column!r} has {ids.size}")
             if name == "labels" and self._settings.train_on != "all":
-                trained = values != -100
+                trained &= values != -100
+            elif name in GIVEN_MASKS and self._settings.train_on != "all":
+                trained &= values != 0
             elif name == "attention_mask":
                 real = values != 0  # padding is no part of a row
-        return ids[real].astype(np.int32), trained[real]
+            elif name == "position_ids":
+                borders = np.append(False, np.diff(values) < 0)[: ids.size]
+        cuts = np.flatnonzero(borders[real])
+        ids, trained = ids[real].astype(np.int32), trained[real]
+        return list(zip(np.split(ids, cuts), np.split(trained, cuts), strict=True))
 
     def _close(self, ids: np.ndarray, trained: np.ndarray) -> Row:
         eos, prefix = self._encoder.spec.eos_id, self._encoder.spec.prefix_ids
         missing = [] if not prefix or ids[0] == prefix[0] else list(prefix)
         ending = [] if ids[-1] == eos else [eos]
-        if not missing and not ending and trained[-1]:
+        # An EOS is trained where the words before it are. Collators that mask padding mask it too where both are one
+        # token; but where the data masks a row's last words, nothing after them is trained either.
+        last = bool(trained[-1]) or bool(not ending and ids.size > 1 and trained[-2])
+        if not missing and not ending and trained[-1] == last:
             return ids, trained
         ids = np.concatenate([missing, ids, ending]).astype(np.int32)
-        trained = np.concatenate([np.zeros(len(missing), bool), trained, np.ones(len(ending), bool)])
-        trained[-1] = True
+        trained = np.concatenate([np.zeros(len(missing), bool), trained, np.full(len(ending), last)])
+        trained[-1] = last
         return ids, trained
 
     def _fit(self, result: TokenisedChunk) -> None:
@@ -195,7 +233,8 @@ class Tokeniser:
         prefix = np.array(self._encoder.spec.prefix_ids, dtype=np.int32)
         step = limit - prefix.size
         parts: list[Row] = []
-        for ids, trained in _rows(result):
+        origins: list[int] = []
+        for origin, (ids, trained) in zip(result.origins.tolist(), _rows(result), strict=True):
             parts.append((ids[:limit], trained[:limit]))
             result.counts["split"] += ids.size > limit
             for start in range(limit, ids.size, step):
@@ -205,7 +244,8 @@ class Tokeniser:
                         np.concatenate([np.zeros(prefix.size, bool), trained[start : start + step]]),
                     )
                 )
-        _store(result, parts)
+            origins += [origin] * (len(parts) - len(origins))
+        _store(result, parts, np.array(origins, dtype=np.int64))
 
 
 def _integers(record: Record, name: str) -> np.ndarray:
@@ -225,16 +265,17 @@ def _rows(result: TokenisedChunk) -> list[Row]:
     return list(zip(np.split(result.input_ids, borders), np.split(result.trained, borders), strict=True))
 
 
-def _store(result: TokenisedChunk, rows: Sequence[Row]) -> None:
+def _store(result: TokenisedChunk, rows: Sequence[Row], origins: np.ndarray) -> None:
     result.input_ids = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in rows)])
     result.trained = np.concatenate([np.empty(0, bool), *(trained for _, trained in rows)])
     result.lengths = np.array([ids.size for ids, _ in rows], dtype=np.int32)
+    result.origins = origins
 
 
 def _keep(result: TokenisedChunk, wanted: np.ndarray) -> None:
     tokens = np.repeat(wanted, result.lengths)
     result.input_ids, result.trained = result.input_ids[tokens], result.trained[tokens]
-    result.lengths = result.lengths[wanted]
+    result.lengths, result.origins = result.lengths[wanted], result.origins[wanted]
 
 
 def serve(connection: Any) -> None:

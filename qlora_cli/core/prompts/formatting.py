@@ -32,7 +32,7 @@ class Formatting:
         template_without_optional: Used where the optional column is empty.
         date: ISO date that a chat template sees as today.
         conversation: Where a record holds its conversation (format chat); None: `column` and `tools`.
-        markup: Texts were formatted beforehand: control tokens written in them are control tokens (format text).
+            markup: Texts were formatted beforehand: control tokens written in them are control tokens.
         tool_template: Jinja chat template for conversations with tools; None for the same (format chat).
         template_settings: Variables of the chat template, such as enable_thinking (format chat).
         thoughts: Thoughts of answers that are trained: keep, last or drop (format chat).
@@ -90,7 +90,9 @@ class RowFormatter:
         self._encoder = encoder
         if formatting.format == "prompt":
             assert formatting.template is not None and formatting.completion_column is not None
-            self._long = PromptTemplate(formatting.template, formatting.completion_column, encoder)
+            self._long = PromptTemplate(
+                formatting.template, formatting.completion_column, encoder, markup=formatting.markup
+            )
             self._short = (
                 PromptTemplate(formatting.template_without_optional, formatting.completion_column, encoder)
                 if formatting.template_without_optional is not None

@@ -17,8 +17,8 @@ class PromptTemplate:
     the completion are tokenised with it (" Paris" is one token, " " and "Paris" are not what models have seen).
     """
 
-    def __init__(self, template: str, completion_column: str, encoder: TextEncoder) -> None:
-        """Parses a template.
+    def __init__(self, template: str, completion_column: str, encoder: TextEncoder, *, markup: bool = False) -> None:
+        """Parses a template; with `markup`, control tokens written in fields are control tokens too.
 
         Raises:
             UsageError: It is malformed, or does not hold the completion exactly once.
@@ -41,6 +41,7 @@ class PromptTemplate:
         if len(answer) > 1 and isinstance(answer[-1], str) and isinstance(answer[-2], int) and not answer[-1].strip():
             answer.pop()  # a line end after </s> is no part of the answer
         self._sides = sides
+        self._split = encoder.split_markup if markup else None
 
     @staticmethod
     def fields_of(template: str) -> list[str]:
@@ -81,13 +82,17 @@ class PromptTemplate:
 
     def _fill(self, side: list[_Part], record: Record, trained: bool, text: str = "") -> Iterator[Run]:
         for part in side:
-            if isinstance(part, int):
+            pieces: list[str | int] = [part] if isinstance(part, str | int) else [text_of(record, part[0])]
+            if self._split and isinstance(part, tuple):
+                pieces = self._split(str(pieces[0]))
+            for piece in pieces:
+                if isinstance(piece, str):
+                    text += piece
+                    continue
                 if text:
                     yield text, trained
                 text = ""
-                yield part, trained
-            else:
-                text += part if isinstance(part, str) else text_of(record, part[0])
+                yield piece, trained
         if text:
             yield text, trained
 

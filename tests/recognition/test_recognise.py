@@ -3,10 +3,11 @@
 import pytest
 
 from qlora_cli.config import PrepareConfig
-from qlora_cli.core.data.schema import read_template, recognise
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.recognition.pairs import read_template
+from qlora_cli.core.recognition.recognise import recognise
 from qlora_cli.errors import DataError, UsageError
 from tests.prompts.small_tokenizers import CHATML, byte_level, sentencepiece_like
 
@@ -161,7 +162,6 @@ def test_a_template_may_be_a_file(tmp_path):
         ({"template": "{question} {anwser}"}, "no column 'anwser'", "answer"),
         ({"template": "no field"}, "no {column} field", "'question', 'answer'"),
         ({"format": "tokens"}, "no column 'input_ids'", None),
-        ({"format": "chat"}, "No column holds chat messages", "--messages-column"),
         ({"text_column": "answer", "prompt_column": "question"}, "--text-column and --prompt-column contradict", "one format"),
         ({"format": "chat", "template": "{answer}"}, "--format and --template contradict", None),
         ({"text_column": "answer", "train_on": "completion"}, "--train-on completion needs a completion", "--prompt-column"),
@@ -181,5 +181,7 @@ def test_what_cannot_be_told_is_asked_for():
     assert "--text-column left" in error.value.hint
     with pytest.raises(DataError, match="No column holds text; the data has 'n'"):
         recognised({"n": 1})
+    with pytest.raises(UsageError, match="No column holds chat messages"):
+        recognised({"n": 1}, format="chat")
     with pytest.raises(UsageError, match="--train-on last is for chats"):
         recognised({"input_ids": [1]}, train_on="last")

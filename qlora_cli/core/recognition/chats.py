@@ -1,0 +1,176 @@
+"""Recognition of conversations: which columns hold their turns, system text, tools and settings, under which template."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from qlora_cli.config import DataSettings
+from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
+from qlora_cli.core.prompts.encoder import TextEncoder
+from qlora_cli.core.prompts.formatting import chat_formatting, own_template
+from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns
+from qlora_cli.core.recognition.pairs import Pair
+from qlora_cli.core.recognition.recognised import Recognised, describe_trained
+from qlora_cli.core.records.conversation import ConversationColumns
+from qlora_cli.core.records.messages import KNOWN_ROLES, holds_messages, turns_of
+from qlora_cli.errors import UsageError
+
+SYSTEMS = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "tool_defs", "functions", "available_tools")
+
+
+def chat_columns(
+    columns: Columns, settings: DataSettings, pair: Pair | None, *, wanted: str | None
+) -> ConversationColumns | None:
+    """Where the conversations are: in one column, in one and the answer preferred, or in question and answer.
+
+    Question and answer that are plain text are a conversation if a system text or a history stands beside them.
+
+    Args:
+        columns: Of the data.
+        settings: What the flags say.
+        pair: Question and answer, if there are any.
+        wanted: The format that the flags ask for.
+
+    Raises:
+        UsageError: --messages-column names no column, or --role is no `name=role`.
+    """
+    system, history = columns.find(SYSTEMS), columns.find(["history"])
+    rejected = columns.find(["rejected"])
+    chosen = columns.find(["chosen"]) if rejected else None
+    messages = _messages_column(columns, settings, chosen, wanted)
+    found = None
+    if messages and messages == chosen and pair:
+        found = ConversationColumns(prompt=pair.prompt, answer=chosen)
+    elif messages:
+        found = ConversationColumns(messages=messages)
+        if chosen and messages != chosen:
+            found = replace(found, answer=chosen)
+    elif pair and (pair.is_conversational or (wanted != "prompt" and wanted != "text")):
+        extra = history if columns.has_some(history) else None
+        system = system if _is_system(columns, system, None) else None
+        if pair.is_conversational or wanted == "chat" or (not pair.is_nested and (extra or system)):
+            found = ConversationColumns(
+                prompt=pair.prompt, addition=pair.optional, answer=pair.completion, history=extra
+            )
+    if found is None:
+        return None
+    documents, variables = columns.find(["documents"]), columns.find(["chat_template_kwargs"])
+    return replace(
+        found,
+        system=system if _is_system(columns, system, found.messages) else None,
+        tools=columns.find(TOOLS),
+        documents=documents if documents and columns.holds(documents, lambda v: isinstance(v, list)) else None,
+        settings=variables,
+        roles=read_roles(settings.role or ()),
+    )
+
+
+def _messages_column(columns: Columns, settings: DataSettings, chosen: str | None, wanted: str | None) -> str | None:
+    if settings.messages_column:
+        return columns.require(settings.messages_column, "--messages-column")
+    if settings.prompt_column or settings.completion_column:
+        return None
+    pairs = {"prompt", "completion", "chosen", "rejected"} | {*SYSTEMS, *TOOLS, "history"}
+    named = [name for known in CONVERSATIONS for name in columns.names if name.lower() == known]
+    others = [name for name in columns.names if name not in named and name.lower() not in pairs]
+    found = next(filter(columns.is_conversation, named), None)
+    found = found or (chosen if chosen and columns.holds(chosen, holds_messages) else None)
+    found = found or next(filter(columns.is_conversation, others), None)
+    alone = columns.find(["prompt"])
+    if found is None and alone and columns.is_conversation(alone) and not columns.find(["completion", "chosen"]):
+        return None if columns.find(["answer", "response", "output"]) else alone
+    return found or (next(iter(named), None) if wanted == "chat" else None)
+
+
+def _is_system(columns: Columns, name: str | None, messages: str | None) -> bool:
+    """Whether a column holds system texts, and not something else than the system turns that conversations have."""
+    if name is None or not columns.has_some(name) or not all(isinstance(v, str) for v in columns.values(name)):
+        return False
+    for record in columns.records:
+        turns = turns_of(record.get(messages)) if messages else None
+        first = turns[0] if turns and isinstance(turns[0], dict) else {}
+        text, own = record.get(name), first.get("content", first.get("value"))
+        if "system" in (first.get("role"), first.get("from")) and isinstance(own, str) and text:
+            return own.strip() == text.strip()
+    return True
+
+
+def read_roles(given: tuple[str, ...]) -> dict[str, str]:
+    """What --role says: names of roles in the data → names that chat templates know.
+
+    Raises:
+        UsageError: It is no `name=role`.
+    """
+    roles = {}
+    for item in given:
+        name, equals, role = item.partition("=")
+        if not equals or not name.strip() or not role.strip():
+            raise UsageError(
+                f"--role {item} is no NAME=ROLE.", f"Such as --role bard=assistant; known are {_listed(KNOWN_ROLES)}."
+            )
+        roles[name.strip().lower()] = role.strip()
+    return roles
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def recognise_chat(
+    columns: Columns, settings: DataSettings, encoder: TextEncoder, found: ConversationColumns
+) -> Recognised:
+    """Conversations in these columns under the template that the flags or the model give.
+
+    Raises:
+        UsageError: The template cannot be read.
+    """
+    train_on = settings.train_on or "completion"
+    template, tool_template, whose = _template_of(settings, encoder)
+    turns = [repr(name) for name in (found.messages, found.history, found.prompt, found.addition, found.answer) if name]
+    where = f"chat messages in column{'s' * (len(turns) > 1)} {' and '.join(turns)}"
+    where += "".join(
+        f", {what} in {name!r}"
+        for what, name in (
+            ("system text", found.system),
+            ("tools", found.tools),
+            ("documents", found.documents),
+            ("template settings", found.settings),
+        )
+        if name
+    )
+    used = [v for v in vars(found).values() if isinstance(v, str)]
+    remarks = []
+    if (rejected := columns.find(["rejected"])) and (found.answer or found.messages or "").lower() == "chosen":
+        used.append(rejected)
+        answers = found.answer or found.messages
+        remarks.append(f"Preference rows: the answers in {answers!r} are trained, {rejected!r} is left out.")
+    return Recognised(
+        chat_formatting(
+            template,
+            found,
+            tool_template=tool_template,
+            settings=settings.template_setting,
+            thoughts=settings.thoughts,
+        ),
+        train_on,
+        f"{where}, {whose}, {describe_trained(train_on)}",
+        tuple(remarks),
+        tuple(used),
+    )
+
+
+def _template_of(settings: DataSettings, encoder: TextEncoder) -> tuple[str, str | None, str]:
+    """The chat template, the one for conversations with tools if it is another, and in words whose they are."""
+    if settings.chat_template:
+        try:
+            template = Path(settings.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"The chat template {settings.chat_template} cannot be read: {error}.",
+                "Give --chat-template a Jinja file.",
+            ) from None
+        return template, None, f"the template in {settings.chat_template}"
+    if own := own_template(encoder.spec):
+        with_tools = " (for conversations with tools, its own for these)" if encoder.spec.tool_template else ""
+        return own, encoder.spec.tool_template, f"the model's own template{with_tools}"
+    return FALLBACK_TEMPLATE, None, "a plain template (the model has none)"

@@ -1,0 +1,117 @@
+"""Columns of a data set: their names, and what (almost) every one of the first rows holds in them."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from qlora_cli.core.records.messages import ROLE_KEYS, turns_of
+from qlora_cli.core.records.record import Record
+from qlora_cli.errors import UsageError
+
+ALMOST_ALL = 0.9  # of the rows: what a format has to explain, or it is not taken
+# Names under which a list of texts is a conversation, user and assistant in turn; elsewhere it may be tags.
+CONVERSATIONS = (
+    "messages",
+    "conversations",
+    "conversation",
+    "dialogue",
+    "dialog",
+    "chat",
+    "turns",
+    "utterances",
+    "data",
+)
+YES_OR_NO = {"true", "false"}
+
+
+class Columns:
+    """Names and sample values of the columns.
+
+    Attributes:
+        records: The first rows of the data.
+        names: In the order in which they come.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        self.names = list(dict.fromkeys(name for record in records for name in record))
+        self._by_lower = {name.lower(): name for name in reversed(self.names)}
+
+    def find(self, wanted: Iterable[str]) -> str | None:
+        """The first of these names that is there, in any case of letters."""
+        return next((self._by_lower[name] for name in wanted if name in self._by_lower), None)
+
+    def require(self, name: str, flag: str) -> str:
+        """The name itself, if it is a column.
+
+        Raises:
+            UsageError: It is none.
+        """
+        if name in self.names:
+            return name
+        close = difflib.get_close_matches(name, self.names, n=1, cutoff=0.4)
+        raise UsageError(
+            f"There is no column {name!r}; the data has {self.listed}.",
+            f"Did you mean {flag} {close[0]}?" if close else f"Choose one of them with {flag}.",
+        )
+
+    @property
+    def listed(self) -> str:
+        """All names, for a message."""
+        return ", ".join(map(repr, self.names))
+
+    def values(self, name: str) -> list[Any]:
+        """What the rows hold in a column, without nulls."""
+        return [record[name] for record in self.records if record.get(name) is not None]
+
+    def explained(self, name: str, is_so: Callable[[Any], bool]) -> int:
+        """Rows in which a column's value is so, or in which it is there and empty: such a row is a bad one by itself."""
+        given = [record[name] for record in self.records if name in record]
+        return sum(value is None or value in ("", []) or is_so(value) for value in given)
+
+    def holds(self, name: str, is_so: Callable[[Any], bool]) -> bool:
+        """Whether (almost) every row's value is so, and one at least."""
+        values = self.values(name)
+        return any(map(is_so, values)) and self.explained(name, is_so) >= ALMOST_ALL * len(self.records)
+
+    def is_text(self, name: str) -> bool:
+        """Whether a column holds text."""
+        return self.holds(name, lambda value: isinstance(value, str))
+
+    def has_some(self, name: str | None) -> bool:
+        """Whether some row holds something else than nothing in a column."""
+        return name is not None and any(
+            value.strip() if isinstance(value, str) else value for value in self.values(name)
+        )
+
+    def is_conversation(self, name: str) -> bool:
+        """Whether a column holds conversations, in any form that can be read; see `turns_of`."""
+        return self.holds(name, lambda value: self._is_conversation(value, name))
+
+    def count_conversations(self, name: str) -> int:
+        """Rows that hold a conversation in a column."""
+        return sum(self._is_conversation(value, name) for value in self.values(name))
+
+    def _is_conversation(self, value: Any, name: str) -> bool:
+        if isinstance(value, list) and value and all(isinstance(item, str) and item[:1] != "{" for item in value):
+            return name.lower() in CONVERSATIONS and len(value) > 1
+        return bool(turns_of(value))
+
+    def is_yes_or_no(self, name: str) -> bool:
+        """Whether a column says true or false of each row, as a boolean or in words."""
+        return self.holds(
+            name,
+            lambda value: isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in YES_OR_NO),
+        )
+
+    def are_messages(self) -> bool:
+        """Whether each row is one message of a conversation, instead of a whole one."""
+        role = self.find(ROLE_KEYS)
+        words = {"user", "assistant", "human", "gpt", "prompter", "system", "tool"}
+        return role is not None and self.holds(role, lambda value: isinstance(value, str) and value.lower() in words)
+
+    def letters(self, name: str) -> int:
+        """Letters that the rows hold in a column, nested ones as JSON."""
+        values = self.values(name)
+        return sum(len(v) if isinstance(v, str) else len(json.dumps(v, default=str)) for v in values)

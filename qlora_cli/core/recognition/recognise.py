@@ -1,0 +1,170 @@
+"""Recognition of a data set's format: text, prompt, chat or tokens, by its first rows or by flags, as a Formatting.
+
+A format is taken only if it explains (almost) every row; columns that it does not use are named.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qlora_cli.config import DataSettings
+from qlora_cli.core.prompts.encoder import TextEncoder
+from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.recognition.chats import chat_columns, recognise_chat
+from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns
+from qlora_cli.core.recognition.pairs import Pair, find_pair, named_like_pair, recognise_pair, recognise_template
+from qlora_cli.core.recognition.recognised import Recognised
+from qlora_cli.core.recognition.texts import TEXTS, recognise_text
+from qlora_cli.core.records.record import Record
+from qlora_cli.core.records.rules import RowRules
+from qlora_cli.errors import DataError, UsageError
+
+LABELS = ("label", "kto_tag")  # of unpaired feedback: whether an answer is a good one
+THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot", "chain_of_thought")
+MASKS = (
+    "labels",
+    "attention_mask",
+    "completion_mask",
+    "assistant_masks",
+    "assistant_mask",
+    "loss_mask",
+    "position_ids",
+)
+
+
+def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEncoder) -> Recognised:
+    """Recognises the format of the data by its first rows, or takes it from the flags.
+
+    Raises:
+        UsageError: Flags contradict each other, name a column that is not there, or a template is faulty.
+        DataError: No format explains the rows.
+    """
+    columns = Columns(records)
+    format_ = _format_from_flags(settings)
+    pair = find_pair(columns, settings)
+    chats = chat_columns(columns, settings, pair, wanted=format_)
+    if format_ is None:
+        format_ = _format_of(columns, pair, chats is not None)
+    if format_ == "tokens":
+        recognised = _recognise_tokens(columns, settings)
+    elif format_ == "chat" or (format_ == "prompt" and pair and pair.is_conversational and not settings.template):
+        if chats is None:
+            raise UsageError(f"No column holds chat messages; the data has {columns.listed}.", "Use --messages-column.")
+        recognised = recognise_chat(columns, settings, encoder, chats)
+    elif format_ == "prompt" and settings.template:
+        recognised = recognise_template(columns, settings, encoder, pair)
+    elif format_ == "prompt":
+        recognised = recognise_pair(columns, settings, encoder, pair)
+    else:
+        recognised = recognise_text(columns, settings, encoder)
+    return _with_label(columns, _with_unused(columns, recognised))
+
+
+def _format_from_flags(settings: DataSettings) -> str | None:
+    given = {
+        "text": settings.text_column and "--text-column",
+        "chat": settings.messages_column and "--messages-column",
+        "prompt": (settings.prompt_column and "--prompt-column")
+        or (settings.completion_column and "--completion-column")
+        or (settings.template and "--template"),
+    }
+    flags = {name: flag for name, flag in given.items() if flag}
+    if settings.format != "auto":
+        flags = {settings.format: "--format"} | {n: f for n, f in flags.items() if n != settings.format}
+    if len(flags) > 1:
+        raise UsageError(f"{' and '.join(flags.values())} contradict each other.", "Give the flags of one format only.")
+    return next(iter(flags), None)
+
+
+def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
+    """The format that explains the rows.
+
+    Raises:
+        DataError: The rows hold conversations, but not as whole ones or not all of them.
+    """
+    if columns.find(["input_ids"]):
+        return "tokens"
+    if is_chat:
+        return "chat"
+    if pair:
+        return "prompt"
+    if columns.are_messages():
+        raise DataError(
+            f"Each row is one message with a role, not a conversation; the data has {columns.listed}.",
+            "Join the messages of a conversation into one row: a list of role and content in a column 'messages'.",
+        )
+    known = columns.find(TEXTS)
+    if known and columns.is_text(known):
+        return "text"
+    for name in columns.names:
+        if found := columns.count_conversations(name):
+            raise DataError(
+                f"Column {name!r} holds conversations in {found} of the first {len(columns.records)} rows only.",
+                f"Mend the others, or have them listed and left out: --messages-column {name} --on-bad-row skip",
+            )
+    if halves := named_like_pair(columns):
+        question, answer, text_rows = halves
+        raise DataError(
+            f"Columns {question!r} and {answer!r} are named like question and answer, but both are text in {text_rows} "
+            f"of the first {len(columns.records)} rows only.",
+            f"Mend the others, or have them listed and left out: --prompt-column {question} --completion-column {answer} "
+            "--on-bad-row skip",
+        )
+    named = columns.find(CONVERSATIONS[:-1])
+    if named and any(isinstance(v, str) and v.lstrip()[:1] in ("[", "{") for v in columns.values(named)):
+        raise DataError(
+            f"Column {named!r} seems to hold messages as text, which is neither JSON nor a Python list.",
+            f"Write it as JSON, or train it as it is: --text-column {named}",
+        )
+    return "text"
+
+
+def _recognise_tokens(columns: Columns, settings: DataSettings) -> Recognised:
+    column = columns.require(columns.find(["input_ids"]) or "input_ids", "--format tokens with")
+    if settings.train_on == "last":
+        raise UsageError("--train-on last is for chats.", "Rows of tokens are trained by their labels, or all.")
+    masks = [name for name in MASKS if name in columns.names]
+    deciding = [name for name in masks if name not in ("attention_mask", "position_ids")]
+    if settings.train_on == "all" or not deciding:
+        trained = "every token trained"
+    elif deciding == ["labels"]:
+        trained = "trained where labels are not -100"
+    else:
+        trained = f"trained where {' and '.join(map(repr, deciding))} say so"
+    remarks: tuple[str, ...] = ()
+    if "position_ids" in masks:
+        remarks = ("Rows are cut where 'position_ids' begin anew, so that rows packed beforehand stay apart.",)
+    return Recognised(
+        Formatting(format="tokens", column=column),
+        settings.train_on or "completion",
+        f"rows tokenised beforehand in column {column!r}, {trained}",
+        remarks,
+        used=(column, *masks),
+    )
+
+
+def _with_label(columns: Columns, recognised: Recognised) -> Recognised:
+    """Leaves out answers that the data calls bad ones."""
+    label = columns.find(LABELS)
+    if recognised.formatting.format not in ("prompt", "chat") or label is None or not columns.is_yes_or_no(label):
+        return recognised
+    remark = f"Rows whose column {label!r} is false are left out."
+    remarks = tuple(text for text in recognised.remarks if text != _unused([label]))
+    remarks = tuple(text.replace(f"{label!r}, ", "").replace(f", {label!r}", "") for text in remarks)
+    return replace(recognised, rules=replace(recognised.rules or RowRules(), label=label), remarks=(*remarks, remark))
+
+
+def _unused(names: Sequence[str]) -> str:
+    return f"Columns that are not used: {', '.join(map(repr, names))}."
+
+
+def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
+    """Names the columns that a format does not use."""
+    unused = [name for name in columns.names if name not in recognised.used]
+    if not unused:
+        return recognised
+    remark = _unused(unused)
+    thoughts = next((name for name in unused if name.lower() in THOUGHTS), None)
+    if thoughts and recognised.formatting.format == "prompt":
+        answer = recognised.formatting.completion_column
+        remark += f' A template of your own could use {thoughts!r}: --template "... {{{thoughts}}} ... {{{answer}}}"'
+    return replace(recognised, remarks=(*recognised.remarks, remark))

@@ -1,0 +1,134 @@
+"""Recognition of plain text: its column, and whether it was formatted beforehand with control tokens."""
+
+from collections.abc import Sequence
+
+from qlora_cli.config import DataSettings
+from qlora_cli.core.prompts.encoder import TextEncoder
+from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.recognition.columns import Columns
+from qlora_cli.core.recognition.recognised import Recognised
+from qlora_cli.errors import DataError, UsageError
+
+TEXTS = ("text", "content", "quote", "document", "body", "passage", "story", "article", "sentence", "code")
+# What names and describes a row; never what it is about.
+IDENTIFIERS = {
+    "id",
+    "uuid",
+    "guid",
+    "url",
+    "uri",
+    "hash",
+    "sha",
+    "sha256",
+    "md5",
+    "date",
+    "timestamp",
+    "split",
+    "index",
+}
+CLEARLY_LONGER = 2  # the text column holds this many times the letters of the next one, or the user has to choose
+
+
+def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncoder) -> Recognised:
+    """Text in one column, every token of it trained.
+
+    Raises:
+        UsageError: --train-on asks for a completion, or --text-column names no column.
+        DataError: No column is clearly the text.
+    """
+    if settings.text_column:
+        column = columns.require(settings.text_column, "--text-column")
+    else:
+        column = _preferred(columns) or _find_text(columns)
+    if settings.train_on not in (None, "all"):
+        raise UsageError(
+            f"--train-on {settings.train_on} needs a completion, but these rows are plain text.",
+            "Leave --train-on out, or name the columns with --prompt-column and --completion-column.",
+        )
+    texts = [text for text in columns.values(column) if isinstance(text, str) and text.strip()]
+    markup = shows_markup(texts, encoder)
+    remarks = []
+    used = [column]
+    if (rejected := columns.find(["rejected"])) and column.lower() == "chosen":
+        used.append(rejected)
+        remarks.append(f"Preference rows: the texts in {column!r} are trained, {rejected!r} is left out.")
+    typed = sum(map(encoder.holds_control, texts))
+    if markup:
+        remarks.append(
+            f"Every text is {markup}: the texts were formatted beforehand, so control tokens written in them are taken "
+            "as such."
+        )
+    elif typed:
+        remarks.append(
+            f"Control tokens typed in column {column!r} are kept as plain text ({typed} of the first {len(texts)} rows "
+            "hold some; they would be taken as such if every row began or ended with one)."
+        )
+    return Recognised(
+        Formatting(format="text", column=column, markup=bool(markup)),
+        "all",
+        f"plain text in column {column!r}, every token trained",
+        tuple(remarks),
+        tuple(used),
+    )
+
+
+def shows_markup(texts: Sequence[str], encoder: TextEncoder) -> str | None:
+    """How texts show, every one of them, that they were formatted beforehand; None if they do not.
+
+    All of them begin with a control token, or all end in one, or all hold one of the model's own chat template.
+    """
+    if not texts:
+        return None
+    parts = [encoder.split_markup(text.strip()) for text in texts]
+    if all(part and isinstance(part[0], int) for part in parts):
+        return f"begun by a control token (such as {texts[0].strip()[:10]!r})"
+    if all(part and isinstance(part[-1], int) for part in parts):
+        return f"ended by a control token (such as {texts[0].strip()[-10:]!r})"
+    template = encoder.spec.chat_template or ""
+    known = [token for token in encoder.control_ids if token in template]
+    common = next((token for token in known if all(token in text for text in texts)), None)
+    return f"written with the chat template's {common}" if common else None
+
+
+def common_ending(texts: Sequence[str], encoder: TextEncoder) -> str | None:
+    """The control token that every one of these texts ends in."""
+    stripped = [text.rstrip() for text in texts if text.strip()]
+    longest_first = sorted(encoder.control_ids, key=len, reverse=True)
+    return next((t for t in longest_first if stripped and all(text.endswith(t) for text in stripped)), None)
+
+
+def _preferred(columns: Columns) -> str | None:
+    """The texts that are preferred to others."""
+    chosen, rejected = columns.find(["chosen"]), columns.find(["rejected"])
+    return chosen if chosen and rejected and columns.is_text(chosen) and columns.is_text(rejected) else None
+
+
+def _find_text(columns: Columns) -> str:
+    if (known := columns.find(TEXTS)) and columns.is_text(known):
+        return known
+    letters = {name: columns.letters(name) for name in columns.names}
+    texts = [name for name in columns.names if columns.is_text(name) and not _is_identifier(name)]
+    ranked = sorted(texts, key=lambda name: -letters[name])
+    nested = [
+        name
+        for name in columns.names
+        if any(isinstance(value, list | dict) for value in columns.values(name))
+        and (not ranked or letters[name] > letters[ranked[0]])
+    ]
+    if not ranked or nested:
+        raise DataError(
+            f"Column {nested[0]!r} holds most of the rows, but as no conversation; the data has {columns.listed}."
+            if nested
+            else f"No column holds text; the data has {columns.listed}.",
+            "Name the columns: --text-column, --prompt-column with --completion-column, or --messages-column.",
+        )
+    if len(ranked) > 1 and letters[ranked[0]] < CLEARLY_LONGER * letters[ranked[1]]:
+        raise DataError(
+            f"Several columns could be the text: {', '.join(map(repr, ranked))}.",
+            f"Choose: --text-column {ranked[0]}, or --prompt-column {ranked[1]} --completion-column {ranked[0]}.",
+        )
+    return ranked[0]
+
+
+def _is_identifier(name: str) -> bool:
+    return name.lower() in IDENTIFIERS or name.lower().endswith(("_id", "_url", "_hash", "id_"))

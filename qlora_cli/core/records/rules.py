@@ -1,0 +1,62 @@
+"""Rules of a data set that are applied to each of its rows before it is formatted: what is left out, what is unwrapped."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRules:
+    """What the columns of a data set say about its rows.
+
+    Attributes:
+        label: A column that says of each answer whether it is a good one; rows in which it is false are left out.
+        answers: A column that holds the answer inside a list or an object (SQuAD's `{"text": [...]}`); the first counts.
+        ended: A column whose texts all end in a control token, and that token; it is taken off, as the template has it.
+    """
+
+    label: str | None = None
+    answers: str | None = None
+    ended: tuple[str, str] | None = None
+
+    def apply(self, record: Record) -> Record:
+        """The record as it is formatted.
+
+        Raises:
+            Blank: It is to be left out.
+            BadField: A column does not hold what the others' do.
+        """
+        if self.label is not None and is_false(record.get(self.label)):
+            raise Blank(f"{self.label!r} is false")
+        if self.answers is not None:
+            record = {**record, self.answers: first_text(record.get(self.answers), self.answers)}
+        if self.ended is not None and isinstance(text := record.get(self.ended[0]), str):
+            record = {**record, self.ended[0]: text.rstrip().removesuffix(self.ended[1])}
+        return record
+
+    def __bool__(self) -> bool:
+        return self != RowRules()
+
+
+def is_false(value: Any) -> bool:
+    """Whether a label says no, as a boolean or in words."""
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+
+
+def first_text(value: Any, column: str) -> str:
+    """The first text of a list, of an object's list `text`, or the text itself; empty where there is none.
+
+    Raises:
+        BadField: It holds something else.
+    """
+    if isinstance(value, dict) and "text" in value:
+        value = value["text"]
+    if isinstance(value, list):
+        value = value[0] if value else ""
+        return first_text(value, column) if isinstance(value, dict) else first_text(value or "", column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadField(f"field {column!r} is {describe_type(value)}, not text")
+    return value

@@ -1,0 +1,241 @@
+"""Rows as people have them, and what becomes of each: the tokens of every row with the trained ones marked, or why not.
+
+Each case stands for a kind of fault in public reports on tools for fine-tuning. ⟦ ⟧ encloses what is trained.
+"""
+
+import json
+
+import pytest
+
+from qlora_cli.config import PrepareConfig
+from qlora_cli.core.data.dataset import PreparedRows
+from qlora_cli.core.data.prepare import prepare_rows
+from qlora_cli.errors import QloraError
+from qlora_cli.events import Caution, Notice
+from tests.prompts.small_tokenizers import byte_level, sentencepiece_like
+
+ASK, ANSWER = {"role": "user", "content": "A lake?"}, {"role": "assistant", "content": "Chiemsee."}
+BAD = {"role": "assistant", "content": "Zugspitze."}
+CALL = {"type": "function", "function": {"name": "depth", "arguments": {"of": "Chiemsee"}}}
+TURN = "<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\n⟦Chiemsee.<|im_end|>⟧"
+HEADED = "### Prompt:\nA lake?\n\n### Completion:\n⟦Chiemsee.<|im_end|>⟧"
+ASKED = "### Question:\nA lake?\n\n### Answer:\n⟦Chiemsee.<|im_end|>⟧"
+
+
+def marked(rows, tokenizer):
+    """Each row as text, with its trained tokens in ⟦brackets⟧."""
+    texts = []
+    for index in range(len(rows)):
+        ids, trained = rows[index]
+        text, inside = "", False
+        parts = [[0]]
+        for at in range(1, len(ids)):
+            if trained[at] != trained[at - 1]:
+                parts.append([])
+            parts[-1].append(at)
+        for part in parts:
+            inside = bool(trained[part[0]])
+            words = tokenizer.decode(ids[part], clean_up_tokenization_spaces=False)
+            text += f"⟦{words}⟧" if inside else words
+        texts.append(text)
+    return texts
+
+
+def prepared(tmp_path, content, tokenizer, name="a.jsonl", **settings):
+    """Rows with their marks, and all that was said; or the error."""
+    path = tmp_path / name
+    if isinstance(content, list):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+    path.write_text(content, encoding="utf-8")
+    events = []
+    config = PrepareConfig(data=str(path), **settings)
+    try:
+        summary = prepare_rows(config, tokenizer, None, tmp_path / "out", events.append, workers=1)
+    except QloraError as error:
+        return None, f"{error.message} {error.hint}"
+    said = " ".join(event.text for event in events if isinstance(event, Notice | Caution))
+    return marked(PreparedRows(summary.directory), tokenizer), said
+
+
+# name: (rows, settings, marked rows or None for a refusal, words that are said)
+CASES = {
+    "prompt and completion that are messages": (
+        [{"prompt": [ASK], "completion": [ANSWER]}, {"prompt": [ASK], "completion": [ANSWER]}], {}, [TURN, TURN], "'prompt' and 'completion'",
+    ),
+    "a context of several turns before the completion": (
+        [{"prompt": [ASK, BAD, ASK], "completion": [ANSWER]}], {"train_on": "last"},
+        ["<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n" + TURN], "",
+    ),
+    "preference rows of messages": ([{"rejected": [ASK, BAD], "chosen": [ASK, ANSWER]}], {}, [TURN], "'chosen' are trained"),
+    "preference rows of messages after a prompt": (
+        [{"prompt": [ASK], "chosen": [ANSWER], "rejected": [BAD]}], {}, [TURN], "'rejected' is left out",
+    ),
+    "preference rows whose answers repeat the prompt": (
+        [{"prompt": "A lake?", "chosen": [ASK, ANSWER], "rejected": [ASK, BAD]}], {}, [TURN], "'chosen' are trained",
+    ),
+    "preference rows of text, the rejected one longer": (
+        [{"prompt": "A lake?", "rejected": "Zugspitze is a lake, and a deep and wide one.", "chosen": "Chiemsee."}], {},
+        ["### Prompt:\nA lake?\n\n### Chosen:\n⟦Chiemsee.<|im_end|>⟧"], "'chosen' are trained",
+    ),
+    "preference rows of whole texts": (
+        [{"chosen": "Q: A lake? A: Chiemsee.", "rejected": "Q: A lake? A: Zugspitze, which is very high."}], {},
+        ["Q⟦: A lake? A: Chiemsee.<|im_end|>⟧"], "'chosen' are trained",
+    ),
+    "ranking rows: a conversation, then one message each": (
+        [{"conversations": [{"from": "human", "value": "A lake?"}], "chosen": {"from": "gpt", "value": "Chiemsee."},
+          "rejected": {"from": "gpt", "value": "Zugspitze."}}], {}, [TURN], "'chosen' are trained",
+    ),
+    "feedback that says false of an answer": (
+        [{"prompt": "A lake?", "completion": "Chiemsee.", "label": True}, {"prompt": "A lake?", "completion": "Zugspitze.", "label": False}],
+        {}, [HEADED], "1 of 2 rows were left out: 'label' is false",
+    ),
+    "feedback on conversations, in words": (
+        [{"messages": [ASK, ANSWER], "label": "True"}, {"messages": [ASK, BAD], "label": "false"}], {}, [TURN], "'label' is false",
+    ),
+    "a label that is a class": (
+        [{"prompt": "A lake?", "completion": "Chiemsee.", "label": "geography"}], {}, [HEADED], "not used: 'label'",
+    ),
+    "messages as JSON text": ([{"id": "row-one", "messages": json.dumps([ASK, ANSWER])}], {}, [TURN], "not used: 'id'"),
+    "messages as a list of JSON texts": ([{"id": "row-one", "messages": [json.dumps(ASK), json.dumps(ANSWER)]}], {}, [TURN], ""),
+    "messages as Python prints them": ([{"id": "row-one", "messages": repr([ASK, ANSWER])}], {}, [TURN], ""),
+    "messages as text that is neither": ([{"messages": "[{'role': 'user' 'content': oops}]"}], {}, None, "'messages' seems to hold messages as text"),
+    "texts in turn": ([{"id": "talk-0", "data": ["A lake?", "Chiemsee."]}], {}, [TURN], "not used: 'id'"),
+    "pairs in a list": ([{"conversation_id": "n1", "conversation": [{"human": "A lake?", "assistant": "Chiemsee."}]}], {}, [TURN], ""),
+    "a struct of lists": ([{"conversation": {"from": ["human", "gpt"], "value": ["A lake?", "Chiemsee."]}}], {}, [TURN], ""),
+    "rows that are lists of messages": (json.dumps([ASK, ANSWER]) + "\n" + json.dumps([ASK, ANSWER]) + "\n", {}, [TURN, TURN], ""),
+    "the first conversation is empty": (
+        [{"id": "a", "messages": []}, {"id": "b", "messages": [ASK, ANSWER]}], {"on_bad_row": "skip"}, [TURN], "1 of 2 rows are bad",
+    ),
+    "half of the rows are of another kind": (
+        [{"messages": [ASK, ANSWER]}, {"words": "A text that stands for itself."}], {}, None, "in 1 of the first 2 rows only",
+    ),
+    "an answer that is a number": ([{"question": "2+2?", "answer": 4}], {}, None, "named like question and answer"),
+    "a role of ones own": ([{"messages": [ASK, {**ANSWER, "role": "bard"}]}], {}, None, "--role bard=assistant"),
+    "a role that is mapped": ([{"messages": [ASK, {**ANSWER, "role": "bard"}]}], {"role": ("bard=assistant",)}, [TURN], ""),
+    "a map of roles that is none": ([{"messages": [ASK, ANSWER]}], {"role": ("bard",)}, None, "--role bard is no NAME=ROLE"),
+    "each row is one message": ([{"role": "prompter", "text": "A lake?"}, {"role": "assistant", "text": "Chiemsee."}], {}, None, "one message with a role"),
+    "a column of thoughts": (
+        [{"question": "A lake?", "reasoning": "Think of Bavaria.", "answer": "Chiemsee."}], {}, [ASKED], "not used: 'reasoning'. A template",
+    ),
+    "a system column beside messages": (
+        [{"system": "Be brief.", "messages": [ASK, ANSWER]}], {}, ["<|im_start|>system\nBe brief.<|im_end|>\n" + TURN], "system text in 'system'",
+    ),
+    "a system column beside question and answer": (
+        [{"system_prompt": "Be brief.", "question": "A lake?", "response": "Chiemsee."}], {},
+        ["<|im_start|>system\nBe brief.<|im_end|>\n" + TURN], "system text in 'system_prompt'",
+    ),
+    "a system column that --format prompt leaves out": (
+        [{"system_prompt": "Be brief.", "question": "A lake?", "answer": "Chiemsee."}], {"format": "prompt"}, [ASKED], "not used: 'system_prompt'",
+    ),
+    "a history beside question and answer": (
+        [{"instruction": "A lake?", "input": "", "output": "Chiemsee.", "history": [["Hi", "Hello"]]}], {},
+        ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n" + TURN], "'history' and 'instruction'",
+    ),
+    "histories that are empty": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "history": []}], {}, [ASKED], "not used: 'history'",
+    ),
+    "question and answer as a conversation, if asked for": ([{"question": "A lake?", "answer": "Chiemsee."}], {"format": "chat"}, [TURN], ""),
+    "an answer inside a list": (
+        [{"context": "", "question": "A lake?", "answers": {"text": ["Chiemsee."], "answer_start": [3]}}], {},
+        ["### Question:\nA lake?\n\n### Answers:\n⟦Chiemsee.<|im_end|>⟧"], "",
+    ),
+    "a turn that is not to be trained": (
+        [{"messages": [ASK, {**BAD, "weight": 0}, ASK, ANSWER]}], {},
+        ["<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n" + TURN], "",
+    ),
+    "no turn that is to be trained": ([{"messages": [ASK, {**ANSWER, "train": False}]}], {}, None, "no answer that the data lets be trained"),
+    "ids are no text": ([{"doc_id": "row one"}], {}, None, "No column holds text"),
+    "something nested holds more than the text": (
+        [{"name": "row one", "pages": [{"body": "Once upon a time there was a lake."}]}], {}, None, "Column 'pages' holds most of the rows",
+    ),
+    "text that ends in the end of text": (
+        [{"text": "A lake.<|im_end|>"}, {"text": "A hill.<|im_end|>\n"}], {},
+        ["A⟦ lake.<|im_end|>⟧", "A⟦ hill.<|im_end|>⟧"], "formatted beforehand",
+    ),
+    "text that holds the template's tokens": (
+        [{"text": "Chat. <|im_start|>user\nHi"}, {"text": "Talk. <|im_start|>user\nHo"}], {},
+        ["C⟦hat. <|im_start|>user\nHi<|im_end|>⟧", "T⟦alk. <|im_start|>user\nHo<|im_end|>⟧"], "formatted beforehand",
+    ),
+    "control tokens here and there": ([{"text": "A lake.<|im_end|>"}, {"text": "A hill."}], {}, ["A⟦ lake.<|im_end|><|im_end|>⟧", "A⟦ hill.<|im_end|>⟧"], "1 of the first 2 rows"),
+    "completions that end in the end of text": (
+        [{"question": "A lake?", "answer": "Chiemsee.<|im_end|>"}], {}, [ASKED], "ends in <|im_end|>",
+    ),
+    "completions that end in another control token": (
+        [{"question": "A lake?", "answer": "Chiemsee.<|im_start|>"}], {},
+        ["### Question:\nA lake?\n\n### Answer:\n⟦Chiemsee.<|im_start|><|im_end|>⟧"], "ends in <|im_start|>",
+    ),
+    "prompts formatted beforehand": (
+        [{"prompt": "<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\n", "completion": "Chiemsee.<|im_end|>"}], {}, [TURN], "without headings",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_become_what_was_meant(name, tmp_path):
+    rows, settings, expected, said = CASES[name]
+    found, words = prepared(tmp_path, rows, byte_level(), **settings)
+    assert found == expected, words
+    assert said in words
+
+
+@pytest.mark.parametrize(
+    ("texts", "rows"),
+    [
+        (["<s>[INST] A lake? [/INST] Chiemsee. </s>", "<s>[INST] A lake? [/INST] Chiemsee."], 2),
+        (["<s>[INST] A lake? [/INST] Chiemsee."], 1),
+    ],
+)
+def test_text_whose_every_row_begins_with_a_control_token_holds_each_of_them_once(tmp_path, texts, rows):
+    tokenizer = sentencepiece_like()
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    summary = prepare_rows(PrepareConfig(data=str(path)), tokenizer, None, tmp_path / "out", print, workers=1)
+    prepared_rows = PreparedRows(summary.directory)
+    assert len(prepared_rows) == rows
+    for index in range(rows):
+        ids = prepared_rows[index][0].tolist()
+        assert (ids[0], ids[-1], ids.count(1), ids.count(2)) == (1, 2, 1, 1)
+
+
+TOKENS = {
+    "a completion mask": ([{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}], [[7, 8, None]]),
+    "masks of the assistant": ([{"input_ids": [5, 6, 7, 8], "assistant_masks": [0, 1, 0, 1]}], [[6, 8, None]]),
+    "labels and a mask": (
+        [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "completion_mask": [0, 0, 1]}],
+        [[7, None]],
+    ),
+    "labels that mask the last words": ([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]}], [[6, 7]]),
+    "rows packed beforehand": (
+        [{"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1]}],
+        [[6, 7, None], [9, None]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_masks_that_the_data_gives_are_obeyed(name, tmp_path):
+    rows, expected = TOKENS[name]
+    tokenizer = byte_level()
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = prepare_rows(PrepareConfig(data=str(path)), tokenizer, None, tmp_path / "out", print, workers=1)
+    prepared_rows = PreparedRows(summary.directory)
+    found = [prepared_rows[index] for index in range(len(prepared_rows))]
+    eos = tokenizer.eos_token_id
+    assert [ids[trained].tolist() for ids, trained in found] == [
+        [eos if t is None else t for t in row] for row in expected
+    ]
+
+
+def test_rows_of_one_record_keep_its_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"word {n} " * count}) + "\n" for n, count in enumerate((9, 0, 1, 30))))
+    config = PrepareConfig(data=str(path), max_length=16, overlong="split")
+    summary = prepare_rows(config, byte_level(), None, tmp_path / "out", print, workers=1)
+    rows = PreparedRows(summary.directory)
+    assert sorted(set(rows.records.tolist())) == [0, 2, 3]  # the empty one has no rows
+    assert rows.records.tolist() == sorted(rows.records.tolist())
+    for record in (0, 2, 3):
+        assert all(
+            str(record) in byte_level().decode(rows[i][0]) for i in range(len(rows)) if rows.records[i] == record
+        )
