@@ -239,3 +239,79 @@ def test_rows_of_one_record_keep_its_number(tmp_path):
         assert all(
             str(record) in byte_level().decode(rows[i][0]) for i in range(len(rows)) if rows.records[i] == record
         )
+
+
+LAKES = [{"question": "A lake?", "answer": "Chiemsee."}, {"question": "A hill?", "answer": "Brocken."}]
+PLACES = [ASKED, "### Question:\nA hill?\n\n### Answer:\n⟦Brocken.<|im_end|>⟧"]
+FILES = {
+    "a.json, pandas' index": (json.dumps(dict(enumerate(LAKES))), PLACES),
+    "a.json, pandas' columns": (
+        '{"question":{"0":"A lake?","1":"A hill?"},"answer":{"0":"Chiemsee.","1":"Brocken."}}', PLACES,
+    ),
+    "a.json, pandas' split": (
+        '{"columns":["question","answer"],"index":[0,1],"data":[["A lake?","Chiemsee."],["A hill?","Brocken."]]}', PLACES,
+    ),
+    "a.json, a list for each column": ('{"question":["A lake?","A hill?"],"answer":["Chiemsee.","Brocken."]}', PLACES),
+    "a.json, rows under a version": (json.dumps({"version": "1.1", "data": LAKES}), PLACES),
+    "a.json, one row with a nested list": (
+        json.dumps({"instruction": "A lake?", "output": "Chiemsee.", "tags": [{"name": "geo"}, {"name": "easy"}]}),
+        ["### Instruction:\nA lake?\n\n### Response:\n⟦Chiemsee.<|im_end|>⟧"],
+    ),
+    "a.json, one conversation": (json.dumps({"id": 1, "dialogue": [ASK, ANSWER]}), [TURN]),
+    "a.json, paragraphs and their questions": (
+        json.dumps({"version": "2.0", "data": [{"title": "Lakes", "paragraphs": [{"context": "", "qas": [
+            {"id": "1", "question": "A lake?", "answers": [{"text": "Chiemsee.", "answer_start": 0}]}]}]}]}),
+        ["### Question:\nA lake?\n\n### Answers:\n⟦Chiemsee.<|im_end|>⟧"],
+    ),
+    "a.csv, the index that pandas saves": (",question,answer\n0,A lake?,Chiemsee.\n1,A hill?,Brocken.\n", PLACES),
+    "a.csv, tabs": ("question\tanswer\nA lake?\tChiemsee.\nA hill?\tBrocken.\n", PLACES),
+    "a.csv, words that mean nothing": ("question,answer\nA lake?,null\n", [ASKED.replace("Chiemsee.", "null")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_hold_the_rows_that_were_meant(name, tmp_path):
+    text, expected = FILES[name]
+    found, words = prepared(tmp_path, text, byte_level(), name=name.partition(",")[0])
+    assert found == expected, words
+
+
+def test_what_arrow_pads_objects_with_is_left_out_and_maps_and_json_are_objects(tmp_path):
+    import pyarrow as pa
+
+    from qlora_cli.core.data.arrow_reader import records_of
+
+    rows = [{"tools": [{"name": "a", "hill": "x"}, {"name": "b"}], "n": None}]
+    types = pa.schema(
+        [("tools", pa.list_(pa.struct([("name", pa.string()), ("hill", pa.string())]))), ("n", pa.int64())]
+    )
+    assert records_of(pa.RecordBatch.from_pylist(rows, types)) == rows
+    mapped = pa.array([[("lake", "Chiemsee")]], pa.map_(pa.string(), pa.string()))
+    assert records_of(pa.RecordBatch.from_arrays([mapped], ["m"])) == [{"m": {"lake": "Chiemsee"}}]
+    as_json = pa.array(['{"until": null}', '"words"'], pa.json_())
+    assert records_of(pa.RecordBatch.from_arrays([as_json], ["j"])) == [{"j": {"until": None}}, {"j": "words"}]
+
+
+def test_an_object_is_bounded_before_it_is_held(tmp_path):
+    import gzip
+
+    path = tmp_path / "a.json.gz"
+    with gzip.open(path, "wb") as stream:
+        stream.write(b'{"question": "x", "pad": "')
+        for _ in range(9):
+            stream.write(b"a" * 2**20)
+        stream.write(b'", "answer": "y"}')
+    with pytest.raises(QloraError, match="more than 4194304 bytes"):
+        prepare_rows(
+            PrepareConfig(data=str(path), max_line_bytes=2**20), byte_level(), None, tmp_path / "out", print, workers=1
+        )
+
+
+def test_a_folder_says_which_files_it_leaves_out_and_takes_no_metadata_for_data(tmp_path):
+    for name in ("train", "lakes"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(LAKES[0]) + "\n")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    (tmp_path / "dataset_info.json").write_text('{"lakes": {"file_name": "lakes.json"}}')
+    events = []
+    prepare_rows(PrepareConfig(data=str(tmp_path)), byte_level(), None, tmp_path / "out", events.append, workers=1)
+    assert "1 of 2 files" in events[0].text and "lakes.jsonl" in events[0].text

@@ -12,17 +12,19 @@ import datasets
 from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
+from qlora_cli.core.data.arrow_reader import records_of
 from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, Chunk
 from qlora_cli.core.data.readers import CHUNK_BYTES, DECOMPRESS, KINDS, kind_of, read_chunks
 from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
-from qlora_cli.events import Progress, Report
+from qlora_cli.events import Caution, Progress, Report
 
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of datasets and others
 READABLE = ", ".join([*KINDS, *DECOMPRESS])
 
 
@@ -60,9 +62,14 @@ class Source:
         line = 1
         try:
             for batch in self.table.with_format("arrow").iter(RECORDS_A_CHUNK):
-                records = batch.to_pylist()
-                yield Chunk(self.name, records=records, lines=list(range(line, line + len(records))))
-                line += len(records)
+                chunk = Chunk(self.name)
+                for record in records_of(batch):
+                    if isinstance(record, UnicodeDecodeError):
+                        chunk.fail(line, f"not UTF-8: byte 0x{record.object[record.start]:02X}")
+                    else:
+                        chunk.add(record, line)
+                    line += 1
+                yield chunk
         except Exception as error:  # datasets' readers fail in every way
             yield Chunk(self.name).fail(line, f"cannot be read: {error}")
 
@@ -92,9 +99,9 @@ def resolve_source(data: str, *, split: str, revision: str | None, report: Repor
     if path.is_file():
         return _files_source(data, [path])
     if path.is_dir():
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _saved_source(data, path, split)
-        return _folder_source(data, path, split)
+        return _folder_source(data, path, split, report)
     if any(letter in data for letter in "*?["):
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
         return _files_source(data, sorted(file for file in found if file.is_file() and not _is_hidden(file, path)))
@@ -133,12 +140,14 @@ def _no_split(data: str, split: str, splits: Iterable[Any]) -> UsageError:
     return UsageError(f"{data} has no split {split!r}; it has {', '.join(names)}.", f"Choose: --split {names[0]}")
 
 
-def _folder_source(data: str, folder: Path, split: str) -> Source:
+def _folder_source(data: str, folder: Path, split: str, report: Report) -> Source:
     readme = folder / "README.md"
     if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
         return _dataset_folder(data, folder, None, split, {})
     files = [
-        file for file in sorted(folder.rglob("*")) if file.is_file() and kind_of(file) and not _is_hidden(file, folder)
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and kind_of(file) and not _is_hidden(file, folder) and file.name not in METADATA
     ]
     if not files:
         raise DataError(f"{data} holds no data files.", f"These are read: {READABLE}.")
@@ -149,6 +158,14 @@ def _folder_source(data: str, folder: Path, split: str) -> Source:
         return _files_source(data, files)
     if split not in by_split:
         raise _no_split(data, split, filter(None, by_split))
+    if unnamed := by_split.get(""):
+        names = ", ".join(str(file.relative_to(folder)) for file in unnamed[:5]) + ", ..." * (len(unnamed) > 5)
+        report(
+            Caution(
+                f"{data}: {len(by_split[split])} of {len(files)} files are named after the split {split!r}, the others are "
+                f"left out: {names}. Give --data a glob, such as '{data}/*', to take them all."
+            )
+        )
     return _files_source(data, by_split[split], split=split)
 
 
