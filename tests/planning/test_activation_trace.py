@@ -191,3 +191,67 @@ def test_a_real_step_is_as_high_as_predicted(tmp_path, monkeypatch, architecture
     )
     predicted = estimate_training(profile, step)
     assert predicted.activation_bytes + predicted.working_bytes == pytest.approx(live.highest_bytes[0], rel=0.03)
+
+
+SCAN = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}
+GATED_DELTA = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("MambaConfig", SCAN), ("Qwen3_5TextConfig", GATED_DELTA)])
+def test_layers_that_loop_over_tokens_are_traced_on_few_of_them(name, arguments):
+
+    from qlora_cli.core.planning import activation_trace
+
+    model = attach_adapter(build_empty(getattr(transformers, name)(**arguments)), LoraSettings(rank=4, alpha=8))
+    lengths = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = activation_trace._Trace.__init__
+
+        def note(self, model, tokens, fused, **options):
+            lengths.append(tokens)
+            run(self, model, tokens, fused, **options)
+
+        patch.setattr(activation_trace._Trace, "__init__", note)
+        trace = trace_model(model, fused=True)
+    assert max(lengths) <= 128
+    held = [layer.kept.held.bytes(2048, 2048) for layer in trace.layers]
+    assert all(bytes_ > 2048 * 64 * 4 for bytes_ in held)  # more than a layer's input
+    assert held[1] * 1.9 < trace.layers[1].kept.held.bytes(4096, 2048) < held[1] * 2.1
+
+
+def test_complex_rotary_embeddings_are_traced_in_16_bits():
+
+    config = transformers.DeepseekV2Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=None,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        dtype=torch.bfloat16,
+    )
+    model = build_empty(config).to(torch.bfloat16)
+    assert len(trace_model(attach_adapter(model, LoraSettings(rank=4, alpha=8)), fused=True).layers) == 2

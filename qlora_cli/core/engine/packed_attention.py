@@ -135,12 +135,14 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
 def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
     """Whether packs of equal rows go to cuDNN: no windows, heads of a size it takes, a key for each."""
     config = decoder.config
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)  # a model of states alone has none
+    keys = getattr(config, "num_key_value_heads", None) or heads
     return (
         device.type == "cuda"
+        and heads is not None
         and config.model_type != "falcon"
         and not getattr(config, "sliding_window", None)
-        and keys == config.num_attention_heads
+        and keys == heads
         and _head_sizes(decoder, config) <= CUDNN_HEAD_SIZES
     )
 

@@ -108,8 +108,9 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, wh
         # A class of models has `_from_config` only, and takes a configuration that it changes.
         from_config = getattr(built, "from_config", None) or built._from_config
         options = {} if built is not AutoModelForCausalLM else {"trust_remote_code": trust_remote_code}
+        # In float32: PyTorch makes no complex numbers, which some rotary embeddings are, of 16-bit ones.
         with torch.device("meta"):
-            return from_config(copy.deepcopy(config), **options)
+            return from_config(copy.deepcopy(config), dtype=torch.float32, **options)
     except Exception as error:  # a configuration can break any line of a model's constructor
         raise ModelError(
             f"{config.model_type} is no causal language model that can be built here: {first_line(error)}",

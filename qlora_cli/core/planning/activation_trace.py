@@ -4,7 +4,7 @@ Nothing is computed or allocated: layers run forward and backward on the meta de
 `meta_ops`, and the bytes of the tensors alive are counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -38,6 +38,9 @@ from qlora_cli.errors import ModelError, first_line
 # So many that what does not grow with the tokens, such as an adapter's gradient, is next to nothing. The second length
 # is needed only where attention is no fused op, and grows with the tokens' square.
 TRACED_TOKENS = (4096, 8192)
+# Of a model whose layers loop in Python over the tokens (a scan takes some ten operations a token and pass), or over
+# pieces of 64 (the gated delta rule). Two lengths, since in so short a row what does not grow counts.
+LOOP_TOKENS = ((16, 32), (64, 128))
 
 
 @dataclass(frozen=True)
@@ -106,26 +109,40 @@ def trace_model(model: Any, *, fused: bool) -> ModelTrace:
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)  # as in a training loop, where gradients are added up
     try:
+        for lengths in LOOP_TOKENS:
+            if _count_operations(model, lengths[1]) > _count_operations(model, lengths[0]):
+                return _fit([_Trace(model, tokens, fused).result for tokens in lengths], lengths, pairs=False)
         short = _Trace(model, TRACED_TOKENS[0], fused)
-        linear = all(layer.keys_and_values for layer in short.result.layers)
-        long = None if linear else _Trace(model, TRACED_TOKENS[1], fused)
+        if all(layer.keys_and_values for layer in short.result.layers):
+            return short.result
+        return _fit([short.result, _Trace(model, TRACED_TOKENS[1], fused).result], TRACED_TOKENS, pairs=True)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
             f"The forward pass of {model.config.model_type} cannot be followed without weights: {first_line(error)}.",
             "Its memory cannot be predicted; its parameters can be counted.",
         ) from error
-    return short.result if long is None else _separate(short.result, long.result)
 
 
-def _separate(short: Any, long: Any) -> Any:
-    """One trace from two lengths: growth with the tokens and growth with their square, separated."""
+def _count_operations(model: Any, tokens: int) -> int:
+    """Operations of a forward pass, which are more with more tokens only where a layer loops over them."""
+    return _Trace(model, tokens, fused=False, counted=True).operations
+
+
+def _fit(traces: Sequence[Any], tokens: Sequence[int], *, pairs: bool) -> Any:
+    """One trace from those of two lengths: growth with the tokens, and either growth with their square or what does not
+    grow, which is left out."""
+    short, long = traces
     if isinstance(short, Growth):
-        per_pair = max(0.0, (long.per_token - short.per_token) / (TRACED_TOKENS[1] - TRACED_TOKENS[0]))
-        return Growth(short.per_token - per_pair * TRACED_TOKENS[0], per_pair)
+        if not pairs:
+            grown = long.per_token * tokens[1] - short.per_token * tokens[0]
+            return Growth(max(0.0, grown / (tokens[1] - tokens[0])))
+        per_pair = max(0.0, (long.per_token - short.per_token) / (tokens[1] - tokens[0]))
+        return Growth(short.per_token - per_pair * tokens[0], per_pair)
     if isinstance(short, tuple):
-        return tuple(_separate(a, b) for a, b in zip(short, long, strict=True))
+        return tuple(_fit(parts, tokens, pairs=pairs) for parts in zip(short, long, strict=True))
     if is_dataclass(short):
-        parts = {part.name: _separate(getattr(short, part.name), getattr(long, part.name)) for part in fields(short)}
+        names = [part.name for part in fields(short)]
+        parts = {n: _fit((getattr(short, n), getattr(long, n)), tokens, pairs=pairs) for n in names}
         return replace(short, **parts)  # type: ignore[type-var]
     return short
 
@@ -145,9 +162,9 @@ class _Call:
 
 
 class _Trace:
-    """Trace of a step on one row of so many tokens."""
+    """Trace of a step on one row of so many tokens; or where it is `counted`, the operations of a forward pass alone."""
 
-    def __init__(self, model: Any, tokens: int, fused: bool) -> None:
+    def __init__(self, model: Any, tokens: int, fused: bool, *, counted: bool = False) -> None:
         self.model, self.tokens, self.fused = model, tokens, fused
         self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
@@ -169,7 +186,11 @@ class _Trace:
                 (number == 0, type(module), tuple(parameter.shape for parameter in module.parameters()))
                 for number, module in enumerate(self.modules)
             ]
-            calls = self._capture_calls(ids, kinds)
+            with self.live:
+                calls = self._capture_calls(ids, kinds)
+            self.operations = self.live.operations
+            if counted:
+                return
             traced = {kind: self._trace_layer(call, differentiable=not kind[0]) for kind, call in calls.items()}
             tail = self._trace_tail(ids, [calls[kind] for kind in kinds])
         self.result = ModelTrace(tuple(traced[kind] for kind in kinds), tail, self._vocabulary())

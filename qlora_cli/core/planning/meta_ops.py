@@ -27,6 +27,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.operations = 0  # that ran
         self.now_bytes = 0  # alive at this moment
         # By the bytes of scratch memory in use (see `mark`), the most that was alive beside it.
         self.highest_bytes: dict[int, int] = {0: 0}
@@ -39,6 +40,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         given = {storage_key(value) for value in args if isinstance(value, Tensor)}
         for value in result if isinstance(result, tuple | list) else (result,):
             # A view of what was there before, such as a transposed weight, is not new.
