@@ -307,10 +307,11 @@ class MergeConfig(ModelSettings):
     adapter: str = setting("out", "Run directory or PEFT adapter.", panel=RUN)
     output: str = setting("merged", "Directory for the merged model.", panel=RUN)
     base: str = setting(
-        "dequantized",
-        "Merge into the weights that were trained against, or into the original ones.",
+        "auto",
+        "Merge into the weights that were trained against, or into the original ones; auto takes those of the lower "
+        "loss on rows held out from training, else on rows trained on.",
         panel=RUN,
-        choices=("dequantized", "original"),
+        choices=("auto", "dequantized", "original"),
     )
     dtype: str | None = setting(
         None,

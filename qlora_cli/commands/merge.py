@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qlora_cli.config import MergeConfig, QuantizationSettings
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.adapters.fitting import fitted_adapter
+from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, choose_base
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
@@ -47,6 +48,7 @@ class MergeResult:
     output: str
     base_model: str
     base: str  # dequantized or original
+    base_losses: dict[str, float] | None  # nats a token: live, dequantized, original; None where not measured
     dtype: str
     quantized: bool
     total_bytes: int
@@ -83,12 +85,22 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         check_finite(adapter)
         options = choose_options(config, base, choose_device())
         files = stack.enter_context(Checkpoint(base.files.weights, base.stored, options.device)).files
+        keep_tied = bool(facts.config.get("ensure_weight_tying"))
         deltas = read_deltas(facts, base.model, renamer(base.model))
         names = map_names((name for file in files for name in file.entries), base.model)
-        planner = MergePlanner(files, names, base.model, deltas, adapter, options, base.stored)
-        plan = planner.plan(keep_tied=bool(facts.config.get("ensure_weight_tying")))
+
+        def make_planner(options: MergeOptions) -> tuple[MergePlanner, MergePlan]:
+            planner = MergePlanner(files, names, base.model, deltas, adapter, options, base.stored)
+            return planner, planner.plan(keep_tied=keep_tied)
+
+        plan = make_planner(options)[1]
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
         require_space(place.path, missing_bytes(place, plan))
+        choice = None
+        if config.base == "auto":
+            choice = choose_base(source, base, make_planner, options, report)
+            options = replace(options, restore=choice.base == DEQUANTIZED)
+            plan = make_planner(options)[1]
         with unfinished_directory(place, shown=config.output, resume=config.resume) as directory:
             started = time.perf_counter()
             key = merge_key(config, base, adapter_directory, options)
@@ -102,14 +114,22 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             if verifies:
                 comparison, rows = verify_merge(directory, adapter_directory, base, plan, options, report)
                 faithful = options.restore and not options.pack
-                require_same(comparison, rows, faithful=faithful, max_kl=config.max_kl, report=report)
+                require_same(
+                    comparison,
+                    rows,
+                    faithful=faithful,
+                    max_kl=config.max_kl,
+                    report=report,
+                    chosen=bool(choice and choice.losses) and not options.pack,
+                )
             data = find_run_record(adapter_directory).get("data") or {}
-            card = write_merged_card(base, options, data, comparison, rows)
+            card = write_merged_card(base, options, data, comparison, rows, choice.card_lines() if choice else [])
             (directory / MODEL_CARD).write_text(card, encoding="utf-8")
     return MergeResult(
         output=config.output,
         base_model=base.files.name,
-        base=config.base,
+        base=DEQUANTIZED if options.restore else ORIGINAL,
+        base_losses=dict(choice.losses) if choice and choice.losses else None,
         dtype=dtype_name(options.dtype),
         quantized=config.quantize,
         total_bytes=plan.total_bytes,
@@ -142,7 +162,7 @@ def choose_options(config: MergeConfig, base: Base, device: torch.device) -> Mer
     compute_dtype, stored = DTYPES[base.identity.compute_dtype], base.stored_dtype
     dtype = DTYPES[config.dtype] if config.dtype else compute_dtype if stored == torch.float32 else stored
     return MergeOptions(
-        restore=config.base == "dequantized",
+        restore=config.base != ORIGINAL,
         quantization=QuantizationSettings(quant_type=base.identity.quant_type, double_quant=base.identity.double_quant),
         compute_dtype=compute_dtype,
         dtype=dtype,
@@ -165,7 +185,7 @@ def merge_key(config: MergeConfig, base: Base, adapter: Path, options: MergeOpti
     parts = {
         "version": __version__,
         "base": asdict(base.identity) | {"model": None},
-        "method": config.base,
+        "method": DEQUANTIZED if options.restore else ORIGINAL,
         "dtype": dtype_name(options.dtype),
         "pack": options.pack,
         "device": options.device.type,

@@ -1,6 +1,6 @@
 """Model card of a merged model: how it was merged, and how far it predicts apart from base + adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_cli import __version__
@@ -18,8 +18,10 @@ def write_merged_card(
     data: Mapping[str, Any],
     comparison: Comparison | None,
     rows_described: str | None,
+    choice: Sequence[str] = (),
 ) -> str:
-    """The text of the card; `data` is what the run's record says of it, `rows_described` as `find_rows` returns it."""
+    """The text of the card; `data` is what the run's record says of it, `rows_described` as `find_rows` returns it,
+    `choice` the lines on how the base was chosen."""
     name = base.files.name if base.files.commit else None
     packed, dtype = options.quantization.quant_type if options.pack else None, dtype_name(options.dtype)
     of_base = link_base(name)
@@ -34,6 +36,7 @@ def write_merged_card(
         f"{of_base[0].upper()}{of_base[1:]}, fine-tuned with QLoRA; the adapter is merged into {weights}. Stored: "
         f"{stored}. Written by qlora {__version__}.",
         "",
+        *choice,
         *_comparison(comparison, rows_described),
         "## Use",
         "",

@@ -28,7 +28,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
 from qlora_cli.core.models.structure import linear_names, model_class
-from qlora_cli.errors import MergeError, ModelError, first_line
+from qlora_cli.errors import MergeError, ModelError, RunError, first_line
 from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.sizes import format_bytes
 
@@ -58,23 +58,34 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if device.type == "cuda" else torch.float32
 
 
-def can_verify(plan: MergePlan, base: Base, facts: AdapterFacts, options: MergeOptions, report: Report) -> bool:
-    """Whether each of the two models to compare can be loaded here, one at a time; says so where not."""
+def trained_bytes(base: Base, facts: AdapterFacts, options: MergeOptions) -> float:
+    """Memory of the model as it was trained: the base in 4 bits, and the adapter."""
     shapes = {name: parameter.shape for name, parameter in base.model.named_parameters()}
     packed = plan_packing(base.model, base.stored.skipped if base.stored else ()).packed
-    linears = [name for name in packed if name.endswith(".weight")]
     linear, total = (sum(shapes[name].numel() for name in names) for names in (packed, shapes))
     trained = linear * FOUR_BIT_BYTES + (total - linear) * options.compute_dtype.itemsize
-    trained += sum(4 * prod(shape) for shape, _ in facts.tensors.values())
+    return trained + sum(4 * prod(shape) for shape, _ in facts.tensors.values())
+
+
+def why_not_loaded(base: Base, options: MergeOptions) -> str | None:
+    """Why this device cannot load the base in 4 bits whatever its memory; None where it can."""
+    packed = plan_packing(base.model, base.stored.skipped if base.stored else ()).packed
+    widths = [base.model.get_parameter(name).shape[-1] for name in packed if name.endswith(".weight")]
+    if options.device.type == "cpu" and any(width % BLOCK_SIZE for width in widths):
+        return f"a CPU cannot load a 4-bit base whose widths are no multiples of {BLOCK_SIZE}"
+    return None
+
+
+def can_verify(plan: MergePlan, base: Base, facts: AdapterFacts, options: MergeOptions, report: Report) -> bool:
+    """Whether each of the two models to compare can be loaded here, one at a time; says so where not."""
+    trained = trained_bytes(base, facts, options)
     growth = 1 if options.pack else evaluation_dtype(options.dtype, options.device).itemsize
     merged = plan.total_bytes * growth / (1 if options.pack else options.dtype.itemsize)
     needed = int(max(trained, merged)) + KEPT_BYTES + WORKING_BYTES
     free = read_free_bytes(options.device)
-    reason = None
+    reason = why_not_loaded(base, options)
     if needed > free:
         reason = f"that takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
-    elif options.device.type == "cpu" and any(shapes[name][-1] % BLOCK_SIZE for name in linears):
-        reason = f"a CPU cannot load a 4-bit base whose widths are no multiples of {BLOCK_SIZE}"
     if reason:
         report(Caution(f"The merged model is not compared with base + adapter: {reason}. --verify tries all the same."))
     return reason is None
@@ -139,7 +150,15 @@ def open_merged(directory: Path, base: Base, options: MergeOptions) -> Iterator[
     yield freeze_base(model) if options.pack else model.eval()
 
 
-def require_same(comparison: Comparison, rows: str, *, faithful: bool, max_kl: float | None, report: Report) -> None:
+def require_same(
+    comparison: Comparison,
+    rows: str,
+    *,
+    faithful: bool,
+    max_kl: float | None,
+    report: Report,
+    chosen: bool = False,
+) -> None:
     """Reports the figures, and refuses a merged model that is not the trained one.
 
     Args:
@@ -149,6 +168,7 @@ def require_same(comparison: Comparison, rows: str, *, faithful: bool, max_kl: f
             reported, and refused only past a given `max_kl`.
         max_kl: Limit of the mean, nats a token.
         report: Receives the figures.
+        chosen: Whether the base was measured to be the better one: then a distance is no loss.
 
     Raises:
         MergeError: The divergence is past the limit.
@@ -166,7 +186,9 @@ def require_same(comparison: Comparison, rows: str, *, faithful: bool, max_kl: f
             if faithful
             else "Merge with --base dequantized and without --quantize, or raise --max-kl.",
         )
-    if not comparison.kl_mean <= MOST_KL:
+    if chosen and not faithful:
+        report(Notice(f"Compared with base + adapter: {figures}."))
+    elif not comparison.kl_mean <= MOST_KL:
         report(
             Caution(
                 f"Part of the fine-tune is lost: {figures}. With --base dequantized and without --quantize it is kept."
@@ -211,5 +233,8 @@ def _rows_of_run(adapter: Path) -> PreparedRows | None:
     directory = Path(data.get("prepared") or "")
     if not data.get("prepared") or not is_prepared(directory):
         return None
-    rows = PreparedRows(directory)
+    try:
+        rows = PreparedRows(directory)
+    except RunError:  # others lie there now
+        return None
     return rows if rows.manifest.get("rows_sha256") == data.get("rows_sha256") else None

@@ -1,0 +1,110 @@
+"""Losses of ways to merge, measured before anything is written: layer by layer beside the base in training and its adapter.
+
+One 4-bit base with its adapter is in memory. The rows go through it as many times as there are models to compare, in
+step: at each layer the model as it was trained, then with the layer's linears replaced by merged weights of each kind,
+which are computed by the tasks that would write them. So no merged model is ever whole.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.core.calibration.activation_stream import ActivationStream
+from qlora_cli.core.merge.compare_models import Row
+from qlora_cli.core.merge.plan import MergePlan, MergeTask
+from qlora_cli.core.models.structure import linear_names
+from qlora_cli.core.storage.safetensors_file import TensorEntry
+from qlora_cli.events import Progress, Report
+
+LIVE = "live"  # the model as it was trained: the 4-bit base, the adapter beside it
+
+
+class MergedWeights:
+    """The weights of one plan, each computed when it is asked for."""
+
+    def __init__(self, plan: MergePlan, names: Mapping[str, str]) -> None:
+        """`names` are those of the parameters of the model in the checkpoint (`MergePlanner.names`)."""
+        self._tasks: dict[str, tuple[TensorEntry, MergeTask]] = {}
+        for file in plan.files:
+            for (name, entry), task in zip(file.header.entries.items(), file.tasks, strict=True):
+                self._tasks[name] = entry, task
+        self._names = names
+
+    def __contains__(self, parameter: str) -> bool:
+        return self._names.get(parameter, "") in self._tasks
+
+    def read(self, parameter: str) -> Tensor:
+        """A merged parameter as it would be written, on the host."""
+        entry, task = self._tasks[self._names[parameter]]
+        chunks = [chunk.flatten().view(torch.uint8) for _, chunk in task.run()]
+        return torch.cat(chunks).view(entry.dtype).view(entry.shape)
+
+
+def measure_losses(
+    base: Any, structure: nn.Module, candidates: Mapping[str, MergedWeights], rows: Sequence[Row], report: Report
+) -> dict[str, float]:
+    """Mean loss, in nats a trained token, of the model as it was trained ("live") and of each way to merge it.
+
+    Args:
+        base: The 4-bit base inside the PEFT model, its adapter live, in evaluation mode.
+        structure: The base's architecture on the meta device.
+        candidates: By name.
+        rows: From `choose_rows`; at least one.
+        report: Receives the progress.
+
+    Raises:
+        ModelError: The rows cannot be sent through layer by layer.
+    """
+    batches = [torch.from_numpy(ids.astype(np.int64))[None] for ids, _ in rows]
+    streams = {name: ActivationStream(base, batches) for name in (LIVE, *candidates)}
+    linears = {id(base.get_submodule(name)): name for name in linear_names(structure)}
+    transposed = {name for name in linears.values() if isinstance(structure.get_submodule(name), Conv1D)}
+    for number, layer in enumerate(streams[LIVE].layers, start=1):
+        inside = [linears[id(module)] for module in layer.modules() if id(module) in linears]
+        for name, stream in streams.items():
+            if name == LIVE:
+                stream.advance()
+                continue
+            with merged_linears(base, inside, candidates[name], transposed):
+                stream.advance()
+        report(Progress("Measuring ways to merge", number, len(streams[LIVE].layers), unit="layers"))
+    return {name: _mean_loss(stream, rows) for name, stream in streams.items()}
+
+
+@contextmanager
+def merged_linears(base: Any, names: Sequence[str], weights: MergedWeights, transposed: set[str]) -> Iterator[None]:
+    """Linear layers computing with merged weights inside the block, without their adapters."""
+    kept = {name: base.get_submodule(name) for name in names}
+    for name, module in kept.items():
+        inner = getattr(module, "base_layer", module)
+        device, dtype = inner.weight.device, base.dtype
+        weight = weights.read(f"{name}.weight").to(device).to(dtype)
+        dense = nn.Linear(1, 1, bias=False, device="meta")
+        dense.weight = nn.Parameter(weight.T.contiguous() if name in transposed else weight, requires_grad=False)
+        dense.out_features, dense.in_features = dense.weight.shape
+        if inner.bias is not None:
+            bias = weights.read(f"{name}.bias") if f"{name}.bias" in weights else inner.bias.detach()
+            dense.bias = nn.Parameter(bias.to(device).to(dtype), requires_grad=False)
+        base.set_submodule(name, dense)
+    try:
+        yield
+    finally:
+        for name, module in kept.items():
+            base.set_submodule(name, module)
+
+
+def _mean_loss(stream: ActivationStream, rows: Sequence[Row]) -> float:
+    total, tokens = 0.0, 0
+    for number, (ids, trained) in enumerate(rows):
+        logits = stream.logits(number)[0, :-1]  # (length - 1, vocabulary)
+        places = torch.from_numpy(np.flatnonzero(trained[1:])).to(logits.device)
+        targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)[places]
+        total += float(F.cross_entropy(logits[places].float(), targets, reduction="sum"))
+        tokens += len(places)
+    return total / tokens

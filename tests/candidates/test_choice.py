@@ -1,0 +1,84 @@
+"""`merge --base auto` measures what each base costs before it writes, as the written models show, and takes the better one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_cli.artifacts import MODEL_CARD
+from qlora_cli.commands.merge import merge
+from qlora_cli.commands.train import train
+from qlora_cli.config import MergeConfig, TrainConfig
+from qlora_cli.core.merge.compare_models import choose_rows
+from qlora_cli.core.merge.verify import find_rows
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_unquantized
+from qlora_cli.events import Notice, report_nothing
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "falcon"])
+def trained(request, tiny_model, tmp_path_factory):
+    """The settings of a merge of a short run with rows held out."""
+    folder = tmp_path_factory.mktemp("auto")
+    rows = [{"question": f"What is {a} + {b}?", "answer": f"It is {a + b}."} for a in range(6) for b in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = TrainConfig(
+        model=str(tiny_model(request.param)),
+        data=str(folder / "rows.jsonl"),
+        output=str(folder / "run"),
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        learning_rate=5e-3,
+        eval_rows=24,
+        rank=4,
+    )
+    train(run, report_nothing)
+    return MergeConfig(adapter=run.output, output=str(folder / "merged"), dtype="float32", overwrite=True, verify=False)
+
+
+def test_the_losses_are_those_of_the_written_models_and_the_lower_one_is_written(trained, tmp_path):
+    events: list = []
+    result = merge(trained, events.append)
+    losses = result.base_losses
+    assert set(losses) == {"live", "dequantized", "original"}
+    assert losses["dequantized"] == pytest.approx(losses["live"], abs=1e-4)
+    assert result.base == min(("dequantized", "original"), key=lambda name: losses[name])
+    said = [event.text for event in events if isinstance(event, Notice)]
+    assert any(f"{losses['original']:.4f}" in text and "held out" in text for text in said)
+    card = (Path(trained.output) / MODEL_CARD).read_text()
+    assert all(f"{loss:.4f}" in card for loss in losses.values())
+    for base in ("dequantized", "original"):
+        written = replace(trained, base=base, output=str(tmp_path / base))
+        named = merge(written, report_nothing)
+        assert named.base == base and named.base_losses is None
+        assert loss_on(written, trained) == pytest.approx(losses[base], abs=2e-4)
+
+
+def loss_on(written: MergeConfig, trained: MergeConfig) -> float:
+    files = resolve_model(written.output)
+    device = torch.device("cpu")
+    rows = choose_rows(find_rows(Path(trained.adapter), files.tokenizer)[0], vocabulary=512, device=device)
+    model = load_unquantized(files, dtype=torch.float32, device=device)
+    total, tokens = 0.0, 0
+    for ids, wanted in rows:
+        batch = torch.from_numpy(ids.astype("int64"))[None]
+        logits = torch.log_softmax(model(input_ids=batch).logits[0, :-1].float(), dim=-1)
+        places = torch.from_numpy(wanted[1:].copy())
+        total -= float(logits[places].gather(1, batch[0, 1:][places].unsqueeze(1)).sum())
+        tokens += int(places.sum())
+    return total / tokens
+
+
+def test_without_the_run_s_rows_the_weights_trained_against_are_taken_and_that_is_said(trained, tmp_path):
+    record = Path(trained.adapter) / "qlora.json"
+    kept = record.read_text()
+    record.write_text(json.dumps({**json.loads(kept), "data": {}}))
+    try:
+        events: list = []
+        result = merge(replace(trained, output=str(tmp_path / "merged")), events.append)
+    finally:
+        record.write_text(kept)
+    assert result.base == "dequantized" and result.base_losses is None
+    assert any("not at hand" in event.text for event in events if isinstance(event, Notice))
