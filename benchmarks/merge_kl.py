@@ -27,11 +27,11 @@ from qlora_cli.events import Event
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, ROW_TOKENS, LEARNING_RATE = 8, 128, 3e-3
 WAYS = {
-    "dequantized, bfloat16": {"dtype": "bfloat16"},
-    "dequantized, float16": {"dtype": "float16"},
-    "dequantized, float32": {"dtype": "float32"},
+    "dequantized, bfloat16": {"dtype": "bfloat16", "base": "dequantized"},
+    "dequantized, float16": {"dtype": "float16", "base": "dequantized"},
+    "dequantized, float32": {"dtype": "float32", "base": "dequantized"},
     "original, bfloat16": {"dtype": "bfloat16", "base": "original"},
-    "dequantized, then 4-bit again": {"dtype": "bfloat16", "quantize": True},
+    "dequantized, then 4-bit again": {"dtype": "bfloat16", "base": "dequantized", "quantize": True},
 }
 
 
