@@ -2,7 +2,11 @@
 
 import sys
 
-from qlora_cli.cli.app import main
+from qlora_cli import interrupts
+
+interrupts.install()  # before anything that takes time to import
+
+from qlora_cli.cli.app import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

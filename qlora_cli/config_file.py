@@ -8,11 +8,28 @@ from typing import Any
 
 import yaml
 
-from qlora_cli.errors import UsageError
-from qlora_cli.settings import recorded_fields, type_of
+from qlora_cli.errors import UsageError, first_line
+from qlora_cli.settings import fault_of, recorded_fields, type_of
 
 # What a setting's type is called in an error.
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+MOST_BYTES = 2**20
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without references to what stood before: nine lines of them make gigabytes, and settings have no use for any."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One node.
+
+        Raises:
+            YAMLError: It refers to another one.
+        """
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "references (*name) are not read", event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
@@ -22,15 +39,21 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         UsageError: No such file, no YAML mapping, an unknown setting, or a value of the wrong type.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MOST_BYTES:
+            raise UsageError(f"{path} has {path.stat().st_size:,} bytes, and holds no settings.", "Check --config.")
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except FileNotFoundError:
         raise UsageError(f"There is no configuration file {path}.", "Check --config.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.") from error
+    except RecursionError:
+        raise UsageError(
+            f"{path} is nested too deeply to hold settings.", "Write one `setting: value` a line."
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', error)}.") from error
+        raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', first_line(error))}.") from error
+    except (OSError, ValueError) as error:  # bytes that are no text, digits without end
+        raise UsageError(f"{path} cannot be read: {error}.") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -46,18 +69,19 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
             command = config_type.__name__.removesuffix("Config").lower()
             hint = f"Did you mean {close[0]}?" if close else f"See: qlora {command} --help"
             raise UsageError(f"{path}: unknown setting {key}.", hint)
-        settings[name] = _checked(path, known[name], value)
+        settings[name] = _typed(path, known[name], value)
+        if fault := fault_of(known[name], settings[name]):
+            raise UsageError(f"{path}: {name} {fault[0]}", fault[1])
     return settings
 
 
-def _checked(path: Path, field: Field, value: Any) -> Any:
+def _typed(path: Path, field: Field, value: Any) -> Any:
     """One value as its field's type.
 
     Raises:
-        UsageError: It is of another type, or none of the allowed values.
+        UsageError: It is of another type.
     """
     kind, optional = type_of(field)
-    choices = field.metadata["choices"]
     if value is None and optional:
         return None
     if kind in (bool, int):
@@ -70,15 +94,12 @@ def _checked(path: Path, field: Field, value: Any) -> Any:
     elif kind is str:
         if not isinstance(value, list | dict):
             # YAML reads on and off as booleans, and bare numbers as numbers, where the setting is a word.
-            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-            if choices and text not in choices:
-                raise UsageError(f"{path}: {field.name} is {text!r}.", f"Choose one of: {', '.join(choices)}.")
-            return text
+            return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
     else:
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts):
             return tuple(part.strip() for part in parts)
-    raise UsageError(f"{path}: {field.name} should be {NAMES.get(kind, 'a list of words')}, found {value!r}.")
+    raise UsageError(f"{path}: {field.name} should be {NAMES.get(kind, 'a list of words')}, found {repr(value)[:80]}.")
 
 
 def write_config_file(config: Any, path: Path) -> None:

@@ -1,8 +1,19 @@
 """How a setting is declared: its default, help text, allowed values and flag, once."""
 
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args
+
+from qlora_cli.errors import UsageError
+from qlora_cli.ranges import Range
+
+# What a setting means for a run that goes on with another value than the checkpoint's.
+SAME = "same"  # refused by name
+RESOLVED = "resolved"  # refused where what it comes to differs: the base, the rows, the optimizer, the number of steps
+ROUNDING = "rounding"  # allowed and said: the same mathematics in another order
+FREE = "free"  # allowed: no number depends on it
+CALL = "call"  # of one invocation alone, never compared
+RESUME = (SAME, RESOLVED, ROUNDING, FREE, CALL)
 
 
 def setting(
@@ -15,6 +26,8 @@ def setting(
     former_name: str | None = None,
     repeated: bool = False,
     recorded: bool = True,
+    range: Range | None = None,
+    resume: str | None = None,
 ) -> Any:
     """A dataclass field with its help text.
 
@@ -27,6 +40,8 @@ def setting(
         former_name: What it was called before; configuration files and command lines may still say so.
         repeated: A tuple is typed by repeating the flag, instead of with commas (its items may hold commas).
         recorded: Whether `run.yaml` keeps it (False for how one invocation behaves, such as `resume`).
+        range: Which values mean anything; every number and every text has one (tests/test_settings.py).
+        resume: What it means for a run that goes on with another value: one of `RESUME`.
     """
     metadata = {
         "help": help,
@@ -36,6 +51,8 @@ def setting(
         "former_name": former_name,
         "repeated": repeated,
         "recorded": recorded,
+        "range": range,
+        "resume": resume,
     }
     return field(default=default, metadata=metadata)
 
@@ -60,3 +77,34 @@ def flag_of(option: Field) -> str:
     name = option.name.replace("_", "-")
     has_opposite = type_of(option)[0] is bool and option.default is not False
     return option.metadata["flag"] or (f"--{name}/--no-{name}" if has_opposite else f"--{name}")
+
+
+def fault_of(option: Field, value: Any) -> tuple[str, str] | None:
+    """What is wrong with a setting's value, and what to use instead; None where nothing is."""
+    if value is None and type_of(option)[1]:
+        return None
+    choices, allowed = option.metadata["choices"], option.metadata["range"]
+    if choices and value not in choices:
+        return f"is {value!r}.", f"Choose one of: {', '.join(choices)}."
+    if isinstance(value, tuple) and not value:
+        return "names nothing.", "Leave it out, or name one or more."
+    for item in value if isinstance(value, tuple) else (value,):
+        if allowed is not None and not allowed.allows(item):
+            shown = repr(item) if isinstance(item, str) else str(item)
+            return f"is {shown if len(shown) <= 80 else shown[:80] + '…'}.", allowed.advice
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every group of settings: no value outside its range gets into one.
+
+    Raises:
+        UsageError: A value means nothing.
+    """
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            if fault := fault_of(option, getattr(self, option.name)):
+                flag = flag_of(option).split("/")[0]
+                raise UsageError(f"{flag} {fault[0]}", fault[1])

@@ -1,6 +1,7 @@
 """Tiny real models and data for the tests: built once a session, on the CPU, in milliseconds."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +18,7 @@ from qlora_cli.events import report_nothing
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

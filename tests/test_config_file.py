@@ -17,7 +17,8 @@ from qlora_cli.settings import recorded_fields
     learning_rate=st.floats(1e-9, 1.0),
     targets=st.none() | st.lists(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), min_size=1, max_size=4).map(tuple),
     checkpointing=st.sampled_from(["auto", "on", "off", "12"]),
-    template=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=40),
+    template=st.none()
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40),
 )
 def test_a_written_file_gives_the_same_configuration(
     tmp_path_factory, rank, learning_rate, targets, checkpointing, template

@@ -4,8 +4,9 @@ import psutil
 import pytest
 import torch
 
-from qlora_cli.core.device import parse_memory, read_capacity_bytes, read_free_bytes, read_vram
+from qlora_cli.core.device import read_capacity_bytes, read_free_bytes, read_vram
 from qlora_cli.errors import UsageError
+from qlora_cli.ranges import parse_memory
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,8 +13,11 @@ import typer
 
 from qlora_cli import __version__
 from qlora_cli.cli.options import CONTEXT, PanelledCommand, overrides, parameter, signature_of
+from qlora_cli.cli.streams import UnwrittenOutput, open_standard_descriptors, tolerant_streams
+from qlora_cli.cli.visible import visible
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
-from qlora_cli.errors import DoesNotFit, QloraError, UsageError
+from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
+from qlora_cli.interrupts import SENTENCE, Terminated, loading, take_signal, working
 
 if TYPE_CHECKING:
     from qlora_cli.cli.console import Console
@@ -65,13 +69,17 @@ def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], An
             given = overrides(values[CONTEXT], config_type, values)
             console = Console(as_json=values["as_json"])
             positional = {argument.name: values[argument.name] for argument in arguments}
-            with contextlib.nullcontext() if values["debug"] else quiet_libraries(), console:
+            with working(), contextlib.nullcontext() if values["debug"] else quiet_libraries(), console:
                 from_file: dict[str, Any] = {}
                 if values["config_file"] is not None:
                     from qlora_cli.config_file import read_config_file
 
                     from_file = read_config_file(values["config_file"], config_type)
-                result = body(Call(config_type(**{**from_file, **given}), console, positional, values[CONTEXT].obj))
+                call = Call(config_type(**{**from_file, **given}), console, positional, values[CONTEXT].obj)
+                try:
+                    result = body(call)
+                except (KeyboardInterrupt, Terminated, OSError) as error:
+                    raise _as_failure(error) from error  # Typer would end without a word
                 console.show_result(result)
             if result is not None and result.get("fits") is False:
                 raise typer.Exit(DoesNotFit.exit_code)
@@ -87,7 +95,8 @@ def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], An
 @command(PrepareConfig)
 def prepare(call: Call) -> Any:
     """Tokenise and mask a data set, and write it to disk."""
-    from qlora_cli.commands.prepare import prepare as run
+    with loading():
+        from qlora_cli.commands.prepare import prepare as run
 
     summary = run(call.config, call.console.report)
     call.console.suggest(f"qlora train --model {call.config.model} --prepared {call.config.output}")
@@ -98,10 +107,12 @@ def prepare(call: Call) -> Any:
 def train(call: Call) -> Any:
     """Train an adapter on rows, into the directory --output."""
     if (call.config.gpus or 1) > 1 and "RANK" not in os.environ:
-        from qlora_cli.core.distributed.launcher import launch
+        with loading():
+            from qlora_cli.core.distributed.launcher import launch
 
         raise typer.Exit(launch(call.config.gpus, call.command_line))
-    from qlora_cli.commands.train import train as run
+    with loading():
+        from qlora_cli.commands.train import train as run
 
     result = run(call.config, call.console.report)
     if not call.config.dry_run:
@@ -113,7 +124,8 @@ def train(call: Call) -> Any:
 @command(MergeConfig)
 def merge(call: Call) -> Any:
     """Write base and adapter as one plain transformers checkpoint."""
-    from qlora_cli.commands.merge import merge as run
+    with loading():
+        from qlora_cli.commands.merge import merge as run
 
     result = run(call.config, call.console.report)
     call.console.suggest(f'qlora generate --model {call.config.output} "Your question"')
@@ -136,7 +148,8 @@ def generate(call: Call) -> Any:
             f"generate takes one of PROMPT, --input FILE and --chat; {found} was given.",
             'Type: qlora generate --adapter out "Your question"',
         )
-    from qlora_cli.commands import generate as generation
+    with loading():
+        from qlora_cli.commands import generate as generation
 
     if call.config.chat:
         result = generation.converse(call.config, call.console.report, call.console.read_line)
@@ -153,7 +166,8 @@ def inspect(call: Call) -> Any:
 
     Without an argument: the run in out/ if there is one, else this machine.
     """
-    from qlora_cli.commands.inspect import inspect as run
+    with loading():
+        from qlora_cli.commands.inspect import inspect as run
 
     return run(call.config, call.console.report)
 
@@ -164,25 +178,48 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; by default this process's own.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    open_standard_descriptors()
+    with tolerant_streams() as results:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        if results is not None:
+            results.flush()
+            if results.failure is not None and not code:
+                return _show(UnwrittenOutput(results.failure))
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of one command line, its failure shown."""
     try:
         return app(arguments, prog_name="qlora", standalone_mode=False, obj=arguments) or 0
-    except Exception as error:
+    except (Exception, Terminated) as error:
         failure = _as_failure(error)
-        if failure.reported or (isinstance(failure, UsageError) and os.environ.get("RANK", "0") != "0"):
-            return failure.exit_code  # another rank prints it
-        if "--debug" in arguments:
-            traceback.print_exception(error)
-    from qlora_cli.cli.console import show_error
+        if "--debug" in arguments and _speaks(failure):
+            print(visible("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        return _show(failure, as_json="--json" in arguments)
 
-    show_error(failure, as_json="--json" in arguments)
+
+def _speaks(failure: QloraError) -> bool:
+    """Whether this process shows a failure, and no other rank."""
+    return not failure.reported and (not isinstance(failure, UsageError) or os.environ.get("RANK", "0") == "0")
+
+
+def _show(failure: QloraError, *, as_json: bool = False) -> int:
+    """Shows a failure unless another rank does, and returns its exit code."""
+    if _speaks(failure):
+        from qlora_cli.cli.console import show_error
+
+        show_error(failure, as_json=as_json)
     return failure.exit_code
 
 
-def _as_failure(error: Exception) -> QloraError:
+def _as_failure(error: BaseException) -> QloraError:
     """Whatever a command raised, as one sentence with its exit code."""
     if isinstance(error, QloraError):
         return error
+    number = take_signal()  # a library may have made another error of the one it raised
+    if number is not None or isinstance(error, KeyboardInterrupt):
+        return Interrupted(SENTENCE, number or signal.SIGINT)
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         message = error.format_message().replace("Value error, ", "")  # as pydantic, inside Typer, begins some

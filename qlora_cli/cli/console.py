@@ -12,6 +12,8 @@ from rich.text import Text
 from qlora_cli.cli.line_view import LineView
 from qlora_cli.cli.live_view import LiveView
 from qlora_cli.cli.results import draw_result, draw_row
+from qlora_cli.cli.streams import UnwrittenOutput
+from qlora_cli.cli.visible import CONTROLS, visible, visible_event
 from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Event, RowShown, TextGenerated
 
@@ -46,11 +48,14 @@ class Console:
         """Draws one event; generated text goes to stdout as it is."""
         if self.silent:
             return
+        event = visible_event(event)
         match event:
             case TextGenerated(text, final):
                 if not self.as_json:
                     self._view.close()
                     print(text, end="\n" if final else "", file=self._stdout, flush=True)
+                    if failure := getattr(self._stdout, "failure", None):
+                        raise UnwrittenOutput(failure)  # nobody reads the rest of the answer
             case RowShown():
                 self._view.close()
                 draw_row(RichConsole(file=sys.stderr if self.as_json else self._stdout, highlight=False), event)
@@ -69,10 +74,10 @@ class Console:
         if self.as_json:
             print(to_json(result), file=self._stdout, flush=True)
         elif result is not None:
-            draw_result(RichConsole(file=self._stdout, highlight=False), result)
+            draw_result(RichConsole(file=self._stdout, highlight=False), visible(result))
         reported = () if self.as_json or not isinstance(result, dict) else result.get("next", ())
         for command in (*reported, *self._next):
-            print(f"→ {command}", file=sys.stderr)
+            print(f"→ {visible(command)}", file=sys.stderr)
 
     def read_line(self, prompt: str) -> str:
         """One line of a conversation, with line editing where stdin is a terminal.
@@ -96,11 +101,15 @@ class Console:
 def to_json(value: Any) -> str:
     """One JSON object; a number that JSON does not have becomes null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    return json.dumps(finite, ensure_ascii=False, indent=2)
+    text = json.dumps(finite, ensure_ascii=False, indent=2)
+    return CONTROLS.sub(
+        lambda match: f"\\u{ord(match[0]):04x}", text
+    )  # as JSON has it: what reads it gets the same text
 
 
 def show_error(error: QloraError, *, as_json: bool) -> None:
     """One sentence on stderr and what to type next; with --json also one object on stdout."""
+    error.message, error.hint = visible(error.message), visible(error.hint)
     rank = os.environ.get("RANK", "0")
     named = rank == "0" or isinstance(error, RankLost)
     message = error.message if named else f"rank {rank}: {error.message}"

@@ -1,5 +1,6 @@
 """Live view of events on a terminal: bars for tasks, and a panel for the run with its loss curve."""
 
+import contextlib
 import itertools
 import math
 import sys
@@ -46,9 +47,10 @@ def echo_control_keys(shown: bool) -> None:
     """Whether the terminal of stdin shows a Ctrl-C as ^C."""
     if not sys.stdin.isatty():
         return
-    settings = termios.tcgetattr(sys.stdin)
-    settings[3] = settings[3] | termios.ECHOCTL if shown else settings[3] & ~termios.ECHOCTL
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+    with contextlib.suppress(termios.error, OSError):  # the terminal has closed
+        settings = termios.tcgetattr(sys.stdin)
+        settings[3] = settings[3] | termios.ECHOCTL if shown else settings[3] & ~termios.ECHOCTL
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
 class Figures(ProgressColumn):

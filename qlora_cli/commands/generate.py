@@ -19,6 +19,7 @@ from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.storage.ownership import may_write_file
 from qlora_cli.errors import DataError, QloraError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
+from qlora_cli.interrupts import take_signal
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
         except EOFError:
             break
         except KeyboardInterrupt:
+            take_signal()
             report(Notice("Ctrl-D or /exit leaves."))
             continue
         if line is None or line.strip() in ("/exit", "/quit"):
@@ -107,6 +109,7 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
         except QloraError as error:
             report(Caution(f"{error.message} {error.hint or ''}".strip()))
         except KeyboardInterrupt:
+            take_signal()
             report(TextGenerated("", final=True))
     return finish(session, config, conversation.adapter, conversation.rows, started, report)
 

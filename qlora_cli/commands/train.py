@@ -96,7 +96,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
     run = Run(config, accelerator, ranks, choose_device(), report if ranks.is_main else report_nothing)
     with ExitStack() as stack:
         stack.enter_context(monitoring(ranks, run.device))
-        stack.enter_context(closing_tracker(accelerator))
+        stack.enter_context(closing_tracker(accelerator, run.report))
         check_ranks(config, ranks)
         if ranks.is_main:
             stack.enter_context(claimed_output(run))

@@ -2,7 +2,6 @@
 
 import gc
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -24,11 +23,6 @@ LIBRARIES = (
     "triton",
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-UNIT_BYTES |= {
-    f"{letter}{end}": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1) for end in ("", "ib")
-}
-LEAST_SENSIBLE_BYTES = 2**20  # `--vram 12` is a forgotten unit, not 12 bytes
 
 
 def choose_device() -> torch.device:
@@ -105,23 +99,6 @@ def free_memory(device: torch.device) -> None:
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as 12GiB, 12GB, 12000MiB, 12G or 12884901888.
-
-    GiB, MiB and the bare letters are powers of 1024; GB and MB are powers of 1000.
-
-    Raises:
-        UsageError: It is no size, or too small to be one of a card.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in UNIT_BYTES:
-        raise UsageError(f"{text!r} is not an amount of memory.", "Write it as 12GiB, 12000MiB or 12GB.")
-    total_bytes = int(float(match[1]) * UNIT_BYTES[match[2]])
-    if total_bytes < LEAST_SENSIBLE_BYTES:
-        raise UsageError(f"{text!r} is only {total_bytes} bytes.", f"Add the unit: {match[1]}GiB.")
-    return total_bytes
 
 
 def list_versions() -> dict[str, str | None]:

@@ -106,7 +106,6 @@ def test_the_rank_of_an_expert_is_shared_among_those_a_token_meets_and_scaled_as
     [
         ("qwen3_moe", {"dora": True}, "no --dora"),
         ("qwen3_moe", {"dropout": 0.1}, "no --dropout"),
-        ("qwen3_moe", {"expert_rank": 0}, "--expert-rank 0"),
         ("qwen3_moe", {"adapt_experts": False, "expert_rank": 4}, "is of adapted experts"),
         (None, {}, "has no stack of experts"),
     ],

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.ranges import Memory, Words
 from qlora_cli.settings import flag_of, type_of
 
 
@@ -79,15 +80,19 @@ def train_settings(draw):
     chosen = draw(st.lists(st.sampled_from(fields(TrainConfig)), unique_by=lambda field: field.name, max_size=12))
     values = {}
     for field in chosen:
-        kind = type_of(field)[0]
+        kind, allowed = type_of(field)[0], field.metadata["range"]
         if field.metadata["choices"]:
             values[field.name] = draw(st.sampled_from(field.metadata["choices"]))
         elif kind is bool:
             values[field.name] = draw(st.booleans()) if "/" in flag_of(field) else True
         elif kind is float:
-            values[field.name] = draw(st.floats(0, 1e6, allow_subnormal=False))
+            values[field.name] = draw(
+                st.floats(allowed.low, allowed.high, exclude_min=allowed.open_low, exclude_max=allowed.open_high)
+            )
         elif kind is int:
-            values[field.name] = draw(st.integers(0, 10**9))
+            values[field.name] = draw(st.integers(allowed.low, allowed.high))
+        elif not isinstance(allowed, Words):
+            values[field.name] = "12GiB" if isinstance(allowed, Memory) else "12"
         elif kind is str:
             values[field.name] = draw(words)
         else:

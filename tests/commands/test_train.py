@@ -432,7 +432,7 @@ def test_a_damaged_best_checkpoint_is_said_and_the_last_adapter_kept(options):
         ({"prepared": "/no/such", "data": None}, RunError, "/no/such"),
         ({"prompt_column": "nowhere"}, QloraError, "nowhere"),
         ({"target_modules": ("q_proj", "v_porj")}, AdapterError, "v_porj"),
-        ({"rank": 0}, AdapterError, "rank"),
+        ({"rank": 0}, UsageError, "--rank"),
         ({"batch_size": 0}, UsageError, "--batch-size"),
         ({"max_steps": 0}, UsageError, "--max-steps"),
         ({"save_every": 0}, UsageError, "--save-every"),

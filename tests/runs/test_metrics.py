@@ -2,12 +2,17 @@
 
 import json
 import math
+import shutil
+import threading
 
 import pytest
 
 from qlora_cli.artifacts import LOSS_CURVE, METRICS, read_metrics
+from qlora_cli.core.runs import tracking
 from qlora_cli.core.runs.metrics import MetricsFile, as_metrics, draw_loss_curve
-from qlora_cli.events import EvaluationLogged, StepLogged, Vram
+from qlora_cli.core.runs.tracking import logging_report
+from qlora_cli.errors import RunError
+from qlora_cli.events import Caution, EvaluationLogged, StepLogged, Vram
 
 
 def step(number: int, loss: float = 1.0, vram: Vram | None = None) -> StepLogged:
@@ -57,3 +62,65 @@ def test_the_curve_is_a_picture_whatever_there_is_to_draw(tmp_path, count):
     draw_loss_curve(tmp_path)
     picture = (tmp_path / LOSS_CURVE).read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 2000
+
+
+def test_a_run_directory_that_was_removed_is_said_at_once_and_no_line_is_lost(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    metrics = MetricsFile(output, last_step=0)
+    metrics.write(step(1))
+    (output / METRICS).unlink()  # the file alone is made anew
+    metrics.write(step(2))
+    (output / METRICS).unlink()
+    (output / METRICS).write_text('{"step": 0}\n')  # or added to, where there is another
+    metrics.write(step(3))
+    assert [line["step"] for line in read_metrics(output)] == [0, 3]
+    shutil.rmtree(output)
+    with pytest.raises(RunError, match=r"out was removed") as caught:
+        metrics.write(step(4))
+    assert [line["step"] for line in read_metrics(output)] == [0, 3, 4] and "--resume" in caught.value.hint
+    shutil.rmtree(output)
+    output.mkdir()  # another run's
+    (output / METRICS).write_text('{"step": 9}\n')
+    with pytest.raises(RunError, match=r"replaced"):
+        metrics.write(step(5))
+    metrics.close()
+    assert [line["step"] for line in read_metrics(output)] == [9]
+
+
+class Tracker:
+    """A tracker whose server is gone, now or at the end."""
+
+    def __init__(self, finish) -> None:
+        self.finish = finish
+
+
+def test_a_tracker_that_fails_costs_one_caution(tmp_path, monkeypatch):
+    def gone():
+        raise ConnectionError("the server\nis gone")
+
+    class Accelerator:
+        def __init__(self, finish):
+            self.trackers = [Tracker(finish)]
+
+        def log(self, values, step):
+            if step == 2:
+                gone()
+
+        def end_training(self):
+            assert not self.trackers
+
+    events = []
+    metrics = MetricsFile(tmp_path, last_step=0)
+    log = logging_report(events.append, metrics, Accelerator(gone))
+    for number in range(1, 5):
+        log(step(number))
+    assert len(read_metrics(tmp_path)) == 4
+    (caution,) = [event for event in events if isinstance(event, Caution)]
+    assert "failed at step 2" in caution.text and METRICS in caution.text
+    for finish in (gone, threading.Event().wait):
+        monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
+        events.clear()
+        with tracking.closing_tracker(Accelerator(finish), events.append):
+            pass
+        assert "could not be closed" in events[0].text and len(events) == 1

@@ -446,15 +446,108 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(base, tmp
     assert case.lines() + rest.lines() == straight.lines() and same(rest.adapter, straight.adapter)
 
 
-def test_a_second_signal_ends_the_process_at_once():
-    script = (
-        "import os, signal, time\n"
-        "from qlora_cli.core.distributed.signals import stopping_on_signals\n"
-        "with stopping_on_signals() as request:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(request.signal_number, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    print('still here', flush=True)\n"
+SIGNALS = """
+import os, signal, sys
+from qlora_cli.core.distributed.signals import stopping_on_signals
+first, second, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+with stopping_on_signals(again_seconds=seconds) as request:
+    os.kill(os.getpid(), first)
+    os.kill(os.getpid(), second)
+    print(request.signal_number)
+"""
+ONCE = 100.0  # seconds within which a second SIGINT is the same request
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "seconds", "code"),
+    [
+        (signal.SIGINT, signal.SIGINT, 0.0, 130),  # typed again
+        (signal.SIGINT, signal.SIGINT, ONCE, 0),  # sent to the group and passed on
+        (signal.SIGTERM, signal.SIGTERM, 0.0, 0),
+        (signal.SIGTERM, signal.SIGINT, 0.0, 0),
+        (signal.SIGUSR1, signal.SIGHUP, 0.0, 0),
+    ],
+)
+def test_only_a_second_ctrl_c_ends_the_process_at_once(first, second, seconds, code):
+    done = subprocess.run([sys.executable, "-c", SIGNALS, *map(str, (int(first), int(second), seconds))], stdout=-1)
+    assert (done.returncode, done.stdout.decode().split()) == (code, [] if code else [str(int(first))])
+
+
+CAUGHT = """
+import os, signal
+from qlora_cli.core.distributed.signals import stopping_on_signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # which a shell in the background ignores
+for number in sorted(signal.valid_signals()):
+    with stopping_on_signals() as request:
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN):
+                os.kill(os.getpid(), number)
+                assert request.signal_number == number
+                print(signal.Signals(number).name if number < 34 else "real-time", end=" ")
+"""
+
+
+def test_every_signal_that_would_end_a_run_stops_it_and_what_was_ignored_stays_so():
+    done = subprocess.run([sys.executable, "-c", CAUGHT], stdout=-1, text=True, check=True)
+    names = done.stdout.split()
+    assert {"SIGINT", "SIGTERM", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGPROF", "SIGPWR"} <= {*names}
+    assert not {"SIGHUP", "SIGCHLD", "SIGTSTP", "SIGSEGV", "SIGWINCH"} & {*names} and names.count("real-time") > 20
+
+
+# ---------------------------------------------------------------- what fails in the middle
+
+
+class ReportFailed(Exception):
+    """Whatever a report may raise."""
+
+
+@pytest.mark.parametrize(
+    ("where", "deferred"), [("forward", True), ("evaluation", False), ("step report", True), ("rows", False)]
+)
+def test_what_fails_in_a_step_is_raised_after_the_state_before_it_is_saved(base, tmp_path, where, deferred):
+    options = {"eval_rows": 6, "eval_every": 3, "save_every": 100, "deferred": deferred}
+    straight = make_case(base, tmp_path / "a", **options).run()
+
+    def fault(call, batch, loss):
+        if where == ("forward" if loss.requires_grad else "evaluation") and case.trainer.state.step == 3:
+            raise ReportFailed
+        return loss
+
+    def fail_at_three(event):
+        if where == "step report" and event.step == 3:
+            raise ReportFailed
+
+    case = make_case(
+        base, tmp_path / "b", wrap_engine=lambda e: FaultyEngine(e, fault), on_step=fail_at_three, **options
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()) == (130, ["15"])
+    if where == "rows":
+        read = case.trainer.accumulation.read_batches
+        case.trainer.accumulation.read_batches = lambda *a: fail() if case.trainer.state.step == 3 else read(*a)
+
+    def fail():
+        raise ReportFailed
+
+    with pytest.raises(ReportFailed):
+        case.run()
+    (saved,) = case.reported(CheckpointSaved)
+    assert "is saved" in case.reported(Caution)[-1].text
+    rest = make_case(base, tmp_path / "b", resume=True, **options).run()
+    assert rest.reported(StepLogged)[0].step == saved.step + 1 and saved.step in (3, 4)
+    assert same(rest.adapter, straight.adapter)
+    both = [line for line in case.lines() + rest.lines() if "eval" not in line or where != "evaluation"]
+    assert set(rest.lines()) <= set(straight.lines()) and len(both) == len(set(both))
+
+
+def test_what_fails_in_a_save_or_in_an_update_is_not_saved_as_if_it_were_whole(base, tmp_path):
+    case = make_case(base, tmp_path / "update", save_every=100)
+    case.trainer.optimization.optimizer.step = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        case.run()
+    assert not list_checkpoints(tmp_path / "update")
+    case = make_case(base, tmp_path / "save", save_every=2)
+    tried = []
+    case.trainer.checkpointing = replace(case.trainer.checkpointing, save_adapter=lambda path: tried.append(1) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        case.run()
+    assert len(tried) == 1

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.core.untrusted import check_adapter_config, check_expressions
 from qlora_cli.errors import AdapterError
 
 
@@ -51,16 +52,18 @@ def read_adapter(directory: Path) -> AdapterFacts:
             raise AdapterError(
                 f"{directory} holds a {config.get('peft_type')} adapter.", "Only LoRA adapters are read."
             )
+        check_adapter_config(config, directory)
         with safe_open(weights_path, framework="pt") as reader:
             tensors = {}
             for name in reader.keys():  # noqa: SIM118 - not a mapping
                 part = reader.get_slice(name)
                 tensors[name] = (tuple(part.get_shape()), part.get_dtype())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError, RecursionError) as error:
         raise AdapterError(
             f"The adapter in {directory} cannot be read: {error}.", "Use an earlier checkpoint."
         ) from error
+    check_expressions(config, {name.split(".lora_", 1)[0] for name in tensors}, directory)
     rslora = bool(config.get("use_rslora"))
     targets = config.get("target_modules") or ()
     return AdapterFacts(

@@ -26,6 +26,7 @@ from qlora_cli.core.adapters.targets import find_targets, read_patterns, short_n
 from qlora_cli.core.adapters.vocabulary import replaced_weights, take_vocabulary
 from qlora_cli.core.models.quantization import logical_numel
 from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.core.untrusted import check_expressions
 from qlora_cli.errors import AdapterError, first_line
 
 
@@ -136,7 +137,9 @@ def load_adapter(model: PreTrainedModel | PeftModel, directory: Path, *, name: s
     Raises:
         AdapterError: No adapter there, pickle weights, or shapes that belong to another base.
     """
-    made_for = read_adapter(directory).base_model
+    as_found = read_adapter(directory)
+    made_for = as_found.base_model
+    check_expressions(as_found.config, [module for module, _ in model.named_modules()], directory)
     with fitted_adapter(directory, model) as fitted:
         facts = read_adapter(fitted)
         replaced = replaced_weights(facts, underlying_model(model))

@@ -1,5 +1,6 @@
 """Batch sampler: the rows of any optimizer step, as a pure function of the step's number."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -107,6 +108,14 @@ class BatchSampler:
             start = self._ends[-1] if self._ends else 0
             self._ends.append(start + len(self._plan(len(self._ends))))
         return self._ends[epoch]
+
+    def digest(self) -> str:
+        """SHA-256 of which rows each step of the first epoch takes, in hexadecimal: the same however they are shared."""
+        digest = hashlib.sha256()
+        for step in self._plan(0):
+            rows = np.sort(np.array([row for share in step for batch in share for row in batch], dtype="<i8"))
+            digest.update(np.array([len(rows), *rows], dtype="<i8").tobytes())
+        return digest.hexdigest()
 
     def longest_micro_batches(self, limit_tokens: int | None = None) -> list[list[int]]:
         """Of the first epoch and all ranks, split where a limit asks for it: the micro-batch with most tokens, and the

@@ -15,17 +15,17 @@ import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from qlora_cli.core.distributed.rank_monitor import LAUNCHER
+from qlora_cli.core.distributed.signals import ending_signals
 from qlora_cli.errors import RankLost, UsageError
 
 POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 20.0  # for the other ranks to end by themselves once one has failed
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def launch(count: int, arguments: list[str]) -> int:
     """Runs `python -m qlora_cli` with these arguments as `count` ranks of this machine, a card each.
 
-    SIGINT and SIGTERM are passed on: every rank finishes its step, and the run is saved.
+    Signals that would end it are passed on: every rank finishes its step, and the run is saved.
 
     Returns:
         The exit code of the run: the main rank's, or that of the one that failed.
@@ -50,9 +50,9 @@ def launch(count: int, arguments: list[str]) -> int:
     def pass_on(number: int, frame: FrameType | None) -> None:
         for rank, handler in processes.subprocess_handlers.items():  # type: ignore[attr-defined]
             if handler.proc.poll() is None:
-                os.kill(pids[rank], signal.SIGTERM if number == signal.SIGHUP else number)
+                os.kill(pids[rank], number)
 
-    previous = {number: signal.signal(number, pass_on) for number in FORWARDED}
+    previous = {number: signal.signal(number, pass_on) for number in ending_signals()}
     try:
         codes, first_lost = _wait(processes, count)
     finally:
@@ -79,8 +79,6 @@ def rank_environment(count: int) -> dict[str, str]:
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y")
     cards = torch.cuda.device_count()
-    if count < 1:
-        raise UsageError(f"--gpus is {count}.", "Use 1 or more.")
     if not on_cpu and count > cards:
         found = {0: "no CUDA card", 1: "one card"}.get(cards, f"{cards} cards")
         hint = f"Use --gpus {cards}." if cards else "Leave --gpus out."

@@ -11,7 +11,6 @@ import secrets
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.distributed.signals import SHOW_CURSOR
 from qlora_cli.errors import Interrupted, QloraError, RankLost
+from qlora_cli.interrupts import end_at_once
 
 LAUNCHER = "QLORA_LAUNCHER"  # environment: process id of the launcher that started this rank
 GRACE_SECONDS = 5.0  # for a collective to fail by itself, after which the process is ended
@@ -167,12 +166,10 @@ class RankMonitor:
 
     def _end_process(self) -> None:
         assert self.verdict is not None
+        words = ""
         if not self.verdict.reported and not self.handled.is_set():
-            if sys.stderr.isatty():
-                os.write(sys.stderr.fileno(), SHOW_CURSOR)
-            hint = f"→ {self.verdict.hint}\n" if self.verdict.hint else ""
-            os.write(2, f"error: {self.verdict.message}\n{hint}".encode())
-        os._exit(self.verdict.exit_code)  # nothing is flushed: the last good checkpoint is on the disk already
+            words = f"error: {self.verdict.message}\n" + (f"→ {self.verdict.hint}\n" if self.verdict.hint else "")
+        end_at_once(self.verdict.exit_code, words)  # the last good checkpoint is on the disk already
 
     # ------------------------------------------------------------ the main thread
 

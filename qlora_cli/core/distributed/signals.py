@@ -1,15 +1,33 @@
-"""Stop request: SIGINT and SIGTERM set a flag that the trainer reads between batches, so that the step is finished and saved."""
+"""Stop request: a signal sets a flag that the trainer reads between batches, so that the step is finished and saved.
 
-import os
+Every signal that would end the process and can be caught is one: schedulers announce the end of a job by SIGTERM, SIGUSR1
+or SIGXCPU, a terminal that closes by SIGHUP. What was ignored when training began stays so, as under nohup.
+"""
+
 import signal
-import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SHOW_CURSOR = b"\x1b[?25h\n"  # a live view hides it, and leaving at once skips what would bring it back
+from qlora_cli.interrupts import end_at_once
+
+AGAIN_SECONDS = 0.5  # between two Ctrl-C that are typed; what reaches the group and is passed on too comes sooner
+FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGABRT", "SIGTRAP", "SIGSTKFLT")  # of the process itself
+# Their default ends no process, or they cannot be caught.
+HARMLESS = (
+    "SIGKILL",
+    "SIGSTOP",
+    "SIGTSTP",
+    "SIGTTIN",
+    "SIGTTOU",
+    "SIGCHLD",
+    "SIGCONT",
+    "SIGURG",
+    "SIGWINCH",
+    "SIGINFO",
+)
 
 
 class StopRequest:
@@ -18,22 +36,44 @@ class StopRequest:
     signal_number: int | None = None
 
 
+def ending_signals() -> list[int]:
+    """Signals that would end this process, that can be caught, and that nobody handles or ignores."""
+    spared = {getattr(signal, name, None) for name in (*FAULTS, *HARMLESS)}
+    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # for which a program has handlers of its own
+
+    def ends(number: int) -> bool:
+        handler = signal.getsignal(number)
+        return handler == signal.SIG_DFL or (number in ours and callable(handler))
+
+    return [number for number in sorted(signal.valid_signals() - spared) if ends(number)]
+
+
 @contextmanager
-def stopping_on_signals() -> Iterator[StopRequest]:
-    """The first signal inside the block is noted; a second ends the process at once with 128 + its number."""
+def stopping_on_signals(*, again_seconds: float = AGAIN_SECONDS) -> Iterator[StopRequest]:
+    """The first signal inside the block is noted; a second Ctrl-C ends the process at once with 130.
+
+    Any other repetition is the same request: a scheduler may signal a process, its group and its launcher, which passes
+    it on.
+
+    Args:
+        again_seconds: A SIGINT counts as typed again when it comes so long after the first one.
+    """
     request = StopRequest()
+    typed: float | None = None
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.signal_number is not None:
-            if sys.stderr.isatty():
-                os.write(sys.stderr.fileno(), SHOW_CURSOR)
-            os._exit(128 + number)  # nothing is flushed: the last good checkpoint is on the disk already
-        request.signal_number = number
+        nonlocal typed
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if typed is not None and now - typed >= again_seconds:
+                end_at_once(128 + number)  # the last good checkpoint is on the disk already
+            typed = now if typed is None else typed
+        request.signal_number = request.signal_number or number
 
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may set handlers; whoever runs the loop elsewhere stops it elsewhere
         return
-    previous = {number: signal.signal(number, note) for number in SIGNALS}
+    previous = {number: signal.signal(number, note) for number in ending_signals()}
     try:
         yield request
     finally:

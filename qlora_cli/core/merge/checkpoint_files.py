@@ -13,6 +13,7 @@ from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.models.files import PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
+from qlora_cli.core.untrusted import refuse_links
 from qlora_cli.errors import ModelError
 
 CONFIG = "config.json"
@@ -63,6 +64,7 @@ def copy_checkpoint_files(base: Path, adapter: Path, directory: Path) -> None:
 
     How prompts were formatted in training is recorded too, so that `generate --model` formats them so.
     """
+    refuse_links(adapter, TOKENIZER_FILES)  # the base's were looked at when it was found
     trained = any((adapter / name).is_file() for name in TOKENIZER_SIGNS)
     paths = [path for pattern in TOKENIZER_FILES for path in (adapter if trained else base).glob(pattern)]
     beside = [path for pattern in [GENERATION_CONFIG, *PROCESSOR_FILES, "*.py"] for path in base.glob(pattern)]

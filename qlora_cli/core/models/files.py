@@ -14,6 +14,7 @@ from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
+from qlora_cli.core.untrusted import check_files
 from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Report, report_nothing
 
@@ -28,6 +29,7 @@ TOKENIZER_FILES = [
     "*.jinja",
 ]
 PROCESSOR_FILES = ["*processor_config.json"]  # of images and sound, which a merged checkpoint keeps
+READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -182,6 +184,7 @@ def resolve_model(
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
+        check_files(directory, model, READ_FILES, trust_remote_code=trust_remote_code)
         return ModelFiles(model, directory, None, trust_remote_code, report)
     if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise UsageError(
@@ -190,9 +193,8 @@ def resolve_model(
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
         raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
-    directory = download_snapshot(
-        model, revision, CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES, kind="model", report=report
-    )
+    directory = download_snapshot(model, revision, READ_FILES, kind="model", report=report)
     if not (directory / "config.json").is_file():
         raise ModelError(f"{model} has no config.json.", "Give --model a transformers model.")
+    check_files(directory, model, READ_FILES, trust_remote_code=trust_remote_code)
     return ModelFiles(model, directory, directory.name, trust_remote_code, report)

@@ -28,6 +28,7 @@ from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
 from qlora_cli.core.storage.publish import atomic_directory
+from qlora_cli.core.untrusted import is_ours
 from qlora_cli.errors import RunError
 from qlora_cli.events import Caution, Notice, Report, report_nothing
 
@@ -167,6 +168,9 @@ def restore_base(
     """
     directory = base_directory(facts)
     if not _is_file(directory / MANIFEST):
+        return None
+    if not all(is_ours(path) for path in (directory, directory / MANIFEST, directory / WEIGHTS)):
+        files.report(Caution(f"The copy of the quantised base in {directory} may be another user's and is not taken."))
         return None
     try:
         manifest = read_json(directory / MANIFEST)

@@ -21,6 +21,7 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.training.lr_schedule import count_warmup_steps
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
+from qlora_cli.events import Caution
 
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
 
@@ -58,11 +59,20 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
     checkpoint_bytes = 4 * trainable + state_bytes(optimizer, trainable) + SMALL_FILES_BYTES
     kept_checkpoints = len(list_checkpoints(run.output / CHECKPOINTS))
     require_space(run.output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - kept_checkpoints))
+    total_steps = data.sampler.total_steps
+    warmup_steps = count_warmup_steps(config.warmup_steps, config.warmup_ratio, total_steps)
+    if config.warmup_steps and config.warmup_steps > total_steps:
+        run.report(
+            Caution(
+                f"--warmup-steps {config.warmup_steps:,} is more than the run's {total_steps:,} steps: the learning rate "
+                "rises to the end."
+            )
+        )
     return Decisions(
         memory=memory,
         optimizer=optimizer,
         compute_dtype=resolve_compute_dtype(config.compute_dtype, run.device),
-        warmup_steps=count_warmup_steps(config.warmup_steps, config.warmup_ratio, data.sampler.total_steps),
+        warmup_steps=warmup_steps,
         checkpoint_bytes=checkpoint_bytes,
     )
 

@@ -1,39 +1,51 @@
 """Run identity: all that a run's numbers depend on, so that two runs with equal ones go through the same numbers."""
 
+import hashlib
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
-from qlora_cli.config import LoraSettings
 from qlora_cli.core.runs.decisions import Decisions
 from qlora_cli.core.runs.inputs import Run, RunInputs
-
-# Settings that change the numbers. Where the base and the data lie, how often the run saves, what it fits into memory
-# by, and how many cards share a step, do not.
-SETTINGS = {option.name for option in fields(LoraSettings)} | {
-    "batch_size",
-    "packing",
-    "engine",
-    "learning_rate",
-    "scheduler",
-    "weight_decay",
-    "max_grad_norm",
-    "eval_fraction",
-    "eval_rows",
-    "seed",
-}
+from qlora_cli.settings import ROUNDING, SAME
 
 
 def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str, Any]:
-    """The identity kept in every checkpoint; where the base lies is left out."""
+    """The identity kept in every checkpoint; where the base lies is left out.
+
+    Each setting says in `config.py` what it means for it. `batches` is what the order of the rows came to, so that it
+    changes with whatever that depends on; `rounding` may differ, and is said.
+    """
+    values = asdict(run.config)
+
+    def settings(kind: str) -> dict[str, Any]:
+        return {option.name: values[option.name] for option in fields(run.config) if option.metadata["resume"] == kind}
+
     base = asdict(inputs.files.identity(run.config, decisions.compute_dtype))
+    code = code_digest(Path(run.config.model or "")) if run.config.trust_remote_code else None
     return {
-        "base": {name: value for name, value in base.items() if name not in ("model", "revision")},
+        "base": {name: value for name, value in base.items() if name not in ("model", "revision")}
+        | {"code_sha256": code},
         "data": inputs.rows.manifest["rows_sha256"],
+        "batches": inputs.data.sampler.digest(),
         "settings": {
-            **{name: value for name, value in asdict(run.config).items() if name in SETTINGS},
+            **settings(SAME),
+            "max_length": inputs.max_length,
             "batches_per_step": run.config.gradient_accumulation_steps,
             "optimizer": decisions.optimizer,
             "total_steps": inputs.data.sampler.total_steps,
             "warmup_steps": decisions.warmup_steps,
         },
+        "rounding": {**settings(ROUNDING), "ranks": run.ranks.world_size},
     }
+
+
+def code_digest(directory: Path) -> str | None:
+    """SHA-256 of the code beside a local model, in hexadecimal; None for one on the hub, whose commit is pinned."""
+    if not directory.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.artifacts import LOSS_CURVE, METRICS, read_metrics, write_bytes
 from qlora_cli.core.runs.report_page import centred_mean
 from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.errors import RunError
 from qlora_cli.events import EvaluationLogged, StepLogged
 
 LINE_BYTES = 300
@@ -25,18 +27,62 @@ class MetricsFile:
         self.path = directory / METRICS
         kept = [line for line in read_metrics(directory) if line["step"] <= last_step]
         write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.stream = self.path.open("ab", buffering=0)  # nothing is held back, to fail again when it is closed
+        self.directory = directory.stat()
+        self.stream = self.path.open("a+b", buffering=0)  # nothing is held back, to fail again when it is closed
 
     def write(self, event: StepLogged | EvaluationLogged) -> None:
-        """Appends one event."""
-        with reporting_disk_full(self.path.parent, LINE_BYTES):
-            line = (json.dumps(as_metrics(event), allow_nan=False) + "\n").encode()
-            while line:  # a disk with little room takes a part first
-                line = line[self.stream.write(line) :]
+        """Appends one event.
+
+        Raises:
+            RunError: The run directory was removed, and is here again with the metrics alone; or it cannot be written.
+            DiskFull: The line did not fit.
+        """
+        line = (json.dumps(as_metrics(event), allow_nan=False) + "\n").encode()
+        try:
+            with reporting_disk_full(self.path.parent, LINE_BYTES):
+                removed = self._mend()
+                while line:  # a disk with little room takes a part first
+                    line = line[self.stream.write(line) :]
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written: {error.strerror or error}.", "Go on with --resume once it can."
+            ) from error
+        if removed:
+            raise RunError(
+                f"{self.path.parent} was removed or replaced while the run wrote to it.",
+                "To go on from what is saved there now, type the same command with --resume.",
+            )
+
+    def _mend(self) -> bool:
+        """Opens the file anew where it was removed or replaced; whether the directory was, in which case the run ends.
+
+        The open file still holds the lines written so far.
+        """
+        if _is_same(self.path, os.fstat(self.stream.fileno())):
+            return False
+        removed = not _is_same(self.path.parent, self.directory)
+        content = b""
+        if not self.path.parent.exists() or (not removed and not self.path.exists()):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.stream.seek(0)
+            content = self.stream.readall()
+        if content or not removed:
+            self.stream.close()
+            self.stream = self.path.open("a+b", buffering=0)
+            self.stream.write(content)
+        return removed
 
     def close(self) -> None:
         """Closes the file."""
         self.stream.close()
+
+
+def _is_same(path: Path, facts: os.stat_result) -> bool:
+    """Whether a path still leads to that file or directory."""
+    try:
+        return os.path.samestat(path.stat(), facts)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:

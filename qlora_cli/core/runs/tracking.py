@@ -1,5 +1,6 @@
 """Trackers of a run: TensorBoard, Weights & Biases or trackio, by way of accelerate."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -7,12 +8,14 @@ from dataclasses import asdict
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 
+from qlora_cli.artifacts import METRICS
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.runs.metrics import MetricsFile, as_metrics
 from qlora_cli.errors import Interrupted, UsageError, first_line
-from qlora_cli.events import EvaluationLogged, Event, Report, StepLogged
+from qlora_cli.events import Caution, EvaluationLogged, Event, Report, StepLogged
 
 PROJECT = "qlora"
+FINISH_SECONDS = 20.0  # that a tracker has to send what it still holds
 IS_AVAILABLE = {
     "tensorboard": is_tensorboard_available,
     "wandb": is_wandb_available,
@@ -22,18 +25,40 @@ HINTS = {"wandb": "Type: wandb login. Or set WANDB_MODE=offline, or leave --repo
 
 
 @contextmanager
-def closing_tracker(accelerator: Accelerator) -> Iterator[None]:
+def closing_tracker(accelerator: Accelerator, report: Report) -> Iterator[None]:
     """Closes the tracker at the end, and the process group unless others may be waiting in it."""
     try:
         yield
     except Interrupted:
+        _finish(accelerator, report)
         accelerator.end_training()
         raise
     except BaseException:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        _finish(accelerator, report)
         raise
+    _finish(accelerator, report)
     accelerator.end_training()
+
+
+def _finish(accelerator: Accelerator, report: Report) -> None:
+    """Closes the tracker; one that fails, or takes longer than the time it has, is left to itself."""
+    failures: list[Exception] = []
+
+    def finish() -> None:
+        try:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+        except Exception as error:
+            failures.append(error)
+
+    if accelerator.trackers:
+        thread = threading.Thread(target=finish, name="tracker", daemon=True)
+        thread.start()
+        thread.join(FINISH_SECONDS)
+        if failures or thread.is_alive():
+            why = first_line(failures[0]) if failures else f"it takes longer than {FINISH_SECONDS:.0f} s"
+            report(Caution(f"The tracker could not be closed: {why}. All numbers are in {METRICS}."))
+        accelerator.trackers.clear()
 
 
 def start_tracker(config: TrainConfig, accelerator: Accelerator) -> None:
@@ -56,7 +81,10 @@ def start_tracker(config: TrainConfig, accelerator: Accelerator) -> None:
 
 
 def logging_report(report: Report, metrics: MetricsFile, accelerator: Accelerator) -> Report:
-    """`report`, but steps and evaluations are written to the metrics first, and to the tracker that was started, if any."""
+    """`report`, but steps and evaluations are written to the metrics first, and to the tracker that was started, if any.
+
+    A tracker that fails is left out from then on: it must not end the run.
+    """
 
     def log(event: Event) -> None:
         if isinstance(event, StepLogged | EvaluationLogged):
@@ -64,7 +92,12 @@ def logging_report(report: Report, metrics: MetricsFile, accelerator: Accelerato
             if accelerator.trackers:
                 line = as_metrics(event)
                 step = line.pop("step")
-                accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
+                try:
+                    accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
+                except Exception as error:
+                    accelerator.trackers.clear()
+                    text = f"The tracker failed at step {step} and is left out from here on: {first_line(error)}."
+                    report(Caution(f"{text} All numbers are in {METRICS}."))
         report(event)
 
     return log

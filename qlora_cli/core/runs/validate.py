@@ -8,14 +8,12 @@ from qlora_cli.core.planning.run_plan import may_be_sharded
 from qlora_cli.core.runs.tracking import IS_AVAILABLE
 from qlora_cli.errors import UsageError
 
-POSITIVE = ("max_steps", "save_every", "eval_every", "patience", "keep", "batch_size", "gradient_accumulation_steps")
-
 
 def check_settings(config: TrainConfig) -> None:
     """Checks what needs no file.
 
     Raises:
-        UsageError: A setting is missing, out of range, or needs a package that is not installed.
+        UsageError: A setting is missing, needs another one, or a package that is not installed.
     """
     if config.model is None:
         raise UsageError("No base model was named.", "Add --model with a hub id or a directory.")
@@ -23,13 +21,6 @@ def check_settings(config: TrainConfig) -> None:
         raise UsageError(
             "Training takes rows from one place.", "Give either --data or --prepared (written by qlora prepare)."
         )
-    for name in POSITIVE:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}.", "Use 1 or more.")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}.", "Use 0 or more.")
     for name in ("keep_best", "patience", "eval_every"):
         if getattr(config, name) and not (config.eval_rows or config.eval_fraction):
             raise UsageError(

@@ -34,13 +34,16 @@ def find_checkpoint(root: Path, identity: dict[str, Any], *, allow_changes: bool
             )
         report(Notice(f"There is no checkpoint in {root} yet: training starts at step 1."))
         return None
-    if differing := "; ".join(differences(checkpoint.identity, _as_known(checkpoint.identity, identity))):
+    differing, rounding = _compare(checkpoint.identity, identity)
+    if differing:
         if not allow_changes:
             raise CheckpointError(
                 f"The run saved in {checkpoint.path} was another one: {differing}.",
                 "Restore these settings, add --allow-changes to go on all the same, or --overwrite to start anew.",
             )
         report(Caution(f"Going on with changes: {differing}."))
+    if rounding:
+        report(Notice(f"Steps are computed another way from here on ({rounding}), which changes the last bits."))
     report(Notice(f"Going on after step {checkpoint.step}, from {checkpoint.path}."))
     return checkpoint
 
@@ -73,10 +76,22 @@ def find_shared_checkpoint(
         ) from error
 
 
-def _as_known(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """An identity without the settings that were not there yet when a checkpoint was saved."""
-    settings = {name: value for name, value in now.get("settings", {}).items() if name in saved.get("settings", {})}
-    return {**now, "settings": settings} if "settings" in now else now
+def _compare(saved: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
+    """What makes it another run, and what changes the order of its arithmetic only, each as clauses."""
+    found = differences(saved, _known(now, saved))
+    rounding = [clause for clause in found if clause.startswith("rounding.")]
+    others = [clause for clause in found if clause not in rounding]
+    causes = [clause for clause in others if not clause.startswith("batches:")]  # other batches follow from these
+    return "; ".join(causes or others), "; ".join(rounding)
+
+
+def _known(identity: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """An identity without what was not compared yet when a checkpoint was saved."""
+    return {
+        key: _known(value, saved[key]) if isinstance(value, dict) and isinstance(saved[key], dict) else value
+        for key, value in identity.items()
+        if key in saved
+    }
 
 
 def restore_or_seed(checkpoint: Checkpoint | None, device: torch.device, *, seed: int, rank: int) -> None:

@@ -5,6 +5,7 @@ Whatever can be done while the device computes waits until it does: the next ste
 reported. From the end of that wait to the next step's first launch the device has only the update to do.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from qlora_cli.core.training.rng_state import (
     undisturbed_random_state,
 )
 from qlora_cli.core.training.state import Checkpointing, TrainerState
-from qlora_cli.errors import Interrupted, TrainingError
+from qlora_cli.errors import Interrupted, TrainingError, first_line
 from qlora_cli.events import Caution, EvaluationLogged, Notice, StepLogged
 
 NONFINITE_STEPS_TOLERATED = 2  # in a row; one more ends the run
@@ -93,7 +94,9 @@ class Trainer:
         self.saved_step = self.state.step
         self.streak: list[Step] = []  # steps in a row without finite numbers
         self.before_streak: tuple[TrainerState, RandomState] | None = None
-        self.random_state: RandomState = {}  # with which the next step begins
+        self.random_state: RandomState = {}  # with which the step after `state.step` begins
+        self.between_steps = True  # whether parameters, optimizer and `state` are all those after `state.step`
+        self.saving = False
 
     def run(self) -> None:
         """Trains to the end of the plan, or until patience runs out.
@@ -102,13 +105,16 @@ class Trainer:
             Interrupted: A signal came; the step was finished and saved.
             TrainingError: Non-finite numbers several steps in a row, or no memory for a single row.
             DiskFull: A checkpoint did not fit.
+            Exception: Whatever else ended a step or a report, after the state before that step was saved.
         """
         self.replica.model.train()
         with stopping_on_signals() as self.stop:
             try:
                 self._run()
-            finally:
                 self.reporter.flush()
+            except BaseException as error:
+                self._save_last_good(error)
+                raise
 
     def _run(self) -> None:
         upcoming: Upcoming = None
@@ -139,7 +145,6 @@ class Trainer:
         """Takes one optimizer step; returns the next one, its rows read."""
         started = time.perf_counter()
         scaled, rate = self.optimization.scaled, self.optimization.learning_rate(step.number)
-        random_state = self.random_state
         following: Upcoming = None
         while True:
             scale = self.state.loss_scale.scale if scaled else 1.0
@@ -147,7 +152,7 @@ class Trainer:
             self.reporter.flush()  # while the device computes, as what follows
             if following is None and step.number < self.sampler.total_steps:
                 following = self._read_step(step.number + 1)
-            self.random_state = capture_random_state(self.device)
+            random_state_after = capture_random_state(self.device)
             sums = read_sums(pending)  # the step's one wait for the device
             loss, norm = sums.loss_sum / max(sums.trained_tokens, 1), sums.gradient_norm / scale
             if sums.out_of_memory:
@@ -157,17 +162,19 @@ class Trainer:
             elif not (scaled and math.isfinite(loss) and not math.isfinite(norm) and self.state.loss_scale.lower()):
                 break
             # Once more, with the same rows, order and random numbers.
-            restore_random_state(random_state, self.device)
+            restore_random_state(self.random_state, self.device)
             batches = self.accumulation.read_batches(step.micro_batches, self.state.micro_batch_limit_tokens)
         if math.isfinite(loss) and math.isfinite(norm):
+            self.between_steps = False
             self.optimization.update(rate, norm, scale)
             self.streak = []
             if scaled:
                 self.state.loss_scale.accept()
         else:
-            self._skip_update(step, random_state)
+            self._skip_update(step)
         self.agreed_to_stop = sums.stopping
-        self._advance(step, sums, loss, norm, rate, time.perf_counter() - started)
+        self._advance(step, sums, loss, random_state_after)
+        self._report_step(step, sums, loss, norm, rate, time.perf_counter() - started)
         if len(self.streak) > NONFINITE_STEPS_TOLERATED:
             self._give_up()
         return following
@@ -176,11 +183,15 @@ class Trainer:
         step = self.sampler.step(number)
         return step, self.accumulation.read_batches(step.micro_batches, self.state.micro_batch_limit_tokens)
 
-    def _advance(self, step: Step, sums: StepSums, loss: float, norm: float, rate: float, seconds: float) -> None:
+    def _advance(self, step: Step, sums: StepSums, loss: float, random_state: RandomState) -> None:
         self.state.step = step.number
         self.state.tokens += sums.tokens
         if math.isfinite(loss):
             self.state.last_loss = loss
+        self.random_state = random_state
+        self.between_steps = True
+
+    def _report_step(self, step: Step, sums: StepSums, loss: float, norm: float, rate: float, seconds: float) -> None:
         event = StepLogged(
             step=step.number,
             total_steps=self.sampler.total_steps,
@@ -222,9 +233,9 @@ class Trainer:
 
     # ------------------------------------------------------------ non-finite numbers
 
-    def _skip_update(self, step: Step, random_state: RandomState) -> None:
+    def _skip_update(self, step: Step) -> None:
         if not self.streak:
-            self.before_streak = deepcopy(self.state), random_state
+            self.before_streak = deepcopy(self.state), self.random_state
         self.streak.append(step)
         self.reporter.report(Caution(f"Step {step.number}: the loss or a gradient is not finite; no update was made."))
 
@@ -266,15 +277,16 @@ class Trainer:
             return
         state.evaluated_step = state.step
         state.last_eval_loss = loss if math.isfinite(loss) else None
-        self.reporter.report(EvaluationLogged(state.step, loss, math.exp(loss) if loss < 700 else math.inf))
-        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
+        better = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        if better:
             state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
-            if self.checkpointing.keep_best:
-                self._save_once()
-            return
-        state.evaluations_since_best += 1
-        if self.patience is not None and state.evaluations_since_best >= self.patience:
-            state.stopped_early = True
+        else:
+            state.evaluations_since_best += 1
+            state.stopped_early = self.patience is not None and state.evaluations_since_best >= self.patience
+        self.reporter.report(EvaluationLogged(state.step, loss, math.exp(loss) if loss < 700 else math.inf))
+        if better and self.checkpointing.keep_best:
+            self._save_once()
+        if state.stopped_early:
             best = f" than that of step {state.best_step}" if state.best_step else ""
             self.reporter.report(
                 Notice(
@@ -290,12 +302,38 @@ class Trainer:
         self.reporter.flush()
         if self.saved_step == self.state.step:
             return
-        random_states = self.ranks.all_gather(capture_random_state(self.device), self.device)
+        self._write(self.ranks.all_gather(capture_random_state(self.device), self.device))
+        self.ranks.barrier()
+
+    def _write(self, random_states: list[RandomState]) -> None:
+        """Writes a checkpoint with the random states of these ranks, on the main rank."""
         if self.ranks.is_main:
             parameters, optimizer = self.optimization.parameters, self.optimization.optimizer
-            self.reporter.report(self.checkpointing.write(self.state, parameters, optimizer, random_states))
-        self.ranks.barrier()
+            self.saving = True
+            event = self.checkpointing.write(self.state, parameters, optimizer, random_states)
+            self.saving = False
         self.saved_step = self.state.step
+        if self.ranks.is_main:
+            self.reporter.report(event)
+
+    def _save_last_good(self, error: BaseException) -> None:
+        """Saves the state before what failed, unless it is saved, was just being saved, or is half updated.
+
+        The main rank does it alone, since the others may be gone: their random states are drawn anew on resuming.
+        """
+        with contextlib.suppress(Exception):
+            self.reporter.flush()  # the step that waits; what failed may be this very report
+        unsaved = self.state.step != self.saved_step and self.between_steps and not self.saving
+        if isinstance(error, Interrupted) or not (self.ranks.is_main and unsaved and self.random_state):
+            return
+        try:
+            self._write([self.random_state])
+            saved = f"The state after step {self.state.step} is saved, before what failed."
+            self.reporter.report(Caution(saved))
+        except Exception as failure:
+            with contextlib.suppress(Exception):
+                step = self.state.step
+                self.reporter.report(Caution(f"The state after step {step} cannot be saved: {first_line(failure)}."))
 
     def _stopping(self) -> bool:
         """Whether to stop before the next step: the same answer on all ranks, without an exchange of its own."""

@@ -1,0 +1,91 @@
+"""Ctrl-C, SIGTERM and SIGHUP at any moment: one line, 128 + the signal's number, and no traceback.
+
+While modules are imported, a signal ends the process at once: nothing is being written then, and a KeyboardInterrupt in an
+import is swallowed, or comes out of a library as a RecursionError or ModuleNotFoundError. While a command works, it is
+raised, so that what is half written is removed. Training has handlers of its own, which save.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+SHOW_CURSOR = b"\x1b[?25h\n"  # a live view hides it, and leaving at once skips what would bring it back
+AGAIN_SECONDS = 0.3  # a second Ctrl-C counts as typed when it comes so long after the first
+SENTENCE = "Interrupted."
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP came; unlike KeyboardInterrupt it ends a conversation too."""
+
+
+class _State:
+    """What this process does, and what came."""
+
+    loading = True
+    number: int | None = None  # of the signal that came
+    seconds = 0.0  # when it did
+
+
+def install() -> None:
+    """Sets the handlers; what is ignored, as SIGHUP under nohup, stays so. Forked children have the defaults."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _note)
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) is _note:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    again = _State.number is not None
+    if _State.loading or (again and number == signal.SIGINT and now - _State.seconds >= AGAIN_SECONDS):
+        end_at_once(128 + number, f"error: {SENTENCE}\n" if os.environ.get("RANK", "0") == "0" else "")
+    if again:
+        return
+    _State.number, _State.seconds = number, now
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+    """Inside the block a signal is raised: what is half written has to be removed."""
+    before, _State.loading = _State.loading, False
+    try:
+        yield
+    finally:
+        _State.loading = before
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Inside the block, which imports, a signal ends the process at once."""
+    before, _State.loading = _State.loading, True
+    try:
+        yield
+    finally:
+        _State.loading = before
+
+
+def take_signal() -> int | None:
+    """The number of the signal that came, if one did; from here on it counts as dealt with."""
+    number, _State.number = _State.number, None
+    return number
+
+
+def end_at_once(code: int, words: str = "") -> None:
+    """Ends the process with an exit code; no buffer is flushed, no handler runs, other threads stop where they are.
+
+    `words` go to standard error, where it can be written.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + words.encode(errors="replace"))
+    os._exit(code)

@@ -1,0 +1,126 @@
+"""Ranges of settings: which values of a number or a text mean anything. Each stands beside the default it belongs to."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from qlora_cli.errors import UsageError
+
+UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNIT_BYTES |= {
+    unit: 2 ** (10 * power)
+    for power, units in enumerate((("kib", "k"), ("mib", "m"), ("gib", "g"), ("tib", "t")), start=1)
+    for unit in units
+}
+LEAST_SENSIBLE_BYTES = 2**20  # `--vram 12` is a forgotten unit, not 12 bytes
+MOST_SENSIBLE_BYTES = 2**60
+
+
+class Range(Protocol):
+    """What a setting's value may be."""
+
+    def allows(self, value: Any) -> bool:
+        """Whether the value means anything."""
+
+    @property
+    def advice(self) -> str:
+        """What to use instead of one that does not, as a sentence."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers from `low` to `high`, each end included unless it is open; never NaN."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether the number lies in between."""
+        above = self.low < value if self.open_low else self.low <= value
+        return bool(above and (value < self.high if self.open_high else value <= self.high))
+
+    @property
+    def advice(self) -> str:
+        """Both ends."""
+        low, high = (f"{end:,}" for end in (self.low, self.high))
+        if not (self.open_low or self.open_high):
+            return f"Use {low} to {high}."
+        start = f"a number above {low}" if self.open_low else f"{low}"
+        return f"Use {start} {'to' if not self.open_low else 'and'} {'below' if self.open_high else 'at most'} {high}."
+
+
+@dataclass(frozen=True)
+class Words:
+    """Text of at most `longest_bytes` in UTF-8, not empty, and without control characters."""
+
+    longest_bytes: int = 4096  # PATH_MAX
+    lines: bool = False  # whether line ends and tabs may be in it
+
+    def allows(self, value: Any) -> bool:
+        """Whether the text can be a name."""
+        text = str(value)
+        plain = re.sub(r"[\n\r\t]", "", text) if self.lines else text
+        size_bytes = len(text.encode("utf-8", "surrogateescape"))
+        return 0 < size_bytes <= self.longest_bytes and not re.search(r"[\x00-\x1f\x7f-\x9f]", plain)
+
+    @property
+    def advice(self) -> str:
+        """Its length."""
+        return f"Use 1 to {self.longest_bytes:,} bytes of text without control characters."
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An amount of memory, such as 12GiB."""
+
+    def allows(self, value: Any) -> bool:
+        """Whether it can be read as one."""
+        try:
+            parse_memory(value)
+        except UsageError:
+            return False
+        return True
+
+    @property
+    def advice(self) -> str:
+        """How it is written."""
+        return "Write an amount of memory with its unit, as 12GiB, 12000MiB or 12GB."
+
+
+@dataclass(frozen=True)
+class WordOrNumber:
+    """One of a few words, or a whole number from 0 to `high`."""
+
+    words: tuple[str, ...]
+    high: int
+
+    def allows(self, value: Any) -> bool:
+        """Whether it is one of them."""
+        text = str(value)
+        return text in self.words or (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= self.high)
+
+    @property
+    def advice(self) -> str:
+        """All of them."""
+        return f"Use {', '.join(self.words)}, or a number from 0 to {self.high:,}."
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as 12GiB, 12GB, 12000MiB, 12G or 12884901888.
+
+    GiB, MiB and the bare letters are powers of 1024; GB and MB are powers of 1000.
+
+    Raises:
+        UsageError: It is no size, or too small or too large to be one of a card.
+    """
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-z]*)\s*", text.lower(), re.ASCII)
+    if match is None or match[2] not in UNIT_BYTES:
+        raise UsageError(f"{text!r} is not an amount of memory.", "Write it as 12GiB, 12000MiB or 12GB.")
+    total_bytes = int(float(match[1]) * UNIT_BYTES[match[2]])
+    if total_bytes < LEAST_SENSIBLE_BYTES:
+        raise UsageError(f"{text!r} is only {total_bytes} bytes.", f"Add the unit: {match[1]}GiB.")
+    if total_bytes > MOST_SENSIBLE_BYTES:
+        raise UsageError(f"{text!r} is more than any machine has.", "Write it as 12GiB, 12000MiB or 12GB.")
+    return total_bytes
