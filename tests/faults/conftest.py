@@ -31,9 +31,9 @@ class Outcome:
 class Zygote:
     """The process that forks the victims."""
 
-    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+    def __init__(self, directory: Path, environment: dict[str, str], inside: tuple[str, ...] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote"],
+            [*inside, sys.executable, "-m", "tests.faults.zygote"],
             cwd=Path(__file__).resolve().parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1", "QLORA_CACHE": str(directory / "cache"), **environment},
             stdin=subprocess.PIPE,
@@ -53,6 +53,13 @@ class Zygote:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return Outcome(**json.loads(self.process.stdout.readline()))
+
+    def preload(self, modules: list[str]) -> None:
+        """Imports modules where the victims are forked from, so that none of them has to."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"imports": modules}) + "\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
 
     def train(self, options: dict[str, Any], fault: dict[str, Any] | None = None, **keywords: Any) -> Outcome:
         """A run of `train`."""

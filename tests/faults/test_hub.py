@@ -117,6 +117,17 @@ def test_a_download_is_announced_and_its_bytes_are_counted_to_the_end(download, 
     assert again.code == 0 and "Downloading" not in again.said
 
 
+def test_a_download_that_was_broken_off_is_no_model_while_the_hub_is_out_of_reach(download, hub, tmp_path):
+    assert download("").code == 0
+    (snapshot,) = (tmp_path / "cache").glob("models--org--model/snapshots/*")
+    lost = next(path for path in snapshot.iterdir() if path.name.startswith("tokenizer"))
+    lost.resolve().unlink()
+    lost.unlink()
+    refused = download("status:503")
+    assert refused.code == 1 and f"{lost.name} is not, and the hub is out of reach" in refused.said, refused.said
+    assert download("").code == 0 and download("status:503").code == 0
+
+
 def test_what_is_here_already_is_said(download, hub, tmp_path):
     assert download("").code == 0
     lost = next((tmp_path / "cache").glob("models--org--model/snapshots/*/config.json"))

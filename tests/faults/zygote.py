@@ -11,13 +11,14 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 import qlora_cli.commands.train  # noqa: F401 - what the children need
 from qlora_cli.errors import QloraError
-from tests.faults import victims  # noqa: F401
+from tests.faults import command_line, victims  # noqa: F401
 
 
 def run_child(request: dict, output: int) -> None:
@@ -44,6 +45,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
+        if "imports" in request:  # what the children would each import anew
+            for name in request["imports"]:
+                with suppress(Exception):
+                    importlib.import_module(name)
+            print("{}", flush=True)
+            continue
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:

@@ -40,7 +40,7 @@ from qlora_cli.core.records.record import Record
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.ownership import PREPARED, may_replace
 from qlora_cli.core.storage.publish import atomic_directory
-from qlora_cli.core.storage.temporaries import heal
+from qlora_cli.core.storage.temporaries import heal, sweep, sweep_beside
 from qlora_cli.errors import DataError, DiskFull, RunError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 
@@ -164,8 +164,11 @@ def prepare_rows(
     if settings.data is None:
         raise UsageError("No data was given.", "Add: --data FILE (or a folder, a glob, or a hub dataset).")
     asked = None
-    if directory is not None:
+    if directory is None:
+        sweep(cache_directory())
+    else:
         heal(directory)
+        sweep_beside(directory)
         reads = [*read_paths(settings), Path(tokenizer.name_or_path)]
         may_replace(directory, PREPARED, overwrite=True, reads=reads, files=PREPARED_FILES)
         asked = partial(may_replace, directory, PREPARED, overwrite=overwrite, reads=reads, files=PREPARED_FILES)

@@ -18,7 +18,7 @@ from qlora_cli.core.storage.lock import locked
 from qlora_cli.core.storage.ownership import MERGED, Place, may_replace, read_mark
 from qlora_cli.core.storage.publish import publish
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE
-from qlora_cli.core.storage.temporaries import heal, sweep
+from qlora_cli.core.storage.temporaries import heal, sweep, sweep_beside
 from qlora_cli.errors import DiskFull, Interrupted, QloraError
 
 MERGED_FILES = (
@@ -47,6 +47,7 @@ def find_place(output: Path, *, overwrite: bool, reads: Iterable[Path]) -> Place
         RunError: It may not be replaced.
     """
     heal(output)
+    sweep_beside(output)
     if (mark := read_mark(output)) is not None and mark.kind == MERGED:
         for name in (JOURNAL, LOCK):  # of a merge that was killed right after its publication
             (output / name).unlink(missing_ok=True)
@@ -69,7 +70,6 @@ def unfinished_directory(output: Place, *, shown: str, resume: bool) -> Iterator
         RunError: Another process is merging to the same place, or it cannot be written.
         DiskFull: The disk has no room.
     """
-    sweep(output.home, output.path.name)
     directory = unfinished_path(output)
     with locked(directory, output=Path(shown)):
         sweep(directory)

@@ -1,9 +1,11 @@
 """Downloads from the Hugging Face hub into its local cache: announced, with their progress in bytes, and retried."""
 
+import json
 import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
+from qlora_cli.artifacts import cache_root, write_json
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Notice, Progress, Report
 from qlora_cli.sizes import format_bytes
@@ -65,12 +68,13 @@ def download_snapshot(repository: str, revision: str | None, patterns: list[str]
     }
     if hub_constants.HF_HUB_OFFLINE:
         try:
-            return Path(snapshot_download(repository, revision=revision, local_files_only=True, **wanted))
+            found = Path(snapshot_download(repository, revision=revision, local_files_only=True, **wanted))
         except (hub_errors.LocalEntryNotFoundError, hub_errors.RevisionNotFoundError) as error:
             raise ModelError(
                 f"The {kind} {repository} is not in the local hub cache and HF_HUB_OFFLINE is set.",
                 "Unset HF_HUB_OFFLINE to download it, or give {flag} a local path.".format(**words),
             ) from error
+        return _require_whole(found, repository, wanted)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return _download(repository, revision, wanted, report, announced=attempt > 1)
@@ -104,7 +108,9 @@ def _download(
     try:
         commit, sizes = _list_files(repository, revision, wanted)
     except (hub_errors.HTTPError, OSError):  # snapshot_download falls back to the cache, or says what is wrong
-        return Path(snapshot_download(repository, revision=revision, **wanted))
+        found = Path(snapshot_download(repository, revision=revision, **wanted))
+        return _require_whole(found, repository, wanted)
+    _keep_listing(repository, wanted["repo_type"], commit, sizes)
     where = {"revision": commit, "repo_type": wanted["repo_type"]}
     missing = [name for name in sizes if not isinstance(try_to_load_from_cache(repository, name, **where), str)]
     if sizes and not missing:
@@ -133,6 +139,53 @@ def _list_files(repository: str, revision: str | None, wanted: dict[str, Any]) -
         sizes, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"]
     )
     return str(info.sha), {name: sizes[name] for name in names}
+
+
+def _listing_path(repository: str, kind: str, commit: str) -> Path:
+    """Where the names and bytes of the files wanted of a commit are kept, so that a broken download is known offline."""
+    return cache_root() / "hub" / f"{kind}s--{repository.replace('/', '--')}@{commit}.json"
+
+
+def _keep_listing(repository: str, kind: str, commit: str, sizes: dict[str, int]) -> None:
+    path = _listing_path(repository, kind, commit)
+    with suppress(OSError):  # without it a broken download is only known while the hub is in reach
+        known = _read_listing(path)
+        if known | sizes != known:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known | sizes)
+
+
+def _read_listing(path: Path) -> dict[str, int]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _require_whole(directory: Path, repository: str, wanted: dict[str, Any]) -> Path:
+    """The snapshot that the cache holds where the hub is out of reach, unless a download of it was broken off.
+
+    Raises:
+        ModelError: A file of the listing kept when it was begun is missing, or has another size.
+    """
+    sizes = _read_listing(_listing_path(repository, wanted["repo_type"], directory.name))
+    names = list(
+        filter_repo_objects(sizes, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"])
+    )
+    here = [
+        name
+        for name in names
+        if (directory / name).is_file()
+        and (directory / name).stat().st_size == (sizes[name] or (directory / name).stat().st_size)
+    ]
+    if lacking := sorted(set(names) - set(here)):
+        raise ModelError(
+            f"{len(here)} of {len(names)} files of {repository} are in the hub cache, {lacking[0]} is not, and the hub is "
+            "out of reach.",
+            "Run the command again when it is in reach: finished files are kept.",
+        )
+    return directory
 
 
 def byte_counter(on_bytes: Callable[[int], None]) -> type[tqdm]:

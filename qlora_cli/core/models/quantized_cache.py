@@ -28,6 +28,7 @@ from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
 from qlora_cli.core.storage.publish import atomic_directory
+from qlora_cli.core.storage.temporaries import sweep
 from qlora_cli.core.untrusted import is_ours
 from qlora_cli.errors import RunError
 from qlora_cli.events import Caution, Notice, Report, report_nothing
@@ -167,6 +168,7 @@ def restore_base(
         weight_shards: Keep this rank's share of each packed weight and its constants only.
     """
     directory = base_directory(facts)
+    sweep(directory.parent)
     if not _is_file(directory / MANIFEST):
         return None
     if not all(is_ours(path) for path in (directory, directory / MANIFEST, directory / WEIGHTS)):

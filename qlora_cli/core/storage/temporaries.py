@@ -57,6 +57,13 @@ def sweep(folder: Path, name: str | None = None) -> None:
                     remove(path)
 
 
+def sweep_beside(target: Path) -> None:
+    """Removes what dead writers of a directory left, beside it or in it: asked also where nothing is to be written."""
+    path = Path(os.path.realpath(target))
+    sweep(path.parent, path.name)
+    sweep(path, path.name)
+
+
 def heal(target: Path) -> None:
     """Puts back a directory that stood aside when the process that was replacing it died; waits for one that lives."""
     deadline = time.monotonic() + HEAL_SECONDS

@@ -1,0 +1,85 @@
+"""Faults at the file calls of all five commands, both caches cold: nothing is lost, and the same command mends it."""
+
+import random
+import subprocess
+
+import pytest
+
+from .campaign import LOCKS_LIE, NO_EXCHANGE, NO_LOCKS, NO_RENAME_OVER, Campaign, build_injector
+from .conftest import Zygote
+
+SHORT_TRIALS = 1  # of each way to call a command
+LONG_TRIALS = 64
+NETWORK_TRIALS = 16
+NETWORKS = {
+    "no exchange, no locks": NO_EXCHANGE | NO_LOCKS,
+    "no exchange, no rename over, locks that lie": NO_EXCHANGE | NO_RENAME_OVER | LOCKS_LIE,
+}
+
+
+CONTAINER = ("unshare", "--fork", "--pid", "--mount-proc")  # in each the first process is number 1
+PAIRS = 10
+
+
+@pytest.fixture(scope="session")
+def containers(tmp_path_factory, tiny_model):
+    """A campaign in one container, and the process of another."""
+    library = build_injector(tmp_path_factory.mktemp("injector"))
+    if library is None or subprocess.run([*CONTAINER, "true"], capture_output=True).returncode:
+        pytest.skip("there is no C compiler, or namespaces are not permitted here")
+    environment = {"LD_PRELOAD": str(library), "HF_HUB_OFFLINE": "1"}
+    first, second = (Zygote(tmp_path_factory.mktemp("container"), environment, CONTAINER) for _ in range(2))
+    yield Campaign(first, tmp_path_factory.mktemp("campaign") / "home", tiny_model("llama")), second
+    first.close()
+    second.close()
+
+
+@pytest.fixture(scope="session")
+def campaign(tmp_path_factory, tiny_model):
+    library = build_injector(tmp_path_factory.mktemp("injector"))
+    if library is None:
+        pytest.skip("there is no C compiler to build the injector with")
+    zygote = Zygote(tmp_path_factory.mktemp("campaign-zygote"), {"LD_PRELOAD": str(library), "HF_HUB_OFFLINE": "1"})
+    yield Campaign(zygote, tmp_path_factory.mktemp("campaign") / "home", tiny_model("llama"))
+    zygote.close()
+
+
+def run(campaign, table, trials, ways=0, seed=0):
+    wrong = []
+    for name in campaign.commands:
+        points = campaign.points(name, random.Random(f"{seed}{name}"))
+        for (at, mode), _ in zip(points, range(trials), strict=False):
+            wrong += campaign.trial(name, at, mode, table=table, ways=ways)
+    assert not wrong, f"{len(wrong)} trials:\n" + "\n".join(wrong)
+
+
+def test_a_fault_in_each_command_loses_nothing_and_the_same_command_mends_it(campaign):
+    run(campaign, "any fault (short)", SHORT_TRIALS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_faults_at_file_calls_of_every_command(campaign):
+    run(campaign, "local", LONG_TRIALS)
+    assert campaign.trials >= 500
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_faults_on_file_systems_like_those_of_networks(campaign, name):
+    run(campaign, name, NETWORK_TRIALS, NETWORKS[name], seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("shares_output", [False, True])
+def test_two_containers_that_share_a_cache_or_an_output_never_lose_each_other_s_work(containers, shares_output):
+    campaign, other = containers
+    wrong = []
+    for name in ("prepare", "train", "generate", "merge"):
+        table = "two containers, one output" if shares_output else "two containers, one cache"
+        points = campaign.points(name, random.Random(f"pairs{name}"))
+        for (at, mode), _ in zip(points, range(PAIRS), strict=False):
+            wrong += campaign.pair(name, at, mode, other, shares_output=shares_output, table=table)
+    assert not wrong, f"{len(wrong)} trials:\n" + "\n".join(wrong)
