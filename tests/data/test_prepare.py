@@ -27,6 +27,7 @@ from qlora_cli.core.data.prepare import (
     cache_directory,
     choose_max_length,
     count_processes,
+    prepare_cached_rows,
     prepare_rows,
 )
 from qlora_cli.core.data.readers import CHUNK_BYTES
@@ -465,6 +466,18 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
         assert len(PreparedRows(repaired.directory)) == 30
     monkeypatch.delenv("QLORA_CACHE")
     assert cache_directory() == Path.home() / ".cache" / "qlora" / "prepared"
+
+
+def test_a_cache_that_takes_no_files_costs_time_and_never_the_run(tmp_path, monkeypatch):
+    config = PrepareConfig(data=write(tmp_path / "rows.jsonl", PAIRS))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "file"))
+    for hit in (False, True):
+        events = []
+        found = prepare_cached_rows(config, byte_level(), None, tmp_path / "out" / ".rows", events.append)
+        assert Path(found.directory) == tmp_path / "out" / ".rows" and found.cache_hit == hit
+        assert len(PreparedRows(found.directory)) == 30
+        assert [type(event) for event in events].count(Caution) == 1
 
 
 def test_another_directory_is_not_written_over(tmp_path):

@@ -124,7 +124,7 @@ def test_a_download_that_was_broken_off_is_no_model_while_the_hub_is_out_of_reac
     lost.resolve().unlink()
     lost.unlink()
     refused = download("status:503")
-    assert refused.code == 1 and f"{lost.name} is not, and the hub is out of reach" in refused.said, refused.said
+    assert refused.code == 1 and lost.name in refused.said, refused.said  # by the library or, offline, by us
     assert download("").code == 0 and download("status:503").code == 0
 
 
