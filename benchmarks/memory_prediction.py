@@ -25,11 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.models import ALL16, QKV8, QKV16, build
 
 ADAPTERS = {"llama-7b": ALL16, "neox-20b": QKV8, "pythia-410m": ALL16, "falcon-7b": QKV16, "tiny-llama": ALL16}
+ADAPTERS |= {"qwen3-30b-a3b": ALL16, "gpt-oss-20b": ALL16, "mixtral-8x7b": ALL16}
 KEPT = {"gradient_checkpointing": "off", "offload_activations": False, "offload_embeddings": False}
 RECOMPUTED = KEPT | {"gradient_checkpointing": "on"}
 OFFLOADED = {"gradient_checkpointing": "on", "offload_activations": True, "offload_embeddings": True}
 # setting → (rows of 2,048 tokens in a micro-batch, engine options, steps the engine is told of: from 8 on it makes graphs)
 SETTINGS = {
+    "recomputed, one row": (1, RECOMPUTED | {"compile": False}, 4),
     "kept": (2, KEPT | {"compile": False}, 4),
     "recomputed": (4, RECOMPUTED | {"compile": False}, 4),
     "offloaded": (2, OFFLOADED | {"compile": False}, 4),

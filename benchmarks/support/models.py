@@ -75,6 +75,26 @@ CONFIGS = {
             "new_decoder_architecture": False,
         },
     ),
+    "qwen3-30b-a3b": (
+        "Qwen3MoeConfig",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt-oss-20b": ("GptOssConfig", {"num_hidden_layers": 24, "num_local_experts": 32, "vocab_size": 201088}),
+    "mixtral-8x7b": ("MixtralConfig", {"vocab_size": 32000, "sliding_window": None}),
     "tiny-llama": (
         "LlamaConfig",
         {
@@ -105,15 +125,20 @@ def make_config(name: str):
 
 
 def build(name: str, device: str):
-    """A random base of that architecture, linears in NF4 with double quantisation, frozen as `load_base` leaves it."""
+    """A random base of that architecture, linears and experts in NF4 with double quantisation, frozen as `load_base`
+    leaves it."""
     import bitsandbytes
     import torch
     from torch import nn
     from transformers import AutoModelForCausalLM
 
+    from qlora_cli.core.experts.four_bit_experts import pack_experts
+    from qlora_cli.core.experts.layout import expert_weights, find_experts
+    from qlora_cli.core.experts.stack import pack_matrix
     from qlora_cli.core.models.quantization import freeze_base
 
     torch.manual_seed(0)
+    held = {"quant_type": "nf4", "double_quant": True}
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(make_config(name), dtype=torch.bfloat16)
     for full_name, module in list(base.named_modules()):
@@ -134,6 +159,12 @@ def build(name: str, device: str):
         linear.bias = module.bias
         base.set_submodule(full_name, linear)
         module.weight = None
+    for _, module in list(find_experts(base)):
+        stacks = {weight.name: weight.as_matrix(getattr(module, weight.name).data) for weight in expert_weights(module)}
+        packed = pack_experts(module, compute_dtype=torch.bfloat16, device=torch.device(device), **held)
+        for stack_name in list(stacks):
+            for number, matrix in enumerate(stacks.pop(stack_name)):
+                packed.put_expert(stack_name, number, pack_matrix(matrix, **held))
     return freeze_base(base)
 
 

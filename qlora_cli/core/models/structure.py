@@ -123,7 +123,9 @@ def find_decoder(base: Any) -> Any:
     decoder = base.get_decoder()
     if decoder is not base and decoder.get_decoder() is not decoder:  # a language model with its own head inside
         return find_decoder(decoder)
-    return decoder if decoder is not base else getattr(base, base.base_model_prefix)
+    if decoder is not base:
+        return decoder
+    return getattr(base, base.base_model_prefix, None) or base.model  # Llama 4's text model has another prefix
 
 
 def underlying_model(model: Any) -> Any:

@@ -1,0 +1,55 @@
+"""Experts in 4 bits on a GPU: grouped products against float64, by all experts at once and by groups of a few."""
+
+import pytest
+import torch
+
+from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.experts import grouped_product
+from qlora_cli.core.experts.four_bit_experts import ExpertLora, pack_experts
+from qlora_cli.core.experts.layout import expert_weights
+from qlora_cli.core.experts.stack import pack_matrix
+from tests.experts.expert_modules import make_experts
+
+pytestmark = pytest.mark.gpu
+TOKENS = 300
+
+
+@pytest.mark.parametrize("workspace_bytes", [2**31, 3 * 96 * 64 * 2, 1])
+@pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss"])
+def test_grouped_products_are_as_exact_as_eager_ones(layout, workspace_bytes, monkeypatch):
+    monkeypatch.setattr(grouped_product, "WORKSPACE_BYTES", workspace_bytes)
+    reference = make_experts(layout)
+    packed = make_experts(layout).bfloat16().cuda()
+    stacks = {w.name: w.as_matrix(getattr(packed, w.name).data) for w in expert_weights(packed)}
+    held = {"quant_type": "nf4", "double_quant": True}
+    packed = pack_experts(packed, compute_dtype=torch.bfloat16, device=torch.device("cuda"), **held)
+    generator = torch.Generator().manual_seed(0)
+    for weight in packed.expert_weights:
+        for number, matrix in enumerate(stacks[weight.name]):
+            packed.put_expert(weight.name, number, pack_matrix(matrix, **held))
+            codes, state = bnb.functional.quantize_4bit(
+                matrix.contiguous(), **{"quant_type": "nf4", "compress_statistics": True}
+            )
+            assert torch.equal(packed.dequantized(weight.name, number), bnb.functional.dequantize_4bit(codes, state))
+        a = torch.randn(weight.experts * 8, weight.columns, generator=generator) * 0.1
+        b = torch.randn(weight.rows, 8 * weight.experts, generator=generator) * 0.1
+        packed.lora[weight.name] = ExpertLora(a.cuda().requires_grad_(), b.cuda().requires_grad_(), 0.5)
+        exact = ExpertLora(a.double(), b.double(), 0.5)
+        values = [
+            packed.dequantized(weight.name, e).cpu().double() + exact.delta(weight, e) for e in range(weight.experts)
+        ]
+        getattr(reference, weight.name).data = weight.as_matrix(torch.stack(values)).contiguous()
+        if weight.bias:
+            getattr(reference, weight.bias).data = getattr(packed, weight.bias).data.cpu().double()
+    index = torch.rand(TOKENS, 4, generator=generator).argsort(dim=1)[:, :2]
+    weights = torch.rand(TOKENS, 2, generator=generator)
+    x = torch.randn(TOKENS, 64, generator=generator).bfloat16()
+    exact_x = x.double().requires_grad_()
+    x = x.cuda().requires_grad_()
+    expected = reference(exact_x, index, weights.double())
+    found = packed(x, index.cuda(), weights.cuda())
+    expected.sum().backward()
+    found.float().sum().backward()
+    for got, wanted in ((found, expected), (x.grad, exact_x.grad)):
+        difference = (got.detach().cpu().double() - wanted.detach()).norm() / wanted.detach().norm()
+        assert difference < 0.02
