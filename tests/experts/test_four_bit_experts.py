@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.experts import grouped_product
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.layout import expert_weights
 from tests.experts.expert_modules import make_experts, pack
@@ -107,3 +108,26 @@ def test_a_packed_module_keeps_nothing_in_16_bits_for_the_backward_pass():
         call(packed, torch.randn(TOKENS, 64, dtype=torch.bfloat16, requires_grad=True))
     largest = max(torch.Size(shape).numel() for dtype, shape in saved if dtype == torch.bfloat16)
     assert largest <= TOKENS * CHOICES * 96  # activations; one expert alone has 96 * 64 weights
+
+
+def test_where_the_device_holds_no_more_fewer_experts_are_dequantised_at_once(monkeypatch):
+    experts = pack(make_experts("qwen3_moe"), torch.float32)
+    stack = experts.stack("down_proj")
+    x = torch.randn(40, stack.layout.columns, generator=torch.Generator().manual_seed(0))
+    _, _, routing = grouped_product.route(torch.arange(40) % 5, 5)
+    plain = grouped_product.packed_product(x, stack, routing)
+    asked = []
+
+    def grouped(x, matrices, ends):
+        asked.append(len(matrices))
+        if len(matrices) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        starts = [0, *ends.tolist()]
+        return torch.cat([x[a:b] @ m for a, b, m in zip(starts, starts[1:], matrices, strict=False)])
+
+    monkeypatch.setattr(grouped_product, "_takes_grouped_mm", lambda x, *sizes: True)
+    monkeypatch.setattr(grouped_product, "grouped_mm", grouped)
+    monkeypatch.setattr(grouped_product, "_workspace", grouped_product._Workspace())
+    for _ in range(2):
+        torch.testing.assert_close(grouped_product.packed_product(x, stack, routing), plain)
+    assert asked == [5, 2, 2, 1, 2, 2, 1]  # found out once

@@ -16,6 +16,15 @@ from qlora_cli.kernels.weights import FrozenWeight
 
 # Of dequantised experts at once on a GPU, where a group costs a wait for the device when there are several.
 WORKSPACE_BYTES = 2 * 2**30
+
+
+class _Workspace:
+    """How much may be dequantised at once, for the process: less once the device had no room for it."""
+
+    limit_bytes = WORKSPACE_BYTES
+
+
+_workspace = _Workspace()
 ALIGNED_BYTES = 16  # of each row, where grouped_mm is to take it
 
 
@@ -90,11 +99,28 @@ def _stack_of(facts: Any, tensors: Any) -> ExpertStack:
 
 
 def _multiply(x: Tensor, stack: ExpertStack, routing: Routing, *, backward: bool) -> Tensor:
-    """x W^T, or x W for the gradient of its input, each row with its expert's W."""
+    """x W^T, or x W for the gradient of its input, each row with its expert's W.
+
+    Where the device holds no more, fewer experts are dequantised at once from then on.
+    """
+    layout = stack.layout
+    grouped = _takes_grouped_mm(x, layout.rows, layout.columns)
+    expert_bytes = layout.elements * x.element_size()
+    while True:
+        at_once = min(layout.experts, max(1, _workspace.limit_bytes // expert_bytes)) if grouped else 1
+        try:
+            return _multiply_groups(x, stack, routing, at_once, grouped=grouped, backward=backward)
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+        _workspace.limit_bytes = at_once * expert_bytes // 2
+
+
+def _multiply_groups(
+    x: Tensor, stack: ExpertStack, routing: Routing, at_once: int, *, grouped: bool, backward: bool
+) -> Tensor:
     layout = stack.layout
     experts, width = layout.experts, layout.columns if backward else layout.rows
-    grouped = _takes_grouped_mm(x, layout.rows, layout.columns)
-    at_once = max(1, WORKSPACE_BYTES // (layout.elements * x.element_size())) if grouped else 1
     if at_once >= experts:
         values = stack.matrices(x.dtype, 0, experts)
         return grouped_mm(x, values if backward else values.transpose(-2, -1), routing.ends)
