@@ -390,7 +390,14 @@ def test_with_no_checkpoint_that_verifies_nothing_starts_over_by_itself(interrup
 
 
 # Too high a rate: the held-out loss falls for two steps and rises again.
-WORSENING = {"learning_rate": 2e-2, "scheduler": "constant", "max_steps": 3, "eval_every": 1, "keep_best": True}
+WORSENING = {
+    "init": "default",
+    "learning_rate": 2e-2,
+    "scheduler": "constant",
+    "max_steps": 3,
+    "eval_every": 1,
+    "keep_best": True,
+}
 
 
 def test_keep_best_keeps_the_adapter_of_the_lowest_evaluation_loss(options):
