@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -292,3 +293,57 @@ def generate_from_hub(options: dict[str, Any], cache: str) -> None:
     with mock.patch.object(constants, "HF_HUB_CACHE", cache):
         config = GenerateConfig(base_cache=False, max_new_tokens=2, temperature=0, **options)
         generate(config, ["Once"], lambda event: print(event, flush=True))
+
+
+def command_line(arguments: list[str], broken: str) -> None:
+    """A command line whose standard error cannot be written."""
+    import pty
+
+    from qlora_cli.cli.app import main
+
+    reading, writing = os.pipe()
+    if broken == "reader gone":
+        os.close(reading)
+    elif broken == "disk full":
+        writing = os.open("/dev/full", os.O_WRONLY)
+    elif broken == "terminal closed":
+        reading, writing = pty.openpty()
+        os.close(reading)
+    elif broken == "full pipe":
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * 4096)
+    os.dup2(writing, 2)
+    os.close(writing)
+    if broken == "closed":
+        os.close(2)
+    os._exit(main(arguments))
+
+
+@contextlib.contextmanager
+def removed(path: str, step: int) -> Iterator[Callable[[Event], None]]:
+    """After a step, somebody removes the run directory."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == step:
+            shutil.rmtree(path)
+
+    yield on_event
+
+
+@contextlib.contextmanager
+def failing(where: str, step: int) -> Iterator[Callable[[Event], None]]:
+    """Something fails while a step is computed, or when it is told."""
+
+    def change(batch: Any, loss: torch.Tensor, now: int) -> torch.Tensor:
+        if where == "forward" and now == step and loss.requires_grad:
+            raise ValueError("injected")
+        return loss
+
+    def on_event(event: Event) -> None:
+        if where == "report" and isinstance(event, StepLogged) and event.step == step:
+            raise ValueError("injected")
+
+    with bad_engine(change):
+        yield on_event
