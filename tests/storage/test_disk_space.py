@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.core.storage.disk_space import is_disk_full, reporting_disk_full, require_space
+from qlora_cli.core.storage.disk_space import describe_refusal, is_disk_full, reporting_disk_full, require_space
 from qlora_cli.errors import DiskFull, RunError
 
 
@@ -38,4 +38,8 @@ def test_other_failures_and_those_already_reported_pass(tmp_path):
         with pytest.raises(type(error)) as caught, reporting_disk_full(tmp_path):
             raise error
         assert caught.value is error
+    torch_s = RuntimeError("unable to open file </a/b> in read-only mode: Permission denied (13)")
+    assert (
+        "Permission denied" in describe_refusal(torch_s).message and describe_refusal(RuntimeError("of (13)")) is None
+    )
     assert is_disk_full(Exception("I/O error (os error 28)")) and not is_disk_full(Exception("os error 13"))

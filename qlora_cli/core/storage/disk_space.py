@@ -44,7 +44,7 @@ _OF_FILES = {
     ]
     if hasattr(errno, name)
 }
-_OS_ERROR = re.compile(r"os error (\d+)")
+_OS_ERROR = re.compile(r"os error (\d+)|unable to [^\n]*\((\d+)\)")
 
 
 def free_disk_bytes(path: Path) -> int:
@@ -70,12 +70,12 @@ def require_space(path: Path, needed_bytes: int) -> None:
 def error_number(error: BaseException) -> int | None:
     """The system's number of an error.
 
-    safetensors and tokenizers hide it in the text of exceptions of their own.
+    safetensors, tokenizers and torch hide it in the text of exceptions of their own.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     hidden = _OS_ERROR.search(str(error))
-    return int(hidden[1]) if hidden else None
+    return int(hidden[1] or hidden[2]) if hidden else None
 
 
 def is_disk_full(error: BaseException) -> bool:
