@@ -17,6 +17,7 @@ from qlora_cli.config import MergeConfig, QuantizationSettings
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.adapters.fitting import fitted_adapter
+from qlora_cli.core.adapters.shared_layers import one_delta_each
 from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, choose_base
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
@@ -86,7 +87,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         options = choose_options(config, base, choose_device())
         files = stack.enter_context(Checkpoint(base.files.weights, base.stored, options.device)).files
         keep_tied = bool(facts.config.get("ensure_weight_tying"))
-        deltas = read_deltas(facts, base.model, renamer(base.model))
+        deltas = one_delta_each(read_deltas(facts, base.model, renamer(base.model)), base.model, adapter)
         names = map_names((name for file in files for name in file.entries), base.model)
 
         def make_planner(options: MergeOptions) -> tuple[MergePlanner, MergePlan]:

@@ -22,6 +22,7 @@ from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, short_parameters, use_expert_lora
 from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, stored_config
+from qlora_cli.core.adapters.shared_layers import apart, share_pairs
 from qlora_cli.core.adapters.targets import find_targets, read_patterns, short_names
 from qlora_cli.core.adapters.vocabulary import replaced_weights, take_vocabulary
 from qlora_cli.core.models.quantization import logical_numel
@@ -80,6 +81,7 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
             raise AdapterError(
                 f"No adapter can be attached as asked: {first_line(error)}", "Leave modules out with --exclude-modules."
             ) from error
+    share_pairs(peft_model)
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and "modules_to_save" in name:
             parameter.data = parameter.data.float()  # full modules train in float32 like the adapter
@@ -203,8 +205,7 @@ def save_adapter(peft_model: PeftModel, directory: Path, *, base_name: str, name
 
     No network call is made. `base_name` is the hub id or directory that it records as the base.
     """
-    state = {key: value.detach().to("cpu").contiguous() for key, value in adapter_state(peft_model, name).items()}
-    save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(apart(adapter_state(peft_model, name)), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = stored_config(peft_model.peft_config[name], peft_model.get_base_model())
     config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True

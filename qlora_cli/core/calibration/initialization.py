@@ -16,6 +16,7 @@ from qlora_cli import __version__
 from qlora_cli.artifacts import cache_root, read_json, sha256_of, write_json
 from qlora_cli.config import LoraSettings
 from qlora_cli.core.adapters.lora import PeftModel, adapter_state, load_adapter_state
+from qlora_cli.core.adapters.shared_layers import apart
 from qlora_cli.core.calibration.adapter_start import StartFacts, answer_weight_errors, calibrate_adapter
 from qlora_cli.core.calibration.original_weights import OriginalWeights
 from qlora_cli.core.calibration.rows import batch_rows, choose_calibration_rows
@@ -148,7 +149,7 @@ def _restore(model: PeftModel, directory: Path) -> StartFacts | None:
 
 
 def _keep(model: PeftModel, directory: Path, facts: StartFacts, report: Report) -> None:
-    state = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model).items()}
+    state = apart(adapter_state(model))
     total_bytes = sum(value.nbytes for value in state.values())
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
