@@ -24,13 +24,19 @@ class AdapterRecord:
         """Model and revision of the base it was trained on.
 
         Raises:
-            AdapterError: It does not say.
+            AdapterError: It does not say, or names a directory that is not there.
         """
         if self.base is not None:
             return self.base.model, self.base.revision
         if self.facts.base_model is None:
             raise AdapterError(
                 f"The adapter in {self.directory} does not say which base it belongs to.",
+                "Name the base with --model.",
+            )
+        base = Path(self.facts.base_model)
+        if base.is_absolute() and not base.is_dir():
+            raise AdapterError(
+                f"The adapter in {self.directory} was made on {base}, which is not there.",
                 "Name the base with --model.",
             )
         return self.facts.base_model, None

@@ -24,7 +24,7 @@ def share_pairs(peft_model: nn.Module) -> None:
     for module in peft_model.modules():
         base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else None
         weight = getattr(base, "weight", None)
-        if weight is None or not module.lora_A:  # type: ignore[union-attr,arg-type]  # embeddings, which a head may share
+        if weight is None or not module.lora_A:  # embeddings, which a head may share
             continue
         other = first.setdefault((id(weight), type(base)), module)
         if other is not module:

@@ -78,9 +78,7 @@ def read_deltas(
     of_experts = {name for pair in experts.values() for name in (pair.a, pair.b)}
     unknown = []
     for name in facts.tensors:
-        if (
-            ".original_module." in name or name in of_experts
-        ):  # what a module trained in full was: its copy takes its place
+        if ".original_module." in name or name in of_experts:  # the former was, its copy takes its place
             continue
         match = PART.fullmatch(name.removeprefix(PREFIX))
         kind = match.lastgroup if match else None
@@ -103,6 +101,12 @@ def read_deltas(
             update["token_indices"] = _token_indices(facts.config, module)
         embedding = isinstance(model.get_submodule(module), nn.Embedding)
         deltas[parameter] = replace(deltas.get(parameter, WeightDelta(embedding=embedding)), **update)
+    if unknown and all(name.endswith("lora_B.bias") for name in unknown):
+        raise AdapterError(
+            f"The adapter adds biases to {len(unknown)} layers that have none in this {model.config.model_type} base, "
+            f"first {unknown[0]}.",
+            "Use the adapter unmerged.",
+        )
     if unknown:
         raise AdapterError(
             f"{len(unknown)} of the adapter's tensors belong to no module of this {model.config.model_type} base, "
