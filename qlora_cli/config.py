@@ -541,6 +541,12 @@ class GenerationSettings(QuantizationSettings, SamplingSettings):
     """How the base is held, and how answers are made."""
 
     raw: bool = setting(False, "Give the prompt to the model as it is, without the trained format.", panel=RUN)
+    template_setting: tuple[str, ...] | None = setting(
+        None,
+        "Variable of the chat template, as name=value, over those of the training; may be given several times.",
+        panel=RUN,
+        repeated=True,
+    )
     batch_size: int = setting(8, "Prompts answered at once with --input.", panel=RUN, range=Numbers(1, 4096))
     engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))
 

@@ -1,7 +1,7 @@
 """Generation requests and their completions: a tokenised prompt, its answer while it grows, and the finished answer."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_cli.core.decoding.sampling import NOT_A_NUMBER
@@ -75,13 +75,16 @@ def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]
     found = {encoder.spec.eos_id, *(own if isinstance(own, list) else [own])} - {None}
     if formatting.format == "chat":
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        record: dict[str, Any] = {formatting.column or "messages": turns}
+        formatting = replace(formatting, column="messages", conversation=None)
+        record: dict[str, Any] = {"messages": turns}
     elif formatting.format == "prompt":
         fields = PromptTemplate(formatting.template or "", formatting.completion_column or "", encoder).fields
         record = dict.fromkeys(fields, "a")
     else:
         return found
-    (rows,) = RowFormatter(formatting, encoder).format_records([record], "last")
+    formatter = RowFormatter(formatting, encoder)
+    found |= formatter.find_call_ends()
+    (rows,) = formatter.format_records([record], "last")
     assert isinstance(rows, list)
     row = rows[-1]
     last_text = max(position for position, (content, _) in enumerate(row) if isinstance(content, str))

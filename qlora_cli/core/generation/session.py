@@ -30,7 +30,7 @@ from qlora_cli.core.generation.requests import (
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.core.models.structure import context_length, underlying_model
-from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt
+from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
@@ -117,11 +117,15 @@ class GenerationSession:
         return self._sources[adapter]
 
     def formatting(self, adapter: str | None) -> Formatting:
-        """How prompts are formatted: as in the training of the adapter or merged model, else by the model's template."""
+        """How prompts are formatted: as in the training of the adapter or merged model, else by the model's template.
+
+        Raises:
+            UsageError: Variables of a chat template are set, but prompts are no chats.
+        """
         if self.settings.raw:
             return RAW
         trained = self.source(adapter).formatting if adapter is not None else self._trained_formatting
-        return trained or default_formatting(self.tokenizer)
+        return with_template_settings(trained or default_formatting(self.tokenizer), self.settings.template_setting)
 
     def request(self, index: int, prompt: Any, adapter: str | None) -> Request:
         """A prompt, formatted for an adapter and tokenised.

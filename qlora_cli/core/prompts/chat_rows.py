@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qlora_cli.core.prompts.formatting import Formatting
 
 
+SETTINGS_COLUMN = "chat_template_kwargs"  # as vLLM and others call a row's own variables of the template
+
+
 class ChatFormatter:
     """Formats conversations, and prompts, under the chat templates of one Formatting for one tokenizer.
 
@@ -41,7 +44,8 @@ class ChatFormatter:
         self._encoder = encoder
         self._on_lost_content = on_lost_content
         self._counts = counts
-        self._columns = formatting.conversation or ConversationColumns(messages=formatting.column, tools="tools")
+        columns = formatting.conversation or ConversationColumns(messages=formatting.column, tools="tools")
+        self._columns = replace(columns, settings=columns.settings or SETTINGS_COLUMN)
         known = re.findall(r"""["']([\w -]+)["']""", formatting.template + (formatting.tool_template or ""))
         self._roles = KNOWN_ROLES | set(known)
         names = tuple(sorted(encoder.spec.names.items()))
@@ -85,6 +89,19 @@ class ChatFormatter:
             self._chat_rows(next(answers), request, train_on) if isinstance(request, Request) else request
             for request in requests
         ]
+
+    def find_call_ends(self) -> set[int]:
+        """Control tokens that end an answer which calls a tool."""
+        function = {"name": "find", "description": "Find", "parameters": {"type": "object", "properties": {"a": {}}}}
+        call = {"id": "abc123def", "type": "function", "function": {"name": "find", "arguments": {"a": "b"}}}
+        calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages: list[Message] = [{"role": "user", "content": "a"}, calling]
+        tools = [{"type": "function", "function": function}]
+        (rendered,) = self._render([Request(messages, tools, self.formatting.template_settings, (0,))])
+        if isinstance(rendered, BadField) or rendered.faults or not rendered.rows:
+            return set()
+        own = [(text, is_control) for text, is_control, turn in rendered.rows[-1][0] if turn == 0]
+        return {self._encoder.control_ids[text] for text, is_control in own[-1:] if is_control}
 
     def _training_request(self, record: Record, train_on: str) -> Request:
         conversation = self._conversation(record, is_prompt=False)

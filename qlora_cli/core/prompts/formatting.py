@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,10 @@ class RowFormatter:
                 rows.append(reason)
         return rows
 
+    def find_call_ends(self) -> set[int]:
+        """Control tokens that end an answer which calls a tool, where the chat template knows calls."""
+        return self._chat.find_call_ends() if self.formatting.format == "chat" else set()
+
     def format_prompt(self, prompt: "str | Record | list[Record]") -> list[Run]:
         """The runs up to where the answer starts, BOS included.
 
@@ -233,6 +237,22 @@ def parse_template_settings(given: Sequence[str]) -> dict[str, Any]:
             # Python's spelling means the same, and the text "False" would be true to a template.
             settings[name.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
     return settings
+
+
+def with_template_settings(formatting: Formatting, given: Sequence[str] | None) -> Formatting:
+    """The same formatting with variables of its chat template set over those that it has.
+
+    Raises:
+        UsageError: It is not for chats, or one is no name=value.
+    """
+    if not given:
+        return formatting
+    if formatting.format != "chat":
+        raise UsageError(
+            f"--template-setting is for chats, but prompts have the format {formatting.format!r} here.", "Leave it out."
+        )
+    settings = {**(formatting.template_settings or {}), **parse_template_settings(given)}
+    return replace(formatting, template_settings=settings)
 
 
 def own_template(spec: TokenizerSpec) -> str | None:

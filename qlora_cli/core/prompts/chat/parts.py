@@ -81,8 +81,9 @@ class Marker:
     and white space stays where it is, so that a template that strips texts strips the marked ones alike.
     """
 
-    def __init__(self, template: str) -> None:
-        letters = next((pair for pair in MARK_LETTERS if pair not in template), MARK_LETTERS[0])
+    def __init__(self, template: str, beside: str = "") -> None:
+        """Chooses letters for the marks that neither the template nor what is `beside` it holds."""
+        letters = next((pair for pair in MARK_LETTERS if pair not in template and pair not in beside), MARK_LETTERS[0])
         self._letters = letters
         self.pattern = re.compile(f"{letters}([0-9]+)q+")
         tags = sorted(set(_TAG.findall(template)), key=len, reverse=True)

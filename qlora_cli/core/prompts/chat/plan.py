@@ -255,11 +255,16 @@ class Planner:
 
     def _with_next_control(self, text: str, last_mark: int, end: int) -> int:
         """The end of a turn that no mark of its own closes: what the next one opens with is what has to be said."""
-        if self._printer.closes and self._printer.control.search(text, last_mark, end):
+        if self._is_closed(text[last_mark:end]):
             return end
         at = end + len(text[end:]) - len(text[end:].lstrip())
         following = self._printer.control.match(text, at)
         return following.end() if following else end
+
+    def _is_closed(self, tail: str) -> bool:
+        """Whether what follows the last words of a turn holds a stop mark; </tool_call> is none where answers have none."""
+        controls = self._printer.control.findall(tail)
+        return bool(controls) and (self._printer.closes or not controls[-1].startswith(("</", "[/")))
 
     def _missing_stop(self, upto: int) -> str | None:
         """The control token that would follow a call that the row ends in, if the call has no stop mark of its own."""
@@ -269,7 +274,7 @@ class Planner:
             return None
         own = self._marks_of(self._skeleton(alone), upto - 1)
         last_mark = max((end for _, end in own), default=0)
-        if self._printer.closes and self._printer.control.search(alone, last_mark):
+        if self._is_closed(alone[last_mark:]):
             return None
         given = messages[upto : upto + 1] or [{"role": "tool", "name": "probe", "content": "Yes"}]
         longer = self._printer.attempt([*messages[:upto], *given], self._tools, self._settings)
@@ -303,8 +308,21 @@ class Planner:
 
     def _skeleton(self, text: str) -> Skeleton:
         if self._by_words:
-            return Skeleton.of_words(text, self._conversation.parts)
+            own_words = self._printer.control.sub(lambda match: "\0" * len(match[0]), text)
+            lows = {i: self._low(text, i) for i in range(len(self._conversation.messages))}
+            return Skeleton.of_words(text, own_words, self._conversation.parts, lows)
         return Skeleton.of_marked(text, self._marker.pattern)
+
+    def _low(self, text: str, message: int) -> int:
+        """From where on a message may stand: what is printed without it comes before."""
+        is_answer = self._conversation.messages[message].get("role") == "assistant"
+        prompt = self._print(message, generation=True) if is_answer else ""
+        if isinstance(prompt, str) and prompt and text.startswith(prompt):
+            return len(prompt)
+        before = self._print(message) if message else ""
+        if isinstance(before, RenderError):
+            return 0
+        return next(i for i, (a, b) in enumerate(zip(before + "\0", text + "\1", strict=False)) if a != b)
 
     def _print(self, upto: int, *, generation: bool = False) -> str | RenderError:
         key = (upto, generation)

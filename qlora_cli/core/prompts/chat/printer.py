@@ -142,7 +142,10 @@ class ChatPrinter:
             whole = self._run([user, {"role": "assistant", "content": PROBE}], None, settings, generation=False)
             common = next(i for i, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
             opening = prompt[common:]
-            self._openings[key] = "" if _CLOSING.search(opening) else opening
+            question = self.attempt([user], None, settings)
+            added = prompt[len(question) :] if isinstance(question, str) and prompt.startswith(question) else prompt
+            is_opening = added.endswith(opening) and not _CLOSING.search(opening)
+            self._openings[key] = opening if is_opening else ""
         return self._openings[key]
 
     def _run(

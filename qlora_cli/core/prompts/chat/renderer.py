@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from qlora_cli.core.prompts.chat.control_marks import ControlMarks
-from qlora_cli.core.prompts.chat.parts import MarkedConversation, Marker, Message, Part
+from qlora_cli.core.prompts.chat.parts import Marker, Message, Part
 from qlora_cli.core.prompts.chat.plan import Plan, PlannedRow, Planner, Wish
 from qlora_cli.core.prompts.chat.printer import MEMORY_BYTES, ChatPrinter, RenderError
 from qlora_cli.core.prompts.chat.skeleton import Skeleton, position_of
@@ -64,6 +64,9 @@ class Rendered(NamedTuple):
     moved: bool = False
 
 
+_Text = tuple[str, list[tuple[int, int, int]]]  # a row's text, and (start, end, number) of each answer in it
+
+
 class _OtherShape(Exception):
     """A conversation that is not printed as others of its shape: the template looks at the words themselves."""
 
@@ -83,6 +86,7 @@ class ChatRenderer:
 
     def __init__(self, template: str, names: dict[str, str], control_tokens: list[str], date: str | None) -> None:
         self._printer = ChatPrinter(template, names, control_tokens, date)
+        self._source = template
         self._marker = Marker(template)
         self._control_marks = ControlMarks(control_tokens, self._printer.control)
         self._doubles_thoughts = doubles_thoughts(self._printer.attempt, template)
@@ -111,13 +115,12 @@ class ChatRenderer:
             prompt_only=request.mode == "prompt",
         )
         conversation = _Conversation(self._prepare(messages, request.thoughts), tools, settings, wish)
-        marked = self._marker.mark(conversation.messages)
-        plan = self._plan_of_shape(conversation, marked)
         try:
-            texts = self._carry_out(plan, conversation, marked.parts if plan.rewrite is list else None)
+            plan, texts = self._carry_out(conversation, self._marker)
         except _OtherShape:
-            plan = self._planner(conversation, by_words=True).plan(conversation.messages)
-            texts = self._carry_out(plan, conversation, None)
+            # The template looks at the words themselves.
+            plan = Planner(self._printer, self._marker, *conversation[1:], by_words=True).plan(conversation.messages)
+            texts = self._texts_of(plan, conversation, self._marker.mark(plan.rewrite(conversation.messages)).parts)
         rows = []
         for text, turns in texts:
             own = turns[-1:] if plan.unfolded else turns
@@ -135,41 +138,35 @@ class ChatRenderer:
             messages = [write_arguments(message) for message in messages]
         return messages
 
-    def _plan_of_shape(self, conversation: "_Conversation", marked: MarkedConversation) -> Plan:
+    def _carry_out(self, conversation: "_Conversation", marker: Marker) -> tuple[Plan, list[_Text]]:
+        """The plan of a conversation's shape, and the texts of its rows."""
+        marked = marker.mark(conversation.messages)
         key = json.dumps([marked.messages, *conversation[1:]], ensure_ascii=False, default=repr)
-        plan = self._plans.get(key)
-        if plan is not None:
+        plan = self._plans.get(key) if marker is self._marker else None
+        if plan is None:
+            everything = json.dumps(conversation[:3], ensure_ascii=False, default=str)
+            if marker is self._marker and marker.pattern.search(everything):
+                return self._carry_out(
+                    conversation, Marker(self._source, everything)
+                )  # it holds what looks like a mark
+            plan = Planner(self._printer, marker, *conversation[1:]).plan(conversation.messages)
+            if marker is self._marker:
+                self._plans[key] = plan
+                if len(self._plans) > MOST_PLANS:
+                    self._plans.popitem(last=False)
+        else:
             self._plans.move_to_end(key)
-            return plan
-        if self._marker.pattern.search(json.dumps(conversation[:3], ensure_ascii=False, default=str)):
-            return self._planner(conversation, by_words=True).plan(conversation.messages)  # it holds marks already
-        plan = self._plans[key] = self._planner(conversation, by_words=False).plan(conversation.messages)
-        if len(self._plans) > MOST_PLANS:
-            self._plans.popitem(last=False)
-        return plan
+        as_given = plan.rewrite is list
+        parts = marked.parts if as_given else marker.mark(plan.rewrite(conversation.messages)).parts
+        return plan, self._texts_of(plan, conversation, parts)
 
-    def _planner(self, conversation: "_Conversation", *, by_words: bool) -> Planner:
-        return Planner(
-            self._printer,
-            self._marker,
-            conversation.tools,
-            conversation.settings,
-            conversation.wish,
-            by_words=by_words,
-        )
-
-    def _carry_out(
-        self, plan: Plan, conversation: "_Conversation", parts: list[Part] | None
-    ) -> list[tuple[str, list[tuple[int, int, int]]]]:
-        """The text of each row, and (start, end, number of the answer) of each answer in it."""
+    def _texts_of(self, plan: Plan, conversation: "_Conversation", parts: list[Part]) -> list[_Text]:
         messages = plan.rewrite(conversation.messages)
-        if parts is None:
-            parts = self._marker.mark(messages).parts
         return [self._carry_out_row(row, messages, conversation, parts) for row in plan.rows]
 
     def _carry_out_row(
         self, row: PlannedRow, messages: list[Message], conversation: "_Conversation", parts: list[Part]
-    ) -> tuple[str, list[tuple[int, int, int]]]:
+    ) -> _Text:
         _, tools, settings, wish = conversation
         text = self._printer.print(messages[: row.upto], tools, settings, generation=wish.prompt_only)
         if row.answer is not None:

@@ -36,24 +36,30 @@ class Skeleton:
         return cls._of(text, [int(match[1]) for match in found], [m.start() for m in found], [m.end() for m in found])
 
     @classmethod
-    def of_words(cls, text: str, parts: Sequence[Part]) -> "Skeleton":
+    def of_words(cls, text: str, own_words: str, parts: Sequence[Part], lows: dict[int, int]) -> "Skeleton":
         """Finds the parts in a conversation that was printed without marks, one after the other.
 
         For templates that look at the words themselves and so print marks otherwise. A part that does not stand after
         the one before it is looked for among those of its message, and then from the start; ids are left to the
         template's own words.
+
+        Args:
+            text: As printed.
+            own_words: The same with what no part can be (control tokens) blotted out.
+            parts: What to find.
+            lows: Number of a message → from where on it may stand.
         """
         found: list[tuple[int, int, int]] = []
-        in_order = sorted(range(len(parts)), key=lambda n: (parts[n].message, KINDS.index(parts[n].kind), n))
-        at = low = 0  # end of the part before, and of the messages before
+        at = 0  # end of the part before
         message = -1
-        for number in in_order:
+        for number in sorted(range(len(parts)), key=lambda n: (parts[n].message, KINDS.index(parts[n].kind), n)):
             part = parts[number]
             if part.kind == "id":
                 continue
-            if part.message != message:
-                message, low = part.message, at
-            place = _find(text, part, at) or _find_free(text, part, found, low) or _find_free(text, part, found, 0)
+            low = lows.get(part.message, 0)
+            at = max(low, at) if part.message == message else low
+            message = part.message
+            place = next((p for start in (at, low, 0) if (p := _find(own_words, part, found, start))), None)
             if place is not None:
                 found.append((*place, number))
                 at = max(at, place[1])
@@ -99,18 +105,13 @@ def position_of(place: Place, ends: list[int]) -> int:
     return ends[place[0]] + place[1]
 
 
-def _find(text: str, part: Part, at: int) -> tuple[int, int] | None:
-    for form in part.forms():
-        start = text.find(form, at)
-        if start >= 0:
-            return start, start + len(form)
-    return None
-
-
-def _find_free(text: str, part: Part, taken: list[tuple[int, int, int]], at: int) -> tuple[int, int] | None:
+def _find(text: str, part: Part, taken: list[tuple[int, int, int]], at: int) -> tuple[int, int] | None:
     """The first place of a part, from here on, that no other part holds."""
-    while place := _find(text, part, at):
-        if all(place[1] <= start or end <= place[0] for start, end, _ in taken):
-            return place
-        at = place[0] + 1
+    for form in dict.fromkeys(part.forms()):
+        start = text.find(form, at)
+        while start >= 0:
+            end = start + len(form)
+            if all(end <= low or high <= start for low, high, _ in taken):
+                return start, end
+            start = text.find(form, start + 1)
     return None
