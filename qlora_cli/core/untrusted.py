@@ -227,6 +227,8 @@ def is_ours(path: Path) -> bool:
     """Whether a path is this user's or root's, and no other user, nor a group that is not this user's, may write to it."""
     try:
         facts = path.lstat()
+    except FileNotFoundError:
+        return True  # whoever reads it says that it is missing
     except OSError:
         return False
     others = facts.st_mode & 0o002 or (facts.st_mode & 0o020 and facts.st_gid != os.getegid())
