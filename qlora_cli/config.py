@@ -546,6 +546,7 @@ class GenerationSettings(QuantizationSettings, SamplingSettings):
         "Variable of the chat template, as name=value, over those of the training; may be given several times.",
         panel=RUN,
         repeated=True,
+        range=NAME,
     )
     batch_size: int = setting(8, "Prompts answered at once with --input.", panel=RUN, range=Numbers(1, 4096))
     engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))
