@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts
 from qlora_cli.core.models.quantization import four_bit_linears
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -88,6 +89,8 @@ def shard_base(
     alone = [wrappers.get(id(linear), linear) for _, linear in four_bit_linears(base) if id(linear) not in inside]
     for unit in (*layers, *alone):
         held = [shard for _, linear in list(four_bit_linears(unit)) for shard in _take_shards(linear, shards)]
+        experts = [module for module in unit.modules() if isinstance(module, FourBitExperts)]
+        held += [shard for module in experts for shard in _take_expert_shards(module, shards)]
         hand_over(unit, {getattr(module, name) for module, name, _ in held})
         for module, name, shard in held:
             _put_shard(module, name, shard.cpu() if shards.on_host else shard, device)
@@ -115,6 +118,16 @@ def _take_shards(linear: Any, shards: WeightShards) -> list[tuple[nn.Module, str
         empty = torch.empty(shard.numel() * shards.ranks.world_size, dtype=CARRIER, device="meta")
         linear.register_parameter(name, nn.Parameter(empty, requires_grad=False))
     return [(linear, name, shard) for name, shard in held.items()]
+
+
+def _take_expert_shards(experts: FourBitExperts, shards: WeightShards) -> list[tuple[nn.Module, str, Tensor]]:
+    """As `_take_shards`, of each stack of a module of experts."""
+    held = {name: getattr(experts, name).detach().flatten().view(CARRIER) for name in experts.shard_names()}
+    for name, shard in held.items():
+        empty = torch.empty(shard.numel() * shards.ranks.world_size, dtype=CARRIER, device="meta")
+        experts._buffers.pop(name, None)
+        experts.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    return [(experts, name, shard) for name, shard in held.items()]
 
 
 def _put_shard(module: nn.Module, name: str, shard: Tensor, device: torch.device) -> None:

@@ -39,10 +39,11 @@ class ExpertLora:
     scaling: float
 
     def factors(self, weight: ExpertWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(experts, in, rank) and (experts, rank, out), whose product adds to x @ W.T; views where the dtype allows."""
+        """(experts, in, rank) and (experts, rank, out), whose product adds to x @ W.T."""
         experts = weight.experts
         a = self.a.view(experts, self.a.shape[0] // experts, -1)  # (experts, rank, in)
-        b = self.b.view(self.b.shape[0], -1, experts).permute(2, 1, 0)  # (experts, rank, out)
+        # Contiguous, (experts, rank, out): grouped products take matrices whose experts lie apart.
+        b = self.b.view(self.b.shape[0], -1, experts).permute(2, 1, 0).to(dtype).contiguous()
         first, second = (b.transpose(1, 2), a) if weight.adapter_swapped else (a.transpose(1, 2), b)
         return first.to(dtype), second.to(dtype)
 
@@ -79,7 +80,13 @@ class FourBitExperts(nn.Module):
 
     def packed(self, name: str) -> Packed:
         """The tensors of a stack."""
-        return Packed(getattr(self, name).detach(), *(getattr(self, f"{name}_{part}") for part in PARTS))
+        codes, absmax, nested_absmax, offset = (getattr(self, n) for n in (name, *(f"{name}_{part}" for part in PARTS)))
+        if isinstance(absmax, nn.Parameter):  # sharded over ranks: whole, and filled up, while its layer computes
+            total = self.weight_of(name).experts * self.weight_of(name).elements
+            dtype = torch.uint8 if self.double_quant else torch.float32
+            codes = codes.detach().view(torch.uint8)[: total // 2]
+            absmax = absmax.detach().view(dtype)[: total // BLOCK_SIZE]
+        return Packed(codes.detach(), absmax, nested_absmax, offset)
 
     def stack(self, name: str) -> ExpertStack:
         """A stack with what undoes the packing."""
@@ -108,6 +115,10 @@ class FourBitExperts(nn.Module):
         codes = getattr(self, name)
         codes.data = shards.keep(codes.data)
         setattr(self, f"{name}_absmax", shards.keep(getattr(self, f"{name}_absmax")))
+
+    def shard_names(self) -> list[str]:
+        """Names of the tensors that `keep_shards` leaves a share of."""
+        return [name for weight in self.expert_weights for name in (weight.name, f"{weight.name}_absmax")]
 
     def whole(self, leaf: str, tensor: Tensor) -> Tensor:
         """On the meta device, what a tensor of this module of which `keep_shards` left a share was; any other as it is."""

@@ -15,6 +15,7 @@ from qlora_cli.core.device import dtype_name
 from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
 from qlora_cli.core.untrusted import check_files
+from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Report, report_nothing
 
@@ -119,8 +120,9 @@ class ModelFiles:
         """The directory once the weights are in it: those of a hub model are downloaded at the first use.
 
         Raises:
-            ModelError: They cannot be downloaded, or are not in safetensors.
+            ModelError: They cannot be downloaded, are not in safetensors, or in a quantised format that is not read.
         """
+        stored_format(self.config, self.name)  # refuses what could not be read before it is downloaded
         if self.commit is not None:
             download_snapshot(self.name, self.commit, WEIGHT_FILES, kind="model", report=self.report)
         if any(self.directory.glob("*.safetensors")):
