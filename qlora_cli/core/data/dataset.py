@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, is_prepared, read_json
 from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.errors import DataError, RunError, UsageError
 
 SCHEMA = pa.schema(
@@ -101,6 +102,7 @@ class PreparedRows:
             RunError: It was not written by `qlora prepare`, or is damaged, or was written by a newer version.
         """
         self.directory = Path(directory)
+        heal(self.directory)
         if not is_prepared(self.directory):
             raise RunError(
                 f"{self.directory} holds no prepared rows.",

@@ -14,6 +14,7 @@ from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
+from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.core.untrusted import check_files
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, UsageError, first_line
@@ -183,6 +184,7 @@ def resolve_model(
         UsageError: `trust_remote_code` without a pinned revision.
     """
     directory = Path(model).expanduser()
+    heal(directory)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
