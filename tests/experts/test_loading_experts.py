@@ -107,3 +107,31 @@ def test_a_missing_expert_is_refused_by_name(models, tmp_path):
         save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts"):
             load(broken)
+
+
+def test_a_checkpoint_of_many_shards_never_has_two_of_them_on_the_host(tmp_path, monkeypatch):
+    import weakref
+
+    from qlora_cli.core.storage.safetensors_file import TensorFile
+
+    write_expert_model("qwen3_moe", tmp_path, shard="120KB", num_hidden_layers=3)
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 5
+    live, peak, original = 0, 0, TensorFile.read_entry
+
+    def forget(count):
+        nonlocal live
+        live -= count
+
+    def read_entry(self, entry, rows=None):
+        nonlocal live, peak
+        tensor = original(self, entry, rows)
+        live += tensor.nbytes
+        peak = max(peak, live)
+        weakref.finalize(tensor.untyped_storage(), forget, tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(TensorFile, "read_entry", read_entry)
+    base = load(tmp_path)
+    kept = sum(p.nbytes for name, p in base.named_parameters() if p.is_floating_point())
+    assert peak - kept < 2 * max(path.stat().st_size for path in shards)

@@ -15,7 +15,7 @@ from qlora_cli.core.experts.stack import expert_values
 from qlora_cli.kernels.weights import FrozenWeight
 
 # Of dequantised experts at once on a GPU, where a group costs a wait for the device when there are several.
-WORKSPACE_BYTES = 2 * 2**30
+WORKSPACE_BYTES = 2**30
 
 
 class _Workspace:

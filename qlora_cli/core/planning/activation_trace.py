@@ -21,10 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.lm_head import chunk_tokens
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
+from qlora_cli.core.experts.layout import expert_weights, find_experts
 from qlora_cli.core.models.structure import find_decoder, is_plain_linear, linear_names, underlying_model
 from qlora_cli.core.planning.meta_ops import (
     Attention,
     CatchAttention,
+    DequantisedExperts,
     Linear,
     LiveBytes,
     Loss,
@@ -213,7 +215,17 @@ class _Trace:
             base = getattr(module, "base_layer", module)
             if is_plain_linear(base) or type(base) is Conv1D:
                 forwards[module] = self._linear(module, base.nf if type(base) is Conv1D else base.out_features)
+        for _, experts in find_experts(self.model):
+            forwards[experts] = self._experts(experts)
         return forwards
+
+    def _experts(self, module: Any) -> Callable:
+        largest = max(weight.experts * weight.elements for weight in expert_weights(module))
+
+        def forward(*arguments: Any, **named: Any) -> Tensor:
+            return DequantisedExperts.apply(type(module).forward(module, *arguments, **named), largest, self.live)
+
+        return forward
 
     def _linear(self, module: Any, out_features: int) -> Callable:
         a, b, dropout = None, None, 0.0

@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
+from qlora_cli.core.experts.grouped_product import WORKSPACE_BYTES
+
 TRACED_ATTENTION = "qlora_traced"
 
 
@@ -96,6 +98,21 @@ class Linear(torch.autograd.Function):
             x = gradient.new_empty(ctx.in_shape)
             ctx.live.mark(ctx.weight_bytes)
         return x, None, None, None, *parts
+
+
+class DequantisedExperts(torch.autograd.Function):
+    """Packed experts, whose dequantised values are there while they compute, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: int, live: LiveBytes) -> Tensor:
+        ctx.live, ctx.bytes = live, min(WORKSPACE_BYTES, weights * y.element_size())
+        live.mark(ctx.bytes)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.live.mark(ctx.bytes)
+        return gradients[0], None, None
 
 
 class Attention(torch.autograd.Function):
