@@ -540,6 +540,12 @@ class SamplingSettings(Settings):
 class GenerationSettings(QuantizationSettings, SamplingSettings):
     """How the base is held, and how answers are made."""
 
+    quant_type: str = setting(
+        "nf4",
+        "4-bit data type of the base; none leaves its weights as they are stored.",
+        panel=QUANTIZATION,
+        choices=("nf4", "fp4", "none"),
+    )
     raw: bool = setting(False, "Give the prompt to the model as it is, without the trained format.", panel=RUN)
     template_setting: tuple[str, ...] | None = setting(
         None,
