@@ -11,6 +11,7 @@ from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.models.files import PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
 from qlora_cli.core.untrusted import refuse_links
@@ -53,7 +54,7 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
             bnb_4bit_quant_type=options.quantization.quant_type,
             bnb_4bit_use_double_quant=options.quantization.double_quant,
             bnb_4bit_compute_dtype=options.dtype,
-            llm_int8_skip_modules=head_names(base.model) + tower_names(base.model),
+            llm_int8_skip_modules=[*head_names(base.model), *tower_names(base.model), *sorted(read_raw(base.model))],
         ).to_dict()
     write_json(directory / CONFIG, config)
 
