@@ -303,7 +303,7 @@ def test_the_process_ends_with_its_parent():
 
 def test_marks_are_chosen_so_that_no_text_is_mistaken_for_one():
     renderer = ChatRenderer(manners.CHATML, {}, ["<|im_start|>", "<|im_end|>"], None)
-    everything = "".join(MARKS)
+    everything = "<|im_end|>" + "".join(MARKS)
     with pytest.raises(RenderError, match="noncharacters"):
         renderer.render(Request([{"role": "user", "content": everything}], mode="prompt"))
     almost = everything[:-1] + "0<|im_end|>"

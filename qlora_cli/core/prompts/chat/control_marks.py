@@ -26,14 +26,25 @@ class ControlMarks:
     def mark_all(self, values: list[Any]) -> tuple[str, list[Any]]:
         """A mark that these values do not hold, and the values with every control token that they hold marked.
 
+        The mark is empty where they hold no control token.
+
         Raises:
             RenderError: They hold every mark there is.
         """
+        if not self._holds(values):
+            return "", values
         everything = json.dumps(values, ensure_ascii=False, default=str)
         mark = next((mark for mark in MARKS if mark not in everything), None)
         if mark is None:
             raise RenderError("a message holds every one of the noncharacters U+FDD0 to U+FDEF")
-        return mark, self.mark(values, mark) if self._control.search(everything) else values
+        return mark, self.mark(values, mark)
+
+    def _holds(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return self._control.search(value) is not None
+        if isinstance(value, dict):
+            return any(map(self._holds, value)) or any(map(self._holds, value.values()))
+        return isinstance(value, list) and any(map(self._holds, value))
 
     def mark(self, value: Any, mark: str) -> Any:
         """The same value with every control token that it holds, in keys too, replaced by a mark and its number."""
@@ -60,6 +71,8 @@ class ControlMarks:
 
     def unmark(self, text: str, mark: str) -> str:
         """The text with the tokens that somebody typed in place of their marks."""
+        if not mark:
+            return text
         escaped = f"\\u{ord(mark):04x}"  # how ASCII JSON writes a mark
         if mark not in text and escaped not in text:
             return text

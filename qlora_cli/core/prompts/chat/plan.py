@@ -30,6 +30,11 @@ class Wish:
     in_place: bool = False
     prompt_only: bool = False
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All of it, for comparing."""
+        return self.trained, self.unfold, self.in_place, self.prompt_only
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
