@@ -135,3 +135,14 @@ def test_a_checkpoint_of_many_shards_never_has_two_of_them_on_the_host(tmp_path,
     base = load(tmp_path)
     kept = sum(p.nbytes for name, p in base.named_parameters() if p.is_floating_point())
     assert peak - kept < 2 * max(path.stat().st_size for path in shards)
+
+
+@pytest.mark.parametrize("lacking", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_missing_head_norm_or_embedding_is_refused_by_name(models, tmp_path, lacking):
+    directory, _ = models("llama")
+    broken = shutil.copytree(directory, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    del weights[lacking]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=lacking.replace(".", r"\.")):
+        load(broken)
