@@ -121,9 +121,9 @@ def summarise(loss: Sequence[Point], held_out: Sequence[Point]) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from `low` to `high`, about `count`."""
-    if high <= low:
-        return [low]
     rough = (high - low) / count
+    if low + rough <= low or high - rough >= high:  # nothing that numbers of this size can tell apart
+        return [low]
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
     first = math.ceil(low / step - 1e-9)
