@@ -489,6 +489,9 @@ class MergeConfig(ModelSettings):
         choices=("bfloat16", "float16", "float32"),
     )
     quantize: bool = setting(False, "Write a 4-bit checkpoint instead of a 16-bit one.", panel=RUN)
+    min_kept: float = setting(
+        0.9, "With --quantize: share of the fine-tune's gain below which the merge fails, 0 to 1.", panel=RUN
+    )
     verify: bool | None = setting(
         None, "Compare the merged model with base + adapter; by default where a model fits in memory.", panel=RUN
     )

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
+import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.shared_layers import one_delta_each
-from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, choose_base
+from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, Choice, choose_base
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.merge.base import Base, find_base
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
@@ -49,6 +52,7 @@ class MergeResult:
     output: str
     base_model: str
     base: str  # dequantized or original
+    kept: float | None  # share of the fine-tune's gain that is left in 4 bits; None where not measured
     base_losses: dict[str, float] | None  # nats a token: live, dequantized, original; None where not measured
     dtype: str
     quantized: bool
@@ -97,14 +101,15 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         plan = make_planner(options)[1]
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
         require_space(place.path, missing_bytes(place, plan))
-        choice = None
-        if config.base == "auto":
-            choice = choose_base(source, base, make_planner, options, report)
-            options = replace(options, restore=choice.base == DEQUANTIZED)
-            plan = make_planner(options)[1]
+        scratch = stack.enter_context(scratch_directory(place))
+        choice = choose_base(config, source, base, make_planner, options, scratch, report)
+        options = replace(options, restore=choice.base == DEQUANTIZED)
+        plan = make_planner(options)[1]
+        if choice.rounded:
+            plan = choice.rounded.put_into(plan)
         with unfinished_directory(place, shown=config.output, resume=config.resume) as directory:
             started = time.perf_counter()
-            key = merge_key(config, base, adapter_directory, options)
+            key = merge_key(choice, base, adapter_directory, options)
             reused = write_weights(plan, directory, options, key, report)
             seconds = time.perf_counter() - started
             write_config(directory, base, plan, options)
@@ -121,16 +126,17 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
                     faithful=faithful,
                     max_kl=config.max_kl,
                     report=report,
-                    chosen=bool(choice and choice.losses) and not options.pack,
+                    chosen=bool(choice.losses),
                 )
             data = find_run_record(adapter_directory).get("data") or {}
-            card = write_merged_card(base, options, data, comparison, rows, choice.card_lines() if choice else [])
+            card = write_merged_card(base, options, data, comparison, rows, choice.card_lines())
             (directory / MODEL_CARD).write_text(card, encoding="utf-8")
     return MergeResult(
         output=config.output,
         base_model=base.files.name,
         base=DEQUANTIZED if options.restore else ORIGINAL,
-        base_losses=dict(choice.losses) if choice and choice.losses else None,
+        kept=choice.kept,
+        base_losses=dict(choice.losses) or None,
         dtype=dtype_name(options.dtype),
         quantized=config.quantize,
         total_bytes=plan.total_bytes,
@@ -181,7 +187,16 @@ def missing_bytes(output: Place, plan: MergePlan) -> int:
     return plan.total_bytes + SMALL_FILES_BYTES - written_bytes
 
 
-def merge_key(config: MergeConfig, base: Base, adapter: Path, options: MergeOptions) -> str:
+@contextmanager
+def scratch_directory(place: Place) -> Iterator[Path]:
+    """A directory for rounded weights on the output's disk, where one can be made there."""
+    home = next(path for path in (place.home, *place.home.parents) if path.is_dir())
+    kept = home if os.access(home, os.W_OK) else None  # what is written there fails later, and says so
+    with tempfile.TemporaryDirectory(prefix=".qlora-rounded-", dir=kept) as directory:
+        yield Path(directory)
+
+
+def merge_key(choice: Choice, base: Base, adapter: Path, options: MergeOptions) -> str:
     """A digest of all that the merged weights depend on."""
     parts = {
         "version": __version__,
@@ -189,6 +204,7 @@ def merge_key(config: MergeConfig, base: Base, adapter: Path, options: MergeOpti
         "method": DEQUANTIZED if options.restore else ORIGINAL,
         "dtype": dtype_name(options.dtype),
         "pack": options.pack,
+        "rounded": choice.rounded.digest if choice.rounded else None,
         "device": options.device.type,
         "adapter": [sha256_of(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)],
     }

@@ -10,15 +10,16 @@ import torch
 from qlora_cli.artifacts import MODEL_CARD
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
-from qlora_cli.config import MergeConfig, TrainConfig
+from qlora_cli.config import MergeConfig, QuantizationSettings, TrainConfig
 from qlora_cli.core.merge.compare_models import choose_rows
 from qlora_cli.core.merge.verify import find_rows
 from qlora_cli.core.models.files import resolve_model
-from qlora_cli.core.models.loading import load_unquantized
+from qlora_cli.core.models.loading import load_base, load_unquantized
+from qlora_cli.errors import MergeError
 from qlora_cli.events import Notice, report_nothing
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "falcon"])
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
 def trained(request, tiny_model, tmp_path_factory):
     """The settings of a merge of a short run with rows held out."""
     folder = tmp_path_factory.mktemp("auto")
@@ -60,7 +61,10 @@ def loss_on(written: MergeConfig, trained: MergeConfig) -> float:
     files = resolve_model(written.output)
     device = torch.device("cpu")
     rows = choose_rows(find_rows(Path(trained.adapter), files.tokenizer)[0], vocabulary=512, device=device)
-    model = load_unquantized(files, dtype=torch.float32, device=device)
+    if written.quantize:
+        model = load_base(files, QuantizationSettings(), compute_dtype=torch.float32, device=device)[0]
+    else:
+        model = load_unquantized(files, dtype=torch.float32, device=device)
     total, tokens = 0.0, 0
     for ids, wanted in rows:
         batch = torch.from_numpy(ids.astype("int64"))[None]
@@ -69,6 +73,31 @@ def loss_on(written: MergeConfig, trained: MergeConfig) -> float:
         total -= float(logits[places].gather(1, batch[0, 1:][places].unsqueeze(1)).sum())
         tokens += int(places.sum())
     return total / tokens
+
+
+def test_in_4_bits_the_rounded_model_is_the_measured_one_and_what_it_keeps_is_told(trained, tmp_path):
+    packed = replace(trained, quantize=True, output=str(tmp_path / "packed"), min_kept=-9.0)
+    events: list = []
+    result = merge(packed, events.append)
+    losses = result.base_losses
+    assert set(losses) == {"untuned", "live", "dequantized", "original"} and result.quantized
+    best = min(("dequantized", "original"), key=lambda name: losses[name])
+    assert result.base == best
+    assert result.kept == pytest.approx((losses["untuned"] - losses[best]) / (losses["untuned"] - losses["live"]))
+    assert any("of the gain is kept" in event.text for event in events if isinstance(event, Notice))
+    again = merge(replace(packed, base="dequantized", output=str(tmp_path / "again")), report_nothing)
+    assert again.base_losses["dequantized"] == pytest.approx(losses["dequantized"], abs=1e-6)
+    assert loss_on(replace(packed, output=str(tmp_path / "again")), trained) == pytest.approx(
+        losses["dequantized"], abs=2e-3
+    )
+    assert not list(tmp_path.glob(".qlora-rounded-*"))
+
+
+def test_rounding_that_keeps_too_little_fails_and_writes_nothing(trained, tmp_path):
+    packed = replace(trained, quantize=True, output=str(tmp_path / "packed"), min_kept=1.5)
+    with pytest.raises(MergeError, match="150 % of --min-kept"):
+        merge(packed, report_nothing)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_run_s_rows_the_weights_trained_against_are_taken_and_that_is_said(trained, tmp_path):

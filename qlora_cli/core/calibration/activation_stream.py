@@ -19,6 +19,7 @@ class ActivationStream:
     Attributes:
         layers: The decoder's.
         batches: How many batches there are.
+        counted: How many of them, from the first, `watch` looks at; all by default.
     """
 
     def __init__(self, base: Any, batches: Sequence[Tensor]) -> None:
@@ -33,7 +34,7 @@ class ActivationStream:
         """
         decoder = find_decoder(base)
         self.layers = find_layers(decoder)
-        self.batches = len(batches)
+        self.batches = self.counted = len(batches)
         self._base, self._batches = base, batches
         self._device = base.device
         self._hidden: list[Tensor] = []
@@ -62,9 +63,9 @@ class ActivationStream:
         return out[0] if isinstance(out, tuple) else out
 
     def watch(self, note: Callable[[nn.Module, tuple, dict], None], modules: Sequence[nn.Module]) -> None:
-        """Runs the next layer over every batch, each call of these modules in it noted; the outputs are dropped."""
+        """Runs the next layer over the batches that count, each call of these modules in it noted."""
         with noted_calls(modules, note):
-            for batch in range(self.batches):
+            for batch in range(self.counted):
                 self.outputs(batch)
 
     def logits(self, batch: int) -> Tensor:

@@ -1,93 +1,125 @@
-"""Choice of the weights that an adapter is merged into: those it was trained against, or the original ones, as measured."""
+"""Choice of the weights that an adapter is merged into, and of how they are rounded, by the loss on rows of the run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.adapters.lora import load_adapter
-from qlora_cli.core.candidates.losses import LIVE, MergedWeights, measure_losses
+from qlora_cli.core.calibration.low_rank import SecondMoment
+from qlora_cli.core.candidates.losses import LIVE, UNTUNED, Candidate, MergedWeights, measure_losses
+from qlora_cli.core.candidates.rounded_weights import RoundedWeights
 from qlora_cli.core.device import free_memory, read_free_bytes
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import choose_rows
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
-from qlora_cli.core.merge.verify import WORKING_BYTES, find_rows, trained_bytes, why_not_loaded
+from qlora_cli.core.merge.verify import WORKING_BYTES, find_rows, find_trained_rows, trained_bytes, why_not_loaded
 from qlora_cli.core.merge.weight_tying import embedding_names
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.models.quantization import four_bit_linears
+from qlora_cli.core.models.quantization import four_bit_linears, round_trip
 from qlora_cli.core.models.structure import linear_names
-from qlora_cli.errors import AdapterError, ModelError
-from qlora_cli.events import Notice, Report
+from qlora_cli.errors import AdapterError, MergeError, ModelError
+from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.sizes import format_bytes
 
 DEQUANTIZED, ORIGINAL = "dequantized", "original"
 WORDS = {
+    UNTUNED: "of the 4-bit base alone",
     LIVE: "with the adapter live",
     DEQUANTIZED: "merged into the dequantised weights",
-    ORIGINAL: "into the original",
+    ORIGINAL: "merged into the original ones",
 }
+LEAST_GAIN = 0.01  # nats a token: of less, no share is told
+
+MakePlanner = Callable[[MergeOptions], tuple[MergePlanner, MergePlan]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which base to merge into, and why."""
+    """Which base to merge into, how, and why."""
 
     base: str  # dequantized or original
-    losses: Mapping[str, float]  # nats a token: live, dequantized, original; empty where nothing was measured
-    tokens: int  # measured on
-    rows: str  # as `find_rows` describes them
+    losses: Mapping[str, float] = field(default_factory=dict)  # nats a token, by the names of WORDS; none: not measured
+    tokens: int = 0  # measured on
+    rows: str = ""  # as `find_rows` describes them
+    rounded: RoundedWeights | None = None  # what linear weights are written as
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the fine-tune's gain that is left after rounding; None where that is not known."""
+        if UNTUNED not in self.losses or self.losses[UNTUNED] - self.losses[LIVE] < LEAST_GAIN:
+            return None
+        return (self.losses[UNTUNED] - self.losses[self.base]) / (self.losses[UNTUNED] - self.losses[LIVE])
 
     def describe(self) -> str:
-        """The figures as one sentence."""
+        """The figures as one sentence, without its end."""
         figures = ", ".join(f"{loss:.4f} {WORDS[name]}" for name, loss in self.losses.items())
-        return f"Loss on {self.tokens:,} tokens {self.rows}: {figures}"
+        in_four = " in 4 bits" if UNTUNED in self.losses else ""
+        kept = "" if self.kept is None else f"; {100 * self.kept:.1f} % of the gain is kept"
+        return f"Loss on {self.tokens:,} tokens {self.rows}{in_four}: {figures}{kept}"
 
     def card_lines(self) -> list[str]:
         """The figures as a table of a model card; nothing where nothing was measured."""
         if not self.losses:
             return []
         rows = [f"| {WORDS[name]} | {loss:.4f} |" for name, loss in self.losses.items()]
-        heading = (
-            f"Loss, in nats a token, on {self.tokens:,} tokens {self.rows}; the lower of the last two is this model."
-        )
-        return ["## Choice of the base", "", heading, "", "| | |", "|---|---|", *rows, ""]
+        if self.kept is not None:
+            rows.append(f"| kept of the gain in 4 bits | {100 * self.kept:.1f} % |")
+        heading = f"Loss, in nats a token, on {self.tokens:,} tokens {self.rows}. This model is "
+        return ["## Choice of the base", "", f"{heading}{WORDS[self.base]}.", "", "| | |", "|---|---|", *rows, ""]
 
 
 def choose_base(
+    config: MergeConfig,
     source: AdapterRecord,
     base: Base,
-    make_planner: Callable[[MergeOptions], tuple[MergePlanner, MergePlan]],
+    make_planner: MakePlanner,
     options: MergeOptions,
+    scratch: Path,
     report: Report,
 ) -> Choice:
-    """Measures what each base costs on rows of the run, and chooses the lower loss.
+    """Measures what each base costs on rows of the run, in 4 bits where those are written, and chooses the lower loss.
 
-    Where that cannot be measured the choice is the weights that were trained against, and why is reported.
+    Where that cannot be measured the choice is the base that was named, or the weights that were trained against.
 
     Args:
+        config: Names the base, if it is to be one, and the least that rounding may keep.
         source: The adapter.
         base: Of the merge.
         make_planner: The planner of a merge with other options, and its plan.
         options: Of the merge; which base they name does not matter.
+        scratch: An empty directory on the disk for rounded weights.
         report: Receives the figures.
+
+    Raises:
+        MergeError: Rounding keeps less than `--min-kept`.
     """
+    named = (DEQUANTIZED, ORIGINAL) if config.base == "auto" else (config.base,)
+    if len(named) == 1 and not options.pack:
+        return Choice(named[0])
+    plain = Choice(named[0])
     try:
-        if base.stored is not None:
-            return _unmeasured("the base is stored quantised", report)
-        candidates = {}
-        for name in (DEQUANTIZED, ORIGINAL):
-            planner, plan = make_planner(replace(options, restore=name == DEQUANTIZED, pack=False))
-            candidates[name] = MergedWeights(plan, planner.names)
-        choice = _measure(source, base, candidates, options, report)
+        reason = why_not_measured(source, base, options)
+        choice = reason or _measure(named, source, base, make_planner, options, scratch, report)
     except torch.OutOfMemoryError:
-        return _unmeasured("there is not the memory for the 4-bit base with its adapter", report)
+        choice = "there is not the memory for the 4-bit base with its adapter"
     except (ModelError, AdapterError) as error:
-        return _unmeasured(error.message.rstrip("."), report)
+        choice = error.message.rstrip(".")
     finally:
         free_memory(options.device)
-    if choice.losses:
-        report(Notice(f"{choice.describe()}. The adapter is merged into the {_name(choice.base)} weights."))
+    if isinstance(choice, str):
+        report(_unmeasured(plain, choice, packed=options.pack))
+        return plain
+    if choice.kept is not None and choice.kept < config.min_kept:
+        raise MergeError(
+            f"{choice.describe()}, less than the {100 * config.min_kept:g} % of --min-kept; nothing was written.",
+            "Merge without --quantize, or lower --min-kept.",
+        )
+    report(Notice(f"{choice.describe()}. The adapter is merged into the {_name(choice.base)} weights."))
     return choice
 
 
@@ -95,44 +127,74 @@ def _name(base: str) -> str:
     return "dequantised" if base == DEQUANTIZED else "original"
 
 
-def _unmeasured(reason: str, report: Report) -> Choice:
-    report(
-        Notice(
-            f"The adapter is merged into the dequantised weights, those it was trained against; whether the original "
-            f"ones would be better was not measured: {reason}."
+def _unmeasured(choice: Choice, reason: str, *, packed: bool) -> Notice | Caution:
+    if packed:
+        return Caution(
+            f"How much of the fine-tune is left in 4 bits was not measured: {reason}. Rounding to the nearest can lose "
+            "nine tenths of it; without --quantize it is kept."
         )
+    return Notice(
+        f"The adapter is merged into the {_name(choice.base)} weights, those it was trained against; whether the "
+        f"original ones would be better was not measured: {reason}."
     )
-    return Choice(DEQUANTIZED, {}, 0, "")
+
+
+def why_not_measured(source: AdapterRecord, base: Base, options: MergeOptions) -> str | None:
+    """Why the ways to merge cannot be compared here, as a clause; None where they may be."""
+    if base.stored is not None:
+        return "the base is stored quantised"
+    needed, free = int(trained_bytes(base, source.facts, options)) + WORKING_BYTES, read_free_bytes(options.device)
+    if needed > free:
+        return f"it takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
+    return why_not_loaded(base, options)
 
 
 def _measure(
+    named: tuple[str, ...],
     source: AdapterRecord,
     base: Base,
-    candidates: Mapping[str, MergedWeights],
+    make_planner: MakePlanner,
     options: MergeOptions,
+    scratch: Path,
     report: Report,
-) -> Choice:
-    needed, free = int(trained_bytes(base, source.facts, options)) + WORKING_BYTES, read_free_bytes(options.device)
-    if needed > free:
-        return _unmeasured(
-            f"it takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are free", report
-        )
-    if reason := why_not_loaded(base, options):
-        return _unmeasured(reason, report)
+) -> Choice | str:
+    """The choice, or why there is none."""
     rows, described = find_rows(source.directory, base.files.tokenizer)
-    if "built-in" in described:
-        return _unmeasured("the rows of its run are not at hand", report)
-    names = embedding_names(base.model)
-    chosen = choose_rows(rows, vocabulary=base.model.get_parameter(names[0]).shape[0], device=options.device)
-    if not chosen:
-        return _unmeasured("there is no row to measure on", report)
+    vocabulary = base.model.get_parameter(embedding_names(base.model)[0]).shape[0]
+    measured = choose_rows(rows, vocabulary=vocabulary, device=options.device)
+    if "built-in" in described or not measured:
+        return "the rows of its run are not at hand"
+    seen = choose_rows(find_trained_rows(source.directory), vocabulary=vocabulary, device=options.device)
     model, _ = load_base(base.files, options.quantization, compute_dtype=options.compute_dtype, device=options.device)
     if len(list(four_bit_linears(model))) != len(linear_names(base.model)) or holds_other_weights(model):
-        return _unmeasured("part of the base is held in another way than linear layers are", report)
+        return "part of the base is held in another way than linear layers are"
+    candidates, rounded = {}, None
+    for name in named:
+        planner, plan = make_planner(replace(options, restore=name == DEQUANTIZED, pack=False))
+        weights = MergedWeights(plan, planner.names)
+        if not options.pack:
+            candidates[name] = Candidate(weights)
+        elif name == DEQUANTIZED:
+            # The update is far smaller than the steps between values: it survives only where errors are passed on.
+            rounded = RoundedWeights(scratch, planner.names, options)
+            candidates[name] = Candidate(weights, rounded.round, knows_inputs=True)
+        else:
+            candidates[name] = Candidate(weights, _to_nearest(options))
     adapted = load_adapter(model, source.directory).eval()
-    losses = measure_losses(adapted.get_base_model(), base.model, candidates, chosen, report)
+    losses = measure_losses(adapted, base.model, candidates, measured, seen if options.pack else [], report)
     best = min(candidates, key=lambda name: losses[name])  # of equal ones the first
-    return Choice(best, losses, sum(int(trained[1:].sum()) for _, trained in chosen), described)
+    tokens = sum(int(trained[1:].sum()) for _, trained in measured)
+    return Choice(best, losses, tokens, described, rounded if best == DEQUANTIZED else None)
+
+
+def _to_nearest(options: MergeOptions) -> Callable[[str, Tensor, SecondMoment | None], Tensor]:
+    held = options.quantization
+
+    def rounded(_: str, weight: Tensor, __: SecondMoment | None) -> Tensor:
+        packed = round_trip(weight.to(options.dtype), quant_type=held.quant_type, double_quant=held.double_quant)
+        return packed.float()
+
+    return rounded
 
 
 def holds_other_weights(model: torch.nn.Module) -> bool:

@@ -5,8 +5,9 @@ step: at each layer the model as it was trained, then with the layer's linears r
 which are computed by the tasks that would write them. So no merged model is ever whole.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.calibration.activation_stream import ActivationStream
+from qlora_cli.core.calibration.adapter_start import gather_inputs
+from qlora_cli.core.calibration.low_rank import SecondMoment
 from qlora_cli.core.merge.compare_models import Row
 from qlora_cli.core.merge.plan import MergePlan, MergeTask
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.storage.safetensors_file import TensorEntry
 from qlora_cli.events import Progress, Report
 
+UNTUNED = "untuned"  # the 4-bit base without its adapter
 LIVE = "live"  # the model as it was trained: the 4-bit base, the adapter beside it
 
 
@@ -46,23 +50,50 @@ class MergedWeights:
         return torch.cat(chunks).view(entry.dtype).view(entry.shape)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One way to merge.
+
+    Attributes:
+        weights: Merged, in 16 or 32 bits.
+        rounded: Receives a linear layer's merged weight (out, in) float32, its name and the second moment of its inputs,
+            and gives what is computed with instead; None where weights stay as they are.
+        knows_inputs: Whether that moment is gathered; else it is None.
+    """
+
+    weights: MergedWeights
+    rounded: Callable[[str, Tensor, SecondMoment | None], Tensor] | None = None
+    knows_inputs: bool = False
+
+
 def measure_losses(
-    base: Any, structure: nn.Module, candidates: Mapping[str, MergedWeights], rows: Sequence[Row], report: Report
+    adapted: Any,
+    structure: nn.Module,
+    candidates: Mapping[str, Candidate],
+    rows: Sequence[Row],
+    seen: Sequence[Row],
+    report: Report,
 ) -> dict[str, float]:
-    """Mean loss, in nats a trained token, of the model as it was trained ("live") and of each way to merge it.
+    """Mean loss, in nats a trained token, of the model as it was trained ("live") and of each way to merge it; where one
+    of them rounds, of the base without its adapter too ("untuned").
 
     Args:
-        base: The 4-bit base inside the PEFT model, its adapter live, in evaluation mode.
+        adapted: The PEFT model of the 4-bit base, its adapter live, in evaluation mode.
         structure: The base's architecture on the meta device.
         candidates: By name.
-        rows: From `choose_rows`; at least one.
+        rows: Measured on; from `choose_rows`, at least one.
+        seen: Others, of which moments of inputs are gathered where a candidate knows its inputs.
         report: Receives the progress.
 
     Raises:
         ModelError: The rows cannot be sent through layer by layer.
     """
-    batches = [torch.from_numpy(ids.astype(np.int64))[None] for ids, _ in rows]
-    streams = {name: ActivationStream(base, batches) for name in (LIVE, *candidates)}
+    base = adapted.get_base_model()
+    batches = [torch.from_numpy(ids.astype(np.int64))[None] for ids, _ in (*seen, *rows)]
+    plain = (UNTUNED,) if any(candidate.rounded for candidate in candidates.values()) else ()
+    streams = {name: ActivationStream(base, batches) for name in (*plain, LIVE, *candidates)}
+    for stream in streams.values():
+        stream.counted = len(seen)
     linears = {id(base.get_submodule(name)): name for name in linear_names(structure)}
     transposed = {name for name in linears.values() if isinstance(structure.get_submodule(name), Conv1D)}
     for number, layer in enumerate(streams[LIVE].layers, start=1):
@@ -70,11 +101,26 @@ def measure_losses(
         for name, stream in streams.items():
             if name == LIVE:
                 stream.advance()
-                continue
-            with merged_linears(base, inside, candidates[name], transposed):
-                stream.advance()
+            elif name == UNTUNED:
+                with adapted.disable_adapter():
+                    stream.advance()
+            else:
+                with merged_linears(base, inside, candidates[name].weights, transposed):
+                    _round(base, inside, candidates[name], stream)
+                    stream.advance()
         report(Progress("Measuring ways to merge", number, len(streams[LIVE].layers), unit="layers"))
-    return {name: _mean_loss(stream, rows) for name, stream in streams.items()}
+    return {name: _mean_loss(stream, rows, first=len(seen)) for name, stream in streams.items()}
+
+
+def _round(base: Any, names: Sequence[str], candidate: Candidate, stream: ActivationStream) -> None:
+    """Replaces the merged weights of the next layer by rounded ones, by what their inputs are in this model."""
+    if candidate.rounded is None:
+        return
+    modules = [base.get_submodule(name) for name in names]
+    moments = gather_inputs(stream, modules) if candidate.knows_inputs else {}
+    for name, module in zip(names, modules, strict=True):
+        value = candidate.rounded(name, module.weight.detach().float(), moments.get(id(module)))
+        module.weight = nn.Parameter(value.to(module.weight.dtype), requires_grad=False)
 
 
 @contextmanager
@@ -99,9 +145,9 @@ def merged_linears(base: Any, names: Sequence[str], weights: MergedWeights, tran
             base.set_submodule(name, module)
 
 
-def _mean_loss(stream: ActivationStream, rows: Sequence[Row]) -> float:
+def _mean_loss(stream: ActivationStream, rows: Sequence[Row], *, first: int) -> float:
     total, tokens = 0.0, 0
-    for number, (ids, trained) in enumerate(rows):
+    for number, (ids, trained) in enumerate(rows, start=first):
         logits = stream.logits(number)[0, :-1]  # (length - 1, vocabulary)
         places = torch.from_numpy(np.flatnonzero(trained[1:])).to(logits.device)
         targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)[places]

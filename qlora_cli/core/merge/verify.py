@@ -209,18 +209,32 @@ def find_rows(
     Returns:
         Rows one at a time, and a description that ends a sentence.
     """
-    rows = _rows_of_run(adapter)
-    if rows is None:
+    split = _split_of_run(adapter)
+    if split is None:
         texts = (np.asarray(tokenizer(text)["input_ids"], dtype=np.int32) for text in TEXTS)
         return ((ids, np.ones(len(ids), dtype=np.bool_)) for ids in texts), "of a built-in text"
-    settings = run_of(adapter) / RUN_YAML
-    run = TrainConfig(**(read_config_file(settings, TrainConfig) if settings.is_file() else {}))
-    trained, held = split_rows(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
+    trained, held = split
     if held.lengths.sum() >= least_tokens:
         return _each(held), "held out from training"
     if len(held):
         return chain(_each(held), _each(trained)), "held out from training and trained on"
     return _each(trained), "trained on"
+
+
+def find_trained_rows(adapter: Path) -> Iterator[Row]:
+    """Rows that the run trained on, from the last: others than those of `find_rows`, as far as there are more."""
+    split = _split_of_run(adapter)
+    return iter(()) if split is None else (split[0][index] for index in reversed(range(len(split[0]))))
+
+
+def _split_of_run(adapter: Path) -> tuple[RowSubset, RowSubset] | None:
+    """The rows that a run trained on and those it held out; None where they are gone."""
+    rows = _rows_of_run(adapter)
+    if rows is None:
+        return None
+    settings = run_of(adapter) / RUN_YAML
+    run = TrainConfig(**(read_config_file(settings, TrainConfig) if settings.is_file() else {}))
+    return split_rows(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
 
 
 def _each(rows: RowSubset) -> Iterator[Row]:

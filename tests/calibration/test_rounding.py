@@ -1,0 +1,50 @@
+"""What is rounded knowing its inputs is what a 4-bit checkpoint holds, and errs less on those inputs than rounding to nearest."""
+
+import pytest
+import torch
+
+from qlora_cli.config import QuantizationSettings
+from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.calibration.rounding import round_to_four_bits
+from qlora_cli.core.models.quantization import pack_weight, restored_linear, round_trip
+from tests.calibration.test_low_rank import gather, make_case
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_packed_weight_stands_for_what_was_weighed_and_errs_less_on_its_inputs(quant_type, double_quant):
+    weight, x = make_case(48, 192, 400, 3)
+    settings = QuantizationSettings(quant_type=quant_type, double_quant=double_quant)
+    packed, value = round_to_four_bits(weight, gather(weight, x, "inputs"), settings)
+    plain = pack_weight(weight, quant_type=quant_type, double_quant=double_quant)
+    assert {name: (t.dtype, t.shape) for name, t in packed.items() if "quant_state" not in name} == {
+        name: (t.dtype, t.shape) for name, t in plain.items() if "quant_state" not in name
+    }
+    linear = restored_linear(torch.float32, torch.device("cpu"), dict(packed), None)
+    restored = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    torch.testing.assert_close(restored.float(), value, rtol=0, atol=1e-7)
+    nearest = round_trip(weight, quant_type=quant_type, double_quant=double_quant)
+    errors = [float((x @ (weight - rounded).T).square().sum()) for rounded in (value, nearest)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_a_small_update_survives_where_rounding_to_nearest_loses_it():
+    weight, x = make_case(48, 192, 400, 4)
+    settings = QuantizationSettings()
+    held = round_trip(weight, quant_type="nf4", double_quant=True)
+    update = 0.03 * float(weight.std()) * torch.randn(48, 2) @ torch.randn(2, 192)
+    target = held + update
+    kept = []
+    for rounded in (
+        round_to_four_bits(target, gather(weight, x, "inputs"), settings)[1],
+        round_trip(target, quant_type="nf4", double_quant=True),
+    ):
+        kept.append(float((x @ (rounded - target).T).square().sum() / (x @ update.T).square().sum()))
+    assert kept[0] < 0.5 * kept[1]
+
+
+def test_rounding_to_nearest_without_inputs():
+    weight, _ = make_case(16, 128, 10, 5)
+    _, value = round_to_four_bits(weight, None, QuantizationSettings(double_quant=False))
+    nearest = round_trip(weight, quant_type="nf4", double_quant=False)
+    assert float((value - weight).square().sum()) <= float((nearest - weight).square().sum()) * 1.001
