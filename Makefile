@@ -5,13 +5,14 @@ BIN := .venv/bin
 WORKERS ?= logical
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long faults lint clean
+.PHONY: help demo test long faults survey lint clean
 
 help:
 	@echo "make demo    the whole road on a small model built here: no GPU, about three minutes"
 	@echo "make test    ruff, mypy, import-linter, then every test but the long ones"
 	@echo "make long    what make test leaves out because it takes long"
 	@echo "make faults  the long fault-injection suite, with its table of figures"
+	@echo "make survey  every architecture built small and taken down the whole road, with its table: about 20 minutes"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make clean   remove .venv and what demo and the checkers left behind"
 
@@ -39,8 +40,8 @@ lint: .venv/tests-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test long faults: export OMP_NUM_THREADS = 1
-test long faults: export TOKENIZERS_PARALLELISM = false
+test long faults survey: export OMP_NUM_THREADS = 1
+test long faults survey: export TOKENIZERS_PARALLELISM = false
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8
@@ -50,6 +51,9 @@ long: .venv/tests-installed
 
 faults: .venv/tests-installed
 	$(BIN)/python -m pytest -m slow tests/faults -s
+
+survey: .venv/tests-installed
+	$(BIN)/python benchmarks/survey.py --table benchmarks/models.md
 
 clean:
 	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -37,6 +37,7 @@ from qlora_cli.core.planning.roofline import bound_speed
 from qlora_cli.core.planning.run_plan import may_be_sharded
 from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
+from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
@@ -93,6 +94,7 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=report
     )
     model_config = files.config
+    stored = stored_format(model_config, config.model)
     # What would be rented is a card that computes in bfloat16, whatever this machine has.
     compute_dtype = resolve_compute_dtype(config.compute_dtype or "bfloat16", device)
 
@@ -116,11 +118,17 @@ def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         "total_parameters": footprint.total_parameters,
         "trainable_parameters": footprint.trainable_parameters,
         "trainable_percent": footprint.trainable_percent,
+        "four_bit_percent": 100 * model.packing.share,
         "base_bytes": footprint.base_bytes,
         "adapter_bytes": footprint.adapter_bytes,
         "optimizer_bytes": state_bytes(optimizer, footprint.trainable_parameters),
     }
+    if stored is not None:
+        facts["stored"] = f"quantised already, by {stored.method}" + (f" ({stored.quant_type})" * stored.is_four_bit)
     tables = [_table("Modules", [asdict(row) for row in footprint.rows])]
+    rest = [{"why": reason, "parameters": count} for reason, count in model.packing.rest().items()]
+    if rest:
+        tables.append(_table("Of the body in 16 bits", rest))
     if model.trace is None:
         facts["memory"] = f"cannot be predicted: {model.untraced}"
     else:

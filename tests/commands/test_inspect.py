@@ -429,3 +429,17 @@ def test_a_base_that_one_card_cannot_hold_is_offered_sharded_over_as_few_as_can(
     assert f"--gpus {enough}" in facts["next"][-1] and "--shard" in facts["next"][-1]
     plain = look(model=seven_b, vram="4.6GiB", max_length=512, engine="plain")
     assert "nearest_with_more_cards" not in plain
+
+
+def test_a_model_says_what_of_it_is_in_4_bits_and_refuses_a_format_that_is_not_read(tiny_model, tmp_path):
+    found = inspect(InspectConfig(model=str(tiny_model("gpt2"))), lambda event: None)
+    assert 50 < found["four_bit_percent"] < 100
+    table = next(table for table in found["tables"] if table["title"] == "Of the body in 16 bits")
+    assert table["columns"] == ["why", "parameters"] and "norms, biases and other vectors" in table["rows"][0]
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"quantised already, by gptq"):
+        inspect(InspectConfig(model=str(directory)), lambda event: None)

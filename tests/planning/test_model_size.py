@@ -10,6 +10,7 @@ from qlora_cli.core.adapters.lora import attach_adapter, count_parameters
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import build_empty
+from qlora_cli.core.planning.model_profile import profile_model
 from qlora_cli.core.planning.model_size import measure_footprint, packed_bytes
 
 # The architectures in their true sizes; adapters of the five tutorials.
@@ -131,3 +132,22 @@ def test_modules_trained_in_full_count_as_trained(tiny_model):
     head = config.vocab_size * config.hidden_size
     assert found.trainable_parameters == plain.trainable_parameters + head
     assert next(row for row in found.rows if row.module == "lm_head").trainable == head
+
+
+def test_experts_are_counted_in_4_bits_and_dequantised_a_layer_at_a_time():
+    config = transformers.MixtralConfig()
+    with_experts = profile_model(config, LoraSettings(), QuantizationSettings(), compute_dtype=torch.bfloat16)
+    found = with_experts.footprint
+    assert found.total_parameters - found.trainable_parameters == 46_702_792_704
+    assert 22 * 2**30 < found.base_bytes < 24 * 2**30  # 87 GiB in 16 bits
+    assert with_experts.met_experts == 2 / 8
+    values_bytes = 2 * 14336 * 4096 * 2 * 8  # of gate and up, of all experts, in bfloat16
+    layer = with_experts.trace.layers[1].recomputed.backward
+    assert layer.bytes(1, 1, most_scratch=0) > values_bytes
+
+
+def test_what_a_mixer_reads_raw_is_counted_in_16_bits():
+    mixer = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 8, "time_step_rank": 64}
+    model = build_empty(transformers.MambaConfig(**mixer))
+    found = {row.module: row.kind for row in measure_footprint(model, *HELD).rows}
+    assert found["in_proj"] == "Linear, nf4" and found["dt_proj"] == "Linear, bfloat16"

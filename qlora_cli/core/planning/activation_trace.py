@@ -4,8 +4,8 @@ Nothing is computed or allocated: layers run forward and backward on the meta de
 `meta_ops`, and the bytes of the tensors alive are counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from math import inf
@@ -21,18 +21,21 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.lm_head import chunk_tokens
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
-from qlora_cli.core.experts.layout import expert_weights, find_experts
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts
+from qlora_cli.core.experts.grouped_product import WORKSPACE_BYTES
 from qlora_cli.core.models.structure import find_decoder, is_plain_linear, linear_names, underlying_model
 from qlora_cli.core.planning.meta_ops import (
     Attention,
     CatchAttention,
-    DequantisedExperts,
+    ExpertProduct,
+    ExpertValues,
     Linear,
     LiveBytes,
     Loss,
     Sink,
     Source,
     replace_attention,
+    replace_methods,
     storage_key,
 )
 from qlora_cli.errors import ModelError, first_line
@@ -65,7 +68,11 @@ class Peak:
 
     def bytes(self, tokens: int, row_tokens: int, most_scratch: float = inf) -> float:
         """Bytes at the highest moment, where no more scratch memory than `most_scratch` is used."""
-        return max(min(scratch, most_scratch) + growth.bytes(tokens, row_tokens) for scratch, growth in self.moments)
+        return max(
+            (scratch if isinstance(scratch, ExpertValues) else min(scratch, most_scratch))
+            + growth.bytes(tokens, row_tokens)
+            for scratch, growth in self.moments
+        )
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,14 @@ class _Trace:
         self.read: dict[int, Tensor] = {}  # by opaque ops and norms
         self.made: dict[int, tuple[Tensor, Tensor]] = {}  # by linears, and of what
         self.anchor = torch.empty((), device="meta", requires_grad=True)
-        with _forwards(self._meta_linears()), replace_attention(self.base, self._attend) as needs_mask:
+        products = {
+            module: self._product(module) for module in self.base.modules() if isinstance(module, FourBitExperts)
+        }
+        with (
+            replace_methods(self._meta_linears()),
+            replace_methods(products, "product"),
+            replace_attention(self.base, self._attend) as needs_mask,
+        ):
             ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
             self.inputs = {"attention_mask": torch.ones_like(ids)} if needs_mask else {}
             # Layers of one kind are alike, but for the first: its input requires no gradient, as embeddings are frozen.
@@ -215,17 +229,7 @@ class _Trace:
             base = getattr(module, "base_layer", module)
             if is_plain_linear(base) or type(base) is Conv1D:
                 forwards[module] = self._linear(module, base.nf if type(base) is Conv1D else base.out_features)
-        for _, experts in find_experts(self.model):
-            forwards[experts] = self._experts(experts)
         return forwards
-
-    def _experts(self, module: Any) -> Callable:
-        largest = max(weight.experts * weight.elements for weight in expert_weights(module))
-
-        def forward(*arguments: Any, **named: Any) -> Tensor:
-            return DequantisedExperts.apply(type(module).forward(module, *arguments, **named), largest, self.live)
-
-        return forward
 
     def _linear(self, module: Any, out_features: int) -> Callable:
         a, b, dropout = None, None, 0.0
@@ -243,6 +247,24 @@ class _Trace:
             return y
 
         return forward
+
+    def _product(self, module: FourBitExperts) -> Callable:
+        """The product of rows with experts, their adapter and bias, as `FourBitExperts.product` makes it on a card."""
+
+        def product(name: str, x: Tensor, routing: Any, expert_ids: Tensor) -> Tensor:
+            weight = module.weight_of(name)
+            matrix_bytes = weight.elements * x.element_size()
+            at_once = min(weight.experts, max(1, WORKSPACE_BYTES // matrix_bytes))
+            result = ExpertProduct.apply(x, weight.rows, ExpertValues(at_once * matrix_bytes), self.live)
+            if name in module.lora:
+                first, second = module.lora[name].factors(weight, x.dtype)
+                result = result + module.lora[name].scaling * ((x @ first[0]) @ second[0])
+            if weight.bias is not None:
+                result = result + getattr(module, weight.bias)[expert_ids]
+            self._note_read(x, result)  # experts are not compiled
+            return result
+
+        return product
 
     def _per_token(self, total_bytes: int) -> Growth:
         return Growth(total_bytes / self.tokens)
@@ -269,7 +291,7 @@ class _Trace:
         with (
             torch.no_grad(),
             CatchAttention(self._attend),
-            _forwards(dict(zip(self.modules, map(pass_on, self.modules, kinds), strict=True))),
+            replace_methods(dict(zip(self.modules, map(pass_on, self.modules, kinds), strict=True))),
         ):
             self.decoder(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs)
         return calls
@@ -347,7 +369,7 @@ class _Trace:
     def _trace_tail(self, ids: Tensor, calls: list[_Call]) -> Peak:
         """Everything but the layers: embeddings, last norm, head and loss, from the last layer on and back to it."""
         self.live = LiveBytes()
-        with _forwards(dict(zip(self.modules, map(self._skipped_layer, calls), strict=True))), self.live:
+        with replace_methods(dict(zip(self.modules, map(self._skipped_layer, calls), strict=True))), self.live:
             if self.fused:
                 self._fused_loss(ids).backward()
             else:
@@ -372,15 +394,3 @@ class _Trace:
 
     def _skipped_layer(self, call: _Call) -> Callable:
         return lambda hidden, *_, **__: call.answer(Source.apply(self.anchor, hidden.shape, hidden.dtype))
-
-
-@contextmanager
-def _forwards(forwards: dict[Any, Callable]) -> Iterator[None]:
-    """Replaces the forward of module instances."""
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward

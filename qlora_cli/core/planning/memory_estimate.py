@@ -182,7 +182,8 @@ def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:
     passes = 2 + step.measures.recomputed / max(1, profile.layers)
     head = profile.trace.vocabulary * profile.trace.layers[-1].hidden
     attention = sum(2 * step.row_tokens * layer.hidden for layer in profile.trace.layers)
-    frozen = 2 * passes * sum(profile.footprint.quantized_numels) + 4 * head
+    multiplied = sum(profile.footprint.quantized_numels) + profile.met_experts * sum(profile.footprint.expert_numels)
+    frozen = 2 * passes * multiplied + 4 * head
     return frozen + 2 * (passes + 1) * profile.footprint.trainable_parameters + (passes + 1.5) * attention
 
 

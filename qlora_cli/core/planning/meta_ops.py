@@ -14,8 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
-from qlora_cli.core.experts.grouped_product import WORKSPACE_BYTES
-
 TRACED_ATTENTION = "qlora_traced"
 
 
@@ -100,19 +98,25 @@ class Linear(torch.autograd.Function):
         return x, None, None, None, *parts
 
 
-class DequantisedExperts(torch.autograd.Function):
-    """Packed experts, whose dequantised values are there while they compute, forwards and backwards."""
+class ExpertValues(int):
+    """Bytes of scratch memory that no plan makes smaller: dequantised experts, as many as are multiplied at once."""
+
+
+class ExpertProduct(torch.autograd.Function):
+    """`experts.grouped_product.packed_product`: keeps nothing, and dequantises experts in both passes."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: int, live: LiveBytes) -> Tensor:
-        ctx.live, ctx.bytes = live, min(WORKSPACE_BYTES, weights * y.element_size())
-        live.mark(ctx.bytes)
-        return y.view_as(y)
+    def forward(ctx: Any, x: Tensor, out_features: int, values: ExpertValues, live: LiveBytes) -> Tensor:
+        ctx.values, ctx.live, ctx.in_shape = values, live, x.shape
+        y = x.new_empty(x.shape[0], out_features)
+        live.mark(values)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.live.mark(ctx.bytes)
-        return gradients[0], None, None
+        x = gradients[0].new_empty(ctx.in_shape)
+        ctx.live.mark(ctx.values)
+        return x, None, None, None
 
 
 class Attention(torch.autograd.Function):
@@ -218,3 +222,15 @@ def replace_attention(base: Any, attend: Callable[[Tensor, Tensor, Tensor], Tens
         yield False
     finally:
         base.set_attn_implementation(before)
+
+
+@contextmanager
+def replace_methods(forwards: dict[Any, Callable], method: str = "forward") -> Iterator[None]:
+    """Replaces the forward, or another method, of module instances."""
+    for module, forward in forwards.items():
+        vars(module)[method] = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del vars(module)[method]

@@ -4,13 +4,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from qlora_cli.config import LoraSettings, QuantizationSettings
+from qlora_cli.core.adapters.expert_lora import CHOICES
 from qlora_cli.core.adapters.lora import attach_adapter
+from qlora_cli.core.experts.four_bit_experts import pack_experts
+from qlora_cli.core.experts.layout import expert_weights, find_experts
+from qlora_cli.core.models.account import FourBitPlan, plan_packing
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
 from qlora_cli.core.planning.model_size import Footprint, measure_footprint
+from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError
 
 
@@ -25,6 +31,8 @@ class ModelProfile:
     vocabulary: int  # tokens that have an input embedding
     embedding_bytes: int  # input embeddings, where they can stay on the host
     stored_bytes: int  # of the checkpoint, in the dtype its configuration names
+    packing: FourBitPlan  # what of the base is in 4 bits, and what is not
+    met_experts: float  # share of a layer's experts that a token meets
 
     @property
     def layers(self) -> int:
@@ -62,9 +70,13 @@ def profile_model(
         ModelError: The configuration is no causal language model.
         AdapterError: The adapter cannot be attached.
     """
-    model: Any = build_empty(config, trust_remote_code=trust_remote_code)
+    own_code = {"trust_remote_code": trust_remote_code}
+    stored_parameters = sum(p.numel() for p in build_empty(config, whole=True, **own_code).parameters())
+    model: Any = build_empty(config, **own_code)
     model.to(compute_dtype)
-    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = stored_format(config, config.name_or_path or config.model_type)
+    packing = plan_packing(model, stored.skipped if stored else ())
+    _pack_experts(model, packing, quantization, compute_dtype)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
     adapted = attach_adapter(model, lora)
@@ -74,8 +86,8 @@ def profile_model(
     except ModelError as error:
         untraced = error.message
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
-    stored = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
-    stored = getattr(torch, stored) if isinstance(stored, str) else stored  # a name once the configuration was saved
+    dtype = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name once the configuration was saved
     return ModelProfile(
         footprint=measure_footprint(adapted, quantization, compute_dtype),
         trace=trace,
@@ -83,5 +95,30 @@ def profile_model(
         itemsize=compute_dtype.itemsize,
         vocabulary=embeddings.weight.shape[0],
         embedding_bytes=embeddings.weight.numel() * compute_dtype.itemsize * movable,
-        stored_bytes=base_parameters * stored.itemsize,
+        stored_bytes=stored_parameters * dtype.itemsize,
+        packing=packing,
+        met_experts=_share_of_experts(model),
     )
+
+
+def _pack_experts(
+    model: nn.Module, packing: FourBitPlan, quantization: QuantizationSettings, compute_dtype: torch.dtype
+) -> None:
+    """Makes experts on the meta device those in 4 bits, as they will run."""
+    for name, module in list(find_experts(model)):
+        if packing.packed.issuperset(f"{name}.{weight.name}" for weight in expert_weights(module)):
+            pack_experts(
+                module,
+                compute_dtype=compute_dtype,
+                quant_type=quantization.quant_type,
+                double_quant=quantization.double_quant,
+                device=torch.device("meta"),
+            )
+
+
+def _share_of_experts(model: Any) -> float:
+    """Of a layer's experts, those that a token meets; 1 where the configuration does not say."""
+    config = model.config.get_text_config(decoder=True)
+    experts = next((expert_weights(module)[0].experts for _, module in find_experts(model)), 0)
+    met = next((value for name in CHOICES if isinstance(value := getattr(config, name, None), int)), experts)
+    return met / experts if experts else 1.0

@@ -10,9 +10,10 @@ from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.experts.layout import expert_weights, find_experts
-from qlora_cli.core.experts.stack import can_pack, stack_bytes
-from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora_cli.core.models.structure import linear_names
+from qlora_cli.core.experts.stack import stack_bytes
+from qlora_cli.core.models.account import plan_packing
+from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, logical_numel
+from qlora_cli.core.models.structure import head_names, underlying_model
 
 ADAPTER_PART = re.compile(r"\.lora_.*$")
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
@@ -42,7 +43,8 @@ class Footprint:
     total_parameters: int  # base and adapter
     trainable_parameters: int
     trainable_numels: tuple[int, ...]  # of each trained tensor
-    quantized_numels: tuple[int, ...]  # of each weight held in 4 bits
+    quantized_numels: tuple[int, ...]  # of each linear layer's weight held in 4 bits
+    expert_numels: tuple[int, ...]  # of each stack of experts held in 4 bits
     quantized_bytes: int  # of all of them, as they are held
     base_bytes: int
     adapter_bytes: int
@@ -74,18 +76,22 @@ def base_name(name: str) -> str:
 
 
 def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dtype: torch.dtype) -> Footprint:
-    """Counts a model from `build_empty`, maybe with an adapter attached, as it will be held: its linears in 4 bits, all
-    else of the base in `compute_dtype`."""
-    quantized = {base_name(name) for name in linear_names(model)}
+    """Counts a model from `build_empty`, maybe with an adapter attached, as it will be held: in 4 bits what
+    `plan_packing` says, all else of the base in `compute_dtype`."""
+    base: Any = underlying_model(model)
+    heads = tuple(f"{name}." for name in head_names(base))  # inside of one that is trained in full is the one before
+    packed = {base_name(n) for n in plan_packing(base).packed if not n.removesuffix("weight").startswith(heads)}
+    quantized = {name.removesuffix(".weight") for name in packed if name.endswith(".weight")}
     stacks = {
         f"{base_name(name)}.{weight.name}": weight
         for name, module in find_experts(model)
         for weight in expert_weights(module)
-        if can_pack(weight)
+        if f"{base_name(name)}.{weight.name}" in packed
     }
     owners = {base_name(name): type(module).__name__ for name, module in model.named_modules() if ".lora_" not in name}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     quantized_numels: list[int] = []
+    expert_numels: list[int] = []
     quantized_bytes = 0
     for name, parameter in model.named_parameters():
         owner = base_name(name) if ".lora_" in name else base_name(name).rpartition(".")[0]
@@ -94,13 +100,13 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
         key = owner.rpartition(".")[2], f"{owners[owner]}, {held}"
         group = groups.setdefault(key, {"owners": set(), "parameters": 0, "trainable": 0, "held_bytes": 0})
         group["owners"].add(owner)
-        numel = parameter.numel()
+        numel = logical_numel(parameter)
         if parameter.requires_grad:
             group["trainable"] += numel
             continue
         group["parameters"] += numel
         if stack is not None:
-            quantized_numels += [stack.elements] * stack.experts
+            expert_numels.append(stack.elements * stack.experts)
             held_bytes = stack_bytes(stack, double_quant=quantization.double_quant)
             quantized_bytes += held_bytes
         elif owner in quantized and name.endswith("weight"):
@@ -118,6 +124,7 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
         trainable_parameters=trainable,
         trainable_numels=tuple(p.numel() for p in model.parameters() if p.requires_grad),
         quantized_numels=tuple(quantized_numels),
+        expert_numels=tuple(expert_numels),
         quantized_bytes=quantized_bytes,
         base_bytes=sum(row.held_bytes for row in rows),
         adapter_bytes=4 * trainable,  # in float32

@@ -18,6 +18,7 @@ from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.planning.run_plan import profile_run
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.training.trainer import TrainingData
+from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import DataError
 from qlora_cli.events import Report
 
@@ -62,6 +63,7 @@ def read_inputs(run: Run) -> RunInputs:
     files = resolve_model(
         config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=run.report
     )
+    stored_format(files.config, files.name)  # refuses what cannot be trained on before anything is downloaded
     profile = profile_run(config, files.config, run.device)
     with run.accelerator.main_process_first():
         if config.prepared is None:

@@ -1,0 +1,62 @@
+"""Architectures of every kind, built small and taken down the road by the code of `make survey`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Of each kind of layer, of state, of experts and of towers one or two.
+QUICK = [
+    "bloom",
+    "cohere2",
+    "deepseek_v3",
+    "falcon_h1",
+    "falcon_mamba",
+    "gemma3",
+    "gemma4",
+    "glm4_moe_lite",
+    "gpt2",
+    "gpt_oss",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "llama4",
+    "llava",
+    "mamba2",
+    "minimax_m2",
+    "mixtral",
+    "nemotron_h",
+    "phimoe",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_moe",
+    "qwen3_next",
+    "t5",
+]
+
+
+@pytest.fixture(scope="module")
+def survey():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import survey
+
+        yield survey
+    for name in ("survey", "support", "support.architectures"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_an_architecture_is_right_or_refused_in_a_sentence(survey, name, tmp_path):
+    found = survey.survey(name, tmp_path, brief=True)
+    assert not [cell for cell in found.values() if "WRONG" in cell], found
+    assert ("refused" in found) == (name == "t5"), found
+
+
+@pytest.mark.slow
+def test_every_architecture_is_right_or_refused(survey, tmp_path):
+    names = [name for name in survey.ARCHITECTURES if name not in QUICK]
+    found = {name: survey.survey_in(name, tmp_path) for name in names}
+    assert not {n: cells for n, cells in found.items() if any("WRONG" in cell for cell in cells.values())}
