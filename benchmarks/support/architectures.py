@@ -228,7 +228,7 @@ ARCHITECTURES: dict[str, dict] = {
     "persimmon": {**MLP, "num_key_value_heads": 4},
     "phi": {**MLP, "num_key_value_heads": 4, **STILL},
     "phi3": {**GQA, "sliding_window": None},
-    "phimoe": {**GQA, **LOCAL},
+    "phimoe": {**GQA, **LOCAL, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen2": {**GQA, "tie_word_embeddings": True},
     "qwen2_5_vl": {"text_config": {**GQA, **SECTIONS}, "vision_config": {**QWEN_TOWER, "fullatt_block_indexes": [0]}},
     "qwen2_moe": {**GQA, **EXPERTS, "shared_expert_intermediate_size": 128},

@@ -82,6 +82,7 @@ def test_a_multimodal_model_keeps_its_class_and_leaves_its_towers_out(name):
     beside = tuple(f"{tower}." for tower in towers)
     assert set(text.state_dict()) == {key for key in whole.state_dict() if not key.startswith(beside)}
     assert find_decoder(text).config.model_type == config.get_text_config().model_type
+    assert find_decoder(text).get_output_embeddings() is None
     assert linear_names(text) and not any(linear.startswith(beside) for linear in linear_names(text))
 
 

@@ -121,7 +121,7 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, wh
 def find_decoder(base: Any) -> Any:
     """The module below the head, which turns token ids into hidden states: of a multimodal model its language model."""
     decoder = base.get_decoder()
-    if decoder is not base and decoder.get_decoder() is not decoder:  # a language model with its own head inside
+    if decoder is not base and decoder.get_output_embeddings() is not None:  # Llama 4 has its head inside
         return find_decoder(decoder)
     if decoder is not base:
         return decoder
