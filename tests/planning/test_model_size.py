@@ -141,9 +141,9 @@ def test_experts_are_counted_in_4_bits_and_dequantised_a_layer_at_a_time():
     assert found.total_parameters - found.trainable_parameters == 46_702_792_704
     assert 22 * 2**30 < found.base_bytes < 24 * 2**30  # 87 GiB in 16 bits
     assert with_experts.met_experts == 2 / 8
-    values_bytes = 2 * 14336 * 4096 * 2 * 8  # of gate and up, of all experts, in bfloat16
+    values_bytes = 2 * 14336 * 4096 * 2  # of gate and up of one expert, in bfloat16
     layer = with_experts.trace.layers[1].recomputed.backward
-    assert layer.bytes(1, 1, most_scratch=0) > values_bytes
+    assert layer.bytes(1, 1, most_scratch=0) >= values_bytes
 
 
 def test_what_a_mixer_reads_raw_is_counted_in_16_bits():
