@@ -255,6 +255,9 @@ ARCHITECTURES: dict[str, dict] = {
         "attention_heads": 4,
         "ffn_dim": 128,
         "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "layerdrop": 0.0,
         "max_position_embeddings": 256,
     },
     "zamba2": {
