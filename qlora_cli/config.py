@@ -490,7 +490,10 @@ class MergeConfig(ModelSettings):
     )
     quantize: bool = setting(False, "Write a 4-bit checkpoint instead of a 16-bit one.", panel=RUN)
     min_kept: float = setting(
-        0.9, "With --quantize: share of the fine-tune's gain below which the merge fails, 0 to 1.", panel=RUN
+        0.9,
+        "With --quantize: share of the fine-tune's gain below which the merge fails, 0 to 1.",
+        panel=RUN,
+        range=Numbers(-10, 10),
     )
     verify: bool | None = setting(
         None, "Compare the merged model with base + adapter; by default where a model fits in memory.", panel=RUN
