@@ -96,7 +96,9 @@ def _typed(path: Path, field: Field, value: Any) -> Any:
             # YAML reads on and off as booleans, and bare numbers as numbers, where the setting is a word.
             return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
     else:
-        parts = value.split(",") if isinstance(value, str) else value
+        parts: Any = value
+        if isinstance(value, str):
+            parts = [value] if field.metadata["repeated"] else value.split(",")  # items of the former may hold commas
         if isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts):
             return tuple(part.strip() for part in parts)
     raise UsageError(f"{path}: {field.name} should be {NAMES.get(kind, 'a list of words')}, found {repr(value)[:80]}.")

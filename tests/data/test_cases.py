@@ -4,6 +4,7 @@ Each case stands for a kind of fault in public reports on tools for fine-tuning.
 """
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -315,3 +316,50 @@ def test_a_folder_says_which_files_it_leaves_out_and_takes_no_metadata_for_data(
     events = []
     prepare_rows(PrepareConfig(data=str(tmp_path)), byte_level(), None, tmp_path / "out", events.append, workers=1)
     assert "1 of 2 files" in events[0].text and "lakes.jsonl" in events[0].text
+
+
+def test_several_data_sets_each_with_its_share_and_format(tmp_path):
+    (tmp_path / "lakes.jsonl").write_text("".join(json.dumps(LAKES[0]) + "\n" for _ in range(10)))
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": [ASK, ANSWER]}) + "\n" for _ in range(4)))
+    names = (f"{tmp_path}/lakes.jsonl:0.3", f"{tmp_path}/talks.jsonl")
+
+    def prepare_sets(out, data, **settings):
+        events = []
+        config = PrepareConfig(data=data, **settings)
+        summary = prepare_rows(config, byte_level(), None, tmp_path / out, events.append, workers=1)
+        return summary, " ".join(event.text for event in events if isinstance(event, Notice))
+
+    summary, said = prepare_sets("out", names)
+    rows = PreparedRows(summary.directory)
+    assert marked(rows, byte_level()) == [ASKED] * 3 + [TURN] * 4
+    assert rows.records.tolist() == list(range(7))
+    assert [(part["share"], part["records"], part["rows"]) for part in summary.manifest["data_sets"]] == [
+        (0.3, 3, 3),
+        (1, 4, 4),
+    ]
+    assert "3 records (the share 0.3 of all) became 3 rows" in said and "named first" in said
+    assert prepare_sets("again", names)[0].manifest["digest"] == summary.manifest["digest"]
+    other = prepare_sets("other", (f"{tmp_path}/lakes.jsonl:0.4", names[1]))[0]
+    assert other.manifest["digest"] != summary.manifest["digest"]
+    assert prepare_sets("few", names, limit=2)[0].manifest["rows"] == 4
+    alone = prepare_sets("alone", (names[1],))[0]
+    assert alone.manifest["digest"] == prepare_sets("plain", names[1])[0].manifest["digest"]
+    for wrong, message in (((names[1], names[1]), "given twice"), ((f"{names[1]}:1.5",), "the share 1.5")):
+        with pytest.raises(QloraError, match=message):
+            prepare_sets("wrong", wrong)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 1 / 3, 0.999, 0.01])
+@pytest.mark.parametrize("sizes", [[100], [1] * 100, [7, 0, 93]])
+def test_a_share_is_spread_evenly_however_rows_are_cut_into_chunks(share, sizes):
+    from qlora_cli.core.data.chunks import Chunk
+    from qlora_cli.core.data.sources import DataSet
+
+    numbers = iter(range(100))
+    chunks = [
+        Chunk("x", records=[{"n": n} for n in (next(numbers) for _ in range(size))], lines=[0] * size) for size in sizes
+    ]
+    taken = [record["n"] for chunk in DataSet("x", share).take(chunks, 100) for record in chunk.records]
+    assert len(taken) == int(100 * share)
+    gaps = {after - before for before, after in pairwise(taken)}
+    assert not gaps or max(gaps) - min(gaps) <= 1

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from qlora_cli.config import DataSettings
 from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter, manifest_sha256
 from qlora_cli.core.data.readers import CHUNK_BYTES
-from qlora_cli.core.data.sources import Source, resolve_source
+from qlora_cli.core.data.sources import Source, join_identities, read_data_sets, resolve_source
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
@@ -82,7 +82,8 @@ def cache_directory() -> Path:
 
 def read_paths(settings: DataSettings) -> list[Path]:
     """Local files and folders that settings name for reading; of a pattern, the folder before its first wildcard."""
-    names = (settings.data, settings.template, settings.chat_template)
+    data = [data_set.name for data_set in read_data_sets(settings.data)] if settings.data else []
+    names = (*data, settings.template, settings.chat_template)
     return [Path(re.split(r"[^/]*[*?\[]", name)[0] or ".").expanduser() for name in names if name]
 
 
@@ -161,8 +162,7 @@ def prepare_rows(
         RunError: `directory` holds something else and `overwrite` is off.
         DiskFull: There is no room.
     """
-    if settings.data is None:
-        raise UsageError("No data was given.", "Add: --data FILE (or a folder, a glob, or a hub dataset).")
+    sets = read_data_sets(settings.data)
     asked = None
     if directory is None:
         sweep(cache_directory())
@@ -173,9 +173,9 @@ def prepare_rows(
         may_replace(directory, PREPARED, overwrite=True, reads=reads, files=PREPARED_FILES)
         asked = partial(may_replace, directory, PREPARED, overwrite=overwrite, reads=reads, files=PREPARED_FILES)
     encoder = encoder_of(tokenizer)
-    source = resolve_source(settings.data, split=settings.split, revision=settings.revision, report=report)
+    sources = [resolve_source(s.name, split=settings.split, revision=settings.revision, report=report) for s in sets]
     max_length = choose_max_length(settings.max_length, model_config, report)
-    identity = source.identify(report)
+    identity = join_identities(sets, [source.identify(report) for source in sources])
     digest = _digest(settings, encoder, max_length, identity)
     if directory is None:
         directory = cache_directory() / digest[:32]  # whatever is there under this name is a part of the same
@@ -183,39 +183,50 @@ def prepare_rows(
         report(Notice(f"These rows are prepared already in {directory} (same data, tokenizer and settings)."))
         return PreparedSummary(str(directory), True, manifest)
     place = asked() if asked else directory
-    recognised = _recognise(source, settings, encoder)
-    report(Notice(f"{settings.data}: {recognised.sentence}."))
-    for remark in recognised.remarks:
-        report(Notice(remark))
-    tokeniser_settings = TokeniserSettings(
-        spec=encoder.spec,
-        formatting=recognised.formatting,
-        train_on=recognised.train_on,
-        max_length=max_length,
-        overlong=settings.overlong,
-        max_line_bytes=settings.max_line_bytes,
-        vocabulary_size=len(tokenizer),
-        on_lost_content=settings.on_lost_content,
-        rules=recognised.rules,
-    )
+    every = [_recognise(source, settings, encoder) for source in sources]
+    for source, recognised in zip(sources, every, strict=True):
+        report(Notice(f"{source.name}: {recognised.sentence}."))
+        for remark in recognised.remarks:
+            report(Notice(remark))
+    recognised = every[0]
+    if any(other.formatting != recognised.formatting for other in every):
+        report(Notice(f"generate will format prompts as those of {sources[0].name}, which was named first."))
+    total_bytes = None if any(s.total_bytes is None for s in sources) else sum(s.total_bytes or 0 for s in sources)
     with reporting_disk_full(directory), atomic_directory(place) as temporary:
         statistics = PreparationStatistics()
-        with ExitStack() as stack:
-            chunks = _limited(source.chunks(settings.max_line_bytes, chunk_bytes), settings)
-            processes = count_processes(source.total_bytes, workers, cores=len(os.sched_getaffinity(0)))
-            results: Iterator[TokenisedChunk]
-            if processes == 1:
-                results = map(Tokeniser(tokeniser_settings).process, chunks)
-            else:
-                results = stack.enter_context(TokeniserPool(tokeniser_settings, processes)).process_all(chunks)
-            _write(results, temporary, statistics, settings, source.total_bytes, report)
-        statistics.check(settings.data)
+        with _Output(temporary, statistics, settings, total_bytes, report) as output:
+            for data_set, source, found in zip(sets, sources, every, strict=True):
+                tokeniser_settings = TokeniserSettings(
+                    spec=encoder.spec,
+                    formatting=found.formatting,
+                    train_on=found.train_on,
+                    max_length=max_length,
+                    overlong=settings.overlong,
+                    max_line_bytes=settings.max_line_bytes,
+                    vocabulary_size=len(tokenizer),
+                    on_lost_content=settings.on_lost_content,
+                    rules=found.rules,
+                )
+                chunks = data_set.take(source.chunks(settings.max_line_bytes, chunk_bytes), settings.max_line_bytes)
+                processes = count_processes(source.total_bytes, workers, cores=len(os.sched_getaffinity(0)))
+                before = statistics.totals()
+                with ExitStack() as stack:
+                    results: Iterator[TokenisedChunk]
+                    if processes == 1:
+                        results = map(Tokeniser(tokeniser_settings).process, _limited(chunks, settings))
+                    else:
+                        pool = stack.enter_context(TokeniserPool(tokeniser_settings, processes))
+                        results = pool.process_all(_limited(chunks, settings))
+                    output.write(results)
+                statistics.close_set(source.name, data_set.share, before)
+        statistics.check(identity["source"])
         manifest = {
             "format": FORMAT,
             "qlora_version": __version__,
             **statistics.to_dict(),
             "max_length": max_length,
             "overlong": settings.overlong,
+            **({"data_sets": statistics.sets} if len(sets) > 1 or sets[0].share != 1 else {}),
             "column": recognised.formatting.column or recognised.formatting.completion_column,
             "train_on": recognised.train_on,
             "formatting": recognised.formatting.to_dict(),
@@ -264,7 +275,7 @@ def _recognise(source: Source, settings: DataSettings, encoder: TextEncoder) -> 
         if len(sample) >= SAMPLE_RECORDS:
             break
     if not sample:
-        raise DataError(f"{settings.data} holds no row that can be read.", "Check --data.")
+        raise DataError(f"{source.name} holds no row that can be read.", "Check --data.")
     return recognise(sample[:SAMPLE_RECORDS], settings, encoder)
 
 
@@ -303,34 +314,56 @@ def count_processes(total_bytes: int | None, workers: int | None, cores: int) ->
     return 1 if total_bytes is not None and total_bytes < SMALL_BYTES else min(cores, MOST_PROCESSES)
 
 
-def _write(
-    results: Iterator[TokenisedChunk],
-    directory: Path,
-    statistics: PreparationStatistics,
-    settings: DataSettings,
-    total_bytes: int | None,
-    report: Report,
-) -> None:
-    writer = RowWriter(directory / PREPARED_ROWS)
-    done_bytes = 0
-    with ExitStack() as stack:
-        bad_rows = None
+class _Output:
+    """The files of a preparation: rows and bad rows, counted as they are written; a context manager."""
+
+    def __init__(
+        self,
+        directory: Path,
+        statistics: PreparationStatistics,
+        settings: DataSettings,
+        total_bytes: int | None,
+        report: Report,
+    ) -> None:
+        self._directory, self._statistics, self._settings = directory, statistics, settings
+        self._total_bytes, self._done_bytes, self._report = total_bytes, 0, report
+        self._writer = RowWriter(directory / PREPARED_ROWS)
+        self._stack = ExitStack()
+        self._bad_rows: IO[str] | None = None
+
+    def write(self, results: Iterator[TokenisedChunk]) -> None:
+        """Writes and counts chunks as they come.
+
+        Raises:
+            DataError: One holds a bad row, and --on-bad-row is stop.
+            DiskFull: There is no room.
+        """
+        statistics = self._statistics
+        for chunk in results:
+            if chunk.bad_rows and self._settings.on_bad_row == "stop":
+                raise _bad_row_error(chunk.bad_rows[0])
+            for bad in chunk.bad_rows:
+                self._bad_rows = self._bad_rows or self._stack.enter_context(
+                    (self._directory / BAD_ROWS).open("w", encoding="utf-8")
+                )
+                self._bad_rows.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+            offsets = np.cumsum([0, *chunk.lengths], dtype=np.int32)
+            self._writer.write(chunk.input_ids, chunk.trained, offsets, chunk.origins + statistics.counts["records"])
+            statistics.add(chunk)
+            self._done_bytes += chunk.source_bytes
+            records = statistics.counts["records"]
+            self._report(Progress(TASK, records, _estimate(records, self._done_bytes, self._total_bytes)))
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            for chunk in results:
-                if chunk.bad_rows and settings.on_bad_row == "stop":
-                    raise _bad_row_error(chunk.bad_rows[0])
-                for bad in chunk.bad_rows:
-                    bad_rows = bad_rows or stack.enter_context((directory / BAD_ROWS).open("w", encoding="utf-8"))
-                    bad_rows.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
-                offsets = np.cumsum([0, *chunk.lengths], dtype=np.int32)
-                writer.write(chunk.input_ids, chunk.trained, offsets, chunk.origins + statistics.counts["records"])
-                statistics.add(chunk)
-                done_bytes += chunk.source_bytes
-                records = statistics.counts["records"]
-                report(Progress(TASK, records, _estimate(records, done_bytes, total_bytes)))
+            self._stack.close()
         finally:
-            writer.close()
-    report(Progress(TASK, statistics.counts["records"], statistics.counts["records"]))
+            self._writer.close()
+        if error is None:
+            self._report(Progress(TASK, self._statistics.counts["records"], self._statistics.counts["records"]))
 
 
 def _estimate(records: int, done_bytes: int, total_bytes: int | None) -> int | None:

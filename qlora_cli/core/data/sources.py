@@ -3,8 +3,9 @@
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
 from qlora_cli.core.data.arrow_reader import records_of
-from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, Chunk
+from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, Chunk, parse_chunk
 from qlora_cli.core.data.readers import CHUNK_BYTES, DECOMPRESS, KINDS, kind_of, read_chunks
 from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
@@ -26,6 +27,67 @@ SPLITS = {
 }
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of datasets and others
 READABLE = ", ".join([*KINDS, *DECOMPRESS])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One --data: what it names, and the share of its rows that is taken, above 0 and up to 1."""
+
+    name: str
+    share: float = 1.0
+
+    def take(self, chunks: Iterable[Chunk], max_line_bytes: int) -> Iterator[Chunk]:
+        """The share of the rows, evenly from the beginning to the end: of 0.3 the 4th, 7th, 10th of each ten."""
+        if self.share == 1:
+            yield from chunks
+            return
+        first = 0
+        for chunk in chunks:
+            parse_chunk(chunk, max_line_bytes)
+            numbers = range(first, first + len(chunk.records))
+            is_taken = [int((number + 1) * self.share) > int(number * self.share) for number in numbers]
+            first += len(chunk.records)
+            chunk.records = list(compress(chunk.records, is_taken))
+            chunk.lines = list(compress(chunk.lines, is_taken))
+            yield chunk
+
+
+def read_data_sets(data: str | Sequence[str] | None) -> list[DataSet]:
+    """What --data says, once or several times: names, each with `:0.3` behind it if only a part is taken.
+
+    Raises:
+        UsageError: There is none, a share is not above 0 and up to 1, or a name comes twice.
+    """
+    given = [data] if isinstance(data, str) else list(data or ())
+    if not given:
+        raise UsageError("No data was given.", "Add: --data FILE (or a folder, a glob, or a hub dataset).")
+    sets = [_read_data_set(text) for text in given]
+    names = [data_set.name for data_set in sets]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--data {twice} is given twice.", "Give each data set once; --epochs repeats all of them.")
+    return sets
+
+
+def _read_data_set(text: str) -> DataSet:
+    name, colon, share = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]*\.?[0-9]+", share) or Path(text).expanduser().exists():
+        return DataSet(text)
+    if not 0 < float(share) <= 1:
+        raise UsageError(f"--data {text} takes the share {share} of the rows.", "Give a share above 0 and up to 1.")
+    return DataSet(name, float(share))
+
+
+def join_identities(sets: Sequence[DataSet], identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One identity for several data sets, or for a share of one; that of a whole one is its own."""
+    if len(sets) == 1 and sets[0].share == 1:
+        return identities[0]
+    facts = [(data_set.share, identity["sha256"]) for data_set, identity in zip(sets, identities, strict=True)]
+    return {
+        "source": " + ".join(f"{s.name}:{s.share:g}" if s.share != 1 else s.name for s in sets),
+        "files": [file for identity in identities for file in identity["files"]],
+        "sources": list(identities),
+        "sha256": hashlib.sha256(repr(facts).encode()).hexdigest(),
+    }
 
 
 @dataclass(frozen=True)

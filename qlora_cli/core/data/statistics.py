@@ -30,6 +30,7 @@ class PreparationStatistics:
         self.dropped: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()  # as in TokenisedChunk, with trained_tokens and bad_rows
         self.first_bad: list[BadRow] = []
+        self.sets: list[dict[str, Any]] = []  # of each data set: name, share, records, rows, tokens, trained_tokens
         self._hashes = [hashlib.sha256() for _ in range(3)]
 
     def add(self, chunk: TokenisedChunk) -> None:
@@ -40,6 +41,20 @@ class PreparationStatistics:
         self.first_bad += chunk.bad_rows[: 3 - len(self.first_bad)]
         for hashed, values in zip(self._hashes, (chunk.input_ids, chunk.trained, chunk.lengths), strict=True):
             hashed.update(values.tobytes())
+
+    def totals(self) -> Counter[str]:
+        """Records, rows, tokens and trained tokens so far."""
+        return Counter(
+            records=self.counts["records"],
+            rows=sum(lengths.size for lengths in self.lengths),
+            tokens=sum(int(lengths.sum(dtype=np.int64)) for lengths in self.lengths),
+            trained_tokens=self.counts["trained_tokens"],
+        )
+
+    def close_set(self, name: str, share: float, before: Counter[str]) -> None:
+        """Notes what one data set has given since `before`."""
+        now = self.totals()
+        self.sets.append({"name": name, "share": share, **{key: now[key] - before[key] for key in now}})
 
     def check(self, data: str) -> None:
         """Raises DataError if no row is left."""
@@ -78,6 +93,15 @@ class PreparationStatistics:
     def report(self, report: Report, directory: Path) -> None:
         """Reports everything that was not taken as it came."""
         counts, records = self.counts, self.counts["records"]
+        if len(self.sets) > 1 or any(part["share"] != 1 for part in self.sets):
+            for part in self.sets:
+                share = f" (the share {part['share']:g} of all)" if part["share"] != 1 else ""
+                report(
+                    Notice(
+                        f"{part['name']}: {part['records']:,} records{share} became {part['rows']:,} rows of "
+                        f"{part['tokens']:,} tokens, {part['trained_tokens']:,} trained."
+                    )
+                )
         if counts["truncated"]:
             report(
                 Caution(

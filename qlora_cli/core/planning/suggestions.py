@@ -83,7 +83,9 @@ def write_train_command(config: Any, changes: dict[str, Any]) -> str:
 
     `config` may be another command's, with some of the settings of `TrainConfig`.
     """
-    rows = [f"--{name} {shlex.quote(given)}" for name in ("data", "prepared") if (given := getattr(config, name, None))]
+    given = {name: getattr(config, name, None) or () for name in ("data", "prepared")}
+    names = {name: (value,) if isinstance(value, str) else value for name, value in given.items()}
+    rows = [f"--{name} {shlex.quote(each)}" for name, values in names.items() for each in values]
     words = ["qlora train", f"--model {shlex.quote(config.model)}", *(rows or ["--data DATA"])]
     for part in fields(TrainConfig):
         value = changes.get(part.name, getattr(config, part.name, None))
@@ -93,6 +95,7 @@ def write_train_command(config: Any, changes: dict[str, Any]) -> str:
         if isinstance(value, bool):
             words.append(flag if value else opposite)
         else:
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            words.append(f"{flag} {shlex.quote(text)}")
+            several = isinstance(value, tuple) and part.metadata["repeated"]
+            texts = value if several else (",".join(value) if isinstance(value, tuple) else str(value),)
+            words += [f"{flag} {shlex.quote(text)}" for text in texts]
     return " ".join(words)
