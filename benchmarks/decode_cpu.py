@@ -28,12 +28,12 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 
-    from qlora_cli.config import GenerationSettings, LoraSettings, QuantizationSettings
     from qlora_cli.core.adapters.lora import attach_adapter
     from qlora_cli.core.generation.requests import Request
     from qlora_cli.core.generation.session import GenerationSession
     from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.loading import load_base
+    from qlora_cli.setting_groups import GenerationSettings, LoraSettings, QuantizationSettings
     from tests.conftest import make_tokenizer, write_model
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -47,8 +47,8 @@ class Bench:
         import torch
         from support.models import build
 
-        from qlora_cli.config import LoraSettings
         from qlora_cli.core.adapters.lora import attach_adapter
+        from qlora_cli.setting_groups import LoraSettings
 
         self.name, self.device, self.figures = name, device, {}
         started = time.time()
@@ -105,9 +105,9 @@ class Bench:
         """Tokens per second of whole calls, and of steps alone."""
         import torch
 
-        from qlora_cli.config import GenerationSettings
         from qlora_cli.core.generation.requests import Request
         from qlora_cli.core.generation.session import GenerationSession
+        from qlora_cli.setting_groups import GenerationSettings
 
         self.settings = GenerationSettings(temperature=0.0, seed=0, batch_size=max(BATCHES))
         session = GenerationSession(self.settings, print, model=self.model, tokenizer=Words())

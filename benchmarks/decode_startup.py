@@ -79,12 +79,12 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     """Medians of loading a base both ways in this process, and whether the logits are the same bits."""
     import torch
 
-    from qlora_cli.config import QuantizationSettings
     from qlora_cli.core.device import choose_device, resolve_compute_dtype
     from qlora_cli.core.models import files, loading
     from qlora_cli.core.models import quantized_cache as base_cache
     from qlora_cli.core.models.quantized_cache import cache_size_bytes
     from qlora_cli.core.storage.hashed_file import THREADS, HashedFile
+    from qlora_cli.setting_groups import QuantizationSettings
 
     os.environ["QLORA_CACHE"] = str(cache)
     device = choose_device()

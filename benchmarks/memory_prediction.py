@@ -55,9 +55,9 @@ def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool,
     import torch
     from support.models import make_config
 
-    from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
     from qlora_cli.core.planning.model_profile import profile_model
     from qlora_cli.core.planning.planner import RowLengths, plan_training
+    from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
 
     lora = LoraSettings(alpha=32, **ADAPTERS[name])
     profile = profile_model(make_config(name), lora, QuantizationSettings(), compute_dtype=torch.bfloat16)
@@ -69,10 +69,10 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     """Trains one architecture in every setting; prints one JSON line each."""
     import torch
 
-    from qlora_cli.config import LoraSettings
     from qlora_cli.core.adapters.lora import attach_adapter
     from qlora_cli.core.device import limit_memory
     from qlora_cli.core.training.flat_parameters import TrainableParameters
+    from qlora_cli.setting_groups import LoraSettings
 
     device = torch.device(device_name)
     cuda = device.type == "cuda"
@@ -115,11 +115,11 @@ def measure_setting(
 
     import torch
 
-    from qlora_cli.config import StepSettings
     from qlora_cli.core.device import limit_memory
     from qlora_cli.core.engine.engine import install_engine
     from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES
     from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, state_bytes, step_optimizer
+    from qlora_cli.setting_groups import StepSettings
 
     cuda = device.type == "cuda"
     notices: list = []

@@ -21,13 +21,13 @@ import torch
 from support.models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
 
 CPU = torch.device("cpu")
 STEPS, WARM, ROWS = 40, 5, 8

@@ -71,7 +71,6 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     import numpy as np
     import torch
 
-    from qlora_cli.config import LoraSettings, StepSettings
     from qlora_cli.core.adapters.lora import attach_adapter
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.device import limit_memory
@@ -79,6 +78,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     from qlora_cli.core.engine.cuda_graphs import bucket
     from qlora_cli.core.engine.engine import install_engine
     from qlora_cli.core.training.flat_parameters import TrainableParameters
+    from qlora_cli.setting_groups import LoraSettings, StepSettings
 
     architecture, rows, adapter, options = RUNS[name]
     cuda = device == "cuda"

@@ -97,9 +97,9 @@ def load_4bit(base: Path, *, cached: bool = False):
     """The 4-bit base in float32 on the CPU."""
     import torch
 
-    from qlora_cli.config import QuantizationSettings
     from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.loading import load_base
+    from qlora_cli.setting_groups import QuantizationSettings
 
     held = QuantizationSettings(base_cache=cached)
     return load_base(resolve_model(str(base)), held, compute_dtype=torch.float32, device=torch.device("cpu"))[0]
@@ -111,11 +111,11 @@ def compare_rows(base: Path, run: Path) -> str:
     import torch
     from transformers import AutoTokenizer
 
-    from qlora_cli.config import StepSettings
     from qlora_cli.core.adapters.lora import load_adapter
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.engine.engine import install_engine
     from qlora_cli.events import report_nothing
+    from qlora_cli.setting_groups import StepSettings
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in TEXTS]

@@ -1,4 +1,4 @@
-"""Settings of every command, each once: name, type, default, meaning and unit.
+"""Settings of every command, each once: the groups it shares with others, and its own.
 
 The command line, `run.yaml` and `--help` are all made from these dataclasses. A field's metadata carries the help
 text and, where there are any, the allowed values.
@@ -6,35 +6,25 @@ text and, where there are any, the allowed values.
 
 from dataclasses import dataclass
 
-from qlora_cli.ranges import Memory, Numbers, WordOrNumber, Words
-from qlora_cli.settings import CALL, FREE, RESOLVED, ROUNDING, SAME, Settings, setting
-
-MODEL = "Model"
-DATA = "Data"
-ADAPTER = "Adapter"
-QUANTIZATION = "Quantisation"
-OPTIMISATION = "Optimisation"
-EVALUATION = "Evaluation and checkpoints"
-MEMORY = "Memory and speed"
-SAMPLING = "Sampling"
-RUN = "Run"
-PANELS = (MODEL, DATA, ADAPTER, QUANTIZATION, OPTIMISATION, EVALUATION, MEMORY, SAMPLING, RUN)  # as --help lists them
-
-NAME = Words()  # of a file, a directory, a column, a module, or on the hub
-SEED = Numbers(0, 2**63 - 2**40)  # with room for the ranks' own
-
-OPTIMIZERS = (
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "adamw_8bit",
-    "adamw",
-    "paged_lion_8bit",
-    "paged_lion_32bit",
-    "lion_8bit",
-    "lion",
-    "sgd",
-    "adafactor",
+from qlora_cli.ranges import Numbers
+from qlora_cli.setting_groups import (
+    DATA,
+    EVALUATION,
+    MEMORY,
+    MODEL,
+    NAME,
+    OPTIMISATION,
+    RUN,
+    SEED,
+    DataSettings,
+    GenerationSettings,
+    LoraSettings,
+    ModelSettings,
+    QuantizationSettings,
+    StepSettings,
 )
+from qlora_cli.settings import CALL, FREE, RESOLVED, ROUNDING, SAME, setting
+
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -44,318 +34,6 @@ SCHEDULERS = (
     "polynomial",
     "inverse_sqrt",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings(Settings):
-    """Which base model."""
-
-    model: str | None = setting(
-        None, "Hub id or directory of the base model.", panel=MODEL, range=NAME, resume=RESOLVED
-    )
-    model_revision: str | None = setting(
-        None, "Commit, branch or tag of the base model.", panel=MODEL, range=NAME, resume=RESOLVED
-    )
-    trust_remote_code: bool = setting(
-        False,
-        "Run code that comes with the model; needs --model-revision with a full commit hash.",
-        panel=MODEL,
-        recorded=False,
-        resume=RESOLVED,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationSettings(Settings):
-    """How the base is held in 4 bits."""
-
-    quant_type: str = setting(
-        "nf4", "4-bit data type of the base.", panel=QUANTIZATION, choices=("nf4", "fp4"), resume=RESOLVED
-    )
-    double_quant: bool = setting(
-        True,
-        "Quantise the quantisation constants too (saves 0.37 bit a parameter).",
-        panel=QUANTIZATION,
-        resume=RESOLVED,
-    )
-    compute_dtype: str | None = setting(
-        None,
-        "Dtype of the arithmetic; by default bfloat16 where the GPU has it, float16 on older ones, float32 on CPU.",
-        panel=QUANTIZATION,
-        choices=("bfloat16", "float16", "float32"),
-        resume=RESOLVED,
-    )
-    base_cache: bool = setting(
-        True,
-        "Keep the quantised base on disk, so that the next start does not quantise again.",
-        panel=QUANTIZATION,
-        flag="--cache/--no-cache",
-        resume=FREE,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
-    """Where rows come from and how each becomes trained and untrained tokens."""
-
-    data: tuple[str, ...] | None = setting(
-        None,
-        "Hub id (id:config), file (.json .jsonl .csv .tsv .parquet .txt, also .gz .zst), folder, glob, or saved dataset; "
-        "NAME:0.3 takes three of ten of its rows; may be given several times.",
-        panel=DATA,
-        repeated=True,
-        range=NAME,
-        resume=RESOLVED,
-    )
-    split: str = setting("train", "Split of a hub or saved dataset.", panel=DATA, range=NAME, resume=RESOLVED)
-    revision: str | None = setting(
-        None, "Commit, branch or tag of a hub dataset.", panel=DATA, range=NAME, resume=RESOLVED
-    )
-    format: str = setting(
-        "auto",
-        "Format of the rows; auto recognises it and says so.",
-        panel=DATA,
-        choices=("auto", "text", "prompt", "chat", "tokens"),
-        former_name="shape",
-        resume=RESOLVED,
-    )
-    text_column: str | None = setting(
-        None, "Column with the text to train on.", panel=DATA, range=NAME, resume=RESOLVED
-    )
-    prompt_column: str | None = setting(None, "Column with the prompt.", panel=DATA, range=NAME, resume=RESOLVED)
-    completion_column: str | None = setting(
-        None, "Column with the completion.", panel=DATA, range=NAME, resume=RESOLVED
-    )
-    messages_column: str | None = setting(
-        None, "Column with the chat messages.", panel=DATA, range=NAME, resume=RESOLVED
-    )
-    role: tuple[str, ...] | None = setting(
-        None,
-        "NAME=ROLE: what a role of this data's conversations is called by chat templates, such as bard=assistant; "
-        "may be given several times.",
-        panel=DATA,
-        repeated=True,
-        range=NAME,
-        resume=RESOLVED,
-    )
-    template: str | None = setting(
-        None,
-        "Prompt/completion template: text (or a file) with {column} fields, one of them the completion.",
-        panel=DATA,
-        range=Words(2**20, lines=True),
-        resume=RESOLVED,
-    )
-    chat_template: str | None = setting(
-        None, "File with a Jinja chat template to use instead of the model's.", panel=DATA, range=NAME, resume=RESOLVED
-    )
-    template_setting: tuple[str, ...] | None = setting(
-        None,
-        "Variable of the chat template, as name=value (enable_thinking=false); may be given several times.",
-        panel=DATA,
-        repeated=True,
-        range=NAME,
-        resume=RESOLVED,
-    )
-    thoughts: str = setting(
-        "keep",
-        "Thoughts of answers: keep all (a row for each answer, if the chat template shows earlier ones without), "
-        "those of the last answer only, or drop them.",
-        panel=DATA,
-        choices=("keep", "last", "drop"),
-        resume=RESOLVED,
-    )
-    on_lost_content: str = setting(
-        "stop",
-        "Stop at a conversation of which the chat template leaves something out, or warn and count.",
-        panel=DATA,
-        choices=("stop", "warn"),
-        resume=RESOLVED,
-    )
-    train_on: str | None = setting(
-        None,
-        "Which tokens are trained: completion (every assistant turn of a chat), the last answer only, or all. "
-        "By default completion where there is one, all for text.",
-        panel=DATA,
-        choices=("all", "completion", "last"),
-        resume=RESOLVED,
-    )
-    max_length: int | None = setting(
-        None,
-        "Longest row, and pack, in tokens; by default the model's context, at most 2048.",
-        panel=DATA,
-        range=Numbers(2, 2**20),
-        resume=RESOLVED,
-    )
-    overlong: str = setting(
-        "truncate",
-        "What happens to a row past --max-length.",
-        panel=DATA,
-        choices=("truncate", "drop", "split"),
-        resume=RESOLVED,
-    )
-    on_bad_row: str = setting(
-        "stop",
-        "Stop at a row that cannot be read, or skip and list it.",
-        panel=DATA,
-        choices=("stop", "skip"),
-        resume=RESOLVED,
-    )
-    max_line_bytes: int = setting(
-        16 * 2**20,
-        "Longest line accepted in a text file, in bytes.",
-        panel=DATA,
-        range=Numbers(1, 2**30),
-        resume=RESOLVED,
-    )
-    limit: int | None = setting(
-        None, "Use only the first N rows.", panel=DATA, range=Numbers(1, 2**62), resume=RESOLVED
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings(Settings):
-    """The adapter."""
-
-    rank: int = setting(16, "LoRA rank r.", panel=ADAPTER, range=Numbers(1, 8192), resume=SAME)
-    alpha: float = setting(
-        32,
-        "LoRA alpha: the update is scaled by alpha/rank (alpha/sqrt(rank) with --rslora).",
-        panel=ADAPTER,
-        range=Numbers(0, 1e6, open_low=True),
-        resume=SAME,
-    )
-    dropout: float = setting(
-        0.0, "Dropout on the adapter's input, 0 to 1.", panel=ADAPTER, range=Numbers(0, 1, open_high=True), resume=SAME
-    )
-    target_modules: tuple[str, ...] | None = setting(
-        None,
-        "Comma-separated modules to adapt: names, ends of names, regular expressions of whole names, or all-linear, "
-        "the default: every linear layer but the head.",
-        panel=ADAPTER,
-        range=NAME,
-        resume=SAME,
-    )
-    exclude_modules: tuple[str, ...] | None = setting(
-        None,
-        "Comma-separated modules left unadapted, named as for --target-modules.",
-        panel=ADAPTER,
-        range=NAME,
-        resume=SAME,
-    )
-    adapt_experts: bool = setting(
-        False,
-        "Adapt the routed experts of a mixture-of-experts model too, each with a rank of its own.",
-        panel=ADAPTER,
-        resume=SAME,
-    )
-    expert_rank: int | None = setting(
-        None,
-        "Rank an expert gets with --adapt-experts; by default --rank over the experts a token meets, at least 1. Their "
-        "update is scaled as every other.",
-        panel=ADAPTER,
-        range=Numbers(1, 8192),
-        resume=SAME,
-    )
-    rank_pattern: tuple[str, ...] | None = setting(
-        None,
-        "Ranks of their own, comma-separated: q_proj=8,layers.0.mlp.up_proj=32.",
-        panel=ADAPTER,
-        range=NAME,
-        resume=SAME,
-    )
-    alpha_pattern: tuple[str, ...] | None = setting(
-        None, "Alphas of their own, named as for --rank-pattern.", panel=ADAPTER, range=NAME, resume=SAME
-    )
-    rslora: bool = setting(False, "Rank-stabilised scaling alpha/sqrt(rank).", panel=ADAPTER, resume=SAME)
-    dora: bool = setting(False, "Weight-decomposed adapters (DoRA).", panel=ADAPTER, resume=SAME)
-    modules_to_save: tuple[str, ...] | None = setting(
-        None,
-        "Comma-separated modules trained in full and saved with the adapter.",
-        panel=ADAPTER,
-        range=NAME,
-        resume=SAME,
-    )
-    init: str = setting(
-        "calibrated",
-        "Start of the adapter: calibrated answers the error of the 4-bit base as some training rows see it; loftq "
-        "answers that of the weights alone; eva takes A from the rows; default and gaussian are random, B zero.",
-        panel=ADAPTER,
-        choices=("calibrated", "default", "gaussian", "loftq", "eva"),
-        resume=SAME,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSettings(Settings):
-    """What one optimizer step costs: shared by training and by the memory prediction."""
-
-    batch_size: int = setting(
-        1,
-        "Rows (packs with --packing) in a micro-batch on one device.",
-        panel=OPTIMISATION,
-        range=Numbers(1, 65_536),
-        resume=SAME,
-    )
-    gradient_accumulation_steps: int = setting(
-        16,
-        "Micro-batches in an optimizer step, on all cards together.",
-        panel=OPTIMISATION,
-        range=Numbers(1, 2**20),
-        resume=RESOLVED,
-    )
-    packing: bool = setting(
-        False,
-        "Fill each row up to --max-length with several examples that never see one another.",
-        panel=DATA,
-        flag="--packing/--no-packing",
-        resume=SAME,
-    )
-    optimizer: str | None = setting(
-        None,
-        "By default paged_adamw_8bit on CUDA, adamw on CPU.",
-        panel=OPTIMISATION,
-        choices=OPTIMIZERS,
-        resume=RESOLVED,
-    )
-    gradient_checkpointing: str = setting(
-        "auto",
-        "Recompute activations in the backward pass: auto (as many layers as memory asks for), on, off, "
-        "or a number of layers.",
-        panel=MEMORY,
-        range=WordOrNumber(("auto", "on", "off"), 10_000),
-        resume=ROUNDING,
-    )
-    offload_activations: bool | None = setting(
-        None,
-        "Keep checkpointed activations in pinned host memory; by default when memory is short.",
-        panel=MEMORY,
-        resume=ROUNDING,
-    )
-    offload_embeddings: bool | None = setting(
-        None, "Keep the input embeddings on the host; by default when memory is short.", panel=MEMORY, resume=ROUNDING
-    )
-    resident_weights: bool | None = setting(
-        None,
-        "Keep the dequantised weights in memory beside the 4-bit ones (same numerics, faster); by default when memory is plentiful.",
-        panel=MEMORY,
-        resume=ROUNDING,
-    )
-    engine: str = setting(
-        "fast", "plain turns every fast path off, for comparison.", panel=MEMORY, choices=("fast", "plain"), resume=SAME
-    )
-    compile: bool | None = setting(
-        None,
-        "Compile decoder layers; by default where a run is long enough to pay for it.",
-        panel=MEMORY,
-        resume=ROUNDING,
-    )
-    vram: str | None = setting(
-        None,
-        "Memory to keep within, such as 12GiB; by default what is free.",
-        panel=MEMORY,
-        range=Memory(),
-        resume=ROUNDING,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -511,59 +189,6 @@ class MergeConfig(ModelSettings):
     public: bool = setting(False, "Make the pushed repository public.", panel=RUN)
     overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN)
     resume: bool = setting(True, "Reuse finished shards of an interrupted merge.", panel=RUN)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings(Settings):
-    """How tokens are chosen, and where an answer ends."""
-
-    max_new_tokens: int = setting(256, "Longest answer, in tokens.", panel=SAMPLING, range=Numbers(1, 2**20))
-    temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", panel=SAMPLING, range=Numbers(0, 100))
-    top_p: float = setting(
-        0.95,
-        "Sample among the likeliest tokens that hold this share of probability.",
-        panel=SAMPLING,
-        range=Numbers(0, 1, open_low=True),
-    )
-    top_k: int = setting(
-        0, "Sample among the K likeliest tokens; 0 turns it off.", panel=SAMPLING, range=Numbers(0, 2**31)
-    )
-    min_p: float = setting(
-        0.0, "Drop tokens below this share of the likeliest one's probability.", panel=SAMPLING, range=Numbers(0, 1)
-    )
-    repetition_penalty: float = setting(
-        1.0, "Divide the logits of tokens already seen by this.", panel=SAMPLING, range=Numbers(0, 100, open_low=True)
-    )
-    stop: tuple[str, ...] | None = setting(
-        None,
-        "Text at which the answer ends; may be given several times.",
-        panel=SAMPLING,
-        repeated=True,
-        range=Words(4096, lines=True),
-    )
-    seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING, range=SEED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationSettings(QuantizationSettings, SamplingSettings):
-    """How the base is held, and how answers are made."""
-
-    quant_type: str = setting(
-        "nf4",
-        "4-bit data type of the base; none leaves its weights as they are stored.",
-        panel=QUANTIZATION,
-        choices=("nf4", "fp4", "none"),
-    )
-    raw: bool = setting(False, "Give the prompt to the model as it is, without the trained format.", panel=RUN)
-    template_setting: tuple[str, ...] | None = setting(
-        None,
-        "Variable of the chat template, as name=value, over those of the training; may be given several times.",
-        panel=RUN,
-        repeated=True,
-        range=NAME,
-    )
-    batch_size: int = setting(8, "Prompts answered at once with --input.", panel=RUN, range=Numbers(1, 4096))
-    engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,9 +151,9 @@ def load_tiny(tiny_model):
     def load(architecture: str = "gpt_neox", *, report=report_nothing, compute_dtype=None, device=None, **held):
         import torch
 
-        from qlora_cli.config import QuantizationSettings
         from qlora_cli.core.models.files import resolve_model
         from qlora_cli.core.models.loading import load_base
+        from qlora_cli.setting_groups import QuantizationSettings
 
         return load_base(
             resolve_model(str(tiny_model(architecture)), report=report),

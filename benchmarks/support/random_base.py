@@ -27,12 +27,12 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
     import torch
     from torch import nn
 
-    from qlora_cli.config import QuantizationSettings
     from qlora_cli.core.device import DTYPES
     from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.quantization import pack_weight, restored_linear
     from qlora_cli.core.models.quantized_cache import base_directory, save_base
     from qlora_cli.core.models.structure import build_empty, linear_names
+    from qlora_cli.setting_groups import QuantizationSettings
 
     dtype, device = DTYPES[dtype_name], torch.device(device_name)
     if not (directory / "tokenizer.json").is_file():

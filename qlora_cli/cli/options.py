@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.core import TyperCommand
 
-from qlora_cli.config import PANELS
+from qlora_cli.setting_groups import PANELS
 from qlora_cli.settings import flag_of, type_of
 
 THIS_CALL = "This call"

@@ -16,7 +16,7 @@ from torch import nn
 
 from qlora_cli import __version__
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, run_of, sha256_of
-from qlora_cli.config import MergeConfig, QuantizationSettings
+from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.adapters.fitting import fitted_adapter
@@ -41,6 +41,7 @@ from qlora_cli.core.storage.safetensors_file import TensorFile
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.errors import MergeError
 from qlora_cli.events import Report
+from qlora_cli.setting_groups import QuantizationSettings
 
 SMALL_FILES_BYTES = 2**25  # tokenizer, configuration, card
 

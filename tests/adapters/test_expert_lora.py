@@ -7,7 +7,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.config import LoraSettings
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.expert_tensors import expert_pairs
 from qlora_cli.core.adapters.lora import attach_adapter, count_parameters, load_adapter, save_adapter
@@ -15,6 +14,7 @@ from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.layout import expert_weights, find_experts
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import AdapterError
+from qlora_cli.setting_groups import LoraSettings
 from tests.adapters.test_targets import IDS, SMALL, build, randomise
 from tests.experts.expert_modules import CONFIGS, pack
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_cli.config import LoraSettings
 from qlora_cli.core.adapters.lora import adapter_state, attach_adapter
 from qlora_cli.core.calibration.activation_stream import ActivationStream
 from qlora_cli.core.calibration.initialization import StartInputs, initialize_adapter
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.events import Caution, Notice, report_nothing
+from qlora_cli.setting_groups import LoraSettings
 from tests.conftest import ARCHITECTURES
 from tests.training.training_case import MemoryRows
 
@@ -108,7 +108,7 @@ def test_a_base_stored_in_4_bits_starts_plainly_and_says_so(tiny_model, load_tin
 
 
 def settings_of_quantization():
-    from qlora_cli.config import QuantizationSettings
+    from qlora_cli.setting_groups import QuantizationSettings
 
     return QuantizationSettings(base_cache=False)
 

@@ -10,13 +10,14 @@ import torch
 from qlora_cli.artifacts import MODEL_CARD
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
-from qlora_cli.config import MergeConfig, QuantizationSettings, TrainConfig
+from qlora_cli.config import MergeConfig, TrainConfig
 from qlora_cli.core.merge.compare_models import choose_rows
 from qlora_cli.core.merge.verify import find_rows
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.errors import MergeError
 from qlora_cli.events import Notice, report_nothing
+from qlora_cli.setting_groups import QuantizationSettings
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.commands.merge import MergeResult, merge
-from qlora_cli.config import LoraSettings, MergeConfig, QuantizationSettings
+from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.targets import find_targets
 from qlora_cli.core.device import choose_device, dtype_name
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import freeze_base
 from qlora_cli.events import Event, Report
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
 
 DEVICE = choose_device()  # where the command works too: CPU and GPU may round a weight near a border differently
 IDS = torch.arange(2, 66).unsqueeze(0)  # every prediction depends on all of these

@@ -124,7 +124,7 @@ FAULTS = {
     "infinity in the base": (nan_in_base, ModelError, r"up_proj\.weight of the base holds NaN or infinity"),
     "pickle weights": (pickle_weights, ModelError, "pickle"),
     "a weight missing from the base": (missing_weight, MergeError, r"layers\.0\.mlp\.up_proj"),
-    "a base in 4 bits": (quantised_base, ModelError, "quantised already"),
+    "a base in 4 bits": (quantised_base, AdapterError, "a different configuration"),
     "a tensor for no module": (unknown_tensor, AdapterError, r"layers\.7"),
     "half a pair": (half_a_pair, AdapterError, "half of a pair"),
     "another kind of adapter": (lambda c: c.change_config(peft_type="IA3"), AdapterError, "IA3"),

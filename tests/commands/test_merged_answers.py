@@ -7,9 +7,10 @@ import torch
 from qlora_cli.artifacts import FORMAT, RUN_RECORD, write_json
 from qlora_cli.commands.generate import generate
 from qlora_cli.commands.merge import merge
-from qlora_cli.config import GenerateConfig, LoraSettings, MergeConfig
+from qlora_cli.config import GenerateConfig, MergeConfig
 from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.setting_groups import LoraSettings
 
 
 def test_a_merged_model_gives_the_adapters_greedy_answer_in_the_trained_format(load_tiny, tiny_model, tmp_path):

@@ -23,7 +23,7 @@ from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, MODEL_CAR
 from qlora_cli.cli.app import main
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
-from qlora_cli.config import PrepareConfig, QuantizationSettings, TrainConfig
+from qlora_cli.config import PrepareConfig, TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.core.engine.fast import FastEngine
 from qlora_cli.core.models.files import resolve_model
@@ -43,6 +43,7 @@ from qlora_cli.errors import (
     UsageError,
 )
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, RunStarted, StepLogged
+from qlora_cli.setting_groups import QuantizationSettings
 
 CLOCK = ("step_seconds", "tokens_per_second", "peak_vram_bytes")  # what the machine decides
 

@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.decoding import prefill
 from qlora_cli.core.decoding.decoder import PaddedPrompts, Prompt, pad_prompts
@@ -22,6 +21,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.kernels.decode import gemv
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
 from tests.conftest import make_tokenizer, write_model
 from tests.generation.session_case import settings_of
 

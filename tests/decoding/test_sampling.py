@@ -13,9 +13,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qlora_cli.config import SamplingSettings
 from qlora_cli.core.decoding.sampling import NOT_A_NUMBER, check_sampling, choose_tokens, draw_uniforms
 from qlora_cli.errors import UsageError
+from qlora_cli.setting_groups import SamplingSettings
 from tests.generation.session_case import settings_of
 
 VOCABULARY = 50

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.config import StepSettings
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.memory_plan import LayerSeconds, StepNeeds
+from qlora_cli.setting_groups import StepSettings
 from tests.engine.test_engine import adapted, install
 
 GIB = 2**30

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.calibration import StepPlanner
@@ -14,6 +13,7 @@ from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import TrainingError, UsageError
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")

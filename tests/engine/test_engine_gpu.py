@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qlora_cli.config import StepSettings
 from qlora_cli.core.engine import fast as engine_fast
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.memory_plan import MemoryPlan, StepNeeds
+from qlora_cli.setting_groups import StepSettings
 from tests.engine.test_engine import adapted, batch_of, gradients
 
 pytestmark = pytest.mark.gpu

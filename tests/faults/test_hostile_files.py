@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sha256_of
 from qlora_cli.commands.train import train
-from qlora_cli.config import QuantizationSettings, TrainConfig
+from qlora_cli.config import TrainConfig
 from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.storage.checkpoint import MANIFEST, manifest_digest, newest_valid
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import AdapterError, DataError, ModelError, QloraError
+from qlora_cli.setting_groups import QuantizationSettings
 
 from .conftest import count
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.inspection.weight_stats import (
     LayerValue,
@@ -21,6 +20,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import ModelError
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.merge.arithmetic import merge_rows, restored_rows
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, four_bit_values, round_trip
+from qlora_cli.setting_groups import QuantizationSettings
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,9 +4,9 @@ from dataclasses import asdict, replace
 
 import torch
 
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.identity import BaseIdentity
+from qlora_cli.setting_groups import QuantizationSettings
 
 
 def test_identity_tells_siblings_of_one_shape_apart(tiny_model):

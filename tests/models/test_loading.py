@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.bnb import bitsandbytes
 from qlora_cli.core.models.files import resolve_model
@@ -18,6 +17,7 @@ from qlora_cli.core.models.quantization import (
 )
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import ModelError
+from qlora_cli.setting_groups import QuantizationSettings
 from tests.conftest import ARCHITECTURES
 
 

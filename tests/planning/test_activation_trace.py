@@ -5,7 +5,6 @@ import pytest
 import torch
 import transformers
 
-from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine import packed_attention as engine_attention
@@ -19,6 +18,7 @@ from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_train
 from qlora_cli.core.planning.meta_ops import Attention, LiveBytes
 from qlora_cli.core.planning.model_profile import profile_model
 from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.conftest import ARCHITECTURES
 
 TOKENS = 1024

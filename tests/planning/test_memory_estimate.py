@@ -9,7 +9,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,
@@ -21,6 +20,7 @@ from qlora_cli.core.planning.memory_estimate import (
     estimate_training,
 )
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
 
 CONFIGS = {
     "llama": transformers.LlamaConfig(
@@ -236,7 +236,6 @@ def test_arithmetic_is_four_operations_a_weight_and_half_as_much_again_recompute
 def test_the_card_takes_what_was_predicted(tmp_path, measure):
     import numpy as np
 
-    from qlora_cli.config import LoraSettings, QuantizationSettings
     from qlora_cli.core.adapters.lora import attach_adapter
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.engine.engine import install_engine
@@ -244,6 +243,7 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
     from qlora_cli.core.models.loading import load_base
     from qlora_cli.core.training.flat_parameters import TrainableParameters
     from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, step_optimizer
+    from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
 
     device, rows, row_tokens = torch.device("cuda", 0), 8, 2048
     transformers.LlamaForCausalLM(CONFIGS["llama"]).to(torch.bfloat16).save_pretrained(tmp_path)

@@ -9,7 +9,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.engine import memory_plan
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import MemoryPlan
@@ -18,6 +17,7 @@ from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit
 from qlora_cli.errors import UsageError
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
 
 GIB = 2**30
 LAYERS = 8

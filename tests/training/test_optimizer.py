@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_cli.config import OPTIMIZERS
 from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.storage.checkpoint import read_tensors, write_tensors
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -21,6 +20,7 @@ from qlora_cli.core.training.optimizer import (
     step_optimizer,
 )
 from qlora_cli.errors import CheckpointError, UsageError
+from qlora_cli.setting_groups import OPTIMIZERS
 
 
 def make(

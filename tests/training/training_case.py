@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.adapters.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.data.dataset import split_rows
 from qlora_cli.core.data.sampler import BatchSampler
@@ -36,6 +35,7 @@ from qlora_cli.core.training.state import (
 )
 from qlora_cli.core.training.trainer import Optimization, Trainer, TrainingData
 from qlora_cli.events import EvaluationLogged, Event, StepLogged
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
 
 CPU = torch.device("cpu")
 

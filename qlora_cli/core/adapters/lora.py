@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.config import LoraSettings
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, short_parameters, use_expert_lora
 from qlora_cli.core.adapters.fitting import fitted_adapter
@@ -29,6 +28,7 @@ from qlora_cli.core.models.quantization import logical_numel
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.untrusted import check_expressions
 from qlora_cli.errors import AdapterError, first_line
+from qlora_cli.setting_groups import LoraSettings
 
 
 def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0) -> PeftModel:

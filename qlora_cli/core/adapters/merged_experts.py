@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.adapters.expert_tensors import ExpertPair
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
 from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.weight_names import WeightOrigin, find_origins
 from qlora_cli.core.storage.safetensors_file import TensorFile
+from qlora_cli.setting_groups import QuantizationSettings
 
 BYTES_A_WEIGHT = 16  # of one expert while it is worked on
 

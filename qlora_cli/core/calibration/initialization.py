@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qlora_cli import __version__
 from qlora_cli.artifacts import cache_root, read_json, sha256_of, write_json
-from qlora_cli.config import LoraSettings
 from qlora_cli.core.adapters.lora import PeftModel, adapter_state, load_adapter_state
 from qlora_cli.core.adapters.shared_layers import apart
 from qlora_cli.core.calibration.adapter_start import StartFacts, answer_weight_errors, calibrate_adapter
@@ -28,6 +27,7 @@ from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.errors import ModelError, QloraError, RunError
 from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.setting_groups import LoraSettings
 
 FORMAT = 1  # raised when the same settings give other numbers
 WEIGHTS, FACTS = "start.safetensors", "start.json"

@@ -23,7 +23,6 @@ from qlora_cli.artifacts import (
     is_prepared,
     write_json,
 )
-from qlora_cli.config import DataSettings
 from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter, manifest_sha256
 from qlora_cli.core.data.readers import CHUNK_BYTES
@@ -43,6 +42,7 @@ from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.core.storage.temporaries import heal, sweep, sweep_beside
 from qlora_cli.errors import DataError, DiskFull, RunError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
+from qlora_cli.setting_groups import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

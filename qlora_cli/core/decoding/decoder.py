@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_cli.config import SamplingSettings
 from qlora_cli.core.decoding.kv_cache import StaticKVCache
 from qlora_cli.core.decoding.sampling import choose_tokens, is_greedy, penalises_repetition
 from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.setting_groups import SamplingSettings
 
 PREFILL_TOKENS = 8192  # most tokens in one forward over prompts
 # Outside transformers' attention interface, yet right with one mask a step: their attention looks at every position

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.config import SamplingSettings
 from qlora_cli.core.adapters.lora import adapted_modules
 from qlora_cli.core.decoding.attention import FusedAttention
 from qlora_cli.core.decoding.decoder import Decoder, PaddedPrompts
@@ -20,6 +19,7 @@ from qlora_cli.core.decoding.prefill import PrefillGraphs, bucket_length, captur
 from qlora_cli.core.decoding.stacked_linears import FastLinears
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import QloraError, first_line
+from qlora_cli.setting_groups import SamplingSettings
 
 SHORTEST = 256  # positions of the cache that a step reads at least, where its attention reads a fixed number
 

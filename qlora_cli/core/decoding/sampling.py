@@ -5,8 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from qlora_cli.config import SamplingSettings
 from qlora_cli.errors import UsageError
+from qlora_cli.setting_groups import SamplingSettings
 
 NOT_A_NUMBER = -1  # token id that stands for logits without a finite maximum
 

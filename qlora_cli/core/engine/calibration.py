@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qlora_cli.config import StepSettings
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
 from qlora_cli.core.engine.decoder_layers import LayerBytes, capture_first_call, measure_layer
@@ -18,6 +17,7 @@ from qlora_cli.core.engine.offload import link_bytes_per_second
 from qlora_cli.core.engine.packed_attention import pack_mask
 from qlora_cli.core.models.structure import context_length
 from qlora_cli.errors import first_line
+from qlora_cli.setting_groups import StepSettings
 
 REDUCTION_BYTES, MOST_REDUCTIONS = 2**28, 16  # how much less memory is planned with each time it runs out
 HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qlora_cli.config import StepSettings
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.engine.calibration import Calibration, StepPlanner
 from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
@@ -40,6 +39,7 @@ from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.weights import reserve_values
+from qlora_cli.setting_groups import StepSettings
 
 if TYPE_CHECKING:
     from qlora_cli.core.data.packing import MicroBatch

@@ -14,7 +14,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from qlora_cli.config import SamplingSettings
 from qlora_cli.core.decoding.sampling import (
     NOT_A_NUMBER,
     choose_tokens,
@@ -23,6 +22,7 @@ from qlora_cli.core.decoding.sampling import (
     penalises_repetition,
 )
 from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request, StartCompletion, not_a_number
+from qlora_cli.setting_groups import SamplingSettings
 
 
 def answer_plainly(

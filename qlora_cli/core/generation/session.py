@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from qlora_cli.config import GenerationSettings
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
@@ -33,6 +32,7 @@ from qlora_cli.core.models.structure import context_length, underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
+from qlora_cli.setting_groups import GenerationSettings
 
 RAW = Formatting(format="text", column="text")
 UNQUANTIZED = "none"  # quant_type of a base whose weights stay as they are stored

@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import constants as hub_constants
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qlora_cli.config import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.device import dtype_name, list_versions
@@ -25,6 +24,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import first_line
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.sizes import format_bytes
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

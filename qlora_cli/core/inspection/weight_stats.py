@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names
@@ -20,6 +19,7 @@ from qlora_cli.core.planning.model_size import base_name
 from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Progress, Report
+from qlora_cli.setting_groups import QuantizationSettings
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.config import ModelSettings, QuantizationSettings
 from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.device import DTYPES
 from qlora_cli.core.merge.plan import main_dtype
@@ -16,6 +15,7 @@ from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import StoredFormat, stored_format
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.setting_groups import ModelSettings, QuantizationSettings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.adapters.merged_experts import MergedExperts
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, merge_rows, restored_rows, restores_by_rows
@@ -27,6 +26,7 @@ from qlora_cli.core.storage.safetensors_file import (
 )
 from qlora_cli.core.weights.stored_formats import StoredFormat
 from qlora_cli.errors import MergeError, ModelError
+from qlora_cli.setting_groups import QuantizationSettings
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
 GPU_ROWS_ELEMENTS = 2**24  # worked on at a time on a GPU: launches cost more than memory there

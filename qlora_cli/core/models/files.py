@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.artifacts import MERGE_RECORD
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.models.hub import download_snapshot
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
@@ -19,6 +18,7 @@ from qlora_cli.core.untrusted import check_files
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Report, report_nothing
+from qlora_cli.setting_groups import QuantizationSettings
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
 TOKENIZER_FILES = [

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models.account import Account, account_for
@@ -29,6 +28,7 @@ from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Notice
+from qlora_cli.setting_groups import QuantizationSettings
 
 
 def load_base(

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
@@ -18,6 +17,7 @@ from qlora_cli.core.models.weight_names import WeightOrigin
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import four_bit_state
 from qlora_cli.errors import ModelError
+from qlora_cli.setting_groups import QuantizationSettings
 
 
 class Withdrawn(nn.Module):

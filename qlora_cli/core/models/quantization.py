@@ -34,7 +34,9 @@ class FourBitConfig(BitsAndBytesConfig):
         self.prepare = prepare
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "prepare"}
+        """As bitsandbytes' own: what is saved is in its format."""
+        content = {name: value for name, value in super().to_dict().items() if name != "prepare"}
+        return {**content, "quant_method": "bitsandbytes"}
 
 
 class FourBitQuantizer(Bnb4BitHfQuantizer):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qlora_cli.config import LoraSettings, QuantizationSettings
 from qlora_cli.core.adapters.expert_lora import CHOICES
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.experts.four_bit_experts import pack_experts
@@ -18,6 +17,7 @@ from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
 from qlora_cli.core.planning.model_size import Footprint, measure_footprint
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError
+from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
 
 
 @dataclass(frozen=True)

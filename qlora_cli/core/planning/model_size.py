@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from qlora_cli.config import QuantizationSettings
 from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.experts.layout import expert_weights, find_experts
@@ -14,6 +13,7 @@ from qlora_cli.core.experts.stack import stack_bytes
 from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, logical_numel
 from qlora_cli.core.models.structure import head_names, underlying_model
+from qlora_cli.setting_groups import QuantizationSettings
 
 ADAPTER_PART = re.compile(r"\.lora_.*$")
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")

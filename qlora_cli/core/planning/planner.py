@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from qlora_cli.config import StepSettings
 from qlora_cli.core.device import read_capacity_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import (
@@ -34,6 +33,7 @@ from qlora_cli.core.planning.memory_estimate import (
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.training.optimizer import choose_optimizer
 from qlora_cli.ranges import parse_memory
+from qlora_cli.setting_groups import StepSettings
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from dataclasses import fields, replace
 from itertools import chain, count, takewhile
 from typing import Any
 
-from qlora_cli.config import StepSettings, TrainConfig
+from qlora_cli.config import TrainConfig
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training
+from qlora_cli.setting_groups import StepSettings
 from qlora_cli.settings import flag_of
 
 CERTAINTY = 1.05  # past so much of the limit a prediction is never wrong (benchmarks/memory.md)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_cli.config import DataSettings
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import chat_formatting, own_template
@@ -13,6 +12,7 @@ from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.records.conversation import ConversationColumns
 from qlora_cli.core.records.messages import KNOWN_ROLES, holds_messages, turns_of
 from qlora_cli.errors import UsageError
+from qlora_cli.setting_groups import DataSettings
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")

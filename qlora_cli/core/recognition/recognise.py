@@ -6,7 +6,6 @@ A format is taken only if it explains (almost) every row; columns that it does n
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qlora_cli.config import DataSettings
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.recognition.chats import chat_columns, recognise_chat
@@ -17,6 +16,7 @@ from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.record import Record
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import DataError, UsageError
+from qlora_cli.setting_groups import DataSettings
 
 LABELS = ("label", "kto_tag")  # of unpaired feedback: whether an answer is a good one
 THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot", "chain_of_thought")

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from qlora_cli.config import DataSettings
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.recognition.columns import Columns
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.errors import DataError, UsageError
+from qlora_cli.setting_groups import DataSettings
 
 TEXTS = ("text", "content", "quote", "document", "body", "passage", "story", "article", "sentence", "code")
 # What names and describes a row; never what it is about.
