@@ -168,6 +168,13 @@ class MergeConfig(ModelSettings):
         panel=RUN,
         choices=("bfloat16", "float16", "float32"),
     )
+    format: str = setting(
+        "transformers",
+        "gguf writes model.gguf and an Ollama Modelfile beside the checkpoint; needs qlora-cli[gguf].",
+        panel=RUN,
+        choices=("transformers", "gguf"),
+    )
+    gguf_type: str = setting("f16", "Numbers of model.gguf.", panel=RUN, choices=("f32", "f16", "bf16", "q8_0"))
     quantize: bool = setting(False, "Write a 4-bit checkpoint instead of a 16-bit one.", panel=RUN)
     min_kept: float = setting(
         0.9,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from qlora_cli import __version__
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, run_of, sha256_of
@@ -23,6 +24,8 @@ from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.shared_layers import one_delta_each
 from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, Choice, choose_base
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
+from qlora_cli.core.export.gguf import GgufFile, require_converter, write_gguf
+from qlora_cli.core.export.modelfile import MODELFILE, write_modelfile
 from qlora_cli.core.merge.base import Base, find_base
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
 from qlora_cli.core.merge.compare_models import Comparison
@@ -35,6 +38,7 @@ from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
+from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.storage.ownership import Place
 from qlora_cli.core.storage.safetensors_file import TensorFile
@@ -65,6 +69,7 @@ class MergeResult:
     merge_seconds: float
     verification: Comparison | None
     pushed_to: str | None
+    gguf: GgufFile | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -81,6 +86,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     source = read_adapter_record(adapter_directory)
     if config.push:
         check_repository_name(config.push)
+    if config.format == "gguf":
+        require_converter(quantize=config.quantize)
     reads = [adapter_directory, run_of(adapter_directory), Path(config.model or source.name_base()[0]).expanduser()]
     place = find_place(output, overwrite=config.overwrite, reads=reads)
     with ExitStack() as stack:
@@ -117,7 +124,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             copy_checkpoint_files(base.files.directory, adapter_directory, directory)
             if len(plan.files) > 1:
                 write_index(directory, [file.name for file in plan.files])
-            comparison = rows = None
+            comparison = rows = gguf = None
             if verifies:
                 comparison, rows = verify_merge(directory, adapter_directory, base, plan, options, report)
                 faithful = options.restore and not options.pack
@@ -132,6 +139,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             data = find_run_record(adapter_directory).get("data") or {}
             card = write_merged_card(base, options, data, comparison, rows, choice.card_lines())
             (directory / MODEL_CARD).write_text(card, encoding="utf-8")
+            if config.format == "gguf":
+                gguf = export_gguf(directory, find_run_record(adapter_directory), config.gguf_type, report)
     return MergeResult(
         output=config.output,
         base_model=base.files.name,
@@ -148,7 +157,22 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         merge_seconds=seconds,
         verification=comparison,
         pushed_to=push_model(output, config.push, public=config.public) if config.push else None,
+        gguf=gguf,
     )
+
+
+def export_gguf(directory: Path, record: dict[str, Any], kind: str, report: Report) -> GgufFile:
+    """Writes `model.gguf` and `Modelfile` beside a merged checkpoint; `record` is the run's.
+
+    Raises:
+        MergeError: The converter does not know the model, or a number came out another.
+    """
+    written = write_gguf(directory, kind, report)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    formatting = record.get("formatting")
+    trained = Formatting.from_dict(formatting) if formatting else default_formatting(tokenizer)
+    (directory / MODELFILE).write_text(write_modelfile(trained, tokenizer), encoding="utf-8")
+    return written
 
 
 # ---------------------------------------------------------------- options

@@ -70,9 +70,14 @@ def make_request(
 
 def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]:
     """Tokens that end an answer: the end of text, the model's own choices, and what closed the answers in training."""
-    encoder = encoder_of(tokenizer)
     own = model.generation_config.eos_token_id
-    found = {encoder.spec.eos_id, *(own if isinstance(own, list) else [own])} - {None}
+    found = {encoder_of(tokenizer).spec.eos_id, *(own if isinstance(own, list) else [own])} - {None}
+    return found | closing_ids(tokenizer, formatting)
+
+
+def closing_ids(tokenizer: Any, formatting: Formatting) -> set[int]:
+    """The control tokens that closed answers in training, calls of tools included."""
+    encoder = encoder_of(tokenizer)
     if formatting.format == "chat":
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         formatting = replace(formatting, column="messages", conversation=None)
@@ -81,15 +86,14 @@ def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]
         fields = PromptTemplate(formatting.template or "", formatting.completion_column or "", encoder).fields
         record = dict.fromkeys(fields, "a")
     else:
-        return found
+        return set()
     formatter = RowFormatter(formatting, encoder)
-    found |= formatter.find_call_ends()
     (rows,) = formatter.format_records([record], "last")
     assert isinstance(rows, list)
     row = rows[-1]
     last_text = max(position for position, (content, _) in enumerate(row) if isinstance(content, str))
     closing = next((content for content, _ in row[last_text + 1 :] if isinstance(content, int)), None)
-    return found | ({closing} if closing is not None else set())
+    return formatter.find_call_ends() | ({closing} if closing is not None else set())
 
 
 def not_a_number() -> ModelError:

