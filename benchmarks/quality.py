@@ -1,4 +1,5 @@
-"""Held-out loss on a real model: `qlora train`, QLoRA by PEFT, and LoRA on 16 bits by PEFT, on the same rows and steps.
+"""Held-out loss on a real model: `qlora train`, QLoRA by PEFT and by Unsloth, and LoRA on 16 bits by PEFT, on the same rows
+and steps; with --answers also the greedy answers to held-out questions of GSM8K, scored.
 
     python examples/small_model.py /tmp/smollm2
     python benchmarks/quality.py --model /tmp/smollm2 --set gsm8k=../shared/data/gsm8k_train.jsonl --jobs 4 --out DIR
@@ -22,7 +23,9 @@ from pathlib import Path
 from statistics import mean
 
 HELD_ROWS, BATCH_ROWS, ROW_TOKENS = 500, 16, 512
-METHODS = ("ours", "ours-default", "peft-4bit", "peft-16bit")
+METHODS = ("ours", "ours-default", "peft-4bit", "peft-16bit")  # and "unsloth", where it is installed
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ANSWER_TOKENS, ANSWERS_AT_ONCE = 320, 64
 QUANTIZED = "quantized"  # of the merges: the one that is written in 4 bits again
 
 
@@ -119,7 +122,38 @@ def run_ours(arguments: argparse.Namespace, rows: Path, work: Path) -> dict:
             )
             figures[f"merge_{kind}"] = {**merged.to_dict(), "output": None, "held_out": None}
             figures[f"merge_{kind}"]["held_out"] = evaluate_checkpoint(work / kind, arguments, rows)
+    if arguments.answers:
+        from qlora_cli.commands.generate import generate
+        from qlora_cli.config import GenerateConfig
+
+        asked = GenerateConfig(
+            adapter=str(work / "run"), temperature=0.0, max_new_tokens=ANSWER_TOKENS, batch_size=ANSWERS_AT_ONCE
+        )
+        questions = held_questions(arguments, rows)
+        answered = generate(asked, [question for question, _ in questions], report)
+        figures |= score([answer["answer"] for answer in answered.answers], questions)
     return {**figures, "said": said}
+
+
+def held_questions(arguments: argparse.Namespace, rows: Path) -> list[tuple[str, str]]:
+    """Held-out questions with their answers, in the order of the file."""
+    trained, held, _ = read_rows(arguments, rows)
+    lines = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == len(trained) + len(held), "a row was left out, so that rows and lines are numbered apart"
+    numbers = sorted(int(held.indices[index]) for index in range(len(held)))[: arguments.answers]
+    return [(lines[number][0]["content"], lines[number][1]["content"]) for number in numbers]
+
+
+def score(answers: list[str], questions: list[tuple[str, str]]) -> dict[str, int]:
+    """How many end in the right number, after the #### of GSM8K."""
+
+    def final(text: str) -> str:
+        return text.rpartition("####")[2].strip().replace(",", "").rstrip(".") if "####" in text else ""
+
+    right = sum(
+        bool(final(got)) and final(got) == final(wanted) for got, (_, wanted) in zip(answers, questions, strict=True)
+    )
+    return {"answered": len(answers), "right": right}
 
 
 def settings_of(arguments: argparse.Namespace, rows: Path) -> dict:
@@ -211,36 +245,67 @@ def evaluate_checkpoint(directory: Path, arguments: argparse.Namespace, rows: Pa
     return evaluate(model, read_rows(arguments, rows)[1], device)
 
 
-def run_peft(arguments: argparse.Namespace, rows: Path) -> dict:
-    """LoRA by PEFT in a plain loop, on a base in 16 bits or in bitsandbytes' 4."""
-    import math
-
+def peft_model(arguments: argparse.Namespace, device):
+    """The base, on which its loss is measured first, and a function that puts the adapter on."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from qlora_cli.core.data.packing import collate
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    four = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model,
         dtype=dtype,
         device_map={"": device},
         quantization_config=four if arguments.method == "peft-4bit" else None,
     )
+    lora = LoraConfig(r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return model, lambda: get_peft_model(model, lora)
+
+
+def unsloth_model(arguments: argparse.Namespace):
+    """The same by Unsloth, which has to be imported before transformers is."""
+    os.environ.update(UNSLOTH_RETURN_LOGITS="1", UNSLOTH_DISABLE_STATISTICS="1")
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        arguments.model, max_seq_length=ROW_TOKENS, dtype=torch.bfloat16, load_in_4bit=True
+    )
+    return model, lambda: FastLanguageModel.get_peft_model(
+        model,
+        r=arguments.rank,
+        lora_alpha=2 * arguments.rank,
+        lora_dropout=0,
+        bias="none",
+        target_modules=TARGETS,
+        use_gradient_checkpointing=False,
+        random_state=arguments.seed,
+        max_seq_length=ROW_TOKENS,
+    )
+
+
+def run_peer(arguments: argparse.Namespace, rows: Path) -> dict:
+    """LoRA by PEFT or Unsloth in a plain loop, on a base in 16 bits or in bitsandbytes' 4."""
+    import math
+
+    if arguments.method == "unsloth":
+        model, adapt = unsloth_model(arguments)
+    import torch
+
+    from qlora_cli.core.data.packing import collate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.method != "unsloth":
+        model, adapt = peft_model(arguments, device)
     trained, held, sampler = read_rows(arguments, rows)
-    figures = {"base": evaluate(model, held, device)}
+    figures = {}
+    if arguments.method != "unsloth":  # the base in 4 bits is the same
+        figures["base"] = evaluate(model, held, device)
     torch.manual_seed(arguments.seed)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
+    model = adapt()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -257,7 +322,32 @@ def run_peft(arguments: argparse.Namespace, rows: Path) -> dict:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return {**figures, "tuned": evaluate(model, held, device), "seconds": time.monotonic() - started}
+    figures |= {"tuned": evaluate(model, held, device), "seconds": time.monotonic() - started}
+    if arguments.answers and arguments.method != "unsloth":
+        questions = held_questions(arguments, rows)
+        figures |= score(peer_answers(model, arguments.model, [question for question, _ in questions]), questions)
+    return figures
+
+
+def peer_answers(model, name: str, questions: list[str]) -> list[str]:
+    """Greedy answers by transformers' generate, under the tokenizer's own template."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(questions), 4 * ANSWERS_AT_ONCE):
+        turns = [[{"role": "user", "content": question}] for question in questions[start : start + 4 * ANSWERS_AT_ONCE]]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            ids = model.generate(
+                **inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=tokenizer.pad_token_id
+            )
+        answers += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
 
 
 # ---------------------------------------------------------------- all runs
@@ -270,7 +360,13 @@ def run_one(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     rows = work / f"{name}.jsonl"
     write_rows(name, source, rows)
-    figures = run_ours(arguments, rows, work) if arguments.method.startswith("ours") else run_peft(arguments, rows)
+    arguments.answers = arguments.answers if name == "gsm8k" else 0
+    run = (
+        (lambda: run_ours(arguments, rows, work))
+        if arguments.method.startswith("ours")
+        else (lambda: run_peer(arguments, rows))
+    )
+    figures = run()
     facts = {"set": name, "method": arguments.method, "rank": arguments.rank, "seed": arguments.seed, **figures}
     work.with_suffix(".json").write_text(json.dumps(facts, default=str), encoding="utf-8")
     print("RESULT", json.dumps({key: value for key, value in facts.items() if key != "said"}, default=str), flush=True)
@@ -296,6 +392,7 @@ def run_all(arguments: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--one", "--model", arguments.model, "--set", name, "--out", str(out)]
         command += ["--method", method, "--rank", str(rank), "--seed", str(seed), "--steps", str(arguments.steps)]
         command += ["--learning-rate", str(arguments.learning_rate), "--held", str(arguments.held)]
+        command += ["--answers", str(arguments.answers)]
         command += ["--merge"] if arguments.merge and method.startswith("ours") else []
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "2"}
         environment["QLORA_CACHE"] = str(out / f"cache-{label}")
@@ -324,6 +421,10 @@ def print_table(out: Path) -> None:
             spread = f"{min(losses):.4f} to {max(losses):.4f}"
             print(f"| {name} | {rank} | {method} | {mean(losses):.4f} | {spread} | {len(losses)} |")
     for fact in found:
+        if fact.get("answered"):
+            print(
+                f"{fact['set']} r{fact['rank']} {fact['method']} seed {fact['seed']}: {fact['right']} of {fact['answered']} right"
+            )
         for kind in ("merge_auto", f"merge_{QUANTIZED}"):
             if merge := fact.get(kind):
                 print(
@@ -347,6 +448,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--timeout", type=int, default=480, help="seconds of one run")
     parser.add_argument("--merge", action="store_true", help="merge ours too, plainly and in 4 bits, and measure it")
+    parser.add_argument("--answers", type=int, default=0, help="held-out questions of gsm8k answered and scored")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--method", default="ours", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=16, help=argparse.SUPPRESS)
