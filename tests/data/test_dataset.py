@@ -49,15 +49,42 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, batches):
             prepared[wrong]
 
 
-def test_opening_maps_the_file_instead_of_reading_it(tmp_path):
+def test_nothing_is_held_of_what_takes_more_than_its_share_of_memory(tmp_path):
     import pyarrow as pa
 
-    write(tmp_path, [[1000] * 500] * 8)
+    rows = write(tmp_path, [[1000] * 500] * 8)
     before = pa.total_allocated_bytes()
-    prepared = PreparedRows(tmp_path)
-    assert prepared[3999][0].size == 1000
+    prepared = PreparedRows(tmp_path, memory_share=0.0)
+    np.testing.assert_array_equal(prepared[3999][0], rows[3999][0])
+    np.testing.assert_array_equal(prepared[2501][1], rows[2501][1])
+    assert prepared.largest_id() == max(ids.max() for ids, _ in rows)
     assert pa.total_allocated_bytes() - before < 2**16
-    assert (tmp_path / PREPARED_ROWS).stat().st_size > 16_000_000
+
+
+@pytest.mark.parametrize("change", ["rewritten", "cut short", "emptied", "one bit"])
+def test_rows_that_are_changed_in_place_are_told_and_never_used(tmp_path, change):
+    """A map would end the process with SIGBUS where the file is cut short, or give the other bytes."""
+    write(tmp_path, [[1000] * 50] * 4)
+    prepared, held = (PreparedRows(tmp_path, memory_share=share) for share in (0.0, 0.5))
+    wanted = held[150][0].copy()
+    path = tmp_path / PREPARED_ROWS
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if change == "one bit":
+        content[middle] ^= 1
+    written = {"rewritten": bytes(len(content)), "cut short": content[:middle], "emptied": b""}.get(change, content)
+    path.write_bytes(written)
+    with pytest.raises(RunError, match=r"rows\.arrow was changed while it was in use"):
+        prepared[150]
+    np.testing.assert_array_equal(held[150][0], wanted)
+
+
+def test_rows_that_are_replaced_by_others_stay_what_they_were(tmp_path):
+    rows = write(tmp_path / "old", [[10] * 5])
+    prepared = PreparedRows(tmp_path / "old", memory_share=0.0)
+    write(tmp_path / "new", [[20] * 5])
+    (tmp_path / "new" / PREPARED_ROWS).replace(tmp_path / "old" / PREPARED_ROWS)
+    np.testing.assert_array_equal(prepared[4][0], rows[4][0])
 
 
 def test_another_directory_is_no_prepared_one(tmp_path):

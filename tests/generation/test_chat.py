@@ -139,5 +139,29 @@ def test_commands_do_what_they_say(conversation, echo, tmp_path):
     for line, reported in (("/adaptor x", "is no command"), ("/adapter", "of what"), ("/save ", "of what")):
         with pytest.raises(UsageError, match=reported):
             run_line(conversation, line, events.append)
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match="is not a regular file"):
         run_line(conversation, f"/save {tmp_path}", events.append)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my notes\n",
+        b'{"important": true}\n',
+        b'{"messages": "all of mine"}\n',
+        b'{"messages": []}',  # and who knows what comes after it
+        b"\x80\x00\n",
+        b"[" * 100_000 + b"\n",
+    ],
+)
+def test_a_file_of_others_is_not_added_to(conversation, tmp_path, content):
+    path = tmp_path / "mine"
+    path.write_bytes(content)
+    run_line(conversation, "hi", lambda event: None)
+    with pytest.raises(DataError, match="holds something else than conversations"):
+        run_line(conversation, f"/save {path}", lambda event: None)
+    assert path.read_bytes() == content
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="leads nowhere"):
+        run_line(conversation, f"/save {tmp_path / 'link'}", lambda event: None)
+    assert not (tmp_path / "nowhere").exists()

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import mmap
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, is_prepared, read_json
 from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.core.storage.stable_file import StableFile
 from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.errors import DataError, RunError, UsageError
 
@@ -74,19 +74,61 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _open_once(path: Path) -> pa.Buffer:
-    """A file's bytes, in memory where they take little of what is free, else mapped."""
-    with path.open("rb") as stream:
-        if os.fstat(stream.fileno()).st_size <= psutil.virtual_memory().available * MEMORY_SHARE:
-            return pa.py_buffer(stream.read())
-        return pa.py_buffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+@dataclass(frozen=True)
+class _Batch:
+    """Where the columns of one record batch lie in the file, in bytes from its start; buffers of their own each."""
+
+    rows: int
+    tokens: int
+    borders: int  # (rows + 1,) int32
+    ids: int  # (tokens,) int32
+    trained: int  # (tokens,) bits
+    records: int | None  # (rows,) int64
+
+
+def _find_batches(content: memoryview) -> list[_Batch]:
+    """The batches of an Arrow file.
+
+    Raises:
+        ValueError: It is no file of rows (pyarrow's ArrowInvalid is one).
+    """
+    whole = pa.py_buffer(content)
+    reader = pa.ipc.open_file(whole)
+    if reader.schema not in (SCHEMA, FORMER_SCHEMA):
+        raise ValueError(f"unexpected columns {reader.schema.names}")
+
+    def position(buffer: pa.Buffer | None, size_bytes: int) -> int:
+        start = buffer.address - whole.address if buffer is not None and size_bytes else 0
+        if not 0 <= start <= whole.size - size_bytes or (buffer is not None and buffer.size < size_bytes):
+            raise ValueError("a column lies outside of it")
+        return start
+
+    batches = []
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        ids, trained = batch.column(0), batch.column(1)
+        rows, tokens = batch.num_rows, len(ids.values)
+        if len(trained.values) != tokens:
+            raise ValueError("its columns have different lengths")
+        records = batch.column(2).buffers()[1] if batch.num_columns > 2 else None
+        batches.append(
+            _Batch(
+                rows,
+                tokens,
+                position(ids.buffers()[1], (rows + 1) * 4 if rows else 0),
+                position(ids.values.buffers()[1], tokens * 4),
+                position(trained.values.buffers()[1], (tokens + 7) // 8),
+                None if records is None else position(records, rows * 8),
+            )
+        )
+    return batches
 
 
 class PreparedRows:
     """The rows of a prepared directory, compared with the digest of what was written before any is used.
 
     Rows that take little of the memory that is free are held there, so that nothing done to the file changes them any
-    more; of others nothing is held but what is asked for, through a memory map.
+    more; of others nothing is held but what is asked for, and a file that changes is an error from then on.
 
     Attributes:
         directory: Where they are.
@@ -95,8 +137,8 @@ class PreparedRows:
         records: (rows,) int64, the number of the conversation or document that each row is of.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        """Opens a directory.
+    def __init__(self, directory: Path | str, memory_share: float = MEMORY_SHARE) -> None:
+        """Opens a directory; `memory_share` of the memory that is free may its rows take.
 
         Raises:
             RunError: It was not written by `qlora prepare`, or is damaged, or was written by a newer version.
@@ -113,20 +155,14 @@ class PreparedRows:
             raise RunError(f"{self.directory} was prepared by a newer qlora.", "Update with: pip install -U qlora-cli")
         path = self.directory / PREPARED_ROWS
         try:
-            reader = pa.ipc.open_file(_open_once(path))
-            if reader.schema not in (SCHEMA, FORMER_SCHEMA):
-                raise pa.ArrowInvalid(f"unexpected columns {reader.schema.names}")
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (OSError, pa.ArrowInvalid) as error:
+            self._file = StableFile(path, psutil.virtual_memory().available * memory_share)
+            self._batches = _find_batches(self._file.view())
+        except (OSError, ValueError) as error:  # of Arrow too
             raise RunError(f"{path} is damaged: {error}.", "Prepare the data again.") from error
-        # Flat, zero-copy views of each batch: (values, bits of `trained`, row borders).
-        columns = [(batch.column(0), batch.column(1)) for batch in self._batches]
-        self._ids = [ids.values.to_numpy() for ids, _ in columns]
-        self._trained = [trained.values for _, trained in columns]
-        self._borders = [ids.offsets.to_numpy() for ids, _ in columns]
-        lengths = [np.diff(borders) for borders in self._borders]
+        self._borders = [self._read(batch.borders, 0, batch.rows + 1, np.int32) for batch in self._batches]
+        lengths = [np.diff(values) for values in self._borders]
         self.lengths: np.ndarray = np.concatenate([*lengths, np.empty(0, np.int32)]).astype(np.int32)
-        records = [batch.column(2).to_numpy() for batch in self._batches if batch.num_columns > 2]
+        records = [self._read(b.records, 0, b.rows, np.int64) for b in self._batches if b.records is not None]
         self.records = np.concatenate([*records, np.empty(0, np.int64)]) if records else np.arange(self.lengths.size)
         self._first_row = np.cumsum([0, *map(len, lengths)]).tolist()
         if len(self) != self.manifest.get("rows"):
@@ -134,9 +170,11 @@ class PreparedRows:
                 f"{path} holds {len(self)} rows, but its manifest says {self.manifest.get('rows')}.",
                 "Prepare the data again.",
             )
-        wanted = self.manifest.get("rows_sha256")
-        if self.manifest.pop("sha256", None) not in (None, manifest_sha256(self.manifest)) or (
-            isinstance(wanted, str) and wanted != self._sha256()
+        wanted, of_records = self.manifest.get("rows_sha256"), self.manifest.get("records_sha256")
+        if (
+            self.manifest.pop("sha256", None) not in (None, manifest_sha256(self.manifest))
+            or (isinstance(wanted, str) and wanted != self._sha256())
+            or (isinstance(of_records, str) and of_records != hashlib.sha256(self.records.tobytes()).hexdigest())
         ):
             raise RunError(
                 f"{self.directory} is damaged: it holds other rows than were written there.", "Prepare the data again."
@@ -151,25 +189,40 @@ class PreparedRows:
                 hashed.update(np.ascontiguousarray(part).view(np.uint8).data)
             return hashed.digest()
 
-        trained = (bits.to_numpy(zero_copy_only=False) for bits in self._trained)
+        ids = (self._read(batch.ids, 0, batch.tokens, np.int32) for batch in self._batches)
+        trained = (self._read_bits(batch.trained, 0, batch.tokens) for batch in self._batches)
         with ThreadPoolExecutor(3) as pool:
-            return hashlib.sha256(b"".join(pool.map(digest, (self._ids, trained, [self.lengths])))).hexdigest()
+            return hashlib.sha256(b"".join(pool.map(digest, (ids, trained, [self.lengths])))).hexdigest()
+
+    def _read(self, start: int, first: int, count: int, dtype: type) -> np.ndarray:
+        """(count,) numbers of a column that begins at `start`, from its `first` on."""
+        size = np.dtype(dtype).itemsize
+        return np.frombuffer(self._file.read(start + first * size, count * size), dtype=dtype)
+
+    def _read_bits(self, start: int, first: int, count: int) -> np.ndarray:
+        """(count,) bool of a column of bits."""
+        skipped = first % 8
+        content = self._file.read(start + first // 8, (skipped + count + 7) // 8)
+        bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
+        return bits[skipped : skipped + count].view(bool)
 
     def __len__(self) -> int:
         return self._first_row[-1]
 
     def largest_id(self) -> int:
         """The largest token id in any row; -1 where there is no token."""
-        return max((int(ids.max()) for ids in self._ids if len(ids)), default=-1)
+        filled = (batch for batch in self._batches if batch.tokens)
+        return max((int(self._read(batch.ids, 0, batch.tokens, np.int32).max()) for batch in filled), default=-1)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """One row: input_ids (n,) int32 and trained (n,) bool."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        batch = bisect_right(self._first_row, index) - 1
-        start, stop = self._borders[batch][index - self._first_row[batch] :][:2].tolist()
-        trained = self._trained[batch][start:stop].to_numpy(zero_copy_only=False)
-        return self._ids[batch][start:stop], trained
+        number = bisect_right(self._first_row, index) - 1
+        batch = self._batches[number]
+        start, stop = self._borders[number][index - self._first_row[number] :][:2].tolist()
+        ids = self._read(batch.ids, start, stop - start, np.int32)
+        return ids, self._read_bits(batch.trained, start, stop - start)
 
 
 class RowSubset:

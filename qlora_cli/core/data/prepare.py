@@ -348,7 +348,7 @@ class _Output:
                 )
                 self._bad_rows.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
             offsets = np.cumsum([0, *chunk.lengths], dtype=np.int32)
-            self._writer.write(chunk.input_ids, chunk.trained, offsets, chunk.origins + statistics.counts["records"])
+            self._writer.write(chunk.input_ids, chunk.trained, offsets, statistics.records_of(chunk))
             statistics.add(chunk)
             self._done_bytes += chunk.source_bytes
             records = statistics.counts["records"]

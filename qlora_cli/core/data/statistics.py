@@ -32,15 +32,21 @@ class PreparationStatistics:
         self.first_bad: list[BadRow] = []
         self.sets: list[dict[str, Any]] = []  # of each data set: name, share, records, rows, tokens, trained_tokens
         self._hashes = [hashlib.sha256() for _ in range(3)]
+        self._records_hash = hashlib.sha256()
 
     def add(self, chunk: TokenisedChunk) -> None:
         """Counts one chunk."""
         self.lengths.append(chunk.lengths)
+        self._records_hash.update(self.records_of(chunk).tobytes())
         self.dropped += chunk.dropped
         self.counts += chunk.counts + Counter(trained_tokens=int(chunk.trained.sum()), bad_rows=len(chunk.bad_rows))
         self.first_bad += chunk.bad_rows[: 3 - len(self.first_bad)]
         for hashed, values in zip(self._hashes, (chunk.input_ids, chunk.trained, chunk.lengths), strict=True):
             hashed.update(values.tobytes())
+
+    def records_of(self, chunk: TokenisedChunk) -> np.ndarray:
+        """(rows,) int64, the number of the record that each row of the next chunk comes from, counted from the first."""
+        return chunk.origins + self.counts["records"]
 
     def totals(self) -> Counter[str]:
         """Records, rows, tokens and trained tokens so far."""
@@ -88,6 +94,7 @@ class PreparationStatistics:
             "dropped": dict(self.dropped),
             "bad_rows": self.counts["bad_rows"],
             "rows_sha256": hashlib.sha256(b"".join(hashed.digest() for hashed in self._hashes)).hexdigest(),
+            "records_sha256": self._records_hash.hexdigest(),
         }
 
     def report(self, report: Report, directory: Path) -> None:

@@ -1,15 +1,20 @@
 """A conversation at the terminal: its history, and the commands that a user may type."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.core.generation.session import GenerationSession
-from qlora_cli.errors import DataError, UsageError
+from qlora_cli.core.storage.ownership import may_write_file
+from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Report, TextGenerated
 
 Message = dict[str, str]
+_FIRST_LINE_BYTES = 64 * 2**20  # looked at, of a file that a conversation is added to
 COMMANDS = "/base [QUESTION], /adapter DIR, /reset, /save FILE, /exit"
 
 
@@ -90,14 +95,26 @@ class Conversation:
         """Appends the conversation to a JSON Lines file, in the form that training takes.
 
         Raises:
-            DataError: The file cannot be written.
+            DataError: The file holds something else, or cannot be written.
         """
-        line = json.dumps({"messages": self.messages}, ensure_ascii=False)
+        line = json.dumps({"messages": self.messages}, ensure_ascii=False).encode() + b"\n"
+        hint = "Type: /save FILE, with a new file or one of conversations"
         try:
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            path = may_write_file(path, [Path(self.adapter)] if self.adapter else [])
+            with path.open("a+b", buffering=0) as stream:
+                end = stream.seek(0, os.SEEK_END)
+                if end and not _holds_conversations(stream, end):
+                    raise DataError(f"{path} holds something else than conversations.", hint)
+                try:
+                    if stream.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    stream.truncate(end)
+                    raise
+        except RunError as error:
+            raise DataError(error.message, hint) from error
         except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}.", "Type: /save FILE") from error
+            raise DataError(f"{path} cannot be written: {error.strerror}.", hint) from error
 
     def _prompt(self, messages: list[Message]) -> Any:
         """All messages for a model trained on chats; the last alone for one trained on single prompts."""
@@ -129,6 +146,17 @@ class Conversation:
         self.session.select(None if base else self.adapter)
         for answer in self.session.answer([request], self.session.end_ids(self.adapter), on_text):
             self.rows.append({**answer.to_row(prompt), "base": base})
+
+
+def _holds_conversations(stream: FileIO, end: int) -> bool:
+    """Whether a file begins with the line of a conversation and ends with a whole line."""
+    stream.seek(0)
+    first = stream.read(_FIRST_LINE_BYTES).partition(b"\n")[0]
+    stream.seek(end - 1)
+    try:
+        return isinstance(json.loads(first)["messages"], list) and stream.read(1) == b"\n"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def run_line(conversation: Conversation, line: str, report: Report) -> None:
