@@ -32,6 +32,7 @@ OFFLOADED = {"gradient_checkpointing": "on", "offload_activations": True, "offlo
 # setting → (rows of 2,048 tokens in a micro-batch, engine options, steps the engine is told of: from 8 on it makes graphs)
 SETTINGS = {
     "recomputed, one row": (1, RECOMPUTED | {"compile": False}, 4),
+    "recomputed, two rows": (2, RECOMPUTED | {"compile": False}, 4),
     "kept": (2, KEPT | {"compile": False}, 4),
     "recomputed": (4, RECOMPUTED | {"compile": False}, 4),
     "offloaded": (2, OFFLOADED | {"compile": False}, 4),

@@ -1,4 +1,5 @@
-"""Packed (variable-length) attention: causal attention within each of the rows that a pack holds end to end.
+"""Packed (variable-length) attention: causal attention within each of the rows that a pack holds end to end, also with
+sinks.
 
 On CUDA, rows of unequal lengths go through one opaque op: torch's variable-length flash attention, or a kernel of our
 own where no row is long. Rows of one length go through cuDNN's attention, the fastest on Hopper, which knows no
@@ -11,6 +12,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qlora_cli.kernels.sink_attention import add_sinks, chunked_sink_attention, sink_gradient
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not beside a CPU-only torch
 if _HAS_TRITON:
@@ -27,11 +30,18 @@ def is_short(longest: int) -> bool:
 
 @torch.library.custom_op("qlora::packed_attention", mutates_args=())
 def _attention_op(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    boundaries: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     if short_attention.covers(query, key, value, longest, window):
         out, lse = short_attention.attend(query, key, value, boundaries, longest, scale)
-        return out, lse.flatten()
+        return out, (lse if sinks is None else add_sinks(out, lse, sinks)).flatten()
     out, lse, *_ = _aten._flash_attention_forward(
         query,
         key,
@@ -47,12 +57,20 @@ def _attention_op(
         window_size_left=-1 if window is None else window - 1,
         window_size_right=-1 if window is None else 0,
     )
-    return out.contiguous(), lse.flatten()
+    out, lse = out.contiguous(), lse.reshape(query.shape[1], query.shape[0])
+    return out, (lse if sinks is None else add_sinks(out, lse, sinks)).flatten()
 
 
 @_attention_op.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    boundaries: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.float32)
@@ -104,13 +122,19 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: object) ->
 
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:
-    query, key, value, boundaries, *ctx.constants = inputs
-    ctx.save_for_backward(query, key, value, *output, boundaries)
+    query, key, value, sinks, boundaries, *ctx.constants = inputs
+    ctx.save_for_backward(query, key, value, *output, boundaries, sinks)
 
 
 def _differentiate(ctx, grad: Tensor, *_: Tensor) -> tuple:
-    grads = torch.ops.qlora.packed_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.constants)
-    return (*grads, None, None, None, None)
+    *saved, sinks = ctx.saved_tensors
+    grad = grad.contiguous()
+    grads = torch.ops.qlora.packed_attention_backward(grad, *saved, *ctx.constants)
+    of_sinks = None
+    if sinks is not None and ctx.needs_input_grad[3]:
+        query, _, _, out, lse, _ = saved
+        of_sinks = sink_gradient(grad, out, lse.view(query.shape[1], query.shape[0]), sinks)
+    return (*grads, of_sinks, None, None, None, None)
 
 
 _attention_op.register_autograd(_differentiate, setup_context=_save)
@@ -127,7 +151,14 @@ def equal_rows_attention(query: Tensor, key: Tensor, value: Tensor, rows: int, s
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each row of a pack, differentiable.
 
@@ -139,6 +170,7 @@ def packed_attention(
         longest: Tokens of the longest row, or more.
         scale: Factor on the scores.
         window: A token sees itself and the window - 1 tokens before it; None for all.
+        sinks: (heads,), a score each head gives to nothing; None for no sinks.
 
     Returns:
         (tokens, heads, size).
@@ -146,8 +178,14 @@ def packed_attention(
     if query.is_cuda or torch.compiler.is_compiling():
         # Flash gives its results the layout of its inputs: token by token, what follows needs no copy.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        return torch.ops.qlora.packed_attention(query, key, value, boundaries, longest, scale, window)[0]
+        return torch.ops.qlora.packed_attention(query, key, value, sinks, boundaries, longest, scale, window)[0]
     groups = query.shape[1] // key.shape[1]
+    if sinks is not None:
+        parts = []
+        for start, end in pairwise(boundaries.tolist()):
+            q, k, v = (t[None, start:end].transpose(1, 2) for t in (query, key, value))  # (1, heads, length, size)
+            parts.append(chunked_sink_attention(q, k, v, sinks, scale=scale, window=window))
+        return torch.cat([part[0].transpose(0, 1) for part in parts])
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))  # a key for each head
     rows = []

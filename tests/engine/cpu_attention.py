@@ -1,16 +1,20 @@
-"""Packed attention's op on the CPU, for compiled layers there: for cards it is flash attention's, which no CPU has."""
+"""Packed attention's op on the CPU, for compiled layers there: for cards it is flash attention's, which no CPU has.
+
+Like that it gives the log-sum-exp, from which sinks follow, and its backward pass makes the weights from it.
+"""
 
 from itertools import pairwise
 
 import torch
 
+from qlora_cli.kernels.sink_attention import add_sinks
 
-def _weights(query, key, scale, window):
-    """Attention's weights of one row, (heads, length, length), for (length, heads, size)."""
+
+def _scores(query, key, scale, window):
+    """Attention's scores of one row, (heads, length, length), for (length, heads, size)."""
     distance = torch.arange(len(query))[:, None] - torch.arange(len(query))[None, :]
     seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
-    return scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return (torch.einsum("qhd,khd->hqk", query, key) * scale).masked_fill(~seen, float("-inf"))
 
 
 def _rows(boundaries, *tensors):
@@ -18,20 +22,24 @@ def _rows(boundaries, *tensors):
         yield tuple(tensor[start:end] for tensor in tensors)
 
 
-def attend(query, key, value, boundaries, longest, scale, window):
+def attend(query, key, value, sinks, boundaries, longest, scale, window):
     groups = query.shape[1] // key.shape[1]
     rows = _rows(boundaries, query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1))
-    out = [torch.einsum("hqk,khd->qhd", _weights(q, k, scale, window), v) for q, k, v in rows]
-    return torch.cat(out), query.new_zeros(query.shape[0] * query.shape[1], dtype=torch.float32)
+    scores = [(_scores(q, k, scale, window), v) for q, k, v in rows]
+    out = torch.cat([torch.einsum("hqk,khd->qhd", s.softmax(dim=-1), v) for s, v in scores])
+    lse = torch.cat([s.logsumexp(dim=-1).float() for s, _ in scores], dim=1)
+    return out, (lse if sinks is None else add_sinks(out, lse, sinks)).flatten()
 
 
 def attend_backward(grad, query, key, value, out, lse, boundaries, longest, scale, window):
     groups = query.shape[1] // key.shape[1]
     found = []
-    for g, q, k, v in _rows(boundaries, grad, query, *(t.repeat_interleave(groups, dim=1) for t in (key, value))):
-        weights = _weights(q, k, scale, window)
+    keys, values = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    sums = lse.view(query.shape[1], query.shape[0]).t()  # (tokens, heads)
+    for g, q, k, v, o, total in _rows(boundaries, grad, query, keys, values, out, sums):
+        weights = (_scores(q, k, scale, window) - total.t()[..., None]).exp().to(q.dtype)
         slope = torch.einsum("qhd,khd->hqk", g, v)
-        slope = weights * (slope - (slope * weights).sum(-1, keepdim=True)) * scale
+        slope = weights * (slope - (g * o).sum(-1).t()[..., None]) * scale
         of_key, of_value = torch.einsum("hqk,qhd->khd", slope, q), torch.einsum("hqk,qhd->khd", weights, g)
         shared = [t.unflatten(1, (-1, groups)).sum(2) for t in (of_key, of_value)]
         found.append((torch.einsum("hqk,khd->qhd", slope, k), *shared))

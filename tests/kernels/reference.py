@@ -25,7 +25,13 @@ def qlora_linear(
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: list[int], scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: list[int],
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each row of a pack, by materialised scores.
 
@@ -36,6 +42,7 @@ def packed_attention(
         boundaries: Where rows start, and the total: rows + 1 numbers.
         scale: Factor on the scores.
         window: A token sees itself and the window - 1 tokens before it; None for all.
+        sinks: (heads,), one more score of each query, of which nothing comes; None for none.
 
     Returns:
         (tokens, heads, size).
@@ -47,7 +54,10 @@ def packed_attention(
         scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * scale
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        weights = scores.masked_fill(~seen.to(scores.device), float("-inf")).softmax(dim=-1)
+        scores = scores.masked_fill(~seen.to(scores.device), float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, end - start, 1)], dim=-1)
+        weights = scores.softmax(dim=-1)[..., : end - start]
         rows.append(torch.einsum("hqk,khd->qhd", weights, value[start:end]))
     return torch.cat(rows)
 

@@ -1,34 +1,38 @@
-"""Packed attention equals attention over each row alone."""
+"""Packed attention, with sinks and without, equals attention over each row alone."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 
 from qlora_cli.kernels.attention import equal_rows_attention, packed_attention
+from qlora_cli.kernels.sink_attention import chunked_sink_attention
+from tests.engine import cpu_attention  # noqa: F401  (the op on the CPU)
 from tests.kernels import reference
 
 
-def inputs(lengths, heads, key_heads, size, device, dtype):
+def inputs(lengths, heads, key_heads, size, device, dtype, sinks=False):
     torch.manual_seed(0)
     tokens = sum(lengths)
     tensors = [
         torch.randn(tokens, h, size, device=device, dtype=dtype, requires_grad=True)
         for h in (heads, key_heads, key_heads)
     ]
+    if sinks:  # from next to nothing to nearly all of a short row's weight
+        tensors.append(torch.linspace(-4, 4, heads, device=device, dtype=dtype).requires_grad_())
     return tensors, [0, *accumulate(lengths)]
 
 
-def check(lengths, window, heads, key_heads, size, device, dtype, attend=packed_attention):
-    tensors, boundaries = inputs(lengths, heads, key_heads, size, device, dtype)
+def check(lengths, window, heads, key_heads, size, device, dtype, attend=packed_attention, sinks=False):
+    tensors, boundaries = inputs(lengths, heads, key_heads, size, device, dtype, sinks)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    out = attend(*tensors, cu_seqlens, max(lengths), 0.3, window)
+    out = attend(*tensors[:3], cu_seqlens, max(lengths), 0.3, window, *tensors[3:])
     grad = torch.randn_like(out)
     got = (out, *torch.autograd.grad(out, tensors, grad))
 
     def formula(kind):
         leaves = [t.detach().to(kind).requires_grad_() for t in tensors]
-        result = reference.packed_attention(*leaves, boundaries, 0.3, window)
+        result = reference.packed_attention(*leaves[:3], boundaries, 0.3, window, *leaves[3:])
         return (result, *torch.autograd.grad(result, leaves, grad.to(kind)))
 
     for ours, eager, exact in zip(got, formula(dtype), formula(torch.float64), strict=True):
@@ -40,6 +44,85 @@ def check(lengths, window, heads, key_heads, size, device, dtype, attend=packed_
 @pytest.mark.parametrize("window", [None, 4])
 def test_matches_float64_on_the_cpu(heads, key_heads, window):
     check((7, 1, 12), window, heads, key_heads, 8, "cpu", torch.float32)
+
+
+def opaque(query, key, value, boundaries, longest, scale, window, sinks):
+    """The op as a card runs it: sinks are brought in afterwards, by the log-sum-exp."""
+    return torch.ops.qlora.packed_attention(query, key, value, sinks, boundaries, longest, scale, window)[0]
+
+
+def in_chunks(chunk_bytes, masked):
+    def attend(query, key, value, boundaries, longest, scale, window, sinks):
+        """Two padded rows, or each of a pack's rows alone; the mask is booleans and for one head or all."""
+        rows = []
+        for number, (start, end) in enumerate(pairwise(boundaries.tolist())):
+            q, k, v = (t[None, start:end].transpose(1, 2) for t in (query, key, value))
+            mask = None
+            if masked:
+                mask = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+                mask = (mask if window is None else mask.triu(1 - window)).expand(1, len(sinks) ** number, -1, -1)
+                mask = mask if number != 1 else torch.where(mask, 0.0, float("-inf"))
+            settings = {"scale": scale, "mask": mask, "window": window, "chunk_bytes": chunk_bytes}
+            rows.append(chunked_sink_attention(q, k, v, sinks, **settings)[0].transpose(0, 1))
+        return torch.cat(rows)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    "attend", [packed_attention, opaque, in_chunks(1, False), in_chunks(4 * 4 * 12 * 5, False), in_chunks(800, True)]
+)
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks_match_float64_on_the_cpu(heads, key_heads, window, attend):
+    lengths = (7, 12) if getattr(attend, "__name__", "") == "attend" else (7, 1, 12)
+    check(lengths, window, heads, key_heads, 8, "cpu", torch.float32, attend, sinks=True)
+
+
+def test_queries_behind_keys_and_queries_that_see_nothing():
+    """The last 3 of 9 positions; a mask of padding leaves a query nothing but the sink."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, n, 8, dtype=torch.float64) for n in (9, 9, 9))
+    sinks = torch.randn(4, dtype=torch.float64)
+    whole = chunked_sink_attention(query, key, value, sinks, scale=0.3, window=5)
+    last = chunked_sink_attention(query[:, :, 6:], key, value, sinks, scale=0.3, window=5, chunk_bytes=1)
+    assert torch.allclose(last, whole[:, :, 6:])
+    mask = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    mask[1] = True
+    query.requires_grad_()
+    out = chunked_sink_attention(query, key, value, sinks, scale=0.3, mask=mask)
+    out.sum().backward()
+    assert torch.equal(out[0], torch.zeros_like(out[0])) and not query.grad.isnan().any()
+    assert out[1].abs().sum() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (60, 0, 128)])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 8, 64), (64, 8, 64), (8, 2, 128)])
+def test_sinks_match_float64_on_the_gpu(lengths, window, heads, key_heads, size):
+    for attend in (packed_attention, in_chunks(2**16, False)):
+        check(lengths, window, heads, key_heads, size, "cuda", torch.bfloat16, attend, sinks=True)
+
+
+@pytest.mark.gpu
+def test_sinks_grow_memory_with_the_tokens_not_their_square_on_the_gpu():
+    peaks = []
+    for tokens in (2048, 4096):
+        tensors, _ = inputs((tokens,), 64, 8, 64, "cuda", torch.bfloat16, sinks=True)
+        query, key, value = (t[None].transpose(1, 2) for t in tensors[:3])
+        for attend in (
+            lambda t=tensors, n=tokens: packed_attention(
+                *t[:3], torch.tensor([0, n], dtype=torch.int32, device="cuda"), n, 0.1, None, t[3]
+            ),
+            lambda q=query, k=key, v=value, t=tensors: chunked_sink_attention(q, k, v, t[3], scale=0.1),
+        ):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            attend().sum().backward()
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[2] < 2.2 * peaks[0] and peaks[3] < 2.2 * peaks[1]
+    assert max(peaks[:2]) < 2048**2 * 64 * 2  # less than the scores alone, in 16 bits
 
 
 @pytest.mark.gpu
@@ -71,7 +154,8 @@ def test_rows_of_one_length_match_float64_on_the_gpu(lengths, size):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (256, 256), (100, 28)])
 def test_the_compiler_is_told_the_truth_on_the_gpu(lengths):
-    (query, key, value), boundaries = inputs(lengths, 4, 2, 64, "cuda", torch.bfloat16)
+    (query, key, value, sinks), boundaries = inputs(lengths, 4, 2, 64, "cuda", torch.bfloat16, sinks=True)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cuda")
-    arguments = (query, key, value, cu_seqlens, max(lengths), 0.3, None)
-    torch.library.opcheck(torch.ops.qlora.packed_attention.default, arguments)
+    for given in (None, sinks):
+        arguments = (query, key, value, given, cu_seqlens, max(lengths), 0.3, None)
+        torch.library.opcheck(torch.ops.qlora.packed_attention.default, arguments)

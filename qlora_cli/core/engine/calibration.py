@@ -1,6 +1,7 @@
 """Calibration of an engine: layers are tried out on random tokens, and steps are planned by what that measured."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,16 @@ from qlora_cli.core.engine.decoder_layers import LayerBytes, capture_first_call,
 from qlora_cli.core.engine.lora_linear import AdapterValues
 from qlora_cli.core.engine.memory_plan import SLICE_BYTES, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
 from qlora_cli.core.engine.offload import link_bytes_per_second
-from qlora_cli.core.engine.packed_attention import pack_mask
+from qlora_cli.core.engine.packed_attention import (
+    drops_weights,
+    has_sinks,
+    install_packed_attention,
+    pack_mask,
+    why_not_packed,
+)
 from qlora_cli.core.models.structure import context_length
 from qlora_cli.errors import first_line
+from qlora_cli.events import Notice, Report
 from qlora_cli.setting_groups import StepSettings
 
 REDUCTION_BYTES, MOST_REDUCTIONS = 2**28, 16  # how much less memory is planned with each time it runs out
@@ -80,9 +88,37 @@ class Calibration:
         return (-(-tokens // rows),) * rows
 
     @torch.no_grad()
-    def why_pack_differs(self) -> str | None:
+    def states(self, *, padded: bool = False) -> Tensor:
+        """Hidden states of the second of the trial's rows, alone; or, beside the first in padded rows, of both."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self.values.refresh()
+            ids = self._ids(sum(TRIAL_LENGTHS))
+            if not padded:
+                return self.decoder(**self._whole(ids[:, TRIAL_LENGTHS[0] :]), use_cache=False).last_hidden_state[0]
+            rows = ids[0].split(TRIAL_LENGTHS)
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            hidden = self.decoder(inputs_embeds=self._embed(ids), attention_mask=mask, use_cache=False)
+            return hidden.last_hidden_state[mask.bool()]
+        finally:
+            self.model.train(was_training)
+
+    def why_padded_differs(self, own: Tensor) -> str | None:
+        """Tries padded rows, which must come out like `own`, their `states` by the model's own attention."""
+        try:
+            found = self.states(padded=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            return f"{type(error).__name__}: {first_line(error)}"
+        return None if _is_like(found, own) else "padded rows came out otherwise in a trial"
+
+    @torch.no_grad()
+    def why_pack_differs(self, alone: Tensor) -> str | None:
         """Tries a pack of two rows: neither the other row nor a later token may change anything, not by one bit more
-        than rounding, and each row must come out as it does alone."""
+        than rounding, and each row must come out as it does `alone`, by the model's own attention (`states`)."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -94,7 +130,6 @@ class Calibration:
             other_row = self._pack_states(torch.cat([others[:, :short], ids[:, short:]], 1), TRIAL_LENGTHS)[short:]
             earlier = self._pack_states(torch.cat([ids[:, :-1], others[:, -1:]], 1), TRIAL_LENGTHS)[:-1]
             as_long = self._pack_states(ids, TRIAL_LENGTHS, LONG_ROW)
-            alone = self.decoder(**self._whole(ids[:, short:]), use_cache=False).last_hidden_state[0]
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -106,7 +141,7 @@ class Calibration:
             return "rows of a pack saw one another in a trial"
         if not (earlier - pack[:-1]).float().abs().max() <= rounding:
             return "tokens saw later ones in a trial"
-        if not max((alone - found[short:]).float().norm() / alone.float().norm() for found in (pack, as_long)) <= 0.1:
+        if not all(_is_like(found[short:], alone) for found in (pack, as_long)):
             return "a packed row came out unlike the same row alone in a trial"
         return None
 
@@ -192,6 +227,41 @@ class StepPlanner:
             if other.step_bytes(needs) <= self.available_bytes and other.sent_bytes(needs) <= host_bytes
         ]
         return min(fitting, key=lambda other: other.cost(needs), default=plan)
+
+
+def install_attention(base: Any, decoder: Any, trials: Calibration, report: Report) -> tuple[bool, Callable[[], None]]:
+    """Packs rows where that is exact, which is tried out. Otherwise rows stay padded, and attention with sinks goes over
+    them in chunks instead of holding all scores, where that is tried out to be the same. What comes of it is reported.
+
+    Returns:
+        Whether rows are packed, and what undoes it.
+    """
+
+    def install(own: Tensor, why_different: Callable[[Tensor], str | None]) -> tuple[str | None, Callable[[], None]]:
+        """Why our attention gives anything but `own`, the model's, and was taken back; and what undoes it."""
+        undo = install_packed_attention(base, decoder)
+        reason = why_different(own)
+        if reason is not None:
+            undo()
+        return reason, undo if reason is None else lambda: None
+
+    reason, undo = why_not_packed(base, decoder, trials.device, trials.values.dtype), lambda: None
+    if reason is None:
+        reason, undo = install(trials.states(), trials.why_pack_differs)
+    trials.packed = reason is None
+    if reason is None:
+        return True, undo
+    report(Notice(f"Rows are padded instead of packed, because {reason}."))
+    if has_sinks(decoder) and base._can_set_attn_implementation() and not drops_weights(decoder):
+        why_eager, undo = install(trials.states(padded=True), trials.why_padded_differs)
+        if why_eager is not None:
+            report(Notice(f"Attention with sinks holds all of its scores at once ({why_eager})."))
+    return False, undo
+
+
+def _is_like(found: Tensor, own: Tensor) -> bool:
+    """Whether two attentions' hidden states differ by the rounding of many layers at most; NaN are like nothing."""
+    return bool((found - own).float().norm() <= 0.1 * own.float().norm())
 
 
 def _fixed(seconds: LayerSeconds, quarter: LayerSeconds) -> LayerSeconds:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.device import read_free_bytes
-from qlora_cli.core.engine.calibration import Calibration, StepPlanner
+from qlora_cli.core.engine.calibration import Calibration, StepPlanner, install_attention
 from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
@@ -34,7 +34,7 @@ from qlora_cli.core.engine.memory_plan import (
     settle,
 )
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
-from qlora_cli.core.engine.packed_attention import install_packed_attention, pack_mask, takes_equal_rows, why_not_packed
+from qlora_cli.core.engine.packed_attention import pack_mask, takes_equal_rows
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
@@ -277,16 +277,8 @@ class FastEngine:
             self.offload.join()
 
     def _install_attention(self) -> None:
-        """Packs rows where that is exact, which is tried out; otherwise rows stay padded."""
-        reason = why_not_packed(self.base, self.decoder, self.device, self.values.dtype)
-        if reason is None:
-            self.undo.append(install_packed_attention(self.base, self.decoder))
-            reason = self.trials.why_pack_differs()
-            if reason is not None:
-                self.undo.pop()()
-        if reason is not None:
-            self.report(Notice(f"Rows are padded instead of packed, because {reason}."))
-        self.packed = self.trials.packed = reason is None
+        self.packed, undo = install_attention(self.base, self.decoder, self.trials, self.report)
+        self.undo.append(undo)
         self.equal_rows = self.packed and takes_equal_rows(self.decoder, self.device)
 
     def _persistent_storages(self) -> frozenset[int]:

@@ -4,6 +4,7 @@ The pack's boundaries travel as the attention mask: a 4-D mask reaches every lay
 being a tensor it is carried through checkpointing and compilation. Its shape is (1, 1, longest, rows + 1), int32,
 every [0, 0, i] the same `cu_seqlens`; the third dimension is a view that takes no memory and only carries `longest`.
 Where all rows are of one length and cuDNN can attend to them, it is (1, rows, longest, 1), of which only the shape counts.
+Other masks, those of padded rows, go to attention over chunks of queries where there are sinks, and to SDPA elsewhere.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora_cli.core.engine.lora_linear import replace_forward
 from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, packed_attention
+from qlora_cli.kernels.sink_attention import chunked_sink_attention
 
 NAME = "qlora_packed"
 MAX_HEAD_SIZE = 256
@@ -40,7 +42,7 @@ def _is_pack(mask: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -48,19 +50,39 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: (1, heads, T, size) in, (1, T, heads, size) out; SDPA for other masks."""
-    if not _is_pack(attention_mask):
+    """transformers' attention interface: (1, heads, T, size) in, (1, T, heads, size) out; other masks as said above.
+
+    `s_aux`, (heads,), are the sinks.
+
+    Raises:
+        ValueError: It is given what it does not know and would leave out.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_pack = _is_pack(attention_mask)
+    if not is_pack and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    unknown = [n for n, given in kwargs.items() if isinstance(given, Tensor) and given.is_floating_point()]
+    if unknown or kwargs.get("softcap"):
+        raise ValueError(f"attention takes {', '.join(unknown) or 'a cap on its scores'}")
+    if not is_pack:
+        assert s_aux is not None
+        if attention_mask is None and not getattr(module, "is_causal", True):
+            raise ValueError("attention looks both ways")
+        window = sliding_window if attention_mask is None else None
+        out = chunked_sink_attention(query, key, value, s_aux, scale=scale, mask=attention_mask, window=window)
+        return out.transpose(1, 2).contiguous(), None
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, size)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    assert attention_mask is not None
     rows, longest = attention_mask.shape[1:3]
     if attention_mask.shape[3] == 1:
         return equal_rows_attention(query, key, value, rows, scale)[None], None
-    return packed_attention(query, key, value, attention_mask[0, 0, 0], longest, scale, sliding_window)[None], None
+    boundaries = attention_mask[0, 0, 0]
+    return packed_attention(query, key, value, boundaries, longest, scale, sliding_window, s_aux)[None], None
 
 
 # Additive: no model uses the name unless an engine sets it on that model's own config.
@@ -101,6 +123,18 @@ def _head_sizes(decoder: nn.Module, config: Any) -> set[int]:
     return {size or getattr(config, "head_dim", None) or default for size in sizes or {None}}
 
 
+def has_sinks(decoder: nn.Module) -> bool:
+    """Whether its attention has sinks: a score for each head that takes weight and gives nothing."""
+    return any("sink" in name for name, _ in decoder.named_parameters())
+
+
+def drops_weights(decoder: Any) -> bool:
+    """Whether its attention weights are dropped out in training."""
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    rates = [getattr(decoder.config, name, 0) for name in names]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
 def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this model's rows have to be padded instead of packed; None when they can be packed exactly."""
     config = decoder.config
@@ -111,15 +145,12 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
         return "its attention has ALiBi biases"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
-    if any("sink" in name for name, _ in decoder.named_parameters()):
-        return "its attention has sinks"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return "its attention looks both ways"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of type {', '.join(sorted(kinds))}"
-    rates = [getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")]
-    if any(isinstance(rate, int | float) and rate > 0 for rate in rates):
+    if drops_weights(decoder):
         return "its attention weights are dropped out"
     if device.type == "cuda":
         if dtype not in (torch.bfloat16, torch.float16):
@@ -133,7 +164,7 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
 
 
 def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
-    """Whether packs of equal rows go to cuDNN: no windows, heads of a size it takes, a key for each."""
+    """Whether packs of equal rows go to cuDNN: no windows, no sinks, heads of a size it takes, a key for each."""
     config = decoder.config
     heads = getattr(config, "num_attention_heads", None)  # a model of states alone has none
     keys = getattr(config, "num_key_value_heads", None) or heads
@@ -143,6 +174,7 @@ def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
         and config.model_type != "falcon"
         and not getattr(config, "sliding_window", None)
         and keys == heads
+        and not has_sinks(decoder)
         and _head_sizes(decoder, config) <= CUDNN_HEAD_SIZES
     )
 
