@@ -20,7 +20,7 @@ class Hub:
 
     Attributes:
         directory: Files of the one repository.
-        fault: drop, truncate, stall, status:CODE or status:CODE:ErrorCode; "" for none.
+        fault: drop, truncate, stall, damage, status:CODE or status:CODE:ErrorCode; "" for none.
         times: How many requests go wrong; those after them go well.
         only: Only requests whose path holds this go wrong.
         requests: Method and path of what was asked for, in order.
@@ -76,6 +76,8 @@ def serving(hub: Hub) -> Iterator[int]:
                     time.sleep(STALL_SECONDS)
                 self.close_connection = True
                 return
+            if fault == "damage" and len(content) > 1:
+                content = content[:-1] + bytes([content[-1] ^ 1])  # the headers say what it should have been
             self.send(status, content, headers, body)
 
         def find(self) -> tuple[int, bytes, dict[str, str]]:

@@ -60,7 +60,7 @@ def whole(cache: Path, served: Path) -> bool:
     return all(found.get(name) == (served / name).read_bytes() for name in wanted)
 
 
-@pytest.mark.parametrize("fault", ["drop", "truncate", "status:500", "status:503", "status:429", "stall"])
+@pytest.mark.parametrize("fault", ["drop", "truncate", "damage", "status:500", "status:503", "status:429", "stall"])
 def test_a_fault_that_passes_is_outlasted(download, hub, tmp_path, fault):
     done = download(fault, times=1 if fault == "stall" else 2, only="model.safetensors")
     good = done.code == 0 and whole(tmp_path / "cache", hub[0].directory)
@@ -68,7 +68,7 @@ def test_a_fault_that_passes_is_outlasted(download, hub, tmp_path, fault):
     assert good, done.said
 
 
-@pytest.mark.parametrize("fault", ["drop", "truncate", "status:500"])
+@pytest.mark.parametrize("fault", ["drop", "truncate", "damage", "status:500"])
 def test_a_fault_that_stays_ends_in_one_sentence_and_no_half_file(download, hub, tmp_path, fault):
     done = download(fault, only="model.safetensors")
     assert done.code == 1 and f"could not be downloaded after {ATTEMPTS} attempts" in done.said, done.said

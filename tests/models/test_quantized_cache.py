@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_a_restored_base_is_the_same_bit_for_bit(architecture, load_tiny, tiny_m
         assert not parameter.requires_grad
     (layer, _), *_ = four_bit_linears(again)
     assert again.get_submodule(layer).weight.quant_state.nested
+
+
+def test_a_base_whose_files_were_edited_in_place_is_not_taken(load_tiny, tiny_model, tmp_path):
+    """Even where the digest of the weights, which samples them, stays the same."""
+    directory = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (weights,) = directory.glob("*.safetensors")
+    base, _ = load_tiny("llama")
+    save_base(base, FACTS, stamps=resolve_model(str(directory)).weight_stamps)
+    assert restore(directory) is not None
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    events = []
+    assert restore(directory, events.append) is None
+    assert "written since" in events[0].text
+    save_base(base, FACTS)  # as older versions did, which kept no note of the files
+    assert restore(directory) is not None
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Downloads from the Hugging Face hub into its local cache: announced, with their progress in bytes, and retried."""
 
+import hashlib
 import json
 import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -127,8 +129,31 @@ def _download(
         report(Progress(task, min(cached_bytes + arrived_bytes, total_bytes - 1), total_bytes, "bytes"))
 
     directory = Path(snapshot_download(repository, revision=revision, tqdm_class=byte_counter(progress), **wanted))
+    _verify_blobs(directory, missing)
     report(Progress(task, total_bytes, total_bytes, "bytes"))
     return directory
+
+
+def _verify_blobs(directory: Path, names: list[str]) -> None:
+    """Compares what arrived with the SHA-256 that the hub's cache names large files by: the library compares sizes.
+
+    Raises:
+        OSError: A file is another one; it is removed, so that the next attempt downloads it.
+    """
+    arrived = [(directory / name, (directory / name).resolve()) for name in names]
+    named = [(link, blob) for link, blob in arrived if re.fullmatch("[0-9a-f]{64}", blob.name)]
+
+    def is_damaged(blob: Path) -> bool:
+        with blob.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() != blob.name
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(is_damaged, [blob for _, blob in named]))
+    damaged = [paths for paths, is_bad in zip(named, found, strict=True) if is_bad]
+    for path in {path for paths in damaged for path in paths}:
+        path.unlink()
+    if damaged:
+        raise OSError(f"{len(damaged)} of {len(names)} files arrived damaged.")
 
 
 def _list_files(repository: str, revision: str | None, wanted: dict[str, Any]) -> tuple[str, dict[str, int]]:

@@ -78,7 +78,7 @@ def load_base(
     _check_weights(base, files.name, packer.finite)
     freeze_base(base)
     if quantization.base_cache and not four_bit:
-        save_base(base, facts, files.report, weight_shards)
+        save_base(base, facts, files.report, weight_shards, stamps=files.weight_stamps)
     return base, identity
 
 

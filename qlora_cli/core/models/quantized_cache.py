@@ -63,6 +63,7 @@ def save_base(
     report: Report = report_nothing,
     weight_shards: WeightShards | None = None,
     piece_bytes: int = PIECE_BYTES,
+    stamps: Mapping[str, list[int]] | None = None,
 ) -> None:
     """Keeps a copy of a quantised base, before an adapter is attached, unless there is one or the disk is short.
 
@@ -72,6 +73,7 @@ def save_base(
         report: Receives why no copy could be kept; the work goes on without.
         weight_shards: Where the model holds this rank's share only: all ranks call, and the main one writes what it gathers.
         piece_bytes: Of the file, covered by one digest.
+        stamps: `ModelFiles.weight_stamps` of what was quantised.
     """
     directory = base_directory(facts)
     is_main = weight_shards.ranks.is_main if weight_shards else os.environ.get("RANK", "0") == "0"
@@ -95,6 +97,7 @@ def save_base(
                 manifest = {
                     "format": FORMAT,
                     "facts": dict(facts),
+                    "weights": dict(stamps or {}),
                     "hashed_bytes": piece_bytes,
                     "sha256": digests,
                     "generation_config": model.generation_config.to_dict(),
@@ -176,6 +179,8 @@ def restore_base(
         return None
     try:
         manifest = read_json(directory / MANIFEST)
+        if (kept := manifest.get("weights")) and files.weight_stamps not in ({}, kept):
+            raise RunError("the model's files were written since.")
         tensors = _read(directory / WEIGHTS, manifest, device, weight_shards)
         model = build_empty(files.config, trust_remote_code=files.trust_remote_code)
         _blank_experts(model, tensors, facts, compute_dtype)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 
+from qlora_cli.core.prompts.foreign_tokenizer import encode_texts, refuse_growth
 from qlora_cli.core.prompts.word_cache import WordCache, find_cut
 from qlora_cli.errors import ModelError
 
@@ -88,6 +89,7 @@ def _describe(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
     chat_template = templates.get("default")
     everything = "\n".join(templates.values())
     content = json.loads(tokenizer.backend_tokenizer.to_str())
+    refuse_growth(content)
     content["truncation"] = content["padding"] = None
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     for token in content["added_tokens"]:
@@ -228,9 +230,8 @@ class TextEncoder:
         ]
 
     def _encode_letters(self, backend: Tokenizer, text: str) -> list[int]:
-        first = backend.encode(text[0], add_special_tokens=False).ids
-        rest = self._inside.encode_batch(list(text[1:]), add_special_tokens=False)
-        return [*first, *(id for letter in rest for id in letter.ids)]
+        letters = [*encode_texts(backend, text[:1]), *encode_texts(self._inside, text[1:])]
+        return [id for letter in letters for id in letter.ids]
 
 
 def _text_only(description: dict[str, Any]) -> Tokenizer:
