@@ -87,7 +87,7 @@ class DataSettings(Settings):
 
     data: tuple[str, ...] | None = setting(
         None,
-        "Hub id (id:config), file (.json .jsonl .csv .tsv .parquet .txt, also .gz .zst), folder, glob, or saved dataset; "
+        "Hub id (id:config), file (.json .jsonl .csv .tsv .parquet .txt, also .gz .zst .bz2 .xz), folder, glob, or saved dataset; "
         "NAME:0.3 takes three of ten of its rows; may be given several times.",
         panel=DATA,
         repeated=True,

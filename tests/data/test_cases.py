@@ -4,6 +4,7 @@ Each case stands for a kind of fault in public reports on tools for fine-tuning.
 """
 
 import json
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -179,6 +180,49 @@ def test_rows_become_what_was_meant(name, tmp_path):
     assert said in words
 
 
+def test_a_text_between_beginning_and_end_of_its_own_has_them_once(tmp_path):
+    texts = ["A lake.", "<s>A hill.</s>\n", "<s>A sea.</s><s>A fen.</s>", "<s>A lake."]
+    found, said = prepared(tmp_path, [{"text": text} for text in texts], sentencepiece_like())
+    assert [text.replace("⟦", "").replace("⟧", "") for text in found] == [
+        "<s>A lake.</s>", "<s>A hill.</s>", "<s><s>A sea.</s><s>A fen.</s></s>", "<s><s>A lake.</s>",
+    ]  # fmt: skip
+    ids = [PreparedRows(tmp_path / "out")[index][0].tolist() for index in range(4)]
+    assert all((row.count(1), row.count(2)) == (1, 1) for row in ids)
+    assert "1 of the first 4 texts stand between the tokens of beginning and end" in said
+    assert "2 of the first 4 rows hold some" in said
+
+
+def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path):
+    tokenizer = deepcopy(byte_level())
+    with_tools = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls else '' }}{% endfor %}"
+    )
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": with_tools + tokenizer.chat_template}
+    tool = {"type": "function", "function": {"name": "depth", "parameters": {"properties": {"of": {}}}}}
+    rows = [
+        {"messages": [ASK, ANSWER], "tools": [tool]},
+        {"messages": [ASK, ANSWER], "tools": []},
+        {"messages": [ASK, ANSWER], "tools": None},
+    ]
+    found, said = prepared(tmp_path, rows, tokenizer)
+    assert found == [json.dumps([tool]) + TURN, TURN, TURN], said
+
+
+def test_control_tokens_that_are_ordinary_added_tokens_are_letters_where_they_are_typed(tmp_path):
+    tokenizer = deepcopy(byte_level())
+    tokenizer.add_tokens(["<｜User｜>", "<｜Assistant｜>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ('<｜User｜>' if m.role == 'user' else '<｜Assistant｜>') + m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}{{ '<｜Assistant｜>' if add_generation_prompt }}"
+    )
+    typed = {"role": "user", "content": "A lake?<｜Assistant｜>Yes.<｜User｜>Go on."}
+    found, said = prepared(tmp_path, [{"messages": [typed, ANSWER]}], tokenizer)
+    assert found == ["<｜User｜>A lake?<｜Assistant｜>Yes.<｜User｜>Go on.<｜Assistant｜>⟦Chiemsee.<|im_end|>⟧"], said
+    ids = PreparedRows(tmp_path / "out")[0][0].tolist()
+    control = tokenizer.convert_tokens_to_ids(["<｜User｜>", "<｜Assistant｜>"])
+    assert [ids.count(token) for token in control] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("texts", "rows"),
     [
@@ -277,10 +321,19 @@ def test_files_hold_the_rows_that_were_meant(name, tmp_path):
     assert found == expected, words
 
 
+def test_the_index_that_pandas_saves_is_named_as_unused(tmp_path):
+    text, expected = FILES["a.csv, the index that pandas saves"]
+    assert prepared(tmp_path, text, byte_level(), name="a.csv") == (
+        expected,
+        f"{tmp_path / 'a.csv'}: prompt in column 'question', completion in 'answer', answers trained. "
+        "Columns that are not used: one without a name.",
+    )
+
+
 def test_what_arrow_pads_objects_with_is_left_out_and_maps_and_json_are_objects(tmp_path):
     import pyarrow as pa
 
-    from qlora_cli.core.data.arrow_reader import records_of
+    from qlora_cli.core.reading.arrow_reader import records_of
 
     rows = [{"tools": [{"name": "a", "hill": "x"}, {"name": "b"}], "n": None}]
     types = pa.schema(
@@ -352,8 +405,8 @@ def test_several_data_sets_each_with_its_share_and_format(tmp_path):
 @pytest.mark.parametrize("share", [0.3, 0.5, 1 / 3, 0.999, 0.01])
 @pytest.mark.parametrize("sizes", [[100], [1] * 100, [7, 0, 93]])
 def test_a_share_is_spread_evenly_however_rows_are_cut_into_chunks(share, sizes):
-    from qlora_cli.core.data.chunks import Chunk
     from qlora_cli.core.data.sources import DataSet
+    from qlora_cli.core.reading.chunks import Chunk
 
     numbers = iter(range(100))
     chunks = [

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from qlora_cli.artifacts import BAD_ROWS, PREPARED_MANIFEST, PREPARED_ROWS
 from qlora_cli.config import PrepareConfig
-from qlora_cli.core.data.chunks import Chunk
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import (
     SMALL_BYTES,
@@ -30,11 +29,12 @@ from qlora_cli.core.data.prepare import (
     prepare_cached_rows,
     prepare_rows,
 )
-from qlora_cli.core.data.readers import CHUNK_BYTES
 from qlora_cli.core.data.tokenize import Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, format_prompt
+from qlora_cli.core.reading.chunks import Chunk
+from qlora_cli.core.reading.readers import CHUNK_BYTES
 from qlora_cli.errors import DataError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress
 from tests.prompts import chat_templates

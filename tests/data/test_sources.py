@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_cli.core.data import sources
-from qlora_cli.core.data.chunks import parse_chunk
 from qlora_cli.core.data.sources import resolve_source
+from qlora_cli.core.reading.chunks import parse_chunk
 from qlora_cli.errors import DataError, ModelError, UsageError
 
 QUOTE = {"quote": "Be yourself; everyone else is already taken.", "author": "Oscar Wilde", "tags": ["be-yourself"]}

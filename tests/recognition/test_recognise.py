@@ -117,7 +117,8 @@ def test_texts_formatted_beforehand_are_told_from_typed_tokens():
     assert "formatted beforehand" in found.remarks[0]
     typed = recognised([*ready, {"text": "HTML knows <s>struck</s> words"}])
     assert not typed.formatting.markup
-    assert "kept as plain text" in typed.remarks[0]
+    assert "2 of the first 3 texts stand between" in typed.remarks[0]
+    assert "kept as plain text (1 of" in typed.remarks[1]
     assert recognised({"text": "plain"}).remarks == ()
 
 

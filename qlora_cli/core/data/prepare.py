@@ -23,15 +23,15 @@ from qlora_cli.artifacts import (
     is_prepared,
     write_json,
 )
-from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter, manifest_sha256
-from qlora_cli.core.data.readers import CHUNK_BYTES
 from qlora_cli.core.data.sources import Source, join_identities, read_data_sets, resolve_source
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.models.structure import context_length, has_position_table
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
+from qlora_cli.core.reading.chunks import BadRow, Chunk, parse_chunk
+from qlora_cli.core.reading.readers import CHUNK_BYTES
 from qlora_cli.core.recognition.pairs import read_template
 from qlora_cli.core.recognition.recognise import recognise
 from qlora_cli.core.recognition.recognised import Recognised
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 PREPARATION = 2  # raised when the same input would give other rows, so that older caches are not taken for these
 DEFAULT_MAX_LENGTH = 2048
 SAMPLE_RECORDS = 256  # looked at to recognise the format
+SAMPLE_LETTERS = 2**25  # where rows are long, fewer of them do
 SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
 MOST_PROCESSES = 8  # of 100 MB each beside 600 MB here; --workers may ask for more
 TASK = "Preparing"
@@ -267,12 +268,14 @@ def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, ident
 def _recognise(source: Source, settings: DataSettings, encoder: TextEncoder) -> Recognised:
     """The format, from the first records that can be read."""
     sample: list[Record] = []
+    letters = 0
     for chunk in source.chunks(settings.max_line_bytes):
         parse_chunk(chunk, settings.max_line_bytes)
         sample += chunk.records
+        letters += chunk.letters
         if chunk.bad_rows and settings.on_bad_row == "stop" and not sample:
             raise _bad_row_error(min(chunk.bad_rows, key=lambda bad: bad.line or 0))
-        if len(sample) >= SAMPLE_RECORDS:
+        if len(sample) >= SAMPLE_RECORDS or letters >= SAMPLE_LETTERS:
             break
     if not sample:
         raise DataError(f"{source.name} holds no row that can be read.", "Check --data.")

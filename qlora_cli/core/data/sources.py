@@ -13,10 +13,11 @@ import datasets
 from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
-from qlora_cli.core.data.arrow_reader import records_of
-from qlora_cli.core.data.chunks import RECORDS_A_CHUNK, Chunk, parse_chunk
-from qlora_cli.core.data.readers import CHUNK_BYTES, DECOMPRESS, KINDS, kind_of, read_chunks
 from qlora_cli.core.models.hub import download_snapshot
+from qlora_cli.core.reading.arrow_reader import chunks_of
+from qlora_cli.core.reading.chunks import RECORDS_A_CHUNK, Chunk, parse_chunk
+from qlora_cli.core.reading.compressed import DECOMPRESS
+from qlora_cli.core.reading.readers import CHUNK_BYTES, KINDS, kind_of, read_chunks
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Progress, Report
 
@@ -118,20 +119,15 @@ class Source:
         for path, name in self.files:
             yield from read_chunks(path, name, max_line_bytes, chunk_bytes)
         if self.table is not None:
-            yield from self._table_chunks()
+            yield from self._table_chunks(max_line_bytes)
 
-    def _table_chunks(self) -> Iterator[Chunk]:
+    def _table_chunks(self, max_line_bytes: int) -> Iterator[Chunk]:
         line = 1
         try:
             for batch in self.table.with_format("arrow").iter(RECORDS_A_CHUNK):
-                chunk = Chunk(self.name)
-                for record in records_of(batch):
-                    if isinstance(record, UnicodeDecodeError):
-                        chunk.fail(line, f"not UTF-8: byte 0x{record.object[record.start]:02X}")
-                    else:
-                        chunk.add(record, line)
-                    line += 1
-                yield chunk
+                for chunk in chunks_of(batch, self.name, line, max_line_bytes):
+                    line += len(chunk.records) + len(chunk.bad_rows)
+                    yield chunk
         except Exception as error:  # datasets' readers fail in every way
             yield Chunk(self.name).fail(line, f"cannot be read: {error}")
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.artifacts import BAD_ROWS
-from qlora_cli.core.data.chunks import BadRow
 from qlora_cli.core.data.tokenize import TokenisedChunk
+from qlora_cli.core.reading.chunks import BadRow
 from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Report
 

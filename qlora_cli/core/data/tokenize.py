@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qlora_cli.core.data.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec
 from qlora_cli.core.prompts.formatting import Formatted, Formatting, RowFormatter
+from qlora_cli.core.reading.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import QloraError

@@ -18,8 +18,8 @@ from queue import SimpleQueue
 from types import TracebackType
 
 import qlora_cli
-from qlora_cli.core.data.chunks import Chunk
 from qlora_cli.core.data.tokenize import TokenisedChunk, TokeniserSettings
+from qlora_cli.core.reading.chunks import Chunk
 from qlora_cli.errors import DataError
 
 CHUNKS_AHEAD = 3  # chunks held for each process, waiting, in work or done; bounds the memory

@@ -142,6 +142,10 @@ class TextEncoder:
         self._strips_right = {token["content"] for token in special if token["rstrip"]}
         model = content["model"]
         unknown = model.get("unk_id", self.control_ids.get(model.get("unk_token")))  # may stand for any letter
+        names = {id: token for token, id in self.control_ids.items()}
+        self._frame = (
+            tuple(names.get(id) for id in (spec.prefix_ids[0], spec.eos_id)) if len(spec.prefix_ids) == 1 else ()
+        )
         self._forbidden = set(self.control_ids.values()) - {unknown}
         self._words = WordCache(find_cut(content), self._at_start, self._inside, self._without_control)
 
@@ -186,6 +190,18 @@ class TextEncoder:
         """Whether a text starts and ends with control tokens, as one that was formatted beforehand does."""
         parts = self.split_markup(text.strip())
         return len(parts) > 1 and isinstance(parts[0], int) and isinstance(parts[-1], int)
+
+    def unframe(self, text: str) -> str:
+        """The text without the BOS that it opens with and the EOS that it ends in, as its row gets both of them anyway.
+
+        Only where both are there, the tokenizer adds BOS by itself, and the text holds no other control token.
+        """
+        bos, eos = self._frame or ("", "")
+        core = text.strip()
+        if not bos or not eos or not (core.startswith(bos) and core.endswith(eos)) or len(core) <= len(bos) + len(eos):
+            return text
+        inner = core[len(bos) : -len(eos)]
+        return text if self.holds_control(inner) else inner
 
     def with_prefix(self, runs: list[Run]) -> list[Run]:
         """The row with what the tokenizer puts before a text (BOS), unless it begins with that already."""

@@ -159,7 +159,7 @@ class RowFormatter:
         text = text_of(record, str(self.formatting.column))
         if not text.strip():
             raise Blank("empty text")
-        return self._text_runs(text.strip() if self.formatting.markup else text, trained=True)
+        return self._text_runs(text.strip() if self.formatting.markup else self._encoder.unframe(text), trained=True)
 
     def _format_pair(self, record: Record, train_on: str) -> list[Run]:
         if not text_of(record, str(self.formatting.completion_column)).strip():

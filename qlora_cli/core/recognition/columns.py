@@ -22,7 +22,14 @@ CONVERSATIONS = (
     "utterances",
     "data",
 )
+NAMES_SHOWN = 40  # of columns, in a message
 YES_OR_NO = {"true", "false"}
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Names of columns for a message; of very many only the first."""
+    more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(repr(name) if name else "one without a name" for name in names[:NAMES_SHOWN]) + more
 
 
 class Columns:
@@ -58,8 +65,8 @@ class Columns:
 
     @property
     def listed(self) -> str:
-        """All names, for a message."""
-        return ", ".join(map(repr, self.names))
+        """The names, for a message."""
+        return list_names(self.names)
 
     def values(self, name: str) -> list[Any]:
         """What the rows hold in a column, without nulls."""

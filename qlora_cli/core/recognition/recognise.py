@@ -9,7 +9,7 @@ from dataclasses import replace
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.recognition.chats import chat_columns, recognise_chat
-from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns
+from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
 from qlora_cli.core.recognition.pairs import Pair, find_pair, named_like_pair, recognise_pair, recognise_template
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
@@ -154,7 +154,7 @@ def _with_label(columns: Columns, recognised: Recognised) -> Recognised:
 
 
 def _unused(names: Sequence[str]) -> str:
-    return f"Columns that are not used: {', '.join(map(repr, names))}."
+    return f"Columns that are not used: {list_names(names)}."
 
 
 def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:

@@ -12,6 +12,7 @@ from qlora_cli.setting_groups import DataSettings
 TEXTS = ("text", "content", "quote", "document", "body", "passage", "story", "article", "sentence", "code")
 # What names and describes a row; never what it is about.
 IDENTIFIERS = {
+    "",
     "id",
     "uuid",
     "guid",
@@ -52,13 +53,19 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
     if (rejected := columns.find(["rejected"])) and column.lower() == "chosen":
         used.append(rejected)
         remarks.append(f"Preference rows: the texts in {column!r} are trained, {rejected!r} is left out.")
-    typed = sum(map(encoder.holds_control, texts))
+    framed = sum(encoder.unframe(text) != text for text in texts)
+    typed = sum(encoder.holds_control(encoder.unframe(text)) for text in texts)
     if markup:
         remarks.append(
             f"Every text is {markup}: the texts were formatted beforehand, so control tokens written in them are taken "
             "as such."
         )
-    elif typed:
+    elif framed:
+        remarks.append(
+            f"{framed} of the first {len(texts)} texts stand between the tokens of beginning and end that every row gets; "
+            "they have them once."
+        )
+    if typed and not markup:
         remarks.append(
             f"Control tokens typed in column {column!r} are kept as plain text ({typed} of the first {len(texts)} rows "
             "hold some; they would be taken as such if every row began or ended with one)."

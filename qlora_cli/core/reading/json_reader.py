@@ -7,11 +7,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qlora_cli.core.data.chunks import DECODER, Chunk, is_cut_short, json_cause, refuse_constant
+from qlora_cli.core.reading.chunks import DECODER, Chunk, is_cut_short, json_cause, refuse_constant
 from qlora_cli.core.records.messages import ROLE_KEYS, holds_messages
 
 # Fields of an object that say something of the rows beside them, and are no row's text.
 ABOUT_THE_SET = {"version", "name", "title", "description", "license", "source", "split", "date", "author", "language"}
+
+
+# In an object that is held as a whole: [] is 2 letters in the file and 56 bytes in memory.
+MOST_CONTAINERS = 2**21
 
 
 def read_array(stream: io.BufferedReader, name: str, max_line_bytes: int, chunk_bytes: int) -> Iterator[Chunk]:
@@ -19,8 +23,8 @@ def read_array(stream: io.BufferedReader, name: str, max_line_bytes: int, chunk_
     chunk = Chunk(name)
     text = _ArrayText(stream, max_line_bytes, chunk_bytes)
     try:
-        for element, line in text.elements():
-            chunk.add(element, line)
+        for element, line, letters in text.elements():
+            chunk.add(element, line, letters)
             if chunk.is_full:
                 yield chunk
                 chunk = Chunk(name)
@@ -55,8 +59,8 @@ class _ArrayText:
         self._buffer, self._at = "", 0
         self._problem: str | None = None  # what is not UTF-8, once it is met
 
-    def elements(self) -> Iterator[tuple[Any, int]]:
-        """Every element with the line it starts on.
+    def elements(self) -> Iterator[tuple[Any, int, int]]:
+        """Every element with the line it starts on, and of how many letters it is.
 
         Raises:
             _BrokenArray: It is no array, or is cut short.
@@ -67,7 +71,8 @@ class _ArrayText:
         while (sign := self.next_sign()) != "]":
             if is_separated:
                 line = self.line
-                yield self._next_element(), line
+                element, letters = self._next_element()
+                yield element, line, letters
             elif not sign:
                 raise self._ended()
             elif sign != ",":
@@ -85,15 +90,16 @@ class _ArrayText:
             if end < len(self._buffer) or not self._read_on():
                 return self._buffer[self._at : self._at + 1]
 
-    def _next_element(self) -> Any:
+    def _next_element(self) -> tuple[Any, int]:
         while True:
             try:
                 element, end = DECODER.raw_decode(self._buffer, self._at)
             except (ValueError, RecursionError) as error:
                 self._repair(error)
             else:
+                letters = end - self._at
                 self._move(end)
-                return element
+                return element, letters
 
     def _repair(self, error: Exception) -> None:
         """Reads on if an element has not come to its end; raises _BrokenArray if that is not what is wrong."""
@@ -146,6 +152,9 @@ def read_object(stream: io.BufferedReader, name: str, max_bytes: int) -> Iterato
         if len(raw) > max_bytes:
             yield chunk.fail(None, f"holds one JSON object of more than {max_bytes} bytes (4 times --max-line-bytes)")
             return
+        if raw.count(b"[") + raw.count(b"{") > MOST_CONTAINERS:
+            yield chunk.fail(None, f"holds one JSON object of more than {MOST_CONTAINERS} lists and objects")
+            return
         content = json.loads(raw.decode("utf-8-sig"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
@@ -156,8 +165,13 @@ def read_object(stream: io.BufferedReader, name: str, max_bytes: int) -> Iterato
     except (ValueError, RecursionError) as error:
         chunk.fail(None, json_cause("", error))
     else:
-        for number, record in enumerate(rows_of(content), start=1):
-            chunk.add(record, number)
+        rows = rows_of(content)
+        letters = len(raw) // max(1, len(rows))
+        for number, record in enumerate(rows, start=1):
+            chunk.add(record, number, letters)
+            if chunk.is_full:
+                yield chunk
+                chunk = Chunk(name)
     yield chunk
 
 

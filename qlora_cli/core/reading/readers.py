@@ -4,28 +4,24 @@ JSON Lines and text are only cut at line ends here; CSV, JSON and Parquet are pa
 file is held as a whole but a JSON object that holds its rows in some field.
 """
 
-import csv
-import gzip
 import io
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from qlora_cli.core.data.arrow_reader import read_parquet
-from qlora_cli.core.data.chunks import Chunk, too_long
-from qlora_cli.core.data.json_reader import read_array, read_object
+from qlora_cli.core.reading.arrow_reader import read_parquet
+from qlora_cli.core.reading.chunks import Chunk, too_long
+from qlora_cli.core.reading.compressed import DECOMPRESS, ERRORS, problem_of_name
+from qlora_cli.core.reading.csv_reader import read_csv
+from qlora_cli.core.reading.json_reader import read_array, read_object
 from qlora_cli.core.records.messages import holds_messages
-from qlora_cli.core.records.record import problem_of_record
 from qlora_cli.errors import first_line
 
 CHUNK_BYTES = 2**19
 HEAD_BYTES = 2**20  # looked at to see what a file is
-OBJECT_LINES = 4  # times --max-line-bytes: what is held at once, such as a JSON object or a page of Parquet
+OBJECT_LINES = 4  # times --max-line-bytes: the longest JSON object, which is held at once
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -34,11 +30,6 @@ KINDS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".txt": "txt",
-}
-# Not pyarrow for gzip: it refuses members that are padded with zeros, as files read back from tapes are.
-DECOMPRESS: dict[str, Callable[[Any], Any]] = {
-    ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".zst": lambda file: pa.input_stream(file, compression="zstd"),
 }
 
 
@@ -62,12 +53,14 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
     kind = kind_of(path)
     try:
         with io.BufferedReader(io.FileIO(path), HEAD_BYTES) as file:
+            if problem := problem_of_name(path, file.peek(1)):
+                yield Chunk(name).fail(None, problem)
+                return
             if kind == "parquet":
-                if problem := _problem_of(file.read(2**10)):
+                if problem := _problem_of(file.peek(1)):
                     yield Chunk(name).fail(None, problem)
                     return
-                file.seek(0)
-                yield from read_parquet(file, name, path.stat().st_size, OBJECT_LINES * max_line_bytes)
+                yield from read_parquet(file, name, path.stat().st_size, max_line_bytes)
                 return
             stream: Any = file
             if decompress := DECOMPRESS.get(path.suffix.lower()):
@@ -77,7 +70,7 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
                 yield Chunk(name).fail(None, problem)
                 return
             if kind in ("csv", "tsv"):
-                chunks = _read_csv(stream, name, max_line_bytes, tabs=kind == "tsv")
+                chunks = read_csv(stream, name, max_line_bytes, tabs=kind == "tsv")
             elif kind in ("json", "jsonl") and head.lstrip()[:1] == b"[" and not _begins_with_messages(head):
                 chunks = read_array(stream, name, max_line_bytes, chunk_bytes)
             elif kind == "json" and not _is_whole_json(head):  # a first line that is whole: JSON Lines by another name
@@ -89,7 +82,7 @@ def read_chunks(path: Path, name: str, max_line_bytes: int, chunk_bytes: int = C
                 position = file.tell()
                 chunk.source_bytes, seen = position - seen, position
                 yield chunk
-    except (EOFError, zlib.error, OSError) as error:
+    except ERRORS as error:
         # What is wrong with compressed data has no error number; what the system refuses has one.
         is_broken = getattr(error, "errno", None) is None and path.suffix.lower() in DECOMPRESS
         cause = "the compressed data is broken or cut short" if is_broken else "cannot be read"
@@ -150,49 +143,3 @@ def _read_lines(
             rest, skipping = b"", True
     if rest:
         yield Chunk(name, line, kind, rest)
-
-
-def _read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs: bool) -> Iterator[Chunk]:
-    """Rows under a header line; numbered by the line a row ends on."""
-    chunk = Chunk(name)
-    head = stream.peek(HEAD_BYTES).partition(b"\n")[0]
-    delimiter = "\t" if tabs else next((sign for sign in ",;\t" if sign.encode() in head), ",")
-    # Bytes that are not UTF-8 pass as lone surrogates, so that the row which holds them can be named.
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    previous_limit = csv.field_size_limit(max_line_bytes)
-    try:
-        rows = csv.reader(_limited(text, max_line_bytes), delimiter=delimiter, strict=True)
-        header = next(rows)
-        unnamed = len(header) > 1 and not header[0]  # pandas' index
-        header = header[unnamed:]
-        problem = problem_of_record({"header": header})
-        if len(set(header)) < len(header) or not all(header):
-            problem = f"the header names a column twice or not at all ({', '.join(map(repr, header))})"
-        if problem:
-            chunk.fail(1, problem)
-            yield chunk
-            return
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != len(header) + unnamed:
-                chunk.fail(rows.line_num, f"the row has {len(row)} fields, the header {len(header) + unnamed}")
-            else:
-                chunk.add(dict(zip(header, row[unnamed:], strict=True)), rows.line_num)
-            if chunk.is_full:
-                yield chunk
-                chunk = Chunk(name)
-    except csv.Error as error:
-        chunk.fail(rows.line_num, f"invalid CSV: {error}; what follows cannot be told apart")
-    finally:
-        csv.field_size_limit(previous_limit)
-        if not stream.closed:
-            text.detach()
-    yield chunk
-
-
-def _limited(text: io.TextIOWrapper, max_line_bytes: int) -> Iterator[str]:
-    while line := text.readline(max_line_bytes + 1):
-        if len(line) > max_line_bytes:
-            raise csv.Error(f"a line is longer than --max-line-bytes {max_line_bytes}")
-        yield line

@@ -1,10 +1,14 @@
 """Reading data files: every format gives the same records, every bad row its file, line and cause."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import random
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.core.data.chunks import BadRow, parse_chunk
-from qlora_cli.core.data.readers import CHUNK_BYTES, kind_of, read_chunks
+from qlora_cli.core.reading.arrow_reader import read_parquet
+from qlora_cli.core.reading.chunks import BadRow, parse_chunk
+from qlora_cli.core.reading.readers import CHUNK_BYTES, kind_of, read_chunks
 
 LIMIT = 2**20
 ROWS = [{"a": "one é", "b": 'two "quoted", 東京'}, {"a": "line\nend", "b": "ünder🙂"}, {"a": "", "b": "x"}]
@@ -35,10 +40,17 @@ def zstd(content):
     return pa.compress(content, "zstd", asbytes=True)
 
 
-COMPRESS = {".gz": gzip.compress, ".zst": zstd}
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".zst": zstd,
+    ".bz2": bz2.compress,
+    ".xz": lambda content: lzma.compress(content, preset=0),
+}
 CUT_SHORT = {
     ".gz": "Compressed file ended before the end-of-stream marker was reached",
     ".zst": "Truncated compressed stream",
+    ".bz2": "Compressed file ended before the end-of-stream marker was reached",
+    ".xz": "Compressed file ended before the end-of-stream marker was reached",
 }
 
 
@@ -67,6 +79,8 @@ FORMATS = {
     "rows.ndjson": "\ufeff\n" + as_jsonl(ROWS) + "\n",
     "rows.jsonl.gz": as_jsonl(ROWS),
     "rows.jsonl.zst": as_jsonl(ROWS),
+    "rows.jsonl.bz2": as_jsonl(ROWS),
+    "rows.csv.xz": as_csv(ROWS),
     "windows.jsonl": as_jsonl(ROWS).replace("\n", "\r\n"),
     "unended.jsonl": as_jsonl(ROWS).rstrip(),
     "array.jsonl": json.dumps(ROWS),
@@ -239,7 +253,7 @@ BAD_CSV = {
     ),
     "too long": (
         b"a,b\n1,2\n" + b"x" * 200 + b",4\n",
-        ["rows.csv:2: invalid CSV: a line is longer than --max-line-bytes 100; what follows cannot be told apart"],
+        ["rows.csv:2: invalid CSV: a row is longer than --max-line-bytes 100; what follows cannot be told apart"],
         1,
     ),
     "header twice": (b"a,a\n1,2\n", ["rows.csv:1: the header names a column twice or not at all ('a', 'a')"], 0),
@@ -342,8 +356,9 @@ def test_gzip_that_is_padded_with_zeros_is_whole(tmp_path):
 def test_data_that_is_not_compressed_at_all_is_noticed(tmp_path, suffix):
     path = tmp_path / f"rows.jsonl{suffix}"
     path.write_bytes(GOOD)
-    (bad,) = read(path)[1]
-    assert bad.startswith(f"rows.jsonl{suffix}: the compressed data is broken or cut short (")
+    assert read(path)[1] == [
+        f"rows.jsonl{suffix}: the file is named {suffix} but is not compressed; rename it rows.jsonl"
+    ]
     path.write_bytes(COMPRESS[suffix](GOOD) + b"something else")
     assert "the compressed data is broken or cut short" in read(path)[1][-1]
     path.write_bytes(b"")
@@ -352,6 +367,85 @@ def test_data_that_is_not_compressed_at_all_is_noticed(tmp_path, suffix):
 
 def test_a_file_that_cannot_be_opened_is_reported(tmp_path):
     assert read(tmp_path / "absent.jsonl")[1] == ["absent.jsonl: cannot be read (No such file or directory)"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_file_and_its_name_agree_on_how_it_is_compressed(tmp_path, suffix):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(COMPRESS[suffix](GOOD))
+    assert read(path) == ([], [f"rows.jsonl: the file is compressed; rename it rows.jsonl{suffix}"])
+    other = ".gz" if suffix != ".gz" else ".xz"
+    path = path.rename(tmp_path / f"rows.jsonl{other}")
+    said = f"the file is named {other} but is of the kind {suffix}; rename it rows.jsonl{suffix}"
+    assert read(path) == ([], [f"rows.jsonl{other}: {said}"])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_what_opens_up_to_gigabytes_is_bounded_before_it_is_held(tmp_path, name, suffix):
+    import tracemalloc
+
+    path = tmp_path / f"{name}{suffix}"
+    begin = {"rows.json": b'[{"a": "', "rows.csv": b'a,b\n"'}.get(name, b'{"a": "')
+    path.write_bytes(COMPRESS[suffix](begin + (b"x" * 1023 + (b"\n" if name == "rows.csv" else b"x")) * 2**14))
+    tracemalloc.start()
+    records, bad = read(path, limit=2**18)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not records
+    assert "longer than --max-line-bytes 262144" in bad[0]
+    assert peak_bytes < 8 * 2**20
+
+
+def test_an_object_of_very_many_lists_is_refused_before_it_is_parsed(tmp_path):
+    path = write(tmp_path / "rows.json", '{"a": [' + "[]," * 2**21 + "[]]}")
+    assert read(path, limit=2**23) == ([], ["rows.json: holds one JSON object of more than 2097152 lists and objects"])
+
+
+def parquet_rows(path, most_bytes, limit=LIMIT):
+    """(records, bad rows, most letters of a chunk) of a Parquet file."""
+    records, bad, most = [], [], 0
+    with path.open("rb") as file:
+        for chunk in read_parquet(file, path.name, path.stat().st_size, limit, most_bytes):
+            records += [record["a"] for record in chunk.records]
+            bad += map(str, chunk.bad_rows)
+            most = max(most, sum(len(record["a"]) for record in chunk.records))
+    return records, bad, most
+
+
+def test_a_page_of_parquet_is_bounded_before_it_is_opened(tmp_path):
+    path = tmp_path / "rows.parquet"
+    write = "import sys, pyarrow as pa, pyarrow.parquet as pq;"
+    write += "pq.write_table(pa.table({'a': ['x' * 2**28]}), sys.argv[1], compression='zstd', use_dictionary=False)"
+    subprocess.run([sys.executable, "-c", write, str(path)], check=True)  # what was freed here could be used again
+    records, bad, _ = parquet_rows(path, most_bytes=2**26, limit=2**30)
+    assert not len(records)
+    assert bad == ["rows.parquet:1: opening row 1 takes more than 64 MiB of memory; write the file with smaller pages and row groups"]  # fmt: skip
+
+
+def test_a_long_text_that_parquet_stores_once_is_opened_a_few_times_at_once(tmp_path):
+    path = tmp_path / "rows.parquet"
+    texts = pa.array(["x" * 1_000_000, "y", "z"])
+    numbers = [0] * 200 + [1, 2] * 20
+    once = pa.DictionaryArray.from_arrays(pa.array(numbers, pa.int32()), texts)
+    pq.write_table(pa.table({"a": once}), path, compression="zstd")
+    records, bad, most = parquet_rows(path, most_bytes=2**26)
+    assert not bad
+    assert [len(text) for text in records] == [1_000_000 if number == 0 else 1 for number in numbers]
+    assert most <= 2**23
+    assert len(parquet_rows(path, 2**26, limit=2**10)[1]) == 200
+
+
+def test_long_rows_come_in_small_chunks_from_every_kind_of_file(tmp_path):
+    rows = [{"a": "x" * 2**19 + str(i)} for i in range(20)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "rows.csv").write_text(as_csv(rows))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "table.json").write_text(json.dumps({"data": rows}))
+    for path in tmp_path.iterdir():
+        chunks = list(read_chunks(path, path.name, LIMIT * 16))
+        assert [record for chunk in chunks for record in chunk.records] == rows
+        assert max(len(chunk.records) for chunk in chunks) <= 9
 
 
 def test_long_lines_are_left_out_without_being_held(tmp_path):

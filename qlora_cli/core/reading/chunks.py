@@ -13,6 +13,7 @@ from qlora_cli.core.records.record import Record, problem_of_record
 TEXT_COLUMN = "text"  # of a .txt file
 MESSAGES_COLUMN = "messages"  # of rows that are lists of messages
 RECORDS_A_CHUNK = 1024
+LETTERS_A_CHUNK = 2**22  # of records that were parsed where they were read
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Chunk:
         first_line: Line of the first raw line, from 1.
         kind: How to parse `raw`: jsonl or txt.
         source_bytes: Bytes of this file read since the chunk before, for the progress bar.
+        letters: About how many the records were written with.
     """
 
     file: str
@@ -46,9 +48,11 @@ class Chunk:
     lines: list[int] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     source_bytes: int = 0
+    letters: int = 0
 
-    def add(self, record: Any, line: int) -> None:
+    def add(self, record: Any, line: int, letters: int = 0) -> None:
         """Adds a record, as a bad row if it cannot be used; a list of messages is a record that holds them."""
+        self.letters += letters
         if isinstance(record, list) and holds_messages(record):
             record = {MESSAGES_COLUMN: record}
         if problem := problem_of_record(record):
@@ -64,8 +68,8 @@ class Chunk:
 
     @property
     def is_full(self) -> bool:
-        """Whether there are enough rows for a chunk."""
-        return len(self.records) + len(self.bad_rows) >= RECORDS_A_CHUNK
+        """Whether there are enough rows for a chunk, or long ones."""
+        return len(self.records) + len(self.bad_rows) >= RECORDS_A_CHUNK or self.letters >= LETTERS_A_CHUNK
 
 
 def too_long(max_line_bytes: int) -> str:
@@ -111,6 +115,7 @@ def parse_chunk(chunk: Chunk, max_line_bytes: int) -> None:
         else:
             chunk.records.append(record)
             chunk.lines.append(number)
+    chunk.letters += len(raw)
     chunk.raw = b""
 
 

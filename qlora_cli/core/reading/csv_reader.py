@@ -1,0 +1,90 @@
+"""Reader of CSV and TSV files: rows under a header line, each bounded before it is held as a whole."""
+
+import csv
+import io
+from collections.abc import Iterator
+
+from qlora_cli.core.reading.chunks import Chunk
+from qlora_cli.core.records.record import problem_of_record
+
+UNNAMED = ""  # the column without a name in which pandas writes its index
+NAMES_SHOWN = 20
+
+
+def read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs: bool) -> Iterator[Chunk]:
+    """Rows of a file, numbered by the line that each ends on.
+
+    Args:
+        stream: The file.
+        name: How messages call it.
+        max_line_bytes: Longest row accepted.
+        tabs: Whether it is separated by tabs; else by commas, or by what its first line has.
+    """
+    chunk = Chunk(name)
+    head = stream.peek(1).partition(b"\n")[0]
+    delimiter = "\t" if tabs else next((sign for sign in ",;\t" if sign.encode() in head), ",")
+    # Bytes that are not UTF-8 pass as lone surrogates, so that the row which holds them can be named.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    previous_limit = csv.field_size_limit(max_line_bytes)
+    lines = _RowLines(text, max_line_bytes)
+    try:
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        header = next(rows)
+        if problem := _problem_of_header(header):
+            chunk.fail(1, problem)
+            yield chunk
+            return
+        lines.take()
+        for row in rows:
+            letters = lines.take()
+            if not row:
+                continue
+            if len(row) != len(header):
+                chunk.fail(rows.line_num, f"the row has {len(row)} fields, the header {len(header)}")
+            else:
+                chunk.add(dict(zip(header, row, strict=True)), rows.line_num, letters)
+            if chunk.is_full:
+                yield chunk
+                chunk = Chunk(name)
+    except csv.Error as error:
+        chunk.fail(rows.line_num, f"invalid CSV: {error}; what follows cannot be told apart")
+    finally:
+        csv.field_size_limit(previous_limit)
+        if not stream.closed:
+            text.detach()
+    yield chunk
+
+
+def _problem_of_header(header: list[str]) -> str | None:
+    """What is wrong with the names of the columns; the first one, and only that, may be empty."""
+    named = header[1:] if len(header) > 1 and header[0] == UNNAMED else header
+    if problem := problem_of_record({"header": header}):
+        return problem
+    if len(set(header)) == len(header) and all(named):
+        return None
+    shown = ", ".join(map(repr, header[:NAMES_SHOWN])) + ", ..." * (len(header) > NAMES_SHOWN)
+    return f"the header names a column twice or not at all ({shown})"
+
+
+class _RowLines:
+    """The lines of a CSV file, of which those of one row may not be longer than a limit; quotes may hold line ends."""
+
+    def __init__(self, text: io.TextIOWrapper, limit: int) -> None:
+        self._text, self._limit, self._letters = text, limit, 0
+
+    def take(self) -> int:
+        """Letters since the call before: those of the row that was just read."""
+        letters, self._letters = self._letters, 0
+        return letters
+
+    def __iter__(self) -> "_RowLines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(self._limit + 1)
+        if not line:
+            raise StopIteration
+        self._letters += len(line)
+        if self._letters > self._limit:
+            raise csv.Error(f"a row is longer than --max-line-bytes {self._limit}")
+        return line
