@@ -25,6 +25,8 @@ MODELS = {
     "neox-20b": {"rank": 8, "target_modules": ("query_key_value",)},
     "falcon-7b": {"rank": 16, "target_modules": ("query_key_value",)},
     "pythia-410m": {"rank": 16, "target_modules": None},
+    "qwen3-30b-a3b": {"rank": 16, "target_modules": None},
+    "qwen3-30b-a3b-quarter": {"rank": 16, "target_modules": None},
     "tiny-llama": {"rank": 8, "target_modules": None},
 }
 NEW, PROMPT = 128, 32

@@ -20,6 +20,7 @@ from support.models import ALL16, QKV8, QKV16, build
 
 FREE = {"gradient_checkpointing": "off", "resident_weights": False, "compile": True}
 RESIDENT = FREE | {"resident_weights": True}
+EVERY_LAYER = {"gradient_checkpointing": "on", "compile": True}
 # run → (architecture, row lengths of a step, adapter, engine options; limit_gib is that of PyTorch's allocator)
 RUNS = {
     "llama-free": ("llama-7b", (2048,) * 2, ALL16, RESIDENT),
@@ -36,9 +37,17 @@ RUNS = {
     "pythia": ("pythia-410m", (2048,) * 4, ALL16, RESIDENT),
     "pythia-eager": ("pythia-410m", (2048,) * 4, ALL16, RESIDENT | {"compile": False}),
     "falcon": ("falcon-7b", (2048,), QKV16, {"compile": True, "limit_gib": 6.6}),
+    "qwen3-moe-free": ("qwen3-30b-a3b", (2048,) * 2, ALL16, RESIDENT),
+    "qwen3-moe-least": ("qwen3-30b-a3b", (2048,) * 2, ALL16, EVERY_LAYER | {"limit_gib": 21.2}),
+    "qwen3-moe-quarter-free": ("qwen3-30b-a3b-quarter", (2048,) * 2, ALL16, RESIDENT),
+    "qwen3-moe-quarter-eager": ("qwen3-30b-a3b-quarter", (2048,) * 2, ALL16, RESIDENT | {"compile": False}),
+    "qwen3-moe-quarter-least": ("qwen3-30b-a3b-quarter", (2048,) * 2, ALL16, EVERY_LAYER),
+    "qwen3-moe-quarter-plain": ("qwen3-30b-a3b-quarter", (2048,) * 2, ALL16, EVERY_LAYER | {"experts": False}),
+    "gpt-oss-least": ("gpt-oss-20b", (2048,) * 2, ALL16, EVERY_LAYER | {"limit_gib": 14.2}),
     "tiny": ("tiny-llama", (100, 28), ALL16, FREE),
 }
 KINDS = {
+    "experts": ("_multiply_", "grouped", "groupproblem", "_spread", "_join", "_gate", "_count", "_place"),
     "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
     "GEMM": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk"),
     "dequantise": ("_dequantize",),
@@ -88,6 +97,8 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
         engine_fast.takes_equal_rows = lambda *_: False
     if options.pop("graphs", True) is False:
         engine_fast.GRAPHS_PAY_STEPS = 10**9
+    if options.pop("experts", True) is False:
+        engine_fast.fuse_experts = lambda *_: lambda: None
     limit_gib = options.pop("limit_gib", None)
     base = build(architecture, device)
     if limit_gib and cuda:

@@ -125,7 +125,7 @@ def test_where_the_device_holds_no_more_fewer_experts_are_dequantised_at_once(mo
         starts = [0, *ends.tolist()]
         return torch.cat([x[a:b] @ m for a, b, m in zip(starts, starts[1:], matrices, strict=False)])
 
-    monkeypatch.setattr(grouped_product, "_takes_grouped_mm", lambda x, *sizes: True)
+    monkeypatch.setattr(grouped_product, "takes_grouped_mm", lambda x, *sizes: True)
     monkeypatch.setattr(grouped_product, "grouped_mm", grouped)
     monkeypatch.setattr(grouped_product, "_workspace", grouped_product._Workspace())
     for _ in range(2):

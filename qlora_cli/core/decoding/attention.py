@@ -19,7 +19,8 @@ from qlora_cli.core.decoding.kv_cache import StaticKVCache
 from qlora_cli.kernels.decode.attention import attend
 
 NAME = "qlora_decode"
-UNDERSTOOD = {"sliding_window", "softcap", "position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+UNDERSTOOD = {"sliding_window", "softcap", "position_ids", "use_cache"}
+ASKED = "output_"  # what a model is to give beside, as `output_router_logits`
 
 
 class FusedAttention:
@@ -96,7 +97,7 @@ def _decode(
         return fused(), None
     own = {**named} if scaling is None else {**named, "scaling": scaling}
     expected, weights = attention.own_attention(module, query, key, value, attention_mask, dropout=dropout, **own)
-    strange = {name for name, given in named.items() if given is not None} - UNDERSTOOD
+    strange = {n for n, given in named.items() if given is not None and not n.startswith(ASKED)} - UNDERSTOOD
     alike = query.shape[-1] == layer.keys.shape[-1] == layer.values.shape[-1] and not strange
     attention.agreed.append(is_same(fused() if alike else expected[:0], expected))
     return expected, weights

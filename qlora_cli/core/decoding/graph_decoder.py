@@ -17,6 +17,7 @@ from qlora_cli.core.decoding.decoder import Decoder, PaddedPrompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
 from qlora_cli.core.decoding.prefill import PrefillGraphs, bucket_length, capture
 from qlora_cli.core.decoding.stacked_linears import FastLinears
+from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import QloraError, first_line
 from qlora_cli.setting_groups import SamplingSettings
@@ -34,6 +35,7 @@ class FastModel:
     def __init__(self, model: Any) -> None:
         self.model = underlying_model(model)
         device = self.model.get_input_embeddings().weight.device
+        self.put_experts_back = fuse_experts(self.model) if device.type == "cuda" else lambda: None
         with torch.no_grad():
             ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
             self.linears = FastLinears(self.model, lambda: self.model(input_ids=ids, use_cache=False))
@@ -69,6 +71,7 @@ class FastModel:
         """Gives the model instance back as it was."""
         self.linears.close()
         self.layers.close()
+        self.put_experts_back()
 
     def describe(self) -> str:
         """What is fused."""

@@ -15,9 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.engine.fsdp import gathered
 from qlora_cli.core.engine.gated_mlp import GatedUnit
-from qlora_cli.core.engine.lora_linear import ATTRIBUTE, SharedProjection, StepState, fast_linear_of, noted_calls
+from qlora_cli.core.engine.lora_linear import (
+    ATTRIBUTE,
+    FastLinear,
+    SharedProjection,
+    StepState,
+    fast_linear_of,
+    noted_calls,
+)
 from qlora_cli.core.engine.memory_plan import LayerSeconds
 from qlora_cli.core.engine.offload import ActivationOffload
+from qlora_cli.core.experts.fused_experts import FusedExperts
 
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
 # Of what a layer saves, without its input's gradient: GPT-NeoX, Falcon and Phi with adapted attention 0.5, others 0.9.
@@ -231,7 +239,7 @@ def runs_better_plainly(first: nn.Module, call: LayerCall, compiled_bytes_a_toke
 
 
 def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list[str]:
-    """Lets repeated forward passes leave out the linear layers whose output no saved tensor depends on.
+    """Lets repeated forward passes leave out the linear layers and experts whose output no saved tensor depends on.
 
     In a residual network that is the last one, often a third of the layer's arithmetic. It is found by trial: an
     output made NaN that leaves every saved tensor free of NaN is not needed.
@@ -241,14 +249,20 @@ def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list
     """
     found: dict[tuple, list[str]] = {}
     for layer, call in zip(layers, calls, strict=True):
-        linears = [(n, m) for n, m in layer.named_modules() if fast_linear_of(m)]
+        linears = [(n, m) for n, m in layer.named_modules() if _skips_output(m) is not None]
         kind = (type(layer), *(name for name, _ in linears))  # of one class may be layers with experts and without
         if kind not in found:
             with gathered(layer):
                 found[kind] = [name for name, linear in linears if _unused(layer, call, linear)]
         for name in found[kind]:
-            getattr(layer.get_submodule(name), ATTRIBUTE).output_unused_in_recompute = True
+            state: Any = _skips_output(layer.get_submodule(name))
+            state.output_unused_in_recompute = True
     return sorted({name for names in found.values() for name in names})
+
+
+def _skips_output(module: nn.Module) -> FastLinear | FusedExperts | None:
+    """What a module computes with that can leave out its output; None for other modules."""
+    return fast_linear_of(module) or getattr(module, "fused", None)
 
 
 def _unused(layer: nn.Module, call: LayerCall, linear: Any) -> bool:

@@ -35,6 +35,7 @@ from qlora_cli.core.engine.memory_plan import (
 )
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
 from qlora_cli.core.engine.packed_attention import pack_mask, takes_equal_rows
+from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
@@ -103,6 +104,8 @@ class FastEngine:
         if embeddings_may_move and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.move_to_host()
         self._fuse_linears(bool(settings.resident_weights))
+        if self.on_cuda:
+            self.undo.append(fuse_experts(self.base, self.linears.step))
         self.head = find_head(self.base, self.decoder, self.trials.inputs(HEAD_TRIAL_TOKENS))
         if self.head is None:
             self.report(Notice("The output head is not a plain one; logits are held in full."))

@@ -187,16 +187,18 @@ class FourBitExperts(nn.Module):
         # A sum over each token's own rows: atomic additions would come in another order each time.
         return answer[back].view(tokens, choices, -1).sum(dim=1).to(hidden_states.dtype)
 
+    def gated(self, hidden: Tensor) -> Tensor:
+        """What the second product is given, (rows, in), of what the first one gave."""
+        if not self.expert_weights[0].name.startswith("gate"):
+            return self.act_fn(hidden)  # type: ignore[operator]
+        if hasattr(self, "_apply_gate"):
+            return self._apply_gate(hidden)  # type: ignore[operator]
+        gate, linear = hidden.chunk(2, dim=-1)
+        return self.act_fn(gate) * linear  # type: ignore[operator]
+
     def _answer(self, x: Tensor, routing: Routing, ids: Tensor) -> Tensor:
         up, down = self.expert_weights
-        hidden = self.product(up.name, x, routing, ids)
-        if not up.name.startswith("gate"):
-            hidden = self.act_fn(hidden)  # type: ignore[operator]
-        elif hasattr(self, "_apply_gate"):
-            hidden = self._apply_gate(hidden)  # type: ignore[operator]
-        else:
-            gate, linear = hidden.chunk(2, dim=-1)
-            hidden = self.act_fn(gate) * linear  # type: ignore[operator]
+        hidden = self.gated(self.product(up.name, x, routing, ids))
         hidden = self.product(down.name, hidden, routing, ids)
         return self.post_expert_norm(hidden) if getattr(self, "has_post_expert_norm", False) else hidden  # type: ignore[operator]
 

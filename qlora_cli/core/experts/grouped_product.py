@@ -7,11 +7,11 @@ anew, as many experts at a time as `WORKSPACE_BYTES` hold.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.experts.stack import expert_values
+from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm
 from qlora_cli.kernels.weights import FrozenWeight
 
 # Of dequantised experts at once on a GPU, where a group costs a wait for the device when there are several.
@@ -25,7 +25,6 @@ class _Workspace:
 
 
 _workspace = _Workspace()
-ALIGNED_BYTES = 16  # of each row, where grouped_mm is to take it
 
 
 class Routing(NamedTuple):
@@ -104,7 +103,7 @@ def _multiply(x: Tensor, stack: ExpertStack, routing: Routing, *, backward: bool
     Where the device holds no more, fewer experts are dequantised at once from then on.
     """
     layout = stack.layout
-    grouped = _takes_grouped_mm(x, layout.rows, layout.columns)
+    grouped = takes_grouped_mm(x, layout.rows, layout.columns)
     expert_bytes = layout.elements * x.element_size()
     while True:
         at_once = min(layout.experts, max(1, _workspace.limit_bytes // expert_bytes)) if grouped else 1
@@ -141,21 +140,9 @@ def _multiply_groups(
 
 def dense_product(x: Tensor, matrices: Tensor, routing: Routing) -> Tensor:
     """Rows (rows, in), sorted by expert, times (experts, in, out): (rows, out), differentiable in both."""
-    if _takes_grouped_mm(x, *matrices.shape[1:]):
+    if takes_grouped_mm(x, *matrices.shape[1:]):
         return grouped_mm(x, matrices, routing.ends)
     bounds = routing.bounds()
     pieces = [x[start:end] @ matrix for start, end, matrix in zip(bounds, bounds[1:], matrices, strict=False)]
     pieces.append(x.new_zeros(x.shape[0] - bounds[-1], matrices.shape[2]))
     return torch.cat(pieces)
-
-
-def _takes_grouped_mm(x: Tensor, *sizes: int) -> bool:
-    aligned = all(size * x.element_size() % ALIGNED_BYTES == 0 for size in sizes)
-    return aligned and x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """PyTorch's product of groups of rows; rows behind the last group come out undefined."""
-    if hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x, matrices, offs=ends)
-    return torch._grouped_mm(x, matrices, offs=ends)

@@ -6,7 +6,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @triton.jit
-def _lane_table(code):
+def lane_table(code):
     """The entry of a table of 16 that belongs to this lane: lane mod 16. Not the same number in every thread."""
     return tl.inline_asm_elementwise(
         """{
@@ -27,7 +27,7 @@ def _lane_table(code):
 
 
 @triton.jit
-def _look_up(code, table, word, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
+def look_up(code, table, word, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
     """code[nibble of `word` at SHIFT].
 
     A shuffle reads another lane's register by the five lowest bits of its index. The table stands twice in a warp, so
@@ -132,7 +132,7 @@ def multiply_few(
     columns = row_words * 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
-    table = _lane_table(code) if SHUFFLE else 0.0
+    table = lane_table(code) if SHUFFLE else 0.0
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, row_words, BLOCKS * WORDS):
         place = first + tl.arange(0, BLOCKS * WORDS)
@@ -147,14 +147,14 @@ def multiply_few(
         seen = (token[None, :] < tokens) & (column[:, None] < columns)
         values = tl.load(x + token[None, :] * columns + column[:, None], mask=seen, other=0.0)  # (tile, TOKENS)
         word = tl.reshape(word, (ROWS, BLOCKS, WORDS))
-        w0 = (_look_up(code, table, word, 4, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w1 = (_look_up(code, table, word, 0, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w2 = (_look_up(code, table, word, 12, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w3 = (_look_up(code, table, word, 8, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w4 = (_look_up(code, table, word, 20, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w5 = (_look_up(code, table, word, 16, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w6 = (_look_up(code, table, word, 28, SHUFFLE) * scale).to(x.dtype.element_ty)
-        w7 = (_look_up(code, table, word, 24, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w0 = (look_up(code, table, word, 4, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w1 = (look_up(code, table, word, 0, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w2 = (look_up(code, table, word, 12, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w3 = (look_up(code, table, word, 8, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w4 = (look_up(code, table, word, 20, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w5 = (look_up(code, table, word, 16, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w6 = (look_up(code, table, word, 28, SHUFFLE) * scale).to(x.dtype.element_ty)
+        w7 = (look_up(code, table, word, 24, SHUFFLE) * scale).to(x.dtype.element_ty)
         even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
         odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
         weight = tl.reshape(tl.join(even, odd), (ROWS, BLOCKS * BLOCKSIZE))

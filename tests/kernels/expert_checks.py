@@ -1,0 +1,105 @@
+"""Checks of the kernels of experts, run by test_triton.py: under Triton's interpreter on a CPU, for real on a GPU."""
+
+import pytest
+import torch
+
+from qlora_cli.core.experts import fused_experts
+from qlora_cli.core.experts.four_bit_experts import ExpertLora
+from qlora_cli.core.experts.fused_experts import find_gate, fuse_experts
+from qlora_cli.kernels.experts import grouped
+from qlora_cli.kernels.experts.products import Tiling, multiply_packed
+from qlora_cli.kernels.experts.routing import route
+from tests.experts.expert_modules import make_experts, pack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 5), (150, 4, 7)])
+def test_pairs_are_sorted_by_expert_stably(tokens, choices, experts):
+    ids = torch.randint(experts + 1, (tokens, choices), device=DEVICE)  # one more: of no expert
+    found = route(ids, experts)
+    ordered, source = torch.sort(ids.flatten(), stable=True)
+    assert torch.equal(found.expert.long(), ordered)
+    assert torch.equal(found.source.long(), source)
+    assert torch.equal(found.source[found.back.long()].long(), torch.arange(ids.numel(), device=DEVICE))
+    assert found.ends.tolist() == [int((ids < e + 1).sum()) for e in range(experts)]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_values_unpacked_on_the_way_are_the_dequantised_ones(double_quant, backward):
+    experts = pack(make_experts("mixtral").float(), torch.float32, double_quant=double_quant).to(DEVICE)
+    weight = experts.expert_weights[0]
+    values = torch.stack([experts.dequantized(weight.name, e) for e in range(weight.experts)])  # (experts, out, in)
+    width = weight.rows if backward else weight.columns
+    rows = torch.eye(width, device=DEVICE).repeat(2, 1)  # products with these are the values themselves
+    ends = torch.tensor([0, width, width, width, 2 * width], device=DEVICE, dtype=torch.int32)
+    tiling = Tiling(64, 64, 64, 4, 2)
+    found = multiply_packed(
+        rows, experts.stack(weight.name).values, weight.columns, ends, backward=backward, tiling=tiling
+    )
+    expected = (values if backward else values.transpose(1, 2))[[1, 4]]
+    assert torch.equal(found.view(expected.shape), expected)
+
+
+def tensors(experts, adapted, dtype):
+    """Inputs of a call that want gradients: some of the tokens' experts are none."""
+    generator = torch.Generator().manual_seed(1)
+    count = experts.expert_weights[0].experts
+    x = torch.randn(11, 64, generator=generator, dtype=dtype)
+    index = torch.rand(11, count, generator=generator).argsort(dim=1)[:, :2]
+    if experts.expert_weights[0].bias is None:
+        index[3, 1] = count
+    weights = torch.rand(11, 2, generator=generator, dtype=dtype)
+    weights[3, 1] = 0
+    found = [x.to(DEVICE).requires_grad_(), weights.to(DEVICE).requires_grad_()]
+    for weight in experts.expert_weights if adapted else ():
+        rows, columns = (weight.columns, weight.rows) if weight.adapter_swapped else (weight.rows, weight.columns)
+        a = torch.randn(count * 3, columns, generator=generator) * 0.1
+        b = torch.randn(rows, 3 * count, generator=generator) * 0.1
+        found += [a.to(DEVICE).requires_grad_(), b.to(DEVICE).requires_grad_()]
+        experts.lora[weight.name] = ExpertLora(found[-2], found[-1], 0.5)
+    return found, index.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "adapted", "how"),
+    [
+        ("qwen3_moe", True, "packed"),
+        ("qwen3_moe", False, "a few at a time"),
+        ("gpt_oss", True, "a few at a time"),
+        ("gpt_oss", False, "packed"),
+        ("llama4", True, "a few at a time"),
+        ("nemotron_h", True, "packed"),
+    ],
+)
+def test_fused_experts_are_the_plain_ones(layout, adapted, how, monkeypatch):
+    if how != "packed":
+        monkeypatch.setattr(grouped, "FEW_ROWS", -1)
+        monkeypatch.setattr(grouped.workspace, "limit_bytes", 3 * 64 * 128 * 4)
+    experts = pack(make_experts(layout).float(), torch.float32).to(DEVICE)
+    leaves, index = tensors(experts, adapted, torch.float32)
+    x, weights = leaves[:2]
+    given = (x,) if layout == "llama4" else (x, index, weights)
+    if layout == "llama4":  # rows of each expert in turn
+        leaves[0] = x = torch.randn(15, 64, device=DEVICE).requires_grad_()
+        del leaves[1]
+        given = (x,)
+    expected = experts(*given)
+    slope = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, leaves, slope)
+    put_back = fuse_experts(experts)
+    found = experts(*given)
+    got = torch.autograd.grad(found, leaves, slope)
+    put_back()
+    for mine, own in zip((found, *got), (expected, *wanted), strict=True):
+        mine, own = mine.nan_to_num(0.0), own.nan_to_num(0.0)
+        assert (mine - own).norm() <= 2e-5 * own.norm()
+
+
+def test_gates_are_found_by_trying_them_out():
+    found = {name: find_gate(pack(make_experts(name).float(), torch.float32)) for name in ("qwen3_moe", "gpt_oss")}
+    assert found["qwen3_moe"].kind == "silu" and not found["qwen3_moe"].interleaved
+    assert found["gpt_oss"].limit == 7.0 and found["gpt_oss"].interleaved and found["gpt_oss"].shift == 1.0
+    assert find_gate(pack(make_experts("nemotron_h").float(), torch.float32)) is None
+    assert fused_experts.NO_GATE.kind == "none"
