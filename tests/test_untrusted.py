@@ -19,7 +19,8 @@ from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files
-from qlora_cli.core.models.files import READ_FILES, resolve_model
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.hub import READ_FILES
 from qlora_cli.core.untrusted import check_expressions, check_files, is_ours
 from qlora_cli.errors import AdapterError, ModelError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated
@@ -324,8 +325,8 @@ def prepare(config, report):
     if config.show: raise DataError(evil, evil)
     return types.SimpleNamespace(to_dict=lambda: {"kind": evil, evil: evil, "tables": [{"title": evil, "columns": [evil], "rows": [[evil]]}]})
 sys.modules["qlora_cli.commands.prepare"] = types.SimpleNamespace(prepare=prepare)
-main(["prepare", "--model", "m", "--output", "o"])
-main(["prepare", "--model", "m", "--show", "1", "--debug"])
+main(["prepare", "--model", "m", "--data", "d", "--output", "o"])
+main(["prepare", "--model", "m", "--data", "d", "--show", "1", "--debug"])
 main(["prepare", "--model", "m\\x1b[2J"])
 main(["prepare", "--\\x1b[2J"])
 """

@@ -1,21 +1,28 @@
 """Command-line application: the five commands, and the only place where a `QloraError` is caught."""
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlora_cli import __version__
-from qlora_cli.cli.options import CONTEXT, PanelledCommand, overrides, parameter, signature_of
+from qlora_cli.artifacts import find_run_record, is_run
+from qlora_cli.cli.options import CONTEXT, PanelledCommand, QuickGroup, overrides, parameter, signature_of
 from qlora_cli.cli.streams import UnwrittenOutput, open_standard_descriptors, tolerant_streams
 from qlora_cli.cli.visible import visible
+from qlora_cli.cli.waiting import LIBRARIES, LoadingSign, loading_sign
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
+from qlora_cli.core.runs.validate import check
+from qlora_cli.core.torchless import leave_torch_out
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.interrupts import SENTENCE, Terminated, loading, take_signal, working
 
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="qlora",
+    cls=QuickGroup,
     help="Fine-tune a large language model with QLoRA: its weights in 4 bits, a small adapter trained on top.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -56,6 +64,14 @@ class Call:
     console: "Console"
     arguments: dict[str, Any]
     command_line: list[str]
+    sign: LoadingSign
+
+    def load(self, name: str) -> Any:
+        """The module of a command, imported; until then a sign says so."""
+        with loading():
+            module = importlib.import_module(f"qlora_cli.{name}")
+        self.sign.stop()
+        return module
 
 
 def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], Any]], None]:
@@ -63,23 +79,26 @@ def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], An
 
     def register(body: Callable[[Call], Any]) -> None:
         def run(**values: Any) -> None:
-            from qlora_cli.cli.console import Console
-            from qlora_cli.cli.quiet import quiet_libraries
-
             given = overrides(values[CONTEXT], config_type, values)
-            console = Console(as_json=values["as_json"])
-            positional = {argument.name: values[argument.name] for argument in arguments}
-            with working(), contextlib.nullcontext() if values["debug"] else quiet_libraries(), console:
-                from_file: dict[str, Any] = {}
-                if values["config_file"] is not None:
-                    from qlora_cli.config_file import read_config_file
+            with ExitStack() as stack:
+                stack.enter_context(working())
+                config = config_type(**{**settings_of_file(values["config_file"], config_type), **given})
+                check(config)  # before anything is imported that takes time
+                silent = os.environ.get("RANK", "0") != "0"
+                sign = stack.enter_context(loading_sign(libraries_of(config), silent=silent))
+                from qlora_cli.cli.console import Console
+                from qlora_cli.cli.quiet import quiet_libraries
 
-                    from_file = read_config_file(values["config_file"], config_type)
-                call = Call(config_type(**{**from_file, **given}), console, positional, values[CONTEXT].obj)
+                console = Console(as_json=values["as_json"], before=sign.stop)  # with the streams as they are
+                stack.enter_context(contextlib.nullcontext() if values["debug"] else quiet_libraries())
+                stack.enter_context(console)
+                positional = {argument.name: values[argument.name] for argument in arguments}
+                call = Call(config, console, positional, values[CONTEXT].obj, sign)
                 try:
                     result = body(call)
                 except (KeyboardInterrupt, Terminated, OSError) as error:
                     raise _as_failure(error) from error  # Typer would end without a word
+                sign.stop()
                 console.show_result(result)
             if result is not None and result.get("fits") is False:
                 raise typer.Exit(DoesNotFit.exit_code)
@@ -92,29 +111,52 @@ def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], An
     return register
 
 
+def settings_of_file(path: Path | None, config_type: type) -> dict[str, Any]:
+    """What a settings file says; nothing without one."""
+    if path is None:
+        return {}
+    from qlora_cli.config_file import read_config_file
+
+    return read_config_file(path, config_type)
+
+
+def libraries_of(config: Any) -> tuple[str, ...] | None:
+    """What a command has to import before it begins, where that takes longer than anyone waits without a word."""
+    if (
+        isinstance(config, InspectConfig)
+        and (config.prepared or config.adapter or not config.model)
+        and not (config.model and config.adapter)
+    ):
+        return None if config.prepared or is_run(Path(config.adapter or TrainConfig.output)) else LIBRARIES["inspect"]
+    return LIBRARIES[type(config).__name__.removesuffix("Config").lower()]
+
+
 @command(PrepareConfig)
 def prepare(call: Call) -> Any:
     """Tokenise and mask a data set, and write it to disk."""
-    with loading():
-        from qlora_cli.commands.prepare import prepare as run
-
-    summary = run(call.config, call.console.report)
+    leave_torch_out()
+    summary = call.load("commands.prepare").prepare(call.config, call.console.report)
     call.console.suggest(f"qlora train --model {call.config.model} --prepared {call.config.output}")
     return summary.to_dict()
+
+
+def begin_look_up(model: str | None, revision: str | None, call: Call) -> None:
+    """Begins to fetch a hub model's small files, while the libraries are imported."""
+    if model is not None and not Path(model).expanduser().exists():
+        with loading():
+            from qlora_cli.core.models.hub import look_up_early
+
+        look_up_early(model, revision, call.console.report)
 
 
 @command(TrainConfig)
 def train(call: Call) -> Any:
     """Train an adapter on rows, into the directory --output."""
     if (call.config.gpus or 1) > 1 and "RANK" not in os.environ:
-        with loading():
-            from qlora_cli.core.distributed.launcher import launch
-
-        raise typer.Exit(launch(call.config.gpus, call.command_line))
-    with loading():
-        from qlora_cli.commands.train import train as run
-
-    result = run(call.config, call.console.report)
+        launcher = call.load("core.distributed.launcher")
+        raise typer.Exit(launcher.launch(call.config.gpus, call.command_line))
+    begin_look_up(call.config.model, call.config.model_revision, call)
+    result = call.load("commands.train").train(call.config, call.console.report)
     if not call.config.dry_run:
         call.console.suggest(f'qlora generate --adapter {call.config.output} "Your question"')
         call.console.suggest(f"qlora merge --adapter {call.config.output} --output merged")
@@ -124,10 +166,7 @@ def train(call: Call) -> Any:
 @command(MergeConfig)
 def merge(call: Call) -> Any:
     """Write base and adapter as one plain transformers checkpoint."""
-    with loading():
-        from qlora_cli.commands.merge import merge as run
-
-    result = run(call.config, call.console.report)
+    result = call.load("commands.merge").merge(call.config, call.console.report)
     call.console.suggest(f'qlora generate --model {call.config.output} "Your question"')
     return result.to_dict()
 
@@ -148,9 +187,12 @@ def generate(call: Call) -> Any:
             f"generate takes one of PROMPT, --input FILE and --chat; {found} was given.",
             'Type: qlora generate --adapter out "Your question"',
         )
-    with loading():
-        from qlora_cli.commands import generate as generation
-
+    model, revision = call.config.model, call.config.model_revision
+    if model is None and call.config.adapter is not None:
+        recorded = find_run_record(Path(call.config.adapter)).get("base") or {}
+        model, revision = recorded.get("model"), revision or recorded.get("revision")
+    begin_look_up(model, revision, call)
+    generation = call.load("commands.generate")
     if call.config.chat:
         result = generation.converse(call.config, call.console.report, call.console.read_line)
     else:
@@ -166,10 +208,7 @@ def inspect(call: Call) -> Any:
 
     Without an argument: the run in out/ if there is one, else this machine.
     """
-    with loading():
-        from qlora_cli.commands.inspect import inspect as run
-
-    return run(call.config, call.console.report)
+    return call.load("commands.inspect").inspect(call.config, call.console.report)
 
 
 def main(arguments: list[str] | None = None) -> int:

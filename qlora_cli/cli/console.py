@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -29,10 +30,12 @@ class Console:
 
     Args:
         as_json: Whether the result is printed as JSON, and nothing else goes to stdout.
+        before: Called before anything is drawn, as to take a sign off the screen.
     """
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, before: Callable[[], None] = lambda: None) -> None:
         self.as_json = as_json
+        self._before = before
         self.silent = os.environ.get("RANK", "0") != "0"  # of several ranks the first one writes
         self._stdout = sys.stdout
         self._next: list[str] = []
@@ -48,6 +51,7 @@ class Console:
         """Draws one event; generated text goes to stdout as it is."""
         if self.silent:
             return
+        self._before()
         event = visible_event(event)
         match event:
             case TextGenerated(text, final):

@@ -5,17 +5,20 @@ Nothing is restated here: name, type, default, help, panel and choices all come 
 
 import inspect
 import textwrap
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand
+from typer._coercion import build_runtime_param
+from typer.core import TyperCommand, TyperGroup
 
 from qlora_cli.setting_groups import PANELS
 from qlora_cli.settings import flag_of, type_of
 
 THIS_CALL = "This call"
+KINDS = (bool, int, float, str, list, Path)
 CONTEXT = "context"  # name of the parameter through which Typer hands over its context
 
 
@@ -96,8 +99,77 @@ def overrides(context: typer.Context, config_type: type, values: dict[str, Any])
     return found
 
 
+@dataclass(frozen=True)
+class Coercion:
+    """Turns what was typed into a setting's type, in place of Typer's own, which imports pydantic: an eighth of a second.
+
+    Attributes:
+        kind: bool, int, float, str, Path, list or one of a few words.
+        choices: The words, where there are any.
+        other: Typer's description of a parameter of another kind, which it reads itself.
+    """
+
+    kind: Any
+    choices: tuple[str, ...] = ()
+    other: Any = None
+
+    def coerce(self, value: Any, *, param: Any, ctx: Any) -> Any:
+        """The value; None and defaults stay what they are.
+
+        Raises:
+            BadParameter: It is none.
+        """
+        if not isinstance(value, str):
+            return value
+        if self.choices:
+            if value not in self.choices:
+                words = ", ".join(map(repr, self.choices))
+                raise typer.BadParameter(f"{value!r} is not one of {words}.", ctx=ctx, param=param)
+            return value
+        if self.other is not None:
+            return build_runtime_param(self.other).coerce(value, param=param, ctx=ctx)
+        if self.kind in (int, float):
+            try:
+                return self.kind(value)
+            except ValueError:
+                wanted = "a whole number" if self.kind is int else "a number"
+                raise typer.BadParameter(f"{value!r} is not {wanted}.", ctx=ctx, param=param) from None
+        return Path(value) if self.kind is Path else value
+
+
+def coercion_of(descriptor: Any) -> Coercion:
+    """How a parameter of a command is read, by Typer's description of it."""
+    annotation = descriptor.annotation
+    parts = [kind for kind in get_args(annotation) if kind is not NoneType] if isinstance(annotation, UnionType) else []
+    (kind,) = parts or [annotation]
+    if get_origin(kind) is Literal:
+        return Coercion(str, get_args(kind))
+    return Coercion(get_origin(kind) or kind, other=None if (get_origin(kind) or kind) in KINDS else descriptor)
+
+
+def coerce_by_ourselves(command: Any) -> None:
+    """Gives the parameters of a Typer command our coercion, where it knows their kind."""
+    for option in command.params:
+        descriptor = getattr(option, "type_descriptor", None)
+        if descriptor is not None:
+            option._runtime_param = coercion_of(descriptor)
+
+
+class QuickGroup(TyperGroup):
+    """The program with its commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """What is left of a command line; Typer has added its options for completion by now."""
+        coerce_by_ourselves(self)
+        return super().parse_args(ctx, args)
+
+
 class PanelledCommand(TyperCommand):
     """A command whose help lists its options panel by panel, in 80 columns without cutting a name short."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        coerce_by_ourselves(self)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes one section a panel (Typer's own panels draw with rich, which costs a third of the time there is)."""

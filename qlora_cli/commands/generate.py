@@ -16,8 +16,9 @@ from qlora_cli.core.generation.chat import COMMANDS, Conversation, run_line
 from qlora_cli.core.generation.requests import Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
 from qlora_cli.core.models.files import ModelFiles, resolve_model
+from qlora_cli.core.runs.validate import check
 from qlora_cli.core.storage.ownership import may_write_file
-from qlora_cli.errors import DataError, QloraError, UsageError
+from qlora_cli.errors import DataError, QloraError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
 from qlora_cli.interrupts import take_signal
 
@@ -66,8 +67,7 @@ def generate(config: GenerateConfig, prompts: Sequence[str], report: Report) -> 
         QloraError: In one sentence, before the model is loaded wherever that is possible.
     """
     started = time.perf_counter()
-    if (config.input is None) != (config.output is None):
-        raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
+    check(config)
     if config.input is not None and config.output is not None:
         named = [name for name in (config.input, config.adapter, config.model) if name]
         may_write_file(Path(config.output), [Path(name).expanduser() for name in named])
@@ -90,6 +90,7 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
         read_line: Given a prompt to show, the next line; None or EOFError at the end.
     """
     started = time.perf_counter()
+    check(config)
     config, session = open_session(config, report)
     conversation = Conversation(session, config.adapter, lambda piece: report(TextGenerated(piece)))
     report(Notice(f"Type a question, or {COMMANDS}. Ctrl-C stops an answer, Ctrl-D leaves."))
@@ -129,12 +130,11 @@ def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig
     source = read_adapter_record(Path(config.adapter)) if config.adapter is not None else None
     if config.model is not None:
         model, revision = config.model, config.model_revision
-    elif source is not None:
+    else:
+        assert source is not None  # `check`
         model, revision = source.name_base()
         revision = config.model_revision or revision
         report(Notice(f"The base is {model}, as {source.directory} recorded it."))
-    else:
-        raise UsageError("generate needs a model.", "Add --adapter DIR of a run, or --model ID for the bare base.")
     files = resolve_model(model, revision, trust_remote_code=config.trust_remote_code, report=report)
     held = choose_quantization(config, files, source, report)
     config = replace(config, model=model, model_revision=revision, **held)

@@ -7,48 +7,16 @@ Where memory was predicted against a limit, `fits` says whether it is enough.
 """
 
 import shlex
-from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qlora_cli.artifacts import cache_root, is_run
+from qlora_cli.artifacts import is_run
 from qlora_cli.config import InspectConfig, TrainConfig
-from qlora_cli.core.data.dataset import PreparedRows
-from qlora_cli.core.data.prepare import cache_directory, choose_max_length
-from qlora_cli.core.device import choose_device, list_versions, resolve_compute_dtype
-from qlora_cli.core.inspection.doctor import check_environment, describe_machine, list_devices, measure_directory
 from qlora_cli.core.inspection.run_summary import describe_run
-from qlora_cli.core.inspection.weight_stats import (
-    group_tensors,
-    list_tensors,
-    measure_quantization_error,
-    tabulate_layers,
-)
-from qlora_cli.core.models.files import resolve_model
-from qlora_cli.core.models.quantized_cache import cache_size_bytes
-from qlora_cli.core.models.structure import build_empty
-from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, estimate_merging
-from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
-from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
-from qlora_cli.core.planning.roofline import bound_speed
-from qlora_cli.core.planning.run_plan import may_be_sharded
-from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
-from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
-from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report
 
 OF_A_MODEL = ("vram", "max_length", "quantization_error")
-CARDS = (2, 4, 8)  # over which a base may be sharded
-# Ways to train that a table compares, from the fastest to the leanest → (gradient_checkpointing, what offloads).
-WAYS = {
-    "nothing recomputed": ("off", False),
-    "every layer recomputed": ("on", False),
-    "and offloaded to the host": ("on", True),
-}
 
 
 def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
@@ -70,204 +38,23 @@ def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
     if config.adapter:
         return describe_run(Path(config.adapter), config.model)
     if config.model:
-        return inspect_model(config, report)
+        from qlora_cli.core.inspection.model_summary import describe_model  # torch, which no other view needs
+
+        return describe_model(config, report)
     default = Path(TrainConfig.output)
     if is_run(default):
         return describe_run(default, None)
-    return inspect_machine(config)
+    from qlora_cli.core.inspection.doctor import describe_environment
 
-
-# ---------------------------------------------------------------- a model
-
-
-def inspect_model(config: InspectConfig, report: Report) -> dict[str, Any]:
-    """Counts, bytes and predicted memory from the configuration alone; with local weights, what they are.
-
-    Raises:
-        UsageError: A setting makes no sense.
-        ModelError: The model is not there, or is no causal language model.
-        AdapterError: The adapter cannot be attached.
-    """
-    assert config.model is not None
-    device = choose_device()
-    files = resolve_model(
-        config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=report
-    )
-    model_config = files.config
-    stored = stored_format(model_config, config.model)
-    # What would be rented is a card that computes in bfloat16, whatever this machine has.
-    compute_dtype = resolve_compute_dtype(config.compute_dtype or "bfloat16", device)
-
-    def profile_with_rank(rank: int) -> ModelProfile:
-        return profile_model(
-            model_config,
-            replace(config, rank=rank),
-            config,
-            compute_dtype=compute_dtype,
-            engine=config.engine,
-            trust_remote_code=config.trust_remote_code,
-        )
-
-    model = profile_with_rank(config.rank)
-    footprint = model.footprint
-    optimizer = config.optimizer or choose_optimizer(None, torch.device("cuda"))
-    facts = {
-        "kind": "model",
-        "model": config.model,
-        "model_type": model_config.model_type,
-        "total_parameters": footprint.total_parameters,
-        "trainable_parameters": footprint.trainable_parameters,
-        "trainable_percent": footprint.trainable_percent,
-        "four_bit_percent": 100 * model.packing.share,
-        "base_bytes": footprint.base_bytes,
-        "adapter_bytes": footprint.adapter_bytes,
-        "optimizer_bytes": state_bytes(optimizer, footprint.trainable_parameters),
-    }
-    if stored is not None:
-        facts["stored"] = f"quantised already, by {stored.method}" + (f" ({stored.quant_type})" * stored.is_four_bit)
-    tables = [_table("Modules", [asdict(row) for row in footprint.rows])]
-    rest = [{"why": reason, "parameters": count} for reason, count in model.packing.rest().items()]
-    if rest:
-        tables.append(_table("Of the body in 16 bits", rest))
-    if model.trace is None:
-        facts["memory"] = f"cannot be predicted: {model.untraced}"
-    else:
-        max_length = choose_max_length(config.max_length, model_config, report)
-        predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length)
-        facts |= predicted
-        tables += predicted_tables
-    if config.quantization_error:
-        errors = measure_quantization_error(
-            build_empty(model_config, trust_remote_code=config.trust_remote_code),
-            files.weights,
-            config,
-            compute_dtype=compute_dtype,
-            device=device,
-            report=report,
-        )
-        facts["mean_quantization_error"] = sum(error.value for error in errors) / max(1, len(errors))
-        tables.append(tabulate_layers(f"Relative error of {config.quant_type}", errors))
-    reads_weights = files.commit is None or config.quantization_error
-    entries = [entry for _, entry in list_tensors(files.directory).values()] if reads_weights else []
-    if groups := group_tensors(entries):
-        tables.append(_table("Weights", groups))
-    return {**facts, "tables": tables}
-
-
-def _predict(
-    config: InspectConfig, model: ModelProfile, profile_with_rank: Callable[[int], ModelProfile], max_length: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Facts on training, generation and merging; and tables of ways to train and of speed."""
-    device = choose_device()
-    vram_bytes = read_limit_bytes(config.vram, device) if config.vram is not None or device.type == "cuda" else None
-    lengths = RowLengths(max_length)
-    plan = plan_training(model, config, lengths, vram_bytes=vram_bytes)
-    assert plan.memory is not None and plan.flops_per_token is not None
-    sharded = {
-        cards: plan_training(model, config, lengths, vram_bytes=vram_bytes, shards=cards)
-        for cards in (CARDS if may_be_sharded(config) else ())
-    }
-    facts: dict[str, Any] = {
-        "vram_bytes": vram_bytes,
-        "fits": plan.fits,
-        "settings": {"max_length": max_length, "rank": config.rank, **plan.settings, "token_budget": plan.token_budget},
-        "flops_per_token": plan.flops_per_token,
-        "training": plan.memory.to_dict(),
-        "generation": estimate_generation(model, rows=1, row_tokens=max_length),
-        "merging": estimate_merging(model),
-        "disk": estimate_disk(model, optimizer=plan.optimizer, kept_checkpoints=TrainConfig.keep),
-    }
-    if plan.fits is False:
-        assert vram_bytes is not None
-        nearest = suggest_fit(
-            model, config, lengths, vram_bytes=vram_bytes, rank=config.rank, profile_with_rank=profile_with_rank
-        )
-        facts |= _suggest(config, nearest, sharded)
-    else:
-        facts["next"] = [write_train_command(config, {})]
-    return facts, [
-        _tabulate_ways(config, model, lengths),
-        *_tabulate_shards(sharded),
-        bound_speed(plan.flops_per_token),
-    ]
-
-
-def _suggest(
-    config: InspectConfig, nearest: tuple[dict[str, Any], MemoryDecision] | None, sharded: dict[int, MemoryDecision]
-) -> dict[str, Any]:
-    """What to do where a model does not fit: the nearest settings, or the fewest cards, with their commands."""
-    facts: dict[str, Any] = {}
-    commands = []
-    if nearest is None:
-        facts["nearest"] = "nothing fits: take a smaller model or a larger card"
-    else:
-        changes, decision = nearest
-        assert decision.memory is not None
-        facts["nearest"] = {**changes, "device_bytes": decision.memory.device_bytes}
-        commands.append(write_train_command(config, changes))
-    enough = next((cards for cards, each in sharded.items() if each.fits), None)
-    if enough is not None:
-        facts["nearest_with_more_cards"] = {"gpus": enough, "shard": True}
-        commands.append(write_train_command(config, facts["nearest_with_more_cards"]))
-    return {**facts, "next": commands} if commands else facts
-
-
-def _tabulate_ways(config: InspectConfig, model: ModelProfile, lengths: RowLengths) -> dict[str, Any]:
-    """Memory of ways to train, from the fastest to the leanest."""
-    ways = []
-    for name, (checkpointing, offload) in WAYS.items():
-        way = replace(
-            config, gradient_checkpointing=checkpointing, offload_activations=offload, offload_embeddings=offload
-        )
-        memory = plan_training(model, way, lengths, vram_bytes=None).memory
-        assert memory is not None
-        ways.append({"way": name, "peak_bytes": memory.peak_bytes, "device_bytes": memory.device_bytes})
-    return _table("Ways to train", ways)
-
-
-def _tabulate_shards(sharded: dict[int, MemoryDecision]) -> list[dict[str, Any]]:
-    """Memory of each card where the base is sharded; no table where it is not."""
-    names = ("base_bytes", "peak_bytes", "device_bytes")
-    shares = [
-        {"cards": cards, **{name: getattr(each.memory, name) for name in names}} for cards, each in sharded.items()
-    ]
-    return [_table("Base sharded over cards, for each of them", shares)] if shares else []
-
-
-# ---------------------------------------------------------------- this machine
-
-
-def inspect_machine(config: InspectConfig) -> dict[str, Any]:
-    """Devices, drivers, versions, caches, and whether 4-bit training works here."""
-    device = choose_device()
-    compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
-    checks = check_environment(device, compute_dtype, Path.cwd())
-    devices = list_devices()
-    return {
-        "kind": "machine",
-        "works": all(check.works for check in checks if check.name != "cuda"),
-        **describe_machine(),
-        "cache": str(cache_root()),
-        "caches": {"bases_bytes": cache_size_bytes(), "prepared_rows_bytes": measure_directory(cache_directory())},
-        "versions": list_versions(),
-        "tables": [
-            *([_table("Devices", devices)] if devices else []),
-            _table("Checks", [asdict(check) for check in checks]),
-        ],
-    }
-
-
-# ---------------------------------------------------------------- a prepared set
+    return describe_environment(config.compute_dtype)
 
 
 def inspect_prepared(directory: Path) -> dict[str, Any]:
     """What `prepare` printed, from the manifest."""
+    from qlora_cli.core.data.dataset import PreparedRows
+
     rows = PreparedRows(directory)
     facts = {name: value for name, value in rows.manifest.items() if name not in ("kind", "tables")}
     model = (facts.get("tokenizer") or {}).get("name") or "MODEL"
     train = f"qlora train --model {shlex.quote(model)} --prepared {shlex.quote(str(directory))}"
     return {"kind": "prepared rows", "directory": str(directory), **facts, "next": [train], "tables": []}
-
-
-def _table(title: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"title": title, "columns": list(entries[0]), "rows": [list(entry.values()) for entry in entries]}

@@ -2,16 +2,19 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import PreparedSummary, prepare_rows
 from qlora_cli.core.models.files import resolve_model
-from qlora_cli.errors import UsageError
+from qlora_cli.core.runs.validate import check
 from qlora_cli.events import Report, RowShown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["PreparedSummary", "prepare"]
 
@@ -25,8 +28,8 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
         DataError: The data is missing, or holds a bad row, or nothing to train on.
         RunError: The output directory holds something else.
     """
-    if config.model is None:
-        raise UsageError("No model was given, so there is no tokenizer.", "Add: --model ORG/NAME (or a directory).")
+    check(config)
+    assert config.model is not None
     files = resolve_model(
         config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=report
     )
@@ -43,7 +46,7 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
     return summary
 
 
-def show_rows(rows: PreparedRows, tokenizer: PreTrainedTokenizerBase, count: int, report: Report) -> None:
+def show_rows(rows: PreparedRows, tokenizer: "PreTrainedTokenizerBase", count: int, report: Report) -> None:
     """Reports the first rows as text, cut where trained tokens begin or end."""
 
     def decode(ids: np.ndarray) -> str:

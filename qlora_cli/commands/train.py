@@ -36,16 +36,17 @@ from qlora_cli.core.runs.inputs import Run, RunInputs, read_inputs
 from qlora_cli.core.runs.metrics import MetricsFile
 from qlora_cli.core.runs.results import TrainPlan, TrainResult
 from qlora_cli.core.runs.tracking import closing_tracker, logging_report, start_tracker
-from qlora_cli.core.runs.validate import check_ranks, check_settings
+from qlora_cli.core.runs.validate import check, check_ranks
 from qlora_cli.core.storage.checkpoint import Checkpoint, read_tensors
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import learning_rate_schedule
 from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer
+from qlora_cli.core.training.progress import TrainerState, read_trainer_state
 from qlora_cli.core.training.reporting import RunReporter
 from qlora_cli.core.training.resume import find_shared_checkpoint, restore_or_seed
-from qlora_cli.core.training.state import Checkpointing, TrainerState, load_optimizer, read_trainer_state
+from qlora_cli.core.training.state import Checkpointing, load_optimizer
 from qlora_cli.core.training.trainer import Optimization, Trainer
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Report, RunStarted, Vram, report_nothing
@@ -84,7 +85,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
     Raises:
         QloraError: Any of its children.
     """
-    check_settings(config)
+    check(config)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # the engine keeps the dtypes
@@ -196,7 +197,7 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
 
     def save(directory: Path) -> None:
         save_adapter(model, directory, base_name=identity.model)
-        write_record(directory, identity, inputs.rows, **started)
+        write_record(directory, identity, inputs.rows, parameters=count_parameters(inputs), **started)
 
     return LoadedModel(model, identity, weight_shards, read_vram(run.device), started, save)
 
@@ -314,6 +315,12 @@ def start_optimization(
 
 
 # ---------------------------------------------------------------- train and finish
+
+
+def count_parameters(inputs: RunInputs) -> dict[str, int]:
+    """Parameters trained, and those of base and adapter together, as the record keeps them."""
+    footprint = inputs.profile.footprint
+    return {"trainable": footprint.trainable_parameters, "total": footprint.total_parameters}
 
 
 def report_start(run: Run, inputs: RunInputs, start: StartingPoint, engine: Engine) -> None:

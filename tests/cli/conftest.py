@@ -35,6 +35,7 @@ def run_with(monkeypatch):
         name = arguments[0]
         monkeypatch.setitem(sys.modules, f"qlora_cli.commands.{name}", module)
         monkeypatch.setattr(package, name, module, raising=False)
+        monkeypatch.setattr(commands, "check", lambda config: None)  # which belongs to the command
         return commands.main([str(argument) for argument in arguments])
 
     return run

@@ -116,8 +116,9 @@ def test_any_settings_survive_the_command_line(config_of, values):
         (["train", "--rnak", "8"], "--rnak"),
         (["trian"], "Did you mean 'train'?"),
         (["train", "--rank"], "--rank"),
-        (["generate"], "PROMPT"),
-        (["generate", "hello", "--chat"], "PROMPT"),
+        (["generate", "--model", "m"], "PROMPT"),
+        (["generate", "hello"], "--adapter DIR"),
+        (["generate", "hello", "--chat", "--model", "m"], "PROMPT"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
     ],
 )

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
+from qlora_cli.core.inspection.quantization_error import measure_quantization_error
 from qlora_cli.core.inspection.weight_stats import (
     LayerValue,
     group_tensors,
     layer_of,
     list_tensors,
-    measure_quantization_error,
     measure_updates,
     tabulate_layers,
 )

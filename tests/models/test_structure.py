@@ -3,9 +3,9 @@
 import pytest
 import transformers
 
+from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.structure import (
     build_empty,
-    context_length,
     find_decoder,
     is_multimodal,
     linear_names,

@@ -12,16 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.core.inspection.weight_stats import group_tensors
 from qlora_cli.core.models.identity import weights_digest
-from qlora_cli.core.storage.safetensors_file import (
-    DTYPES,
-    HEADER_LIMIT_BYTES,
-    PADDING,
-    TensorFile,
-    bytes_of,
-    header_bytes,
-    list_weight_files,
-    make_header,
-)
+from qlora_cli.core.storage.safetensors_file import DTYPES, TensorFile, bytes_of, list_weight_files, make_header
+from qlora_cli.core.storage.safetensors_header import HEADER_LIMIT_BYTES, PADDING, header_bytes
 from qlora_cli.errors import ModelError
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]

@@ -23,16 +23,10 @@ from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import learning_rate_schedule
 from qlora_cli.core.training.optimizer import build_optimizer
+from qlora_cli.core.training.progress import TrainerState, read_trainer_state
 from qlora_cli.core.training.reporting import RunReporter
 from qlora_cli.core.training.rng_state import RandomState, restore_random_state
-from qlora_cli.core.training.state import (
-    REQUIRED_FILES,
-    Checkpointing,
-    TrainerState,
-    load_optimizer,
-    read_random_state,
-    read_trainer_state,
-)
+from qlora_cli.core.training.state import REQUIRED_FILES, Checkpointing, load_optimizer, read_random_state
 from qlora_cli.core.training.trainer import Optimization, Trainer, TrainingData
 from qlora_cli.events import EvaluationLogged, Event, StepLogged
 from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings

@@ -1,16 +1,20 @@
 """Facts of an adapter: what its own files say, read without its base."""
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.core.storage.safetensors_header import read_header
 from qlora_cli.core.untrusted import check_adapter_config, check_expressions
-from qlora_cli.errors import AdapterError
+from qlora_cli.errors import AdapterError, ModelError
+
+ADAPTER_PART = re.compile(r"\.lora_.*$")
+WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,14 @@ def read_adapter(directory: Path) -> AdapterFacts:
                 f"{directory} holds a {config.get('peft_type')} adapter.", "Only LoRA adapters are read."
             )
         check_adapter_config(config, directory)
-        with safe_open(weights_path, framework="pt") as reader:
-            tensors = {}
-            for name in reader.keys():  # noqa: SIM118 - not a mapping
-                part = reader.get_slice(name)
-                tensors[name] = (tuple(part.get_shape()), part.get_dtype())
+        descriptor, header = read_header(weights_path)
+        os.close(descriptor)
+        tensors = {name: (entry.shape, entry.dtype_name) for name, entry in sorted(header.entries.items())}
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ModelError, RecursionError) as error:
+        reason = str(error).rstrip(".")
         raise AdapterError(
-            f"The adapter in {directory} cannot be read: {error}.", "Use an earlier checkpoint."
+            f"The adapter in {directory} cannot be read: {reason}.", "Use an earlier checkpoint."
         ) from error
     check_expressions(config, {name.split(".lora_", 1)[0] for name in tensors}, directory)
     rslora = bool(config.get("use_rslora"))
@@ -79,3 +82,8 @@ def read_adapter(directory: Path) -> AdapterFacts:
         tensors=tensors,
         config=config,
     )
+
+
+def base_name(name: str) -> str:
+    """A module's or parameter's name without what PEFT puts around it; an adapter's part has its module's name."""
+    return WRAPPER.sub("", ADAPTER_PART.sub("", name.removeprefix("base_model.model.")))

@@ -11,6 +11,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+
+# isort: split
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn

@@ -14,6 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+
+# isort: split
 from peft import LoraConfig
 from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file, save_file

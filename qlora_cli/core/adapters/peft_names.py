@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+
+# isort: split
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer

@@ -7,6 +7,9 @@ updates of one stored weight, which no merged checkpoint can hold.
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+
+# isort: split
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn

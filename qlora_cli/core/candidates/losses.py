@@ -22,7 +22,7 @@ from qlora_cli.core.calibration.low_rank import SecondMoment
 from qlora_cli.core.merge.compare_models import Row
 from qlora_cli.core.merge.plan import MergePlan, MergeTask
 from qlora_cli.core.models.structure import linear_names
-from qlora_cli.core.storage.safetensors_file import TensorEntry
+from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.events import Progress, Report
 
 UNTUNED = "untuned"  # the 4-bit base without its adapter

@@ -28,7 +28,7 @@ from qlora_cli.core.data.sources import Source, join_identities, read_data_sets,
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
-from qlora_cli.core.models.structure import context_length, has_position_table
+from qlora_cli.core.models.files import context_length
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
 from qlora_cli.core.reading.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.reading.readers import CHUNK_BYTES
@@ -40,6 +40,7 @@ from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.ownership import PREPARED, may_replace
 from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.core.storage.temporaries import heal, sweep, sweep_beside
+from qlora_cli.core.torchless import ask_with_torch, is_left_out
 from qlora_cli.errors import DataError, DiskFull, RunError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 from qlora_cli.setting_groups import DataSettings
@@ -101,13 +102,21 @@ def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None
         raise UsageError(f"--max-length {wanted} leaves no token to train.", "Use at least 2, commonly 512 to 2048.")
     if context and wanted > context:
         assert model_config is not None
-        if has_position_table(model_config):
+        if _has_position_table(model_config):
             raise UsageError(
                 f"--max-length {wanted} is past the {context} positions that the model has.",
                 f"Use: --max-length {context}",
             )
         report(Caution(f"--max-length {wanted} is past the model's context of {context} tokens."))
     return wanted
+
+
+def _has_position_table(config: "PreTrainedConfig") -> bool:
+    if is_left_out():
+        return ask_with_torch("qlora_cli.core.models.structure:directory_has_position_table", str(config.name_or_path))
+    from qlora_cli.core.models.structure import has_position_table
+
+    return has_position_table(config)
 
 
 def prepare_cached_rows(

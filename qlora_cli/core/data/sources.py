@@ -9,7 +9,6 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-import datasets
 from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
@@ -181,6 +180,8 @@ def _files_source(data: str, files: list[Path], **facts: str) -> Source:
 
 
 def _saved_source(data: str, folder: Path, split: str) -> Source:
+    import datasets  # here, as in the functions below: a second, and a file of the user's needs none of it
+
     try:
         table = datasets.load_from_disk(str(folder))
     except Exception as error:  # pyarrow's, json's and the file system's errors
@@ -253,6 +254,8 @@ def _remote_files(repository: str, config: str | None, split: str, revision: str
     """Files of one split on the hub, so that not the whole repository is downloaded; all where that is not known."""
     if constants.HF_HUB_OFFLINE:
         return ["*"]
+    import datasets
+
     try:
         builder = datasets.load_dataset_builder(repository, config, revision=revision)
         files = builder.config.data_files[split]
@@ -263,6 +266,8 @@ def _remote_files(repository: str, config: str | None, split: str, revision: str
 
 def _dataset_folder(data: str, folder: Path, config: str | None, split: str, facts: dict[str, str]) -> Source:
     """A folder in the hub's layout: configurations and splits by its README, or by file names."""
+    import datasets
+
     with tempfile.TemporaryDirectory() as cache:
         try:
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=cache)

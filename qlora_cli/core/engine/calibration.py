@@ -22,7 +22,7 @@ from qlora_cli.core.engine.packed_attention import (
     pack_mask,
     why_not_packed,
 )
-from qlora_cli.core.models.structure import context_length
+from qlora_cli.core.models.files import context_length
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
 from qlora_cli.setting_groups import StepSettings

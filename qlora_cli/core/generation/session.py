@@ -26,9 +26,9 @@ from qlora_cli.core.generation.requests import (
     find_end_ids,
     make_request,
 )
-from qlora_cli.core.models.files import ModelFiles
+from qlora_cli.core.models.files import ModelFiles, context_length
 from qlora_cli.core.models.loading import load_base, load_unquantized
-from qlora_cli.core.models.structure import context_length, underlying_model
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Report

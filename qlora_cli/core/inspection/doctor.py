@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ import torch
 from huggingface_hub import constants as hub_constants
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from qlora_cli.artifacts import cache_root
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
-from qlora_cli.core.device import dtype_name, list_versions
+from qlora_cli.core.data.prepare import cache_directory
+from qlora_cli.core.device import choose_device, dtype_name, list_versions, resolve_compute_dtype
 from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.inspection.weight_stats import table
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
+from qlora_cli.core.models.quantized_cache import cache_size_bytes
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import first_line
 from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
@@ -237,3 +241,23 @@ def run_engine_steps(device: torch.device, compute_dtype: torch.dtype) -> tuple[
             losses.append(float(loss.detach()))
             engine.close()
     return losses[0], losses[1]
+
+
+def describe_environment(compute_dtype_name: str | None) -> dict[str, Any]:
+    """Devices, drivers, versions, caches, and whether 4-bit training works here."""
+    device = choose_device()
+    compute_dtype = resolve_compute_dtype(compute_dtype_name, device)
+    checks = check_environment(device, compute_dtype, Path.cwd())
+    devices = list_devices()
+    return {
+        "kind": "machine",
+        "works": all(check.works for check in checks if check.name != "cuda"),
+        **describe_machine(),
+        "cache": str(cache_root()),
+        "caches": {"bases_bytes": cache_size_bytes(), "prepared_rows_bytes": measure_directory(cache_directory())},
+        "versions": list_versions(),
+        "tables": [
+            *([table("Devices", devices)] if devices else []),
+            table("Checks", [asdict(check) for check in checks]),
+        ],
+    }

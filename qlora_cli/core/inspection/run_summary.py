@@ -1,4 +1,4 @@
-"""Summary of a run directory or adapter: what it is, what produced it, how far its training came; JSON-ready."""
+"""Summary of a run directory or adapter: what it is, what produced it, how far its training came; without torch."""
 
 import math
 import re
@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
 
 from qlora_cli import artifacts
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
-from qlora_cli.core.adapters.lora import count_parameters
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name, read_adapter
 from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_layers
-from qlora_cli.core.models.files import resolve_model
-from qlora_cli.core.models.structure import build_empty
-from qlora_cli.core.planning.model_size import base_name
-from qlora_cli.core.training.state import STATE, read_trainer_state
+from qlora_cli.core.training.progress import STATE, read_trainer_state
 
 
 def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
@@ -25,7 +20,7 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
 
     Args:
         directory: Run directory or PEFT adapter.
-        model: Base to count the parameters of; by default the recorded one, if this machine has its configuration.
+        model: Base to count the parameters of, which imports torch; by default what the run recorded is told.
 
     Raises:
         RunError, AdapterError: There is neither a run nor an adapter, or it cannot be read.
@@ -40,7 +35,7 @@ def describe_run(directory: Path, model: str | None) -> dict[str, Any]:
         adapter = read_adapter(directory)
         base = model or (record.get("base") or {}).get("model") or adapter.base_model
         facts |= _describe_adapter(adapter, directory)
-        facts |= _count_with_base(adapter, base, (record.get("base") or {}).get("revision"), reachable=bool(model))
+        facts |= _count_parameters(adapter, base, _count_base(model) if model else _recorded_total(directory))
         tables = [
             _tabulate_adapter(adapter),
             tabulate_layers("Norm of the update", measure_updates(directory, adapter.scaling)),
@@ -129,30 +124,35 @@ def _describe_adapter(adapter: AdapterFacts, directory: Path) -> dict[str, Any]:
     }
 
 
-def _count_with_base(
-    adapter: AdapterFacts, model: str | None, revision: str | None, *, reachable: bool
-) -> dict[str, Any]:
-    """Counts of parameters; without the base's configuration only the adapter's own are known.
-
-    Args:
-        model: The base, as the user or the run record names it.
-        revision: As the run record names it.
-        reachable: Whether the user named the base, which may then be fetched from the hub.
-    """
+def _count_parameters(adapter: AdapterFacts, base: str | None, base_parameters: int | None) -> dict[str, Any]:
+    """Counts of parameters; where those of the base are not known, the adapter's own."""
     trainable = sum(math.prod(shape) for shape, _ in adapter.tensors.values())
-    config = None
-    if model is not None and (reachable or Path(model).is_dir()):
-        config = resolve_model(model, revision if not reachable else None).config
-    elif model is not None:
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        config = resolve_model(str(Path(cached).parent)).config if isinstance(cached, str) else None
-    total = None if config is None else trainable + count_parameters(build_empty(config))[1]
+    total = None if base_parameters is None else trainable + base_parameters
     return {
-        "base_model": model,
+        "base_model": base,
         "total_parameters": total,
         "trainable_parameters": trainable,
         "trainable_percent": 100 * trainable / total if total else None,
     }
+
+
+def _recorded_total(directory: Path) -> int | None:
+    """Parameters of the base, as the run counted them; None in records of older versions that did not end."""
+    for place in (directory, artifacts.run_of(directory)):
+        record = artifacts.find_run_record(place)
+        if counts := record.get("parameters"):
+            return counts["total"] - counts["trainable"]
+        if training := record.get("training"):
+            return training["total_parameters"] - training["trainable_parameters"]
+    return None
+
+
+def _count_base(model: str) -> int:
+    from qlora_cli.core.adapters.lora import count_parameters
+    from qlora_cli.core.models.files import resolve_model
+    from qlora_cli.core.models.structure import build_empty
+
+    return count_parameters(build_empty(resolve_model(model).config))[1]
 
 
 def _tabulate_adapter(adapter: AdapterFacts) -> dict[str, Any]:

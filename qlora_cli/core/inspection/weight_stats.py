@@ -1,25 +1,19 @@
-"""Statistics of stored weights: dtypes and bytes by module; norms of an adapter's updates and 4-bit errors by layer."""
+"""Statistics of stored weights, without torch: dtypes and bytes by module, norms of an adapter's updates by layer."""
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+import numpy as np
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.core.models.quantization import round_trip
-from qlora_cli.core.models.structure import linear_names
-from qlora_cli.core.models.weight_names import map_names
-from qlora_cli.core.planning.model_size import base_name
-from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
-from qlora_cli.errors import ModelError
-from qlora_cli.events import Progress, Report
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.core.adapters.adapter_facts import base_name
+from qlora_cli.core.storage.safetensors_header import TensorEntry, read_header
+from qlora_cli.errors import AdapterError
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -43,8 +37,9 @@ def list_tensors(directory: Path) -> dict[str, tuple[Path, TensorEntry]]:
     for path in sorted(directory.glob("*.safetensors")):
         if path.name.startswith("consolidated"):  # the same weights again, in their author's own layout
             continue
-        with TensorFile(path) as file:
-            found |= {name: (path, entry) for name, entry in file.entries.items()}
+        descriptor, header = read_header(path)
+        os.close(descriptor)
+        found |= {name: (path, entry) for name, entry in header.entries.items()}
     return found
 
 
@@ -74,57 +69,39 @@ def measure_updates(directory: Path, scaling: float) -> list[LayerValue]:
     Args:
         directory: A PEFT adapter.
         scaling: alpha / rank, or alpha / sqrt(rank).
+
+    Raises:
+        ModelError: The file is damaged.
+        AdapterError: Its numbers are of a kind that is not read.
     """
     values = []
-    with TensorFile(directory / ADAPTER_WEIGHTS) as file:
-        for down in sorted(name for name in file.entries if re.search(r"\.lora_(embedding_)?A\b", name)):
-            up = re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", down)
-            a, b = file.read(down).double(), file.read(up).double()  # (r, in), (out, r)
-            squared = float(torch.sum((b.T @ b) * (a @ a.T)))
+    descriptor, header = read_header(directory / ADAPTER_WEIGHTS)
+    with os.fdopen(descriptor, "rb") as stream:
+
+        def read(name: str) -> np.ndarray:
+            entry = header.entries[name]
+            stream.seek(entry.start)
+            return _as_float64(entry, stream.read(entry.total_bytes))
+
+        for down in sorted(name for name in header.entries if re.search(r"\.lora_(embedding_)?A\b", name)):
+            a, b = read(down), read(re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", down))  # (r, in), (out, r)
+            squared = float(np.sum((b.T @ b) * (a @ a.T)))
             module = base_name(down)
             values.append(LayerValue(layer_of(module), module.rsplit(".", 1)[-1], scaling * math.sqrt(max(0, squared))))
     return values
 
 
-def measure_quantization_error(
-    model: PreTrainedModel,
-    directory: Path,
-    quantization: QuantizationSettings,
-    *,
-    compute_dtype: torch.dtype,
-    device: torch.device,
-    report: Report,
-) -> list[LayerValue]:
-    """Relative error ‖W − Q(W)‖ / ‖W‖ (Frobenius) of every linear layer, one weight in memory at a time.
-
-    Args:
-        model: The architecture on the meta device.
-        directory: Its checkpoint.
-        compute_dtype: From which a run quantises.
-
-    Raises:
-        ModelError: A linear layer's weight is not in the checkpoint, or cannot be read.
-    """
-    stored_in = list_tensors(directory)
-    stored_names = map_names(stored_in, model)
-    linears = linear_names(model)
-    values = []
-    for done, name in enumerate(linears, start=1):
-        stored = stored_names.get(f"{name}.weight")
-        if stored is None:
-            raise ModelError(
-                f"{directory} holds no {name}.weight.", "It belongs to another architecture, or a file is missing."
-            )
-        with TensorFile(stored_in[stored][0]) as file:
-            weight = file.read(stored)
-        weight = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight  # (out, in)
-        weight = weight.to(device, compute_dtype)
-        restored = round_trip(weight, quant_type=quantization.quant_type, double_quant=quantization.double_quant)
-        lost = restored.float() - weight.float()
-        value = float(lost.norm() / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
-        values.append(LayerValue(layer_of(name), name.rsplit(".", 1)[-1], value))
-        report(Progress("Measuring the 4-bit error", done, len(linears), "weights"))
-    return values
+def _as_float64(entry: TensorEntry, content: bytes) -> np.ndarray:
+    """Numbers of a tensor; bfloat16, which numpy lacks, is the upper half of a float32."""
+    if entry.dtype_name == "BF16":
+        values = (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    elif entry.dtype_name in ("F64", "F32", "F16"):
+        values = np.frombuffer(content, f"<f{len(content) // max(1, entry.elements)}")
+    else:
+        raise AdapterError(
+            f"{entry.name} is stored as {entry.dtype_name}, which is not read.", "Save the adapter in 32 or 16 bits."
+        )
+    return values.astype(np.float64).reshape(entry.shape)
 
 
 def tabulate_layers(title: str, values: list[LayerValue]) -> dict[str, Any]:
@@ -139,3 +116,8 @@ def tabulate_layers(title: str, values: list[LayerValue]) -> dict[str, Any]:
         "columns": ["layer", *modules],
         "rows": [[layer, *(row.get(module) for module in modules)] for layer, row in ordered],
     }
+
+
+def table(title: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """A table of entries that have the same keys."""
+    return {"title": title, "columns": list(entries[0]), "rows": [list(entry.values()) for entry in entries]}

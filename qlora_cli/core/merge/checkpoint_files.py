@@ -10,7 +10,7 @@ from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_jso
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
-from qlora_cli.core.models.files import PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_cli.core.models.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts
 from qlora_cli.core.adapters.expert_tensors import ExpertPair, expert_pairs
-from qlora_cli.core.storage.safetensors_file import TensorEntry, TensorFile
+from qlora_cli.core.storage.safetensors_file import TensorFile
+from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.errors import AdapterError
 
 PREFIX = "base_model.model."

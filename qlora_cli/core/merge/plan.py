@@ -16,14 +16,8 @@ from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
-from qlora_cli.core.storage.safetensors_file import (
-    DTYPES,
-    Header,
-    TensorEntry,
-    TensorFile,
-    TensorSpec,
-    make_header,
-)
+from qlora_cli.core.storage.safetensors_file import DTYPES, TensorFile, TensorSpec, make_header
+from qlora_cli.core.storage.safetensors_header import Header, TensorEntry
 from qlora_cli.core.weights.stored_formats import StoredFormat
 from qlora_cli.errors import MergeError, ModelError
 from qlora_cli.setting_groups import QuantizationSettings

@@ -5,36 +5,24 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_cli.artifacts import MERGE_RECORD
-from qlora_cli.core.device import dtype_name
-from qlora_cli.core.models.hub import download_snapshot
+from qlora_cli.core.models.hub import HUB_ID, READ_FILES, download_snapshot
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
 from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.core.untrusted import check_files
-from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Report, report_nothing
 from qlora_cli.setting_groups import QuantizationSettings
 
-CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
-TOKENIZER_FILES = [
-    "tokenizer*",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-]
-PROCESSOR_FILES = ["*processor_config.json"]  # of images and sound, which a merged checkpoint keeps
-READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES
+if TYPE_CHECKING:
+    import torch
+
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
-
-
+# What configurations call the most tokens of a row: most of them; GPT-2 and its kin; MPT; Bloom and the first GLMs.
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 STORED_DTYPES = ("bfloat16", "float16", "float32", "float64")  # that a configuration may say weights are in
 
 
@@ -123,6 +111,8 @@ class ModelFiles:
         Raises:
             ModelError: They cannot be downloaded, are not in safetensors, or in a quantised format that is not read.
         """
+        from qlora_cli.core.weights.stored_formats import stored_format  # here, so that a tokenizer needs no torch
+
         stored_format(self.config, self.name)  # refuses what could not be read before it is downloaded
         if self.commit is not None:
             download_snapshot(self.name, self.commit, WEIGHT_FILES, kind="model", report=self.report)
@@ -162,7 +152,7 @@ class ModelFiles:
         facts = {path.name: path.stat() for path in sorted(self.weights.glob("*.safetensors"))}
         return {name: [fact.st_size, fact.st_mtime_ns] for name, fact in facts.items()}
 
-    def identity(self, quantization: QuantizationSettings, compute_dtype: torch.dtype) -> BaseIdentity:
+    def identity(self, quantization: QuantizationSettings, compute_dtype: "torch.dtype") -> BaseIdentity:
         """What an adapter trained on this model, held like that, is trained on. Nothing is loaded.
 
         Raises:
@@ -175,8 +165,15 @@ class ModelFiles:
             weights_sha256=self.weights_sha256,
             quant_type=quantization.quant_type,
             double_quant=quantization.double_quant,
-            compute_dtype=dtype_name(compute_dtype),
+            compute_dtype=str(compute_dtype).removeprefix("torch."),
         )
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens a model reads at once, prompt and answer together; None where its configuration names no limit."""
+    text_config = config.get_text_config(decoder=True)
+    lengths = (getattr(text_config, name, None) for name in CONTEXT_NAMES)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def resolve_model(
@@ -206,7 +203,7 @@ def resolve_model(
             "--trust-remote-code runs code from the hub and needs --model-revision with the full 40-digit commit hash.",
             "Read the code at that commit first, then name it with --model-revision.",
         )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
+    if not HUB_ID.fullmatch(model):
         raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
     directory = download_snapshot(model, revision, READ_FILES, kind="model", report=report)
     if not (directory / "config.json").is_file():

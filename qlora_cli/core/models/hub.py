@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,26 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
-from qlora_cli.artifacts import cache_root, write_json
+from qlora_cli.artifacts import MERGE_RECORD, cache_root, write_json
 from qlora_cli.errors import ModelError, first_line
-from qlora_cli.events import Notice, Progress, Report
+from qlora_cli.events import Caution, Notice, Progress, Report
 from qlora_cli.sizes import format_bytes
 
+CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
+TOKENIZER_FILES = [
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+]
+PROCESSOR_FILES = ["*processor_config.json"]  # of images and sound, which a merged checkpoint keeps
+READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES
+HUB_ID = re.compile(r"(?![./~])[\w.-]+(/[\w.-]+)?")
 ATTEMPTS = 5
+ANSWER_SECONDS = 6.0  # that the hub has to answer a question, so that it is said within ten where it cannot be reached
 FIRST_PAUSE_SECONDS = 2.0  # doubled after each further failure
 # What asking again does not mend: the library's error → what is wrong, and what to do. The first that fits counts.
 REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
@@ -45,6 +59,28 @@ REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
 )
 
 
+_early: dict[tuple[str, str | None, tuple[str, ...]], "Future[Path]"] = {}  # look-ups that were begun ahead
+
+
+def look_up_early(model: str, revision: str | None, report: Report) -> None:
+    """Begins to fetch a hub model's configuration and tokenizer in a thread, while libraries are imported.
+
+    `download_snapshot` of the same files waits for it, and raises what it raised. Of a directory nothing is done.
+    """
+    if Path(model).expanduser().exists() or not HUB_ID.fullmatch(model) or hub_constants.HF_HUB_OFFLINE:
+        return
+    future: Future[Path] = Future()
+    _early[model, revision, tuple(READ_FILES)] = future
+
+    def fetch() -> None:
+        try:
+            future.set_result(_fetch_snapshot(model, revision, READ_FILES, kind="model", report=report))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=fetch, name="hub", daemon=True).start()
+
+
 def download_snapshot(repository: str, revision: str | None, patterns: list[str], *, kind: str, report: Report) -> Path:
     """A snapshot of a hub repository in the local cache, named after its commit; missing files are downloaded.
 
@@ -61,6 +97,13 @@ def download_snapshot(repository: str, revision: str | None, patterns: list[str]
     Raises:
         ModelError: It is not there, gated, unauthorised or out of reach.
     """
+    begun = _early.pop((repository, revision, tuple(patterns)), None) if kind == "model" else None
+    if begun is not None:
+        return begun.result()
+    return _fetch_snapshot(repository, revision, patterns, kind=kind, report=report)
+
+
+def _fetch_snapshot(repository: str, revision: str | None, patterns: list[str], *, kind: str, report: Report) -> Path:
     words = {"kind": kind, "repository": repository, "revision": revision}
     words["flag"] = "--model" if kind == "model" else "--data"
     wanted: dict[str, Any] = {
@@ -91,8 +134,7 @@ def download_snapshot(repository: str, revision: str | None, patterns: list[str]
                 raise ModelError(
                     f"The hub refuses the {kind} {repository} to this account (HTTP {status}).", "Run: hf auth login"
                 ) from error
-            # The message without the query of any URL in it: tokens travel there.
-            reason = re.sub(r"\?\S*", "", first_line(error))
+            reason = _reason(error)
             if attempt == ATTEMPTS:
                 raise ModelError(
                     f"The {kind} {repository} could not be downloaded after {attempt} attempts: {reason}",
@@ -109,7 +151,10 @@ def _download(
     """One attempt: downloads what the cache lacks, if anything."""
     try:
         commit, sizes = _list_files(repository, revision, wanted)
-    except (hub_errors.HTTPError, OSError):  # snapshot_download falls back to the cache, or says what is wrong
+    except (hub_errors.HTTPError, OSError) as error:
+        if getattr(error, "response", None) is None:  # no answer at all: asking once more would take as long again
+            return _take_cached(repository, revision, wanted, report, error)
+        # snapshot_download falls back to the cache, or says what is wrong
         found = Path(snapshot_download(repository, revision=revision, **wanted))
         return _require_whole(found, repository, wanted)
     _keep_listing(repository, wanted["repo_type"], commit, sizes)
@@ -156,9 +201,37 @@ def _verify_blobs(directory: Path, names: list[str]) -> None:
         raise OSError(f"{len(damaged)} of {len(names)} files arrived damaged.")
 
 
+def _take_cached(
+    repository: str, revision: str | None, wanted: dict[str, Any], report: Report, error: Exception
+) -> Path:
+    """The snapshot in the cache, where the hub does not answer.
+
+    Raises:
+        Exception: `error`, where there is none.
+    """
+    try:
+        found = Path(snapshot_download(repository, revision=revision, local_files_only=True, **wanted))
+    except (hub_errors.HTTPError, OSError):
+        raise error from None
+    directory = _require_whole(found, repository, wanted)
+    report(Caution(f"The hub cannot be reached ({_reason(error)}): {repository} is taken from the cache."))
+    return directory
+
+
+def _reason(error: Exception) -> str:
+    """An error's first line without the query of any URL in it: tokens travel there."""
+    return re.sub(r"\?\S*", "", first_line(error))
+
+
 def _list_files(repository: str, revision: str | None, wanted: dict[str, Any]) -> tuple[str, dict[str, int]]:
     """The commit of a revision, and the wanted files with their bytes; one request."""
-    info = HfApi().repo_info(repository, repo_type=wanted["repo_type"], revision=revision, files_metadata=True)
+    info = HfApi().repo_info(
+        repository,
+        repo_type=wanted["repo_type"],
+        revision=revision,
+        files_metadata=True,
+        timeout=ANSWER_SECONDS,
+    )
     sizes = {file.rfilename: file.size or 0 for file in getattr(info, "siblings", None) or ()}
     names = filter_repo_objects(
         sizes, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"]

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.core.storage.safetensors_file import LENGTH_BYTES, TensorFile
+from qlora_cli.core.storage.safetensors_header import LENGTH_BYTES, read_header
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ def weights_digest(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
-        with TensorFile(path) as file, path.open("rb") as stream:
-            digest.update(file.header.content[LENGTH_BYTES:])
-            for entry in file.entries.values():
+        descriptor, header = read_header(path)
+        with os.fdopen(descriptor, "rb") as stream:
+            digest.update(header.content[LENGTH_BYTES:])
+            for entry in header.entries.values():
                 start, end = entry.start, entry.start + entry.total_bytes
                 for position in (start, (start + end) // 2, max(start, end - 4096)):
                     stream.seek(position)

@@ -7,18 +7,23 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.errors import ModelError, first_line
 
 # Subclasses of nn.Linear whose forward is that of nn.Linear in other words; transformers leaves them in 16 bits.
 PLAIN_LINEAR_SUBCLASSES = {"FalconLinear"}
 MOST_OFFSET = 2  # entries before the first position in a table of positions (OPT, XGLM)
-# What configurations call the most tokens of a row: most of them; GPT-2 and its kin; MPT; Bloom and the first GLMs.
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
@@ -133,13 +138,6 @@ def underlying_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def context_length(config: PreTrainedConfig) -> int | None:
-    """Most tokens a model reads at once, prompt and answer together; None where its configuration names no limit."""
-    text_config = config.get_text_config(decoder=True)
-    lengths = (getattr(text_config, name, None) for name in CONTEXT_NAMES)
-    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
-
-
 def has_position_table(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> bool:
     """Whether positions past the context have no values at all: they are looked up in a table as long as the context.
 
@@ -156,6 +154,15 @@ def has_position_table(config: PreTrainedConfig, *, trust_remote_code: bool = Fa
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not inputs]
     lengths = {table.shape[0] for table in tables} | {size for buffer in model.buffers() for size in buffer.shape}
     return not lengths.isdisjoint(range(context, context + MOST_OFFSET + 1))
+
+
+def directory_has_position_table(directory: str) -> bool:
+    """`has_position_table` of the configuration in a directory.
+
+    Raises:
+        ModelError: As `build_empty`.
+    """
+    return has_position_table(AutoConfig.from_pretrained(directory))
 
 
 def head_names(model: Any) -> list[str]:

@@ -1,11 +1,11 @@
 """Size of a model: true parameter counts, and the bytes each kind of module takes, from the meta device."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qlora_cli.core.adapters.adapter_facts import base_name
 from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.experts.layout import expert_weights, find_experts
@@ -14,9 +14,6 @@ from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, logical_numel
 from qlora_cli.core.models.structure import head_names, underlying_model
 from qlora_cli.setting_groups import QuantizationSettings
-
-ADAPTER_PART = re.compile(r"\.lora_.*$")
-WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,6 @@ def packed_bytes(numel: int, *, double_quant: bool) -> int:
     else:
         statistics = 4 * blocks
     return -(-numel // 2) + statistics + 4 * 16
-
-
-def base_name(name: str) -> str:
-    """A module's or parameter's name without what PEFT puts around it; an adapter's part has its module's name."""
-    return WRAPPER.sub("", ADAPTER_PART.sub("", name.removeprefix("base_model.model.")))
 
 
 def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dtype: torch.dtype) -> Footprint:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from qlora_cli.artifacts import METRICS
 from qlora_cli.config import TrainConfig
@@ -16,11 +15,6 @@ from qlora_cli.events import Caution, EvaluationLogged, Event, Report, StepLogge
 
 PROJECT = "qlora"
 FINISH_SECONDS = 20.0  # that a tracker has to send what it still holds
-IS_AVAILABLE = {
-    "tensorboard": is_tensorboard_available,
-    "wandb": is_wandb_available,
-    "trackio": is_trackio_available,
-}
 HINTS = {"wandb": "Type: wandb login. Or set WANDB_MODE=offline, or leave --report-to out."}
 
 

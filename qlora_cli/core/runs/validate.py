@@ -1,20 +1,38 @@
-"""Validation of a run's settings, before any file is read."""
+"""Validation of settings that needs no file and no library: said before anything is imported, and again where they are used."""
 
+import importlib.util
 import os
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
 
-from qlora_cli.config import TrainConfig
-from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.planning.run_plan import may_be_sharded
-from qlora_cli.core.runs.tracking import IS_AVAILABLE
+from qlora_cli.config import GenerateConfig, PrepareConfig, TrainConfig
 from qlora_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from qlora_cli.core.distributed.process_group import ProcessGroup
 
-def check_settings(config: TrainConfig) -> None:
-    """Checks what needs no file.
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # of a tracker, where its name is not the only one
+
+
+@singledispatch
+def check(config: Any) -> None:
+    """Checks what one setting says of another.
 
     Raises:
         UsageError: A setting is missing, needs another one, or a package that is not installed.
     """
+
+
+@check.register
+def _check_prepare(config: PrepareConfig) -> None:
+    if config.model is None:
+        raise UsageError("No model was given, so there is no tokenizer.", "Add: --model ORG/NAME (or a directory).")
+    if not config.data:
+        raise UsageError("No data was given.", "Add: --data FILE (or a folder, a glob, or a hub dataset).")
+
+
+@check.register
+def _check_train(config: TrainConfig) -> None:
     if config.model is None:
         raise UsageError("No base model was named.", "Add --model with a hub id or a directory.")
     if (config.data is None) == (config.prepared is None):
@@ -27,18 +45,28 @@ def check_settings(config: TrainConfig) -> None:
                 f"--{name.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
             )
     tracker = config.report_to
-    if tracker and not IS_AVAILABLE[tracker]():
+    if tracker and not any(map(importlib.util.find_spec, PACKAGES.get(tracker, (tracker,)))):
         raise UsageError(
             f"--report-to {tracker} needs a package that is not installed.", f"Type: pip install {tracker}"
         )
 
 
-def check_ranks(config: TrainConfig, ranks: ProcessGroup) -> None:
+@check.register
+def _check_generate(config: GenerateConfig) -> None:
+    if config.model is None and config.adapter is None:
+        raise UsageError("generate needs a model.", "Add --adapter DIR of a run, or --model ID for the bare base.")
+    if (config.input is None) != (config.output is None):
+        raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
+
+
+def check_ranks(config: TrainConfig, ranks: "ProcessGroup") -> None:
     """Checks that the processes started are those asked for.
 
     Raises:
         UsageError: They are not.
     """
+    from qlora_cli.core.planning.run_plan import may_be_sharded
+
     sharded = config.shard or config.shard_offload
     if sharded and ranks.world_size == 1:
         raise UsageError(

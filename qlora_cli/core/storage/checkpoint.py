@@ -12,11 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from typing import TYPE_CHECKING, Any
 
 from qlora_cli.artifacts import sha256_of, write_json
 from qlora_cli.core.storage.disk_space import reporting_disk_full
@@ -26,6 +22,9 @@ from qlora_cli.core.storage.temporaries import discard, remove, sweep
 from qlora_cli.core.storage.verified import VerifiedFolder
 from qlora_cli.errors import CheckpointError, first_line
 from qlora_cli.events import Caution, Report, report_nothing
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -85,8 +84,10 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
     """Writes tensors as safetensors, from any device, with or without shared storage."""
+    from safetensors.torch import save_file  # here, as below: what only looks at checkpoints needs no torch
+
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
@@ -99,7 +100,7 @@ def read_file(source: Checkpoint | Path, name: str) -> bytes:
     return source.read(name) if isinstance(source, Checkpoint) else VerifiedFolder(source).read(name)
 
 
-def read_tensors(source: Checkpoint | Path, name: str | None = None) -> dict[str, torch.Tensor]:
+def read_tensors(source: Checkpoint | Path, name: str | None = None) -> "dict[str, torch.Tensor]":
     """Reads safetensors onto the CPU, into memory of their own: no later change of the file reaches them.
 
     Args:
@@ -108,6 +109,9 @@ def read_tensors(source: Checkpoint | Path, name: str | None = None) -> dict[str
     Raises:
         CheckpointError: The file is not safetensors, or cannot be read.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     if name is None:
         assert isinstance(source, Path)
         source, name = source.parent, source.name

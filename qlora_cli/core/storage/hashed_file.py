@@ -17,14 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from qlora_cli.core.storage.safetensors_file import (
-    LENGTH_BYTES,
-    Header,
-    bytes_of,
-    header_bytes,
-    make_header,
-    parse_header,
-)
+from qlora_cli.core.storage.safetensors_file import bytes_of, make_header
+from qlora_cli.core.storage.safetensors_header import LENGTH_BYTES, Header, header_bytes, parse_header
 from qlora_cli.errors import RunError
 
 PIECE_BYTES = 8 * 2**20  # covered by one digest: what a reading thread has in memory, page-locked for CUDA

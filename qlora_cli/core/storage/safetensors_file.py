@@ -1,153 +1,29 @@
-"""Safetensors files: the one parser and writer of their headers, and tensors read whole or by rows.
+"""Safetensors files: written with the headers made here, and tensors read whole or by rows.
 
 Bytes are read with `preadv` into fresh buffers and never mapped: mapped pages count as resident, and the memory of a
-merge is bounded. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, data).
+merge is bounded.
 """
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora_cli.core.storage import safetensors_header
+from qlora_cli.core.storage.safetensors_header import LENGTH_BYTES, Header, TensorEntry, parse_header, read_header
 from qlora_cli.errors import ModelError
-from qlora_cli.sizes import format_bytes
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-LENGTH_BYTES = 8  # little endian, before the JSON
-HEADER_LIMIT_BYTES = 100 * 2**20  # safetensors refuses longer ones
-PADDING = re.compile(r"__(padding|gap)_\d+")  # names of tensors that only fill space
 AHEAD_BYTES = 64 * 2**20  # the disk reads on while what came is worked on; of itself the system asks for 128 KiB
-DTYPES: dict[str, torch.dtype] = {  # read here
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in safetensors_header.DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 TensorSpec = tuple[str, torch.dtype, Sequence[int]]  # name, dtype and shape of a tensor to be written
-
-
-# ---------------------------------------------------------------- headers
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies in a safetensors file."""
-
-    name: str
-    dtype_name: str  # as safetensors calls it
-    shape: tuple[int, ...]
-    start: int  # its first byte, counted from the start of the file
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """PyTorch's dtype of the elements.
-
-        Raises:
-            ModelError: It has none whose elements stand one by one.
-        """
-        if self.dtype_name not in DTYPES:
-            raise ModelError(f"{self.name} is stored as {self.dtype_name}, which is not read.", "Use a 16-bit model.")
-        return DTYPES[self.dtype_name]
-
-    @property
-    def elements(self) -> int:
-        """Elements of the tensor."""
-        return prod(self.shape)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.elements * BITS[self.dtype_name] // 8
-
-
-@dataclass(frozen=True)
-class Header:
-    """What stands before the data of a safetensors file."""
-
-    content: bytes  # the file's first ones: the length of the JSON, and the JSON
-    entries: Mapping[str, TensorEntry]  # every tensor that is not padding by its name, in the order of their bytes
-    metadata: Mapping[str, str]  # about the whole file
-    total_bytes: int  # of the whole file
-
-
-def header_bytes(start: bytes, file_bytes: int) -> int:
-    """Bytes of a file's header with its length, from the first 8 of them.
-
-    Raises:
-        ValueError: The header is longer than the file, or than safetensors allows; the reason as a clause.
-    """
-    length = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
-    if file_bytes < length:
-        raise ValueError("its header is longer than the file")
-    if length > LENGTH_BYTES + HEADER_LIMIT_BYTES:
-        raise ValueError(f"its header is longer than {format_bytes(HEADER_LIMIT_BYTES)}")
-    return length
-
-
-def parse_header(content: bytes, file_bytes: int) -> Header:
-    """Reads a header and checks that its tensors fill the file: no gap, no overlap, none past the end.
-
-    Raises:
-        ValueError: The reason as a clause.
-    """
-    try:
-        fields = json.loads(content[LENGTH_BYTES:].decode())
-    except RecursionError:
-        raise ValueError("its header is nested too deep") from None
-    metadata = fields.pop("__metadata__", {}) if isinstance(fields, dict) else None
-    if not isinstance(metadata, dict):
-        raise ValueError("its header is not a JSON object, or its metadata is not one")
-    found = [_parse_entry(name, value, len(content)) for name, value in fields.items()]
-    found.sort(key=lambda entry: (entry.start, entry.total_bytes))
-    end = len(content)
-    for entry in found:
-        if entry.start != end:
-            raise ValueError(f"{entry.name} begins at byte {entry.start:,} and not at {end:,}, behind the one before")
-        end += entry.total_bytes
-    if end != file_bytes:
-        raise ValueError(f"it has {file_bytes:,} bytes where its header says {end:,}")
-    entries = {entry.name: entry for entry in found if not PADDING.fullmatch(entry.name)}
-    return Header(content, entries, metadata, file_bytes)
-
-
-def _parse_entry(name: str, fields: Any, data_start: int) -> TensorEntry:
-    try:
-        dtype, shape, (start, end) = str(fields["dtype"]), tuple(fields["shape"]), fields["data_offsets"]
-    except (TypeError, LookupError, ValueError):
-        raise ValueError(f"{name} lacks a dtype, a shape or two offsets") from None
-    if dtype not in BITS:
-        raise ValueError(f"{name} has the unknown dtype {dtype}")
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-        raise ValueError(f"the shape or the offsets of {name} are not whole numbers")
-    entry = TensorEntry(name, dtype, shape, data_start + start)
-    if end - start != entry.total_bytes:
-        raise ValueError(f"{name} has {end - start:,} bytes where its shape needs {entry.total_bytes:,}")
-    return entry
 
 
 def make_header(
@@ -175,9 +51,6 @@ def make_header(
     return parse_header(content, len(content) + end)
 
 
-# ---------------------------------------------------------------- files
-
-
 class TensorFile:
     """A safetensors file open for reading; safe to read from several threads."""
 
@@ -188,19 +61,7 @@ class TensorFile:
             ModelError: The file cannot be read, is truncated or is not safetensors.
         """
         self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ModelError(
-                f"{path} cannot be read: {error.strerror}.", "Check the file's name and rights."
-            ) from error
-        try:
-            file_bytes = os.fstat(self._descriptor).st_size
-            count = header_bytes(os.pread(self._descriptor, LENGTH_BYTES, 0), file_bytes)
-            self.header = parse_header(os.pread(self._descriptor, count, 0), file_bytes)
-        except (ValueError, OSError) as error:
-            os.close(self._descriptor)
-            raise ModelError(f"{path} is damaged: {error}.", "Remove it, and download or copy it again.") from error
+        self._descriptor, self.header = read_header(path)
         self.entries = self.header.entries
 
     def __enter__(self) -> "TensorFile":

@@ -1,9 +1,8 @@
 """Trainer state: how far a run has come, and all that its next step depends on as the files of a checkpoint."""
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,64 +12,20 @@ from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_json
 from qlora_cli.core.storage.checkpoint import (
     Checkpoint,
     prune,
-    read_file,
     read_tensors,
     write_checkpoint,
     write_tensors,
 )
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import load_optimizer_state, optimizer_state
+from qlora_cli.core.training.progress import STATE, TrainerState, read_state
 from qlora_cli.core.training.rng_state import RandomState
-from qlora_cli.errors import CheckpointError, first_line
+from qlora_cli.errors import CheckpointError
 from qlora_cli.events import CheckpointSaved, Report, report_nothing
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 RANDOM_TENSORS = "random.safetensors"
-STATE = "state.json"
 REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_TENSORS, RANDOM_TENSORS, STATE)
-GROWTH_INTERVAL_STEPS = 2000
-
-
-@dataclass
-class LossScale:
-    """Dynamic loss scaling (https://arxiv.org/abs/1710.03740, section 3.2): as large as float16 bears.
-
-    Only float16 arithmetic needs it. The fields are its whole state.
-    """
-
-    scale: float = 65536.0
-    good_steps: int = 0
-
-    def accept(self) -> None:
-        """A step had finite gradients: after many in a row the scale doubles."""
-        self.good_steps += 1
-        if self.good_steps == GROWTH_INTERVAL_STEPS:
-            self.scale, self.good_steps = min(2 * self.scale, 2.0**24), 0
-
-    def lower(self) -> bool:
-        """A step overflowed: halves the scale, and says whether it could; at 1 the fault lies elsewhere."""
-        self.good_steps = 0
-        if self.scale <= 1:
-            return False
-        self.scale /= 2
-        return True
-
-
-@dataclass
-class TrainerState:
-    """How far a run has come: plain numbers, saved as JSON."""
-
-    step: int = 0  # optimizer steps taken, which is also the position in the data
-    tokens: int = 0  # real tokens seen
-    evaluated_step: int = 0  # of the last evaluation
-    best_loss: float | None = None  # lowest evaluation loss, nats a token
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    stopped_early: bool = False
-    last_loss: float | None = None  # of the last step with finite numbers
-    last_eval_loss: float | None = None
-    micro_batch_limit_tokens: int | None = None  # set when memory ran out
-    loss_scale: LossScale = field(default_factory=LossScale)
 
 
 @dataclass(frozen=True)
@@ -124,36 +79,13 @@ class Checkpointing:
         return CheckpointSaved(checkpoint.step, str(checkpoint.path), sum(checkpoint.files.values()), seconds)
 
 
-def read_trainer_state(source: Checkpoint | Path) -> TrainerState:
-    """How far the run had come, by a checkpoint that verified or a directory.
-
-    Raises:
-        CheckpointError: The file was written by another version.
-    """
-    try:
-        progress = _read_state(source)["progress"]
-        return TrainerState(**{**progress, "loss_scale": LossScale(**progress["loss_scale"])})
-    except (LookupError, TypeError) as error:
-        raise CheckpointError(f"{STATE} was written by another version of qlora ({error}).") from error
-
-
-def _read_state(source: Checkpoint | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_file(source, STATE))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{STATE} cannot be read ({first_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{STATE} was written by another version of qlora.")
-    return content
-
-
 def load_optimizer(source: Checkpoint | Path, optimizer: Optimizer, parameters: TrainableParameters) -> None:
     """Puts the optimizer's state back.
 
     Raises:
         CheckpointError: It is of another optimizer or of other parameters.
     """
-    saved = _read_state(source)["optimizer"]
+    saved = read_state(source)["optimizer"]
     if saved["kind"] != type(optimizer).__name__:
         raise CheckpointError(f"The saved optimizer is {saved['kind']}, not {type(optimizer).__name__}.")
     if saved["layout"] != parameters.layout():

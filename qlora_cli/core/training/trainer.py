@@ -22,6 +22,7 @@ from qlora_cli.core.training.accumulation import Accumulation, ModelReplica, Ste
 from qlora_cli.core.training.evaluation import measure_loss
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import set_learning_rate, step_optimizer
+from qlora_cli.core.training.progress import TrainerState
 from qlora_cli.core.training.reporting import RunReporter
 from qlora_cli.core.training.rng_state import (
     RandomState,
@@ -29,7 +30,7 @@ from qlora_cli.core.training.rng_state import (
     restore_random_state,
     undisturbed_random_state,
 )
-from qlora_cli.core.training.state import Checkpointing, TrainerState
+from qlora_cli.core.training.state import Checkpointing
 from qlora_cli.errors import Interrupted, TrainingError, first_line
 from qlora_cli.events import Caution, EvaluationLogged, Notice, StepLogged
 

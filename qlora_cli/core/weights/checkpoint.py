@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES, TensorEntry, TensorFile, list_weight_files
+from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES, TensorFile, list_weight_files
+from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.core.weights.stored_formats import (
     FOUR_BIT_STATE,
     StoredFormat,

@@ -1,0 +1,83 @@
+"""Sign of life while libraries are imported: the first thing on the screen, before anything heavy is loaded.
+
+On a terminal one line that turns and counts seconds, gone when the libraries are there; in a log a plain line. Neither
+needs rich, whose import alone takes half of the time that a first line may take.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+TURN_SECONDS = 0.12
+ERASE_LINE = "\r\x1b[2K"
+LIBRARIES = {  # of each command; what is first is what tells whether they are here already
+    "prepare": ("transformers", "pyarrow"),
+    "train": ("torch", "transformers", "peft"),
+    "merge": ("torch", "transformers", "peft"),
+    "generate": ("torch", "transformers", "peft"),
+    "inspect": ("torch", "transformers", "peft"),
+}
+
+
+def draws_on(stream: object) -> bool:
+    """Whether a stream is a terminal on which lines may be redrawn."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return bool(getattr(stream, "isatty", bool)()) and not plain
+
+
+class LoadingSign:
+    """Says that libraries are being loaded, until it is stopped.
+
+    Args:
+        libraries: Their names; nothing is said where the first has been imported before.
+        silent: Whether nothing is said at all: another rank does, or --quiet was asked for.
+    """
+
+    def __init__(self, libraries: tuple[str, ...], *, silent: bool = False) -> None:
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stream = sys.stderr
+        if silent or sys.modules.get(libraries[0]) is not None:
+            return
+        text = f"Loading {' and '.join(filter(None, [', '.join(libraries[:-1]), libraries[-1]]))}"
+        if draws_on(self._stream):
+            self._thread = threading.Thread(target=self._turn, args=(text,), name="loading", daemon=True)
+            self._thread.start()
+        else:
+            print(f"{text}.", file=self._stream, flush=True)
+
+    def _turn(self, text: str) -> None:
+        started, turn = time.monotonic(), 0
+        while True:
+            seconds = int(time.monotonic() - started)
+            self._show(f"\r{FRAMES[turn % len(FRAMES)]} {text} …{f' {seconds} s' if seconds else ''}")
+            if self._stopped.wait(TURN_SECONDS):
+                return
+            turn += 1
+
+    def _show(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
+
+    def stop(self) -> None:
+        """Takes the sign off the screen; again is nothing."""
+        if self._thread is not None:
+            self._stopped.set()
+            self._thread.join()
+            self._thread = None
+            self._show(ERASE_LINE)
+
+
+@contextlib.contextmanager
+def loading_sign(libraries: tuple[str, ...] | None, *, silent: bool) -> Iterator[LoadingSign]:
+    """A sign that is stopped at the end at the latest; without libraries it says nothing."""
+    sign = LoadingSign(libraries or ("sys",), silent=silent or not libraries)
+    try:
+        yield sign
+    finally:
+        sign.stop()

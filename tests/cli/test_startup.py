@@ -1,0 +1,94 @@
+"""What each command imports: nothing that it does not need, and nothing at all before a mistake is said."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.hub import PROJECT
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow", "huggingface_hub")
+SCRIPT = """
+import json, sys
+from qlora_cli.cli.app import main
+codes = [main(line) for line in json.loads(sys.argv[1])]
+print("LOADED", json.dumps([codes, [name for name in json.loads(sys.argv[2]) if sys.modules.get(name)]]))
+"""
+
+
+def loaded(lines, cwd) -> tuple[list[int], set[str], str]:
+    """Exit codes of command lines run one after another in a process of their own, what it imported, and its stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(lines), json.dumps(HEAVY)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
+    assert done.returncode == 0, done.stderr
+    codes, names = json.loads(done.stdout.rpartition("LOADED ")[2])
+    return codes, set(names), done.stderr
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory):
+    """A directory with a base, an adapter on it, and rows."""
+    import torch
+    from safetensors.torch import save_file
+
+    place = tmp_path_factory.mktemp("startup")
+    names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" for part in "AB"]
+    (place / "out").mkdir()
+    shapes = {names[0]: (4, 64), names[1]: (64, 4)}
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, place / "out" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "m",
+    }
+    (place / "out" / "adapter_config.json").write_text(json.dumps(config))
+    rows = [{"question": f"What is {a} + {a}?", "answer": f"It is {2 * a}."} for a in range(20)]
+    (place / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def test_prepare_tokenises_without_torch_and_says_at_once_what_is_loaded(adapter, tiny_model):
+    line = ["prepare", "--model", str(tiny_model("llama")), "--data", "sums.jsonl", "--output", "prepared"]
+    codes, names, said = loaded([line], adapter)
+    assert codes == [0]
+    assert not names & {"torch", "peft", "bitsandbytes", "datasets"}
+    assert said.splitlines()[0] == "Loading transformers and pyarrow."
+    codes, names, _ = loaded(
+        [["inspect", "--prepared", "prepared"], ["inspect", "--adapter", "out"], ["inspect"]], adapter
+    )
+    assert codes == [0, 0, 0]
+    assert not names & {"torch", "transformers", "peft", "bitsandbytes", "datasets", "huggingface_hub"}
+
+
+def test_a_row_past_a_table_of_positions_is_refused_without_torch_too(adapter, tiny_model):
+    line = ["prepare", "--model", str(tiny_model("gpt2")), "--data", "sums.jsonl", "--max-length", "513"]
+    codes, names, said = loaded([line], adapter)
+    assert codes == [2] and "torch" not in names
+    assert "past the 512 positions that the model has" in said
+
+
+def test_mistakes_are_said_before_anything_is_imported(tmp_path):
+    lines = [
+        ["train", "--rank", "0"],
+        ["train", "--model", "m"],
+        ["train", "--model", "m", "--data", "d", "--keep-best"],
+        ["train", "--model", "m", "--data", "d", "--report-to", "trackio"],
+        ["prepare", "--model", "m"],
+        ["generate", "hello"],
+        ["generate", "hello", "--model", "m", "--temperature", "-1"],
+        ["merge", "--max-kl", "-1"],
+        ["inspect", "--model", "m", "--vram", "12"],
+    ]
+    codes, names, said = loaded(lines, tmp_path)
+    assert codes == [2] * len(lines)
+    assert not names
+    assert "Loading" not in said
