@@ -9,12 +9,34 @@ from typing import Any
 import yaml
 
 from qlora_cli.errors import UsageError, first_line
+from qlora_cli.peer_names import UNNEEDED, suggest_setting
+from qlora_cli.ranges import Numbers
 from qlora_cli.settings import fault_of, recorded_fields, type_of
 
 # What a setting's type is called in an error.
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
+EXAMPLES = {bool: "Write true or false.", int: "Write digits alone, as 16.", float: "Write a number, as 2e-4."}
+EXAMPLES[str] = "Write one word or a text in quotes."
+LIST_EXAMPLE = "Write [a, b], or a, b."
+
 MOST_BYTES = 2**20
+RECIPES = Path(__file__).parent / "recipes"  # settings of tutorials, by name; examples/ links to them
+
+
+def list_recipes() -> dict[str, Path]:
+    """Packaged settings files by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def describe_recipe(path: Path) -> str:
+    """What a recipe says of itself in its first line."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+
+
+def find_config_file(path: Path) -> Path:
+    """A file as it is named, else the recipe of that name."""
+    return list_recipes().get(str(path).removesuffix(".yaml"), path) if not path.exists() else path
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -39,11 +61,20 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         UsageError: No such file, no YAML mapping, an unknown setting, or a value of the wrong type.
     """
     try:
+        path = find_config_file(path)
         if path.stat().st_size > MOST_BYTES:
             raise UsageError(f"{path} has {path.stat().st_size:,} bytes, and holds no settings.", "Check --config.")
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except FileNotFoundError:
-        raise UsageError(f"There is no configuration file {path}.", "Check --config.") from None
+        name = path.name.removesuffix(".yaml")
+        close = [recipe for recipe in list_recipes() if name in recipe]
+        close = close or difflib.get_close_matches(name, list_recipes(), 1)
+        hint = (
+            f"Did you mean the recipe {close[0]}?"
+            if close
+            else "Check --config, or choose one of: qlora train --list-recipes"
+        )
+        raise UsageError(f"There is no configuration file {path}.", hint) from None
     except RecursionError:
         raise UsageError(
             f"{path} is nested too deeply to hold settings.", "Write one `setting: value` a line."
@@ -51,13 +82,19 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', first_line(error))}.") from error
+        raise UsageError(
+            f"{path}{line} is not YAML: {getattr(error, 'problem', first_line(error))}.",
+            "Write one `setting: value` a line; text with a colon or a # in it stands in quotes.",
+        ) from error
     except (OSError, ValueError) as error:  # bytes that are no text, digits without end
-        raise UsageError(f"{path} cannot be read: {error}.") from error
+        raise UsageError(f"{path} cannot be read: {error}.", "Give --config a YAML file of settings.") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds a {type(content).__name__}, not `setting: value` lines.")
+        raise UsageError(
+            f"{path} holds a {type(content).__name__}, not `setting: value` lines.",
+            "Write one `setting: value` a line.",
+        )
     known = recorded_fields(config_type)
     former_names = {known[name].metadata["former_name"]: name for name in known}
     settings = {}
@@ -65,9 +102,10 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = former_names.get(name, name)
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
+            near = suggest_setting(name, known)
             command = config_type.__name__.removesuffix("Config").lower()
-            hint = f"Did you mean {close[0]}?" if close else f"See: qlora {command} --help"
+            unneeded = UNNEEDED.get(name.replace("_", "-"))
+            hint = unneeded or (f"Did you mean {near}?" if near else f"See: qlora {command} --help")
             raise UsageError(f"{path}: unknown setting {key}.", hint)
         settings[name] = _typed(path, known[name], value)
         if fault := fault_of(known[name], settings[name]):
@@ -101,7 +139,10 @@ def _typed(path: Path, field: Field, value: Any) -> Any:
             parts = [value] if field.metadata["repeated"] else value.split(",")  # items of the former may hold commas
         if isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts):
             return tuple(part.strip() for part in parts)
-    raise UsageError(f"{path}: {field.name} should be {NAMES.get(kind, 'a list of words')}, found {repr(value)[:80]}.")
+    wanted = NAMES.get(kind, "a list of words")
+    raise UsageError(
+        f"{path}: {field.name} should be {wanted}, found {repr(value)[:80]}.", EXAMPLES.get(kind, LIST_EXAMPLE)
+    )
 
 
 def write_config_file(config: Any, path: Path) -> None:
@@ -112,3 +153,34 @@ def write_config_file(config: Any, path: Path) -> None:
         for name in recorded_fields(type(config))
     }
     path.write_text(yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def schema_of(config_type: type) -> dict[str, Any]:
+    """JSON Schema (https://json-schema.org, 2020-12) of a settings file, for editors that check and complete YAML."""
+    names = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    properties: dict[str, Any] = {}
+    for name, field in recorded_fields(config_type).items():
+        kind, optional = type_of(field)
+        of_kind: dict[str, Any] = (
+            {"type": names[kind]}
+            if kind in names
+            else {
+                "type": ["array", "string"],
+                "items": {"type": "string"},
+            }
+        )
+        if field.metadata["choices"]:
+            of_kind["enum"] = list(field.metadata["choices"])
+        allowed = field.metadata["range"]
+        if isinstance(allowed, Numbers):
+            of_kind["exclusiveMinimum" if allowed.open_low else "minimum"] = allowed.low
+            of_kind["exclusiveMaximum" if allowed.open_high else "maximum"] = allowed.high
+        content = {"anyOf": [of_kind, {"type": "null"}]} if optional else of_kind
+        properties[name] = {"description": field.metadata["help"], **content, "default": field.default}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"Settings of qlora {config_type.__name__.removesuffix('Config').lower()}",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -16,14 +17,24 @@ import typer
 
 from qlora_cli import __version__
 from qlora_cli.artifacts import find_run_record, is_run
-from qlora_cli.cli.options import CONTEXT, PanelledCommand, QuickGroup, overrides, parameter, signature_of
-from qlora_cli.cli.streams import UnwrittenOutput, open_standard_descriptors, tolerant_streams
+from qlora_cli.cli.options import (
+    CONTEXT,
+    PanelledCommand,
+    QuickGroup,
+    explain_mistake,
+    overrides,
+    parameter,
+    signature_of,
+    variables_in_use,
+)
+from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descriptors, tolerant_streams
 from qlora_cli.cli.visible import visible
 from qlora_cli.cli.waiting import LIBRARIES, LoadingSign, loading_sign
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.core.runs.validate import check
 from qlora_cli.core.torchless import leave_torch_out
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
+from qlora_cli.events import Notice
 from qlora_cli.interrupts import SENTENCE, Terminated, loading, take_signal, working
 
 if TYPE_CHECKING:
@@ -73,33 +84,43 @@ class Call:
         self.sign.stop()
         return module
 
+    def run(self, body: "Callable[[Call], Any]") -> Any:
+        """The result of a command, shown."""
+        result = body(self)
+        self.sign.stop()
+        self.console.show_result(result)
+        return result
 
-def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], Any]], None]:
-    """Registers a function under its own name as a command with the options of `config_type`; its result is shown."""
 
-    def register(body: Callable[[Call], Any]) -> None:
+def command(
+    config_type: type, *arguments: Any, before: Callable[..., None] | None = None, **always: Any
+) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
+    """Registers a function under its own name as a command with the options of `config_type`; its result is shown.
+
+    Args:
+        config_type: One of the dataclasses of `config.py`.
+        arguments: Positional ones.
+        before: Checks settings and positional arguments before anything is imported that takes time; by default `check`.
+        always: Settings that the command has whatever is typed.
+    """
+
+    def register(body: Callable[[Call], Any]) -> Callable[[Call], Any]:
         def run(**values: Any) -> None:
-            given = overrides(values[CONTEXT], config_type, values)
-            with ExitStack() as stack:
-                stack.enter_context(working())
-                config = config_type(**{**settings_of_file(values["config_file"], config_type), **given})
-                check(config)  # before anything is imported that takes time
-                silent = os.environ.get("RANK", "0") != "0"
-                sign = stack.enter_context(loading_sign(libraries_of(config), silent=silent))
-                from qlora_cli.cli.console import Console
-                from qlora_cli.cli.quiet import quiet_libraries
+            if values["print_schema"] or values.get("list_recipes"):
+                from qlora_cli.cli.listings import print_listing
 
-                console = Console(as_json=values["as_json"], before=sign.stop)  # with the streams as they are
-                stack.enter_context(contextlib.nullcontext() if values["debug"] else quiet_libraries())
-                stack.enter_context(console)
-                positional = {argument.name: values[argument.name] for argument in arguments}
-                call = Call(config, console, positional, values[CONTEXT].obj, sign)
-                try:
-                    result = body(call)
-                except (KeyboardInterrupt, Terminated, OSError) as error:
-                    raise _as_failure(error) from error  # Typer would end without a word
-                sign.stop()
-                console.show_result(result)
+                print_listing(config_type, schema=values["print_schema"])
+                return
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(working())
+                    given = overrides(values[CONTEXT], config_type, values) | always
+                    config = config_type(**{**settings_of_file(values["config_file"], config_type), **given})
+                    positional = {argument.name: values[argument.name] for argument in arguments}
+                    (before or check)(config, **positional)
+                    result = begin(stack, config, positional, values).run(body)
+            except (KeyboardInterrupt, Terminated, OSError) as error:
+                raise _as_failure(error) from error  # Typer would end without a word
             if result is not None and result.get("fits") is False:
                 raise typer.Exit(DoesNotFit.exit_code)
 
@@ -107,8 +128,27 @@ def command(config_type: type, *arguments: Any) -> Callable[[Callable[[Call], An
         run.__signature__ = signature  # type: ignore[attr-defined]
         run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         app.command(body.__name__, help=body.__doc__, cls=PanelledCommand)(run)
+        return body
 
     return register
+
+
+def begin(stack: ExitStack, config: Any, positional: dict[str, Any], values: dict[str, Any]) -> Call:
+    """A call with its sign, log and console, open as long as the stack."""
+    silent = os.environ.get("RANK", "0") != "0" or values["quiet"]
+    log = stack.enter_context(open_log(values["log_file"]))
+    sign = stack.enter_context(loading_sign(libraries_of(config), silent=silent))
+    with loading():
+        from qlora_cli.cli.console import Console
+        from qlora_cli.cli.quiet import quiet_libraries
+    console = Console(
+        as_json=values["as_json"], quiet=values["quiet"], log=log, before=sign.stop
+    )  # its streams are those here
+    stack.enter_context(contextlib.nullcontext() if values["debug"] else quiet_libraries())
+    stack.enter_context(console)
+    if used := variables_in_use(values[CONTEXT], type(config)):
+        console.report(Notice(f"From the environment: {', '.join(f'{n}={os.environ[n]}' for n in used)}."))
+    return Call(config, console, positional, values[CONTEXT].obj, sign)
 
 
 def settings_of_file(path: Path | None, config_type: type) -> dict[str, Any]:
@@ -176,17 +216,26 @@ PROMPT = parameter(
 )
 
 
-@command(GenerateConfig, PROMPT)
-def generate(call: Call) -> Any:
-    """Answer a prompt, a file of prompts, or hold a conversation."""
-    prompt = call.arguments["prompt"]
-    sources = [prompt is not None, call.config.input is not None, call.config.chat]
+def check_prompt(config: GenerateConfig, prompt: str | None = None) -> None:
+    """Checks that there is a model, and one source of questions.
+
+    Raises:
+        UsageError: There is not.
+    """
+    check(config)
+    sources = [prompt is not None, config.input is not None, config.chat]
     if sum(sources) != 1:
         found = "more than one" if any(sources) else "none"
         raise UsageError(
             f"generate takes one of PROMPT, --input FILE and --chat; {found} was given.",
             'Type: qlora generate --adapter out "Your question"',
         )
+
+
+@command(GenerateConfig, PROMPT, before=check_prompt)
+def generate(call: Call) -> Any:
+    """Answer a prompt, a file of prompts, or hold a conversation."""
+    prompt = call.arguments.get("prompt")
     model, revision = call.config.model, call.config.model_revision
     if model is None and call.config.adapter is not None:
         recorded = find_run_record(Path(call.config.adapter)).get("base") or {}
@@ -200,6 +249,12 @@ def generate(call: Call) -> Any:
         prompts = [] if prompt is None else [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt]
         result = generation.generate(call.config, prompts, call.console.report)
     return result.to_dict() if call.console.as_json and result is not None else None
+
+
+@command(GenerateConfig, chat=True)
+def chat(call: Call) -> Any:
+    """Hold a conversation: generate --chat."""
+    return generate(call)
 
 
 @command(InspectConfig)
@@ -262,7 +317,10 @@ def _as_failure(error: BaseException) -> QloraError:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         message = error.format_message().replace("Value error, ", "")  # as pydantic, inside Typer, begins some
-        return UsageError(message, f"See: {context.command_path if context else 'qlora'} --help")
+        message = re.sub(r" (\(Possible options: .*\)|Did you mean .*)$", "", message)
+        names = [info.name for info in app.registered_commands if info.name]
+        hint = explain_mistake(error, names) or f"See: {context.command_path if context else 'qlora'} --help"
+        return UsageError(message, hint)
     from qlora_cli.core.storage.disk_space import describe_refusal
 
     if (refusal := describe_refusal(error)) is not None:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.text import Text
@@ -16,7 +16,7 @@ from qlora_cli.cli.results import draw_result, draw_row
 from qlora_cli.cli.streams import UnwrittenOutput
 from qlora_cli.cli.visible import CONTROLS, visible, visible_event
 from qlora_cli.errors import QloraError, RankLost
-from qlora_cli.events import Event, RowShown, TextGenerated
+from qlora_cli.events import Caution, Event, RowShown, TextGenerated
 
 
 def has_live_view() -> bool:
@@ -30,11 +30,22 @@ class Console:
 
     Args:
         as_json: Whether the result is printed as JSON, and nothing else goes to stdout.
+        quiet: Whether of all that is reported warnings alone are drawn.
+        log: Also gets all that is reported, a line each.
         before: Called before anything is drawn, as to take a sign off the screen.
     """
 
-    def __init__(self, *, as_json: bool, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        *,
+        as_json: bool,
+        quiet: bool = False,
+        log: TextIO | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         self.as_json = as_json
+        self.quiet = quiet
+        self._log = LineView(log) if log is not None else None
         self._before = before
         self.silent = os.environ.get("RANK", "0") != "0"  # of several ranks the first one writes
         self._stdout = sys.stdout
@@ -53,7 +64,11 @@ class Console:
             return
         self._before()
         event = visible_event(event)
+        if self._log is not None:
+            self._log.show(event)
         match event:
+            case _ if self.quiet and not isinstance(event, Caution | TextGenerated | RowShown):
+                return
             case TextGenerated(text, final):
                 if not self.as_json:
                     self._view.close()
@@ -80,7 +95,7 @@ class Console:
         elif result is not None:
             draw_result(RichConsole(file=self._stdout, highlight=False), visible(result))
         reported = () if self.as_json or not isinstance(result, dict) else result.get("next", ())
-        for command in (*reported, *self._next):
+        for command in () if self.quiet else (*reported, *self._next):
             print(f"→ {visible(command)}", file=sys.stderr)
 
     def read_line(self, prompt: str) -> str:

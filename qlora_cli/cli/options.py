@@ -3,8 +3,13 @@
 Nothing is restated here: name, type, default, help, panel and choices all come from `config.py`.
 """
 
+import difflib
+import glob
 import inspect
+import os
+import re
 import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -14,6 +19,9 @@ import typer
 from typer._coercion import build_runtime_param
 from typer.core import TyperCommand, TyperGroup
 
+from qlora_cli.artifacts import is_prepared, is_run
+from qlora_cli.errors import UsageError
+from qlora_cli.peer_names import COMMANDS, PEERS, UNNEEDED, VALUES, suggest_setting
 from qlora_cli.setting_groups import PANELS
 from qlora_cli.settings import flag_of, type_of
 
@@ -22,9 +30,66 @@ KINDS = (bool, int, float, str, list, Path)
 CONTEXT = "context"  # name of the parameter through which Typer hands over its context
 
 
+SHORT = {
+    "model": ("-m",),
+    "data": ("-d",),
+    "output": ("-o",),
+    "adapter": ("-a",),
+    "config_file": ("-c",),
+    "quiet": ("-q",),
+}
+
+
+def variable_of(name: str) -> str:
+    """The variable of the environment that stands for a setting: QLORA_LEARNING_RATE."""
+    return f"QLORA_{name.upper()}"
+
+
+def variables_in_use(context: Any, config_type: type) -> list[str]:
+    """Variables of the environment that this invocation took settings from."""
+    sources = {field.name: context.get_parameter_source(field.name) for field in fields(config_type)}
+    return [
+        variable_of(name) for name, source in sources.items() if source is not None and source.name == "ENVIRONMENT"
+    ]
+
+
+def _complete_config(incomplete: str) -> list[str]:
+    from qlora_cli.config_file import list_recipes  # yaml
+
+    return [*(name for name in list_recipes() if name.startswith(incomplete)), *_complete_path(incomplete, Path.exists)]
+
+
+def _complete_path(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
+    return sorted(str(path) for path in Path().glob(f"{glob.escape(incomplete)}*") if wanted(path))
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
+    cached = [path.name.removeprefix("models--").replace("--", "/") for path in hub.expanduser().glob("models--*")]
+    found = [name for name in sorted(cached) if name.startswith(incomplete)]
+    return [*found, *_complete_path(incomplete, lambda path: (path / "config.json").is_file())]
+
+
+# What a shell offers for a value, beside the words of a choice.
+COMPLETIONS: dict[str, Callable[[str], list[str]]] = {
+    "config_file": _complete_config,
+    "model": _complete_model,
+    "adapter": lambda incomplete: _complete_path(incomplete, is_run),
+    "prepared": lambda incomplete: _complete_path(incomplete, is_prepared),
+    "data": lambda incomplete: _complete_path(incomplete, Path.exists),
+}
+
+
 def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
     """One parameter of a command's signature."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+RECIPES_FLAG = parameter(
+    "list_recipes",
+    Annotated[bool, typer.Option("--list-recipes", help="List the recipes for --config.", rich_help_panel=THIS_CALL)],
+    False,
+)
 
 
 def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = ()) -> inspect.Signature:
@@ -47,15 +112,30 @@ def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = (
             parameter(CONTEXT, typer.Context),
             *arguments,
             *(_option(field) for field in ordered),
-            _extra("config_file", Path | None, None, "--config", "YAML file of settings; flags override it."),
+            _extra(
+                "config_file",
+                Path | None,
+                None,
+                "--config",
+                "YAML file of settings, or a recipe's name; flags override it.",
+            ),
             _extra("as_json", bool, False, "--json", "Print the result as one JSON object on stdout."),
+            _extra("quiet", bool, False, "--quiet", "Warnings, errors and results alone."),
+            _extra(
+                "log_file", Path | None, None, "--log-file", "Append all that is reported to this file, with the time."
+            ),
             _extra("debug", bool, False, "--debug", "Show tracebacks, and what the libraries say."),
+            *([RECIPES_FLAG] if "learning_rate" in {field.name for field in fields(config_type)} else []),
+            _extra("print_schema", bool, False, "--print-schema", "Print a JSON schema of --config, for editors."),
         ]
     )
 
 
 def _extra(name: str, kind: Any, default: Any, flag: str, help: str) -> inspect.Parameter:
-    return parameter(name, Annotated[kind, typer.Option(flag, help=help, rich_help_panel=THIS_CALL)], default)
+    option = typer.Option(
+        flag, *SHORT.get(name, ()), help=help, rich_help_panel=THIS_CALL, autocompletion=COMPLETIONS.get(name)
+    )
+    return parameter(name, Annotated[kind, option], default)
 
 
 def _option(field: Field) -> inspect.Parameter:
@@ -72,7 +152,11 @@ def _option(field: Field) -> inspect.Parameter:
     former_name = field.metadata["former_name"]
     option = typer.Option(
         flag_of(field),
+        *SHORT.get(field.name, ()),
         *([f"--{former_name}"] if former_name else []),
+        envvar=variable_of(field.name),
+        show_envvar=False,
+        autocompletion=COMPLETIONS.get(field.name),
         help=help,
         rich_help_panel=field.metadata["panel"],
         show_default=field.default is not None,
@@ -84,12 +168,13 @@ def _option(field: Field) -> inspect.Parameter:
 def overrides(context: typer.Context, config_type: type, values: dict[str, Any]) -> dict[str, Any]:
     """The settings that stand on the command line, as the dataclass takes them.
 
-    A default that Typer filled in is left out, so that a `--config` file is not overridden by it.
+    A variable of the environment, QLORA_RANK for --rank, counts as typed, and a flag overrides it. A default that Typer
+    filled in is left out, so that a `--config` file is not overridden by it.
     """
     found = {}
     for field in fields(config_type):
         source = context.get_parameter_source(field.name)
-        if source is None or source.name != "COMMANDLINE":
+        if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
             continue
         value = values[field.name]
         if get_origin(type_of(field)[0]) is tuple:
@@ -117,15 +202,22 @@ class Coercion:
         """The value; None and defaults stay what they are.
 
         Raises:
-            BadParameter: It is none.
+            UsageError: It is none.
         """
         if not isinstance(value, str):
             return value
         if self.choices:
             if value not in self.choices:
+                meant = [VALUES.get(value.lower()), *difflib.get_close_matches(value.lower(), self.choices, 1)]
+                close = next((word for word in meant if word in self.choices), None)
                 words = ", ".join(map(repr, self.choices))
-                raise typer.BadParameter(f"{value!r} is not one of {words}.", ctx=ctx, param=param)
+                raise UsageError(
+                    f"Invalid value for '{param.opts[0]}': {value!r} is not one of {words}.",
+                    f"Did you mean: {param.opts[0]} {close}" if close else f"Choose one of: {', '.join(self.choices)}.",
+                )
             return value
+        if self.kind is bool:
+            return value.strip().lower() in ("1", "true", "yes", "on")  # of the environment
         if self.other is not None:
             return build_runtime_param(self.other).coerce(value, param=param, ctx=ctx)
         if self.kind in (int, float):
@@ -133,7 +225,11 @@ class Coercion:
                 return self.kind(value)
             except ValueError:
                 wanted = "a whole number" if self.kind is int else "a number"
-                raise typer.BadParameter(f"{value!r} is not {wanted}.", ctx=ctx, param=param) from None
+                example = "as 16" if self.kind is int else "as 2e-4"
+                raise UsageError(
+                    f"Invalid value for '{param.opts[0]}': {value!r} is not {wanted}.",
+                    f"Write {wanted}, {example}: {param.opts[0]} {'16' if self.kind is int else '2e-4'}",
+                ) from None
         return Path(value) if self.kind is Path else value
 
 
@@ -145,6 +241,38 @@ def coercion_of(descriptor: Any) -> Coercion:
     if get_origin(kind) is Literal:
         return Coercion(str, get_args(kind))
     return Coercion(get_origin(kind) or kind, other=None if (get_origin(kind) or kind) in KINDS else descriptor)
+
+
+def explain_mistake(error: Any, names: Iterable[str]) -> str | None:
+    """What to type instead of an option or a command that there is not; None where nothing is known of it.
+
+    Args:
+        error: Of Typer.
+        names: Commands there are.
+    """
+    context = getattr(error, "ctx", None)
+    if (option := getattr(error, "option_name", None)) is not None and context is not None:
+        by_name = {param.name: param for param in context.command.params if getattr(param, "opts", None)}
+        dashed = option.strip("-").lower()
+        found = suggest_setting(option, by_name)
+        is_named = found is not None and found in PEERS.get(dashed.replace("_", "-"), ())
+        if dashed in UNNEEDED and not is_named:
+            return UNNEEDED[dashed]
+        commands = getattr(getattr(context.parent, "command", None), "commands", {})
+        elsewhere = {name: {flag for p in command.params for flag in p.opts} for name, command in commands.items()}
+        if not is_named and (owner := next((name for name, flags in elsewhere.items() if option in flags), None)):
+            return f"{option} is a setting of: qlora {owner}"
+        if found is not None:
+            return f"Did you mean: {by_name[found].opts[0]}"
+        meant = {f"--{setting.replace('_', '-')}" for setting in PEERS.get(dashed, ())}
+        other = next((name for name, flags in elsewhere.items() if meant & flags), None)
+        return f"That is a setting of another command; see: qlora {other} --help" if other else None
+    typed = re.search(r"No such command '([^']*)'", str(getattr(error, "message", "")))
+    if typed is None:
+        return None
+    word = typed[1].lower()
+    close = difflib.get_close_matches(word, [*names], 1)
+    return f"Type: {COMMANDS[word]}" if word in COMMANDS else f"Type: qlora {close[0]}" if close else None
 
 
 def coerce_by_ourselves(command: Any) -> None:

@@ -13,9 +13,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import TextIO
+from pathlib import Path
+from typing import TextIO, cast
 
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import QloraError, UsageError
 
 FULL_PIPE_SECONDS = 0.2  # that one write waits for the reader of a pipe that does not block
 RETRY_SECONDS = 5.0  # between attempts once several have failed: a disk that has room again is written to again
@@ -152,3 +153,49 @@ def _tolerant(stream: TextIO, *, by_line: bool) -> TolerantStream | None:
         return TolerantStream(stream, by_line=by_line)
     except (OSError, ValueError, AttributeError):
         return None
+
+
+class TimedLog(io.TextIOBase):
+    """Lines appended to a file, each with the time; a full disk ends no work.
+
+    Args:
+        path: Of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._stream = path.open("a", encoding="utf-8", errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Writes a line, or a part of one."""
+        with contextlib.suppress(OSError):
+            self._stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}" if text.strip() else text)
+            self._stream.flush()
+        return len(text)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def open_log(path: Path | None) -> Iterator[TextIO | None]:
+    """The file of --log-file, open for appending; None without one.
+
+    Raises:
+        UsageError: It cannot be opened.
+    """
+    if path is None:
+        yield None
+        return
+    try:
+        log = TimedLog(path.expanduser())
+    except OSError as error:
+        raise UsageError(
+            f"The log file {path} cannot be opened: {error.strerror}.",
+            "Give --log-file a file in a directory that is there.",
+        ) from error
+    with contextlib.closing(log):
+        yield cast(TextIO, log)

@@ -49,9 +49,9 @@ for name in "loading terminated_loading working terminated hung_up group_and_pas
         command = globals()[name]
         if "loading" in name: command()
         sys.modules["qlora_cli.commands.prepare"] = types.SimpleNamespace(prepare=command)
-        os._exit(app.main(["prepare", "--model", "m"]))
+        os._exit(app.main(["prepare", "--model", "m", "--data", "d"]))
     os.close(writing)
-    said = os.fdopen(reading).read()
+    said = os.fdopen(reading).read().removeprefix("Loading transformers and pyarrow.\\n")
     print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.splitlines(), sep="|")
 """
 

@@ -8,8 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.events import Caution, Notice
 from qlora_cli.ranges import Memory, Words
 from qlora_cli.settings import flag_of, type_of
+from tests.cli.conftest import Answer
 
 
 def test_no_flags_give_the_defaults(config_of):
@@ -57,6 +59,34 @@ def test_a_flag_that_repeats_the_default_still_overrides_the_settings_file(confi
     settings_file = tmp_path / "run.yaml"
     settings_file.write_text("rank: 8\n")
     assert config_of(["train", "--config", settings_file, "--rank", "16"]) == TrainConfig()
+
+
+def test_short_flags_and_variables_of_the_environment_are_settings(config_of, monkeypatch, tmp_path, capsys):
+    settings_file = tmp_path / "run.yaml"
+    settings_file.write_text("rank: 8\nalpha: 64\nseed: 1\n")
+    monkeypatch.setenv("QLORA_RANK", "4")
+    monkeypatch.setenv("QLORA_PACKING", "true")
+    monkeypatch.setenv("QLORA_SEED", "5")
+    made = config_of(["train", "-m", "m", "-d", "a", "-d", "b", "-o", "o", "-c", settings_file, "--seed", "7"])
+    assert made == TrainConfig(model="m", data=("a", "b"), output="o", rank=4, alpha=64.0, seed=7, packing=True)
+    assert "From the environment: QLORA_PACKING=true, QLORA_RANK=4." in capsys.readouterr().err
+
+
+def test_a_recipe_goes_by_its_name(config_of):
+    assert config_of(["train", "-c", "pythia-410m-lamini-docs"]).model == "EleutherAI/pythia-410m"
+
+
+def test_quiet_leaves_warnings_and_the_log_has_all(run_with, capsys, tmp_path):
+    def command(config, report):
+        report(Notice("a fact"))
+        report(Caution("a worry"))
+        return Answer({"steps": 3})
+
+    log = tmp_path / "run.log"
+    assert run_with(["train", "-q", "--log-file", log], command) == 0
+    out, err = capsys.readouterr()
+    assert "steps" in out and err == "warning: a worry\n"
+    assert [line.split(" ", 2)[2] for line in log.read_text().splitlines()] == ["a fact", "warning: a worry"]
 
 
 def _typed(field, value) -> list[str]:
@@ -114,7 +144,7 @@ def test_any_settings_survive_the_command_line(config_of, values):
         (["train", "--rank", "x"], "'--rank'"),
         (["train", "--quant-type", "int8"], "'int8' is not one of 'nf4', 'fp4'"),
         (["train", "--rnak", "8"], "--rnak"),
-        (["trian"], "Did you mean 'train'?"),
+        (["trian"], "Type: qlora train"),
         (["train", "--rank"], "--rank"),
         (["generate", "--model", "m"], "PROMPT"),
         (["generate", "hello"], "--adapter DIR"),

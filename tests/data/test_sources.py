@@ -222,9 +222,11 @@ def test_online_only_the_files_of_the_split_are_downloaded(monkeypatch, tmp_path
     """The hub is played by a folder; what is asked of it is the point."""
     from types import SimpleNamespace
 
+    import datasets
+
     asked = []
     remote = {"train": ["hf://datasets/org/set@abc/data/train.jsonl"], "test": ["hf://datasets/org/set@abc/t.jsonl"]}
-    real = sources.datasets.load_dataset_builder
+    real = datasets.load_dataset_builder
 
     def builder(path, *arguments, **keywords):
         if path == "org/set":
@@ -237,7 +239,7 @@ def test_online_only_the_files_of_the_split_are_downloaded(monkeypatch, tmp_path
         return tmp_path
 
     monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources.datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     monkeypatch.setattr(sources, "download_snapshot", download)
     assert texts(resolve("org/set", revision="v1")) == ["a"]
     assert asked == [("org/set", "v1", ["README.md", "data/train.jsonl"], "dataset")]

@@ -1,0 +1,119 @@
+"""Typical mistakes of those who come from another tool or type in haste, each with the line that they get."""
+
+import json
+import shlex
+
+import pytest
+
+from qlora_cli.cli.app import main
+from qlora_cli.peer_names import COMMANDS, PEERS
+from qlora_cli.settings import flag_of
+
+# What is typed → what is wrong, and what to type next.
+MISTAKES = {
+    "train --lr 1e-4": ("No such option: --lr", "--learning-rate"),
+    "train --lora-r 8": ("No such option: --lora-r", "--rank"),
+    "train --lora_alpha 8": ("No such option: --lora_alpha", "--alpha"),
+    "train --bs 4": ("No such option: --bs", "--batch-size"),
+    "train --per-device-train-batch-size 4": ("No such option", "--batch-size"),
+    "train --epoch 3": ("No such option: --epoch", "--epochs"),
+    "train --num_train_epochs 3": ("No such option: --num_train_epochs", "--epochs"),
+    "train --model-name-or-path m": ("No such option", "--model"),
+    "train --dataset d": ("No such option: --dataset", "--data"),
+    "train --output-dir o": ("No such option: --output-dir", "--output"),
+    "train --max-seq-length 512": ("No such option", "--max-length"),
+    "train --optim adamw": ("No such option: --optim", "--optimizer"),
+    "train --save-steps 10": ("No such option: --save-steps", "--save-every"),
+    "train --val-size 0.1": ("No such option: --val-size", "--eval-fraction"),
+    "train --resume-from-checkpoint c": ("No such option", "--resume"),
+    "train --rnak 8": ("No such option: --rnak", "--rank"),
+    "train --load-in-4bit": ("No such option", "The base is always held in 4 bits: leave it out."),
+    "train --use-flash-attention-2": ("No such option", "Fast attention is on by itself"),
+    "train --temperature 1": ("No such option", "--temperature is a setting of: qlora generate"),
+    "train --push-to-hub": ("No such option", "qlora merge --help"),
+    "train --rank x": ("'x' is not a whole number", "--rank 16"),
+    "train --rank 1.5": ("'1.5' is not a whole number", "--rank 16"),
+    "train --rank 0": ("--rank is 0.", "Use 1 to 8,192."),
+    "train --learning-rate fast": ("'fast' is not a number", "2e-4"),
+    "train --dropout 1": ("--dropout is 1.0.", "below 1"),
+    "train --compute-dtype bf16": ("'bf16' is not one of", "--compute-dtype bfloat16"),
+    "train --optimizer adamw_torch": ("'adamw_torch' is not one of", "--optimizer adamw"),
+    "train --quant-type int8": ("'int8' is not one of", "--quant-type nf4"),
+    "train --format alpaca": ("'alpaca' is not one of", "--format prompt"),
+    "train --vram 12": ("--vram is '12'.", "12GiB"),
+    "train": ("No base model was named.", "--model"),
+    "train -m m": ("Training takes rows from one place.", "--data"),
+    "train -m m -d d --keep-best": ("--keep-best needs rows", "--eval-fraction 0.1"),
+    "train -c gpt-neox": ("no configuration file gpt-neox", "gpt-neox-20b-english-quotes"),
+    "train -c lr.yaml": ("unknown setting lr", "learning_rate"),
+    "train -c list.yaml": ("holds a list", "setting: value"),
+    "train -c text.yaml": ("rank should be a whole number, found 'eight'", "as 16"),
+    "prepare -m m": ("No data was given.", "--data"),
+    "prepare --num-proc 4": ("No such option: --num-proc", "--workers"),
+    "generate hello": ("generate needs a model.", "--adapter DIR"),
+    "generate -a out --prompt hello": ("No such option: --prompt", "argument"),
+    "generate --max-length 30 hello": ("No such option: --max-length", "--max-new-tokens"),
+    "chat --temp 1": ("No such option: --temp", "--temperature"),
+    "merge --gguf": ("No such option: --gguf", "--format"),
+    "serve": ("No such command 'serve'.", "vllm serve merged"),
+    "export": ("No such command 'export'.", "--format gguf"),
+    "finetune": ("No such command 'finetune'.", "qlora train"),
+    "tran": ("No such command 'tran'.", "qlora train"),
+    "inspect --adpter out": ("No such option: --adpter", "--adapter"),
+    "frobnicate": ("No such command 'frobnicate'.", "qlora --help"),
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_gets_what_was_wrong_and_what_to_type(line, tmp_path, monkeypatch, capsys):
+    (tmp_path / "lr.yaml").write_text("lr: 1e-4\n")
+    (tmp_path / "list.yaml").write_text("- 8\n")
+    (tmp_path / "text.yaml").write_text("rank: eight\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line)) == 2
+    out, err = capsys.readouterr()
+    wrong, following = MISTAKES[line]
+    assert out == "" and len(err.splitlines()) == 2
+    assert err.startswith("error: ") and wrong in err.splitlines()[0]
+    assert err.splitlines()[1].startswith("→ ") and following in err.splitlines()[1]
+
+
+def test_every_name_of_a_peer_leads_to_a_setting_that_there_is():
+    from dataclasses import fields
+
+    from qlora_cli import config
+
+    kinds = [getattr(config, f"{name}Config") for name in ("Prepare", "Train", "Merge", "Generate", "Inspect")]
+    known = {field.name for kind in kinds for field in fields(kind)} | {"as_json", "config_file", "quiet", "debug"}
+    assert {setting for settings in PEERS.values() for setting in settings} <= known | {"sample_prompt"}
+    assert not {"prepare", "train", "merge", "generate", "inspect", "chat"} & set(COMMANDS)
+    assert all(flag_of(field).startswith("--") for kind in kinds for field in fields(kind))
+
+
+def test_the_schema_of_a_settings_file_allows_what_train_writes_and_no_more(capsys):
+    from qlora_cli.config import TrainConfig
+    from qlora_cli.settings import recorded_fields
+
+    assert main(["train", "--print-schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == set(recorded_fields(TrainConfig)) and not schema["additionalProperties"]
+    assert schema["properties"]["rank"] == {
+        "description": "LoRA rank r.",
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 8192,
+        "default": 16,
+    }
+    assert schema["properties"]["quant_type"]["enum"] == ["nf4", "fp4"]
+
+
+def test_recipes_are_the_files_of_the_examples(capsys):
+    from qlora_cli.config_file import list_recipes
+    from tests.hub import PROJECT
+
+    assert main(["train", "--list-recipes"]) == 0
+    said = capsys.readouterr().out
+    examples = {path.stem: path for path in (PROJECT / "examples").glob("*.yaml")}
+    assert set(examples) == set(list_recipes())
+    for name, path in list_recipes().items():
+        assert name in said and examples[name].resolve() == path.resolve()
