@@ -5,6 +5,11 @@
 The first figure is rows/s of the whole preparation (reading, checking, formatting, tokenising, writing) over rows/s of
 the fast tokenizer's `encode_batch` on the same formatted rows, both on all cores. The second is the highest memory of
 the process and its children together, in resident bytes.
+
+    python benchmarks/data_throughput.py --data gsm8k_train.jsonl --tokenizer tokenizer.json --chats 6000
+
+With --chats it is processor time instead, of this process and the one that renders chat templates: `encode_batch` over
+reading conversations, rendering, checking and tokenising them, the two measured in turn so that a busy machine slows both.
 """
 
 import argparse
@@ -13,6 +18,7 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -28,6 +34,9 @@ from transformers import PreTrainedTokenizerFast
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import prepare_rows
+from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
+from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
+from qlora_cli.core.prompts.formatting import RowFormatter, chat_formatting
 
 TEMPLATE = "### Question:\n{question}\n\n### Answer:\n{answer}"
 
@@ -97,6 +106,47 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def living_cpu_seconds() -> float:
+    """Of this process and of its children that live."""
+    process = psutil.Process()
+    return sum(sum(member.cpu_times()[:2]) for member in [process, *process.children(recursive=True)])
+
+
+def measure_chats(tokenizer_file: Path, source: Path, count: int, repeats: int = 5) -> dict[str, float]:
+    """Processor time of conversations to token ids, and of `encode_batch` on the same text: microseconds a row."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>")
+    spec = encoder_of(tokenizer).spec
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    pairs = [(f"{i}. {lines[i % len(lines)]['question']}", lines[i % len(lines)]["answer"]) for i in range(count)]
+    talks = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in pairs
+    ]
+    texts = [f"### User:\n{asked}\n\n### Assistant:\n{said}" for asked, said in pairs]
+    whole: list[float] = []
+    alone: list[float] = []
+    for _ in range(repeats):
+        encoder = TextEncoder(spec)  # a new one, which has met no word yet
+        formatter = RowFormatter(chat_formatting(FALLBACK_TEMPLATE), encoder)
+        formatter.format_records(talks[:1], "completion")
+        start = living_cpu_seconds()
+        for first in range(0, count, 500):
+            formatted = formatter.format_records(talks[first : first + 500], "completion")
+            encoder.encode_rows([row for rows in formatted for row in rows])  # type: ignore[union-attr]
+        middle = living_cpu_seconds()
+        tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        whole.append((middle - start) / count * 1e6)
+        alone.append((living_cpu_seconds() - middle) / count * 1e6)
+    ratios = [b / a for a, b in zip(whole, alone, strict=True)]
+    return {
+        "chats": count,
+        "chat_cpu_microseconds_a_row": round(statistics.median(whole)),
+        "encode_batch_cpu_microseconds_a_row": round(statistics.median(alone)),
+        "ratio": round(statistics.median(ratios), 3),
+    }
+
+
 def main() -> None:
     """Runs both measurements and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -104,7 +154,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
     parser.add_argument("--gigabytes", type=float, default=0.1)
     parser.add_argument("--seconds", type=float, default=20.0, help="of encode_batch alone, before and after")
+    parser.add_argument("--chats", type=int, help="measure so many conversations instead, in processor time")
     arguments = parser.parse_args()
+    if arguments.chats:
+        print(json.dumps(measure_chats(arguments.tokenizer, arguments.data, arguments.chats), indent=2))
+        return
     directory = Path(tempfile.mkdtemp(prefix="qlora-bench-"))
     try:
         data = directory / "rows.jsonl"

@@ -115,9 +115,20 @@ def lost_kinds(messages, facts):
     return lost
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(template=templates(), messages=conversations())
 def test_what_is_said_is_in_its_row_and_answers_are_trained_whole(template, messages):
+    check_row(template, messages)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(template=templates(), messages=conversations())
+def test_it_is_so_for_many_templates_and_conversations(template, messages):
+    check_row(template, messages)
+
+
+def check_row(template, messages):
     source, facts = template
     renderer = ChatRenderer(source, {}, CONTROLS, None)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -160,7 +171,7 @@ def _prints_systems(messages, facts):
     return facts["system"] == "turn" or (facts["system"] == "first" and systems == [0])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(template=templates(), messages=conversations())
 def test_a_conversation_of_a_known_shape_is_rendered_as_a_new_one(template, messages):
     source, _ = template

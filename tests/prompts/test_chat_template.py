@@ -242,8 +242,8 @@ ON_BOMB = "{% if messages[0]['content'] == 'bomb' %}" + "BOMB" + "{% endif %}" +
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (LOOP, "did not come to an end within 0.5 seconds"),
-        ("{{ 9 ** (9 ** 9) }}", "did not come to an end within 0.5 seconds|memory"),
+        (LOOP, "did not come to an end within 0.2 seconds"),
+        ("{{ 9 ** (9 ** 9) }}", "did not come to an end within 0.2 seconds|memory"),
         (FILL, "takes more than 512 MiB of memory"),
         ("{{ 'a' * 10 ** 12 }}", "takes more than 512 MiB of memory"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "never stops calling itself"),
@@ -258,13 +258,13 @@ ON_BOMB = "{% if messages[0]['content'] == 'bomb' %}" + "BOMB" + "{% endif %}" +
 def test_a_template_that_misbehaves_is_stopped(template, message):
     loops = "did not come to an end" in message
     with pytest.raises(DataError, match=message) as error:
-        start(template, 0.5 if loops else RENDER_CPU_SECONDS)
+        start(template, 0.2 if loops else RENDER_CPU_SECONDS)
     assert "--chat-template" in error.value.hint
 
 
 @pytest.mark.parametrize(("bomb", "message"), [(LOOP, "come to an end"), (FILL, "512 MiB of memory")])
 def test_a_template_that_misbehaves_later_is_stopped_too_and_the_next_row_starts_anew(bomb, message):
-    process = start(ON_BOMB.replace("BOMB", bomb), 0.5 if bomb == LOOP else RENDER_CPU_SECONDS)
+    process = start(ON_BOMB.replace("BOMB", bomb), 0.2 if bomb == LOOP else RENDER_CPU_SECONDS)
     harmful = [{"role": "user", "content": "bomb"}]
     try:
         answers = process.render([Request(harmful), Request(CHAT)])
@@ -281,8 +281,8 @@ def test_only_the_time_of_one_conversation_counts():
     """Many conversations, and a child that is stopped meanwhile, as on a busy machine, take longer than the limit."""
     process = start(manners.CHATML.replace("{% for", "{% for i in range(20000) %}{% endfor %}{% for", 1), 0.25)
     process._process.send_signal(signal.SIGSTOP)
-    threading.Timer(0.6, process._process.send_signal, [signal.SIGCONT]).start()
-    answers = process.render([Request(CHAT)] * 400)
+    threading.Timer(0.3, process._process.send_signal, [signal.SIGCONT]).start()
+    answers = process.render([Request(CHAT)] * 150)
     assert all(isinstance(answer, Rendered) for answer in answers)
     process.close()
 

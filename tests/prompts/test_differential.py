@@ -3,12 +3,14 @@
 Text, ids and, where a template marks what the assistant says, masks are the same but for what ARGUED lists.
 """
 
-import importlib
+import ast
 import json
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_cli.core.prompts.chat.printer import RenderError
@@ -36,10 +38,10 @@ CONTROLS = [
     "</s>",
 ]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
-INSTALLED = [  # in transformers itself; read at test time
-    ("transformers.models.llama4.processing_llama4", "chat_template"),
-    ("transformers.models.smolvlm.processing_smolvlm", "DEFAULT_CHAT_TEMPLATE"),
-    ("transformers.models.qwen2_audio.processing_qwen2_audio", "default_chat_template"),
+INSTALLED = [  # in transformers itself; read from its source at test time, as importing these modules takes seconds
+    ("llama4/processing_llama4.py", "chat_template"),
+    ("smolvlm/processing_smolvlm.py", "DEFAULT_CHAT_TEMPLATE"),
+    ("qwen2_audio/processing_qwen2_audio.py", "default_chat_template"),
 ]
 # (template, conversation) → why the text is another one. A star stands for every conversation.
 ARGUED = {
@@ -64,17 +66,17 @@ def tokenizer_of():
 
 def found_templates():
     found = dict(SHAPES)
-    for module, name in INSTALLED:
-        try:
-            source = importlib.import_module(module)
-        except ImportError:
-            continue
-        template = getattr(source, name, None)
-        for part in vars(source).values():
-            template = template or (getattr(part, name, None) if isinstance(part, type) else None)
-        template = template.fget(None) if isinstance(template, property) else template
-        if isinstance(template, str):
-            found[module.split(".")[2]] = template
+    models = Path(transformers.__file__).parent / "models"
+    for file, name in INSTALLED:
+        if (models / file).is_file():
+            for node in ast.walk(ast.parse((models / file).read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and node.name == name:
+                    value = next(part.value for part in node.body if isinstance(part, ast.Return))
+                elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
+                    value = node.value
+                else:
+                    continue
+                found[file.partition("/")[0]] = ast.literal_eval(value)
     return found
 
 

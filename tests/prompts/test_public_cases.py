@@ -194,17 +194,16 @@ def test_a_reported_fault_is_not_ours(template, record, wanted, right):
         assert found == right
 
 
-def wrong_cases():
-    """Cases of which the outcome is not the right one."""
-    wrong = []
-    for name, template, record, wanted, right in CASES:
+def is_one_wrong():
+    """Whether the outcome of some case is not the right one; the rest is not looked at then."""
+    for _, template, record, wanted, right in CASES:
         try:
             found = rows_of(template, record, wanted)
         except Exception:  # whatever a broken rule does
             found = None
         if found is None or not (right in found if isinstance(right, str) else found == right):
-            wrong.append(name)
-    return wrong
+            return True
+    return False
 
 
 def nothing(*_, **__):
@@ -241,7 +240,7 @@ RULES = {  # rule → where it stands, and what stands there without it
 def test_each_rule_is_needed(rule, monkeypatch):
     owner, name, without = RULES[rule]
     monkeypatch.setattr(owner, name, without)
-    assert wrong_cases()
+    assert is_one_wrong()
 
 
 def test_typed_control_tokens_are_text_in_tools_too(monkeypatch):

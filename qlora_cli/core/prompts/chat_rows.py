@@ -114,8 +114,10 @@ class ChatFormatter:
         if not any(_says_something(messages[answers[number]]) for number in trained):
             raise Blank("no answer that the data lets be trained")
         self._counts["unanswered"] += answers[-1] + 1 < len(messages)
-        upto = replace(conversation, messages=messages[: answers[trained[-1]] + 1])
-        return self._request(upto, "whole" if train_on == "all" else "rows", tuple(trained))
+        upto = answers[trained[-1]] + 1
+        if upto < len(messages):
+            conversation = replace(conversation, messages=messages[:upto])
+        return self._request(conversation, "whole" if train_on == "all" else "rows", tuple(trained))
 
     def _request(self, conversation: Conversation, mode: str, trained: tuple[int, ...]) -> Request:
         return Request(

@@ -42,6 +42,10 @@ FALLBACK_TEMPLATE = """\
 """
 
 
+class _Died(Exception):
+    """How the child came to its end."""
+
+
 class ChatProcess:
     """One child process that renders one template; replaced by another after it had to be stopped."""
 
@@ -79,22 +83,28 @@ class ChatProcess:
                 start_new_session=True,  # a Ctrl-C in a conversation stops the answer, not this process
             )
         self._connection.send(self._setup)
-        kind, message = self._receive()
+        try:
+            kind, message = self._receive()
+        except _Died as death:
+            kind, message = "dead", str(death)
         if kind != "ok":
             self.close()
             raise DataError(f"{message[0].upper()}{message[1:]}.", "Give another one with --chat-template FILE.")
 
-    def _receive(self) -> tuple[str, Any]:
-        """The child's next answer, or how it died; waits as long as the child lives."""
+    def _receive(self) -> Any:
+        """The child's next answer; waits as long as the child lives.
+
+        Raises:
+            _Died: It does no longer, and how that came.
+        """
         try:
-            kind, answer = self._connection.recv()
-            return kind, answer
+            return self._connection.recv()
         except (EOFError, ConnectionResetError):
             code = self._process.wait()
             self._connection.close()
         if code == -signal.SIGPROF:
-            return "dead", f"the chat template did not come to an end within {self._setup[-1]:g} seconds"
-        return "dead", f"the chat template takes more than {MEMORY_BYTES // 2**20} MiB of memory"
+            raise _Died(f"the chat template did not come to an end within {self._setup[-1]:g} seconds")
+        raise _Died(f"the chat template takes more than {MEMORY_BYTES // 2**20} MiB of memory")
 
     def render(self, requests: Sequence[Request]) -> list[Rendered | BadField]:
         """Renders conversations, each to one row or several; those that cannot be come back as the reason why.
@@ -107,13 +117,14 @@ class ChatProcess:
         if self._connection.closed:
             self._start()
         self._connection.send(list(requests))
-        rendered: list[Rendered | BadField] = []
-        for _ in requests:
-            kind, answer = self._receive()
-            if kind == "dead":
-                raise DataError(f"{answer[0].upper()}{answer[1:]}.", "Give another one with --chat-template FILE.")
-            rendered.append(answer if kind == "ok" else BadField(answer))
-        return rendered
+        try:
+            answers = self._receive()
+        except _Died as death:
+            problem = str(death)
+            raise DataError(
+                f"{problem[0].upper()}{problem[1:]}.", "Give another one with --chat-template FILE."
+            ) from None
+        return [answer if kind == "ok" else BadField(answer) for kind, answer in answers]
 
     def close(self) -> None:
         """Ends the child."""

@@ -15,6 +15,7 @@ Message = dict[str, Any]
 
 KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 CALL = "tool call"  # a turn of its own in ShareGPT's and Swift's tool data; becomes part of an assistant's turn
+PLAIN_ROLES = ("user", "assistant", "system")  # neither mapped nor looked into
 ROLES = {
     "human": "user",
     "prompter": "user",
@@ -141,6 +142,8 @@ def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple
 def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Message, bool]:
     if not isinstance(turn, dict):
         raise BadField(f"message {number} is {describe_type(turn)}, not an object")
+    if len(turn) == 2 and turn.get("role") in PLAIN_ROLES and isinstance(turn.get("content"), str) and not roles:
+        return turn, True  # most turns of most data
     role_key = next((key for key in ROLE_KEYS if isinstance(turn.get(key), str)), None)
     if role_key is None:
         raise BadField(f"message {number} has no role")

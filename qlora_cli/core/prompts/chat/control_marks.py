@@ -40,11 +40,18 @@ class ControlMarks:
         return mark, self.mark(values, mark)
 
     def _holds(self, value: Any) -> bool:
+        # Every conversation passes through here, so without generators: they double the time.
         if isinstance(value, str):
             return self._control.search(value) is not None
         if isinstance(value, dict):
-            return any(map(self._holds, value)) or any(map(self._holds, value.values()))
-        return isinstance(value, list) and any(map(self._holds, value))
+            for key, item in value.items():
+                if self._holds(key) or self._holds(item):
+                    return True
+        elif isinstance(value, list):
+            for item in value:
+                if self._holds(item):
+                    return True
+        return False
 
     def mark(self, value: Any, mark: str) -> Any:
         """The same value with every control token that it holds, in keys too, replaced by a mark and its number."""
