@@ -5,12 +5,17 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from qlora_cli.errors import RunError
+
+Record = TypeVar("Record")
 
 FORMAT = 1  # of RUN_RECORD and PREPARED_MANIFEST; raised when an older version could not read them
 
@@ -113,10 +118,12 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file atomically: a reader sees the old one or the new one, never a part."""
+    """Writes a file atomically: a reader sees the old one or the new one, never a part. Rights stay what they were."""
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as stream:
+            with suppress(OSError):  # there is none yet
+                os.fchmod(stream.fileno(), stat.S_IMODE(path.stat().st_mode))
             with suppress(OSError):  # it only tells others that the writer lives
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stream.write(content)
@@ -146,8 +153,30 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} is missing.", "Check the directory's name.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read: {error}.") from error
+
+
+def read_fields(kind: type[Record], content: Any) -> Record:
+    """A dataclass from a JSON object, whose other keys are ignored.
+
+    Raises:
+        ValueError: It is none, or a field is missing or of another type, as a clause.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"an object is expected, and {type(content).__name__} found")
+    known = {}
+    for option in fields(kind):  # type: ignore[arg-type]
+        if option.name not in content:
+            if option.default is MISSING and option.default_factory is MISSING:
+                raise ValueError(f"{option.name} is missing")
+            continue
+        value = content[option.name]
+        types = get_args(option.type) if isinstance(option.type, UnionType) else (option.type,)
+        if not isinstance(value, tuple(get_origin(kind) or kind for kind in types)):
+            raise ValueError(f"{option.name} is {str(value)[:80]!r}")
+        known[option.name] = value
+    return kind(**known)
 
 
 def run_of(adapter: Path) -> Path:

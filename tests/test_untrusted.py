@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_RECORD
 from qlora_cli.cli.console import to_json
 from qlora_cli.cli.visible import visible, visible_event
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.core.adapters.adapter_facts import read_adapter
+from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.hub import READ_FILES
@@ -242,6 +243,53 @@ def test_an_adapter_configuration_that_is_none_is_one_sentence(adapter, text):
     (directory / ADAPTER_CONFIG).write_text(text)
     with pytest.raises(AdapterError):
         read_adapter(directory)
+
+
+BASE = {
+    "model": "m",
+    "revision": None,
+    "config_sha256": "c",
+    "weights_sha256": "w",
+    "quant_type": "nf4",
+    "double_quant": True,
+    "compute_dtype": "float32",
+}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"base": {"model": 5}},
+        {"base": {**BASE, "model": 5}},
+        {"base": {**BASE, "revision": ["x"]}},
+        {"base": {**BASE, "double_quant": "yes"}},
+        {"base": "m"},
+        {"base": [BASE]},
+        {"formatting": "junk"},
+        {"formatting": {"format": "junk"}},
+        {"formatting": {"format": 5}},
+        {"formatting": {"column": "text"}},
+        {"formatting": {"format": "chat", "template": {"a": 1}}},
+        {"formatting": {"format": "chat", "conversation": [1]}},
+        {"formatting": {"format": "chat", "conversation": {"messages": 5}}},
+        {"formatting": {"format": "chat", "template_settings": "x"}},
+    ],
+)
+def test_a_record_that_is_none_is_one_sentence(adapter, record):
+    directory = adapter()
+    (directory / RUN_RECORD).write_text(json.dumps({"format": 1, **record}))
+    with pytest.raises(AdapterError, match="is no record of a run: "):
+        read_adapter_record(directory)
+
+
+def test_a_record_with_what_newer_versions_add_is_read(adapter):
+    directory = adapter()
+    formatting = {"shape": "chat", "conversation": {"messages": "m", "more": 1}, "more": 2}
+    record = {"format": 1, "base": {**BASE, "more": 3}, "formatting": formatting}
+    (directory / RUN_RECORD).write_text(json.dumps(record))
+    found = read_adapter_record(directory)
+    assert found.base.model == "m" and found.formatting.format == "chat"
+    assert found.formatting.conversation.messages == "m"
 
 
 # ---------------------------------------------------------------- settings files

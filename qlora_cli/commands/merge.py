@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +16,15 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from qlora_cli import __version__
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, find_run_record, run_of, sha256_of
+from qlora_cli.artifacts import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_CARD,
+    find_run_record,
+    run_of,
+    sha256_of,
+    temporary_beside,
+)
 from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.adapter_record import read_adapter_record
@@ -42,6 +50,7 @@ from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.storage.ownership import Place
 from qlora_cli.core.storage.safetensors_file import TensorFile
+from qlora_cli.core.storage.temporaries import holding
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.errors import MergeError
 from qlora_cli.events import Report
@@ -215,10 +224,18 @@ def missing_bytes(output: Place, plan: MergePlan) -> int:
 @contextmanager
 def scratch_directory(place: Place) -> Iterator[Path]:
     """A directory for rounded weights on the output's disk, where one can be made there."""
-    home = next(path for path in (place.home, *place.home.parents) if path.is_dir())
-    kept = home if os.access(home, os.W_OK) else None  # what is written there fails later, and says so
-    with tempfile.TemporaryDirectory(prefix=".qlora-rounded-", dir=kept) as directory:
-        yield Path(directory)
+    scratch = temporary_beside(place.home / place.path.name)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError:  # what is written there fails later, and says so
+        with tempfile.TemporaryDirectory(prefix="qlora-rounded-") as elsewhere:
+            yield Path(elsewhere)
+        return
+    try:
+        with holding(scratch):
+            yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def merge_key(choice: Choice, base: Base, adapter: Path, options: MergeOptions) -> str:

@@ -1,5 +1,6 @@
 """A calibrated start brings the 4-bit model nearer to the original one, on every architecture, and repeats exactly."""
 
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_cli.core.adapters.lora import adapter_state, attach_adapter
+from qlora_cli.core.calibration import initialization
 from qlora_cli.core.calibration.activation_stream import ActivationStream
 from qlora_cli.core.calibration.initialization import StartInputs, initialize_adapter
 from qlora_cli.core.models.files import resolve_model
@@ -92,6 +94,31 @@ def test_the_same_rows_and_base_start_the_same_from_the_cache_and_anew(tiny_mode
     kept.write_bytes(kept.read_bytes()[:-1] + b"\0")
     model, _ = start(tiny_model, load_tiny, "llama", cached=True)  # damaged: made anew
     assert all(torch.equal(adapter_state(model)[name], value) for name, value in states[0][0].items())
+
+
+@pytest.mark.parametrize("trouble", ["a file", "removed", "another user's"])
+def test_a_cache_that_cannot_be_used_costs_time_and_never_the_run(
+    tiny_model, load_tiny, tmp_path, monkeypatch, trouble
+):
+    root, events = tmp_path / "cache", []
+    monkeypatch.setenv("QLORA_CACHE", str(root))
+    if trouble == "a file":
+        root.write_text("")
+    elif trouble == "removed":
+        save = initialization.save_file
+
+        def save_after_removal(*arguments):
+            save(*arguments)
+            shutil.rmtree(root)
+
+        monkeypatch.setattr(initialization, "save_file", save_after_removal)
+    else:
+        start(tiny_model, load_tiny, "llama", cached=True, init="loftq")
+        (kept,) = root.glob("start/*")
+        kept.chmod(0o777)
+    _, facts = start(tiny_model, load_tiny, "llama", cached=True, report=events.append, init="loftq")
+    assert facts is not None
+    assert any(isinstance(event, Caution) and "start" in event.text for event in events)
 
 
 def test_a_base_stored_in_4_bits_starts_plainly_and_says_so(tiny_model, load_tiny, tmp_path):

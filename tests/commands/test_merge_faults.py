@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.artifacts import MARK, PREPARED_MANIFEST, RUN_RECORD, sha256_of
+from qlora_cli.commands.merge import scratch_directory
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows, split_rows
 from qlora_cli.core.merge.delta import read_deltas
-from qlora_cli.core.merge.output_directory import unfinished_path
+from qlora_cli.core.merge.output_directory import find_place, unfinished_path
 from qlora_cli.core.merge.verify import find_rows
 from qlora_cli.core.merge.writer import JOURNAL
+from qlora_cli.core.storage.temporaries import is_temporary
 from qlora_cli.errors import AdapterError, DiskFull, MergeError, ModelError, QloraError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress
 from tests.commands.merge_case import Case, make_case
@@ -279,7 +281,7 @@ import sys, time
 from pathlib import Path
 from qlora_cli.config import MergeConfig
 from qlora_cli.commands.merge import merge
-from qlora_cli.core.merge.output_directory import unfinished_path
+from qlora_cli.core.merge.output_directory import find_place, unfinished_path
 def report(event):
     if len(list(unfinished_path(Path(sys.argv[2])).glob("*.safetensors"))) > 2:
         print("here", flush=True)
@@ -434,3 +436,16 @@ def test_falcon_is_not_written_in_four_bits_that_transformers_would_not_read(tin
     with pytest.raises(MergeError, match="FalconLinear"):
         case.merge(quantize=True)
     assert np.all(sorted(path.name for path in tmp_path.iterdir()) == ["adapter"])
+
+
+def test_what_a_merge_needs_on_the_way_is_known_for_a_temporary(tmp_path, monkeypatch):
+    """So that one that was killed is swept, and a merge into the working directory or a mount point finds it empty."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (Path(), tmp_path / "new" / "merged"):
+        place = find_place(output, overwrite=False, reads=())
+        with scratch_directory(place) as scratch:
+            assert scratch.parent == place.home and is_temporary(scratch.name)
+            (scratch / "weights").touch()
+            place.confirm()
+        assert not scratch.exists()

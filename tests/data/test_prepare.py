@@ -146,6 +146,7 @@ def test_tokens_get_the_ends_they_lack_and_lose_their_padding(tmp_path):
         ({"input_ids": [1, 2.5]}, "field 'input_ids' holds a number where a whole number belongs"),
         ({"input_ids": [1, None]}, "field 'input_ids' holds null where a whole number belongs"),
         ({"input_ids": [1, 999_999]}, "field 'input_ids' holds 999999, which is no token of this tokenizer"),
+        ({"input_ids": [1, 2**70]}, "field 'input_ids' holds 1.18e+21, which is no token of any tokenizer"),
         ({"input_ids": [1, -1]}, "field 'input_ids' holds -1, which is no token of this tokenizer"),
         ({"input_ids": [1, 2], "labels": [1]}, "field 'labels' has 1 entries, but 'input_ids' has 2"),
         ({"labels": [1]}, "field 'input_ids' is missing (it has 'labels')"),

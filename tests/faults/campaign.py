@@ -116,7 +116,7 @@ class Campaign:
 
     def _make_commands(self) -> None:
         training = "--max-steps 2 --save-every 1 --batch-size 2 --gradient-accumulation-steps 1 --rank 4 --dropout 0.1"
-        training += " --eval-rows 2 --eval-every 2 --keep-best --learning-rate 5e-3 --init default"
+        training += " --eval-rows 2 --eval-every 2 --keep-best --learning-rate 5e-3"  # its start is cached too
 
         def prepare(place: Path) -> list[str]:
             data = str(place / "in" / "data.jsonl")
@@ -208,7 +208,7 @@ class Campaign:
         return {
             str(path.relative_to(place)): _hash(path)
             for path in sorted(place.rglob("*"))
-            if path.is_file()
+            if (path.is_file() or path.is_dir())
             and target not in (path, *path.parents)
             and (place / "cache") not in path.parents
             and not LEFTOVER.fullmatch(path.name.replace(f".{Path(command.output).name}.tmp", "x"))

@@ -41,6 +41,7 @@ def test_every_form_of_a_prompt_is_read(tmp_path):
         (b'{"prompt": ""}\n', "line 1 holds no prompt"),
         (b'{"prompt": "a", "adapter": 3}', "line 1: its adapter"),
         (b'"\xff"', "line 1 is not JSON"),
+        (b"[" * 100_000, "line 1 is nested too deeply"),
         (b'"' + b"a" * (16 * 2**20 + 1) + b'"', "longer than"),
     ],
 )

@@ -138,6 +138,18 @@ def test_links_work_or_are_refused_before_the_work(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_work_that_cannot_go_into_the_working_directory_any_more_is_kept_there(tmp_path, monkeypatch):
+    """Beside it may be another file system, as around a mount point."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    place = may_replace(Path(), PREPARED, overwrite=False)
+    with pytest.raises(RunError, match="What was made is in"), atomic_directory(place) as temporary:
+        (temporary / PREPARED_ROWS).write_text("rows")
+        Path("mine").write_text("x")
+    (kept,) = Path().glob("here.new-*")
+    assert (kept / PREPARED_ROWS).read_text() == "rows" and Path("mine").read_text() == "x"
+
+
 def test_the_working_directory_is_filled_and_never_swapped_away(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -192,3 +192,12 @@ def test_rights_are_those_that_the_umask_leaves(tmp_path):
             assert modes == [0o777 & ~mask, 0o666 & ~mask, 0o666 & ~mask]
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_a_file_that_is_written_anew_keeps_its_rights(tmp_path, mode):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("old")
+    path.chmod(mode)
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == mode

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_cli.artifacts import MERGE_RECORD, find_run_record, read_json
+from qlora_cli.artifacts import MERGE_RECORD, RUN_RECORD, find_run_record, read_json
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.errors import AdapterError
+from qlora_cli.errors import AdapterError, RunError
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,18 @@ def read_adapter_record(directory: Path) -> AdapterRecord:
     facts = read_adapter(directory)
     record = find_run_record(directory)
     base, formatting = record.get("base"), record.get("formatting")
-    return AdapterRecord(
-        directory,
-        facts,
-        BaseIdentity.from_dict(base) if base else None,
-        Formatting.from_dict(formatting) if formatting else None,
-    )
+    try:
+        return AdapterRecord(
+            directory,
+            facts,
+            BaseIdentity.from_dict(base) if base else None,
+            Formatting.from_dict(formatting) if formatting else None,
+        )
+    except ValueError as error:
+        raise AdapterError(
+            f"The {RUN_RECORD} of the adapter in {directory} is no record of a run: {error}.",
+            "Remove it, and name the base with --model.",
+        ) from error
 
 
 def read_merge_record(model_directory: Path) -> tuple[bool, Formatting | None]:
@@ -84,5 +90,8 @@ def read_merge_record(model_directory: Path) -> tuple[bool, Formatting | None]:
     path = model_directory / MERGE_RECORD
     if not path.is_file():
         return False, None
-    formatting = read_json(path).get("formatting")
-    return True, Formatting.from_dict(formatting) if formatting else None
+    try:
+        formatting = dict(read_json(path)).get("formatting")
+        return True, Formatting.from_dict(formatting) if formatting else None
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is no record of a merge: {error}.", "Remove it, and generate with --raw.") from error

@@ -159,7 +159,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, directory: Path, *, name: s
                     model.load_adapter(str(fitted), adapter_name=name)
                 else:
                     model = PeftModel.from_pretrained(model, str(fitted), adapter_name=name, config=config)
-        except (RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise AdapterError(

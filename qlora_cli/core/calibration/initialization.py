@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from qlora_cli import __version__
@@ -25,7 +25,9 @@ from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.core.storage.publish import atomic_directory
-from qlora_cli.errors import ModelError, QloraError, RunError
+from qlora_cli.core.storage.temporaries import sweep
+from qlora_cli.core.untrusted import is_ours
+from qlora_cli.errors import ModelError, QloraError, RunError, first_line
 from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.setting_groups import LoraSettings
 
@@ -68,7 +70,7 @@ def initialize_adapter(model: PeftModel, lora: LoraSettings, inputs: StartInputs
     batches = batch_rows(inputs.rows, chosen, device=inputs.device)
     fresh = {name: value.detach().cpu().clone() for name, value in adapter_state(model).items()}
     directory = _cache_directory(lora, inputs, batches)
-    facts = _restore(model, directory) if inputs.cached else None
+    facts = _restore(model, directory, report) if inputs.cached else None
     if facts is None:
         facts = _make(model, lora, inputs, batches, report)
         if facts is None:
@@ -124,6 +126,7 @@ def _cache_directory(lora: LoraSettings, inputs: StartInputs, batches: list[Tens
         "version": __version__,
         "torch": torch.__version__,
         "base": {**asdict(inputs.identity), "model": None, "revision": None},
+        "files": inputs.files.weight_stamps,
         "rows": digest.hexdigest(),
         "lora": settings,
         "seed": inputs.seed,
@@ -133,17 +136,22 @@ def _cache_directory(lora: LoraSettings, inputs: StartInputs, batches: list[Tens
     return cache_root() / "start" / key
 
 
-def _restore(model: PeftModel, directory: Path) -> StartFacts | None:
-    """The start kept there; None where there is none, or a damaged one, which is removed."""
-    if not (directory / FACTS).is_file():
-        return None
+def _restore(model: PeftModel, directory: Path, report: Report) -> StartFacts | None:
+    """The start kept there; None where there is none. A damaged one is reported and removed, another user's not taken."""
+    sweep(directory.parent)
     try:
-        content = read_json(directory / FACTS)
-        if sha256_of(directory / WEIGHTS) != content["sha256"]:
-            raise RunError("it was changed")
-        load_adapter_state(model, load_file(directory / WEIGHTS))
+        if not (directory / FACTS).is_file():
+            return None
+        if not all(is_ours(path) for path in (directory, directory / FACTS, directory / WEIGHTS)):
+            report(Caution(f"The adapter's start in {directory} may be another user's and is not taken."))
+            return None
+        content, weights = read_json(directory / FACTS), (directory / WEIGHTS).read_bytes()
+        if hashlib.sha256(weights).hexdigest() != content["sha256"]:
+            raise RunError("it was changed.")
+        load_adapter_state(model, load(weights))
         return StartFacts(**content["facts"])
-    except (QloraError, SafetensorError, OSError, KeyError, TypeError):
+    except (QloraError, SafetensorError, OSError, KeyError, TypeError) as error:
+        report(Caution(f"The adapter's start kept in {directory} is made anew: {first_line(error)}"))
         shutil.rmtree(directory, ignore_errors=True)
         return None
 
@@ -158,5 +166,5 @@ def _keep(model: PeftModel, directory: Path, facts: StartFacts, report: Report) 
         with atomic_directory(directory) as temporary:
             save_file(state, temporary / WEIGHTS)
             write_json(temporary / FACTS, {"sha256": sha256_of(temporary / WEIGHTS), "facts": asdict(facts)})
-    except OSError as error:  # a convenience only
-        report(Caution(f"The adapter's start could not be kept in {directory.parent}: {error}"))
+    except (OSError, QloraError, SafetensorError) as error:  # a convenience only
+        report(Caution(f"The adapter's start could not be kept in {directory.parent}: {first_line(error)}"))

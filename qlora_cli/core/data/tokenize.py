@@ -257,7 +257,11 @@ def _integers(record: Record, name: str) -> np.ndarray:
     for item in value:
         if type(item) is not int:
             raise BadField(f"field {name!r} holds {describe_type(item)} where a whole number belongs")
-    return np.array(value, dtype=np.int64)
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError:
+        largest = max(value, key=abs)
+        raise BadField(f"field {name!r} holds {largest:.3g}, which is no token of any tokenizer") from None
 
 
 def _rows(result: TokenisedChunk) -> list[Row]:

@@ -59,6 +59,8 @@ def _parse(line: bytes, index: int, where: str) -> FilePrompt:
         raise DataError(f"{where} is longer than {format_bytes(MAX_LINE_BYTES)}.", hint)
     try:
         value = json.loads(line)
+    except RecursionError:
+        raise DataError(f"{where} is nested too deeply.", hint) from None
     except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}.", hint) from error
     adapter = value.pop("adapter", None) if isinstance(value, dict) else None
@@ -139,7 +141,7 @@ class AnswerFile:
                     row = json.loads(line)
                     index, found = row["index"], (row["key"], row["settings"])
                     wanted = (self._digests[index], self.settings)
-                except (ValueError, KeyError, TypeError, IndexError):
+                except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                     raise RunError(f"{self.path}, line {number} is no answer to these prompts.", other) from None
                 if found != wanted:
                     what = "another prompt" if found[0] != wanted[0] else "other settings"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.artifacts import read_fields
 from qlora_cli.core.storage.safetensors_header import LENGTH_BYTES, read_header
 
 
@@ -28,8 +29,12 @@ class BaseIdentity:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "BaseIdentity":
-        """Reads what `asdict` gave; unknown keys are ignored."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        """Reads what `asdict` gave; unknown keys are ignored.
+
+        Raises:
+            ValueError: A field is missing, or no such value.
+        """
+        return read_fields(cls, content)
 
 
 def config_digest(directory: Path, left_out: tuple[str, ...] = ()) -> str:

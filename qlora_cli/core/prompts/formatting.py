@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.artifacts import read_fields
 from qlora_cli.core.prompts.chat_rows import ChatFormatter
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec, encoder_of
 from qlora_cli.core.prompts.prompt_template import PromptTemplate, listed, text_of
@@ -16,6 +17,9 @@ from qlora_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+FORMATS = ("text", "prompt", "chat", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +65,20 @@ class Formatting:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Formatting":
-        """Reads what `to_dict` wrote, also when `format` was called `shape`; unknown keys are ignored."""
-        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
-        if conversation := known.get("conversation"):
-            names = ConversationColumns.__dataclass_fields__
-            known["conversation"] = ConversationColumns(**{k: v for k, v in conversation.items() if k in names})
-        return cls(**{"format": content.get("shape"), **known})
+        """Reads what `to_dict` wrote, also when `format` was called `shape`; unknown keys are ignored.
+
+        Raises:
+            ValueError: A field is missing, or no such value.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"the formatting is {str(content)[:80]!r}")
+        conversation = content.get("conversation")
+        if conversation is not None:
+            conversation = read_fields(ConversationColumns, conversation)
+        found = read_fields(cls, {"format": content.get("shape"), **content, "conversation": conversation})
+        if found.format not in FORMATS:
+            raise ValueError(f"its format is {found.format!r}")
+        return found
 
 
 Formatted = list[list[Run]] | BadField | Blank

@@ -68,7 +68,7 @@ def publish(directory: Path, target: Place | Path) -> None:
             else:
                 _swap(directory, target.path)
         except (RunError, FileExistsError) as error:
-            kept = target.path.with_name(f"{target.path.name[:200]}.new-{secrets.token_hex(4)}")
+            kept = target.home / f"{target.path.name[:200]}.new-{secrets.token_hex(4)}"
             directory.rename(kept)
             reason = error.message if isinstance(error, RunError) else f"{target.path} was made meanwhile."
             raise RunError(f"{reason} What was made is in {kept}.", "Move it where you want it.") from error
