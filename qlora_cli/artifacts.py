@@ -185,6 +185,12 @@ def run_of(adapter: Path) -> Path:
     return place.parent if place.name == CHECKPOINTS else adapter
 
 
+_RECORD_TYPES = {
+    "format": int,
+    **dict.fromkeys(("base", "data", "formatting", "parameters", "training", "start", "versions"), dict),
+}
+
+
 def find_run_record(adapter: Path) -> dict[str, Any]:
     """The record beside an adapter, or for a checkpoint without one that of its run; empty where there is none.
 
@@ -195,7 +201,13 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
     if path is None:
         return {}
     record = read_json(path)
-    if not isinstance(record, dict) or record.get("format", FORMAT + 1) > FORMAT:
+    wrong = "it is no object" if not isinstance(record, dict) else None
+    for name, kind in _RECORD_TYPES.items() if wrong is None else ():
+        if record.get(name) is not None and not isinstance(record[name], kind):
+            wrong = f"{name} is {str(record[name])[:80]!r}"
+    if wrong is not None:
+        raise RunError(f"{path} is no record of a run: {wrong}.", "Remove it, or use an earlier checkpoint.")
+    if (record.get("format") or FORMAT + 1) > FORMAT:
         raise RunError(f"{path} was written by a newer qlora.", "Update with: pip install -U qlora-cli")
     return record
 

@@ -23,7 +23,7 @@ from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.hub import READ_FILES
 from qlora_cli.core.untrusted import check_expressions, check_files, is_ours
-from qlora_cli.errors import AdapterError, ModelError, UsageError
+from qlora_cli.errors import AdapterError, ModelError, QloraError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated
 
 
@@ -211,6 +211,8 @@ SLOW = "(([a-z_.0-9]+)+)+X"
         ({"target_modules": "(" * 5}, "no regular expression"),
         ({"rank_pattern": {"[": 4}}, "no regular expression"),
         ({"peft_type": "../../x"}, "adapter"),
+        ({"lora_dropout": [1]}, "dropout"),
+        ({"lora_dropout": 2}, "dropout"),
         ({"target_modules": 5}, "target_modules"),
         ({"target_modules": [1, {"a": 2}]}, "target_modules"),
         ({"modules_to_save": {"a": 1}}, "modules_to_save"),
@@ -278,8 +280,24 @@ BASE = {
 def test_a_record_that_is_none_is_one_sentence(adapter, record):
     directory = adapter()
     (directory / RUN_RECORD).write_text(json.dumps({"format": 1, **record}))
-    with pytest.raises(AdapterError, match="is no record of a run: "):
+    with pytest.raises(QloraError, match="is no record of a run: "):
         read_adapter_record(directory)
+
+
+@pytest.mark.parametrize(
+    "record", [[], 5, "x", {"format": "x"}, {"format": 1, "data": 5}, {"format": 1, "training": 5}]
+)
+def test_a_record_of_other_types_is_one_sentence(adapter, record):
+    directory = adapter()
+    (directory / RUN_RECORD).write_text(json.dumps(record))
+    with pytest.raises(RunError, match="is no record of a run: "):
+        read_adapter_record(directory)
+
+
+def test_a_tokenizer_whose_limit_is_no_number_is_one_sentence(model):
+    edit(model / "tokenizer_config.json", model_max_length="x")
+    with pytest.raises(ModelError, match=r"The tokenizer of .* cannot be read"):
+        _ = resolve_model(str(model)).tokenizer
 
 
 def test_a_record_with_what_newer_versions_add_is_read(adapter):
@@ -368,11 +386,11 @@ from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated
 evil = "\\x1b]0;pwned\\x07\\x1b[2J\\u202e"
 def prepare(config, report):
-    for event in (Notice(evil), Caution(evil), Progress(evil, 1, 2), TextGenerated(evil, True), RowShown(0, ((evil, True),), 1, 1, evil)):
+    for event in (Notice(evil), Caution(evil), Progress(evil, 1, 2), TextGenerated(evil, True), RowShown(0, ((evil, True),), 1, 1)):
         report(event)
     if config.show: raise DataError(evil, evil)
     return types.SimpleNamespace(to_dict=lambda: {"kind": evil, evil: evil, "tables": [{"title": evil, "columns": [evil], "rows": [[evil]]}]})
-sys.modules["qlora_cli.commands.prepare"] = types.SimpleNamespace(prepare=prepare, summarise=lambda summary: summary.to_dict())
+sys.modules["qlora_cli.commands.prepare"] = types.SimpleNamespace(prepare=prepare)
 main(["prepare", "--model", "m", "--data", "d", "--output", "o"])
 main(["prepare", "--model", "m", "--data", "d", "--show", "1", "--debug"])
 main(["prepare", "--model", "m\\x1b[2J"])

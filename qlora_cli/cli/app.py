@@ -175,15 +175,14 @@ def libraries_of(config: Any) -> tuple[str, ...] | None:
 def prepare(call: Call) -> Any:
     """Tokenise and mask a data set, and write it to disk."""
     leave_torch_out()
-    stage = call.load("commands.prepare")
-    summary = stage.prepare(call.config, call.console.report)
+    summary = call.load("commands.prepare").prepare(call.config, call.console.report)
     call.console.suggest(f"qlora train --model {call.config.model} --prepared {call.config.output}")
-    return summary.to_dict() if call.console.as_json or call.config.verbose else stage.summarise(summary)
+    return summary.to_dict()
 
 
 def begin_look_up(model: str | None, revision: str | None, call: Call) -> None:
     """Begins to fetch a hub model's small files, while the libraries are imported."""
-    if model is not None and not Path(model).expanduser().exists():
+    if isinstance(model, str) and not Path(model).expanduser().exists():  # a foreign record may hold anything
         with loading():
             from qlora_cli.core.models.hub import look_up_early
 

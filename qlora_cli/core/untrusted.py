@@ -158,6 +158,9 @@ def check_adapter_config(config: Mapping[str, Any], directory: Path) -> None:
     for alpha in (config.get("lora_alpha"), *patterns[1].values()):
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             raise AdapterError(f"The adapter in {directory} has alpha {alpha!r}.", "Alphas are finite and above 0.")
+    dropout = config.get("lora_dropout") or 0
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise AdapterError(f"The adapter in {directory} has dropout {str(dropout)[:80]}.", "It is 0 to 1.")
     for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         listed = config.get(name) or []
         if not isinstance(listed, str) and not (isinstance(listed, list) and all(isinstance(x, str) for x in listed)):

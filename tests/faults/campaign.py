@@ -210,7 +210,7 @@ class Campaign:
             for path in sorted(place.rglob("*"))
             if (path.is_file() or path.is_dir())
             and target not in (path, *path.parents)
-            and (place / "cache") not in path.parents
+            and (place / "cache") not in (path, *path.parents)
             and not LEFTOVER.fullmatch(path.name.replace(f".{Path(command.output).name}.tmp", "x"))
             and not any(LEFTOVER.fullmatch(part) for part in path.relative_to(place).parts[:-1])
         }
@@ -294,7 +294,9 @@ class Campaign:
         if self._state(command, place) != finished:
             wrong.append("differs")
         if left := [str(p) for p in self._leftovers(command, place) + self._leftovers(command, beside)]:
-            kept_work = shares_output and all(".new-" in name for name in left)
+            # What a dead process had merged so far waits for --overwrite where another's model came to stand meanwhile.
+            refused = "exists already" in again.said
+            kept_work = shares_output and all(".new-" in name or (refused and ".merging" in name) for name in left)
             wrong += [] if kept_work else ["leftovers"]
         if any(word in run.said for run in (first, second, again) for word in ("Unexpected", "Traceback")):
             wrong.append("unexpected")

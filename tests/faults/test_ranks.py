@@ -81,8 +81,8 @@ def test_two_processes_resumed_are_bit_for_bit_two_processes_never_stopped(zygot
     "changes",
     [
         {},
-        {"gradient_checkpointing": "on", "shard_offload": True},
-        {"double_quant": False, "gradient_checkpointing": "1"},
+        pytest.param({"gradient_checkpointing": "on", "shard_offload": True}, marks=pytest.mark.slow),
+        pytest.param({"double_quant": False, "gradient_checkpointing": "1"}, marks=pytest.mark.slow),
         {"quant_type": "fp4", "packing": True, "max_length": 64},
     ],
 )
@@ -96,10 +96,10 @@ def test_a_sharded_base_trains_as_a_whole_one_does(zygote, make_run, tmp_path, c
     assert sharded.metrics() == whole.metrics() and sharded.weights() == whole.weights()
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "gpt2", "qwen2", "bloom")]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "gpt2", "qwen2", "bloom", "opt")]
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "opt", "gemma3", *OTHERS])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gemma3", *OTHERS])
 def test_any_architecture_can_be_sharded(zygote, make_run, tiny_model, tmp_path, architecture):
     changes = {**ALONE, "model": str(tiny_model(architecture)), "target_modules": None, "max_steps": 3}
     whole = make_run(tmp_path / "whole", **changes)
@@ -132,6 +132,7 @@ def test_a_sharded_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_w
     assert runs[1].weights() == quantised.weights()
 
 
+@pytest.mark.slow
 def test_a_sharded_run_keeps_a_copy_of_the_base_that_is_the_one_a_whole_run_keeps(zygote, make_run, tmp_path):
     changes = {**ALONE, "max_steps": 1, "quant_type": "fp4", "gradient_accumulation_steps": 3}
     sharded = make_run(tmp_path / "sharded", **changes, base_cache=True, shard=True)
@@ -154,6 +155,7 @@ def test_three_ranks_share_what_does_not_divide_by_three(zygote, make_run, tmp_p
     assert same_numbers(sharded, whole)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_stopped_and_resumed_whole_by_one_process_and_back(zygote, make_run, single, tmp_path):
     run = make_run(tmp_path / "out", **ALONE, shard=True)
     stopped = train_as_two(zygote, run, fault={"kind": "signalled", "step": 2}, faulty_rank=1)

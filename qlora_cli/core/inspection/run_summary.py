@@ -140,10 +140,13 @@ def _recorded_total(directory: Path) -> int | None:
     """Parameters of the base, as the run counted them; None in records of older versions that did not end."""
     for place in (directory, artifacts.run_of(directory)):
         record = artifacts.find_run_record(place)
-        if counts := record.get("parameters"):
-            return counts["total"] - counts["trainable"]
-        if training := record.get("training"):
-            return training["total_parameters"] - training["trainable_parameters"]
+        for section, total, trainable in (
+            ("parameters", "total", "trainable"),
+            ("training", "total_parameters", "trainable_parameters"),
+        ):
+            counts = record.get(section) or {}
+            if isinstance(counts.get(total), int) and isinstance(counts.get(trainable), int):
+                return counts[total] - counts[trainable]
     return None
 
 

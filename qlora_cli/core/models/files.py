@@ -84,12 +84,14 @@ class ModelFiles:
             ModelError: There is none, or it cannot be read.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            float(tokenizer.model_max_length)  # whose type the library leaves as it found it
         except Exception as error:  # a broken tokenizer file raises whatever the Rust library raises
             raise ModelError(
                 f"The tokenizer of {self.name} cannot be read: {first_line(error)}",
                 "Check that the tokenizer files are there.",
             ) from error
+        return tokenizer
 
     def check_token(self, token_id: int, vocabulary: int) -> None:
         """Checks that a token of the tokenizer has an embedding in a model with so many.
