@@ -44,6 +44,9 @@ class PrepareConfig(ModelSettings, DataSettings):
     show: int = setting(
         0, "Print N rows, their trained tokens marked.", panel=RUN, recorded=False, range=Numbers(0, 10**6)
     )
+    verbose: bool = setting(
+        False, "Show rows whole, and every count and setting of the prepared set.", panel=RUN, recorded=False
+    )
     overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN, recorded=False)
     workers: int | None = setting(
         None, "Processes that read and tokenise; by default one a core.", panel=RUN, range=Numbers(1, 1024)

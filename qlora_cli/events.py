@@ -92,12 +92,19 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class RowShown(Event):
-    """One prepared row to be shown: pieces of text, each with whether it is trained on."""
+    """One prepared row to be shown: pieces of text, each with whether it is trained on.
+
+    Attributes:
+        origin: Where its turns come from, in words.
+        most_lines: Lines that it may take on the screen; None for all of it.
+    """
 
     index: int
     pieces: tuple[tuple[str, bool], ...]
     tokens: int
     trained_tokens: int
+    origin: str = ""
+    most_lines: int | None = None
 
 
 @dataclass(frozen=True)

@@ -386,11 +386,11 @@ from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated
 evil = "\\x1b]0;pwned\\x07\\x1b[2J\\u202e"
 def prepare(config, report):
-    for event in (Notice(evil), Caution(evil), Progress(evil, 1, 2), TextGenerated(evil, True), RowShown(0, ((evil, True),), 1, 1)):
+    for event in (Notice(evil), Caution(evil), Progress(evil, 1, 2), TextGenerated(evil, True), RowShown(0, ((evil, True),), 1, 1, evil)):
         report(event)
     if config.show: raise DataError(evil, evil)
     return types.SimpleNamespace(to_dict=lambda: {"kind": evil, evil: evil, "tables": [{"title": evil, "columns": [evil], "rows": [[evil]]}]})
-sys.modules["qlora_cli.commands.prepare"] = types.SimpleNamespace(prepare=prepare)
+sys.modules["qlora_cli.commands.prepare"] = types.SimpleNamespace(prepare=prepare, summarise=lambda summary: summary.to_dict())
 main(["prepare", "--model", "m", "--data", "d", "--output", "o"])
 main(["prepare", "--model", "m", "--data", "d", "--show", "1", "--debug"])
 main(["prepare", "--model", "m\\x1b[2J"])

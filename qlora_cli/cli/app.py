@@ -175,9 +175,10 @@ def libraries_of(config: Any) -> tuple[str, ...] | None:
 def prepare(call: Call) -> Any:
     """Tokenise and mask a data set, and write it to disk."""
     leave_torch_out()
-    summary = call.load("commands.prepare").prepare(call.config, call.console.report)
+    stage = call.load("commands.prepare")
+    summary = stage.prepare(call.config, call.console.report)
     call.console.suggest(f"qlora train --model {call.config.model} --prepared {call.config.output}")
-    return summary.to_dict()
+    return summary.to_dict() if call.console.as_json or call.config.verbose else stage.summarise(summary)
 
 
 def begin_look_up(model: str | None, revision: str | None, call: Call) -> None:

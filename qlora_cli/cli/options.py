@@ -16,7 +16,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from typer._coercion import build_runtime_param
 from typer.core import TyperCommand, TyperGroup
 
 from qlora_cli.artifacts import is_prepared, is_run
@@ -219,6 +218,8 @@ class Coercion:
         if self.kind is bool:
             return value.strip().lower() in ("1", "true", "yes", "on")  # of the environment
         if self.other is not None:
+            from typer._coercion import build_runtime_param
+
             return build_runtime_param(self.other).coerce(value, param=param, ctx=ctx)
         if self.kind in (int, float):
             try:

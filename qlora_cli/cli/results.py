@@ -68,15 +68,50 @@ def _table(content: dict[str, Any]) -> Table:
 
 
 def draw_row(console: Console, event: RowShown) -> None:
-    """One prepared row: what is trained on green and bold, or in ⟦brackets⟧ where there is no colour."""
-    console.print(Text(f"Row {event.index}: {event.tokens:,} tokens, {event.trained_tokens:,} trained", "bold"))
+    """One prepared row: what is trained on green and bold, or in ⟦brackets⟧ where there is no colour.
+
+    Where it takes more than its lines, the middle of its longest pieces is left out, and then pieces in the middle.
+    """
+    head = Text(f"Row {event.index}: {event.tokens:,} tokens, {event.trained_tokens:,} trained", "bold")
+    console.print(head + Text(f"; {event.origin}" if event.origin else "", "dim"), soft_wrap=True)
     in_colour = console.is_terminal and not console.no_color
+    groups = itertools.groupby(event.pieces, key=lambda piece: piece[1])
+    parts = [("".join(piece[0] for piece in pieces), trained) for trained, pieces in groups]
+    if event.most_lines is not None:
+        parts = _shorten(parts, event.most_lines, console.width)
     line = Text()
-    for trained, pieces in itertools.groupby(event.pieces, key=lambda piece: piece[1]):
-        text = "".join(piece[0] for piece in pieces)
+    for text, trained in parts:
         if in_colour:
             line.append(text.replace("\n", "↵\n"), "bold green" if trained else "dim")
         else:
             line.append(f"⟦{text}⟧" if trained else text)
     console.print(line, soft_wrap=not in_colour)
     console.print()
+
+
+def _shorten(parts: list[tuple[str, bool]], most_lines: int, width: int) -> list[tuple[str, bool]]:
+    """The parts within so many lines, as far as that goes: shorter ones first, then fewer."""
+    whole = parts
+    for letters in (800, 400, 240, 160, 100, 60, 30):
+        if _count_lines(parts, width) <= most_lines:
+            return parts
+        parts = [(_cut(text, letters), trained) for text, trained in whole]
+    while len(parts) > 3 and _count_lines(parts, width) > most_lines:
+        middle = len(parts) // 2
+        parts = [*parts[: middle - 1], (" … ", False), *parts[middle + 1 :]]
+        if parts[middle - 2][0] == " … ":
+            del parts[middle - 2]
+    return parts
+
+
+def _cut(text: str, letters: int) -> str:
+    """A text without its middle, if it is longer than this."""
+    if len(text) <= letters + 40:
+        return text
+    head = letters // 2
+    return f"{text[:head]} … {len(text) - letters:,} letters … {text[head - letters :]}"
+
+
+def _count_lines(parts: list[tuple[str, bool]], width: int) -> int:
+    text = "".join(f"⟦{text}⟧" if trained else text for text, trained in parts)
+    return sum(1 + max(0, len(line) - 1) // width for line in text.split("\n"))

@@ -167,10 +167,9 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple:
     needs_x = ctx.needs_input_grad[0]
-    x_, a_, b_ = torch.ops.qlora.linear_backward(
-        grad.contiguous(), *ctx.saved_tensors, *ctx.constants, needs_x, ctx.adapter_dtype
-    )
-    _, projected, lora_a, lora_b, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: recomputation may hand them out a single time
+    x_, a_, b_ = torch.ops.qlora.linear_backward(grad.contiguous(), *saved, *ctx.constants, needs_x, ctx.adapter_dtype)
+    _, projected, lora_a, lora_b, *_ = saved
     if lora_b is None:
         a_ = b_ = None
     shared = lora_a is None and projected is not None

@@ -181,6 +181,18 @@ def test_a_row_marks_what_is_trained_with_and_without_colour():
     assert "\x1b[2mWhy?↵" in coloured and "\x1b[1;32mBecause.<|endoftext|>\x1b[0m" in coloured
 
 
+def test_a_long_row_is_shown_within_its_lines_and_says_what_it_leaves_out():
+    turns = [("<|user|>" + "Why? " * 300 + "\n" * 9, False), ("Because. " * 200, True)] * 20
+    for most_lines in (3, 6, 12):
+        stream = io.StringIO()
+        row = RowShown(4, tuple(turns), 9000, 3000, "record 5: turns from 'messages'", most_lines)
+        draw_row(RichConsole(file=stream, width=80, _environ={}), row)
+        head, *lines = stream.getvalue().splitlines()
+        assert head == "Row 4: 9,000 tokens, 3,000 trained; record 5: turns from 'messages'"
+        assert sum(1 + len(line) // 80 for line in lines if line) <= max(most_lines, 6)
+        assert "letters …" in stream.getvalue() and " … " in stream.getvalue()
+
+
 def test_a_result_is_facts_and_tables():
     stream = io.StringIO()
     table = {"title": "By module", "columns": ["module", "base_bytes"], "rows": [["query_key_value", 3 * GIB]]}

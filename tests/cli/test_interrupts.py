@@ -48,7 +48,7 @@ for name in "loading terminated_loading working terminated hung_up group_and_pas
         interrupts.install()
         command = globals()[name]
         if "loading" in name: command()
-        sys.modules["qlora_cli.commands.prepare"] = types.SimpleNamespace(prepare=command)
+        sys.modules["qlora_cli.commands.prepare"] = types.SimpleNamespace(prepare=command, summarise=lambda summary: summary.to_dict())
         os._exit(app.main(["prepare", "--model", "m", "--data", "d"]))
     os.close(writing)
     said = os.fdopen(reading).read().removeprefix("Loading transformers and pyarrow.\\n")

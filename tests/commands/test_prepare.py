@@ -40,6 +40,33 @@ def test_rows_are_prepared_for_a_model_and_shown(tiny_model, data, tmp_path):
     assert prepare(config, events.append).cache_hit
 
 
+def test_a_screen_holds_a_long_row_and_what_became_of_the_data(tiny_model, tmp_path, capsys, monkeypatch):
+    from qlora_cli.cli.app import main
+
+    monkeypatch.setenv("COLUMNS", "80")
+    turns = [{"role": role, "content": f"{role} says " + "a word or two " * 8} for role in ("user", "assistant")] * 6
+    rows = [{"id": "a", "messages": turns}, {"id": "b", "messages": []}, {"id": "c", "messages": turns[:1]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["prepare", "--model", str(tiny_model("gpt_neox")), "--data", str(tmp_path / "rows.jsonl")]
+    line += ["--output", str(tmp_path / "out"), "--on-bad-row", "skip", "--show", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert main(line) == 0
+    shown = capsys.readouterr()
+    assert sum(1 + max(0, len(text) - 1) // 80 for text in shown.out.splitlines()) <= 24
+    for words in (
+        "record 1: turns from 'messages'",
+        "rows",
+        "1 of 3 records",
+        "1 rows: no answer",
+        "1 bad rows",
+        "columns 'id'",
+    ):
+        assert words in shown.out, words
+    assert main([*line, "--verbose"]) == 0
+    shown = capsys.readouterr().out
+    assert "rows sha256" in shown and " letters … " not in shown
+
+
 def test_pieces_shown_lose_no_space(tmp_path):
     """A SentencePiece-like tokenizer drops the first space of whatever it decodes by itself."""
     from qlora_cli.core.data.prepare import prepare_rows

@@ -253,6 +253,33 @@ def test_dropout_is_repeated_by_recomputation_and_seeded_by_torch(load_tiny):
         engine.close()
 
 
+@pytest.mark.parametrize("what", ["noise", "pefts own dropout"])
+def test_what_layers_draw_is_repeated_by_recomputation(load_tiny, what):
+    """Jitter as routers have it, in no module of its own, and dropout of an adapter that keeps PEFT's own forward."""
+    model = adapted(load_tiny, "llama", dropout=0.3 if what != "noise" else 0.0, dora=what != "noise")
+    if what == "noise":
+        for module in model.modules():
+            if type(module).__name__ == "LlamaMLP":
+                own = module.forward
+                module.forward = lambda x, m=module, own=own: own(
+                    x * torch.empty_like(x).uniform_(0.5, 1.5) if m.training else x
+                )
+    model.eval()  # as a model is when an engine is installed
+    state, batch, found = torch.get_rng_state(), batch_of(), []
+    for recomputed in ("off", "on"):
+        engine = install(model, gradient_checkpointing=recomputed)
+        assert torch.equal(torch.get_rng_state(), state) and not model.training
+        model.train().zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        loss = engine.loss(batch)
+        loss.backward()
+        engine.close()
+        model.eval()
+        torch.set_rng_state(state)
+        found.append((loss.detach(), gradients(model)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+
 def test_recomputation_leaves_out_the_last_linear(load_tiny):
     model = adapted(load_tiny, "gpt_neox")
     engine = install(model, gradient_checkpointing="on")

@@ -86,6 +86,9 @@ def test_a_base_stored_quantised_trains_and_merges_from_itself_and_from_the_orig
     assert "quantization_config" not in config
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert set(tensors) == set(load_file(original / "model.safetensors"))
+    if layout == "llama":  # some of whose layers are left in 16 bits: verified, in 4 bits are those that were
+        quantised = MergeConfig(adapter=str(tmp_path / "adapter"), output=str(tmp_path / "packed"), quantize=True)
+        merge(quantised, lambda e: None)
     again = merged(tmp_path / "adapter", tmp_path / "again", base="original")
     assert again.isfinite().all()
     untouched = load_file(tmp_path / "again" / "model.safetensors")

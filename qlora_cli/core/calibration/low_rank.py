@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_cli.errors import ModelError
+
 DAMPING = 0.01  # of the mean square of an input, added to each: directions the rows do not show count a little
 OVERSAMPLING = 16  # directions iterated beside those wanted
 ITERATIONS = 12  # of the subspace; quantisation errors have flat spectra: 12 reach 99.9 % of what an exact SVD does
@@ -78,12 +80,21 @@ def leading_directions(error: Tensor, multiply: Callable[[Tensor], Tensor], rank
 
     Returns:
         Singular values of E C^½ (rank,), descending, and directions (out, rank), orthonormal.
+
+    Raises:
+        ModelError: The moment is not finite: what the layer was given, or its weights, overflowed.
     """
     out, columns = error.shape
     count = min(out, columns, rank + max(OVERSAMPLING, rank // 2))
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(out, count, generator=generator).to(error.device)
-    basis = torch.linalg.qr(multiply(start))[0]
+    moved = multiply(start)
+    if not moved.isfinite().all():
+        raise ModelError(
+            "The model's activations are not finite numbers, so that no adapter can be started from them.",
+            "Use --compute-dtype bfloat16 or float32, which hold larger numbers than float16.",
+        )
+    basis = torch.linalg.qr(moved)[0]
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(multiply(basis))[0]
     values, vectors = torch.linalg.eigh((basis.T @ multiply(basis)).double())

@@ -239,6 +239,7 @@ def prepare_rows(
             **({"data_sets": statistics.sets} if len(sets) > 1 or sets[0].share != 1 else {}),
             "column": recognised.formatting.column or recognised.formatting.completion_column,
             "train_on": recognised.train_on,
+            "unused_columns": list(recognised.unused),
             "formatting": recognised.formatting.to_dict(),
             "data": identity,
             "tokenizer": {"name": tokenizer.name_or_path, "sha256": encoder.spec.sha256},

@@ -274,7 +274,28 @@ def _unused(layer: nn.Module, call: LayerCall, linear: Any) -> bool:
         linear.forward = original
 
 
-def has_dropout(layers: list[nn.Module]) -> bool:
-    """Whether layers draw random numbers, apart from the adapters' dropout, which has its own seed."""
-    named = (item for layer in layers for item in layer.named_modules())
-    return any(isinstance(m, nn.Dropout) and m.p > 0 and "lora_dropout" not in name for name, m in named)
+def draws_random(layers: list[nn.Module], calls: list[LayerCall]) -> bool:
+    """Whether layers draw from torch's random state in training, as dropout does, or routers that jitter; found by trial.
+
+    Adapters' dropout in fused linears does not: it has seeds of its own. The random state stays as it was.
+    """
+    return any(_draws_random(layer, call) for layer, call in zip(layers, calls, strict=True))
+
+
+@torch.no_grad()
+def _draws_random(layer: nn.Module, call: LayerCall) -> bool:
+    device, modes = call.args[0].device, {module: module.training for module in layer.modules()}
+    on_cuda = device.type == "cuda"
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_cuda else [])]
+
+    with torch.random.fork_rng(devices=[device] if on_cuda else []), gathered(layer):
+        before = states()
+        layer.train()
+        try:
+            _run(layer, call.args, call.kwargs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return not all(map(torch.equal, before, states()))

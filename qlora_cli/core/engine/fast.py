@@ -16,8 +16,8 @@ from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tok
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
     capture_calls,
+    draws_random,
     find_layers,
-    has_dropout,
     run_as_planned,
     runs_better_plainly,
     skip_unused_outputs,
@@ -147,9 +147,9 @@ class FastEngine:
         if len(self.calls) != len(layers):  # layers that are called other than once each are left as they are
             layers, self.calls = [], []
         self.layers = layers
-        self.dropout = has_dropout(layers)
+        self.draws_random = draws_random(layers, self.calls)
         step = self.linears.step
-        self.layer_plans = [LayerPlan(i, False, None, False, self.dropout, step) for i in range(len(layers))]
+        self.layer_plans = [LayerPlan(i, False, None, False, self.draws_random, step) for i in range(len(layers))]
         self.undo.append(replace_forward(dict(zip(layers, self.layer_plans, strict=True)), run_as_planned))
 
     def _compiling_pays(self, asked: bool | None, total_steps: int) -> bool:
@@ -161,7 +161,7 @@ class FastEngine:
     def _use_graphs(self) -> None:
         """Has steps replayed as graphs, which read no trained embeddings or head, as these lie outside of them, and
         repeat no random numbers."""
-        still = self.head is not None and self.head.frozen and self.embeddings.frozen and not self.dropout
+        still = self.head is not None and self.head.frozen and self.embeddings.frozen and not self.draws_random
         if not self.on_cuda or not (self.packed and self.layers and still) or self.sharded:
             return
         trained = [p for p in self.model.parameters() if p.requires_grad]

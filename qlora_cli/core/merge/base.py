@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.device import DTYPES
 from qlora_cli.core.merge.plan import main_dtype
+from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.identity import BaseIdentity, config_digest
 from qlora_cli.core.models.structure import build_empty
@@ -27,6 +28,11 @@ class Base:
     identity: BaseIdentity  # with how it was quantised in training
     stored_dtype: torch.dtype  # of most of its weights
     stored: StoredFormat | None = None  # how it is stored, if not plain
+
+    @property
+    def packed(self) -> frozenset[str]:
+        """Names of its parameters that are in 4 bits where it is quantised."""
+        return plan_packing(self.model, self.stored.skipped if self.stored else ()).packed
 
 
 def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) -> Base:

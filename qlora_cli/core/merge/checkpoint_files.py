@@ -4,14 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_json
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.models.hub import PROCESSOR_FILES, TOKENIZER_FILES
-from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
 from qlora_cli.core.untrusted import refuse_links
@@ -49,12 +50,14 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
     if "torch_dtype" not in config:
         config["dtype"] = dtype_name(options.dtype)
     if options.pack:
+        heads, packed = set(head_names(base.model)), {name.removesuffix(".weight") for name in base.packed}
+        linears = {name for name, part in base.model.named_modules() if isinstance(part, nn.Linear | Conv1D)}
         config["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=options.quantization.quant_type,
             bnb_4bit_use_double_quant=options.quantization.double_quant,
             bnb_4bit_compute_dtype=options.dtype,
-            llm_int8_skip_modules=[*head_names(base.model), *tower_names(base.model), *sorted(read_raw(base.model))],
+            llm_int8_skip_modules=[*sorted(heads), *tower_names(base.model), *sorted(linears - heads - packed)],
         ).to_dict()
     write_json(directory / CONFIG, config)
 

@@ -27,7 +27,7 @@ from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
-from qlora_cli.core.models.structure import linear_names, model_class
+from qlora_cli.core.models.structure import model_class
 from qlora_cli.errors import MergeError, ModelError, RunError, first_line
 from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.sizes import format_bytes
@@ -144,7 +144,7 @@ def open_merged(directory: Path, base: Base, options: MergeOptions) -> Iterator[
     wrong = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if wrong:
         raise MergeError(f"The merged model lacks {len(wrong)} weights, first {wrong[0]}.")
-    packed = [is_4bit(model.get_submodule(name)) for name in linear_names(base.model)]
+    packed = [is_4bit(model.get_submodule(name.removesuffix(".weight"))) for name in sorted(base.packed)]
     if options.pack and not all(packed):
         raise MergeError(f"{packed.count(False)} linear layers of the merged model are not in 4 bits once loaded.")
     yield freeze_base(model) if options.pack else model.eval()

@@ -81,6 +81,27 @@ class Formatting:
         return found
 
 
+def describe_origins(formatting: Formatting) -> str:
+    """Which column each part of a row comes from, in words."""
+
+    def named(what: str, *columns: str | None) -> list[str]:
+        given = [repr(column) for column in columns if column]
+        return [f"{what} from {' and '.join(given)}"] if given else []
+
+    columns = formatting.conversation or ConversationColumns(messages=formatting.column)
+    if formatting.format == "chat":
+        parts = named("system", columns.system) + named("turns", columns.history, columns.messages)
+        parts += named("user", columns.prompt, columns.addition) + named("assistant", columns.answer)
+        parts += named("tools", columns.tools) + named("documents", columns.documents)
+    elif formatting.format == "prompt":
+        fields = PromptTemplate.fields_of(str(formatting.template))
+        prompts = [name for name in dict.fromkeys(fields) if name != formatting.completion_column]
+        parts = named("prompt", *prompts) + named("answer", formatting.completion_column)
+    else:
+        parts = named("tokens" if formatting.format == "tokens" else "text", formatting.column)
+    return ", ".join(parts)
+
+
 Formatted = list[list[Run]] | BadField | Blank
 
 

@@ -150,7 +150,9 @@ def _with_label(columns: Columns, recognised: Recognised) -> Recognised:
     remark = f"Rows whose column {label!r} is false are left out."
     remarks = tuple(text for text in recognised.remarks if text != _unused([label]))
     remarks = tuple(text.replace(f"{label!r}, ", "").replace(f", {label!r}", "") for text in remarks)
-    return replace(recognised, rules=replace(recognised.rules or RowRules(), label=label), remarks=(*remarks, remark))
+    unused = tuple(name for name in recognised.unused if name != label)
+    rules = replace(recognised.rules or RowRules(), label=label)
+    return replace(recognised, rules=rules, remarks=(*remarks, remark), unused=unused)
 
 
 def _unused(names: Sequence[str]) -> str:
@@ -167,4 +169,4 @@ def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
     if thoughts and recognised.formatting.format == "prompt":
         answer = recognised.formatting.completion_column
         remark += f' A template of your own could use {thoughts!r}: --template "... {{{thoughts}}} ... {{{answer}}}"'
-    return replace(recognised, remarks=(*recognised.remarks, remark))
+    return replace(recognised, remarks=(*recognised.remarks, remark), unused=tuple(unused))

@@ -17,6 +17,7 @@ class Recognised:
         remarks: What deserves to be known besides, a sentence each.
         used: Columns that have a part in it.
         rules: What is left out of rows, or unwrapped in them, before.
+        unused: Columns that have no part in it.
     """
 
     formatting: Formatting
@@ -25,6 +26,7 @@ class Recognised:
     remarks: tuple[str, ...] = ()
     used: tuple[str, ...] = ()
     rules: RowRules = field(default_factory=RowRules)
+    unused: tuple[str, ...] = ()
 
 
 def describe_trained(train_on: str) -> str:

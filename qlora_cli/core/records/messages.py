@@ -57,6 +57,9 @@ def turns_of(value: Any) -> list[Any] | None:
         return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(items)]
     turns: list[Any] = []
     for item in items:
+        if isinstance(item, dict) and isinstance(item.get("role"), str):
+            turns.append(item)
+            continue
         found = _turns_of_object(item) if isinstance(item, dict) else pair_of(item)
         if found is None:
             return None

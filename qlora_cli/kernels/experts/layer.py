@@ -154,10 +154,9 @@ def _save_up(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _differentiate_up(ctx: Any, grad: Tensor, _: Any) -> tuple:
     needs_x = ctx.needs_input_grad[0]
-    of_x, of_first, of_second = torch.ops.qlora.experts_up_backward(
-        grad.contiguous(), *ctx.saved_tensors, *ctx.numbers, needs_x
-    )
-    adapted = ctx.saved_tensors[6] is not None
+    saved = ctx.saved_tensors  # once: recomputation hands them out a single time
+    of_x, of_first, of_second = torch.ops.qlora.experts_up_backward(grad.contiguous(), *saved, *ctx.numbers, needs_x)
+    adapted = saved[6] is not None
     given = (of_first, of_second) if adapted else (None, None)
     return (of_x if needs_x else None, *(None,) * 5, *given, *(None,) * 10)
 
@@ -298,10 +297,11 @@ def _save_down(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _differentiate_down(ctx: Any, grad: Tensor, _: Any) -> tuple:
+    saved = ctx.saved_tensors  # once: recomputation hands them out a single time
     of_given, of_weights, of_first, of_second = torch.ops.qlora.experts_down_backward(
-        grad.contiguous(), *ctx.saved_tensors, *ctx.numbers
+        grad.contiguous(), *saved, *ctx.numbers
     )
-    given = (of_first, of_second) if ctx.saved_tensors[7] is not None else (None, None)
+    given = (of_first, of_second) if saved[7] is not None else (None, None)
     of_weights = of_weights if ctx.needs_input_grad[1] else None
     return (of_given, of_weights, *(None,) * 5, *given, *(None,) * 18)
 

@@ -4,6 +4,7 @@ A chat template is a program that came with a model: it may loop for ever or fil
 memory and processor time are limited. Loads jinja2 and the standard library only.
 """
 
+import gc
 import json
 import resource
 import signal
@@ -249,6 +250,7 @@ def serve(connection: Any) -> None:
         template, names, control_tokens, date, cpu_seconds = connection.recv()
         kind, renderer = answer(lambda: ChatRenderer(template, names, control_tokens, date))
         connection.send((kind, "" if kind == "ok" else renderer))
+        gc.freeze()  # what stays is not looked through again
         while True:
             connection.send([answer(lambda: renderer.render(request)) for request in connection.recv()])  # noqa: B023
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
