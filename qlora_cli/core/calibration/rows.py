@@ -9,14 +9,17 @@ from qlora_cli.core.data.dataset import RowSubset
 ROWS = 64  # at most, unless they are short
 MOST_TOKENS = {"cuda": 16_384, "cpu": 8_192}  # of all rows; 64 rows of GSM8K have 13,000
 MOST_ROW_TOKENS = 512
-BATCH_TOKENS = {"cuda": 4_096, "cpu": 1_024}
+ROUNDING_TOKENS = {"cuda": 65_536, "cpu": 4_096}  # for rounding, which needs four times as many to be near its best
+BATCH_TOKENS = {"cuda": 2_048, "cpu": 1_024}
 MOST_CUT = 1.15  # a row of a batch is at most so many times as long as what is left of it
 ROWS_STREAM = 0xCA1  # apart from the streams that split rows and order epochs
 
 
-def choose_calibration_rows(rows: RowSubset, *, seed: int, device: torch.device) -> list[int]:
+def choose_calibration_rows(
+    rows: RowSubset, *, seed: int, device: torch.device, most_tokens: dict[str, int] = MOST_TOKENS
+) -> list[int]:
     """Numbers of the rows looked at: drawn by the seed, until there are the tokens wanted."""
-    wanted, chosen, tokens = MOST_TOKENS[device.type], [], 0
+    wanted, chosen, tokens = most_tokens[device.type], [], 0
     for index in np.random.default_rng([seed, ROWS_STREAM]).permutation(len(rows)).tolist():
         length = min(int(rows.lengths[index]), MOST_ROW_TOKENS)
         if length < 2:

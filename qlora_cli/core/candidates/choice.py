@@ -11,6 +11,7 @@ from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.calibration.low_rank import SecondMoment
+from qlora_cli.core.calibration.rows import ROUNDING_TOKENS, batch_rows, choose_calibration_rows
 from qlora_cli.core.candidates.losses import LIVE, UNTUNED, Candidate, MergedWeights, measure_losses
 from qlora_cli.core.candidates.rounded_weights import RoundedWeights
 from qlora_cli.core.device import free_memory, read_free_bytes
@@ -164,7 +165,7 @@ def _measure(
     measured = choose_rows(rows, vocabulary=vocabulary, device=options.device)
     if "built-in" in described or not measured:
         return "the rows of its run are not at hand"
-    seen = choose_rows(find_trained_rows(source.directory), vocabulary=vocabulary, device=options.device)
+    seen = _calibration_batches(source.directory, options.device) if options.pack else []
     model, _ = load_base(base.files, options.quantization, compute_dtype=options.compute_dtype, device=options.device)
     if len(list(four_bit_linears(model))) != len(linear_names(base.model)) or holds_other_weights(model):
         return "part of the base is held in another way than linear layers are"
@@ -181,10 +182,19 @@ def _measure(
         else:
             candidates[name] = Candidate(weights, _to_nearest(options))
     adapted = load_adapter(model, source.directory).eval()
-    losses = measure_losses(adapted, base.model, candidates, measured, seen if options.pack else [], report)
+    losses = measure_losses(adapted, base.model, candidates, measured, seen, report)
     best = min(candidates, key=lambda name: losses[name])  # of equal ones the first
     tokens = sum(int(trained[1:].sum()) for _, trained in measured)
     return Choice(best, losses, tokens, described, rounded if best == DEQUANTIZED else None)
+
+
+def _calibration_batches(adapter: Path, device: torch.device) -> list[Tensor]:
+    """Token ids of trained rows that rounding looks at, (rows, length) int64 each."""
+    rows = find_trained_rows(adapter)
+    if rows is None:
+        return []
+    chosen = choose_calibration_rows(rows, seed=0, device=device, most_tokens=ROUNDING_TOKENS)
+    return batch_rows(rows, chosen, device=device)
 
 
 def _to_nearest(options: MergeOptions) -> Callable[[str, Tensor, SecondMoment | None], Tensor]:

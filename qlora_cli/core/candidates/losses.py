@@ -71,7 +71,7 @@ def measure_losses(
     structure: nn.Module,
     candidates: Mapping[str, Candidate],
     rows: Sequence[Row],
-    seen: Sequence[Row],
+    seen: Sequence[Tensor],
     report: Report,
 ) -> dict[str, float]:
     """Mean loss, in nats a trained token, of the model as it was trained ("live") and of each way to merge it; where one
@@ -82,18 +82,21 @@ def measure_losses(
         structure: The base's architecture on the meta device.
         candidates: By name.
         rows: Measured on; from `choose_rows`, at least one.
-        seen: Others, of which moments of inputs are gathered where a candidate knows its inputs.
+        seen: Token ids of others, (rows, length) int64, of which moments of inputs are gathered where a candidate knows
+            its inputs.
         report: Receives the progress.
 
     Raises:
         ModelError: The rows cannot be sent through layer by layer.
     """
     base = adapted.get_base_model()
-    batches = [torch.from_numpy(ids.astype(np.int64))[None] for ids, _ in (*seen, *rows)]
+    batches = [torch.from_numpy(ids.astype(np.int64))[None] for ids, _ in rows]
     plain = (UNTUNED,) if any(candidate.rounded for candidate in candidates.values()) else ()
-    streams = {name: ActivationStream(base, batches) for name in (*plain, LIVE, *candidates)}
-    for stream in streams.values():
-        stream.counted = len(seen)
+    streams = {}
+    for name in (*plain, LIVE, *candidates):
+        others = seen if name in candidates and candidates[name].knows_inputs else ()
+        streams[name] = ActivationStream(base, [*others, *batches])
+        streams[name].counted = len(others)
     linears = {id(base.get_submodule(name)): name for name in linear_names(structure)}
     transposed = {name for name in linears.values() if isinstance(structure.get_submodule(name), Conv1D)}
     for number, layer in enumerate(streams[LIVE].layers, start=1):
@@ -109,7 +112,7 @@ def measure_losses(
                     _round(base, inside, candidates[name], stream)
                     stream.advance()
         report(Progress("Measuring ways to merge", number, len(streams[LIVE].layers), unit="layers"))
-    return {name: _mean_loss(stream, rows, first=len(seen)) for name, stream in streams.items()}
+    return {name: _mean_loss(stream, rows) for name, stream in streams.items()}
 
 
 def _round(base: Any, names: Sequence[str], candidate: Candidate, stream: ActivationStream) -> None:
@@ -145,9 +148,10 @@ def merged_linears(base: Any, names: Sequence[str], weights: MergedWeights, tran
             base.set_submodule(name, module)
 
 
-def _mean_loss(stream: ActivationStream, rows: Sequence[Row], *, first: int) -> float:
+def _mean_loss(stream: ActivationStream, rows: Sequence[Row]) -> float:
+    """Of the rows, which are the stream's last batches."""
     total, tokens = 0.0, 0
-    for number, (ids, trained) in enumerate(rows, start=first):
+    for number, (ids, trained) in enumerate(rows, start=stream.batches - len(rows)):
         logits = stream.logits(number)[0, :-1]  # (length - 1, vocabulary)
         places = torch.from_numpy(np.flatnonzero(trained[1:])).to(logits.device)
         targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)[places]

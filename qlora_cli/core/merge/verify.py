@@ -221,10 +221,10 @@ def find_rows(
     return _each(trained), "trained on"
 
 
-def find_trained_rows(adapter: Path) -> Iterator[Row]:
-    """Rows that the run trained on, from the last: others than those of `find_rows`, as far as there are more."""
+def find_trained_rows(adapter: Path) -> RowSubset | None:
+    """Rows that the run trained on; None where they are gone."""
     split = _split_of_run(adapter)
-    return iter(()) if split is None else (split[0][index] for index in reversed(range(len(split[0]))))
+    return None if split is None else split[0]
 
 
 def _split_of_run(adapter: Path) -> tuple[RowSubset, RowSubset] | None:
