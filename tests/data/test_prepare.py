@@ -520,6 +520,32 @@ def test_an_interruption_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "prepared" / PREPARED_ROWS).read_bytes() == before
 
 
+@pytest.mark.parametrize("change", ["written on", "replaced", "removed"])
+def test_a_file_that_changes_meanwhile_leaves_no_rows_under_its_former_name(tmp_path, monkeypatch, change):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    path = Path(write(tmp_path / "rows.jsonl", PAIRS))
+    config = PrepareConfig(data=str(path))
+    whole = path.read_bytes()
+
+    def meddle(event):
+        if isinstance(event, Progress) and event.done and path.exists() and path.read_bytes() == whole:
+            if change == "written on":
+                with path.open("ab") as stream:
+                    stream.write(whole)
+            elif change == "replaced":
+                (tmp_path / "new").write_bytes(whole.replace(b"0", b"1"))
+                (tmp_path / "new").replace(path)
+            else:
+                path.unlink()
+
+    with pytest.raises(DataError, match="was changed while it was read"):
+        prepare_rows(config, byte_level(), None, None, meddle, workers=1, chunk_bytes=256)
+    assert not [entry for entry in cache_directory().iterdir() if entry.is_dir()]
+    path.write_bytes(whole)
+    summary = prepare_rows(config, byte_level(), None, None, print, workers=1)
+    assert not summary.cache_hit and len(PreparedRows(summary.directory)) == len(PAIRS)
+
+
 def test_a_kill_leaves_no_half_written_directory_and_no_process(tmp_path):
     write(tmp_path / "rows.jsonl", [{"text": "the fox " * 200}] * 3000)
     byte_level().save_pretrained(tmp_path / "tokenizer")

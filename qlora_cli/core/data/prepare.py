@@ -185,6 +185,7 @@ def prepare_rows(
     encoder = encoder_of(tokenizer)
     sources = [resolve_source(s.name, split=settings.split, revision=settings.revision, report=report) for s in sets]
     max_length = choose_max_length(settings.max_length, model_config, report)
+    stamps = [source.stamps() for source in sources]
     identity = join_identities(sets, [source.identify(report) for source in sources])
     digest = _digest(settings, encoder, max_length, identity)
     if directory is None:
@@ -229,6 +230,8 @@ def prepare_rows(
                         results = pool.process_all(_limited(chunks, settings))
                     output.write(results)
                 statistics.close_set(source.name, data_set.share, before)
+        for source, stamp in zip(sources, stamps, strict=True):
+            source.check_unchanged(stamp)
         statistics.check(identity["source"])
         manifest = {
             "format": FORMAT,

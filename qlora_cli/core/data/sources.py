@@ -130,6 +130,16 @@ class Source:
         except Exception as error:  # datasets' readers fail in every way
             yield Chunk(self.name).fail(line, f"cannot be read: {error}")
 
+    def stamps(self) -> list[tuple[int, int, int]]:
+        """Inode, size and time of change of the files: other ones mean other content."""
+        found = [path.stat() for path in self.hashed if path.exists()]
+        return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
+
+    def check_unchanged(self, stamps: list[tuple[int, int, int]]) -> None:
+        """Raises DataError if a file was changed since `stamps` were taken: rows of it would go by the former content's name."""
+        if self.stamps() != stamps:
+            raise DataError(f"{self.name} was changed while it was read.", "Run the command again once it is finished.")
+
     def identify(self, report: Report) -> dict[str, Any]:
         """Name, split and SHA-256 of the data."""
         sizes = [path.stat().st_size for path in self.hashed]
