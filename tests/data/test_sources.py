@@ -245,6 +245,36 @@ def test_online_only_the_files_of_the_split_are_downloaded(monkeypatch, tmp_path
     assert asked == [("org/set", "v1", ["README.md", "data/train.jsonl"], "dataset")]
 
 
+def test_a_hub_dataset_that_the_disk_has_no_room_for_is_read_as_it_comes_with_a_limit(monkeypatch, tmp_path):
+    """The hub is played by a folder that datasets streams."""
+    import datasets
+
+    write(tmp_path / "train.jsonl", "a", "b")
+    said, asked = [], []
+    real = datasets.load_dataset
+
+    def load(path, config, *, split, revision, streaming):
+        asked.append((path, config, split, revision, streaming))
+        return real("json", data_files=str(tmp_path / "train.jsonl"), split=split, streaming=True)
+
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "_remote_files", lambda *_: ["*"])
+    monkeypatch.setattr(sources, "missing_bytes", lambda *_, **__: ("abc", 2**60))
+    monkeypatch.setattr(sources, "download_snapshot", lambda *_, **__: pytest.fail("it was downloaded"))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+    def resolve(name, limit=5):
+        return resolve_source(name, split="train", revision=None, report=said.append, limit=limit)
+
+    source = resolve("org/set:part")
+    assert texts(source) == ["a", "b"]
+    assert asked == [("org/set", "part", "train", "abc", True)]
+    assert "the first 5 rows are read from the hub as they come" in said[0].text
+    assert source.identify(print)["sha256"] != resolve("org/other").identify(print)["sha256"]
+    with pytest.raises(pytest.fail.Exception, match="it was downloaded"):
+        resolve("org/set", limit=None)
+
+
 def test_a_hub_dataset_may_be_named_like_a_file(tmp_path, monkeypatch):
     def download(repository, *_, **__):
         assert repository == "org/docs.jsonl"

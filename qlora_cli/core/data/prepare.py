@@ -183,7 +183,7 @@ def prepare_rows(
         may_replace(directory, PREPARED, overwrite=True, reads=reads, files=PREPARED_FILES)
         asked = partial(may_replace, directory, PREPARED, overwrite=overwrite, reads=reads, files=PREPARED_FILES)
     encoder = encoder_of(tokenizer)
-    sources = [resolve_source(s.name, split=settings.split, revision=settings.revision, report=report) for s in sets]
+    sources = [_resolve(data_set.name, settings, report) for data_set in sets]
     max_length = choose_max_length(settings.max_length, model_config, report)
     stamps = [source.stamps() for source in sources]
     identity = join_identities(sets, [source.identify(report) for source in sources])
@@ -276,6 +276,10 @@ def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, ident
     facts = [PREPARATION, FORMAT, wanted, identity["sha256"], encoder.spec.sha256, encoder.spec.chat_template]
     facts += [encoder.spec.tool_template] if encoder.spec.tool_template else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _resolve(name: str, settings: DataSettings, report: Report) -> Source:
+    return resolve_source(name, split=settings.split, revision=settings.revision, report=report, limit=settings.limit)
 
 
 def _recognise(source: Source, settings: DataSettings, encoder: TextEncoder) -> Recognised:

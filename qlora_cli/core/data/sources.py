@@ -12,13 +12,15 @@ from typing import Any
 from huggingface_hub import constants
 
 from qlora_cli.artifacts import sha256_of
-from qlora_cli.core.models.hub import download_snapshot
+from qlora_cli.core.models.hub import download_snapshot, missing_bytes
 from qlora_cli.core.reading.arrow_reader import chunks_of
 from qlora_cli.core.reading.chunks import RECORDS_A_CHUNK, Chunk, parse_chunk
 from qlora_cli.core.reading.compressed import DECOMPRESS
 from qlora_cli.core.reading.readers import CHUNK_BYTES, KINDS, kind_of, read_chunks
+from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
-from qlora_cli.events import Caution, Progress, Report
+from qlora_cli.events import Caution, Notice, Progress, Report
+from qlora_cli.sizes import format_bytes
 
 SPLITS = {
     "train": ("train", "training"),
@@ -150,13 +152,17 @@ class Source:
             if sum(sizes) > 2**30:
                 report(Progress("Checking the data", done, sum(sizes), "bytes"))
         # How a file is read depends on its kind, so the same bytes under .txt and .jsonl are two inputs.
-        facts = [(kind_of(path), file["sha256"]) for path, file in zip(self.hashed, files, strict=True)]
+        facts: list[Any] = [(kind_of(path), file["sha256"]) for path, file in zip(self.hashed, files, strict=True)]
+        if not facts:  # read from the hub as it comes: the commit says what it is
+            facts = [self.name, sorted(self.facts.items())]
         sha256 = hashlib.sha256(repr(facts).encode()).hexdigest()
         return {"source": self.name, **self.facts, "files": files, "sha256": sha256}
 
 
-def resolve_source(data: str, *, split: str, revision: str | None, report: Report) -> Source:
+def resolve_source(data: str, *, split: str, revision: str | None, report: Report, limit: int | None = None) -> Source:
     """Finds what --data names; a local path wins over a hub dataset of the same name.
+
+    A hub dataset is downloaded, or read from the hub as it comes where the disk has no room for it and a limit of rows is given.
 
     Raises:
         DataError: Nothing is there, or it cannot be reached.
@@ -175,7 +181,7 @@ def resolve_source(data: str, *, split: str, revision: str | None, report: Repor
     # Some datasets are named like a file (ORG/docs.jsonl); in a folder that is here a file is meant, though.
     like_file = kind_of(path) is not None and ("/" not in data or path.parent.is_dir())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~" and not like_file:
-        return _hub_source(data, split, revision, report)
+        return _hub_source(data, split, revision, report, limit)
     raise DataError(f"There is no file or folder {data}.", "Check --data.")
 
 
@@ -248,16 +254,33 @@ def _split_of(path: Path) -> str:
     return next((split for split, names in SPLITS.items() if words & set(names)), "")
 
 
-def _hub_source(data: str, split: str, revision: str | None, report: Report) -> Source:
+def _hub_source(data: str, split: str, revision: str | None, report: Report, limit: int | None) -> Source:
     repository, _, config = data.partition(":")
     try:
         patterns = _remote_files(repository, config or None, split, revision)
+        if limit is not None and not constants.HF_HUB_OFFLINE:
+            needed = missing_bytes(repository, revision, patterns, kind="dataset")
+            free_bytes = free_disk_bytes(Path(constants.HF_HUB_CACHE))
+            if needed is not None and needed[1] > free_bytes:
+                sizes = f"{format_bytes(needed[1])} to download, and the disk has {format_bytes(free_bytes)} free"
+                report(Notice(f"{data} has {sizes}: the first {limit:,} rows are read from the hub as they come."))
+                return _streamed_source(data, repository, config or None, split, needed[0])
         folder = download_snapshot(repository, revision, patterns, kind="dataset", report=report)
     except ModelError as error:
         hint = error.hint if "HF_HUB_OFFLINE" in error.message else f"{error.hint or ''} A local path works too."
         raise DataError(error.message, hint.strip() if hint else None) from error
     facts = {"split": split, "revision": folder.name}
     return _dataset_folder(data, folder, config or None, split, facts)
+
+
+def _streamed_source(data: str, repository: str, config: str | None, split: str, commit: str) -> Source:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(repository, config, split=split, revision=commit, streaming=True)
+    except Exception as error:  # datasets' readers and the hub's answers fail in every way
+        raise DataError(f"{data} cannot be read from the hub: {first_line(error)}", "Check --split.") from error
+    return Source(data, table=table, facts={"split": split, "revision": commit})
 
 
 def _remote_files(repository: str, config: str | None, split: str, revision: str | None) -> list[str]:

@@ -179,6 +179,19 @@ def _download(
     return directory
 
 
+def missing_bytes(repository: str, revision: str | None, patterns: list[str], *, kind: str) -> tuple[str, int] | None:
+    """The commit of a hub repository, and the bytes of these files that the local cache lacks; None if the hub does not say."""
+    wanted = {"repo_type": kind, "allow_patterns": patterns, "ignore_patterns": None}
+    try:
+        commit, sizes = _list_files(repository, revision, wanted)
+    except (hub_errors.HTTPError, OSError):
+        return None
+    where = {"revision": commit, "repo_type": kind}
+    return commit, sum(
+        size for name, size in sizes.items() if not isinstance(try_to_load_from_cache(repository, name, **where), str)
+    )
+
+
 def _verify_blobs(directory: Path, names: list[str]) -> None:
     """Compares what arrived with the SHA-256 that the hub's cache names large files by: the library compares sizes.
 
