@@ -28,6 +28,11 @@ def replaced_weights(facts: AdapterFacts, base: Any) -> dict[str, str]:
     return found
 
 
+def has_replaced_vocabulary(base: Any) -> bool:
+    """Whether an adapter put its own embeddings or head in place of the base's."""
+    return getattr(base, OWN, False)
+
+
 def take_vocabulary(model: Any, directory: Path, facts: AdapterFacts, replaced: dict[str, str]) -> None:
     """Makes a base's vocabulary as large as an adapter's, whose embeddings and head are then loaded with it.
 

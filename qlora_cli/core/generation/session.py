@@ -5,6 +5,7 @@ import importlib.util
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.adapters.lora import load_adapter
+from qlora_cli.core.adapters.vocabulary import has_replaced_vocabulary
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, why_not_stepwise
 from qlora_cli.core.decoding.sampling import check_sampling
@@ -27,10 +29,12 @@ from qlora_cli.core.generation.requests import (
     make_request,
 )
 from qlora_cli.core.models.files import ModelFiles, context_length
+from qlora_cli.core.models.hub import TOKENIZER_FILES, TOKENIZER_SIGNS
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
-from qlora_cli.errors import UsageError
+from qlora_cli.core.untrusted import refuse_links
+from qlora_cli.errors import AdapterError, UsageError
 from qlora_cli.events import Report
 from qlora_cli.setting_groups import GenerationSettings
 
@@ -99,9 +103,32 @@ class GenerationSession:
         self._unpacked: bool | None = None  # whether a CPU's weights were dequantised; None before that was tried
         self._sources: dict[str, AdapterRecord] = {}
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
-        self._selected: Any = ...  # not known before the first choice
+        self._files: dict[str, ModelFiles] = {}  # by adapter, those with its tokenizer
+        self._selected: str | None = None
 
     # ------------------------------------------------------------ prompts to requests
+
+    def files_of(self, adapter: str | None) -> ModelFiles | None:
+        """Files whose tokenizer an adapter's prompts take: its own where tokens were added to the base's.
+
+        Raises:
+            ModelError: Its tokenizer cannot be read.
+        """
+        if adapter is None or self.files is None:
+            return self.files
+        if adapter not in self._files:
+            directory, own = self.source(adapter).directory, self.files
+            if any((directory / name).is_file() for name in TOKENIZER_SIGNS):
+                refuse_links(directory, TOKENIZER_FILES)
+                beside = replace(own, name=adapter, directory=directory, trust_remote_code=False)
+                own = beside if len(beside.tokenizer) > len(own.tokenizer) else own
+            self._files[adapter] = own
+        return self._files[adapter]
+
+    def tokenizer_of(self, adapter: str | None) -> Any:
+        """The tokenizer of an adapter's prompts and answers."""
+        files = self.files_of(adapter)
+        return self.tokenizer if files is None or files is self.files else files.tokenizer
 
     def source(self, adapter: str) -> AdapterRecord:
         """What an adapter's run recorded, its base compared with this one.
@@ -125,7 +152,9 @@ class GenerationSession:
         if self.settings.raw:
             return RAW
         trained = self.source(adapter).formatting if adapter is not None else self._trained_formatting
-        return with_template_settings(trained or default_formatting(self.tokenizer), self.settings.template_setting)
+        return with_template_settings(
+            trained or default_formatting(self.tokenizer_of(adapter)), self.settings.template_setting
+        )
 
     def request(self, index: int, prompt: Any, adapter: str | None) -> Request:
         """A prompt, formatted for an adapter and tokenised.
@@ -136,7 +165,7 @@ class GenerationSession:
         formatting = self.formatting(adapter)
         return make_request(
             index,
-            format_prompt(prompt, formatting, self.tokenizer),
+            format_prompt(prompt, formatting, self.tokenizer_of(adapter)),
             max_new_tokens=self.settings.max_new_tokens,
             context=self.context,
             strip=formatting.format in ("prompt", "chat"),
@@ -144,7 +173,7 @@ class GenerationSession:
 
     def end_ids(self, adapter: str | None) -> set[int]:
         """Tokens that end an answer to a prompt formatted for an adapter."""
-        return find_end_ids(self.model, self.tokenizer, self.formatting(adapter))
+        return find_end_ids(self.model, self.tokenizer_of(adapter), self.formatting(adapter))
 
     # ------------------------------------------------------------ requests to completions
 
@@ -152,7 +181,8 @@ class GenerationSession:
         """Puts an adapter in effect; it, and the base, are loaded when they are first needed.
 
         Raises:
-            AdapterError: There is none, or it belongs to another base.
+            AdapterError: There is none, or it belongs to another base; or the bare base is asked for and has no longer its
+                own embeddings.
             ModelError: The base cannot be loaded.
         """
         if self.model is None:
@@ -174,6 +204,11 @@ class GenerationSession:
             self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(self._names[adapter])
             self.model.eval()
+        elif has_replaced_vocabulary(underlying_model(self.model)):
+            raise AdapterError(
+                "The bare base cannot answer any more: an adapter of this session put its own embeddings in their place.",
+                "Ask it in another call of generate, without --adapter.",
+            )
         elif hasattr(self.model, "get_base_model"):
             self.model.base_model.disable_adapter_layers()
         if self._fast is not None:
@@ -205,13 +240,13 @@ class GenerationSession:
             if on_text is not None:
                 on_text(index, piece)
 
-        if self.files is not None and requests:  # an adapter may have brought more embeddings than the base has
+        files = self.files_of(self._selected)
+        if files is not None and requests:  # an adapter may have brought more embeddings than the base has
             vocabulary = underlying_model(self.model).get_input_embeddings().weight.shape[0]
-            self.files.check_token(max(max(request.ids) for request in requests), vocabulary)
+            files.check_token(max(max(request.ids) for request in requests), vocabulary)
         settings = self.settings
-        start = partial(
-            GrowingCompletion, tokenizer=self.tokenizer, end_ids=end_ids, stop=settings.stop or (), on_text=on_piece
-        )
+        tokenizer, stop = self.tokenizer_of(self._selected), settings.stop or ()
+        start = partial(GrowingCompletion, tokenizer=tokenizer, end_ids=end_ids, stop=stop, on_text=on_piece)
         reason = "--engine plain was given" if settings.engine == "plain" else why_not_stepwise(self.model)
         try:
             if reason is None:

@@ -12,7 +12,7 @@ from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_jso
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
-from qlora_cli.core.models.hub import PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_cli.core.models.hub import PROCESSOR_FILES, TOKENIZER_FILES, TOKENIZER_SIGNS
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
 from qlora_cli.core.untrusted import refuse_links
@@ -20,8 +20,6 @@ from qlora_cli.errors import ModelError
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-# Files that only a tokenizer has: an adapter saved without one may still hold a stray chat template.
-TOKENIZER_SIGNS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOptions) -> None:

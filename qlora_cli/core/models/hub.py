@@ -33,6 +33,8 @@ TOKENIZER_FILES = [
     "*.jinja",
 ]
 PROCESSOR_FILES = ["*processor_config.json"]  # of images and sound, which a merged checkpoint keeps
+# Files that only a tokenizer has: an adapter saved without one may still hold a stray chat template.
+TOKENIZER_SIGNS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES
 HUB_ID = re.compile(r"(?![./~])[\w.-]+(/[\w.-]+)?")
 ATTEMPTS = 5
