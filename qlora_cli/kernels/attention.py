@@ -6,6 +6,7 @@ own where no row is long. Rows of one length go through cuDNN's attention, the f
 boundaries inside a row.
 """
 
+import functools
 import importlib.util
 from itertools import pairwise
 
@@ -141,13 +142,39 @@ _attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def equal_rows_attention(query: Tensor, key: Tensor, value: Tensor, rows: int, scale: float) -> Tensor:
-    """`packed_attention` for rows of one length on CUDA, every head with a key of its own.
+    """`packed_attention` for rows of one length on CUDA, where cuDNN takes fewer keys than heads as they are.
+
+    H200, 2 x 2,048 tokens, 32 heads of 128, 4 or 8 keys, both passes: 0.61 ms, flash 1.09.
 
     Not an op of ours: torch's own backward of this one takes an undefined bias, which Python cannot pass.
     """
     q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (query, key, value))  # (rows, heads, length, size)
     out = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[0]
     return out.transpose(1, 2).reshape(query.shape)
+
+
+@functools.cache
+def groups_fit(heads: int, key_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether cuDNN on this device takes so many heads a key, tried out: the same as flash attention, both passes."""
+    rows, length = 2, 256
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(rows * length, count, size) for count in (heads, key_heads, key_heads, heads)]
+    drawn = [torch.randn(shape, generator=generator, dtype=dtype, device=device) for shape in shapes]
+    query, key, value = inputs = [t.requires_grad_() for t in drawn[:3]]
+    boundaries = length * torch.arange(rows + 1, dtype=torch.int32, device=device)
+
+    def both_passes(out: Tensor) -> list[Tensor]:
+        return [out, *torch.autograd.grad(out, inputs, drawn[3])]
+
+    with torch.enable_grad():
+        own = both_passes(packed_attention(query, key, value, boundaries, length, size**-0.5, None))
+        try:
+            found = both_passes(equal_rows_attention(query, key, value, rows, size**-0.5))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a cuDNN that does not know them
+            return False
+    return all(bool((f - o).detach().norm() <= 0.02 * o.detach().norm()) for f, o in zip(found, own, strict=True))
 
 
 def packed_attention(

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_cli.core.engine.lora_linear import replace_forward
-from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, packed_attention
+from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, groups_fit, packed_attention
 from qlora_cli.kernels.sink_attention import chunked_sink_attention
 
 NAME = "qlora_packed"
@@ -164,19 +164,22 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
 
 
 def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
-    """Whether packs of equal rows go to cuDNN: no windows, no sinks, heads of a size it takes, a key for each."""
+    """Whether packs of equal rows go to cuDNN: no windows, no sinks, heads of a size it takes."""
     config = decoder.config
     heads = getattr(config, "num_attention_heads", None)  # a model of states alone has none
     keys = getattr(config, "num_key_value_heads", None) or heads
-    return (
+    may = (
         device.type == "cuda"
         and heads is not None
         and config.model_type != "falcon"
         and not getattr(config, "sliding_window", None)
-        and keys == heads
+        and heads % keys == 0
         and not has_sinks(decoder)
         and _head_sizes(decoder, config) <= CUDNN_HEAD_SIZES
     )
+    if not may or keys == heads or not torch.cuda.is_available():  # plans are made without a card too
+        return may
+    return all(groups_fit(heads, keys, size, torch.bfloat16, device) for size in _head_sizes(decoder, config))
 
 
 def install_packed_attention(base: Any, decoder: Any) -> Callable[[], None]:
