@@ -22,9 +22,10 @@ LAYERS = {
     "tiny": (4, 2, 64, 64, 24),
 }
 FLOPS, BYTES = 790e12, 4.27e12  # what the card reached in products of matrices, and in copies
-DENSE = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (64, 256, 64, 4, 4)]
-PACKED = [(128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4)]
-FEW = [(16, 64, 128, 4, 4), (16, 32, 128, 2, 4), (16, 64, 256, 4, 3), (16, 128, 64, 4, 4), (16, 64, 64, 4, 6)]
+DENSE = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4)]
+PACKED = [(128, 128, 64, 8, 4), (256, 128, 64, 8, 3)]
+FEW = [(16, 64, 128, 4, 4), (16, 32, 256, 4, 3)]
+LANES = [(1, 4, 4), (2, 4, 4), (1, 8, 2), (1, 2, 8), (1, 4, 6)]
 BATCHES = (1, 8, 64)
 
 
@@ -161,9 +162,15 @@ def products(layer: Layer) -> list[dict]:
 
 def few(layer: Layer) -> list[dict]:
     """Products of an answer's steps, of packed values."""
+    from qlora_cli.kernels.experts.lanes import LaneTiling, multiply_lanes
     from qlora_cli.kernels.experts.products import Tiling, multiply_packed
 
     found = []
+
+    def note(what, run, x, weight, routing, floor) -> None:
+        error = error_of(layer, run(), x, weight, routing.ends, False)
+        found.append({"what": what, "us": 1e6 * layer.seconds(run), "floor_us": 1e6 * floor, "error": error})
+
     for tokens in BATCHES if layer.cuda else (1, 3):
         _, routing = layer.routing(tokens)
         rows = tokens * layer.choices
@@ -177,9 +184,14 @@ def few(layer: Layer) -> list[dict]:
                 def run(x=x, w=weight, given=given, tiling=tiling, routing=routing):
                     return multiply_packed(x, w, w.columns, routing.ends, tiling=Tiling(*tiling), **given)
 
-                error = error_of(layer, run(), spread, weight, routing.ends, False)
-                figures = {"us": 1e6 * layer.seconds(run), "floor_us": 1e6 * floor, "error": error}
-                found.append({"what": f"batch {tokens} {stack} {tiling}", **figures})
+                note(f"batch {tokens} {stack} {tiling}", run, spread, weight, routing, floor)
+            for tiling in LANES if layer.cuda else []:
+
+                def by_lanes(x=x, w=weight, given=given, tiling=tiling, routing=routing):
+                    how = LaneTiling(*tiling, registers=128 if tiling[1] * tiling[2] <= 16 else 80)
+                    return multiply_lanes(x, w, w.columns, routing.ends, tiling=how, **given)
+
+                note(f"batch {tokens} {stack} lanes {tiling}", by_lanes, spread, weight, routing, floor)
     return found
 
 

@@ -7,6 +7,7 @@ from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
 from qlora_cli.kernels.decode.pointwise import gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.decode.routing import choose_experts
 from qlora_cli.kernels.gated import GATES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,3 +101,15 @@ def test_gates_hold_for_prompts(rows, tokens):
     whole = 3 * torch.randn(rows, tokens, 300, device=DEVICE)
     x, y = whole[..., :150], whole[..., 150:]
     torch.testing.assert_close(gate(x, y, "silu"), torch.nn.functional.silu(x) * y, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "choices"), [(3, 128, 8), (2, 5, 2)])
+def test_experts_are_chosen_as_torch_chooses_them(tokens, experts, choices, normalised):
+    logits = torch.randn(tokens, experts, device=DEVICE)
+    scores, indices = choose_experts(logits, choices, normalised=normalised)
+    shares = logits.double().softmax(1)
+    expected, own = shares.topk(choices, dim=1)
+    expected = expected / expected.sum(1, keepdim=True) if normalised else expected
+    assert torch.equal(indices, own)
+    assert (scores - expected).abs().max() < 1e-6

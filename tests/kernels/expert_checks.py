@@ -8,6 +8,7 @@ from qlora_cli.core.experts import fused_experts
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.fused_experts import find_gate, fuse_experts
 from qlora_cli.kernels.experts import grouped
+from qlora_cli.kernels.experts.lanes import LaneTiling, multiply_lanes, takes_lanes
 from qlora_cli.kernels.experts.products import Tiling, multiply_packed
 from qlora_cli.kernels.experts.routing import route
 from tests.experts.expert_modules import make_experts, pack
@@ -43,15 +44,35 @@ def test_values_unpacked_on_the_way_are_the_dequantised_ones(double_quant, backw
     assert torch.equal(found.view(expected.shape), expected)
 
 
+def test_few_rows_by_lanes_are_the_exact_product(monkeypatch):
+    """More rows of an expert than a unit has, none, and some of no expert."""
+    if DEVICE == "cpu":
+        from tests.kernels.lane_emulation import emulate
+
+        emulate(monkeypatch)
+    experts = pack(make_experts("mixtral").float(), torch.float16).to(DEVICE)
+    weight = experts.expert_weights[1]
+    ids = torch.tensor([0] * 9 + [2, 3, 5])[torch.randperm(12)].view(4, 3).to(DEVICE)
+    routing = route(ids, weight.experts)
+    x = torch.randn(4, weight.columns, device=DEVICE).half()
+    given = {"source": routing.source, "choices": 3, "tiling": LaneTiling(2, 2, 4)}
+    assert takes_lanes(x)
+    found = multiply_lanes(x, experts.stack(weight.name).values, weight.columns, routing.ends, **given)
+    for place in range(11):
+        matrix = experts.dequantized(weight.name, int(routing.expert[place])).double()
+        expected = matrix @ x[int(routing.source[place]) // 3].double()
+        assert (found[place].double() - expected).norm() < 1e-3 * expected.norm()
+
+
 def tensors(experts, adapted, dtype):
     """Inputs of a call that want gradients: some of the tokens' experts are none."""
     generator = torch.Generator().manual_seed(1)
     count = experts.expert_weights[0].experts
-    x = torch.randn(11, 64, generator=generator, dtype=dtype)
-    index = torch.rand(11, count, generator=generator).argsort(dim=1)[:, :2]
+    x = torch.randn(7, 64, generator=generator, dtype=dtype)
+    index = torch.rand(7, count, generator=generator).argsort(dim=1)[:, :2]
     if experts.expert_weights[0].bias is None:
         index[3, 1] = count
-    weights = torch.rand(11, 2, generator=generator, dtype=dtype)
+    weights = torch.rand(7, 2, generator=generator, dtype=dtype)
     weights[3, 1] = 0
     found = [x.to(DEVICE).requires_grad_(), weights.to(DEVICE).requires_grad_()]
     for weight in experts.expert_weights if adapted else ():
@@ -83,7 +104,7 @@ def test_fused_experts_are_the_plain_ones(layout, adapted, how, monkeypatch):
     x, weights = leaves[:2]
     given = (x,) if layout == "llama4" else (x, index, weights)
     if layout == "llama4":  # rows of each expert in turn
-        leaves[0] = x = torch.randn(15, 64, device=DEVICE).requires_grad_()
+        leaves[0] = x = torch.randn(10, 64, device=DEVICE).requires_grad_()
         del leaves[1]
         given = (x,)
     expected = experts(*given)

@@ -180,5 +180,5 @@ def emulate(monkeypatch):
         return tuple(made) if isinstance(dtype, tuple) else made[0]
 
     monkeypatch.setattr(tl, "inline_asm_elementwise", run_ptx)
-    monkeypatch.setattr(gemv, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(gemv, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(gemv, "_overlaps", lambda device: False)

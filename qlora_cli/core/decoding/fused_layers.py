@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings and gates of one model instance as one fused launch each, wherever that gives the same.
+"""Norms, rotary embeddings, gates and routers of one model instance as one fused launch each, wherever that gives the same.
 
 Each is compared with the module's own at its first use, on what it is really given; one that differs is left alone. A
 step's single token says nothing about the many of a prompt, so that steps and prefill are compared separately.
@@ -10,10 +10,12 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_cli.core.engine.gated_mlp import gated_mlp_kind
 from qlora_cli.kernels.decode.pointwise import gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.decode.routing import choose_experts
 
 ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
 # (offset, round_first) of known RMS norms: llama and most; those that multiply in float32; gemma.
@@ -31,6 +33,26 @@ def is_same(found: Tensor, expected: Tensor) -> bool:
     return float((found - expected).abs_().max()) <= HALF.get(expected.dtype, 4 * WHOLE) * largest
 
 
+def _may_route(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and type(getattr(module, "top_k", None)) is int
+
+
+def _routes_alike(route: Callable[..., Any], x: Tensor, normalised: bool, expected: Any) -> bool:
+    """Whether a router's own answer is that of `route`; of experts with the same logit either will do."""
+    if not isinstance(expected, tuple) or len(expected) != 3:
+        return False
+    try:
+        logits, scores, indices = route(x, normalised)
+    except RuntimeError:  # dtypes that differ
+        return False
+    own_logits, own_scores, own_indices = expected
+    if own_indices.shape != indices.shape or own_indices.dtype != indices.dtype or not is_same(logits, own_logits):
+        return False
+    met = own_logits.gather(1, indices), own_logits.gather(1, own_indices)
+    return is_same(scores, own_scores) and torch.equal(*met)
+
+
 class FastLayers:
     """Takes over small modules of one model instance, during `used_for` only; `close` gives them back."""
 
@@ -41,6 +63,7 @@ class FastLayers:
         self._centred: dict[str, bool] = {}  # whether layer norms agree
         self._rotations: dict[tuple[str, int], bool] = {}  # by identity of the function that is replaced
         self._gates: dict[tuple[str, type], bool] = {}
+        self._routes: dict[tuple[str, type], bool | None] = {}  # whether weights are normalised; None for neither
         self._splits: dict[str, bool] = {}  # whether heads come apart as Falcon's do
         self._taken: list[tuple[nn.Module, str]] = []
         module: Any
@@ -49,6 +72,8 @@ class FastLayers:
                 self._take(module, self._norm_of(module, module.forward))
             elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
                 self._take(module, self._centring_of(module, module.forward))
+            elif _may_route(module):
+                self._take(module, self._routing_of(module, module.forward))
             elif kind := gated_mlp_kind(module):
                 self._take(module, self._gating_of(module, kind, module.forward))
             elif rotating := self._rotating_forward(module):
@@ -83,6 +108,7 @@ class FastLayers:
         kinds = [f"{norms} kinds of norm" if norms > 1 else "norms"] if norms else []
         kinds += ["rotary embeddings"] if any(self._rotations.values()) else []
         kinds += ["gates"] if any(self._gates.values()) else []
+        kinds += ["routers"] if any(fits is not None for fits in self._routes.values()) else []
         return " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
 
     # ------------------------------------------------------------ norms
@@ -140,6 +166,30 @@ class FastLayers:
                 self._gates[known] = is_same(gate(gated, up, kind), module.act_fn(gated) * up)
                 return own(x)
             return module.down_proj(gate(gated, up, kind))
+
+        return forward
+
+    # ------------------------------------------------------------ routers
+
+    def _routing_of(self, module: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+        """A router's logits, the weights of its experts and their numbers: a softmax, a sort and what else it takes."""
+
+        def route(x: Tensor, normalised: bool) -> tuple[Tensor, Tensor, Tensor]:
+            logits = F.linear(x.reshape(-1, x.shape[-1]), module.weight, getattr(module, "bias", None))
+            return logits, *choose_experts(logits, module.top_k, normalised=normalised)
+
+        def forward(*given: Any, **named: Any) -> Any:
+            if self._use is None or len(given) != 1 or named:
+                return own(*given, **named)
+            (x,) = given
+            known = self._use, type(module)
+            if known not in self._routes:
+                expected = own(x)
+                ways = (normalised for normalised in (True, False) if _routes_alike(route, x, normalised, expected))
+                self._routes[known] = next(ways, None)
+                return expected
+            normalised = self._routes[known]
+            return own(x) if normalised is None else route(x, normalised)
 
         return forward
 

@@ -71,7 +71,7 @@ def choose_tiling(tokens: int, rows: int, columns: int) -> Tiling:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """How many the device has; 0 where `multiply_lanes` cannot run: it needs tensor cores that take bfloat16."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return 0
@@ -81,13 +81,13 @@ def _multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _overlaps(device: torch.device) -> bool:
     """Whether a launch may begin while the one before it, if that allows it, is running."""
-    return _multiprocessors(device) > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+    return multiprocessors(device) > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def takes_lanes(x: Tensor, weight: FrozenWeight) -> bool:
     """Whether a product is computed by `multiply_lanes`, and not by the portable program."""
     fit = x.shape[0] <= LANE_TOKENS and x.dtype in KINDS and weight.blocksize == 64
-    return fit and _multiprocessors(x.device) > 0
+    return fit and multiprocessors(x.device) > 0
 
 
 def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
@@ -191,7 +191,7 @@ def _multiply_lanes(
 ) -> None:
     tokens, columns = x.shape
     units = triton.cdiv(weight.rows, 16 * tiling.tiles)
-    programs = min(units, _multiprocessors(x.device) * tiling.resident)
+    programs = min(units, multiprocessors(x.device) * tiling.resident)
     row_blocks = columns // weight.blocksize
     overlap = parts > 0 and _overlaps(x.device)
     gemv_lanes.multiply_lanes[(programs,)](

@@ -28,7 +28,7 @@ from qlora_cli.kernels.decode.lane_instructions import (
 
 
 @triton.jit
-def _load_chunk(
+def load_chunk(
     packed,
     absmax,
     nested_absmax,
@@ -70,8 +70,8 @@ def _load_chunk(
 
 
 @triton.jit
-def _finish_scale(parts, nested_code, NESTED_BLOCKSIZE: tl.constexpr):
-    """fp32 scale of what `_load_chunk` loaded for one row; 0 for what is not there."""
+def finish_scale(parts, nested_code, NESTED_BLOCKSIZE: tl.constexpr):
+    """fp32 scale of what `load_chunk` loaded for one row; 0 for what is not there."""
     if NESTED_BLOCKSIZE:
         scale = tl.load(nested_code + parts[0].to(tl.int32)) * parts[1] + parts[2]
     else:
@@ -141,7 +141,7 @@ def multiply_lanes(
     chunks = (row_blocks + 3) // 4
     unit_rows: tl.constexpr = 16 * TILES
     if AHEAD:
-        words, scales = _load_chunk(
+        words, scales = load_chunk(
             packed,
             absmax,
             nested_absmax,
@@ -184,7 +184,7 @@ def multiply_lanes(
                 last = tl.minimum(last, 1)
                 next_unit = unit + last * tl.num_programs(0)
                 next_chunk = (first_chunk + WARPS) * (1 - last) + warp
-                next_words, next_scales = _load_chunk(
+                next_words, next_scales = load_chunk(
                     packed,
                     absmax,
                     nested_absmax,
@@ -200,7 +200,7 @@ def multiply_lanes(
                     WHOLE,
                 )
             else:
-                words, scales = _load_chunk(
+                words, scales = load_chunk(
                     packed,
                     absmax,
                     nested_absmax,
@@ -217,7 +217,7 @@ def multiply_lanes(
                 )
             finished = ()
             for half in tl.static_range(2 * TILES):
-                finished += (_finish_scale(scales[half], nested_code, NESTED_BLOCKSIZE),)
+                finished += (finish_scale(scales[half], nested_code, NESTED_BLOCKSIZE),)
             for block in tl.static_range(4):
                 at = tl.minimum(chunk * 4 + block, row_blocks - 1)
                 values = ()

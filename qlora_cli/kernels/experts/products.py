@@ -5,6 +5,7 @@ expert, whose last tile is seldom full. Programs find their expert by the ends o
 none are done. So nothing waits for the device, and one launch stands for every routing.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,9 @@ class Tiling(NamedTuple):
     stages: int
 
 
-DENSE = Tiling(128, 256, 64, 8, 3)
+# Shared bytes a program needs, and the tiling; the first that the card has room for.
+DENSE = ((192 * 1024, Tiling(128, 256, 64, 8, 4)), (144 * 1024, Tiling(128, 256, 64, 8, 3)))
+DENSE_LEAST = Tiling(128, 128, 64, 8, 2)
 SMALL = Tiling(32, 64, 64, 4, 2)  # under the interpreter, and for dtypes that fill registers
 PACKED = {16: Tiling(16, 64, 128, 4, 4), 32: Tiling(32, 128, 64, 4, 4), 64: Tiling(64, 128, 64, 4, 4)}
 PACKED_LARGE = Tiling(128, 128, 64, 8, 4)
@@ -199,6 +202,12 @@ def most_tiles(rows: int, experts: int, tile_rows: int) -> int:
     return min(rows, triton.cdiv(rows, tile_rows) + experts - 1) if rows else 0
 
 
+@functools.cache
+def _dense_tiling(device: torch.device) -> Tiling:
+    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return next((tiling for bytes_, tiling in DENSE if bytes_ <= room), DENSE_LEAST)
+
+
 def multiply_dense(
     x: Tensor,
     matrices: Tensor,
@@ -219,7 +228,7 @@ def multiply_dense(
         tiling: None for what is known to be fast.
     """
     some, inner, columns = matrices.shape
-    tiling = tiling or (DENSE if x.is_cuda and x.dtype.itemsize == 2 else SMALL)
+    tiling = tiling or (_dense_tiling(x.device) if x.is_cuda and x.dtype.itemsize == 2 else SMALL)
     grid = most_tiles(len(x), some, tiling.rows) * triton.cdiv(columns, tiling.columns)
     if not grid:
         return

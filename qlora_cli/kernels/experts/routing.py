@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # pairs of a program
+BLOCK = 128  # pairs of a program; no more are sorted by one launch
 
 
 class Routing(NamedTuple):
@@ -83,6 +83,22 @@ def _place(
         tl.store(ends + bins, end, mask=bins < experts)
 
 
+@triton.jit
+def _sort_few(ids, source, back, expert, ends, pairs, experts, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    bins = tl.arange(0, BINS)
+    pair = tl.arange(0, BLOCK)
+    found = _bins(ids, pair, pairs, experts)
+    hit = (found[:, None] == bins[None, :]).to(tl.int32)
+    count = tl.sum(hit, 0)
+    sums = tl.cumsum(count, 0)
+    place = tl.sum((tl.cumsum(hit, 0) + (sums - count)[None, :]) * hit, 1) - 1
+    used = pair < pairs
+    tl.store(source + place, pair, mask=used)
+    tl.store(expert + place, found, mask=used)
+    tl.store(back + pair, place, mask=used)
+    tl.store(ends + bins, sums, mask=bins < experts)
+
+
 def route(ids: Tensor, experts: int) -> Routing:
     """Sorts pairs by expert, stably.
 
@@ -92,11 +108,16 @@ def route(ids: Tensor, experts: int) -> Routing:
     """
     pairs = ids.numel()
     ids = ids.contiguous()
-    blocks = max(1, triton.cdiv(pairs, BLOCK))
+    blocks = triton.cdiv(pairs, BLOCK)
     source, back, expert = (torch.empty(pairs, dtype=torch.int32, device=ids.device) for _ in range(3))
     ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
-    counts = torch.empty((experts + 1) * blocks, dtype=torch.int32, device=ids.device)
     bins = triton.next_power_of_2(experts + 1)
+    if pairs <= BLOCK:
+        room = max(16, triton.next_power_of_2(pairs))
+        with torch.cuda.device_of(ids):
+            _sort_few[(1,)](ids, source, back, expert, ends, pairs, experts, BLOCK=room, BINS=bins)
+        return Routing(source, back, expert, ends, ids.shape[1])
+    counts = torch.empty((experts + 1) * blocks, dtype=torch.int32, device=ids.device)
     with torch.cuda.device_of(ids):
         _count[(blocks,)](ids, counts, pairs, experts, blocks, BLOCK=BLOCK, BINS=bins)
         sums = counts.cumsum(0, dtype=torch.int32)
