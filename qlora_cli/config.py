@@ -42,7 +42,7 @@ class PrepareConfig(ModelSettings, DataSettings):
 
     output: str = setting("prepared", "Directory for the prepared rows.", panel=RUN, range=NAME)
     show: int = setting(
-        0, "Print N rows, their trained tokens marked.", panel=RUN, recorded=False, range=Numbers(0, 10**6)
+        1, "Print N rows, their trained tokens marked.", panel=RUN, recorded=False, range=Numbers(0, 10**6)
     )
     verbose: bool = setting(
         False, "Show rows whole, and every count and setting of the prepared set.", panel=RUN, recorded=False

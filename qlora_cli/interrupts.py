@@ -8,6 +8,7 @@ raised, so that what is half written is removed. Training has handlers of its ow
 import contextlib
 import os
 import signal
+import termios
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -86,6 +87,11 @@ def end_at_once(code: int, words: str = "") -> None:
 
     `words` go to standard error, where it can be written.
     """
+    if os.isatty(0):
+        with contextlib.suppress(termios.error, OSError):
+            settings = termios.tcgetattr(0)
+            settings[3] |= termios.ECHO | termios.ECHOCTL  # which a conversation and a live view turn off
+            termios.tcsetattr(0, termios.TCSADRAIN, settings)
     with contextlib.suppress(OSError):
         os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + words.encode(errors="replace"))
     os._exit(code)

@@ -142,7 +142,7 @@ def begin(stack: ExitStack, config: Any, positional: dict[str, Any], values: dic
         from qlora_cli.cli.console import Console
         from qlora_cli.cli.quiet import quiet_libraries
     console = Console(
-        as_json=values["as_json"], quiet=values["quiet"], log=log, before=sign.stop
+        as_json=values["as_json"], quiet=values["quiet"], verbose=values["verbose"], log=log, before=sign.stop
     )  # its streams are those here
     stack.enter_context(contextlib.nullcontext() if values["debug"] else quiet_libraries())
     stack.enter_context(console)

@@ -11,8 +11,8 @@ from rich.console import Console as RichConsole
 from rich.text import Text
 
 from qlora_cli.cli.line_view import LineView
-from qlora_cli.cli.live_view import LiveView
-from qlora_cli.cli.results import draw_result, draw_row
+from qlora_cli.cli.live_view import LiveView, echo_typing
+from qlora_cli.cli.results import draw_row, draw_screen
 from qlora_cli.cli.streams import UnwrittenOutput
 from qlora_cli.cli.visible import CONTROLS, visible, visible_event
 from qlora_cli.errors import QloraError, RankLost
@@ -31,6 +31,7 @@ class Console:
     Args:
         as_json: Whether the result is printed as JSON, and nothing else goes to stdout.
         quiet: Whether of all that is reported warnings alone are drawn.
+        verbose: Whether all facts of a result are drawn.
         log: Also gets all that is reported, a line each.
         before: Called before anything is drawn, as to take a sign off the screen.
     """
@@ -40,15 +41,18 @@ class Console:
         *,
         as_json: bool,
         quiet: bool = False,
+        verbose: bool = False,
         log: TextIO | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.verbose = verbose
         self._log = LineView(log) if log is not None else None
         self._before = before
         self.silent = os.environ.get("RANK", "0") != "0"  # of several ranks the first one writes
         self._stdout = sys.stdout
+        self._talks = False  # whether a conversation is held on this terminal
         self._next: list[str] = []
         self._view = LiveView(RichConsole(stderr=True)) if has_live_view() else LineView(sys.stderr)
 
@@ -57,6 +61,8 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self._view.close()
+        if self._talks:
+            echo_typing(True)
 
     def report(self, event: Event) -> None:
         """Draws one event; generated text goes to stdout as it is."""
@@ -93,7 +99,7 @@ class Console:
         if self.as_json:
             print(to_json(result), file=self._stdout, flush=True)
         elif result is not None:
-            draw_result(RichConsole(file=self._stdout, highlight=False), visible(result))
+            draw_screen(RichConsole(file=self._stdout, highlight=False), visible(result), verbose=self.verbose)
         reported = () if self.as_json or not isinstance(result, dict) else result.get("next", ())
         for command in () if self.quiet else (*reported, *self._next):
             print(f"→ {visible(command)}", file=sys.stderr)
@@ -113,8 +119,13 @@ class Console:
             return line.rstrip("\n")
         import readline  # noqa: F401 - input() edits lines and remembers them once this is imported
 
-        with contextlib.redirect_stdout(self._stdout):  # input() edits only on the real one
-            return input(prompt)
+        echo_typing(True)
+        try:
+            with contextlib.redirect_stdout(self._stdout):  # input() edits only on the real one
+                return input(prompt)
+        finally:
+            self._talks = True
+            echo_typing(False)  # until the answer is there
 
 
 def to_json(value: Any) -> str:

@@ -45,11 +45,23 @@ def sparkline(values: list[float], width: int) -> str:
 
 def echo_control_keys(shown: bool) -> None:
     """Whether the terminal of stdin shows a Ctrl-C as ^C."""
+    _switch_terminal(termios.ECHOCTL, shown)
+
+
+def echo_typing(shown: bool) -> None:
+    """Whether the terminal of stdin shows what is typed: not while an answer is written, of which it would seem a part.
+
+    What was typed meanwhile is kept, and is the next line that is read.
+    """
+    _switch_terminal(termios.ECHO, shown)
+
+
+def _switch_terminal(flag: int, on: bool) -> None:
     if not sys.stdin.isatty():
         return
     with contextlib.suppress(termios.error, OSError):  # the terminal has closed
         settings = termios.tcgetattr(sys.stdin)
-        settings[3] = settings[3] | termios.ECHOCTL if shown else settings[3] & ~termios.ECHOCTL
+        settings[3] = settings[3] | flag if on else settings[3] & ~flag
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 

@@ -119,6 +119,11 @@ def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = (
                 "YAML file of settings, or a recipe's name; flags override it.",
             ),
             _extra("as_json", bool, False, "--json", "Print the result as one JSON object on stdout."),
+            *(
+                []
+                if "verbose" in {field.name for field in fields(config_type)}
+                else [_extra("verbose", bool, False, "--verbose", "Show every fact of the result.")]
+            ),
             _extra("quiet", bool, False, "--quiet", "Warnings, errors and results alone."),
             _extra(
                 "log_file", Path | None, None, "--log-file", "Append all that is reported to this file, with the time."

@@ -10,8 +10,56 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_cli.cli.screens import screen_of
 from qlora_cli.cli.units import format_value, split_unit
 from qlora_cli.events import RowShown
+
+NARROW = 60  # columns below which a fact stands under its name
+
+
+def draw_screen(console: Console, result: dict[str, Any], *, verbose: bool) -> None:
+    """The answer and a short table; with `verbose`, or where a result has no screen, all its facts.
+
+    Args:
+        console: Where to.
+        result: As for `draw_result`.
+        verbose: Whether all facts follow.
+    """
+    screen = screen_of(result)
+    if screen is None:
+        draw_result(console, result)
+        return
+    for position, sentence in enumerate(screen.sentences):
+        console.print(Text(sentence, "bold" if position == 0 else ""), soft_wrap=not console.is_terminal)
+    console.print()
+    if verbose:
+        draw_result(console, result)
+        return
+    narrow = console.width < NARROW
+    grid = Table.grid(padding=(0, 2))
+    if narrow:
+        grid.add_column(overflow="fold")
+        for label, value in screen.facts:
+            grid.add_row(Text(label, "dim"))
+            grid.add_row(Text(f"  {value}"))
+    else:
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, value in screen.facts:
+            grid.add_row(Text(label, "dim"), Text(value))
+    with console.capture() as captured:
+        console.print(grid)
+        for table in screen.tables:
+            console.print()
+            console.print(_table(table))
+    _write_trimmed(console, captured.get())
+
+
+def _write_trimmed(console: Console, text: str) -> None:
+    """Text without the blanks that fill a column or follow a table."""
+    lines = "\n".join(line.rstrip() for line in text.splitlines())
+    console.file.write(re.sub(r"\n{3,}", "\n\n", lines).rstrip() + "\n")
+    console.file.flush()
 
 
 def draw_result(console: Console, result: dict[str, Any]) -> None:
@@ -29,14 +77,12 @@ def draw_result(console: Console, result: dict[str, Any]) -> None:
     grid.add_column(overflow="fold")
     for label, value in _rows({key: value for key, value in result.items() if key not in ("kind", "tables", "next")}):
         grid.add_row(Text(label, "dim"), Text(value))
-    with console.capture() as captured:  # so that the blanks that fill a column or follow a table can go
+    with console.capture() as captured:
         console.print(grid)
         for table in result.get("tables", ()):
             console.print()
             console.print(_table(table))
-    text = "\n".join(line.rstrip() for line in captured.get().splitlines())
-    console.file.write(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
-    console.file.flush()
+    _write_trimmed(console, captured.get())
 
 
 def _rows(facts: dict[str, Any], depth: int = 0) -> Iterator[tuple[str, str]]:

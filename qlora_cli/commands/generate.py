@@ -12,7 +12,7 @@ from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sha256_of
 from qlora_cli.config import GenerateConfig
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
 from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_prompts
-from qlora_cli.core.generation.chat import COMMANDS, Conversation, run_line
+from qlora_cli.core.generation.chat import Conversation, read_question, run_line
 from qlora_cli.core.generation.requests import Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
 from qlora_cli.core.models.files import ModelFiles, resolve_model
@@ -93,10 +93,10 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
     check(config)
     config, session = open_session(config, report)
     conversation = Conversation(session, config.adapter, lambda piece: report(TextGenerated(piece)))
-    report(Notice(f"Type a question, or {COMMANDS}. Ctrl-C stops an answer, Ctrl-D leaves."))
+    report(Notice("Type a question, or /help. Ctrl-C stops an answer, Ctrl-D leaves."))
     while True:
         try:
-            line = read_line("> ")
+            line = read_question(read_line)
         except EOFError:
             break
         except KeyboardInterrupt:

@@ -24,7 +24,7 @@ def test_a_conversation_at_the_terminal(formatting, tiny_model, tmp_path):
         sys.executable, arguments, env=environment, encoding="utf-8", timeout=None, codec_errors="replace"
     )
     try:
-        child.expect("/exit")
+        child.expect("/help")
         child.expect("> ")
         child.sendline("Hello")
         child.expect("Hello\r\n")

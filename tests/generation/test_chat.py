@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora_cli.core.generation.chat import Conversation, run_line
+from qlora_cli.core.generation.chat import Conversation, read_question, run_line
 from qlora_cli.core.generation.requests import LENGTH, Completion, Request
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.errors import DataError, UsageError
@@ -165,3 +165,49 @@ def test_a_file_of_others_is_not_added_to(conversation, tmp_path, content):
     with pytest.raises(DataError, match="leads nowhere"):
         run_line(conversation, f"/save {tmp_path / 'link'}", lambda event: None)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_answer_is_asked_for_again_and_taken_back():
+    session = Echo()
+    conversation = Conversation(session, "out", lambda piece: None)
+    events = []
+    run_line(conversation, "/system Be brief.", events.append)
+    run_line(conversation, "one", events.append)
+    run_line(conversation, "/retry", events.append)
+    system = {"role": "system", "content": "Be brief."}
+    (first, number, _), (second, other, _) = session.prompts
+    assert first == second == [system, user("one")] and number != other
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    session.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        run_line(conversation, "/retry", events.append)
+    assert conversation.messages == [user("one"), assistant("word")]
+    run_line(conversation, "/undo", events.append)
+    assert conversation.messages == []
+    for line in ("/undo", "/retry"):
+        with pytest.raises(UsageError):
+            run_line(conversation, line, events.append)
+    run_line(conversation, "/help", events.append)
+    assert any("/undo" in str(event) for event in events)
+
+
+def test_a_system_message_needs_a_model_of_conversations():
+    conversation = Conversation(Echo(format="prompt"), "out", lambda piece: None)
+    with pytest.raises(UsageError, match="single prompts"):
+        run_line(conversation, "/system Be brief.", lambda event: None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "question"),
+    [
+        (["one"], "one"),
+        (["one\\", "two"], "one\ntwo"),
+        (['"""one', "two", '"""'], "one\ntwo"),
+        (['"""', "  one", 'two"""'], "one\ntwo"),
+        ([None], None),
+    ],
+)
+def test_a_question_may_have_several_lines(typed, question):
+    lines = iter(typed)
+    assert read_question(lambda prompt: next(lines)) == question
+    assert not list(lines)

@@ -15,7 +15,19 @@ from qlora_cli.events import Caution, Notice, Report, TextGenerated
 
 Message = dict[str, str]
 _FIRST_LINE_BYTES = 64 * 2**20  # looked at, of a file that a conversation is added to
-COMMANDS = "/base [QUESTION], /adapter DIR, /reset, /save FILE, /exit"
+COMMANDS = "/help, /system TEXT, /retry, /undo, /base [QUESTION], /adapter DIR, /reset, /save FILE, /exit"
+HELP = (
+    ("/system TEXT", "what the model is told before the conversation; alone it takes that away"),
+    ("/retry", "another answer to the last question"),
+    ("/undo", "takes back the last question and its answer"),
+    ("/base [QUESTION]", "the untuned model answers the same question, or another"),
+    ("/adapter DIR", "another adapter answers from now on"),
+    ("/reset", "forgets the conversation"),
+    ("/save FILE", "adds the conversation to a JSON Lines file"),
+    ("/exit", "leaves, as Ctrl-D does"),
+)
+BLOCK = '"""'  # lines between two of them are one question; so is a line with the next where a backslash ends it
+RETRY_STRIDE = 2**32  # between the numbers of the answers to one question, by which their random draws differ
 
 
 class Conversation:
@@ -39,7 +51,9 @@ class Conversation:
         self.session, self.adapter, self._on_text = session, adapter, on_text
         self.messages: list[Message] = []
         self.forgotten = 0
+        self.system = ""
         self.rows: list[dict[str, Any]] = []
+        self._retries = 0  # of the last question
         session.select(adapter)
 
     @property
@@ -54,14 +68,45 @@ class Conversation:
         """
         question = {"role": "user", "content": text}
         self._make_room(question)
+        self._retries = 0
+        return self._ask(question)
+
+    def _ask(self, question: Message) -> str:
         pieces: list[str] = []
         try:
-            self._answer([*self.messages, question], self._turn, pieces)
+            self._answer([*self.messages, question], self._turn + RETRY_STRIDE * self._retries, pieces)
         finally:
             answer = "".join(pieces).strip()
             if answer:
                 self.messages += [question, {"role": "assistant", "content": answer}]
         return answer
+
+    def retry(self) -> str:
+        """Another answer to the last question, in the place of the one before.
+
+        Raises:
+            UsageError: There is no question yet.
+        """
+        question, answer = self.undo()
+        self._retries += 1
+        try:
+            return self._ask(question)
+        except BaseException:
+            if not self.messages or self.messages[-2] is not question:
+                self.messages += [question, answer]  # none came: the one before stays
+            raise
+
+    def undo(self) -> tuple[Message, Message]:
+        """Takes back the last question and its answer, and returns them.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if not self.messages:
+            raise UsageError("There is no question yet.", "Ask one first.")
+        question, answer = self.messages[-2:]
+        del self.messages[-2:]
+        return question, answer
 
     def ask_base(self, text: str = "") -> str:
         """Lets the untuned model answer the same, or another, question; nothing of it is remembered.
@@ -118,7 +163,19 @@ class Conversation:
 
     def _prompt(self, messages: list[Message]) -> Any:
         """All messages for a model trained on chats; the last alone for one trained on single prompts."""
-        return messages if self.session.formatting(self.adapter).format == "chat" else messages[-1]["content"]
+        told = [{"role": "system", "content": self.system}] if self.system else []
+        is_chat = self.session.formatting(self.adapter).format == "chat"
+        return [*told, *messages] if is_chat else messages[-1]["content"]
+
+    def tell(self, system: str) -> None:
+        """Sets what the model is told before the conversation; an empty text takes it away.
+
+        Raises:
+            UsageError: The model was not trained on conversations.
+        """
+        if system and self.session.formatting(self.adapter).format != "chat":
+            raise UsageError("This model was trained on single prompts, which have no system message.", None)
+        self.system = system
 
     def _make_room(self, question: Message) -> None:
         """Forgets the oldest turns until the rest fits the model's context."""
@@ -159,6 +216,33 @@ def _holds_conversations(stream: FileIO, end: int) -> bool:
         return False
 
 
+def read_question(read_line: Callable[[str], str | None]) -> str | None:
+    """A question of one line, or of several: between two of `BLOCK`, or each but the last with a backslash at its end.
+
+    Args:
+        read_line: Given a prompt to show, the next line; None or EOFError at the end.
+    """
+    line = read_line("> ")
+    if line is None:
+        return None
+    if line.strip().startswith(BLOCK):
+        lines = [line.strip().removeprefix(BLOCK)]
+        while not lines[-1].rstrip().endswith(BLOCK):
+            following = read_line("… ")
+            if following is None:
+                break
+            lines.append(following)
+        return "\n".join(lines).strip().removesuffix(BLOCK).strip()
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        following = read_line("… ")
+        if following is None:
+            break
+        lines.append(following)
+    return "\n".join(lines)
+
+
 def run_line(conversation: Conversation, line: str, report: Report) -> None:
     """Runs one line of a conversation: a command, or a question.
 
@@ -175,6 +259,21 @@ def run_line(conversation: Conversation, line: str, report: Report) -> None:
         case "/adapter", directory if directory:
             conversation.switch_adapter(directory)
             report(Notice(f"{directory} answers from now on."))
+        case "/help", _:
+            for typed, meaning in HELP:
+                report(Notice(f"{typed}: {meaning}"))
+            report(
+                Notice(f"Lines between two {BLOCK} are one question; so are two lines with a backslash between them.")
+            )
+        case "/system", text:
+            conversation.tell(text)
+            report(Notice("The model is told so from now on." if text else "The model is told nothing beforehand."))
+        case "/retry", _:
+            conversation.retry()
+            report(TextGenerated("", final=True))
+        case "/undo", _:
+            taken, _ = conversation.undo()
+            report(Notice(f"Taken back: {taken['content']}"))
         case "/reset", _:
             conversation.reset()
             report(Notice("The conversation begins anew."))

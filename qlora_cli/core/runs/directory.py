@@ -22,6 +22,7 @@ from qlora_cli.artifacts import (
     SPARE_ROWS,
     TRACKER_LOGS,
     fsync_path,
+    is_run,
     replace_file,
     temporary_beside,
 )
@@ -79,7 +80,12 @@ def claimed(
         inside = read.exists() and path in read.resolve().parents and read.resolve().relative_to(path).parts[0]
         if overwrite and inside in (CHECKPOINTS, *RUN_FILES):
             raise RunError(f"--overwrite would remove {read}, which this command reads.", "Choose another --output.")
-    _require_free(directory, resume=resume, overwrite=overwrite)
+    try:
+        _require_free(directory, resume=resume, overwrite=overwrite)
+    except RunError as error:
+        if not dry_run or not is_run(directory):
+            raise
+        report(Caution(f"{error.message} {error.hint or ''}".strip()))
     require_writable(directory, path)
     created = not directory.exists()
     if dry_run:

@@ -1,0 +1,99 @@
+"""Screens before a run: of a model, of a plan, of a machine."""
+
+from typing import Any
+
+from qlora_cli.cli.screens.screen import Screen, name_of, trained_of
+from qlora_cli.sizes import format_bytes
+
+
+def of_a_model(result: dict[str, Any]) -> Screen:
+    """Whether it trains on this memory, and what it takes."""
+    name = name_of(result["model"])
+    sentences = [trained_of(result)]
+    facts = []
+    if "training" not in result:
+        sentences.insert(0, f"{name} can be counted, and its memory {result.get('memory', 'is not known')}.")
+    else:
+        length = f"{result['settings']['max_length']:,} tokens"
+        needed = format_bytes(result["training"]["device_bytes"])
+        limit = format_bytes(result["vram_bytes"]) if result.get("vram_bytes") else ""
+        answer = {
+            True: f"{name} trains on {limit}: {needed} with rows of {length}.",
+            False: f"{name} does not train on {limit}: rows of {length} need {needed} at the least{_remedy(result)}.",
+            None: f"{name} needs {needed} to train with rows of {length}.",
+        }
+        sentences.insert(0, answer[result.get("fits")])
+        facts = [
+            ("to train", f"{needed} of the card, {format_bytes(result['training']['host_bytes'])} of the host"),
+            ("to answer", f"{format_bytes(result['generation']['device_bytes'])} of the card"),
+            ("to merge", f"{format_bytes(result['merging']['host_bytes'])} of the host"),
+            ("download", format_bytes(result["disk"]["download_bytes"])),
+            ("4-bit copy on disk", format_bytes(result["disk"]["base_cache_bytes"])),
+        ]
+    facts.append(("in 4 bits", f"{result['four_bit_percent']:.4g} % of the base, embeddings and head apart"))
+    if "stored" in result:
+        facts.append(("stored", result["stored"]))
+    if "mean_quantization_error" in result:
+        facts.append(("error of 4 bits", f"{100 * result['mean_quantization_error']:.3g} % of a weight, on average"))
+    return Screen(sentences, facts)
+
+
+def _remedy(result: dict[str, Any]) -> str:
+    nearest = result.get("nearest")
+    if isinstance(nearest, dict):
+        changes = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in nearest.items() if n != "device_bytes")
+        return f"; with {changes} it takes {format_bytes(nearest['device_bytes'])}"
+    cards = result.get("nearest_with_more_cards")
+    return f"; sharded over {cards['gpus']} such cards it fits" if cards else "; take a smaller model or a larger card"
+
+
+def of_a_plan(result: dict[str, Any]) -> Screen:
+    """What `train` would do, and whether it fits."""
+    settings, memory = result["configuration"], result["memory"]
+    name = name_of(str(settings["model"]))
+    steps = f"{result['total_steps']:,} steps over {result['rows']:,} rows"
+    needed = format_bytes(memory["device_bytes"]) if isinstance(memory, dict) else ""
+    limit = format_bytes(result["vram_bytes"]) if result.get("vram_bytes") else ""
+    if result["fits"] is False:
+        first = f"{name} does not fit: {needed} are needed, and {limit} may be taken."
+    elif result["fits"]:
+        first = f"{name} would train {steps}, in {needed} of {limit}."
+    else:
+        first = f"{name} would train {steps} on this machine's {result['device'].upper()}."
+    begins = [f"It would go on at step {result['first_step']:,}."] if result["first_step"] > 1 else []
+    rows = f"{result['rows']:,}" + (f", and {result['held_out_rows']:,} held out" if result["held_out_rows"] else "")
+    facts = [
+        ("rows", rows),
+        ("a step", f"{settings['batch_size']} × {settings['gradient_accumulation_steps']} rows of at most {settings['max_length']:,} tokens"),
+        ("recomputed layers", str(settings["gradient_checkpointing"])),
+        ("optimizer", str(settings["optimizer"])),
+        ("learning rate", f"{settings['learning_rate']:g}, {settings['scheduler']}, {result['warmup_steps']:,} steps of warm-up"),
+        ("download", format_bytes(result["disk"]["download_bytes"])),
+        ("written", f"{format_bytes(result['disk']['run_bytes'])} to {result['output']}"),
+    ]  # fmt: skip
+    return Screen([first, *begins, trained_of(result)], facts)
+
+
+def of_a_machine(result: dict[str, Any]) -> Screen:
+    """Whether 4-bit training works here."""
+    checks = next(table for table in result["tables"] if table["title"] == "Checks")
+    rows = [dict(zip(checks["columns"], row, strict=True)) for row in checks["rows"]]
+    broken = [row for row in rows if not row["works"]]
+    devices = next((table for table in result["tables"] if table["title"] == "Devices"), None)
+    where = (
+        f"{len(devices['rows'])} card{'s' * (len(devices['rows']) > 1)}" if devices else "its CPU, as no card is seen"
+    )
+    first = (
+        f"4-bit training works on this machine, on {where}."
+        if result["works"]
+        else (f"4-bit training does not work on this machine: {', '.join(str(row['name']) for row in broken)}.")
+    )
+    facts = [(str(row["name"]), f"{row['found']}" + (f" → {row['fix']}" if row["fix"] else "")) for row in rows]
+    facts.append(
+        (
+            "memory",
+            f"{format_bytes(result['host_available_bytes'])} of {format_bytes(result['host_memory_bytes'])} free",
+        )
+    )
+    facts.append(("cache", f"{result['cache']}: {format_bytes(sum(result['caches'].values()))}"))
+    return Screen([first], facts, [devices] if devices else [])

@@ -1,0 +1,124 @@
+"""Screens of what was made: prepared rows, a training, a run or adapter, a merged model, several runs beside each other."""
+
+from typing import Any
+
+from qlora_cli.cli.screens.screen import Screen, count, name_of, trained_of
+from qlora_cli.cli.units import format_seconds
+from qlora_cli.sizes import format_bytes
+
+
+def of_rows(result: dict[str, Any]) -> Screen:
+    """How many rows, and what of them is trained."""
+    rows, tokens, trained = result["rows"], result["tokens"], result["trained_tokens"]
+    lengths = result["lengths"]
+    share = f"{100 * trained / tokens:.0f} %" if tokens else "none"
+    again = " (they were there already)" if result.get("cache_hit") else ""
+    sentences = [
+        f"{rows:,} rows are in {result['directory']}{again}: {count(tokens)} tokens, of which {share} are trained.",
+    ]
+    lost = []
+    if result.get("truncated"):
+        lost.append(f"{result['truncated']:,} were cut at {result['max_length']:,} tokens")
+    if dropped := sum((result.get("dropped") or {}).values()):
+        lost.append(f"{dropped:,} were dropped")
+    if result.get("bad_rows"):
+        lost.append(f"{result['bad_rows']:,} could not be read")
+    if lost:
+        sentences.append(f"Of {result['records']:,} records {', '.join(lost)}.")
+    form = result.get("formatting") or {}
+    facts = [
+        ("length of a row", f"{lengths['p50']:,.0f} tokens mostly, {lengths['max']:,.0f} at most (limit {result['max_length']:,})"),
+        ("format", f"{form.get('format', '?')}, trained on {result.get('train_on', '?')}"),
+        ("data", str((result.get("data") or {}).get("source", "?"))),
+    ]  # fmt: skip
+    return Screen(sentences, facts)
+
+
+def of_a_training(result: dict[str, Any]) -> Screen:
+    """How the training went."""
+    done = (
+        f"{result['steps']:,} of {result['total_steps']:,} steps"
+        if result["steps"] < result["total_steps"]
+        else f"{result['steps']:,} steps"
+    )
+    loss = f", loss {result['final_loss']:.4f}" if result["final_loss"] is not None else ""
+    held_out = f", held-out loss {result['eval_loss']:.4f}" if result.get("eval_loss") is not None else ""
+    first = f"The adapter is in {result['output']}: {done} in {format_seconds(result['seconds'])}{loss}{held_out}."
+    sentences = [first, trained_of(result)]
+    if result.get("stopped_early"):
+        sentences.insert(1, "It stopped early: the held-out loss fell no more.")
+    facts = [("tokens", f"{result['tokens']:,}"), ("report", f"{result['output']}/report.html")]
+    if result.get("best_eval_loss") is not None:
+        facts.insert(1, ("best held-out loss", f"{result['best_eval_loss']:.4f} at step {result['best_step']:,}"))
+    if result.get("peak_vram_bytes"):
+        facts.append(("most of the card", format_bytes(result["peak_vram_bytes"])))
+    return Screen(sentences, facts)  # fmt: skip
+
+
+def of_a_run(result: dict[str, Any]) -> Screen:
+    """What an adapter is, and how far its training came."""
+    place, progress, settings = result["directory"], result.get("progress") or {}, result.get("settings") or {}
+    kind = result["kind"]
+    steps, total = progress.get("steps"), (result.get("training") or {}).get("total_steps")
+    loss = progress.get("last_loss")
+    held_out = progress.get("last_eval_loss")
+    came = f": {steps:,}{f' of {total:,}' if total else ''} steps" if steps is not None else ""
+    came += f", loss {loss:.4f}" if loss is not None else ""
+    came += f", held-out loss {held_out:.4f}" if held_out is not None else ""
+    base = (result.get("base") or {}).get("model") or result.get("base_model") or settings.get("model")
+    if "adapter" in result:
+        first = f"{place} is a run that has not ended{came}."
+    else:
+        first = f"{place} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} on {name_of(str(base)) if base else 'an unknown base'}{came}."
+    sentences = [first] + ([trained_of(result)] if "trainable_parameters" in result else [])
+    facts = []
+    if "rank" in result:
+        how = ", ".join(name for name in ("dora", "rslora") if result.get(name))
+        facts.append(
+            (
+                "adapter",
+                f"rank {result['rank']}, alpha {result['alpha']:g} on {', '.join(result['target_modules'])}{' · ' + how if how else ''}",
+            )
+        )
+    if base:
+        facts.append(("base", str(base)))
+    if source := (result.get("data") or {}).get("source"):
+        facts.append(("data", str(source)))
+    if "learning_rate" in settings:
+        facts.append(("learning rate", f"{settings['learning_rate']:g}, {settings.get('scheduler')}"))
+    if progress.get("tokens"):
+        facts.append(("tokens", f"{progress['tokens']:,}"))
+    if result.get("checkpoints"):
+        facts.append(("checkpoints", ", ".join(result["checkpoints"])))
+    return Screen(sentences, facts)  # fmt: skip
+
+
+def of_a_merge(result: dict[str, Any]) -> Screen:
+    """Where the merged model is, and how near it is to what was trained."""
+    dtype = "4 bits" if result["quantized"] else str(result["dtype"])
+    weights = {"dequantized": "the weights that were trained against", "original": "the original weights"}[
+        result["base"]
+    ]
+    sentences = [
+        f"The merged model is in {result['output']}: {format_bytes(result['total_bytes'])} in {dtype}, merged into {weights}."
+    ]
+    compared = result.get("verification")
+    if compared:
+        sentences.append(
+            f"It differs from base and adapter by {compared['kl_mean']:.2g} nats a token on average, and makes the same greedy "
+            f"choice at {100 * compared['greedy_agreement']:.1f} % of {compared['tokens']:,} tokens."
+        )
+    else:
+        sentences.append("It was not compared with base and adapter.")
+    if result.get("kept") is not None:
+        sentences.append(f"{100 * result['kept']:.0f} % of what was learned is left in 4 bits.")
+    facts = [("base", str(result["base_model"])), ("changed weights", f"{result['changed_weights']:,}")]
+    for name, loss in (result.get("base_losses") or {}).items():
+        facts.append(
+            (f"loss, {'adapter live' if name == 'live' else 'merged into ' + name}", f"{loss:.4f} nats a token")
+        )
+    if gguf := result.get("gguf"):
+        facts.append(("GGUF", str(gguf.get("path") or gguf)))
+    if result.get("pushed_to"):
+        facts.append(("uploaded to", str(result["pushed_to"])))
+    return Screen(sentences, facts)  # fmt: skip
