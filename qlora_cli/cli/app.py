@@ -174,7 +174,6 @@ def libraries_of(config: Any) -> tuple[str, ...] | None:
 @command(PrepareConfig)
 def prepare(call: Call) -> Any:
     """Tokenise and mask a data set, and write it to disk."""
-    leave_torch_out()
     stage = call.load("commands.prepare")
     summary = stage.prepare(call.config, call.console.report)
     call.console.suggest(f"qlora train --model {call.config.model} --prepared {call.config.output}")
@@ -274,6 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: What follows the program's name; by default this process's own.
     """
     open_standard_descriptors()
+    if arguments is None and sys.argv[1:2] == ["prepare"]:  # never in a process that goes on with something else
+        leave_torch_out()
     with tolerant_streams() as results:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         if results is not None:

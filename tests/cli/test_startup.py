@@ -13,8 +13,12 @@ HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "
 SCRIPT = """
 import json, sys
 from qlora_cli.cli.app import main
-codes = [main(line) for line in json.loads(sys.argv[1])]
-print("LOADED", json.dumps([codes, [name for name in json.loads(sys.argv[2]) if sys.modules.get(name)]]))
+lines, heavy = map(json.loads, sys.argv[1:])
+codes = []
+for line in lines:
+    sys.argv = ["qlora", *line]
+    codes.append(main())
+print("LOADED", json.dumps([codes, [name for name in heavy if sys.modules.get(name)]]))
 """
 
 
