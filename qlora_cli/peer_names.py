@@ -65,7 +65,6 @@ _SETTINGS = {
     "quiet": "silent",
     "debug": "traceback trace",
     "base_cache": "base-cache no-base-cache",
-    "sample_prompt": "sample-prompts eval-prompt test-prompt",
 }
 PEERS: dict[str, list[str]] = {}
 for _setting, _names in _SETTINGS.items():
@@ -152,11 +151,10 @@ COMMANDS = {
     "upload": "qlora merge --adapter out --output merged --push ORG/NAME",
     "publish": "qlora merge --adapter out --output merged --push ORG/NAME",
     "serve": "qlora merge --adapter out --output merged, then: vllm serve merged",
-    "eval": "qlora train --eval-fraction 0.1, or lm-eval on a merged model (README, After training)",
-    "evaluate": "qlora train --eval-fraction 0.1, or lm-eval on a merged model (README, After training)",
+    "eval": "qlora train --eval-fraction 0.1, or lm-eval on a merged model",
+    "evaluate": "qlora train --eval-fraction 0.1, or lm-eval on a merged model",
     "info": "qlora inspect",
     "show": "qlora inspect --adapter out",
-    "compare": "qlora inspect out out-2",
     "doctor": "qlora inspect",
     "env": "qlora inspect",
     "status": "qlora inspect --adapter out",
