@@ -50,7 +50,7 @@ class Bench:
         from support.models import build
 
         from qlora_cli.core.adapters.lora import attach_adapter
-        from qlora_cli.setting_groups import LoraSettings
+        from qlora_cli.settings.groups import LoraSettings
 
         self.name, self.device, self.figures = name, device, {}
         started = time.time()
@@ -109,7 +109,7 @@ class Bench:
 
         from qlora_cli.core.generation.requests import Request
         from qlora_cli.core.generation.session import GenerationSession
-        from qlora_cli.setting_groups import GenerationSettings
+        from qlora_cli.settings.groups import GenerationSettings
 
         self.settings = GenerationSettings(temperature=0.0, seed=0, batch_size=max(BATCHES))
         session = GenerationSession(self.settings, print, model=self.model, tokenizer=Words())

@@ -84,7 +84,7 @@ def direct(checkpoint: Path, cache: Path, repeats: int) -> dict:
     from qlora_cli.core.models import quantized_cache as base_cache
     from qlora_cli.core.models.quantized_cache import cache_size_bytes
     from qlora_cli.core.storage.hashed_file import THREADS, HashedFile
-    from qlora_cli.setting_groups import QuantizationSettings
+    from qlora_cli.settings.groups import QuantizationSettings
 
     os.environ["QLORA_CACHE"] = str(cache)
     device = choose_device()

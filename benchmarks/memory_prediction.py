@@ -58,7 +58,7 @@ def predict(name: str, rows: int, row_tokens: int, options: dict, on_cuda: bool,
 
     from qlora_cli.core.planning.model_profile import profile_model
     from qlora_cli.core.planning.planner import RowLengths, plan_training
-    from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
+    from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 
     lora = LoraSettings(alpha=32, **ADAPTERS[name])
     profile = profile_model(make_config(name), lora, QuantizationSettings(), compute_dtype=torch.bfloat16)
@@ -73,7 +73,7 @@ def measure(name: str, settings: list[str], row_tokens: int, device_name: str) -
     from qlora_cli.core.adapters.lora import attach_adapter
     from qlora_cli.core.device import limit_memory
     from qlora_cli.core.training.flat_parameters import TrainableParameters
-    from qlora_cli.setting_groups import LoraSettings
+    from qlora_cli.settings.groups import LoraSettings
 
     device = torch.device(device_name)
     cuda = device.type == "cuda"
@@ -120,7 +120,7 @@ def measure_setting(
     from qlora_cli.core.engine.engine import install_engine
     from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES
     from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, state_bytes, step_optimizer
-    from qlora_cli.setting_groups import StepSettings
+    from qlora_cli.settings.groups import StepSettings
 
     cuda = device.type == "cuda"
     notices: list = []

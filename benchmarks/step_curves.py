@@ -25,7 +25,7 @@ from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.training.flat_parameters import TrainableParameters
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 
 RUNS = {"engine on": ("fast", 0), "engine off": ("plain", 0), "engine on, other seed": ("fast", 1)}
 

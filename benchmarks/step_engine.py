@@ -87,7 +87,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     from qlora_cli.core.engine.cuda_graphs import bucket
     from qlora_cli.core.engine.engine import install_engine
     from qlora_cli.core.training.flat_parameters import TrainableParameters
-    from qlora_cli.setting_groups import LoraSettings, StepSettings
+    from qlora_cli.settings.groups import LoraSettings, StepSettings
 
     architecture, rows, adapter, options = RUNS[name]
     cuda = device == "cuda"

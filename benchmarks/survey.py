@@ -99,7 +99,7 @@ def load_4bit(base: Path, *, cached: bool = False):
 
     from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.loading import load_base
-    from qlora_cli.setting_groups import QuantizationSettings
+    from qlora_cli.settings.groups import QuantizationSettings
 
     held = QuantizationSettings(base_cache=cached)
     return load_base(resolve_model(str(base)), held, compute_dtype=torch.float32, device=torch.device("cpu"))[0]
@@ -115,7 +115,7 @@ def compare_rows(base: Path, run: Path) -> str:
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.engine.engine import install_engine
     from qlora_cli.events import report_nothing
-    from qlora_cli.setting_groups import StepSettings
+    from qlora_cli.settings.groups import StepSettings
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in TEXTS]

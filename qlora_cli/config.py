@@ -6,8 +6,7 @@ text and, where there are any, the allowed values.
 
 from dataclasses import dataclass
 
-from qlora_cli.ranges import Numbers
-from qlora_cli.setting_groups import (
+from qlora_cli.settings.groups import (
     DATA,
     EVALUATION,
     MEMORY,
@@ -23,7 +22,8 @@ from qlora_cli.setting_groups import (
     QuantizationSettings,
     StepSettings,
 )
-from qlora_cli.settings import CALL, FREE, RESOLVED, ROUNDING, SAME, setting
+from qlora_cli.settings.ranges import Numbers
+from qlora_cli.settings.setting import CALL, FREE, RESOLVED, ROUNDING, SAME, setting
 
 SCHEDULERS = (
     "linear",

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from qlora_cli.errors import UsageError, first_line
-from qlora_cli.peer_names import UNNEEDED, suggest_setting
-from qlora_cli.ranges import Numbers
-from qlora_cli.settings import fault_of, recorded_fields, type_of
+from qlora_cli.settings.peer_names import UNNEEDED, suggest_setting
+from qlora_cli.settings.ranges import Numbers
+from qlora_cli.settings.setting import fault_of, recorded_fields, type_of
 
 # What a setting's type is called in an error.
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

@@ -153,7 +153,7 @@ def load_tiny(tiny_model):
 
         from qlora_cli.core.models.files import resolve_model
         from qlora_cli.core.models.loading import load_base
-        from qlora_cli.setting_groups import QuantizationSettings
+        from qlora_cli.settings.groups import QuantizationSettings
 
         return load_base(
             resolve_model(str(tiny_model(architecture)), report=report),

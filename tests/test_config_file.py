@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import read_config_file, write_config_file
 from qlora_cli.errors import UsageError
-from qlora_cli.settings import recorded_fields
+from qlora_cli.settings.setting import recorded_fields
 
 
 @given(

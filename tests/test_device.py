@@ -6,7 +6,7 @@ import torch
 
 from qlora_cli.core.device import read_capacity_bytes, read_free_bytes, read_vram
 from qlora_cli.errors import UsageError
-from qlora_cli.ranges import parse_memory
+from qlora_cli.settings.ranges import parse_memory
 
 
 @pytest.mark.parametrize(

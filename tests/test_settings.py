@@ -11,8 +11,8 @@ import pytest
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.errors import UsageError
-from qlora_cli.ranges import Numbers, WordOrNumber, Words
-from qlora_cli.settings import recorded_fields, type_of
+from qlora_cli.settings.ranges import Numbers, WordOrNumber, Words
+from qlora_cli.settings.setting import recorded_fields, type_of
 
 CONFIGS = (PrepareConfig, TrainConfig, MergeConfig, GenerateConfig, InspectConfig)
 FIELDS = {(config, option.name): option for config in CONFIGS for option in fields(config)}

@@ -32,7 +32,7 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
     from qlora_cli.core.models.quantization import pack_weight, restored_linear
     from qlora_cli.core.models.quantized_cache import base_directory, save_base
     from qlora_cli.core.models.structure import build_empty, linear_names
-    from qlora_cli.setting_groups import QuantizationSettings
+    from qlora_cli.settings.groups import QuantizationSettings
 
     dtype, device = DTYPES[dtype_name], torch.device(device_name)
     if not (directory / "tokenizer.json").is_file():

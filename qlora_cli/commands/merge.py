@@ -54,7 +54,7 @@ from qlora_cli.core.storage.temporaries import holding
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.errors import MergeError
 from qlora_cli.events import Report
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 SMALL_FILES_BYTES = 2**25  # tokenizer, configuration, card
 

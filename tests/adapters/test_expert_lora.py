@@ -14,7 +14,7 @@ from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.layout import expert_weights, find_experts
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import AdapterError
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 from tests.adapters.test_targets import IDS, SMALL, build, randomise
 from tests.experts.expert_modules import CONFIGS, pack
 

@@ -18,7 +18,7 @@ from qlora_cli.core.adapters.lora import (
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 from tests.conftest import ARCHITECTURES
 
 IDS = torch.arange(5, 25)[None]

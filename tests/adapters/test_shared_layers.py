@@ -12,7 +12,7 @@ from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.errors import AdapterError
 from qlora_cli.events import report_nothing
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 from tests.adapters.test_targets import IDS, build, randomise
 from tests.conftest import make_tokenizer
 

@@ -14,7 +14,7 @@ from qlora_cli.core.adapters.lora import attach_adapter, load_adapter, save_adap
 from qlora_cli.core.adapters.targets import find_targets
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 
 IDS = torch.arange(5, 25)[None]
 SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

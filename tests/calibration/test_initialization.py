@@ -15,7 +15,7 @@ from qlora_cli.core.calibration.initialization import StartInputs, initialize_ad
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.events import Caution, Notice, report_nothing
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 from tests.conftest import ARCHITECTURES
 from tests.training.training_case import MemoryRows
 
@@ -135,7 +135,7 @@ def test_a_base_stored_in_4_bits_starts_plainly_and_says_so(tiny_model, load_tin
 
 
 def settings_of_quantization():
-    from qlora_cli.setting_groups import QuantizationSettings
+    from qlora_cli.settings.groups import QuantizationSettings
 
     return QuantizationSettings(base_cache=False)
 

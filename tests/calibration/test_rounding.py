@@ -7,7 +7,7 @@ from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.calibration import rounding
 from qlora_cli.core.calibration.rounding import round_to_four_bits
 from qlora_cli.core.models.quantization import pack_weight, restored_linear, round_trip
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 from tests.calibration.test_low_rank import gather, make_case
 
 

@@ -17,7 +17,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.errors import MergeError
 from qlora_cli.events import Notice, report_nothing
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

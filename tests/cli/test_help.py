@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
-from qlora_cli.settings import flag_of
+from qlora_cli.settings.setting import flag_of
 
 CONFIGS = {
     "prepare": PrepareConfig,

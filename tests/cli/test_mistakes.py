@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 from qlora_cli.cli.app import main
-from qlora_cli.peer_names import COMMANDS, PEERS
-from qlora_cli.settings import flag_of
+from qlora_cli.settings.peer_names import COMMANDS, PEERS
+from qlora_cli.settings.setting import flag_of
 
 # What is typed → what is wrong, and what to type next.
 MISTAKES = {
@@ -92,7 +92,7 @@ def test_every_name_of_a_peer_leads_to_a_setting_that_there_is():
 
 def test_the_schema_of_a_settings_file_allows_what_train_writes_and_no_more(capsys):
     from qlora_cli.config import TrainConfig
-    from qlora_cli.settings import recorded_fields
+    from qlora_cli.settings.setting import recorded_fields
 
     assert main(["train", "--print-schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

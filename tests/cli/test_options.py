@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from qlora_cli.config import GenerateConfig, TrainConfig
 from qlora_cli.events import Caution, Notice
-from qlora_cli.ranges import Memory, Words
-from qlora_cli.settings import flag_of, type_of
+from qlora_cli.settings.ranges import Memory, Words
+from qlora_cli.settings.setting import flag_of, type_of
 from tests.cli.conftest import Answer
 
 

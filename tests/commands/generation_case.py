@@ -11,7 +11,7 @@ from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 
 CHAT = Formatting(
     format="chat",

@@ -19,7 +19,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import freeze_base
 from qlora_cli.events import Event, Report
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 
 DEVICE = choose_device()  # where the command works too: CPU and GPU may round a weight near a border differently
 IDS = torch.arange(2, 66).unsqueeze(0)  # every prediction depends on all of these

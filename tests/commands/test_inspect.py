@@ -21,7 +21,7 @@ from qlora_cli.config import InspectConfig, PrepareConfig, TrainConfig
 from qlora_cli.core.inspection.run_summary import summarise_metrics
 from qlora_cli.core.planning.suggestions import write_train_command
 from qlora_cli.errors import AdapterError, ModelError, RunError, UsageError
-from qlora_cli.ranges import parse_memory
+from qlora_cli.settings.ranges import parse_memory
 
 SEVEN_B = {
     "vocab_size": 32000,

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 from tests.commands.merge_case import DEVICE, Case, logits_of, make_case
 from tests.conftest import ARCHITECTURES, write_model
 

@@ -10,7 +10,7 @@ from qlora_cli.commands.merge import merge
 from qlora_cli.config import GenerateConfig, MergeConfig
 from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 
 
 def test_a_merged_model_gives_the_adapters_greedy_answer_in_the_trained_format(load_tiny, tiny_model, tmp_path):

@@ -16,7 +16,7 @@ from qlora_cli.config import PrepareConfig, TrainConfig
 from qlora_cli.core.storage.checkpoint import MANIFEST, list_checkpoints, manifest_digest
 from qlora_cli.errors import CheckpointError, Interrupted, QloraError
 from qlora_cli.events import Notice, StepLogged
-from qlora_cli.settings import CALL, FREE, RESOLVED, RESUME, ROUNDING, SAME, type_of
+from qlora_cli.settings.setting import CALL, FREE, RESOLVED, RESUME, ROUNDING, SAME, type_of
 
 CLOCK = ("step_seconds", "tokens_per_second", "peak_vram_bytes")
 CLASSES = {option.name: option.metadata["resume"] for option in fields(TrainConfig)}

@@ -43,7 +43,7 @@ from qlora_cli.errors import (
     UsageError,
 )
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, RunStarted, StepLogged
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 CLOCK = ("step_seconds", "tokens_per_second", "peak_vram_bytes")  # what the machine decides
 

@@ -21,7 +21,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.kernels.decode import gemv
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 from tests.conftest import make_tokenizer, write_model
 from tests.generation.session_case import settings_of
 

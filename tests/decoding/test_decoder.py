@@ -13,7 +13,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.errors import DataError, ModelError
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 from tests.conftest import make_tokenizer
 from tests.generation.session_case import settings_of
 

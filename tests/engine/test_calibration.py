@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.memory_plan import LayerSeconds, StepNeeds
-from qlora_cli.setting_groups import StepSettings
+from qlora_cli.settings.groups import StepSettings
 from tests.engine.test_engine import adapted, install
 
 GIB = 2**30

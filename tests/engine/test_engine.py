@@ -13,7 +13,7 @@ from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import TrainingError, UsageError
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 from qlora_cli.core.engine import fast as engine_fast
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.memory_plan import MemoryPlan, StepNeeds
-from qlora_cli.setting_groups import StepSettings
+from qlora_cli.settings.groups import StepSettings
 from tests.engine.test_engine import adapted, batch_of, gradients
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.core.engine.memory_plan import ROOM, TOP_LAYERS, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
-from qlora_cli.setting_groups import StepSettings
+from qlora_cli.settings.groups import StepSettings
 
 GIB = 2**30
 NEEDS = StepNeeds(

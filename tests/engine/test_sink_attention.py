@@ -11,7 +11,7 @@ from qlora_cli.core.engine.lora_linear import AdapterValues
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.events import Notice
-from qlora_cli.setting_groups import LoraSettings, StepSettings
+from qlora_cli.settings.groups import LoraSettings, StepSettings
 from tests.engine import cpu_attention  # noqa: F401 - lets compiled layers attend on the CPU
 from tests.engine.test_cuda_graphs import compile_layers
 from tests.engine.test_engine import batch_of, gradients, install, step

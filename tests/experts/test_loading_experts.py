@@ -12,7 +12,7 @@ from qlora_cli.core.experts.layout import find_experts
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.errors import ModelError
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 from tests.experts.expert_modules import write_expert_model
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.errors import ModelError
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 from tests.experts.expert_modules import write_expert_model
 from tests.experts.stored_bases import store_in_4_bits, store_in_fp8, store_in_mxfp4
 from tests.experts.test_loading_experts import load

@@ -18,7 +18,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.storage.checkpoint import MANIFEST, manifest_digest, newest_valid
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import AdapterError, DataError, ModelError, QloraError
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 from .conftest import count
 

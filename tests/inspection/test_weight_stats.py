@@ -20,7 +20,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import ModelError
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qlora_cli.core.merge.arithmetic import merge_rows, restored_rows
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, four_bit_values, round_trip
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ import torch
 
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.identity import BaseIdentity
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 
 def test_identity_tells_siblings_of_one_shape_apart(tiny_model):

@@ -17,7 +17,7 @@ from qlora_cli.core.models.quantization import (
 )
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import ModelError
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 from tests.conftest import ARCHITECTURES
 
 

@@ -18,7 +18,7 @@ from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_train
 from qlora_cli.core.planning.meta_ops import Attention, LiveBytes
 from qlora_cli.core.planning.model_profile import profile_model
 from qlora_cli.core.training.flat_parameters import TrainableParameters
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.conftest import ARCHITECTURES
 
 TOKENS = 1024

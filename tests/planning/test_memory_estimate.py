@@ -20,7 +20,7 @@ from qlora_cli.core.planning.memory_estimate import (
     estimate_training,
 )
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 
 CONFIGS = {
     "llama": transformers.LlamaConfig(
@@ -243,7 +243,7 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
     from qlora_cli.core.models.loading import load_base
     from qlora_cli.core.training.flat_parameters import TrainableParameters
     from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, step_optimizer
-    from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+    from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 
     device, rows, row_tokens = torch.device("cuda", 0), 8, 2048
     transformers.LlamaForCausalLM(CONFIGS["llama"]).to(torch.bfloat16).save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_profile import profile_model
 from qlora_cli.core.planning.model_size import measure_footprint, packed_bytes
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 
 # The architectures in their true sizes; adapters of the five tutorials.
 KNOWN = {

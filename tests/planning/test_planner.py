@@ -17,7 +17,7 @@ from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit
 from qlora_cli.errors import UsageError
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 
 GIB = 2**30
 LAYERS = 8

@@ -20,7 +20,7 @@ from qlora_cli.core.training.optimizer import (
     step_optimizer,
 )
 from qlora_cli.errors import CheckpointError, UsageError
-from qlora_cli.setting_groups import OPTIMIZERS
+from qlora_cli.settings.groups import OPTIMIZERS
 
 
 def make(

@@ -14,7 +14,7 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, StepLogged
-from qlora_cli.setting_groups import OPTIMIZERS
+from qlora_cli.settings.groups import OPTIMIZERS
 
 from .training_case import FaultyEngine, make_case
 

@@ -29,7 +29,7 @@ from qlora_cli.core.training.rng_state import RandomState, restore_random_state
 from qlora_cli.core.training.state import REQUIRED_FILES, Checkpointing, load_optimizer, read_random_state
 from qlora_cli.core.training.trainer import Optimization, Trainer, TrainingData
 from qlora_cli.events import EvaluationLogged, Event, StepLogged
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 
 CPU = torch.device("cpu")
 

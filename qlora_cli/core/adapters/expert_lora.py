@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from qlora_cli.core.experts.four_bit_experts import ExpertLora, FourBitExperts
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights, find_experts
 from qlora_cli.errors import AdapterError
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 
 # What configurations call the experts that a token meets.
 CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")

@@ -31,7 +31,7 @@ from qlora_cli.core.models.quantization import logical_numel
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.untrusted import check_expressions
 from qlora_cli.errors import AdapterError, first_line
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 
 
 def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0) -> PeftModel:

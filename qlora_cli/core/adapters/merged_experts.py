@@ -13,7 +13,7 @@ from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
 from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.weight_names import WeightOrigin, find_origins
 from qlora_cli.core.storage.safetensors_file import TensorFile
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 BYTES_A_WEIGHT = 16  # of one expert while it is worked on
 

@@ -11,7 +11,7 @@ from qlora_cli.core.models.quantization import is_4bit
 from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import head_names, is_plain_linear, linear_names, tower_names
 from qlora_cli.errors import AdapterError
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 
 ALL_LINEAR = "all-linear"
 MATCH_SECONDS = 1.0  # for one name: a pattern may backtrack for ever

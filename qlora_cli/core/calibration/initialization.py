@@ -29,7 +29,7 @@ from qlora_cli.core.storage.temporaries import sweep
 from qlora_cli.core.untrusted import is_ours
 from qlora_cli.errors import ModelError, QloraError, RunError, first_line
 from qlora_cli.events import Caution, Notice, Report
-from qlora_cli.setting_groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings
 
 FORMAT = 1  # raised when the same settings give other numbers
 WEIGHTS, FACTS = "start.safetensors", "start.json"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_cli.core.calibration.low_rank import DAMPING, SecondMoment
 from qlora_cli.core.models.quantization import BLOCK_SIZE, four_bit_values, pack_weight, round_trip_constants
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 SHRINKING = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)  # of a block's largest magnitude, tried as its constant
 COLUMNS = 128  # rounded before the others learn of their errors

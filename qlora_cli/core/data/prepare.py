@@ -43,7 +43,7 @@ from qlora_cli.core.storage.temporaries import heal, sweep, sweep_beside
 from qlora_cli.core.torchless import ask_with_torch, is_left_out
 from qlora_cli.errors import DataError, DiskFull, RunError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
-from qlora_cli.setting_groups import DataSettings
+from qlora_cli.settings.groups import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from qlora_cli.core.engine.packed_attention import (
 from qlora_cli.core.models.files import context_length
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
-from qlora_cli.setting_groups import StepSettings
+from qlora_cli.settings.groups import StepSettings
 
 REDUCTION_BYTES, MOST_REDUCTIONS = 2**28, 16  # how much less memory is planned with each time it runs out
 HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take

@@ -11,7 +11,7 @@ from qlora_cli.core.engine.fast import FastEngine
 from qlora_cli.core.engine.memory_plan import count_recomputed_layers
 from qlora_cli.errors import TrainingError, UsageError, first_line
 from qlora_cli.events import Report
-from qlora_cli.setting_groups import StepSettings
+from qlora_cli.settings.groups import StepSettings
 
 if TYPE_CHECKING:
     from qlora_cli.core.data.packing import MicroBatch

@@ -40,7 +40,7 @@ from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.weights import reserve_values
-from qlora_cli.setting_groups import StepSettings
+from qlora_cli.settings.groups import StepSettings
 
 if TYPE_CHECKING:
     from qlora_cli.core.data.packing import MicroBatch

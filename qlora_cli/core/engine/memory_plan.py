@@ -13,7 +13,7 @@ import torch
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.errors import UsageError
 from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
-from qlora_cli.setting_groups import StepSettings
+from qlora_cli.settings.groups import StepSettings
 
 # For what is not measured: libraries' workspaces, fragmentation, the optimizer's temporary values, a compiled layer's
 # other order of allocation. With 96 MiB each of three models near their limit ran out of memory.

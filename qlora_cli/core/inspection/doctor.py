@@ -28,7 +28,7 @@ from qlora_cli.core.models.quantization import dequantized_weight, four_bit_line
 from qlora_cli.core.models.quantized_cache import cache_size_bytes
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import first_line
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings, StepSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 from qlora_cli.sizes import format_bytes
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -13,7 +13,7 @@ from qlora_cli.core.models.weight_names import map_names
 from qlora_cli.core.storage.safetensors_file import TensorFile
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Progress, Report
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 
 def measure_quantization_error(

@@ -13,7 +13,7 @@ import torch
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.models.quantization import BLOCK_SIZE, four_bit_values, round_trip, round_trip_constants
 from qlora_cli.errors import ModelError
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 BINS = 16  # a unit: bins of 1/16 hold at most one border between NF4 values, the closest lying 0.08 apart
 SMALLEST_CONSTANT = 1e-38  # bitsandbytes' floor under the largest magnitude of a block

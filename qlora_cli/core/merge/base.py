@@ -16,7 +16,7 @@ from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import StoredFormat, stored_format
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Caution, Notice, Report
-from qlora_cli.setting_groups import ModelSettings, QuantizationSettings
+from qlora_cli.settings.groups import ModelSettings, QuantizationSettings
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from qlora_cli.core.storage.safetensors_file import DTYPES, TensorFile, TensorSp
 from qlora_cli.core.storage.safetensors_header import Header, TensorEntry
 from qlora_cli.core.weights.stored_formats import StoredFormat
 from qlora_cli.errors import MergeError, ModelError
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
 GPU_ROWS_ELEMENTS = 2**24  # worked on at a time on a GPU: launches cost more than memory there

@@ -15,7 +15,7 @@ from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.core.untrusted import check_files
 from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Report, report_nothing
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,7 @@ from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Notice
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 
 def load_base(

@@ -17,7 +17,7 @@ from qlora_cli.core.models.weight_names import WeightOrigin
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import four_bit_state
 from qlora_cli.errors import ModelError
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 
 class Withdrawn(nn.Module):

@@ -17,7 +17,7 @@ from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
 from qlora_cli.core.planning.model_size import Footprint, measure_footprint
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError
-from qlora_cli.setting_groups import LoraSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 
 
 @dataclass(frozen=True)

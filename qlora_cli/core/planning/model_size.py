@@ -13,7 +13,7 @@ from qlora_cli.core.experts.stack import stack_bytes
 from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, logical_numel
 from qlora_cli.core.models.structure import head_names, underlying_model
-from qlora_cli.setting_groups import QuantizationSettings
+from qlora_cli.settings.groups import QuantizationSettings
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from qlora_cli.core.planning.memory_estimate import (
 )
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.training.optimizer import choose_optimizer
-from qlora_cli.ranges import parse_memory
-from qlora_cli.setting_groups import StepSettings
+from qlora_cli.settings.groups import StepSettings
+from qlora_cli.settings.ranges import parse_memory
 
 
 @dataclass(frozen=True)

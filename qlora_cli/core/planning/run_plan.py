@@ -18,7 +18,7 @@ from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_tra
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit, write_train_command
 from qlora_cli.errors import DoesNotFit
 from qlora_cli.events import Notice, Report
-from qlora_cli.settings import recorded_fields
+from qlora_cli.settings.setting import recorded_fields
 from qlora_cli.sizes import format_bytes
 
 

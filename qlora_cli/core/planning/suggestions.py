@@ -9,8 +9,8 @@ from typing import Any
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training
-from qlora_cli.setting_groups import StepSettings
-from qlora_cli.settings import flag_of
+from qlora_cli.settings.groups import StepSettings
+from qlora_cli.settings.setting import flag_of
 
 CERTAINTY = 1.05  # past so much of the limit a prediction is never wrong (benchmarks/memory.md)
 SHORTEST_ROW_TOKENS = 128  # below this a suggestion helps nobody

@@ -12,7 +12,7 @@ from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.records.conversation import ConversationColumns
 from qlora_cli.core.records.messages import KNOWN_ROLES, holds_messages, turns_of
 from qlora_cli.errors import UsageError
-from qlora_cli.setting_groups import DataSettings
+from qlora_cli.settings.groups import DataSettings
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")

@@ -13,7 +13,7 @@ from qlora_cli.core.recognition.texts import common_ending, shows_markup
 from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import UsageError
-from qlora_cli.setting_groups import DataSettings
+from qlora_cli.settings.groups import DataSettings
 
 # (prompt, columns that may be empty, completion), in the order they are looked for; names compare without case.
 PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (

@@ -16,7 +16,7 @@ from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.record import Record
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import DataError, UsageError
-from qlora_cli.setting_groups import DataSettings
+from qlora_cli.settings.groups import DataSettings
 
 LABELS = ("label", "kto_tag")  # of unpaired feedback: whether an answer is a good one
 THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot", "chain_of_thought")

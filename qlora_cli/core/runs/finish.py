@@ -32,7 +32,7 @@ from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, verif
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
-from qlora_cli.settings import recorded_fields
+from qlora_cli.settings.setting import recorded_fields
 
 
 def write_run(

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_cli.core.runs.decisions import Decisions
 from qlora_cli.core.runs.inputs import Run, RunInputs
-from qlora_cli.settings import ROUNDING, SAME
+from qlora_cli.settings.setting import ROUNDING, SAME
 
 
 def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str, Any]:

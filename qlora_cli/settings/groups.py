@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from qlora_cli.ranges import Memory, Numbers, WordOrNumber, Words
-from qlora_cli.settings import FREE, RESOLVED, ROUNDING, SAME, Settings, setting
+from qlora_cli.settings.ranges import Memory, Numbers, WordOrNumber, Words
+from qlora_cli.settings.setting import FREE, RESOLVED, ROUNDING, SAME, Settings, setting
 
 MODEL = "Model"
 DATA = "Data"

@@ -5,7 +5,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args
 
 from qlora_cli.errors import UsageError
-from qlora_cli.ranges import Range
+from qlora_cli.settings.ranges import Range
 
 # What a setting means for a run that goes on with another value than the checkpoint's.
 SAME = "same"  # refused by name

@@ -1,0 +1,1 @@
+"""Settings: what one is, the ranges of values, the groups that commands share, and what other tools call them."""
