@@ -368,12 +368,7 @@ def run_one(arguments: argparse.Namespace) -> None:
     rows = work / f"{name}.jsonl"
     write_rows(name, source, rows)
     arguments.answers = arguments.answers if name == "gsm8k" else 0
-    run = (
-        (lambda: run_ours(arguments, rows, work))
-        if arguments.method.startswith("ours")
-        else (lambda: run_peer(arguments, rows))
-    )
-    figures = run()
+    figures = run_ours(arguments, rows, work) if arguments.method.startswith("ours") else run_peer(arguments, rows)
     facts = {"set": name, "method": arguments.method, "rank": arguments.rank, "seed": arguments.seed, **figures}
     work.with_suffix(".json").write_text(json.dumps(facts, default=str), encoding="utf-8")
     print("RESULT", json.dumps({key: value for key, value in facts.items() if key != "said"}, default=str), flush=True)

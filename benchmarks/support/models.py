@@ -35,19 +35,6 @@ CONFIGS = {
             "tie_word_embeddings": False,
         },
     ),
-    "neox-20b-half": (  # 22 of its 44 layers
-        "GPTNeoXConfig",
-        {
-            "vocab_size": 50432,
-            "hidden_size": 6144,
-            "num_hidden_layers": 22,
-            "num_attention_heads": 64,
-            "intermediate_size": 24576,
-            "rotary_pct": 0.25,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
-        },
-    ),
     "pythia-410m": (
         "GPTNeoXConfig",
         {
@@ -93,24 +80,6 @@ CONFIGS = {
             "tie_word_embeddings": False,
         },
     ),
-    "qwen3-30b-a3b-quarter": (  # 12 of its 48 layers
-        "Qwen3MoeConfig",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "max_position_embeddings": 40960,
-            "tie_word_embeddings": False,
-        },
-    ),
     "gpt-oss-20b": ("GptOssConfig", {"num_hidden_layers": 24, "num_local_experts": 32, "vocab_size": 201088}),
     "mixtral-8x7b": ("MixtralConfig", {"vocab_size": 32000, "sliding_window": None}),
     "tiny-llama": (
@@ -127,6 +96,12 @@ CONFIGS = {
         },
     ),
 }
+# The same with fewer layers: name → (of which, layers)
+for _name, (_whole, _layers) in {
+    "neox-20b-half": ("neox-20b", 22),
+    "qwen3-30b-a3b-quarter": ("qwen3-30b-a3b", 12),
+}.items():
+    CONFIGS[_name] = (CONFIGS[_whole][0], CONFIGS[_whole][1] | {"num_hidden_layers": _layers})
 
 # Arguments of `attach_adapter`.
 ALL16 = {"rank": 16, "target_modules": None}

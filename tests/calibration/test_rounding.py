@@ -5,6 +5,7 @@ import torch
 
 from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.calibration import rounding
+from qlora_cli.core.calibration.low_rank import SecondMoment
 from qlora_cli.core.calibration.rounding import round_to_four_bits
 from qlora_cli.core.models.quantization import pack_weight, restored_linear, round_trip
 from qlora_cli.settings.groups import QuantizationSettings
@@ -61,3 +62,11 @@ def test_descent_takes_more_of_the_outputs_error_away(monkeypatch):
         _, value = round_to_four_bits(weight, gather(weight, x, "inputs"), QuantizationSettings())
         errors.append(float((x @ (weight - value).T).square().sum()))
     assert errors[2] < errors[1] < 0.97 * errors[0]
+
+
+def test_a_weight_that_no_token_came_to_is_rounded_to_nearest():
+    weight, _ = make_case(48, 192, 400, 3)
+    settings = QuantizationSettings()
+    packed, value = round_to_four_bits(weight, SecondMoment(), settings)
+    expected, nearest = round_to_four_bits(weight, None, settings)
+    assert torch.equal(value, nearest) and torch.equal(packed[""], expected[""])

@@ -35,6 +35,8 @@ def round_to_four_bits(
     rows, columns = weight.shape
     values, order = four_bit_values(quantization.quant_type).to(weight.device).sort()
     importance = torch.ones(columns, device=weight.device)
+    if moment is not None and moment.inputs is None:  # no token came to it
+        moment = None
     if moment is not None and moment.inputs is not None and moment.squares is not None:
         importance = moment.inputs.diagonal() / moment.squares.clamp(min=1e-30) + DAMPING
     constants = _search_constants(weight, values, importance)

@@ -50,7 +50,7 @@ def look_up(code, table, word, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
 
 @triton.jit
 def load_scales(absmax, nested_absmax, nested_code, nested_offset, block, used, NESTED_BLOCKSIZE: tl.constexpr):
-    """fp32 scales of blocks, from their 8-bit codes or as they are."""
+    """fp32 scales of blocks, from their 8-bit codes, each step rounded as bitsandbytes rounds it, or as they are."""
     if NESTED_BLOCKSIZE:
         level = tl.load(absmax + block, mask=used, other=0).to(tl.int32)
         outer = block // NESTED_BLOCKSIZE

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_cli.kernels.decode.gemv_programs import lane_table, look_up
+from qlora_cli.kernels.decode.gemv_programs import lane_table, load_scales, look_up
 
 
 class Tiling(NamedTuple):
@@ -110,19 +110,6 @@ def _multiply_dense(
 
 
 @triton.jit
-def _scales(absmax, nested_absmax, nested_code, offset, block, used, NESTED: tl.constexpr):
-    """fp32 scales of blocks, each step rounded as bitsandbytes rounds it."""
-    if NESTED:
-        level = tl.load(absmax + block, mask=used, other=0).to(tl.int32)
-        outer = block // NESTED
-        scale = tl.load(nested_code + level) * tl.load(nested_absmax + outer, mask=used, other=0.0)
-        scale += tl.load(offset + outer, mask=used, other=0.0)
-    else:
-        scale = tl.load(absmax + block, mask=used, other=0.0)
-    return scale
-
-
-@triton.jit
 def _multiply_packed(
     x,
     packed,
@@ -182,7 +169,7 @@ def _multiply_packed(
         byte = tl.load(packed + (base // 2)[:, None] + tile_left // 2 + half[None, :], mask=used, other=0).to(tl.int32)
         used_block = used_row[:, None] & (tile_left // 64 + block < width // 64)[None, :]
         number = (base // 64)[:, None] + tile_left // 64 + block[None, :]
-        scale = _scales(absmax, nested_absmax, nested_code, offset, number, used_block, NESTED)
+        scale = load_scales(absmax, nested_absmax, nested_code, offset, number, used_block, NESTED)
         weight = tl.interleave(look_up(code, table, byte, 4, SHUFFLE), look_up(code, table, byte, 0, SHUFFLE))
         if BACKWARD:
             weight = tl.reshape(weight, (INNER, COLUMNS // 64, 64)) * scale[:, :, None]
