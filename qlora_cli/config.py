@@ -124,7 +124,7 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     )
     seed: int = setting(42, "Seed of initialisation, order and dropout.", panel=RUN, range=SEED, resume=SAME)
     report_to: str | None = setting(
-        None, "Also log to this tracker.", panel=RUN, choices=("tensorboard", "wandb", "trackio"), resume=FREE
+        None, "Also log to this tracker.", panel=RUN, choices=("tensorboard", "wandb", "mlflow", "trackio"), resume=FREE
     )
     resume: bool = setting(
         False, "Go on from the newest checkpoint that verifies.", panel=RUN, recorded=False, resume=CALL

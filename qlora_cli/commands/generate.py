@@ -10,7 +10,7 @@ import torch
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sha256_of
 from qlora_cli.config import GenerateConfig
-from qlora_cli.core.adapters.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
+from qlora_cli.core.adapters.adapter_record import AdapterRecord, find_adapter, read_adapter_record, read_merge_record
 from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_prompts
 from qlora_cli.core.generation.chat import Conversation, read_question, run_line
 from qlora_cli.core.generation.requests import Request
@@ -119,7 +119,7 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
 
 
 def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig, GenerationSession]:
-    """The settings with the base decided, and a session under them.
+    """The settings with base and adapter decided, and a session under them.
 
     The base is held as in the adapter's training unless a flag says otherwise.
 
@@ -127,7 +127,12 @@ def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig
         UsageError: Neither a model nor an adapter is given, or a flag is out of range.
         AdapterError: No adapter there, or one trained on another base.
     """
-    source = read_adapter_record(Path(config.adapter)) if config.adapter is not None else None
+    source = None
+    if config.adapter is not None:
+        directory = find_adapter(Path(config.adapter), report)
+        source = read_adapter_record(directory)
+        if directory != Path(config.adapter):
+            config = replace(config, adapter=str(directory))
     if config.model is not None:
         model, revision = config.model, config.model_revision
     else:
@@ -217,7 +222,8 @@ def answer_file(
 
 def digest_weights(session: GenerationSession, adapter: str | None) -> tuple[str, float]:
     """Digest of an adapter's files, and of a base that lies in a directory of the user's; when they last changed."""
-    paths = [Path(adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if adapter else []
+    place = session.source(adapter).directory if adapter else Path()
+    paths = [place / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if adapter else []
     facts, files = [sha256_of(path) for path in paths], session.files
     if files is not None and files.commit is None:
         facts.append(files.weights_sha256)

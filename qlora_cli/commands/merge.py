@@ -27,7 +27,7 @@ from qlora_cli.artifacts import (
 )
 from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.adapter_facts import read_adapter
-from qlora_cli.core.adapters.adapter_record import read_adapter_record
+from qlora_cli.core.adapters.adapter_record import find_adapter, read_adapter_record
 from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.shared_layers import one_delta_each
 from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, Choice, choose_base
@@ -91,7 +91,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     Raises:
         QloraError: In one sentence; whatever can be checked is checked before anything is written.
     """
-    adapter_directory, output = Path(config.adapter), Path(config.output)
+    adapter_directory, output = find_adapter(Path(config.adapter), report), Path(config.output)
     source = read_adapter_record(adapter_directory)
     if config.push:
         check_repository_name(config.push)

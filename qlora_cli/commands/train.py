@@ -34,10 +34,10 @@ from qlora_cli.core.runs.finish import write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
 from qlora_cli.core.runs.inputs import Run, RunInputs, read_inputs
 from qlora_cli.core.runs.metrics import MetricsFile
-from qlora_cli.core.runs.results import TrainPlan, TrainResult
+from qlora_cli.core.runs.results import TrainPlan, TrainResult, read_result
 from qlora_cli.core.runs.tracking import closing_tracker, logging_report, start_tracker
 from qlora_cli.core.runs.validate import check, check_ranks
-from qlora_cli.core.storage.checkpoint import Checkpoint, read_tensors
+from qlora_cli.core.storage.checkpoint import Checkpoint, list_checkpoints, read_tensors
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -49,7 +49,7 @@ from qlora_cli.core.training.resume import find_shared_checkpoint, restore_or_se
 from qlora_cli.core.training.state import Checkpointing, load_optimizer
 from qlora_cli.core.training.trainer import Optimization, Trainer
 from qlora_cli.errors import CheckpointError
-from qlora_cli.events import Caution, Report, RunStarted, Vram, report_nothing
+from qlora_cli.events import Caution, Notice, Report, RunStarted, Vram, report_nothing
 
 SAVES_A_RUN = 10  # by default
 # The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `monitoring`.
@@ -102,13 +102,19 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         if ranks.is_main:
             stack.enter_context(claimed_output(run))
         ranks.barrier()
+        ended = read_result(run.output) if config.resume and not config.dry_run else None
+        tracked = ranks.is_main and config.report_to and not config.dry_run
+        if tracked and ended is None:
+            start_tracker(config, accelerator)  # before rows are read or weights downloaded
         inputs = read_inputs(run)
         decisions = decide(run, inputs)
-        if ranks.is_main and config.report_to and not config.dry_run:
-            start_tracker(config, accelerator)  # before any weights are downloaded to identify the base by
+        if ended is not None and is_complete(run, inputs, decisions, ended):
+            return ended
         start = find_start(run, inputs, decisions)
         if config.dry_run:
             return describe_plan(run, inputs, decisions, first_step=start.state.step + 1)
+        if tracked and not accelerator.trackers:
+            start_tracker(config, accelerator)
         loaded = load_model(run, inputs, decisions, start.checkpoint)
         engine = start_engine(run, inputs, decisions, start, loaded)
         stack.callback(engine.close)
@@ -273,6 +279,26 @@ def find_start(run: Run, inputs: RunInputs, decisions: Decisions) -> StartingPoi
     limits = [state.micro_batch_limit_tokens, decisions.memory.limit_tokens]
     state.micro_batch_limit_tokens = min((limit for limit in limits if limit is not None), default=None)
     return StartingPoint(identity, checkpoint, state)
+
+
+def is_complete(run: Run, inputs: RunInputs, decisions: Decisions, ended: TrainResult) -> bool:
+    """Whether the steps asked for are those that a run has ended with, so that nothing is left to do.
+
+    Raises:
+        CheckpointError: It was another run; or more steps are asked for, and its checkpoints are gone.
+    """
+    saved = list_checkpoints(run.output / CHECKPOINTS)
+    if inputs.data.sampler.total_steps != ended.total_steps:
+        if saved:
+            return False
+        raise CheckpointError(
+            f"The run in {run.output} ended after step {ended.steps:,}, and has no checkpoint to go on from.",
+            "Choose another --output, or start anew with --overwrite.",
+        )
+    if saved and (checkpoint := find_start(replace(run, report=report_nothing), inputs, decisions).checkpoint):
+        checkpoint.close()
+    run.report(Notice(f"The run in {run.output} has ended, after step {ended.steps:,}: nothing is left to do."))
+    return True
 
 
 def start_optimization(

@@ -10,8 +10,9 @@ from qlora_cli.commands.generate import generate
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
 from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
-from qlora_cli.core.adapters.adapter_record import read_adapter_record
-from qlora_cli.events import Caution
+from qlora_cli.core.adapters.adapter_record import find_adapter, read_adapter_record
+from qlora_cli.errors import AdapterError
+from qlora_cli.events import Caution, Notice
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +38,25 @@ def run(tiny_model, tmp_path_factory):
     return place / "out"
 
 
-@pytest.fixture(params=["in its run", "of an older version, in its run", "moved"])
+@pytest.fixture(params=["in its run", "of an older version, in its run", "moved", "newest of a stopped run"])
 def checkpoint(run, request, tmp_path):
     newest = max((run / artifacts.CHECKPOINTS).iterdir())
     if request.param == "in its run":
         return newest
     if request.param == "moved":
         return shutil.copytree(newest, tmp_path / "elsewhere")
-    copied = shutil.copytree(run, tmp_path / "out") / artifacts.CHECKPOINTS / newest.name
+    stopped = shutil.copytree(run, tmp_path / "out")
+    if request.param == "newest of a stopped run":
+        for name in (artifacts.ADAPTER_CONFIG, artifacts.ADAPTER_WEIGHTS, artifacts.RUN_RECORD):
+            (stopped / name).unlink()
+        return stopped
+    copied = stopped / artifacts.CHECKPOINTS / newest.name
     (copied / artifacts.RUN_RECORD).unlink()
     return copied
 
 
 def test_a_checkpoint_knows_how_its_base_was_held(run, checkpoint):
-    source, whole = read_adapter_record(checkpoint), read_adapter_record(run)
+    source, whole = read_adapter_record(find_adapter(checkpoint, print)), read_adapter_record(run)
     assert source.base == whole.base and source.formatting == whole.formatting
     assert (source.base.quant_type, source.base.double_quant) == ("fp4", False)
 
@@ -68,3 +74,25 @@ def test_a_checkpoint_is_merged_and_asked_like_its_run(run, checkpoint, tmp_path
         answers.append(generate(asked, ["What is 3 + 3?"], events.append).to_dict()["answers"][0])
     assert weights[0] == weights[1] and answers[0] == answers[1]
     assert not [event for event in events if isinstance(event, Caution)]
+    said = [event for event in events if isinstance(event, Notice) and "has not ended" in event.text]
+    assert len(said) == (2 if checkpoint.name == "out" else 0)
+
+
+def test_a_run_that_went_on_past_its_adapter_and_was_stopped_is_asked_as_it_is_now(run, tmp_path):
+    stopped, said = shutil.copytree(run, tmp_path / "out"), []
+    assert find_adapter(stopped, said.append) == stopped and not said
+    record = json.loads((stopped / artifacts.RUN_RECORD).read_text())
+    record["training"]["steps"] = 2
+    (stopped / artifacts.RUN_RECORD).write_text(json.dumps(record))
+    newest = max((stopped / artifacts.CHECKPOINTS).iterdir())
+    assert find_adapter(stopped, said.append) == newest and "after step 3" in said[0].text
+    (newest / artifacts.ADAPTER_WEIGHTS).write_bytes(b"")
+    said.clear()
+    assert find_adapter(stopped, said.append) == stopped and "Skipped" in said[0].text
+
+
+def test_a_run_stopped_before_its_first_checkpoint_says_how_to_go_on(run, tmp_path):
+    (tmp_path / artifacts.RUN_YAML).write_text("")
+    with pytest.raises(AdapterError, match="before its first checkpoint") as caught:
+        generate(GenerateConfig(adapter=str(tmp_path)), ["What is 3 + 3?"], print)
+    assert caught.value.hint == f"Go on with it: qlora train --config {tmp_path / artifacts.RUN_YAML} --resume"

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import accelerate.tracking
 import pytest
 import torch
 import yaml
@@ -250,9 +251,19 @@ def test_packing_and_every_engine_train(options, engine):
     assert next(e for e in events if isinstance(e, RunStarted)).engine.startswith(engine)
 
 
-def test_a_tracker_gets_the_numbers_and_no_path(options):
+def test_a_tracker_gets_the_numbers_and_no_path_and_writes_nothing_to_stdout(options, monkeypatch, capfd):
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    started = accelerate.tracking.TensorBoardTracker.start
+
+    def start(self):
+        started(self)
+        print("View the run at https://localhost")
+        os.write(1, b"written by a process of its own")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.start", start)
     run(options, report_to="tensorboard")
+    written = capfd.readouterr()
+    assert written.out == "" and "View the run" in written.err and "process of its own" in written.err
     logs = Path(options["output"]) / artifacts.TRACKER_LOGS
     found = tensorboard.EventAccumulator(str(logs / "qlora"))
     found.Reload()
@@ -310,6 +321,28 @@ def test_resuming_a_finished_run_writes_the_same_adapter_again(options):
     (Path(options["output"]) / ADAPTER_WEIGHTS).unlink()
     result = run(options, resume=True)
     assert weights(Path(options["output"])) == before and result.steps == 9 and result.final_loss is not None
+
+
+def test_resuming_a_finished_run_changes_nothing(options, monkeypatch):
+    pytest.importorskip("tensorboard")
+    first = run(options)
+    output = Path(options["output"])
+
+    def standing() -> dict:
+        files = [path for path in output.rglob("*") if path.is_file() and path.name != artifacts.LOCK]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before, events = standing(), []
+    monkeypatch.setattr("qlora_cli.commands.train.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    again = run(options, events, resume=True, report_to="tensorboard")
+    assert again == first and [e for e in events if isinstance(e, Notice)][-1].text.endswith("nothing is left to do.")
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        run(options, resume=True, learning_rate=1e-3)
+    shutil.rmtree(output / CHECKPOINTS)
+    assert run(options, resume=True) == first
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+        run(options, resume=True, max_steps=11)
+    assert standing() == {path: facts for path, facts in before.items() if CHECKPOINTS not in path.parts}
 
 
 def test_resume_without_a_checkpoint_starts_at_step_1_and_says_so(options):
@@ -487,15 +520,14 @@ def test_a_tracker_that_is_not_installed_is_said_with_what_to_type(options, monk
 
 
 @pytest.mark.parametrize("fails_in", ["start", "store_init_configuration"])
-def test_a_tracker_that_cannot_start_is_said_before_any_weights_are_read(options, monkeypatch, fails_in):
+def test_a_tracker_that_cannot_start_is_said_before_anything_is_read(options, monkeypatch, fails_in):
     pytest.importorskip("tensorboard")
 
     def refuse(self, *arguments):
         raise RuntimeError("api_key not configured\nmore lines")
 
     monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{fails_in}", refuse)
-    for name in ("core.models.files.ModelFiles.identity", "commands.train.load_base"):
-        monkeypatch.setattr(f"qlora_cli.{name}", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("qlora_cli.commands.train.read_inputs", lambda *_, **__: pytest.fail("something was read"))
     with pytest.raises(UsageError, match="tensorboard cannot start: api_key not configured") as caught:
         run(options, report_to="tensorboard")
     assert "\n" not in caught.value.message and "--report-to" in caught.value.hint

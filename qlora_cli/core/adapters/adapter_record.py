@@ -1,14 +1,27 @@
 """Record of an adapter: the base it was trained on, and how prompts were formatted in its training."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_cli.artifacts import MERGE_RECORD, RUN_RECORD, find_run_record, read_json
+from qlora_cli.artifacts import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHECKPOINTS,
+    MERGE_RECORD,
+    RUN_RECORD,
+    RUN_YAML,
+    find_run_record,
+    is_run,
+    read_json,
+)
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid, step_of
 from qlora_cli.errors import AdapterError, RunError
+from qlora_cli.events import Caution, Notice, Report
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,49 @@ class AdapterRecord:
                     f"The adapter in {self.directory} was trained on {self.base.model}; {files.name} has {what}.",
                     f"Give the base it was trained on: --model {self.base.model}",
                 )
+
+
+def find_adapter(directory: Path, report: Report) -> Path:
+    """Where the adapter of a run lies: in its directory once training has ended, else in the newest checkpoint that verifies.
+
+    A run that ended, was resumed for more steps and stopped has not ended. What is taken, and what is not, is reported.
+
+    Args:
+        directory: A run, one of its checkpoints, or a PEFT adapter; the last two are returned as they are.
+
+    Raises:
+        AdapterError: Training was stopped before it wrote a checkpoint, or none verifies.
+        RunError: The run's record cannot be read.
+    """
+    saved = list_checkpoints(directory / CHECKPOINTS)
+    has_ended, last_step = (directory / ADAPTER_CONFIG).is_file(), 0
+    if has_ended:
+        steps = (find_run_record(directory).get("training") or {}).get("steps")
+        if not saved or not isinstance(steps, int) or step_of(saved[-1]) <= steps:
+            return directory
+        last_step = steps
+    elif not is_run(directory):
+        return directory  # what reads it says what is missing
+    checkpoint, skipped = newest_valid(directory / CHECKPOINTS, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    for bad in skipped:
+        report(Caution(f"Skipped the checkpoint {bad.path}: {bad.reason}."))
+    if checkpoint is not None:
+        checkpoint.close()
+        if checkpoint.step > last_step:
+            report(
+                Notice(
+                    f"Training in {directory} has not ended: the adapter is that of its newest checkpoint, after step "
+                    f"{checkpoint.step:,}."
+                )
+            )
+            return checkpoint.path
+    if has_ended:
+        return directory
+    raise AdapterError(
+        f"There is no adapter in {directory} yet: "
+        + ("none of its checkpoints verifies." if skipped else "training was stopped before its first checkpoint."),
+        f"Go on with it: qlora train --config {shlex.quote(str(directory / RUN_YAML))} --resume",
+    )
 
 
 def read_adapter_record(directory: Path) -> AdapterRecord:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.core.adapters.adapter_record import AdapterRecord, read_adapter_record, read_merge_record
+from qlora_cli.core.adapters.adapter_record import AdapterRecord, find_adapter, read_adapter_record, read_merge_record
 from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.adapters.vocabulary import has_replaced_vocabulary
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
@@ -134,10 +134,10 @@ class GenerationSession:
         """What an adapter's run recorded, its base compared with this one.
 
         Raises:
-            AdapterError: There is none, or it was trained on another base.
+            AdapterError: There is none (see `find_adapter`), or it was trained on another base.
         """
         if adapter not in self._sources:
-            source = read_adapter_record(Path(adapter))
+            source = read_adapter_record(find_adapter(Path(adapter), self.report))
             if self.files is not None:
                 source.require_base(self.files)
             self._sources[adapter] = source

@@ -1,7 +1,10 @@
 """Results of `train`: what a run came to, or would do, as the caller and `--json` get it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
+
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_run_record
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,20 @@ class TrainResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return asdict(self)
+
+
+def read_result(output: Path) -> TrainResult | None:
+    """The result of a run that ended, as its record has it; None of one that has not, or whose adapter is gone.
+
+    Raises:
+        RunError: The record cannot be read.
+    """
+    training = find_run_record(output).get("training") or {}
+    whole = all((output / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    if not whole or not (training.get("stopped_early") or training.get("steps") == training.get("total_steps", ...)):
+        return None
+    known = {field.name: training.get(field.name) for field in fields(TrainResult)}
+    return TrainResult(**{**known, "output": str(output)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

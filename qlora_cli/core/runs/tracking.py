@@ -1,8 +1,14 @@
-"""Trackers of a run: TensorBoard, Weights & Biases or trackio, by way of accelerate."""
+"""Trackers of a run: TensorBoard, Weights & Biases, MLflow or trackio, by way of accelerate.
 
+Standard output is for results: while a tracker runs, whatever it or a process of its own writes there goes to standard
+error.
+"""
+
+import os
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 
 from accelerate import Accelerator
@@ -14,24 +20,47 @@ from qlora_cli.errors import Interrupted, UsageError, first_line
 from qlora_cli.events import Caution, EvaluationLogged, Event, Report, StepLogged
 
 PROJECT = "qlora"
+SOURCE = {"mlflow.source.name": "qlora"}  # else it would be a path
 FINISH_SECONDS = 20.0  # that a tracker has to send what it still holds
-HINTS = {"wandb": "Type: wandb login. Or set WANDB_MODE=offline, or leave --report-to out."}
+HINTS = {
+    "wandb": "Type: wandb login. Or set WANDB_MODE=offline, or leave --report-to out.",
+    "mlflow": "Set MLFLOW_TRACKING_URI to a server that answers, or a folder; or leave --report-to out.",
+}
+
+
+@contextmanager
+def output_to_stderr() -> Iterator[None]:
+    """Inside the block what is written to standard output, also by its descriptor, goes to standard error."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    kept = None
+    with suppress(OSError):  # one of them is closed
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @contextmanager
 def closing_tracker(accelerator: Accelerator, report: Report) -> Iterator[None]:
     """Closes the tracker at the end, and the process group unless others may be waiting in it."""
-    try:
-        yield
-    except Interrupted:
+    with output_to_stderr() if accelerator.log_with else nullcontext():
+        try:
+            yield
+        except Interrupted:
+            _finish(accelerator, report)
+            accelerator.end_training()
+            raise
+        except BaseException:
+            _finish(accelerator, report)
+            raise
         _finish(accelerator, report)
         accelerator.end_training()
-        raise
-    except BaseException:
-        _finish(accelerator, report)
-        raise
-    _finish(accelerator, report)
-    accelerator.end_training()
 
 
 def _finish(accelerator: Accelerator, report: Report) -> None:
@@ -64,7 +93,7 @@ def start_tracker(config: TrainConfig, accelerator: Accelerator) -> None:
     # Numbers and choices only: no path of this machine leaves it.
     shared = {name: value for name, value in asdict(config).items() if isinstance(value, int | float)}
     try:
-        accelerator.init_trackers(PROJECT, config=shared)
+        accelerator.init_trackers(PROJECT, config=shared, init_kwargs={"mlflow": {"tags": SOURCE}})
     except Exception as error:
         accelerator.trackers.clear()  # what never started has nothing to finish, and would fail again
         name = config.report_to or ""
