@@ -1,13 +1,23 @@
 """Steps are planned within the host's memory too, for every number of tokens, and leaner each time memory runs out."""
 
+from contextlib import nullcontext
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.engine.calibration import StepPlanner
+from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.memory_plan import LayerSeconds, StepNeeds
-from qlora_cli.settings.groups import StepSettings
+from qlora_cli.core.experts.held_routing import HeldRouting
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.structure import find_decoder, underlying_model
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.engine.test_engine import adapted, install
+from tests.experts.expert_modules import write_expert_model
 
 GIB = 2**30
 TOKENS = 4096
@@ -59,3 +69,52 @@ def test_trials_of_many_tokens_stay_within_the_positions_a_model_has(load_tiny, 
     assert 1300 <= sum(lengths) < 1300 + len(lengths) and max(lengths) <= 512
     engine.trials.run(lengths)
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def whimsical_routers(tmp_path_factory):
+    """A model in 4 bits whose routers choose otherwise in a call of other size, as rounding makes those that waver."""
+    directory = tmp_path_factory.mktemp("routers") / "model"
+    write_expert_model("qwen3_moe", directory)
+    files = resolve_model(str(directory), report=lambda event: None)
+    held = QuantizationSettings(base_cache=False)
+    base, *_ = load_base(files, held, compute_dtype=torch.float32, device=torch.device("cpu"))
+
+    def waver(module, given, answer):
+        logits, weights, index = answer
+        return logits, weights, (index + given[0].numel() // given[0].shape[-1]) % logits.shape[-1]
+
+    for layer in find_decoder(base).layers:
+        layer.mlp.gate.register_forward_hook(waver)
+    return attach_adapter(base, LoraSettings(rank=4, target_modules=("q_proj",))).train()
+
+
+def test_a_router_that_wavers_keeps_no_rows_from_being_packed(whimsical_routers, monkeypatch):
+    def packs():
+        run = {"max_tokens": 128, "total_steps": 3, "report": lambda event: None}
+        settings = StepSettings(gradient_checkpointing="off")
+        cpu = torch.device("cpu")
+        engine = install_engine(whimsical_routers, settings, device=cpu, compute_dtype=torch.float32, **run)
+        engine.close()
+        return engine.packed
+
+    assert packs()
+    monkeypatch.setattr(HeldRouting, "replayed", lambda routing: nullcontext())
+    assert not packs(), "routers do not waver: this test shows nothing"
+
+
+def test_held_routing_gives_the_last_tokens_what_was_chosen_and_others_their_own(whimsical_routers):
+    decoder = find_decoder(underlying_model(whimsical_routers))
+    routing, ids, seen = HeldRouting(decoder), torch.arange(5, 35)[None], []
+    experts = routing.experts[-1]
+    with torch.no_grad():
+        with routing.recorded():
+            decoder(ids[:, 10:])
+        index, weights = routing.chosen[experts]
+        with routing.replayed():
+            handle = experts.register_forward_pre_hook(lambda module, given: seen.append(given[1:3]))
+            decoder(ids.flip(1))
+            handle.remove()
+        decoder(ids)
+    assert torch.equal(seen[0][0][10:], index) and torch.equal(seen[0][1][10:], weights)
+    assert len(seen[0][0]) == 30 and not any(module._forward_pre_hooks for module in routing.experts)

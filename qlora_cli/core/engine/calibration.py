@@ -22,6 +22,7 @@ from qlora_cli.core.engine.packed_attention import (
     pack_mask,
     why_not_packed,
 )
+from qlora_cli.core.experts.held_routing import HeldRouting
 from qlora_cli.core.models.files import context_length
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
@@ -42,6 +43,7 @@ class Calibration:
         self, model: nn.Module, decoder: Any, embedding: Any, values: AdapterValues, device: torch.device
     ) -> None:
         self.model, self.decoder, self.embedding, self.values, self.device = model, decoder, embedding, values, device
+        self.routing = HeldRouting(decoder)
         self.packed = False  # whether attention takes packs by now
         self.hidden_bytes = 0  # of one token before the layer that was measured
 
@@ -87,9 +89,14 @@ class Calibration:
         rows = -(-tokens // context)
         return (-(-tokens // rows),) * rows
 
-    @torch.no_grad()
     def states(self, *, padded: bool = False) -> Tensor:
-        """Hidden states of the second of the trial's rows, alone; or, beside the first in padded rows, of both."""
+        """Hidden states of the second of the trial's rows, alone; or, beside the first in padded rows, of both. Trials
+        of other attention send tokens to the experts that they go to here."""
+        with self.routing.recorded():
+            return self._states(padded=padded)
+
+    @torch.no_grad()
+    def _states(self, *, padded: bool) -> Tensor:
         was_training = self.model.training
         self.model.eval()
         try:
@@ -108,7 +115,8 @@ class Calibration:
     def why_padded_differs(self, own: Tensor) -> str | None:
         """Tries padded rows, which must come out like `own`, their `states` by the model's own attention."""
         try:
-            found = self.states(padded=True)
+            with self.routing.replayed():
+                found = self._states(padded=True)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -121,15 +129,16 @@ class Calibration:
         than rounding, and each row must come out as it does `alone`, by the model's own attention (`states`)."""
         was_training = self.model.training
         self.model.eval()
+        short = TRIAL_LENGTHS[0]
+        ids = self._ids(sum(TRIAL_LENGTHS))
+        others = (ids + 1) % self.embedding.weight.shape[0]
         try:
             self.values.refresh()
-            short = TRIAL_LENGTHS[0]
-            ids = self._ids(sum(TRIAL_LENGTHS))
-            others = (ids + 1) % self.embedding.weight.shape[0]
-            pack = self._pack_states(ids, TRIAL_LENGTHS)
-            other_row = self._pack_states(torch.cat([others[:, :short], ids[:, short:]], 1), TRIAL_LENGTHS)[short:]
-            earlier = self._pack_states(torch.cat([ids[:, :-1], others[:, -1:]], 1), TRIAL_LENGTHS)[:-1]
-            as_long = self._pack_states(ids, TRIAL_LENGTHS, LONG_ROW)
+            with self.routing.replayed():
+                pack = self._pack_states(ids, TRIAL_LENGTHS)
+                other_row = self._pack_states(torch.cat([others[:, :short], ids[:, short:]], 1), TRIAL_LENGTHS)[short:]
+                earlier = self._pack_states(torch.cat([ids[:, :-1], others[:, -1:]], 1), TRIAL_LENGTHS)[:-1]
+                as_long = self._pack_states(ids, TRIAL_LENGTHS, LONG_ROW)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
