@@ -198,13 +198,14 @@ def few(layer: Layer) -> list[dict]:
 def rows(layer: Layer) -> list[dict]:
     """The launches around the products."""
     from qlora_cli.kernels.experts import rows as kernels
+    from qlora_cli.kernels.experts.operands import Gate
     from qlora_cli.kernels.experts.routing import route
 
     ids, routing = layer.routing(layer.tokens)
     pairs = layer.tokens * layer.choices
     x, wide, thin = layer.random(layer.tokens, layer.hidden), *(layer.random(pairs, n * layer.inner) for n in (2, 1))
     full, weights = layer.random(pairs, layer.hidden), layer.random(layer.tokens, layer.choices)
-    silu = kernels.Gate("silu")
+    silu = Gate("silu")
     size = layer.dtype.itemsize * pairs
     ways = {
         "sort": (lambda: route(ids, layer.experts), 8 * pairs),

@@ -20,12 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_cli.core.experts.four_bit_experts import ExpertLora, FourBitExperts
-from qlora_cli.core.experts.layout import ExpertWeight, expert_weights, find_experts
+from qlora_cli.core.experts.layout import ExpertWeight, expert_weights, find_experts, met_experts
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import LoraSettings
-
-# What configurations call the experts that a token meets.
-CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
 
 
 class ExpertsLora(ParamWrapper):
@@ -112,9 +109,7 @@ def expert_rank(model: PreTrainedModel, lora: LoraSettings) -> int:
         if lora.expert_rank < 1:
             raise AdapterError(f"--expert-rank {lora.expert_rank} makes no adapter.", "Use --expert-rank 1 or more.")
         return lora.expert_rank
-    config = model.config.get_text_config(decoder=True)
-    met = next((value for name in CHOICES if isinstance(value := getattr(config, name, None), int)), 1)
-    return max(1, lora.rank // max(1, met))
+    return max(1, lora.rank // (met_experts(model.config) or 1))
 
 
 def short_parameters(names: Sequence[str], model: nn.Module) -> list[str]:

@@ -36,6 +36,7 @@ from qlora_cli.core.engine.memory_plan import (
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
 from qlora_cli.core.engine.packed_attention import pack_mask, takes_equal_rows
 from qlora_cli.core.experts.fused_experts import fuse_experts
+from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
@@ -154,7 +155,8 @@ class FastEngine:
 
     def _compiling_pays(self, asked: bool | None, total_steps: int) -> bool:
         """Whether layers are to be compiled: as asked, else where the run takes long enough by the arithmetic."""
-        elements = self.linears.dense_bytes // self.values.dtype.itemsize
+        experts = sum(w.experts * w.elements for _, m in find_experts(self.base) for w in expert_weights(m))
+        elements = self.linears.dense_bytes // self.values.dtype.itemsize + experts * share_of_experts(self.base)
         seconds = total_steps * 6 * elements * self.largest_tokens / ASSUMED_FLOPS_PER_SECOND
         return seconds > COMPILE_PAYS_SECONDS if asked is None else asked
 

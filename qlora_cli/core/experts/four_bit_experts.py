@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_cli.core.distributed.weight_shards import WeightShards
@@ -152,7 +153,8 @@ class FourBitExperts(nn.Module):
             first, second = self.lora[name].factors(weight, x.dtype)
             result = result + self.lora[name].scaling * dense_product(dense_product(x, first, routing), second, routing)
         if weight.bias is not None:
-            result = result + getattr(self, weight.bias)[expert_ids]
+            bias = F.pad(getattr(self, weight.bias), (0, 0, 0, 1))  # rows of no expert come last, and have none
+            result = result + bias[expert_ids]
         return result
 
     def forward(

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from qlora_cli.core.experts.four_bit_experts import ExpertLora, FourBitExperts
 from qlora_cli.core.experts.layout import ExpertWeight
+from qlora_cli.kernels.experts.operands import NO_GATE, Gate, Lora, Routing
 from qlora_cli.kernels.gated import GATES, activate
 from qlora_cli.kernels.weights import FrozenWeight
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
-    from qlora_cli.kernels.experts.layer import Lora, down, route_tokens, up
-    from qlora_cli.kernels.experts.rows import NO_GATE, Gate
+    from qlora_cli.kernels.experts import layer
 
 LIMITS, SLOPES = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")  # what experts call what their gate is bound by
 TRIAL_SIZE = 4001  # gates and ups, from well below any limit to well above
 
 
-def plain_gate(rows: Tensor, how: "Gate") -> Tensor:
+def plain_gate(rows: Tensor, how: Gate) -> Tensor:
     """Gated rows, (…, size), of (…, 2 * size): the reference of `rows.gate`."""
     gate, linear = (rows[..., ::2], rows[..., 1::2]) if how.interleaved else rows.chunk(2, dim=-1)
     if how.limit is not None:
@@ -36,7 +36,7 @@ def plain_gate(rows: Tensor, how: "Gate") -> Tensor:
     return act * (linear + how.shift)
 
 
-def find_gate(experts: FourBitExperts) -> "Gate | None":
+def find_gate(experts: FourBitExperts) -> Gate | None:
     """The gate of a module of experts, found by trying out those that there are kernels for; None for any other."""
     if not experts.expert_weights[0].name.startswith("gate"):
         return None
@@ -75,7 +75,7 @@ class FusedExperts:
     """
 
     module: FourBitExperts
-    gate: "Gate"
+    gate: Gate
     up: tuple[ExpertWeight, FrozenWeight]
     down: tuple[ExpertWeight, FrozenWeight]
     step: Any = None
@@ -90,14 +90,14 @@ class FusedExperts:
             each = len(x) // up_layout.experts
             index = torch.arange(len(x), device=x.device, dtype=torch.int32)[:, None] // each
             weights = torch.ones_like(index, dtype=x.dtype)
-        routing = route_tokens(index, up_layout.experts)
-        rows = up(x, routing, up_weight, self._lora(up_layout))
+        routing = self.route(index, up_layout.experts)
+        rows = self.multiply_up(x, routing, up_weight, self._lora(up_layout))
         up_bias, bias = (None if w.bias is None else getattr(module, w.bias) for w in (up_layout, down_layout))
         if self.gate.kind == "none":
             if up_bias is not None:
                 rows = rows + F.pad(up_bias, (0, 0, 0, 1))[routing.expert]
             rows, up_bias = module.gated(rows), None
-        answer = down(
+        answer = self.multiply_down(
             rows,
             weights,
             routing,
@@ -110,7 +110,21 @@ class FusedExperts:
         )
         return answer.to(hidden_states.dtype)
 
-    def _lora(self, layout: ExpertWeight) -> "Lora | None":
+    def route(self, index: Tensor, experts: int) -> Routing:
+        """As `layer.route_tokens`."""
+        return layer.route_tokens(index, experts)
+
+    def multiply_up(self, x: Tensor, routing: Routing, weight: FrozenWeight, lora: Lora | None) -> Tensor:
+        """As `layer.up`."""
+        return layer.up(x, routing, weight, lora)
+
+    def multiply_down(
+        self, rows: Tensor, weights: Tensor, routing: Routing, weight: FrozenWeight, lora: Lora | None, **how: Any
+    ) -> Tensor:
+        """As `layer.down`."""
+        return layer.down(rows, weights, routing, weight, lora, **how)
+
+    def _lora(self, layout: ExpertWeight) -> Lora | None:
         lora = self.module.lora.get(layout.name)
         return None if lora is None else Lora(*_views(lora, layout), lora.scaling)
 
@@ -137,12 +151,15 @@ def can_fuse(experts: FourBitExperts) -> bool:
     return here and not getattr(experts, "has_post_expert_norm", False)
 
 
-def fuse_experts(model: nn.Module, step: Any = None) -> Callable[[], None]:
+def fuse_experts(
+    model: nn.Module, step: Any = None, kind: "Callable[..., FusedExperts]" = FusedExperts
+) -> Callable[[], None]:
     """Gives every module of 4-bit experts that is covered the fused forward.
 
     Args:
-        model: On a device that runs Triton's kernels.
+        model: On a device that runs Triton's kernels, as `kind` needs it.
         step: See `FusedExperts`.
+        kind: What makes one.
 
     Returns:
         What puts them back; a second call does nothing.
@@ -150,11 +167,10 @@ def fuse_experts(model: nn.Module, step: Any = None) -> Callable[[], None]:
     modules: list[Any] = [m for m in model.modules() if isinstance(m, FourBitExperts) and can_fuse(m)]
     gates: dict[type, Gate | None] = {}
     for module in modules:
-        kind = type(module)
-        if kind not in gates:
-            gates[kind] = find_gate(module)
+        if type(module) not in gates:
+            gates[type(module)] = find_gate(module)
         stacks = [(weight, module.stack(weight.name).values) for weight in module.expert_weights]
-        module.fused = FusedExperts(module, gates[kind] or NO_GATE, stacks[0], stacks[1], step)
+        module.fused = kind(module, gates[type(module)] or NO_GATE, stacks[0], stacks[1], step)
         module.forward = MethodType(_forward, module)
 
     def put_back() -> None:

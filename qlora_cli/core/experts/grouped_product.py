@@ -11,11 +11,9 @@ from torch import Tensor
 
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.experts.stack import expert_values
+from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES
 from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm
 from qlora_cli.kernels.weights import FrozenWeight
-
-# Of dequantised experts at once on a GPU, where a group costs a wait for the device when there are several.
-WORKSPACE_BYTES = 2**30
 
 
 class _Workspace:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+# What configurations call the experts that a token meets.
+CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
 FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"  # names of the two stacks; an expert has one of the first
 
 
@@ -82,3 +85,15 @@ def _expert_weight(module: nn.Module, name: str, transposed: bool, swapped: bool
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module that holds routed experts, packed or not, with its name."""
     return ((name, module) for name, module in model.named_modules() if expert_weights(module))
+
+
+def met_experts(config: PreTrainedConfig) -> int | None:
+    """Of a layer's routed experts, how many a token meets; None where the configuration does not say."""
+    text = config.get_text_config(decoder=True)
+    return next((value for name in CHOICES if isinstance(value := getattr(text, name, None), int)), None)
+
+
+def share_of_experts(model: Any) -> float:
+    """Of a layer's routed experts, the share that a token meets; 1 where the configuration does not say."""
+    experts = next((expert_weights(module)[0].experts for _, module in find_experts(model)), 0)
+    return (met_experts(model.config) or experts) / experts if experts else 1.0

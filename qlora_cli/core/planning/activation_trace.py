@@ -4,8 +4,8 @@ Nothing is computed or allocated: layers run forward and backward on the meta de
 `meta_ops`, and the bytes of the tensors alive are counted.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from math import inf
@@ -22,13 +22,12 @@ from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.lm_head import chunk_tokens
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts
-from qlora_cli.core.experts.grouped_product import WORKSPACE_BYTES
+from qlora_cli.core.experts.fused_experts import can_fuse, fuse_experts
 from qlora_cli.core.models.structure import find_decoder, is_plain_linear, linear_names, underlying_model
+from qlora_cli.core.planning.meta_experts import ExpertNotes, ExpertValues, TracedExperts, plain_product
 from qlora_cli.core.planning.meta_ops import (
     Attention,
     CatchAttention,
-    ExpertProduct,
-    ExpertValues,
     Linear,
     LiveBytes,
     Loss,
@@ -187,12 +186,10 @@ class _Trace:
         self.read: dict[int, Tensor] = {}  # by opaque ops and norms
         self.made: dict[int, tuple[Tensor, Tensor]] = {}  # by linears, and of what
         self.anchor = torch.empty((), device="meta", requires_grad=True)
-        products = {
-            module: self._product(module) for module in self.base.modules() if isinstance(module, FourBitExperts)
-        }
+        self.moments: list[tuple[int, int]] = []  # of experts: scratch memory, and bytes beside what is kept
         with (
+            self._meta_experts(),
             replace_methods(self._meta_linears()),
-            replace_methods(products, "product"),
             replace_attention(self.base, self._attend) as needs_mask,
         ):
             ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
@@ -248,23 +245,18 @@ class _Trace:
 
         return forward
 
-    def _product(self, module: FourBitExperts) -> Callable:
-        """The product of rows with experts, their adapter and bias, as `FourBitExperts.product` makes it on a card."""
-
-        def product(name: str, x: Tensor, routing: Any, expert_ids: Tensor) -> Tensor:
-            weight = module.weight_of(name)
-            matrix_bytes = weight.elements * x.element_size()
-            at_once = min(weight.experts, max(1, WORKSPACE_BYTES // matrix_bytes))
-            result = ExpertProduct.apply(x, weight.rows, ExpertValues(at_once * matrix_bytes), self.live)
-            if name in module.lora:
-                first, second = module.lora[name].factors(weight, x.dtype)
-                result = result + module.lora[name].scaling * ((x @ first[0]) @ second[0])
-            if weight.bias is not None:
-                result = result + getattr(module, weight.bias)[expert_ids]
-            self._note_read(x, result)  # experts are not compiled
-            return result
-
-        return product
+    @contextmanager
+    def _meta_experts(self) -> Iterator[None]:
+        """Experts fused where the fast engine fuses them, else by products that are."""
+        notes = ExpertNotes(lambda: self.live, self._note_read, self._note_moment)
+        experts = [m for m in self.base.modules() if isinstance(m, FourBitExperts)]
+        put_back = fuse_experts(self.base, kind=partial(TracedExperts, notes=notes)) if self.fused else lambda: None
+        plain = {m: plain_product(m, notes) for m in experts if not (self.fused and can_fuse(m))}
+        try:
+            with replace_methods(plain, "product"):
+                yield
+        finally:
+            put_back()
 
     def _per_token(self, total_bytes: int) -> Growth:
         return Growth(total_bytes / self.tokens)
@@ -333,7 +325,7 @@ class _Trace:
         recompute what an opaque op reads in the backward pass (functorch's ban_recompute_materialized_backward). The
         backward pass is highest where the widest activation's gradients meet, or in a linear.
         """
-        self.read, self.made, self.recording = {}, {}, True
+        self.read, self.made, self.moments, self.recording = {}, {}, [], True
         saved: set[int] = set()
 
         def save(tensor: Tensor) -> Tensor:
@@ -358,11 +350,17 @@ class _Trace:
         for read, tensor in linears:
             scratch = read // self.tokens * (tensor // self.tokens) // inputs.element_size()
             backward[scratch] = max(backward.get(scratch, 0), kept_bytes + read + tensor + hidden_bytes)
+        for scratch, beside in self.moments:
+            backward[scratch] = max(backward.get(scratch, 0), kept_bytes + beside + hidden_bytes)
         return Pass(self._per_token(kept_bytes), self._peak({0: kept_bytes + hidden_bytes}), self._peak(backward))
 
     def _note_read(self, *tensors: Tensor) -> None:
         if self.recording:
             self.read.update({storage_key(tensor): tensor for tensor in tensors})
+
+    def _note_moment(self, scratch: int, beside: int) -> None:
+        if self.recording:
+            self.moments.append((scratch, beside))
 
     # ------------------------------------------------------------ before and after the layers
 

@@ -98,27 +98,6 @@ class Linear(torch.autograd.Function):
         return x, None, None, None, *parts
 
 
-class ExpertValues(int):
-    """Bytes of scratch memory that no plan makes smaller: dequantised experts, as many as are multiplied at once."""
-
-
-class ExpertProduct(torch.autograd.Function):
-    """`experts.grouped_product.packed_product`: keeps nothing, and dequantises experts in both passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out_features: int, values: ExpertValues, live: LiveBytes) -> Tensor:
-        ctx.values, ctx.live, ctx.in_shape = values, live, x.shape
-        y = x.new_empty(x.shape[0], out_features)
-        live.mark(values)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x = gradients[0].new_empty(ctx.in_shape)
-        ctx.live.mark(ctx.values)
-        return x, None, None, None
-
-
 class Attention(torch.autograd.Function):
     """Flash or cuDNN attention: keeps its inputs, its output and one float32 a head and token."""
 

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qlora_cli.core.adapters.expert_lora import CHOICES
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.experts.four_bit_experts import pack_experts
-from qlora_cli.core.experts.layout import expert_weights, find_experts
+from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.core.models.account import FourBitPlan, plan_packing
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
@@ -97,7 +96,7 @@ def profile_model(
         embedding_bytes=embeddings.weight.numel() * compute_dtype.itemsize * movable,
         stored_bytes=stored_parameters * dtype.itemsize,
         packing=packing,
-        met_experts=_share_of_experts(model),
+        met_experts=share_of_experts(model),
     )
 
 
@@ -114,11 +113,3 @@ def _pack_experts(
                 double_quant=quantization.double_quant,
                 device=torch.device("meta"),
             )
-
-
-def _share_of_experts(model: Any) -> float:
-    """Of a layer's experts, those that a token meets; 1 where the configuration does not say."""
-    config = model.config.get_text_config(decoder=True)
-    experts = next((expert_weights(module)[0].experts for _, module in find_experts(model)), 0)
-    met = next((value for name in CHOICES if isinstance(value := getattr(config, name, None), int)), experts)
-    return met / experts if experts else 1.0

@@ -4,19 +4,17 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.experts import lanes, products, rows
-from qlora_cli.kernels.experts.routing import Routing
+from qlora_cli.kernels.experts.operands import FEW_ROWS, WORKSPACE_BYTES, Routing
 from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm
 from qlora_cli.kernels.weights import FrozenWeight
 
-# Rows an expert gets on average, up to which its values are unpacked in the product rather than dequantised before.
-FEW_ROWS = 24
 LANE_ROWS = 8  # up to which the product's program is the one of lanes
 
 
 class Workspace:
     """How many bytes of experts are dequantised at once, for the process: less once the device had no room for it."""
 
-    limit_bytes = 2**30
+    limit_bytes = WORKSPACE_BYTES
 
 
 workspace = Workspace()

@@ -5,31 +5,16 @@ gradient of a routing weight is <W^T g, h> rather than <g, W h>, and what was ga
 compiler, of static shapes for every routing, and never waiting for the device.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_cli.kernels.experts import low_rank, rows
 from qlora_cli.kernels.experts.grouped import multiply, spread_and_multiply
-from qlora_cli.kernels.experts.routing import Routing, route
-from qlora_cli.kernels.experts.rows import Gate
+from qlora_cli.kernels.experts.operands import NO_GATE, Gate, Lora, Routing
+from qlora_cli.kernels.experts.routing import route
 from qlora_cli.kernels.weights import FrozenWeight
-
-
-class Lora(NamedTuple):
-    """LoRA matrices of a stack, as views of the trained parameters.
-
-    Attributes:
-        first: (experts, rank, in), of any strides.
-        second: (experts, rank, out), likewise.
-        scaling: On their product.
-    """
-
-    first: Tensor
-    second: Tensor
-    scaling: float
-
 
 _Tensor = Tensor | None
 
@@ -352,7 +337,7 @@ def down(
     weight: FrozenWeight,
     lora: Lora | None = None,
     *,
-    how: Gate = rows.NO_GATE,
+    how: Gate = NO_GATE,
     up_bias: Tensor | None = None,
     bias: Tensor | None = None,
     output_needed: bool = True,

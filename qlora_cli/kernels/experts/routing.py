@@ -4,32 +4,14 @@ A counting sort: pairs are counted block by block, a running sum over the counts
 expert begin, and each pair goes to its place. Equal runs give equal places.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_cli.kernels.experts.operands import Routing
+
 BLOCK = 128  # pairs of a program; no more are sorted by one launch
-
-
-class Routing(NamedTuple):
-    """Pairs of a token and one of its experts, sorted by expert; those of no expert come last.
-
-    Attributes:
-        source: int32 (pairs,), the pair, token * choices + choice, in each place.
-        back: int32 (pairs,), the place of each pair.
-        expert: int32 (pairs,), the expert of each place; the number of experts for none.
-        ends: int32 (experts,), the place behind each expert's last one.
-        choices: Experts that a token goes to.
-    """
-
-    source: Tensor
-    back: Tensor
-    expert: Tensor
-    ends: Tensor
-    choices: int
 
 
 @triton.jit

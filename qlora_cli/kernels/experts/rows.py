@@ -1,39 +1,14 @@
 """Rows of experts: spread from tokens, gated, and joined to tokens again, a launch each (Triton)."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_cli.kernels.experts.routing import Routing
+from qlora_cli.kernels.experts.operands import Gate, Routing
 from qlora_cli.kernels.triton.activations import activate, slope
 
 COLUMNS = 2048  # most columns that a program has at once
-
-
-class Gate(NamedTuple):
-    """What stands between an expert's two products, of a row (2 * size) of which one half gates the other.
-
-        g = min(gate, limit); u = min(max(up, -limit), limit); act(g) (u + shift)
-
-    Attributes:
-        kind: One of `gated.GATES`, "sigmoid" for g sigmoid(slope g), or "none" for a row that is taken as it is.
-        limit: None for none.
-        shift: Of what is gated.
-        slope: Of "sigmoid".
-        interleaved: Whether gate and up alternate, rather than one following the other.
-    """
-
-    kind: str
-    limit: float | None = None
-    shift: float = 0.0
-    slope: float = 1.0
-    interleaved: bool = False
-
-
-NO_GATE = Gate("none")
 
 
 @triton.jit

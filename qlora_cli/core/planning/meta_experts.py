@@ -1,0 +1,216 @@
+"""Meta kernels of experts in 4 bits, plain and fused: what they keep for the backward pass, and allocate on the way.
+
+The moments of the fused ones are those of `kernels.experts.layer`, whose ops a test runs beside them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts
+from qlora_cli.core.experts.fused_experts import FusedExperts
+from qlora_cli.core.experts.layout import ExpertWeight
+from qlora_cli.core.planning.meta_ops import LiveBytes
+from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, Lora, Routing
+
+
+class ExpertValues(int):
+    """Bytes of scratch memory that no plan makes smaller: dequantised experts, as many as are multiplied at once."""
+
+    @classmethod
+    def of(cls, weight: ExpertWeight, itemsize: int) -> "ExpertValues":
+        """Of a stack in a dtype of so many bytes."""
+        matrix_bytes = weight.elements * itemsize
+        return cls(matrix_bytes * min(weight.experts, max(1, WORKSPACE_BYTES // matrix_bytes)))
+
+
+class ExpertProduct(torch.autograd.Function):
+    """`experts.grouped_product.packed_product`: keeps nothing, and dequantises experts in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int, values: ExpertValues, live: LiveBytes) -> Tensor:
+        ctx.values, ctx.live, ctx.in_shape = values, live, x.shape
+        y = x.new_empty(x.shape[0], out_features)
+        live.mark(values)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x = gradients[0].new_empty(ctx.in_shape)
+        ctx.live.mark(ctx.values)
+        return x, None, None, None
+
+
+@dataclass(frozen=True)
+class ExpertNotes:
+    """Who is told of what experts do.
+
+    Attributes:
+        live: What counts at this moment.
+        read: Told which tensors a layer that is compiled keeps.
+        moment: Told of a moment of its backward pass, the scratch memory and what is there beside what is kept.
+    """
+
+    live: Callable[[], LiveBytes]
+    read: Callable[..., None]
+    moment: Callable[[int, int], None]
+
+
+def plain_product(module: FourBitExperts, notes: ExpertNotes) -> Callable[..., Tensor]:
+    """The product of rows with experts, their adapter and bias, as `FourBitExperts.product` makes it on a card."""
+
+    def product(name: str, x: Tensor, routing: Any, expert_ids: Tensor) -> Tensor:
+        weight = module.weight_of(name)
+        result = ExpertProduct.apply(x, weight.rows, ExpertValues.of(weight, x.element_size()), notes.live())
+        if name in module.lora:
+            first, second = module.lora[name].factors(weight, x.dtype)
+            result = result + module.lora[name].scaling * ((x @ first[0]) @ second[0])
+        if weight.bias is not None:
+            result = result + getattr(module, weight.bias)[expert_ids]
+        notes.read(x, result)  # plain experts are not compiled
+        return result
+
+    return product
+
+
+@dataclass(eq=False)
+class TracedExperts(FusedExperts):
+    """Fused experts on the meta device."""
+
+    notes: Any = None
+
+    def route(self, index: Tensor, experts: int) -> Routing:
+        """Tables of the right size."""
+        source, back, expert = (index.new_empty(index.numel(), dtype=torch.int32) for _ in range(3))
+        return Routing(source, back, expert, index.new_empty(experts, dtype=torch.int32), index.shape[1])
+
+    def multiply_up(self, x: Tensor, routing: Routing, weight: Any, lora: Lora | None) -> Tensor:
+        """The first product."""
+        values = ExpertValues.of(self.up[0], x.element_size())
+        rows = _Up.apply(x, *routing, *_factors(lora), self.up[0].rows, values, self.notes.live())
+        pairs, row_bytes = len(rows), x.element_size() * x.shape[1]
+        self.notes.read(*routing[:4], rows, *(() if lora is None else (x,)))
+        self.notes.moment(values, rows.nbytes + pairs * row_bytes)
+        return rows
+
+    def multiply_down(
+        self, rows: Tensor, weights: Tensor, routing: Routing, weight: Any, lora: Lora | None, **how: Any
+    ) -> Tensor:
+        """The gate and the second product."""
+        layout = self.down[0]
+        values = ExpertValues.of(layout, rows.element_size())
+        gated = how["how"].kind != "none"
+        answer = _Down.apply(
+            rows, weights, *routing, *_factors(lora), how["bias"], layout, gated, values, self.notes.live()
+        )
+        above_and_below = len(rows) * rows.element_size() * (layout.rows + layout.columns)
+        self.notes.read(rows, weights)
+        self.notes.moment(values, above_and_below)
+        self.notes.moment(0, above_and_below + rows.nbytes)
+        return answer
+
+
+def _factors(lora: Lora | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if lora is None else (lora.first, lora.second)
+
+
+class _Up(torch.autograd.Function):
+    """`qlora::experts_up`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        source: Tensor,
+        back: Tensor,
+        expert: Tensor,
+        ends: Tensor,
+        choices: int,
+        first: Tensor | None,
+        second: Tensor | None,
+        out_features: int,
+        values: ExpertValues,
+        live: LiveBytes,
+    ) -> Tensor:
+        pairs = len(source)
+        spread = x.new_empty(pairs, x.shape[1])
+        y = x.new_empty(pairs, out_features)
+        live.mark(values)
+        del spread
+        projected = None if first is None else x.new_empty(pairs, first.shape[1])
+        ctx.save_for_backward(None if first is None else x, projected, source, back, expert, ends, first, second)
+        ctx.in_shape, ctx.values, ctx.live = x.shape, values, live
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, (_, projected, *_, first, second) = gradients[0], ctx.saved_tensors
+        of_x, of_projected, unused, of_adapter = None, None, None, (None, None)
+        if first is not None:
+            unused = gradient.new_empty(projected.shape)  # zeros that autograd makes for the op's second output
+            of_projected = gradient.new_empty(projected.shape)
+            of_adapter = tuple(factor.new_empty(factor.shape) for factor in (first, second))
+        if ctx.needs_input_grad[0]:
+            spread = gradient.new_empty(len(gradient), ctx.in_shape[1])
+            ctx.live.mark(ctx.values)
+            of_x = gradient.new_empty(ctx.in_shape)
+            del spread
+        del of_projected, unused
+        return of_x, None, None, None, None, None, *of_adapter, None, None, None
+
+
+class _Down(torch.autograd.Function):
+    """`qlora::experts_down`, the gate in it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        given: Tensor,
+        weights: Tensor,
+        source: Tensor,
+        back: Tensor,
+        expert: Tensor,
+        ends: Tensor,
+        choices: int,
+        first: Tensor | None,
+        second: Tensor | None,
+        bias: Tensor | None,
+        layout: ExpertWeight,
+        gated: bool,
+        values: ExpertValues,
+        live: LiveBytes,
+    ) -> Tensor:
+        pairs = len(source)
+        inner = given.new_empty(pairs, layout.columns) if gated else given
+        projected = None if first is None else given.new_empty(pairs, first.shape[1])
+        found = given.new_empty(pairs, layout.rows)
+        live.mark(values)
+        answer = given.new_empty(pairs // choices, layout.rows)
+        del inner, found
+        ctx.save_for_backward(given, weights, projected, source, back, expert, ends, first, second)
+        ctx.layout, ctx.gated, ctx.has_bias, ctx.values, ctx.live = layout, gated, bias is not None, values, live
+        return answer
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        given, weights, projected, source, *_, first, second = ctx.saved_tensors
+        pairs = len(source)
+        unused = None if first is None else gradient.new_empty(projected.shape)  # as above
+        above = gradient.new_empty(pairs, ctx.layout.rows)
+        dots = gradient.new_empty(pairs, dtype=torch.float32) if ctx.has_bias else None
+        below = gradient.new_empty(pairs, ctx.layout.columns)
+        ctx.live.mark(ctx.values)
+        of_projected = None if first is None else gradient.new_empty(projected.shape)
+        of_given, of_weights = given.new_empty(given.shape), weights.new_empty(weights.shape)
+        gated = gradient.new_empty(below.shape) if ctx.gated and first is not None else None
+        of_adapter: tuple = (None, None)
+        if first is not None:
+            factor, weighted = weights.new_empty(pairs, 1), projected.new_empty(projected.shape)
+            of_adapter = tuple(factor.new_empty(factor.shape) for factor in (first, second))
+            del factor, weighted
+        del above, dots, below, of_projected, unused, gated
+        return of_given, of_weights, None, None, None, None, None, *of_adapter, *(None,) * 5

@@ -1,0 +1,65 @@
+"""What the kernels of experts are given beside rows: who goes where, a stack's adapter, and the gate between products."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Of dequantised experts at once on a GPU, where a group costs a launch or a wait for the device when there are several.
+WORKSPACE_BYTES = 2**30
+# Rows an expert gets on average, up to which its values are unpacked in the product rather than dequantised before.
+FEW_ROWS = 24
+
+
+class Routing(NamedTuple):
+    """Pairs of a token and one of its experts, sorted by expert; those of no expert come last.
+
+    Attributes:
+        source: int32 (pairs,), the pair, token * choices + choice, in each place.
+        back: int32 (pairs,), the place of each pair.
+        expert: int32 (pairs,), the expert of each place; the number of experts for none.
+        ends: int32 (experts,), the place behind each expert's last one.
+        choices: Experts that a token goes to.
+    """
+
+    source: Tensor
+    back: Tensor
+    expert: Tensor
+    ends: Tensor
+    choices: int
+
+
+class Lora(NamedTuple):
+    """LoRA matrices of a stack, as views of the trained parameters.
+
+    Attributes:
+        first: (experts, rank, in), of any strides.
+        second: (experts, rank, out), likewise.
+        scaling: On their product.
+    """
+
+    first: Tensor
+    second: Tensor
+    scaling: float
+
+
+class Gate(NamedTuple):
+    """What stands between an expert's two products, of a row (2 * size) of which one half gates the other.
+
+        g = min(gate, limit); u = min(max(up, -limit), limit); act(g) (u + shift)
+
+    Attributes:
+        kind: One of `gated.GATES`, "sigmoid" for g sigmoid(slope g), or "none" for a row that is taken as it is.
+        limit: None for none.
+        shift: Of what is gated.
+        slope: Of "sigmoid".
+        interleaved: Whether gate and up alternate, rather than one following the other.
+    """
+
+    kind: str
+    limit: float | None = None
+    shift: float = 0.0
+    slope: float = 1.0
+    interleaved: bool = False
+
+
+NO_GATE = Gate("none")
