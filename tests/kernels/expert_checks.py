@@ -43,7 +43,8 @@ def test_values_unpacked_on_the_way_are_the_dequantised_ones(double_quant, backw
     assert torch.equal(found.view(expected.shape), expected)
 
 
-def test_few_rows_by_lanes_are_the_exact_product(monkeypatch):
+@pytest.mark.parametrize("tiling", [LaneTiling(2, 2, 4), LaneTiling(1, 1, 4, ahead=True)])
+def test_few_rows_by_lanes_are_the_exact_product(tiling, monkeypatch):
     """More rows of an expert than a unit has, none, and some of no expert."""
     if DEVICE == "cpu":
         from tests.kernels.lane_emulation import emulate
@@ -54,7 +55,7 @@ def test_few_rows_by_lanes_are_the_exact_product(monkeypatch):
     ids = torch.tensor([0] * 9 + [2, 3, 5])[torch.randperm(12)].view(4, 3).to(DEVICE)
     routing = route(ids, weight.experts)
     x = torch.randn(4, weight.columns, device=DEVICE).half()
-    given = {"source": routing.source, "choices": 3, "tiling": LaneTiling(2, 2, 4)}
+    given = {"source": routing.source, "choices": 3, "tiling": tiling}
     assert takes_lanes(x)
     found = multiply_lanes(x, experts.stack(weight.name).values, weight.columns, routing.ends, **given)
     for place in range(11):

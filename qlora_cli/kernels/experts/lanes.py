@@ -36,12 +36,14 @@ class LaneTiling(NamedTuple):
         warps: Of a program; they share out the columns.
         resident: Programs that a multiprocessor has at once.
         registers: Most a thread may have.
+        ahead: Whether the next chunk of values is under way while one is multiplied.
     """
 
     tiles: int
     warps: int
     resident: int
     registers: int | None = 128
+    ahead: bool = False
 
 
 # Two tiles share what they read of the rows; one spreads the little work of a token or two over more programs.
@@ -70,11 +72,13 @@ def _multiply_lanes(
     EXPERTS: tl.constexpr,
     TILES: tl.constexpr,
     WARPS: tl.constexpr,
+    AHEAD: tl.constexpr,
     WHOLE: tl.constexpr,
     GATHERED: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """Up to 8 rows of one expert, times every so many-th band of its matrix. WHOLE: no rests, in its rows or blocks of 4."""
+    """Up to 8 rows of one expert, times every so many-th band of its matrix. WHOLE: no rests, in its rows or blocks of 4.
+    AHEAD: while a chunk is multiplied the next one is under way, also across bands."""
     THREADS: tl.constexpr = WARPS * 32
     thread = tl.arange(0, THREADS)
     g = (thread & 31) >> 2
@@ -89,6 +93,22 @@ def _multiply_lanes(
         given = tl.load(source + place) // choices
     else:
         given = place
+    if AHEAD:
+        words, scales = load_chunk(
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            warp,
+            expert * matrix_rows + tl.program_id(1) * (16 * TILES) + g,
+            (expert + 1) * matrix_rows,
+            row_blocks,
+            t,
+            warp < chunks,
+            NESTED_BLOCKSIZE,
+            TILES,
+            WHOLE,
+        )
     entry = tl.arange(0, 256)
     first = tl.load(code + (entry >> 4)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
     second = tl.load(code + (entry & 15)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
@@ -103,21 +123,41 @@ def _multiply_lanes(
             total += (tl.zeros((THREADS,), tl.float32),)
         for first_chunk in range(0, chunks, WARPS):
             chunk = first_chunk + warp
-            words, scales = load_chunk(
-                packed,
-                absmax,
-                nested_absmax,
-                nested_offset,
-                chunk,
-                expert * matrix_rows + first_row + g,
-                (expert + 1) * matrix_rows,
-                row_blocks,
-                t,
-                chunk < chunks,
-                NESTED_BLOCKSIZE,
-                TILES,
-                WHOLE,
-            )
+            if AHEAD:
+                last = tl.minimum(tl.maximum(first_chunk + WARPS - chunks + 1, 0), 1)  # 1 where it was the band's last
+                next_band = band + last * tl.num_programs(1)
+                next_chunk = (first_chunk + WARPS) * (1 - last) + warp
+                next_words, next_scales = load_chunk(
+                    packed,
+                    absmax,
+                    nested_absmax,
+                    nested_offset,
+                    next_chunk,
+                    expert * matrix_rows + next_band * (16 * TILES) + g,
+                    (expert + 1) * matrix_rows,
+                    row_blocks,
+                    t,
+                    (next_chunk < chunks) & (next_band + warp * 0 < bands),
+                    NESTED_BLOCKSIZE,
+                    TILES,
+                    WHOLE,
+                )
+            else:
+                words, scales = load_chunk(
+                    packed,
+                    absmax,
+                    nested_absmax,
+                    nested_offset,
+                    chunk,
+                    expert * matrix_rows + first_row + g,
+                    (expert + 1) * matrix_rows,
+                    row_blocks,
+                    t,
+                    chunk < chunks,
+                    NESTED_BLOCKSIZE,
+                    TILES,
+                    WHOLE,
+                )
             finished = ()
             for half in tl.static_range(2 * TILES):
                 finished += (finish_scale(scales[half], nested_code, NESTED_BLOCKSIZE),)
@@ -138,6 +178,8 @@ def _multiply_lanes(
                         total[tile * 4 + 3] + d[3] * high_scale,
                     )
                 total = new
+            if AHEAD:
+                words, scales = next_words, next_scales
         token = start + tl.arange(0, 8)
         for tile in tl.static_range(TILES):
             row = first_row + tile * 16 + tl.arange(0, 16)
@@ -204,6 +246,7 @@ def multiply_lanes(
             EXPERTS=triton.next_power_of_2(experts),
             TILES=tiling.tiles,
             WARPS=tiling.warps,
+            AHEAD=tiling.ahead,
             WHOLE=row_blocks % 4 == 0 and matrix_rows % (16 * tiling.tiles) == 0,
             GATHERED=source is not None,
             KIND=gemv.KINDS[x.dtype],
