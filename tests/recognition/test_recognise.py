@@ -8,6 +8,7 @@ from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.recognition.pairs import read_template
 from qlora_cli.core.recognition.recognise import recognise
+from qlora_cli.core.records.record import BadField
 from qlora_cli.errors import DataError, UsageError
 from tests.prompts.small_tokenizers import CHATML, byte_level, sentencepiece_like
 
@@ -186,3 +187,42 @@ def test_what_cannot_be_told_is_asked_for():
         recognised({"n": 1}, format="chat")
     with pytest.raises(UsageError, match="--train-on last is for chats"):
         recognised({"input_ids": [1]}, train_on="last")
+
+
+PICTURE = {"bytes": "iVBORw0KGgo", "path": "cat.png"}  # as `datasets` stores it
+
+
+@pytest.mark.parametrize(
+    ("record", "what", "flags"),
+    [
+        ({"messages": MESSAGES, "images": [PICTURE]}, "'images' holds an image", "--messages-column messages"),
+        ({"text": "A cat.", "shown": {"bytes": b"\x89PNG\r\n"}}, "'shown' holds an image", "--text-column text"),
+        ({"text": "A cat.", "file_name": "train/0001.jpg"}, "'file_name' holds an image", "--text-column text"),
+        ({"conversations": SHAREGPT, "image": "coco/1.jpg"}, "'image' holds an image", "--messages-column conversations"),
+        ({"question": "q", "answer": "a", "video_path": "clips/one"}, "'video_path' holds a video",
+         "--prompt-column question --completion-column answer"),
+        ({"text": "Good day.", "audio": {"array": [0.1], "sampling_rate": 8000}}, "'audio' holds a sound", "--text-column"),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "Image": "data:image/png;base64,iVBORw0KGgo"},
+         "'Image' holds an image", "--prompt-column prompt --completion-column completion"),
+        ({"input_ids": [1, 2], "pixel_values": [[0.1, 0.2]]}, "'pixel_values' holds an image", "--format tokens"),
+    ],
+)  # fmt: skip
+def test_images_beside_the_text_are_refused_unless_the_text_is_named(record, what, flags):
+    with pytest.raises(DataError) as error:
+        recognised(record)
+    assert error.value.message == f"Column {what} beside the text, and only text is read."
+    assert flags in error.value.hint and "--on-bad-row skip" in error.value.hint
+    given = flags.replace("--text-column", "--text-column text").replace("text text", "text").split()
+    named = {flag[2:].replace("-", "_"): name for flag, name in zip(given[::2], given[1::2], strict=True)}
+    assert not recognised(record, **named).rules.media
+
+
+def test_rows_that_hold_an_image_are_told_from_those_that_hold_none():
+    none = {"text": "A lake.", "image": None, "images": [], "image_count": 2, "image_caption": "water", "img_id": "7"}
+    found = recognised([none, none])
+    assert found.rules.apply(none) is none
+    with pytest.raises(BadField, match="field 'images' holds an image, and only text is read"):
+        found.rules.apply(none | {"images": [PICTURE]})
+    skipped = recognised([none | {"image": "a.png"}, none], on_bad_row="skip")
+    with pytest.raises(BadField, match="field 'image' holds an image"):
+        skipped.rules.apply(none | {"image": "a.png"})

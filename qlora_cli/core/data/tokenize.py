@@ -139,7 +139,7 @@ class Tokeniser:
         result = TokenisedChunk(np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int32), np.empty(0, np.int64))
         for number, (line, record) in enumerate(zip(chunk.lines, chunk.records, strict=True)):
             try:
-                parts = self._given_rows(record)
+                parts = self._given_rows(self._settings.rules.apply(record))
             except BadField as reason:
                 result.bad_rows.append(BadRow(chunk.file, line, str(reason)))
                 continue

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from qlora_cli.artifacts import write_bytes
+from qlora_cli.core.records.media import find_media
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.lock import locked_file
 from qlora_cli.core.storage.temporaries import sweep
@@ -70,6 +71,8 @@ def _parse(line: bytes, index: int, where: str) -> FilePrompt:
         (value,) = value.values()
     if not isinstance(value, str | list | dict) or not value:
         raise DataError(f"{where} holds no prompt.", hint)
+    if isinstance(value, dict) and (media := find_media(value)):
+        raise DataError(f"{where}: field {media[0]!r} holds {media[1]}, and only text is read.", "Leave it out.")
     return FilePrompt(index, value, adapter)
 
 

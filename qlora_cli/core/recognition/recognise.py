@@ -13,6 +13,7 @@ from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_name
 from qlora_cli.core.recognition.pairs import Pair, find_pair, named_like_pair, recognise_pair, recognise_template
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
+from qlora_cli.core.records.media import holds_some, kind_of, named_like
 from qlora_cli.core.records.record import Record
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import DataError, UsageError
@@ -36,7 +37,7 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
 
     Raises:
         UsageError: Flags contradict each other, name a column that is not there, or a template is faulty.
-        DataError: No format explains the rows.
+        DataError: No format explains the rows, or they hold images, videos or sounds beside their text.
     """
     columns = Columns(records)
     format_ = _format_from_flags(settings)
@@ -56,7 +57,8 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
         recognised = recognise_pair(columns, settings, encoder, pair)
     else:
         recognised = recognise_text(columns, settings, encoder)
-    return _with_label(columns, _with_unused(columns, recognised))
+    recognised = _with_label(columns, _with_unused(columns, recognised))
+    return _without_media(columns, recognised, settings)
 
 
 def _format_from_flags(settings: DataSettings) -> str | None:
@@ -170,3 +172,50 @@ def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
         answer = recognised.formatting.completion_column
         remark += f' A template of your own could use {thoughts!r}: --template "... {{{thoughts}}} ... {{{answer}}}"'
     return replace(recognised, remarks=(*recognised.remarks, remark), unused=tuple(unused))
+
+
+def _without_media(columns: Columns, recognised: Recognised, settings: DataSettings) -> Recognised:
+    """Refuses rows that hold an image, a video or a sound beside their text, where the columns to read are not named.
+
+    Raises:
+        DataError: A row of the first ones holds one, and bad rows are not skipped.
+    """
+    formatting = recognised.formatting
+    named = (settings.text_column, settings.messages_column, settings.prompt_column, settings.completion_column)
+    if any(named) or settings.template or settings.format == "tokens":
+        return recognised
+    found = [(name, kind) for name in recognised.unused if (kind := _media_in(columns, name))]
+    if not found:
+        return recognised
+    rows = replace(recognised, rules=replace(recognised.rules, media=tuple(found)))
+    name, kind = next(((n, k) for n, k in found if any(map(holds_some, columns.values(n)))), (None, None))
+    if name is None or settings.on_bad_row == "skip":
+        return rows
+    raise DataError(
+        f"Column {name!r} holds {kind} beside the text, and only text is read.",
+        f"Train on the text alone by naming its columns, {_name_columns(formatting)}, or leave such rows out: "
+        "--on-bad-row skip",
+    )
+
+
+def _media_in(columns: Columns, name: str) -> str | None:
+    """What a column that no format uses holds: an image, a video or a sound, by its name or by (almost) all rows."""
+    if kind := named_like(name):
+        return kind
+    values = columns.values(name)
+    kind = next(filter(None, map(kind_of, values)), None)
+    return kind if kind and columns.holds(name, lambda value: kind_of(value) == kind) else None
+
+
+def _name_columns(formatting: Formatting) -> str:
+    """The flags that say what was recognised."""
+    if formatting.format == "tokens":
+        return "--format tokens"
+    if formatting.format == "text":
+        return f"--text-column {formatting.column}"
+    own = formatting.conversation
+    if messages := own.messages if own else formatting.column:
+        return f"--messages-column {messages}"
+    prompt, answer = (own.prompt, own.answer) if own else (formatting.prompt_column, formatting.completion_column)
+    flags = {"--prompt-column": prompt, "--completion-column": answer}
+    return " ".join(f"{flag} {column}" for flag, column in flags.items() if column)

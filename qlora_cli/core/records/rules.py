@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_cli.core.records.media import holds_some
 from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
 
 
@@ -11,11 +12,13 @@ class RowRules:
     """What the columns of a data set say about its rows.
 
     Attributes:
+        media: Columns of images and the like, each with what its rows hold; only text is read.
         label: A column that says of each answer whether it is a good one; rows in which it is false are left out.
         answers: A column that holds the answer inside a list or an object (SQuAD's `{"text": [...]}`); the first counts.
         ended: A column whose texts all end in a control token, and that token; it is taken off, as the template has it.
     """
 
+    media: tuple[tuple[str, str], ...] = ()
     label: str | None = None
     answers: str | None = None
     ended: tuple[str, str] | None = None
@@ -27,6 +30,9 @@ class RowRules:
             Blank: It is to be left out.
             BadField: A column does not hold what the others' do.
         """
+        for name, kind in self.media:
+            if holds_some(record.get(name)):
+                raise BadField(f"field {name!r} holds {kind}, and only text is read")
         if self.label is not None and is_false(record.get(self.label)):
             raise Blank(f"{self.label!r} is false")
         if self.answers is not None:
