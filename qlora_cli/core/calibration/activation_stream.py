@@ -12,6 +12,8 @@ from qlora_cli.core.engine.lora_linear import noted_calls
 from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.errors import ModelError
 
+PROBE_TOKENS = 16
+
 
 class ActivationStream:
     """The inputs of every layer of a decoder over some batches, of which one layer's are held at a time, on the host.
@@ -37,30 +39,39 @@ class ActivationStream:
         self.batches = self.counted = len(batches)
         self._base, self._batches = base, batches
         self._device = base.device
-        self._hidden: list[Tensor] = []
-        self._calls: list[list[LayerCall]] = []  # of each batch, one a layer, without the hidden states
+        # Hidden states of each batch on the host, and what the layers are called with beside them, one a layer.
+        started = [self._start(decoder, batch) for batch in batches]
+        self._hidden: list[Tensor] = [hidden for hidden, _ in started]
+        self._calls: list[list[LayerCall]] = [calls for _, calls in started]
+        self._probe = self._start(decoder, batches[0][:1, :PROBE_TOKENS])
         self._at = 0
-        for batch in batches:
-            calls: list[LayerCall] = []
 
-            def note(_: nn.Module, args: tuple, kwargs: dict, calls: list[LayerCall] = calls) -> None:
-                calls.append(LayerCall(args, kwargs))
+    def _start(self, decoder: nn.Module, batch: Tensor) -> tuple[Tensor, list[LayerCall]]:
+        calls: list[LayerCall] = []
 
-            with noted_calls(self.layers, note), skipped(self.layers), torch.no_grad():
-                decoder(input_ids=batch.to(self._device), use_cache=False)
-            shapes = [tuple(call.args[0].shape[:2]) if call.args else () for call in calls]
-            if not self.layers or shapes != [tuple(batch.shape)] * len(self.layers):
-                raise ModelError("Its layers are not called one after another with hidden states in front.")
-            self._hidden.append(calls[0].args[0].cpu())
-            self._calls.append([LayerCall(call.args[1:], call.kwargs) for call in calls])
+        def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls.append(LayerCall(args, kwargs))
+
+        with noted_calls(self.layers, note), skipped(self.layers), torch.no_grad():
+            decoder(input_ids=batch.to(self._device), use_cache=False)
+        shapes = [tuple(call.args[0].shape[:2]) if call.args else () for call in calls]
+        if not self.layers or shapes != [tuple(batch.shape)] * len(self.layers):
+            raise ModelError("Its layers are not called one after another with hidden states in front.")
+        return calls[0].args[0].cpu(), [LayerCall(call.args[1:], call.kwargs) for call in calls]
+
+    def _outputs(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        with torch.no_grad():
+            out = self.layers[self._at](hidden.to(self._device), *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
     def outputs(self, batch: int) -> Tensor:
         """The next layer's output of one batch, (rows, length, size), on the device."""
-        call = self._calls[batch][self._at]
-        with torch.no_grad():
-            hidden = self._hidden[batch].to(self._device)
-            out = self.layers[self._at](hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return self._outputs(self._hidden[batch], self._calls[batch][self._at])
+
+    def probe(self) -> None:
+        """Runs the next layer on a few tokens, not those that come to it: to see which of its modules read what."""
+        hidden, calls = self._probe
+        self._outputs(hidden, calls[self._at])
 
     def watch(self, note: Callable[[nn.Module, tuple, dict], None], modules: Sequence[nn.Module]) -> None:
         """Runs the next layer over the batches that count, each call of these modules in it noted."""

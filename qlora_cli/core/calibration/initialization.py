@@ -67,7 +67,7 @@ def initialize_adapter(model: PeftModel, lora: LoraSettings, inputs: StartInputs
     chosen = (
         [] if lora.init == "loftq" else choose_calibration_rows(inputs.rows, seed=inputs.seed, device=inputs.device)
     )
-    batches = batch_rows(inputs.rows, chosen, device=inputs.device)
+    batches = batch_rows(inputs.rows, chosen)
     fresh = {name: value.detach().cpu().clone() for name, value in adapter_state(model).items()}
     directory = _cache_directory(lora, inputs, batches)
     facts = _restore(model, directory, report) if inputs.cached else None

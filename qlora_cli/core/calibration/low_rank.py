@@ -17,6 +17,7 @@ from qlora_cli.errors import ModelError
 DAMPING = 0.01  # of the mean square of an input, added to each: directions the rows do not show count a little
 OVERSAMPLING = 16  # directions iterated beside those wanted
 ITERATIONS = 12  # of the subspace; quantisation errors have flat spectra: 12 reach 99.9 % of what an exact SVD does
+COUNTED_TOKENS = 128  # at once
 NEGLIGIBLE = 1e-6  # of the largest singular value: below it a direction is noise of rounding
 
 
@@ -41,19 +42,22 @@ class SecondMoment:
         values = x.float()
         product = values.T @ values
         self.inputs = product if self.inputs is None else self.inputs.add_(product)
-        self._count(values)
+        self._count(x)
 
     def add_errors(self, x: Tensor, error: Tensor) -> None:
         """Adds the output's errors at inputs, (tokens, in); `error` is E (out, in) in the inputs' dtype."""
         values = (x @ error.T).float()
         product = values.T @ values
         self.errors = product if self.errors is None else self.errors.add_(product)
-        self._count(x.float())
+        self._count(x)
 
-    def _count(self, values: Tensor) -> None:
-        squares = values.square().mean(dim=1).sum()
+    def _count(self, x: Tensor) -> None:
+        means = [
+            part.float().square().mean(dim=1) for part in x.split(COUNTED_TOKENS)
+        ]  # two copies of wide inputs less
+        squares = torch.cat(means).sum()
         self.squares = squares if self.squares is None else self.squares + squares
-        self.tokens += len(values)
+        self.tokens += len(x)
 
     def of_errors(self, error: Tensor) -> Callable[[Tensor], Tensor]:
         """Multiplication of (out, n) by the damped second moment of E x, in units of the mean square of an input."""

@@ -12,6 +12,8 @@ from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.models.weight_names import map_names
 from qlora_cli.core.storage.safetensors_file import TensorFile, list_weight_files
 
+SLICE_ROWS = 1024  # sent to the device at once
+
 
 class OriginalWeights:
     """The checkpoint of a base, open for reading."""
@@ -45,8 +47,16 @@ class OriginalWeights:
         """Whether the checkpoint holds the weight of a linear layer as the model has it."""
         return f"{module}.weight" in self._names
 
-    def read(self, module: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The weight of a linear layer, (out, in), in the dtype it was quantised from."""
+    def read(
+        self, module: str, dtype: torch.dtype, device: torch.device, result_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The weight of a linear layer, (out, in), as it is in the dtype it was quantised from, in `result_dtype`, else
+        in that one. On the device there is nothing beside the result but a slice."""
         name = self._names[f"{module}.weight"]
-        weight = self._file_of[name].read(name).to(device).to(dtype)
-        return weight.T.contiguous() if module in self._transposed else weight
+        weight = self._file_of[name].read(name)
+        if module in self._transposed:
+            weight = weight.T.contiguous()
+        result = torch.empty(weight.shape, dtype=result_dtype or dtype, device=device)
+        for part, of in zip(result.split(SLICE_ROWS), weight.split(SLICE_ROWS), strict=True):
+            part.copy_(of.to(device).to(dtype))
+        return result

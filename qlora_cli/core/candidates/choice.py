@@ -194,7 +194,7 @@ def _calibration_batches(adapter: Path, device: torch.device) -> list[Tensor]:
     if rows is None:
         return []
     chosen = choose_calibration_rows(rows, seed=0, device=device, most_tokens=ROUNDING_TOKENS)
-    return batch_rows(rows, chosen, device=device)
+    return batch_rows(rows, chosen)
 
 
 def _to_nearest(options: MergeOptions) -> Callable[[str, Tensor, SecondMoment | None], Tensor]:
