@@ -216,8 +216,8 @@ class LoraSettings(Settings):
     )
     target_modules: tuple[str, ...] | None = setting(
         None,
-        "Comma-separated modules to adapt: names, ends of names, regular expressions of whole names, or all-linear, "
-        "the default: every linear layer but the head.",
+        "Comma-separated modules to adapt: names, ends of names, modules that hold them (mlp, experts), regular "
+        "expressions of whole names, or all-linear, the default: every linear layer but the head.",
         panel=ADAPTER,
         range=NAME,
         resume=SAME,

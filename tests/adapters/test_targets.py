@@ -94,6 +94,8 @@ def test_what_peft_cannot_read_back_is_refused_with_what_to_leave_out():
         (("model.layers.1.self_attn.q_proj",), None, 1),
         (("q_proj", "lm_head", "embed_tokens"), None, 4),
         (None, (r".*self_attn.*",), 6),
+        (("mlp", "layers.1.self_attn"), None, 10),
+        (None, ("self_attn",), 6),
     ],
 )
 def test_targets_are_names_ends_expressions_or_all(llama, targets, excluded, found):
@@ -127,6 +129,43 @@ def test_a_layer_that_is_read_and_not_called_is_left_out_and_refused_by_name():
     assert find_targets(mixer, LoraSettings()) == ["backbone.layers.0.mixer.in_proj"]
     with pytest.raises(AdapterError, match="dt_proj takes no adapter"):
         find_targets(mixer, LoraSettings(target_modules=("in_proj", "dt_proj")))
+
+
+class ListOfExperts(torch.nn.Module):
+    """Experts as models of their own code keep them, each of them met here."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.ModuleDict({"up": torch.nn.Linear(64, 64)}) for _ in range(3))
+
+    def forward(self, x):
+        return sum(expert["up"](x) for expert in self.experts)
+
+
+def test_experts_that_are_linear_layers_are_adapted_by_name_and_peft_alone_puts_them_there(tmp_path):
+    model = build(transformers.LlamaConfig(**SMALL, intermediate_size=96, pad_token_id=1))
+    for layer in model.model.layers:
+        layer.mlp = ListOfExperts()
+    bare = copy.deepcopy(model)
+    lora = LoraSettings(rank=4, alpha=8, target_modules=("experts",))
+    assert len(find_targets(model, lora)) == 6
+    adapted = randomise(attach_adapter(model, lora))
+    save_adapter(adapted, tmp_path, base_name="base")
+    again = PeftModel.from_pretrained(bare, tmp_path).eval()
+    assert adapted_names(again) == adapted_names(adapted)
+    assert (again(IDS).logits - adapted(IDS).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["experts", "mlp.experts", "gate_up_proj", r".*\.experts\.down_proj"])
+def test_stacks_of_experts_named_as_targets_are_refused_by_the_flag_that_adapts_them(name):
+    model = build_empty(GLM)
+    with pytest.raises(AdapterError, match="names experts, which") as error:
+        find_targets(model, LoraSettings(target_modules=("q_proj", name)))
+    assert "--adapt-experts" in error.value.hint
+    alone = LoraSettings(target_modules=(name,), adapt_experts=True, rank=4)
+    assert find_targets(model, alone) == []
+    names = {name for name, p in attach_adapter(model, alone).named_parameters() if p.requires_grad}
+    assert names and all("experts" in name for name in names)
 
 
 def test_ranks_and_alphas_of_their_own_are_peft_patterns(llama, tmp_path):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.core.experts.layout import expert_weights, find_experts
 from qlora_cli.core.models.quantization import is_4bit
 from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import head_names, is_plain_linear, linear_names, tower_names
@@ -36,7 +37,14 @@ def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
         found = default
     else:
         others = [*head_names(model), *(n for n, module in model.named_modules() if isinstance(module, nn.Embedding))]
-        found = _find(lora.target_modules, default, [*linears, *others, *raw], "--target-modules", model)
+        found = _find(
+            lora.target_modules,
+            default,
+            [*linears, *others, *raw],
+            "--target-modules",
+            model,
+            adapted=lora.adapt_experts,
+        )
         odd = [name for name in found if name not in default and name not in others]
         if odd:
             raise AdapterError(
@@ -45,9 +53,9 @@ def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
                 f"Leave it out, or use --target-modules {ALL_LINEAR}, which does.",
             )
     if lora.exclude_modules:
-        excluded = set(_find(lora.exclude_modules, default, found, "--exclude-modules", model))
+        excluded = set(_find(lora.exclude_modules, default, found, "--exclude-modules", model, adapted=False))
         found = [name for name in found if name not in excluded]
-    if not found:
+    if not found and not lora.adapt_experts:
         raise AdapterError("No linear layer is left to adapt.", "Name modules with --target-modules.")
     return found
 
@@ -57,15 +65,38 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _find(
-    wanted: Sequence[str], default: Sequence[str], names: Sequence[str], flag: str, model: PreTrainedModel
+    wanted: Sequence[str],
+    default: Sequence[str],
+    names: Sequence[str],
+    flag: str,
+    model: PreTrainedModel,
+    *,
+    adapted: bool,
 ) -> list[str]:
-    """Those of `names` that a comma-separated setting matches, in their order; each item has to match one."""
-    matched = {item: set(default) if item == ALL_LINEAR else match(item, names, flag) for item in wanted}
+    """Those of `names` that a comma-separated setting matches, in their order; each item has to match one.
+
+    The name of a module that holds others, such as `mlp` or `experts`, stands for the linear layers in it. An item may
+    also name stacks of experts, on which other settings decide where they are `adapted`.
+    """
+    matched = {
+        item: set(default) if item == ALL_LINEAR else match(item, names, flag) or _below(item, default)
+        for item in wanted
+    }
     missing = [item for item, found in matched.items() if not found]
+    stacks = [f"{name}.{weight.name}" for name, module in find_experts(model) for weight in expert_weights(module)]
+    fused = [item for item in missing if match(item, stacks, flag) or _below(item, stacks)]
+    if adapted:
+        missing = [item for item in missing if item not in fused]
     if missing and len(wanted) > 1:  # the commas may be a regular expression's
         whole = match(",".join(wanted), names, flag)
         if whole:
             return [name for name in names if name in whole]
+    if fused and fused == missing:
+        raise AdapterError(
+            f"{flag} {', '.join(fused)} names experts, which this {model.config.model_type} model keeps as stacks of "
+            "matrices and not as linear layers.",
+            f"Leave {'it' if len(fused) == 1 else 'them'} out: experts are adapted by --adapt-experts, and never without.",
+        )
     if missing:
         leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise AdapterError(
@@ -74,6 +105,11 @@ def _find(
         )
     chosen = set().union(*matched.values())
     return [name for name in names if name in chosen]
+
+
+def _below(item: str, names: Iterable[str]) -> set[str]:
+    """Names below a module that `item` is, or whose name ends in it."""
+    return {name for name in names if f".{item}." in f".{name}"}
 
 
 def match(item: str, names: Iterable[str], flag: str) -> set[str]:
