@@ -32,6 +32,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.runs import decisions
 from qlora_cli.core.runs.directory import claimed
 from qlora_cli.core.storage.checkpoint import checkpoint_path, list_checkpoints
+from qlora_cli.core.storage.safetensors_header import read_header
 from qlora_cli.errors import (
     AdapterError,
     CheckpointError,
@@ -381,6 +382,22 @@ def test_another_setting_is_refused_and_named(interrupted, changes, named):
 def test_another_base_is_refused_and_named(interrupted, tiny_model):
     with pytest.raises(CheckpointError, match=r"base\.weights_sha256"):
         run(interrupted, resume=True, model=str(tiny_model("llama", seed=5)))
+
+
+def test_a_base_that_was_edited_between_the_sampled_bytes_is_refused_and_named(interrupted, tmp_path):
+    edited = shutil.copytree(interrupted["model"], tmp_path / "edited")
+    (weights_file,) = edited.glob("*.safetensors")
+    content = bytearray(weights_file.read_bytes())
+    descriptor, header = read_header(weights_file)
+    os.close(descriptor)
+    entry = max(header.entries.values(), key=lambda entry: entry.total_bytes)
+    assert entry.total_bytes > 4 * 4096
+    place = entry.start + entry.total_bytes // 2 - 64  # between the first 4 KiB and those from the middle on
+    content[place : place + 64] = bytes(64)
+    weights_file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"base\.content_sha256") as caught:
+        run(interrupted, resume=True, model=str(edited))
+    assert "weights_sha256" not in caught.value.message
 
 
 def test_the_same_base_and_data_elsewhere_are_the_same_run(interrupted, tmp_path):

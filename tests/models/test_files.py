@@ -1,12 +1,15 @@
 """Files of a model: what is missing, unsafe or not to be run is refused in one sentence."""
 
+import hashlib
 import json
 import shutil
 
 import pytest
 
 from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.hub import check_blobs
 from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.events import report_nothing
 
 
 @pytest.mark.parametrize(
@@ -42,3 +45,24 @@ def test_code_of_a_model_is_run_neither_by_its_files_nor_by_an_unpinned_flag(tin
     with pytest.raises(UsageError, match="40-digit"):
         resolve_model("org/model", "main", trust_remote_code=True)
     assert not proof.exists()
+
+
+def test_a_file_of_the_hub_s_cache_that_was_changed_after_it_arrived_is_named(tiny_model, tmp_path):
+    """The cache's own form: a link to a file that is called by its SHA-256."""
+    content = (tiny_model("llama") / "model.safetensors").read_bytes()
+    blob, link = tmp_path / hashlib.sha256(content).hexdigest(), tmp_path / "model.safetensors"
+    blob.write_bytes(content)
+    link.symlink_to(blob)
+    check_blobs([link], "org/model", report_nothing, all_of_them=True)
+    check_blobs([link], "org/model", report_nothing)
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for all_of_them in (False, True):
+        with pytest.raises(ModelError, match="changed or damaged since it was downloaded"):
+            check_blobs([link], "org/model", report_nothing, all_of_them=all_of_them)
+
+
+def test_a_file_that_nobody_has_looked_at_yet_is_read_only_where_all_are(tmp_path):
+    (tmp_path / ("0" * 64)).write_bytes(b"another one's download")
+    check_blobs([tmp_path / ("0" * 64)], "org/model", report_nothing)
+    with pytest.raises(ModelError, match="changed or damaged"):
+        check_blobs([tmp_path / ("0" * 64)], "org/model", report_nothing, all_of_them=True)

@@ -1,5 +1,6 @@
 """Files of one model: found or downloaded once a command, then its configuration, tokenizer, weights and identity."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_cli.core.models.hub import HUB_ID, READ_FILES, download_snapshot
+from qlora_cli.core.models.hub import HUB_ID, READ_FILES, check_blobs, download_snapshot
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
+from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.core.untrusted import check_files
 from qlora_cli.errors import ModelError, UsageError, first_line
@@ -111,13 +113,15 @@ class ModelFiles:
         """The directory once the weights are in it: those of a hub model are downloaded at the first use.
 
         Raises:
-            ModelError: They cannot be downloaded, are not in safetensors, or in a quantised format that is not read.
+            ModelError: They cannot be downloaded, are not in safetensors, or in a quantised format that is not read, or
+                were written to since they were downloaded.
         """
         from qlora_cli.core.weights.stored_formats import stored_format  # here, so that a tokenizer needs no torch
 
         stored_format(self.config, self.name)  # refuses what could not be read before it is downloaded
         if self.commit is not None:
             download_snapshot(self.name, self.commit, WEIGHT_FILES, kind="model", report=self.report)
+            check_blobs([*self.directory.glob("*.safetensors")], self.name, self.report)
         if any(self.directory.glob("*.safetensors")):
             return self.directory
         if any(path.suffix in (".bin", ".pt", ".pth") for path in self.directory.iterdir()):
@@ -142,6 +146,21 @@ class ModelFiles:
             ModelError: As `weights`, or a file is damaged.
         """
         return weights_digest(self.weights)
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Digest of every byte of the weights, which are read once, and anew where they were written to since.
+
+        Raises:
+            ModelError: As `weights`, or a file of the hub's cache is not what its name says.
+            RunError: A file was written to while it was read.
+        """
+        paths = sorted(self.weights.glob("*.safetensors"))
+        if self.commit is not None:
+            check_blobs(paths, self.name, self.report, all_of_them=True)
+        digests = content_digests(paths, self.report)
+        facts = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
+        return hashlib.sha256("".join(facts).encode()).hexdigest()
 
     @cached_property
     def weight_stamps(self) -> dict[str, list[int]]:

@@ -1,12 +1,11 @@
 """Downloads from the Hugging Face hub into its local cache: announced, with their progress in bytes, and retried."""
 
-import hashlib
 import json
 import re
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
 from qlora_cli.artifacts import MERGE_RECORD, cache_root, write_json
+from qlora_cli.core.storage.content_digest import content_digests, was_written_since
+from qlora_cli.core.storage.temporaries import sweep
 from qlora_cli.errors import ModelError, first_line
-from qlora_cli.events import Caution, Notice, Progress, Report
+from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
 from qlora_cli.sizes import format_bytes
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
@@ -37,6 +38,7 @@ PROCESSOR_FILES = ["*processor_config.json"]  # of images and sound, which a mer
 TOKENIZER_SIGNS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES
 HUB_ID = re.compile(r"(?![./~])[\w.-]+(/[\w.-]+)?")
+BLOB = re.compile("[0-9a-f]{64}")  # how the hub's cache calls a large file: by its SHA-256
 ATTEMPTS = 5
 ANSWER_SECONDS = 6.0  # that the hub has to answer a question, so that it is said within ten where it cannot be reached
 FIRST_PAUSE_SECONDS = 2.0  # doubled after each further failure
@@ -201,19 +203,36 @@ def _verify_blobs(directory: Path, names: list[str]) -> None:
         OSError: A file is another one; it is removed, so that the next attempt downloads it.
     """
     arrived = [(directory / name, (directory / name).resolve()) for name in names]
-    named = [(link, blob) for link, blob in arrived if re.fullmatch("[0-9a-f]{64}", blob.name)]
-
-    def is_damaged(blob: Path) -> bool:
-        with blob.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() != blob.name
-
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(is_damaged, [blob for _, blob in named]))
-    damaged = [paths for paths, is_bad in zip(named, found, strict=True) if is_bad]
+    named = [(link, blob) for link, blob in arrived if BLOB.fullmatch(blob.name)]
+    found = content_digests([blob for _, blob in named], report_nothing)
+    damaged = [paths for paths, digest in zip(named, found, strict=True) if digest != paths[1].name]
     for path in {path for paths in damaged for path in paths}:
         path.unlink()
     if damaged:
         raise OSError(f"{len(damaged)} of {len(names)} files arrived damaged.")
+
+
+def check_blobs(paths: Sequence[Path], repository: str, report: Report, *, all_of_them: bool = False) -> None:
+    """Compares files in the hub's cache with the SHA-256 that it names large ones by.
+
+    Args:
+        paths: The files, or links to them.
+        repository: Hub id.
+        report: Receives the progress.
+        all_of_them: Those too of which nothing says that they were written to since they arrived: they may have been
+            fetched by others, and are read once.
+
+    Raises:
+        ModelError: One is not what arrived.
+    """
+    blobs = [blob for blob in (path.resolve() for path in paths) if BLOB.fullmatch(blob.name)]
+    wanted = [blob for blob in blobs if all_of_them or was_written_since(blob)]
+    for blob, digest in zip(wanted, content_digests(wanted, report), strict=True):
+        if digest != blob.name:
+            raise ModelError(
+                f"A file of {repository} in the hub's cache was changed or damaged since it was downloaded: {blob}",
+                "Remove that file and run the command again: it is downloaded anew.",
+            )
 
 
 def _take_cached(
@@ -265,6 +284,7 @@ def _keep_listing(repository: str, kind: str, commit: str, sizes: dict[str, int]
         known = _read_listing(path)
         if known | sizes != known:
             path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
             write_json(path, known | sizes)
 
 

@@ -22,10 +22,11 @@ def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str,
         return {option.name: values[option.name] for option in fields(run.config) if option.metadata["resume"] == kind}
 
     base = asdict(inputs.files.identity(run.config, decisions.compute_dtype))
+    content = inputs.files.content_sha256 if run.ranks.is_main else None  # of whose checkpoints it is compared and kept
     code = code_digest(Path(run.config.model or "")) if run.config.trust_remote_code else None
     return {
         "base": {name: value for name, value in base.items() if name not in ("model", "revision")}
-        | {"code_sha256": code},
+        | {"content_sha256": content, "code_sha256": code},
         "data": inputs.rows.manifest["rows_sha256"],
         "batches": inputs.data.sampler.digest(),
         "settings": {
