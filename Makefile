@@ -50,7 +50,7 @@ long: .venv/tests-installed
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --maxprocesses 8 --ignore tests/faults/test_stock_trainer.py
 
 faults: .venv/tests-installed
-	$(BIN)/python -m pytest -m slow tests/faults -s
+	$(BIN)/python -m pytest -m slow tests/faults -n $(WORKERS) --maxprocesses 32 --dist worksteal
 
 survey: .venv/tests-installed
 	$(BIN)/python benchmarks/survey.py --table benchmarks/models.md

@@ -36,6 +36,10 @@ LEFTOVER = re.compile(
 )
 
 
+COMMANDS = (
+    *("prepare", "prepare --overwrite", "train", "train --overwrite", "train --resume"),
+    *("generate", "merge", "merge --overwrite", "inspect"),
+)
 NEEDS = {
     "prepare --overwrite": "prepare",
     "merge --overwrite": "merge",
@@ -66,7 +70,6 @@ class Campaign:
     commands: dict[str, Command] = field(default_factory=dict)
     references: dict[str, Any] = field(default_factory=dict)
     calls: dict[str, list[str]] = field(default_factory=dict)
-    trials: int = 0
 
     def __post_init__(self) -> None:
         inputs = self.home / "in"
@@ -160,6 +163,7 @@ class Campaign:
             Command("inspect", "run/none", inspect, reads=True),
         ):
             self.commands[command.name] = command
+        assert tuple(self.commands) == COMMANDS
 
     def _set_up(self, name: str) -> Path:
         """A sandbox as the command finds it; its inputs and a few files of others are in it too."""
@@ -256,7 +260,6 @@ class Campaign:
             wrong.append("unexpected")
         if number in STICKY and not command.reads and first.code not in (0, 74):
             wrong.append("full disk without 74")
-        self.trials += 1
         columns = ("lost or changed", "rerun fails", "differs", "leftovers", "unexpected", "full disk without 74")
         count(f"{table}: {name}", trials=1, **{c.replace(" ", "_"): int(c in wrong) for c in columns})
         if wrong:

@@ -17,7 +17,8 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
 from qlora_cli.core.training.state import REQUIRED_FILES
 
 CLOCK = ("step_seconds", "tokens_per_second")
-FIGURES: dict[str, dict[str, int]] = defaultdict(dict)
+FIGURES: dict[str, dict[str, int]] = defaultdict(dict)  # of the test that runs
+TABLE: dict[str, dict[str, int]] = defaultdict(dict)  # of all
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,29 @@ def count(row: str, **figures: int) -> None:
         FIGURES[row][name] = FIGURES[row].get(name, 0) + value
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Any:
+    """Hands the figures of a test on with its report, which comes from another process where several run them."""
+    report = yield
+    if FIGURES:
+        report.user_properties.append(("faults", {row: dict(figures) for row, figures in FIGURES.items()}))
+        FIGURES.clear()
+    return report
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Adds the figures of a test to the table."""
+    for name, rows in report.user_properties:
+        for row, figures in rows.items() if name == "faults" else ():
+            for column, value in figures.items():
+                TABLE[row][column] = TABLE[row].get(column, 0) + value
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table of what happened, in the form benchmarks/faults.md keeps it."""
-    if FIGURES:
+    if TABLE:
         terminalreporter.write_sep("=", "faults")
         terminalreporter.write_line("| fault | figures |\n|---|---|")
-        for row, figures in FIGURES.items():
+        for row, figures in TABLE.items():
             text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
             terminalreporter.write_line(f"| {row} | {text} |")

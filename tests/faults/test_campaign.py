@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from .campaign import LOCKS_LIE, NO_EXCHANGE, NO_LOCKS, NO_RENAME_OVER, Campaign, build_injector
+from .campaign import COMMANDS, LOCKS_LIE, NO_EXCHANGE, NO_LOCKS, NO_RENAME_OVER, Campaign, build_injector
 from .conftest import Zygote
 
 SHORT = ("prepare --overwrite", "generate", "inspect")  # merges that are killed: tests/commands/test_merge_faults.py
@@ -53,9 +53,9 @@ def campaign(tmp_path_factory, tiny_model):
         yield ready
 
 
-def run(campaign, table, trials, ways=0, seed=0):
+def run(campaign, table, trials, ways=0, seed=0, only=()):
     wrong = []
-    for name in campaign.only or campaign.commands:
+    for name in only or campaign.only or campaign.commands:
         points = campaign.points(name, random.Random(f"{seed}{name}"))
         for (at, mode), _ in zip(points, range(trials), strict=False):
             wrong += campaign.trial(name, at, mode, table=table, ways=ways)
@@ -69,27 +69,31 @@ def test_a_fault_in_each_command_loses_nothing_and_the_same_command_mends_it(tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_faults_at_file_calls_of_every_command(campaign):
-    run(campaign, "local", LONG_TRIALS)
-    assert campaign.trials >= 500
+@pytest.mark.parametrize("command", COMMANDS)
+def test_faults_at_file_calls_of_every_command(campaign, command):
+    assert LONG_TRIALS * len(COMMANDS) >= 500
+    run(campaign, "local", LONG_TRIALS, only=[command])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_faults_on_file_systems_like_those_of_networks(campaign, name):
-    run(campaign, name, NETWORK_TRIALS, NETWORKS[name], seed=1)
+def test_faults_on_file_systems_like_those_of_networks(campaign, name, command):
+    run(campaign, name, NETWORK_TRIALS, NETWORKS[name], seed=1, only=[command])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
+@pytest.mark.parametrize("command", ["prepare", "train", "generate", "merge"])
 @pytest.mark.parametrize("shares_output", [False, True])
-def test_two_containers_that_share_a_cache_or_an_output_never_lose_each_other_s_work(containers, shares_output):
+def test_two_containers_that_share_a_cache_or_an_output_never_lose_each_other_s_work(
+    containers, shares_output, command
+):
     campaign, other = containers
     wrong = []
-    for name in ("prepare", "train", "generate", "merge"):
-        table = "two containers, one output" if shares_output else "two containers, one cache"
-        points = campaign.points(name, random.Random(f"pairs{name}"))
-        for (at, mode), _ in zip(points, range(PAIRS), strict=False):
-            wrong += campaign.pair(name, at, mode, other, shares_output=shares_output, table=table)
+    table = "two containers, one output" if shares_output else "two containers, one cache"
+    points = campaign.points(command, random.Random(f"pairs{command}"))
+    for (at, mode), _ in zip(points, range(PAIRS), strict=False):
+        wrong += campaign.pair(command, at, mode, other, shares_output=shares_output, table=table)
     assert not wrong, f"{len(wrong)} trials:\n" + "\n".join(wrong)
