@@ -72,6 +72,13 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     learning_rate: float = setting(
         2e-4, "Peak learning rate.", panel=OPTIMISATION, range=Numbers(0, 1, open_low=True), resume=SAME
     )
+    loraplus_lr_ratio: float = setting(
+        1.0,
+        "LoRA+: learning rate of the adapter's B over that of A and all else, such as 16.",
+        panel=OPTIMISATION,
+        range=Numbers(1, 10_000),
+        resume=SAME,
+    )
     scheduler: str = setting("cosine", "Learning-rate schedule.", panel=OPTIMISATION, choices=SCHEDULERS, resume=SAME)
     warmup_steps: int | None = setting(
         None,

@@ -310,7 +310,7 @@ def start_optimization(
         CheckpointError: The saved state does not fit, and without --allow-changes it may not start fresh.
     """
     config, checkpoint = run.config, start.checkpoint
-    parameters = TrainableParameters(loaded.model)
+    parameters = TrainableParameters(loaded.model, config.loraplus_lr_ratio)
     optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=config.weight_decay)
     unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements)
     if checkpoint:

@@ -274,7 +274,7 @@ class LoraSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(Settings):
-    """What one optimizer step costs: shared by training and by the memory prediction."""
+    """What one optimizer step is and costs: shared by training and by the memory prediction."""
 
     batch_size: int = setting(
         1,
@@ -303,6 +303,13 @@ class StepSettings(Settings):
         panel=OPTIMISATION,
         choices=OPTIMIZERS,
         resume=RESOLVED,
+    )
+    neftune_noise_alpha: float = setting(
+        0.0,
+        "NEFTune: alpha of the noise on the embeddings in training, such as 5; 0 is none.",
+        panel=OPTIMISATION,
+        range=Numbers(0, 1000),
+        resume=SAME,
     )
     gradient_checkpointing: str = setting(
         "auto",

@@ -20,6 +20,8 @@ _SETTINGS = {
     "dora": "use-dora",
     "init": "init-lora-weights lora-init",
     "learning_rate": "lr max-lr peak-lr",
+    "loraplus_lr_ratio": "lora-plus-ratio loraplus-ratio lora-plus lorap-lr-ratio",
+    "neftune_noise_alpha": "neftune noise-alpha neftune-alpha",
     "batch_size": "bs batch per-device-train-batch-size micro-batch-size train-batch-size per-device-batch-size "
     "device-batch-size",
     "gradient_accumulation_steps": "grad-accum gradient-accumulation accumulation-steps grad-acc-steps ga grad-accumulation-steps",

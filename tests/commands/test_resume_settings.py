@@ -97,6 +97,7 @@ def other_value(option, place: Path, tiny_model, given):
         "compile": False,  # as by default here; compiling takes a compiler
         "on_bad_row": "skip",
         "gpus": 1,
+        "loraplus_lr_ratio": 16.0,
         "max_length": 96,
     }
     if option.name in texts:

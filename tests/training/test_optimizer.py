@@ -169,3 +169,34 @@ def test_on_a_gpu_a_state_continues_bit_for_bit_and_stays_paged(name, tmp_path):
     assert torch.equal(trained.buffers[0].values, other.buffers[0].values)
     if name.startswith("paged"):
         assert resumed.state[other.buffers[0].values]["state1"].is_paged
+
+
+def test_lora_plus_updates_as_in_peft(tiny_model, load_tiny):
+    """A and B each by its own rate, and the same values as from PEFT's optimizer (LoRA+, arXiv:2402.12354)."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    from qlora_cli.core.adapters.lora import attach_adapter
+    from qlora_cli.settings.groups import LoraSettings
+
+    ours, theirs = (attach_adapter(load_tiny("llama")[0], LoraSettings(rank=4), seed=0) for _ in range(2))
+    trained = TrainableParameters(ours, 16.0)
+    optimizer = build_optimizer("adamw", trained, weight_decay=0.01)
+    peer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.01
+    )
+    pairs = [
+        (name, mine, other)
+        for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True)
+        if mine.requires_grad
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for _, mine, other in pairs:
+            other.grad = torch.randn(mine.shape, generator=generator)
+            mine.grad.copy_(other.grad)
+        set_learning_rate(optimizer, 1e-3)
+        step_optimizer(optimizer)
+        peer.step()
+    for name, mine, other in pairs:
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7, msg=name)
+    assert {group["rate"] for group in optimizer.param_groups} == {1.0, 16.0}

@@ -106,6 +106,8 @@ def make_case(
     learning_rate: float = 5e-3,
     max_grad_norm: float = 1.0,
     batch_size: int = 2,
+    b_rate: float = 1.0,
+    noise_alpha: float = 0.0,
     resume: bool = False,
     ranks: ProcessGroup | None = None,
     wrap_engine: Any = lambda engine: engine,
@@ -129,14 +131,14 @@ def make_case(
     model = attach_adapter(frozen, LoraSettings(rank=4, alpha=8, dropout=dropout), seed=0)
     engine = install_engine(
         model,
-        StepSettings(engine="plain"),
+        StepSettings(engine="plain", neftune_noise_alpha=noise_alpha),
         device=CPU,
         compute_dtype=compute_dtype,
         max_tokens=80,
         total_steps=sampler.total_steps,
         report=lambda event: None,
     )
-    parameters = TrainableParameters(model)
+    parameters = TrainableParameters(model, b_rate)
     built = build_optimizer(optimizer, parameters, weight_decay=0.01)
     trainer_state = TrainerState()
     random_state = None

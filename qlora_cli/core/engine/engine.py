@@ -1,5 +1,7 @@
 """Engine of a training step: turns a micro-batch into its loss, for one model instance; nothing global is patched."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,6 +13,7 @@ from qlora_cli.core.engine.fast import FastEngine
 from qlora_cli.core.engine.memory_plan import count_recomputed_layers
 from qlora_cli.errors import TrainingError, UsageError, first_line
 from qlora_cli.events import Report
+from qlora_cli.kernels.embedding_noise import add_noise
 from qlora_cli.settings.groups import StepSettings
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ class PlainEngine:
     """`Engine` of the model's own forward over padded rows, logits in full, cross-entropy in fp32: the reference."""
 
     def __init__(self, model: Any, settings: StepSettings, *, device: torch.device) -> None:
-        self.model, self.device = model, device
+        self.model, self.device, self.noise_alpha = model, device, settings.neftune_noise_alpha
         self.recompute = bool(count_recomputed_layers(settings, layers=1, on_cuda=device.type == "cuda"))
         if self.recompute:
             # Non-reentrant: gradients flow although the embeddings' output does not require any.
@@ -99,10 +102,26 @@ class PlainEngine:
 
     def loss(self, batch: "MicroBatch") -> Tensor:
         input_ids, attention_mask, labels = batch.to(self.device, non_blocking=True).padded()  # (rows, longest) each
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        with self._noise(attention_mask):
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
         )
+
+    @contextmanager
+    def _noise(self, attention_mask: Tensor) -> Iterator[None]:
+        """Inside the block the embeddings of a training step are noisy where that was asked for."""
+        if not (self.noise_alpha and self.model.training):
+            yield
+            return
+        lengths = attention_mask.sum(dim=1, keepdim=True)
+        hook = self.model.get_input_embeddings().register_forward_hook(
+            lambda _, __, embedded: add_noise(embedded, lengths, self.noise_alpha)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def reduce_memory(self) -> bool:
         return False

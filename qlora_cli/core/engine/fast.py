@@ -40,6 +40,7 @@ from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
+from qlora_cli.kernels.embedding_noise import add_noise, tokens_of_rows
 from qlora_cli.kernels.weights import reserve_values
 from qlora_cli.settings.groups import StepSettings
 
@@ -84,6 +85,7 @@ class FastEngine:
         self.graphs: StepGraphs | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
         self.largest_tokens = max_tokens
+        self.noise_alpha = settings.neftune_noise_alpha
         self.buffer: Tensor | None = None
         self.put_gates_back: Callable[[], None] = lambda: None
         self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back(), self.embeddings.move_back]
@@ -309,14 +311,24 @@ class FastEngine:
             self.linears.step.draw_seeds()
         if self.packed:
             if self.graphs is None:
-                return self._packed_loss(self._inputs(batch))
+                return self._packed_loss(self._with_noise(self._inputs(batch)))
             if training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-                return self.graphs.loss(self._bucketed_inputs(batch))
+                return self.graphs.loss(self._with_noise(self._bucketed_inputs(batch)))
             return self.graphs.loss_beside(self._inputs(batch))
         ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
         # Without padding the mask is the plain causal one, which has kernels of its own.
         mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
-        return self._loss(self.embeddings.embed(ids), labels, batch.trained_tokens, **mask)
+        embedded = self.embeddings.embed(ids)
+        if training and self.noise_alpha:
+            embedded = add_noise(embedded, attention_mask.sum(dim=1, keepdim=True), self.noise_alpha)
+        return self._loss(embedded, labels, batch.trained_tokens, **mask)
+
+    def _with_noise(self, inputs: StepInputs) -> StepInputs:
+        """Drawn when the step runs, not when its inputs are made ahead, so that a resumed run draws the same."""
+        if not (self.noise_alpha and self.model.training):
+            return inputs
+        lengths = tokens_of_rows(inputs.boundaries, inputs.labels.shape[1])
+        return replace(inputs, embedded=add_noise(inputs.embedded, lengths, self.noise_alpha))
 
     def _bucketed_inputs(self, batch: "MicroBatch") -> StepInputs:
         """On the grid with or without a graph, so that a resumed run computes the same; from before, where prepared."""

@@ -17,33 +17,41 @@ LARGEST_BUFFER_ELEMENTS = 2**30  # bitsandbytes' kernels index with 32 bits
 
 @dataclass(frozen=True)
 class Buffer:
-    """Parameters of one dtype and device that decay alike, end to end."""
+    """Parameters of one dtype, device and learning rate that decay alike, end to end."""
 
     values: nn.Parameter  # (elements,), `values.grad` of the same shape stands always
     names: tuple[str, ...]
     views: tuple[nn.Parameter, ...]  # the model's own parameters, each sharing `values`' and `values.grad`'s storage
     decays: bool  # whether weight decay applies: matrices, not magnitudes, norms or biases
+    rate: float  # its learning rate over the run's
 
 
 class TrainableParameters:
     """The parameters of `model` that require gradients, moved into buffers. Their objects stay the model's own.
 
+    Args:
+        model: Adapted.
+        b_rate: Learning rate of the adapters' B over that of A and all else: LoRA+ (https://arxiv.org/abs/2402.12354).
+
     Raises:
         ValueError: The model has no trainable parameter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, b_rate: float = 1.0) -> None:
         groups: dict[tuple, list[list[tuple[str, nn.Parameter]]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                batches = groups.setdefault((parameter.device, parameter.dtype, parameter.ndim >= 2), [[]])
+                rate = b_rate if ".lora_B." in name else 1.0
+                batches = groups.setdefault((parameter.device, parameter.dtype, parameter.ndim >= 2, rate), [[]])
                 if _elements([*batches[-1], (name, parameter)]) > LARGEST_BUFFER_ELEMENTS and batches[-1]:
                     batches.append([])
                 batches[-1].append((name, parameter))
         if not groups:
             raise ValueError("the model has no trainable parameter")
         self.buffers = [
-            _move_into_buffer(batch, decays) for (_, _, decays), batches in groups.items() for batch in batches
+            _move_into_buffer(batch, decays, rate)
+            for (_, _, decays, rate), batches in groups.items()
+            for batch in batches
         ]
 
     @property
@@ -88,7 +96,7 @@ def _elements(named: list[tuple[str, nn.Parameter]]) -> int:
     return sum(_aligned(parameter.numel()) for _, parameter in named)
 
 
-def _move_into_buffer(named: list[tuple[str, nn.Parameter]], decays: bool) -> Buffer:
+def _move_into_buffer(named: list[tuple[str, nn.Parameter]], decays: bool, rate: float) -> Buffer:
     first = named[0][1]
     values = nn.Parameter(torch.zeros(_elements(named), dtype=first.dtype, device=first.device))
     values.grad = torch.zeros_like(values)
@@ -100,4 +108,4 @@ def _move_into_buffer(named: list[tuple[str, nn.Parameter]], decays: bool) -> Bu
         parameter.data = place
         parameter.grad = values.grad[offset:end].view(parameter.shape)
         offset = _aligned(end)
-    return Buffer(values, tuple(name for name, _ in named), tuple(parameter for _, parameter in named), decays)
+    return Buffer(values, tuple(name for name, _ in named), tuple(parameter for _, parameter in named), decays, rate)

@@ -57,21 +57,21 @@ def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay:
     """
     if name not in _OPTIMIZERS:
         raise UsageError(f"There is no optimizer {name!r}.", f"Use one of: {', '.join(_OPTIMIZERS)}.")
-    groups = []
-    for decays in (True, False):
-        buffers = [buffer for buffer in parameters.buffers if buffer.decays == decays]
-        trained = [buffer.values for buffer in buffers]
-        if name == "adafactor":
-            trained = [view for buffer in buffers for view in buffer.views]
-        if trained:
-            groups.append({"params": trained, "weight_decay": weight_decay if decays else 0.0})
+    kinds: dict[tuple[bool, float], list[Tensor]] = {}
+    for buffer in sorted(parameters.buffers, key=lambda buffer: (not buffer.decays, buffer.rate)):
+        trained = buffer.views if name == "adafactor" else (buffer.values,)
+        kinds.setdefault((buffer.decays, buffer.rate), []).extend(trained)
+    groups = [
+        {"params": trained, "weight_decay": weight_decay if decays else 0.0, "rate": rate}
+        for (decays, rate), trained in kinds.items()
+    ]
     return _OPTIMIZERS[name][0](groups, lr=0.0)
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Sets the rate of the next step, for all groups."""
+    """Sets the rate of the next step, for each group as a multiple of the run's."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate"]
 
 
 def step_optimizer(optimizer: Optimizer) -> None:
