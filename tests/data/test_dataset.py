@@ -54,7 +54,7 @@ def test_nothing_is_held_of_what_takes_more_than_its_share_of_memory(tmp_path):
 
     rows = write(tmp_path, [[1000] * 500] * 8)
     before = pa.total_allocated_bytes()
-    prepared = PreparedRows(tmp_path, memory_share=0.0)
+    prepared = PreparedRows(tmp_path)
     np.testing.assert_array_equal(prepared[3999][0], rows[3999][0])
     np.testing.assert_array_equal(prepared[2501][1], rows[2501][1])
     assert prepared.largest_id() == max(ids.max() for ids, _ in rows)
@@ -81,7 +81,7 @@ def test_rows_that_are_changed_in_place_are_told_and_never_used(tmp_path, change
 
 def test_rows_that_are_replaced_by_others_stay_what_they_were(tmp_path):
     rows = write(tmp_path / "old", [[10] * 5])
-    prepared = PreparedRows(tmp_path / "old", memory_share=0.0)
+    prepared = PreparedRows(tmp_path / "old")
     write(tmp_path / "new", [[20] * 5])
     (tmp_path / "new" / PREPARED_ROWS).replace(tmp_path / "old" / PREPARED_ROWS)
     np.testing.assert_array_equal(prepared[4][0], rows[4][0])

@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         pa.field("record", pa.int64(), nullable=False),  # number of the conversation or document it is of
     ]
 )
-MEMORY_SHARE = 1 / 8  # of the memory that is free: so much may the rows take
+MEMORY_SHARE = 1 / 8  # of the memory that is free: so much may rows take that are trained on
 FORMER_SCHEMA = SCHEMA.remove(2)  # every row a record of its own
 SPLIT_STREAM = 0x5E7  # apart from the stream that orders the epochs
 
@@ -127,8 +127,8 @@ def _find_batches(content: memoryview) -> list[_Batch]:
 class PreparedRows:
     """The rows of a prepared directory, compared with the digest of what was written before any is used.
 
-    Rows that take little of the memory that is free are held there, so that nothing done to the file changes them any
-    more; of others nothing is held but what is asked for, and a file that changes is an error from then on.
+    Rows that take less than a share of the memory that is free are held there, so that nothing done to the file changes
+    them any more; of others nothing is held but what is asked for, and a file that changes is an error from then on.
 
     Attributes:
         directory: Where they are.
@@ -137,7 +137,7 @@ class PreparedRows:
         records: (rows,) int64, the number of the conversation or document that each row is of.
     """
 
-    def __init__(self, directory: Path | str, memory_share: float = MEMORY_SHARE) -> None:
+    def __init__(self, directory: Path | str, memory_share: float = 0.0) -> None:
         """Opens a directory; `memory_share` of the memory that is free may its rows take.
 
         Raises:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from qlora_cli.artifacts import SPARE_ROWS
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.data.dataset import PreparedRows, split_rows
+from qlora_cli.core.data.dataset import MEMORY_SHARE, PreparedRows, split_rows
 from qlora_cli.core.data.prepare import prepare_cached_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -69,9 +69,9 @@ def read_inputs(run: Run) -> RunInputs:
         if config.prepared is None:
             spare = run.output / SPARE_ROWS
             prepared = prepare_cached_rows(config, files.tokenizer, files.config, spare, run.report)
-            rows = PreparedRows(prepared.directory)
+            rows = PreparedRows(prepared.directory, MEMORY_SHARE)
         else:
-            rows = PreparedRows(config.prepared)
+            rows = PreparedRows(config.prepared, MEMORY_SHARE)
             tokenizer = rows.manifest["tokenizer"]
             if tokenizer["sha256"] != encoder_of(files.tokenizer).spec.sha256:
                 raise DataError(
