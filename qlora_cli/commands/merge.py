@@ -34,7 +34,7 @@ from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, Choice, choo
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.export.gguf import GgufFile, require_converter, write_gguf
 from qlora_cli.core.export.modelfile import MODELFILE, write_modelfile
-from qlora_cli.core.merge.base import Base, find_base
+from qlora_cli.core.merge.base import Base, find_base, with_biases
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
 from qlora_cli.core.merge.compare_models import Comparison
 from qlora_cli.core.merge.delta import check_finite, read_deltas
@@ -103,6 +103,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         base = find_base(source, config, report)
         fitted = stack.enter_context(fitted_adapter(adapter_directory, base.model))
         facts = read_adapter(fitted)
+        base = with_biases(base, facts, renamer(base.model))
         adapter = stack.enter_context(TensorFile(fitted / ADAPTER_WEIGHTS))
         check_finite(adapter)
         options = choose_options(config, base, choose_device())
@@ -112,7 +113,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         names = map_names((name for file in files for name in file.entries), base.model)
 
         def make_planner(options: MergeOptions) -> tuple[MergePlanner, MergePlan]:
-            planner = MergePlanner(files, names, base.model, deltas, adapter, options, base.stored)
+            planner = MergePlanner(files, names, base.model, deltas, adapter, options, base.stored, base.new_biases)
             return planner, planner.plan(keep_tied=keep_tied)
 
         plan = make_planner(options)[1]

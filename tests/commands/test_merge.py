@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
+from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import QuantizationSettings
 from tests.commands.merge_case import DEVICE, Case, logits_of, make_case
 from tests.conftest import ARCHITECTURES, write_model
@@ -66,6 +67,7 @@ SPECIAL = {
     "trained biases": ("phi", {"bias": "all"}),
     "trained biases of adapted modules": ("opt", {"bias": "lora_only"}),
     "biases of the adapter": ("phi", {"lora_bias": True}),
+    "biases of layers that have none": ("llama", {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]}),
     "head trained in full": ("llama", {"modules_to_save": ["lm_head"]}),
     "renamed head trained in full": ("gpt_neox", {"modules_to_save": ["lm_head"]}),
     "embeddings trained in full": ("llama", {"modules_to_save": ["embed_tokens"]}),
@@ -111,6 +113,13 @@ def test_special_cases_predict_the_same_once_merged(tiny_model, tmp_path, specia
         "tied, new tokens",
     )
     assert config.tie_word_embeddings == (base_tied and not apart)
+
+
+def test_biases_that_no_model_of_the_kind_has_are_refused_with_a_way(tiny_model, tmp_path) -> None:
+    case = make_case(tiny_model("gemma3"), tmp_path, lora_bias=True, target_modules=["gate_proj"])
+    with pytest.raises(AdapterError, match="have none in any gemma3_text model") as error:
+        case.merge()
+    assert "qlora generate --adapter" in error.value.hint and not case.output.exists()
 
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])

@@ -1,20 +1,23 @@
 """Base of a merge: found by its recorded or given name, and checked to be the one the adapter was trained on."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts
 from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.device import DTYPES
+from qlora_cli.core.merge.delta import biased_module
 from qlora_cli.core.merge.plan import main_dtype
 from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.identity import BaseIdentity, config_digest
-from qlora_cli.core.models.structure import build_empty
+from qlora_cli.core.models.structure import build_empty, config_with_biases
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import StoredFormat, stored_format
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import AdapterError, QloraError
 from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.settings.groups import ModelSettings, QuantizationSettings
 
@@ -28,6 +31,9 @@ class Base:
     identity: BaseIdentity  # with how it was quantised in training
     stored_dtype: torch.dtype  # of most of its weights
     stored: StoredFormat | None = None  # how it is stored, if not plain
+    # Biases that it lacks and the merged model has, by name in the model, and the settings that the latter needs.
+    new_biases: frozenset[str] = frozenset()
+    new_settings: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def packed(self) -> frozenset[str]:
@@ -74,6 +80,32 @@ def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) ->
         )
     empty = build_empty(files.config, trust_remote_code=settings.trust_remote_code)
     return Base(files, empty, files.identity(quantization, compute_dtype), stored, format_)
+
+
+def with_biases(base: Base, facts: AdapterFacts, rename: Callable[[str], tuple[str, bool]]) -> Base:
+    """The base with biases that an adapter adds to linear layers without any, where its architecture can have them.
+
+    Those that come with them, of layers to which the adapter adds none, are zeros.
+
+    Raises:
+        AdapterError: It cannot.
+    """
+    state = base.model.state_dict()
+    added = {name: rename(f"{module}.bias")[0] for name in facts.tensors if (module := biased_module(name))}
+    lacking = {parameter: name for name, parameter in added.items() if parameter not in state}
+    lacking = {p: n for p, n in lacking.items() if f"{p.removesuffix('.bias')}.weight" in state}
+    if not lacking:
+        return base
+    found = config_with_biases(base.files.config, set(lacking), trust_remote_code=base.files.trust_remote_code)
+    if found is None:
+        first = next(iter(lacking.values()))
+        raise AdapterError(
+            f"The adapter adds biases to {len(lacking)} layers that have none in any {base.files.config.model_type} "
+            f"model, first {first}.",
+            "Use it unmerged, with qlora generate --adapter, or train it anew without lora_bias.",
+        )
+    settings, model = found
+    return replace(base, model=model, new_biases=frozenset(model.state_dict()) - set(state), new_settings=settings)
 
 
 def _is_original_of(files: ModelFiles, source: AdapterRecord, settings: ModelSettings) -> bool:

@@ -45,6 +45,7 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
             section["vocab_size"] = plan.vocabulary
         if plan.untied and (section.get("tie_word_embeddings") is not None or section is config):
             section["tie_word_embeddings"] = False
+    (text_config if isinstance(text_config, dict) else config).update(base.new_settings)
     if "torch_dtype" not in config:
         config["dtype"] = dtype_name(options.dtype)
     if options.pack:

@@ -102,12 +102,6 @@ def read_deltas(
             update["token_indices"] = _token_indices(facts.config, module)
         embedding = isinstance(model.get_submodule(module), nn.Embedding)
         deltas[parameter] = replace(deltas.get(parameter, WeightDelta(embedding=embedding)), **update)
-    if unknown and all(name.endswith("lora_B.bias") for name in unknown):
-        raise AdapterError(
-            f"The adapter adds biases to {len(unknown)} layers that have none in this {model.config.model_type} base, "
-            f"first {unknown[0]}.",
-            "Use the adapter unmerged.",
-        )
     if unknown:
         raise AdapterError(
             f"{len(unknown)} of the adapter's tensors belong to no module of this {model.config.model_type} base, "
@@ -116,6 +110,12 @@ def read_deltas(
         )
     _check_shapes(facts, model, deltas)
     return deltas
+
+
+def biased_module(name: str) -> str | None:
+    """The module to whose output a tensor of an adapter adds a bias; None for any other tensor."""
+    match = PART.fullmatch(name.removeprefix(PREFIX))
+    return match["module"] if match and match.lastgroup == "bias" else None
 
 
 def _refuse_other_kinds(config: Mapping[str, Any]) -> None:

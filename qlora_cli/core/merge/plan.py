@@ -1,7 +1,7 @@
 """Plan of a merged checkpoint: for each of its files the header, and the tasks that compute its tensors."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -110,6 +110,7 @@ class MergePlanner:
     adapter: TensorFile
     options: MergeOptions
     stored: StoredFormat | None = None  # how the base is stored, if not plain
+    new_biases: Collection[str] = ()  # that the base lacks, by name in the model
 
     def __post_init__(self) -> None:
         skipped = self.stored.skipped if self.stored else ()
@@ -135,13 +136,22 @@ class MergePlanner:
         self.names = {**self.names, **tying.borrowed}
         self.deltas = tying.deltas
         self._check_sources()
+        # Parameter → its layer's weight in the checkpoint, and what it is called there.
+        weights = {bias: self.names[bias.removesuffix("bias") + "weight"] for bias in sorted(self.new_biases)}
+        new_biases = {bias: (weight, weight.removesuffix("weight") + "bias") for bias, weight in weights.items()}
         outputs, restored = [], 0
         for file in self.files:
             wanted = [(name, parameter_of.get(name, "")) for name in file.entries]
             wanted += [(new, new) for new, source in tying.borrowed.items() if source in file.entries]
+            wanted += [(bias, name) for name, (weight, bias) in new_biases.items() if weight in file.entries]
             tensors: list[TensorSpec] = []
             tasks: list[MergeTask] = []
             for output_name, parameter in wanted:
+                if parameter in self.new_biases:
+                    spec, made_anew = self._plan_new_bias(output_name, parameter)
+                    tensors.append(spec)
+                    tasks.append(made_anew)
+                    continue
                 if (task := self._plan_experts(output_name)) is not None:
                     tensors.append((output_name, self.options.dtype, file.entries[output_name].shape))
                     tasks.append(task)
@@ -158,7 +168,7 @@ class MergePlanner:
     def _check_sources(self) -> None:
         needed = set(self.deltas) | (self.linears if self.options.restore or self.options.pack else set())
         stacks = set(self.experts.stacks) if self.options.restore else set(self.experts.stacks) & needed
-        needed -= stacks
+        needed -= stacks | set(self.new_biases)
         missing = sorted(name for name in needed if name not in self.names)
         missing += sorted(stacks - self.experts.names)
         if missing:
@@ -253,6 +263,17 @@ class MergePlanner:
             if dtype != source.dtype:
                 buffer = _rounded(buffer.view(source.dtype), dtype, source.name)
             yield name, buffer
+
+    def _plan_new_bias(self, name: str, parameter: str) -> tuple[TensorSpec, MergeTask]:
+        """A bias that the base lacks: what the adapter adds to its layer, or zeros."""
+        shape, dtype = tuple(self.model.get_parameter(parameter).shape), self.options.dtype
+        delta = self.deltas.get(parameter, WeightDelta())
+
+        def run() -> Iterator[TensorChunk]:
+            added = self.adapter.read(delta.added).float() if delta.added else torch.zeros(shape)
+            yield name, _rounded(delta.scaling * added, dtype, name)
+
+        return (name, dtype, shape), MergeTask(16 * prod(shape), run)
 
     def _merge_bias(
         self, file: TensorFile, source: TensorEntry, name: str, delta: WeightDelta, dtype: torch.dtype

@@ -1,6 +1,7 @@
 """Structure of a model: its class, built without weights, its language model, linear layers and output head by name."""
 
 import copy
+from collections.abc import Iterable, Set
 from functools import cache
 from itertools import accumulate
 from typing import Any, NoReturn
@@ -121,6 +122,39 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, wh
             f"{config.model_type} is no causal language model that can be built here: {first_line(error)}",
             "Give --model a decoder such as llama, gpt_neox, falcon, mistral, qwen3 or gemma3.",
         ) from error
+
+
+def config_with_biases(
+    config: PreTrainedConfig, wanted: Set[str], *, trust_remote_code: bool = False
+) -> tuple[dict[str, bool], PreTrainedModel] | None:
+    """Settings under which linear layers have the biases that they lack, and the model on the meta device with them.
+
+    Tried out are the configuration's own settings that are named after biases and are off.
+
+    Args:
+        config: Of a model without them.
+        wanted: Their names in the model.
+
+    Returns:
+        The settings, and the model, which may have more biases than wanted, and is the same else; None where there are
+        no such settings.
+    """
+
+    def build(settings: Iterable[str]) -> PreTrainedModel:
+        changed = copy.deepcopy(config)
+        for name in settings:
+            setattr(changed.get_text_config(decoder=True), name, True)
+        return build_empty(changed, trust_remote_code=trust_remote_code)
+
+    before = set(build(()).state_dict())
+    chosen = []
+    for name, value in config.get_text_config(decoder=True).to_dict().items():
+        if "bias" in name and value is False and wanted & (set(build([name]).state_dict()) - before):
+            chosen.append(name)
+    model = build(chosen)
+    new = set(model.state_dict()) - before
+    plain = all(n.endswith(".bias") and isinstance(model.get_submodule(n[:-5]), nn.Linear) for n in new)
+    return (dict.fromkeys(chosen, True), model) if wanted <= new and plain else None
 
 
 def find_decoder(base: Any) -> Any:
