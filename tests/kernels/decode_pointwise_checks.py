@@ -26,6 +26,17 @@ def test_normalises_as_the_module_does(kind, dtype):
     torch.testing.assert_close(found, module(x), atol=1e-6 if dtype == torch.float32 else 1e-3, rtol=2e-3)
 
 
+def test_norms_of_heads_read_them_where_they_are_in_wider_rows():
+    wide = torch.randn(3, 500, device=DEVICE)
+    heads = wide[:, 60:260].reshape(3, 1, 200).view(3, 1, 4, 50)
+    assert heads.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr()
+    weight = torch.rand(50, device=DEVICE)
+    expected = torch.nn.functional.rms_norm(heads, (50,), weight, 1e-5)
+    for x in (heads, heads.transpose(0, 2)):  # the latter has no two strides
+        found = rms_norm(x, weight, 1e-5)
+        torch.testing.assert_close(found, expected if x is heads else expected.transpose(0, 2), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_centres_as_the_module_does(bias, dtype):

@@ -18,7 +18,9 @@ def _normalise(
     x,
     weight,
     out,
+    x_group,
     x_row,
+    group,
     epsilon,
     offset,
     SIZE: tl.constexpr,
@@ -28,7 +30,8 @@ def _normalise(
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SIZE_ROOM)
     used = place < SIZE
-    values = tl.load(x + row * x_row + place, mask=used, other=0.0).to(tl.float32)
+    start = (row // group) * x_group + (row % group) * x_row
+    values = tl.load(x + start + place, mask=used, other=0.0).to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
     factor = tl.load(weight + place, mask=used, other=0.0)
     if ROUND_FIRST:
@@ -43,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
     """x / sqrt(mean(x²) + epsilon), times (weight + offset) (https://arxiv.org/abs/1910.07467).
 
     Args:
-        x: (..., size), a view whose last dimension is contiguous and whose others are one row after another.
+        x: (..., size), a view whose last dimension is contiguous; heads that are a part of a wider row are read in place.
         weight: (size,) in the dtype of x.
         epsilon: Added to the mean square.
         offset: 1 where weights are stored as their distance from 1, as in gemma.
@@ -52,14 +55,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
     Returns:
         (..., size), contiguous, in the dtype of x.
     """
-    flat, out = x.reshape(-1, x.shape[-1]), x.new_empty(x.shape)
-    rows, size = flat.shape
+    size, out = x.shape[-1], x.new_empty(x.shape)
+    x, group = _grouped(x)
     with torch.cuda.device_of(x):
-        _normalise[(rows,)](
-            flat,
+        _normalise[(out.numel() // size,)](
+            x,
             weight,
             out,
-            flat.stride(0),
+            x.stride(0),
+            x.stride(1),
+            group,
             epsilon,
             offset,
             SIZE=size,
@@ -68,6 +73,17 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
             num_warps=_warps(size),
         )
     return out
+
+
+def _grouped(x: Tensor) -> tuple[Tensor, int]:
+    """Rows of x as (groups, rows of a group, size), without a copy where strides allow it, and the rows of a group."""
+    size = x.shape[-1]
+    for group in (x.numel() // size, x.shape[-2] if x.dim() > 1 else 1):
+        try:
+            return x.view(-1, group, size), group
+        except RuntimeError:  # not with these strides
+            continue
+    return x.reshape(1, -1, size), x.numel() // size
 
 
 @triton.jit

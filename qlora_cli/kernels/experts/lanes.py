@@ -47,7 +47,7 @@ class LaneTiling(NamedTuple):
 
 
 # Two tiles share what they read of the rows; one spreads the little work of a token or two over more programs.
-LANES, WIDE_LANES = LaneTiling(1, 4, 6, 80), LaneTiling(2, 4, 4)
+LANES, WIDE_LANES = LaneTiling(1, 4, 6, 80), LaneTiling(2, 2, 6, 168, ahead=True)
 FEWEST = 16  # rows up to which the former is the faster one
 
 
