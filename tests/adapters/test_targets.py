@@ -126,7 +126,9 @@ def test_what_matches_nothing_or_says_nothing_is_one_sentence(llama, wrong):
 
 def test_a_layer_that_is_read_and_not_called_is_left_out_and_refused_by_name():
     mixer = build_empty(transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=4))
-    assert find_targets(mixer, LoraSettings()) == ["backbone.layers.0.mixer.in_proj"]
+    assert find_targets(mixer, LoraSettings()) == [f"backbone.layers.0.mixer.{name}" for name in ("in_proj", "x_proj")]
+    with pytest.raises(AdapterError, match="out_proj takes no adapter"):
+        find_targets(mixer, LoraSettings(target_modules=("out_proj",)))
     with pytest.raises(AdapterError, match="dt_proj takes no adapter"):
         find_targets(mixer, LoraSettings(target_modules=("in_proj", "dt_proj")))
 

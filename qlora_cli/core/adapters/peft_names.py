@@ -14,6 +14,7 @@ import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbyte
 
 # isort: split
 from peft import LoraConfig
+from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion as conversion
@@ -50,6 +51,17 @@ def changes_name(model: Any, name: str) -> bool:
     except ValueError:  # one of two that are one parameter now
         return True
     return set(config.target_modules or ()) != {name}
+
+
+def refuses_target(model: Any, name: str) -> bool:
+    """Whether PEFT refuses to adapt a module of this name: some of mixers whose weight a kernel may read raw."""
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    try:
+        if check is not None:
+            check(LoraConfig(target_modules=[name]), model, name)
+    except ValueError:
+        return True
+    return False
 
 
 def stored_config(config: Any, model: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.core.adapters.peft_names import refuses_target
 from qlora_cli.core.experts.layout import expert_weights, find_experts
 from qlora_cli.core.models.quantization import is_4bit
 from qlora_cli.core.models.raw_weights import read_raw
@@ -23,8 +24,8 @@ LISTED = 12  # names in an error
 def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
     """Full names of the modules to adapt: those asked for, or every linear layer but the head, without those excluded.
 
-    By default a layer is left out whose weight is read without calling it (`read_raw`), or that does more than a linear
-    layer does, as some routers.
+    By default a layer is left out whose weight is read without calling it (`read_raw`), that does more than a linear
+    layer does, as some routers, or that PEFT refuses.
 
     Raises:
         AdapterError: A name matches no module that an adapter can be attached to, or nothing is left.
@@ -33,6 +34,7 @@ def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
     raw = read_raw(model)
     beside = tuple(f"{name}." for name in tower_names(model))
     default = [name for name in linears if not name.startswith(beside) and _is_linear(model.get_submodule(name))]
+    default = [name for name in default if not refuses_target(model, name.rpartition(".")[2])]
     if lora.target_modules is None:
         found = default
     else:
@@ -48,8 +50,8 @@ def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
         odd = [name for name in found if name not in default and name not in others]
         if odd:
             raise AdapterError(
-                f"{odd[0]} takes no adapter: its weight is read without calling it, or it does more than a linear "
-                "layer.",
+                f"{odd[0]} takes no adapter: its weight is read without calling it, it does more than a linear layer, or "
+                "PEFT refuses it.",
                 f"Leave it out, or use --target-modules {ALL_LINEAR}, which does.",
             )
     if lora.exclude_modules:

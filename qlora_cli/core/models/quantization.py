@@ -11,6 +11,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 
 from qlora_cli.core.bnb import Bnb4BitHfQuantizer
 from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.models.raw_weights import call_layers
 
 BLOCK_SIZE = 64  # weights a quantisation constant covers
 NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quantisation)
@@ -72,8 +73,10 @@ def restored_linear(
 
 
 def freeze_base(base: Any) -> PreTrainedModel:
-    """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no CPU repacking of the packed weights."""
+    """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no CPU repacking of the packed weights, which
+    are reached by calling their layers."""
     base.requires_grad_(False).eval()
+    call_layers(base)
     base.config.use_cache = False
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):

@@ -1,7 +1,9 @@
 """Linear layers whose weight a model reads without calling them: neither packed weights nor adapters take part there.
 
 Mixers of state-space models hand `self.out_proj.weight` to a fused kernel, or compute `self.dt_proj.weight @ x`; which
-ones is read from the classes' own source, so that it holds for code paths that are not taken on this machine too.
+ones is read from the classes' own source, so that it holds for code paths that are not taken on this machine too. Where
+`self.training` decides nothing in a class but whether that kernel is tried, its modules are held in evaluation
+(`call_layers`): the layer is then called, and may be packed and adapted.
 """
 
 import ast
@@ -28,9 +30,56 @@ def read_raw(model: nn.Module) -> set[str]:
             continue
         linears = {child for child, part in module.named_children() if isinstance(part, nn.Linear)}
         reads = [read for kind in type(module).__mro__ if linears for read in _reads_of(kind)]
-        raw = {child for child, guards in reads if child in linears and all(_may_be(*g, module) for g in guards)}
+        held = _can_be_held(type(module))
+        raw = {c for c, guards in reads if c in linears and all(_may_be(*g, module, held) for g in guards)}
         found |= {f"{name}.{child}" if name else child for child in raw}
     return found
+
+
+def call_layers(model: nn.Module) -> None:
+    """Holds in evaluation the modules that would give the weights of linear layers away in training only.
+
+    Whatever else they do is the same in both. Their children are in training with the rest of the model.
+    """
+    for module in model.modules():
+        if _can_be_held(type(module)):
+            module.__class__ = _held_class(type(module))
+
+
+@cache
+def _held_class(kind: type) -> type:
+    if isinstance(inspect.getattr_static(kind, "training", None), property):
+        return kind
+    held = property(lambda self: False, lambda self, mode: None)
+    # Source and names are the class's own: transformers goes by them.
+    own = {"training": held, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), own)
+
+
+def _can_be_held(kind: type) -> bool:
+    """Whether training changes nothing in a class of transformers but that weights are read raw."""
+    if not kind.__module__.startswith("transformers.models."):
+        return False
+    return kind.__qualname__ in _classes_by_training(kind.__module__)
+
+
+@cache
+def _classes_by_training(module: str) -> frozenset[str]:
+    """Classes in which `self.training` stands in conditions before raw reads, as what has to be so, and nowhere else."""
+    found = set()
+    for node in _classes_in(module):
+        conditions = [n for n in ast.walk(node) if isinstance(n, ast.If) and _needs_training(n.test) and not n.orelse]
+        deciding = [n for n in conditions if any(_reads_in(n.body, ()))]
+        uses = sum(_of_self(n) == "training" for n in ast.walk(node))
+        if deciding and uses == sum(_of_self(n) == "training" for c in deciding for n in ast.walk(c)):
+            found.add(node.name)
+    return frozenset(found)
+
+
+def _needs_training(test: ast.expr) -> bool:
+    """Whether a condition is `self.training`, or that and others."""
+    parts = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+    return any(_of_self(part) == "training" for part in parts)
 
 
 Guard = tuple[ast.expr, bool]  # a condition, and what it has to be
@@ -44,14 +93,19 @@ def _reads_of(kind: type) -> list[Read]:
 @cache
 def _reads_by_class(module: str) -> dict[str, list[Read]]:
     """What the methods of each class in a module of code read; {} where there is no source."""
+    return {node.name: list(_reads_in(_methods(node), ())) for node in _classes_in(module)}
+
+
+@cache
+def _classes_in(module: str) -> tuple[ast.ClassDef, ...]:
+    """Of a module that reads weights at all."""
     try:
         source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError, KeyError):
-        return {}
+        return ()
     if ".weight" not in source:
-        return {}
-    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
-    return {node.name: list(_reads_in(_methods(node), ())) for node in classes}
+        return ()
+    return tuple(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
 
 
 def _methods(kind: ast.ClassDef) -> list[ast.FunctionDef]:
@@ -80,8 +134,10 @@ def _of_self(node: ast.AST) -> str | None:
     return None
 
 
-def _may_be(test: ast.expr, wanted: bool, module: nn.Module) -> bool:
+def _may_be(test: ast.expr, wanted: bool, module: nn.Module, held: bool) -> bool:
     """Whether a condition can come out so: where only settings of the module stand in it, whether it does."""
+    if held and wanted and _needs_training(test):
+        return False
     values: list[ast.AST] = [test]
     while values:
         node = values.pop()

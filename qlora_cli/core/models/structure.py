@@ -19,7 +19,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.models.files import context_length
-from qlora_cli.core.models.raw_weights import read_raw
+from qlora_cli.core.models.raw_weights import call_layers, read_raw
 from qlora_cli.errors import ModelError, first_line
 
 # Subclasses of nn.Linear whose forward is that of nn.Linear in other words; transformers leaves them in 16 bits.
@@ -116,12 +116,14 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, wh
         options = {} if built is not AutoModelForCausalLM else {"trust_remote_code": trust_remote_code}
         # In float32: PyTorch makes no complex numbers, which some rotary embeddings are, of 16-bit ones.
         with torch.device("meta"):
-            return from_config(copy.deepcopy(config), dtype=torch.float32, **options)
+            model = from_config(copy.deepcopy(config), dtype=torch.float32, **options)
     except Exception as error:  # a configuration can break any line of a model's constructor
         raise ModelError(
             f"{config.model_type} is no causal language model that can be built here: {first_line(error)}",
             "Give --model a decoder such as llama, gpt_neox, falcon, mistral, qwen3 or gemma3.",
         ) from error
+    call_layers(model)
+    return model
 
 
 def config_with_biases(
