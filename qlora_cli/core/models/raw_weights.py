@@ -42,8 +42,9 @@ def call_layers(model: nn.Module) -> None:
     Whatever else they do is the same in both. Their children are in training with the rest of the model.
     """
     for module in model.modules():
-        if _can_be_held(type(module)):
-            module.__class__ = _held_class(type(module))
+        kind: Any = type(module)
+        if _can_be_held(kind):
+            module.__class__ = _held_class(kind)
 
 
 @cache
