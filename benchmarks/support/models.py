@@ -62,6 +62,21 @@ CONFIGS = {
             "new_decoder_architecture": False,
         },
     ),
+    "gemma2-9b": (
+        "Gemma2Config",
+        {
+            "vocab_size": 256000,
+            "hidden_size": 3584,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "intermediate_size": 14336,
+            "sliding_window": 4096,
+            "max_position_embeddings": 8192,
+        },
+    ),
     "qwen3-30b-a3b": (
         "Qwen3MoeConfig",
         {

@@ -1,5 +1,5 @@
 """Packed (variable-length) attention: causal attention within each of the rows that a pack holds end to end, also with
-sinks.
+sinks, and with scores that are capped.
 
 On CUDA, rows of unequal lengths go through one opaque op: torch's variable-length flash attention, or a kernel of our
 own where no row is long. Rows of one length go through cuDNN's attention, the fastest on Hopper, which knows no
@@ -14,14 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_cli.kernels.sink_attention import add_sinks, chunked_sink_attention, sink_gradient
+from qlora_cli.kernels.sink_attention import add_sinks, chunked_attention, sink_gradient
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not beside a CPU-only torch
 if _HAS_TRITON:
-    from qlora_cli.kernels.triton import short_attention
+    from qlora_cli.kernels.triton import capped_attention, short_attention
 
 _aten = torch.ops.aten
 CUDNN_HEAD_SIZES = frozenset({64, 96, 128})
+
+
+def takes_caps(size: int) -> bool:
+    """Whether scores of heads of this size may be capped on a card."""
+    return _HAS_TRITON and size <= capped_attention.LARGEST_HEAD
 
 
 def is_short(longest: int) -> bool:
@@ -39,7 +44,11 @@ def _attention_op(
     longest: int,
     scale: float,
     window: int | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor]:
+    if cap is not None:
+        out, lse = capped_attention.attend(query, key, value, boundaries, longest, scale, window, cap)
+        return out, (lse if sinks is None else add_sinks(out, lse, sinks)).flatten()
     if short_attention.covers(query, key, value, longest, window):
         out, lse = short_attention.attend(query, key, value, boundaries, longest, scale)
         return out, (lse if sinks is None else add_sinks(out, lse, sinks)).flatten()
@@ -72,6 +81,7 @@ def _(
     longest: int,
     scale: float,
     window: int | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.float32)
@@ -90,8 +100,12 @@ def _attention_backward_op(
     longest: int,
     scale: float,
     window: int | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, heads, _ = query.shape
+    if cap is not None:
+        saved = (query, key, value, out, lse.view(heads, tokens), boundaries)
+        return capped_attention.attend_backward(grad, *saved, longest, scale, window, cap)
     if short_attention.covers(query, key, value, longest, window):
         return short_attention.attend_backward(grad, query, key, value, out, lse, boundaries, longest, scale)
     grads = _aten._flash_attention_backward(
@@ -135,7 +149,7 @@ def _differentiate(ctx, grad: Tensor, *_: Tensor) -> tuple:
     if sinks is not None and ctx.needs_input_grad[3]:
         query, _, _, out, lse, _ = saved
         of_sinks = sink_gradient(grad, out, lse.view(query.shape[1], query.shape[0]), sinks)
-    return (*grads, of_sinks, None, None, None, None)
+    return (*grads, of_sinks, None, None, None, None, None)
 
 
 _attention_op.register_autograd(_differentiate, setup_context=_save)
@@ -186,6 +200,7 @@ def packed_attention(
     scale: float,
     window: int | None,
     sinks: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Causal attention within each row of a pack, differentiable.
 
@@ -198,6 +213,7 @@ def packed_attention(
         scale: Factor on the scores.
         window: A token sees itself and the window - 1 tokens before it; None for all.
         sinks: (heads,), a score each head gives to nothing; None for no sinks.
+        cap: Scores become cap * tanh(score / cap); None for none.
 
     Returns:
         (tokens, heads, size).
@@ -205,13 +221,13 @@ def packed_attention(
     if query.is_cuda or torch.compiler.is_compiling():
         # Flash gives its results the layout of its inputs: token by token, what follows needs no copy.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        return torch.ops.qlora.packed_attention(query, key, value, sinks, boundaries, longest, scale, window)[0]
+        return torch.ops.qlora.packed_attention(query, key, value, sinks, boundaries, longest, scale, window, cap)[0]
     groups = query.shape[1] // key.shape[1]
-    if sinks is not None:
+    if sinks is not None or cap is not None:
         parts = []
         for start, end in pairwise(boundaries.tolist()):
             q, k, v = (t[None, start:end].transpose(1, 2) for t in (query, key, value))  # (1, heads, length, size)
-            parts.append(chunked_sink_attention(q, k, v, sinks, scale=scale, window=window))
+            parts.append(chunked_attention(q, k, v, sinks, scale=scale, window=window, cap=cap))
         return torch.cat([part[0].transpose(0, 1) for part in parts])
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))  # a key for each head

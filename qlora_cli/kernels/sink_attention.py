@@ -1,4 +1,5 @@
-"""Attention with sinks over chunks of queries: a learned score for each head that takes weight and gives nothing.
+"""Attention over chunks of queries, with what SDPA does not know: sinks, a learned score for each head that takes weight
+and gives nothing, and scores that are capped.
 
 softmax over the scores s and the sink z is softmax(s) * exp(lse(s) - lse(s, z)), arXiv:2309.17453 and gpt-oss. So any
 attention that gives its log-sum-exp becomes one with sinks by a factor a query and head (`add_sinks`); and its backward
@@ -54,12 +55,22 @@ def _chunks(ctx: Any, query: Tensor, key: Tensor) -> list[tuple[int, int, int, i
     return found
 
 
-def _scores(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, chunk: tuple[int, int, int, int]) -> Tensor:
-    """Scores of one chunk, (rows, key heads, groups, queries, keys), float32 or wider, -inf where nothing is seen."""
+def _all_scores(ctx: Any, query: Tensor, key: Tensor, chunk: tuple[int, int, int, int]) -> Tensor:
+    """Scores of one chunk, (rows, key heads, groups, queries, keys), float32 or wider, capped."""
     start, end, since, until = chunk
     grouped = query[:, :, start:end].unflatten(1, (key.shape[1], -1))  # (rows, key heads, groups, queries, size)
     scores = grouped.flatten(2, 3) @ key[:, :, since:until].transpose(2, 3)
     scores = scores.unflatten(2, grouped.shape[2:4]).to(torch.promote_types(query.dtype, torch.float32)) * ctx.scale
+    if ctx.cap is not None:
+        scores = scores.div_(ctx.cap).tanh_().mul_(ctx.cap)
+    return scores
+
+
+def _hide(
+    ctx: Any, scores: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, chunk: tuple[int, int, int, int]
+) -> Tensor:
+    """The scores, in place, -inf where nothing is seen."""
+    start, end, since, until = chunk
     if mask is not None:
         part = mask[:, :, start:end, since:until]
         part = part.unflatten(1, (key.shape[1], -1)) if part.shape[1] > 1 else part[:, :, None]
@@ -71,29 +82,32 @@ def _scores(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, chunk: tu
     return scores.masked_fill_((distance < 0) | (distance >= ctx.window), float("-inf"))
 
 
-class _SinkAttention(torch.autograd.Function):
+class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        sinks: Tensor,
+        sinks: Tensor | None,
         mask: Tensor | None,
         scale: float,
         window: int,
+        cap: float | None,
         chunk_bytes: int,
     ) -> Tensor:
-        ctx.scale, ctx.window, ctx.chunk_bytes = scale, window, chunk_bytes
+        ctx.scale, ctx.window, ctx.cap, ctx.chunk_bytes = scale, window, cap, chunk_bytes
         rows, heads, queries = query.shape[:3]
         exact = torch.promote_types(query.dtype, torch.float32)
         out = query.new_empty(rows, heads, queries, value.shape[3])
         lse = query.new_empty(rows, heads, queries, dtype=exact)
-        sink = sinks.to(exact).view(key.shape[1], -1, 1)  # (key heads, groups, 1)
+        sink = None if sinks is None else sinks.to(exact).view(key.shape[1], -1, 1)  # (key heads, groups, 1)
         for chunk in _chunks(ctx, query, key):
             start, end, since, until = chunk
-            scores = _scores(ctx, query, key, mask, chunk)
-            sums = torch.logaddexp(scores.logsumexp(-1), sink)  # the sink counts too, so never -inf
+            scores = _hide(ctx, _all_scores(ctx, query, key, chunk), query, key, mask, chunk)
+            sums = scores.logsumexp(-1)
+            # A query that sees nothing has no weights: with a sink its sum is never -inf.
+            sums = sums.masked_fill_(sums == float("-inf"), 0.0) if sink is None else torch.logaddexp(sums, sink)
             weights = scores.sub_(sums[..., None]).exp_().to(value.dtype)
             mixed = weights.flatten(2, 3) @ value[:, :, since:until]
             out[:, :, start:end] = mixed.unflatten(2, weights.shape[2:4]).flatten(1, 2)
@@ -112,43 +126,49 @@ class _SinkAttention(torch.autograd.Function):
         for chunk in _chunks(ctx, query, key):
             start, end, since, until = chunk
             sums = lse[:, :, start:end].unflatten(1, groups)[..., None]
-            weights = _scores(ctx, query, key, mask, chunk).sub_(sums).exp_()
+            scores = _all_scores(ctx, query, key, chunk)
+            slope_of_cap = None if ctx.cap is None else 1 - (scores / ctx.cap).square_()
+            weights = _hide(ctx, scores, query, key, mask, chunk).sub_(sums).exp_()
             g = grad[:, :, start:end].unflatten(1, groups)
             slope = (g.flatten(2, 3) @ value[:, :, since:until].transpose(2, 3)).unflatten(2, g.shape[2:4]).to(exact)
             slope.sub_(share[:, :, start:end].unflatten(1, groups)[..., None]).mul_(weights).mul_(ctx.scale)
+            if slope_of_cap is not None:
+                slope.mul_(slope_of_cap)
             of_value[:, :, since:until] += weights.to(g.dtype).flatten(2, 3).transpose(2, 3) @ g.flatten(2, 3)
             flat = slope.to(query.dtype).flatten(2, 3)
             of_query[:, :, start:end] = (flat @ key[:, :, since:until]).unflatten(2, g.shape[2:4]).flatten(1, 2)
             q = query[:, :, start:end].unflatten(1, groups).flatten(2, 3)
             of_key[:, :, since:until] += flat.transpose(2, 3) @ q
         of_sinks = None
-        if ctx.needs_input_grad[3]:
+        if sinks is not None and ctx.needs_input_grad[3]:
             of_sinks = -((sinks.to(exact)[:, None] - lse).exp() * share).sum((0, 2)).to(sinks.dtype)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_sinks, None, None, None, None
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_sinks, None, None, None, None, None
 
 
-def chunked_sink_attention(
+def chunked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sinks: Tensor,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     mask: Tensor | None = None,
     window: int | None = None,
+    cap: float | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """Attention with sinks, differentiable in its first four arguments; memory grows with one chunk of queries.
+    """Attention, differentiable in its first four arguments; memory grows with one chunk of queries.
 
     Args:
         query: (rows, heads, queries, size), the last of as many positions as there are keys; any floating type.
         key: (rows, key heads, keys, size); heads is a multiple of key heads.
         value: (rows, key heads, keys, value size).
-        sinks: (heads,).
+        sinks: (heads,), or None.
         scale: Factor on the scores, not on the sinks.
         mask: (rows or 1, heads or 1, queries, keys): booleans, True where a key is seen, or numbers to add to the
             scores. None for causal attention. A query that sees nothing gets zeros.
         window: Without a mask, a token sees itself and the window - 1 before it; None for all.
+        cap: Scores become cap * tanh(score / cap) before the mask and beside the sinks; None for none.
         chunk_bytes: Of one chunk's scores in float32; a few times as much is in use at once.
 
     Returns:
@@ -156,4 +176,4 @@ def chunked_sink_attention(
     """
     # 0 stands for whatever the mask shows; without a window a causal query sees at most all keys.
     seen = 0 if mask is not None else window or key.shape[2]
-    return _SinkAttention.apply(query, key, value, sinks, mask, scale, seen, chunk_bytes)
+    return _ChunkedAttention.apply(query, key, value, sinks, mask, scale, seen, cap, chunk_bytes)

@@ -17,7 +17,7 @@ from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSe
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")
-PADDED = {"bloom", "gemma2"}  # outside the attention interface; soft-capped scores
+PADDED = {"bloom"}  # outside the attention interface
 
 
 def adapted(load_tiny, architecture, *, rank=4, **arguments):

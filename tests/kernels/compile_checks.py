@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 from qlora_cli.kernels.decode import attention as decode_attention
 from qlora_cli.kernels.decode import gemv_lanes, gemv_programs
 from qlora_cli.kernels.decode import pointwise as decode_pointwise
-from qlora_cli.kernels.triton import dropout, gated_tiles, low_rank, short_attention, thin_products
+from qlora_cli.kernels.triton import capped_attention, dropout, gated_tiles, low_rank, short_attention, thin_products
 
 POINTERS = {
     "packed": "*i32",
@@ -21,13 +21,14 @@ POINTERS = {
     "seed": "*i64",
     "boundaries": "*i32",
     "lse": "*fp32",
+    "delta": "*fp32",
     **dict.fromkeys(("code", "nested_absmax", "nested_code", "nested_offset", "projected", "scaling"), "*fp32"),
     **dict.fromkeys(("parts_out", "highest", "weight", "by_right", "by_left", "left_out"), "*fp32"),
 }
-FLOATS = {"scale", "softcap", "epsilon", "offset", "rate"}
+FLOATS = {"scale", "softcap", "cap", "epsilon", "offset", "rate"}
 NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
-NUMBERS |= {"cos_row", "x_heads", "y_heads", "row_blocks", "units", "size"}
+NUMBERS |= {"cos_row", "x_group", "group", "x_heads", "y_heads", "row_blocks", "units", "size"}
 NUMBERS |= {"right_parts", "left_parts", "right_elements", "left_elements"}
 NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "ROOM": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
@@ -73,6 +74,10 @@ CASES = [
     (gated_tiles._gate_tile, {"KIND": "gelu", "RANK": 64, **GATE_TILE}, 4),
     (short_attention._attend, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
     (short_attention._attend_backward, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
+    (capped_attention._attend, {"SIZE": 256, "QUERIES": 64, "KEYS": 32}, 4),
+    (capped_attention._of_keys, {"SIZE": 256, "QUERIES": 32, "KEYS": 32}, 8),
+    (capped_attention._of_queries, {"SIZE": 256, "QUERIES": 32, "KEYS": 32}, 8),
+    (capped_attention._dot, {"SIZE": 256, "ROWS": 32}, 4),
 ]
 SMALLEST_SHARED = 99 * 1024  # bytes a program may have on the consumer cards from Ampere on
 
@@ -102,7 +107,7 @@ def test_compiles_for_hopper(kernel, constants, warps):
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
     options = {"num_warps": warps}
-    if kernel in (short_attention._attend, short_attention._attend_backward):
+    if kernel.fn.__module__ in (short_attention.__name__, capped_attention.__name__):
         options["num_stages"] = 1  # as they are launched
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert built.asm["cubin"]

@@ -32,6 +32,7 @@ def packed_attention(
     scale: float,
     window: int | None,
     sinks: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Causal attention within each row of a pack, by materialised scores.
 
@@ -43,6 +44,7 @@ def packed_attention(
         scale: Factor on the scores.
         window: A token sees itself and the window - 1 tokens before it; None for all.
         sinks: (heads,), one more score of each query, of which nothing comes; None for none.
+        cap: Scores become cap * tanh(score / cap); None for none.
 
     Returns:
         (tokens, heads, size).
@@ -52,6 +54,7 @@ def packed_attention(
     rows = []
     for start, end in pairwise(boundaries):
         scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * scale
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         scores = scores.masked_fill(~seen.to(scores.device), float("-inf"))

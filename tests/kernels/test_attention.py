@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_cli.kernels.attention import equal_rows_attention, packed_attention
-from qlora_cli.kernels.sink_attention import chunked_sink_attention
+from qlora_cli.kernels.sink_attention import chunked_attention
 from tests.engine import cpu_attention  # noqa: F401  (the op on the CPU)
 from tests.kernels import reference
 
@@ -23,16 +23,16 @@ def inputs(lengths, heads, key_heads, size, device, dtype, sinks=False):
     return tensors, [0, *accumulate(lengths)]
 
 
-def check(lengths, window, heads, key_heads, size, device, dtype, attend=packed_attention, sinks=False):
+def check(lengths, window, heads, key_heads, size, device, dtype, attend=packed_attention, sinks=False, cap=None):
     tensors, boundaries = inputs(lengths, heads, key_heads, size, device, dtype, sinks)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    out = attend(*tensors[:3], cu_seqlens, max(lengths), 0.3, window, *tensors[3:])
+    out = attend(*tensors[:3], cu_seqlens, max(lengths), 0.3, window, tensors[3] if sinks else None, cap)
     grad = torch.randn_like(out)
     got = (out, *torch.autograd.grad(out, tensors, grad))
 
     def formula(kind):
         leaves = [t.detach().to(kind).requires_grad_() for t in tensors]
-        result = reference.packed_attention(*leaves[:3], boundaries, 0.3, window, *leaves[3:])
+        result = reference.packed_attention(*leaves[:3], boundaries, 0.3, window, leaves[3] if sinks else None, cap)
         return (result, *torch.autograd.grad(result, leaves, grad.to(kind)))
 
     for ours, eager, exact in zip(got, formula(dtype), formula(torch.float64), strict=True):
@@ -46,13 +46,13 @@ def test_matches_float64_on_the_cpu(heads, key_heads, window):
     check((7, 1, 12), window, heads, key_heads, 8, "cpu", torch.float32)
 
 
-def opaque(query, key, value, boundaries, longest, scale, window, sinks):
+def opaque(query, key, value, boundaries, longest, scale, window, sinks, cap):
     """The op as a card runs it: sinks are brought in afterwards, by the log-sum-exp."""
-    return torch.ops.qlora.packed_attention(query, key, value, sinks, boundaries, longest, scale, window)[0]
+    return torch.ops.qlora.packed_attention(query, key, value, sinks, boundaries, longest, scale, window, cap)[0]
 
 
 def in_chunks(chunk_bytes, masked):
-    def attend(query, key, value, boundaries, longest, scale, window, sinks):
+    def attend(query, key, value, boundaries, longest, scale, window, sinks, cap):
         """Two padded rows, or each of a pack's rows alone; the mask is booleans and for one head or all."""
         rows = []
         for number, (start, end) in enumerate(pairwise(boundaries.tolist())):
@@ -60,10 +60,10 @@ def in_chunks(chunk_bytes, masked):
             mask = None
             if masked:
                 mask = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-                mask = (mask if window is None else mask.triu(1 - window)).expand(1, len(sinks) ** number, -1, -1)
+                mask = (mask if window is None else mask.triu(1 - window)).expand(1, query.shape[1] ** number, -1, -1)
                 mask = mask if number != 1 else torch.where(mask, 0.0, float("-inf"))
-            settings = {"scale": scale, "mask": mask, "window": window, "chunk_bytes": chunk_bytes}
-            rows.append(chunked_sink_attention(q, k, v, sinks, **settings)[0].transpose(0, 1))
+            settings = {"scale": scale, "mask": mask, "window": window, "cap": cap, "chunk_bytes": chunk_bytes}
+            rows.append(chunked_attention(q, k, v, sinks, **settings)[0].transpose(0, 1))
         return torch.cat(rows)
 
     return attend
@@ -74,9 +74,10 @@ def in_chunks(chunk_bytes, masked):
 )
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("window", [None, 4])
-def test_sinks_match_float64_on_the_cpu(heads, key_heads, window, attend):
+def test_sinks_and_caps_match_float64_on_the_cpu(heads, key_heads, window, attend):
     lengths = (7, 12) if getattr(attend, "__name__", "") == "attend" else (7, 1, 12)
-    check(lengths, window, heads, key_heads, 8, "cpu", torch.float32, attend, sinks=True)
+    for sinks, cap in ((True, None), (False, 1.5), (True, 1.5)):
+        check(lengths, window, heads, key_heads, 8, "cpu", torch.float32, attend, sinks, cap)
 
 
 def test_queries_behind_keys_and_queries_that_see_nothing():
@@ -84,13 +85,13 @@ def test_queries_behind_keys_and_queries_that_see_nothing():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, n, 8, dtype=torch.float64) for n in (9, 9, 9))
     sinks = torch.randn(4, dtype=torch.float64)
-    whole = chunked_sink_attention(query, key, value, sinks, scale=0.3, window=5)
-    last = chunked_sink_attention(query[:, :, 6:], key, value, sinks, scale=0.3, window=5, chunk_bytes=1)
+    whole = chunked_attention(query, key, value, sinks, scale=0.3, window=5)
+    last = chunked_attention(query[:, :, 6:], key, value, sinks, scale=0.3, window=5, chunk_bytes=1)
     assert torch.allclose(last, whole[:, :, 6:])
     mask = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
     mask[1] = True
     query.requires_grad_()
-    out = chunked_sink_attention(query, key, value, sinks, scale=0.3, mask=mask)
+    out = chunked_attention(query, key, value, sinks, scale=0.3, mask=mask)
     out.sum().backward()
     assert torch.equal(out[0], torch.zeros_like(out[0])) and not query.grad.isnan().any()
     assert out[1].abs().sum() > 0
@@ -100,9 +101,10 @@ def test_queries_behind_keys_and_queries_that_see_nothing():
 @pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (60, 0, 128)])
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 8, 64), (64, 8, 64), (8, 2, 128)])
-def test_sinks_match_float64_on_the_gpu(lengths, window, heads, key_heads, size):
+def test_sinks_and_caps_match_float64_on_the_gpu(lengths, window, heads, key_heads, size):
     for attend in (packed_attention, in_chunks(2**16, False)):
-        check(lengths, window, heads, key_heads, size, "cuda", torch.bfloat16, attend, sinks=True)
+        for sinks, cap in ((True, None), (False, 4.0), (True, 4.0)):
+            check(lengths, window, heads, key_heads, size, "cuda", torch.bfloat16, attend, sinks, cap)
 
 
 @pytest.mark.gpu
@@ -115,7 +117,7 @@ def test_sinks_grow_memory_with_the_tokens_not_their_square_on_the_gpu():
             lambda t=tensors, n=tokens: packed_attention(
                 *t[:3], torch.tensor([0, n], dtype=torch.int32, device="cuda"), n, 0.1, None, t[3]
             ),
-            lambda q=query, k=key, v=value, t=tensors: chunked_sink_attention(q, k, v, t[3], scale=0.1),
+            lambda q=query, k=key, v=value, t=tensors: chunked_attention(q, k, v, t[3], scale=0.1),
         ):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from qlora_cli.kernels import gated
-from qlora_cli.kernels.triton import dropout, gated_tiles, low_rank, nf4, short_attention, softmax, thin_products
+from qlora_cli.kernels.triton import (
+    capped_attention,
+    dropout,
+    gated_tiles,
+    low_rank,
+    nf4,
+    short_attention,
+    softmax,
+    thin_products,
+)
 from qlora_cli.kernels.weights import FrozenWeight
 from tests.kernels import reference, test_linear
 
@@ -144,6 +153,28 @@ def test_short_rows_attend_as_in_float64(lengths, size):
     found = short_attention.attend_backward(grad, *inputs, out, lse, ends, 128, scale)
     for got, true in zip((out, *found), (expected, *gradients), strict=True):
         assert (got - true).norm() <= 2e-6 * true.norm()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "key_heads", "size", "window"), [((40, 0, 70, 9), 4, 2, 24, None), ((50, 33), 3, 1, 64, 20)]
+)
+def test_capped_rows_attend_as_in_float64(lengths, heads, key_heads, size, window, monkeypatch):
+    if DEVICE == "cpu":  # blocks that a small case has several of
+        monkeypatch.setattr(capped_attention, "BLOCKS", ((32, 16, 1),))
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    boundaries = [0, *accumulate(lengths)]
+    shapes = [(sum(lengths), count, size) for count in (heads, key_heads, key_heads, heads)]
+    *inputs, grad = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+    ends = torch.tensor(boundaries, dtype=torch.int32, device=DEVICE)
+    given = (ends, max(lengths), 0.5, window, 3.0)
+    out, lse = capped_attention.attend(*inputs, *given)
+    found = capped_attention.attend_backward(grad, *inputs, out, lse, *given)
+    leaves = [t.double().requires_grad_() for t in inputs]
+    exact = reference.packed_attention(*leaves, boundaries, 0.5, window, cap=3.0)
+    wanted = torch.autograd.grad(exact, leaves, grad.double())
+    for ours, right in zip((out, *found), (exact, *wanted), strict=True):
+        assert (ours.double() - right).norm() <= (1e-5 if DEVICE == "cpu" else 1e-2) * right.norm()
 
 
 def test_short_attention_leaves_to_others_what_it_does_not_cover():

@@ -4,7 +4,7 @@ The pack's boundaries travel as the attention mask: a 4-D mask reaches every lay
 being a tensor it is carried through checkpointing and compilation. Its shape is (1, 1, longest, rows + 1), int32,
 every [0, 0, i] the same `cu_seqlens`; the third dimension is a view that takes no memory and only carries `longest`.
 Where all rows are of one length and cuDNN can attend to them, it is (1, rows, longest, 1), of which only the shape counts.
-Other masks, those of padded rows, go to attention over chunks of queries where there are sinks, and to SDPA elsewhere.
+Other masks, those of padded rows, go to attention over chunks of queries where there are sinks or caps, else to SDPA.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_cli.core.engine.lora_linear import replace_forward
-from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, groups_fit, packed_attention
-from qlora_cli.kernels.sink_attention import chunked_sink_attention
+from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, groups_fit, packed_attention, takes_caps
+from qlora_cli.kernels.sink_attention import chunked_attention
 
 NAME = "qlora_packed"
 MAX_HEAD_SIZE = 256
@@ -51,30 +51,31 @@ def _attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (1, heads, T, size) in, (1, T, heads, size) out; other masks as said above.
 
-    `s_aux`, (heads,), are the sinks.
+    `s_aux`, (heads,), are the sinks; `softcap` is what scores stay below.
 
     Raises:
         ValueError: It is given what it does not know and would leave out.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_pack = _is_pack(attention_mask)
-    if not is_pack and s_aux is None:
+    if not is_pack and s_aux is None and not softcap:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     unknown = [n for n, given in kwargs.items() if isinstance(given, Tensor) and given.is_floating_point()]
-    if unknown or kwargs.get("softcap"):
-        raise ValueError(f"attention takes {', '.join(unknown) or 'a cap on its scores'}")
+    if unknown:
+        raise ValueError(f"attention takes {', '.join(unknown)}")
+    cap = softcap or None
     if not is_pack:
-        assert s_aux is not None
         if attention_mask is None and not getattr(module, "is_causal", True):
             raise ValueError("attention looks both ways")
         window = sliding_window if attention_mask is None else None
-        out = chunked_sink_attention(query, key, value, s_aux, scale=scale, mask=attention_mask, window=window)
+        out = chunked_attention(query, key, value, s_aux, scale=scale, mask=attention_mask, window=window, cap=cap)
         return out.transpose(1, 2).contiguous(), None
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, size)
     assert attention_mask is not None
@@ -82,7 +83,7 @@ def _attend(
     if attention_mask.shape[3] == 1:
         return equal_rows_attention(query, key, value, rows, scale)[None], None
     boundaries = attention_mask[0, 0, 0]
-    return packed_attention(query, key, value, boundaries, longest, scale, sliding_window, s_aux)[None], None
+    return packed_attention(query, key, value, boundaries, longest, scale, sliding_window, s_aux, cap)[None], None
 
 
 # Additive: no model uses the name unless an engine sets it on that model's own config.
@@ -128,6 +129,11 @@ def has_sinks(decoder: nn.Module) -> bool:
     return any("sink" in name for name, _ in decoder.named_parameters())
 
 
+def has_caps(decoder: Any) -> bool:
+    """Whether its attention's scores are capped (arXiv:2408.00118)."""
+    return bool(getattr(decoder.config, "attn_logit_softcapping", None))
+
+
 def drops_weights(decoder: Any) -> bool:
     """Whether its attention weights are dropped out in training."""
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -143,8 +149,6 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
         return f"{config.model_type} does not use transformers' attention interface"
     if getattr(config, "alibi", False):
         return "its attention has ALiBi biases"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention scores are soft-capped"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return "its attention looks both ways"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -160,11 +164,13 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
         sizes = _head_sizes(decoder, config)
         if any(size % 8 or size > MAX_HEAD_SIZE for size in sizes):
             return f"flash attention takes no heads of size {max(sizes)}"
+        if has_caps(decoder) and not takes_caps(max(sizes)):
+            return "its attention scores are soft-capped, which takes Triton"
     return None
 
 
 def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
-    """Whether packs of equal rows go to cuDNN: no windows, no sinks, heads of a size it takes."""
+    """Whether packs of equal rows go to cuDNN: no windows, sinks or caps, heads of a size it takes."""
     config = decoder.config
     heads = getattr(config, "num_attention_heads", None)  # a model of states alone has none
     keys = getattr(config, "num_key_value_heads", None) or heads
@@ -175,6 +181,7 @@ def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
         and not getattr(config, "sliding_window", None)
         and heads % keys == 0
         and not has_sinks(decoder)
+        and not has_caps(decoder)
         and _head_sizes(decoder, config) <= CUDNN_HEAD_SIZES
     )
     if not may or keys == heads or not torch.cuda.is_available():  # plans are made without a card too
