@@ -1,5 +1,6 @@
 """Frozen linear weight as raw tensors, packed in 4 bits or dense, and its values, whole or by rows."""
 
+import functools
 import importlib.util
 from typing import Any, NamedTuple
 
@@ -126,3 +127,11 @@ class FrozenWeight(NamedTuple):
         if step * self.columns % self.blocksize:
             return [(0, self.rows)]
         return [(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program on the device may have; on the CPU, where kernels are interpreted, as on an H200."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)

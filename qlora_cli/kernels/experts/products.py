@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_cli.kernels.decode.gemv_programs import lane_table, load_scales, look_up
+from qlora_cli.kernels.weights import shared_bytes
 
 
 class Tiling(NamedTuple):
@@ -191,8 +192,7 @@ def most_tiles(rows: int, experts: int, tile_rows: int) -> int:
 
 @functools.cache
 def _dense_tiling(device: torch.device) -> Tiling:
-    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return next((tiling for bytes_, tiling in DENSE if bytes_ <= room), DENSE_LEAST)
+    return next((tiling for bytes_, tiling in DENSE if bytes_ <= shared_bytes(device)), DENSE_LEAST)
 
 
 def multiply_dense(

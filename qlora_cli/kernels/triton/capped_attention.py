@@ -5,12 +5,12 @@ Blocks of queries go over the keys they see, and in the backward pass blocks of 
 formulas are those of arXiv:2205.14135; a cap multiplies the gradient of a score by 1 - (capped / cap)².
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from qlora_cli.kernels.weights import shared_bytes
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_HEAD = 256
@@ -215,16 +215,10 @@ def _size(query: Tensor) -> int:
     return max(16, triton.next_power_of_2(query.shape[2]))
 
 
-@functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    """Shared memory a program may have; under the interpreter there is no bound."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**20
-
-
 def _blocks(query: Tensor, stay: int, pass_by: int) -> tuple[int, int, int]:
     """One of `BLOCKS` where so many tensors' blocks stay in a program, and so many pass by."""
     row_bytes = _size(query) * query.element_size()
-    room = _shared_bytes(query.device) - SPARE_BYTES
+    room = shared_bytes(query.device) - SPARE_BYTES
     fitting = (b for b in BLOCKS if row_bytes * (stay * b[0] + pass_by * b[1] * b[2]) <= room)
     return next(fitting, BLOCKS[-1])
 
