@@ -101,7 +101,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     place = find_place(output, overwrite=config.overwrite, reads=reads)
     with ExitStack() as stack:
         base = find_base(source, config, report)
-        fitted = stack.enter_context(fitted_adapter(adapter_directory, base.model))
+        fitted = stack.enter_context(fitted_adapter(adapter_directory, base.model, base.files))
         facts = read_adapter(fitted)
         base = with_biases(base, facts, renamer(base.model))
         adapter = stack.enter_context(TensorFile(fitted / ADAPTER_WEIGHTS))

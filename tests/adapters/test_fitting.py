@@ -1,5 +1,6 @@
 """Adapters made elsewhere fit a base under other names and in other layouts, or are refused: never in part."""
 
+import copy
 import json
 import re
 import shutil
@@ -16,6 +17,8 @@ from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.expert_tensors import expert_pairs
 from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.lora import load_adapter
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.core.models.structure import leave_out_towers
 from qlora_cli.errors import AdapterError
 from tests.adapters.test_expert_lora import config_of
@@ -192,13 +195,63 @@ def test_stacks_as_peft_packed_them_before_0_19_are_read(layout, square, tmp_pat
         assert len(expert_pairs(read_adapter(own), build(config))) == 4
 
 
-@pytest.mark.parametrize("initial", ["pissa", "olora", "loftq", "pissa_niter_4", "corda"])
+@pytest.mark.parametrize("initial", ["loftq", "pissa_niter_4", "corda"])
 def test_an_adapter_of_a_base_that_its_start_had_changed_is_refused_with_a_way(initial, tmp_path):
     make(build(LLAMA), tmp_path, target_modules=["q_proj"])
     rewrite(tmp_path, dict, init_lora_weights=initial)
     with pytest.raises(AdapterError, match=initial) as error:
         load_adapter(build(LLAMA), tmp_path)
-    assert "path_initial_model_for_weight_conversion" in error.value.hint
+    assert ("path_initial_model_for_weight_conversion" in error.value.hint) == (initial != "loftq")
+    assert "set init_lora_weights to true" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("architecture", "start", "settings"),
+    [
+        ("llama", "pissa", {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 6}}),
+        ("llama", "olora", {"use_rslora": True}),
+        ("gpt2", "pissa", {}),
+    ],
+)
+def test_an_adapter_whose_start_follows_from_the_base_is_one_of_the_base_as_it_is(
+    tiny_model, tmp_path, architecture, start, settings
+):
+    files = resolve_model(str(tiny_model(architecture)))
+
+    def base():
+        found = load_unquantized(files, dtype=torch.float32, device=torch.device("cpu"))
+        found.name_or_path = str(files.directory)
+        return found
+
+    targets = ["c_attn", "c_fc"] if architecture == "gpt2" else ["q_proj", "down_proj"]
+    make(base(), tmp_path, init_lora_weights=start, target_modules=targets, **settings)
+    wanted = PeftModel.from_pretrained(base(), tmp_path).eval()(IDS).logits  # which changes its base as the start did
+    found = load_adapter(base(), tmp_path)
+    torch.testing.assert_close(found.eval()(IDS).logits, wanted, rtol=0, atol=1e-4)
+    plain = base()(IDS).logits
+    assert (found(IDS).logits - plain).abs().max() > 0.1
+    with found.disable_adapter():
+        torch.testing.assert_close(found(IDS).logits, plain)
+
+
+def test_what_cannot_be_undone_is_converted_where_it_was_made_or_given_its_own_base(tmp_path):
+    """Both ways that a refusal names."""
+    model = build(LLAMA)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
+    )
+    adapted.save_pretrained(tmp_path / "initial")
+    randomise(adapted)
+    wanted = adapted(IDS).logits
+    adapted.save_pretrained(tmp_path / "kept")
+    residual = copy.deepcopy(adapted).unload()
+    adapted.peft_config["default"].init_lora_weights = True
+    rewrite(tmp_path / "initial", dict, init_lora_weights=True)
+    rewrite(tmp_path / "kept", dict, init_lora_weights=True)
+    torch.testing.assert_close(answers(residual, tmp_path / "kept"), wanted, rtol=0, atol=1e-5)
+    adapted.peft_config["default"].init_lora_weights = "pissa_niter_4"
+    adapted.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    torch.testing.assert_close(answers(build(LLAMA), tmp_path / "plain"), wanted, rtol=0, atol=1e-4)
 
 
 def test_a_start_that_only_drew_other_numbers_is_loaded_as_it_ended(load_tiny, tmp_path):

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_cli.core.adapters.lora import attach_adapter
+from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.calibration.adapter_start import calibrate_adapter
-from qlora_cli.core.calibration.original_weights import OriginalWeights
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.events import report_nothing

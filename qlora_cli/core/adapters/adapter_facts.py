@@ -33,6 +33,12 @@ class AdapterFacts:
     tensors: Mapping[str, tuple[tuple[int, ...], str]]  # name → (shape, safetensors dtype)
     config: Mapping[str, Any]  # adapter_config.json
 
+    def scaling_of(self, module: str, rank: int) -> float:
+        """The factor on B @ A of one module's pair of this rank: `alpha_pattern` gives modules their own."""
+        patterns = self.config.get("alpha_pattern") or {}
+        alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), self.alpha)
+        return float(alpha) / (rank**0.5 if self.rslora else rank)
+
 
 def read_adapter(directory: Path) -> AdapterFacts:
     """Reads what an adapter directory says of itself.

@@ -2,7 +2,8 @@
 
 Other names: a wrapper of another class around the same language model (`language_model.model.layers`, `model.layers`), or
 from before a module was renamed. Other layouts: a pair for each expert, as transformers 4 had them, and PEFT's pairs on
-stacks of experts before 0.19, with A and B exchanged. Nothing is fitted in part.
+stacks of experts before 0.19, with A and B exchanged. Adapters of PiSSA and OLoRA, whose start was taken out of the base,
+become plain ones of the base as it is. Nothing is fitted in part.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
 
 # isort: split
+import torch
 from peft import LoraConfig
 from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file, save_file
@@ -25,8 +27,11 @@ from torch import Tensor
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
 from qlora_cli.core.adapters.expert_tensors import PAIR, PREFIX, adapter_sizes, stacked_pairs, stacks_of
+from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.experts.layout import ExpertWeight
+from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.structure import find_decoder, head_names, underlying_model
+from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import AdapterError, first_line
 
 # What stands before `layers` in the names of a language model, alone or in a wrapper.
@@ -35,27 +40,34 @@ ADAPTER_PART = re.compile(r"\.(lora_|token_adapter\.|(modules_to_save|original_m
 BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 # Initialisations that subtract the initial adapter from the base weights: the saved adapter needs that other base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+FOLLOWS_FROM_BASE = ("pissa", "olora")  # those of which the weights alone say what was subtracted
 STACKS_SWAPPED = (0, 19)  # since this version of PEFT, A of (experts, out, in) is of in
 
 
 @contextmanager
-def fitted_adapter(directory: Path, model: Any) -> Iterator[Path]:
+def fitted_adapter(directory: Path, model: Any, files: ModelFiles | None = None) -> Iterator[Path]:
     """A directory that holds the adapter with this base's names and today's layouts: the given one, or a temporary one.
 
     Args:
         directory: Of the adapter.
         model: The base, on any device, adapted or not.
+        files: Of the base; None where the model knows where it came from.
 
     Raises:
         AdapterError: It does not fit, or needs another base than its own.
     """
     facts = read_adapter(directory)
-    refuse_changed_base(facts)
+    start = refuse_changed_base(facts)
     base = underlying_model(model)
-    if all(_has_place(name, base) for name in facts.tensors) and not _old_stacks(facts, base):
+    fits = all(_has_place(name, base) for name in facts.tensors) and not _old_stacks(facts, base)
+    if fits and start is None:
         yield directory
         return
-    facts, tensors = _fit(facts, load_file(directory / ADAPTER_WEIGHTS), base)
+    tensors = load_file(directory / ADAPTER_WEIGHTS)
+    if not fits:
+        facts, tensors = _fit(facts, tensors, base)
+    if start is not None:
+        facts, tensors = _on_own_base(facts, tensors, start, files or _files_of(base), base.device)
     with tempfile.TemporaryDirectory(prefix="qlora-adapter-") as temporary:
         own = Path(temporary)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, own / ADAPTER_WEIGHTS)
@@ -63,15 +75,87 @@ def fitted_adapter(directory: Path, model: Any) -> Iterator[Path]:
         yield own
 
 
-def refuse_changed_base(facts: AdapterFacts) -> None:
-    """Raises AdapterError where an adapter was trained on a base that its initialisation had changed."""
+def refuse_changed_base(facts: AdapterFacts) -> str | None:
+    """The start of an adapter that was trained on a base that it had changed, in a way that the base's weights tell.
+
+    Returns:
+        pissa or olora; None where the base stayed as it is.
+
+    Raises:
+        AdapterError: It changed the base in another way.
+    """
     initial = facts.config.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(CHANGES_BASE):
+    start = initial.lower() if isinstance(initial, str) else ""
+    if not start.startswith(CHANGES_BASE):
+        return None
+    others = [name for name in facts.tensors if ".lora_embedding_" in name]
+    if start in FOLLOWS_FROM_BASE and not others and not facts.config.get("target_parameters"):
+        return start
+    own_base = (
+        "save the base as it was trained, set init_lora_weights to true in adapter_config.json, and give that "
+        "base with --model."
+    )
+    convert = "Convert it where it was made: model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion="
+    raise AdapterError(
+        f"The adapter was trained on a base that {initial} had changed, and its file has only its own half of that.",
+        f"Where it was made, {own_base}" if start == "loftq" else f"{convert}INITIAL) with PEFT; or {own_base}",
+    )
+
+
+def _files_of(base: Any) -> ModelFiles:
+    own_code = type(base).__module__.startswith("transformers_modules")
+    return resolve_model(base.name_or_path, trust_remote_code=own_code)
+
+
+def _on_own_base(
+    facts: AdapterFacts, tensors: dict[str, Tensor], start: str, files: ModelFiles, device: torch.device
+) -> tuple[AdapterFacts, dict[str, Tensor]]:
+    """An adapter of W - s B0 A0 as one of W: [A; A0] and [B, -B0], of twice the rank and the same scaling s.
+
+    B0 A0 follows from W: for PiSSA (https://arxiv.org/abs/2404.02948) its `rank` largest singular values, for OLoRA
+    (https://arxiv.org/abs/2406.01775) the first `rank` columns of its QR decomposition.
+
+    Raises:
+        AdapterError: The base's weights are quantised, or not there as the model has them.
+    """
+    if stored_format(files.config, files.name) is not None:
         raise AdapterError(
-            f"The adapter was trained on a base that {initial} had changed, and its file has only its own half of that.",
-            "Convert it where it was made: model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion="
-            "INITIAL) with PEFT; or save that base, set init_lora_weights to true, and give the base with --model.",
+            f"The adapter's start was made of the weights of a 16-bit base ({start}), and {files.name} is quantised.",
+            "Give the 16-bit model that it was made from with --model.",
         )
+    made = dict(tensors)
+    with OriginalWeights(files) as originals:
+        for name, a in tensors.items():
+            if not name.endswith(".lora_A.weight"):
+                continue
+            module, other = _module_of(name), name.replace(".lora_A.", ".lora_B.")
+            if module not in originals or other not in tensors:
+                raise AdapterError(
+                    f"The adapter was trained on a base that {start} had changed, which cannot be undone for {module}.",
+                    "Use it with PEFT on the 16-bit base.",
+                )
+            weight = originals.read(module, torch.float32, torch.device("cpu") if device.type == "meta" else device)
+            rank = a.shape[0]
+            first, second = _start_of(weight, start, rank, facts.scaling_of(module, rank))
+            made[name] = torch.cat([a.float(), first.cpu()])
+            made[other] = torch.cat([tensors[other].float(), -second.cpu()], dim=1)
+    config = dict(facts.config) | {"init_lora_weights": True, "r": 2 * facts.rank}
+    ranks = facts.config.get("rank_pattern") or {}
+    config["rank_pattern"] = {key: 2 * rank for key, rank in ranks.items()}
+    grown = 2**0.5 if facts.rslora else 2
+    config["lora_alpha"] = grown * facts.alpha
+    config["alpha_pattern"] = {key: grown * a for key, a in (facts.config.get("alpha_pattern") or {}).items()}
+    return replace(facts, config=config), made
+
+
+def _start_of(weight: Tensor, start: str, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A0 (rank, in) and B0 (out, rank) of a weight (out, in), as PEFT makes them; float32."""
+    if start == "olora":
+        q, r = torch.linalg.qr(weight)
+        return r[:rank], q[:, :rank]
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:rank] / scaling).sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
 
 
 def _module_of(name: str) -> str:

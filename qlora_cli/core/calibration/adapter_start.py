@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.calibration.activation_stream import ActivationStream
 from qlora_cli.core.calibration.low_rank import SecondMoment, answer_error, leading_directions
-from qlora_cli.core.calibration.original_weights import OriginalWeights
 from qlora_cli.core.engine.lora_linear import group_by_input
 from qlora_cli.core.models.quantization import dequantized_weight, is_4bit
 from qlora_cli.events import Progress, Report

@@ -15,9 +15,9 @@ from torch import Tensor
 from qlora_cli import __version__
 from qlora_cli.artifacts import cache_root, read_json, sha256_of, write_json
 from qlora_cli.core.adapters.lora import PeftModel, adapter_state, load_adapter_state
+from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.adapters.shared_layers import apart
 from qlora_cli.core.calibration.adapter_start import StartFacts, answer_weight_errors, calibrate_adapter
-from qlora_cli.core.calibration.original_weights import OriginalWeights
 from qlora_cli.core.calibration.rows import batch_rows, choose_calibration_rows
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.device import free_memory

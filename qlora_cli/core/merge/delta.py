@@ -131,9 +131,7 @@ def _scaling(facts: AdapterFacts, module: str, name: str) -> float:
     """The factor on B @ A of the pair a tensor belongs to; rank_pattern and alpha_pattern give modules their own."""
     pair = re.sub(r"lora_(embedding_)?[AB](\.\w+)?$", lambda m: f"lora_{m[1] or ''}A{'' if m[1] else '.weight'}", name)
     rank = facts.tensors[pair][0][0] if pair in facts.tensors else facts.rank
-    patterns = facts.config.get("alpha_pattern") or {}
-    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), facts.alpha)
-    return float(alpha) / (rank**0.5 if facts.rslora else rank)
+    return facts.scaling_of(module, rank)
 
 
 def _token_indices(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
