@@ -18,6 +18,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -94,8 +95,8 @@ def help_topics() -> list[str]:
 # ---------------------------------------------------------------- one run
 
 
-def run_ours(arguments: argparse.Namespace, rows: Path, work: Path) -> dict:
-    """Through `qlora train` and `qlora merge`."""
+def run_ours(arguments: argparse.Namespace, rows: Path, work: Path, keep: Callable[[dict], None]) -> dict:
+    """Through `qlora train` and `qlora merge`; `keep` is given what there is after each."""
     from qlora_cli.commands.merge import merge
     from qlora_cli.commands.train import train
     from qlora_cli.config import MergeConfig, TrainConfig
@@ -113,6 +114,7 @@ def run_ours(arguments: argparse.Namespace, rows: Path, work: Path) -> dict:
     figures = {"tuned": result.eval_loss, "peak_bytes": result.peak_vram_bytes, "seconds": time.monotonic() - started}
     record = json.loads((work / "run" / "qlora.json").read_text(encoding="utf-8"))
     figures["start"] = record.get("start")
+    keep(figures)
     if arguments.merge:
         for kind in ("auto", QUANTIZED):
             merging = MergeConfig(
@@ -129,6 +131,7 @@ def run_ours(arguments: argparse.Namespace, rows: Path, work: Path) -> dict:
                 continue
             figures[f"merge_{kind}"] = {**merged.to_dict(), "output": None, "held_out": None}
             figures[f"merge_{kind}"]["held_out"] = evaluate_checkpoint(work / kind, arguments, rows)
+            keep(figures)
     if arguments.answers:
         from qlora_cli.commands.generate import generate
         from qlora_cli.config import GenerateConfig
@@ -368,9 +371,16 @@ def run_one(arguments: argparse.Namespace) -> None:
     rows = work / f"{name}.jsonl"
     write_rows(name, source, rows)
     arguments.answers = arguments.answers if name == "gsm8k" else 0
-    figures = run_ours(arguments, rows, work) if arguments.method.startswith("ours") else run_peer(arguments, rows)
-    facts = {"set": name, "method": arguments.method, "rank": arguments.rank, "seed": arguments.seed, **figures}
-    work.with_suffix(".json").write_text(json.dumps(facts, default=str), encoding="utf-8")
+    facts = {"set": name, "method": arguments.method, "rank": arguments.rank, "seed": arguments.seed}
+
+    def keep(figures: dict, unfinished: bool = True) -> None:
+        """What there is by now, so that a run which is stopped later has lost nothing."""
+        content = {**facts, **figures, **({"unfinished": True} if unfinished else {})}
+        work.with_suffix(".json").write_text(json.dumps(content, default=str), encoding="utf-8")
+
+    ours = arguments.method.startswith("ours")
+    facts |= (figures := run_ours(arguments, rows, work, keep) if ours else run_peer(arguments, rows))
+    keep(figures, unfinished=False)
     print("RESULT", json.dumps({key: value for key, value in facts.items() if key != "said"}, default=str), flush=True)
 
 
@@ -389,7 +399,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     def start(run: tuple[str, str, int, int]) -> None:
         name, method, rank, seed = run
         label = f"{name.partition('=')[0]}-{method}-r{rank}-s{seed}"
-        if (out / f"{label}.json").is_file():
+        if (out / f"{label}.json").is_file() and "unfinished" not in json.loads((out / f"{label}.json").read_text()):
             return
         command = [sys.executable, __file__, "--one", "--model", arguments.model, "--set", name, "--out", str(out)]
         command += ["--method", method, "--rank", str(rank), "--seed", str(seed), "--steps", str(arguments.steps)]
