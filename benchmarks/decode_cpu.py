@@ -33,7 +33,8 @@ def main() -> None:
     from qlora_cli.core.generation.session import GenerationSession
     from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.loading import load_base
-    from qlora_cli.settings.groups import GenerationSettings, LoraSettings, QuantizationSettings
+    from qlora_cli.settings.generation import GenerationSettings
+    from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
     from tests.conftest import make_tokenizer, write_model
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

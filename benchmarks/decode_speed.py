@@ -109,7 +109,7 @@ class Bench:
 
         from qlora_cli.core.generation.requests import Request
         from qlora_cli.core.generation.session import GenerationSession
-        from qlora_cli.settings.groups import GenerationSettings
+        from qlora_cli.settings.generation import GenerationSettings
 
         self.settings = GenerationSettings(temperature=0.0, seed=0, batch_size=max(BATCHES))
         session = GenerationSession(self.settings, print, model=self.model, tokenizer=Words())

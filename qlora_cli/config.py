@@ -6,24 +6,31 @@ text and, where there are any, the allowed values.
 
 from dataclasses import dataclass
 
+from qlora_cli.settings.generation import GenerationSettings
 from qlora_cli.settings.groups import (
-    DATA,
-    EVALUATION,
-    MEMORY,
-    MODEL,
     NAME,
-    OPTIMISATION,
-    RUN,
     SEED,
     DataSettings,
-    GenerationSettings,
     LoraSettings,
     ModelSettings,
     QuantizationSettings,
     StepSettings,
 )
 from qlora_cli.settings.ranges import Numbers
-from qlora_cli.settings.setting import CALL, FREE, RESOLVED, ROUNDING, SAME, setting
+from qlora_cli.settings.setting import (
+    CALL,
+    DATA,
+    EVALUATION,
+    FREE,
+    MEMORY,
+    MODEL,
+    OPTIMISATION,
+    RESOLVED,
+    ROUNDING,
+    RUN,
+    SAME,
+    setting,
+)
 
 SCHEDULERS = (
     "linear",

@@ -20,9 +20,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from qlora_cli.artifacts import is_prepared, is_run
 from qlora_cli.errors import UsageError
-from qlora_cli.settings.groups import PANELS
 from qlora_cli.settings.peer_names import COMMANDS, PEERS, UNNEEDED, VALUES, suggest_setting
-from qlora_cli.settings.setting import flag_of, type_of
+from qlora_cli.settings.setting import PANELS, flag_of, type_of
 
 THIS_CALL = "This call"
 KINDS = (bool, int, float, str, list, Path)

@@ -7,6 +7,17 @@ from typing import Any, get_args
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.ranges import Range
 
+MODEL = "Model"
+DATA = "Data"
+ADAPTER = "Adapter"
+QUANTIZATION = "Quantisation"
+OPTIMISATION = "Optimisation"
+EVALUATION = "Evaluation and checkpoints"
+MEMORY = "Memory and speed"
+SAMPLING = "Sampling"
+RUN = "Run"
+PANELS = (MODEL, DATA, ADAPTER, QUANTIZATION, OPTIMISATION, EVALUATION, MEMORY, SAMPLING, RUN)  # as --help lists them
+
 # What a setting means for a run that goes on with another value than the checkpoint's.
 SAME = "same"  # refused by name
 RESOLVED = "resolved"  # refused where what it comes to differs: the base, the rows, the optimizer, the number of steps

@@ -15,7 +15,7 @@ from transformers import (
 
 from qlora_cli.core.decoding.sampling import NOT_A_NUMBER, check_sampling, choose_tokens, draw_uniforms
 from qlora_cli.errors import UsageError
-from qlora_cli.settings.groups import SamplingSettings
+from qlora_cli.settings.generation import SamplingSettings
 from tests.generation.session_case import settings_of
 
 VOCABULARY = 50

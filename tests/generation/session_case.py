@@ -1,6 +1,6 @@
 """Settings for the tests of generation and decoding: greedy, unless they say otherwise, and everything explicit."""
 
-from qlora_cli.settings.groups import GenerationSettings
+from qlora_cli.settings.generation import GenerationSettings
 
 
 def settings_of(**changes) -> GenerationSettings:

@@ -11,7 +11,7 @@ from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import AdapterError
 from qlora_cli.events import report_nothing
-from qlora_cli.settings.groups import GenerationSettings
+from qlora_cli.settings.generation import GenerationSettings
 
 
 def test_an_adapter_of_a_grown_vocabulary_is_asked_by_its_own_tokenizer(tiny_model, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 from qlora_cli.core.decoding.kv_cache import StaticKVCache
 from qlora_cli.core.decoding.sampling import choose_tokens, is_greedy, penalises_repetition
 from qlora_cli.core.models.structure import underlying_model
-from qlora_cli.settings.groups import SamplingSettings
+from qlora_cli.settings.generation import SamplingSettings
 
 PREFILL_TOKENS = 8192  # most tokens in one forward over prompts
 # Outside transformers' attention interface, yet right with one mask a step: their attention looks at every position

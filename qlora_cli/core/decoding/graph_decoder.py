@@ -20,7 +20,7 @@ from qlora_cli.core.decoding.stacked_linears import FastLinears
 from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import QloraError, first_line
-from qlora_cli.settings.groups import SamplingSettings
+from qlora_cli.settings.generation import SamplingSettings
 
 SHORTEST = 256  # positions of the cache that a step reads at least, where its attention reads a fixed number
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import UsageError
-from qlora_cli.settings.groups import SamplingSettings
+from qlora_cli.settings.generation import SamplingSettings
 
 NOT_A_NUMBER = -1  # token id that stands for logits without a finite maximum
 

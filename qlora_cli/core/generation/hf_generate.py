@@ -22,7 +22,7 @@ from qlora_cli.core.decoding.sampling import (
     penalises_repetition,
 )
 from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request, StartCompletion, not_a_number
-from qlora_cli.settings.groups import SamplingSettings
+from qlora_cli.settings.generation import SamplingSettings
 
 
 def answer_plainly(

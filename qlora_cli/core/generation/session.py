@@ -36,7 +36,7 @@ from qlora_cli.core.prompts.formatting import Formatting, default_formatting, fo
 from qlora_cli.core.untrusted import refuse_links
 from qlora_cli.errors import AdapterError, UsageError
 from qlora_cli.events import Report
-from qlora_cli.settings.groups import GenerationSettings
+from qlora_cli.settings.generation import GenerationSettings
 
 RAW = Formatting(format="text", column="text")
 UNQUANTIZED = "none"  # quant_type of a base whose weights stay as they are stored
