@@ -10,14 +10,17 @@ from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.commands.merge import merge
 from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.lora import adapter_state, attach_adapter, load_adapter_state, save_adapter
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears, is_4bit
 from qlora_cli.errors import AdapterError
 from qlora_cli.events import report_nothing
-from qlora_cli.settings.groups import LoraSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 from tests.adapters.test_targets import IDS, build, randomise
 from tests.conftest import make_tokenizer
 
 ZAMBA = transformers.Zamba2Config(
-    vocab_size=128,
+    vocab_size=512,
     hidden_size=64,
     num_hidden_layers=4,
     layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
@@ -28,7 +31,7 @@ ZAMBA = transformers.Zamba2Config(
     mamba_ngroups=1,
     n_mamba_heads=4,
     num_mem_blocks=1,
-    adapter_rank=4,
+    adapter_rank=64,
     use_shared_attention_adapter=True,
     chunk_size=32,
     pad_token_id=1,
@@ -82,3 +85,30 @@ def test_a_shared_weight_is_merged_once_and_never_from_two_updates(shared, tmp_p
     merge(config, report_nothing)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_a_shared_weight_is_in_4_bits_once_also_from_the_copy_and_in_a_merged_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    build(ZAMBA).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    told = []
+    files = resolve_model(str(tmp_path / "base"), report=told.append)
+    loaded = [
+        load_base(files, QuantizationSettings(), compute_dtype=torch.float32, device=torch.device("cpu"))[0]
+        for _ in range(2)
+    ]
+    assert "Using the quantised base" in told[-1].text
+    for base in loaded:
+        blocks = [base.model.layers[place].shared_transformer for place in (1, 3)]
+        first, other = (block.feed_forward.down_proj for block in blocks)
+        assert is_4bit(first) and is_4bit(other) and first is not other and first.weight is other.weight
+    logits = loaded[0](IDS).logits
+    assert torch.equal(loaded[1](IDS).logits, logits)
+    plain = build(ZAMBA)
+    for name, linear in four_bit_linears(loaded[0]):
+        plain.get_submodule(name).weight.data = dequantized_weight(linear).float()
+    torch.testing.assert_close(plain(IDS).logits, logits, rtol=0, atol=1e-5)
+    adapted = randomise(attach_adapter(loaded[0], LoraSettings(rank=4, alpha=8)))
+    save_adapter(adapted, tmp_path, base_name=str(tmp_path / "base"))
+    config = MergeConfig(model=str(tmp_path / "base"), adapter=str(tmp_path), output=str(tmp_path / "m"), quantize=True)
+    merge(config, report_nothing)  # which reads it back, and compares

@@ -85,3 +85,5 @@ def test_rows_are_taken_until_the_budget_and_cut_where_need_be() -> None:
     chosen = choose_rows([long], vocabulary=2**29 // (4 * 20), device=CPU)  # room for 20 tokens
     assert [int(trained[1:].sum()) for _, trained in chosen] == [20]
     assert choose_rows([untrained, single], vocabulary=100, device=CPU) == []
+    foreign = (np.array([1, 2, 3, 100, 4]), np.ones(5, dtype=bool))
+    assert len(choose_rows([foreign], vocabulary=100, device=CPU)[0][0]) == 3

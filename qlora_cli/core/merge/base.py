@@ -11,7 +11,7 @@ from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.device import DTYPES
 from qlora_cli.core.merge.delta import biased_module
 from qlora_cli.core.merge.plan import main_dtype
-from qlora_cli.core.models.account import plan_packing
+from qlora_cli.core.models.account import FourBitPlan, plan_packing
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.identity import BaseIdentity, config_digest
 from qlora_cli.core.models.structure import build_empty, config_with_biases
@@ -38,7 +38,16 @@ class Base:
     @property
     def packed(self) -> frozenset[str]:
         """Names of its parameters that are in 4 bits where it is quantised."""
-        return plan_packing(self.model, self.stored.skipped if self.stored else ()).packed
+        return self._packing.packed
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """See `FourBitPlan.shared`."""
+        return self._packing.shared
+
+    @property
+    def _packing(self) -> FourBitPlan:
+        return plan_packing(self.model, self.stored.skipped if self.stored else ())
 
 
 def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) -> Base:

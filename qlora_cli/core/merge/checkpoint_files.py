@@ -49,7 +49,8 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
     if "torch_dtype" not in config:
         config["dtype"] = dtype_name(options.dtype)
     if options.pack:
-        heads, packed = set(head_names(base.model)), {name.removesuffix(".weight") for name in base.packed}
+        heads = set(head_names(base.model))
+        packed = {name.removesuffix(".weight") for name in (*base.packed, *base.shared)}
         linears = {name for name, part in base.model.named_modules() if isinstance(part, nn.Linear | Conv1D)}
         config["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

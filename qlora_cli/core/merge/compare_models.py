@@ -34,7 +34,7 @@ class Comparison:
 
 
 def choose_rows(rows: Iterable[Row], *, vocabulary: int, device: torch.device) -> list[Row]:
-    """As many rows, each cut to 512 tokens, as keep the comparison within memory and a minute's time.
+    """As many rows, each cut to 512 tokens and before a token without an embedding, as keep the comparison within memory and a minute's time.
 
     Rows without a trained token, and single tokens, predict nothing and are left out.
     """
@@ -42,6 +42,8 @@ def choose_rows(rows: Iterable[Row], *, vocabulary: int, device: torch.device) -
     chosen: list[Row] = []
     for ids, trained in rows:
         ids, trained = ids[:MOST_ROW_TOKENS], trained[:MOST_ROW_TOKENS]
+        known = int(np.flatnonzero(np.append(ids >= vocabulary, True))[0])  # a tokenizer may have more tokens than that
+        ids, trained = ids[:known], trained[:known]
         predicted = int(trained[1:].sum())
         if not predicted:
             continue

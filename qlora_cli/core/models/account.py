@@ -31,11 +31,13 @@ class Packing:
         name: In the model; a tied one has the name that comes first.
         elements: Weights.
         reason: Why it stays in 16 bits; None in 4 bits.
+        others: Further names of one that is tied.
     """
 
     name: str
     elements: int
     reason: str | None
+    others: tuple[str, ...] = ()
 
     @property
     def is_body(self) -> bool:
@@ -53,6 +55,11 @@ class FourBitPlan:
     def packed(self) -> frozenset[str]:
         """Names of the parameters in 4 bits."""
         return frozenset(p.name for p in self.parameters if p.reason is None)
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Further names of parameters in 4 bits that several layers share, and the name of each in `packed`."""
+        return {other: p.name for p in self.parameters if p.reason is None for other in p.others}
 
     @property
     def share(self) -> float:
@@ -118,9 +125,12 @@ def plan_packing(model: PreTrainedModel, skipped: Iterable[str] = ()) -> FourBit
 def _one_of(tied: list[Packing]) -> Packing:
     """Of one parameter under several names."""
     apart = next((packing for packing in tied if not packing.is_body), None)
-    if len(tied) > 1 and apart is None and tied[0].reason is None:
-        return replace(tied[0], reason="shared between layers")
-    return apart or tied[0]
+    if len(tied) == 1 or apart is not None:
+        return apart or tied[0]
+    reason = next((packing.reason for packing in tied if packing.reason is not None), None)
+    if reason is None and not all(packing.name.endswith(".weight") for packing in tied):
+        reason = "shared between layers"
+    return replace(tied[0], reason=reason, others=tuple(packing.name for packing in tied[1:]))
 
 
 def _why_not(module: nn.Module, name: str, parameter: Any, stack: ExpertWeight | None) -> str | None:

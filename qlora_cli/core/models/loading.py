@@ -86,7 +86,8 @@ def _packing_facts(account: Account) -> dict[str, Any]:
     """What of the packing the other facts of a copy do not decide; nothing for a model of plain linear layers."""
     stacks = sorted(name for name in account.plan.packed if not name.endswith(".weight"))
     left = sorted(p.name for p in account.plan.parameters if p.reason is not None and p.reason.startswith("read by"))
-    return {"experts": len(stacks), "left": left} if stacks or left else {}
+    facts: dict[str, Any] = {"experts": len(stacks), "left": left} if stacks or left else {}
+    return facts | ({"shared": len(account.plan.shared)} if account.plan.shared else {})
 
 
 def _load(files: ModelFiles, empty: Any, checkpoint: Checkpoint, account: Account, packer: Packer) -> Any:

@@ -1,6 +1,6 @@
 """Packing a base's weights in 4 bits while they are read: one matrix at a time is in 16 bits, on host and device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
 from qlora_cli.core.experts.stack import Packed, pack_matrix, packed_of
 from qlora_cli.core.models.account import Account
-from qlora_cli.core.models.quantization import is_finite, pack_weight, restored_linear
+from qlora_cli.core.models.quantization import is_finite, pack_weight, restored_linear, twin_of
 from qlora_cli.core.models.weight_names import WeightOrigin
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import four_bit_state
@@ -37,7 +37,11 @@ class Withdrawn(nn.Module):
 
 def withdraw(model: nn.Module, account: Account) -> None:
     """Takes what will be packed out of a model on the meta device, so that transformers loads the rest alone."""
-    for name in account.plan.packed:
+    shared = account.plan.shared
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in tied.keys() & (shared.keys() | account.plan.packed):
+        del tied[name]  # `share_weights` ties what is packed
+    for name in [*account.plan.packed, *shared]:
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         stacks = expert_weights(owner)
@@ -49,6 +53,19 @@ def withdraw(model: nn.Module, account: Account) -> None:
             setattr(owner, leaf, place)
         else:
             model.set_submodule(owner_name, Withdrawn(owner))
+
+
+def share_weights(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Gives layers that share a weight with one in 4 bits that weight: one in memory, and a module for each place.
+
+    Args:
+        model: Filled.
+        shared: See `FourBitPlan.shared`.
+    """
+    for other, name in shared.items():
+        first: Any = model.get_submodule(name.rpartition(".")[0])
+        place: Any = model.get_submodule(other.rpartition(".")[0])
+        model.set_submodule(other.rpartition(".")[0], twin_of(first, place.bias))
 
 
 def _place(parameter: Any) -> Tensor:
@@ -111,6 +128,7 @@ class Packer:
             wanted = [target for target in origin.targets if target in account.plan.packed]
             if wanted:
                 self._fill_from(origin, wanted)
+        share_weights(model, account.plan.shared)
 
     def _fill_from(self, origin: WeightOrigin, wanted: list[str]) -> None:
         owner = self.model.get_submodule(wanted[0].rpartition(".")[0])

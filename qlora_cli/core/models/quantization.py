@@ -72,6 +72,14 @@ def restored_linear(
     return linear
 
 
+def twin_of(linear: Any, bias: nn.Parameter | None) -> nn.Module:
+    """A module of its own with the weight of a 4-bit linear, which is there once."""
+    twin = bnb.nn.Linear4bit(1, 1, bias is not None, linear.compute_dtype, device="meta")
+    twin.weight, twin.bias = linear.weight, bias  # type: ignore[assignment]
+    twin.out_features, twin.in_features = linear.out_features, linear.in_features
+    return twin
+
+
 def freeze_base(base: Any) -> PreTrainedModel:
     """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no CPU repacking of the packed weights, which
     are reached by calling their layers."""

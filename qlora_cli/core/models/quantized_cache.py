@@ -22,7 +22,9 @@ from transformers import GenerationConfig
 from qlora_cli.artifacts import cache_root, read_json
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
+from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.files import ModelFiles
+from qlora_cli.core.models.packing import share_weights
 from qlora_cli.core.models.quantization import restored_linear
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.disk_space import free_disk_bytes
@@ -150,7 +152,10 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     own = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own
     state = model.state_dict()
-    yield from ((name, tensor) for name, tensor in state.items() if name not in tied)
+    # With what undoes the packing of one that is tied: `….weight.absmax`.
+    yield from (
+        (n, t) for n, t in state.items() if n not in tied and n.rpartition(".weight.")[0] + ".weight" not in tied
+    )
     yield from ((name, tensor) for name, tensor in model.named_buffers() if name not in state)
 
 
@@ -247,6 +252,7 @@ def _fill(model: Any, tensors: dict[str, Tensor], compute_dtype: torch.dtype, de
         RunError: The model has another structure than the one that was saved.
     """
     names = [key.split(f".weight.{FOUR_BIT}")[0] for key in tensors if f".weight.{FOUR_BIT}" in key]
+    shared = plan_packing(model).shared
     packed = {name: {"": tensors.pop(f"{name}.weight")} for name in names}
     for key in list(tensors):
         name, _, ending = key.rpartition(".weight.")
@@ -255,6 +261,7 @@ def _fill(model: Any, tensors: dict[str, Tensor], compute_dtype: torch.dtype, de
     for name, parts in packed.items():
         bias = tensors.pop(f"{name}.bias", None)
         model.set_submodule(name, restored_linear(compute_dtype, device, parts, bias))
+    share_weights(model, {other: name for other, name in shared.items() if name.removesuffix(".weight") in names})
     for name, tensor in tensors.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
