@@ -116,7 +116,7 @@ def test_words_are_looked_up_under_every_kind(kind):
 )
 def test_tokenizers_that_look_across_words_are_not_cut(change):
     plain = {"model": {"type": "BPE", "vocab": {"▁a": 0}}, "added_tokens": [], "pre_tokenizer": {"type": "Metaspace"}}
-    assert find_cut(plain)("one two, 3") == ["one", " two", ",", " 3"]
+    assert find_cut(plain).split("one two, 3") == ["one", " two", ",", " 3"]
     assert find_cut({**plain, **change}) is None
 
 
@@ -135,7 +135,7 @@ def test_texts_are_cut_where_no_token_reaches_across(change, pieces):
     control = {"content": "<s>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
     model = {"type": "BPE", "vocab": {"Ġa": 0}, **change}
     cut = find_cut({"model": model, "added_tokens": [control], "pre_tokenizer": {"type": "ByteLevel"}})
-    assert cut("don't see(x-12, 3).") == pieces
+    assert cut is not None and cut.split("don't see(x-12, 3).") == pieces
 
 
 def test_a_vocabulary_that_reaches_across_words_gets_whole_texts():
@@ -171,6 +171,19 @@ def test_words_are_forgotten_and_learnt_again():
     words = cache._inside
     assert " sees" in words.known  # what comes again and again stays
     assert len(words.known) + len(words._older) < 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_is_tokenised_in_parts_as_it_is_as_a_whole(kind):
+    encoder = encoder_of(KINDS[kind]())
+    text = " ".join(TEXT * 3)
+    backend = encoder._at_start
+    cut = find_cut(json.loads(encoder.spec.backend))
+    cache = WordCache(cut, backend, encoder._inside, encoder._without_control, block_letters=7, most_uncut_letters=60)
+    whole = [backend.encode(text, add_special_tokens=False).ids]
+    assert [list(ids) for ids in cache.encode([text], [True])] == whole
+    assert cache.takes(text) == cache.is_cutting
+    assert cache.takes("x" * 60) and not cache.takes("x" * 61)
 
 
 @pytest.mark.parametrize(

@@ -448,6 +448,41 @@ def test_long_rows_come_in_small_chunks_from_every_kind_of_file(tmp_path):
         assert max(len(chunk.records) for chunk in chunks) <= 9
 
 
+def test_a_long_element_of_an_array_travels_as_it_was_written(tmp_path):
+    """Parsed it may take 26 times as much memory: only the process that tokenises it builds it."""
+    long = {"text": 'a "quoted" \\ [bracket} \\"' * 40_000, "more": [[], {"b": "]"}] * 3}
+    rows = [{"text": "short"}, long, {"text": "after"}]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, indent=1))
+    chunks = list(read_chunks(path, "rows", 2**24))
+    assert [chunk.kind for chunk in chunks if chunk.is_long] == ["element"]
+    assert not any(chunk.records for chunk in chunks if chunk.is_long)
+    for chunk in chunks:
+        parse_chunk(chunk, 2**24)
+    assert [record for chunk in chunks for record in chunk.records] == rows
+    assert [line for chunk in chunks for line in chunk.lines] == [2, 5, 22]
+    path.write_text(json.dumps(rows)[:-40])
+    (*_, last) = read_chunks(path, "rows", 2**24)
+    assert last.bad_rows
+
+
+def test_a_long_broken_element_is_a_bad_row_and_what_follows_is_read(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"text": "' + "a" * 2**21 + '", "b": nul}, {"text": "after"}]')
+    chunks = list(read_chunks(path, "rows", 2**24))
+    for chunk in chunks:
+        parse_chunk(chunk, 2**24)
+    assert [record for chunk in chunks for record in chunk.records] == [{"text": "after"}]
+    assert [bad.line for chunk in chunks for bad in chunk.bad_rows] == [1]
+
+
+def test_a_header_of_very_many_columns_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(",".join(f"c{i}" for i in range(20_000)) + "\n")
+    (chunk,) = read_chunks(path, "rows", 2**24)
+    assert "20,000 columns" in chunk.bad_rows[0].cause
+
+
 def test_long_lines_are_left_out_without_being_held(tmp_path):
     import tracemalloc
 

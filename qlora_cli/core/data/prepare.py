@@ -30,7 +30,7 @@ from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSet
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
-from qlora_cli.core.reading.chunks import BadRow, Chunk, parse_chunk
+from qlora_cli.core.reading.chunks import BadRow, Chunk, count_rows, parse_chunk
 from qlora_cli.core.reading.readers import CHUNK_BYTES
 from qlora_cli.core.recognition.pairs import read_template
 from qlora_cli.core.recognition.recognise import recognise
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 PREPARATION = 2  # raised when the same input would give other rows, so that older caches are not taken for these
 DEFAULT_MAX_LENGTH = 2048
 SAMPLE_RECORDS = 256  # looked at to recognise the format
-SAMPLE_LETTERS = 2**25  # where rows are long, fewer of them do
+SAMPLE_LETTERS = 2**23  # where rows are long, fewer of them do
 SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
 MOST_PROCESSES = 8  # of 100 MB each beside 600 MB here; --workers may ask for more
 TASK = "Preparing"
@@ -310,15 +310,17 @@ def _limited(chunks: Iterator[Chunk], settings: DataSettings) -> Iterator[Chunk]
         return
     left = settings.limit
     for chunk in chunks:
+        rows = count_rows(chunk, settings.max_line_bytes)
+        if rows < left:
+            left -= rows
+            yield chunk
+            continue
         parse_chunk(chunk, settings.max_line_bytes)
         chunk.records, chunk.lines = chunk.records[:left], chunk.lines[:left]
-        left -= len(chunk.records)
-        if not left:
-            last = chunk.lines[-1] if chunk.lines else 0
-            chunk.bad_rows = [bad for bad in chunk.bad_rows if (bad.line or 0) < last]
+        last = chunk.lines[-1] if chunk.lines else 0
+        chunk.bad_rows = [bad for bad in chunk.bad_rows if (bad.line or 0) < last]
         yield chunk
-        if not left:
-            return
+        return
 
 
 def count_processes(total_bytes: int | None, workers: int | None, cores: int) -> int:

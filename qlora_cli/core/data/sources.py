@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from qlora_cli.artifacts import sha256_of
 from qlora_cli.core.models.hub import download_snapshot, missing_bytes
 from qlora_cli.core.reading.arrow_reader import chunks_of
-from qlora_cli.core.reading.chunks import RECORDS_A_CHUNK, Chunk, parse_chunk
+from qlora_cli.core.reading.chunks import RECORDS_A_CHUNK, Chunk, count_rows, parse_chunk
 from qlora_cli.core.reading.compressed import DECOMPRESS
 from qlora_cli.core.reading.readers import CHUNK_BYTES, KINDS, kind_of, read_chunks
 from qlora_cli.core.storage.disk_space import free_disk_bytes
@@ -45,10 +45,13 @@ class DataSet:
             return
         first = 0
         for chunk in chunks:
-            parse_chunk(chunk, max_line_bytes)
-            numbers = range(first, first + len(chunk.records))
+            numbers = range(first, first + count_rows(chunk, max_line_bytes))
             is_taken = [int((number + 1) * self.share) > int(number * self.share) for number in numbers]
-            first += len(chunk.records)
+            first += len(numbers)
+            if all(is_taken):
+                yield chunk
+                continue
+            parse_chunk(chunk, max_line_bytes)
             chunk.records = list(compress(chunk.records, is_taken))
             chunk.lines = list(compress(chunk.lines, is_taken))
             yield chunk

@@ -94,9 +94,10 @@ class Tokeniser:
         for number, (line, row) in enumerate(zip(chunk.lines, self._format(chunk.records), strict=True)):
             if isinstance(row, Blank):
                 dropped[str(row)] += 1
-            elif isinstance(row, BadField):
-                bad_rows.append(BadRow(chunk.file, line, str(row)))
+            elif problem := str(row) if isinstance(row, BadField) else self._problem_of(row):
+                bad_rows.append(BadRow(chunk.file, line, problem))
             else:
+                assert not isinstance(row, BadField)
                 rows += row
                 origins += [number] * len(row)
         encoded = self._encoder.encode_rows(rows)  # row → run → ids
@@ -116,6 +117,9 @@ class Tokeniser:
             dropped,
             bad_rows=bad_rows,
         )
+
+    def _problem_of(self, rows: list[list[Run]]) -> str | None:
+        return next(filter(None, map(self._encoder.problem_of, rows)), None)
 
     def _format(self, records: list[Record]) -> list[Formatted]:
         """The rows of each record, or why there are none, after the rules of the data set."""

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
+from threading import Condition
 from types import TracebackType
 
 import qlora_cli
@@ -23,6 +23,7 @@ from qlora_cli.core.reading.chunks import Chunk
 from qlora_cli.errors import DataError
 
 CHUNKS_AHEAD = 3  # chunks held for each process, waiting, in work or done; bounds the memory
+BYTES_AHEAD = 3 * 2**24  # that these take, of all processes together; two rows of 16 MiB fit
 IMPORT_ROOT = str(Path(qlora_cli.__file__).resolve().parents[1])
 # One thread and one heap that gives memory back: 100 MB a process instead of 140, at the same speed.
 ENVIRONMENT = {
@@ -41,11 +42,16 @@ CODE = (
 
 
 class TokeniserPool:
-    """Processes that tokenise; a context manager that ends them."""
+    """Processes that tokenise; a context manager that ends them.
+
+    A row of 16 MiB may take half a gigabyte while it is parsed and tokenised. All such rows go to the first process, which
+    takes them one by one, so that the memory of all is that of one long row and of short ones, however many they are.
+    """
 
     def __init__(self, settings: TokeniserSettings, processes: int) -> None:
         self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
-        self._idle: SimpleQueue[tuple[subprocess.Popen[bytes], Connection]] = SimpleQueue()
+        self._idle: set[int] = set()  # places in `_workers`
+        self._freed = Condition()
         self._threads = ThreadPoolExecutor(processes)  # each only waits for a process
         for _ in range(processes):
             ours, theirs = Pipe()
@@ -58,7 +64,7 @@ class TokeniserPool:
                 )
             self._workers.append((process, ours))
             ours.send(settings)
-            self._idle.put(self._workers[-1])
+            self._idle.add(len(self._workers) - 1)
 
     def process_all(self, chunks: Iterable[Chunk]) -> Iterator[TokenisedChunk]:
         """The chunks, tokenised, in their order.
@@ -66,16 +72,21 @@ class TokeniserPool:
         Raises:
             DataError: A chunk cannot be tokenised, or a process died.
         """
-        waiting: deque[Future[TokenisedChunk]] = deque()
+        waiting: deque[tuple[Future[TokenisedChunk], int]] = deque()
         for chunk in chunks:
-            waiting.append(self._threads.submit(self._process, chunk))
-            if len(waiting) >= CHUNKS_AHEAD * len(self._workers):
-                yield waiting.popleft().result()
+            held_bytes = sum(bytes_ for _, bytes_ in waiting) + chunk.held_bytes
+            while waiting and (len(waiting) >= CHUNKS_AHEAD * len(self._workers) or held_bytes > BYTES_AHEAD):
+                future, bytes_ = waiting.popleft()
+                held_bytes -= bytes_
+                yield future.result()
+            waiting.append((self._threads.submit(self._process, chunk), chunk.held_bytes))
+            del chunk  # its bytes go when its process has them
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
 
     def _process(self, chunk: Chunk) -> TokenisedChunk:
-        process, connection = self._idle.get()
+        number = self._take(chunk.is_long)
+        process, connection = self._workers[number]
         try:
             connection.send(chunk)
             answer = connection.recv()
@@ -86,10 +97,20 @@ class TokeniserPool:
                 "If memory ran out, use fewer processes: --workers 1",
             ) from None
         finally:
-            self._idle.put((process, connection))  # a dead one too: who gets it next fails at once
+            with self._freed:
+                self._idle.add(number)  # a dead one too: who gets it next fails at once
+                self._freed.notify_all()
         if isinstance(answer, BaseException):
             raise answer
         return answer
+
+    def _take(self, is_long: bool) -> int:
+        """Waits for a process: the first one for a long row, for others any, the first one last."""
+        with self._freed:
+            self._freed.wait_for(lambda: 0 in self._idle if is_long else self._idle)
+            number = 0 if is_long else max(self._idle)
+            self._idle.remove(number)
+            return number
 
     def __enter__(self) -> "TokeniserPool":
         return self

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 
 from qlora_cli.core.prompts.foreign_tokenizer import encode_texts, refuse_growth
-from qlora_cli.core.prompts.word_cache import WordCache, find_cut
+from qlora_cli.core.prompts.word_cache import Ids, WordCache, find_cut
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class TextEncoder:
         eos = self.spec.eos_id
         return [*(runs[:-1] if runs and runs[-1][0] == eos else runs), (eos, True)]
 
-    def encode_rows(self, rows: Sequence[Sequence[Run]]) -> list[list[list[int]]]:
+    def encode_rows(self, rows: Sequence[Sequence[Run]]) -> list[list[Ids]]:
         """The ids of every run of every row."""
         texts: list[str] = []
         starts: list[bool] = []
@@ -232,6 +232,16 @@ class TextEncoder:
                 before = content
         encoded = iter(self._words.encode(texts, starts))
         return [[[content] if isinstance(content, int) else next(encoded) for content, _ in row] for row in rows]
+
+    def problem_of(self, runs: Sequence[Run]) -> str | None:
+        """Why a row cannot be tokenised within bounded memory, as a clause."""
+        for content, _ in runs:
+            if isinstance(content, str) and not self._words.takes(content):
+                return (
+                    f"holds a text of {len(content):,} letters, of which this tokenizer can take apart "
+                    f"{self._words.most_uncut_letters:,} at once; cut it into several rows"
+                )
+        return None
 
     def _without_control(self, backend: Tokenizer, texts: list[str], encoded: list[list[int]]) -> list[list[int]]:
         """The ids of texts, letter by letter where they hold a control token.

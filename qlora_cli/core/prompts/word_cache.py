@@ -8,7 +8,8 @@ word, and between letters or digits and punctuation.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,10 +19,13 @@ from qlora_cli.core.prompts.foreign_tokenizer import encode_texts
 
 LONGEST_WORD = 32  # letters; longer pieces, and whole texts, are not kept at all
 MOST_WORDS = 2**15  # of each generation; two take about 20 MB
-PROVED_BY = 64  # texts compared with the tokenizer's own answer before the cuts are trusted
+PROVED_BY, PROVED_LETTERS = 64, 2**14  # texts, and of each: the tokenizer's own answer decides whether cuts are trusted
+BLOCK_LETTERS = 2**18  # of a long text that are cut into words at once: a word takes 100 times its letters meanwhile
+MOST_UNCUT_LETTERS = 2**21  # that the tokenizer is given as one piece: it takes 150 bytes for each
 
 Correction = Callable[[Tokenizer, list[str], list[list[int]]], list[list[int]]]
-Cut = Callable[[str], list[str]]
+Ids = list[int] | array  # of 32 bits
+Cut = re.Pattern[str]  # matches nothing, at each place of a cut
 
 PUNCTUATION = r"[!-&(-/:-@\[-`{-~]"  # of ASCII; not the apostrophe, as some patterns take "don't" for one word
 # What stands before a cut and right after it, which no token may hold side by side, and what must follow.
@@ -75,6 +79,8 @@ class WordCache:
         inside: Tokenizer for all other words; may be the same.
         correct: Called with the variant, texts and the ids of each; returns the ids to use.
         most_words: Words kept, twice over (see `_Words`).
+        block_letters: Of a longer text that are cut into words at once.
+        most_uncut_letters: That the tokenizer is given as one piece.
     """
 
     def __init__(
@@ -84,10 +90,12 @@ class WordCache:
         inside: Tokenizer,
         correct: Correction,
         most_words: int = MOST_WORDS,
+        block_letters: int = BLOCK_LETTERS,
+        most_uncut_letters: int = MOST_UNCUT_LETTERS,
     ) -> None:
         self._inside = _Words(inside, correct, most_words)
         self._first = self._inside if at_start is inside else _Words(at_start, correct, most_words)
-        self._cut = cut
+        self._cut, self._block_letters, self.most_uncut_letters = cut, block_letters, most_uncut_letters
         self._is_proved = False
 
     @property
@@ -95,17 +103,34 @@ class WordCache:
         """Whether words are looked up, or whole texts are tokenised."""
         return self._cut is not None
 
-    def encode(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
-        """The ids of each text; `starts` says which of them stand at the start of a row."""
+    def encode(self, texts: Sequence[str], starts: Sequence[bool]) -> Sequence[Ids]:
+        """The ids of each text, int32 numbers; `starts` says which of them stand at the start of a row."""
         if self._cut is not None and not self._is_proved:
             self._is_proved = True
-            sample, sample_starts = texts[:PROVED_BY], starts[:PROVED_BY]
+            sample, sample_starts = [text[:PROVED_LETTERS] for text in texts[:PROVED_BY]], starts[:PROVED_BY]
             whole = self._encode_whole(sample, sample_starts)
             if self._encode_in_words(self._cut, sample, sample_starts) != whole:
                 self._cut = None  # whatever was overlooked, the tokenizer's own answer counts
         if self._cut is None:
             return self._encode_whole(texts, starts)
-        return self._encode_in_words(self._cut, texts, starts)
+        if all(len(text) <= self._block_letters for text in texts):
+            return self._encode_in_words(self._cut, texts, starts)
+        encoded: list[Ids] = []
+        for text, start in zip(texts, starts, strict=True):
+            ids = array("i")  # 4 bytes a token; a list of numbers that no other token shares takes 36
+            for first, end in _blocks(self._cut, text, self._block_letters):
+                ids.extend(self._encode_in_words(self._cut, [text[first:end]], [start and not first])[0])
+            encoded.append(ids)
+        return encoded
+
+    def takes(self, text: str) -> bool:
+        """Whether a text can be tokenised within bounded memory: all but one of millions of letters without a cut."""
+        most = self.most_uncut_letters
+        if len(text) <= most:
+            return True
+        return self._cut is not None and all(
+            end - first <= most for first, end in _blocks(self._cut, text, self._block_letters)
+        )
 
     def _encode_whole(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
         both = list(zip(texts, starts, strict=True))
@@ -114,7 +139,7 @@ class WordCache:
         return [next(first if start else inside) for start in starts]
 
     def _encode_in_words(self, cut: Cut, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
-        pieces = list(map(cut, texts))
+        pieces = list(map(cut.split, texts))
         rest = pieces
         if self._first is not self._inside:
             both = list(zip(pieces, starts, strict=True))
@@ -157,7 +182,17 @@ def find_cut(description: dict[str, Any]) -> Cut | None:
         return None  # pieces of several words seldom come again
     # Most letters are none that a cut stands before: asked first, it takes a tenth less time.
     first = "".join(after.strip("[]") for _, after, _ in places)
-    return re.compile(f"(?=[{first}])(?:" + "|".join(f"(?={a}{then})(?<={b})" for b, a, then in places) + ")").split
+    return re.compile(f"(?=[{first}])(?:" + "|".join(f"(?={a}{then})(?<={b})" for b, a, then in places) + ")")
+
+
+def _blocks(cut: Cut, text: str, letters: int) -> Iterator[tuple[int, int]]:
+    """First and last place of the parts of a text, each of at least so many letters and up to the next cut."""
+    first = 0
+    while first < len(text):
+        match = cut.search(text, first + letters)
+        end = match.start() if match else len(text)
+        yield first, end
+        first = end
 
 
 def _types(part: Any) -> set[str]:

@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_cli.core.records.messages import holds_messages
@@ -14,6 +14,8 @@ TEXT_COLUMN = "text"  # of a .txt file
 MESSAGES_COLUMN = "messages"  # of rows that are lists of messages
 RECORDS_A_CHUNK = 1024
 LETTERS_A_CHUNK = 2**22  # of records that were parsed where they were read
+LONG_BYTES = 2**20  # of a chunk that only a long row makes so long: JSON may take 26 times as much memory once parsed
+PARSED = 8  # times as much memory as the text of it, for most rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Chunk:
     Attributes:
         file: Name shown to the user.
         first_line: Line of the first raw line, from 1.
-        kind: How to parse `raw`: jsonl or txt.
+        kind: How to parse `raw`: jsonl, txt, or element (one JSON value, which may go over several lines).
         source_bytes: Bytes of this file read since the chunk before, for the progress bar.
         letters: About how many the records were written with.
     """
@@ -67,6 +69,16 @@ class Chunk:
         return self
 
     @property
+    def held_bytes(self) -> int:
+        """About how much memory it takes until it is tokenised; parsed rows take several times what they were written with."""
+        return len(self.raw) or PARSED * self.letters
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it holds a row so long that only one like it should be in work at a time."""
+        return len(self.raw) > LONG_BYTES or self.letters > 2 * LETTERS_A_CHUNK
+
+    @property
     def is_full(self) -> bool:
         """Whether there are enough rows for a chunk, or long ones."""
         return len(self.records) + len(self.bad_rows) >= RECORDS_A_CHUNK or self.letters >= LETTERS_A_CHUNK
@@ -77,17 +89,28 @@ def too_long(max_line_bytes: int) -> str:
     return f"longer than --max-line-bytes {max_line_bytes}"
 
 
+def count_rows(chunk: Chunk, max_line_bytes: int) -> int:
+    """Rows of a chunk that can be read; a long one stays unparsed, so that it travels as it was written."""
+    if not chunk.is_long:
+        parse_chunk(chunk, max_line_bytes)
+        return len(chunk.records)
+    copy = replace(chunk, records=[*chunk.records], lines=[*chunk.lines], bad_rows=[*chunk.bad_rows])
+    parse_chunk(copy, max_line_bytes)
+    return len(copy.records)
+
+
 def parse_chunk(chunk: Chunk, max_line_bytes: int) -> None:
     """Parses a chunk's raw lines into its records and bad rows."""
     if not chunk.raw:
         return
     raw = chunk.raw.removeprefix(b"\xef\xbb\xbf") if chunk.first_line == 1 else chunk.raw
-    rows: list[str | bytes]
-    try:
-        rows = [*raw.decode("utf-8").split("\n")]
-    except UnicodeDecodeError:
-        rows = [*raw.split(b"\n")]
-    is_suspect = "\\u" in raw.decode("utf-8", "replace") or b"\0" in raw
+    rows: list[str | bytes] = [raw]
+    if chunk.kind != "element":
+        try:
+            rows = [*raw.decode("utf-8").split("\n")]
+        except UnicodeDecodeError:
+            rows = [*raw.split(b"\n")]
+    is_suspect = b"\\u" in raw or b"\0" in raw
     check_length = len(raw) > max_line_bytes
     decode = DECODER.decode
     for number, row in enumerate(rows, chunk.first_line):

@@ -9,6 +9,7 @@ from qlora_cli.core.records.record import problem_of_record
 
 UNNAMED = ""  # the column without a name in which pandas writes its index
 NAMES_SHOWN = 20
+MOST_COLUMNS = 2**14  # each row is held as an object with all of their names
 
 
 def read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs: bool) -> Iterator[Chunk]:
@@ -58,6 +59,8 @@ def read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs:
 def _problem_of_header(header: list[str]) -> str | None:
     """What is wrong with the names of the columns; the first one, and only that, may be empty."""
     named = header[1:] if len(header) > 1 and header[0] == UNNAMED else header
+    if len(header) > MOST_COLUMNS:
+        return f"the header names {len(header):,} columns, more than {MOST_COLUMNS:,}"
     if problem := problem_of_record({"header": header}):
         return problem
     if len(set(header)) == len(header) and all(named):

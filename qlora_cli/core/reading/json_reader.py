@@ -5,9 +5,10 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_cli.core.reading.chunks import DECODER, Chunk, is_cut_short, json_cause, refuse_constant
+from qlora_cli.core.reading.chunks import DECODER, LONG_BYTES, Chunk, is_cut_short, json_cause, refuse_constant
 from qlora_cli.core.records.messages import ROLE_KEYS, holds_messages
 
 # Fields of an object that say something of the rows beside them, and are no row's text.
@@ -24,6 +25,11 @@ def read_array(stream: io.BufferedReader, name: str, max_line_bytes: int, chunk_
     text = _ArrayText(stream, max_line_bytes, chunk_bytes)
     try:
         for element, line, letters in text.elements():
+            if isinstance(element, LongElement):
+                yield chunk
+                yield Chunk(name, line, "element", element.text.encode())
+                chunk = Chunk(name)
+                continue
             chunk.add(element, line, letters)
             if chunk.is_full:
                 yield chunk
@@ -35,6 +41,13 @@ def read_array(stream: io.BufferedReader, name: str, max_line_bytes: int, chunk_
         if text.next_sign():
             chunk.fail(line, "the file goes on after the end of its array")
     yield chunk
+
+
+@dataclass(frozen=True)
+class LongElement:
+    """An element of an array that is not parsed where it is read."""
+
+    text: str
 
 
 class _BrokenArray(Exception):
@@ -60,7 +73,7 @@ class _ArrayText:
         self._problem: str | None = None  # what is not UTF-8, once it is met
 
     def elements(self) -> Iterator[tuple[Any, int, int]]:
-        """Every element with the line it starts on, and of how many letters it is.
+        """Every element with the line it starts on, and of how many letters it is; a long one unparsed.
 
         Raises:
             _BrokenArray: It is no array, or is cut short.
@@ -92,6 +105,9 @@ class _ArrayText:
 
     def _next_element(self) -> tuple[Any, int]:
         while True:
+            is_long = len(self._buffer) - self._at > max(LONG_BYTES, 2 * self._piece_bytes)
+            if is_long and self._buffer[self._at] in "[{":
+                return self._long_element()
             try:
                 element, end = DECODER.raw_decode(self._buffer, self._at)
             except (ValueError, RecursionError) as error:
@@ -101,21 +117,48 @@ class _ArrayText:
                 self._move(end)
                 return element, letters
 
+    def _long_element(self) -> tuple[LongElement, int]:
+        """The text of an element up to where its brackets and quotes close; nothing is built of what it holds."""
+        place, depth = self._at, 0
+        while True:
+            match = _SKIPPED.match(self._buffer, place)
+            assert match is not None
+            place = match.end()
+            sign = self._buffer[place : place + 1]
+            if sign in ("[", "{"):
+                depth += 1
+            elif sign in ("]", "}"):
+                depth -= 1
+            elif not sign or sign == '"':  # it ends here, or in a text
+                self._check_length()
+                place -= self._at
+                if not self._read_on():
+                    raise self._ended()
+                continue
+            place += 1
+            if depth <= 0:
+                element = LongElement(self._buffer[self._at : place])
+                self._move(place)
+                return element, len(element.text)
+
     def _repair(self, error: Exception) -> None:
         """Reads on if an element has not come to its end; raises _BrokenArray if that is not what is wrong."""
         if not isinstance(error, json.JSONDecodeError):
             raise _BrokenArray(self.line, json_cause("", error))
         # An escape, a name such as true, or a number may be cut in two by the end of what was read.
         if error.msg.startswith("Unterminated string") or error.pos >= len(self._buffer) - 16:
-            if len(self._buffer) - self._at > self._max_line_bytes:
-                cause = f"an element of the array is longer than --max-line-bytes {self._max_line_bytes}"
-                raise _BrokenArray(self.line, cause)
+            self._check_length()
             if self._read_on():
                 return
             if self._problem or is_cut_short(error, self._buffer):
                 raise self._ended()
         self._move(error.pos)
         raise _BrokenArray(self.line, f"invalid JSON: {error.msg}")
+
+    def _check_length(self) -> None:
+        if len(self._buffer) - self._at > self._max_line_bytes:
+            cause = f"an element of the array is longer than --max-line-bytes {self._max_line_bytes}"
+            raise _BrokenArray(self.line, cause)
 
     def _move(self, position: int) -> None:
         self.line += self._buffer.count("\n", self._at, position)
@@ -142,6 +185,9 @@ class _ArrayText:
 
 
 _SPACE = re.compile(r"\s*")
+_SKIPPED = re.compile(
+    r'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL
+)  # up to a bracket, or a text that goes on
 
 
 def read_object(stream: io.BufferedReader, name: str, max_bytes: int) -> Iterator[Chunk]:
