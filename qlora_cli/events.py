@@ -97,6 +97,8 @@ class RowShown(Event):
     Attributes:
         origin: Where its turns come from, in words.
         most_lines: Lines that it may take on the screen; None for all of it.
+        sources: For each piece the messages (number and role) or columns that begin in it; empty where that is not known.
+        left_out: What the chat template leaves out of its record.
     """
 
     index: int
@@ -105,6 +107,8 @@ class RowShown(Event):
     trained_tokens: int
     origin: str = ""
     most_lines: int | None = None
+    sources: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

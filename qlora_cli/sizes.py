@@ -1,4 +1,4 @@
-"""Sizes in bytes as text in binary units, for sentences that people read; everywhere else bytes stay numbers."""
+"""Sizes in bytes, and numbers of things, as text for sentences that people read; everywhere else they stay numbers."""
 
 import math
 
@@ -13,3 +13,8 @@ def format_bytes(size_bytes: float) -> str:
             decimals = max(0, 2 - int(math.log10(abs(number)))) if abs(number) >= 1 else 2
             return f"{number:,.{decimals}f} {name}"
     return f"{size_bytes:.0f} B"
+
+
+def format_count(number: int, thing: str) -> str:
+    """So many of a thing: 1 row, 1,000 rows."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

@@ -114,14 +114,25 @@ def _table(content: dict[str, Any]) -> Table:
 
 
 def draw_row(console: Console, event: RowShown) -> None:
-    """One prepared row: what is trained on green and bold, or in ⟦brackets⟧ where there is no colour.
+    """One prepared row: what is trained on green and bold, or in ⟦brackets⟧ where there is no colour; before each part
+    ‹the messages or columns› that it shows.
 
     Where it takes more than its lines, the middle of its longest pieces is left out, and then pieces in the middle.
     """
     head = Text(f"Row {event.index}: {event.tokens:,} tokens, {event.trained_tokens:,} trained", "bold")
     console.print(head + Text(f"; {event.origin}" if event.origin else "", "dim"), soft_wrap=True)
+    if event.left_out:
+        said = Text(f"left out by the chat template: {'; '.join(event.left_out)}", "yellow")
+        console.print(
+            said, soft_wrap=event.most_lines is None, no_wrap=event.most_lines is not None, overflow="ellipsis"
+        )
     in_colour = console.is_terminal and not console.no_color
-    groups = itertools.groupby(event.pieces, key=lambda piece: piece[1])
+    sources = event.sources or ("",) * len(event.pieces)
+    named = [
+        (f"‹{source}› {text}" if source else text, trained)
+        for source, (text, trained) in zip(sources, event.pieces, strict=True)
+    ]
+    groups = itertools.groupby(named, key=lambda piece: piece[1])
     parts = [("".join(piece[0] for piece in pieces), trained) for trained, pieces in groups]
     if event.most_lines is not None:
         parts = _shorten(parts, event.most_lines, console.width)

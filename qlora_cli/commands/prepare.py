@@ -9,11 +9,15 @@ import numpy as np
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import PreparedSummary, prepare_rows
+from qlora_cli.core.data.row_origins import first_records, left_out_of, name_pieces, parts_of
+from qlora_cli.core.data.statistics import LOST
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.prompts.formatting import Formatting, describe_origins
 from qlora_cli.core.recognition.columns import list_names
 from qlora_cli.core.runs.validate import check
+from qlora_cli.errors import QloraError
 from qlora_cli.events import Report, RowShown
+from qlora_cli.sizes import format_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,20 +51,23 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
         workers=config.workers,
     )
     lines = None if config.verbose else max(4, SCREEN_LINES // max(1, config.show) - 3)
-    show_rows(PreparedRows(summary.directory), files.tokenizer, config.show, report, lines)
+    show_rows(PreparedRows(summary.directory), files.tokenizer, config, report, lines)
     return summary
 
 
 def summarise(summary: PreparedSummary) -> dict[str, Any]:
     """What became of the data at a glance: a few facts of `summary.to_dict()`, and all that was left out."""
     facts, lengths = summary.manifest, summary.manifest["lengths"]
-    left_out = [f"{count:,} rows: {reason}" for reason, count in facts["dropped"].items()]
-    left_out += [f"{facts['bad_rows']:,} bad rows"] if facts["bad_rows"] else []
-    left_out += [f"the ends of {facts['truncated']:,} rows, past --max-length"] if facts["truncated"] else []
+    left_out = [f"{format_count(count, 'row')}: {reason}" for reason, count in facts["dropped"].items()]
+    left_out += [format_count(count, "bad row")] if (count := facts["bad_rows"]) else []
+    if count := facts["truncated"]:
+        left_out.append(f"the end{'' if count == 1 else 's'} of {format_count(count, 'row')}, past --max-length")
+    lost = facts.get("lost", {}).items()
+    left_out += [f"{LOST[kind]} of {format_count(count, 'conversation')}, by the chat template" for kind, count in lost]
     left_out += [f"columns {list_names(names)}"] if (names := facts.get("unused_columns")) else []
     share = facts["trained_tokens"] / max(1, facts["tokens"])
     return {
-        "rows": f"{facts['rows']:,} of {facts['records']:,} records",
+        "rows": f"{facts['rows']:,} of {format_count(facts['records'], 'record')}",
         "tokens": f"{facts['tokens']:,}, {facts['trained_tokens']:,} trained ({share:.0%})",
         "lengths": f"{lengths['min']:,} to {lengths['max']:,}, half up to {lengths['p50']:,}, limit {facts['max_length']:,}",
         "parts": describe_origins(Formatting.from_dict(facts["formatting"])),
@@ -72,34 +79,54 @@ def summarise(summary: PreparedSummary) -> dict[str, Any]:
 def show_rows(
     rows: PreparedRows,
     tokenizer: "PreTrainedTokenizerBase",
-    count: int,
+    config: PrepareConfig,
     report: Report,
     most_lines: int | None = None,
 ) -> None:
-    """Reports the first rows as text, cut where trained tokens begin or end.
+    """Reports the first rows as text, cut where trained tokens begin or end, and which message each part shows.
 
     Args:
         rows: All of them.
         tokenizer: Decodes them.
-        count: How many are shown.
+        config: Of `prepare`: how many are shown, and where their records are.
         report: Takes them.
         most_lines: Lines that each may take on the screen; None for all.
     """
+    count = min(config.show, len(rows))
     if not count:
         return
-    parts = describe_origins(Formatting.from_dict(rows.manifest["formatting"]))
+    formatting = Formatting.from_dict(rows.manifest["formatting"])
+    parts = describe_origins(formatting)
+    try:
+        records = first_records(config, tokenizer)
+    except QloraError:
+        records = {}  # what is shown is there all the same
+    numbers = [int(number) for number in rows.records[:count]]
+    left_out: dict[int, list[str]] = {}
+    if rows.manifest.get("lost"):
+        known = [number for number in dict.fromkeys(numbers) if number in records]
+        faults = left_out_of([records[i] for i in known], formatting, tokenizer, rows.manifest["train_on"])
+        left_out = dict(zip(known, faults, strict=True))
 
-    def decode(ids: np.ndarray) -> str:
-        return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    for index in range(min(count, len(rows))):
+    for index, number in enumerate(numbers):
         input_ids, trained = rows[index]
         borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
-        texts = [decode(input_ids[:border]) for border in borders]  # decoded by itself, a part may lose its first space
-        pieces = tuple(
-            (text[len(before) :], bool(trained[start]))
-            for (before, text), start in zip(pairwise(texts), borders, strict=False)
+        texts = [decode(input_ids[:border].tolist()) for border in borders]  # by itself a part may lose its first space
+        pieces = [text[len(before) :] for before, text in pairwise(texts)]
+        origins = parts_of(records[number], formatting) if number in records else []
+        sources = name_pieces(pieces, origins, lambda text: decode(tokenizer.encode(text, add_special_tokens=False)))
+        report(
+            RowShown(
+                index,
+                tuple((piece, bool(trained[start])) for piece, start in zip(pieces, borders, strict=False)),
+                len(input_ids),
+                int(trained.sum()),
+                f"record {number + 1}: {parts}" if index == 0 else f"record {number + 1}",
+                most_lines,
+                tuple(sources),
+                tuple(left_out.get(number, ())),
+            )
         )
-        record = f"record {int(rows.records[index]) + 1}"
-        origin = f"{record}: {parts}" if index == 0 else record
-        report(RowShown(index, pieces, len(input_ids), int(trained.sum()), origin, most_lines))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -57,14 +58,42 @@ def test_a_screen_holds_a_long_row_and_what_became_of_the_data(tiny_model, tmp_p
         "record 1: turns from 'messages'",
         "rows",
         "1 of 3 records",
-        "1 rows: no answer",
-        "1 bad rows",
+        "1 row: no answer",
+        "1 bad row",
         "columns 'id'",
     ):
         assert words in shown.out, words
     assert main([*line, "--verbose"]) == 0
     shown = capsys.readouterr().out
     assert "rows sha256" in shown and " letters … " not in shown
+
+
+def test_each_part_shown_says_which_message_or_column_it_is(tiny_model, tmp_path, capsys):
+    from qlora_cli.cli.app import main
+
+    def shown(rows, *more):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        line = ["prepare", "--model", str(tiny_model("gpt_neox")), "--data", str(tmp_path / "rows.jsonl")]
+        assert main([*line, "--output", str(tmp_path / "out"), "--overwrite", "--show", "2", *more]) == 0
+        return capsys.readouterr()
+
+    talk = [("system", "Be brief."), ("user", "One?"), ("assistant", "1."), ("user", "Two?"), ("assistant", "2.")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    out = shown([{"messages": messages}, {"messages": messages[1:3]}], "--verbose").out
+    assert "‹1 system, 2 user› " in out and "⟦‹3 assistant› " in out
+    assert "‹4 user› " in out and "⟦‹5 assistant› " in out and "⟦‹2 assistant› " in out
+    assert "‹question› " in shown(ROWS).out
+    drops_system = tmp_path / "template.jinja"
+    drops_system.write_text(
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    messages[2]["reasoning_content"] = "One is first."
+    flags = ["--chat-template", str(drops_system), "--on-lost-content", "warn"]
+    printed = shown([{"messages": messages[1:3]}], *flags)
+    assert "left out by the chat template: " in printed.out and "thought" in printed.out
+    assert "thoughts of trained answers of 1 conversation, by the chat template" in printed.out
+    assert "in 1 of 1 conversation" in printed.err
 
 
 def test_pieces_shown_lose_no_space(tmp_path):
@@ -77,7 +106,7 @@ def test_pieces_shown_lose_no_space(tmp_path):
     tokenizer = sentencepiece_like()
     summary = prepare_rows(config, tokenizer, None, tmp_path / "out", lambda event: None)
     events = []
-    show_rows(PreparedRows(summary.directory), tokenizer, 3, events.append)
+    show_rows(PreparedRows(summary.directory), tokenizer, replace(config, show=3), events.append)
     assert events[0].pieces == (("<s> the fox is a", False), (" lazy dog</s>", True))
 
 

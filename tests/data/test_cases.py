@@ -89,7 +89,7 @@ CASES = {
     ),
     "feedback that says false of an answer": (
         [{"prompt": "A lake?", "completion": "Chiemsee.", "label": True}, {"prompt": "A lake?", "completion": "Zugspitze.", "label": False}],
-        {}, [HEADED], "1 of 2 rows were left out: 'label' is false",
+        {}, [HEADED], "1 of 2 rows was left out: 'label' is false",
     ),
     "feedback on conversations, in words": (
         [{"messages": [ASK, ANSWER], "label": "True"}, {"messages": [ASK, BAD], "label": "false"}], {}, [TURN], "'label' is false",
@@ -106,7 +106,7 @@ CASES = {
     "a struct of lists": ([{"conversation": {"from": ["human", "gpt"], "value": ["A lake?", "Chiemsee."]}}], {}, [TURN], ""),
     "rows that are lists of messages": (json.dumps([ASK, ANSWER]) + "\n" + json.dumps([ASK, ANSWER]) + "\n", {}, [TURN, TURN], ""),
     "the first conversation is empty": (
-        [{"id": "a", "messages": []}, {"id": "b", "messages": [ASK, ANSWER]}], {"on_bad_row": "skip"}, [TURN], "1 of 2 rows are bad",
+        [{"id": "a", "messages": []}, {"id": "b", "messages": [ASK, ANSWER]}], {"on_bad_row": "skip"}, [TURN], "1 of 2 rows is bad",
     ),
     "half of the rows are of another kind": (
         [{"messages": [ASK, ANSWER]}, {"words": "A text that stands for itself."}], {}, None, "in 1 of the first 2 rows only",

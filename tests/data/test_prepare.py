@@ -248,9 +248,9 @@ def test_long_rows_are_counted_and_shown(tmp_path):
     assert summary.manifest["dropped"] == {"nothing left to train within --max-length": 1}
     assert summary.manifest["rows"] == 4
     assert any(
-        event.text.startswith("1 of 5 rows were cut at --max-length") for event in events if isinstance(event, Caution)
+        event.text.startswith("1 of 5 rows was cut at --max-length") for event in events if isinstance(event, Caution)
     )
-    assert Caution("1 of 5 rows were left out: nothing left to train within --max-length.") in events
+    assert Caution("1 of 5 rows was left out: nothing left to train within --max-length.") in events
     _, summary = prepare(tmp_path, [*PAIRS[:3], long, endless], max_length=64, overlong="split", output="b")
     assert summary.manifest["split"] == 2
     assert summary.manifest["rows"] > 5
@@ -311,7 +311,7 @@ def test_bad_rows_can_be_skipped_and_are_listed(tmp_path):
         {"file": str(path), "line": 3, "cause": "field 'answer' is null, not text"},
     ]
     (caution,) = [event for event in events if isinstance(event, Caution)]
-    assert caution.text.startswith("2 of 3 rows are bad and were skipped; they are listed in ")
+    assert caution.text.startswith("2 of 3 rows are bad and were skipped, listed in ")
     assert str(tmp_path / "prepared" / BAD_ROWS) in caution.text
 
 

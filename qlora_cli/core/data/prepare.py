@@ -163,7 +163,8 @@ def prepare_rows(
 
     Returns:
         The summary. Its manifest holds rows, tokens, trained_tokens, lengths (min, p50, p90, p99, max, mean),
-        records, truncated, split, dropped (reason → records), bad_rows, max_length, overlong, column, train_on,
+        records, truncated, split, dropped (reason → records), lost (what a chat
+        template leaves out → conversations, where it does), bad_rows, max_length, overlong, column, train_on,
         formatting, data and tokenizer (identities), rows_sha256 (of the rows) and digest (of all that made them).
 
     Raises:
@@ -183,7 +184,7 @@ def prepare_rows(
         may_replace(directory, PREPARED, overwrite=True, reads=reads, files=PREPARED_FILES)
         asked = partial(may_replace, directory, PREPARED, overwrite=overwrite, reads=reads, files=PREPARED_FILES)
     encoder = encoder_of(tokenizer)
-    sources = [_resolve(data_set.name, settings, report) for data_set in sets]
+    sources = [resolve(data_set.name, settings, report) for data_set in sets]
     max_length = choose_max_length(settings.max_length, model_config, report)
     stamps = [source.stamps() for source in sources]
     identity = join_identities(sets, [source.identify(report) for source in sources])
@@ -194,7 +195,7 @@ def prepare_rows(
         report(Notice(f"These rows are prepared already in {directory} (same data, tokenizer and settings)."))
         return PreparedSummary(str(directory), True, manifest)
     place = asked() if asked else directory
-    every = [_recognise(source, settings, encoder) for source in sources]
+    every = [recognise_source(source, settings, encoder) for source in sources]
     for source, recognised in zip(sources, every, strict=True):
         report(Notice(f"{source.name}: {recognised.sentence}."))
         for remark in recognised.remarks:
@@ -224,10 +225,10 @@ def prepare_rows(
                 with ExitStack() as stack:
                     results: Iterator[TokenisedChunk]
                     if processes == 1:
-                        results = map(Tokeniser(tokeniser_settings).process, _limited(chunks, settings))
+                        results = map(Tokeniser(tokeniser_settings).process, limited(chunks, settings))
                     else:
                         pool = stack.enter_context(TokeniserPool(tokeniser_settings, processes))
-                        results = pool.process_all(_limited(chunks, settings))
+                        results = pool.process_all(limited(chunks, settings))
                     output.write(results)
                 statistics.close_set(source.name, data_set.share, before)
         for source, stamp in zip(sources, stamps, strict=True):
@@ -278,11 +279,11 @@ def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, ident
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _resolve(name: str, settings: DataSettings, report: Report) -> Source:
+def resolve(name: str, settings: DataSettings, report: Report) -> Source:
     return resolve_source(name, split=settings.split, revision=settings.revision, report=report, limit=settings.limit)
 
 
-def _recognise(source: Source, settings: DataSettings, encoder: TextEncoder) -> Recognised:
+def recognise_source(source: Source, settings: DataSettings, encoder: TextEncoder) -> Recognised:
     """The format, from the first records that can be read."""
     sample: list[Record] = []
     letters = 0
@@ -303,7 +304,7 @@ def _bad_row_error(bad: BadRow) -> DataError:
     return DataError(f"{bad}.", "Mend it, or leave such rows out and have them listed: --on-bad-row skip")
 
 
-def _limited(chunks: Iterator[Chunk], settings: DataSettings) -> Iterator[Chunk]:
+def limited(chunks: Iterator[Chunk], settings: DataSettings) -> Iterator[Chunk]:
     """The first --limit rows."""
     if settings.limit is None:
         yield from chunks

@@ -12,13 +12,14 @@ from qlora_cli.core.data.tokenize import TokenisedChunk
 from qlora_cli.core.reading.chunks import BadRow
 from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.sizes import format_count
 
-# Kind of content → what is said of conversations that hold some which the chat template does not print.
+# Kinds of content that a chat template may leave out, in words.
 LOST = {
-    "text": "hold texts that the chat template leaves out or prints elsewhere",
-    "thought": "lack thoughts of trained answers, which the chat template leaves out",
-    "call": "lack tool calls or arguments, which the chat template leaves out",
-    "tool": "lack descriptions of tools, which the chat template leaves out",
+    "text": "texts (or prints them elsewhere)",
+    "thought": "thoughts of trained answers",
+    "call": "tool calls or arguments",
+    "tool": "descriptions of tools",
 }
 
 
@@ -43,6 +44,11 @@ class PreparationStatistics:
         self.first_bad += chunk.bad_rows[: 3 - len(self.first_bad)]
         for hashed, values in zip(self._hashes, (chunk.input_ids, chunk.trained, chunk.lengths), strict=True):
             hashed.update(values.tobytes())
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Conversations of which the chat template leaves something out, by what it is."""
+        return {kind: count for kind in LOST if (count := self.counts[f"lost_{kind}"])}
 
     def records_of(self, chunk: TokenisedChunk) -> np.ndarray:
         """(rows,) int64, the number of the record that each row of the next chunk comes from, counted from the first."""
@@ -92,6 +98,7 @@ class PreparationStatistics:
             },
             **{name: self.counts[name] for name in ("records", "truncated", "split")},
             "dropped": dict(self.dropped),
+            **({"lost": self.lost} if self.lost else {}),
             "bad_rows": self.counts["bad_rows"],
             "rows_sha256": hashlib.sha256(b"".join(hashed.digest() for hashed in self._hashes)).hexdigest(),
             "records_sha256": self._records_hash.hexdigest(),
@@ -100,53 +107,71 @@ class PreparationStatistics:
     def report(self, report: Report, directory: Path) -> None:
         """Reports everything that was not taken as it came."""
         counts, records = self.counts, self.counts["records"]
+        rows, conversations = format_count(records, "row"), format_count(records, "conversation")
         if len(self.sets) > 1 or any(part["share"] != 1 for part in self.sets):
             for part in self.sets:
                 share = f" (the share {part['share']:g} of all)" if part["share"] != 1 else ""
                 report(
                     Notice(
-                        f"{part['name']}: {part['records']:,} records{share} became {part['rows']:,} rows of "
-                        f"{part['tokens']:,} tokens, {part['trained_tokens']:,} trained."
+                        f"{part['name']}: {format_count(part['records'], 'record')}{share} became "
+                        f"{format_count(part['rows'], 'row')} of {format_count(part['tokens'], 'token')}, "
+                        f"{part['trained_tokens']:,} trained."
                     )
                 )
-        if counts["truncated"]:
+        if count := counts["truncated"]:
+            cut = "was cut at --max-length and has" if count == 1 else "were cut at --max-length and have"
+            report(Caution(f"{count} of {rows} {cut} no end of text; --overlong split would keep what was cut off."))
+        if count := counts["split"]:
+            report(Notice(f"{count} of {rows} {_were(count)} split at --max-length."))
+        for reason, count in self.dropped.most_common():
+            report(Caution(f"{count} of {rows} {_were(count)} left out: {reason}."))
+        if count := counts["closed"]:
+            lacked = (
+                "the beginning or end token that it lacked"
+                if count == 1
+                else "the beginning or end token that they lacked"
+            )
+            report(Notice(f"{format_count(count, 'row')} {_were(count)} given {lacked}."))
+        if count := counts["unpacked"]:
+            report(Notice(f"{count} of {rows} {_were(count)} packed beforehand and became a row for each example."))
+        if count := counts["unanswered"]:
+            ends = "ends" if count == 1 else "end"
             report(
-                Caution(
-                    f"{counts['truncated']} of {records} rows were cut at --max-length and have no end of text; "
-                    "--overlong split would keep the rest of them."
+                Notice(
+                    f"{format_count(count, 'conversation')} {ends} in messages without an answer, which were left out."
                 )
             )
-        if counts["split"]:
-            report(Notice(f"{counts['split']} of {records} rows were split at --max-length."))
-        for reason, count in self.dropped.most_common():
-            report(Caution(f"{count} of {records} rows were left out: {reason}."))
-        if count := counts["closed"]:
-            report(Notice(f"{count} rows were given the beginning or end token that they lacked."))
-        if count := counts["unpacked"]:
-            report(Notice(f"{count} of {records} rows were packed beforehand and became a row for each example."))
-        if count := counts["unanswered"]:
-            report(Notice(f"{count} conversations end in messages without an answer; those were left out."))
         if count := counts["unfolded"]:
             report(
                 Notice(
-                    f"{count} of {records} conversations became a row for each answer, because the chat template shows "
+                    f"{count} of {conversations} became a row for each answer, because the chat template shows "
                     "an answer differently once another follows; --train-on last takes one each."
                 )
             )
         if count := counts["moved"]:
+            has = "has" if count == 1 else "have"
             report(
                 Notice(
-                    f"{count} conversations have system or developer turns that the chat template does not print as "
-                    "they stand; they were put into its system turn, or into the user turn that follows."
+                    f"{format_count(count, 'conversation')} {has} system or developer turns that the chat template does "
+                    "not print as they stand; they were put into its system turn, or into the user turn that follows."
                 )
             )
-        for kind, what in LOST.items():
-            if count := counts[f"lost_{kind}"]:
-                report(Caution(f"{count} of {records} conversations {what}, and were kept all the same."))
+        for kind, count in self.lost.items():
+            report(
+                Caution(
+                    f"The chat template leaves out {LOST[kind]} in {count} of {conversations}; what is left is trained "
+                    "all the same."
+                )
+            )
         if count := counts["bad_rows"]:
             report(
                 Caution(
-                    f"{count} of {records} rows are bad and were skipped; they are listed in {directory / BAD_ROWS}. "
+                    f"{count} of {rows} {'is' if count == 1 else 'are'} bad and {_were(count)} skipped, listed in "
+                    f"{directory / BAD_ROWS}. "
                     f"The first: {self.first_bad[0]}."
                 )
             )
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"

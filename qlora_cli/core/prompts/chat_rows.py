@@ -90,6 +90,14 @@ class ChatFormatter:
             for request in requests
         ]
 
+    def faults_of(self, record: Record, train_on: str) -> list[str]:
+        """What the template leaves out of a record, as sentences without their subject; nothing of one without rows."""
+        try:
+            (rendered,) = self._render([self._training_request(record, train_on)])
+        except (BadField, Blank):
+            return []
+        return [] if isinstance(rendered, BadField) else [sentence for _, sentence in rendered.faults]
+
     def find_call_ends(self) -> set[int]:
         """Control tokens that end an answer which calls a tool."""
         function = {"name": "find", "description": "Find", "parameters": {"type": "object", "properties": {"a": {}}}}

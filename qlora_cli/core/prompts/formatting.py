@@ -153,6 +153,10 @@ class RowFormatter:
                 rows.append(reason)
         return rows
 
+    def faults_of(self, record: Record, train_on: str) -> list[str]:
+        """What the chat template leaves out of a record, as sentences without their subject."""
+        return self._chat.faults_of(record, train_on) if self.formatting.format == "chat" else []
+
     def find_call_ends(self) -> set[int]:
         """Control tokens that end an answer which calls a tool, where the chat template knows calls."""
         return self._chat.find_call_ends() if self.formatting.format == "chat" else set()
