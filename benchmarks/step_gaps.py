@@ -50,7 +50,7 @@ def watch(work: str, folder: Path, cached: bool, extra: list[str]) -> dict:
     """Trains the work and returns what the profiler saw."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from qlora_cli.cli.app import app
+    from qlora_cli.cli.app import main
     from qlora_cli.core.training import trainer as watched
 
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
@@ -75,7 +75,7 @@ def watch(work: str, folder: Path, cached: bool, extra: list[str]) -> dict:
 
     watched.Trainer.take_step, watched.read_sums = take, read
     command = train_speed.our_command(work, folder, steps=last + 3, extra=extra, cached=cached)
-    app(command[3:], standalone_mode=False)
+    main(command[3:])
     events = profiler.profiler.kineto_results.events()
     device, host, waits = [], [], []
     for event in events:

@@ -6,6 +6,10 @@ from qlora_cli import interrupts
 
 interrupts.install()  # before anything that takes time to import
 
+from qlora_cli.cli.waiting import FIRST_SIGN  # noqa: E402
+
+FIRST_SIGN.show()
+
 from qlora_cli.cli.app import main  # noqa: E402
 
 if __name__ == "__main__":

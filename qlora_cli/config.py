@@ -16,7 +16,7 @@ from qlora_cli.settings.groups import (
     QuantizationSettings,
     StepSettings,
 )
-from qlora_cli.settings.ranges import Numbers
+from qlora_cli.settings.ranges import Numbers, Words
 from qlora_cli.settings.setting import (
     CALL,
     DATA,
@@ -140,6 +140,17 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     report_to: str | None = setting(
         None, "Also log to this tracker.", panel=RUN, choices=("tensorboard", "wandb", "mlflow", "trackio"), resume=FREE
     )
+    sample_prompt: tuple[str, ...] | None = setting(
+        None,
+        "A question that the model answers before and after training; may be given several times.",
+        panel=EVALUATION,
+        repeated=True,
+        range=Words(2**16, lines=True),
+        resume=FREE,
+    )
+    sample_every: int | None = setting(
+        None, "Answer --sample-prompt every N steps too.", panel=EVALUATION, range=Numbers(1, 10**9), resume=FREE
+    )
     resume: bool = setting(
         False, "Go on from the newest checkpoint that verifies.", panel=RUN, recorded=False, resume=CALL
     )
@@ -234,5 +245,8 @@ class InspectConfig(ModelSettings, LoraSettings, QuantizationSettings, StepSetti
     prepared: str | None = setting(None, "Directory written by `qlora prepare`.", panel=MODEL, range=NAME)
     max_length: int | None = setting(
         None, "Tokens in a row, for the memory prediction.", panel=MEMORY, range=Numbers(2, 2**20)
+    )
+    picture: str | None = setting(
+        None, "With several runs: also draw their losses into this file (.png, .svg, .pdf).", panel=RUN, range=NAME
     )
     quantization_error: bool = setting(False, "Measure the 4-bit error of each layer (reads the weights).", panel=RUN)

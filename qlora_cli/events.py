@@ -81,6 +81,15 @@ class EvaluationLogged(Event):
 
 
 @dataclass(frozen=True)
+class SampleAnswered(Event):
+    """What the model answers to a sample prompt after `step` steps of its training; 0 before them."""
+
+    step: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class CheckpointSaved(Event):
     """A verified checkpoint stands at `path`."""
 

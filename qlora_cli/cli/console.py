@@ -5,18 +5,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO
-
-from rich.console import Console as RichConsole
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_cli.cli.line_view import LineView
-from qlora_cli.cli.live_view import LiveView, echo_typing
-from qlora_cli.cli.results import draw_row, draw_screen
+from qlora_cli.cli.screens.drawing import draw_screen
 from qlora_cli.cli.streams import UnwrittenOutput
 from qlora_cli.cli.visible import CONTROLS, visible, visible_event
 from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Caution, Event, RowShown, TextGenerated
+
+if TYPE_CHECKING:
+    from qlora_cli.cli.live_view import LiveView
 
 
 def has_live_view() -> bool:
@@ -54,15 +53,35 @@ class Console:
         self._stdout = sys.stdout
         self._talks = False  # whether a conversation is held on this terminal
         self._next: list[str] = []
-        self._view = LiveView(RichConsole(stderr=True)) if has_live_view() else LineView(sys.stderr)
+        self._live = has_live_view()
+        self._shown: LiveView | LineView | None = None if self._live else LineView(sys.stderr)
 
     def __enter__(self) -> "Console":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._view.close()
+        self._close_view()
         if self._talks:
-            echo_typing(True)
+            self._echo_typing(True)
+
+    @property
+    def _view(self) -> "LiveView | LineView":
+        """What progress is drawn by, made when there is something to draw: rich takes a while to import."""
+        if self._shown is None:
+            from qlora_cli.cli.live_view import live_view
+
+            self._shown = live_view()
+        return self._shown
+
+    def _close_view(self) -> None:
+        if self._shown is not None:
+            self._shown.close()
+
+    @staticmethod
+    def _echo_typing(shown: bool) -> None:
+        from qlora_cli.cli.live_view import echo_typing
+
+        echo_typing(shown)
 
     def report(self, event: Event) -> None:
         """Draws one event; generated text goes to stdout as it is."""
@@ -77,13 +96,15 @@ class Console:
                 return
             case TextGenerated(text, final):
                 if not self.as_json:
-                    self._view.close()
+                    self._close_view()
                     print(text, end="\n" if final else "", file=self._stdout, flush=True)
                     if failure := getattr(self._stdout, "failure", None):
                         raise UnwrittenOutput(failure)  # nobody reads the rest of the answer
             case RowShown():
-                self._view.close()
-                draw_row(RichConsole(file=sys.stderr if self.as_json else self._stdout, highlight=False), event)
+                from qlora_cli.cli.results import draw_row, make_console
+
+                self._close_view()
+                draw_row(make_console(sys.stderr if self.as_json else self._stdout), event)
             case _:
                 self._view.show(event)
 
@@ -95,11 +116,11 @@ class Console:
         """Prints what the command returned: facts and tables, or JSON; text that was streamed is not repeated."""
         if self.silent:
             return
-        self._view.close()
+        self._close_view()
         if self.as_json:
             print(to_json(result), file=self._stdout, flush=True)
         elif result is not None:
-            draw_screen(RichConsole(file=self._stdout, highlight=False), visible(result), verbose=self.verbose)
+            draw_screen(self._stdout, visible(result), verbose=self.verbose)
         reported = () if self.as_json or not isinstance(result, dict) else result.get("next", ())
         for command in () if self.quiet else (*reported, *self._next):
             print(f"→ {visible(command)}", file=sys.stderr)
@@ -110,7 +131,7 @@ class Console:
         Raises:
             EOFError: The input ended.
         """
-        self._view.close()
+        self._close_view()
         if not (sys.stdin.isatty() and self._stdout.isatty()):
             print(prompt, end="", file=sys.stderr, flush=True)
             line = sys.stdin.readline()
@@ -119,13 +140,13 @@ class Console:
             return line.rstrip("\n")
         import readline  # noqa: F401 - input() edits lines and remembers them once this is imported
 
-        echo_typing(True)
+        self._echo_typing(True)
         try:
             with contextlib.redirect_stdout(self._stdout):  # input() edits only on the real one
                 return input(prompt)
         finally:
             self._talks = True
-            echo_typing(False)  # until the answer is there
+            self._echo_typing(False)  # until the answer is there
 
 
 def to_json(value: Any) -> str:
@@ -143,12 +164,9 @@ def show_error(error: QloraError, *, as_json: bool) -> None:
     rank = os.environ.get("RANK", "0")
     named = rank == "0" or isinstance(error, RankLost)
     message = error.message if named else f"rank {rank}: {error.message}"
-    if has_live_view():
-        console = RichConsole(stderr=True, highlight=False)
-        console.print(Text("error: ", "bold red") + Text(message))
-        if error.hint:
-            console.print(Text("→ ", "cyan") + Text(error.hint), soft_wrap=True)  # a command is copied in one piece
-    else:
-        print(f"error: {message}", *([f"→ {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
+    red, cyan, plain = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if has_live_view() else ("", "", "")
+    print(f"{red}error: {plain}{message}", file=sys.stderr)
+    if error.hint:
+        print(f"{cyan}→ {plain}{error.hint}", file=sys.stderr)  # in one piece, to be copied
     if as_json and rank == "0":
         print(to_json({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))

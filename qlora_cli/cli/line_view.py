@@ -14,6 +14,7 @@ from qlora_cli.events import (
     Notice,
     Progress,
     RunStarted,
+    SampleAnswered,
     StepLogged,
     Vram,
 )
@@ -40,6 +41,12 @@ def describe_start(event: RunStarted) -> str:
         f"Training {event.trainable_parameters:,} of {event.total_parameters:,} parameters ({percent:.3g} %) "
         f"on {event.device}, steps {event.first_step} to {event.total_steps}; engine: {event.engine}."
     )
+
+
+def describe_sample(event: SampleAnswered) -> str:
+    """A sample prompt and its answer, on a line."""
+    when = f"step {event.step}" if event.step else "before training"
+    return f"{when}: {' '.join(event.prompt.split())} → {' '.join(event.answer.split()) or '(nothing)'}"
 
 
 @dataclass
@@ -102,6 +109,8 @@ class LineView:
                 return self._step(event)
             case EvaluationLogged(step, eval_loss, perplexity):
                 return f"step {step}: evaluation loss {eval_loss:.4f}, perplexity {perplexity:.2f}"
+            case SampleAnswered():
+                return describe_sample(event)
             case CheckpointSaved(step, path, total_bytes, seconds):
                 return f"step {step}: checkpoint {path} ({format_bytes(total_bytes)}, {format_seconds(seconds)})"
         return None

@@ -1,7 +1,6 @@
 """Live view of events on a terminal: bars for tasks, and a panel for the run with its loss curve."""
 
 import contextlib
-import itertools
 import math
 import sys
 import termios
@@ -14,7 +13,8 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Column
 from rich.text import Text
 
-from qlora_cli.cli.line_view import describe_start
+from qlora_cli.cli.line_view import describe_sample, describe_start
+from qlora_cli.cli.screens.curve import chart
 from qlora_cli.cli.units import format_amount, format_duration, format_seconds
 from qlora_cli.events import (
     Caution,
@@ -24,23 +24,12 @@ from qlora_cli.events import (
     Notice,
     Progress,
     RunStarted,
+    SampleAnswered,
     StepLogged,
 )
 from qlora_cli.sizes import format_bytes
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-
-
-def sparkline(values: list[float], width: int) -> str:
-    """A curve of at most `width` block characters; each is the mean of its share of the values."""
-    width = min(width, len(values))
-    if width == 0:
-        return ""
-    bounds = [len(values) * i // width for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
-    low, high = min(means), max(means)
-    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
+CURVE_LINES = 5  # of the loss
 
 
 def echo_control_keys(shown: bool) -> None:
@@ -86,6 +75,11 @@ def make_bars(*columns: ProgressColumn) -> ProgressBars:
     return ProgressBars(*columns, bar, figures, expand=True, speed_estimate_period=math.inf)
 
 
+def live_view() -> "LiveView":
+    """One on standard error."""
+    return LiveView(Console(stderr=True))
+
+
 class LiveView:
     """Draws the state that the events leave behind, four times a second; notices scroll by above it."""
 
@@ -108,6 +102,8 @@ class LiveView:
                 self.console.print(Text("! ", "bold yellow") + Text(text, "yellow"))
             case RunStarted():
                 self.console.print(Text("• ", "cyan") + Text(describe_start(event)))
+            case SampleAnswered():
+                self.console.print(Text("? ", "magenta") + Text(describe_sample(event)))
             case Progress():
                 self._follow_task(event)
             case StepLogged():
@@ -193,7 +189,7 @@ class LiveView:
         if self._checkpoint is not None:
             lines.append(_facts(("checkpoint at step", str(self._checkpoint.step)), ("in", self._checkpoint.path)))
         if len(self._losses) > 1:
-            lines.append(Text(sparkline(self._losses, width - 4), "cyan"))
+            lines += [Text(line, "cyan") for line in chart(self._losses, width - 4, CURVE_LINES)]
         title = f"step {step.step} of {step.total_steps} · epoch {step.epoch:.2f}"
         return Panel(Group(*lines), title=title, title_align="left", border_style="dim")
 

@@ -248,12 +248,13 @@ def coercion_of(descriptor: Any) -> Coercion:
     return Coercion(get_origin(kind) or kind, other=None if (get_origin(kind) or kind) in KINDS else descriptor)
 
 
-def explain_mistake(error: Any, names: Iterable[str]) -> str | None:
+def explain_mistake(error: Any, names: Iterable[str], list_flags: Callable[[], dict[str, set[str]]]) -> str | None:
     """What to type instead of an option or a command that there is not; None where nothing is known of it.
 
     Args:
         error: Of Typer.
         names: Commands there are.
+        list_flags: Returns the flags of every command.
     """
     context = getattr(error, "ctx", None)
     if (option := getattr(error, "option_name", None)) is not None and context is not None:
@@ -263,8 +264,7 @@ def explain_mistake(error: Any, names: Iterable[str]) -> str | None:
         is_named = found is not None and found in PEERS.get(dashed.replace("_", "-"), ())
         if dashed in UNNEEDED and not is_named:
             return UNNEEDED[dashed]
-        commands = getattr(getattr(context.parent, "command", None), "commands", {})
-        elsewhere = {name: {flag for p in command.params for flag in p.opts} for name, command in commands.items()}
+        elsewhere = list_flags()
         if not is_named and (owner := next((name for name, flags in elsewhere.items() if option in flags), None)):
             return f"{option} is a setting of: qlora {owner}"
         if found is not None:
@@ -280,29 +280,30 @@ def explain_mistake(error: Any, names: Iterable[str]) -> str | None:
     return f"Type: {COMMANDS[word]}" if word in COMMANDS else f"Type: qlora {close[0]}" if close else None
 
 
-def coerce_by_ourselves(command: Any) -> None:
-    """Gives the parameters of a Typer command our coercion, where it knows their kind."""
-    for option in command.params:
+def coerced_by_ourselves(options: Iterable[Any]) -> list[Any]:
+    """Parameters of a Typer command, which get our coercion where it knows their kind."""
+    options = list(options)
+    for option in options:
         descriptor = getattr(option, "type_descriptor", None)
         if descriptor is not None:
             option._runtime_param = coercion_of(descriptor)
+    return options
 
 
 class QuickGroup(TyperGroup):
     """The program with its commands."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """What is left of a command line; Typer has added its options for completion by now."""
-        coerce_by_ourselves(self)
-        return super().parse_args(ctx, args)
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its options, with those for help and completion, which Typer adds."""
+        return coerced_by_ourselves(super().get_params(ctx))
 
 
 class PanelledCommand(TyperCommand):
     """A command whose help lists its options panel by panel, in 80 columns without cutting a name short."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        coerce_by_ourselves(self)
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its options, with that for help, which Typer adds."""
+        return coerced_by_ourselves(super().get_params(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes one section a panel (Typer's own panels draw with rich, which costs a third of the time there is)."""

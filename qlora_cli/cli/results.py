@@ -2,63 +2,28 @@
 
 import itertools
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_cli.cli.screens import screen_of
 from qlora_cli.cli.units import format_value, split_unit
+from qlora_cli.cli.waiting import draws_on
 from qlora_cli.events import RowShown
 
-NARROW = 60  # columns below which a fact stands under its name
 
-
-def draw_screen(console: Console, result: dict[str, Any], *, verbose: bool) -> None:
-    """The answer and a short table; with `verbose`, or where a result has no screen, all its facts.
-
-    Args:
-        console: Where to.
-        result: As for `draw_result`.
-        verbose: Whether all facts follow.
-    """
-    screen = screen_of(result)
-    if screen is None:
-        draw_result(console, result)
-        return
-    for position, sentence in enumerate(screen.sentences):
-        console.print(Text(sentence, "bold" if position == 0 else ""), soft_wrap=not console.is_terminal)
-    console.print()
-    if verbose:
-        draw_result(console, result)
-        return
-    narrow = console.width < NARROW
-    grid = Table.grid(padding=(0, 2))
-    if narrow:
-        grid.add_column(overflow="fold")
-        for label, value in screen.facts:
-            grid.add_row(Text(label, "dim"))
-            grid.add_row(Text(f"  {value}"))
-    else:
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
-        for label, value in screen.facts:
-            grid.add_row(Text(label, "dim"), Text(value))
-    with console.capture() as captured:
-        console.print(grid)
-        for table in screen.tables:
-            console.print()
-            console.print(_table(table))
-    _write_trimmed(console, captured.get())
+def make_console(stream: TextIO, width: int | None = None) -> Console:
+    """rich's console on a stream, as wide as the terminal unless it is said, and without styles where nothing is drawn."""
+    return Console(file=stream, highlight=False, width=width, force_terminal=None if draws_on(stream) else False)
 
 
 def _write_trimmed(console: Console, text: str) -> None:
     """Text without the blanks that fill a column or follow a table."""
     lines = "\n".join(line.rstrip() for line in text.splitlines())
-    console.file.write(re.sub(r"\n{3,}", "\n\n", lines).rstrip() + "\n")
+    console.file.write(re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n")
     console.file.flush()
 
 
@@ -79,8 +44,19 @@ def draw_result(console: Console, result: dict[str, Any]) -> None:
         grid.add_row(Text(label, "dim"), Text(value))
     with console.capture() as captured:
         console.print(grid)
-        for table in result.get("tables", ()):
-            console.print()
+    tables = result.get("tables", ())
+    _write_trimmed(console, captured.get())
+    if tables:
+        console.file.write("\n")
+        draw_tables(console, tables)
+
+
+def draw_tables(console: Console, tables: Iterable[dict[str, Any]]) -> None:
+    """Each `{"title", "columns", "rows"}` as a table, an empty line between two."""
+    with console.capture() as captured:
+        for position, table in enumerate(tables):
+            if position:
+                console.print()
             console.print(_table(table))
     _write_trimmed(console, captured.get())
 

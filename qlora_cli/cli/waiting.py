@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 TURN_SECONDS = 0.12
@@ -27,6 +28,35 @@ def draws_on(stream: object) -> bool:
     """Whether a stream is a terminal on which lines may be redrawn."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return bool(getattr(stream, "isatty", bool)()) and not plain
+
+
+class FirstSign:
+    """The program's name on a terminal, at once: what reads the command line takes a quarter of a second to import."""
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def show(self) -> None:
+        """Shows it, unless another rank does."""
+        if draws_on(sys.stderr) and os.environ.get("RANK", "0") == "0":
+            self._shown = True
+            show(sys.stderr, f"\r{FRAMES[0]} qlora")
+
+    def clear(self) -> None:
+        """Takes it off the screen; again, or where it was not shown, is nothing."""
+        if self._shown:
+            self._shown = False
+            show(sys.stderr, ERASE_LINE)
+
+
+FIRST_SIGN = FirstSign()
+
+
+def show(stream: TextIO, text: str) -> None:
+    """Writes a part of a line at once; a stream that takes none is no failure."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.write(text)
+        stream.flush()
 
 
 class LoadingSign:
@@ -54,15 +84,10 @@ class LoadingSign:
         started, turn = time.monotonic(), 0
         while True:
             seconds = int(time.monotonic() - started)
-            self._show(f"\r{FRAMES[turn % len(FRAMES)]} {text} …{f' {seconds} s' if seconds else ''}")
+            show(self._stream, f"\r{FRAMES[turn % len(FRAMES)]} {text} …{f' {seconds} s' if seconds else ''}")
             if self._stopped.wait(TURN_SECONDS):
                 return
             turn += 1
-
-    def _show(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-            self._stream.flush()
 
     def stop(self) -> None:
         """Takes the sign off the screen; again is nothing."""
@@ -70,7 +95,7 @@ class LoadingSign:
             self._stopped.set()
             self._thread.join()
             self._thread = None
-            self._show(ERASE_LINE)
+            show(self._stream, ERASE_LINE)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`qlora inspect`: facts on a model, an adapter or run, a prepared set, or this machine.
+"""`qlora inspect`: facts on a model, an adapter or run, several runs, a prepared set, or this machine.
 
 Every view returns one JSON-ready dictionary. `kind` names the view; the other entries are facts: scalars, lists of
 scalars, or a dictionary of more facts under one heading. `tables` is a list of `{"title", "columns", "rows"}`, `next` a
@@ -7,25 +7,37 @@ Where memory was predicted against a limit, `fits` says whether it is enough.
 """
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.artifacts import is_run
+from qlora_cli.artifacts import is_prepared, is_run
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.inspection.run_summary import describe_run
-from qlora_cli.errors import UsageError
+from qlora_cli.errors import RunError, UsageError
 from qlora_cli.events import Report
 
 OF_A_MODEL = ("vram", "max_length", "quantization_error")
 
 
-def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
+def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, whole: bool = True) -> dict[str, Any]:
     """Facts on what the configuration names; on the default run directory, or else this machine, when it names nothing.
+
+    Args:
+        config: The settings.
+        runs: Directories of runs to compare; a single one is described.
+        report: Receives what is reported meanwhile.
+        whole: Whether everything is found out; else what takes long and stands in no short answer is left out.
 
     Raises:
         UsageError: It names more than one thing, or asks of one what only another has.
         ModelError, AdapterError, RunError: What it names cannot be read.
     """
+    if len(runs) > 1:
+        return inspect_runs([Path(run) for run in runs], config.picture)
+    if runs:
+        one = Path(runs[0])
+        return inspect_prepared(one) if is_prepared(one) else describe_run(one, None, whole=whole)
     named = [name for name in ("adapter", "prepared") if getattr(config, name)]
     if len(named) == 2 or (config.model and config.prepared):
         raise UsageError("inspect looks at one thing at a time.", "Give one of --model, --adapter and --prepared.")
@@ -36,17 +48,32 @@ def inspect(config: InspectConfig, report: Report) -> dict[str, Any]:
     if config.prepared:
         return inspect_prepared(Path(config.prepared))
     if config.adapter:
-        return describe_run(Path(config.adapter), config.model)
+        return describe_run(Path(config.adapter), config.model, whole=whole)
     if config.model:
         from qlora_cli.core.inspection.model_summary import describe_model  # torch, which no other view needs
 
         return describe_model(config, report)
     default = Path(TrainConfig.output)
     if is_run(default):
-        return describe_run(default, None)
+        return describe_run(default, None, whole=whole)
     from qlora_cli.core.inspection.doctor import describe_environment
 
     return describe_environment(config.compute_dtype)
+
+
+def inspect_runs(directories: list[Path], picture: str | None) -> dict[str, Any]:
+    """Runs beside each other.
+
+    Raises:
+        RunError, AdapterError: One of them is no run, or cannot be read.
+    """
+    from qlora_cli.core.runs.comparison import compare_runs
+
+    for directory in directories:
+        if not is_run(directory):
+            raise RunError(f"There is no run in {directory}.", "Give directories that qlora train has written.")
+    summaries = [describe_run(directory, None, whole=False) for directory in directories]
+    return compare_runs(directories, summaries, Path(picture).expanduser() if picture else None)
 
 
 def inspect_prepared(directory: Path) -> dict[str, Any]:

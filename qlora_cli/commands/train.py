@@ -25,14 +25,17 @@ from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.engine import Engine, install_engine
 from qlora_cli.core.engine.fsdp import shard_base
+from qlora_cli.core.generation.samples import SamplePrompts, make_requests
+from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder
+from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
 from qlora_cli.core.runs.directory import begin_run, claimed
 from qlora_cli.core.runs.finish import write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
-from qlora_cli.core.runs.inputs import Run, RunInputs, read_inputs
+from qlora_cli.core.runs.inputs import Run, RunInputs, describe_start, read_inputs
 from qlora_cli.core.runs.metrics import MetricsFile
 from qlora_cli.core.runs.results import TrainPlan, TrainResult, read_result
 from qlora_cli.core.runs.tracking import closing_tracker, logging_report, start_tracker
@@ -49,7 +52,7 @@ from qlora_cli.core.training.resume import find_shared_checkpoint, restore_or_se
 from qlora_cli.core.training.state import Checkpointing, load_optimizer
 from qlora_cli.core.training.trainer import Optimization, Trainer
 from qlora_cli.errors import CheckpointError
-from qlora_cli.events import Caution, Notice, Report, RunStarted, Vram, report_nothing
+from qlora_cli.events import Caution, Notice, Report, Vram, report_nothing
 
 SAVES_A_RUN = 10  # by default
 # The others may wait for hours while one prepares the rows; what a dead rank would keep waiting is seen by `monitoring`.
@@ -108,6 +111,9 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             start_tracker(config, accelerator)  # before rows are read or weights downloaded
         inputs = read_inputs(run)
         decisions = decide(run, inputs)
+        formatting = Formatting.from_dict(inputs.rows.manifest["formatting"])
+        context, tokenizer = context_length(inputs.files.config), inputs.files.tokenizer
+        requests = make_requests(config.sample_prompt or (), formatting, tokenizer, context)
         if ended is not None and is_complete(run, inputs, decisions, ended):
             return ended
         start = find_start(run, inputs, decisions)
@@ -127,7 +133,12 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             metrics = MetricsFile(run.output, last_step=start.state.step)
             stack.callback(metrics.close)
             logged = logging_report(run.report, metrics, accelerator)
-        report_start(run, inputs, start, engine)
+        run.report(describe_start(run, inputs, start.state.step + 1, engine.describe()))
+        samples = SamplePrompts(requests, formatting, tokenizer, loaded.model, engine, run.device)
+        sampled = bool(requests) and ranks.is_main
+        if sampled and loaded.weight_shards is not None:
+            run.report(Caution("The sample prompts are not answered: the base is sharded."))
+            sampled = False
         trainer = Trainer(
             replica=ModelReplica(loaded.model, engine, ranks, lockstep=loaded.weight_shards is not None),
             data=inputs.data,
@@ -147,6 +158,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             ),
             reporter=RunReporter(logged, deferred=run.device.type == "cuda"),
             state=start.state,
+            ask_samples=samples.ask if sampled else None,
+            sample_every=config.sample_every,
         )
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)  # what is reported is the peak of training, not of loading
@@ -347,21 +360,6 @@ def count_parameters(inputs: RunInputs) -> dict[str, int]:
     """Parameters trained, and those of base and adapter together, as the record keeps them."""
     footprint = inputs.profile.footprint
     return {"trainable": footprint.trainable_parameters, "total": footprint.total_parameters}
-
-
-def report_start(run: Run, inputs: RunInputs, start: StartingPoint, engine: Engine) -> None:
-    """Reports that training begins."""
-    footprint, world_size = inputs.profile.footprint, run.ranks.world_size
-    run.report(
-        RunStarted(
-            first_step=start.state.step + 1,
-            total_steps=inputs.data.sampler.total_steps,
-            trainable_parameters=footprint.trainable_parameters,
-            total_parameters=footprint.total_parameters,
-            device=str(run.device) if world_size == 1 else f"{world_size} × {run.device.type}",
-            engine=engine.describe(),
-        )
-    )
 
 
 def describe_result(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.cli import app as commands
+from qlora_cli.cli.waiting import loading_sign
 
 
 @dataclass
@@ -30,12 +31,13 @@ def run_with(monkeypatch):
             "RANK", os.environ.get("RANK", "0")
         )  # so that --gpus starts no processes: this is one already
         module = types.ModuleType(arguments[0])
-        setattr(module, arguments[0], command)
+        setattr(module, arguments[0], lambda *given, **_: command(*given))
         package = __import__("qlora_cli.commands", fromlist=["commands"])
         name = arguments[0]
         monkeypatch.setitem(sys.modules, f"qlora_cli.commands.{name}", module)
         monkeypatch.setattr(package, name, module, raising=False)
         monkeypatch.setattr(commands, "check", lambda config: None)  # which belongs to the command
+        monkeypatch.setattr(commands, "loading_sign", lambda libraries, silent: loading_sign(None, silent=True))
         return commands.main([str(argument) for argument in arguments])
 
     return run

@@ -13,8 +13,9 @@ from rich.console import Console as RichConsole
 
 from qlora_cli.cli.console import Console, to_json
 from qlora_cli.cli.line_view import LineView
-from qlora_cli.cli.live_view import LiveView, sparkline
+from qlora_cli.cli.live_view import LiveView
 from qlora_cli.cli.results import draw_result, draw_row
+from qlora_cli.cli.screens.curve import chart, sparkline
 from qlora_cli.cli.units import format_duration, format_value
 from qlora_cli.events import (
     Caution,
@@ -164,6 +165,13 @@ def test_sparkline_falls_with_the_loss():
     assert sparkline([4, 3, 2, 1], 4) == "█▆▃▁"
     assert sparkline(list(range(100)), 10) == "▁▂▃▃▄▅▆▆▇█"
     assert sparkline([1.0], 10) == "▁" and sparkline([], 10) == ""
+
+
+def test_a_chart_has_an_axis_and_fits_its_width():
+    lines = chart([4.0, 3.0, 2.0, 1.0], 40, 2)
+    assert lines == ["4.000 █▃  ", "1.000 ██▆▁"]
+    assert chart([2.5], 40, 2) == ["2.500  ", "2.500 ▁"] and chart([], 40, 2) == []
+    assert max(map(len, chart([float(n) for n in range(1000)], 40, 5))) == 40
 
 
 ROW = RowShown(0, (("Why?\n", False), ("Because", True), (".", True), ("<|endoftext|>", True)), 9, 3)

@@ -9,7 +9,8 @@ import pytest
 
 from tests.hub import PROJECT
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow", "huggingface_hub")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow", "huggingface_hub")
+HEAVY = (*LIBRARIES, "pydantic", "rich.console")
 SCRIPT = """
 import json, sys
 from qlora_cli.cli.app import main
@@ -66,10 +67,12 @@ def test_prepare_tokenises_without_torch_and_says_at_once_what_is_loaded(adapter
     assert codes == [0]
     assert not names & {"torch", "peft", "bitsandbytes", "datasets"}
     assert said.splitlines()[0] == "Loading transformers and pyarrow."
+    codes, names, _ = loaded([["inspect", "--adapter", "out"], ["inspect"]], adapter)
+    assert codes == [0, 0] and not names
     codes, names, _ = loaded(
-        [["inspect", "--prepared", "prepared"], ["inspect", "--adapter", "out"], ["inspect"]], adapter
+        [["inspect", "--prepared", "prepared"], ["inspect", "--adapter", "out", "--json"]], adapter
     )
-    assert codes == [0, 0, 0]
+    assert codes == [0, 0]
     assert not names & {"torch", "transformers", "peft", "bitsandbytes", "datasets", "huggingface_hub"}
 
 

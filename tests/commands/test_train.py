@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_cli import artifacts
 from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, MODEL_CARD, RUN_RECORD, RUN_YAML
 from qlora_cli.cli.app import main
+from qlora_cli.commands.generate import generate
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
-from qlora_cli.config import PrepareConfig, TrainConfig
+from qlora_cli.config import GenerateConfig, PrepareConfig, TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.core.engine.fast import FastEngine
 from qlora_cli.core.models.files import resolve_model
@@ -44,7 +45,7 @@ from qlora_cli.errors import (
     RunError,
     UsageError,
 )
-from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, RunStarted, StepLogged
+from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, RunStarted, SampleAnswered, StepLogged
 from qlora_cli.settings.groups import QuantizationSettings
 
 CLOCK = ("step_seconds", "tokens_per_second", "peak_vram_bytes")  # what the machine decides
@@ -272,6 +273,32 @@ def test_a_tracker_gets_the_numbers_and_no_path_and_writes_nothing_to_stdout(opt
     assert [s.step for s in found.Scalars("eval_loss")] == [4, 8, 9]
     for path in logs.rglob("*"):
         assert path.is_dir() or options["model"].encode() not in path.read_bytes()
+
+
+def test_sample_prompts_are_answered_before_during_and_after_and_change_nothing(options, tmp_path):
+    asked = {"sample_prompt": ("What is 1 + 2?", "What is 5 + 7?"), "sample_every": 4}
+    events: list = []
+    run(options, output=str(tmp_path / "plainly"))
+    run(options, events, **asked, engine="fast")
+    output = Path(options["output"])
+    assert weights(output) == weights(tmp_path / "plainly")
+    samples = [event for event in events if isinstance(event, SampleAnswered)]
+    assert [(event.step, event.prompt) for event in samples] == [
+        (step, prompt) for step in (0, 4, 8, 9) for prompt in asked["sample_prompt"]
+    ]
+    settings = GenerateConfig(
+        adapter=str(output), temperature=0, repetition_penalty=1.0, max_new_tokens=64, engine="plain", base_cache=False
+    )
+    answers = generate(settings, asked["sample_prompt"], [].append).answers
+    assert [event.answer for event in samples[-2:]] == [answer["answer"] for answer in answers]
+    assert [line for line in metrics(output) if "eval_loss" in line or "loss" in line] == metrics(tmp_path / "plainly")
+    page = (output / artifacts.REPORT_PAGE).read_text()
+    assert "<h2>Samples</h2>" in page and "What is 5 + 7?" in page and "<th>before</th>" in page
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**options | asked | {"overwrite": True}), stopping_at(5, []))
+    run(options, resume=True, **asked)
+    steps = [line["step"] for line in metrics(output) if "answer" in line]
+    assert steps == [0, 0, 4, 4, 8, 8, 9, 9]
 
 
 # ---------------------------------------------------------------- going on

@@ -1,5 +1,7 @@
 """The fast engine computes what the plain one does, rows never see one another, and the model comes back as it was."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,20 @@ def test_packed_rows_cost_what_they_cost_alone(load_tiny, architecture):
         alone = sum(engine.loss(collate([row], [0])) for row in rows)
         assert torch.allclose(engine.loss(together), alone, rtol=1e-6)
     engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "bloom", "gemma2"])
+def test_the_logits_after_each_row_are_the_models_own(load_tiny, architecture):
+    model, batch = adapted(load_tiny, architecture).eval(), batch_of()
+    starts = batch.cu_seqlens.tolist()
+    with torch.no_grad():
+        rows = [batch.input_ids[:, a:b] for a, b in itertools.pairwise(starts)]
+        expected = torch.cat([model(input_ids=row, use_cache=False).logits[:, -1] for row in rows])
+        for kind in ("plain", "fast"):
+            engine = install(model, kind)
+            found = engine.next_logits(batch)
+            engine.close()
+            torch.testing.assert_close(found.float(), expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_falcon_variants_are_packed_or_padded_right(load_tiny, tiny_model):

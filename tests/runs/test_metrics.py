@@ -59,7 +59,7 @@ def test_the_curve_is_a_picture_whatever_there_is_to_draw(tmp_path, count):
         metrics.write(step(number, loss=math.nan if number == 7 else 1 / number))
         metrics.write(EvaluationLogged(number, 1.0, 2.0))
     metrics.close()
-    draw_loss_curve(tmp_path)
+    draw_loss_curve(tmp_path, title="Loss of $m on a_b")
     picture = (tmp_path / LOSS_CURVE).read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 2000
 
@@ -101,7 +101,7 @@ def test_a_tracker_that_fails_costs_one_caution(tmp_path, monkeypatch):
 
     class Accelerator:
         def __init__(self, finish):
-            self.trackers = [Tracker(finish)]
+            self.trackers, self.log_with = [Tracker(finish)], ["tensorboard"]
 
         def log(self, values, step):
             if step == 2:

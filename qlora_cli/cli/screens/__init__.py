@@ -14,6 +14,7 @@ SCREENS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Screen]], ...] 
     (("base_losses", "merge_seconds", "base_model"), runs.of_a_merge),
     (("rows", "trained_tokens", "lengths", "directory"), runs.of_rows),
     (("final_loss", "total_steps", "output", "tokens"), runs.of_a_training),
+    (("kind", "runs", "differing", "picture"), runs.of_runs),
     (("kind", "directory", "next", "tables"), runs.of_a_run),
 )
 

@@ -1,10 +1,25 @@
 """Screens of what was made: prepared rows, a training, a run or adapter, a merged model, several runs beside each other."""
 
+from collections.abc import Callable
 from typing import Any
 
+from qlora_cli.cli.screens.curve import sparkline
 from qlora_cli.cli.screens.screen import Screen, count, name_of, trained_of
 from qlora_cli.cli.units import format_seconds
 from qlora_cli.sizes import format_bytes
+
+CURVE_COLUMNS = 12
+FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("steps", "steps", "{:,}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("held-out loss", "held_out_loss", "{:.4f}".format),
+    ("best of it", "best_held_out_loss", "{:.4f}".format),
+    ("trained", "trainable_parameters", count),
+    ("tokens", "tokens", count),
+    ("tokens/s", "tokens_per_second", count),
+    ("time", "training_seconds", format_seconds),
+    ("peak", "peak_vram_bytes", format_bytes),
+)
 
 
 def of_rows(result: dict[str, Any]) -> Screen:
@@ -91,6 +106,37 @@ def of_a_run(result: dict[str, Any]) -> Screen:
     if result.get("checkpoints"):
         facts.append(("checkpoints", ", ".join(result["checkpoints"])))
     return Screen(sentences, facts)  # fmt: skip
+
+
+def of_runs(result: dict[str, Any]) -> Screen:
+    """Which run came to the lowest loss, and in what they differ."""
+    runs = result["runs"]
+    measured = "best_held_out_loss" if all(run["best_held_out_loss"] is not None for run in runs) else "loss"
+    losses = [run[measured] for run in runs]
+    what = "held-out loss" if measured == "best_held_out_loss" else "loss of a step"
+    if None in losses:
+        first = f"{len(runs)} runs, of which {', '.join(run['name'] for run in runs if run[measured] is None)} took no step."
+    else:
+        best = min(runs, key=lambda run: run[measured])
+        first = f"{best['name']} has the lowest {what}: {best[measured]:.4f}."
+    sentences = [first]
+    if "rows" in result["differing"] or "eval_rows" in result["differing"] or "eval_fraction" in result["differing"]:
+        sentences.append("The runs saw different rows, so that their losses are of different things.")
+    if unfinished := [run["name"] for run in runs if not run["ended"]]:
+        sentences.append(f"Not ended: {', '.join(unfinished)}.")
+    rows = [
+        [label, *(form(run[name]) if run[name] is not None else "–" for run in runs)]
+        for label, name, form in FIGURES
+        if any(run[name] is not None for run in runs)
+    ]
+    rows.append(["its curve", *(sparkline(run["curve"], CURVE_COLUMNS) for run in runs)])
+    names = [run["name"] for run in runs]
+    tables: list[dict[str, Any]] = [{"title": None, "columns": ["", *names], "rows": rows}]
+    if result["differing"]:
+        differing = [[name.replace("_", " "), *values] for name, values in result["differing"].items()]
+        tables.append({"title": "What differs", "columns": ["", *names], "rows": differing})
+    facts = [("picture", result["picture"])] if result["picture"] else []
+    return Screen(sentences, facts, tables)
 
 
 def of_a_merge(result: dict[str, Any]) -> Screen:

@@ -59,6 +59,13 @@ class MicroBatch:
             cu_seqlens=change(self.cu_seqlens),
         )
 
+    def last_positions(self, *, padded: bool) -> torch.Tensor:
+        """Where each row's last token is, (rows,) int64: in the rows end to end, or in those of `padded` end to end."""
+        if not padded:
+            return self.cu_seqlens[1:].long() - 1
+        lengths = self.cu_seqlens.diff().long()
+        return torch.arange(len(lengths), device=lengths.device) * self.max_seqlen + lengths - 1
+
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One row a line, padded on the right, for models that know nothing of boundaries.
 

@@ -29,6 +29,9 @@ class Engine(Protocol):
     def loss(self, batch: "MicroBatch") -> Tensor:
         """Cross-entropy in nats, summed over the batch's trained tokens: a differentiable fp32 scalar."""
 
+    def next_logits(self, batch: "MicroBatch") -> Tensor:
+        """Logits of the token after each row of a batch, (rows, vocabulary); without gradients, in evaluation mode."""
+
     def reduce_memory(self) -> bool:
         """Gives up speed for memory, after memory ran out; returns whether there was anything left to give up."""
 
@@ -122,6 +125,11 @@ class PlainEngine:
             yield
         finally:
             hook.remove()
+
+    def next_logits(self, batch: "MicroBatch") -> Tensor:
+        input_ids, attention_mask, _ = batch.to(self.device, non_blocking=True).padded()
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits[torch.arange(len(logits), device=logits.device), attention_mask.sum(1) - 1]
 
     def reduce_memory(self) -> bool:
         return False

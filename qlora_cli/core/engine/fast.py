@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.engine.calibration import Calibration, StepPlanner, install_attention
@@ -30,13 +29,13 @@ from qlora_cli.core.engine.memory_plan import (
     SLICE_BYTES,
     MemoryPlan,
     StepNeeds,
+    compiling_pays,
     plan_as_asked,
     settle,
 )
-from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings
+from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings, storages_of
 from qlora_cli.core.engine.packed_attention import pack_mask, takes_equal_rows
 from qlora_cli.core.experts.fused_experts import fuse_experts
-from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
@@ -48,12 +47,9 @@ if TYPE_CHECKING:
     from qlora_cli.core.data.packing import MicroBatch
 
 EQUAL_ROWS_TOKENS = 256  # cuDNN's attention is the faster one from about here
-# Compiled layers save about a fifth of a step and take some 15 s to compile.
-COMPILE_PAYS_SECONDS = 120
 GRAPHS_PAY_STEPS = 8
 HEAD_TRIAL_TOKENS = 8
 TRIAL_ROOM_BYTES = 2**29  # for running a layer on a few tokens
-ASSUMED_FLOPS_PER_SECOND = 4e14
 
 
 class FastEngine:
@@ -114,7 +110,9 @@ class FastEngine:
             self.report(Notice("The output head is not a plain one; logits are held in full."))
         self._install_attention()
         self._swap_layers()
-        self.compiled = self.on_cuda and self.packed and self._compiling_pays(settings.compile, total_steps)
+        dense = self.linears.dense_bytes // self.values.dtype.itemsize
+        pays = compiling_pays(settings.compile, self.base, dense, total_steps * self.largest_tokens)
+        self.compiled = self.on_cuda and self.packed and pays
         self._share_projections()
         plan = plan_as_asked(settings, len(self.layers), resident_weights=bool(settings.resident_weights))
         if (
@@ -155,13 +153,6 @@ class FastEngine:
         self.layer_plans = [LayerPlan(i, False, None, False, self.draws_random, step) for i in range(len(layers))]
         self.undo.append(replace_forward(dict(zip(layers, self.layer_plans, strict=True)), run_as_planned))
 
-    def _compiling_pays(self, asked: bool | None, total_steps: int) -> bool:
-        """Whether layers are to be compiled: as asked, else where the run takes long enough by the arithmetic."""
-        experts = sum(w.experts * w.elements for _, m in find_experts(self.base) for w in expert_weights(m))
-        elements = self.linears.dense_bytes // self.values.dtype.itemsize + experts * share_of_experts(self.base)
-        seconds = total_steps * 6 * elements * self.largest_tokens / ASSUMED_FLOPS_PER_SECOND
-        return seconds > COMPILE_PAYS_SECONDS if asked is None else asked
-
     def _use_graphs(self) -> None:
         """Has steps replayed as graphs, which read no trained embeddings or head, as these lie outside of them, and
         repeat no random numbers."""
@@ -185,7 +176,8 @@ class FastEngine:
         if plan.offload_embeddings:
             self.embeddings.move_to_host()
         offloads = self.on_cuda and (plan.offload_activations or plan.sent)
-        self.offload = ActivationOffload(self.device, self._persistent_storages()) if offloads else None
+        staying = [*self.base.parameters(), *self.base.buffers(), *self.linears.tensors()]
+        self.offload = ActivationOffload(self.device, storages_of(staying)) if offloads else None
         if plan.recomputed and self.calls:
             plainly = replace(plan, recomputed=0, sent=0, offload_activations=False)  # as trials run layers
             self._set_layers(plainly)
@@ -288,10 +280,6 @@ class FastEngine:
         self.undo.append(undo)
         self.equal_rows = self.packed and takes_equal_rows(self.decoder, self.device)
 
-    def _persistent_storages(self) -> frozenset[int]:
-        tensors = [*self.base.parameters(), *self.base.buffers(), *self.linears.tensors()]
-        return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
-
     def prepare(self, batch: "MicroBatch") -> "MicroBatch":
         """See `Engine.prepare`."""
         if not self.packed:
@@ -315,13 +303,28 @@ class FastEngine:
             if training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
                 return self.graphs.loss(self._with_noise(self._bucketed_inputs(batch)))
             return self.graphs.loss_beside(self._inputs(batch))
-        ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
-        # Without padding the mask is the plain causal one, which has kernels of its own.
-        mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
-        embedded = self.embeddings.embed(ids)
+        embedded, labels, mask = self._padded_inputs(batch)
         if training and self.noise_alpha:
-            embedded = add_noise(embedded, attention_mask.sum(dim=1, keepdim=True), self.noise_alpha)
+            lengths = batch.cu_seqlens.diff().long().to(self.device)[:, None]
+            embedded = add_noise(embedded, lengths, self.noise_alpha)
         return self._loss(embedded, labels, batch.trained_tokens, **mask)
+
+    def next_logits(self, batch: "MicroBatch") -> Tensor:
+        """See `Engine.next_logits`."""
+        self.values.refresh()
+        if self.packed:
+            given = self._inputs(batch)
+            embedded, inputs = given.embedded, self._packed_inputs(given)
+        else:
+            embedded, _, inputs = self._padded_inputs(batch)
+        last = batch.last_positions(padded=not self.packed).to(self.device)
+        return self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[last]
+
+    def _padded_inputs(self, batch: "MicroBatch") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Embeddings (rows, longest, size), labels, and a mask: the causal one of no padding has kernels of its own."""
+        ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
+        mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
+        return self.embeddings.embed(ids), labels, mask
 
     def _with_noise(self, inputs: StepInputs) -> StepInputs:
         """Drawn when the step runs, not when its inputs are made ahead, so that a resumed run draws the same."""
@@ -355,10 +358,11 @@ class FastEngine:
         )
 
     def _packed_loss(self, inputs: StepInputs) -> Tensor:
+        return self._loss(inputs.embedded, inputs.labels, inputs.trained_tokens, **self._packed_inputs(inputs))
+
+    def _packed_inputs(self, inputs: StepInputs) -> dict[str, Tensor]:
         mask = pack_mask(inputs.boundaries, inputs.longest, inputs.equal_rows)
-        return self._loss(
-            inputs.embedded, inputs.labels, inputs.trained_tokens, attention_mask=mask, position_ids=inputs.position_ids
-        )
+        return {"attention_mask": mask, "position_ids": inputs.position_ids}
 
     def _loss(self, embedded: Tensor, labels: Tensor, trained_tokens: int, **inputs: Tensor) -> Tensor:
         """Sum over trained tokens, fp32; labels (rows, length) say which those are."""
@@ -378,20 +382,17 @@ class FastEngine:
 
     def describe(self) -> str:
         """See `Engine.describe`."""
-        parts = [f"fast: {len(self.linears.fused)} fused linears"]
-        parts.append("packed rows" if self.packed else "padded rows")
-        if self.head is not None:
-            parts.append("chunked loss")
+        chunked = ["chunked loss"] if self.head is not None else []
+        rows = "packed rows" if self.packed else "padded rows"
+        parts = [f"fast: {len(self.linears.fused)} fused linears", rows, *chunked]
         parts += self.plan.describe(len(self.layers))
-        if self.embeddings.on_host:
-            parts.append("embeddings on the host")
-        if self.sharded:
-            parts.append("base sharded over the cards")
-        if self.compiled:
-            parts.append("layers compiled")
-        if self.graphs is not None:
-            parts.append("CUDA graphs")
-        return ", ".join(parts)
+        more = {
+            "embeddings on the host": self.embeddings.on_host,
+            "base sharded over the cards": self.sharded,
+            "layers compiled": self.compiled,
+            "CUDA graphs": self.graphs is not None,
+        }
+        return ", ".join([*parts, *(text for text, is_so in more.items() if is_so)])
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
+from torch import nn
 
 from qlora_cli.core.device import read_free_bytes
+from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.errors import UsageError
 from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
 from qlora_cli.settings.groups import StepSettings
@@ -29,6 +31,8 @@ HIDDEN_SHARE = 0.8
 # Beside the measures a micro-batch takes a fixed time, that of about so many tokens: it launches every kernel and
 # dequantises every weight twice.
 FIXED_TOKENS = 500
+COMPILE_PAYS_SECONDS = 120  # of a run
+ASSUMED_FLOPS_PER_SECOND = 4e14
 TOP_LAYERS = 2  # that keep everything, if any layer does
 # What is on its way to the host or back may take, as a multiple of what the largest layer sends: such a layer, and the
 # hidden states of recomputed ones beside it, which take more time to compute than to copy.
@@ -172,6 +176,22 @@ class MemoryPlan:
             parts.append("hidden states on the host")
         parts += ["dequantised weights resident"] if self.resident_weights else []
         return parts + ["weights dequantised in slices"] * (self.workspace_bytes is not None)
+
+
+def compiling_pays(asked: bool | None, base: nn.Module, dense_elements: int, tokens: int) -> bool:
+    """Whether layers are to be compiled: as asked, else where the run takes long enough by the arithmetic.
+
+    Compiled, a step takes a fifth less; compiling takes some 15 s.
+
+    Args:
+        dense_elements: Of all 4-bit weights but routed experts.
+        tokens: Of all steps.
+    """
+    if asked is not None:
+        return asked
+    experts = sum(w.experts * w.elements for _, m in find_experts(base) for w in expert_weights(m))
+    elements = dense_elements + experts * share_of_experts(base)
+    return 6 * elements * tokens / ASSUMED_FLOPS_PER_SECOND > COMPILE_PAYS_SECONDS
 
 
 def _evenly(numbers: Sequence[int], count: int) -> list[int]:

@@ -4,7 +4,7 @@ Activations are copied on a stream of their own: a layer's tensors leave while t
 while the backward pass is in the layers before them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -12,6 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.engine.memory_plan import ROOM
 from qlora_cli.events import Notice, Report
@@ -19,6 +20,11 @@ from qlora_cli.events import Notice, Report
 SMALLEST_BYTES = 2**20  # of a saved tensor: below, a copy costs more than the memory is worth
 TRIAL_BYTES = 2**25  # of the link
 CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each request up to a power of two
+
+
+def storages_of(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """Addresses of what tensors are stored in, without those that are sharded."""
+    return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
 
 
 class _Away:

@@ -49,7 +49,6 @@ def write_run(
     evaluation is kept instead. `started` is what is recorded of the adapter's start.
     """
     output, rows = run.output, inputs.rows
-    draw_loss_curve(output)
     if (rows.directory / BAD_ROWS).is_file():
         write_bytes(output / BAD_ROWS, (rows.directory / BAD_ROWS).read_bytes())
     data = rows.manifest["data"]
@@ -57,6 +56,7 @@ def write_run(
     settings = {f.name: getattr(run.config, f.name) for f in recorded_fields(TrainConfig).values()}
     counts = {name: value for name, value in rows.manifest.items() if isinstance(value, (int, float, str))}
     title = f"{settings['model']} on {data['source']}"
+    draw_loss_curve(output, title=f"Loss of {title}")
     write_report_page(output, title=title, results=training, settings=settings, data={**data, **counts})
     best = _find_best(output, result.best_step, run.report) if run.config.keep_best and result.best_step else None
     with finished_files(output) as directory:

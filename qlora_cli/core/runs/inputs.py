@@ -20,7 +20,7 @@ from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.training.trainer import TrainingData
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import DataError
-from qlora_cli.events import Report
+from qlora_cli.events import Report, RunStarted
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,19 @@ class RunInputs:
     rows: PreparedRows  # all of them
     data: TrainingData
     max_length: int
+
+
+def describe_start(run: Run, inputs: RunInputs, first_step: int, engine: str) -> RunStarted:
+    """That training begins, as an event; `engine` as it describes itself."""
+    footprint, world_size = inputs.profile.footprint, run.ranks.world_size
+    return RunStarted(
+        first_step=first_step,
+        total_steps=inputs.data.sampler.total_steps,
+        trainable_parameters=footprint.trainable_parameters,
+        total_parameters=footprint.total_parameters,
+        device=str(run.device) if world_size == 1 else f"{world_size} × {run.device.type}",
+        engine=engine,
+    )
 
 
 def read_inputs(run: Run) -> RunInputs:

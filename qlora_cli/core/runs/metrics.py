@@ -4,17 +4,24 @@ import io
 import json
 import math
 import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.artifacts import LOSS_CURVE, METRICS, read_metrics, write_bytes
-from qlora_cli.core.runs.report_page import centred_mean
+from qlora_cli.core.runs.report_page import Point, centred_mean, column
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.errors import RunError
-from qlora_cli.events import EvaluationLogged, StepLogged
+from qlora_cli.events import EvaluationLogged, SampleAnswered, StepLogged
 
 LINE_BYTES = 300
-STEP_FIELDS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "step_seconds", "tokens_per_second")
+FIELDS: dict[type, tuple[str, ...]] = {
+    StepLogged: ("step", "loss", "learning_rate", "grad_norm", "tokens", "step_seconds", "tokens_per_second"),
+    EvaluationLogged: ("step", "eval_loss", "perplexity"),
+    SampleAnswered: ("step", "prompt", "answer"),
+}
 
 
 class MetricsFile:
@@ -30,7 +37,7 @@ class MetricsFile:
         self.directory = directory.stat()
         self.stream = self.path.open("a+b", buffering=0)  # nothing is held back, to fail again when it is closed
 
-    def write(self, event: StepLogged | EvaluationLogged) -> None:
+    def write(self, event: StepLogged | EvaluationLogged | SampleAnswered) -> None:
         """Appends one event.
 
         Raises:
@@ -85,9 +92,9 @@ def _is_same(path: Path, facts: os.stat_result) -> bool:
         return False
 
 
-def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
+def as_metrics(event: StepLogged | EvaluationLogged | SampleAnswered) -> dict[str, Any]:
     """The fields that a line of metrics holds; a number that is not finite is null."""
-    names = STEP_FIELDS if isinstance(event, StepLogged) else ("step", "eval_loss", "perplexity")
+    names = FIELDS[type(event)]
     values = {name: getattr(event, name) for name in names}
     if isinstance(event, StepLogged):
         values["peak_vram_bytes"] = event.vram.peak_bytes if event.vram else None
@@ -97,24 +104,64 @@ def as_metrics(event: StepLogged | EvaluationLogged) -> dict[str, Any]:
     }
 
 
-def draw_loss_curve(directory: Path) -> None:
-    """Draws `loss.png` from the run's metrics: loss of each step, the mean around it, evaluations."""
-    from matplotlib.figure import Figure  # takes a second to import, at the end of a run
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one run, in nats a trained token, each as (step, loss) in order."""
 
-    lines = read_metrics(directory)
-    steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    evaluations = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    steps: list[Point]
+    mean: list[Point]  # centred, over a twentieth of the steps on either side
+    held_out: list[Point]
+
+
+def read_losses(lines: Sequence[Mapping[str, Any]]) -> Losses:
+    """The losses in the lines of a run's metrics."""
+    steps = column(lines, "loss")
+    return Losses(steps, centred_mean(steps), column(lines, "eval_loss"))
+
+
+def draw_losses(runs: Mapping[str, Losses], *, title: str, kind: str = "png") -> bytes:
+    """A picture of losses over steps: the centred mean of each run, its held-out rows, and of a single one every step.
+
+    Args:
+        runs: By name, which is not shown where there is one.
+        title: Stands above.
+        kind: png, svg or pdf.
+    """
+    import matplotlib  # takes a second to import, at the end of a run
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    if steps:
-        axes.plot(*zip(*steps, strict=True), color="#9ecae1", linewidth=1, label="step")
-        axes.plot(*zip(*centred_mean(steps), strict=True), color="#08519c", linewidth=1.8, label="mean")
-    if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), "o-", color="#d94801", markersize=4, label="held-out rows")
-    axes.set(title="Loss", xlabel="optimizer step", ylabel="nats per token")
+    alone = len(runs) == 1
+    for name, losses in runs.items():
+        colour: Any = "#08519c" if alone else None
+        if losses.steps and alone:
+            axes.plot(*zip(*losses.steps, strict=True), color="#9ecae1", linewidth=1, label="step")
+        if losses.mean:
+            (line,) = axes.plot(
+                *zip(*losses.mean, strict=True), color=colour, linewidth=1.8, label="mean" if alone else name
+            )
+            colour = line.get_color()
+        if losses.held_out:
+            axes.plot(
+                *zip(*losses.held_out, strict=True),
+                "o-" if alone else "o--",
+                color="#d94801" if alone else colour,
+                markersize=4,
+                label="held-out rows" if alone else f"{name}, held-out rows",
+            )
+    axes.set(xlabel="optimizer step", ylabel="nats per token")
+    axes.set_title(textwrap.fill(title, 90), fontsize=10)
     axes.grid(alpha=0.3)
-    if steps or evaluations:
+    if axes.lines:
         axes.legend(frameon=False)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_bytes(directory / LOSS_CURVE, picture.getvalue())
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is none of TeX's
+        figure.savefig(picture, format=kind)
+    return picture.getvalue()
+
+
+def draw_loss_curve(directory: Path, *, title: str) -> None:
+    """Draws `loss.png` from the run's metrics: loss of each step, the mean around it, evaluations."""
+    losses = read_losses(read_metrics(directory))
+    write_bytes(directory / LOSS_CURVE, draw_losses({"": losses}, title=title))

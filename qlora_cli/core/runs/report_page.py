@@ -22,7 +22,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; flex: 1 1 480px }
 figcaption { font-weight: 600 } svg { width: 100%; height: auto } svg text { fill: var(--soft); font-size: 11px }
-table { border-collapse: collapse } td, th { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0;
+table { border-collapse: collapse } .text { white-space: pre-wrap }
+td, th { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0;
   text-align: left; vertical-align: top; overflow-wrap: anywhere } th { font-weight: 500; color: var(--soft) }
 """.strip()
 
@@ -84,6 +85,7 @@ def write_report_page(
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(summarise(loss, held_out))}</p>",
         f'<div class="charts">{"".join(charts)}</div>',
+        tabulate_samples(lines),
         *(tabulate(head, facts) for head, facts in (("Results", results), ("Settings", settings), ("Data", data))),
         "</body></html>",
     ]
@@ -160,6 +162,22 @@ def draw_chart(title: str, series: Sequence[Series]) -> str:
     legend = " ".join(f'<span style="color:{each.colour}">— {escape(each.name)}</span>' for each in series if each.name)
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
     return f"<figure><figcaption>{escape(title)} {legend}</figcaption>{picture}</figure>"
+
+
+def tabulate_samples(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Answers to the sample prompts, before, during and after training; "" where there were none."""
+    prompts: dict[str, dict[int, str]] = {}
+    for line in lines:
+        if "answer" in line:
+            prompts.setdefault(line["prompt"], {})[line["step"]] = line["answer"]
+    tables = []
+    for prompt, answers in prompts.items():
+        rows = "".join(
+            f"<tr><th>{f'step {step:,}' if step else 'before'}</th><td class=text>{escape(answer)}</td></tr>"
+            for step, answer in sorted(answers.items())
+        )
+        tables.append(f"<p class=text><b>{escape(prompt)}</b></p><table>{rows}</table>")
+    return f"<h2>Samples</h2>{''.join(tables)}" if tables else ""
 
 
 def tabulate(head: str, facts: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from qlora_cli.artifacts import METRICS
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.runs.metrics import MetricsFile, as_metrics
 from qlora_cli.errors import Interrupted, UsageError, first_line
-from qlora_cli.events import Caution, EvaluationLogged, Event, Report, StepLogged
+from qlora_cli.events import Caution, EvaluationLogged, Event, Report, SampleAnswered, StepLogged
 
 PROJECT = "qlora"
 SOURCE = {"mlflow.source.name": "qlora"}  # else it would be a path
@@ -110,9 +110,9 @@ def logging_report(report: Report, metrics: MetricsFile, accelerator: Accelerato
     """
 
     def log(event: Event) -> None:
-        if isinstance(event, StepLogged | EvaluationLogged):
+        if isinstance(event, StepLogged | EvaluationLogged | SampleAnswered):
             metrics.write(event)
-            if accelerator.trackers:
+            if accelerator.trackers and not isinstance(event, SampleAnswered):
                 line = as_metrics(event)
                 step = line.pop("step")
                 try:

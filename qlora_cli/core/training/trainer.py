@@ -32,7 +32,7 @@ from qlora_cli.core.training.rng_state import (
 )
 from qlora_cli.core.training.state import Checkpointing
 from qlora_cli.errors import Interrupted, TrainingError, first_line
-from qlora_cli.events import Caution, EvaluationLogged, Notice, StepLogged
+from qlora_cli.events import Caution, EvaluationLogged, Event, Notice, StepLogged
 
 NONFINITE_STEPS_TOLERATED = 2  # in a row; one more ends the run
 ROWS_NAMED = 20
@@ -84,6 +84,8 @@ class Trainer:
     checkpointing: Checkpointing
     reporter: RunReporter
     state: TrainerState  # `TrainerState()` for a new run
+    ask_samples: Callable[[int], list[Event]] | None = None  # answers to sample prompts, asked on the main rank
+    sample_every: int | None = None  # steps; None for before the first and after the last alone
 
     def __post_init__(self) -> None:
         self.ranks = self.replica.ranks
@@ -93,6 +95,7 @@ class Trainer:
         self.stop = StopRequest()
         self.agreed_to_stop = False  # by all ranks, at the end of a step
         self.saved_step = self.state.step
+        self.sampled_step = self.state.step or -1  # a run that goes on was asked before it was saved
         self.streak: list[Step] = []  # steps in a row without finite numbers
         self.before_streak: tuple[TrainerState, RandomState] | None = None
         self.random_state: RandomState = {}  # with which the step after `state.step` begins
@@ -126,6 +129,7 @@ class Trainer:
         while True:
             if self._evaluation_due():
                 self._evaluate()
+            self._ask_samples()
             last = upcoming is None or self.state.stopped_early
             stopping = self._stopping()
             if last or stopping or self.state.step % self.checkpointing.every == 0:
@@ -295,6 +299,16 @@ class Trainer:
                     f"loss{best}."
                 )
             )
+
+    def _ask_samples(self) -> None:
+        """Has the sample prompts answered where that is due; a signal comes first."""
+        step, at_end = self.state.step, self.state.step == self.sampler.total_steps or self.state.stopped_early
+        due = step == 0 or at_end or (self.sample_every is not None and step % self.sample_every == 0)
+        if self.ask_samples is None or not due or step == self.sampled_step or self.stop.signal_number is not None:
+            return
+        self.sampled_step = step
+        for event in self.ask_samples(step):
+            self.reporter.report(event)
 
     # ------------------------------------------------------------ saving and stopping
 
