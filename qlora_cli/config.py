@@ -76,8 +76,12 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         resume=RESOLVED,
     )
     epochs: float = setting(1.0, "Passes over the rows.", panel=OPTIMISATION, range=Numbers(1e-6, 1e6), resume=RESOLVED)
-    learning_rate: float = setting(
-        2e-4, "Peak learning rate.", panel=OPTIMISATION, range=Numbers(0, 1, open_low=True), resume=SAME
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate; by default 2e-4, and 1e-4 above 15 billion parameters.",
+        panel=OPTIMISATION,
+        range=Numbers(0, 1, open_low=True),
+        resume=SAME,
     )
     loraplus_lr_ratio: float = setting(
         1.0,
@@ -105,9 +109,9 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         range=Numbers(0, 1e9),
         resume=SAME,
     )
-    eval_fraction: float = setting(
-        0.0,
-        "Share of the rows held out for evaluation.",
+    eval_fraction: float | None = setting(
+        None,
+        "Share of the rows held out for evaluation; by default, from 1,000 rows on, 2 % but at most 200 rows.",
         panel=EVALUATION,
         range=Numbers(0, 1, open_high=True),
         resume=SAME,
@@ -238,13 +242,14 @@ class GenerateConfig(ModelSettings, GenerationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig(ModelSettings, LoraSettings, QuantizationSettings, StepSettings):
-    """`qlora inspect`: facts on a model, an adapter, a run, a prepared set or this machine."""
+class InspectConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSettings, StepSettings):
+    """`qlora inspect`: facts on a model, on what 4 bits cost it on some rows, an adapter, a run, a prepared set or this
+    machine."""
 
     adapter: str | None = setting(None, "Run directory or PEFT adapter.", panel=MODEL, range=NAME)
     prepared: str | None = setting(None, "Directory written by `qlora prepare`.", panel=MODEL, range=NAME)
     max_length: int | None = setting(
-        None, "Tokens in a row, for the memory prediction.", panel=MEMORY, range=Numbers(2, 2**20)
+        None, "Tokens in a row, for the memory prediction and --data.", panel=MEMORY, range=Numbers(2, 2**20)
     )
     picture: str | None = setting(
         None, "With several runs: also draw their losses into this file (.png, .svg, .pdf).", panel=RUN, range=NAME

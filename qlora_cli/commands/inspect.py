@@ -17,7 +17,7 @@ from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.errors import RunError, UsageError
 from qlora_cli.events import Report
 
-OF_A_MODEL = ("vram", "max_length", "quantization_error")
+OF_A_MODEL = ("vram", "max_length", "quantization_error", "data")
 
 
 def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, whole: bool = True) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
 from qlora_cli.core.adapters.lora import PeftModel, adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.calibration.initialization import FROM_THE_BASE, StartInputs, initialize_adapter
+from qlora_cli.core.candidates.four_bit_gap import measure_held_out
 from qlora_cli.core.data.prepare import read_paths
 from qlora_cli.core.device import choose_device, limit_memory, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -111,6 +112,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             start_tracker(config, accelerator)  # before rows are read or weights downloaded
         inputs = read_inputs(run)
         decisions = decide(run, inputs)
+        run = replace(run, config=(config := inputs.config))
         formatting = Formatting.from_dict(inputs.rows.manifest["formatting"])
         context, tokenizer = context_length(inputs.files.config), inputs.files.tokenizer
         requests = make_requests(config.sample_prompt or (), formatting, tokenizer, context)
@@ -166,7 +168,13 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         started = time.perf_counter()
         trainer.run()
         result = describe_result(run, inputs, loaded, trainer.state, time.perf_counter() - started)
+        engine.close()
         if ranks.is_main:
+            if loaded.weight_shards is None:
+                held_out = measure_held_out(
+                    loaded.model, inputs.files, inputs.data.eval_rows, inputs.profile.vocabulary, run.report
+                )
+                result = replace(result, gap=asdict(held_out) if held_out else None)
             with reporting_disk_full(run.output, decisions.checkpoint_bytes):
                 write_run(run, inputs, loaded.base, loaded.save_adapter, result, loaded.started)
         ranks.barrier()
@@ -323,6 +331,7 @@ def start_optimization(
         CheckpointError: The saved state does not fit, and without --allow-changes it may not start fresh.
     """
     config, checkpoint = run.config, start.checkpoint
+    assert config.learning_rate is not None  # settled with the inputs
     parameters = TrainableParameters(loaded.model, config.loraplus_lr_ratio)
     optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=config.weight_decay)
     unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements)

@@ -240,6 +240,25 @@ def test_wrong_flags_are_refused(tiny_model, run):
         look(model=model, vram="twelve")
 
 
+def test_what_4_bits_cost_on_rows_is_measured(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"What is {n}?", "answer": f"It is {n}."}) + "\n" for n in range(8))
+    )
+    facts = look(model=str(tiny_model("llama")), data=(str(rows),))
+    cost = facts["four_bit_cost"]
+    assert cost["rows"] == 8 and cost["tokens"] > 8 and cost["loss_in_16_bits"] != cost["loss_in_4_bits"]
+    layers = table_of(facts, "Layers by what 4 bits change")
+    assert len(layers) == 2 and layers[0]["error_percent"] > layers[1]["error_percent"] > 0
+    eight, sixteen = table_of(facts, "These layers in more bits")
+    assert (eight["bits"], sixteen["bits"]) == (8, 16) and 0 < eight["more_bytes"] < sixteen["more_bytes"]
+    assert eight["won"] == pytest.approx(cost["loss_in_4_bits"] - eight["loss"])
+    assert any(f"--data {rows}" in command for command in facts["next"])
+    with pytest.raises(UsageError, match="is about a model"):
+        look(data=(str(rows),))
+
+
 def test_the_command_repeats_what_was_given_and_no_more():
     config = InspectConfig(
         model="org/a model", rank=8, double_quant=False, target_modules=("q_proj", "v_proj"), vram="12GiB", rslora=True

@@ -217,6 +217,23 @@ def test_the_card_names_a_base_and_data_of_the_hub(tiny_model):
     assert "base_model:adapter:org/model" in data.tags and "| rank | 8 |" in text
 
 
+def test_what_is_left_open_is_settled_by_base_and_rows_and_recorded(options, tmp_path):
+    """The rate by the base's size; of a thousand rows 2 % are held out, on which the cost of 4 bits is told at the end."""
+    rows = tmp_path / "many.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"{n}."}) + "\n" for n in range(1000)))
+    left_open = {name: value for name, value in options.items() if name not in ("eval_rows", "learning_rate")}
+    events: list = []
+    settings = {**left_open, "data": str(rows), "max_steps": None, "epochs": 0.02, "eval_every": None}
+    result = train(TrainConfig(**settings), events.append)
+    said = " ".join(event.text for event in events if isinstance(event, Notice))
+    assert "20 of the 1,000 rows are held out" in said and "in all teach little" in said
+    recorded = read_config_file(Path(options["output"]) / RUN_YAML, TrainConfig)
+    assert recorded["learning_rate"] == 2e-4 and recorded["eval_rows"] == 20
+    gap = json.loads((Path(options["output"]) / RUN_RECORD).read_text())["training"]["gap"]
+    assert gap == result.gap and gap["tokens"] > 20 and result.eval_loss is not None
+    assert {gap["four_bits"], gap["adapter"]} != {gap["sixteen_bits"]}
+
+
 def test_run_yaml_repeats_the_run_bit_for_bit(options, tmp_path):
     run(options)
     first = Path(options["output"])

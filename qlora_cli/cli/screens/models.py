@@ -35,7 +35,15 @@ def of_a_model(result: dict[str, Any]) -> Screen:
         facts.append(("stored", result["stored"]))
     if "mean_quantization_error" in result:
         facts.append(("error of 4 bits", f"{100 * result['mean_quantization_error']:.3g} % of a weight, on average"))
-    return Screen(sentences, facts)
+    shown = []
+    if cost := result.get("four_bit_cost"):
+        lost = cost["loss_in_4_bits"] - cost["loss_in_16_bits"]
+        sentences.append(
+            f"On {cost['tokens']:,} tokens of the rows 4 bits cost {lost:.4f} nats a token: {cost['loss_in_4_bits']:.4f} "
+            f"instead of {cost['loss_in_16_bits']:.4f}."
+        )
+        shown = [each for each in result["tables"] if each["title"] == "These layers in more bits"]
+    return Screen(sentences, facts, shown)
 
 
 def _remedy(result: dict[str, Any]) -> str:

@@ -62,12 +62,22 @@ def of_a_training(result: dict[str, Any]) -> Screen:
     sentences = [first, trained_of(result)]
     if result.get("stopped_early"):
         sentences.insert(1, "It stopped early: the held-out loss fell no more.")
+    if gap := result.get("gap"):
+        sentences.append(_gap(gap))
     facts = [("tokens", f"{result['tokens']:,}"), ("report", f"{result['output']}/report.html")]
     if result.get("best_eval_loss") is not None:
         facts.insert(1, ("best held-out loss", f"{result['best_eval_loss']:.4f} at step {result['best_step']:,}"))
     if result.get("peak_vram_bytes"):
         facts.append(("most of the card", format_bytes(result["peak_vram_bytes"])))
     return Screen(sentences, facts)  # fmt: skip
+
+
+def _gap(gap: dict[str, Any]) -> str:
+    """What 4 bits cost, and what the adapter won."""
+    four, tuned = gap["four_bits"], gap["adapter"]
+    cost = "" if gap["sixteen_bits"] is None else f"4 bits cost {four - gap['sixteen_bits']:.4f} nats a token, "
+    won = f"the adapter won {four - tuned:.4f}" if tuned <= four else f"the adapter lost {tuned - four:.4f} more"
+    return f"On {gap['tokens']:,} tokens held out {cost}{won}."
 
 
 def of_a_run(result: dict[str, Any]) -> Screen:

@@ -8,6 +8,7 @@ which are computed by the tasks that would write them. So no merged model is eve
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def measure_losses(
                     _round(base, inside, candidates[name], stream)
                     stream.advance()
         report(Progress("Measuring ways to merge", number, len(streams[LIVE].layers), unit="layers"))
-    return {name: _mean_loss(stream, rows) for name, stream in streams.items()}
+    return {name: mean_loss(stream, rows) for name, stream in streams.items()}
 
 
 def _round(base: Any, names: Sequence[str], candidate: Candidate, stream: ActivationStream) -> None:
@@ -129,17 +130,37 @@ def _round(base: Any, names: Sequence[str], candidate: Candidate, stream: Activa
 @contextmanager
 def merged_linears(base: Any, names: Sequence[str], weights: MergedWeights, transposed: set[str]) -> Iterator[None]:
     """Linear layers computing with merged weights inside the block, without their adapters."""
-    kept = {name: base.get_submodule(name) for name in names}
+    values, biases = {}, {}
+    for name in names:
+        module = base.get_submodule(name)
+        device = getattr(module, "base_layer", module).weight.device
+        weight = weights.read(f"{name}.weight").to(device).to(base.dtype)
+        values[name] = weight.T.contiguous() if name in transposed else weight
+        if f"{name}.bias" in weights:
+            biases[name] = weights.read(f"{name}.bias").to(device)
+    with replaced_linears(base, values, biases):
+        yield
+
+
+@contextmanager
+def replaced_linears(
+    base: Any, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[None]:
+    """Linear layers computing with these weights, (out, in), inside the block, without their adapters.
+
+    Args:
+        base: The model that they are in.
+        weights: By the layers' names, on their device, in the base's dtype.
+        biases: Where they are others than the layers' own.
+    """
+    kept = {name: base.get_submodule(name) for name in weights}
     for name, module in kept.items():
-        inner = getattr(module, "base_layer", module)
-        device, dtype = inner.weight.device, base.dtype
-        weight = weights.read(f"{name}.weight").to(device).to(dtype)
+        own = getattr(module, "base_layer", module).bias
         dense = nn.Linear(1, 1, bias=False, device="meta")
-        dense.weight = nn.Parameter(weight.T.contiguous() if name in transposed else weight, requires_grad=False)
+        dense.weight = nn.Parameter(weights[name], requires_grad=False)
         dense.out_features, dense.in_features = dense.weight.shape
-        if inner.bias is not None:
-            bias = weights.read(f"{name}.bias") if f"{name}.bias" in weights else inner.bias.detach()
-            dense.bias = nn.Parameter(bias.to(device).to(dtype), requires_grad=False)
+        if own is not None:
+            dense.bias = nn.Parameter(biases.get(name, own.detach()).to(base.dtype), requires_grad=False)
         base.set_submodule(name, dense)
     try:
         yield
@@ -148,8 +169,8 @@ def merged_linears(base: Any, names: Sequence[str], weights: MergedWeights, tran
             base.set_submodule(name, module)
 
 
-def _mean_loss(stream: ActivationStream, rows: Sequence[Row]) -> float:
-    """Of the rows, which are the stream's last batches."""
+def mean_loss(stream: ActivationStream, rows: Sequence[Row]) -> float:
+    """Mean loss, nats a trained token, of rows that are the last batches of a stream with every layer behind it."""
     total, tokens = 0.0, 0
     for number, (ids, trained) in enumerate(rows, start=stream.batches - len(rows)):
         logits = stream.logits(number)[0, :-1]  # (length - 1, vocabulary)

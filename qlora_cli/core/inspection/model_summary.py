@@ -100,6 +100,14 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         )
         facts["mean_quantization_error"] = sum(error.value for error in errors) / max(1, len(errors))
         tables.append(tabulate_layers(f"Relative error of {config.quant_type}", errors))
+    if config.data:
+        from qlora_cli.core.inspection.four_bit_cost import measure_four_bit_cost
+
+        measured, measured_tables = measure_four_bit_cost(
+            config, files, vocabulary=model.vocabulary, device=device, report=report
+        )
+        facts |= measured
+        tables += measured_tables
     reads_weights = files.commit is None or config.quantization_error
     entries = [entry for _, entry in list_tensors(files.directory).values()] if reads_weights else []
     if groups := group_tensors(entries):

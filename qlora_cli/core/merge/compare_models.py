@@ -33,12 +33,16 @@ class Comparison:
     rows: int  # they come from
 
 
-def choose_rows(rows: Iterable[Row], *, vocabulary: int, device: torch.device) -> list[Row]:
-    """As many rows, each cut to 512 tokens and before a token without an embedding, as keep the comparison within memory and a minute's time.
+def choose_rows(
+    rows: Iterable[Row], *, vocabulary: int, device: torch.device, most_tokens: int | None = None
+) -> list[Row]:
+    """As many rows, each cut to 512 tokens and before a token without an embedding, as keep the comparison within memory
+    and a minute's time, or hold `most_tokens` that are predicted.
 
     Rows without a trained token, and single tokens, predict nothing and are left out.
     """
-    budget = min(MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"]), KEPT_BYTES // (4 * vocabulary))
+    most_tokens = most_tokens or MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])
+    budget = min(most_tokens, KEPT_BYTES // (4 * vocabulary))
     chosen: list[Row] = []
     for ids, trained in rows:
         ids, trained = ids[:MOST_ROW_TOKENS], trained[:MOST_ROW_TOKENS]

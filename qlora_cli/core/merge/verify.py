@@ -234,7 +234,7 @@ def _split_of_run(adapter: Path) -> tuple[RowSubset, RowSubset] | None:
         return None
     settings = run_of(adapter) / RUN_YAML
     run = TrainConfig(**(read_config_file(settings, TrainConfig) if settings.is_file() else {}))
-    return split_rows(rows, fraction=run.eval_fraction, count=run.eval_rows, seed=run.seed)
+    return split_rows(rows, fraction=run.eval_fraction or 0.0, count=run.eval_rows, seed=run.seed)
 
 
 def _each(rows: RowSubset) -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """Inputs of a training run: the base's configuration and tokenizer, and the rows of every step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +15,18 @@ from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.planning.model_profile import ModelProfile
+from qlora_cli.core.planning.recommendations import (
+    advise_on_length,
+    advise_on_rank,
+    recommended_held_out_rows,
+    recommended_learning_rate,
+)
 from qlora_cli.core.planning.run_plan import profile_run
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.training.trainer import TrainingData
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import DataError
-from qlora_cli.events import Report, RunStarted
+from qlora_cli.events import Notice, Report, RunStarted
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Run:
 class RunInputs:
     """What a run reads before the base is loaded."""
 
+    config: TrainConfig  # with what was left open and depends on base and rows: the learning rate, and what is held out
     files: ModelFiles  # of the base
     profile: ModelProfile  # of the base with its adapter
     rows: PreparedRows  # all of them
@@ -94,7 +101,10 @@ def read_inputs(run: Run) -> RunInputs:
                 )
     files.check_token(rows.largest_id(), profile.vocabulary)
     max_length = config.max_length or rows.manifest["max_length"]
-    train_rows, eval_rows = split_rows(rows, fraction=config.eval_fraction, count=config.eval_rows, seed=config.seed)
+    settled = _settle(config, profile, len(rows), run.report)
+    train_rows, eval_rows = split_rows(
+        rows, fraction=settled.eval_fraction or 0.0, count=settled.eval_rows, seed=config.seed
+    )
     sample = partial(
         BatchSampler,
         batch_size=config.batch_size,
@@ -109,4 +119,27 @@ def read_inputs(run: Run) -> RunInputs:
     if len(eval_rows):
         eval_sampler = sample(eval_rows.lengths, accumulation=ranks, epochs=1.0, max_steps=None)
     data = TrainingData(train_rows, sampler, eval_rows, eval_sampler)
-    return RunInputs(files, profile, rows, data, max_length)
+    footprint, trained_tokens = profile.footprint, rows.manifest["trained_tokens"]
+    advice = [advise_on_rank(config.rank, footprint.trainable_parameters, trained_tokens)]
+    if config.max_steps is None:
+        advice.append(advise_on_length(sampler.total_steps, config.epochs))
+    for text in filter(None, advice):
+        run.report(Notice(text))
+    return RunInputs(settled, files, profile, rows, data, max_length)
+
+
+def _settle(config: TrainConfig, profile: ModelProfile, rows: int, report: Report) -> TrainConfig:
+    """The configuration with the learning rate and what is held out, as recommended where they were left open."""
+    rate, fraction, count = config.learning_rate, config.eval_fraction, config.eval_rows
+    if rate is None:
+        rate = recommended_learning_rate(profile.footprint.total_parameters)
+    if fraction is None:
+        fraction = 0.0
+        if count is None and (held_out := recommended_held_out_rows(rows)):
+            count = held_out
+            report(
+                Notice(
+                    f"{count} of the {rows:,} rows are held out for evaluation; --eval-fraction 0 trains on all of them."
+                )
+            )
+    return replace(config, learning_rate=rate, eval_fraction=fraction, eval_rows=count)
