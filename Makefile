@@ -8,7 +8,7 @@ WORKERS ?= logical
 .PHONY: help demo test long faults survey lint clean
 
 help:
-	@echo "make demo    the whole road on a small model built here: no GPU, about three minutes"
+	@echo "make demo    the whole road on a small real model (93 MB fetched once): no GPU, some five minutes"
 	@echo "make test    ruff, mypy, import-linter, then every test but the long ones"
 	@echo "make long    what make test leaves out because it takes long"
 	@echo "make faults  the long fault-injection suite, with its table of figures"
