@@ -234,6 +234,13 @@ def test_an_adapter_whose_start_follows_from_the_base_is_one_of_the_base_as_it_i
         torch.testing.assert_close(found(IDS).logits, plain)
 
 
+def test_a_pair_on_a_layer_that_is_not_called_is_refused_as_it_would_work_merged_alone(tmp_path):
+    config = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=4)
+    make(build(config), tmp_path, target_modules=["in_proj", "dt_proj"])
+    with pytest.raises(AdapterError, match=r"first backbone.layers.0.mixer.dt_proj: unmerged they do nothing"):
+        load_adapter(build(config), tmp_path)
+
+
 def test_what_cannot_be_undone_is_converted_where_it_was_made_or_given_its_own_base(tmp_path):
     """Both ways that a refusal names."""
     model = build(LLAMA)

@@ -43,9 +43,9 @@ def train(directory, output, *, seed=0, **lora):
 
 
 def merged(adapter, output, **options):
-    merge(
-        MergeConfig(adapter=str(adapter), output=str(output), dtype="float32", verify=False, **options), lambda e: None
-    )
+    options = {"verify": False, **options}
+    result = merge(MergeConfig(adapter=str(adapter), output=str(output), dtype="float32", **options), lambda e: None)
+    assert not options["verify"] or result.verification.kl_mean < 1e-6
     model, info = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_the_merged_model_answers_as_base_and_adapter(layout, shard, adapt_exper
     directory = tmp_path / "base"
     write_expert_model(layout, directory, shard=shard)
     expected, _ = train(directory, tmp_path / "adapter", adapt_experts=adapt_experts)
-    found = merged(tmp_path / "adapter", tmp_path / "merged")
+    found = merged(tmp_path / "adapter", tmp_path / "merged", verify=layout in ("qwen3_moe", "deepseek_v3"))
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     names = [sorted(p.name for p in d.glob("*.safetensors")) for d in (directory, tmp_path / "merged")]
     assert names[0] == names[1]

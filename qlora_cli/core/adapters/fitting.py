@@ -30,6 +30,7 @@ from qlora_cli.core.adapters.expert_tensors import PAIR, PREFIX, adapter_sizes, 
 from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.models.files import ModelFiles, resolve_model
+from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import find_decoder, head_names, underlying_model
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import AdapterError, first_line
@@ -59,6 +60,7 @@ def fitted_adapter(directory: Path, model: Any, files: ModelFiles | None = None)
     facts = read_adapter(directory)
     start = refuse_changed_base(facts)
     base = underlying_model(model)
+    _refuse_unread(facts, base)
     fits = all(_has_place(name, base) for name in facts.tensors) and not _old_stacks(facts, base)
     if fits and start is None:
         yield directory
@@ -66,6 +68,7 @@ def fitted_adapter(directory: Path, model: Any, files: ModelFiles | None = None)
     tensors = load_file(directory / ADAPTER_WEIGHTS)
     if not fits:
         facts, tensors = _fit(facts, tensors, base)
+        _refuse_unread(facts, base)
     if start is not None:
         facts, tensors = _on_own_base(facts, tensors, start, files or _files_of(base), base.device)
     with tempfile.TemporaryDirectory(prefix="qlora-adapter-") as temporary:
@@ -100,6 +103,19 @@ def refuse_changed_base(facts: AdapterFacts) -> str | None:
         f"The adapter was trained on a base that {initial} had changed, and its file has only its own half of that.",
         f"Where it was made, {own_base}" if start == "loftq" else f"{convert}INITIAL) with PEFT; or {own_base}",
     )
+
+
+def _refuse_unread(facts: AdapterFacts, base: Any) -> None:
+    """Raises AdapterError where an adapter has a pair on a layer whose weight is read without calling it: unmerged the
+    pair does nothing, and merged it would."""
+    raw = read_raw(base)
+    found = [name for name in facts.tensors if ".lora_A." in name and _module_of(name) in raw]
+    if found:
+        raise AdapterError(
+            f"The adapter has a pair on {len(found)} layers whose weight this model reads without calling them, first "
+            f"{_module_of(found[0])}: unmerged they do nothing.",
+            f"Train without {_module_of(found[0]).rpartition('.')[2]}.",
+        )
 
 
 def _files_of(base: Any) -> ModelFiles:

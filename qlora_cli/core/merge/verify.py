@@ -144,8 +144,9 @@ def open_merged(directory: Path, base: Base, options: MergeOptions) -> Iterator[
     wrong = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if wrong:
         raise MergeError(f"The merged model lacks {len(wrong)} weights, first {wrong[0]}.")
-    packed = [is_4bit(model.get_submodule(name.removesuffix(".weight"))) for name in sorted(base.packed)]
-    if options.pack and not all(packed):
+    linears = [name.removesuffix(".weight") for name in sorted(base.packed) if name.endswith(".weight")]
+    packed = [is_4bit(model.get_submodule(name)) for name in linears] if options.pack else []
+    if not all(packed):
         raise MergeError(f"{packed.count(False)} linear layers of the merged model are not in 4 bits once loaded.")
     yield freeze_base(model) if options.pack else model.eval()
 
