@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= logical
+# A file at a time, in order: what its tests share is made once.
+SPREAD := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test long faults survey lint clean
@@ -44,10 +46,10 @@ test long faults survey: export OMP_NUM_THREADS = 1
 test long faults survey: export TOKENIZERS_PARALLELISM = false
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8
+	$(BIN)/python -m pytest -m "not slow" $(SPREAD)
 
 long: .venv/tests-installed
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --maxprocesses 8 --ignore tests/faults/test_stock_trainer.py
+	$(BIN)/python -m pytest -m slow $(SPREAD) --ignore tests/faults/test_stock_trainer.py
 
 faults: .venv/tests-installed
 	$(BIN)/python -m pytest -m slow tests/faults -n $(WORKERS) --maxprocesses 32 --dist worksteal

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("QLORA_CACHE", tempfile.mkdtemp(prefix="qlora-test-cache-"))
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import settings
 
 from qlora_cli.events import report_nothing
 
-settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("repeatable")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 
@@ -165,12 +166,58 @@ def load_tiny(tiny_model):
     return load
 
 
+@pytest.fixture(scope="module")
+def remembered_profiles():
+    """A model is profiled once for all plans of a module that ask the same of it: a profile takes seconds."""
+    from qlora_cli.core.inspection import model_summary
+    from qlora_cli.core.planning import model_profile, run_plan
+    from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+
+    known = {}
+
+    def remember(config, lora, quantization, **settings):
+        groups = ((LoraSettings, lora), (QuantizationSettings, quantization))
+        asked = [getattr(given, field.name) for kind, given in groups for field in fields(kind)]
+        key = repr((config.to_json_string(), config.name_or_path, asked, sorted(settings.items())))
+        if key not in known:
+            known[key] = model_profile.profile_model(config, lora, quantization, **settings)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (model_summary, run_plan):
+            patch.setattr(module, "profile_model", remember)
+        yield
+
+
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory):
-    """A process that has imported everything and forks a child for each function it is to run: tests/faults/zygote.py."""
+def hub(tiny_model):
+    """The only hub that the zygote's children know, and its port: it serves a small Llama as org/model."""
+    from tests.faults.hub_server import Hub, serving
+
+    served = Hub(tiny_model("llama"))
+    with serving(served) as port:
+        yield served, port
+
+
+@pytest.fixture(scope="session")
+def zygote(hub, tmp_path_factory):
+    """A process that has imported everything and forks a child for each function it is to run: tests/faults/zygote.py.
+
+    One for all: it takes 10 s of processor time to start. The library that lets file calls fail lies dormant in it.
+    """
+    from tests.faults.campaign import build_injector
     from tests.faults.conftest import Zygote
 
-    started = Zygote(tmp_path_factory.mktemp("zygote"), {})
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub[1]}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_secret",
+    }
+    injector = build_injector(tmp_path_factory.mktemp("injector"))
+    if injector is not None:
+        environment["LD_PRELOAD"] = str(injector)
+    started = Zygote(tmp_path_factory.mktemp("zygote"), environment)
     yield started
     started.close()
 
@@ -195,13 +242,49 @@ def neox_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>")
 
 
+# What is peculiar to most of them: rotary or learned positions or ALiBi, joined or separate projections, shared heads, caps.
+FEW = ("gpt_neox", "llama", "falcon", "gpt2", "bloom", "gemma3")
+
 # Tests of a minute or more, which start processes: begun first, none of them is what others wait for at the end.
-LONGEST = {"test_readme_lines.py", "test_launchers.py", "test_triton.py", "test_graph_decoder.py"}
+LONGEST = {"test_readme_lines.py", "test_triton.py"}
 
 
+def most_slow(cases, kept):
+    """Parameters of a test: of these cases, the ones that are not kept in make test are slow."""
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
 def pytest_collection_modifyitems(items):
-    """Long tests first; among themselves tests stay in order."""
+    """Long tests first, among themselves in order; of a product of parameters all but an each-choice cover is slow."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    products: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("each_choice") and hasattr(item, "callspec"):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in products.values():
+        kept = each_choice([frozenset(case.callspec.indices.items()) for case in cases if not is_left_out(case)])
+        for case in cases:
+            if frozenset(case.callspec.indices.items()) not in kept:
+                case.add_marker("slow")
+
+
+def each_choice(cases: list[frozenset[tuple[str, int]]]) -> list[frozenset[tuple[str, int]]]:
+    """The fewest cases (chosen greedily) among which each value of each parameter occurs: each-choice coverage.
+
+    Ammann and Offutt, Using formal methods to derive test frames in category-partition testing (1994).
+    """
+    chosen, left = [], frozenset().union(*cases)
+    while left:
+        chosen.append(max(cases, key=lambda case: len(case & left)))
+        left -= chosen[-1]
+    return chosen
+
+
+def is_left_out(item) -> bool:
+    """Whether a mark says that the test is not run here, or in the long form alone."""
+    conditions = [mark.args[0] for mark in item.iter_markers("skipif")]
+    return bool(item.get_closest_marker("slow")) or any(c for c in conditions if not isinstance(c, str))
 
 
 def pytest_runtest_setup(item):

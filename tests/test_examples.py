@@ -73,6 +73,7 @@ def test_a_settings_file_says_what_its_tutorial_says(settings_file):
         assert found == value, name
 
 
+@pytest.mark.slow  # lines of the README do as much in make test: tests/test_readme_lines.py
 @pytest.mark.parametrize("settings_file", SETTINGS_FILES, ids=lambda settings_file: settings_file.stem)
 def test_a_settings_file_trains_two_steps(settings_file, tiny_model, tmp_path, monkeypatch, capsys):
     from qlora_cli.commands import train as training

@@ -16,7 +16,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.events import Caution, Notice, report_nothing
 from qlora_cli.settings.groups import LoraSettings
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, most_slow
 from tests.training.training_case import MemoryRows
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def divergence(model, original) -> float:
     return total / 16
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, ("gpt_neox", "llama", "falcon", "gpt2")))
 def test_calibrated_answers_most_of_the_4_bit_error_and_leaves_the_base(tiny_model, load_tiny, architecture):
     original = load_unquantized(resolve_model(str(tiny_model(architecture))), dtype=torch.float32, device=CPU)
     plain, nothing = start(tiny_model, load_tiny, architecture, init="default")

@@ -20,7 +20,7 @@ from qlora_cli.events import Notice, report_nothing
 from qlora_cli.settings.groups import QuantizationSettings
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def trained(request, tiny_model, tmp_path_factory):
     """The settings of a merge of a short run with rows held out."""
     folder = tmp_path_factory.mktemp("auto")

@@ -24,9 +24,9 @@ HEAVY |= {"matplotlib", "safetensors", "huggingface_hub", "tokenizers", "triton"
 LIST_MODULES = """
 import json, sys
 from qlora_cli.cli.app import main
-code = main(json.loads(sys.argv[1]))
+codes = [main(line) for line in json.loads(sys.argv[1])]
 print("MODULES " + " ".join(sorted({name.partition(".")[0] for name in sys.modules})))
-sys.exit(code)
+sys.exit(max(codes))
 """
 
 
@@ -34,9 +34,9 @@ def run_python(*arguments, **kwargs):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **kwargs)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in CONFIGS), ["--version"], []])
-def test_help_loads_no_heavy_library(arguments):
-    done = run_python("-c", LIST_MODULES, json.dumps(arguments))
+def test_help_loads_no_heavy_library():
+    lines = [["--help"], *([name, "--help"] for name in CONFIGS), ["--version"], []]
+    done = run_python("-c", LIST_MODULES, json.dumps(lines))
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.rpartition("MODULES ")[2].split())
     assert "qlora_cli" in loaded

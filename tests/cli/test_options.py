@@ -130,7 +130,7 @@ def train_settings(draw):
     return values
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=train_settings())
 def test_any_settings_survive_the_command_line(config_of, values):
     by_name = {field.name: field for field in fields(TrainConfig)}

@@ -1,10 +1,12 @@
 """A conversation typed at a real terminal: answers, commands, Ctrl-C and Ctrl-D."""
 
 import os
-import sys
+import pty
+from concurrent.futures import ThreadPoolExecutor
 
 import pexpect
 import pytest
+from pexpect import fdpexpect
 
 from tests.commands.generation_case import CHAT, write_run
 
@@ -14,22 +16,23 @@ from tests.commands.generation_case import CHAT, write_run
     [None, CHAT],
     ids=["text", "chat"],
 )
-def test_a_conversation_at_the_terminal(formatting, tiny_model, tmp_path):
+def test_a_conversation_at_the_terminal(formatting, tiny_model, tmp_path, zygote):
     run = write_run(tmp_path, tiny_model("llama"), formatting=formatting)
     saved = tmp_path / "talk.jsonl"
-    arguments = ["-m", "qlora_cli", "generate", "--chat", "--adapter", str(run), "--no-cache"]
+    arguments = ["generate", "--chat", "--adapter", str(run), "--no-cache"]
     arguments += ["--temperature", "0", "--max-new-tokens", "400"]
-    environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
-    child = pexpect.spawn(
-        sys.executable, arguments, env=environment, encoding="utf-8", timeout=None, codec_errors="replace"
-    )
-    try:
+    keyboard, terminal = pty.openpty()
+    child = fdpexpect.fdspawn(keyboard, encoding="utf-8", timeout=None, codec_errors="replace")
+    with ThreadPoolExecutor(1) as pool:
+        function = "tests.faults.victims:at_a_terminal"
+        done = pool.submit(zygote.run, function, arguments=arguments, terminal=os.ttyname(terminal))
+        done.add_done_callback(lambda _: os.close(terminal))  # so that what is waited for in vain ends
         child.expect("/help")
         child.expect("> ")
         child.sendline("Hello")
         child.expect("Hello\r\n")
         child.expect(r"\S")  # the answer has begun
-        child.sendintr()  # and is stopped
+        child.send("\x03")  # and is stopped
         child.expect("> ")
         child.sendline("/adapter /nowhere")
         child.expect("no adapter in /nowhere")
@@ -37,7 +40,7 @@ def test_a_conversation_at_the_terminal(formatting, tiny_model, tmp_path):
         child.sendline("/base Hi")
         child.expect("Hi\r\n")
         child.expect(r"\S")
-        child.sendintr()
+        child.send("\x03")
         child.expect("> ")
         child.sendline(f"/save {saved}")
         child.expect("Added to")
@@ -45,10 +48,8 @@ def test_a_conversation_at_the_terminal(formatting, tiny_model, tmp_path):
         child.sendline("/reset")
         child.expect("begins anew")
         child.expect("> ")
-        child.sendeof()
+        child.send("\x04")
         child.expect(pexpect.EOF)
-        child.close()
-        assert child.exitstatus == 0
-    finally:
-        child.close(force=True)
+    child.close()
+    assert done.result().code == 0
     assert '"role": "user", "content": "Hello"' in saved.read_text(encoding="utf-8")

@@ -61,19 +61,26 @@ def test_a_checkpoint_knows_how_its_base_was_held(run, checkpoint):
     assert (source.base.quant_type, source.base.double_quant) == ("fp4", False)
 
 
-def test_a_checkpoint_is_merged_and_asked_like_its_run(run, checkpoint, tmp_path):
+def merge_and_ask(adapter, output):
+    """The merged weights, an answer, and what was said."""
     events: list = []
-    weights, answers = [], []
-    for adapter in (run, checkpoint):
-        output = tmp_path / f"merged-{len(weights)}"
-        merge(MergeConfig(adapter=str(adapter), output=str(output), verify=False), events.append)
-        weights.append((output / "model.safetensors").read_bytes())
-        asked = GenerateConfig(
-            adapter=str(adapter), temperature=0, max_new_tokens=8, base_cache=False, engine="plain", seed=0
-        )
-        answers.append(generate(asked, ["What is 3 + 3?"], events.append).to_dict()["answers"][0])
-    assert weights[0] == weights[1] and answers[0] == answers[1]
-    assert not [event for event in events if isinstance(event, Caution)]
+    merge(MergeConfig(adapter=str(adapter), output=str(output), verify=False), events.append)
+    asked = GenerateConfig(
+        adapter=str(adapter), temperature=0, max_new_tokens=8, base_cache=False, engine="plain", seed=0
+    )
+    answer = generate(asked, ["What is 3 + 3?"], events.append).to_dict()["answers"][0]
+    return (output / "model.safetensors").read_bytes(), answer, events
+
+
+@pytest.fixture(scope="module")
+def of_the_run(run, tmp_path_factory):
+    return merge_and_ask(run, tmp_path_factory.mktemp("merged") / "run")
+
+
+def test_a_checkpoint_is_merged_and_asked_like_its_run(of_the_run, checkpoint, tmp_path):
+    weights, answer, events = merge_and_ask(checkpoint, tmp_path / "merged")
+    assert (weights, answer) == of_the_run[:2]
+    assert not [event for event in [*events, *of_the_run[2]] if isinstance(event, Caution)]
     said = [event for event in events if isinstance(event, Notice) and "has not ended" in event.text]
     assert len(said) == (2 if checkpoint.name == "out" else 0)
 

@@ -23,6 +23,8 @@ from qlora_cli.core.planning.suggestions import write_train_command
 from qlora_cli.errors import AdapterError, ModelError, RunError, UsageError
 from qlora_cli.settings.ranges import parse_memory
 
+pytestmark = pytest.mark.usefixtures("remembered_profiles")
+
 SEVEN_B = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -205,7 +207,7 @@ def test_a_model_whose_step_cannot_be_followed_is_still_counted(tiny_model, monk
         raise ModelError("The forward pass looks at numbers.")
 
     monkeypatch.setattr(model_facts, "trace_model", refuse)
-    facts = look(model=str(tiny_model("llama")), vram="8GiB")
+    facts = look(model=str(tiny_model("llama")), vram="8GiB", rank=3)  # a profile of its own
     assert facts["trainable_parameters"] > 0
     assert "looks at numbers" in facts["memory"]
     assert "fits" not in facts
@@ -437,16 +439,16 @@ def test_every_view_is_one_json_object_on_stdout(run, seven_b, tmp_path, monkeyp
 
 
 def test_a_base_that_one_card_cannot_hold_is_offered_sharded_over_as_few_as_can(seven_b):
-    facts = look(model=seven_b, vram="4.6GiB", max_length=512)
+    facts = look(model=seven_b, vram="4.1GiB", max_length=512, rank=1)  # lower ranks would be tried too
     assert facts["fits"] is False
     shares = table_of(facts, "Base sharded over cards")
     assert [row["cards"] for row in shares] == [2, 4, 8]
     held = [facts["training"]["base_bytes"], *(row["base_bytes"] for row in shares)]
     assert all(later < 0.6 * earlier for earlier, later in pairwise(held))
-    enough = next(row["cards"] for row in shares if row["device_bytes"] <= parse_memory("4.6GiB"))
+    enough = next(row["cards"] for row in shares if row["device_bytes"] <= parse_memory("4.1GiB"))
     assert facts["nearest_with_more_cards"] == {"gpus": enough, "shard": True}
     assert f"--gpus {enough}" in facts["next"][-1] and "--shard" in facts["next"][-1]
-    plain = look(model=seven_b, vram="4.6GiB", max_length=512, engine="plain")
+    plain = look(model=seven_b, vram="4.1GiB", max_length=512, rank=1, engine="plain")
     assert "nearest_with_more_cards" not in plain
 
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -82,49 +85,55 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_gpus_starts_the_ranks_whose_losses_are_those_of_one_and_one_rank_reports(case):
+def test_gpus_starts_the_ranks_whose_losses_are_those_of_one_and_one_rank_reports(case, zygote):
+    """Ranks are forked here; a line of the README starts them as they are (tests/test_readme_lines.py)."""
     folder, flags, alone = case
-    command = [sys.executable, "-m", "qlora_cli", "train", *flags, "--gpus", "2"]
-    code, out, said = wait(start([*command, "--output", folder / "gpus", "--json"]))
-    assert code == 0, said
-    assert json.loads(out)["steps"] == STEPS  # one object, of one rank
-    assert said.count(f"step {STEPS}/{STEPS}") == 1 and "on 2 × cpu" in said
+    arguments = ["train", *flags, "--gpus", "2", "--output", str(folder / "gpus"), "--json"]
+    done = zygote.run("tests.faults.victims:launch", arguments=arguments)
+    assert done.code == 0, done.said
+    (answer,) = re.findall(r"^\{$.*?^\}$", done.said, re.M | re.S)  # one object, of one rank
+    assert json.loads(answer)["steps"] == STEPS
+    assert done.said.count(f"step {STEPS}/{STEPS}") == 1 and "on 2 × cpu" in done.said
     assert losses(folder / "gpus") == pytest.approx(alone, rel=1e-5)
 
 
-def test_more_cards_than_there_are_is_one_sentence(case):
+def test_more_cards_than_there_are_is_one_sentence(case, zygote):
     folder, flags, _ = case
-    command = [sys.executable, "-m", "qlora_cli", "train", *flags, "--gpus", "2", "--output", folder / "none"]
-    code, out, said = wait(start(command, ACCELERATE_USE_CPU="0", CUDA_VISIBLE_DEVICES=""))
-    assert (code, out) == (2, "")
+    arguments = ["train", *flags, "--gpus", "2", "--output", str(folder / "none")]
+    environment = {"ACCELERATE_USE_CPU": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = zygote.run("tests.faults.victims:launch", arguments=arguments, environment=environment)
     lines = ["error: --gpus 2 was asked for, and this machine has no CUDA card.", "→ Leave --gpus out."]
-    assert said.splitlines() == ["Loading torch, transformers and peft.", *lines]
+    assert done.code == 2 and done.said.splitlines() == lines
 
 
-def test_a_killed_rank_is_named_once_and_the_run_goes_on_until_a_signal_stops_it(case):
+def test_a_killed_rank_is_named_once_and_the_run_goes_on_until_a_signal_stops_it(case, zygote, tmp_path):
     folder, flags, _ = case
     output = folder / "killed"
-    command = [sys.executable, "-m", "qlora_cli", "train", *flags, "--output", output]
-    process = start([*command, "--gpus", "2", "--max-steps", "100000"])
-    wait_for_checkpoint(output, process)
-    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.environ()["RANK"])
-    ranks[1].kill()
-    code, _, said = wait(process)
-    assert code == 1 and said.count("error:") == 1 and "Traceback" not in said, said
-    assert f"error: Rank 1 of 2 (process {ranks[1].pid} on " in said and "--resume" in said
-    assert not any(rank.is_running() for rank in ranks)
+    arguments = ["train", *flags, "--output", str(output), "--gpus", "2", "--max-steps", "100000"]
+    with running(zygote, tmp_path / "first", arguments, output) as (done, (_, *ranks)):
+        os.kill(ranks[1], signal.SIGKILL)
+    ended = done.result()
+    assert ended.code == 1 and ended.said.count("error:") == 1 and "Traceback" not in ended.said, ended.said
+    assert f"error: Rank 1 of 2 (process {ranks[1]} on " in ended.said and "--resume" in ended.said
+    assert not any(psutil.pid_exists(rank) for rank in ranks)
     # The run goes on, and a signal to the launcher stops it orderly.
-    process = start([*command, "--gpus", "2", "--max-steps", "100000", "--resume"])
-    wait_for_checkpoint(output, process, newer_than=newest(output))
-    process.send_signal(signal.SIGINT)
-    code, _, said = wait(process)
-    assert code == 130 and said.count("error:") == 1 and "Stopped by a signal after step" in said, said
+    with running(zygote, tmp_path / "second", [*arguments, "--resume"], output) as (done, (launcher, *_)):
+        os.kill(launcher, signal.SIGINT)
+    ended = done.result()
+    assert ended.code == 130 and ended.said.count("error:") == 1, ended.said
+    assert "Stopped by a signal after step" in ended.said, ended.said
 
 
-def wait_for_checkpoint(output: Path, process: subprocess.Popen, newer_than: str = "") -> None:
-    while newest(output) <= newer_than:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+@contextmanager
+def running(zygote, pids: Path, arguments, output: Path):
+    """A run of two ranks once it has saved a checkpoint: its outcome to come; the processes of launcher and ranks."""
+    before = newest(output)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(zygote.run, "tests.faults.victims:launch", arguments=arguments, pids_to=str(pids))
+        while newest(output) <= before:
+            assert not done.done(), done.result()
+            time.sleep(0.1)
+        yield done, json.loads(pids.read_text())
 
 
 def newest(output: Path) -> str:

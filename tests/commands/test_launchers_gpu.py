@@ -1,10 +1,12 @@
 """On two cards: a sharded base trains as a whole one, on the cards or waiting on the host; a killed rank ends the other."""
 
+import time
+
 import psutil
 import pytest
 import torch
 
-from .test_launchers import case, losses, start, wait, wait_for_checkpoint  # noqa: F401 - a fixture
+from .test_launchers import case, losses, newest, start, wait  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.gpu
 CARDS = {"ACCELERATE_USE_CPU": "0"}
@@ -33,7 +35,9 @@ def test_a_killed_rank_ends_the_one_that_waits_for_it_in_a_collective(case):  # 
     output = folder / "killed-on-card"
     command = ["python", "-m", "qlora_cli", "train", *flags, "--output", output, "--gpus", "2", "--max-steps", "100000"]
     process = start(command, **CARDS)
-    wait_for_checkpoint(output, process)
+    while not newest(output):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
     next(rank for rank in psutil.Process(process.pid).children() if rank.environ()["RANK"] == "1").kill()
     code, _, said = wait(process)
     assert code == 1 and said.count("error:") == 1 and "error: Rank 1 of 2" in said, said

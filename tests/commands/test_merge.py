@@ -14,7 +14,7 @@ from qlora_cli.core.models.quantization import dequantized_weight, four_bit_line
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import QuantizationSettings
 from tests.commands.merge_case import DEVICE, Case, logits_of, make_case
-from tests.conftest import ARCHITECTURES, write_model
+from tests.conftest import ARCHITECTURES, FEW, most_slow, write_model
 
 
 def assert_same(case: Case, tolerance: float = 2e-4) -> None:
@@ -30,7 +30,7 @@ def divergence(case: Case, **loading) -> float:
     return float((live.exp() * (live - merged)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
 def test_every_architecture_predicts_the_same_once_merged(tiny_model, tmp_path, architecture) -> None:
     case = make_case(tiny_model(architecture), tmp_path)
     case.merge()
@@ -97,7 +97,12 @@ SPECIAL = {
 }
 
 
-@pytest.mark.parametrize("special", SPECIAL)
+KEPT = ["dora on transposed weights", "ranks and alphas by module", "trained biases", "biases of the adapter", "fp4"]
+KEPT += ["renamed head trained in full", "tied, both trained in full", "tied, both trained as one", "new tokens"]
+KEPT += ["adapted embeddings, dora", "tied, scaled embeddings adapted", "tied, adapted head", "tied, trained tokens"]
+
+
+@pytest.mark.parametrize("special", most_slow(SPECIAL, KEPT))
 def test_special_cases_predict_the_same_once_merged(tiny_model, tmp_path, special) -> None:
     architecture, arguments = SPECIAL[special]
     case = make_case(tiny_model(architecture), tmp_path, **arguments)
@@ -228,6 +233,7 @@ def test_the_dtype_is_the_checkpoints_or_the_runs_or_the_one_asked_for(
     assert {str(w.dtype) for w in load_file(case.output / "model.safetensors").values()} == {f"torch.{expected}"}
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_four_bit_checkpoint_loads_at_once(tiny_model, tmp_path, architecture, double_quant) -> None:

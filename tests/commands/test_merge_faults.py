@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -275,27 +273,11 @@ def test_files_that_no_longer_hold_are_made_anew(case, damage) -> None:
     assert contents(case.output) == contents(whole.output)
 
 
-# Stops for good in the third file.
-CHILD = """
-import sys, time
-from pathlib import Path
-from qlora_cli.config import MergeConfig
-from qlora_cli.commands.merge import merge
-from qlora_cli.core.merge.output_directory import find_place, unfinished_path
-def report(event):
-    if len(list(unfinished_path(Path(sys.argv[2])).glob("*.safetensors"))) > 2:
-        print("here", flush=True)
-        time.sleep(1200)
-merge(MergeConfig(adapter=sys.argv[1], output=sys.argv[2], verify=False), report)
-"""
-
-
-def test_a_killed_merge_leaves_no_model_and_goes_on(case) -> None:
-    command = [sys.executable, "-c", CHILD, str(case.adapter), str(case.output)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "here\n"
-        child.kill()
+def test_a_killed_merge_leaves_no_model_and_goes_on(case, zygote, tmp_path) -> None:
+    mark = tmp_path / "third file"
+    arguments = {"adapter": str(case.adapter), "output": str(case.output), "mark": str(mark)}
+    killed = zygote.run("tests.faults.victims:merge_and_stay", kill_when=(mark, 0), **arguments)
+    assert killed.code == -9, killed.said
     assert not case.output.exists()
     whole = Case(case.base, case.adapter, case.output.with_name("whole"), case.live)
     whole.merge()

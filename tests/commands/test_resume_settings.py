@@ -17,10 +17,12 @@ from qlora_cli.core.storage.checkpoint import MANIFEST, list_checkpoints, manife
 from qlora_cli.errors import CheckpointError, Interrupted, QloraError
 from qlora_cli.events import Notice, StepLogged
 from qlora_cli.settings.setting import CALL, FREE, RESOLVED, RESUME, ROUNDING, SAME, type_of
+from tests.conftest import most_slow
 
 CLOCK = ("step_seconds", "tokens_per_second", "peak_vram_bytes")
 CLASSES = {option.name: option.metadata["resume"] for option in fields(TrainConfig)}
 COMPARED = sorted(name for name, kind in CLASSES.items() if kind not in (CALL, None))
+SOME_OF_EACH = {name for kind in RESUME for name in [other for other in COMPARED if CLASSES[other] == kind][::4]}
 
 
 def test_every_setting_says_what_it_means_for_a_run_that_goes_on():
@@ -117,7 +119,7 @@ def numbers(output: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", most_slow(COMPARED, SOME_OF_EACH))
 def test_a_setting_that_changes_is_refused_by_name_or_does_not_matter(place, tiny_model, tmp_path, monkeypatch, name):
     monkeypatch.setenv("QLORA_CACHE", str(place / "cache"))
     option = next(option for option in fields(TrainConfig) if option.name == name)

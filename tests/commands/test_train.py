@@ -69,10 +69,14 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def options(tiny_model, data, tmp_path):
     """Settings of a short run with everything in it that could go out of step."""
+    return short_run(tiny_model, data, tmp_path)
+
+
+def short_run(tiny_model, data, place):
     return {
         "model": str(tiny_model("llama")),
         "data": str(data),
-        "output": str(tmp_path / "out"),
+        "output": str(place / "out"),
         "max_steps": 9,
         "batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -396,11 +400,19 @@ def test_resume_without_a_checkpoint_starts_at_step_1_and_says_so(options):
     assert any("starts at step 1" in e.text for e in events if isinstance(e, Notice))
 
 
-@pytest.fixture
-def interrupted(options):
-    """Settings of a run that was stopped after step 5."""
+@pytest.fixture(scope="module")
+def stopped(tiny_model, data, tmp_path_factory):
+    """A run that was stopped after step 5."""
+    options = short_run(tiny_model, data, tmp_path_factory.mktemp("stopped"))
     with pytest.raises(Interrupted):
         train(TrainConfig(**options), stopping_at(5, []))
+    return options["output"]
+
+
+@pytest.fixture
+def interrupted(options, stopped):
+    """Settings of a run that was stopped after step 5, and is this test's own."""
+    shutil.copytree(stopped, options["output"])
     return options
 
 

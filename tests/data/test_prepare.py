@@ -2,9 +2,7 @@
 
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -546,33 +544,16 @@ def test_a_file_that_changes_meanwhile_leaves_no_rows_under_its_former_name(tmp_
     assert not summary.cache_hit and len(PreparedRows(summary.directory)) == len(PAIRS)
 
 
-def test_a_kill_leaves_no_half_written_directory_and_no_process(tmp_path):
+def test_a_kill_leaves_no_half_written_directory_and_no_process(tmp_path, zygote):
     write(tmp_path / "rows.jsonl", [{"text": "the fox " * 200}] * 3000)
     byte_level().save_pretrained(tmp_path / "tokenizer")
-    code = (
-        "from pathlib import Path; from transformers import AutoTokenizer\n"
-        "from qlora_cli.config import PrepareConfig; from qlora_cli.core.data.prepare import prepare_rows\n"
-        "config = PrepareConfig(data='rows.jsonl')\n"
-        "prepare_rows(config, AutoTokenizer.from_pretrained('tokenizer'), None, Path('prepared'), print, workers=2)"
-    )
-    root = str(Path(__file__).resolve().parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": root},
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if line.startswith("Progress"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    mark = tmp_path / "group"
+    arguments = {"directory": str(tmp_path), "mark": str(mark)}
+    killed = zygote.run("tests.faults.victims:prepare", kill_when=(mark, 0), **arguments)
+    assert killed.code == -9, killed.said
     assert not (tmp_path / "prepared").exists()
-    for _ in range(100):  # its children see the pipe close
-        alive = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    for _ in range(1200):  # its children see the pipe close
+        alive = subprocess.run(["pgrep", "-g", mark.read_text()], capture_output=True, text=True, check=False).stdout
         if not alive:
             break
         time.sleep(0.1)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.core.engine.cuda_graphs import MOST_RELEASES, StepGraphs, StepInputs, bucket, bucketed, explain_failure
+from tests.conftest import most_slow
 from tests.engine import cpu_attention  # noqa: F401 - lets compiled layers attend on the CPU
 from tests.engine.test_engine import adapted, batch_of, gradients, install, step
 
@@ -68,7 +69,9 @@ def test_a_pack_laid_into_the_grid_has_the_same_loss_and_gradients(load_tiny, ar
     assert (plain - padded).norm() <= 1e-5 * plain.norm()
 
 
-@pytest.mark.parametrize(("architecture", "recomputed"), [("llama", False), ("gpt_neox", True)])
+@pytest.mark.parametrize(
+    ("architecture", "recomputed"), [pytest.param("llama", False, marks=pytest.mark.slow), ("gpt_neox", True)]
+)
 def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture, recomputed):
     engine = install(adapted(load_tiny, architecture, dropout=0.1))
     assert len(engine.layers) > 1
@@ -81,7 +84,7 @@ def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture,
     assert len(compiler.graphs) == 1
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("architecture", most_slow(["llama", "gpt_neox"], ["llama"]))
 def test_lean_layers_keep_less_and_have_the_same_gradients(load_tiny, architecture):
     found = []
     for lean in (False, True):
@@ -141,7 +144,11 @@ def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
 
 @pytest.mark.parametrize(
     ("architecture", "recomputed"),
-    [("llama", 0), ("llama", 1), ("qwen2", 0), ("gpt_neox", 0), ("gemma3", 0)],
+    [
+        ("llama", 1),
+        ("gpt_neox", 0),
+        *(pytest.param(n, 0, marks=pytest.mark.slow) for n in ("llama", "qwen2", "gemma3")),
+    ],
 )
 def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, architecture, recomputed):
     model = adapted(load_tiny, architecture)

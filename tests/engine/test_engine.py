@@ -64,6 +64,7 @@ def step(model, batch, **options):
         engine.close()
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("gradient_checkpointing", ["off", "on"])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_loss_and_gradients_are_the_plain_engines(load_tiny, architecture, gradient_checkpointing):

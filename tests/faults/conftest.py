@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
 from qlora_cli.core.training.state import REQUIRED_FILES
 
 CLOCK = ("step_seconds", "tokens_per_second")
+NO_CARD = not Path("/dev/nvidiactl").exists()
 FIGURES: dict[str, dict[str, int]] = defaultdict(dict)  # of the test that runs
 TABLE: dict[str, dict[str, int]] = defaultdict(dict)  # of all
 
@@ -43,6 +45,11 @@ class Zygote:
             text=True,
         )
 
+    @cached_property
+    def imported(self) -> set[str]:
+        """Names of the modules that it imported to begin with: all commands, and what comes with them."""
+        return set(self._ask({"imported": True})["names"])
+
     def run(self, function: str, *, kill_when: tuple[Path, float] | None = None, **arguments: Any) -> Outcome:
         """Runs `function` of a module in a child, which may be killed some time after a file appears."""
         request = {
@@ -50,17 +57,24 @@ class Zygote:
             "arguments": arguments,
             "kill_when": [str(kill_when[0]), kill_when[1]] if kill_when else None,
         }
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return Outcome(**json.loads(self.process.stdout.readline()))
+        return Outcome(**self._ask(request))
+
+    def run_here(self, function: str, **arguments: Any) -> Outcome:
+        """Runs `function` where the victims are forked from: none of them then imports or looks up what it needed.
+
+        Where there is a CUDA card, in a child all the same: its context does not outlive a fork.
+        """
+        return Outcome(**self._ask({"function": function, "arguments": arguments, "kill_when": None, "here": NO_CARD}))
 
     def preload(self, modules: list[str]) -> None:
         """Imports modules where the victims are forked from, so that none of them has to."""
+        self._ask({"imports": modules})
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"imports": modules}) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        self.process.stdout.readline()
+        return json.loads(self.process.stdout.readline())
 
     def train(self, options: dict[str, Any], fault: dict[str, Any] | None = None, **keywords: Any) -> Outcome:
         """A run of `train`."""
@@ -70,7 +84,7 @@ class Zygote:
         """Ends it."""
         assert self.process.stdin
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait()
 
 
 @dataclass
@@ -131,7 +145,7 @@ def make_run(zygote, tiny_model, tmp_path_factory) -> Callable[..., Run]:
         "init": "default",
     }
     reference = Run({**common, "output": str(folder / "reference")})
-    done = zygote.train(reference.options)
+    done = zygote.run_here("tests.faults.victims:train", options=reference.options)
     assert done.code == 0, done.said
 
     def make(output: Path, **changes: Any) -> Run:

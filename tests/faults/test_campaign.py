@@ -1,8 +1,8 @@
 """Faults at the file calls of all five commands, both caches cold: nothing is lost, and the same command mends it."""
 
 import random
+import shutil
 import subprocess
-from contextlib import contextmanager
 
 import pytest
 
@@ -36,21 +36,17 @@ def containers(tmp_path_factory, tiny_model):
     second.close()
 
 
-@contextmanager
-def started(tmp_path_factory, model, only=()):
-    """A campaign in a process of its own, which is preloaded with the injector."""
-    library = build_injector(tmp_path_factory.mktemp("injector"))
-    if library is None:
+@pytest.fixture(scope="session")
+def start_campaign(zygote, tmp_path_factory, tiny_model):
+    """`start_campaign(only)`: of these commands, or of all."""
+    if shutil.which("cc") is None:
         pytest.skip("there is no C compiler to build the injector with")
-    zygote = Zygote(tmp_path_factory.mktemp("campaign-zygote"), {"LD_PRELOAD": str(library), "HF_HUB_OFFLINE": "1"})
-    yield Campaign(zygote, tmp_path_factory.mktemp("campaign") / "home", model, only)
-    zygote.close()
+    return lambda only=(): Campaign(zygote, tmp_path_factory.mktemp("campaign") / "home", tiny_model("llama"), only)
 
 
 @pytest.fixture(scope="session")
-def campaign(tmp_path_factory, tiny_model):
-    with started(tmp_path_factory, tiny_model("llama")) as ready:
-        yield ready
+def campaign(start_campaign):
+    return start_campaign()
 
 
 def run(campaign, table, trials, ways=0, seed=0, only=()):
@@ -62,9 +58,8 @@ def run(campaign, table, trials, ways=0, seed=0, only=()):
     assert not wrong, f"{len(wrong)} trials:\n" + "\n".join(wrong)
 
 
-def test_a_fault_in_each_command_loses_nothing_and_the_same_command_mends_it(tmp_path_factory, tiny_model):
-    with started(tmp_path_factory, tiny_model("llama"), SHORT) as campaign:  # of train see test_kill.py
-        run(campaign, "any fault (short)", SHORT_TRIALS)
+def test_a_fault_in_each_command_loses_nothing_and_the_same_command_mends_it(start_campaign):
+    run(start_campaign(SHORT), "any fault (short)", SHORT_TRIALS)  # of train see test_kill.py
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +10,21 @@ import pytest
 
 from qlora_cli.sizes import format_bytes
 
-from .conftest import Outcome, Zygote, count
-from .hub_server import Hub, serving
+from .conftest import Outcome, count
+from .hub_server import Hub
 
 ATTEMPTS = 5
 
 
-@pytest.fixture(scope="module")
-def hub(tiny_model) -> Iterator[tuple[Hub, int]]:
-    served = Hub(tiny_model("llama"))
-    with serving(served) as port:
-        yield served, port
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory) -> Iterator[Zygote]:
-    """Processes that know no hub but this one, and are quick to lose patience with it."""
-    environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub[1]}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-        "HF_HUB_ETAG_TIMEOUT": "1",
-        "HF_TOKEN": "hf_secret",
-    }
-    started = Zygote(tmp_path_factory.mktemp("client"), environment)
-    yield started
-    started.close()
-
-
 @pytest.fixture
-def download(hub, client, tmp_path) -> Callable[..., Outcome]:
+def download(hub, zygote, tmp_path) -> Callable[..., Outcome]:
     """Resolves org/model into an empty cache while the hub has a fault."""
 
     def run(fault: str, times: int = 10**9, only: str = "") -> Outcome:
         hub[0].fault, hub[0].times, hub[0].only = fault, times, only
         hub[0].requests.clear()
-        outcome = client.run("tests.faults.victims:download", model="org/model", cache=str(tmp_path / "cache"))
+        arguments = {"model": "org/model", "cache": str(tmp_path / "cache"), "patience": 3 if fault == "stall" else 60}
+        outcome = zygote.run("tests.faults.victims:download", **arguments)
         assert "hf_secret" not in outcome.said
         return outcome
 
@@ -153,7 +131,7 @@ def looked_up(hub: Hub) -> dict[str, int]:
     return counts
 
 
-def test_train_and_generate_look_each_hub_file_up_once(hub, client, tmp_path):
+def test_train_and_generate_look_each_hub_file_up_once(hub, zygote, tmp_path):
     """A HEAD and a GET of each file that is not here, and of none that is; a dry run asks for no weights."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": f"Row {i} of a few."}) + "\n" for i in range(8)))
@@ -163,7 +141,7 @@ def test_train_and_generate_look_each_hub_file_up_once(hub, client, tmp_path):
     hub[0].requests.clear()
 
     def run(function: str, cache: str, **options: Any) -> dict[str, int]:
-        done = client.run(f"tests.faults.victims:{function}", options=options, cache=str(tmp_path / cache))
+        done = zygote.run(f"tests.faults.victims:{function}", options=options, cache=str(tmp_path / cache))
         assert done.code == 0, done.said
         return looked_up(hub[0])
 
@@ -183,14 +161,14 @@ def test_train_and_generate_look_each_hub_file_up_once(hub, client, tmp_path):
         assert api <= 6, api  # the library asks too before it downloads
 
 
-def test_a_run_trains_on_a_base_that_came_in_pieces_and_says_where_from(hub, client, tmp_path):
+def test_a_run_trains_on_a_base_that_came_in_pieces_and_says_where_from(hub, zygote, tmp_path):
     """The card names the hub's base; nothing else of this machine, nor the token, is in any file of the run."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": f"Row {i} of a few."}) + "\n" for i in range(8)))
     output = tmp_path / "out"
     hub[0].fault, hub[0].times, hub[0].only = "truncate", 2, "model.safetensors"
     options = {"model": "org/model", "data": str(data), "output": str(output), "max_steps": 2, "batch_size": 2}
-    done = client.run("tests.faults.victims:train_from_hub", options=options, cache=str(tmp_path / "cache"))
+    done = zygote.run("tests.faults.victims:train_from_hub", options=options, cache=str(tmp_path / "cache"))
     assert done.code == 0, done.said
     assert "base_model: org/model" in (output / "README.md").read_text()
     assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/model"

@@ -7,8 +7,8 @@ import pytest
 
 from .conftest import Run, Zygote, count
 
-SHORT_POINTS = 5
-SHORT_TIMES = 3
+SHORT_POINTS = 3
+SHORT_TIMES = 2
 LONG_TIMES = 100
 
 

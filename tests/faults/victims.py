@@ -1,12 +1,16 @@
 """What the forked children do: a run of `train` with a fault in it, told by name."""
 
 import contextlib
+import fcntl
+import functools
+import json
 import os
 import resource
 import shutil
 import signal
 import socket
 import sys
+import termios
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,13 +21,20 @@ from unittest import mock
 import safetensors.torch
 import torch
 from huggingface_hub import constants
+from transformers import AutoTokenizer
 
+from qlora_cli import interrupts
+from qlora_cli.cli.app import main
 from qlora_cli.commands import train as training
-from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.commands.merge import merge
+from qlora_cli.config import GenerateConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.core.adapters import lora as adapter
+from qlora_cli.core.data.prepare import prepare_rows
+from qlora_cli.core.distributed import launcher
+from qlora_cli.core.merge.output_directory import unfinished_path
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import QloraError
-from qlora_cli.events import Event, RunStarted, StepLogged
+from qlora_cli.events import Event, Progress, RunStarted, StepLogged
 
 CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")  # of os, which pathlib and shutil go through
 
@@ -234,6 +245,66 @@ def fork_ranks(world_size: int, run: Callable[[int], None]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
+class ForkedRanks:
+    """Stands in for torch.distributed's `start_processes`: forks a rank instead of starting one, which imports nothing.
+
+    Writes the process of the launcher and of each rank to `pids_to`.
+    """
+
+    def __init__(self, pids_to: str, args: dict[int, tuple], envs: dict[int, dict[str, str]], **_: Any) -> None:
+        self.subprocess_handlers = {rank: ForkedRank(args[rank][2:], envs[rank]) for rank in args}
+        Path(f"{pids_to}.new").write_text(json.dumps([os.getpid(), *self.pids().values()]))
+        Path(f"{pids_to}.new").replace(pids_to)
+
+    def pids(self) -> dict[int, int]:
+        """The process of each rank."""
+        return {rank: handler.pid for rank, handler in self.subprocess_handlers.items()}
+
+    def close(self, number: int, timeout: float) -> None:
+        """Ends what has not ended."""
+        for handler in self.subprocess_handlers.values():
+            if handler.poll() is None:
+                handler.close(number)
+
+
+class ForkedRank:
+    """One rank; its handler and its process in one."""
+
+    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+        self.proc, self.code = self, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.environ.update(environment)
+            interrupts.install()
+            os._exit(main(list(arguments)))
+
+    def poll(self) -> int | None:
+        """Its exit code once it has ended."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self) -> int:
+        """Its exit code."""
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.code
+
+    def close(self, number: int) -> None:
+        """Sends it a signal."""
+        os.kill(self.pid, number)
+
+
+def launch(arguments: list[str], pids_to: str = os.devnull, environment: dict[str, str] | None = None) -> None:
+    """A command line with --gpus, whose ranks are forked."""
+    os.environ.update(environment or {"ACCELERATE_USE_CPU": "1"})
+    interrupts.install()
+    with mock.patch.object(launcher, "start_processes", functools.partial(ForkedRanks, pids_to)):
+        os._exit(main(arguments))
+
+
 def _exit_as_rank(rank: int, run: Callable[[int], None]) -> None:
     code = 1
     try:
@@ -276,9 +347,18 @@ def counted() -> Iterator[Callable[[Event], None]]:
         yield lambda event: None
 
 
-def download(model: str, cache: str) -> None:
-    """Resolves a hub model into a cache of its own, without the pauses between attempts."""
-    with mock.patch.object(constants, "HF_HUB_CACHE", cache), mock.patch.object(time, "sleep"):
+def download(model: str, cache: str, patience: float) -> None:
+    """Resolves a hub model into a cache of its own, without the pauses between attempts.
+
+    Args:
+        patience: Seconds that the hub has for an answer.
+    """
+    with (
+        mock.patch.object(constants, "HF_HUB_CACHE", cache),
+        mock.patch.object(constants, "HF_HUB_DOWNLOAD_TIMEOUT", patience),
+        mock.patch.object(constants, "HF_HUB_ETAG_TIMEOUT", patience),
+        mock.patch.object(time, "sleep"),
+    ):
         _ = resolve_model(model, report=lambda event: print(event, flush=True)).weights
 
 
@@ -297,11 +377,59 @@ def generate_from_hub(options: dict[str, Any], cache: str) -> None:
         generate(config, ["Once"], lambda event: print(event, flush=True))
 
 
+def at_a_terminal(arguments: list[str], terminal: str) -> None:
+    """A command line typed at a terminal, given by its path."""
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)
+    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+    for number in (0, 1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    os.environ.update(NO_COLOR="1", TERM="dumb", COLUMNS="200")
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    interrupts.install()
+    os._exit(main(arguments))
+
+
+def merge_and_stay(adapter: str, output: str, mark: str) -> None:
+    """A merge that goes no further once three of its files are begun; `mark` is made then."""
+
+    def report(event: Event) -> None:
+        if len(list(unfinished_path(Path(output)).glob("*.safetensors"))) > 2:
+            Path(mark).touch()
+            time.sleep(1200)
+
+    merge(MergeConfig(adapter=adapter, output=output, verify=False), report)
+
+
+def merge_growth(small: str, large: str, work: str) -> None:
+    """Prints how far merging `large` raised the resident peak over what a merge of next to nothing takes."""
+
+    def merge_one(adapter: str, name: str) -> int:
+        merge(MergeConfig(adapter=adapter, output=f"{work}/{name}", verify=False), lambda event: None)
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+
+    before = merge_one(small, "small")
+    print("growth", merge_one(large, "large") - before, flush=True)
+
+
+def prepare(directory: str, mark: str) -> None:
+    """Rows of `rows.jsonl` prepared by two workers; `mark` holds this process's group once they are at it."""
+    os.setsid()
+    os.chdir(directory)
+
+    def report(event: Event) -> None:
+        if isinstance(event, Progress):
+            Path(mark).write_text(str(os.getpid()))
+
+    tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+    prepare_rows(PrepareConfig(data="rows.jsonl"), tokenizer, None, Path("prepared"), report, workers=2)
+
+
 def command_line(arguments: list[str], broken: str) -> None:
     """A command line whose standard error cannot be written."""
     import pty
-
-    from qlora_cli.cli.app import main
 
     reading, writing = os.pipe()
     if broken == "reader gone":

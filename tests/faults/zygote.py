@@ -9,16 +9,21 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 import qlora_cli.commands.train  # noqa: F401 - what the children need
 from qlora_cli.errors import QloraError
 from tests.faults import command_line, victims  # noqa: F401
+
+IMPORTED = frozenset(sys.modules)
+LATER = ("qlora_cli.core.engine.fsdp",)  # which commands import only where they need it
 
 
 def run_child(request: dict, output: int) -> None:
@@ -27,24 +32,58 @@ def run_child(request: dict, output: int) -> None:
     os.dup2(output, 2)
     code = 1
     try:
+        code = call(request)
+    finally:
+        os._exit(code)
+
+
+def call(request: dict) -> int:
+    """What a request asks for; the exit code it would end with."""
+    try:
         module, _, name = request["function"].partition(":")
         getattr(importlib.import_module(module), name)(**request["arguments"])
-        code = 0
+        return 0
     except QloraError as error:
         print(f"{error.message}\n{error.hint}", flush=True)
-        code = error.exit_code
+        return error.exit_code
     except BaseException:
         traceback.print_exc()
+        return 1
     finally:
         sys.stdout.flush()
-        os._exit(code)
+        sys.stderr.flush()
+
+
+def run_here(request: dict) -> dict:
+    """Runs one request in this process, so that its children find imported and cached what it needed."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with tempfile.TemporaryFile() as said:
+        for number in (1, 2):
+            os.dup2(said.fileno(), number)
+        try:
+            code = call(request)
+            AcceleratorState._reset_state(reset_partial_state=True)  # a child may be one of several ranks
+        finally:
+            for number, copy in enumerate(kept, 1):
+                os.dup2(copy, number)
+                os.close(copy)
+        said.seek(0)
+        return {"code": code, "said": said.read().decode(errors="replace")}
 
 
 def main() -> None:
     """Serves until stdin ends."""
     torch.set_num_threads(1)
+    for name in LATER:
+        importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
+        if "imported" in request:
+            print(json.dumps({"names": sorted(IMPORTED)}), flush=True)
+            continue
+        if request.get("here"):
+            print(json.dumps(run_here(request)), flush=True)
+            continue
         if "imports" in request:  # what the children would each import anew
             for name in request["imports"]:
                 with suppress(Exception):

@@ -6,6 +6,7 @@ import torch
 from qlora_cli.kernels.decode.attention import attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.each_choice
 
 
 def exact(query, keys, values, positions, scale, window, softcap):

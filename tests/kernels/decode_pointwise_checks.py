@@ -11,8 +11,11 @@ from qlora_cli.kernels.decode.routing import choose_experts
 from qlora_cli.kernels.gated import GATES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.each_choice
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-MANY = [(1, 37), (5, 8), (3, 24)] + ([(1, 8192), (64, 128), (7, 1001)] if DEVICE == "cuda" else [])  # rows, tokens
+MANY = [(1, 37), (5, 8), pytest.param(3, 24, marks=pytest.mark.slow)] + (
+    [(1, 8192), (64, 128), (7, 1001)] if DEVICE == "cuda" else []
+)  # rows, tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

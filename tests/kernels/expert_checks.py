@@ -13,6 +13,7 @@ from qlora_cli.kernels.experts.routing import route
 from tests.experts.expert_modules import make_experts, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.each_choice
 
 
 @pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 5), (150, 4, 7)])
@@ -87,11 +88,11 @@ def tensors(experts, adapted, dtype):
     ("layout", "adapted", "how"),
     [
         ("qwen3_moe", True, "packed"),
-        ("qwen3_moe", False, "a few at a time"),
         ("gpt_oss", True, "a few at a time"),
-        ("gpt_oss", False, "packed"),
-        ("llama4", True, "a few at a time"),
-        ("nemotron_h", True, "packed"),
+        pytest.param("qwen3_moe", False, "a few at a time", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", False, "packed", marks=pytest.mark.slow),
+        pytest.param("llama4", True, "a few at a time", marks=pytest.mark.slow),
+        pytest.param("nemotron_h", True, "packed", marks=pytest.mark.slow),
     ],
 )
 def test_fused_experts_are_the_plain_ones(layout, adapted, how, monkeypatch):

@@ -9,6 +9,7 @@ from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, Tiling
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.each_choice
 GPU_ONLY = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cuts to bfloat16 where the GPU rounds")
 
 
@@ -128,11 +129,9 @@ def test_lanes_of_any_tiling_give_the_exact_product(tokens, tiling, nested, monk
     assert (y.double() - truth).norm() < 1e-3 * truth.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=GPU_ONLY), torch.float16])
+@pytest.mark.parametrize("tokens", [1, 8, pytest.param(64, marks=GPU_ONLY)])
 def test_16_bit_error_is_within_twice_that_of_dequantise_and_multiply(dtype, tokens):
-    if DEVICE == "cpu" and (dtype == torch.bfloat16 or tokens > 8):
-        pytest.skip("the interpreter cuts to bfloat16 where the GPU rounds")
     rows, columns = (64, 512) if DEVICE == "cpu" else (4096, 4096)
     weight, values = stack([rows], columns, dtype=dtype)
     adapter, product = adapt([rows], columns, [16], dtype=dtype)

@@ -1,4 +1,4 @@
-"""The Triton kernels are right: under the interpreter everywhere Triton is installed, compiled on a GPU."""
+"""The Triton kernels are right, and decoding over them: interpreted where Triton is installed, compiled on a GPU."""
 
 import importlib.util
 import os
@@ -10,15 +10,15 @@ import pytest
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CHECKS = ["triton_checks.py", "gemv_checks.py", "decode_attention_checks.py", "decode_pointwise_checks.py"]
-CHECKS += ["expert_checks.py"]
+CHECKS += ["expert_checks.py", "../decoding/fast_decoding_checks.py"]
 
 
-def run_checks(*names: str, **environment: str) -> None:
+def run_checks(*names: str, short: bool = False, **environment: str) -> None:
     # A process of their own: Triton reads TRITON_INTERPRET when kernels are defined. One for all: each takes 10 s of
     # processor time to import what it needs.
     files = [str(Path(__file__).with_name(name)) for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(["-m", "not slow"] if short else []), *files],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -29,12 +29,14 @@ def run_checks(*names: str, **environment: str) -> None:
 
 @NEEDS_TRITON
 def test_kernels_under_the_interpreter():
-    run_checks(*CHECKS, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    """With each value of each parameter, and decoding over them."""
+    run_checks(*CHECKS, short=True, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @NEEDS_TRITON
-def test_kernels_compile_for_a_card_that_is_not_here():
-    run_checks("compile_checks.py", TRITON_INTERPRET="0")
+@pytest.mark.slow
+def test_kernels_under_the_interpreter_with_all_combinations():
+    run_checks(*CHECKS, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,24 +14,6 @@ from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.storage.safetensors_file import TensorFile, make_header
 from qlora_cli.errors import MergeError
 from tests.conftest import make_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-
-# Prints how far merging raised the resident peak over what imports and a merge of next to nothing take.
-CHILD = """
-import json, sys
-from qlora_cli.config import MergeConfig
-from qlora_cli.commands.merge import merge
-def peak():
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-def run(adapter, output):
-    merge(MergeConfig(adapter=adapter, output=output, verify=False), lambda event: None)
-small, large, work = sys.argv[1:]
-run(small, work + "/small")
-before = peak()
-run(large, work + "/large")
-print(json.dumps(peak() - before))
-"""
 
 
 def write_random(directory: Path, hidden: int, layers: int) -> tuple[Path, int]:
@@ -65,18 +45,13 @@ def write_random(directory: Path, hidden: int, layers: int) -> tuple[Path, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_resident_memory_stays_far_below_the_size_of_a_file(tmp_path) -> None:
+def test_resident_memory_stays_far_below_the_size_of_a_file(tmp_path, zygote) -> None:
     small, _ = write_random(tmp_path / "s", hidden=128, layers=1)
     large, file_bytes = write_random(tmp_path / "l", hidden=1024, layers=5)
     assert file_bytes > 150e6
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(small), str(large), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    growth = json.loads(done.stdout.splitlines()[-1])
+    done = zygote.run("tests.faults.victims:merge_growth", small=str(small), large=str(large), work=str(tmp_path))
+    assert done.code == 0, done.said
+    growth = int(done.said.split("growth ")[1].split()[0])
     assert growth < file_bytes / 3  # measured: 23 MB
 
 

@@ -21,15 +21,16 @@ from qlora_cli.core.planning.memory_estimate import (
 )
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
+from tests.conftest import most_slow
 
 CONFIGS = {
     "llama": transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=1024, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2816
+        vocab_size=32000, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2816
     ),
     "gpt_neox": transformers.GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=1024,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=16,
         intermediate_size=4096,
         tie_word_embeddings=False,
@@ -48,7 +49,7 @@ def profile_of(name: str, rank: int = 16, engine: str = "fast", dropout: float =
     return profile(CONFIGS[name], engine, rank=rank, dropout=dropout)
 
 
-LAYERS = {"llama": 6, "gpt_neox": 6, "bloom": 4}
+LAYERS = {"llama": 4, "gpt_neox": 4, "bloom": 4}
 
 
 @st.composite
@@ -93,10 +94,10 @@ def test_more_work_never_takes_less_and_savings_never_more(name, data):
     assert estimate_training(model_profile, heavier).peak_bytes >= peak_bytes
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", most_slow(CONFIGS, ["llama"]))
 def test_a_higher_rank_never_takes_less(name):
     step = ResolvedStep(4096, 2048, "adamw")
-    peaks = [estimate_training(profile_of(name, rank), step).peak_bytes for rank in (1, 8, 16, 64)]
+    peaks = [estimate_training(profile_of(name, rank), step).peak_bytes for rank in (1, 16, 64)]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
 
@@ -126,7 +127,7 @@ def test_the_parts_add_up():
 
 def test_the_weights_of_the_prediction_are_those_of_the_count():
     model_profile = profile_of("gpt_neox")
-    step = ResolvedStep(2048, 2048, "adamw", MemoryPlan(6))
+    step = ResolvedStep(2048, 2048, "adamw", MemoryPlan(4))
     memory = estimate_training(model_profile, step)
     trained = model_profile.footprint.trainable_parameters
     assert memory.base_bytes == model_profile.footprint.base_bytes
@@ -182,7 +183,7 @@ def test_written_out_attention_grows_with_the_square_of_a_row():
 def test_answers_need_room_for_keys_and_values():
     model_profile = profile_of("llama")
     one = estimate_generation(model_profile, rows=1, row_tokens=1024)
-    assert one["cache_bytes"] == 1024 * 6 * 2 * 1024 * 2  # tokens, layers, keys and values, width, bytes
+    assert one["cache_bytes"] == 1024 * 4 * 2 * 1024 * 2  # tokens, layers, keys and values, width, bytes
     eight = estimate_generation(model_profile, rows=8, row_tokens=1024)
     assert eight["cache_bytes"] == 8 * one["cache_bytes"]
     assert eight["peak_bytes"] > one["peak_bytes"] > model_profile.footprint.base_bytes
@@ -224,7 +225,7 @@ def test_arithmetic_is_four_operations_a_weight_and_half_as_much_again_recompute
     step = ResolvedStep(2048, 1, "adamw")
     adapter = model_profile.footprint.trainable_parameters
     assert count_flops(model_profile, step) == pytest.approx(4 * weights + 6 * adapter, rel=1e-3)
-    again = count_flops(model_profile, with_measures(step, recomputed=6))
+    again = count_flops(model_profile, with_measures(step, recomputed=4))
     assert again - count_flops(model_profile, step) == pytest.approx(
         2 * (weights - 32000 * 1024) + 2 * adapter, rel=1e-3
     )

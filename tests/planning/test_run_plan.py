@@ -15,6 +15,7 @@ from qlora_cli.errors import DoesNotFit, UsageError
 from qlora_cli.sizes import format_bytes
 
 MIB = 2**20
+pytestmark = pytest.mark.usefixtures("remembered_profiles")
 CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
 MODEL = transformers.LlamaConfig(
     vocab_size=8192, hidden_size=1024, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2816
@@ -141,7 +142,7 @@ def test_a_size_without_a_unit_is_refused():
 
 
 def test_the_base_is_sharded_where_one_card_cannot_hold_it_and_two_can():
-    deep = transformers.LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 48})
+    deep = transformers.LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 32})
     short = {"model": deep, "lengths": np.full(8, 64, dtype=np.int32), "longest": ((0,),), "max_length": 64}
     leanest = {"gradient_checkpointing": "on", "offload_activations": True, "dry_run": True}
     whole, sharded = (

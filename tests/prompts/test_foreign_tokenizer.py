@@ -49,7 +49,6 @@ def test_an_expression_that_stays_below_what_the_library_counts_is_stopped(tmp_p
         [sys.executable, "-c", code, str(tmp_path / "tokenizer.json")],
         capture_output=True,
         text=True,
-        timeout=120,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     assert done.returncode == 0 and "does not come to an end with 1 texts of up to 5,000 letters" in done.stdout

@@ -21,7 +21,7 @@ from .training_case import FaultyEngine, make_case
 
 @pytest.fixture(scope="module")
 def base(tiny_model):
-    return tiny_model("llama")
+    return tiny_model("llama", num_hidden_layers=1)
 
 
 def same(left: dict, right: dict) -> bool:
@@ -49,10 +49,10 @@ def interrupt_at(step: int):
 
 
 def test_loss_falls_and_every_number_is_reported(base, tmp_path):
-    case = make_case(base, tmp_path, epochs=12, learning_rate=2e-2, dropout=0.0)
+    case = make_case(base, tmp_path, epochs=6, learning_rate=2e-2, dropout=0.0)
     case.run()
     steps = case.reported(StepLogged)
-    assert [s.step for s in steps] == list(range(1, 73))
+    assert [s.step for s in steps] == list(range(1, 37))
     assert sum(s.loss for s in steps[-6:]) < 0.8 * sum(s.loss for s in steps[:6])
     lengths = case.trainer.data.rows.lengths
     assert sum(s.tokens for s in steps[:6]) == lengths.sum()  # one epoch, no padding counted

@@ -1,17 +1,26 @@
-"""Compiles kernels for a Hopper card, without one: run by test_triton.py where no GPU finds the mistakes.
+"""Kernels compile for a Hopper card, without one: where no GPU finds the mistakes.
 
 All of decoding, and those of training that the interpreter does not run in bfloat16.
 """
 
 import pytest
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from qlora_cli.kernels.decode import attention as decode_attention
-from qlora_cli.kernels.decode import gemv_lanes, gemv_programs
-from qlora_cli.kernels.decode import pointwise as decode_pointwise
-from qlora_cli.kernels.triton import capped_attention, dropout, gated_tiles, low_rank, short_attention, thin_products
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from qlora_cli.kernels.decode import attention as decode_attention  # noqa: E402
+from qlora_cli.kernels.decode import gemv_lanes, gemv_programs  # noqa: E402
+from qlora_cli.kernels.decode import pointwise as decode_pointwise  # noqa: E402
+from qlora_cli.kernels.triton import (  # noqa: E402
+    capped_attention,
+    dropout,
+    gated_tiles,
+    low_rank,
+    short_attention,
+    thin_products,
+)
 
 POINTERS = {
     "packed": "*i32",
