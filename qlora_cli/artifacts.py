@@ -218,12 +218,13 @@ def is_run(directory: Path) -> bool:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, without one that a crash cut short; none where there is no file."""
+    """The lines of a run's metrics, without one that a crash cut short or that is none; none where there is no file."""
     lines = []
     with suppress(FileNotFoundError):
         for line in (directory / METRICS).read_bytes().splitlines():
-            with suppress(ValueError):
-                lines.append(json.loads(line))
+            with suppress(ValueError, RecursionError):
+                if isinstance(found := json.loads(line), dict) and isinstance(found.get("step"), int):
+                    lines.append(found)
     return lines
 
 

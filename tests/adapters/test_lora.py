@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import read_adapter
@@ -117,4 +118,16 @@ def test_missing_pickled_and_broken_adapters_are_one_sentence(load_tiny, tmp_pat
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**config, "peft_type": "IA3"}))
     weights.write_bytes(whole)
     with pytest.raises(AdapterError, match="IA3"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("kept", ["none", "half"])
+def test_an_adapter_that_a_save_left_without_tensors_is_refused(load_tiny, tmp_path, kept):
+    """PEFT loads it without a word, and it changes nothing."""
+    base, _ = load_tiny("llama")
+    save_adapter(attach_adapter(base, LoraSettings(rank=4), seed=1), tmp_path, base_name="base")
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
+    tensors = {name: tensor for name, tensor in tensors.items() if kept == "half" and "lora_A" in name}
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterError, match="no whole adapter"):
         read_adapter(tmp_path)

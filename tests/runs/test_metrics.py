@@ -1,5 +1,7 @@
 """metrics.jsonl: each line at once, none twice, a torn one mended; and the picture of the loss."""
 
+import errno
+import io
 import json
 import math
 import shutil
@@ -50,6 +52,32 @@ def test_going_on_removes_later_lines_and_a_torn_one(tmp_path):
     metrics.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 1, 2, 2, 3, 3, 4]
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+def test_a_line_that_could_not_be_written_is_written_when_that_can_be(tmp_path):
+    """The state after its step may be saved meanwhile: no resumed run would write that line again."""
+
+    class Failing(io.FileIO):
+        def write(self, line):
+            if failures:
+                raise failures.pop()
+            return super().write(line[:7])  # a part at a time
+
+    failures = [OSError(errno.EIO, "Input/output error")]
+
+    metrics = MetricsFile(tmp_path, last_step=0)
+    metrics.write(step(1))
+    metrics.stream = Failing(tmp_path / METRICS, "a+")
+    with pytest.raises(RunError, match="Input/output error"):
+        metrics.write(step(2))
+    metrics.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_what_is_no_line_of_metrics_is_left_out(tmp_path):
+    (tmp_path / METRICS).write_bytes(b'{"step": 1}\n5\n[1]\n{"loss": 1}\n{"step": "x"}\n\xff\n' + b"\0" * 9)
+    MetricsFile(tmp_path, last_step=3).close()
+    assert read_metrics(tmp_path) == [{"step": 1}]
 
 
 @pytest.mark.parametrize("count", [0, 1, 40])

@@ -72,6 +72,7 @@ def read_adapter(directory: Path) -> AdapterFacts:
         raise AdapterError(
             f"The adapter in {directory} cannot be read: {reason}.", "Use an earlier checkpoint."
         ) from error
+    _check_tensors(tensors, weights_path)
     check_expressions(config, {name.split(".lora_", 1)[0] for name in tensors}, directory)
     rslora = bool(config.get("use_rslora"))
     targets = config.get("target_modules") or ()
@@ -88,6 +89,25 @@ def read_adapter(directory: Path) -> AdapterFacts:
         tensors=tensors,
         config=config,
     )
+
+
+def _check_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Refuses a file that a save went wrong with: it would load as an adapter that changes nothing.
+
+    Saved from sharded weights, a file of 40 bytes without any tensor is what other trainers leave (peft#2892).
+    """
+    alone = [name for name in tensors if (other := _other_half(name)) is not None and other not in tensors]
+    if not tensors or alone:
+        wrong = f"{alone[0]} is half of a pair" if alone else "it holds no tensors at all"
+        raise AdapterError(f"{path} is no whole adapter: {wrong}.", "Use an earlier checkpoint, or train it again.")
+
+
+def _other_half(name: str) -> str | None:
+    """Of A the name of B and the other way round; None for what is neither."""
+    match = re.search(r"\.lora_(embedding_)?([AB])(?=\.|$)(?!\.bias)", name)
+    if match is None:
+        return None
+    return f"{name[: match.start(2)]}{'B' if match[2] == 'A' else 'A'}{name[match.end(2) :]}"
 
 
 def base_name(name: str) -> str:

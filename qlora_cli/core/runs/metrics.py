@@ -6,6 +6,7 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ FIELDS: dict[type, tuple[str, ...]] = {
 class MetricsFile:
     """Appends to the metrics of a run directory, each line at once.
 
-    Lines of steps after `last_step`, and a last line cut short, are removed: a resumed run writes them anew.
+    Lines of steps after `last_step`, and a last line cut short, are removed: a resumed run writes them anew. What could
+    not be written is written by the next call that can, at the latest when the file is closed: the state after its step
+    may be saved meanwhile, and then no resumed run takes that step again.
     """
 
     def __init__(self, directory: Path, *, last_step: int) -> None:
@@ -35,7 +38,8 @@ class MetricsFile:
         kept = [line for line in read_metrics(directory) if line["step"] <= last_step]
         write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.directory = directory.stat()
-        self.stream = self.path.open("a+b", buffering=0)  # nothing is held back, to fail again when it is closed
+        self.stream = self.path.open("a+b", buffering=0)
+        self.unwritten = b""
 
     def write(self, event: StepLogged | EvaluationLogged | SampleAnswered) -> None:
         """Appends one event.
@@ -44,12 +48,10 @@ class MetricsFile:
             RunError: The run directory was removed, and is here again with the metrics alone; or it cannot be written.
             DiskFull: The line did not fit.
         """
-        line = (json.dumps(as_metrics(event), allow_nan=False) + "\n").encode()
+        self.unwritten += (json.dumps(as_metrics(event), allow_nan=False) + "\n").encode()
         try:
             with reporting_disk_full(self.path.parent, LINE_BYTES):
-                removed = self._mend()
-                while line:  # a disk with little room takes a part first
-                    line = line[self.stream.write(line) :]
+                removed = self._write()
         except OSError as error:
             raise RunError(
                 f"{self.path} cannot be written: {error.strerror or error}.", "Go on with --resume once it can."
@@ -59,6 +61,13 @@ class MetricsFile:
                 f"{self.path.parent} was removed or replaced while the run wrote to it.",
                 "To go on from what is saved there now, type the same command with --resume.",
             )
+
+    def _write(self) -> bool:
+        """Writes what is unwritten; whether the directory was removed or replaced."""
+        removed = self._mend()
+        while self.unwritten:  # a disk with little room takes a part first
+            self.unwritten = self.unwritten[self.stream.write(self.unwritten) :]
+        return removed
 
     def _mend(self) -> bool:
         """Opens the file anew where it was removed or replaced; whether the directory was, in which case the run ends.
@@ -80,7 +89,9 @@ class MetricsFile:
         return removed
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file. What still cannot be written was said when it failed first."""
+        with suppress(OSError):
+            self._write()
         self.stream.close()
 
 
