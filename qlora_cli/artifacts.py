@@ -189,6 +189,16 @@ _RECORD_TYPES = {
     "format": int,
     **dict.fromkeys(("base", "data", "formatting", "parameters", "training", "start", "versions"), dict),
 }
+_TRAINING_NUMBERS = {
+    "steps",
+    "total_steps",
+    "tokens",
+    "seconds",
+    "final_loss",
+    "eval_loss",
+    "best_eval_loss",
+    "best_step",
+}
 
 
 def find_run_record(adapter: Path) -> dict[str, Any]:
@@ -205,6 +215,9 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
     for name, kind in _RECORD_TYPES.items() if wrong is None else ():
         if record.get(name) is not None and not isinstance(record[name], kind):
             wrong = f"{name} is {str(record[name])[:80]!r}"
+    for name, value in (record.get("training") or {}).items() if wrong is None else ():
+        if name in _TRAINING_NUMBERS and not isinstance(value, int | float | None):
+            wrong = f"training.{name} is {str(value)[:80]!r}"
     if wrong is not None:
         raise RunError(f"{path} is no record of a run: {wrong}.", "Remove it, or use an earlier checkpoint.")
     if (record.get("format") or FORMAT + 1) > FORMAT:

@@ -271,6 +271,10 @@ BASE = {
         {"formatting": {"format": "junk"}},
         {"formatting": {"format": 5}},
         {"formatting": {"column": "text"}},
+        {"formatting": {"format": "chat"}},
+        {"formatting": {"format": "prompt", "template": "{a} {b}", "completion_column": None}},
+        {"formatting": {"format": "prompt", "completion_column": "b"}},
+        {"formatting": {"format": "text"}},
         {"formatting": {"format": "chat", "template": {"a": 1}}},
         {"formatting": {"format": "chat", "conversation": [1]}},
         {"formatting": {"format": "chat", "conversation": {"messages": 5}}},
@@ -285,7 +289,11 @@ def test_a_record_that_is_none_is_one_sentence(adapter, record):
 
 
 @pytest.mark.parametrize(
-    "record", [[], 5, "x", {"format": "x"}, {"format": 1, "data": 5}, {"format": 1, "training": 5}]
+    "record",
+    [
+        *([], 5, "x", {"format": "x"}, {"format": 1, "data": 5}, {"format": 1, "training": 5}),
+        *({"format": 1, "training": {name: value}} for name in ("steps", "total_steps") for value in ("x", [1])),
+    ],
 )
 def test_a_record_of_other_types_is_one_sentence(adapter, record):
     directory = adapter()
@@ -302,7 +310,7 @@ def test_a_tokenizer_whose_limit_is_no_number_is_one_sentence(model):
 
 def test_a_record_with_what_newer_versions_add_is_read(adapter):
     directory = adapter()
-    formatting = {"shape": "chat", "conversation": {"messages": "m", "more": 1}, "more": 2}
+    formatting = {"shape": "chat", "template": "x", "conversation": {"messages": "m", "more": 1}, "more": 2}
     record = {"format": 1, "base": {**BASE, "more": 3}, "formatting": formatting}
     (directory / RUN_RECORD).write_text(json.dumps(record))
     found = read_adapter_record(directory)

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMATS = ("text", "prompt", "chat", "tokens")
+# Format → fields without which nothing can be formatted.
+NEEDED = {
+    "text": ("column",),
+    "prompt": ("template", "completion_column"),
+    "chat": ("template",),
+    "tokens": ("column",),
+}
+FORMATS = tuple(NEEDED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +85,8 @@ class Formatting:
         found = read_fields(cls, {"format": content.get("shape"), **content, "conversation": conversation})
         if found.format not in FORMATS:
             raise ValueError(f"its format is {found.format!r}")
+        if lacking := next((name for name in NEEDED[found.format] if getattr(found, name) is None), None):
+            raise ValueError(f"{lacking} is missing")
         return found
 
 
