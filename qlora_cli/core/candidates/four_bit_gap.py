@@ -4,6 +4,7 @@ One 4-bit base is in memory, with its adapter or without. The rows go through it
 the model; original weights are read for one layer at a time.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -140,8 +141,10 @@ def measure_held_out(model: Any, files: ModelFiles, rows: RowSubset, vocabulary:
     except ModelError as error:
         reason = error.message.rstrip(".")
     else:
-        report(Notice(f"On rows held out, after the last step: {gap.describe()}."))
-        return gap
+        if all(math.isfinite(loss) for loss in (gap.sixteen_bits or 0.0, gap.four_bits, gap.adapter or 0.0)):
+            report(Notice(f"On rows held out, after the last step: {gap.describe()}."))
+            return gap
+        reason = "a loss is not finite"
     finally:
         free_memory(device)
     report(Notice(f"What 4 bits cost and the adapter won was not measured: {reason}."))

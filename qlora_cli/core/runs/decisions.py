@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_cli.artifacts import CHECKPOINTS
-from qlora_cli.core.device import dtype_name, resolve_compute_dtype
+from qlora_cli.core.device import dtype_name, is_slow_on_cpu, resolve_compute_dtype
 from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.run_plan import (
     RunPlan,
@@ -21,7 +21,7 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.training.lr_schedule import count_warmup_steps
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
-from qlora_cli.events import Caution
+from qlora_cli.events import Caution, Notice
 
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
 
@@ -68,10 +68,18 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
                 "rises to the end."
             )
         )
+    compute_dtype = resolve_compute_dtype(config.compute_dtype, run.device)
+    if run.device.type == "cpu" and is_slow_on_cpu(compute_dtype):
+        run.report(
+            Notice(
+                f"This CPU has no instructions for {dtype_name(compute_dtype)} and takes some five times as long as for "
+                "float32: leave --compute-dtype out."
+            )
+        )
     return Decisions(
         memory=memory,
         optimizer=optimizer,
-        compute_dtype=resolve_compute_dtype(config.compute_dtype, run.device),
+        compute_dtype=compute_dtype,
         warmup_steps=warmup_steps,
         checkpoint_bytes=checkpoint_bytes,
     )
