@@ -147,7 +147,7 @@ def test_short_rows_match_float64_on_the_gpu(lengths, size):
 @pytest.mark.parametrize("lengths", [(256, 256, 256), (512,)])
 @pytest.mark.parametrize(("key_heads", "size"), [(4, 64), (4, 96), (4, 128), (1, 64), (2, 128)])
 def test_rows_of_one_length_match_float64_on_the_gpu(lengths, key_heads, size):
-    def attend(query, key, value, cu_seqlens, longest, scale, window):
+    def attend(query, key, value, cu_seqlens, longest, scale, *rest):
         return equal_rows_attention(query, key, value, len(lengths), scale)
 
     check(lengths, None, 4, key_heads, size, "cuda", torch.bfloat16, attend)
@@ -159,5 +159,5 @@ def test_the_compiler_is_told_the_truth_on_the_gpu(lengths):
     (query, key, value, sinks), boundaries = inputs(lengths, 4, 2, 64, "cuda", torch.bfloat16, sinks=True)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cuda")
     for given in (None, sinks):
-        arguments = (query, key, value, given, cu_seqlens, max(lengths), 0.3, None)
+        arguments = (query, key, value, given, cu_seqlens, max(lengths), 0.3, None, None)
         torch.library.opcheck(torch.ops.qlora.packed_attention.default, arguments)
