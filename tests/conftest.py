@@ -260,16 +260,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
     products: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if item.get_closest_marker("each_choice") and hasattr(item, "callspec"):
+        if item.get_closest_marker("each_choice") and hasattr(item, "callspec") and not item.get_closest_marker("gpu"):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in products.values():
-        kept = each_choice([frozenset(case.callspec.indices.items()) for case in cases if not is_left_out(case)])
+        kept = each_choice([values_of(case) for case in cases if not is_left_out(case)])
         for case in cases:
-            if frozenset(case.callspec.indices.items()) not in kept:
+            if values_of(case) not in kept:
                 case.add_marker("slow")
 
 
-def each_choice(cases: list[frozenset[tuple[str, int]]]) -> list[frozenset[tuple[str, int]]]:
+def values_of(case) -> frozenset[tuple[str, str]]:
+    """Each parameter of a test with its value."""
+    return frozenset((name, repr(value)) for name, value in case.callspec.params.items())
+
+
+def each_choice(cases: list[frozenset[tuple[str, str]]]) -> list[frozenset[tuple[str, str]]]:
     """The fewest cases (chosen greedily) among which each value of each parameter occurs: each-choice coverage.
 
     Ammann and Offutt, Using formal methods to derive test frames in category-partition testing (1994).

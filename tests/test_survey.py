@@ -10,8 +10,19 @@ from tests.conftest import most_slow
 ROOT = Path(__file__).resolve().parents[1]
 
 # Of each kind of layer, of state, of experts and of towers one or two; in make test some of them.
-QUICK = ["bloom", "deepseek_v3", "falcon_h1", "gemma4", "gpt_oss", "llama4", "llava", "qwen3_5", "t5"]
-MORE = ["cohere2", "falcon_mamba", "gemma3", "glm4_moe_lite", "gpt2", "granitemoehybrid", "jamba", "lfm2", "mamba2"]
+QUICK = ["bloom", "deepseek_v3", "falcon_h1", "gemma4", "gpt_oss", "llava", "qwen3_5", "t5"]
+MORE = [
+    "cohere2",
+    "falcon_mamba",
+    "gemma3",
+    "glm4_moe_lite",
+    "gpt2",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "mamba2",
+    "llama4",
+]
 MORE += ["minimax_m2", "mixtral", "nemotron_h", "phimoe", "qwen2_5_vl", "qwen3_moe", "qwen3_next"]
 
 

@@ -38,7 +38,14 @@ def run(tiny_model, tmp_path_factory):
     return place / "out"
 
 
-@pytest.fixture(params=["in its run", "of an older version, in its run", "moved", "newest of a stopped run"])
+@pytest.fixture(
+    params=[
+        pytest.param("in its run", marks=pytest.mark.slow),
+        "of an older version, in its run",
+        "moved",
+        "newest of a stopped run",
+    ]
+)
 def checkpoint(run, request, tmp_path):
     newest = max((run / artifacts.CHECKPOINTS).iterdir())
     if request.param == "in its run":

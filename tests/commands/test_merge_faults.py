@@ -25,7 +25,7 @@ from qlora_cli.core.storage.temporaries import is_temporary
 from qlora_cli.errors import AdapterError, DiskFull, MergeError, ModelError, QloraError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress
 from tests.commands.merge_case import Case, make_case
-from tests.conftest import TEXT, make_tokenizer
+from tests.conftest import TEXT, make_tokenizer, most_slow
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,10 @@ def test_an_interrupted_merge_goes_on_with_the_files_it_finished(case) -> None:
     assert [path.name for path in case.output.glob(".*")] == [MARK]
 
 
-@pytest.mark.parametrize("damage", ["a flipped bit", "a cut", "a broken journal", "another adapter", "--no-resume"])
+DAMAGES = ["a flipped bit", "a cut", "a broken journal", "another adapter", "--no-resume"]
+
+
+@pytest.mark.parametrize("damage", most_slow(DAMAGES, ["a flipped bit", "another adapter"]))
 def test_files_that_no_longer_hold_are_made_anew(case, damage) -> None:
     interrupt(case, after_files=2)
     unfinished = unfinished_path(case.output)

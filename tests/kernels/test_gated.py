@@ -7,6 +7,7 @@ from qlora_cli.kernels import gated
 from tests.kernels.test_linear import DEVICES, relative
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", gated.GATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,6 +21,7 @@ def relative(got, truth):
     return ((got.double() - truth).norm() / truth.norm()).item()
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.3])

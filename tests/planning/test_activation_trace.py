@@ -132,7 +132,6 @@ def cudnn_attention(query, key, value, *_):
         ("llama", "fast", "1", 4),
         ("llama", "plain", "off", 4),
         ("gpt_neox", "fast", "on", 2),
-        ("gpt_neox", "plain", "on", 4),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -141,6 +140,7 @@ def cudnn_attention(query, key, value, *_):
                 ("gpt_neox", "fast", "off", 4),
                 ("gpt_neox", "fast", "off", 2),
                 ("gpt_neox", "fast", "on", 4),
+                ("gpt_neox", "plain", "on", 4),
             )
         ),
     ],
