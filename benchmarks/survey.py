@@ -69,8 +69,9 @@ def survey(name: str, directory: Path, *, brief: bool = False) -> dict[str, str]
     except QloraError as error:
         return {"refused": error.message}
     found = {"trains": f"yes, loss {result.final_loss:.2f}", "share": describe_share(base)}
-    found["rows"] = compare_rows(base, run)
-    adapted, found["peft"] = load_reference(base, run)
+    packed = load_4bit(base)
+    adapted, found["peft"] = load_reference(base, run, packed)
+    found["rows"] = compare_rows(base, run, packed)
     ids = torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(0))
     wanted = logits_of(adapted, ids)
     with adapted.disable_adapter():
@@ -105,8 +106,8 @@ def load_4bit(base: Path, *, cached: bool = False):
     return load_base(resolve_model(str(base)), held, compute_dtype=torch.float32, device=torch.device("cpu"))[0]
 
 
-def compare_rows(base: Path, run: Path) -> str:
-    """The fast engine's gradient of all rows at once against the plain engine's of each row alone."""
+def compare_rows(base: Path, run: Path, packed) -> str:
+    """The fast engine's gradient of all rows at once against the plain engine's of each row alone, on one 4-bit base."""
     import numpy as np
     import torch
     from transformers import AutoTokenizer
@@ -121,13 +122,15 @@ def compare_rows(base: Path, run: Path) -> str:
     rows = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in TEXTS]
     rows = [(row, np.ones(len(row), dtype=bool)) for row in rows]
 
+    model = load_adapter(packed, run).train()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in parameter_name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
     def gradient(kind, batches):
-        model = load_adapter(load_4bit(base), run).train()
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in parameter_name)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        model.zero_grad()
         engine = install_engine(
             model,
             StepSettings(engine=kind),
@@ -150,8 +153,9 @@ def compare_rows(base: Path, run: Path) -> str:
     return judge(f"{kind}, {error:.0e}", error <= MOST_GRADIENT)
 
 
-def load_reference(base: Path, run: Path):
-    """transformers' own model, its weights dequantised, with the adapter by PEFT; and whether PEFT took all of it."""
+def load_reference(base: Path, run: Path, packed):
+    """transformers' own model, its weights those of the packed one, with the adapter by PEFT; and whether PEFT took all
+    of it."""
     import torch
     from peft import PeftModel
     from safetensors import safe_open
@@ -161,7 +165,6 @@ def load_reference(base: Path, run: Path):
     from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
     from qlora_cli.core.models.structure import model_class
 
-    packed = load_4bit(base)
     reference = model_class(resolve_model(str(base)).config).from_pretrained(base, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, module in four_bit_linears(packed):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.core.runs import finish
 from tests.conftest import most_slow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ MORE += ["minimax_m2", "mixtral", "nemotron_h", "phimoe", "qwen2_5_vl", "qwen3_m
 def survey():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
+        patch.setattr(finish, "draw_loss_curve", lambda *_, **__: None)  # an eighth of the time, and no part of this
         import survey
 
         yield survey
