@@ -6,25 +6,37 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.core.runs import finish
-from tests.conftest import most_slow
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Of each kind of layer, of state, of experts and of towers one or two; in make test some of them.
-QUICK = ["bloom", "deepseek_v3", "falcon_h1", "gemma4", "gpt_oss", "llava", "qwen3_5", "t5"]
-MORE = [
+# Of each kind of layer, of state, of experts and of towers one or two.
+CHOSEN = [
+    "bloom",
     "cohere2",
+    "deepseek_v3",
+    "falcon_h1",
     "falcon_mamba",
     "gemma3",
+    "gemma4",
+    "gpt_oss",
     "glm4_moe_lite",
     "gpt2",
     "granitemoehybrid",
     "jamba",
     "lfm2",
-    "mamba2",
     "llama4",
+    "llava",
+    "mamba2",
+    "minimax_m2",
+    "mixtral",
+    "nemotron_h",
+    "phimoe",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_moe",
+    "qwen3_next",
+    "t5",
 ]
-MORE += ["minimax_m2", "mixtral", "nemotron_h", "phimoe", "qwen2_5_vl", "qwen3_moe", "qwen3_next"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,7 @@ def survey():
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", most_slow(QUICK + MORE, QUICK))
+@pytest.mark.parametrize("name", CHOSEN)
 def test_an_architecture_is_right_or_refused_in_a_sentence(survey, name, tmp_path):
     found = survey.survey(name, tmp_path, brief=True)
     assert not [cell for cell in found.values() if "WRONG" in cell], found
@@ -48,6 +60,6 @@ def test_an_architecture_is_right_or_refused_in_a_sentence(survey, name, tmp_pat
 
 @pytest.mark.slow
 def test_every_architecture_is_right_or_refused(survey, tmp_path):
-    names = [name for name in survey.ARCHITECTURES if name not in QUICK + MORE]
+    names = [name for name in survey.ARCHITECTURES if name not in CHOSEN]
     found = {name: survey.survey_in(name, tmp_path) for name in names}
     assert not {n: cells for n, cells in found.items() if any("WRONG" in cell for cell in cells.values())}
