@@ -189,6 +189,7 @@ def libraries_of(config: Any, runs: Sequence[str] | None = None) -> tuple[str, .
 @command(PrepareConfig)
 def prepare(call: Call) -> Any:
     """Tokenise and mask a data set, and write it to disk."""
+    begin_look_up(call.config.model, call.config.model_revision, call)
     stage = call.load("commands.prepare")
     summary = stage.prepare(call.config, call.console.report)
     call.console.suggest(f"qlora train --model {call.config.model} --prepared {call.config.output}")

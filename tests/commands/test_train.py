@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -215,7 +216,10 @@ def test_the_card_has_metadata_and_no_local_path(finished, tiny_model, data, tmp
 def test_the_card_names_a_base_and_data_of_the_hub(tiny_model):
     from qlora_cli.core.runs.model_card import write_card
 
-    text = write_card(base="org/model", dataset="org/rows", settings={"rank": 8}, results={"steps": 3})
+    held = {"quant_type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"}
+    text = write_card(
+        base="org/model", dataset="org/rows", settings={"rank": 8}, results={"steps": 3}, held=held, example="~~~ Q: a"
+    )
     data = ModelCard(text).data
     assert (data.base_model, data.datasets, data.library_name) == ("org/model", ["org/rows"], "peft")
     assert "base_model:adapter:org/model" in data.tags and "| rank | 8 |" in text
@@ -236,6 +240,21 @@ def test_what_is_left_open_is_settled_by_base_and_rows_and_recorded(options, tmp
     gap = json.loads((Path(options["output"]) / RUN_RECORD).read_text())["training"]["gap"]
     assert gap == result.gap and gap["tokens"] > 20 and result.eval_loss is not None
     assert {gap["four_bits"], gap["adapter"]} != {gap["sixteen_bits"]}
+
+
+def test_the_cards_snippet_runs_to_the_answer_that_generate_gives(finished, capsys):
+    output = finished[0]
+    card = (output / MODEL_CARD).read_text()
+    assert "### Question:\nYour question\n\n### Answer:" in card
+    (snippet,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    capsys.readouterr()
+    exec(snippet.replace("path/to/this/adapter", str(output)), {})
+    settings = GenerateConfig(
+        adapter=str(output), temperature=0, repetition_penalty=1.0, max_new_tokens=100, engine="plain", base_cache=False
+    )
+    (answer,) = generate(settings, ["Your question"], [].append).answers
+    printed = capsys.readouterr().out.strip()
+    assert printed and printed == answer["answer"].strip()
 
 
 def test_run_yaml_repeats_the_run_bit_for_bit(options, tmp_path):

@@ -33,8 +33,10 @@ def checkpoint(directory, architecture, **changes):
 
 
 @needs_converter
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
-@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [(name, kind) for kind in ("bf16", "q8_0") for name in ("llama", "gpt2", "bloom")] + [("mistral", "bf16")],
+)
 def test_numbers_and_greedy_answers_arrive(tmp_path, architecture, kind):
     directory = checkpoint(tmp_path / "merged", architecture)
     written = write_gguf(directory, kind, report_nothing)

@@ -1,14 +1,20 @@
 """A hub that drops, truncates, stalls and refuses: downloads are tried again, or end in one clear sentence."""
 
 import json
+import os
 import re
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_cli.sizes import format_bytes
+from tests.hub import PROJECT
 
 from .conftest import Outcome, count
 from .hub_server import Hub
@@ -80,6 +86,42 @@ def test_a_hub_out_of_reach_is_said_and_what_is_cached_still_works(download, hub
     assert download("").code == 0
     cached = download("status:503")
     assert cached.code == 0 and whole(tmp_path / "cache", hub[0].directory), cached.said
+
+
+@contextmanager
+def black_hole() -> Iterator[int]:
+    """A port of the loopback at which nothing arrives: its queue of connections is full, and more are dropped."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with suppress(BlockingIOError):
+                waiting.connect(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_an_address_that_swallows_everything_is_said_after_one_wait(tmp_path):
+    script = """
+import json, sys, time
+from qlora_cli.core.models.hub import ANSWER_SECONDS, READ_FILES, download_snapshot
+def report(event):
+    print(json.dumps([time.monotonic() - started, ANSWER_SECONDS, event.text]))
+    sys.exit(0)
+started = time.monotonic()
+download_snapshot("org/model", None, READ_FILES, kind="model", report=report)
+"""
+    with black_hole() as port:
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        environment = {**os.environ, **environment, "PYTHONPATH": str(PROJECT)}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, patience_seconds, said = json.loads(done.stdout)
+    print(f"said after {seconds:.1f} s: {said}")
+    assert said.startswith("The hub does not answer") and "attempt 2 of 5 for org/model follows" in said
+    assert patience_seconds <= 10  # what is measured is printed: a busy machine takes longer to begin
 
 
 def test_a_download_is_announced_and_its_bytes_are_counted_to_the_end(download, hub, tmp_path):

@@ -120,11 +120,15 @@ def check_numbers(checkpoint: Path, target: Path, kind: str, report: Report) -> 
     if needed > psutil.virtual_memory().available:
         report(Caution(f"{FILE} was not read back: memory does not hold its numbers in float32."))
         return None
-    model = build_empty(AutoConfig.from_pretrained(checkpoint))
-    try:
-        found = load_gguf_checkpoint(str(target), return_tensors=True, model_to_load=model)["tensors"]
-    except (ValueError, KeyError, NotImplementedError) as error:
-        report(Caution(f"{FILE} was not read back: transformers reads no GGUF of this model ({error})."))
+    for read_as in ({}, {"gguf_file": target.name}):  # as another model that it equals: a mistral's file is a llama's
+        model = build_empty(AutoConfig.from_pretrained(checkpoint, **read_as))
+        try:
+            found = load_gguf_checkpoint(str(target), return_tensors=True, model_to_load=model)["tensors"]
+            break
+        except (ValueError, KeyError, NotImplementedError) as error:
+            reason = error
+    else:
+        report(Caution(f"{FILE} was not read back: transformers reads no GGUF of this model ({reason})."))
         return None
     tied = set(model.all_tied_weights_keys) if getattr(model.config, "tie_word_embeddings", False) else set()
     checked = 0

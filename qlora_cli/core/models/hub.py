@@ -40,7 +40,7 @@ READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES
 HUB_ID = re.compile(r"(?![./~])[\w.-]+(/[\w.-]+)?")
 BLOB = re.compile("[0-9a-f]{64}")  # how the hub's cache calls a large file: by its SHA-256
 ATTEMPTS = 5
-ANSWER_SECONDS = 6.0  # that the hub has to answer a question, so that it is said within ten where it cannot be reached
+ANSWER_SECONDS = 5.0  # that the hub has to answer a question, so that it is said within ten where it cannot be reached
 FIRST_PAUSE_SECONDS = 2.0  # doubled after each further failure
 # What asking again does not mend: the library's error → what is wrong, and what to do. The first that fits counts.
 REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
@@ -144,7 +144,9 @@ def _fetch_snapshot(repository: str, revision: str | None, patterns: list[str], 
                     f"The {kind} {repository} could not be downloaded after {attempt} attempts: {reason}",
                     "Check the connection and run the command again: finished files are kept.",
                 ) from error
-            report(Notice(f"Download of {repository} failed ({reason}); attempt {attempt + 1} follows."))
+            silent = isinstance(error, hub_errors.HTTPError) and response is None
+            what = "The hub does not answer" if silent else f"Download of {repository} failed"
+            report(Notice(f"{what} ({reason}); attempt {attempt + 1} of {ATTEMPTS} for {repository} follows."))
             time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
 

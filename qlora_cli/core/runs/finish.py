@@ -22,10 +22,11 @@ from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.model_card import hub_dataset
+from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.runs.directory import finished_files
 from qlora_cli.core.runs.inputs import Run, RunInputs
 from qlora_cli.core.runs.metrics import draw_loss_curve
-from qlora_cli.core.runs.model_card import write_card
+from qlora_cli.core.runs.model_card import write_card, write_example
 from qlora_cli.core.runs.report_page import write_report_page
 from qlora_cli.core.runs.results import TrainResult
 from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, verify_checkpoint
@@ -72,6 +73,8 @@ def write_run(
             dataset=hub_dataset(data),
             settings=asdict(run.config),
             results=training,
+            held=asdict(base),
+            example=write_example(Formatting.from_dict(rows.manifest["formatting"]), inputs.files.tokenizer),
         )
         (directory / MODEL_CARD).write_text(card, encoding="utf-8")
 
