@@ -137,5 +137,10 @@ def test_verbose_shows_every_fact():
     assert "flops per token" not in draw(RESULTS["model"], 120)
 
 
+def test_a_merge_says_what_became_of_its_gguf_file():
+    file = {"name": "model.gguf", "total_bytes": 3 * 2**20, "tensors_checked": 272}
+    assert "model.gguf, 3.00 MiB, 272 tensors read back" in draw({**RESULTS["merge"], "gguf": file}, 120)
+
+
 if __name__ == "__main__":
     (HERE / "screens.txt").write_text(all_screens(), encoding="utf-8")

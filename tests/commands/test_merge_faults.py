@@ -128,7 +128,11 @@ FAULTS = {
     "a tensor for no module": (unknown_tensor, AdapterError, r"layers\.7"),
     "half a pair": (half_a_pair, AdapterError, "half of a pair"),
     "another kind of adapter": (lambda c: c.change_config(peft_type="IA3"), AdapterError, "IA3"),
-    "an adapter on a changed base": (lambda c: c.change_config(init_lora_weights="pissa_niter_4"), AdapterError, "pissa_niter_4"),
+    "an adapter on a changed base": (
+        lambda c: c.change_config(init_lora_weights="pissa_niter_4"),
+        AdapterError,
+        "pissa_niter_4",
+    ),
     "repeated layers": (lambda c: c.change_config(layer_replication=[[0, 2]]), AdapterError, "layer_replication"),
     "no adapter": (lambda c: shutil.rmtree(c.adapter), AdapterError, "no adapter"),
     "no base": (lambda c: shutil.rmtree(c.base), ModelError, "base"),

@@ -174,7 +174,9 @@ def of_a_merge(result: dict[str, Any]) -> Screen:
             (f"loss, {'adapter live' if name == 'live' else 'merged into ' + name}", f"{loss:.4f} nats a token")
         )
     if gguf := result.get("gguf"):
-        facts.append(("GGUF", str(gguf.get("path") or gguf)))
+        read = gguf["tensors_checked"]
+        checked = "not read back" if read is None else f"{read:,} tensors read back"
+        facts.append(("GGUF", f"{gguf['name']}, {format_bytes(gguf['total_bytes'])}, {checked}"))
     if result.get("pushed_to"):
         facts.append(("uploaded to", str(result["pushed_to"])))
     return Screen(sentences, facts)  # fmt: skip
