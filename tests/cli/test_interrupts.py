@@ -38,6 +38,8 @@ def in_a_lazy_import(*_):
     with interrupts.loading(): send(signal.SIGINT)
 def none(*_): return types.SimpleNamespace(to_dict=dict)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+
 reading, writing = os.pipe()
 for name in "loading terminated_loading working terminated hung_up group_and_passed_on swallowed recursion typed_twice " \\
         "in_a_lazy_import none".split():

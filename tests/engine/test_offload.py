@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.core.engine.memory_plan import MemoryPlan
-from qlora_cli.core.engine.offload import ActivationOffload
+from qlora_cli.core.engine.offload import ActivationOffload, storages_of
 from tests.engine.test_engine import adapted, batch_of, gradients, install
 
 CPU = torch.device("cpu")
@@ -123,7 +123,8 @@ def test_sent_layers_leave_loss_and_gradients_as_they_are(load_tiny, architectur
     for plan in (engine.plan, MemoryPlan(recomputed, False, False, engine.linears.resident, sent=sent)):
         engine._apply(plan)
         if plan.sent:
-            engine.offload = ActivationOffload(CPU, engine._persistent_storages(), smallest_bytes=1)
+            staying = [*engine.base.parameters(), *engine.base.buffers(), *engine.linears.tensors()]
+            engine.offload = ActivationOffload(CPU, storages_of(staying), smallest_bytes=1)
         model.zero_grad(set_to_none=True)
         loss = engine.loss(batch_of())
         loss.backward()

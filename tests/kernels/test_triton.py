@@ -16,7 +16,7 @@ CHECKS += ["expert_checks.py", "../decoding/fast_decoding_checks.py"]
 def run_checks(*names: str, short: bool = False, **environment: str) -> None:
     # A process of their own: Triton reads TRITON_INTERPRET when kernels are defined. One for all: each takes 10 s of
     # processor time to import what it needs.
-    files = [str(Path(__file__).with_name(name)) for name in names]
+    files = [str(Path(__file__).parent / name) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(["-m", "not slow"] if short else []), *files],
         env={**os.environ, **environment},
