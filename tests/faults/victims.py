@@ -251,10 +251,11 @@ class ForkedRanks:
     Writes the process of the launcher and of each rank to `pids_to`.
     """
 
-    def __init__(self, pids_to: str, args: dict[int, tuple], envs: dict[int, dict[str, str]], **_: Any) -> None:
+    def __init__(self, pids_to: str | None, args: dict[int, tuple], envs: dict[int, dict[str, str]], **_: Any) -> None:
         self.subprocess_handlers = {rank: ForkedRank(args[rank][2:], envs[rank]) for rank in args}
-        Path(f"{pids_to}.new").write_text(json.dumps([os.getpid(), *self.pids().values()]))
-        Path(f"{pids_to}.new").replace(pids_to)
+        if pids_to:
+            Path(f"{pids_to}.new").write_text(json.dumps([os.getpid(), *self.pids().values()]))
+            Path(f"{pids_to}.new").replace(pids_to)
 
     def pids(self) -> dict[int, int]:
         """The process of each rank."""
@@ -297,7 +298,7 @@ class ForkedRank:
         os.kill(self.pid, number)
 
 
-def launch(arguments: list[str], pids_to: str = os.devnull, environment: dict[str, str] | None = None) -> None:
+def launch(arguments: list[str], pids_to: str | None = None, environment: dict[str, str] | None = None) -> None:
     """A command line with --gpus, whose ranks are forked."""
     os.environ.update(environment or {"ACCELERATE_USE_CPU": "1"})
     interrupts.install()
