@@ -18,12 +18,10 @@ from triton.language.extra.cuda import gdc_wait
 
 from qlora_cli.kernels.decode.lane_instructions import (
     expand,
+    fill_table,
     load_activations,
-    make_table,
     multiply_block,
     of_quarter,
-    own_bank,
-    store_pair,
 )
 
 
@@ -156,13 +154,7 @@ def multiply_lanes(
             TILES,
             WHOLE,
         )
-    entry = tl.arange(0, 256)
-    first = tl.load(code + (entry >> 4)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
-    second = tl.load(code + (entry & 15)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
-    table = make_table(tokens)
-    store_pair(table, entry, (first & 0xFFFF) | (second << 16))
-    tl.debug_barrier()
-    bank = own_bank(table + thread * 0)
+    bank = fill_table(x, code, tokens, thread)
     if OVERLAP:
         gdc_wait()
 

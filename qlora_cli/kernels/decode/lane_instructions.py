@@ -76,6 +76,21 @@ def own_bank(table):
     )
 
 
+@triton.jit
+def fill_table(x, code, seed, thread):
+    """The table of all pairs of `code`'s 16 values in the dtype of x's elements, and where it stands for each lane.
+
+    To be called once in a program, by all of its threads.
+    """
+    entry = tl.arange(0, 256)
+    first = tl.load(code + (entry >> 4)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
+    second = tl.load(code + (entry & 15)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
+    table = make_table(seed)
+    store_pair(table, entry, (first & 0xFFFF) | (second << 16))
+    tl.debug_barrier()
+    return own_bank(table + thread * 0)
+
+
 EXPAND = tl.constexpr(
     "{\n.reg .b32 low, high, a;\nmov.b64 {low, high}, $8;\n"
     + "".join(

@@ -16,12 +16,10 @@ from qlora_cli.kernels.decode import gemv
 from qlora_cli.kernels.decode.gemv_lanes import finish_scale, load_chunk
 from qlora_cli.kernels.decode.lane_instructions import (
     expand,
+    fill_table,
     load_activations,
-    make_table,
     multiply_block,
     of_quarter,
-    own_bank,
-    store_pair,
 )
 from qlora_cli.kernels.experts.products import find_rows, most_tiles
 
@@ -109,13 +107,7 @@ def _multiply_lanes(
             TILES,
             WHOLE,
         )
-    entry = tl.arange(0, 256)
-    first = tl.load(code + (entry >> 4)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
-    second = tl.load(code + (entry & 15)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
-    table = make_table(experts)
-    store_pair(table, entry, (first & 0xFFFF) | (second << 16))
-    tl.debug_barrier()
-    bank = own_bank(table + thread * 0)
+    bank = fill_table(x, code, experts, thread)
     for band in range(tl.program_id(1), bands, tl.num_programs(1)):
         first_row = band * (16 * TILES)
         total = ()
