@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +66,6 @@ class Campaign:
     zygote: Zygote
     home: Path
     model: Path
-    only: tuple[str, ...] = ()  # commands, all by default; what they need is set up too
     commands: dict[str, Command] = field(default_factory=dict)
     references: dict[str, Any] = field(default_factory=dict)
     calls: dict[str, list[str]] = field(default_factory=dict)
@@ -80,33 +79,45 @@ class Campaign:
         prompts = [{"prompt": f"What make {a}?"} for a in range(4)]
         (inputs / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
         self._make_commands()
-        for name, command in self.commands.items():
-            needed = {*self.only, *(NEEDS.get(n) for n in self.only), *(NEEDS.get(NEEDS.get(n, "")) for n in self.only)}
-            if self.only and name not in needed:
-                continue
-            place = self._set_up(name)
-            names = self.home / f"calls-{name.replace(' ', '-')}"
-            done = self._run(command, place, names=str(names), reads=command.reads)
-            assert done.code == 0, f"{name}: {done.said}"
-            self.calls[name] = names.read_text().splitlines()
-            self.zygote.preload(names.with_name(f"{names.name}.modules").read_text().splitlines())
-            self.references[name] = self._state(command, place)
-            if name == "prepare":
-                shutil.copy(place / "in" / "old.jsonl", place / "in" / "data.jsonl")
-                assert self._run(command, place, "--overwrite").code == 0
-                self._keep(place / "p", "old-p")
-            elif name == "train":
-                self._keep(place / "o", "run")
-                if self.only and "train --resume" not in self.only:
-                    continue
-                half = self._set_up("train")
-                stop = {"at": self._call_after_save(name), "mode": KILL_BEFORE}
-                assert self._run(command, half, fault=stop).code == -9
-                self._keep(half / "o", "half")
-            elif name == "merge":
-                with (place / "m" / "config.json").open("a") as stream:
-                    stream.write(" ")  # so that the old one is told from the new one
-                self._keep(place / "m", "old-m")
+
+    def get_ready(self, name: str) -> None:
+        """What a command makes when nothing happens, its file calls, and what others need of it; once."""
+        if name in self.references:
+            return
+        if name in NEEDS:
+            self.get_ready(NEEDS[name])
+        if name in BEFORE:
+            BEFORE[name](self)
+        command = self.commands[name]
+        self.warm(name, self.zygote)
+        place, names = self._set_up(name), self.home / f"calls-{name.replace(' ', '-')}"
+        done = self._run(command, place, names=str(names), reads=command.reads)
+        assert done.code == 0, f"{name}: {done.said}"
+        self.calls[name] = names.read_text().splitlines()
+        self.references[name] = self._state(command, place)
+        if name in ("train", "merge"):
+            self._keep(place / command.output, {"train": "run", "merge": "merged"}[name])
+
+    def warm(self, name: str, zygote: Zygote) -> None:
+        """Runs a command where the victims are forked from: they import, compile and look up nothing anew."""
+        self._run(self.commands[name], self._set_up(name), warm=True, zygote=zygote)
+
+    def _prepare_other_rows(self) -> None:
+        place = self._set_up("prepare")
+        shutil.copy(place / "in" / "old.jsonl", place / "in" / "data.jsonl")
+        assert self._run(self.commands["prepare"], place).code == 0
+        self._keep(place / "p", "old-p")
+
+    def _train_half(self) -> None:
+        half = self._set_up("train")
+        stop = {"at": self._call_after_save("train"), "mode": KILL_BEFORE}
+        assert self._run(self.commands["train"], half, fault=stop).code == -9
+        self._keep(half / "o", "half")
+
+    def _merge_otherwise(self) -> None:
+        shutil.copytree(self.home / "merged", self.home / "old-m", symlinks=True)
+        with (self.home / "old-m" / "config.json").open("a") as stream:
+            stream.write(" ")  # so that the old one is told from the new one
 
     def _call_after_save(self, name: str) -> int:
         """Number of the first call after the first checkpoint stands under its name."""
@@ -185,8 +196,11 @@ class Campaign:
         fault, zygote = keywords.pop("fault", None), keywords.pop("zygote", self.zygote)
         if reads:
             fault = {"reads": 1, **(fault or {})}
-        keywords = {"root": str(place), "cache": str(place / "cache"), "names": names, "fault": fault, **keywords}
-        return zygote.run("tests.faults.command_line:run", arguments=[*command.arguments(place), *more], **keywords)
+        arguments, cache = [*command.arguments(place), *more], keywords.pop("cache", str(place / "cache"))
+        if keywords.pop("warm", False):
+            return zygote.run_here("tests.faults.command_line:warm", arguments=arguments, cache=cache)
+        keywords = {"root": str(place), "cache": cache, "names": names, "fault": fault, **keywords}
+        return zygote.run("tests.faults.command_line:run", arguments=arguments, **keywords)
 
     def _state(self, command: Command, place: Path) -> Any:
         """What a command has made, without what no two runs share: clocks and random ids."""
@@ -219,8 +233,9 @@ class Campaign:
             and not any(LEFTOVER.fullmatch(part) for part in path.relative_to(place).parts[:-1])
         }
 
-    def points(self, name: str, chooser: random.Random) -> Iterator[tuple[int, str]]:
+    def points(self, name: str, chooser: random.Random) -> list[tuple[int, str]]:
         """Calls and modes in random order: first what ends a process at a rename, then everything else."""
+        self.get_ready(name)
         calls = self.calls[name]
         pairs = [(number, mode) for number in range(1, len(calls) + 1) for mode in MODES]
         chooser.shuffle(pairs)
@@ -228,8 +243,7 @@ class Campaign:
             p for p in pairs if calls[p[0] - 1].startswith("rename") and p[1] in ("kill before", "kill after", "EIO")
         ]
         half = at_renames[: len(at_renames) // 2]
-        yield from half
-        yield from (pair for pair in pairs if pair not in half)
+        return half + [pair for pair in pairs if pair not in half]
 
     def trial(self, name: str, at: int, mode: str, *, table: str, ways: int = 0) -> list[str]:
         """One fault, and the same command again; what was wrong, counted in a row of the table."""
@@ -314,6 +328,13 @@ class Campaign:
         """Temporaries, and finished work that could not be published, below a sandbox; not the file of others."""
         hidden = [p for p in place.rglob(".*") if LEFTOVER.fullmatch(p.name) and p.name != ".lock"]
         return [p for p in hidden if p.name != f".{Path(command.output).name}.tmp"] + list(place.glob("*.new-*"))
+
+
+BEFORE = {
+    "prepare --overwrite": Campaign._prepare_other_rows,
+    "train --resume": Campaign._train_half,
+    "merge --overwrite": Campaign._merge_otherwise,
+}
 
 
 def _hash(path: Path) -> str | None:

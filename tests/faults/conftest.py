@@ -18,7 +18,7 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
 from qlora_cli.core.training.state import REQUIRED_FILES
 
 CLOCK = ("step_seconds", "tokens_per_second")
-NO_CARD = not Path("/dev/nvidiactl").exists()
+NO_CARD = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not Path("/dev/nvidiactl").exists()
 FIGURES: dict[str, dict[str, int]] = defaultdict(dict)  # of the test that runs
 TABLE: dict[str, dict[str, int]] = defaultdict(dict)  # of all
 
@@ -65,10 +65,6 @@ class Zygote:
         Where there is a CUDA card, in a child all the same: its context does not outlive a fork.
         """
         return Outcome(**self._ask({"function": function, "arguments": arguments, "kill_when": None, "here": NO_CARD}))
-
-    def preload(self, modules: list[str]) -> None:
-        """Imports modules where the victims are forked from, so that none of them has to."""
-        self._ask({"imports": modules})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout

@@ -12,6 +12,7 @@ from .conftest import Zygote
 SHORT = ("prepare --overwrite", "generate", "inspect")  # merges that are killed: tests/commands/test_merge_faults.py
 SHORT_TRIALS = 2  # of each
 LONG_TRIALS = 64
+LONG_PARTS = 2  # so that one of train is no longer than others
 NETWORK_TRIALS = 16
 NETWORKS = {
     "no exchange, no locks": NO_EXCHANGE | NO_LOCKS,
@@ -37,37 +38,31 @@ def containers(tmp_path_factory, tiny_model):
 
 
 @pytest.fixture(scope="session")
-def start_campaign(zygote, tmp_path_factory, tiny_model):
-    """`start_campaign(only)`: of these commands, or of all."""
+def campaign(zygote, tmp_path_factory, tiny_model):
     if shutil.which("cc") is None:
         pytest.skip("there is no C compiler to build the injector with")
-    return lambda only=(): Campaign(zygote, tmp_path_factory.mktemp("campaign") / "home", tiny_model("llama"), only)
+    return Campaign(zygote, tmp_path_factory.mktemp("campaign") / "home", tiny_model("llama"))
 
 
-@pytest.fixture(scope="session")
-def campaign(start_campaign):
-    return start_campaign()
-
-
-def run(campaign, table, trials, ways=0, seed=0, only=()):
+def run(campaign, table, command, trials, ways=0, seed=0):
     wrong = []
-    for name in only or campaign.only or campaign.commands:
-        points = campaign.points(name, random.Random(f"{seed}{name}"))
-        for (at, mode), _ in zip(points, range(trials), strict=False):
-            wrong += campaign.trial(name, at, mode, table=table, ways=ways)
+    for at, mode in campaign.points(command, random.Random(f"{seed}{command}"))[:trials]:
+        wrong += campaign.trial(command, at, mode, table=table, ways=ways)
     assert not wrong, f"{len(wrong)} trials:\n" + "\n".join(wrong)
 
 
-def test_a_fault_in_each_command_loses_nothing_and_the_same_command_mends_it(start_campaign):
-    run(start_campaign(SHORT), "any fault (short)", SHORT_TRIALS)  # of train see test_kill.py
+@pytest.mark.parametrize("command", SHORT)
+def test_a_fault_in_a_command_loses_nothing_and_the_same_command_mends_it(campaign, command):
+    run(campaign, "any fault (short)", command, SHORT_TRIALS)  # of train see test_kill.py
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
+@pytest.mark.parametrize("part", range(LONG_PARTS))
 @pytest.mark.parametrize("command", COMMANDS)
-def test_faults_at_file_calls_of_every_command(campaign, command):
+def test_faults_at_file_calls_of_every_command(campaign, command, part):
     assert LONG_TRIALS * len(COMMANDS) >= 500
-    run(campaign, "local", LONG_TRIALS, only=[command])
+    run(campaign, "local", command, LONG_TRIALS // LONG_PARTS, seed=part)
 
 
 @pytest.mark.slow
@@ -75,7 +70,7 @@ def test_faults_at_file_calls_of_every_command(campaign, command):
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_faults_on_file_systems_like_those_of_networks(campaign, name, command):
-    run(campaign, name, NETWORK_TRIALS, NETWORKS[name], seed=1, only=[command])
+    run(campaign, name, command, NETWORK_TRIALS, NETWORKS[name], seed=9)
 
 
 @pytest.mark.slow
@@ -89,6 +84,7 @@ def test_two_containers_that_share_a_cache_or_an_output_never_lose_each_other_s_
     wrong = []
     table = "two containers, one output" if shares_output else "two containers, one cache"
     points = campaign.points(command, random.Random(f"pairs{command}"))
-    for (at, mode), _ in zip(points, range(PAIRS), strict=False):
+    campaign.warm(command, other)
+    for at, mode in points[:PAIRS]:
         wrong += campaign.pair(command, at, mode, other, shares_output=shares_output, table=table)
     assert not wrong, f"{len(wrong)} trials:\n" + "\n".join(wrong)

@@ -4,6 +4,7 @@ A process that is to be killed a hundred times would spend its time importing to
 arithmetic itself (so that no thread pool stands where it forks), and lets its children be killed.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -12,7 +13,6 @@ import sys
 import tempfile
 import threading
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -84,12 +84,7 @@ def main() -> None:
         if request.get("here"):
             print(json.dumps(run_here(request)), flush=True)
             continue
-        if "imports" in request:  # what the children would each import anew
-            for name in request["imports"]:
-                with suppress(Exception):
-                    importlib.import_module(name)
-            print("{}", flush=True)
-            continue
+        gc.freeze()  # a child's collector then leaves what is here alone: a tenth of a run's time
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
