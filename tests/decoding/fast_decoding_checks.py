@@ -22,7 +22,8 @@ from qlora_cli.core.models.quantization import dequantized_weight
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.kernels.decode import gemv
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
-from tests.conftest import make_tokenizer, write_model
+from tests.conftest import make_tokenizer, most_slow, write_model
+from tests.decoding.hybrid_models import HYBRIDS, load_hybrid
 from tests.generation.session_case import settings_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,6 +136,23 @@ def test_answers_are_those_of_transformers(tmp_path, name):
     for n, m in model.named_modules():
         if n in weights:
             assert torch.equal(dequantized_weight(m), weights[n])
+
+
+@pytest.mark.parametrize("name", HYBRIDS if ON_GPU else most_slow(HYBRIDS[:1], ()))  # interpreted it takes 20 s
+def test_layers_with_a_state_are_stepped_in_the_same_graph(tmp_path, name):
+    model = load_hybrid(tmp_path / "model", name, device=DEVICE)
+    counts, lengths = ((24, 40, 16), (5, 19, 2)) if ON_GPU else ((2,), (2,))
+    questions = [[token % 256 for token in ids] for ids in prompts(lengths)]
+    expected = [own_answer(model, ids, count) for ids, count in zip(questions, counts, strict=True)]
+    fast = FastModel(model)
+    try:
+        for rows in (1, 2) if ON_GPU else (1,):
+            found, decoder = fast_answers(fast, questions, counts, rows)
+            assert found == expected
+            assert not ON_GPU or (decoder.graphs and not decoder.reason), decoder.reason
+    finally:
+        fast.close()
+    assert own_answer(model, questions[0], 2) == expected[0][:2]  # the model is as it was
 
 
 def test_what_is_fused_is_described_and_layers_with_one_input_become_one_product(tmp_path):

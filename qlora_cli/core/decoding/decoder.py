@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +19,42 @@ PREFILL_TOKENS = 8192  # most tokens in one forward over prompts
 # that the mask leaves, whatever the row's own (ALiBi differs by a constant in a row, which softmax ignores).
 MASKED_BY_POSITION = {"falcon", "bloom", "mpt", "gptj", "codegen"}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+STATE_KINDS = {"linear_attention", "conv"}  # keep a state of fixed size in the cache
+# Kinds of layer that are made of others, or of none that the cache knows.
+PARTS = {
+    "hybrid": ("full_attention", "linear_attention"),
+    "hybrid_sliding": ("sliding_attention", "linear_attention"),
+    "moe": (),
+    "mlp": (),
+}
+
+
+def _layer_kinds(config: Any) -> set[str]:
+    """What a model's layers keep in the cache, in transformers' words."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return {part for kind in kinds for part in PARTS.get(kind, (kind,))}
+
+
+def _updates_state(module: Any) -> bool:
+    """Whether a module keeps its state in the cache it is given."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and not {"update_conv_state", "update_recurrent_state"}.isdisjoint(code.co_names)
 
 
 def why_not_stepwise(model: Any) -> str | None:
     """What keeps a model from being decoded row by row here, as the end of "because …"; None when nothing does."""
     base = underlying_model(model)
     config = base.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - ATTENTION_KINDS:
-        return f"{config.model_type} has {', '.join(sorted(kinds - ATTENTION_KINDS))} layers"
-    if getattr(base, "_is_stateful", False) or config.is_encoder_decoder:
+    kinds = _layer_kinds(config)
+    if strange := kinds - ATTENTION_KINDS - STATE_KINDS:
+        return f"{config.model_type} has {', '.join(sorted(strange))} layers"
+    stateful = bool(kinds & STATE_KINDS)
+    if (getattr(base, "_is_stateful", False) and not stateful) or config.is_encoder_decoder:
         return f"{config.model_type} keeps a state that is no list of keys and values"
+    if stateful and not any(_updates_state(module) for module in base.modules()):
+        return f"{config.model_type} keeps a state outside transformers' cache"
+    if "past_key_values" not in inspect.signature(base.forward).parameters:
+        return f"{config.model_type} takes no keys and values of before"
     if not base._can_set_attn_implementation() and config.model_type not in MASKED_BY_POSITION:
         return f"{config.model_type} has attention code of its own"
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
@@ -124,8 +150,8 @@ class Decoder:
         self.model = underlying_model(model)
         self.sampling = sampling
         self.device = self.model.get_input_embeddings().weight.device
-        self.cache = StaticKVCache(rows, capacity)
         config = self.model.config.get_text_config(decoder=True)
+        self.cache = StaticKVCache(rows, capacity, config.num_hidden_layers)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._mask_dtype = self.model.get_input_embeddings().weight.dtype
         # Slopes of ALiBi are made from a 2-D mask; everyone else hands a finished one of 4 dimensions on.
@@ -133,7 +159,9 @@ class Decoder:
         self._boolean_mask = alibi and not self.model._can_set_attn_implementation()
         self._window: Any = getattr(config, "sliding_window", None)
         default = "sliding_attention" if self._window else "full_attention"
-        self._kinds = sorted(set(getattr(config, "layer_types", None) or [default]))
+        kinds = _layer_kinds(config) or {default}
+        self._kinds = sorted(kinds & ATTENTION_KINDS)
+        self._stateful = sorted(kinds & STATE_KINDS)
 
         def state(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.device)
@@ -160,12 +188,16 @@ class Decoder:
         Returns:
             One token for each prompt.
         """
-        longest = max(len(prompt.ids) for prompt in prompts)
-        together = max(1, PREFILL_TOKENS // self._padded_length(longest))
-        parts = [
-            self._prefill(rows[at : at + together], prompts[at : at + together])
-            for at in range(0, len(prompts), together)
-        ]
+        lengths = [len(prompt.ids) for prompt in prompts]
+        # A state goes on through padding: prompts beside one another have the same length then.
+        runs = [len([*run]) for _, run in groupby(lengths)] if self._stateful else [len(lengths)]
+        parts, start = [], 0
+        for count in runs:
+            together = max(1, PREFILL_TOKENS // self._padded_length(max(lengths[start : start + count])))
+            for at in range(start, start + count, together):
+                end = min(at + together, start + count)
+                parts.append(self._prefill(rows[at:end], prompts[at:end]))
+            start += count
         return PendingTokens(torch.cat(parts))
 
     def _padded_length(self, longest: int) -> int:
@@ -279,4 +311,10 @@ class Decoder:
         for kind in self._kinds:
             near = kind == "full_attention" or positions > self.positions[:, None] - self._window
             made[kind] = additive(seen & near)
-        return made if len(made) > 1 else next(iter(made.values()))
+        return self._masks(made)
+
+    def _masks(self, made: dict[str, Tensor]) -> Any:
+        """Masks by kind of attention as the model takes them; those of one kind alone go without its name."""
+        if len(made) < 2:
+            return next(iter(made.values()), None)
+        return {**dict.fromkeys(self._stateful), **made}

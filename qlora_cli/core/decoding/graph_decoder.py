@@ -98,10 +98,10 @@ class GraphDecoder(Decoder):
         self.prefill_graphs = PrefillGraphs(self.read_padded, self.reason)
         # Four dimensions: every model takes that for a finished mask and hands it on, and the kernel ignores it.
         nothing = torch.zeros(1, 1, 1, 1, device=self.device)
-        self._no_mask: Any = dict.fromkeys(self._kinds, nothing) if len(self._kinds) > 1 else nothing
+        self._no_mask: Any = self._masks(dict.fromkeys(self._kinds, nothing))
 
     def _padded_length(self, longest: int) -> int:
-        return bucket_length(longest, self.cache.capacity)
+        return longest if self._stateful else bucket_length(longest, self.cache.capacity)
 
     def describe(self) -> str:
         how = "CUDA graphs" if self.reason is None else f"steps launched one by one (not captured: {self.reason})"
@@ -151,7 +151,7 @@ class GraphDecoder(Decoder):
     def _state(self) -> list[Tensor]:
         """What a step changes, apart from positions of the cache that the next step writes again."""
         tensors = [self.tokens, self.positions, self.chosen, self.seen]
-        return [tensor for tensor in tensors if tensor is not None]
+        return [*(tensor for tensor in tensors if tensor is not None), *self.cache.states()]
 
     def _capture(self, length: int) -> torch.cuda.CUDAGraph | None:
         """The graph of a step, which is not yet taken; None when it cannot be captured, and then the step is taken."""

@@ -1,10 +1,16 @@
-"""KV cache of fixed size whose rows are independent: each is filled from its own beginning, so that none is padded."""
+"""KV cache of fixed size whose rows are independent: each is filled from its own beginning, so that none is padded.
 
+Layers that keep a state instead of keys and values (short convolutions, linear attention, state-space mixers) find it
+here too, one of a fixed size for each row.
+"""
+
+from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 
 class StaticKVCache(Cache):
@@ -16,10 +22,14 @@ class StaticKVCache(Cache):
     Args:
         rows: Answers decoded at once.
         capacity: Tokens in a row.
+        layers: Of the model; those that have keys and values may come later.
     """
 
-    def __init__(self, rows: int, capacity: int) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _StaticKVLayer(self))  # type: ignore[arg-type]
+    layers: list["_StaticLayer"]  # type: ignore[assignment]
+
+    def __init__(self, rows: int, capacity: int, layers: int = 0) -> None:
+        super().__init__(layer_class_to_replicate=lambda: _StaticLayer(self))  # type: ignore[arg-type]
+        self.layers = [_StaticLayer(self) for _ in range(layers)]
         self.rows = rows
         self.capacity = capacity
         self.prefilled: Tensor | None = None  # (prompts,) int64, rows being prefilled; None during a step
@@ -48,19 +58,34 @@ class StaticKVCache(Cache):
             self._row_numbers = torch.arange(self.rows, device=device)[:, None]
         return self._row_numbers
 
+    def states(self) -> list[Tensor]:
+        """What a step of every row changes for good: conv and recurrent states, but no keys and values."""
+        return [state for layer in self.layers for state in layer.states()]
 
-class _StaticKVLayer(CacheLayerMixin):
-    """One layer's keys and values: (rows, heads, capacity, head size), zero where nothing was written."""
+
+class _StaticLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """One layer's keys and values, (rows, heads, capacity, head size), and its conv and recurrent states, (rows, ...).
+
+    Each is made when the layer first brings it, of zeros: a masked position still multiplies its value. A model may read
+    attributes as well as call methods, so that all have the names of transformers' own layers.
+    """
 
     is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    record_past = False
 
     def __init__(self, cache: StaticKVCache) -> None:
-        super().__init__()
+        CacheLayerMixin.__init__(self)
         self.cache = cache
         self.new: tuple[Tensor, Tensor] | None = None  # key and value of the step, (rows, heads, 1, head size)
+        self._conv: dict[int, Tensor] = {}  # by number: (rows, channels, kernel size), the last inputs
+        self._recurrent: dict[int, Tensor] = {}
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def allocate(states: Tensor) -> Tensor:  # zeros: a masked position still multiplies its value
+    # ------------------------------------------------------------ keys and values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # type: ignore[override]
+        def allocate(states: Tensor) -> Tensor:
             return states.new_zeros(self.cache.rows, states.shape[1], self.cache.capacity, states.shape[3])
 
         self.keys, self.values = allocate(key_states), allocate(value_states)
@@ -94,3 +119,55 @@ class _StaticKVLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cache.capacity
+
+    # ------------------------------------------------------------ states
+
+    def states(self) -> list[Tensor]:
+        """The states that are there."""
+        return [*self._conv.values(), *self._recurrent.values()]
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
+        """By number, whether the forward goes on from a state: a prompt starts from none."""
+        goes_on = self.cache.prefilled is None
+        return defaultdict(lambda: goes_on, {0: goes_on})
+
+    @property
+    def conv_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
+        """By number, the state that a step reads and writes in place; None for a prompt, which starts from none."""
+        return self._visible(self._conv)
+
+    @property
+    def recurrent_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
+        """The same for recurrent states."""
+        return self._visible(self._recurrent)
+
+    def _visible(self, states: dict[int, Tensor]) -> dict[int, Tensor | None]:
+        return defaultdict(lambda: None, {0: None} if self.cache.prefilled is not None else states)
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Takes over the end of (rows, channels, tokens) as the new state, and returns what the convolution reads."""
+        cache, kept = self.cache, conv_kernel_size or conv_states.shape[-1]
+        if state_idx not in self._conv:
+            self._conv[state_idx] = conv_states.new_zeros(cache.rows, *conv_states.shape[1:-1], kept)
+        state = self._conv[state_idx]
+        if cache.prefilled is not None:
+            seen = F.pad(conv_states, (max(0, kept - conv_states.shape[-1]), 0))
+            state[cache.prefilled] = seen[..., -kept:]
+            return seen
+        seen = torch.cat([state, conv_states], dim=-1)
+        state.copy_(seen[..., -kept:])
+        return seen
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Takes over (rows, ...) as the new state, and returns it."""
+        cache = self.cache
+        if state_idx not in self._recurrent:
+            self._recurrent[state_idx] = recurrent_states.new_zeros(cache.rows, *recurrent_states.shape[1:])
+        state = self._recurrent[state_idx]
+        if cache.prefilled is not None:
+            state[cache.prefilled] = recurrent_states
+            return recurrent_states
+        return state.copy_(recurrent_states)
