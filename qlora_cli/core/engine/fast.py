@@ -37,6 +37,7 @@ from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings, st
 from qlora_cli.core.engine.packed_attention import pack_mask, takes_equal_rows
 from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.models.structure import find_decoder, underlying_model
+from qlora_cli.core.streaming.streamed_base import streamed_base_of
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.embedding_noise import add_noise, tokens_of_rows
@@ -76,12 +77,11 @@ class FastEngine:
         self.values = AdapterValues(compute_dtype)
         self.linears = FusedLinears(self.base, self.values, device)
         self.trials = Calibration(model, self.decoder, self.embeddings.module, self.values, device)
-        self.sharded = is_sharded(self.base)
+        self.sharded, self.streamed = is_sharded(self.base), streamed_base_of(self.base)
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
-        self.largest_tokens = max_tokens
-        self.noise_alpha = settings.neftune_noise_alpha
+        self.largest_tokens, self.noise_alpha = max_tokens, settings.neftune_noise_alpha
         self.buffer: Tensor | None = None
         self.put_gates_back: Callable[[], None] = lambda: None
         self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back(), self.embeddings.move_back]
@@ -98,7 +98,8 @@ class FastEngine:
         one is measured as it will run; the plan that follows from it; graphs of steps that run by that plan."""
         if self.sharded and settings.compile:
             self.report(Notice("The layers of a sharded base are not compiled."))
-        settings = settle(settings, self.linears.dense_bytes, on_cuda=self.on_cuda, sharded=self.sharded)
+        held = {"sharded": self.sharded, "streamed": self.streamed is not None}
+        settings = settle(settings, self.linears.dense_bytes, on_cuda=self.on_cuda, **held)
         embeddings_may_move = self.on_cuda and settings.offload_embeddings is not False
         if embeddings_may_move and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.move_to_host()
@@ -115,9 +116,8 @@ class FastEngine:
         self.compiled = self.on_cuda and self.packed and pays
         self._share_projections()
         plan = plan_as_asked(settings, len(self.layers), resident_weights=bool(settings.resident_weights))
-        if (
-            self.on_cuda and self.layers and not self.sharded
-        ):  # where all ranks gather a layer none is measured by itself
+        # Where all ranks gather a layer none is measured by itself.
+        if self.on_cuda and self.layers and not self.sharded:
             self.planner = StepPlanner(settings, self.largest_tokens)
             plan = self._plan(self.planner, optimizer_bytes)
         for layer_plan in self.layer_plans:
@@ -157,7 +157,7 @@ class FastEngine:
         """Has steps replayed as graphs, which read no trained embeddings or head, as these lie outside of them, and
         repeat no random numbers."""
         still = self.head is not None and self.head.frozen and self.embeddings.frozen and not self.draws_random
-        if not self.on_cuda or not (self.packed and self.layers and still) or self.sharded:
+        if not (self.on_cuda and self.packed and self.layers and still) or self.sharded or self.streamed:
             return
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.graphs = StepGraphs(
@@ -385,7 +385,7 @@ class FastEngine:
         chunked = ["chunked loss"] if self.head is not None else []
         rows = "packed rows" if self.packed else "padded rows"
         parts = [f"fast: {len(self.linears.fused)} fused linears", rows, *chunked]
-        parts += self.plan.describe(len(self.layers))
+        parts += [*self.plan.describe(len(self.layers)), *([self.streamed.describe()] if self.streamed else [])]
         more = {
             "embeddings on the host": self.embeddings.on_host,
             "base sharded over the cards": self.sharded,

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts
-from qlora_cli.core.models.quantization import four_bit_linears
+from qlora_cli.core.models.quantization import STREAMED, four_bit_linears
 from qlora_cli.kernels.weights import FrozenWeight
 
 # FSDP2 of torch 2.11 makes parameters of floating-point numbers only, so bytes travel viewed as such, only ever copied.
@@ -141,7 +141,9 @@ def _put_shard(module: nn.Module, name: str, shard: Tensor, device: torch.device
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """A module's parameters whole inside the block, where they are used other than by calling it."""
+    """A module's parameters whole on the device inside the block, where they are used other than by calling it."""
+    if (bring := module.__dict__.get(STREAMED)) is not None:
+        bring()
     if not isinstance(module, FSDPModule):
         yield
         return

@@ -217,11 +217,16 @@ def count_recomputed_layers(settings: StepSettings, layers: int, *, on_cuda: boo
     return count
 
 
-def settle(settings: StepSettings, dense_bytes: int, *, on_cuda: bool, sharded: bool) -> StepSettings:
-    """Without what a base sharded over several cards rules out, whole weights and compiled layers; and on the CPU with
-    the fast engine's dequantised weights of `dense_bytes` resident, unasked, where the host has the memory."""
+def settle(
+    settings: StepSettings, dense_bytes: int, *, on_cuda: bool, sharded: bool, streamed: bool = False
+) -> StepSettings:
+    """Without what a base sharded over several cards rules out, whole weights and compiled layers, or one that streams,
+    whole weights; and on the CPU with the fast engine's dequantised weights of `dense_bytes` resident, unasked, where the
+    host has the memory."""
     if sharded:
         return replace(settings, offload_embeddings=False, resident_weights=False, compile=False)
+    if streamed:
+        return replace(settings, resident_weights=False)
     if on_cuda or settings.engine != "fast" or settings.resident_weights is not None:
         return settings
     free_bytes = read_free_bytes(torch.device("cpu"))

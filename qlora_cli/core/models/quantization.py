@@ -15,6 +15,8 @@ from qlora_cli.core.models.raw_weights import call_layers
 
 BLOCK_SIZE = 64  # weights a quantisation constant covers
 NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quantisation)
+# In the `__dict__` of a module whose weights wait on the host: a function that brings them to the device.
+STREAMED = "_qlora_bring"
 
 
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,6 +111,8 @@ def four_bit_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def dequantized_weight(module: Any) -> torch.Tensor:
     """The weight a 4-bit linear computes with, (out_features, in_features) in the dtype it was quantised from."""
+    if (bring := module.__dict__.get(STREAMED)) is not None:
+        bring()
     return _dequantize(module.weight.data, module.weight.quant_state)
 
 

@@ -1,0 +1,63 @@
+"""Page-locked host memory for the layers of a base that wait there, taken in few large pieces."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from qlora_cli.errors import first_line
+from qlora_cli.events import Caution, Report
+from qlora_cli.sizes import format_bytes
+
+MOST_BYTES = 2**32  # of one piece: a system that gives no large ones may give several smaller ones
+
+
+def piece_sizes(layer_bytes: int, layers: int) -> list[tuple[int, int]]:
+    """(bytes, layers held) of each piece. PyTorch rounds a page-locked piece up to a power of two, so that pieces are of
+    such sizes, and less than a layer is lost in each."""
+    pieces = []
+    while layers:
+        whole = 2 ** min((layer_bytes * layers).bit_length() - 1, MOST_BYTES.bit_length() - 1)
+        held = max(1, whole // layer_bytes)
+        pieces.append((max(whole, layer_bytes), held))
+        layers -= held
+    return pieces
+
+
+def locked_bytes(layer_bytes: int, layers: int) -> int:
+    """What so many layers take, with what is lost to rounding."""
+    return sum(2 ** (bytes_ - 1).bit_length() for bytes_, _ in piece_sizes(layer_bytes, layers))
+
+
+def layer_buffers(layer_bytes: int, layers: int, device: torch.device, report: Report) -> Iterator[Tensor]:
+    """A uint8 buffer of host memory for each layer, page-locked where the device is a CUDA one.
+
+    Where the system gives no more of that, as in containers whose locked memory is limited, the rest is ordinary memory,
+    from which copies are slower and hold up the host; `report` is told.
+    """
+    lock = device.type == "cuda"
+    for bytes_, held in piece_sizes(layer_bytes, layers):
+        piece, lock = _allocate(bytes_, lock, device, report)
+        for number in range(held):
+            yield piece[number * layer_bytes : (number + 1) * layer_bytes]
+
+
+def _allocate(bytes_: int, lock: bool, device: torch.device, report: Report) -> tuple[Tensor, bool]:
+    if not lock:
+        return torch.empty(bytes_, dtype=torch.uint8), False
+    try:
+        return torch.empty(bytes_, dtype=torch.uint8, pin_memory=True), True
+    except RuntimeError as error:  # AcceleratorError and OutOfMemoryError are such
+        reason = first_line(error)
+    # CUDA keeps the error, and reports it of the next kernel, which has nothing to do with it: let this one be it.
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)
+    report(
+        Caution(
+            f"The system gives no {format_bytes(bytes_)} of page-locked memory for layers that wait on the host "
+            f"({reason}): ordinary memory is used, from which copies are slower. Try a larger `ulimit -l`, or a "
+            "container without a limit on locked memory."
+        )
+    )
+    return torch.empty(bytes_, dtype=torch.uint8), False
