@@ -176,9 +176,9 @@ class Campaign:
             self.commands[command.name] = command
         assert tuple(self.commands) == COMMANDS
 
-    def _set_up(self, name: str) -> Path:
+    def _set_up(self, name: str, where: str = "t") -> Path:
         """A sandbox as the command finds it; its inputs and a few files of others are in it too."""
-        place, command = self.home / "t", self.commands[name]
+        place, command = self.home / where, self.commands[name]
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         shutil.copytree(self.home / "in", place / "in")
@@ -267,7 +267,7 @@ class Campaign:
             wrong.append("differs")
         if self._foreign(command, place) != foreign:
             wrong.append("lost or changed")
-        left = [str(path.relative_to(place)) for path in self._leftovers(command, place)]
+        left = [str(path.relative_to(place)) for path in self._left(command, place)]
         if left:
             wrong.append("leftovers")
         if any(word in said for said in (first.said, again.said) for word in ("Unexpected", "Traceback")):
@@ -310,7 +310,7 @@ class Campaign:
             wrong.append("rerun fails")
         if self._state(command, place) != finished:
             wrong.append("differs")
-        if left := [str(p) for p in self._leftovers(command, place) + self._leftovers(command, beside)]:
+        if left := [str(p) for p in self._left(command, place) + self._leftovers(command, beside)]:
             # What a dead process had merged so far waits for --overwrite where another's model came to stand meanwhile.
             refused = "exists already" in again.said
             kept_work = shares_output and all(".new-" in name or (refused and ".merging" in name) for name in left)
@@ -323,6 +323,14 @@ class Campaign:
             return []
         said = "\n".join(f"  {run.code}: {run.said[-300:]}" for run in (first, second, again))
         return [f"{table}: {name}, {mode} at call {at}: {', '.join(dict.fromkeys(wrong))} {left}\n{said}"]
+
+    def _left(self, command: Command, place: Path) -> list[Path]:
+        """Temporaries that stay: those of a cache until a command uses it, which one that finds its work done need not."""
+        left, cache = self._leftovers(command, place), place / "cache"
+        if left and all(cache in path.parents for path in left):
+            self._run(command, self._set_up(command.name, "next"), cache=str(cache))
+            left = self._leftovers(command, place)
+        return left
 
     def _leftovers(self, command: Command, place: Path) -> list[Path]:
         """Temporaries, and finished work that could not be published, below a sandbox; not the file of others."""
