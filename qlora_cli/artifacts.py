@@ -1,10 +1,8 @@
 """Artifacts: the directories handed between commands, their files' names and versions, atomic writes."""
 
 import fcntl
-import hashlib
 import json
 import os
-import secrets
 import stat
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -27,6 +25,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RUN_RECORD = "qlora.json"  # base identity, formatting, data identity, versions
 RUN_YAML = "run.yaml"
+TRAINER_STATE = "state.json"  # in checkpoints: how far the training came
 METRICS = "metrics.jsonl"
 LOSS_CURVE = "loss.png"
 REPORT_PAGE = "report.html"
@@ -61,6 +60,8 @@ def fsync_path(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
+    import hashlib
+
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -72,7 +73,9 @@ def _machine() -> str:
         facts = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     except OSError:
         facts = os.uname().nodename.encode()
-    return hashlib.sha256(facts).hexdigest()[:8]
+    from hashlib import sha256  # a tenth of what `inspect` of an adapter takes, which names no file
+
+    return sha256(facts).hexdigest()[:8]
 
 
 def process_name() -> str:
@@ -90,7 +93,7 @@ def process_name() -> str:
 
 def temporary_beside(path: Path, ending: str = "tmp") -> Path:
     """A name beside `path` that nobody else takes; `core/storage/temporaries.py` removes those of dead processes."""
-    return path.with_name(f".{shortened(path.name)}.{process_name()}-{secrets.token_hex(4)}.{ending}")
+    return path.with_name(f".{shortened(path.name)}.{process_name()}-{os.urandom(4).hex()}.{ending}")
 
 
 def shortened(name: str) -> str:

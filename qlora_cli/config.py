@@ -4,8 +4,7 @@ The command line, `run.yaml` and `--help` are all made from these dataclasses. A
 text and, where there are any, the allowed values.
 """
 
-from dataclasses import dataclass
-
+from qlora_cli.frozen import frozen
 from qlora_cli.settings.generation import GenerationSettings
 from qlora_cli.settings.groups import (
     NAME,
@@ -43,7 +42,7 @@ SCHEDULERS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class PrepareConfig(ModelSettings, DataSettings):
     """`qlora prepare`: records to a prepared directory."""
 
@@ -60,7 +59,7 @@ class PrepareConfig(ModelSettings, DataSettings):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSettings, StepSettings):
     """`qlora train`: a base model and rows to a run directory."""
 
@@ -181,7 +180,7 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     shard_offload: bool = setting(False, "With --shard: the shares wait in host memory.", panel=MEMORY, resume=ROUNDING)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class MergeConfig(ModelSettings):
     """`qlora merge`: a run to a plain transformers checkpoint."""
 
@@ -230,7 +229,7 @@ class MergeConfig(ModelSettings):
     resume: bool = setting(True, "Reuse finished shards of an interrupted merge.", panel=RUN)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class GenerateConfig(ModelSettings, GenerationSettings):
     """`qlora generate`: a base, maybe with an adapter, and prompts to text."""
 
@@ -241,7 +240,7 @@ class GenerateConfig(ModelSettings, GenerationSettings):
     verbose: bool = setting(False, "Say which decoding path is used and how fast it was.", panel=RUN)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class InspectConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSettings, StepSettings):
     """`qlora inspect`: facts on a model, on what 4 bits cost it on some rows, an adapter, a run, a prepared set or this
     machine."""

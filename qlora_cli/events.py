@@ -1,10 +1,11 @@
 """Events that a command reports while it works; what becomes of them is up to the `Report` that receives them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from qlora_cli.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Vram:
     """Memory of one CUDA device, in bytes: allocated now, the highest since the start, and the card's total."""
 
@@ -13,26 +14,26 @@ class Vram:
     total_bytes: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Event:
     """Base of every event."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Notice(Event):
     """A decision or fact the user should read once, as one sentence."""
 
     text: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Caution(Event):
     """Something that is probably not what the user wants, though the work goes on."""
 
     text: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Progress(Event):
     """`done` of `total` units of a task; total None while it is unknown. The task ends when they are equal."""
 
@@ -42,7 +43,7 @@ class Progress(Event):
     unit: str = "rows"  # "bytes" is drawn as GiB
 
 
-@dataclass(frozen=True)
+@frozen
 class RunStarted(Event):
     """Training begins (or goes on) at `first_step` of `total_steps`."""
 
@@ -54,7 +55,7 @@ class RunStarted(Event):
     engine: str  # one line: which fast paths are in use
 
 
-@dataclass(frozen=True)
+@frozen
 class StepLogged(Event):
     """One optimizer step. `loss` is nats per trained token; `tokens` are real tokens, no padding."""
 
@@ -71,7 +72,7 @@ class StepLogged(Event):
     cards: tuple[Vram, ...] = ()  # of every card, by rank
 
 
-@dataclass(frozen=True)
+@frozen
 class EvaluationLogged(Event):
     """Held-out loss in nats per trained token, and its exponential."""
 
@@ -80,7 +81,7 @@ class EvaluationLogged(Event):
     perplexity: float
 
 
-@dataclass(frozen=True)
+@frozen
 class SampleAnswered(Event):
     """What the model answers to a sample prompt after `step` steps of its training; 0 before them."""
 
@@ -89,7 +90,7 @@ class SampleAnswered(Event):
     answer: str
 
 
-@dataclass(frozen=True)
+@frozen
 class CheckpointSaved(Event):
     """A verified checkpoint stands at `path`."""
 
@@ -99,7 +100,7 @@ class CheckpointSaved(Event):
     seconds: float
 
 
-@dataclass(frozen=True)
+@frozen
 class RowShown(Event):
     """One prepared row to be shown: pieces of text, each with whether it is trained on.
 
@@ -120,7 +121,7 @@ class RowShown(Event):
     left_out: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@frozen
 class TextGenerated(Event):
     """A piece of the answer, in order; `final` closes one answer."""
 

@@ -2,31 +2,17 @@
 
 import importlib
 import os
-import re
 import shlex
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from qlora_cli import __version__
 from qlora_cli.artifacts import find_run_record, is_run
-from qlora_cli.cli.options import (
-    CONTEXT,
-    PanelledCommand,
-    QuickGroup,
-    explain_mistake,
-    overrides,
-    parameter,
-    signature_of,
-    variables_in_use,
-)
+from qlora_cli.cli.command_line.declared import Command, Positional, Typed
+from qlora_cli.cli.command_line.plain import read_plainly
 from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descriptors, tolerant_streams
 from qlora_cli.cli.visible import visible
 from qlora_cli.cli.waiting import FIRST_SIGN, LIBRARIES, LoadingSign, loading_sign
@@ -35,47 +21,24 @@ from qlora_cli.core.runs.validate import check
 from qlora_cli.core.torchless import leave_torch_out
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Notice
+from qlora_cli.frozen import frozen
 from qlora_cli.interrupts import SENTENCE, Terminated, loading, take_signal, working
 
 if TYPE_CHECKING:
     from qlora_cli.cli.console import Console
 
-COMMANDS: dict[str, Callable[[typer.Typer], None]] = {}  # by name, what adds it to a program
+COMMANDS: dict[str, Command] = {}
 
 
-def make_program(names: Iterable[str]) -> typer.Typer:
-    """The program with these of its commands: to make all of them takes a fifth of the time to the first line."""
-    program = typer.Typer(
-        name="qlora",
-        cls=QuickGroup,
-        help="Fine-tune a large language model with QLoRA: its weights in 4 bits, a small adapter trained on top.",
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    program.callback(invoke_without_command=True)(qlora)
-    for name in names:
-        COMMANDS[name](program)
-    return program
+class Ended(Exception):
+    """A command has ended with an exit code, and has no result to show."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"qlora {__version__}")
-        raise typer.Exit
-
-
-def qlora(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
-@dataclass(frozen=True)
+@frozen
 class Call:
     """Settings of one invocation, its console, and its positional arguments."""
 
@@ -101,67 +64,68 @@ class Call:
 
 
 def command(
-    config_type: type, *arguments: Any, before: Callable[..., None] | None = None, **always: Any
+    config_type: type, *positional: Positional, before: Callable[..., None] | None = None, **always: Any
 ) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Registers a function under its own name as a command with the options of `config_type`; its result is shown.
 
     Args:
         config_type: One of the dataclasses of `config.py`.
-        arguments: Positional ones.
+        positional: Arguments without a flag.
         before: Checks settings and positional arguments before anything is imported that takes time; by default `check`.
         always: Settings that the command has whatever is typed.
     """
 
     def register(body: Callable[[Call], Any]) -> Callable[[Call], Any]:
-        def run(**values: Any) -> None:
-            if values["print_schema"] or values.get("list_recipes"):
+        def run(typed: Typed) -> int:
+            if typed.flags.get("print_schema") or typed.flags.get("list_recipes"):
                 from qlora_cli.cli.listings import print_listing
 
-                print_listing(config_type, schema=values["print_schema"])
-                return
+                print_listing(config_type, schema=typed.flags.get("print_schema", False))
+                return 0
             try:
                 with ExitStack() as stack:
                     stack.enter_context(working())
-                    given = overrides(values[CONTEXT], config_type, values) | always
-                    config = config_type(**{**settings_of_file(values["config_file"], config_type), **given})
-                    positional = {argument.name: values[argument.name] for argument in arguments}
-                    (before or check)(config, **positional)
-                    result = begin(stack, config, positional, values).run(body)
+                    given = typed.settings | always
+                    config = config_type(**{**settings_of_file(typed.flags.get("config_file"), config_type), **given})
+                    (before or check)(config, **typed.positional)
+                    result = begin(stack, config, typed).run(body)
+            except Ended as ended:
+                return ended.exit_code
             except (KeyboardInterrupt, Terminated, OSError) as error:
                 raise _as_failure(error) from error  # Typer would end without a word
-            if result is not None and result.get("fits") is False:
-                raise typer.Exit(DoesNotFit.exit_code)
+            return DoesNotFit.exit_code if result is not None and result.get("fits") is False else 0
 
-        def add(program: typer.Typer) -> None:
-            signature = signature_of(config_type, arguments)
-            run.__signature__ = signature  # type: ignore[attr-defined]
-            run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-            program.command(body.__name__, help=body.__doc__, cls=PanelledCommand)(run)
-
-        COMMANDS[body.__name__] = add
+        COMMANDS[body.__name__] = Command(body.__name__, body.__doc__ or "", config_type, positional, run)
         return body
 
     return register
 
 
-def begin(stack: ExitStack, config: Any, positional: dict[str, Any], values: dict[str, Any]) -> Call:
+def begin(stack: ExitStack, config: Any, typed: Typed) -> Call:
     """A call with its sign, log and console, open as long as the stack."""
-    silent = os.environ.get("RANK", "0") != "0" or values["quiet"]
-    log, libraries = stack.enter_context(open_log(values["log_file"])), libraries_of(config, positional.get("runs"))
+    flags = typed.flags
+    silent = os.environ.get("RANK", "0") != "0" or flags.get("quiet", False)
+    log = stack.enter_context(open_log(flags.get("log_file")))
+    libraries = libraries_of(config, typed.positional.get("runs"))
     sign = stack.enter_context(loading_sign(libraries, silent=silent))
     with loading():
         from qlora_cli.cli.console import Console
     console = Console(
-        as_json=values["as_json"], quiet=values["quiet"], verbose=values["verbose"], log=log, before=sign.stop
+        as_json=flags.get("as_json", False),
+        quiet=flags.get("quiet", False),
+        verbose=flags.get("verbose", False) or getattr(config, "verbose", False),
+        log=log,
+        before=sign.stop,
     )  # its streams are those here
-    if libraries and not values["debug"]:
+    if libraries and not flags.get("debug"):
         from qlora_cli.cli.quiet import quiet_libraries
 
         stack.enter_context(quiet_libraries())
     stack.enter_context(console)
-    if used := variables_in_use(values[CONTEXT], type(config)):
-        console.report(Notice(f"From the environment: {', '.join(f'{n}={os.environ[n]}' for n in used)}."))
-    return Call(config, console, positional, values[CONTEXT].obj, sign)
+    if typed.variables:
+        used = ", ".join(f"{name}={os.environ[name]}" for name in typed.variables)
+        console.report(Notice(f"From the environment: {used}."))
+    return Call(config, console, typed.positional, typed.arguments, sign)
 
 
 def settings_of_file(path: Path | None, config_type: type) -> dict[str, Any]:
@@ -210,7 +174,7 @@ def train(call: Call) -> Any:
     """Train an adapter on rows, into the directory --output."""
     if (call.config.gpus or 1) > 1 and "RANK" not in os.environ:
         launcher = call.load("core.distributed.launcher")
-        raise typer.Exit(launcher.launch(call.config.gpus, call.command_line))
+        raise Ended(launcher.launch(call.config.gpus, call.command_line))
     begin_look_up(call.config.model, call.config.model_revision, call)
     result = call.load("commands.train").train(call.config, call.console.report)
     if not call.config.dry_run:
@@ -227,9 +191,7 @@ def merge(call: Call) -> Any:
     return result.to_dict()
 
 
-PROMPT = parameter(
-    "prompt", Annotated[str | None, typer.Argument(help="Text to answer; - reads it from stdin.")], default=None
-)
+PROMPT = Positional("prompt", "Text to answer; - reads it from stdin.")
 
 
 def check_prompt(config: GenerateConfig, prompt: str | None = None) -> None:
@@ -273,9 +235,7 @@ def chat(call: Call) -> Any:
     return generate(call)
 
 
-RUNS = parameter(
-    "runs", Annotated[list[str] | None, typer.Argument(help="Runs: one, or several beside each other.")], None
-)
+RUNS = Positional("runs", "Runs: one, or several beside each other.", many=True)
 
 
 def check_runs(config: InspectConfig, runs: list[str] | None = None) -> None:
@@ -327,20 +287,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """The exit code of one command line, its failure shown."""
-    program = make_program(arguments[:1] if arguments and arguments[0] in COMMANDS else COMMANDS)
     try:
-        return program(arguments, prog_name="qlora", standalone_mode=False, obj=arguments) or 0
+        found = COMMANDS.get(arguments[0]) if arguments else None
+        if found is not None and (typed := read_plainly(found, arguments)) is not None:
+            return found.run(typed)
+        from qlora_cli.cli.command_line.program import run_program
+
+        return run_program(COMMANDS, arguments)
     except (Exception, Terminated) as error:
         failure = _as_failure(error)
         if "--debug" in arguments and _speaks(failure):
+            import traceback
+
             print(visible("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return _show(failure, as_json="--json" in arguments)
-
-
-def list_flags() -> dict[str, set[str]]:
-    """The flags of every command."""
-    group: Any = typer.main.get_command(make_program(COMMANDS))
-    return {name: {flag for param in command.params for flag in param.opts} for name, command in group.commands.items()}
 
 
 def _speaks(failure: QloraError) -> bool:
@@ -364,15 +324,6 @@ def _as_failure(error: BaseException) -> QloraError:
     number = take_signal()  # a library may have made another error of the one it raised
     if number is not None or isinstance(error, KeyboardInterrupt):
         return Interrupted(SENTENCE, number or signal.SIGINT)
-    if isinstance(error, typer.TyperException):
-        context = getattr(error, "ctx", None)
-        message = error.format_message().replace("Value error, ", "")  # as pydantic, inside Typer, begins some
-        message = re.sub(r" (\(Possible options: .*\)|Did you mean .*)$", "", message)
-        hint = (
-            explain_mistake(error, COMMANDS, list_flags)
-            or f"See: {context.command_path if context else 'qlora'} --help"
-        )
-        return UsageError(message, hint)
     from qlora_cli.core.storage.disk_space import describe_refusal
 
     if (refusal := describe_refusal(error)) is not None:

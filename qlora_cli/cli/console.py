@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qlora_cli.cli.line_view import LineView
 from qlora_cli.cli.screens.drawing import draw_screen
 from qlora_cli.cli.streams import UnwrittenOutput
 from qlora_cli.cli.visible import CONTROLS, visible, visible_event
@@ -15,6 +14,7 @@ from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Caution, Event, RowShown, TextGenerated
 
 if TYPE_CHECKING:
+    from qlora_cli.cli.line_view import LineView
     from qlora_cli.cli.live_view import LiveView
 
 
@@ -47,14 +47,15 @@ class Console:
         self.as_json = as_json
         self.quiet = quiet
         self.verbose = verbose
-        self._log = LineView(log) if log is not None else None
+        self._log = _line_view(log) if log is not None else None
         self._before = before
         self.silent = os.environ.get("RANK", "0") != "0"  # of several ranks the first one writes
         self._stdout = sys.stdout
         self._talks = False  # whether a conversation is held on this terminal
         self._next: list[str] = []
         self._live = has_live_view()
-        self._shown: LiveView | LineView | None = None if self._live else LineView(sys.stderr)
+        self._shown: LiveView | LineView | None = None
+        self._stderr = sys.stderr
 
     def __enter__(self) -> "Console":
         return self
@@ -68,9 +69,12 @@ class Console:
     def _view(self) -> "LiveView | LineView":
         """What progress is drawn by, made when there is something to draw: rich takes a while to import."""
         if self._shown is None:
-            from qlora_cli.cli.live_view import live_view
+            if self._live:
+                from qlora_cli.cli.live_view import live_view
 
-            self._shown = live_view()
+                self._shown = live_view()
+            else:
+                self._shown = _line_view(self._stderr)
         return self._shown
 
     def _close_view(self) -> None:
@@ -147,6 +151,12 @@ class Console:
         finally:
             self._talks = True
             self._echo_typing(False)  # until the answer is there
+
+
+def _line_view(stream: TextIO) -> "LineView":
+    from qlora_cli.cli.line_view import LineView
+
+    return LineView(stream)
 
 
 def to_json(value: Any) -> str:

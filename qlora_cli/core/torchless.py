@@ -8,7 +8,6 @@ line does so, never a function called from Python.
 
 import importlib
 import json
-import subprocess
 import sys
 from typing import Any
 
@@ -36,6 +35,8 @@ def ask_with_torch(function: str, *arguments: str) -> Any:
     Raises:
         QloraError: It failed.
     """
+    import subprocess
+
     command = [sys.executable, "-c", ASK, function, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:

@@ -1,13 +1,12 @@
 """Settings of answers: how tokens are chosen, and how the base is held that chooses them."""
 
-from dataclasses import dataclass
-
+from qlora_cli.frozen import frozen
 from qlora_cli.settings.groups import NAME, SEED, QuantizationSettings
 from qlora_cli.settings.ranges import Numbers, Words
 from qlora_cli.settings.setting import MEMORY, QUANTIZATION, RUN, SAMPLING, Settings, setting
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class SamplingSettings(Settings):
     """How tokens are chosen, and where an answer ends."""
 
@@ -38,7 +37,7 @@ class SamplingSettings(Settings):
     seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING, range=SEED)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class GenerationSettings(QuantizationSettings, SamplingSettings):
     """How the base is held, and how answers are made."""
 

@@ -1,7 +1,6 @@
 """Groups of settings that commands share: name, type, default, range and meaning of each, once."""
 
-from dataclasses import dataclass
-
+from qlora_cli.frozen import frozen
 from qlora_cli.settings.ranges import Memory, Numbers, WordOrNumber, Words
 from qlora_cli.settings.setting import (
     ADAPTER,
@@ -35,7 +34,7 @@ OPTIMIZERS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class ModelSettings(Settings):
     """Which base model."""
 
@@ -54,7 +53,7 @@ class ModelSettings(Settings):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class QuantizationSettings(Settings):
     """How the base is held in 4 bits."""
 
@@ -83,7 +82,7 @@ class QuantizationSettings(Settings):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class DataSettings(Settings):
     """Where rows come from and how each becomes trained and untrained tokens."""
 
@@ -201,7 +200,7 @@ class DataSettings(Settings):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class LoraSettings(Settings):
     """The adapter."""
 
@@ -274,7 +273,7 @@ class LoraSettings(Settings):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class StepSettings(Settings):
     """What one optimizer step is and costs: shared by training and by the memory prediction."""
 

@@ -1,10 +1,10 @@
 """Ranges of settings: which values of a number or a text mean anything. Each stands beside the default it belongs to."""
 
 import re
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qlora_cli.errors import UsageError
+from qlora_cli.frozen import frozen
 
 UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNIT_BYTES |= {
@@ -27,7 +27,7 @@ class Range(Protocol):
         """What to use instead of one that does not, as a sentence."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Numbers:
     """Numbers from `low` to `high`, each end included unless it is open; never NaN."""
 
@@ -51,7 +51,7 @@ class Numbers:
         return f"Use {start} {'to' if not self.open_low else 'and'} {'below' if self.open_high else 'at most'} {high}."
 
 
-@dataclass(frozen=True)
+@frozen
 class Words:
     """Text of at most `longest_bytes` in UTF-8, not empty, and without control characters."""
 
@@ -71,7 +71,7 @@ class Words:
         return f"Use 1 to {self.longest_bytes:,} bytes of text without control characters."
 
 
-@dataclass(frozen=True)
+@frozen
 class Memory:
     """An amount of memory, such as 12GiB."""
 
@@ -89,7 +89,7 @@ class Memory:
         return "Write an amount of memory with its unit, as 12GiB, 12000MiB or 12GB."
 
 
-@dataclass(frozen=True)
+@frozen
 class WordOrNumber:
     """One of a few words, or a whole number from 0 to `high`."""
 

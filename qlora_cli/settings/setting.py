@@ -1,10 +1,11 @@
 """How a setting is declared: its default, help text, allowed values and flag, once."""
 
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args
 
 from qlora_cli.errors import UsageError
+from qlora_cli.frozen import frozen
 from qlora_cli.settings.ranges import Range
 
 MODEL = "Model"
@@ -106,7 +107,7 @@ def fault_of(option: Field, value: Any) -> tuple[str, str] | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Settings:
     """Base of every group of settings: no value outside its range gets into one.
 

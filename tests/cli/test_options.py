@@ -176,3 +176,37 @@ def test_a_wrong_settings_file_is_named(content, says, capsys, tmp_path):
     assert commands.main(["train", "--config", str(path)]) == 2
     err = capsys.readouterr().err
     assert str(path) in err and says in err and "Traceback" not in err
+
+
+LINES = st.lists(
+    st.one_of(
+        st.sampled_from(["--rank", "8", "-m", "model", "--packing", "--no-packing", "--packing=x", "--dora", "--data", "a:0.3",
+                         "-d", "b,c", "--target-modules", "q_proj, v_proj", "--learning-rate=1e-4", "--shape", "text", "-q",
+                         "--json", "--verbose", "--log-file", "log", "-c", "run.yaml", "--debug", "-o", "-", "--", "-h", "-mx",
+                         "--rnak", "--quant-type", "fp4", "--chat", "--stop", "x", "--raw", "--adapter=", "--seed", "-1", ""]),
+        st.text("ab -=", max_size=4),
+    ),
+    max_size=7,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(["train", "generate", "inspect", "chat"]), words=LINES)
+def test_what_is_read_plainly_is_what_typer_reads(name, words):
+    from qlora_cli.cli.app import COMMANDS
+    from qlora_cli.cli.command_line.plain import read_plainly
+    from qlora_cli.cli.command_line.program import run_program
+    from qlora_cli.errors import UsageError
+
+    def reading(read):
+        try:
+            return read()
+        except UsageError as error:
+            return error.message, error.hint
+
+    seen = []
+    recording = replace(COMMANDS[name], run=lambda typed: seen.append(typed) or 0)
+    plain = reading(lambda: read_plainly(recording, [name, *words]))
+    if plain is not None:
+        typers = reading(lambda: run_program({**COMMANDS, name: recording}, [name, *words]))
+        assert plain == seen[0] if seen else isinstance(plain, tuple) and isinstance(typers, tuple)

@@ -3,7 +3,8 @@
 Without rich, whose import takes longer than all that `inspect` of an adapter does; what it draws are tables, and all facts.
 """
 
-import shutil
+import os
+import sys
 import textwrap
 import unicodedata
 from typing import Any, TextIO
@@ -25,7 +26,7 @@ def draw_screen(stream: TextIO, result: dict[str, Any], *, verbose: bool, width:
         verbose: Whether all facts follow.
         width: In columns; by default that of the terminal, or 80.
     """
-    width = width or shutil.get_terminal_size().columns
+    width = width or columns_of_terminal()
     screen, styled = screen_of(result), draws_on(stream)
     lines: list[str] = []
     for position, sentence in enumerate(screen.sentences if screen else ()):
@@ -56,6 +57,17 @@ def draw_screen(stream: TextIO, result: dict[str, Any], *, verbose: bool, width:
         stream.write("\n")
         draw_tables(make_console(stream, width), screen.tables)
     stream.flush()
+
+
+def columns_of_terminal() -> int:
+    """Columns of the terminal, as `shutil.get_terminal_size` finds them, which takes longer to import than to draw."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        return 80
 
 
 def columns_of(text: str) -> int:

@@ -11,7 +11,6 @@ import yaml
 
 from qlora_cli import artifacts
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name, read_adapter
-from qlora_cli.core.training.progress import STATE, read_trainer_state
 
 
 def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> dict[str, Any]:
@@ -50,7 +49,9 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
     if settings.is_file():
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
         facts["settings"] = yaml.load(settings.read_text(encoding="utf-8"), loader)  # a safe one
-    if in_checkpoint or (directory / STATE).is_file():
+    if in_checkpoint or (directory / artifacts.TRAINER_STATE).is_file():
+        from qlora_cli.core.training.progress import read_trainer_state
+
         state = read_trainer_state(directory)
         facts["kind"] = "checkpoint"
         facts["progress"] = {  # in the words of `summarise_metrics`

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.artifacts import TRAINER_STATE
 from qlora_cli.core.storage.checkpoint import Checkpoint, read_file
 from qlora_cli.errors import CheckpointError, first_line
 
-STATE = "state.json"
 GROWTH_INTERVAL_STEPS = 2000
 
 
@@ -64,7 +64,7 @@ def read_trainer_state(source: Checkpoint | Path) -> TrainerState:
         progress = read_state(source)["progress"]
         return TrainerState(**{**progress, "loss_scale": LossScale(**progress["loss_scale"])})
     except (LookupError, TypeError) as error:
-        raise CheckpointError(f"{STATE} was written by another version of qlora ({error}).") from error
+        raise CheckpointError(f"{TRAINER_STATE} was written by another version of qlora ({error}).") from error
 
 
 def read_state(source: Checkpoint | Path) -> dict[str, Any]:
@@ -74,9 +74,9 @@ def read_state(source: Checkpoint | Path) -> dict[str, Any]:
         CheckpointError: It cannot be read.
     """
     try:
-        content = json.loads(read_file(source, STATE))
+        content = json.loads(read_file(source, TRAINER_STATE))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{STATE} cannot be read ({first_line(error)}).") from error
+        raise CheckpointError(f"{TRAINER_STATE} cannot be read ({first_line(error)}).") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{STATE} was written by another version of qlora.")
+        raise CheckpointError(f"{TRAINER_STATE} was written by another version of qlora.")
     return content

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_json
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINER_STATE, write_json
 from qlora_cli.core.storage.checkpoint import (
     Checkpoint,
     prune,
@@ -18,14 +18,14 @@ from qlora_cli.core.storage.checkpoint import (
 )
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import load_optimizer_state, optimizer_state
-from qlora_cli.core.training.progress import STATE, TrainerState, read_state
+from qlora_cli.core.training.progress import TrainerState, read_state
 from qlora_cli.core.training.rng_state import RandomState
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import CheckpointSaved, Report, report_nothing
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 RANDOM_TENSORS = "random.safetensors"
-REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_TENSORS, RANDOM_TENSORS, STATE)
+REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_TENSORS, RANDOM_TENSORS, TRAINER_STATE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Checkpointing:
             drawn = {f"{rank}.{name}": state for rank, of in enumerate(random_states) for name, state in of.items()}
             write_tensors(directory / RANDOM_TENSORS, drawn)
             saved = {"kind": type(optimizer).__name__, "layout": parameters.layout(), "numbers": numbers}
-            write_json(directory / STATE, {"progress": asdict(state), "optimizer": saved})
+            write_json(directory / TRAINER_STATE, {"progress": asdict(state), "optimizer": saved})
 
         checkpoint = write_checkpoint(
             self.root,

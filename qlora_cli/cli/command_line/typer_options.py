@@ -1,16 +1,11 @@
-"""Typer options made from a settings dataclass, and the settings that a command line gives.
+"""Typer options made from a settings dataclass, and the settings that a command line gives."""
 
-Nothing is restated here: name, type, default, help, panel and choices all come from `config.py`.
-"""
-
-import difflib
 import glob
 import inspect
 import os
-import re
 import textwrap
 from collections.abc import Callable, Iterable
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,36 +14,23 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qlora_cli.artifacts import is_prepared, is_run
-from qlora_cli.errors import UsageError
-from qlora_cli.settings.peer_names import COMMANDS, PEERS, UNNEEDED, VALUES, suggest_setting
+from qlora_cli.cli.command_line.declared import (
+    SHORT,
+    CallFlag,
+    Command,
+    Positional,
+    Typed,
+    call_flags,
+    read_value,
+    setting_value,
+    variable_of,
+)
+from qlora_cli.frozen import frozen
 from qlora_cli.settings.setting import PANELS, flag_of, type_of
 
 THIS_CALL = "This call"
 KINDS = (bool, int, float, str, list, Path)
 CONTEXT = "context"  # name of the parameter through which Typer hands over its context
-
-
-SHORT = {
-    "model": ("-m",),
-    "data": ("-d",),
-    "output": ("-o",),
-    "adapter": ("-a",),
-    "config_file": ("-c",),
-    "quiet": ("-q",),
-}
-
-
-def variable_of(name: str) -> str:
-    """The variable of the environment that stands for a setting: QLORA_LEARNING_RATE."""
-    return f"QLORA_{name.upper()}"
-
-
-def variables_in_use(context: Any, config_type: type) -> list[str]:
-    """Variables of the environment that this invocation took settings from."""
-    sources = {field.name: context.get_parameter_source(field.name) for field in fields(config_type)}
-    return [
-        variable_of(name) for name, source in sources.items() if source is not None and source.name == "ENVIRONMENT"
-    ]
 
 
 def _complete_config(incomplete: str) -> list[str]:
@@ -83,20 +65,9 @@ def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-RECIPES_FLAG = parameter(
-    "list_recipes",
-    Annotated[bool, typer.Option("--list-recipes", help="List the recipes for --config.", rich_help_panel=THIS_CALL)],
-    False,
-)
-
-
-def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = ()) -> inspect.Signature:
-    """The signature from which Typer makes a command: positional arguments, then every setting, panel by panel.
-
-    Args:
-        config_type: One of the dataclasses of `config.py`.
-        arguments: Positional arguments that are no setting, such as the prompt.
-    """
+def signature_of(command: Command) -> inspect.Signature:
+    """The signature from which Typer makes a command: positional arguments, then every setting, panel by panel."""
+    config_type = command.config_type
     owners = [*config_type.__mro__[1:-1], config_type]
     ordered = sorted(
         fields(config_type),
@@ -108,37 +79,32 @@ def signature_of(config_type: type, arguments: tuple[inspect.Parameter, ...] = (
     return inspect.Signature(
         [
             parameter(CONTEXT, typer.Context),
-            *arguments,
+            *(_positional(argument) for argument in command.positional),
             *(_option(field) for field in ordered),
-            _extra(
-                "config_file",
-                Path | None,
-                None,
-                "--config",
-                "YAML file of settings, or a recipe's name; flags override it.",
-            ),
-            _extra("as_json", bool, False, "--json", "Print the result as one JSON object on stdout."),
-            *(
-                []
-                if "verbose" in {field.name for field in fields(config_type)}
-                else [_extra("verbose", bool, False, "--verbose", "Show every fact of the result.")]
-            ),
-            _extra("quiet", bool, False, "--quiet", "Warnings, errors and results alone."),
-            _extra(
-                "log_file", Path | None, None, "--log-file", "Append all that is reported to this file, with the time."
-            ),
-            _extra("debug", bool, False, "--debug", "Show tracebacks, and what the libraries say."),
-            *([RECIPES_FLAG] if "learning_rate" in {field.name for field in fields(config_type)} else []),
-            _extra("print_schema", bool, False, "--print-schema", "Print a JSON schema of --config, for editors."),
+            *(_call_flag(flag) for flag in call_flags(config_type)),
         ]
     )
 
 
-def _extra(name: str, kind: Any, default: Any, flag: str, help: str) -> inspect.Parameter:
+def _positional(argument: Positional) -> inspect.Parameter:
+    kind: Any = list[str] if argument.many else str
+    return parameter(argument.name, Annotated[kind | None, typer.Argument(help=argument.help)], None)
+
+
+def _call_flag(flag: CallFlag) -> inspect.Parameter:
     option = typer.Option(
-        flag, *SHORT.get(name, ()), help=help, rich_help_panel=THIS_CALL, autocompletion=COMPLETIONS.get(name)
+        flag.flag,
+        *_short(flag.name),
+        help=flag.help,
+        rich_help_panel=THIS_CALL,
+        autocompletion=COMPLETIONS.get(flag.name),
     )
-    return parameter(name, Annotated[kind, option], default)
+    kind: Any = bool if flag.kind is bool else Path | None
+    return parameter(flag.name, Annotated[kind, option], False if flag.kind is bool else None)
+
+
+def _short(name: str) -> tuple[str, ...]:
+    return (SHORT[name],) if name in SHORT else ()
 
 
 def _option(field: Field) -> inspect.Parameter:
@@ -155,7 +121,7 @@ def _option(field: Field) -> inspect.Parameter:
     former_name = field.metadata["former_name"]
     option = typer.Option(
         flag_of(field),
-        *SHORT.get(field.name, ()),
+        *_short(field.name),
         *([f"--{former_name}"] if former_name else []),
         envvar=variable_of(field.name),
         show_envvar=False,
@@ -168,26 +134,25 @@ def _option(field: Field) -> inspect.Parameter:
     return parameter(field.name, Annotated[kind | None if optional else kind, option], field.default)
 
 
-def overrides(context: typer.Context, config_type: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that stand on the command line, as the dataclass takes them.
+def read_typed(context: typer.Context, command: Command, values: dict[str, Any]) -> Typed:
+    """What a command line says, of what Typer read.
 
     A variable of the environment, QLORA_RANK for --rank, counts as typed, and a flag overrides it. A default that Typer
     filled in is left out, so that a `--config` file is not overridden by it.
     """
-    found = {}
-    for field in fields(config_type):
-        source = context.get_parameter_source(field.name)
-        if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
-            continue
-        value = values[field.name]
-        if get_origin(type_of(field)[0]) is tuple:
-            parts = value if field.metadata["repeated"] else [part.strip() for part in value.split(",")]
-            value = tuple(filter(None, parts))
-        found[field.name] = value
-    return found
+    options = {field.name: field for field in fields(command.config_type)}
+    sources = {name: source.name for name in values if (source := context.get_parameter_source(name)) is not None}
+    typed = {name: values[name] for name, source in sources.items() if source in ("COMMANDLINE", "ENVIRONMENT")}
+    return Typed(
+        settings={name: setting_value(options[name], typed[name]) for name in options if name in typed},
+        positional={argument.name: values[argument.name] for argument in command.positional},
+        flags={flag.name: typed[flag.name] for flag in call_flags(command.config_type) if flag.name in typed},
+        arguments=context.obj,
+        variables=[variable_of(name) for name in options if sources.get(name) == "ENVIRONMENT"],
+    )
 
 
-@dataclass(frozen=True)
+@frozen
 class Coercion:
     """Turns what was typed into a setting's type, in place of Typer's own, which imports pydantic: an eighth of a second.
 
@@ -209,33 +174,11 @@ class Coercion:
         """
         if not isinstance(value, str):
             return value
-        if self.choices:
-            if value not in self.choices:
-                meant = [VALUES.get(value.lower()), *difflib.get_close_matches(value.lower(), self.choices, 1)]
-                close = next((word for word in meant if word in self.choices), None)
-                words = ", ".join(map(repr, self.choices))
-                raise UsageError(
-                    f"Invalid value for '{param.opts[0]}': {value!r} is not one of {words}.",
-                    f"Did you mean: {param.opts[0]} {close}" if close else f"Choose one of: {', '.join(self.choices)}.",
-                )
-            return value
-        if self.kind is bool:
-            return value.strip().lower() in ("1", "true", "yes", "on")  # of the environment
-        if self.other is not None:
+        if self.other is not None and not self.choices:
             from typer._coercion import build_runtime_param
 
             return build_runtime_param(self.other).coerce(value, param=param, ctx=ctx)
-        if self.kind in (int, float):
-            try:
-                return self.kind(value)
-            except ValueError:
-                wanted = "a whole number" if self.kind is int else "a number"
-                example = "as 16" if self.kind is int else "as 2e-4"
-                raise UsageError(
-                    f"Invalid value for '{param.opts[0]}': {value!r} is not {wanted}.",
-                    f"Write {wanted}, {example}: {param.opts[0]} {'16' if self.kind is int else '2e-4'}",
-                ) from None
-        return Path(value) if self.kind is Path else value
+        return read_value(value, self.kind, self.choices, param.opts[0])
 
 
 def coercion_of(descriptor: Any) -> Coercion:
@@ -246,38 +189,6 @@ def coercion_of(descriptor: Any) -> Coercion:
     if get_origin(kind) is Literal:
         return Coercion(str, get_args(kind))
     return Coercion(get_origin(kind) or kind, other=None if (get_origin(kind) or kind) in KINDS else descriptor)
-
-
-def explain_mistake(error: Any, names: Iterable[str], list_flags: Callable[[], dict[str, set[str]]]) -> str | None:
-    """What to type instead of an option or a command that there is not; None where nothing is known of it.
-
-    Args:
-        error: Of Typer.
-        names: Commands there are.
-        list_flags: Returns the flags of every command.
-    """
-    context = getattr(error, "ctx", None)
-    if (option := getattr(error, "option_name", None)) is not None and context is not None:
-        by_name = {param.name: param for param in context.command.params if getattr(param, "opts", None)}
-        dashed = option.strip("-").lower()
-        found = suggest_setting(option, by_name)
-        is_named = found is not None and found in PEERS.get(dashed.replace("_", "-"), ())
-        if dashed in UNNEEDED and not is_named:
-            return UNNEEDED[dashed]
-        elsewhere = list_flags()
-        if not is_named and (owner := next((name for name, flags in elsewhere.items() if option in flags), None)):
-            return f"{option} is a setting of: qlora {owner}"
-        if found is not None:
-            return f"Did you mean: {by_name[found].opts[0]}"
-        meant = {f"--{setting.replace('_', '-')}" for setting in PEERS.get(dashed, ())}
-        other = next((name for name, flags in elsewhere.items() if meant & flags), None)
-        return f"That is a setting of another command; see: qlora {other} --help" if other else None
-    typed = re.search(r"No such command '([^']*)'", str(getattr(error, "message", "")))
-    if typed is None:
-        return None
-    word = typed[1].lower()
-    close = difflib.get_close_matches(word, [*names], 1)
-    return f"Type: {COMMANDS[word]}" if word in COMMANDS else f"Type: qlora {close[0]}" if close else None
 
 
 def coerced_by_ourselves(options: Iterable[Any]) -> list[Any]:
