@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from qlora_cli.core.data.packing import MicroBatch
 
 
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Inside the block every module of a model computes as its class does, whatever an engine put in place of that; what
+    is put in place meanwhile is gone afterwards."""
+    before = {module: module.__dict__.pop("forward") for module in model.modules() if "forward" in module.__dict__}
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.__dict__.pop("forward", None)
+        for module, forward in before.items():
+            module.__dict__["forward"] = forward
+
+
 class Engine(Protocol):
     """What the training loop needs of a step."""
 

@@ -1,8 +1,12 @@
-"""Sample prompts: answers of a model while it is trained, by the engine of its steps, so that nothing is loaded or undone."""
+"""Sample prompts: answers of a model while it is trained, without loading or undoing anything.
 
-from collections.abc import Mapping, Sequence
+On a card the engine of the steps reads the rows anew for each token: its forward passes take milliseconds, and it is what
+knows where weights and embeddings lie. On the CPU, where each would take seconds, its parts are set aside for a while, and
+a session answers as `generate` does: weights dequantised once, keys and values kept.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +14,15 @@ import torch
 
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.device import free_memory
-from qlora_cli.core.engine.engine import Engine
+from qlora_cli.core.engine.engine import Engine, set_aside
 from qlora_cli.core.generation.requests import GrowingCompletion, Request, find_end_ids, make_request
+from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.prompts.formatting import Formatting, format_prompt
 from qlora_cli.core.training.rng_state import undisturbed_random_state
-from qlora_cli.events import Caution, Event, SampleAnswered
+from qlora_cli.events import Caution, Event, SampleAnswered, report_nothing
+from qlora_cli.settings.generation import GenerationSettings
 
-LONGEST_ANSWER = 64  # tokens: the model reads the whole row again for each, as it keeps nothing between steps
+LONGEST_ANSWER = 64  # tokens
 
 
 def make_requests(
@@ -61,27 +67,36 @@ class SamplePrompts:
 
     def ask(self, step: int) -> list[Event]:
         """The likeliest answers after a step, without a trace on the training that goes on; a caution without memory."""
-        start = partial(
-            GrowingCompletion,
-            tokenizer=self.tokenizer,
-            end_ids=find_end_ids(self.model, self.tokenizer, self.formatting),
-        )
-        growing = [start(request) for request in self.requests.values()]
-        rows = [list(request.ids) for request in self.requests.values()]
+        end_ids = find_end_ids(self.model, self.tokenizer, self.formatting)
         self.model.eval()
         try:
             with undisturbed_random_state(self.device), torch.no_grad():
-                while left := [number for number, answer in enumerate(growing) if answer.finish is None]:
-                    ids = [np.asarray(rows[number], dtype=np.int32) for number in left]
-                    batch = collate([(row, np.ones(len(row), dtype=bool)) for row in ids], left)
-                    chosen = self.engine.next_logits(batch).argmax(-1).tolist()
-                    for number, token in zip(left, chosen, strict=True):
-                        rows[number].append(token)
-                        growing[number].push(token)
+                answer = self._read_again if self.device.type == "cuda" else self._keep_what_was_read
+                texts = answer(list(self.requests.values()), end_ids)
         except torch.OutOfMemoryError:
             free_memory(self.device)
             return [Caution("There is no memory to answer the sample prompts: none is answered at this step.")]
         finally:
             self.model.train()
-        answers = [answer.completion().text for answer in growing]
-        return [SampleAnswered(step, prompt, text) for prompt, text in zip(self.requests, answers, strict=True)]
+        return [SampleAnswered(step, prompt, text) for prompt, text in zip(self.requests, texts, strict=True)]
+
+    def _read_again(self, requests: Sequence[Request], end_ids: Collection[int]) -> list[str]:
+        """Answers by the engine, which reads the whole rows for each token."""
+        growing = [GrowingCompletion(request, tokenizer=self.tokenizer, end_ids=end_ids) for request in requests]
+        rows = [list(request.ids) for request in requests]
+        while left := [number for number, answer in enumerate(growing) if answer.finish is None]:
+            ids = [np.asarray(rows[number], dtype=np.int32) for number in left]
+            batch = collate([(row, np.ones(len(row), dtype=bool)) for row in ids], left)
+            chosen = self.engine.next_logits(batch).argmax(-1).tolist()
+            for number, token in zip(left, chosen, strict=True):
+                rows[number].append(token)
+                growing[number].push(token)
+        return [answer.completion().text for answer in growing]
+
+    def _keep_what_was_read(self, requests: Sequence[Request], end_ids: Collection[int]) -> list[str]:
+        """Answers by a session on the model as it is without its engine."""
+        settings = GenerationSettings(temperature=0.0, max_new_tokens=LONGEST_ANSWER)
+        with set_aside(self.model):
+            session = GenerationSession(settings, report_nothing, model=self.model, tokenizer=self.tokenizer)
+            texts = {answer.index: answer.text for answer in session.answer(requests, end_ids)}
+        return [texts[request.index] for request in requests]
