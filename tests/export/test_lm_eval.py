@@ -20,6 +20,7 @@ README = (PROJECT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval")
 def test_lm_eval_takes_an_adapter_and_a_model_as_the_readme_says(tiny_model, tmp_path):
     base = tiny_model("llama")
+    (tmp_path / "out").mkdir()
     write_run(tmp_path / "out", base)
     (tmp_path / "merged").symlink_to(base)
     rows = [{"question": f"What is {n} + {n}?", "choices": [str(2 * n), "fish"], "answer": 0} for n in range(4)]
