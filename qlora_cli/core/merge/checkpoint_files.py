@@ -66,13 +66,18 @@ def copy_checkpoint_files(base: Path, adapter: Path, directory: Path) -> None:
     """Copies the tokenizer (the adapter's, else the base's) with its chat template, and the base's generation config,
     processors of images and sound, and own code.
 
+    transformers saves `tokenizer.json` alone. The SentencePiece model that the base has it from comes along all the same:
+    llama.cpp's converter reads gemma's, phi3's and others' tokens from nothing else.
+
     How prompts were formatted in training is recorded too, so that `generate --model` formats them so.
     """
     refuse_links(adapter, TOKENIZER_FILES)  # the base's were looked at when it was found
     trained = any((adapter / name).is_file() for name in TOKENIZER_SIGNS)
     paths = [path for pattern in TOKENIZER_FILES for path in (adapter if trained else base).glob(pattern)]
     beside = [path for pattern in [GENERATION_CONFIG, *PROCESSOR_FILES, "*.py"] for path in base.glob(pattern)]
-    for path in [*paths, *beside]:  # *.py: of a model that comes with its code
+    names = {path.name for path in paths}
+    pieces = [path for path in base.glob("*.model") if path.name not in names]
+    for path in [*paths, *pieces, *beside]:  # *.py: of a model that comes with its code
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})
