@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qlora_cli.cli.screens.drawing import draw_screen
+from qlora_cli.cli.screens.drawing import columns_of_terminal, draw_screen
 from qlora_cli.cli.streams import UnwrittenOutput
 from qlora_cli.cli.visible import CONTROLS, visible, visible_event
+from qlora_cli.cli.wrapping import WordWrap
 from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Caution, Event, RowShown, TextGenerated
 
@@ -53,6 +54,7 @@ class Console:
         self._stdout = sys.stdout
         self._talks = False  # whether a conversation is held on this terminal
         self._next: list[str] = []
+        self._wrap = WordWrap(columns_of_terminal) if self._stdout.isatty() else None
         self._live = has_live_view()
         self._shown: LiveView | LineView | None = None
         self._stderr = sys.stderr
@@ -101,6 +103,8 @@ class Console:
             case TextGenerated(text, final):
                 if not self.as_json:
                     self._close_view()
+                    if self._wrap is not None:
+                        text = self._wrap.feed(text) + (self._wrap.end() if final else "")
                     print(text, end="\n" if final else "", file=self._stdout, flush=True)
                     if failure := getattr(self._stdout, "failure", None):
                         raise UnwrittenOutput(failure)  # nobody reads the rest of the answer
