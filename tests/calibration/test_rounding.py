@@ -17,7 +17,7 @@ from tests.calibration.test_low_rank import gather, make_case
 def test_the_packed_weight_stands_for_what_was_weighed_and_errs_less_on_its_inputs(quant_type, double_quant):
     weight, x = make_case(48, 192, 400, 3)
     settings = QuantizationSettings(quant_type=quant_type, double_quant=double_quant)
-    packed, value = round_to_four_bits(weight, gather(weight, x, "inputs"), settings)
+    [(packed, value)] = round_to_four_bits([weight], gather(weight, x, "inputs"), settings)
     plain = pack_weight(weight, quant_type=quant_type, double_quant=double_quant)
     assert {name: (t.dtype, t.shape) for name, t in packed.items() if "quant_state" not in name} == {
         name: (t.dtype, t.shape) for name, t in plain.items() if "quant_state" not in name
@@ -40,7 +40,7 @@ def test_a_small_update_survives_where_rounding_to_nearest_loses_it():
     target = held + update
     kept = []
     for rounded in (
-        round_to_four_bits(target, gather(weight, x, "inputs"), settings)[1],
+        round_to_four_bits([target], gather(weight, x, "inputs"), settings)[0][1],
         round_trip(target, quant_type="nf4", double_quant=True),
     ):
         kept.append(float((x @ (rounded - target).T).square().sum() / (x @ update.T).square().sum()))
@@ -49,7 +49,7 @@ def test_a_small_update_survives_where_rounding_to_nearest_loses_it():
 
 def test_rounding_to_nearest_without_inputs():
     weight, _ = make_case(16, 128, 10, 5)
-    _, value = round_to_four_bits(weight, None, QuantizationSettings(double_quant=False))
+    [(_, value)] = round_to_four_bits([weight], None, QuantizationSettings(double_quant=False))
     nearest = round_trip(weight, quant_type="nf4", double_quant=False)
     assert float((value - weight).square().sum()) <= float((nearest - weight).square().sum()) * 1.001
 
@@ -59,7 +59,7 @@ def test_descent_takes_more_of_the_outputs_error_away(monkeypatch):
     errors = []
     for sweeps in (0, 1, 2):
         monkeypatch.setattr(rounding, "SWEEPS", sweeps)
-        _, value = round_to_four_bits(weight, gather(weight, x, "inputs"), QuantizationSettings())
+        [(_, value)] = round_to_four_bits([weight], gather(weight, x, "inputs"), QuantizationSettings())
         errors.append(float((x @ (weight - value).T).square().sum()))
     assert errors[2] < errors[1] < 0.97 * errors[0]
 
@@ -67,6 +67,16 @@ def test_descent_takes_more_of_the_outputs_error_away(monkeypatch):
 def test_a_weight_that_no_token_came_to_is_rounded_to_nearest():
     weight, _ = make_case(48, 192, 400, 3)
     settings = QuantizationSettings()
-    packed, value = round_to_four_bits(weight, SecondMoment(), settings)
-    expected, nearest = round_to_four_bits(weight, None, settings)
+    [(packed, value)] = round_to_four_bits([weight], SecondMoment(), settings)
+    [(expected, nearest)] = round_to_four_bits([weight], None, settings)
     assert torch.equal(value, nearest) and torch.equal(packed[""], expected[""])
+
+
+def test_weights_that_read_the_same_inputs_are_rounded_as_each_alone():
+    weight, x = make_case(48, 192, 400, 3)
+    parts = [weight[:32].contiguous(), weight[32:].contiguous()]
+    moment = gather(weight, x, "inputs")
+    for part, (packed, value) in zip(parts, round_to_four_bits(parts, moment, QuantizationSettings()), strict=True):
+        [(alone, expected)] = round_to_four_bits([part], moment, QuantizationSettings())
+        assert torch.equal(value, expected)
+        assert packed.keys() == alone.keys() and all(torch.equal(packed[name], alone[name]) for name in alone)

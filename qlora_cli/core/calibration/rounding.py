@@ -6,6 +6,8 @@ it away. A block's constant is searched before, and sent through double quantisa
 that what is written dequantises to exactly what was weighed here.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,46 +22,59 @@ MOST_COLUMNS = 16_384  # whose second moment is inverted at once; wider weights 
 
 
 def round_to_four_bits(
-    weight: Tensor, moment: SecondMoment | None, quantization: QuantizationSettings
-) -> tuple[dict[str, Tensor], Tensor]:
-    """A weight in 4 bits, nearest where its inputs look.
+    weights: Sequence[Tensor], moment: SecondMoment | None, quantization: QuantizationSettings
+) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Weights that read the same inputs in 4 bits, nearest where those look.
 
     Args:
-        weight: (out, in) float32, `in` a multiple of the block size.
+        weights: (out, in) float32 each, `in` a multiple of the block size.
         moment: Of the inputs; None for rounding to nearest.
         quantization: The 4-bit type, and whether constants are quantised too.
 
     Returns:
-        What a 4-bit checkpoint holds, as `pack_weight` gives it, and what that stands for, (out, in) float32.
+        For each what a 4-bit checkpoint holds, as `pack_weight` gives it, and what that stands for, (out, in) float32.
     """
-    rows, columns = weight.shape
+    weight = torch.cat(list(weights))
+    columns = weight.shape[1]
     values, order = four_bit_values(quantization.quant_type).to(weight.device).sort()
     importance = torch.ones(columns, device=weight.device)
     if moment is not None and moment.inputs is None:  # no token came to it
         moment = None
     if moment is not None and moment.inputs is not None and moment.squares is not None:
         importance = moment.inputs.diagonal() / moment.squares.clamp(min=1e-30) + DAMPING
-    constants = _search_constants(weight, values, importance)
-    template = torch.zeros_like(weight).view(rows, -1, BLOCK_SIZE)
-    template[..., 0] = constants
-    packed = pack_weight(
-        template.view(rows, columns), quant_type=quantization.quant_type, double_quant=quantization.double_quant
-    )
+    searched = _search_constants(weight, values, importance).split([len(part) for part in weights])
+    packed = [_pack_constants(found, columns, quantization) for found in searched]
     if quantization.double_quant:
-        constants = round_trip_constants(constants.flatten()).view(rows, -1)
+        searched = tuple(round_trip_constants(found.flatten()).view_as(found) for found in searched)
+    constants = torch.cat(list(searched))
     step = constants.clamp(min=1e-30).repeat_interleave(BLOCK_SIZE, dim=1)  # (out, in)
-    places = torch.empty(rows, columns, dtype=torch.int64, device=weight.device)
+    places = torch.empty(columns, len(weight), dtype=torch.int64, device=weight.device)
     for start in range(0, columns, MOST_COLUMNS):
         part = slice(start, min(start + MOST_COLUMNS, columns))
+        # Columns as rows: each is read and written in one piece.
+        values_wanted, steps = weight[:, part].T.contiguous(), step[:, part].T.contiguous()
         if moment is None:
-            places[:, part] = _nearest(weight[:, part] / step[:, part], values)
+            places[part] = _nearest(values_wanted / steps, values)
             continue
         square = _damped(moment, part)
-        found = _round_columns(weight[:, part], step[:, part], values, square)
-        places[:, part] = _descend(weight[:, part], step[:, part], values, square, found)
-    codes = order[places].to(torch.uint8).view(-1, 2)
-    packed[""] = (codes[:, 0] << 4 | codes[:, 1]).view(packed[""].shape)
-    return packed, values[places] * constants.repeat_interleave(BLOCK_SIZE, dim=1)
+        found = _round_columns(values_wanted, steps, values, square)
+        places[part] = _descend(values_wanted, steps, values, square, found)
+    codes, taken = order[places.T].to(torch.uint8), values[places.T] * constants.repeat_interleave(BLOCK_SIZE, dim=1)
+    rounded = []
+    for tensors, own, value in zip(
+        packed, codes.split([*map(len, weights)]), taken.split([*map(len, weights)]), strict=True
+    ):
+        pairs = own.reshape(-1, 2)
+        tensors[""] = (pairs[:, 0] << 4 | pairs[:, 1]).view(tensors[""].shape)
+        rounded.append((tensors, value))
+    return rounded
+
+
+def _pack_constants(constants: Tensor, columns: int, quantization: QuantizationSettings) -> dict[str, Tensor]:
+    """What `pack_weight` gives for a weight (out, columns) whose blocks have these constants, codes aside."""
+    template = torch.zeros(len(constants), columns, device=constants.device)
+    template[:, ::BLOCK_SIZE] = constants
+    return pack_weight(template, quant_type=quantization.quant_type, double_quant=quantization.double_quant)
 
 
 def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
@@ -88,40 +103,45 @@ def _damped(moment: SecondMoment, part: slice) -> Tensor:
 
 
 def _round_columns(weight: Tensor, step: Tensor, values: Tensor, square: Tensor) -> Tensor:
-    """Places of the values taken, (out, in), each column's error passed on by the moment."""
+    """Places of the values taken, (in, out), each column's error passed on by the moment.
+
+    Args:
+        weight: (in, out) float32.
+        step: What values are multiplied by, likewise.
+        values: Of the 4-bit type, ascending.
+        square: The damped moment, (in, in).
+    """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
     inverse = torch.linalg.cholesky(inverse, upper=True)
-    left = weight.clone()
-    places = torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
-    for start in range(0, weight.shape[1], COLUMNS):
-        stop = min(start + COLUMNS, weight.shape[1])
-        errors = torch.empty(len(weight), stop - start, device=weight.device)
-        for column in range(start, stop):
-            places[:, column] = _nearest(left[:, column] / step[:, column], values)
-            taken = values[places[:, column]] * step[:, column]
-            error = (left[:, column] - taken) / inverse[column, column]
-            left[:, column:stop] -= error[:, None] * inverse[column, column:stop]
-            errors[:, column - start] = error
-        left[:, stop:] -= errors @ inverse[start:stop, stop:]
+    shares = inverse / inverse.diagonal()[:, None]  # of a column's error, what each later one takes
+    left, places = weight.clone(), torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
+    for start in range(0, len(weight), COLUMNS):
+        stop = min(start + COLUMNS, len(weight))
+        errors = torch.empty_like(left[start:stop])
+        for at, column in enumerate(range(start, stop)):
+            wanted = left[column]
+            if at:
+                wanted = torch.addmv(wanted, errors[:at].T, shares[start:column, column], alpha=-1)
+            places[column] = _nearest(wanted / step[column], values)
+            errors[at] = wanted - values[places[column]] * step[column]
+        left[stop:] -= shares[start:stop, stop:].T @ errors
     return places
 
 
 def _descend(weight: Tensor, step: Tensor, values: Tensor, square: Tensor, places: Tensor) -> Tensor:
-    """Places after some sweeps in which each column takes what is best beside all others as they are."""
+    """Places, (in, out), after some sweeps in which each column takes what is best beside all others as they are."""
     taken = values[places] * step
     for _ in range(SWEEPS):
-        pull = (
-            weight - taken
-        ) @ square  # half the negative gradient; of a sweep only columns still to come are kept up
-        for start in range(0, weight.shape[1], COLUMNS):
-            stop = min(start + COLUMNS, weight.shape[1])
-            changes = torch.empty(len(weight), stop - start, device=weight.device)
-            for column in range(start, stop):
-                wanted = taken[:, column] + pull[:, column] / square[column, column]
-                places[:, column] = _nearest(wanted / step[:, column], values)
-                change = values[places[:, column]] * step[:, column] - taken[:, column]
-                taken[:, column] += change
-                pull[:, column:stop] -= change[:, None] * square[column, column:stop]
-                changes[:, column - start] = change
-            pull[:, stop:] -= changes @ square[start:stop, stop:]
+        pull = square @ (weight - taken)  # half the negative gradient; of a sweep only columns to come are kept up
+        for start in range(0, len(weight), COLUMNS):
+            stop = min(start + COLUMNS, len(weight))
+            changes = torch.empty_like(taken[start:stop])
+            for at, column in enumerate(range(start, stop)):
+                own = pull[column]
+                if at:
+                    own = torch.addmv(own, changes[:at].T, square[start:column, column], alpha=-1)
+                places[column] = _nearest((taken[column] + own / square[column, column]) / step[column], values)
+                changes[at] = values[places[column]] * step[column] - taken[column]
+            taken[start:stop] += changes
+            pull[stop:] -= square[start:stop, stop:].T @ changes
     return places

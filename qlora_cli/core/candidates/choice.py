@@ -197,12 +197,16 @@ def _calibration_batches(adapter: Path, device: torch.device) -> list[Tensor]:
     return batch_rows(rows, chosen)
 
 
-def _to_nearest(options: MergeOptions) -> Callable[[str, Tensor, SecondMoment | None], Tensor]:
+def _to_nearest(options: MergeOptions) -> Callable[[Mapping[str, Tensor], SecondMoment | None], Mapping[str, Tensor]]:
     held = options.quantization
 
-    def rounded(_: str, weight: Tensor, __: SecondMoment | None) -> Tensor:
-        packed = round_trip(weight.to(options.dtype), quant_type=held.quant_type, double_quant=held.double_quant)
-        return packed.float()
+    def rounded(weights: Mapping[str, Tensor], _: SecondMoment | None) -> Mapping[str, Tensor]:
+        return {
+            name: round_trip(
+                weight.to(options.dtype), quant_type=held.quant_type, double_quant=held.double_quant
+            ).float()
+            for name, weight in weights.items()
+        }
 
     return rounded
 

@@ -57,13 +57,14 @@ class Candidate:
 
     Attributes:
         weights: Merged, in 16 or 32 bits.
-        rounded: Receives a linear layer's merged weight (out, in) float32, its name and the second moment of its inputs,
-            and gives what is computed with instead; None where weights stay as they are.
+        rounded: Receives merged weights (out, in) float32 of linear layers that read the same inputs, by the layers'
+            names, and the second moment of those inputs, and gives what is computed with instead; None where weights
+            stay as they are.
         knows_inputs: Whether that moment is gathered; else it is None.
     """
 
     weights: MergedWeights
-    rounded: Callable[[str, Tensor, SecondMoment | None], Tensor] | None = None
+    rounded: Callable[[Mapping[str, Tensor], SecondMoment | None], Mapping[str, Tensor]] | None = None
     knows_inputs: bool = False
 
 
@@ -120,11 +121,15 @@ def _round(base: Any, names: Sequence[str], candidate: Candidate, stream: Activa
     """Replaces the merged weights of the next layer by rounded ones, by what their inputs are in this model."""
     if candidate.rounded is None:
         return
-    modules = [base.get_submodule(name) for name in names]
-    moments = gather_inputs(stream, modules) if candidate.knows_inputs else {}
-    for name, module in zip(names, modules, strict=True):
-        value = candidate.rounded(name, module.weight.detach().float(), moments.get(id(module)))
-        module.weight = nn.Parameter(value.to(module.weight.dtype), requires_grad=False)
+    modules = {name: base.get_submodule(name) for name in names}
+    moments = gather_inputs(stream, list(modules.values())) if candidate.knows_inputs else {}
+    groups: dict[int | str, list[str]] = {}
+    for name, module in modules.items():  # those of one moment together
+        groups.setdefault(id(moments[id(module)]) if id(module) in moments else name, []).append(name)
+    for group in groups.values():
+        weights = {name: modules[name].weight.detach().float() for name in group}
+        for name, value in candidate.rounded(weights, moments.get(id(modules[group[0]]))).items():
+            modules[name].weight = nn.Parameter(value.to(modules[name].weight.dtype), requires_grad=False)
 
 
 @contextmanager

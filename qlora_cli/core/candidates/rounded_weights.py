@@ -33,16 +33,21 @@ class RoundedWeights:
         """SHA-256 of every code, in the order of rounding."""
         return self._digest.hexdigest()
 
-    def round(self, name: str, weight: Tensor, moment: SecondMoment | None) -> Tensor:
-        """Rounds one linear layer's merged weight, (out, in) float32, and keeps it; what it stands for, likewise."""
-        packed, value = round_to_four_bits(weight, moment, self._options.quantization)
+    def round(self, weights: Mapping[str, Tensor], moment: SecondMoment | None) -> dict[str, Tensor]:
+        """Rounds merged weights, (out, in) float32, of linear layers that read the same inputs, and keeps them; what they
+        stand for, likewise."""
+        rounded = round_to_four_bits([*weights.values()], moment, self._options.quantization)
+        for name, (packed, _) in zip(weights, rounded, strict=True):
+            self._keep(name, packed)
+        return {name: value for name, (_, value) in zip(weights, rounded, strict=True)}
+
+    def _keep(self, name: str, packed: Mapping[str, Tensor]) -> None:
         output = self._names[f"{name}.weight"]
         tensors = {output + ending: self._as_stored(ending, part).contiguous() for ending, part in packed.items()}
         path = self._directory / f"{len(self._paths):05d}.safetensors"
         save_file(tensors, path)
         self._digest.update(tensors[output].numpy().tobytes())
         self._paths[output] = path
-        return value
 
     def _as_stored(self, ending: str, part: Tensor) -> Tensor:
         content = part.cpu()
