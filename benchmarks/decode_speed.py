@@ -27,6 +27,7 @@ MODELS = {
     "pythia-410m": {"rank": 16, "target_modules": None},
     "qwen3-30b-a3b": {"rank": 16, "target_modules": None},
     "qwen3-30b-a3b-quarter": {"rank": 16, "target_modules": None},
+    "qwen3.5-9b": {"rank": 16, "target_modules": None},
     "tiny-llama": {"rank": 8, "target_modules": None},
 }
 NEW, PROMPT = 128, 32

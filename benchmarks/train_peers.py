@@ -34,6 +34,7 @@ PEERS = {
     "llama-free": [("unsloth", False, False, 2, 1, 9)],
     "llama-least": [("unsloth", False, True, 2, 1, 7)],
     "llama-gsm8k": [("unsloth", True, False, 2, 1, 9)],
+    "qwen3-moe-quarter-gsm8k": [("unsloth", True, False, 2, 1, 6)],
     "neox-fixed": [("unsloth", False, True, 1, 1, 7)],
     "neox-quotes": [("trl", True, True, 1, 1, 7), ("unsloth", False, True, 1, 8, 3), ("hf", False, True, 1, 8, 2)],
     "pythia": [("unsloth", False, False, 4, 1, 17)],
@@ -55,7 +56,8 @@ def flags_of(work: str) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=max_length_of(work))
     known, _ = parser.parse_known_args(shlex.split(WORKS[work][4]))
     every = NEOX if WORKS[work][0].startswith(("neox", "pythia")) else LLAMA
-    known.target_modules = known.target_modules or every
+    chosen = [name for names in known.target_modules or () for name in names.split(",")]
+    known.target_modules = chosen or every
     return known
 
 
