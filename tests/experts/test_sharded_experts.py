@@ -7,6 +7,7 @@ from torch import nn
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.engine.fsdp import shard_base
+from qlora_cli.core.experts.fused_experts import fuse_experts
 from tests.experts.expert_modules import make_experts, pack
 from tests.faults.victims import fork_ranks
 
@@ -38,7 +39,7 @@ class Base(nn.Module):
         return self.decoder(self.embedding(ids).requires_grad_())
 
 
-def check_answers():
+def check_answers(fused):
     """One rank. Fails where the answer or the gradient is another one than that of the whole module."""
     dist.init_process_group("gloo")
     shards = WeightShards(ProcessGroup(dist.get_rank(), dist.get_world_size()))
@@ -46,6 +47,8 @@ def check_answers():
     whole, sharded = ([pack(make_experts("gpt_oss", seed=n), torch.float32) for n in range(2)] for _ in range(2))
     base = Base([Layer(experts) for experts in sharded])
     ids = torch.arange(8)
+    if fused:
+        fuse_experts(nn.ModuleList(whole))
     expected = base.embedding(ids).requires_grad_()
     out = Layer(whole[1])(Layer(whole[0])(expected))
     out.sum().backward()
@@ -53,6 +56,9 @@ def check_answers():
         for weight in experts.expert_weights:
             experts.keep_shards(weight.name, shards)
     shard_base(base, base.decoder, list(base.decoder), shards, torch.device("cpu"))
+    if fused:
+        fuse_experts(base)
+        assert all(experts.fused.up[1] is None for experts in sharded)
     seen = []
     base.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]) or inputs[0].retain_grad())
     found = base(ids)
@@ -62,8 +68,8 @@ def check_answers():
     dist.destroy_process_group()
 
 
-def run():
-    codes = fork_ranks(2, lambda rank: check_answers())
+def run(fused=False):
+    codes = fork_ranks(2, lambda rank: check_answers(fused))
     assert codes == [0, 0], codes
 
 

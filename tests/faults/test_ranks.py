@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.experts.expert_modules import write_expert_model
+
 from .conftest import Outcome, Run, Zygote
 
 ALONE = {"dropout": 0.0, "optimizer": "adamw"}  # where dropout falls depends on how a step is shared
@@ -108,6 +110,21 @@ def test_any_architecture_can_be_sharded(zygote, make_run, tiny_model, tmp_path,
         done = train_as_two(zygote, run)
         assert "codes [0, 0]" in done.said, done.said
     assert sharded.weights() == whole.weights() and sharded.metrics() == whole.metrics()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss"])
+def test_experts_can_be_sharded(zygote, make_run, tmp_path, layout):
+    write_expert_model(layout, tmp_path / "model")
+    changes = {**ALONE, "model": str(tmp_path / "model"), "target_modules": None, "max_steps": 3}
+    runs = [make_run(tmp_path / name, **changes) for name in ("one", "whole", "sharded")]
+    runs[2].options["shard"] = True
+    assert zygote.train(runs[0].options).code == 0
+    for run in runs[1:]:
+        done = train_as_two(zygote, run)
+        assert "codes [0, 0]" in done.said, done.said
+    assert runs[2].weights() == runs[1].weights() and runs[2].metrics() == runs[1].metrics()
+    assert same_numbers(runs[2], runs[0])
 
 
 def test_a_rank_holds_its_share_of_a_sharded_base_and_no_more(zygote, make_run, load_tiny, tmp_path):

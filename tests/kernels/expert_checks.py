@@ -124,3 +124,11 @@ def test_gates_are_found_by_trying_them_out():
     assert found["qwen3_moe"].kind == "silu" and not found["qwen3_moe"].interleaved
     assert found["gpt_oss"].limit == 7.0 and found["gpt_oss"].interleaved and found["gpt_oss"].shift == 1.0
     assert find_gate(pack(make_experts("nemotron_h").float(), torch.float32)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE != "cpu", reason="two processes under the interpreter")
+def test_two_ranks_read_the_stack_that_they_gathered(zygote):
+    """Forward and backward, bit for bit: a shard is not there any more when the backward pass begins, and is gathered anew."""
+    outcome = zygote.run("tests.experts.test_sharded_experts:run", fused=True)
+    assert outcome.code == 0, outcome.said

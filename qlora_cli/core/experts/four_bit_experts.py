@@ -79,10 +79,15 @@ class FourBitExperts(nn.Module):
         """The shape and layout of a stack."""
         return next(weight for weight in self.expert_weights if weight.name == name)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks share the stacks: then they are whole, and filled up, only while their layer computes."""
+        return isinstance(getattr(self, f"{self.expert_weights[0].name}_absmax"), nn.Parameter)
+
     def packed(self, name: str) -> Packed:
         """The tensors of a stack."""
         codes, absmax, nested_absmax, offset = (getattr(self, n) for n in (name, *(f"{name}_{part}" for part in PARTS)))
-        if isinstance(absmax, nn.Parameter):  # sharded over ranks: whole, and filled up, while its layer computes
+        if self.is_sharded:
             total = self.weight_of(name).experts * self.weight_of(name).elements
             dtype = torch.uint8 if self.double_quant else torch.float32
             codes = codes.detach().view(torch.uint8)[: total // 2]

@@ -68,7 +68,7 @@ class FusedExperts:
     Attributes:
         module: The module.
         gate: Its gate, `NO_GATE` for one that it computes itself.
-        up: Shape and values of the first stack.
+        up: Shape and values of the first stack; None for values that are sharded, and whole only as a layer computes.
         down: Of the second.
         step: Whose `recomputing` says that a pass is a repetition; None for never.
         output_unused_in_recompute: Whether a repetition of the forward pass can do without the output.
@@ -76,15 +76,16 @@ class FusedExperts:
 
     module: FourBitExperts
     gate: Gate
-    up: tuple[ExpertWeight, FrozenWeight]
-    down: tuple[ExpertWeight, FrozenWeight]
+    up: tuple[ExpertWeight, FrozenWeight | None]
+    down: tuple[ExpertWeight, FrozenWeight | None]
     step: Any = None
     output_unused_in_recompute: bool = False
 
     def __call__(self, hidden_states: Tensor, index: Tensor | None, weights: Tensor | None) -> Tensor:
         """As `FourBitExperts.forward`."""
         module = self.module
-        (up_layout, up_weight), (down_layout, down_weight) = self.up, self.down
+        up_layout, down_layout = self.up[0], self.down[0]
+        up_weight, down_weight = (values or module.stack(layout.name).values for layout, values in (self.up, self.down))
         x = hidden_states.to(module.compute_dtype)
         if index is None or weights is None:  # each expert's rows in turn
             each = len(x) // up_layout.experts
@@ -146,9 +147,8 @@ def _forward(
 
 
 def can_fuse(experts: FourBitExperts) -> bool:
-    """Whether the kernels compute what a module of experts does: its values are here, and its answers are summed as they are."""
-    here = not any(isinstance(getattr(experts, f"{w.name}_absmax"), nn.Parameter) for w in experts.expert_weights)
-    return here and not getattr(experts, "has_post_expert_norm", False)
+    """Whether the kernels compute what a module of experts does: its answers are summed as they are."""
+    return not getattr(experts, "has_post_expert_norm", False)
 
 
 def fuse_experts(
@@ -169,7 +169,7 @@ def fuse_experts(
     for module in modules:
         if type(module) not in gates:
             gates[type(module)] = find_gate(module)
-        stacks = [(weight, module.stack(weight.name).values) for weight in module.expert_weights]
+        stacks = [(w, None if module.is_sharded else module.stack(w.name).values) for w in module.expert_weights]
         module.fused = kind(module, gates[type(module)] or NO_GATE, stacks[0], stacks[1], step)
         module.forward = MethodType(_forward, module)
 
