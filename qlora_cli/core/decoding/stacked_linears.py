@@ -81,15 +81,15 @@ def find_sites(model: nn.Module) -> list[Site]:
     return [site for site in sites if site.is_plain()]
 
 
-def _may_stack(sites: list[Site]) -> bool:
-    kinds = set()
+def _stackable(sites: list[Site]) -> list[list[Site]]:
+    """Sites of one input by the products they become: those of one format together, but for what fills no whole unit."""
+    found: dict[Any, list[Site]] = {}
     for site in sites:
         state, (rows, columns) = site.state, site.shape
         unit = state.blocksize * (state.state2.blocksize if state.nested else 1)
-        if rows % ROW_UNIT or rows * columns % unit:
-            return False
-        kinds.add((columns, state.blocksize, state.nested, state.quant_type, site.base.compute_dtype))
-    return len(kinds) == 1
+        kind = (columns, state.blocksize, state.nested, state.quant_type, site.base.compute_dtype)
+        found.setdefault(site if rows % ROW_UNIT or rows * columns % unit else kind, []).append(site)
+    return list(found.values())
 
 
 def _concatenate(tensors: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -244,8 +244,7 @@ class FastLinears:
         self.stacks: list[Stack] = []
         site_of: dict[nn.Module, Site] = {site.module: site for site in find_sites(model)}
         for group in group_by_input(site_of, run):
-            sites = [site_of[module] for module in group]
-            self.stacks += [Stack(sites)] if _may_stack(sites) else [Stack([site]) for site in sites]
+            self.stacks += [Stack(sites) for sites in _stackable([site_of[module] for module in group])]
         for stack in self.stacks:
             for number, site in enumerate(stack.sites):
                 site.module.forward = lambda x, *rest, stack=stack, number=number, **named: stack.product(number, x)
