@@ -45,8 +45,11 @@ lint: .venv/tests-installed
 test long faults survey: export OMP_NUM_THREADS = 1
 test long faults survey: export TOKENIZERS_PARALLELISM = false
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow" $(SPREAD)
+# The checkers beside the tests; what they say comes last where they fail.
+test: .venv/tests-installed
+	@said=$$(mktemp); $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -m "not slow" $(SPREAD); tests=$$?; \
+	wait $$lint || { cat $$said; tests=1; }; rm $$said; exit $$tests
 
 long: .venv/tests-installed
 	$(BIN)/python -m pytest -m slow $(SPREAD) --ignore tests/faults/test_stock_trainer.py

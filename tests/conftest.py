@@ -166,6 +166,28 @@ def load_tiny(tiny_model):
     return load
 
 
+def draw_curves_once(patch: pytest.MonkeyPatch) -> None:
+    """Every run gets the loss curve of the first one: drawing is a quarter of what a tiny `train` takes."""
+    from qlora_cli.core.runs import metrics
+
+    draw, drawn = metrics.draw_losses, []
+
+    def draw_once(runs, *, title):
+        if not drawn:
+            drawn.append(draw(runs, title=title))
+        return drawn[0]
+
+    patch.setattr(metrics, "draw_losses", draw_once)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def curves():
+    """How `loss.png` is drawn; a module that looks at it overrides this."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw_curves_once(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def remembered_profiles():
     """A model is profiled once for all plans of a module that ask the same of it: a profile takes seconds."""
@@ -246,7 +268,31 @@ def neox_tokenizer():
 FEW = ("gpt_neox", "llama", "falcon", "gpt2", "bloom", "gemma3")
 
 # Tests of a minute or more, which start processes: begun first, none of them is what others wait for at the end.
-LONGEST = {"test_readme_lines.py", "test_triton.py"}
+LONGEST = {"tests/test_readme_lines.py", "tests/kernels/test_triton.py"}
+
+# Those whose tests ask for the zygote, beside tests/faults: one worker of make test runs them all, with one zygote.
+FORKING = ("commands/test_chat_terminal.py", "commands/test_launchers.py", "commands/test_merge_faults.py")
+FORKING += ("data/test_prepare.py", "engine/test_fsdp.py", "experts/test_sharded_experts.py", "merge/test_writer.py")
+
+
+def is_forking(file: str) -> bool:
+    """Whether tests of a file, tests/…, ask for the zygote."""
+    return file.startswith("tests/faults/") or file.removeprefix("tests/") in FORKING
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadfile` as it is, but for files that ask for the zygote in make test; the long form spreads those too."""
+    if config.option.dist != "loadfile" or config.option.markexpr != "not slow":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneZygote(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "those who ask for the zygote" if is_forking(file) else file
+
+    return OneZygote(config, log)
 
 
 def most_slow(cases, kept):
@@ -257,7 +303,12 @@ def most_slow(cases, kept):
 @pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
 def pytest_collection_modifyitems(items):
     """Long tests first, among themselves in order; of a product of parameters all but an each-choice cover is slow."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+    def turn(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return 0 if file in LONGEST else 1 if is_forking(file) else 2
+
+    items.sort(key=turn)
     products: dict[str, list[pytest.Function]] = {}
     for item in items:
         if item.get_closest_marker("each_choice") and hasattr(item, "callspec") and not item.get_closest_marker("gpu"):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.config import TrainConfig
@@ -12,6 +12,7 @@ from qlora_cli.errors import UsageError
 from qlora_cli.settings.setting import recorded_fields
 
 
+@settings(max_examples=15)
 @given(
     rank=st.integers(1, 512),
     learning_rate=st.floats(1e-9, 1.0),

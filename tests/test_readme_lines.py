@@ -21,9 +21,10 @@ OTHER_LINES = [line.strip() for line in README.splitlines() if line.startswith("
 OTHER_LINES = [line for line in OTHER_LINES if line not in FIRST_LINES]
 
 
-# One process runs many, as each would take seconds to import what it needs; it says where each begins.
+# One process runs many, as each would take seconds to import what it needs; it says where each begins. Ranks are forked
+# from it. tests/commands/test_launchers.py has them started as they are, in the long form.
 RUN_ALL = """
-import io, json, os, shlex, sys
+import functools, io, json, os, shlex, sys
 from qlora_cli.cli.app import main
 for directory, lines, cells in json.load(sys.stdin):
     os.chdir(directory)
@@ -37,6 +38,12 @@ for directory, lines, cells in json.load(sys.stdin):
             words += ["--max-steps", "2"]  # this and fewer tokens are all that is not as written
         elif words[0] == "generate":
             words += ["--max-new-tokens", "8"]
+        if "--gpus" in words:
+            from accelerate.state import AcceleratorState
+            from qlora_cli.core.distributed import launcher
+            from tests.faults.victims import ForkedRanks
+            launcher.start_processes = functools.partial(ForkedRanks, None)
+            AcceleratorState._reset_state(reset_partial_state=True)  # the ranks are of a group of their own
         code = main(words)
         if code:
             sys.exit(f"{line} ended with {code}")

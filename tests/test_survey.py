@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.core.runs import finish
-
 ROOT = Path(__file__).resolve().parents[1]
 
 # Of each kind of layer, of state, of experts and of towers one or two.
@@ -43,7 +41,6 @@ CHOSEN = [
 def survey():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        patch.setattr(finish, "draw_loss_curve", lambda *_, **__: None)  # an eighth of the time, and no part of this
         import survey
 
         yield survey

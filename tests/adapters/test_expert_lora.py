@@ -16,6 +16,7 @@ from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import LoraSettings
 from tests.adapters.test_targets import IDS, SMALL, build, randomise
+from tests.conftest import most_slow
 from tests.experts.expert_modules import CONFIGS, pack
 
 RANK = 6  # not the number of experts: a wrong packing of B would not show
@@ -37,7 +38,7 @@ def packed(config):
     return four_bit, plain
 
 
-@pytest.mark.parametrize("layout", sorted(set(CONFIGS) - {"llama"}))
+@pytest.mark.parametrize("layout", most_slow(sorted(set(CONFIGS) - {"llama"}), ["mixtral", "gpt_oss", "llama4"]))
 def test_packed_experts_learn_and_answer_as_peft_has_them(layout, tmp_path):
     four_bit, plain = packed(config_of(layout))
     adapted = attach_adapter(four_bit, LoraSettings(rank=RANK, alpha=12, adapt_experts=True, expert_rank=3))

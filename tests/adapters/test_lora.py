@@ -20,7 +20,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import LoraSettings
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, FEW, most_slow
 
 IDS = torch.arange(5, 25)[None]
 
@@ -32,7 +32,7 @@ def randomise(peft_model):
                 parameter.normal_(0, 0.1)
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
 def test_all_linear_adapts_every_linear_and_never_the_head(load_tiny, tiny_model, architecture):
     base, _ = load_tiny(architecture)
     names = linear_names(base)

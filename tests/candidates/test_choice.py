@@ -76,6 +76,7 @@ def loss_on(written: MergeConfig, trained: MergeConfig) -> float:
     return total / tokens
 
 
+@pytest.mark.slow
 def test_in_4_bits_the_rounded_model_is_the_measured_one_and_what_it_keeps_is_told(trained, tmp_path):
     packed = replace(trained, quantize=True, output=str(tmp_path / "packed"), min_kept=-9.0)
     events: list = []

@@ -42,7 +42,7 @@ def run(tiny_model, tmp_path_factory):
     params=[
         pytest.param("in its run", marks=pytest.mark.slow),
         "of an older version, in its run",
-        "moved",
+        pytest.param("moved", marks=pytest.mark.slow),
         "newest of a stopped run",
     ]
 )

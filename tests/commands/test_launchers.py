@@ -86,7 +86,7 @@ def free_port() -> int:
 
 
 def test_gpus_starts_the_ranks_whose_losses_are_those_of_one_and_one_rank_reports(case, zygote):
-    """Ranks are forked here; a line of the README starts them as they are (tests/test_readme_lines.py)."""
+    """Ranks are forked here, and started as they are below."""
     folder, flags, alone = case
     arguments = ["train", *flags, "--gpus", "2", "--output", str(folder / "gpus"), "--json"]
     done = zygote.run("tests.faults.victims:launch", arguments=arguments)
@@ -138,6 +138,16 @@ def running(zygote, pids: Path, arguments, output: Path):
 
 def newest(output: Path) -> str:
     return max((path.name for path in (output / "checkpoints").glob("step-*")), default="")
+
+
+@pytest.mark.slow
+def test_gpus_starts_processes_whose_losses_are_those_of_one(case):
+    folder, flags, alone = case
+    code, _, said = wait(
+        start([sys.executable, "-m", "qlora_cli", "train", *flags, "--gpus", "2", "--output", folder / "two"])
+    )
+    assert code == 0 and said.count(f"step {STEPS}/{STEPS}") == 1, said
+    assert losses(folder / "two") == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ from qlora_cli.errors import (
 )
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, RunStarted, SampleAnswered, StepLogged
 from qlora_cli.settings.groups import QuantizationSettings
+from tests.conftest import most_slow
 
 CLOCK = ("step_seconds", "tokens_per_second", "peak_vram_bytes")  # what the machine decides
 
@@ -345,7 +346,8 @@ def test_sample_prompts_are_answered_before_during_and_after_and_change_nothing(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"engine": "plain", "packing": True, "max_length": 48, "optimizer": "lion_8bit"}]
+    "changes",
+    most_slow([{}, {"engine": "plain", "packing": True, "max_length": 48, "optimizer": "lion_8bit"}], [{}]),
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(options, tmp_path, changes):
     options |= changes

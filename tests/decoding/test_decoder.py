@@ -14,7 +14,7 @@ from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
-from tests.conftest import FEW, make_tokenizer, most_slow
+from tests.conftest import make_tokenizer, most_slow
 from tests.generation.session_case import settings_of
 
 NEVER = 10**6  # as an end token: none
@@ -92,7 +92,7 @@ def answers_of(model, requests, *, end_ids=(NEVER,), on_text=None, **settings):
     return {answer.index: list(answer.ids) for answer in found}, found, events
 
 
-@pytest.mark.parametrize("name", most_slow(ARCHITECTURES, FEW))
+@pytest.mark.parametrize("name", most_slow(ARCHITECTURES, ("gpt_neox", "falcon", "bloom")))
 def test_greedy_answers_are_those_of_transformers(tuned, name):
     model = tuned(name)
     assert why_not_stepwise(model) is None

@@ -52,6 +52,7 @@ def test_a_bucket_is_never_smaller_nor_much_larger(count, least):
     assert bucket(count + 1, least) >= found
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon", "gemma3"])
 @pytest.mark.parametrize("lengths", [(40, 7, 33), (64,), (1, 2, 90)])
 def test_a_pack_laid_into_the_grid_has_the_same_loss_and_gradients(load_tiny, architecture, lengths):
@@ -69,9 +70,8 @@ def test_a_pack_laid_into_the_grid_has_the_same_loss_and_gradients(load_tiny, ar
     assert (plain - padded).norm() <= 1e-5 * plain.norm()
 
 
-@pytest.mark.parametrize(
-    ("architecture", "recomputed"), [pytest.param("llama", False, marks=pytest.mark.slow), ("gpt_neox", True)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "recomputed"), [("llama", False), ("gpt_neox", True)])
 def test_layers_alike_are_compiled_once_for_all_lengths(load_tiny, architecture, recomputed):
     engine = install(adapted(load_tiny, architecture, dropout=0.1))
     assert len(engine.layers) > 1
@@ -177,6 +177,9 @@ def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, archite
         assert fused == [[]] * recomputed + [[kind]], "a repeated layer has none"
         assert ranks == [set()] * recomputed + [{12, 8}], "three and two projections of rank 4 in one"
     assert all(shared.x is None for plan in engine.layer_plans for shared in plan.shared)
+    for lengths in ((60, 50), (9, 8, 7, 6, 5)):
+        engine.loss(batch_of(lengths)).backward()
+    assert len(compiler.graphs) == 1 + recomputed, "for all lengths"
     engine.put_gates_back()
     engine.put_gates_back()  # as where what comes between the two fails
     engine.close()

@@ -16,7 +16,7 @@ from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import TrainingError, UsageError
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, FEW, most_slow
 
 CPU = torch.device("cpu")
 PADDED = {"bloom"}  # outside the attention interface
@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_the_plain_engines(load_tiny, architecture, gradi
     assert (fast_gradients - plain_gradients).norm() <= 1e-5 * plain_gradients.norm()
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
 def test_no_token_sees_a_later_one_nor_another_row(load_tiny, architecture):
     model = adapted(load_tiny, architecture).eval()
     engine = install(model)
@@ -101,7 +101,7 @@ def test_no_token_sees_a_later_one_nor_another_row(load_tiny, architecture):
     engine.close()
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
 def test_packed_rows_cost_what_they_cost_alone(load_tiny, architecture):
     model = adapted(load_tiny, architecture).eval()
     engine = install(model)

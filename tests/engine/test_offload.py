@@ -114,6 +114,7 @@ def test_buffers_are_used_again_and_never_by_two(sizes):
     assert (offload.chunk_used, offload.chunk) == (used, chunk)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon"])
 @pytest.mark.parametrize(("recomputed", "sent"), [(0, 2), (1, 1), (0, 1)])
 def test_sent_layers_leave_loss_and_gradients_as_they_are(load_tiny, architecture, recomputed, sent):

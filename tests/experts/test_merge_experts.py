@@ -56,10 +56,8 @@ def merged(adapter, output, **options):
     ("layout", "shard", "adapt_experts"),
     [
         ("qwen3_moe", "60KB", True),
-        ("mixtral", "1GB", True),
-        ("gpt_oss", "1GB", True),
-        ("llama4", "1GB", True),
         ("deepseek_v3", "1GB", False),
+        *(pytest.param(name, "1GB", True, marks=pytest.mark.slow) for name in ("mixtral", "gpt_oss", "llama4")),
     ],
 )
 def test_the_merged_model_answers_as_base_and_adapter(layout, shard, adapt_experts, tmp_path):

@@ -38,6 +38,7 @@ def stopped(zygote, make_run, tmp_path_factory) -> Run:
     return run
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_each_damage_of_each_file_is_found_and_named(stopped, tmp_path, name, kind):

@@ -6,11 +6,14 @@ import pytest
 
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
+from tests.conftest import most_slow
 
 from .conftest import count
 
+BROKEN = ["reader gone", "disk full", "terminal closed", "closed", "full pipe"]
 
-@pytest.mark.parametrize("broken", ["reader gone", "disk full", "terminal closed", "closed", "full pipe"])
+
+@pytest.mark.parametrize("broken", most_slow(BROKEN, ["reader gone", "full pipe"]))
 def test_standard_error_that_cannot_be_written_changes_nothing(zygote, make_run, tmp_path, broken):
     run = make_run(tmp_path / "out")
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in run.options.items()}
@@ -34,7 +37,7 @@ def test_a_removed_run_directory_is_said_at_the_next_step_and_what_was_trained_i
     assert equal, done.said
 
 
-@pytest.mark.parametrize("where", ["forward", "report"])
+@pytest.mark.parametrize("where", most_slow(["forward", "report"], ["forward"]))
 def test_whatever_fails_costs_no_step(zygote, make_run, tmp_path, where):
     run = make_run(tmp_path / "out", save_every=100)
     ended = zygote.train(run.options, {"kind": "failing", "where": where, "step": 4})

@@ -251,7 +251,10 @@ class ForkedRanks:
     Writes the process of the launcher and of each rank to `pids_to`.
     """
 
-    def __init__(self, pids_to: str | None, args: dict[int, tuple], envs: dict[int, dict[str, str]], **_: Any) -> None:
+    def __init__(
+        self, pids_to: str | None, entrypoint: str, args: dict[int, tuple], envs: dict[int, dict[str, str]], **_: Any
+    ) -> None:
+        assert entrypoint == sys.executable and all(words[:2] == ("-m", "qlora_cli") for words in args.values())
         self.subprocess_handlers = {rank: ForkedRank(args[rank][2:], envs[rank]) for rank in args}
         if pids_to:
             Path(f"{pids_to}.new").write_text(json.dumps([os.getpid(), *self.pids().values()]))
@@ -302,7 +305,9 @@ def launch(arguments: list[str], pids_to: str | None = None, environment: dict[s
     """A command line with --gpus, whose ranks are forked."""
     os.environ.update(environment or {"ACCELERATE_USE_CPU": "1"})
     interrupts.install()
-    with mock.patch.object(launcher, "start_processes", functools.partial(ForkedRanks, pids_to)):
+    ranks = functools.partial(ForkedRanks, pids_to)
+    # A rank says why it ends, and ends, in its own time: on a busy machine that is long.
+    with mock.patch.multiple(launcher, start_processes=ranks, SHUTDOWN_SECONDS=1200):
         os._exit(main(arguments))
 
 

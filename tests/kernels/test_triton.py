@@ -11,14 +11,16 @@ import pytest
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CHECKS = ["triton_checks.py", "gemv_checks.py", "decode_attention_checks.py", "decode_pointwise_checks.py"]
 CHECKS += ["expert_checks.py", "../decoding/fast_decoding_checks.py"]
+QUICKER = ("-p", "tests.kernels.interpreter")
 
 
-def run_checks(*names: str, short: bool = False, **environment: str) -> None:
+def run_checks(*names: str, options: tuple[str, ...] = (), **environment: str) -> None:
     # A process of their own: Triton reads TRITON_INTERPRET when kernels are defined. One for all: each takes 10 s of
     # processor time to import what it needs.
     files = [str(Path(__file__).parent / name) for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(["-m", "not slow"] if short else []), *files],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *files],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -30,13 +32,13 @@ def run_checks(*names: str, short: bool = False, **environment: str) -> None:
 @NEEDS_TRITON
 def test_kernels_under_the_interpreter():
     """With each value of each parameter, and decoding over them."""
-    run_checks(*CHECKS, short=True, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_checks(*CHECKS, options=("-m", "not slow", *QUICKER), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @NEEDS_TRITON
 @pytest.mark.slow
 def test_kernels_under_the_interpreter_with_all_combinations():
-    run_checks(*CHECKS, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_checks(*CHECKS, options=QUICKER, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu

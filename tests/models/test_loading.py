@@ -18,10 +18,10 @@ from qlora_cli.core.models.quantization import (
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.groups import QuantizationSettings
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, FEW, most_slow
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
 def test_every_linear_but_the_head_is_4bit_on_every_architecture(load_tiny, architecture):
     base, _ = load_tiny(architecture)
     names = linear_names(base)

@@ -18,7 +18,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.quantization import four_bit_linears, freeze_base
 from qlora_cli.core.models.quantized_cache import base_directory, cache_size_bytes, restore_base, save_base
 from qlora_cli.events import report_nothing
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, FEW, most_slow
 
 CPU = torch.device("cpu")
 FACTS = {"weights": "w", "quant_type": "nf4"}
@@ -40,7 +40,7 @@ def logits(model):
         return model(input_ids=torch.arange(2, 40)[None]).logits
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
 def test_a_restored_base_is_the_same_bit_for_bit(architecture, load_tiny, tiny_model):
     base, _ = load_tiny(architecture)
     save_base(base, FACTS)
@@ -110,7 +110,7 @@ def test_the_file_is_plain_safetensors_and_its_size_is_known(load_tiny, root):
     assert cache_size_bytes() == sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) > 50_000
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 0.9999), kind=st.sampled_from(["flip", "cut", "grow"]))
 def test_damage_anywhere_is_found_and_the_copy_removed(place, kind, load_tiny, tiny_model):
     base, _ = load_tiny("llama")

@@ -12,6 +12,7 @@ from qlora_cli.core.models.structure import (
     tower_names,
 )
 from qlora_cli.errors import ModelError
+from tests.conftest import most_slow
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ MULTIMODAL = {
 }
 
 
-@pytest.mark.parametrize("name", MULTIMODAL)
+@pytest.mark.parametrize("name", most_slow(MULTIMODAL, ["LlavaConfig", "Qwen2_5_VLConfig"]))
 def test_a_multimodal_model_keeps_its_class_and_leaves_its_towers_out(name):
     arguments, towers = MULTIMODAL[name]
     config = getattr(transformers, name)(**arguments)

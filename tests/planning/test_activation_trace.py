@@ -19,7 +19,7 @@ from qlora_cli.core.planning.meta_ops import Attention, LiveBytes
 from qlora_cli.core.planning.model_profile import profile_model
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, FEW, most_slow
 
 TOKENS = 1024
 BF16 = 2
@@ -64,7 +64,7 @@ def test_layers_without_adapters_keep_no_input():
 
 @pytest.mark.each_choice
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
 def test_every_architecture_can_be_followed(tiny_model, architecture, fused):
     config = resolve_model(str(tiny_model(architecture))).config
     found = trace(config, fused=fused)
@@ -128,19 +128,19 @@ def cudnn_attention(query, key, value, *_):
 @pytest.mark.parametrize(
     ("architecture", "engine", "recompute", "heads"),
     [
-        ("llama", "fast", "off", 4),
         ("llama", "fast", "1", 4),
-        ("llama", "plain", "off", 4),
-        ("gpt_neox", "fast", "on", 2),
+        ("gpt_neox", "plain", "on", 4),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("llama", "fast", "off", 4),
+                ("llama", "plain", "off", 4),
+                ("gpt_neox", "fast", "on", 2),
                 ("llama", "fast", "off", 2),
                 ("llama", "fast", "on", 4),
                 ("gpt_neox", "fast", "off", 4),
                 ("gpt_neox", "fast", "off", 2),
                 ("gpt_neox", "fast", "on", 4),
-                ("gpt_neox", "plain", "on", 4),
             )
         ),
     ],
@@ -216,7 +216,10 @@ GATED_DELTA = {
 }
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("MambaConfig", SCAN), ("Qwen3_5TextConfig", GATED_DELTA)])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("MambaConfig", SCAN), pytest.param("Qwen3_5TextConfig", GATED_DELTA, marks=pytest.mark.slow)],
+)
 def test_layers_that_loop_over_tokens_are_traced_on_few_of_them(name, arguments):
 
     from qlora_cli.core.planning import activation_trace

@@ -74,7 +74,7 @@ def with_measures(step: ResolvedStep, **measures) -> ResolvedStep:
     return replace(step, measures=replace(step.measures, **measures))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", most_slow(CONFIGS, ["llama"]))
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_more_work_never_takes_less_and_savings_never_more(name, data):
@@ -97,7 +97,7 @@ def test_more_work_never_takes_less_and_savings_never_more(name, data):
 @pytest.mark.parametrize("name", most_slow(CONFIGS, ["llama"]))
 def test_a_higher_rank_never_takes_less(name):
     step = ResolvedStep(4096, 2048, "adamw")
-    peaks = [estimate_training(profile_of(name, rank), step).peak_bytes for rank in (1, 16, 64)]
+    peaks = [estimate_training(profile_of(name, rank), step).peak_bytes for rank in (1, 64)]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
 
@@ -144,8 +144,8 @@ def test_the_weights_of_the_prediction_are_those_of_the_count():
     [
         ({}, True),
         ({"modules_to_save": ("embed_tokens",)}, False),
-        ({"target_modules": ("q_proj", "embed_tokens")}, False),
-        ({"modules_to_save": ("lm_head",)}, True),
+        pytest.param({"target_modules": ("q_proj", "embed_tokens")}, False, marks=pytest.mark.slow),
+        pytest.param({"modules_to_save": ("lm_head",)}, True, marks=pytest.mark.slow),
     ],
 )
 def test_embeddings_that_are_trained_stay_on_the_card(changes, movable):

@@ -12,6 +12,7 @@ from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_profile import profile_model
 from qlora_cli.core.planning.model_size import measure_footprint, packed_bytes
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+from tests.conftest import ARCHITECTURES, most_slow
 
 # The architectures in their true sizes; adapters of the five tutorials.
 KNOWN = {
@@ -74,7 +75,7 @@ KNOWN = {
 HELD = QuantizationSettings(), torch.bfloat16
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", most_slow(KNOWN, ["pythia-410m", "falcon-7b"]))
 def test_known_models_have_their_known_counts(name):
     config_class, arguments, (rank, targets), (trainable, base) = KNOWN[name]
     model = attach_adapter(
@@ -106,7 +107,7 @@ def test_packed_bytes_are_those_bitsandbytes_takes(numel_shape, double_quant):
     assert packed_bytes(numel_shape[0] * numel_shape[1], double_quant=double_quant) == taken
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "falcon", "gpt2", "opt", "bloom", "qwen2", "gemma3", "phi3"])
+@pytest.mark.parametrize("architecture", most_slow([*ARCHITECTURES], ["gpt_neox", "gpt2", "gemma3"]))
 def test_the_meta_count_is_the_loaded_count(tiny_model, architecture):
     directory = str(tiny_model(architecture))
     meta = attach_adapter(build_empty(resolve_model(directory).config), LoraSettings(rank=4, alpha=8))

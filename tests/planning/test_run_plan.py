@@ -141,6 +141,7 @@ def test_a_size_without_a_unit_is_refused():
         plan(vram="12")
 
 
+@pytest.mark.slow  # tests/commands/test_inspect.py has it offered
 def test_the_base_is_sharded_where_one_card_cannot_hold_it_and_two_can():
     deep = transformers.LlamaConfig(**{**MODEL.to_dict(), "num_hidden_layers": 32})
     short = {"model": deep, "lengths": np.full(8, 64, dtype=np.int32), "longest": ((0,),), "max_length": 64}

@@ -80,6 +80,11 @@ def test_what_is_no_line_of_metrics_is_left_out(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1}]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def curves():
+    """Drawn for each run."""
+
+
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_the_curve_is_a_picture_whatever_there_is_to_draw(tmp_path, count):
     metrics = MetricsFile(tmp_path, last_step=0)

@@ -105,7 +105,7 @@ def test_only_temporaries_of_the_dead_are_swept(tmp_path):
     mine = temporary_beside(tmp_path / "t")
     mine.mkdir()
     machine, space, pid, start = mine.name.split(".")[2].rsplit("-", 1)[0].split("-")
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "3600"])
     facts = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
 
     def named(machine=machine, space=space, pid=pid, start=start, age=0.0):
@@ -117,7 +117,7 @@ def test_only_temporaries_of_the_dead_are_swept(tmp_path):
     alive = {
         mine,
         named(pid=child.pid, start=facts[19]),
-        named(space="1"),  # of another container, just made
+        named(space="1", age=-3600),  # of another container, just made, however busy this machine is
         named(machine="00000000", age=3600),  # of another machine
         held := named(space="1", age=3600),
     }
