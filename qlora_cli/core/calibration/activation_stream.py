@@ -68,10 +68,14 @@ class ActivationStream:
         """The next layer's output of one batch, (rows, length, size), on the device."""
         return self._outputs(self._hidden[batch], self._calls[batch][self._at])
 
-    def probe(self) -> None:
-        """Runs the next layer on a few tokens, not those that come to it: to see which of its modules read what."""
+    def probe(self) -> Tensor:
+        """Runs the next layer on a few tokens, not those that come to it: to see which of its modules read what.
+
+        Returns:
+            What it gives, (1, tokens, size), on the device.
+        """
         hidden, calls = self._probe
-        self._outputs(hidden, calls[self._at])
+        return self._outputs(hidden, calls[self._at])
 
     def watch(self, note: Callable[[nn.Module, tuple, dict], None], modules: Sequence[nn.Module]) -> None:
         """Runs the next layer over the batches that count, each call of these modules in it noted."""

@@ -127,10 +127,9 @@ def _gather(
     stream: ActivationStream,
     linears: list[Any],
     names: Mapping[int, str],
-    originals: OriginalWeights | None,
+    originals: OriginalWeights,
     *,
     narrow_errors: bool,
-    widest: int | None = MOST_EVA_WIDTH,
 ) -> tuple[dict[int, SecondMoment], dict[int, Tensor]]:
     """Second moments of the next layer's linears by id; those that read the same tensor share one.
 
@@ -146,11 +145,10 @@ def _gather(
     for group in groups:
         moment = SecondMoment()
         if narrow_errors and len(group) == 1 and _is_wide(group[0]):
-            assert originals is not None
             module = group[0]
             dtype = module.base_layer.compute_dtype or torch.float32
             errors[id(module)] = _error_of(module, names[id(module)], originals).to(dtype)
-        if not narrow_errors and widest is not None and group[0].in_features > widest:
+        if not narrow_errors and group[0].in_features > MOST_EVA_WIDTH:
             continue
         leaders[id(group[0])] = moment
         moments |= {id(module): moment for module in group}
@@ -164,11 +162,6 @@ def _gather(
 
     stream.watch(note, [module for module in linears if id(module) in leaders])
     return moments, errors
-
-
-def gather_inputs(stream: ActivationStream, linears: list[Any]) -> dict[int, SecondMoment]:
-    """Second moments of the inputs of the next layer's linears, by id; those that read the same tensor share one."""
-    return _gather(stream, linears, {}, None, narrow_errors=False, widest=None)[0]
 
 
 def _is_wide(module: Any) -> bool:

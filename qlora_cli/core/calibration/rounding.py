@@ -56,7 +56,7 @@ def round_to_four_bits(
         if moment is None:
             places[part] = _nearest(values_wanted / steps, values)
             continue
-        square = _damped(moment, part)
+        square = damped_moment(moment, part)
         found = _round_columns(values_wanted, steps, values, square)
         places[part] = _descend(values_wanted, steps, values, square, found)
     codes, taken = order[places.T].to(torch.uint8), values[places.T] * constants.repeat_interleave(BLOCK_SIZE, dim=1)
@@ -95,11 +95,12 @@ def _search_constants(weight: Tensor, values: Tensor, importance: Tensor) -> Ten
     return best
 
 
-def _damped(moment: SecondMoment, part: slice) -> Tensor:
-    """The damped second moment of some columns, in units of the mean square of an input."""
+def damped_moment(moment: SecondMoment, part: slice = slice(None)) -> Tensor:
+    """The damped second moment of some columns, (columns, columns), in units of the mean square of an input."""
     assert moment.inputs is not None and moment.squares is not None
     square = moment.inputs[part, part] / moment.squares.clamp(min=1e-30)
-    return square + DAMPING * torch.eye(len(square), device=square.device)
+    square.diagonal().add_(DAMPING)
+    return square
 
 
 def _round_columns(weight: Tensor, step: Tensor, values: Tensor, square: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.calibration.low_rank import SecondMoment
 from qlora_cli.core.calibration.rows import ROUNDING_TOKENS, batch_rows, choose_calibration_rows
+from qlora_cli.core.candidates.compensated_rounding import Round
 from qlora_cli.core.candidates.losses import LIVE, UNTUNED, Candidate, MergedWeights, measure_losses
 from qlora_cli.core.candidates.rounded_weights import RoundedWeights
 from qlora_cli.core.device import free_memory, read_free_bytes
@@ -197,7 +198,7 @@ def _calibration_batches(adapter: Path, device: torch.device) -> list[Tensor]:
     return batch_rows(rows, chosen)
 
 
-def _to_nearest(options: MergeOptions) -> Callable[[Mapping[str, Tensor], SecondMoment | None], Mapping[str, Tensor]]:
+def _to_nearest(options: MergeOptions) -> Round:
     held = options.quantization
 
     def rounded(weights: Mapping[str, Tensor], _: SecondMoment | None) -> Mapping[str, Tensor]:

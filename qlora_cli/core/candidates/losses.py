@@ -5,8 +5,8 @@ step: at each layer the model as it was trained, then with the layer's linears r
 which are computed by the tasks that would write them. So no merged model is ever whole.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.calibration.activation_stream import ActivationStream
-from qlora_cli.core.calibration.adapter_start import gather_inputs
-from qlora_cli.core.calibration.low_rank import SecondMoment
+from qlora_cli.core.candidates.compensated_rounding import Round, round_layer
 from qlora_cli.core.merge.compare_models import Row
 from qlora_cli.core.merge.plan import MergePlan, MergeTask
 from qlora_cli.core.models.structure import linear_names
@@ -60,11 +59,12 @@ class Candidate:
         rounded: Receives merged weights (out, in) float32 of linear layers that read the same inputs, by the layers'
             names, and the second moment of those inputs, and gives what is computed with instead; None where weights
             stay as they are.
-        knows_inputs: Whether that moment is gathered; else it is None.
+        knows_inputs: Whether that moment is gathered, and weights make up for what was lost in front of them; else it is
+            None.
     """
 
     weights: MergedWeights
-    rounded: Callable[[Mapping[str, Tensor], SecondMoment | None], Mapping[str, Tensor]] | None = None
+    rounded: Round | None = None
     knows_inputs: bool = False
 
 
@@ -94,47 +94,55 @@ def measure_losses(
     base = adapted.get_base_model()
     batches = [torch.from_numpy(ids.astype(np.int64))[None] for ids, _ in rows]
     plain = (UNTUNED,) if any(candidate.rounded for candidate in candidates.values()) else ()
+    knowing = [name for name, candidate in candidates.items() if candidate.knows_inputs]
     streams = {}
     for name in (*plain, LIVE, *candidates):
-        others = seen if name in candidates and candidates[name].knows_inputs else ()
+        others = seen if name in knowing or (name == LIVE and knowing) else ()
         streams[name] = ActivationStream(base, [*others, *batches])
         streams[name].counted = len(others)
     linears = {id(base.get_submodule(name)): name for name in linear_names(structure)}
     transposed = {name for name in linears.values() if isinstance(structure.get_submodule(name), Conv1D)}
     for number, layer in enumerate(streams[LIVE].layers, start=1):
         inside = [linears[id(module)] for module in layer.modules() if id(module) in linears]
-        for name, stream in streams.items():
-            if name == LIVE:
-                stream.advance()
-            elif name == UNTUNED:
-                with adapted.disable_adapter():
-                    stream.advance()
-            else:
-                with merged_linears(base, inside, candidates[name].weights, transposed):
-                    _round(base, inside, candidates[name], stream)
-                    stream.advance()
+        for name, candidate in candidates.items():
+            weights, biases = _read_merged(base, inside, candidate.weights, transposed)
+            if candidate.knows_inputs:
+                weights = _round_knowing(base, weights, biases, candidate, streams[LIVE], streams[name])
+            elif candidate.rounded:
+                weights = {n: candidate.rounded({n: w.float()}, None)[n].to(w.dtype) for n, w in weights.items()}
+            with replaced_linears(base, weights, biases):
+                streams[name].advance()
+        streams[LIVE].advance()
+        if plain:
+            with adapted.disable_adapter():
+                streams[UNTUNED].advance()
         report(Progress("Measuring ways to merge", number, len(streams[LIVE].layers), unit="layers"))
     return {name: mean_loss(stream, rows) for name, stream in streams.items()}
 
 
-def _round(base: Any, names: Sequence[str], candidate: Candidate, stream: ActivationStream) -> None:
-    """Replaces the merged weights of the next layer by rounded ones, by what their inputs are in this model."""
-    if candidate.rounded is None:
-        return
-    modules = {name: base.get_submodule(name) for name in names}
-    moments = gather_inputs(stream, list(modules.values())) if candidate.knows_inputs else {}
-    groups: dict[int | str, list[str]] = {}
-    for name, module in modules.items():  # those of one moment together
-        groups.setdefault(id(moments[id(module)]) if id(module) in moments else name, []).append(name)
-    for group in groups.values():
-        weights = {name: modules[name].weight.detach().float() for name in group}
-        for name, value in candidate.rounded(weights, moments.get(id(modules[group[0]]))).items():
-            modules[name].weight = nn.Parameter(value.to(modules[name].weight.dtype), requires_grad=False)
+def _round_knowing(
+    base: Any,
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    candidate: Candidate,
+    live: ActivationStream,
+    stream: ActivationStream,
+) -> dict[str, Tensor]:
+    assert candidate.rounded is not None
+
+    def replaced(now: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return replaced_linears(base, now, biases)
+
+    def linears() -> dict[str, Any]:
+        return {name: base.get_submodule(name) for name in weights}
+
+    return round_layer(live, stream, linears, weights, replaced, candidate.rounded)
 
 
-@contextmanager
-def merged_linears(base: Any, names: Sequence[str], weights: MergedWeights, transposed: set[str]) -> Iterator[None]:
-    """Linear layers computing with merged weights inside the block, without their adapters."""
+def _read_merged(
+    base: Any, names: Sequence[str], weights: MergedWeights, transposed: set[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Merged weights of linear layers, (out, in) in the base's dtype on their device, and biases, as far as there are."""
     values, biases = {}, {}
     for name in names:
         module = base.get_submodule(name)
@@ -143,8 +151,7 @@ def merged_linears(base: Any, names: Sequence[str], weights: MergedWeights, tran
         values[name] = weight.T.contiguous() if name in transposed else weight
         if f"{name}.bias" in weights:
             biases[name] = weights.read(f"{name}.bias").to(device)
-    with replaced_linears(base, values, biases):
-        yield
+    return values, biases
 
 
 @contextmanager
