@@ -64,13 +64,17 @@ def summarise(summary: PreparedSummary) -> dict[str, Any]:
         left_out.append(f"the end{'' if count == 1 else 's'} of {format_count(count, 'row')}, past --max-length")
     lost = facts.get("lost", {}).items()
     left_out += [f"{LOST[kind]} of {format_count(count, 'conversation')}, by the chat template" for kind, count in lost]
+    formatting = Formatting.from_dict(facts["formatting"])
+    if formatting.format == "chat" and formatting.thoughts != "keep":
+        others = "" if formatting.thoughts == "drop" else " but the last of each conversation"
+        left_out.append(f"thoughts of answers{others} (--thoughts {formatting.thoughts})")
     left_out += [f"columns {list_names(names)}"] if (names := facts.get("unused_columns")) else []
     share = facts["trained_tokens"] / max(1, facts["tokens"])
     return {
         "rows": f"{facts['rows']:,} of {format_count(facts['records'], 'record')}",
         "tokens": f"{facts['tokens']:,}, {facts['trained_tokens']:,} trained ({share:.0%})",
         "lengths": f"{lengths['min']:,} to {lengths['max']:,}, half up to {lengths['p50']:,}, limit {facts['max_length']:,}",
-        "parts": describe_origins(Formatting.from_dict(facts["formatting"])),
+        "parts": describe_origins(formatting),
         "left_out": left_out or "nothing",
         "directory": summary.directory,
     }

@@ -161,7 +161,7 @@ class DataSettings(Settings):
     )
     train_on: str | None = setting(
         None,
-        "Which tokens are trained: completion (every assistant turn of a chat), the last answer only, or all. "
+        "Which tokens are trained: completion (every assistant turn of a chat, but none of a prompt's), the last answer only, or all. "
         "By default completion where there is one, all for text.",
         panel=DATA,
         choices=("all", "completion", "last"),

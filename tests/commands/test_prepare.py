@@ -94,6 +94,8 @@ def test_each_part_shown_says_which_message_or_column_it_is(tiny_model, tmp_path
     assert "left out by the chat template: " in printed.out and "thought" in printed.out
     assert "thoughts of trained answers of 1 conversation, by the chat template" in printed.out
     assert "in 1 of 1 conversation" in printed.err
+    dropped = shown([{"messages": messages[1:3]}], "--chat-template", str(drops_system), "--thoughts", "drop")
+    assert "thoughts of answers (--thoughts drop)" in dropped.out
 
 
 def test_pieces_shown_lose_no_space(tmp_path):

@@ -65,7 +65,7 @@ CASES = {
         [{"prompt": [ASK], "completion": [ANSWER]}, {"prompt": [ASK], "completion": [ANSWER]}], {}, [TURN, TURN], "'prompt' and 'completion'",
     ),
     "a context of several turns before the completion": (
-        [{"prompt": [ASK, BAD, ASK], "completion": [ANSWER]}], {"train_on": "last"},
+        [{"prompt": [ASK, BAD, ASK], "completion": [ANSWER]}], {},
         ["<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n" + TURN], "",
     ),
     "preference rows of messages": ([{"rejected": [ASK, BAD], "chosen": [ASK, ANSWER]}], {}, [TURN], "'chosen' are trained"),
@@ -74,6 +74,10 @@ CASES = {
     ),
     "preference rows whose answers repeat the prompt": (
         [{"prompt": "A lake?", "chosen": [ASK, ANSWER], "rejected": [ASK, BAD]}], {}, [TURN], "'chosen' are trained",
+    ),
+    "preference rows that repeat a prompt with an answer in it": (
+        [{"prompt": [ASK, BAD, ASK], "chosen": [ASK, BAD, ASK, ANSWER], "rejected": [ASK, BAD, ASK, BAD]}], {},
+        ["<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n" + TURN], "",
     ),
     "preference rows of text, the rejected one longer": (
         [{"prompt": "A lake?", "rejected": "Zugspitze is a lake, and a deep and wide one.", "chosen": "Chiemsee."}], {},

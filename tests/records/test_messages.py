@@ -201,3 +201,22 @@ def test_settings_and_documents_of_a_row_travel_with_it():
     assert (found.settings, found.documents) == ({"enable_thinking": False}, [{"title": "Lakes"}])
     with pytest.raises(BadField, match="'k' is text"):
         read_conversation({**row, "k": "on"}, ConversationColumns(messages="m", settings="k"))
+
+
+def test_nulls_of_other_tools_are_left_out_of_schemas_and_calls_and_those_that_mean_something_stay():
+    def tool(name, properties):
+        return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+    def call(name, **arguments):
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+    lake, unit = {"type": "string"}, {"type": ["string", "null"], "default": None}
+    padded = [tool("depth", {"lake": lake, "unit": unit, "hill": None}), tool("height", {"lake": None, "hill": lake})]
+    calls = [call("depth", lake="Chiemsee", unit=None, hill=None), call("height", lake=None, hill="Brocken")]
+    record = {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": calls}], "tools": padded}
+    found = read_conversation(record, ConversationColumns(messages="messages", tools="tools"))
+    assert found.tools == [tool("depth", {"lake": lake, "unit": unit}), tool("height", {"hill": lake})]
+    assert found.messages[1]["tool_calls"] == [
+        call("depth", lake="Chiemsee", unit=None),
+        call("height", hill="Brocken"),
+    ]

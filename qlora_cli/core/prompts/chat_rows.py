@@ -117,7 +117,8 @@ class ChatFormatter:
         answers = _answers(messages)
         if not any(_says_something(messages[i]) for i in answers):
             raise Blank("no answer")
-        trained = [number for number, i in enumerate(answers) if conversation.trained[i]]
+        asked = [False] * len(messages) if train_on == "all" else conversation.asked
+        trained = [number for number, i in enumerate(answers) if conversation.trained[i] and not asked[i]]
         trained = trained[-1:] if train_on == "last" else trained
         if not any(_says_something(messages[answers[number]]) for number in trained):
             raise Blank("no answer that the data lets be trained")
@@ -157,7 +158,7 @@ class ChatFormatter:
         if rendered.faults and self._on_lost_content == "stop":
             return BadField(_sentence([sentence for _, sentence in rendered.faults]))
         self._counts.update({f"lost_{kind}" for kind, _ in rendered.faults})
-        self._counts["unfolded"] += rendered.unfolded
+        self._counts["unfolded"] += rendered.unfolded and len(rendered.rows) > 1
         self._counts["moved"] += rendered.moved
         answers = _answers(request.messages)
         rows = []

@@ -87,10 +87,11 @@ def shows_markup(texts: Sequence[str], encoder: TextEncoder) -> str | None:
     if not texts:
         return None
     parts = [encoder.split_markup(text.strip()) for text in texts]
-    if all(part and isinstance(part[0], int) for part in parts):
-        return f"begun by a control token (such as {texts[0].strip()[:10]!r})"
-    if all(part and isinstance(part[-1], int) for part in parts):
-        return f"ended by a control token (such as {texts[0].strip()[-10:]!r})"
+    names = {number: token for token, number in encoder.control_ids.items()}
+    for at, place in ((0, "begun"), (-1, "ended")):
+        ends = [part[at] if part else "" for part in parts]
+        if all(isinstance(end, int) for end in ends):
+            return f"{place} by a control token (such as {names[int(ends[0])]})"
     template = encoder.spec.chat_template or ""
     known = [token for token in encoder.control_ids if token in template]
     common = next((token for token in known if all(token in text for text in texts)), None)

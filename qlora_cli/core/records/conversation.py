@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_cli.core.records.messages import Message, holds_messages, pair_of, read_messages
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
-from qlora_cli.core.records.tools import read_tools
+from qlora_cli.core.records.tools import read_tools, without_padding
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Conversation:
             there are calls, and their arguments are objects.
         trained: For each message, whether the data lets it be trained (`weight`, `train`, `loss`); what is no answer
             of the assistant is not trained in any case.
+        asked: For each message, whether it is of the prompt of a prompt and completion: its answers are context.
         tools: Descriptions of tools, or None.
         documents: For templates that print documents, or None.
         settings: Variables of the template that this row sets itself (`chat_template_kwargs`).
@@ -25,6 +26,7 @@ class Conversation:
 
     messages: list[Message]
     trained: list[bool]
+    asked: list[bool]
     tools: list[Record] | None = None
     documents: list[Record] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +74,7 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
     """
     reader = _Reader(columns.roles)
     if columns.messages is not None:
-        reader.add(_required(record, columns.messages), columns.messages)
+        reader.add(_required(record, columns.messages), columns.messages, asked=columns.answer is not None)
     for pair in _history(record, columns.history):
         reader.add(pair, columns.history)
     if columns.prompt is not None:
@@ -80,16 +82,20 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
         addition = record.get(columns.addition) if columns.addition else None
         if isinstance(question, str) and isinstance(addition, str) and addition.strip():
             question = f"{question}\n{addition}" if question.strip() else addition
-        reader.add(question, columns.prompt, role="user")
+        reader.add(question, columns.prompt, role="user", asked=True)
     if columns.answer is not None and not is_prompt:
         reader.add_answer(_required(record, columns.answer), columns.answer)
     if not reader.messages:
         raise BadField(f"field {columns.messages or columns.prompt!r}: has no messages")
     _add_system(reader, record.get(columns.system) if columns.system else None, columns.system)
+    messages, tools = reader.messages, read_tools(record.get(columns.tools), columns.tools) if columns.tools else None
+    if tools:
+        tools, messages = without_padding(tools, messages)
     return Conversation(
-        reader.messages,
+        messages,
         reader.trained,
-        read_tools(record.get(columns.tools), columns.tools) if columns.tools else None,
+        reader.asked,
+        tools,
         _documents(record, columns.documents),
         _settings(record, columns.settings),
     )
@@ -101,13 +107,15 @@ class _Reader:
     def __init__(self, roles: Mapping[str, str]) -> None:
         self.messages: list[Message] = []
         self.trained: list[bool] = []
+        self.asked: list[bool] = []
         self._roles = roles
 
-    def add(self, value: Any, column: str | None, role: str | None = None) -> None:
-        """Appends a column's messages; text is a message of this role."""
+    def add(self, value: Any, column: str | None, role: str | None = None, *, asked: bool = False) -> None:
+        """Appends a column's messages; text is a message of this role. Asked are those that the prompt consists of."""
         messages, trained = self._read(value, column, role)
         self.messages += messages
         self.trained += trained
+        self.asked += [asked] * len(messages)
 
     def add_answer(self, value: Any, column: str) -> None:
         """Appends the answer, or takes its messages for the whole where they begin with what came before."""
@@ -115,10 +123,13 @@ class _Reader:
         before = [(message["role"], message["content"].strip()) for message in self.messages]
         begins = [(message["role"], message["content"].strip()) for message in messages if message["role"] != "system"]
         if before and len(begins) > len(before) and begins[: len(before)] == before:
+            asked = iter(self.asked)
+            self.asked = [message["role"] != "system" and next(asked, False) for message in messages]
             self.messages, self.trained = messages, trained
         else:
             self.messages += messages
             self.trained += trained
+            self.asked += [False] * len(messages)
 
     def _read(self, value: Any, column: str | None, role: str | None) -> tuple[list[Message], list[bool]]:
         if role is not None and isinstance(value, str) and not holds_messages(value):
@@ -154,6 +165,7 @@ def _add_system(reader: _Reader, text: Any, column: str | None) -> None:
     if first["role"] != "system":
         reader.messages.insert(0, {"role": "system", "content": text})
         reader.trained.insert(0, True)
+        reader.asked.insert(0, False)
     elif first["content"].strip() != text.strip():
         raise BadField(f"field {column!r} differs from the system turn that the conversation has")
 

@@ -37,6 +37,50 @@ def read_tools(value: Any, column: str) -> list[Record] | None:
     return tools or None
 
 
+def without_padding(tools: list[Record], messages: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Tools and messages without the nulls that rows which were once Arrow's have for other tools' keys.
+
+    A null in a schema is none of JSON Schema but as `default` or `const`; of a call's arguments, those that are null and
+    that its tool does not describe are left out.
+    """
+    tools = [_schema_without_nulls(tool) for tool in tools]
+    functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
+    described: dict[Any, Record] = {}
+    for function in functions:
+        schema = function.get("parameters")
+        if isinstance(function.get("name"), str) and isinstance(schema, dict):
+            described[function["name"]] = schema.get("properties") or {}
+    cleaned = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            message = {**message, "tool_calls": [_call_without_nulls(call, described) for call in calls]}
+        cleaned.append(message)
+    return tools, cleaned
+
+
+def _schema_without_nulls(value: Any, *, names: bool = False) -> Any:
+    if isinstance(value, list):
+        return [_schema_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    values = () if names else ("default", "const")  # which may be anything
+    return {
+        key: item if key in values else _schema_without_nulls(item, names=key == "properties" and not names)
+        for key, item in value.items()
+        if item is not None or key in values
+    }
+
+
+def _call_without_nulls(call: Record, described: dict[Any, Record]) -> Record:
+    function = call["function"] if isinstance(call.get("function"), dict) else call
+    known, arguments = described.get(function.get("name")), function.get("arguments")
+    if known is None or not isinstance(arguments, dict):
+        return call
+    kept = {name: value for name, value in arguments.items() if value is not None or name in known}
+    cleaned = {**function, "arguments": kept}
+    return {**call, "function": cleaned} if function is not call else cleaned
+
+
 def read_calls(value: Any, number: int) -> list[Record]:
     """The calls of message `number`, from a list of objects or JSON texts, or from JSON text.
 
