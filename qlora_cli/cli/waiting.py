@@ -20,7 +20,7 @@ LIBRARIES = {  # of each command; what is first is what tells whether they are h
     "train": ("torch", "transformers", "peft"),
     "merge": ("torch", "transformers", "peft"),
     "generate": ("torch", "transformers", "peft"),
-    "inspect": ("torch", "transformers", "peft"),
+    "inspect": ("torch", "transformers"),
 }
 
 

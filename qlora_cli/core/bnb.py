@@ -1,14 +1,19 @@
-"""bitsandbytes, imported without torch's compiler: `from qlora_cli.core.bnb import bitsandbytes`.
+"""bitsandbytes, imported when it is first used, and without torch's compiler: `from qlora_cli.core.bnb import bitsandbytes`.
 
 It decorates two functions of its fallback backend with `torch.compile`. That alone imports Dynamo and Inductor, three
 seconds of processor time in every command; and where they are called, which is on the CPU with shapes that its native
-library does not take, a C++ compiler runs for each shape. Plain, they give the same bits.
+library does not take, a C++ compiler runs for each shape. Plain, they give the same bits. `inspect` of a model needs none of it.
 """
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+NAME = "bitsandbytes"
 
 
 @contextmanager
@@ -26,8 +31,22 @@ def nothing_compiled() -> Iterator[None]:
         torch.compile = compiling
 
 
-with nothing_compiled():
-    import bitsandbytes
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+def load() -> Any:
+    """The module; whoever imports peft calls this before, which imports it with the compiler."""
+    if not is_loaded():
+        with nothing_compiled():
+            importlib.import_module(NAME)
+    return sys.modules[NAME]
 
-__all__ = ["Bnb4BitHfQuantizer", "bitsandbytes"]
+
+def is_loaded() -> bool:
+    """Whether anything of it was used; without, there is no module of its classes."""
+    return NAME in sys.modules
+
+
+class _WhenUsed:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(load(), name)
+
+
+bitsandbytes: Any = _WhenUsed()

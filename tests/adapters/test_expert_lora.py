@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.expert_tensors import expert_pairs
-from qlora_cli.core.adapters.lora import attach_adapter, count_parameters, load_adapter, save_adapter
+from qlora_cli.core.adapters.lora import attach_adapter, load_adapter, save_adapter
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.layout import expert_weights, find_experts
+from qlora_cli.core.models.quantization import count_parameters
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import LoraSettings

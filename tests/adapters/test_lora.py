@@ -11,12 +11,12 @@ from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.lora import (
     adapter_state,
     attach_adapter,
-    count_parameters,
     load_adapter,
     load_adapter_state,
     save_adapter,
 )
 from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.quantization import count_parameters
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import LoraSettings

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.bnb import bitsandbytes
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import (
+    count_parameters,
     freeze_base,
     is_4bit,
 )

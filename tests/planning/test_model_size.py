@@ -5,9 +5,10 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from qlora_cli.core.adapters.lora import attach_adapter, count_parameters
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.quantization import count_parameters
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.model_profile import profile_model
 from qlora_cli.core.planning.model_size import measure_footprint, packed_bytes

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+import qlora_cli.core.bnb_before_peft  # noqa: F401 - with the compiler otherwise
 
 # isort: split
 from peft import LoraConfig

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+import qlora_cli.core.bnb_before_peft  # noqa: F401 - with the compiler otherwise
 
 # isort: split
 import torch

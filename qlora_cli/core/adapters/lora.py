@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+import qlora_cli.core.bnb_before_peft  # noqa: F401 - with the compiler otherwise
 
 # isort: split
 import torch
@@ -25,9 +25,8 @@ from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, sho
 from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, stored_config
 from qlora_cli.core.adapters.shared_layers import apart, share_pairs
-from qlora_cli.core.adapters.targets import find_targets, read_patterns, short_names
+from qlora_cli.core.adapters.targets import check_settings, find_targets, read_patterns, short_names
 from qlora_cli.core.adapters.vocabulary import replaced_weights, take_vocabulary
-from qlora_cli.core.models.quantization import logical_numel
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.untrusted import check_expressions
 from qlora_cli.errors import AdapterError, first_line
@@ -48,14 +47,7 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
     Raises:
         AdapterError: A target matches nothing, or a value is out of range.
     """
-    if lora.rank < 1 or not 0 <= lora.dropout < 1 or lora.alpha <= 0:
-        raise AdapterError(
-            f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout} make no adapter.",
-            "Use --rank 1 or more, --alpha above 0, and --dropout from 0 to below 1.",
-        )
-    for name in lora.modules_to_save or ():
-        if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
-            raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")
+    check_settings(model, lora)
     names, experts = find_targets(model, lora), expert_targets(model, lora)
     config = LoraConfig(
         r=lora.rank,
@@ -219,9 +211,3 @@ def save_adapter(peft_model: PeftModel, directory: Path, *, base_name: str, name
 def adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Modules whose result depends on the adapter in effect: tuned layers, and those trained and saved as a whole."""
     return (m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters; a packed 4-bit weight counts the weights it holds, a tied one counts once."""
-    counts = [(logical_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)

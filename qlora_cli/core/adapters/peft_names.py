@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+import qlora_cli.core.bnb_before_peft  # noqa: F401 - with the compiler otherwise
 
 # isort: split
 from peft import LoraConfig

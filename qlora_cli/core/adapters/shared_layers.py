@@ -7,7 +7,7 @@ updates of one stored weight, which no merged checkpoint can hold.
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-import qlora_cli.core.bnb  # noqa: F401 - before peft, which imports bitsandbytes with the compiler
+import qlora_cli.core.bnb_before_peft  # noqa: F401 - with the compiler otherwise
 
 # isort: split
 import torch

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.core.adapters.peft_names import refuses_target
 from qlora_cli.core.experts.layout import expert_weights, find_experts
 from qlora_cli.core.models.quantization import is_4bit
 from qlora_cli.core.models.raw_weights import read_raw
@@ -19,6 +18,22 @@ ALL_LINEAR = "all-linear"
 MATCH_SECONDS = 1.0  # for one name: a pattern may backtrack for ever
 REGEX_CHARACTERS = set("*+?[](){}|^$\\")
 LISTED = 12  # names in an error
+
+
+def check_settings(model: PreTrainedModel, lora: LoraSettings) -> None:
+    """Checks what of an adapter's settings needs no target to be found.
+
+    Raises:
+        AdapterError: A value is out of range, or a module to be saved is none.
+    """
+    if lora.rank < 1 or not 0 <= lora.dropout < 1 or lora.alpha <= 0:
+        raise AdapterError(
+            f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout} make no adapter.",
+            "Use --rank 1 or more, --alpha above 0, and --dropout from 0 to below 1.",
+        )
+    for name in lora.modules_to_save or ():
+        if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
+            raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")
 
 
 def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
@@ -34,7 +49,10 @@ def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
     raw = read_raw(model)
     beside = tuple(f"{name}." for name in tower_names(model))
     default = [name for name in linears if not name.startswith(beside) and _is_linear(model.get_submodule(name))]
-    default = [name for name in default if not refuses_target(model, name.rpartition(".")[2])]
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):  # as mixers have, and PEFT refuses no others
+        from qlora_cli.core.adapters.peft_names import refuses_target
+
+        default = [name for name in default if not refuses_target(model, name.rpartition(".")[2])]
     if lora.target_modules is None:
         found = default
     else:

@@ -158,8 +158,8 @@ def _recorded_total(directory: Path) -> int | None:
 
 
 def _count_base(model: str) -> int:
-    from qlora_cli.core.adapters.lora import count_parameters
     from qlora_cli.core.models.files import resolve_model
+    from qlora_cli.core.models.quantization import count_parameters
     from qlora_cli.core.models.structure import build_empty
 
     return count_parameters(build_empty(resolve_model(model).config))[1]

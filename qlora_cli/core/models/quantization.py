@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from qlora_cli.core.bnb import Bnb4BitHfQuantizer
 from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.bnb import is_loaded
 from qlora_cli.core.models.raw_weights import call_layers
 
 BLOCK_SIZE = 64  # weights a quantisation constant covers
@@ -77,7 +78,7 @@ def restored_linear(
 def twin_of(linear: Any, bias: nn.Parameter | None) -> nn.Module:
     """A module of its own with the weight of a 4-bit linear, which is there once."""
     twin = bnb.nn.Linear4bit(1, 1, bias is not None, linear.compute_dtype, device="meta")
-    twin.weight, twin.bias = linear.weight, bias  # type: ignore[assignment]
+    twin.weight, twin.bias = linear.weight, bias
     twin.out_features, twin.in_features = linear.out_features, linear.in_features
     return twin
 
@@ -101,7 +102,11 @@ def freeze_base(base: Any) -> PreTrainedModel:
 
 def is_4bit(module: nn.Module) -> bool:
     """Whether the module is a 4-bit linear whose weight is quantised."""
-    return isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight, "quant_state", None) is not None
+    return (
+        is_loaded()
+        and isinstance(module, bnb.nn.Linear4bit)
+        and getattr(module.weight, "quant_state", None) is not None
+    )
 
 
 def four_bit_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -168,3 +173,9 @@ def logical_numel(parameter: torch.Tensor) -> int:
     if state is not None:
         return int(torch.Size(state.shape).numel())
     return getattr(parameter, "logical_elements", parameter.numel())  # of a stack of experts
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; a packed 4-bit weight counts the weights it holds, a tied one counts once."""
+    counts = [(logical_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)

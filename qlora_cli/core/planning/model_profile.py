@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.experts.four_bit_experts import pack_experts
 from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.core.models.account import FourBitPlan, plan_packing
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
+from qlora_cli.core.planning.meta_adapter import attach_on_meta
 from qlora_cli.core.planning.model_size import Footprint, measure_footprint
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError
@@ -78,7 +78,7 @@ def profile_model(
     _pack_experts(model, packing, quantization, compute_dtype)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
-    adapted = attach_adapter(model, lora)
+    adapted = attach_on_meta(model, lora, fused=engine == "fast")
     trace = untraced = None
     try:
         trace = trace_model(adapted, fused=engine == "fast" and not lora.dora) if traced else None

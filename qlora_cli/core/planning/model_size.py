@@ -6,12 +6,11 @@ from typing import Any
 import torch
 
 from qlora_cli.core.adapters.adapter_facts import base_name
-from qlora_cli.core.adapters.lora import count_parameters
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.experts.layout import expert_weights, find_experts
 from qlora_cli.core.experts.stack import stack_bytes
 from qlora_cli.core.models.account import plan_packing
-from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, logical_numel
+from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, count_parameters, logical_numel
 from qlora_cli.core.models.structure import head_names, underlying_model
 from qlora_cli.settings.groups import QuantizationSettings
 

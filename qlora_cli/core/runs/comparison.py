@@ -28,7 +28,7 @@ def name_runs(directories: Sequence[Path]) -> list[str]:
     """What each run is called: its directory's name, or as much of its path as tells it from the others."""
     parts = [directory.absolute().parts for directory in directories]
     for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(path[-count:]) for path in parts]
+        names = [str(Path(*path[-count:])) for path in parts]
         if len(set(names)) == len(names):
             break
     return names

@@ -13,19 +13,24 @@ from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.errors import CheckpointError, UsageError
 
+
+def _of_bitsandbytes(name: str) -> Callable[..., Optimizer]:
+    return lambda *given, **named: getattr(bnb.optim, name)(*given, **named)
+
+
 # How each is made, and its bytes of state for each trained parameter; 8-bit states add one fp32 scale for every 256.
 # Adafactor keeps a row and a column of a matrix: 4 / rank bytes, here for the smallest ranks in use.
 _OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float]] = {
     "adamw": (partial(torch.optim.AdamW, fused=True), 8),
-    "lion": (bnb.optim.Lion32bit, 4),
+    "lion": (_of_bitsandbytes("Lion32bit"), 4),
     "sgd": (torch.optim.SGD, 0),
     "adafactor": (torch.optim.Adafactor, 1),
-    "paged_adamw_32bit": (bnb.optim.PagedAdamW32bit, 8),
-    "paged_lion_32bit": (bnb.optim.PagedLion32bit, 4),
-    "paged_adamw_8bit": (bnb.optim.PagedAdamW8bit, 2 + 8 / 256),
-    "adamw_8bit": (bnb.optim.AdamW8bit, 2 + 8 / 256),
-    "paged_lion_8bit": (bnb.optim.PagedLion8bit, 1 + 4 / 256),
-    "lion_8bit": (bnb.optim.Lion8bit, 1 + 4 / 256),
+    "paged_adamw_32bit": (_of_bitsandbytes("PagedAdamW32bit"), 8),
+    "paged_lion_32bit": (_of_bitsandbytes("PagedLion32bit"), 4),
+    "paged_adamw_8bit": (_of_bitsandbytes("PagedAdamW8bit"), 2 + 8 / 256),
+    "adamw_8bit": (_of_bitsandbytes("AdamW8bit"), 2 + 8 / 256),
+    "paged_lion_8bit": (_of_bitsandbytes("PagedLion8bit"), 1 + 4 / 256),
+    "lion_8bit": (_of_bitsandbytes("Lion8bit"), 1 + 4 / 256),
 }
 _CONSTANTS = {"qmap1", "qmap2"}  # bitsandbytes' quantisation maps, equal in every run
 
