@@ -3,11 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qlora_cli.cli.screens.drawing import columns_of_terminal, draw_screen
+from qlora_cli.cli.screens.drawing import columns_of_terminal, draw_screen, wrap
 from qlora_cli.cli.streams import UnwrittenOutput
 from qlora_cli.cli.visible import CONTROLS, visible, visible_event
 from qlora_cli.cli.wrapping import WordWrap
@@ -17,6 +18,8 @@ from qlora_cli.events import Caution, Event, RowShown, TextGenerated
 if TYPE_CHECKING:
     from qlora_cli.cli.line_view import LineView
     from qlora_cli.cli.live_view import LiveView
+
+COMMAND = re.compile(r"([^:]*: )?(qlora|pip) (?!.*, or ).*")  # a hint that is one, and no sentence that names one
 
 
 def has_live_view() -> bool:
@@ -163,6 +166,13 @@ def _line_view(stream: TextIO) -> "LineView":
     return LineView(stream)
 
 
+def _wrapped(text: str, before: int) -> str:
+    """A sentence on a terminal broken between words, its first line behind so many columns; elsewhere as it is."""
+    if not sys.stderr.isatty():
+        return text
+    return "\n".join(wrap(" " * before + text, columns_of_terminal()))[before:]
+
+
 def to_json(value: Any) -> str:
     """One JSON object; a number that JSON does not have becomes null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
@@ -179,8 +189,9 @@ def show_error(error: QloraError, *, as_json: bool) -> None:
     named = rank == "0" or isinstance(error, RankLost)
     message = error.message if named else f"rank {rank}: {error.message}"
     red, cyan, plain = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if has_live_view() else ("", "", "")
-    print(f"{red}error: {plain}{message}", file=sys.stderr)
+    print(f"{red}error: {plain}{_wrapped(message, 7)}", file=sys.stderr)
     if error.hint:
-        print(f"{cyan}→ {plain}{error.hint}", file=sys.stderr)  # in one piece, to be copied
+        whole = COMMAND.fullmatch(error.hint)  # in one piece, to be copied
+        print(f"{cyan}→ {plain}{error.hint if whole else _wrapped(error.hint, 2)}", file=sys.stderr)
     if as_json and rank == "0":
         print(to_json({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))

@@ -96,7 +96,8 @@ def draw_row(console: Console, event: RowShown) -> None:
     Where it takes more than its lines, the middle of its longest pieces is left out, and then pieces in the middle.
     """
     head = Text(f"Row {event.index}: {event.tokens:,} tokens, {event.trained_tokens:,} trained", "bold")
-    console.print(head + Text(f"; {event.origin}" if event.origin else "", "dim"), soft_wrap=True)
+    head += Text(f"; {event.origin}" if event.origin else "", "dim")
+    console.print(head, soft_wrap=not console.is_terminal)
     if event.left_out:
         said = Text(f"left out by the chat template: {'; '.join(event.left_out)}", "yellow")
         console.print(

@@ -71,8 +71,8 @@ def summarise(summary: PreparedSummary) -> dict[str, Any]:
     left_out += [f"columns {list_names(names)}"] if (names := facts.get("unused_columns")) else []
     share = facts["trained_tokens"] / max(1, facts["tokens"])
     return {
-        "rows": f"{facts['rows']:,} of {format_count(facts['records'], 'record')}",
-        "tokens": f"{facts['tokens']:,}, {facts['trained_tokens']:,} trained ({share:.0%})",
+        "rows": f"{format_count(facts['rows'], 'row')} of {format_count(facts['records'], 'record')}",
+        "tokens": f"{format_count(facts['tokens'], 'token')}, of which {100 * share:.0f} % are trained",
         "lengths": f"{lengths['min']:,} to {lengths['max']:,}, half up to {lengths['p50']:,}, limit {facts['max_length']:,}",
         "parts": describe_origins(formatting),
         "left_out": left_out or "nothing",

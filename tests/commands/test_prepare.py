@@ -56,8 +56,7 @@ def test_a_screen_holds_a_long_row_and_what_became_of_the_data(tiny_model, tmp_p
     assert sum(1 + max(0, len(text) - 1) // 80 for text in shown.out.splitlines()) <= 24
     for words in (
         "record 1: turns from 'messages'",
-        "rows",
-        "1 of 3 records",
+        "1 row of 3 records",
         "1 row: no answer",
         "1 bad row",
         "columns 'id'",

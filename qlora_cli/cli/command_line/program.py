@@ -10,9 +10,12 @@ import typer
 from qlora_cli import __version__
 from qlora_cli.cli.command_line.declared import Command
 from qlora_cli.cli.command_line.typer_options import CONTEXT, PanelledCommand, QuickGroup, read_typed, signature_of
+from qlora_cli.cli.screens.drawing import columns_of_terminal
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.peer_names import COMMANDS as PEER_COMMANDS
 from qlora_cli.settings.peer_names import PEERS, UNNEEDED, suggest_setting
+
+NARROWEST, WIDEST = 24, 80  # columns of the help
 
 
 def run_program(commands: dict[str, Command], arguments: list[str]) -> int:
@@ -42,7 +45,11 @@ def make_program(commands: Iterable[Command]) -> typer.Typer:
         help="Fine-tune a large language model with QLoRA: its weights in 4 bits, a small adapter trained on top.",
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            # By itself Typer takes no terminal for narrower than 52 columns.
+            "terminal_width": max(NARROWEST, min(columns_of_terminal(), WIDEST) - 2),
+        },
     )
     program.callback(invoke_without_command=True)(_qlora)
     for command in commands:

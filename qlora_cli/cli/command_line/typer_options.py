@@ -30,6 +30,7 @@ from qlora_cli.settings.setting import PANELS, flag_of, type_of
 
 THIS_CALL = "This call"
 KINDS = (bool, int, float, str, list, Path)
+NARROW = 58  # columns
 CONTEXT = "context"  # name of the parameter through which Typer hands over its context
 
 
@@ -230,8 +231,10 @@ class PanelledCommand(TyperCommand):
                     formatter.write(_definition(flags, " ".join(help.split()), formatter.width - 2))
 
 
-def _definition(flags: str, help: str, width: int, column: int = 30) -> str:
-    """One option of the help: its spelling, then its meaning in a column; no flag or default is broken in two."""
+def _definition(flags: str, help: str, width: int) -> str:
+    """One option of the help: its spelling, then its meaning in a column, or below it on a narrow terminal; no flag or
+    default is broken in two."""
+    column = 30 if width >= NARROW else 6
     start = f"  {flags}" if len(flags) > column - 4 else f"  {flags:<{column - 2}}"
     indent = " " * column
     lines = textwrap.wrap(

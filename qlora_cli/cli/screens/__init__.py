@@ -13,6 +13,7 @@ SCREENS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Screen]], ...] 
     (("works", "versions", "system"), models.of_a_machine),
     (("base_losses", "merge_seconds", "base_model"), runs.of_a_merge),
     (("rows", "trained_tokens", "lengths", "directory"), runs.of_rows),
+    (("rows", "parts", "left_out", "directory"), runs.of_a_preparation),
     (("final_loss", "total_steps", "output", "tokens"), runs.of_a_training),
     (("kind", "runs", "differing", "picture"), runs.of_runs),
     (("kind", "directory", "next", "tables"), runs.of_a_run),

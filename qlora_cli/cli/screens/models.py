@@ -68,6 +68,8 @@ def of_a_plan(result: dict[str, Any]) -> Screen:
         first = f"{name} would train {steps}, in {needed} of {limit}."
     else:
         first = f"{name} would train {steps} on this machine's {result['device'].upper()}."
+    nothing = result["fits"] is False and not result.get("next")
+    remedy = ["Nothing that was left open makes it fit: take a smaller model or a larger card."] if nothing else []
     begins = [f"It would go on at step {result['first_step']:,}."] if result["first_step"] > 1 else []
     rows = f"{result['rows']:,}" + (f", and {result['held_out_rows']:,} held out" if result["held_out_rows"] else "")
     facts = [
@@ -75,11 +77,11 @@ def of_a_plan(result: dict[str, Any]) -> Screen:
         ("a step", f"{settings['batch_size']} × {settings['gradient_accumulation_steps']} rows of at most {settings['max_length']:,} tokens"),
         ("recomputed layers", str(settings["gradient_checkpointing"])),
         ("optimizer", str(settings["optimizer"])),
-        ("learning rate", f"{settings['learning_rate']:g}, {settings['scheduler']}, {result['warmup_steps']:,} steps of warm-up"),
+        ("learning rate", f"{settings['learning_rate']:g}, {settings['scheduler']}, {result['warmup_steps']:,} step{'s' * (result['warmup_steps'] != 1)} of warm-up"),
         ("download", format_bytes(result["disk"]["download_bytes"])),
         ("written", f"{format_bytes(result['disk']['run_bytes'])} to {result['output']}"),
     ]  # fmt: skip
-    return Screen([first, *begins, trained_of(result)], facts)
+    return Screen([first, *remedy, *begins, trained_of(result)], facts)
 
 
 def of_a_machine(result: dict[str, Any]) -> Screen:

@@ -49,6 +49,17 @@ def of_rows(result: dict[str, Any]) -> Screen:
     return Screen(sentences, facts)
 
 
+def of_a_preparation(result: dict[str, Any]) -> Screen:
+    """What became of the data, below the rows that are shown."""
+    left_out = result["left_out"]
+    facts = [
+        ("lengths", result["lengths"]),
+        ("parts", result["parts"]),
+        ("left out", left_out if isinstance(left_out, str) else "\n".join(left_out)),
+    ]
+    return Screen([f"{result['rows']} are in {result['directory']}: {result['tokens']}."], facts)
+
+
 def of_a_training(result: dict[str, Any]) -> Screen:
     """How the training went."""
     done = (
@@ -75,7 +86,8 @@ def of_a_training(result: dict[str, Any]) -> Screen:
 def _gap(gap: dict[str, Any]) -> str:
     """What 4 bits cost, and what the adapter won."""
     four, tuned = gap["four_bits"], gap["adapter"]
-    cost = "" if gap["sixteen_bits"] is None else f"4 bits cost {four - gap['sixteen_bits']:.4f} nats a token, "
+    lost = None if gap["sixteen_bits"] is None else four - gap["sixteen_bits"]
+    cost = "" if lost is None else "4 bits cost nothing, " if lost <= 0 else f"4 bits cost {lost:.4f} nats a token, "
     won = f"the adapter won {four - tuned:.4f}" if tuned <= four else f"the adapter lost {tuned - four:.4f} more"
     return f"On {gap['tokens']:,} tokens held out {cost}{won}."
 
@@ -161,7 +173,7 @@ def of_a_merge(result: dict[str, Any]) -> Screen:
     compared = result.get("verification")
     if compared:
         sentences.append(
-            f"It differs from base and adapter by {compared['kl_mean']:.2g} nats a token on average, and makes the same greedy "
+            f"It differs from base and adapter by {max(0.0, compared['kl_mean']):.2g} nats a token on average, and makes the same greedy "
             f"choice at {100 * compared['greedy_agreement']:.1f} % of {compared['tokens']:,} tokens."
         )
     else:
