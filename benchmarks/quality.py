@@ -115,8 +115,11 @@ def run_ours(arguments: argparse.Namespace, rows: Path, work: Path, keep: Callab
     record = json.loads((work / "run" / "qlora.json").read_text(encoding="utf-8"))
     figures["start"] = record.get("start")
     keep(figures)
+    if arguments.answers:
+        figures |= our_answers(arguments, rows, work, report)
+        keep(figures)
     if arguments.merge:
-        for kind in ("auto", QUANTIZED):
+        for kind in (QUANTIZED, "auto"):
             merging = MergeConfig(
                 adapter=str(work / "run"),
                 output=str(work / kind),
@@ -124,25 +127,39 @@ def run_ours(arguments: argparse.Namespace, rows: Path, work: Path, keep: Callab
                 quantize=kind == QUANTIZED,
                 min_kept=0.0,
             )
+            began = time.monotonic()
             try:
                 merged = merge(merging, report)
             except QloraError as error:  # a figure too
                 figures[f"merge_{kind}_refused"] = error.message
                 continue
             figures[f"merge_{kind}"] = {**merged.to_dict(), "output": None, "held_out": None}
+            figures[f"merge_{kind}"]["whole_seconds"] = time.monotonic() - began
             figures[f"merge_{kind}"]["held_out"] = evaluate_checkpoint(work / kind, arguments, rows)
             keep(figures)
-    if arguments.answers:
-        from qlora_cli.commands.generate import generate
-        from qlora_cli.config import GenerateConfig
-
-        asked = GenerateConfig(
-            adapter=str(work / "run"), temperature=0.0, max_new_tokens=ANSWER_TOKENS, batch_size=ANSWERS_AT_ONCE
-        )
-        questions = held_questions(arguments, rows)
-        answered = generate(asked, [question for question, _ in questions], report)
-        figures |= score([answer["answer"] for answer in answered.answers], questions)
     return {**figures, "said": said}
+
+
+def our_answers(arguments: argparse.Namespace, rows: Path, work: Path, report: Callable) -> dict:
+    """Greedy answers by `qlora generate` to a file of questions, many at a time, scored."""
+    from qlora_cli.commands.generate import generate
+    from qlora_cli.config import GenerateConfig
+
+    questions = held_questions(arguments, rows)
+    asked, answered = work / "questions.jsonl", work / "answers.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": question}) + "\n" for question, _ in questions), encoding="utf-8")
+    config = GenerateConfig(
+        adapter=str(work / "run"),
+        input=str(asked),
+        output=str(answered),
+        temperature=0.0,
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=4 * ANSWERS_AT_ONCE,
+    )
+    result = generate(config, [], report)
+    lines = [json.loads(line) for line in answered.read_text(encoding="utf-8").splitlines()]
+    scored = score([line["answer"] for line in lines], questions)
+    return {**scored, "answer_seconds": result.generate_seconds, "answer_tokens": result.new_tokens}
 
 
 def held_questions(arguments: argparse.Namespace, rows: Path) -> list[tuple[str, str]]:
