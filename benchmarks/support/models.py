@@ -115,6 +115,20 @@ CONFIGS = {
         },
     ),
     "gpt-oss-20b": ("GptOssConfig", {"num_hidden_layers": 24, "num_local_experts": 32, "vocab_size": 201088}),
+    "llama-70b": (
+        "LlamaConfig",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 8192,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "intermediate_size": 28672,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+        },
+    ),
     "mixtral-8x7b": ("MixtralConfig", {"vocab_size": 32000, "sliding_window": None}),
     "tiny-llama": (
         "LlamaConfig",

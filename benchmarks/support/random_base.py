@@ -25,13 +25,11 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
         device_name: "cuda" or "cpu", where they will run.
     """
     import torch
-    from torch import nn
 
     from qlora_cli.core.device import DTYPES
     from qlora_cli.core.models.files import resolve_model
-    from qlora_cli.core.models.quantization import pack_weight, restored_linear
     from qlora_cli.core.models.quantized_cache import base_directory, save_base
-    from qlora_cli.core.models.structure import build_empty, linear_names
+    from qlora_cli.core.models.structure import build_empty
     from qlora_cli.settings.groups import QuantizationSettings
 
     dtype, device = DTYPES[dtype_name], torch.device(device_name)
@@ -46,21 +44,43 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
     facts = {**asdict(identity), "model": None, "revision": None, "device": device.type}
     if base_directory(facts).exists():
         return directory
-    model = build_empty(files.config)
+    save_base(build_base(files.config, dtype, device), facts)
+    assert base_directory(facts).exists()
+    return directory
+
+
+def build_base(config, dtype, device, *, apart: bool = False):
+    """A causal language model on the device with random weights, its linears in NF4 with double quantisation.
+
+    Args:
+        config: Of the architecture.
+        dtype: Of all that is not packed.
+        apart: Whether each linear has weights of its own: those of one shape moved on by some bytes.
+    """
+    import torch
+    from torch import nn
+
+    from qlora_cli.core.models.quantization import pack_weight, restored_linear
+    from qlora_cli.core.models.structure import build_empty, linear_names
+
+    model = build_empty(config)
     torch.manual_seed(0)
     packed: dict[torch.Size, dict] = {}
     biases: dict[int, torch.Tensor] = {}
-    for linear_name in linear_names(model):
+    for number, linear_name in enumerate(linear_names(model)):
         linear = model.get_submodule(linear_name)
         shape = linear.weight.shape
         if shape not in packed:
             weight = torch.randn(shape, dtype=dtype, device=device) * 0.02
-            packed[shape] = pack_weight(weight, **quantised)
+            packed[shape] = pack_weight(weight, quant_type="nf4", double_quant=True)
+        parts = dict(packed[shape])
+        if apart:
+            moved = {name: parts[name].roll(1 + 101 * number, 0) for name in ("", ".absmax")}
+            parts |= moved | {".nested_absmax": parts[".nested_absmax"].clone()}
         bias = None
         if linear.bias is not None:
             bias = biases.setdefault(shape[0], torch.zeros(shape[0], dtype=dtype, device=device))
-        made = restored_linear(dtype, device, dict(packed[shape]), bias)
-        model.set_submodule(linear_name, made)
+        model.set_submodule(linear_name, restored_linear(dtype, device, parts, bias))
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -71,9 +91,7 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
         if any(buffer.is_meta for buffer in owner.buffers(recurse=False)):  # rotary embeddings, computed when made
             for leaf, buffer in type(owner)(model.config).named_buffers():
                 owner._buffers[leaf] = buffer.to(device)
-    save_base(model, facts)
-    assert base_directory(facts).exists()
-    return directory
+    return model
 
 
 def _write_holes(model, path: Path) -> None:

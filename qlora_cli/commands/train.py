@@ -43,6 +43,7 @@ from qlora_cli.core.runs.tracking import closing_tracker, logging_report, start_
 from qlora_cli.core.runs.validate import check, check_ranks
 from qlora_cli.core.storage.checkpoint import Checkpoint, list_checkpoints, read_tensors
 from qlora_cli.core.storage.disk_space import reporting_disk_full
+from qlora_cli.core.streaming.streamed_base import stream_base
 from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import learning_rate_schedule
@@ -205,13 +206,13 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
     if limit_bytes is not None and run.device.type == "cuda" and (config.vram or run.ranks.world_size == 1):
         limit_memory(run.device, limit_bytes)
     weight_shards = WeightShards(run.ranks, on_host=config.shard_offload) if memory.sharded else None
-    base, identity = load_base(
-        inputs.files,
-        config,
-        compute_dtype=decisions.compute_dtype,
-        device=run.device,
-        weight_shards=weight_shards,
-    )
+    streamed = memory.plan.measures.streamed
+    shards = WeightShards(run.ranks, on_host=True) if streamed else weight_shards
+    dtype = decisions.compute_dtype
+    base, identity = load_base(inputs.files, config, compute_dtype=dtype, device=run.device, weight_shards=shards)
+    decoder = find_decoder(base)
+    if streamed:
+        stream_base(base, find_layers(decoder), run.device, streamed=streamed, report=run.report)
     model = attach_adapter(base, config, seed=config.seed)
     if checkpoint:
         load_adapter_state(model, read_tensors(checkpoint, ADAPTER_WEIGHTS))
@@ -219,7 +220,6 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
     else:
         started = start_adapter(run, inputs, model, identity, sharded=weight_shards is not None)
     if weight_shards is not None:
-        decoder = find_decoder(base)
         shard_base(base, decoder, find_layers(decoder), weight_shards, run.device)
 
     def save(directory: Path) -> None:

@@ -329,6 +329,14 @@ class StepSettings(Settings):
     offload_embeddings: bool | None = setting(
         None, "Keep the input embeddings on the host; by default when memory is short.", panel=MEMORY, resume=ROUNDING
     )
+    stream: bool | None = setting(
+        None,
+        "Keep the layers' 4-bit weights in host memory, from where they stream to the card as they are used; by default "
+        "as many as memory asks for.",
+        panel=MEMORY,
+        flag="--stream/--no-stream",
+        resume=ROUNDING,
+    )
     resident_weights: bool | None = setting(
         None,
         "Keep the dequantised weights in memory beside the 4-bit ones (same numerics, faster); by default when memory is plentiful.",

@@ -160,7 +160,7 @@ def test_what_does_not_fit_gets_a_command_that_does(seven_b):
 
 
 def test_a_model_too_large_for_any_setting_gets_no_command(seven_b):
-    facts = look(model=seven_b, vram="2GiB")
+    facts = look(model=seven_b, vram="1200MiB")
     assert facts["fits"] is False
     assert "nothing fits" in facts["nearest"]
     assert "next" not in facts

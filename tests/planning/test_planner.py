@@ -270,3 +270,29 @@ def test_a_card_of_several_holds_its_share_and_what_it_gathers():
 def test_a_sharded_base_is_planned_without_what_needs_it_whole():
     decision = plan(None, resident_weights=True, offload_embeddings=True, shards=2)
     assert not decision.measures.resident_weights and not decision.measures.offload_embeddings
+
+
+# ---------------------------------------------------------------- streaming
+
+
+@settings(max_examples=15, deadline=None)
+@given(vram_bytes=st.integers(GIB, 6 * GIB), batch_size=st.sampled_from((1, 4)))
+def test_layers_stream_only_where_nothing_else_fits(vram_bytes, batch_size):
+    whole = plan(vram_bytes, batch_size=batch_size, stream=False)
+    decision = plan(vram_bytes, batch_size=batch_size)
+    assert whole.measures.streamed == 0
+    if whole.measures == decision.measures:
+        assert whole.memory == decision.memory
+    else:
+        assert decision.measures.streamed and not decision.measures.resident_weights
+        assert decision.memory.device_bytes < whole.memory.device_bytes
+        assert whole.memory.device_bytes + memory_plan.MARGIN_BYTES > vram_bytes
+        assert decision.memory.host_bytes > sum(profile_of().layer_bytes) * decision.measures.streamed / LAYERS
+
+
+def test_layers_are_streamed_where_asked_and_where_there_is_no_limit():
+    decision = plan(None, stream=True)
+    assert decision.measures.streamed == LAYERS and decision.streaming == {"streamed_layers": LAYERS}
+    assert plan(80 * GIB).streaming == {} and plan(None, stream=True, engine="plain").streaming == {}
+    saved = plan(None, stream=False).memory.base_bytes - decision.memory.base_bytes
+    assert saved == sum(profile_of().layer_bytes) - 2 * max(profile_of().layer_bytes)

@@ -185,8 +185,7 @@ class FastEngine:
         planner = self.planner
         self.plan_by_tokens = cache(lambda tokens: plan if planner is None else planner.for_tokens(plan, tokens))
         self._set_layers(plan)
-        if self.on_cuda:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if planner is not None and planner.adapts and plan.frees_activations:
             with suppress(torch.OutOfMemoryError):  # then each weight has a tensor of its own
                 self.buffer = reserve_values(self.device, plan.values_bytes(planner.needs.largest_dense_bytes))
@@ -239,6 +238,7 @@ class FastEngine:
             dense_bytes=self.linears.dense_bytes,
             largest_dense_bytes=self.linears.largest_dense_bytes,
             embedding_bytes=self.embeddings.movable_bytes(),
+            streamed_bytes=self.streamed.copied_bytes if self.streamed else 0,
         )
         planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)
         plan = planner.plan()

@@ -4,7 +4,7 @@ The one rule book. Planning asks it before anything is downloaded, with predicte
 measured ones. `StepSettings` is what is asked for, `MemoryPlan` what comes of it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
+from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.errors import UsageError
 from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
 from qlora_cli.settings.groups import StepSettings
@@ -68,6 +69,7 @@ class StepNeeds:
     fixed_seconds: LayerSeconds | None = None  # which do not grow with tokens: reading weights, dequantising them
     link_bytes_per_second: float = 0.0  # of copies between the device and pinned host memory; 0 where not measured
     host_bytes: int = 0  # that activations may take
+    streamed_bytes: int = 0  # of weights that come from the host in each pass
 
     def for_share(self, share: float) -> "StepNeeds":
         """The same for a micro-batch with that share of the largest one's tokens."""
@@ -96,6 +98,7 @@ class MemoryPlan:
     resident_weights: bool = False  # dequantised weights stay on the device
     workspace_bytes: int | None = None  # most of a weight dequantised at once; None for whole weights
     sent: int = 0  # other layers, of which all that they save waits on the host
+    streamed: int = 0  # layers whose weights wait on the host, decided before a base is loaded
 
     def step_bytes(self, needs: StepNeeds) -> int:
         """Most bytes beside the loaded model that a step with these measures holds at once."""
@@ -154,17 +157,21 @@ class MemoryPlan:
         """How long layers wait for copies to the host and back."""
         if not needs.link_bytes_per_second:  # hidden states travel in time, whole layers' tensors do not
             return 10 * OFFLOAD_COST * self.sent * seconds.device
-        copying = self.sent_bytes(needs) / needs.link_bytes_per_second
+        copying, weights = (
+            bytes_ / needs.link_bytes_per_second for bytes_ in (self.sent_bytes(needs), needs.streamed_bytes)
+        )
         forward, backward = needs.layers * seconds.forward, needs.layers * seconds.backward + repeated
-        return max(0.0, copying - HIDDEN_SHARE * forward) + max(0.0, copying - HIDDEN_SHARE * backward)
+        # Activations leave while weights come, which a link does at once; backward both come.
+        waiting = max(0.0, max(copying, weights) - HIDDEN_SHARE * forward)
+        return waiting + max(0.0, copying + weights - HIDDEN_SHARE * backward)
 
     def numbers(self, layers: int) -> tuple[frozenset[int], frozenset[int]]:
         """Which layers are recomputed, and which are sent: evenly among all but the last, so that copies have the time
         of the layers between. The last ones are whole if any are: they make room before the others' tensors return."""
         away = min(self.recomputed + self.sent, layers)
         low = layers - min(TOP_LAYERS, layers - away)
-        numbers = _evenly(range(low), away)
-        sent = frozenset(_evenly(numbers, min(self.sent, away)))
+        numbers = evenly(range(low), away)
+        sent = frozenset(evenly(numbers, min(self.sent, away)))
         return frozenset(numbers) - sent, sent
 
     def describe(self, layers: int) -> list[str]:
@@ -192,12 +199,6 @@ def compiling_pays(asked: bool | None, base: nn.Module, dense_elements: int, tok
     experts = sum(w.experts * w.elements for _, m in find_experts(base) for w in expert_weights(m))
     elements = dense_elements + experts * share_of_experts(base)
     return 6 * elements * tokens / ASSUMED_FLOPS_PER_SECOND > COMPILE_PAYS_SECONDS
-
-
-def _evenly(numbers: Sequence[int], count: int) -> list[int]:
-    """So many of these numbers, equally far apart."""
-    total = len(numbers)
-    return [number for i, number in enumerate(numbers) if (i + 1) * count // total > i * count // total]
 
 
 def count_recomputed_layers(settings: StepSettings, layers: int, *, on_cuda: bool = True) -> int | None:

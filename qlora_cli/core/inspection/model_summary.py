@@ -12,10 +12,15 @@ from qlora_cli.core.device import choose_device, resolve_compute_dtype
 from qlora_cli.core.inspection.weight_stats import group_tensors, list_tensors, table, tabulate_layers
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty
-from qlora_cli.core.planning.memory_estimate import estimate_disk, estimate_generation, estimate_merging
+from qlora_cli.core.planning.memory_estimate import (
+    copied_bytes,
+    estimate_disk,
+    estimate_generation,
+    estimate_merging,
+)
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
-from qlora_cli.core.planning.roofline import bound_speed
+from qlora_cli.core.planning.roofline import bound_speed, bound_streaming
 from qlora_cli.core.planning.run_plan import may_be_sharded
 from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
@@ -23,11 +28,12 @@ from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.events import Report
 
 CARDS = (2, 4, 8)  # over which a base may be sharded
-# Ways to train that a table compares, from the fastest to the leanest → (gradient_checkpointing, what offloads).
+# Ways to train that a table compares, from the fastest to the leanest → (gradient_checkpointing, what offloads, stream).
 WAYS = {
-    "nothing recomputed": ("off", False),
-    "every layer recomputed": ("on", False),
-    "and offloaded to the host": ("on", True),
+    "nothing recomputed": ("off", False, False),
+    "every layer recomputed": ("on", False, False),
+    "and offloaded to the host": ("on", True, False),
+    "and the base streamed from it": ("on", True, True),
 }
 
 
@@ -122,7 +128,7 @@ def _predict(
     device = choose_device()
     vram_bytes = read_limit_bytes(config.vram, device) if config.vram is not None or device.type == "cuda" else None
     lengths = RowLengths(max_length)
-    plan = plan_training(model, config, lengths, vram_bytes=vram_bytes)
+    plan = plan_training(model, config, lengths, vram_bytes=vram_bytes, may_stream=may_be_sharded(config))
     assert plan.memory is not None and plan.flops_per_token is not None
     sharded = {
         cards: plan_training(model, config, lengths, vram_bytes=vram_bytes, shards=cards)
@@ -131,7 +137,13 @@ def _predict(
     facts: dict[str, Any] = {
         "vram_bytes": vram_bytes,
         "fits": plan.fits,
-        "settings": {"max_length": max_length, "rank": config.rank, **plan.settings, "token_budget": plan.token_budget},
+        "settings": {
+            "max_length": max_length,
+            "rank": config.rank,
+            **plan.settings,
+            **plan.streaming,
+            "token_budget": plan.token_budget,
+        },
         "flops_per_token": plan.flops_per_token,
         "training": plan.memory.to_dict(),
         "generation": estimate_generation(model, rows=1, row_tokens=max_length),
@@ -146,10 +158,12 @@ def _predict(
         facts |= _suggest(config, nearest, sharded)
     else:
         facts["next"] = [write_train_command(config, {})]
+    streamed = [bound_streaming(copied_bytes(model, plan.measures), plan.token_budget)] if plan.streaming else []
     return facts, [
         _tabulate_ways(config, model, lengths),
         *_tabulate_shards(sharded),
         bound_speed(plan.flops_per_token),
+        *streamed,
     ]
 
 
@@ -176,9 +190,15 @@ def _suggest(
 def _tabulate_ways(config: InspectConfig, model: ModelProfile, lengths: RowLengths) -> dict[str, Any]:
     """Memory of ways to train, from the fastest to the leanest."""
     ways = []
-    for name, (checkpointing, offload) in WAYS.items():
+    for name, (checkpointing, offload, stream) in WAYS.items():
+        if stream and not may_be_sharded(config):
+            continue
         way = replace(
-            config, gradient_checkpointing=checkpointing, offload_activations=offload, offload_embeddings=offload
+            config,
+            gradient_checkpointing=checkpointing,
+            offload_activations=offload,
+            offload_embeddings=offload,
+            stream=stream,
         )
         memory = plan_training(model, way, lengths, vram_bytes=None).memory
         assert memory is not None

@@ -14,6 +14,9 @@ from qlora_cli.core.decoding.decoder import PREFILL_TOKENS
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.planning.activation_trace import LayerTrace, ModelTrace
 from qlora_cli.core.planning.model_profile import ModelProfile
+from qlora_cli.core.streaming.host_memory import locked_bytes
+from qlora_cli.core.streaming.ring import SLOTS
+from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS
 from qlora_cli.core.training.optimizer import state_bytes
 
@@ -100,8 +103,9 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
     states_bytes = state_bytes(step.optimizer, trained)
     paged = step.on_cuda and step.optimizer.startswith("paged")
     base_bytes, gathered_bytes, waiting_bytes = _sharded_base(profile, step)
+    streamed_bytes, locked = _streamed_base(profile, step.measures)
     parts = {
-        "base_bytes": base_bytes - profile.embedding_bytes * step.measures.offload_embeddings,
+        "base_bytes": base_bytes - streamed_bytes - profile.embedding_bytes * step.measures.offload_embeddings,
         "gathered_bytes": gathered_bytes,
         "resident_bytes": profile.dense_bytes * step.measures.resident_weights,
         "adapter_bytes": 4 * trained + copies_bytes,
@@ -122,6 +126,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         host_bytes=PROCESS_BYTES
         + profile.embedding_bytes * step.measures.offload_embeddings
         + int(offloaded_bytes)
+        + locked
         + waiting_bytes * step.shard_offload,
     )
 
@@ -140,6 +145,21 @@ def _sharded_base(profile: ModelProfile, step: ResolvedStep) -> tuple[int, int, 
     gathered_bytes = max(GATHERED_LAYERS * weights_bytes // max(1, profile.layers), 2 * table_bytes)
     held_bytes = whole_bytes - sharded_bytes + (0 if step.shard_offload else share_bytes)
     return held_bytes, gathered_bytes, share_bytes
+
+
+def _streamed_base(profile: ModelProfile, measures: MemoryPlan) -> tuple[int, int]:
+    """Bytes of the layers that wait on the host beside those that a ring holds at a time, and of the host's memory."""
+    waiting = evenly(profile.layer_bytes, measures.streamed)
+    if not waiting:
+        return 0, 0
+    largest = max(waiting)
+    return max(0, sum(waiting) - min(SLOTS, len(waiting)) * largest), locked_bytes(largest, len(waiting))
+
+
+def copied_bytes(profile: ModelProfile, measures: MemoryPlan) -> int:
+    """What streaming copies in a micro-batch, there and back: all that wait, but those the ring holds at the turn."""
+    waiting = evenly(profile.layer_bytes, measures.streamed)
+    return 2 * (sum(waiting) - sum(waiting[:SLOTS]))
 
 
 def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[tuple[str, float, float]]:

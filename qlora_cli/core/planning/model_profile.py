@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.experts.four_bit_experts import pack_experts
 from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.core.models.account import FourBitPlan, plan_packing
-from qlora_cli.core.models.structure import build_empty
+from qlora_cli.core.models.structure import build_empty, find_decoder
 from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
 from qlora_cli.core.planning.meta_adapter import attach_on_meta
 from qlora_cli.core.planning.model_size import Footprint, measure_footprint
@@ -32,6 +33,7 @@ class ModelProfile:
     stored_bytes: int  # of the checkpoint, in the dtype its configuration names
     packing: FourBitPlan  # what of the base is in 4 bits, and what is not
     met_experts: float  # share of a layer's experts that a token meets
+    layer_bytes: tuple[int, ...] = ()  # of each decoder layer's 4-bit weights, as they are held
 
     @property
     def layers(self) -> int:
@@ -77,6 +79,8 @@ def profile_model(
     packing = plan_packing(model, stored.skipped if stored else ())
     _pack_experts(model, packing, quantization, compute_dtype)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    layers = [f"{names[layer]}." for layer in find_layers(find_decoder(model))]
     tied = head is not None and head.weight is embeddings.weight
     adapted = attach_on_meta(model, lora, fused=engine == "fast")
     trace = untraced = None
@@ -87,8 +91,9 @@ def profile_model(
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
     dtype = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name once the configuration was saved
+    footprint = measure_footprint(adapted, quantization, compute_dtype)
     return ModelProfile(
-        footprint=measure_footprint(adapted, quantization, compute_dtype),
+        footprint=footprint,
         trace=trace,
         untraced=untraced,
         itemsize=compute_dtype.itemsize,
@@ -97,6 +102,9 @@ def profile_model(
         stored_bytes=stored_parameters * dtype.itemsize,
         packing=packing,
         met_experts=share_of_experts(model),
+        layer_bytes=tuple(
+            sum(bytes_ for name, bytes_ in footprint.packed_bytes.items() if name.startswith(layer)) for layer in layers
+        ),
     )
 
 

@@ -42,6 +42,7 @@ class Footprint:
     quantized_numels: tuple[int, ...]  # of each linear layer's weight held in 4 bits
     expert_numels: tuple[int, ...]  # of each stack of experts held in 4 bits
     quantized_bytes: int  # of all of them, as they are held
+    packed_bytes: dict[str, int]  # of each, by its name in the base
     base_bytes: int
     adapter_bytes: int
 
@@ -83,7 +84,7 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     quantized_numels: list[int] = []
     expert_numels: list[int] = []
-    quantized_bytes = 0
+    packed_weights: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         owner = base_name(name) if ".lora_" in name else base_name(name).rpartition(".")[0]
         stack = stacks.get(base_name(name)) if ".lora_" not in name else None
@@ -98,12 +99,11 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
         group["parameters"] += numel
         if stack is not None:
             expert_numels.append(stack.elements * stack.experts)
-            held_bytes = stack_bytes(stack, double_quant=quantization.double_quant)
-            quantized_bytes += held_bytes
+            held_bytes = packed_weights[base_name(name)] = stack_bytes(stack, double_quant=quantization.double_quant)
         elif owner in quantized and name.endswith("weight"):
             quantized_numels.append(numel)
             held_bytes = packed_bytes(numel, double_quant=quantization.double_quant)
-            quantized_bytes += held_bytes
+            packed_weights[base_name(name)] = held_bytes
         else:
             held_bytes = numel * compute_dtype.itemsize
         group["held_bytes"] += held_bytes
@@ -116,7 +116,8 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
         trainable_numels=tuple(p.numel() for p in model.parameters() if p.requires_grad),
         quantized_numels=tuple(quantized_numels),
         expert_numels=tuple(expert_numels),
-        quantized_bytes=quantized_bytes,
+        quantized_bytes=sum(packed_weights.values()),
+        packed_bytes=packed_weights,
         base_bytes=sum(row.held_bytes for row in rows),
         adapter_bytes=4 * trainable,  # in float32
     )

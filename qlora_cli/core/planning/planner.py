@@ -15,6 +15,7 @@ import torch
 from qlora_cli.core.device import read_capacity_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import (
+    ASSUMED_FLOPS_PER_SECOND,
     MARGIN_BYTES,
     MemoryPlan,
     count_recomputed_layers,
@@ -27,6 +28,7 @@ from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,
     ResolvedStep,
     TrainingMemory,
+    copied_bytes,
     count_flops,
     estimate_training,
 )
@@ -34,6 +36,8 @@ from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.training.optimizer import choose_optimizer
 from qlora_cli.settings.groups import StepSettings
 from qlora_cli.settings.ranges import parse_memory
+
+ASSUMED_LINK_BYTES_PER_SECOND = 2e10  # between host and card: PCIe 4 with 16 lanes
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class MemoryDecision:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that could be left open, as fields of the configuration."""
+        """The settings that could be left open, as fields of the configuration; but `stream`, which says no number."""
         return {
             "optimizer": self.optimizer,
             "gradient_checkpointing": self.gradient_checkpointing,
@@ -89,6 +93,11 @@ class MemoryDecision:
             "offload_embeddings": self.measures.offload_embeddings,
             "resident_weights": self.measures.resident_weights,
         }
+
+    @property
+    def streaming(self) -> dict[str, int]:
+        """How many layers' weights wait on the host; nothing where none does."""
+        return {"streamed_layers": self.measures.streamed} if self.measures.streamed else {}
 
 
 def read_limit_bytes(vram: str | None, device: torch.device) -> int:
@@ -112,6 +121,7 @@ def plan_training(
     on_cuda: bool = True,
     shards: int = 1,
     shard_offload: bool = False,
+    may_stream: bool = True,
 ) -> MemoryDecision:
     """Chooses what was left open, so that training is fastest within the limit, or where nothing fits takes the least.
 
@@ -122,14 +132,16 @@ def plan_training(
         on_cuda: Whether a CUDA device is meant; on the CPU nothing is offloaded, and memory is the host's.
         shards: Cards that the base is sharded over; the plan is of each.
         shard_offload: Whether their shards of it wait on the host.
+        may_stream: Whether layers' weights may wait on the host, where nothing else fits or it was asked for.
 
     Raises:
         UsageError: `gradient_checkpointing` is neither a word nor a number.
     """
     optimizer = choose_optimizer(settings.optimizer, torch.device("cuda" if on_cuda else "cpu"))
     settings = settle(settings, profile.dense_bytes, on_cuda=on_cuda, sharded=shards > 1)
+    streams = may_stream and shards == 1 and settings.engine == "fast" and settings.stream is not False
     if profile.trace is None:
-        return _decide_without_prediction(settings, lengths, optimizer, vram_bytes)
+        return _decide_without_prediction(profile, settings, lengths, optimizer, vram_bytes)
     largest = ResolvedStep(
         tokens=lengths.batch_tokens(settings.batch_size),
         row_tokens=lengths.row_tokens,
@@ -143,15 +155,19 @@ def plan_training(
     def rank(candidate: tuple[ResolvedStep, TrainingMemory]) -> tuple[bool, float]:
         step, memory = candidate
         if _has_room(memory, vram_bytes):
-            return False, step.measures.token_cost(profile.layers, step.tokens)
+            return False, step.measures.token_cost(profile.layers, step.tokens) * _copy_share(profile, step)
         return True, memory.device_bytes
 
-    candidates = (
-        found
-        for step in _open_steps(profile, settings, largest, limited=vram_bytes is not None)
-        if (found := _recompute_least(profile, settings, step, vram_bytes))
-    )
-    step, memory = min(candidates, key=rank)
+    limited = vram_bytes is not None
+    found: list[tuple[ResolvedStep, TrainingMemory]] = []
+    if not (streams and settings.stream):
+        steps = _open_steps(profile, settings, largest, limited=limited)
+        found = [each for step in steps if (each := _recompute_least(profile, settings, step, vram_bytes))]
+    if streams and (not found or not any(_has_room(memory, vram_bytes) for _, memory in found)):
+        packed = replace(settings, resident_weights=False)
+        for step in _open_steps(profile, packed, largest, limited=limited):
+            found += _stream_layers(profile, packed, step, vram_bytes)
+    step, memory = min(found, key=rank)
     recomputed = step.measures.recomputed
     return MemoryDecision(
         gradient_checkpointing={0: "off", profile.layers: "on"}.get(recomputed, str(recomputed)),
@@ -165,13 +181,14 @@ def plan_training(
 
 
 def _decide_without_prediction(
-    settings: StepSettings, lengths: RowLengths, optimizer: str, vram_bytes: int | None
+    profile: ModelProfile, settings: StepSettings, lengths: RowLengths, optimizer: str, vram_bytes: int | None
 ) -> MemoryDecision:
     """What was asked for, and all layers recomputed where that was left open."""
     checkpointing = settings.gradient_checkpointing
+    measures = plan_as_asked(settings, layers=0, resident_weights=bool(settings.resident_weights))
     return MemoryDecision(
         gradient_checkpointing="on" if checkpointing == "auto" else checkpointing,
-        measures=plan_as_asked(settings, layers=0, resident_weights=bool(settings.resident_weights)),
+        measures=replace(measures, streamed=len(profile.layer_bytes) if settings.stream else 0),
         token_budget=lengths.batch_tokens(settings.batch_size),
         optimizer=optimizer,
         memory=None,
@@ -222,6 +239,41 @@ def _recompute_least(
     counts = range(profile.layers + 1)
     place = bisect_left(counts, True, lo=least, key=lambda layers: _has_room(resolve(layers)[1], vram_bytes))
     return resolve(min(place, profile.layers))
+
+
+def _stream_layers(
+    profile: ModelProfile, settings: StepSettings, step: ResolvedStep, vram_bytes: int | None
+) -> Iterator[tuple[ResolvedStep, TrainingMemory]]:
+    """The step with some layers' weights on the host: from as few as fit, where all are recomputed, to all of them,
+    which leaves memory for layers that keep what they compute."""
+    layers = len(profile.layer_bytes)
+
+    def resolve(streamed: int, asked: StepSettings) -> tuple[ResolvedStep, TrainingMemory] | None:
+        return _recompute_least(
+            profile, asked, replace(step, measures=replace(step.measures, streamed=streamed)), vram_bytes
+        )
+
+    least = layers
+    if not settings.stream and vram_bytes is not None:
+        recomputing = "on" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing
+        leanest = replace(settings, gradient_checkpointing=recomputing)
+
+        def has_room(streamed: int) -> bool:
+            found = resolve(streamed, leanest)
+            return found is not None and _has_room(found[1], vram_bytes)
+
+        least = min(layers, bisect_left(range(layers + 1), True, lo=1, key=has_room))
+    for streamed in sorted({least, (least + layers) // 2, layers}):
+        if (found := resolve(streamed, settings)) is not None:
+            yield found
+
+
+def _copy_share(profile: ModelProfile, step: ResolvedStep) -> float:
+    """How much longer a micro-batch takes where its weights stream than its arithmetic; 1 where that hides the copies."""
+    if not step.measures.streamed:
+        return 1.0
+    arithmetic = count_flops(profile, step) * step.tokens / ASSUMED_FLOPS_PER_SECOND
+    return max(1.0, copied_bytes(profile, step.measures) / ASSUMED_LINK_BYTES_PER_SECOND / arithmetic)
 
 
 def _has_room(memory: TrainingMemory, vram_bytes: int | None) -> bool:

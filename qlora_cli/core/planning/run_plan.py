@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.device import resolve_compute_dtype
 from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.planning.memory_estimate import copied_bytes
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit, write_train_command
@@ -124,6 +125,7 @@ def plan_run_memory(
         vram_bytes=vram_bytes,
         on_cuda=for_card,
         shard_offload=config.shard_offload,
+        may_stream=may_be_sharded(config) and ranks.world_size == 1,
     )
     sharded = bool(config.shard or config.shard_offload)
     plan = plan_with(shards=ranks.world_size if sharded else 1)
@@ -132,6 +134,14 @@ def plan_run_memory(
         if of_all.fits:
             plan, sharded = of_all, True
             report(Notice(f"The base is sharded over {ranks.world_size} cards: one cannot hold it and a step."))
+    if (streamed := plan.measures.streamed) and plan.memory is not None and not config.stream:
+        where = f"{format_bytes(copied_bytes(profile, plan.measures))} a micro-batch"
+        report(
+            Notice(
+                f"The weights of {streamed} of {profile.layers} layers wait in host memory and stream to the card "
+                f"({where}): it cannot hold them beside a step."
+            )
+        )
     commands: tuple[str, ...] = ()
     if plan.fits is False:
         assert vram_bytes is not None and plan.memory is not None
@@ -156,7 +166,8 @@ def plan_run_memory(
 
 
 def may_be_sharded(config: TrainConfig | InspectConfig) -> bool:
-    """Whether these settings allow a sharded base, gathered layer by layer as it computes."""
+    """Whether these settings allow a base that is not whole on a card: sharded and gathered layer by layer as it
+    computes, or streamed from the host."""
     return config.engine == "fast" and not config.dora and not config.modules_to_save
 
 

@@ -104,7 +104,12 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step:
         disk=estimate_disk(inputs.profile, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
         vram_bytes=memory.plan.vram_bytes,
         fits=memory.plan.fits,
-        settings={**memory.plan.settings, "shard": memory.sharded, "token_budget": memory.plan.token_budget},
+        settings={
+            **memory.plan.settings,
+            **memory.plan.streaming,
+            "shard": memory.sharded,
+            "token_budget": memory.plan.token_budget,
+        },
         memory=memory.predicted(),
         configuration=resolved_configuration(
             config, memory, max_length=inputs.max_length, compute_dtype=dtype, warmup_steps=decisions.warmup_steps

@@ -77,6 +77,11 @@ def check_ranks(config: TrainConfig, ranks: "ProcessGroup") -> None:
             "--shard takes the fast engine and plain LoRA adapters only.",
             "Leave out --engine, --dora and --modules-to-save.",
         )
+    if config.stream and (ranks.world_size > 1 or not may_be_sharded(config)):
+        raise UsageError(
+            "--stream takes one card, the fast engine and plain LoRA adapters only.",
+            "Leave out --gpus, --engine, --dora and --modules-to-save, or shard the base with --shard.",
+        )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     if config.gpus is not None and config.gpus != here:
         raise UsageError(

@@ -46,6 +46,11 @@ class StreamedBase:
     layers: int
     layer_bytes: int
 
+    @property
+    def copied_bytes(self) -> int:
+        """What a forward pass copies, and a backward pass: the last layers of the one are the first of the other."""
+        return (self.streamed - self.ring.slots) * self.layer_bytes
+
     def describe(self) -> str:
         """In words."""
         return f"weights of {self.streamed} of {self.layers} layers on the host"
@@ -75,9 +80,10 @@ class _Place:
         return -(-self.tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def evenly(count: int, total: int) -> list[int]:
-    """So many of `total` numbers, equally far apart."""
-    return [i for i in range(total) if (i + 1) * count // total > i * count // total]
+def evenly(numbers: Sequence[int], count: int) -> list[int]:
+    """So many of these numbers, equally far apart."""
+    total = len(numbers)
+    return [number for i, number in enumerate(numbers) if (i + 1) * count // total > i * count // total]
 
 
 def stream_base(
@@ -103,7 +109,7 @@ def stream_base(
     places = {module: list(_frozen_tensors(module)) for module in base.modules()}
     owners = Counter(place.storage for found in places.values() for place in found)
     waiting: list[tuple[nn.Module, list[_Place]]] = []
-    for number in evenly(min(streamed, len(layers)), len(layers)):
+    for number in evenly(range(len(layers)), min(streamed, len(layers))):
         inside = [place for module in layers[number].modules() for place in places[module]]
         own = [place for place in inside if place.streams and owners[place.storage] == 1]
         waiting += [(layers[number], own)] if own else []

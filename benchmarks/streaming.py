@@ -1,0 +1,283 @@
+"""A base that streams from host memory against the same base on the card: speed, memory, and whether it learns the same.
+
+    python benchmarks/streaming.py --run neox --run llama-70b --json streaming.json
+
+Each run is a process of its own with a time limit. The base is random, in 4 bits, built on the card, every layer with
+weights of its own. First it is whole on the card and takes as much of it as it likes; then its layers wait on the host,
+as many as the planner says for the limit, PyTorch's allocator is held to that limit, and the same rows are trained.
+Before that the gradients of one micro-batch are compared: whole, whole once more, and streamed. Steps are of four rows
+of 2,048 random ids, all trained; figures are of the median step.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from step_engine import run_apart
+from support.models import ALL16, QKV8, make_config
+
+GIB = 2**30
+# run → (architecture, adapter, limit of the card in GiB, rows of a step, tokens of a row)
+RUNS = {
+    "neox": ("neox-20b", QKV8, 4.0, 4, 2048),
+    "llama-70b": ("llama-70b", ALL16, 10.0, 4, 2048),
+    "tiny": ("tiny-llama", ALL16, 1.5, 4, 64),
+}
+OPTIMIZER = "paged_adamw_8bit"
+
+
+def plan_of(name: str, limit_gib: float | None, compiled: bool, **asked):
+    """What `qlora inspect` plans for the run."""
+    import torch
+
+    from qlora_cli.core.planning.model_profile import profile_model
+    from qlora_cli.core.planning.planner import RowLengths, plan_training
+    from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
+
+    architecture, adapter, _, rows, tokens = RUNS[name]
+    lora = LoraSettings(alpha=32, **adapter)
+    profile = profile_model(make_config(architecture), lora, QuantizationSettings(), compute_dtype=torch.bfloat16)
+    settings = StepSettings(batch_size=rows, optimizer=OPTIMIZER, compile=compiled, **asked)
+    return plan_training(profile, settings, RowLengths(tokens), vram_bytes=int(limit_gib * GIB) if limit_gib else None)
+
+
+class Bench:
+    """One model and its steps."""
+
+    def __init__(self, name: str, device: str, steps: int, compiled: bool) -> None:
+        import torch
+        from support.random_base import build_base
+
+        from qlora_cli.core.adapters.lora import attach_adapter
+        from qlora_cli.core.models.quantization import freeze_base
+        from qlora_cli.core.training.flat_parameters import TrainableParameters
+        from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate
+        from qlora_cli.settings.groups import LoraSettings
+
+        architecture, adapter, _, self.rows, self.tokens = RUNS[name]
+        self.device, self.steps, self.compiled = torch.device(device), steps, compiled
+        self.cuda = device == "cuda"
+        self.base = freeze_base(build_base(make_config(architecture), torch.bfloat16, self.device, apart=True))
+        self.model = attach_adapter(self.base, LoraSettings(alpha=32, **adapter)).train()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter_name, parameter in self.model.named_parameters():
+                if "lora_B" in parameter_name:
+                    parameter.normal_(0, 0.01)
+        self.parameters = TrainableParameters(self.model)
+        self.optimizer = build_optimizer(OPTIMIZER if self.cuda else "adamw", self.parameters, weight_decay=0.0)
+        set_learning_rate(self.optimizer, 1e-5)
+
+    def wait(self) -> None:
+        """Until the card is done."""
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def batches(self, tokens: int, seed: int) -> list:
+        """The micro-batches of one step, of at most so many tokens each."""
+        import numpy as np
+
+        from qlora_cli.core.data.packing import collate
+
+        random = np.random.default_rng(seed)
+        vocabulary = self.base.get_input_embeddings().weight.shape[0]
+        rows = [(random.integers(5, vocabulary, self.tokens).astype(np.int32), np.ones(self.tokens, dtype=bool))]
+        rows *= self.rows
+        at_once = max(1, tokens // self.tokens)
+        made = [collate(rows[i : i + at_once], range(len(rows[i : i + at_once]))) for i in range(0, self.rows, at_once)]
+        return [batch.pin() if self.cuda else batch for batch in made]
+
+    def install(self, tokens: int, **asked):
+        """An engine for micro-batches of so many tokens; it makes no graphs, so that both ways are alike."""
+        import torch
+
+        from qlora_cli.core.engine.engine import install_engine
+        from qlora_cli.core.training.optimizer import allocated_state_bytes
+        from qlora_cli.settings.groups import StepSettings
+
+        if self.cuda:
+            torch.cuda.empty_cache()
+        return install_engine(
+            self.model,
+            StepSettings(**{"resident_weights": False, "compile": self.compiled, **asked}),
+            device=self.device,
+            compute_dtype=torch.bfloat16,
+            max_tokens=tokens,
+            total_steps=4,
+            optimizer_bytes=allocated_state_bytes(OPTIMIZER, self.parameters.elements),
+            report=lambda event: print("   ", event.text, flush=True),
+        )
+
+    def gradients(self, engine, tokens: int):
+        """Loss and gradients of one micro-batch."""
+        import torch
+
+        torch.manual_seed(3)  # dropout's
+        self.parameters.zero_gradients()
+        batch = self.batches(tokens, 0)[0]
+        loss = engine.loss(batch)
+        (loss / batch.trained_tokens).backward()
+        found = torch.cat([p.grad.flatten().float() for p in self.model.parameters() if p.requires_grad]).cpu()
+        self.parameters.zero_gradients()
+        return float(loss.detach()), found
+
+    def train(self, engine, tokens: int) -> dict:
+        """Seconds and memory of steps."""
+        import torch
+
+        from qlora_cli.core.training.optimizer import step_optimizer
+
+        seconds, losses = [], []
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for number in range(1 + self.steps):
+            batches = self.batches(tokens, number)
+            self.wait()
+            started = time.perf_counter()
+            for batch in batches:
+                while True:
+                    try:
+                        loss = engine.loss(engine.prepare(batch))
+                        (loss / batch.trained_tokens).backward()
+                        break
+                    except torch.OutOfMemoryError:
+                        loss = None
+                        if not engine.reduce_memory():
+                            raise
+            step_optimizer(self.optimizer)
+            self.parameters.zero_gradients()
+            self.wait()
+            seconds.append(time.perf_counter() - started)
+            losses.append(float(loss.detach()) / batch.trained_tokens)
+        return {
+            "tok_s": self.rows * self.tokens / statistics.median(seconds[1:]),
+            "step_s": [round(each, 3) for each in seconds],
+            "losses": losses,
+            "peak_gib": torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0,
+            "reserved_gib": torch.cuda.max_memory_reserved() / GIB if self.cuda else 0.0,
+            "engine": engine.describe(),
+        }
+
+
+def difference(first: tuple, second: tuple) -> dict:
+    """How far losses and gradients of two passes are apart."""
+    norm = float(first[1].norm())
+    return {"loss": abs(first[0] - second[0]), "gradients": float((first[1] - second[1]).norm()) / norm}
+
+
+def run(name: str, steps: int, device: str, compiled: bool, same_only: bool) -> dict:
+    """Everything of one model."""
+    import torch
+
+    from qlora_cli.core.device import limit_memory
+    from qlora_cli.core.engine.decoder_layers import find_layers
+    from qlora_cli.core.engine.offload import link_bytes_per_second
+    from qlora_cli.core.models.structure import find_decoder
+    from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES
+    from qlora_cli.core.streaming.streamed_base import stream_base
+
+    started, cuda = time.time(), device == "cuda"
+
+    def say(what: object) -> None:
+        print(f"    {time.time() - started:6.1f} s  {what}", flush=True)
+
+    limit_gib = RUNS[name][2]
+    plan = plan_of(name, limit_gib, compiled, **({} if cuda else {"stream": True}))
+    measures, tokens = plan.measures, plan.token_budget
+    result: dict = {"run": name, "limit_gib": limit_gib, "plan": str(measures), "micro_batch_tokens": tokens}
+    say(result)
+    if cuda:  # before the first allocation: segments that can grow
+        limit_memory(torch.device("cuda", 0), torch.cuda.get_device_properties(0).total_memory)
+    bench = Bench(name, device, steps, compiled)
+    result["link_gb_s"] = link_bytes_per_second(bench.device) / 1e9 if cuda else 0.0
+    say(f"built; link {result['link_gb_s']:.1f} GB/s")
+    same = {
+        "gradient_checkpointing": "on",
+        "offload_activations": measures.offload_activations and cuda,
+        "offload_embeddings": measures.offload_embeddings,
+    }
+    start = [p.detach().clone() for p in bench.model.parameters() if p.requires_grad]
+    all_tokens = bench.rows * bench.tokens
+    engine = bench.install(tokens, **same)
+    whole = [bench.gradients(engine, tokens) for _ in range(2)]
+    result["two equal passes"] = difference(*whole)
+    result["whole, same measures"] = bench.train(engine, tokens)
+    engine.close()
+    say(result["whole, same measures"])
+    if not same_only:
+        engine = bench.install(all_tokens)
+        result["whole, free"] = bench.train(engine, all_tokens)
+        engine.close()
+        say(result["whole, free"])
+    before = time.time()
+    layers = find_layers(find_decoder(bench.base))
+    streamed = stream_base(
+        bench.base, layers, bench.device, streamed=measures.streamed, report=lambda event: say(event.text)
+    )
+    result["locking_s"] = time.time() - before
+    say(f"{streamed.describe()}, {streamed.layer_bytes / 2**20:.0f} MiB each, after {result['locking_s']:.1f} s")
+    if cuda:
+        torch.cuda.empty_cache()
+        limit_memory(bench.device, int(limit_gib * GIB) - CONTEXT_BYTES)
+        say(
+            f"PyTorch is held to {limit_gib - 1:.2f} GiB, of which {torch.cuda.memory_allocated() / GIB:.2f} are in use"
+        )
+    engine = bench.install(tokens)
+    result["streams"] = bench.train(engine, tokens)
+    engine.close()
+    say(result["streams"])
+    with torch.no_grad():
+        for parameter, value in zip((p for p in bench.model.parameters() if p.requires_grad), start, strict=True):
+            parameter.copy_(value)
+    engine = bench.install(tokens, **same)
+    result["streamed and whole"] = difference(whole[0], bench.gradients(engine, tokens))
+    engine.close()
+    step_s = statistics.median(result["streams"]["step_s"][1:])
+    if cuda:
+        copied = 2 * streamed.copied_bytes * (all_tokens // tokens)
+        result["copies_share_of_step"] = copied / 1e9 / result["link_gb_s"] / step_s
+    result["predicted_peak_gib"] = plan.memory.peak_bytes / GIB if plan.memory else None
+    for way in ("whole, same measures", "whole, free"):
+        if way in result:
+            result[f"ratio to {way}"] = result["streams"]["tok_s"] / result[way]["tok_s"]
+    return result
+
+
+def main() -> None:
+    """Runs the chosen models one after another and prints what decides."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="append", choices=RUNS)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--limit-s", type=int, default=150)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--same-only", action="store_true", help="leave out the whole base that takes what it likes")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, default=Path("streaming.json"))
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        options = (arguments.steps, arguments.device, arguments.compile, arguments.same_only)
+        print("RESULT " + json.dumps(run(arguments.inside, *options)), flush=True)
+        return
+    flags = ["--steps", arguments.steps, "--device", arguments.device]
+    flags += ["--compile"] * arguments.compile + ["--same-only"] * arguments.same_only
+    results = []
+    for name in arguments.run or [n for n in RUNS if n != "tiny"]:
+        command = [sys.executable, __file__, "--inside", name, *map(str, flags)]
+        results.append(run_apart(name, command, arguments.limit_s))
+        arguments.json.write_text(json.dumps(results, indent=1))
+    for result in results:
+        print(f"\n{result['run']}:", result.get("error", ""))
+        for key, value in result.items():
+            print(f"  {key}: {value}")
+
+
+if __name__ == "__main__":
+    main()
