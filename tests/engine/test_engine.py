@@ -14,7 +14,7 @@ from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
-from qlora_cli.errors import TrainingError, UsageError
+from qlora_cli.errors import ModelError, TrainingError, UsageError
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.conftest import ARCHITECTURES, FEW, most_slow
 
@@ -469,3 +469,20 @@ def test_no_room_to_try_a_layer_out_is_told_in_one_sentence(load_tiny):
         install(model)
     assert "\n" not in reported.value.message and "--vram" in reported.value.hint
     assert not any(hasattr(module, ATTRIBUTE) for module in model.modules()), "the model is left as it was"
+
+
+@pytest.mark.parametrize("kind", ["fast", "plain"])
+def test_a_model_that_reads_ahead_is_refused(kind):
+    """BERT has a head of a language model, and sees the token that it is to predict unless `is_decoder` is set."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for is_decoder in (True, False):
+        config = BertConfig(**sizes, intermediate_size=128, is_decoder=is_decoder)
+        model = attach_adapter(BertLMHeadModel(config), LoraSettings(rank=4, alpha=8)).train()
+        if is_decoder:
+            install(model, kind).close()
+        else:
+            with pytest.raises(ModelError, match="depend on the tokens behind them"):
+                install(model, kind)
+        assert model.training

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_cli.core.engine.calibration import LEAST_TRIAL_TOKENS
-from qlora_cli.core.engine.fast import FastEngine
+from qlora_cli.core.engine.fast import HEAD_TRIAL_TOKENS, FastEngine
+from qlora_cli.core.engine.lm_head import require_causal
 from qlora_cli.core.engine.memory_plan import count_recomputed_layers
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import TrainingError, UsageError, first_line
 from qlora_cli.events import Report
 from qlora_cli.kernels.embedding_noise import add_noise
@@ -109,6 +111,9 @@ class PlainEngine:
 
     def __init__(self, model: Any, settings: StepSettings, *, device: torch.device) -> None:
         self.model, self.device, self.noise_alpha = model, device, settings.neftune_noise_alpha
+        base = underlying_model(model)
+        ids = torch.arange(HEAD_TRIAL_TOKENS, device=device) % base.get_input_embeddings().weight.shape[0]
+        require_causal(base, {"input_ids": ids[None]})
         self.recompute = bool(count_recomputed_layers(settings, layers=1, on_cuda=device.type == "cuda"))
         if self.recompute:
             # Non-reentrant: gradients flow although the embeddings' output does not require any.

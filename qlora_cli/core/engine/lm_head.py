@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.device import dtype_name
-from qlora_cli.core.engine.fsdp import gathered
+from qlora_cli.core.engine.fsdp import gathered, is_sharded
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import chunk_tokens, linear_cross_entropy
+
+LEAST_SENSITIVITY = 1e-5  # to a later token, by that to the others, from which it counts
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ def find_head(base: Any, decoder: Any, inputs: dict[str, Tensor]) -> Head | None
     """The head that, after the decoder, reproduces the model's logits on `inputs`; None when none does.
 
     Raises:
-        ModelError: The logits are not finite.
+        ModelError: The logits are not finite, or depend on later tokens.
     """
+    require_causal(base, inputs)
     module = base.get_output_embeddings()
     if module is None:
         return None
@@ -104,6 +107,49 @@ def find_head(base: Any, decoder: Any, inputs: dict[str, Tensor]) -> Head | None
     finally:
         base.train(training)
     return None
+
+
+def require_causal(base: Any, inputs: dict[str, Tensor]) -> None:
+    """Tries out that no prediction depends on the tokens behind it; not where the base is sharded, whose backward pass
+    is a whole step's.
+
+    Models that read in both directions (BERT and its kin without `is_decoder`, XLM) would learn to copy the token they
+    are to predict. Looked at is the derivative, which is zero where attention is masked, to the last bit: values change
+    by rounding, and with it the experts that a token goes to.
+
+    Args:
+        base: A causal language model, its adapter inside.
+        inputs: One row of `input_ids`, or of `inputs_embeds`.
+
+    Raises:
+        ModelError: Predictions depend on later tokens.
+    """
+    if is_sharded(base):
+        return
+    leaves: list[Tensor] = []
+
+    def cut(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
+        leaves.append(embedded.detach().requires_grad_())
+        return leaves[-1].clone()  # which a model may change in place
+
+    embedding, training = base.get_input_embeddings(), base.training
+    hook = embedding.register_forward_hook(cut)
+    base.eval()
+    try:
+        with torch.enable_grad():
+            if "inputs_embeds" in inputs:
+                inputs = {"inputs_embeds": cut(None, None, inputs["inputs_embeds"])}
+            logits = base(**inputs, use_cache=False).logits[0, :-1].float()
+            # Of a sum the derivative may vanish: a norm takes the mean out.
+            sensitivity = torch.autograd.grad((logits * logits.detach()).sum(), leaves[0])[0].abs().amax(-1)[0]
+    finally:
+        hook.remove()
+        base.train(training)
+    if bool(sensitivity[-1] > LEAST_SENSITIVITY * sensitivity.max()):
+        raise ModelError(
+            f"{base.config.model_type} is no causal language model: its predictions depend on the tokens behind them.",
+            "Give --model a decoder such as llama, gpt_neox, falcon, mistral, qwen3 or gemma3.",
+        )
 
 
 def trained_positions(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
