@@ -4,15 +4,19 @@ import json
 import shutil
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from qlora_cli.commands.generate import generate
 from qlora_cli.commands.train import train
 from qlora_cli.config import GenerateConfig, TrainConfig
 from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import build_empty, has_position_table
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import report_nothing
+from qlora_cli.settings.groups import QuantizationSettings
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "base_cache": False}
 
@@ -145,3 +149,19 @@ def test_generation_settings_that_come_with_a_model_change_no_greedy_answer(tiny
         for model in (plain, directory)
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda t: (t * 100).to(torch.int8), "is stored as I8"), (lambda t: t[:32], r"is \(32.*config.json makes it")],
+    ids=["codes", "shape"],
+)
+def test_a_tensor_that_cannot_be_the_weight_is_refused_by_name(tiny_model, tmp_path, name, change, said):
+    directory = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name] = change(tensors[name]).clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    held = QuantizationSettings(base_cache=False)
+    with pytest.raises(ModelError, match=f"{name} .*{said}"):
+        load_base(resolve_model(str(directory)), held, compute_dtype=torch.float32, device=torch.device("cpu"))

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,11 @@ from qlora_cli.core.experts.stack import can_pack
 from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import head_names, is_plain_linear
 from qlora_cli.core.models.weight_names import WeightOrigins, find_origins
+from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.errors import ModelError
 
 HEAD, EMBEDDING = "output head", "embeddings"
+VALUES = ("F64", "F32", "F16", "BF16")  # dtypes of tensors that are their values
 BODY_SHARE = 0.95  # of a base's body, below which what is not in 4 bits is said
 
 
@@ -177,6 +179,31 @@ class Account:
                 f"{model} lacks {len(self.missing)} of the model's tensors, first {self.missing[0]}.",
                 "Download or copy the model again; its configuration and its weights must belong together.",
             )
+
+    def require_values(self, model: PreTrainedModel, entries: Mapping[str, TensorEntry], name: str) -> None:
+        """Raises ModelError where a tensor has another shape than its place, or is no floating-point numbers where its
+        place is: codes of a quantisation that the configuration does not name, which would be taken for the weights.
+
+        Args:
+            model: From `build_empty`.
+            entries: Of the checkpoint.
+            name: Of the model, as the user gave it.
+        """
+        state = model.state_dict()
+        for target, origin in self.origins.of.items():
+            for entry in (entries[source] for source in origin.names):
+                if state[target].is_floating_point() and entry.dtype_name not in VALUES:
+                    raise ModelError(
+                        f"{entry.name} of {name} is stored as {entry.dtype_name}, and its config.json names no "
+                        "quantisation that would give its values.",
+                        "Give --model the 16-bit checkpoint, or mend quantization_config.",
+                    )
+                if origin.converter is None and entry.shape != tuple(state[target].shape):
+                    raise ModelError(
+                        f"{entry.name} is {entry.shape} in {name} where its config.json makes it "
+                        f"{tuple(state[target].shape)}.",
+                        "Download or copy the model again; its configuration and its weights must belong together.",
+                    )
 
     def describe(self) -> str:
         """One line for the user: the share in 4 bits, and what of the checkpoint is not used."""

@@ -71,8 +71,9 @@ def stored_format(config: Any, model: str) -> StoredFormat | None:
     if method == "mxfp4":
         return StoredFormat(method, skipped=skipped)
     name = {"bitsandbytes": "bitsandbytes in 8 bits", "fp8": "FP8 with experts in FP4"}.get(str(method), method)
+    by = f"by {name}" if name else "in a way that its config.json does not name"
     raise ModelError(
-        f"{model} is quantised already, by {name}, and an adapter cannot be trained on it here.",
+        f"{model} is quantised already, {by}, and an adapter cannot be trained on it here.",
         "Give --model the 16-bit checkpoint it was made from, which qlora quantises itself, or one in bitsandbytes' "
         "4 bits, MXFP4 or block-scaled FP8.",
     )
