@@ -151,6 +151,18 @@ def test_generation_settings_that_come_with_a_model_change_no_greedy_answer(tiny
     assert found[0] == found[1]
 
 
+def test_end_marks_are_read_as_they_are_now_and_alone(tiny_model, tmp_path):
+    """A copy of the quantised base that was kept before they were mended has none of its own; and what transformers
+    refuses beside them (several answers of a greedy search) is for nothing here."""
+    directory = edited(tiny_model("llama"), tmp_path / "model", "generation_config.json")
+    config = GenerateConfig(model=str(directory), **{**GREEDY, "base_cache": True})
+    whole = generate(config, ["The quick"], report_nothing).answers[0]
+    settings = {"eos_token_id": list(range(2, 512)), "num_return_sequences": 2, "do_sample": False}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    ended = generate(config, ["The quick"], report_nothing).answers[0]
+    assert (whole["finish"], ended["finish"], ended["new_tokens"]) == ("length", "end", 0)
+
+
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
 @pytest.mark.parametrize(
     ("change", "said"),

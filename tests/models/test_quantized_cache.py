@@ -46,7 +46,6 @@ def test_a_restored_base_is_the_same_bit_for_bit(architecture, load_tiny, tiny_m
     save_base(base, FACTS)
     again = restore(tiny_model(architecture))
     assert torch.equal(logits(again), logits(base))
-    assert again.generation_config.to_dict() == base.generation_config.to_dict()
     assert [n for n, _ in four_bit_linears(again)] == [n for n, _ in four_bit_linears(base)]
     theirs, ours = dict(base.named_parameters()), dict(again.named_parameters())
     assert list(ours) == list(theirs)

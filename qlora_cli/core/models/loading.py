@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -73,9 +74,11 @@ def load_base(
             base = restore_base(facts, files, compute_dtype, device, weight_shards)
             if base is not None:
                 base.config.dtype = compute_dtype
+                base.generation_config = _end_marks(files, base)
                 return freeze_base(base), identity
         packer = Packer(checkpoint, quantization, compute_dtype, device, weight_shards)
         base = _load(files, empty, checkpoint, account, packer)
+        base.generation_config = _end_marks(files, base)
     _check_weights(base, files.name, packer.finite)
     freeze_base(base)
     if quantization.base_cache and not four_bit:
@@ -114,9 +117,21 @@ def _load(files: ModelFiles, empty: Any, checkpoint: Checkpoint, account: Accoun
         )
         packer.fill(base, account)
     base.config.name_or_path = base.name_or_path = str(files.directory)
-    with contextlib.suppress(OSError):  # there is none: the one that the configuration gives stays
-        base.generation_config = GenerationConfig.from_pretrained(files.directory)
     return base
+
+
+def _end_marks(files: ModelFiles, base: Any) -> GenerationConfig:
+    """The tokens that end an answer, of generation_config.json as it is now; where there is none, of the configuration.
+
+    Nothing else of it is for anything here, and transformers refuses what does not go together in it.
+    """
+    try:
+        content = json.loads((files.directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return GenerationConfig(eos_token_id=base.generation_config.eos_token_id)
+    marks = content.get("eos_token_id") if isinstance(content, dict) else None
+    marks = [mark for mark in (marks if isinstance(marks, list) else [marks]) if type(mark) is int]
+    return GenerationConfig(eos_token_id=marks or None)
 
 
 @contextlib.contextmanager

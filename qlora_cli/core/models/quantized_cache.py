@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from qlora_cli.artifacts import cache_root, read_json
 from qlora_cli.core.distributed.weight_shards import WeightShards
@@ -102,7 +101,6 @@ def save_base(
                     "weights": dict(stamps or {}),
                     "hashed_bytes": piece_bytes,
                     "sha256": digests,
-                    "generation_config": model.generation_config.to_dict(),
                 }
                 (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     except (OSError, RunError) as error:  # a convenience only: never a reason to stop
@@ -195,7 +193,6 @@ def restore_base(
         error.__traceback__ = None  # it holds what was read, on the device that is about to be filled again
         shutil.rmtree(directory, ignore_errors=True)
         return None
-    model.generation_config = GenerationConfig.from_dict(manifest["generation_config"])
     files.report(Notice(f"Using the quantised base kept in {directory.parent}."))
     return model
 
