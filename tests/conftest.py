@@ -1,5 +1,6 @@
 """Tiny real models and data for the tests: built once a session, on the CPU, in milliseconds."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -17,7 +18,7 @@ from hypothesis import settings
 
 from qlora_cli.events import report_nothing
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("repeatable")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 
@@ -297,7 +298,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 def most_slow(cases, kept):
     """Parameters of a test: of these cases, the ones that are not kept in make test are slow."""
-    return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    given = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    return [case if case in kept else pytest.param(*values, marks=pytest.mark.slow) for case, values in given]
 
 
 @pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
@@ -341,6 +343,22 @@ def is_left_out(item) -> bool:
     """Whether a mark says that the test is not run here, or in the long form alone."""
     conditions = [mark.args[0] for mark in item.iter_markers("skipif")]
     return bool(item.get_closest_marker("slow")) or any(c for c in conditions if not isinstance(c, str))
+
+
+def pytest_collection(session):
+    """What is imported stays: it is not looked through for garbage, now or later, which is a twentieth of the time."""
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    """From here on garbage is collected, among what is new."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    """At the end all is: bindings of libraries complain of what is left."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item):

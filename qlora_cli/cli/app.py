@@ -15,7 +15,7 @@ from qlora_cli.cli.command_line.declared import Command, Positional, Typed
 from qlora_cli.cli.command_line.plain import read_plainly
 from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descriptors, tolerant_streams
 from qlora_cli.cli.visible import visible
-from qlora_cli.cli.waiting import FIRST_SIGN, LIBRARIES, LoadingSign, loading_sign
+from qlora_cli.cli.waiting import FIRST_SIGN, LIBRARIES, LoadingSign, loading_sign, uncollected
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.core.runs.validate import check
 from qlora_cli.core.torchless import leave_torch_out
@@ -50,7 +50,7 @@ class Call:
 
     def load(self, name: str) -> Any:
         """The module of a command, imported; until then a sign says so."""
-        with loading():
+        with loading(), uncollected():
             module = importlib.import_module(f"qlora_cli.{name}")
         self.sign.stop()
         return module

@@ -1,5 +1,6 @@
 """What each command imports: nothing that it does not need, and nothing at all before a mistake is said."""
 
+import gc
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from qlora_cli.cli.waiting import uncollected
 from tests.hub import PROJECT
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow", "huggingface_hub")
@@ -95,3 +97,9 @@ def test_mistakes_are_said_before_anything_is_imported(tmp_path):
     assert codes == [2] * len(lines)
     assert not names
     assert "Loading" not in said
+
+
+def test_no_garbage_is_looked_for_while_importing():
+    with uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()

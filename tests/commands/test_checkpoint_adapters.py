@@ -41,7 +41,7 @@ def run(tiny_model, tmp_path_factory):
 @pytest.fixture(
     params=[
         pytest.param("in its run", marks=pytest.mark.slow),
-        "of an older version, in its run",
+        pytest.param("of an older version, in its run", marks=pytest.mark.slow),
         pytest.param("moved", marks=pytest.mark.slow),
         "newest of a stopped run",
     ]

@@ -159,6 +159,7 @@ def test_what_does_not_fit_gets_a_command_that_does(seven_b):
     assert again["fits"] is True
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_any_setting_gets_no_command(seven_b):
     facts = look(model=seven_b, vram="1200MiB")
     assert facts["fits"] is False
@@ -174,6 +175,7 @@ def test_the_exit_code_says_whether_it_fits(seven_b, capsys):
     assert main(["inspect", "--model", seven_b, "--vram", "12"]) == 2
 
 
+@pytest.mark.slow
 def test_every_optimizer_and_engine_is_predicted(seven_b):
     eight_bit, full = (look(model=seven_b, optimizer=name) for name in ("adamw_8bit", "adamw"))
     assert full["optimizer_bytes"] == 8 * 39_976_960

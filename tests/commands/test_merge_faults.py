@@ -392,7 +392,7 @@ def test_a_merge_that_is_not_the_trained_model_fails(case, monkeypatch) -> None:
     assert not unfinished_path(case.output).exists()
 
 
-@pytest.mark.parametrize("lossy", [{"base": "original"}, {"quantize": True}])
+@pytest.mark.parametrize("lossy", most_slow([{"base": "original"}, {"quantize": True}], [{"quantize": True}]))
 def test_what_lossy_merges_lose_is_reported_and_refused_past_a_given_limit(case, lossy) -> None:
     events: list = []
     result = case.merge(events, verify=True, **lossy)

@@ -15,6 +15,7 @@ from qlora_cli.commands.train import train
 from qlora_cli.config import TrainConfig
 from qlora_cli.errors import CheckpointError, Interrupted
 from qlora_cli.events import StepLogged
+from tests.conftest import most_slow
 from tests.experts.expert_modules import write_expert_model
 
 TEMPLATE = (
@@ -108,7 +109,9 @@ def stopped(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "setting", "value"),
-    [(name, setting, value) for name, changes in CHANGES.items() for setting, value in changes.items()],
+    most_slow(
+        EVERY := [(name, *change) for name, changes in CHANGES.items() for change in changes.items()], EVERY[::3]
+    ),
 )
 def test_what_matters_is_refused_by_name(stopped, name, setting, value):
     options = stopped(name)

@@ -286,7 +286,7 @@ def test_training_and_saving_make_no_network_call(options, monkeypatch):
     run(options)
 
 
-@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("engine", most_slow(["fast", "plain"], ["plain"]))
 def test_packing_and_every_engine_train(options, engine):
     events: list = []
     result = run(options, events, engine=engine, packing=True, max_length=64, max_steps=3)
@@ -385,6 +385,7 @@ def test_on_a_gpu_a_resumed_run_is_the_same_run_within_the_noise_of_two_equal_on
     assert difference <= 2 * noise
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_writes_the_same_adapter_again(options):
     run(options)
     before = weights(Path(options["output"]))
@@ -441,13 +442,18 @@ def interrupted(options, stopped):
     ("changes", "named"),
     [
         ({"rank": 8}, "settings.rank: 4 → 8"),
-        ({"learning_rate": 1e-3}, "settings.learning_rate: 0.005 → 0.001"),
-        ({"max_steps": 12}, "settings.total_steps: 9 → 12"),
-        ({"optimizer": "sgd"}, "settings.optimizer: 'adamw' → 'sgd'"),
-        ({"seed": 1}, "settings.seed: 42 → 1"),
         ({"quant_type": "fp4"}, "base.quant_type: 'nf4' → 'fp4'"),
-        ({"train_on": "all"}, "data: "),
-        ({"gradient_accumulation_steps": 3}, "settings.batches_per_step: 2 → 3"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ({"learning_rate": 1e-3}, "settings.learning_rate: 0.005 → 0.001"),
+                ({"max_steps": 12}, "settings.total_steps: 9 → 12"),
+                ({"optimizer": "sgd"}, "settings.optimizer: 'adamw' → 'sgd'"),
+                ({"seed": 1}, "settings.seed: 42 → 1"),
+                ({"train_on": "all"}, "data: "),
+                ({"gradient_accumulation_steps": 3}, "settings.batches_per_step: 2 → 3"),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_another_setting_is_refused_and_named(interrupted, changes, named):
@@ -494,6 +500,7 @@ def test_allowed_changes_are_said_and_an_optimizer_that_does_not_fit_starts_fres
     assert result.steps == 11
 
 
+@pytest.mark.slow  # tests/faults/test_damage.py has one
 def test_damaged_checkpoints_are_named_and_the_older_used(interrupted):
     root = Path(interrupted["output"]) / CHECKPOINTS
     assert [path.name for path in list_checkpoints(root)] == ["step-00000004", "step-00000005"]

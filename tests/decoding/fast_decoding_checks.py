@@ -113,7 +113,7 @@ def fast_answers(fast, questions, counts, rows):
     return answer_with(open_decoder, questions, counts, rows), made[-1]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES if ON_GPU else most_slow(ARCHITECTURES, ["llama", "falcon"]))
+@pytest.mark.parametrize("name", ARCHITECTURES if ON_GPU else most_slow(ARCHITECTURES, ["falcon"]))
 def test_answers_are_those_of_transformers(tmp_path, name):
     model = load(tmp_path, name)
     counts, questions = ((24, 40, 16), prompts()) if ON_GPU else ((3, 2), prompts((2, 5)))
@@ -172,6 +172,7 @@ def test_what_is_fused_is_described_and_layers_with_one_input_become_one_product
     assert [stack.weight.packed.data_ptr() for stack in again.linears.stacks] == packed
 
 
+@pytest.mark.slow
 def test_adapters_change_under_a_captured_graph(tmp_path):
     model = load(tmp_path, "llama")
     (ids,) = prompts((2,))

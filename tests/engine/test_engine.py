@@ -169,7 +169,10 @@ def test_sliding_windows_are_kept_inside_a_pack(tiny_model):
     assert engine.packed and torch.allclose(loss, plain_loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize("change", ["dora", "two adapters", "merged", "disabled", "lora bias"])
+OTHERS = ["dora", "two adapters", "merged", "disabled", "lora bias"]
+
+
+@pytest.mark.parametrize("change", most_slow(OTHERS, ["dora", "two adapters", "lora bias"]))
 def test_what_the_op_does_not_cover_goes_to_pefts_own_forward(load_tiny, change):
     from peft import LoraConfig
 
@@ -355,6 +358,7 @@ def test_a_batch_with_nothing_trained_has_zero_loss_and_gradient(load_tiny):
     assert loss.item() == 0 and not gradient.any()
 
 
+@pytest.mark.slow
 def test_fifty_steps_follow_the_plain_engines_losses(load_tiny):
     curves = []
     for kind in ("plain", "fast"):

@@ -12,7 +12,7 @@ from qlora_cli.core.training.state import REQUIRED_FILES
 from .conftest import Run, Zygote, count
 
 FILL_AFTER_STEP = 3  # one checkpoint stands, of step 2
-LIMITS_KIB = (0, 24, 60)
+LIMITS_KIB = (0, 24)
 ROOMS = 60
 
 

@@ -70,6 +70,7 @@ def test_killed_at_file_calls_of_a_save_a_run_goes_on_bit_for_bit(zygote, make_r
     kill_at_calls(zygote, make_run, tmp_path, points, "SIGKILL at a file call (short)")
 
 
+@pytest.mark.slow
 def test_killed_at_random_times_a_run_goes_on_bit_for_bit(zygote, make_run, tmp_path):
     kill_at_times(zygote, make_run, tmp_path, SHORT_TIMES, "SIGKILL at a random time (short)")
 

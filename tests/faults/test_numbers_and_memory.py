@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from qlora_cli.artifacts import METRICS
 
 from .conftest import count
 
 
+@pytest.mark.slow
 def test_nan_in_one_step_costs_that_step_only(zygote, make_run, tmp_path):
     run = make_run(tmp_path / "out")
     done = zygote.train(run.options, {"kind": "nan", "steps": [3]})
@@ -28,6 +31,7 @@ def test_nan_that_stays_ends_the_run_and_the_mended_run_goes_on_bit_for_bit(zygo
     assert reported and last == 2 and equal, done.said + resumed.said
 
 
+@pytest.mark.slow  # tests/training/test_trainer.py has the trainer do it
 def test_memory_that_runs_out_midway_costs_a_notice(zygote, make_run, tmp_path):
     quiet = {"dropout": 0.0}  # where dropout falls depends on the micro-batches
     straight = make_run(tmp_path / "straight", **quiet)

@@ -28,6 +28,7 @@ def single(zygote, make_run, tmp_path_factory) -> Run:
     return run
 
 
+@pytest.mark.slow  # tests/commands/test_launchers.py has two that do
 def test_two_processes_train_as_one_does_and_one_speaks(zygote, make_run, single, tmp_path):
     run = make_run(tmp_path / "out", **ALONE)
     done = train_as_two(zygote, run)
@@ -137,6 +138,7 @@ def test_a_rank_holds_its_share_of_a_sharded_base_and_no_more(zygote, make_run, 
     assert held[0] < 0.51 * whole and held[1] < 0.35 * whole
 
 
+@pytest.mark.slow
 def test_a_sharded_base_is_the_same_quantised_here_or_taken_from_the_copy_of_a_whole_one(zygote, make_run, tmp_path):
     runs = [make_run(tmp_path / name, **ALONE, base_cache=True, max_steps=2) for name in ("first", "sharded")]
     assert zygote.train(runs[0].options).code == 0  # keeps the copy
@@ -185,6 +187,7 @@ def test_a_sharded_run_is_stopped_and_resumed_whole_by_one_process_and_back(zygo
     assert same_numbers(run, single)
 
 
+@pytest.mark.slow
 def test_a_rank_of_a_sharded_run_that_dies_ends_the_others(zygote, make_run, tmp_path):
     run = make_run(tmp_path / "out", **ALONE, shard=True)
     died = train_as_two(zygote, run, fault={"kind": "signalled", "step": 4, "number": 9}, faulty_rank=1)

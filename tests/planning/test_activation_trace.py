@@ -216,10 +216,8 @@ GATED_DELTA = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("MambaConfig", SCAN), pytest.param("Qwen3_5TextConfig", GATED_DELTA, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arguments"), [("MambaConfig", SCAN), ("Qwen3_5TextConfig", GATED_DELTA)])
 def test_layers_that_loop_over_tokens_are_traced_on_few_of_them(name, arguments):
 
     from qlora_cli.core.planning import activation_trace

@@ -212,6 +212,7 @@ def test_disk_and_merging_follow_the_checkpoint():
     assert estimate_merging(model_profile)["disk_bytes"] == disk["download_bytes"]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_s_dtype_decides_the_download():
     halves = transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "dtype": "float16"})
     floats = transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "dtype": "float32"})

@@ -176,6 +176,7 @@ def test_the_nearest_fit_changes_only_what_it_must():
     assert plan(limit_bytes, **{**asked, **changes}).fits
 
 
+@pytest.mark.slow
 def test_rows_are_shortened_and_then_the_rank_is_lowered():
     just_too_little = leanest_bytes(max_length=8192) - 1
     changes, _ = suggest(just_too_little, max_length=8192)

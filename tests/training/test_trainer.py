@@ -15,6 +15,7 @@ from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, StepLogged
 from qlora_cli.settings.groups import OPTIMIZERS
+from tests.conftest import most_slow
 
 from .training_case import FaultyEngine, make_case
 
@@ -59,7 +60,7 @@ def test_loss_falls_and_every_number_is_reported(base, tmp_path):
     assert all(s.vram is None and s.step_seconds > 0 and s.learning_rate > 0 for s in steps)
 
 
-@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("stops", most_slow([False, True], [True]))
 def test_steps_that_are_reported_late_are_reported_before_what_follows_them(base, tmp_path, stops):
     reported = []
     for late in (False, True):
@@ -114,7 +115,7 @@ def test_gradients_are_clipped_to_the_norm_and_0_turns_it_off(base, tmp_path):
 # ---------------------------------------------------------------- exact resume
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit", "adafactor"])
+@pytest.mark.parametrize("optimizer", most_slow(["adamw", "paged_adamw_8bit", "adafactor"], ["paged_adamw_8bit"]))
 def test_an_interrupted_run_continues_bit_for_bit(base, tmp_path, optimizer):
     more = {"b_rate": 4.0, "noise_alpha": 5.0} if optimizer == "paged_adamw_8bit" else {}
     options = {"optimizer": optimizer, "eval_rows": 4, "eval_every": 3, "keep_best": True, **more}
@@ -339,7 +340,7 @@ def out_of_memory_above(tokens: int, seen: list[int], *, from_call: int = 0, in_
     return lambda engine: FaultyEngine(engine, fault)
 
 
-@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("in_backward", most_slow([False, True], [True]))
 def test_memory_that_runs_out_midway_halves_the_micro_batch_and_nothing_else(base, tmp_path, in_backward):
     straight = make_case(base, tmp_path / "a", dropout=0.0)
     straight.run()
@@ -504,7 +505,8 @@ class ReportFailed(Exception):
 
 
 @pytest.mark.parametrize(
-    ("where", "deferred"), [("forward", True), ("evaluation", False), ("step report", True), ("rows", False)]
+    ("where", "deferred"),
+    most_slow([("forward", True), ("evaluation", False), ("step report", True), ("rows", False)], [("forward", True)]),
 )
 def test_what_fails_in_a_step_is_raised_after_the_state_before_it_is_saved(base, tmp_path, where, deferred):
     options = {"eval_rows": 6, "eval_every": 3, "save_every": 100, "deferred": deferred}
