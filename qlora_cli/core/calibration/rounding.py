@@ -54,7 +54,7 @@ def round_to_four_bits(
         # Columns as rows: each is read and written in one piece.
         values_wanted, steps = weight[:, part].T.contiguous(), step[:, part].T.contiguous()
         if moment is None:
-            places[part] = _nearest(values_wanted / steps, values)
+            places[part] = torch.bucketize(values_wanted / steps, _borders(values))
             continue
         square = damped_moment(moment, part)
         found = _round_columns(values_wanted, steps, values, square)
@@ -77,19 +77,21 @@ def _pack_constants(constants: Tensor, columns: int, quantization: QuantizationS
     return pack_weight(template, quant_type=quantization.quant_type, double_quant=quantization.double_quant)
 
 
-def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
-    return torch.bucketize(scaled.contiguous(), (values[1:] + values[:-1]) / 2)
+def _borders(values: Tensor) -> Tensor:
+    """Between values, ascending: a number belongs to the place of those below it."""
+    return (values[1:] + values[:-1]) / 2
 
 
 def _search_constants(weight: Tensor, values: Tensor, importance: Tensor) -> Tensor:
     """(out, blocks): of the constants tried, the one that leaves the least weighted error in its block."""
     blocked = weight.view(len(weight), -1, BLOCK_SIZE)
-    weights = importance.view(-1, BLOCK_SIZE)
+    weights, borders = importance.view(-1, BLOCK_SIZE), _borders(values)
     largest = blocked.abs().amax(dim=-1)
     best, least = largest, torch.full_like(largest, torch.inf)
     for factor in SHRINKING:
         constants = (factor * largest).clamp(min=1e-30)[..., None]
-        error = ((values[_nearest(blocked / constants, values)] * constants - blocked).square() * weights).sum(-1)
+        places = torch.bucketize(blocked / constants, borders)
+        error = ((values[places] * constants - blocked).square() * weights).sum(-1)
         better = error < least
         best, least = torch.where(better, factor * largest, best), torch.where(better, error, least)
     return best
@@ -116,6 +118,7 @@ def _round_columns(weight: Tensor, step: Tensor, values: Tensor, square: Tensor)
     inverse = torch.linalg.cholesky(inverse, upper=True)
     shares = inverse / inverse.diagonal()[:, None]  # of a column's error, what each later one takes
     left, places = weight.clone(), torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
+    borders = _borders(values)
     for start in range(0, len(weight), COLUMNS):
         stop = min(start + COLUMNS, len(weight))
         errors = torch.empty_like(left[start:stop])
@@ -123,7 +126,7 @@ def _round_columns(weight: Tensor, step: Tensor, values: Tensor, square: Tensor)
             wanted = left[column]
             if at:
                 wanted = torch.addmv(wanted, errors[:at].T, shares[start:column, column], alpha=-1)
-            places[column] = _nearest(wanted / step[column], values)
+            places[column] = torch.bucketize(wanted / step[column], borders)
             errors[at] = wanted - values[places[column]] * step[column]
         left[stop:] -= shares[start:stop, stop:].T @ errors
     return places
@@ -131,7 +134,7 @@ def _round_columns(weight: Tensor, step: Tensor, values: Tensor, square: Tensor)
 
 def _descend(weight: Tensor, step: Tensor, values: Tensor, square: Tensor, places: Tensor) -> Tensor:
     """Places, (in, out), after some sweeps in which each column takes what is best beside all others as they are."""
-    taken = values[places] * step
+    taken, borders = values[places] * step, _borders(values)
     for _ in range(SWEEPS):
         pull = square @ (weight - taken)  # half the negative gradient; of a sweep only columns to come are kept up
         for start in range(0, len(weight), COLUMNS):
@@ -141,7 +144,8 @@ def _descend(weight: Tensor, step: Tensor, values: Tensor, square: Tensor, place
                 own = pull[column]
                 if at:
                     own = torch.addmv(own, changes[:at].T, square[start:column, column], alpha=-1)
-                places[column] = _nearest((taken[column] + own / square[column, column]) / step[column], values)
+                wanted = taken[column] + own / square[column, column]
+                places[column] = torch.bucketize(wanted / step[column], borders)
                 changes[at] = values[places[column]] * step[column] - taken[column]
             taken[start:stop] += changes
             pull[stop:] -= square[start:stop, stop:].T @ changes
