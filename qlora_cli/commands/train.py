@@ -207,7 +207,7 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
         limit_memory(run.device, limit_bytes)
     weight_shards = WeightShards(run.ranks, on_host=config.shard_offload) if memory.sharded else None
     streamed = memory.plan.measures.streamed
-    shards = WeightShards(run.ranks, on_host=True) if streamed else weight_shards
+    shards = WeightShards(run.ranks, on_host=True, in_copy=memory.on_disk) if streamed else weight_shards
     dtype = decisions.compute_dtype
     base, identity = load_base(inputs.files, config, compute_dtype=dtype, device=run.device, weight_shards=shards)
     decoder = find_decoder(base)

@@ -1,9 +1,11 @@
 """This machine's device: which one, its memory, the dtype of its arithmetic; library versions, and sizes in words."""
 
 import gc
+import math
 import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 import torch
@@ -23,6 +25,7 @@ LIBRARIES = (
     "tokenizers",
     "triton",
 )
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of this process, as a container sees it
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -75,11 +78,25 @@ def read_free_bytes(device: torch.device) -> int:
     On CUDA that is within the allocator's limit (see `limit_memory`), and its cache counts as free.
     """
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return int(min(psutil.virtual_memory().available, _read_group_free_bytes()))
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     reserved_bytes, allocated_bytes = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     allowed_bytes = int(total_bytes * torch.cuda.get_per_process_memory_fraction(_index(device))) - reserved_bytes
     return min(free_bytes, allowed_bytes) + reserved_bytes - allocated_bytes
+
+
+def _read_group_free_bytes() -> float:
+    """What a container leaves of the host's memory, by Linux's control groups of version 2; infinite without a limit.
+    What files take and nobody has used of late counts as free."""
+    try:
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return math.inf
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        lines = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - used + int(lines.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return math.inf
 
 
 def read_capacity_bytes(device: torch.device) -> int:

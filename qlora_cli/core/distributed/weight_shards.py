@@ -1,11 +1,13 @@
 """Weight shards: the share of each tensor of a base that one rank keeps while the base is loaded."""
 
+import tempfile
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_cli.artifacts import cache_root
 from qlora_cli.core.distributed.process_group import ProcessGroup
 
 ALIGNED_ELEMENTS = 16  # so that a share of bytes is one of wider numbers too
@@ -17,6 +19,7 @@ class WeightShards:
 
     ranks: ProcessGroup
     on_host: bool = False  # shares are kept in host memory
+    in_copy: bool = False  # of one rank: what is kept is read where it lies in the copy of the base on the disk
 
     def keep(self, tensor: Tensor) -> Tensor:
         """This rank's share of a tensor, flattened: one of equal parts, the last ones filled up with zeros."""
@@ -24,6 +27,8 @@ class WeightShards:
         share = share_size(flat.numel(), self.ranks.world_size)
         mine = flat[slice(*self.bounds(flat.numel()))]
         mine = F.pad(mine, (0, share - mine.numel())) if mine.numel() < share else mine.clone()
+        if self.in_copy:
+            return _on_disk(mine.cpu())
         return mine.cpu() if self.on_host else mine
 
     def bounds(self, elements: int) -> tuple[int, int]:
@@ -47,6 +52,14 @@ class WeightShards:
         parts = self.ranks.all_gather({"share": share}, device)
         flat = torch.cat([part["share"].flatten().cpu() for part in parts])
         return flat[: whole.numel()].view(whole.shape)
+
+
+def _on_disk(tensor: Tensor) -> Tensor:
+    """A tensor whose memory is a file without a name beside the copies, so that the system may put it there."""
+    (cache_root() / "base").mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cache_root() / "base") as file:
+        stored = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return stored.copy_(tensor)
 
 
 def share_size(elements: int, world_size: int) -> int:

@@ -70,20 +70,41 @@ def load_base(
         held = f"{quantization.quant_type}, arithmetic in {dtype_name(compute_dtype)}"
         files.report(Notice(f"Loading {files.name} in 4 bits ({held}). {account.describe()}"))
         facts = {**asdict(identity), "model": None, "revision": None, "device": device.type, **_packing_facts(account)}
-        if quantization.base_cache and not four_bit:
-            base = restore_base(facts, files, compute_dtype, device, weight_shards)
-            if base is not None:
-                base.config.dtype = compute_dtype
-                base.generation_config = _end_marks(files, base)
-                return freeze_base(base), identity
+        kept = quantization.base_cache and not four_bit
+        if kept and (base := _restore(facts, files, compute_dtype, device, weight_shards)) is not None:
+            return base, identity
         packer = Packer(checkpoint, quantization, compute_dtype, device, weight_shards)
         base = _load(files, empty, checkpoint, account, packer)
         base.generation_config = _end_marks(files, base)
     _check_weights(base, files.name, packer.finite)
     freeze_base(base)
-    if quantization.base_cache and not four_bit:
+    if kept:
         save_base(base, facts, files.report, weight_shards, stamps=files.weight_stamps)
+    if weight_shards is not None and weight_shards.in_copy:
+        base = None  # before the copy is read, which takes its place
+        base = _restore(facts, files, compute_dtype, device, weight_shards) if kept else None
+        if base is None:
+            raise ModelError(
+                f"The layers of {files.name} were to wait on the disk, where no copy of the 4-bit base could be kept.",
+                "Free some disk, or point QLORA_CACHE to one that has room, and leave out --no-base-cache.",
+            )
     return base, identity
+
+
+def _restore(
+    facts: dict[str, Any],
+    files: ModelFiles,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    weight_shards: WeightShards | None,
+) -> PreTrainedModel | None:
+    """The base whose copy is here, frozen; None where there is none."""
+    base = restore_base(facts, files, compute_dtype, device, weight_shards)
+    if base is None:
+        return None
+    base.config.dtype = compute_dtype
+    base.generation_config = _end_marks(files, base)
+    return freeze_base(base)
 
 
 def _packing_facts(account: Account) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from qlora_cli.core.models.quantization import restored_linear
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
+from qlora_cli.core.storage.mapped_file import MappedFile
 from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.core.storage.temporaries import sweep
 from qlora_cli.core.untrusted import is_ours
@@ -37,6 +38,7 @@ from qlora_cli.events import Caution, Notice, Report, report_nothing
 FORMAT = 1  # raised when an older copy cannot be read
 WEIGHTS, MANIFEST = "base.safetensors", "base.json"
 SPARE_BYTES = 2 * 2**30  # room left on the disk beside a copy
+COPY = "_qlora_copy"  # in a model's `__dict__`: the file in which its packed weights lie; None where they do not
 FOUR_BIT = "quant_state.bitsandbytes__"  # how the state of a packed weight begins, behind "weight."
 HOST = torch.device("cpu")
 
@@ -184,7 +186,7 @@ def restore_base(
         manifest = read_json(directory / MANIFEST)
         if (kept := manifest.get("weights")) and files.weight_stamps not in ({}, kept):
             raise RunError("the model's files were written since.")
-        tensors = _read(directory / WEIGHTS, manifest, device, weight_shards)
+        tensors, copy = _read(directory / WEIGHTS, manifest, device, weight_shards)
         model = build_empty(files.config, trust_remote_code=files.trust_remote_code)
         _blank_experts(model, tensors, facts, compute_dtype)
         _fill(model, tensors, compute_dtype, device)
@@ -193,25 +195,29 @@ def restore_base(
         error.__traceback__ = None  # it holds what was read, on the device that is about to be filled again
         shutil.rmtree(directory, ignore_errors=True)
         return None
+    model.__dict__[COPY] = copy
     files.report(Notice(f"Using the quantised base kept in {directory.parent}."))
     return model
 
 
 def _read(
     path: Path, manifest: Mapping[str, Any], device: torch.device, weight_shards: WeightShards | None
-) -> dict[str, Tensor]:
-    """Every tensor of the file, verified, on the device.
+) -> tuple[dict[str, Tensor], MappedFile | None]:
+    """Every tensor of the file, verified, on the device; with shards `in_copy` packed weights are the file's own bytes.
 
     Raises:
         RunError: A byte is not what was written.
     """
+    copy = MappedFile(path) if weight_shards and weight_shards.in_copy else None
     with HashedFile(path, manifest["sha256"], int(manifest["hashed_bytes"])) as file:
         packed = {name.split(f".{FOUR_BIT}")[0] for name in file.entries if f".weight.{FOUR_BIT}" in name}
         sharded = {name for weight in packed for name in (weight, f"{weight}.absmax")}
         sharded |= {name for stack in _stacks_in(file.entries) for name in (stack, f"{stack}_absmax")}
         tensors, parts = {}, []
         for name, entry in file.entries.items():
-            if weight_shards and name in sharded:
+            if copy is not None and name in sharded:
+                tensors[name] = copy.tensor(entry.start, entry.dtype, entry.shape)
+            elif weight_shards and name in sharded:
                 elements = entry.elements
                 first, last = weight_shards.bounds(elements)
                 tensors[name] = weight_shards.blank(elements, entry.dtype, device)
@@ -221,7 +227,7 @@ def _read(
                 tensors[name] = torch.empty(entry.shape, dtype=entry.dtype, device=home)
                 parts.append((entry.start, tensors[name]))
         file.fill(parts, device)
-    return tensors
+    return tensors, copy
 
 
 def _stacks_in(names: Iterable[str]) -> set[str]:

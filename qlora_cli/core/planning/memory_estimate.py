@@ -103,7 +103,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
     states_bytes = state_bytes(step.optimizer, trained)
     paged = step.on_cuda and step.optimizer.startswith("paged")
     base_bytes, gathered_bytes, waiting_bytes = _sharded_base(profile, step)
-    streamed_bytes, locked = _streamed_base(profile, step.measures)
+    streamed_bytes, locked = streamed_base_bytes(profile, step.measures)
     parts = {
         "base_bytes": base_bytes - streamed_bytes - profile.embedding_bytes * step.measures.offload_embeddings,
         "gathered_bytes": gathered_bytes,
@@ -147,7 +147,7 @@ def _sharded_base(profile: ModelProfile, step: ResolvedStep) -> tuple[int, int, 
     return held_bytes, gathered_bytes, share_bytes
 
 
-def _streamed_base(profile: ModelProfile, measures: MemoryPlan) -> tuple[int, int]:
+def streamed_base_bytes(profile: ModelProfile, measures: MemoryPlan) -> tuple[int, int]:
     """Bytes of the layers that wait on the host beside those that a ring holds at a time, and of the host's memory."""
     waiting = evenly(profile.layer_bytes, measures.streamed)
     if not waiting:

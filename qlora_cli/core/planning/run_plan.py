@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from qlora_cli.config import InspectConfig, TrainConfig
-from qlora_cli.core.device import resolve_compute_dtype
+from qlora_cli.core.device import read_free_bytes, resolve_compute_dtype
 from qlora_cli.core.distributed.process_group import ProcessGroup
-from qlora_cli.core.planning.memory_estimate import copied_bytes
+from qlora_cli.core.planning.memory_estimate import copied_bytes, streamed_base_bytes
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit, write_train_command
@@ -21,6 +21,10 @@ from qlora_cli.errors import DoesNotFit
 from qlora_cli.events import Notice, Report
 from qlora_cli.settings.setting import recorded_fields
 from qlora_cli.sizes import format_bytes
+
+HOST_RESERVE_BYTES = (
+    4 * 2**30
+)  # of free host memory, beside layers that wait there: weights on their way, the run itself
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class RunPlan:
     largest_tokens: int  # in a micro-batch, by the settings as they were given
     commands: tuple[str, ...]  # to type instead, where it does not fit
     sharded: bool  # whether the base is sharded over the cards
+    on_disk: bool = False  # whether layers that stream wait on the disk: the host has no memory for them
 
     @property
     def limit_tokens(self) -> int | None:
@@ -134,14 +139,7 @@ def plan_run_memory(
         if of_all.fits:
             plan, sharded = of_all, True
             report(Notice(f"The base is sharded over {ranks.world_size} cards: one cannot hold it and a step."))
-    if (streamed := plan.measures.streamed) and plan.memory is not None and not config.stream:
-        where = f"{format_bytes(copied_bytes(profile, plan.measures))} a micro-batch"
-        report(
-            Notice(
-                f"The weights of {streamed} of {profile.layers} layers wait in host memory and stream to the card "
-                f"({where}): it cannot hold them beside a step."
-            )
-        )
+    on_disk = bool(plan.measures.streamed) and _wait_on_disk(config, profile, plan, report)
     commands: tuple[str, ...] = ()
     if plan.fits is False:
         assert vram_bytes is not None and plan.memory is not None
@@ -162,7 +160,24 @@ def plan_run_memory(
                 if commands
                 else "Nothing fits: take a smaller model or a larger card.",
             )
-    return RunPlan(profile, plan, largest_tokens, commands, sharded)
+    return RunPlan(profile, plan, largest_tokens, commands, sharded, on_disk)
+
+
+def _wait_on_disk(config: TrainConfig, profile: ModelProfile, plan: MemoryDecision, report: Report) -> bool:
+    """Whether layers that stream have to wait on the disk; where they wait is said."""
+    _, waiting_bytes = streamed_base_bytes(profile, plan.measures)
+    free_bytes = read_free_bytes(torch.device("cpu"))
+    short = not config.dry_run and waiting_bytes + HOST_RESERVE_BYTES > free_bytes
+    where = f"in {format_bytes(waiting_bytes)} of host memory"
+    if short:
+        where = f"on the disk, for the host has {format_bytes(free_bytes)} free and they take {format_bytes(waiting_bytes)},"
+    report(
+        Notice(
+            f"The weights of {plan.measures.streamed} of {len(profile.layer_bytes)} layers wait {where} and stream to "
+            f"where they are used, {format_bytes(copied_bytes(profile, plan.measures))} a micro-batch."
+        )
+    )
+    return short
 
 
 def may_be_sharded(config: TrainConfig | InspectConfig) -> bool:

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from qlora_cli.core.experts.four_bit_experts import PARTS, FourBitExperts
 from qlora_cli.core.models.quantization import STREAMED, is_4bit
+from qlora_cli.core.models.quantized_cache import COPY
+from qlora_cli.core.storage.mapped_file import MappedFile
+from qlora_cli.core.streaming.disk_source import STAGED, DiskSource, Extent
 from qlora_cli.core.streaming.host_memory import layer_buffers
-from qlora_cli.core.streaming.ring import SLOTS, HostSource, Ring
+from qlora_cli.core.streaming.ring import SLOTS, HostSource, LayerSource, Ring
 from qlora_cli.events import Report, report_nothing
 
 ATTRIBUTE = "_qlora_streamed_base"  # of a model: its `StreamedBase`
@@ -39,12 +42,14 @@ class StreamedBase:
         streamed: How many decoder layers wait on the host.
         layers: How many there are.
         layer_bytes: Of the largest of those that wait.
+        on_disk: Whether they wait on the disk.
     """
 
     ring: Ring
     streamed: int
     layers: int
     layer_bytes: int
+    on_disk: bool
 
     @property
     def copied_bytes(self) -> int:
@@ -53,7 +58,7 @@ class StreamedBase:
 
     def describe(self) -> str:
         """In words."""
-        return f"weights of {self.streamed} of {self.layers} layers on the host"
+        return f"weights of {self.streamed} of {self.layers} layers on the {'disk' if self.on_disk else 'host'}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ class _Place:
 
     @property
     def storage(self) -> int:
-        """Where it lies."""
-        return self.tensor.untyped_storage().data_ptr()
+        """Where it lies: of its bytes the first, for several may be of one file."""
+        return self.tensor.data_ptr()
 
     @property
     def streams(self) -> bool:
@@ -98,38 +103,43 @@ def stream_base(
     """Has some of a causal language model's decoder layers wait on the host, in place.
 
     Args:
-        base: Frozen. Its packed weights may be on the host, flattened and filled up as `WeightShards` keeps them; all
-            else is on the device.
+        base: Frozen. Its packed weights may be on the host, flattened and filled up as `WeightShards` keeps them, or lie
+            in the copy of the base on the disk, where they then wait; all else is on the device.
         layers: Its decoder's.
         device: Where it computes.
         streamed: How many wait; evenly among the others, so that copies have the time that these compute.
         slots: Layers on the device at once, of those.
         report: Is told where memory is not page-locked.
     """
+    copy: MappedFile | None = base.__dict__.get(COPY)
     places = {module: list(_frozen_tensors(module)) for module in base.modules()}
     owners = Counter(place.storage for found in places.values() for place in found)
     waiting: list[tuple[nn.Module, list[_Place]]] = []
     for number in evenly(range(len(layers)), min(streamed, len(layers))):
         inside = [place for module in layers[number].modules() for place in places[module]]
         own = [place for place in inside if place.streams and owners[place.storage] == 1]
+        own = own if copy is None else [place for place in own if copy.start_of(place.tensor) is not None]
         waiting += [(layers[number], own)] if own else []
-    stay = {place.storage for _, own in waiting for place in own}
-    _move([place for found in places.values() for place in found if place.packed and place.storage not in stay], device)
+    stay = {id(place) for _, own in waiting for place in own}
+    _move([place for found in places.values() for place in found if place.packed and id(place) not in stay], device)
     places.clear()
     layer_bytes = max((sum(place.room for place in own) for _, own in waiting), default=0)
-    buffers: list[Tensor] = []
-    for (_, own), buffer in zip(waiting, layer_buffers(layer_bytes, len(waiting), device, report), strict=True):
-        buffers.append(buffer[: sum(place.room for place in own)])
-        for index, (place, view) in enumerate(zip(own, _views(buffer, own), strict=True)):
-            view.copy_(place.tensor)
-            place.bind(view)
-            own[index] = replace(place, tensor=place.tensor.to("meta"))  # what it was is given back
-    ring = Ring(HostSource(buffers), len(waiting), layer_bytes, device, slots)
+    held = len(waiting) if copy is None else min(STAGED, len(waiting))
+    buffers = list(layer_buffers(layer_bytes, held, device, report))
+    source: LayerSource
+    if copy is not None:
+        source = DiskSource(copy, [_extents(own, copy) for _, own in waiting], buffers, min(slots, len(waiting)))
+    else:
+        for (_, own), buffer in zip(waiting, buffers, strict=True):
+            _pack(own, buffer)
+        sizes = [sum(place.room for place in own) for _, own in waiting]
+        source = HostSource([buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)])
+    ring = Ring(source, len(waiting), layer_bytes, device, slots)
     for number, (layer, own) in enumerate(waiting):
         for place, view in zip(own, _views(ring.buffers[ring.slot(number)], own), strict=True):
             place.bind(view)
         _announce(layer, ring, number)
-    made = StreamedBase(ring, len(waiting), len(layers), layer_bytes)
+    made = StreamedBase(ring, len(waiting), len(layers), layer_bytes, copy is not None)
     setattr(base, ATTRIBUTE, made)
     return made
 
@@ -177,6 +187,25 @@ def _move(places: Sequence[_Place], device: torch.device) -> None:
             if place.storage not in moved:
                 moved[place.storage] = place.tensor.to(device)
             place.bind(moved[place.storage])
+
+
+def _pack(places: list[_Place], buffer: Tensor) -> None:
+    """Moves tensors into a buffer of the host; the places keep their shapes only, so that what they were is given back."""
+    for index, (place, view) in enumerate(zip(places, _views(buffer, places), strict=True)):
+        view.copy_(place.tensor)
+        place.bind(view)
+        places[index] = replace(place, tensor=place.tensor.to("meta"))
+
+
+def _extents(places: Sequence[_Place], copy: MappedFile) -> list[Extent]:
+    """Where tensors of a layer lie in a file, and where they go in a buffer."""
+    extents, room = [], 0
+    for place in places:
+        start = copy.start_of(place.tensor)
+        assert start is not None
+        extents.append(Extent(start, place.tensor.nbytes, room))
+        room += place.room
+    return extents
 
 
 def _views(buffer: Tensor, places: Sequence[_Place]) -> Iterator[Tensor]:

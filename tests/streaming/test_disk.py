@@ -1,0 +1,86 @@
+"""Layers that wait in the copy of the base on the disk: the same bits, a few in memory, and what becomes of the file."""
+
+import os
+
+import pytest
+import torch
+
+from qlora_cli.artifacts import cache_root
+from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.distributed.weight_shards import WeightShards
+from qlora_cli.core.engine.decoder_layers import find_layers
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.structure import find_decoder
+from qlora_cli.core.planning import run_plan
+from qlora_cli.core.streaming.disk_source import STAGED
+from qlora_cli.core.streaming.streamed_base import stream_base
+from qlora_cli.errors import ModelError, RunError
+from qlora_cli.events import Notice, RunStarted, report_nothing
+from qlora_cli.settings.groups import QuantizationSettings
+from tests.commands.test_train import data, run, weights  # noqa: F401
+from tests.engine.test_engine import CPU
+from tests.streaming.test_streamed_base import LAYERS, assert_equal, directories, load, train  # noqa: F401
+from tests.streaming.test_streamed_runs import options  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+
+
+def load_from_disk(directory, **held):
+    """A base whose layers stream from its copy, which is made where there is none."""
+    base, _ = load_base(
+        resolve_model(str(directory), report=report_nothing),
+        QuantizationSettings(**held),
+        compute_dtype=torch.float32,
+        device=CPU,
+        weight_shards=WeightShards(ProcessGroup(), on_host=True, in_copy=True),
+    )
+    return stream_base(base, find_layers(find_decoder(base)), CPU, streamed=LAYERS), base
+
+
+def copies():
+    return sorted(path for path in (cache_root() / "base").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_from_the_disk_come_the_bits_of_a_whole_base(directories, architecture):  # noqa: F811
+    wanted = train(load(directories(architecture)), gradient_checkpointing="2")
+    for _ in range(2):  # the copy is made, and found
+        streamed, base = load_from_disk(directories(architecture))
+        assert streamed.on_disk and streamed.streamed == LAYERS
+        assert len(streamed.ring.source.buffers) == STAGED
+        assert_equal(train(base, beside=True, gradient_checkpointing="2"), wanted)
+    assert [path.name for path in copies()] == ["base.json", "base.safetensors"]  # and nothing beside it
+
+
+def test_a_copy_that_is_removed_meanwhile_is_read_to_the_end_and_one_cut_short_is_said(directories):  # noqa: F811
+    _, base = load_from_disk(directories("llama"))
+    path = next(path for path in copies() if path.suffix == ".safetensors")
+    kept = path.rename(path.with_suffix(".moved"))
+    ids = torch.arange(2, 10)[None]
+    with torch.no_grad():
+        first = base(input_ids=ids).logits
+        assert torch.equal(base(input_ids=ids).logits, first) and torch.isfinite(first).all()
+        os.truncate(kept, 4096)
+        with pytest.raises(RunError, match="became shorter"):
+            for _ in range(2):  # some layers were read ahead
+                base(input_ids=ids)
+
+
+def test_where_no_copy_can_be_kept_that_is_said(directories):  # noqa: F811
+    with pytest.raises(ModelError, match="no copy"):
+        load_from_disk(directories("llama"), base_cache=False)
+
+
+def test_a_run_takes_the_disk_where_the_host_has_no_memory(options, tmp_path, monkeypatch):  # noqa: F811
+    options |= {"max_steps": 1, "eval_rows": None, "eval_every": None, "sample_prompt": None, "sample_every": None}
+    run(options, output=str(tmp_path / "whole"), stream=False)
+    monkeypatch.setattr(run_plan, "read_free_bytes", lambda device: 2**30)
+    events: list = []
+    run(options, events, output=str(tmp_path / "disk"), stream=True)
+    assert weights(tmp_path / "disk") == weights(tmp_path / "whole")
+    assert any("on the disk" in event.text for event in events if isinstance(event, Notice))
+    assert "on the disk" in next(event.engine for event in events if isinstance(event, RunStarted))
