@@ -18,9 +18,10 @@ LINE_BYTES = 2**24 - 2**10  # just below what a line may be
 CODE = (
     "import sys; from pathlib import Path; from transformers import AutoTokenizer\n"
     "from qlora_cli.config import PrepareConfig; from qlora_cli.core.data.prepare import prepare_rows\n"
-    "config = PrepareConfig(data=sys.argv[1], template='{question} {answer}')\n"
+    "config = PrepareConfig(data=sys.argv[1], template='{question} {answer}', on_bad_row='skip')\n"
     "tokenizer = AutoTokenizer.from_pretrained('tokenizer')\n"
-    "prepare_rows(config, tokenizer, None, Path('prepared'), lambda event: None, workers=8)"
+    "made = prepare_rows(config, tokenizer, None, Path('prepared'), lambda event: None, workers=8)\n"
+    "print(made.manifest['rows'], made.manifest['bad_rows'])"
 )
 VALUES = {  # what takes the most memory for each of its letters: parsed, as text, tokenised
     "lists": "[" + "[]," * (LINE_BYTES // 3) + "1]",
@@ -28,6 +29,7 @@ VALUES = {  # what takes the most memory for each of its letters: parsed, as tex
     "text": json.dumps("the fox, (sees) 123 dogs " * (LINE_BYTES // 25)),
     "wide letters": json.dumps("🙂 東 " * (LINE_BYTES // 9), ensure_ascii=False),
 }
+UNCUT = "wide letters"  # millions of them without a place to cut at are a bad row
 
 
 def shared_out(pid: int) -> int:
@@ -58,11 +60,13 @@ def test_hostile_rows_are_prepared_within_a_bound_by_eight_processes(tmp_path, k
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     command = [sys.executable, "-c", CODE, f"rows{ending}"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True)
     peak = 0
     while process.poll() is None:
         peak = max(peak, shared_out(process.pid))
         time.sleep(0.02)
-    assert process.returncode == 0, process.communicate()[1]
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert said.split() == (["24000", "2"] if kind == UNCUT else ["24002", "0"])
     print(f"{kind}{ending}: {peak / 1e9:.2f} GB")
     assert 0 < peak < MOST_BYTES

@@ -138,12 +138,6 @@ def recognise_chat(
         )
         if name
     )
-    used = [v for v in vars(found).values() if isinstance(v, str)]
-    remarks = []
-    if (rejected := columns.find(["rejected"])) and (found.answer or found.messages or "").lower() == "chosen":
-        used.append(rejected)
-        answers = found.answer or found.messages
-        remarks.append(f"Preference rows: the answers in {answers!r} are trained, {rejected!r} is left out.")
     return Recognised(
         chat_formatting(
             template,
@@ -154,8 +148,8 @@ def recognise_chat(
         ),
         train_on,
         f"{where}, {whose}, {describe_trained(train_on)}",
-        tuple(remarks),
-        tuple(used),
+        used=tuple(v for v in vars(found).values() if isinstance(v, str)),
+        rejected=columns.find(["rejected"]) if (found.answer or found.messages or "").lower() == "chosen" else None,
     )
 
 

@@ -130,8 +130,6 @@ def recognise_pair(columns: Columns, settings: DataSettings, encoder: TextEncode
     optional = pair.optional if pair and prompt == pair.prompt and pair.optional not in (prompt, answer) else None
     rules = RowRules(answers=answer if pair and pair.is_nested and answer == pair.completion else None)
     remarks: list[str] = []
-    if pair and pair.rejected and answer == pair.completion:
-        remarks.append(f"Preference rows: the answers in {answer!r} are trained, {pair.rejected!r} is left out.")
     prompts, answers = ([v for v in columns.values(c) if isinstance(v, str) and v.strip()] for c in (prompt, answer))
     if how := shows_markup(prompts, encoder):
         remarks.append(
@@ -167,9 +165,9 @@ def recognise_pair(columns: Columns, settings: DataSettings, encoder: TextEncode
         )
     also = f" (and {optional!r} where it is not empty)" if optional else ""
     sentence = f"prompt in column {prompt!r}{also}, completion in {answer!r}, {describe_trained(train_on)}"
-    rejected = pair.rejected if pair else None
-    used = tuple(name for name in (prompt, optional, answer, rejected) if name)
-    return Recognised(formatting, train_on, sentence, tuple(remarks), used, rules)
+    rejected = pair.rejected if pair and answer == pair.completion else None
+    used = tuple(name for name in (prompt, optional, answer) if name)
+    return Recognised(formatting, train_on, sentence, tuple(remarks), used, rules, rejected)
 
 
 def _columns_of(columns: Columns, settings: DataSettings, pair: Pair | None) -> tuple[str | None, str | None]:

@@ -163,15 +163,22 @@ def _unused(names: Sequence[str]) -> str:
 
 def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
     """Names the columns that a format does not use."""
-    unused = [name for name in columns.names if name not in recognised.used]
+    remarks, rejected = recognised.remarks, recognised.rejected
+    left_out = tuple(name for name in columns.names if name not in recognised.used)
+    unused = [name for name in left_out if name != rejected]
+    if rejected:
+        remarks = (
+            f"Preference rows: the answers in {columns.find(['chosen'])!r} are trained, {rejected!r} is left out.",
+            *remarks,
+        )
     if not unused:
-        return recognised
+        return replace(recognised, remarks=remarks, unused=left_out)
     remark = _unused(unused)
     thoughts = next((name for name in unused if name.lower() in THOUGHTS), None)
     if thoughts and recognised.formatting.format == "prompt":
         answer = recognised.formatting.completion_column
         remark += f' A template of your own could use {thoughts!r}: --template "... {{{thoughts}}} ... {{{answer}}}"'
-    return replace(recognised, remarks=(*recognised.remarks, remark), unused=tuple(unused))
+    return replace(recognised, remarks=(*remarks, remark), unused=left_out)
 
 
 def _without_media(columns: Columns, recognised: Recognised, settings: DataSettings) -> Recognised:

@@ -17,6 +17,7 @@ class Recognised:
         remarks: What deserves to be known besides, a sentence each.
         used: Columns that have a part in it.
         rules: What is left out of rows, or unwrapped in them, before.
+        rejected: The column of answers that those trained are preferred to.
         unused: Columns that have no part in it.
     """
 
@@ -26,6 +27,7 @@ class Recognised:
     remarks: tuple[str, ...] = ()
     used: tuple[str, ...] = ()
     rules: RowRules = field(default_factory=RowRules)
+    rejected: str | None = None
     unused: tuple[str, ...] = ()
 
 

@@ -49,10 +49,6 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
     texts = [text for text in columns.values(column) if isinstance(text, str) and text.strip()]
     markup = shows_markup(texts, encoder)
     remarks = []
-    used = [column]
-    if (rejected := columns.find(["rejected"])) and column.lower() == "chosen":
-        used.append(rejected)
-        remarks.append(f"Preference rows: the texts in {column!r} are trained, {rejected!r} is left out.")
     framed = sum(encoder.unframe(text) != text for text in texts)
     typed = sum(encoder.holds_control(encoder.unframe(text)) for text in texts)
     if markup:
@@ -75,7 +71,8 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
         "all",
         f"plain text in column {column!r}, every token trained",
         tuple(remarks),
-        tuple(used),
+        (column,),
+        rejected=columns.find(["rejected"]) if column.lower() == "chosen" else None,
     )
 
 
