@@ -97,7 +97,7 @@ def test_the_base_is_held_as_in_training(make_run):
 
 def test_bad_input_is_reported_in_one_sentence_before_anything_is_loaded(make_run, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "qlora_cli.core.generation.session.load_base", lambda *a, **k: pytest.fail("the model was loaded")
+        "qlora_cli.core.generation.base_loading.load_base", lambda *a, **k: pytest.fail("the model was loaded")
     )
     base = str(tiny_model("llama"))
     with pytest.raises(UsageError, match="needs a model"):

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.commands.generate import generate
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
-from qlora_cli.config import MergeConfig, TrainConfig
+from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
+from qlora_cli.core.generation import base_loading
 from qlora_cli.errors import Interrupted, UsageError
-from qlora_cli.events import RunStarted
+from qlora_cli.events import Notice, RunStarted
 from tests.commands.test_train import cache, data, metrics, run, short_run, stopping_at, weights  # noqa: F401
 
 
@@ -53,6 +55,21 @@ def test_an_interrupted_run_that_streams_ends_like_one_that_does_not(options, tm
         merge(MergeConfig(adapter=str(made), output=str(place)), [].append)
     first, second = (next(place.glob("*.safetensors")).read_bytes() for place in merged)
     assert first == second
+
+
+def test_answers_of_a_base_that_streams_are_those_of_a_whole_one(tiny_model, monkeypatch):
+    model = str(tiny_model("llama", num_hidden_layers=5))
+    prompts = ("What is 1 + 2?", "The quick brown fox")
+    said: list = []
+
+    def answers(engine):
+        config = GenerateConfig(model=model, temperature=0, max_new_tokens=12, engine=engine, base_cache=False)
+        return [each["answer"] for each in generate(config, prompts, said.append).answers]
+
+    whole = [answers(engine) for engine in ("fast", "plain")]
+    monkeypatch.setattr(base_loading, "count_streamed_layers", lambda *_: 4)
+    assert [answers(engine) for engine in ("fast", "plain")] == whole
+    assert any("4 of 5 layers on the host" in event.text for event in said if isinstance(event, Notice))
 
 
 def test_what_cannot_stream_is_refused_before_anything_is_loaded(options):

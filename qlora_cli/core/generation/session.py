@@ -19,6 +19,7 @@ from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, why_not_stepwise
 from qlora_cli.core.decoding.sampling import check_sampling
 from qlora_cli.core.device import choose_device, resolve_compute_dtype
+from qlora_cli.core.generation.base_loading import load_answering_base
 from qlora_cli.core.generation.continuous_batching import answer_all
 from qlora_cli.core.generation.hf_generate import answer_plainly
 from qlora_cli.core.generation.requests import (
@@ -30,7 +31,7 @@ from qlora_cli.core.generation.requests import (
 )
 from qlora_cli.core.models.files import ModelFiles, context_length
 from qlora_cli.core.models.hub import TOKENIZER_FILES, TOKENIZER_SIGNS
-from qlora_cli.core.models.loading import load_base, load_unquantized
+from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
 from qlora_cli.core.untrusted import refuse_links
@@ -99,6 +100,7 @@ class GenerationSession:
         self.compute_dtype = resolve_compute_dtype(settings.compute_dtype, self.device)
         has_triton = importlib.util.find_spec("triton") is not None
         self._fused = fused if fused is not None else self.device.type == "cuda" and has_triton
+        self._whole = True  # whether no layer of the base streams
         self._fast: Any = None  # the FastModel
         self._unpacked: bool | None = None  # whether a CPU's weights were dequantised; None before that was tried
         self._sources: dict[str, AdapterRecord] = {}
@@ -190,9 +192,15 @@ class GenerationSession:
             if self.settings.quant_type == UNQUANTIZED:
                 self.model = load_unquantized(self.files, dtype=self.compute_dtype, device=self.device)
             else:
-                self.model, _ = load_base(
-                    self.files, self.settings, compute_dtype=self.compute_dtype, device=self.device
+                self.model, streams = load_answering_base(
+                    self.files,
+                    self.settings,
+                    compute_dtype=self.compute_dtype,
+                    device=self.device,
+                    report=self.report,
                 )
+                self._whole = not streams
+                self._fused = self._fused and self._whole  # fused layers hold weights of their own
         if adapter is not None and adapter not in self._names:
             directory, name = self.source(adapter).directory, f"adapter{len(self._names)}"
             if self._fast is not None:  # made for the layers that are about to be wrapped
@@ -267,7 +275,7 @@ class GenerationSession:
 
             self._fast = self._fast or FastModel(self.model)
             make = partial(GraphDecoder, self._fast)
-        elif self.device.type == "cpu" and self._unpacked is None:
+        elif self.device.type == "cpu" and self._unpacked is None and self._whole:
             self._unpacked = unpack_linears(underlying_model(self.model))
         decoder = self.decoder
         if decoder is None or decoder.cache.rows != rows or decoder.cache.capacity < capacity:

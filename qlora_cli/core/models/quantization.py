@@ -66,8 +66,10 @@ def restored_linear(
     """A 4-bit linear of tensors that a checkpoint or the cache holds; `packed` as `pack_weight` gives it."""
     weight = packed.pop("")
     linear = bnb.nn.Linear4bit(1, 1, bias is not None, compute_dtype, device="meta")
-    linear.weight = bnb.nn.Params4bit.from_prequantized(weight, packed, device=device, module=linear)
-    if weight.device != device:  # shares that wait on the host, which has moved them
+    waits = weight.device != device  # on the host: `from_prequantized` would move it
+    here = weight[:0] if waits else weight
+    linear.weight = bnb.nn.Params4bit.from_prequantized(here, packed, device=device, module=linear)
+    if waits:
         linear.weight.data, linear.weight.quant_state.absmax = weight, packed[".absmax"]
     linear.out_features, linear.in_features = linear.weight.quant_state.shape
     if bias is not None:

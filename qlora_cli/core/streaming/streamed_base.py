@@ -183,10 +183,9 @@ def _move(places: Sequence[_Place], device: torch.device) -> None:
     """Puts tensors on a device, in the shapes they have once they are whole; what is shared stays shared."""
     moved: dict[int, Tensor] = {}
     for place in places:
-        if place.tensor.device != device:
-            if place.storage not in moved:
-                moved[place.storage] = place.tensor.to(device)
-            place.bind(moved[place.storage])
+        if place.storage not in moved:
+            moved[place.storage] = place.tensor.to(device)
+        place.bind(moved[place.storage])
 
 
 def _pack(places: list[_Place], buffer: Tensor) -> None:
