@@ -118,35 +118,52 @@ def _round_columns(weight: Tensor, step: Tensor, values: Tensor, square: Tensor)
     inverse = torch.linalg.cholesky(inverse, upper=True)
     shares = inverse / inverse.diagonal()[:, None]  # of a column's error, what each later one takes
     left, places = weight.clone(), torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
-    borders = _borders(values)
+    nearest = _Nearest(values, left[0])
     for start in range(0, len(weight), COLUMNS):
-        stop = min(start + COLUMNS, len(weight))
-        errors = torch.empty_like(left[start:stop])
-        for at, column in enumerate(range(start, stop)):
-            wanted = left[column]
-            if at:
-                wanted = torch.addmv(wanted, errors[:at].T, shares[start:column, column], alpha=-1)
-            places[column] = torch.bucketize(wanted / step[column], borders)
-            errors[at] = wanted - values[places[column]] * step[column]
-        left[stop:] -= shares[start:stop, stop:].T @ errors
+        part = slice(start, start + COLUMNS)
+        errors = torch.zeros_like(left[part])
+        given = shares[part, part].triu(1).T.contiguous()  # a row: what a column takes of those before it in the block
+        for wanted, of_errors, steps, place, error in zip(
+            left[part], given, step[part], places[part], errors, strict=True
+        ):
+            torch.addmv(wanted, errors.T, of_errors, alpha=-1, out=wanted)
+            torch.sub(wanted, nearest.take(wanted, steps, place), out=error)
+        left[part.stop :] -= shares[part, part.stop :].T @ errors
     return places
 
 
 def _descend(weight: Tensor, step: Tensor, values: Tensor, square: Tensor, places: Tensor) -> Tensor:
     """Places, (in, out), after some sweeps in which each column takes what is best beside all others as they are."""
-    taken, borders = values[places] * step, _borders(values)
+    taken = values[places] * step
+    nearest, whole = _Nearest(values, taken[0]), square.diagonal()[:, None]
     for _ in range(SWEEPS):
         pull = square @ (weight - taken)  # half the negative gradient; of a sweep only columns to come are kept up
         for start in range(0, len(weight), COLUMNS):
-            stop = min(start + COLUMNS, len(weight))
-            changes = torch.empty_like(taken[start:stop])
-            for at, column in enumerate(range(start, stop)):
-                own = pull[column]
-                if at:
-                    own = torch.addmv(own, changes[:at].T, square[start:column, column], alpha=-1)
-                wanted = taken[column] + own / square[column, column]
-                places[column] = torch.bucketize(wanted / step[column], borders)
-                changes[at] = values[places[column]] * step[column] - taken[column]
-            taken[start:stop] += changes
-            pull[stop:] -= square[start:stop, stop:].T @ changes
+            part = slice(start, start + COLUMNS)
+            changes = torch.zeros_like(taken[part])
+            # In units of a column's own square, so that a column's pull is the step that it wants.
+            wanted_steps = pull[part] / whole[part]
+            given = square[part, part].tril(-1) / whole[part]
+            for wanted, of_changes, steps, place, was, change in zip(
+                wanted_steps, given, step[part], places[part], taken[part], changes, strict=True
+            ):
+                torch.addmv(wanted, changes.T, of_changes, alpha=-1, out=wanted)
+                torch.sub(nearest.take(wanted.add_(was), steps, place), was, out=change)
+            taken[part] += changes
+            pull[part.stop :] -= square[part, part.stop :].T @ changes
     return places
+
+
+class _Nearest:
+    """The values of a 4-bit type nearest to those of a column; nothing is allocated for one, of which there are many."""
+
+    def __init__(self, values: Tensor, column: Tensor) -> None:
+        self._values, self._borders = values, _borders(values)
+        self._scaled, self._taken = torch.empty_like(column), torch.empty_like(column)
+
+    def take(self, wanted: Tensor, steps: Tensor, places: Tensor) -> Tensor:
+        """What is taken, (out,), good until the next call; its places are written. All are in one piece."""
+        torch.div(wanted, steps, out=self._scaled)
+        torch.bucketize(self._scaled, self._borders, out=places)
+        torch.index_select(self._values, 0, places, out=self._taken)
+        return self._taken.mul_(steps)

@@ -12,6 +12,8 @@ MOST_TOKENS = {"cuda": 16_384, "cpu": 1_024}
 MOST_ROW_TOKENS = 512
 ROUNDING_TOKENS = {"cuda": 65_536, "cpu": 4_096}  # for rounding, which needs four times as many to be near its best
 BATCH_TOKENS = 1_024  # with which one layer of llama-7b takes less beside the base than the leanest training step
+# Of what rounding looks at, a layer at a time of a model that nothing is trained in.
+ROUNDING_BATCH_TOKENS = {"cuda": 4_096, "cpu": 1_024}
 MOST_CUT = 1.15  # a row of a batch is at most so many times as long as what is left of it
 ROWS_STREAM = 0xCA1  # apart from the streams that split rows and order epochs
 
@@ -32,13 +34,14 @@ def choose_calibration_rows(
     return chosen
 
 
-def batch_rows(rows: RowSubset, chosen: list[int]) -> list[Tensor]:
-    """Token ids of the rows, (rows, length) int64: neighbours in length together, cut to the shortest of their batch."""
+def batch_rows(rows: RowSubset, chosen: list[int], most_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+    """Token ids of the rows, (rows, length) int64: neighbours in length together, cut to the shortest of their batch, of
+    `most_tokens` or a row."""
     ids = sorted((rows[index][0][:MOST_ROW_TOKENS] for index in chosen), key=len)
     batches: list[list[np.ndarray]] = []
     for row in ids:
         shortest = len(batches[-1][0]) if batches else 0
-        if len(row) <= MOST_CUT * shortest and shortest * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+        if len(row) <= MOST_CUT * shortest and shortest * (len(batches[-1]) + 1) <= most_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])

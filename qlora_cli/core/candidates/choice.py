@@ -11,7 +11,7 @@ from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.calibration.low_rank import SecondMoment
-from qlora_cli.core.calibration.rows import ROUNDING_TOKENS, batch_rows, choose_calibration_rows
+from qlora_cli.core.calibration.rows import ROUNDING_BATCH_TOKENS, ROUNDING_TOKENS, batch_rows, choose_calibration_rows
 from qlora_cli.core.candidates.compensated_rounding import Round
 from qlora_cli.core.candidates.losses import LIVE, UNTUNED, Candidate, MergedWeights, measure_losses
 from qlora_cli.core.candidates.rounded_weights import RoundedWeights
@@ -195,7 +195,7 @@ def _calibration_batches(adapter: Path, device: torch.device) -> list[Tensor]:
     if rows is None:
         return []
     chosen = choose_calibration_rows(rows, seed=0, device=device, most_tokens=ROUNDING_TOKENS)
-    return batch_rows(rows, chosen)
+    return batch_rows(rows, chosen, ROUNDING_BATCH_TOKENS[device.type])
 
 
 def _to_nearest(options: MergeOptions) -> Round:
