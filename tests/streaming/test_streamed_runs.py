@@ -57,6 +57,7 @@ def test_an_interrupted_run_that_streams_ends_like_one_that_does_not(options, tm
     assert first == second
 
 
+@pytest.mark.slow
 def test_answers_of_a_base_that_streams_are_those_of_a_whole_one(tiny_model, monkeypatch):
     model = str(tiny_model("llama", num_hidden_layers=5))
     prompts = ("What is 1 + 2?", "The quick brown fox")

@@ -262,7 +262,11 @@ def _stream_layers(
             found = resolve(streamed, leanest)
             return found is not None and _has_room(found[1], vram_bytes)
 
-        least = min(layers, bisect_left(range(layers + 1), True, lo=1, key=has_room))
+        if not has_room(layers):
+            if (found := resolve(layers, leanest)) is not None:
+                yield found
+            return
+        least = bisect_left(range(layers), True, lo=1, key=has_room)
     for streamed in sorted({least, (least + layers) // 2, layers}):
         if (found := resolve(streamed, settings)) is not None:
             yield found
