@@ -163,7 +163,13 @@ class Bench:
             "peak_gib": torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0,
             "reserved_gib": torch.cuda.max_memory_reserved() / GIB if self.cuda else 0.0,
             "engine": engine.describe(),
+            "predicted_tok_s": self.predicted(engine, tokens),
         }
+
+    def predicted(self, engine, tokens: int) -> float | None:
+        """Tokens a second by what the engine measured of one layer and of the link, head and optimizer left out."""
+        planner = engine.planner
+        return tokens / engine.plan.layer_seconds(planner.needs) if planner is not None else None
 
 
 def difference(first: tuple, second: tuple) -> dict:

@@ -149,6 +149,12 @@ class MemoryPlan:
             + DEQUANTISE_COST * (not self.resident_weights)
         )
 
+    def layer_seconds(self, needs: StepNeeds) -> float:
+        """Time that the layers take in a micro-batch, measured, with what is repeated and what copies keep waiting."""
+        seconds = needs.seconds or LayerSeconds(0.0, 0.0)
+        repeated = RECOMPUTE_COST * self.recomputed * seconds.forward
+        return needs.layers * seconds.device + repeated + self._waiting_seconds(needs, seconds, repeated)
+
     def token_cost(self, layers: int, tokens: int) -> float:
         """Time a token takes in micro-batches of so many, by the costs alone: 1 for arithmetic without any measure."""
         return (1 + self.cost(StepNeeds(layers))) * (1 + FIXED_TOKENS / tokens)
