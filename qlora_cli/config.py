@@ -237,6 +237,7 @@ class GenerateConfig(ModelSettings, GenerationSettings):
     input: str | None = setting(None, "JSON Lines file of prompts.", panel=RUN, range=NAME)
     output: str | None = setting(None, "JSON Lines file for the answers.", panel=RUN, range=NAME)
     chat: bool = setting(False, "Hold a conversation.", panel=RUN)
+    markdown: bool = setting(False, "Draw answers as Markdown on a terminal, paragraph by paragraph.", panel=RUN)
     verbose: bool = setting(False, "Say which decoding path is used and how fast it was.", panel=RUN)
 
 

@@ -115,6 +115,7 @@ def begin(stack: ExitStack, config: Any, typed: Typed) -> Call:
         quiet=flags.get("quiet", False),
         verbose=flags.get("verbose", False) or getattr(config, "verbose", False),
         log=log,
+        markdown=getattr(config, "markdown", False),
         before=sign.stop,
     )  # its streams are those here
     if libraries and not flags.get("debug"):

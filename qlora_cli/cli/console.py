@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qlora_cli.cli.screens.drawing import columns_of_terminal, draw_screen, wrap
 from qlora_cli.cli.streams import UnwrittenOutput
 from qlora_cli.cli.visible import CONTROLS, visible, visible_event
-from qlora_cli.cli.wrapping import WordWrap
+from qlora_cli.cli.waiting import draws_on
+from qlora_cli.cli.wrapping import MarkdownBlocks, WordWrap
 from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Caution, Event, RowShown, TextGenerated
 
@@ -36,6 +37,7 @@ class Console:
         quiet: Whether of all that is reported warnings alone are drawn.
         verbose: Whether all facts of a result are drawn.
         log: Also gets all that is reported, a line each.
+        markdown: Whether answers on a terminal are drawn as Markdown.
         before: Called before anything is drawn, as to take a sign off the screen.
     """
 
@@ -46,6 +48,7 @@ class Console:
         quiet: bool = False,
         verbose: bool = False,
         log: TextIO | None = None,
+        markdown: bool = False,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         self.as_json = as_json
@@ -57,7 +60,8 @@ class Console:
         self._stdout = sys.stdout
         self._talks = False  # whether a conversation is held on this terminal
         self._next: list[str] = []
-        self._wrap = WordWrap(columns_of_terminal) if self._stdout.isatty() else None
+        kind = MarkdownBlocks if markdown and draws_on(self._stdout) else WordWrap
+        self._wrap = kind(columns_of_terminal) if self._stdout.isatty() else None
         self._live = has_live_view()
         self._shown: LiveView | LineView | None = None
         self._stderr = sys.stderr

@@ -1,5 +1,6 @@
-"""Answers on a terminal, broken between words while they stream in."""
+"""Answers on a terminal, broken between words or drawn as Markdown while they stream in."""
 
+import io
 import unicodedata
 from collections.abc import Callable
 
@@ -66,3 +67,48 @@ class WordWrap:
             return shown
         self._column = (before + columns - 1) % width + 1  # a word longer than a line goes on in the next
         return blanks + word
+
+
+class MarkdownBlocks:
+    """Text in pieces to Markdown drawn block by block: a paragraph, list or piece of code is shown once it is whole.
+
+    Args:
+        width: Tells the terminal's columns, which may change.
+    """
+
+    def __init__(self, width: Callable[[], int]) -> None:
+        self._width = width
+        self._text = ""  # of the block that has not ended
+        self._shown = False  # whether another block of this answer stands above
+
+    def feed(self, text: str) -> str:
+        """What may be shown after a further piece."""
+        self._text += text
+        shown = ""
+        while (end := self._end_of_block()) is not None:
+            block, self._text = self._text[:end], self._text[end:].lstrip("\n")
+            shown += f"{self._draw(block)}\n"
+        return shown
+
+    def end(self) -> str:
+        """What is left at the end of an answer."""
+        shown = self._draw(self._text) if self._text.strip() else ""
+        self._text, self._shown = "", False
+        return shown
+
+    def _end_of_block(self) -> int | None:
+        """Where an empty line ends the block, outside of code between fences."""
+        end = self._text.find("\n\n")
+        while end >= 0 and self._text.count("```", 0, end) % 2:
+            end = self._text.find("\n\n", end + 1)
+        return end if end >= 0 else None
+
+    def _draw(self, block: str) -> str:
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        stream = io.StringIO()
+        Console(file=stream, width=self._width(), force_terminal=True).print(Markdown(block))
+        lines = [line.rstrip() for line in stream.getvalue().strip("\n").split("\n")]
+        gap, self._shown = "\n" if self._shown else "", True
+        return gap + "\n".join(lines)

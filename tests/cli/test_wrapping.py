@@ -1,11 +1,13 @@
 """Answers on a terminal are broken between words, whatever pieces they come in, and lose nothing but blanks at a line's end."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.cli.screens.drawing import columns_of
-from qlora_cli.cli.wrapping import WordWrap
+from qlora_cli.cli.wrapping import MarkdownBlocks, WordWrap
 
 
 def wrap(pieces, width):
@@ -35,3 +37,14 @@ def test_no_word_is_lost_or_broken(pieces, width):
     assert "".join(shown.split()) == "".join(text.split())
     for line in shown.split("\n"):
         assert columns_of(line.rstrip()) <= width or any(columns_of(word) > width for word in line.split())
+
+
+def test_markdown_is_drawn_block_by_block_and_code_is_not_torn_apart():
+    drawing = MarkdownBlocks(lambda: 40)
+    pieces = ["A **bold", "** word.\n", "\n```python\na = 1\n", "\nb = 2\n```\n\n- one\n- t", "wo"]
+    shown = [drawing.feed(piece) for piece in pieces] + [drawing.end()]
+    assert shown[:2] == ["", ""] and "A \x1b[1mbold\x1b[0m word." in shown[2]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "".join(shown))
+    lines = [line.strip() for line in plain.split("\n") if line.strip()]
+    assert lines == ["A bold word.", "a = 1", "b = 2", "• one", "• two"]
+    assert drawing.feed("next") == "" and drawing.end() == "next"
