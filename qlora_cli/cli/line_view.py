@@ -128,8 +128,9 @@ class LineView:
             return None
         pace.line_seconds = now_seconds
         share = format_share(event.done, event.total, event.unit)
-        rate = format_amount(pace.per_second(event.done, now_seconds), event.unit)
-        return ", ".join([f"{event.task}: {share}", f"{rate}/s", *pace.eta(event.done, event.total, now_seconds)])
+        per_second = pace.per_second(event.done, now_seconds)  # below one the time left says more
+        rate = [f"{format_amount(per_second, event.unit)}/s"] if per_second >= 1 else []
+        return ", ".join([f"{event.task}: {share}", *rate, *pace.eta(event.done, event.total, now_seconds)])
 
     def _step(self, event: StepLogged) -> str | None:
         now_seconds = self.clock()

@@ -61,7 +61,7 @@ class Figures(ProgressColumn):
         unit = task.fields["unit"]
         figures = [f"{task.percentage:3.0f} %"] if task.total else []
         figures.append(format_amount(task.completed, unit) if unit else format_duration(task.elapsed or 0))
-        if unit and task.speed:
+        if unit and task.speed and task.speed >= 1:  # below it, the time left says more
             figures.append(f"{format_amount(task.speed, unit)}/s")
         if task.time_remaining is not None:
             figures.append(f"ETA {format_duration(task.time_remaining)}")
