@@ -6,7 +6,7 @@ A llama of two layers, rows, a run and prepared rows are made first. Every comma
 interpreter and with a process that imports only what the command needs, so that what else the machine does falls on all
 of them alike: on a pseudo-terminal for the first line, and without one for the processor seconds to the result. Each
 figure is the median of its repeats, and each ratio that of the medians of one call of this script. Compiled modules are kept,
-as after any installation, and each command runs once before it is measured. Nothing is downloaded.
+as after any installation. Nothing is downloaded.
 """
 
 import argparse
@@ -130,8 +130,6 @@ def measure(case: Case, place: Path, environment: dict[str, str], repeats: int) 
     command, needs = [*QLORA, *case.arguments], [sys.executable, "-c", case.needs]
     bare = [sys.executable, "-c", "print('.')"]
     figures: dict[str, list[float]] = {}
-    for first in (command, needs):
-        processor_seconds(first, place, environment)
     for _ in range(repeats):
         for name, value in (
             ("first line", first_line_seconds(command, place, environment)),
@@ -154,7 +152,6 @@ def main() -> None:
     place = options.work or Path(tempfile.mkdtemp(prefix="qlora-startup-"))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "QLORA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPYCACHEPREFIX"] = str(place / "bytecode")
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if not (place / "out").is_dir():
         place.mkdir(parents=True, exist_ok=True)
