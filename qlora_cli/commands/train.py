@@ -213,7 +213,7 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
     decoder = find_decoder(base)
     if streamed:
         stream_base(base, find_layers(decoder), run.device, streamed=streamed, report=run.report)
-    model = attach_adapter(base, config, seed=config.seed)
+    model = attach_adapter(base, config, seed=config.seed, report=run.report)
     if checkpoint:
         load_adapter_state(model, read_tensors(checkpoint, ADAPTER_WEIGHTS))
         started = {name: value for name, value in find_run_record(checkpoint.path).items() if name == "start"}

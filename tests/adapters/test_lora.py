@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -42,6 +43,31 @@ def test_all_linear_adapts_every_linear_and_never_the_head(load_tiny, tiny_model
     assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
     empty = build_empty(resolve_model(str(tiny_model(architecture))).config)
     assert count_parameters(attach_adapter(empty, LoraSettings(rank=4, alpha=8))) == count_parameters(adapted)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "mlp"])
+def test_a_module_in_4_bits_is_not_trained_in_full(load_tiny, tiny_model, name):
+    """Neither where it is loaded nor where it is planned from the configuration."""
+    for base in (load_tiny("llama")[0], build_empty(resolve_model(str(tiny_model("llama"))).config)):
+        with pytest.raises(AdapterError, match=f"--modules-to-save {name} names .* held in 4 bits"):
+            attach_adapter(base, LoraSettings(rank=4, alpha=8, modules_to_save=(name,)))
+
+
+def test_what_peft_would_take_for_other_layers_is_said():
+    laguna = pytest.importorskip("transformers.models.laguna")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_attention_heads_per_layer": [4, 4]}
+    experts = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    config = laguna.LagunaConfig(**sizes, **heads, **experts, mlp_layer_types=["dense", "sparse"])
+    events = []
+    attach_adapter(build_empty(config), LoraSettings(rank=4, alpha=8), report=events.append)
+    (event,) = events
+    assert "6 tensors" in event.text and "shared_experts" in event.text
+    qwen3 = transformers.Qwen3MoeConfig(
+        **sizes, **dict(list(heads.items())[:2]), num_experts=4, moe_intermediate_size=64
+    )
+    attach_adapter(build_empty(qwen3), LoraSettings(rank=4, alpha=8, adapt_experts=True), report=events.append)
+    assert len(events) == 1
 
 
 def test_a_target_that_matches_nothing_is_an_error_that_names_the_layers(load_tiny):

@@ -23,17 +23,20 @@ from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, short_parameters, use_expert_lora
 from qlora_cli.core.adapters.fitting import fitted_adapter
-from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, stored_config
+from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, misread_tensors, stored_config
 from qlora_cli.core.adapters.shared_layers import apart, share_pairs
 from qlora_cli.core.adapters.targets import check_settings, find_targets, read_patterns, short_names
 from qlora_cli.core.adapters.vocabulary import replaced_weights, take_vocabulary
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.untrusted import check_expressions
 from qlora_cli.errors import AdapterError, first_line
+from qlora_cli.events import Caution, Report, report_nothing
 from qlora_cli.settings.groups import LoraSettings
 
 
-def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0) -> PeftModel:
+def attach_adapter(
+    model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0, report: Report = report_nothing
+) -> PeftModel:
     """Attaches a fresh LoRA adapter in float32: A Kaiming-uniform, B zero (https://arxiv.org/abs/2106.09685, 4.1).
 
     What starts from the base's weights or from rows is set afterwards (`calibration.initialization`).
@@ -43,6 +46,7 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
         lora: A is (rank, in), B is (out, rank); B @ A is scaled by alpha / rank, or alpha / sqrt(rank) with rslora
             (https://arxiv.org/abs/2312.03732). DoRA: https://arxiv.org/abs/2402.09353.
         seed: Of A; the global random state is left as it was.
+        report: Receives what PEFT will not read of it.
 
     Raises:
         AdapterError: A target matches nothing, or a value is out of range.
@@ -80,6 +84,13 @@ def attach_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int = 0)
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and "modules_to_save" in name:
             parameter.data = parameter.data.float()  # full modules train in float32 like the adapter
+    if report is not report_nothing and (lost := misread_tensors(model, adapter_state(peft_model))):
+        report(
+            Caution(
+                f"PEFT takes {len(lost)} tensors of this adapter for others, first {lost[0]}, and would leave them out: "
+                "use it with qlora generate, or merge it."
+            )
+        )
     return peft_model
 
 
@@ -109,8 +120,13 @@ def _patterns(
     if rank != lora.rank:
         alpha = lora.alpha if lora.rslora else lora.alpha * rank / lora.rank  # the scaling is that of all others
         for end in sorted({".".join(name.split(".")[-2:]) for name in experts}):
-            found["rank_pattern"][rf".*\.{re.escape(end)}"] = rank
-            found["alpha_pattern"][rf".*\.{re.escape(end)}"] = _as_written(alpha)
+            alike = [f"^{re.escape(name)}" for name in experts if name.endswith(end)]
+            for field, value in (("rank_pattern", rank), ("alpha_pattern", _as_written(alpha))):
+                # One pattern for all, unless some have their own: PEFT takes the first that matches, in whatever order
+                # the file has them.
+                own = not found[field].keys().isdisjoint(alike)
+                names = [name for name in alike if name not in found[field]] if own else [rf".*\.{re.escape(end)}"]
+                found[field] |= dict.fromkeys(names, value)
     return found
 
 

@@ -7,7 +7,7 @@ PEFT loads an adapter that names them. Listed as parameters (`<layer>.weight`) t
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import qlora_cli.core.bnb_before_peft  # noqa: F401 - with the compiler otherwise
@@ -18,7 +18,7 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion as conversion
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts
@@ -51,6 +51,25 @@ def changes_name(model: Any, name: str) -> bool:
     except ValueError:  # one of two that are one parameter now
         return True
     return set(config.target_modules or ()) != {name}
+
+
+def misread_tensors(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of an adapter's tensors that PEFT takes for others when it loads them, and so leaves out.
+
+    transformers' renamings of checkpoints are meant for older names; some change today's too (`mlp.shared_experts` of
+    Laguna, by a pattern whose dot stands for any character).
+
+    Args:
+        model: The base, adapted or not.
+        tensors: Of the adapter, by the names in its file.
+    """
+    try:
+        read = conversion.convert_peft_adapter_state_dict_for_transformers(
+            model=model, peft_config=LoraConfig(), adapter_state_dict=dict(tensors)
+        )
+    except Exception:  # whatever an operation raises on tensors that it was not made for; PEFT then loads none
+        return sorted(tensors)
+    return sorted(set(tensors) - set(read))
 
 
 def refuses_target(model: Any, name: str) -> bool:

@@ -1,5 +1,6 @@
 """Targets of an adapter: which modules it is attached to, found by name, suffix or regular expression."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import regex
@@ -7,7 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts
 from qlora_cli.core.experts.layout import expert_weights, find_experts
+from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.quantization import is_4bit
 from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import head_names, is_plain_linear, linear_names, tower_names
@@ -24,7 +27,7 @@ def check_settings(model: PreTrainedModel, lora: LoraSettings) -> None:
     """Checks what of an adapter's settings needs no target to be found.
 
     Raises:
-        AdapterError: A value is out of range, or a module to be saved is none.
+        AdapterError: A value is out of range, or a module to be trained in full is none or is held in 4 bits.
     """
     if lora.rank < 1 or not 0 <= lora.dropout < 1 or lora.alpha <= 0:
         raise AdapterError(
@@ -34,6 +37,20 @@ def check_settings(model: PreTrainedModel, lora: LoraSettings) -> None:
     for name in lora.modules_to_save or ():
         if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
             raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")
+        # PEFT copies every module whose name ends so, and what lies in it.
+        held = next((n for n in _held_in_4_bits(model) if re.search(rf"{re.escape(name)}(\.|$)", n)), None)
+        if held is not None:
+            raise AdapterError(
+                f"--modules-to-save {name} names {held}, which is held in 4 bits and cannot be trained in full.",
+                "Name it with --target-modules, and keep norms, embeddings and the head for --modules-to-save.",
+            )
+
+
+def _held_in_4_bits(model: PreTrainedModel) -> list[str]:
+    """Names of modules that are held in 4 bits, or on the meta device will be."""
+    if next(model.parameters()).device.type == "meta":
+        return [name.rpartition(".")[0] for name in plan_packing(model).packed]
+    return [n for n, module in model.named_modules() if is_4bit(module) or isinstance(module, FourBitExperts)]
 
 
 def find_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:

@@ -62,7 +62,7 @@ class ActivationStream:
     def _outputs(self, hidden: Tensor, call: LayerCall) -> Tensor:
         with torch.no_grad():
             out = self.layers[self._at](hidden.to(self._device), *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def outputs(self, batch: int) -> Tensor:
         """The next layer's output of one batch, (rows, length, size), on the device."""
@@ -89,7 +89,7 @@ class ActivationStream:
         hidden = self._hidden[batch].to(self._device)
         with skipped(others), torch.no_grad():
             hook = last.register_forward_hook(
-                lambda _, __, out: (hidden, *out[1:]) if isinstance(out, tuple) else hidden, prepend=True
+                lambda _, __, out: (hidden, *out[1:]) if isinstance(out, tuple | list) else hidden, prepend=True
             )
             try:
                 return self._base(input_ids=self._batches[batch].to(self._device), use_cache=False).logits
@@ -110,7 +110,7 @@ def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
 
     def remember(_: nn.Module, __: Any, out: Any) -> None:
         nonlocal as_tuple
-        as_tuple = isinstance(out, tuple)
+        as_tuple = isinstance(out, tuple | list)
 
     def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
         return (hidden, None) if as_tuple else hidden

@@ -191,7 +191,7 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
         times[0].record()
         out = layer(hidden, *call.args[1:], **call.kwargs)
         times[1].record()
-        out = out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple | list) else out
         kept = torch.cuda.memory_allocated(device) - start
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # autograd's thread is a new one

@@ -162,6 +162,8 @@ def config_with_biases(
 def find_decoder(base: Any) -> Any:
     """The module below the head, which turns token ids into hidden states: of a multimodal model its language model."""
     decoder = base.get_decoder()
+    if decoder is base.get_output_embeddings():  # which ModernBERT calls so
+        decoder = base
     if decoder is not base and decoder.get_output_embeddings() is not None:  # Llama 4 has its head inside
         return find_decoder(decoder)
     if decoder is not base:

@@ -166,7 +166,7 @@ class _Call:
 
     def answer(self, hidden: Tensor) -> Any:
         """The layer's output as the model expects it, with these hidden states."""
-        return (hidden, *self.output[1:]) if isinstance(self.output, tuple) else hidden
+        return (hidden, *self.output[1:]) if isinstance(self.output, tuple | list) else hidden
 
 
 class _Trace:
@@ -308,7 +308,7 @@ class _Trace:
         with self.live:
             inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
             output = run(inputs if differentiable else inputs.detach(), *call.arguments[1:], **call.keywords)
-            output = output[0] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, tuple | list) else output
             del inputs
             held_bytes = self.live.now_bytes - output.untyped_storage().nbytes()
             forward = self.live.restart()
