@@ -268,8 +268,8 @@ def neox_tokenizer():
 # What is peculiar to most of them: rotary or learned positions or ALiBi, joined or separate projections, shared heads, caps.
 FEW = ("gpt_neox", "llama", "falcon", "gpt2", "bloom", "gemma3")
 
-# Tests of a minute or more, which start processes: begun first, none of them is what others wait for at the end.
-LONGEST = {"tests/test_readme_lines.py", "tests/kernels/test_triton.py"}
+# Files of a minute or so: begun first, none of them is what others wait for at the end.
+LONGEST = {"tests/test_readme_lines.py", "tests/kernels/test_triton.py", "tests/test_survey.py"}
 
 # Those whose tests ask for the zygote, beside tests/faults: one worker of make test runs them all, with one zygote.
 FORKING = ("commands/test_chat_terminal.py", "commands/test_launchers.py", "commands/test_merge_faults.py")

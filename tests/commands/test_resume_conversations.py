@@ -18,6 +18,8 @@ from qlora_cli.events import StepLogged
 from tests.conftest import most_slow
 from tests.experts.expert_modules import write_expert_model
 
+pytestmark = pytest.mark.usefixtures("remembered_profiles")
+
 TEMPLATE = (
     "{{ style }}{% for m in messages %}{{ m.role }}: "
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}\n{% endfor %}"

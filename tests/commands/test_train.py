@@ -50,6 +50,8 @@ from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice,
 from qlora_cli.settings.groups import QuantizationSettings
 from tests.conftest import most_slow
 
+pytestmark = pytest.mark.usefixtures("remembered_profiles")
+
 CLOCK = ("step_seconds", "tokens_per_second", "peak_vram_bytes")  # what the machine decides
 
 

@@ -21,6 +21,7 @@ from qlora_cli.kernels.triton import (  # noqa: E402
     short_attention,
     thin_products,
 )
+from tests.conftest import most_slow  # noqa: E402
 
 POINTERS = {
     "packed": "*i32",
@@ -88,10 +89,16 @@ CASES = [
     (capped_attention._of_queries, {"SIZE": 256, "QUERIES": 32, "KEYS": 32}, 8),
     (capped_attention._dot, {"SIZE": 256, "ROWS": 32}, 4),
 ]
+FIRST = list({kernel: (kernel, *more) for kernel, *more in reversed(CASES)}.values())  # of each kernel
+FIRST += [
+    case for case in CASES if case[0] in (gated_tiles._gate_tile, gemv_lanes.multiply_lanes, low_rank._add_product)
+]
 SMALLEST_SHARED = 99 * 1024  # bytes a program may have on the consumer cards from Ampere on
 
 
-@pytest.mark.parametrize(("kernel", "constants", "warps"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("kernel", "constants", "warps"), most_slow(CASES, FIRST), ids=lambda value: getattr(value, "__name__", "")
+)
 def test_compiles_for_hopper(kernel, constants, warps):
     types = {}
     for name in kernel.arg_names:

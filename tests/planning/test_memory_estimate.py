@@ -142,7 +142,7 @@ def test_the_weights_of_the_prediction_are_those_of_the_count():
 @pytest.mark.parametrize(
     ("changes", "movable"),
     [
-        ({}, True),
+        pytest.param({}, True, marks=pytest.mark.slow),
         ({"modules_to_save": ("embed_tokens",)}, False),
         pytest.param({"target_modules": ("q_proj", "embed_tokens")}, False, marks=pytest.mark.slow),
         pytest.param({"modules_to_save": ("lm_head",)}, True, marks=pytest.mark.slow),

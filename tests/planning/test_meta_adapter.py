@@ -16,7 +16,7 @@ from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 from tests.conftest import most_slow
 from tests.hub import PROJECT
 
-KEPT = ("llama", "falcon", "gpt2", "qwen3_moe")
+KEPT = ("llama", "gpt2", "qwen3_moe")
 
 
 def profile(architecture, lora, traced):
@@ -45,6 +45,7 @@ def test_what_is_no_plain_adapter_is_attached_by_peft_and_mistakes_are_the_same(
         attach_on_meta(build_empty(make_config("llama")), LoraSettings(target_modules=("q_proj", "v_porj")), fused=True)
 
 
+@pytest.mark.slow  # 12 s of imports, in a process of its own
 def test_inspect_of_a_model_imports_neither_peft_nor_bitsandbytes(tiny_model):
     script = (
         "import sys; from qlora_cli.cli.app import main; code = main(['inspect', '--model', sys.argv[1], '--vram', '12GiB'])\n"
