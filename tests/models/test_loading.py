@@ -99,11 +99,13 @@ def test_the_second_load_comes_from_the_cache_with_the_same_bits(tiny_model, tmp
     ]
 
 
-def test_a_checkpoint_that_is_4bit_already_is_taken_as_it_is(tiny_model, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # a Conv1D's weight lies as (out, in) once it is in 4 bits
+def test_a_checkpoint_that_is_4bit_already_is_taken_as_it_is(tiny_model, tmp_path, architecture):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32)
-    stored = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), quantization_config=config, dtype=torch.float32)
+    model = tiny_model(architecture)
+    stored = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.float32)
     stored.save_pretrained(tmp_path)
     base, identity = load_base(
         resolve_model(str(tmp_path)), QuantizationSettings(), compute_dtype=torch.float32, device=torch.device("cpu")

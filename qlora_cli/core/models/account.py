@@ -180,7 +180,9 @@ class Account:
                 "Download or copy the model again; its configuration and its weights must belong together.",
             )
 
-    def require_values(self, model: PreTrainedModel, entries: Mapping[str, TensorEntry], name: str) -> None:
+    def require_values(
+        self, model: PreTrainedModel, entries: Mapping[str, TensorEntry], name: str, *, four_bit: bool
+    ) -> None:
         """Raises ModelError where a tensor has another shape than its place, or is no floating-point numbers where its
         place is: codes of a quantisation that the configuration does not name, which would be taken for the weights.
 
@@ -188,8 +190,10 @@ class Account:
             model: From `build_empty`.
             entries: Of the checkpoint.
             name: Of the model, as the user gave it.
+            four_bit: Whether it is stored in bitsandbytes' 4 bits, in which a Conv1D lies as (out, in).
         """
         state = model.state_dict()
+        turned = {f"{place}.weight" for place, m in model.named_modules() if four_bit and isinstance(m, Conv1D)}
         for target, origin in self.origins.of.items():
             for entry in (entries[source] for source in origin.names):
                 if state[target].is_floating_point() and entry.dtype_name not in VALUES:
@@ -198,7 +202,8 @@ class Account:
                         "quantisation that would give its values.",
                         "Give --model the 16-bit checkpoint, or mend quantization_config.",
                     )
-                if origin.converter is None and entry.shape != tuple(state[target].shape):
+                shapes = [tuple(state[target].shape)] + [tuple(state[target].shape)[::-1]] * (target in turned)
+                if origin.converter is None and entry.shape not in shapes:
                     raise ModelError(
                         f"{entry.name} is {entry.shape} in {name} where its config.json makes it "
                         f"{tuple(state[target].shape)}.",

@@ -66,7 +66,7 @@ def load_base(
     with Checkpoint(files.weights, stored, device) as checkpoint:
         account = account_for(empty, checkpoint.entries, stored.skipped if stored else ())
         account.require_whole(files.name)
-        account.require_values(empty, checkpoint.entries, files.name)
+        account.require_values(empty, checkpoint.entries, files.name, four_bit=four_bit)
         held = f"{quantization.quant_type}, arithmetic in {dtype_name(compute_dtype)}"
         files.report(Notice(f"Loading {files.name} in 4 bits ({held}). {account.describe()}"))
         facts = {**asdict(identity), "model": None, "revision": None, "device": device.type, **_packing_facts(account)}
