@@ -336,6 +336,15 @@ def captured(monkeypatch):
     return SimpleNamespace(capture=capture, graphs=graphs)
 
 
+@pytest.mark.parametrize(("step", "right"), [(lambda x: x + 1, True), (lambda x: x, False), (lambda x: x / 0, False)])
+def test_a_replay_that_leaves_other_states_is_found(captured, step, right):
+    state = torch.ones(2, 3, device=DEVICE)
+    expected = state + 1
+    graph, _ = captured.capture(lambda: state.copy_(step(state)), None)
+    state.fill_(1)
+    assert prefill.leaves(graph, [state], [expected]) is right
+
+
 def first_tokens(decoder, questions):
     return decoder.prefill(range(len(questions)), [Prompt(ids) for ids in questions]).wait()
 

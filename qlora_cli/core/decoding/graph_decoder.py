@@ -15,7 +15,7 @@ from qlora_cli.core.adapters.lora import adapted_modules
 from qlora_cli.core.decoding.attention import FusedAttention
 from qlora_cli.core.decoding.decoder import Decoder, PaddedPrompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
-from qlora_cli.core.decoding.prefill import PrefillGraphs, bucket_length, capture
+from qlora_cli.core.decoding.prefill import PrefillGraphs, bucket_length, capture, leaves
 from qlora_cli.core.decoding.stacked_linears import FastLinears
 from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.models.structure import underlying_model
@@ -153,6 +153,10 @@ class GraphDecoder(Decoder):
         tensors = [self.tokens, self.positions, self.chosen, self.seen]
         return [*(tensor for tensor in tensors if tensor is not None), *self.cache.states()]
 
+    def _restore(self, before: list[Tensor]) -> None:
+        for tensor, old in zip(self._state(), before, strict=True):
+            tensor.copy_(old)
+
     def _capture(self, length: int) -> torch.cuda.CUDAGraph | None:
         """The graph of a step, which is not yet taken; None when it cannot be captured, and then the step is taken."""
         before = [tensor.clone() for tensor in self._state()]
@@ -161,8 +165,8 @@ class GraphDecoder(Decoder):
         with torch.cuda.stream(aside):  # once outside the graph: libraries make their workspaces, kernels are loaded
             self._fused_step(length)
         current.wait_stream(aside)
-        for tensor, old in zip(self._state(), before, strict=True):
-            tensor.copy_(old)
+        states = [tensor.clone() for tensor in self.cache.states()]
+        self._restore(before)
         try:
             graph, _ = capture(lambda: self._fused_step(length), self._pool)
         except (torch.OutOfMemoryError, QloraError):
@@ -172,6 +176,13 @@ class GraphDecoder(Decoder):
             self.reason = first_line(error)
             self._fused_step(length)
             return None
+        if states:  # a model's own code updates them, and may have done so where a graph does not reach
+            right = leaves(graph, self.cache.states(), states)
+            self._restore(before)
+            if not right:
+                self.reason = "a captured step left other states"
+                self._fused_step(length)
+                return None
         self._pool = graph.pool()
         self.graphs[length] = graph
         return graph
