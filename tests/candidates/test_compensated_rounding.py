@@ -130,3 +130,29 @@ def test_one_batch_shows_nothing_that_holds_on_others_and_weights_stay():
     rounded._hidden = [0.5 * hidden for hidden in rounded._hidden]
     found = round_layer(live, rounded, linears, weights, partial(replaced_linears, model), lambda wanted, _: wanted)
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+def test_a_layer_that_is_called_twice_is_rounded_by_all_that_it_reads_and_makes_up_for_nothing():
+    model, batches = make("llama", 2)
+    mlp = model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x) + plain(2 * x)
+    live, rounded = (ActivationStream(model, batches) for _ in range(2))
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers.0" in name]
+    weights = {name: model.get_submodule(name).weight.detach() for name in names}
+
+    def linears():
+        return {name: model.get_submodule(name) for name in names}
+
+    seen = {}
+
+    def keep(wanted, moment):
+        seen.update({name: (value, moment.tokens) for name, value in wanted.items()})
+        return wanted
+
+    rounded._hidden = [0.5 * hidden for hidden in rounded._hidden]
+    round_layer(live, rounded, linears, weights, partial(replaced_linears, model), keep)
+    for name, (value, tokens) in seen.items():
+        assert tokens == (2 if "mlp" in name else 1) * 2 * 8 * 32
+        assert torch.equal(value, weights[name]) or "mlp" not in name
+    assert seen.keys() == weights.keys()
