@@ -245,6 +245,17 @@ def test_what_is_left_open_is_settled_by_base_and_rows_and_recorded(options, tmp
     assert {gap["four_bits"], gap["adapter"]} != {gap["sixteen_bits"]}
 
 
+def test_one_long_document_is_trained_on_whole_unless_some_of_it_is_asked_for(options, tmp_path):
+    document = tmp_path / "document.jsonl"
+    document.write_text(json.dumps({"text": "one and two make three. " * 1500}))
+    left_open = {name: value for name, value in options.items() if name not in ("eval_rows", "eval_every")}
+    settings = {**left_open, "data": str(document), "max_length": 16, "overlong": "split", "dry_run": True}
+    events: list = []
+    plan = train(TrainConfig(**settings), events.append).to_dict()
+    assert plan["rows"] > 1000 and plan["held_out_rows"] == 0
+    assert any("they are of 1 document, each of which" in event.text for event in events if isinstance(event, Notice))
+
+
 def test_the_cards_snippet_runs_to_the_answer_that_generate_gives(finished, capsys):
     output = finished[0]
     card = (output / MODEL_CARD).read_text()

@@ -21,6 +21,11 @@ def test_rows_are_held_out_where_there_are_enough(rows, held_out):
     assert recommended_held_out_rows(rows) == held_out
 
 
+def test_nothing_is_held_out_by_itself_where_a_document_could_make_it_half_of_all():
+    assert recommended_held_out_rows(1000, largest_document=480) == 20
+    assert recommended_held_out_rows(1000, largest_document=481) == recommended_held_out_rows(20_000, 20_000) == 0
+
+
 def test_a_rank_is_doubled_until_its_parameters_hold_the_tokens():
     assert recommended_rank(16, 40_000_000, 10_000) == 16
     assert recommended_rank(16, 40_000_000, 80_000_000) == 16

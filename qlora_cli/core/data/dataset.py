@@ -18,6 +18,7 @@ from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.stable_file import StableFile
 from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.errors import DataError, RunError, UsageError
+from qlora_cli.sizes import format_count
 
 SCHEMA = pa.schema(
     [
@@ -266,7 +267,7 @@ def split_rows(rows: PreparedRows, *, fraction: float, count: int | None, seed: 
     # As many whole groups as it takes; with a row each, these are the first rows of the order.
     held_groups = int(np.searchsorted(np.cumsum(group_sizes[order]), wanted)) + 1 if wanted else 0
     if held_groups >= len(group_sizes):
-        several = "" if len(group_sizes) == len(rows) else f" (of {len(group_sizes)} conversations or documents)"
+        several = "" if len(group_sizes) == len(rows) else f" (of {format_count(len(group_sizes), 'document')})"
         raise DataError(
             f"Holding out {wanted} of {len(rows)} rows{several} leaves nothing to train on.",
             "Lower --eval-rows or --eval-fraction, or use more rows.",

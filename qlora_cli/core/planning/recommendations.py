@@ -20,9 +20,17 @@ def recommended_learning_rate(total_parameters: int) -> float:
     return RATE if total_parameters <= LARGE_PARAMETERS else RATE_OF_LARGE
 
 
-def recommended_held_out_rows(rows: int) -> int:
-    """How many of these rows to hold out for evaluation; 0 where there are few."""
-    return min(MOST_HELD_OUT, int(HELD_OUT_SHARE * rows)) if rows >= LEAST_ROWS else 0
+def recommended_held_out_rows(rows: int, largest_document: int = 1) -> int:
+    """How many of these rows to hold out for evaluation.
+
+    0 where there are few, or where the rows of one document, which stay together, could make them half of all.
+
+    Args:
+        rows: All of them.
+        largest_document: Rows of the conversation or document that became most.
+    """
+    held_out = min(MOST_HELD_OUT, int(HELD_OUT_SHARE * rows)) if rows >= LEAST_ROWS else 0
+    return held_out if held_out + largest_document <= rows // 2 else 0
 
 
 def recommended_rank(rank: int, trainable_parameters: int, trained_tokens: int) -> int:

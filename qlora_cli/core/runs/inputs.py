@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -27,6 +28,7 @@ from qlora_cli.core.training.trainer import TrainingData
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import DataError
 from qlora_cli.events import Notice, Report, RunStarted
+from qlora_cli.sizes import format_count
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def read_inputs(run: Run) -> RunInputs:
                 )
     files.check_token(rows.largest_id(), profile.vocabulary)
     max_length = config.max_length or rows.manifest["max_length"]
-    settled = _settle(config, profile, len(rows), run.report)
+    settled = _settle(config, profile, rows, run.report)
     train_rows, eval_rows = split_rows(
         rows, fraction=settled.eval_fraction or 0.0, count=settled.eval_rows, seed=config.seed
     )
@@ -128,18 +130,20 @@ def read_inputs(run: Run) -> RunInputs:
     return RunInputs(settled, files, profile, rows, data, max_length)
 
 
-def _settle(config: TrainConfig, profile: ModelProfile, rows: int, report: Report) -> TrainConfig:
+def _settle(config: TrainConfig, profile: ModelProfile, rows: PreparedRows, report: Report) -> TrainConfig:
     """The configuration with the learning rate and what is held out, as recommended where they were left open."""
     rate, fraction, count = config.learning_rate, config.eval_fraction, config.eval_rows
     if rate is None:
         rate = recommended_learning_rate(profile.footprint.total_parameters)
     if fraction is None:
         fraction = 0.0
-        if count is None and (held_out := recommended_held_out_rows(rows)):
-            count = held_out
-            report(
-                Notice(
-                    f"{count} of the {rows:,} rows are held out for evaluation; --eval-fraction 0 trains on all of them."
-                )
-            )
+        if count is None and recommended_held_out_rows(len(rows)):
+            documents, sizes = np.unique(rows.records, return_counts=True)
+            if held_out := recommended_held_out_rows(len(rows), int(sizes.max())):
+                count, said = held_out, f"{held_out} of the {len(rows):,} rows are held out for evaluation"
+                said += "; --eval-fraction 0 trains on all of them."
+            else:
+                said = f"No rows are held out for evaluation: they are of {format_count(len(documents), 'document')}, "
+                said += "each of which stays together; --eval-rows holds out whole ones."
+            report(Notice(said))
     return replace(config, learning_rate=rate, eval_fraction=fraction, eval_rows=count)
