@@ -307,6 +307,15 @@ def test_recomputation_leaves_out_the_last_linear(load_tiny):
     engine.close()
 
 
+def test_what_one_layer_does_not_call_and_another_needs_is_computed_again(load_tiny):
+    model = adapted(load_tiny, "llama")
+    layers = model.get_base_model().model.layers
+    layers[0].of_another = layers[1].self_attn.q_proj
+    batch = batch_of()
+    (_, kept, _), (_, repeated, _) = (step(model, batch, gradient_checkpointing=how) for how in ("off", "on"))
+    assert (repeated - kept).norm() <= 1e-5 * kept.norm()
+
+
 @pytest.mark.parametrize("architecture", ["gpt_neox", "falcon"])
 def test_a_first_layer_keeps_little_where_only_attention_is_adapted(load_tiny, architecture):
     def kept(*targets):

@@ -1,6 +1,7 @@
 """Decoder layers that keep, recompute or offload their activations and run compiled or not, each as planned."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -242,14 +243,16 @@ def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list
     """Lets repeated forward passes leave out the linear layers and experts whose output no saved tensor depends on.
 
     In a residual network that is the last one, often a third of the layer's arithmetic. It is found by trial: an
-    output made NaN that leaves every saved tensor free of NaN is not needed.
+    output made NaN that leaves every saved tensor free of NaN is not needed. Modules that several layers share stay as
+    they are: another layer may need what this one does not even call.
 
     Returns:
         Names, inside a layer, of the linears left out.
     """
     found: dict[tuple, list[str]] = {}
+    owners = Counter(module for layer in layers for module in layer.modules())
     for layer, call in zip(layers, calls, strict=True):
-        linears = [(n, m) for n, m in layer.named_modules() if _skips_output(m) is not None]
+        linears = [(n, m) for n, m in layer.named_modules() if _skips_output(m) is not None and owners[m] == 1]
         kind = (type(layer), *(name for name, _ in linears))  # of one class may be layers with experts and without
         if kind not in found:
             with gathered(layer):
@@ -266,10 +269,16 @@ def _skips_output(module: nn.Module) -> FastLinear | FusedExperts | None:
 
 
 def _unused(layer: nn.Module, call: LayerCall, linear: Any) -> bool:
-    original = linear.forward
-    linear.forward = lambda *args, **kwargs: original(*args, **kwargs) * float("nan")
+    original, called = linear.forward, False
+
+    def spoil(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal called
+        called = True
+        return original(*args, **kwargs) * float("nan")
+
+    linear.forward = spoil
     try:
-        return not any(t.is_floating_point() and bool(t.isnan().any()) for t in _saved_by(layer, call))
+        return not any(t.is_floating_point() and bool(t.isnan().any()) for t in _saved_by(layer, call)) and called
     finally:
         linear.forward = original
 
