@@ -287,7 +287,7 @@ def test_layers_stream_only_where_nothing_else_fits(vram_bytes, batch_size):
     else:
         assert decision.measures.streamed and not decision.measures.resident_weights
         assert decision.memory.device_bytes < whole.memory.device_bytes
-        assert whole.memory.device_bytes + memory_plan.MARGIN_BYTES > vram_bytes
+        assert whole.memory.device_bytes > vram_bytes
         assert decision.memory.host_bytes > sum(profile_of().layer_bytes) * decision.measures.streamed / LAYERS
 
 

@@ -163,7 +163,7 @@ def plan_training(
     if not (streams and settings.stream):
         steps = _open_steps(profile, settings, largest, limited=limited)
         found = [each for step in steps if (each := _recompute_least(profile, settings, step, vram_bytes))]
-    if streams and (not found or not any(_has_room(memory, vram_bytes) for _, memory in found)):
+    if streams and not any(vram_bytes is None or memory.device_bytes <= vram_bytes for _, memory in found):
         packed = replace(settings, resident_weights=False)
         for step in _open_steps(profile, packed, largest, limited=limited):
             found += _stream_layers(profile, packed, step, vram_bytes)
