@@ -113,7 +113,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         names = map_names((name for file in files for name in file.entries), base.model)
 
         def make_planner(options: MergeOptions) -> tuple[MergePlanner, MergePlan]:
-            planner = MergePlanner(files, names, base.model, deltas, adapter, options, base.stored, base.new_biases)
+            held = (base.stored, base.new_biases, base.skipped)
+            planner = MergePlanner(files, names, base.model, deltas, adapter, options, *held)
             return planner, planner.plan(keep_tied=keep_tied)
 
         plan = make_planner(options)[1]
@@ -137,7 +138,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             comparison = rows = gguf = None
             if verifies:
                 comparison, rows = verify_merge(directory, adapter_directory, base, plan, options, report)
-                faithful = options.restore and not options.pack
+                faithful = options.restore and not options.pack and not base.rounds_otherwise
                 require_same(
                     comparison,
                     rows,

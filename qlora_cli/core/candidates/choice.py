@@ -143,8 +143,8 @@ def _unmeasured(choice: Choice, reason: str, *, packed: bool) -> Notice | Cautio
 
 def why_not_measured(source: AdapterRecord, base: Base, options: MergeOptions) -> str | None:
     """Why the ways to merge cannot be compared here, as a clause; None where they may be."""
-    if base.stored is not None:
-        return "the base is stored quantised"
+    if base.stored is not None or base.trained is not None:
+        return "the base is stored quantised" if base.stored else "a quantised copy of the base was trained on"
     needed, free = int(trained_bytes(base, source.facts, options)) + WORKING_BYTES, read_free_bytes(options.device)
     if needed > free:
         return f"it takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are free"

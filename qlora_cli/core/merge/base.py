@@ -34,6 +34,22 @@ class Base:
     # Biases that it lacks and the merged model has, by name in the model, and the settings that the latter needs.
     new_biases: frozenset[str] = frozenset()
     new_settings: Mapping[str, bool] = field(default_factory=dict)
+    trained: ModelFiles | None = None  # the quantised copy of it that the adapter was trained on, if it was on one
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names or patterns of modules that the base, or the copy that was trained on, leaves in 16 bits by itself."""
+        return self._stored_in_training.skipped if self._stored_in_training else ()
+
+    @property
+    def rounds_otherwise(self) -> bool:
+        """Whether the values of its 4 bits are others than those trained against, which FP8 or MXFP4 had rounded."""
+        stored = self._stored_in_training
+        return self.trained is not None and stored is not None and not stored.is_four_bit
+
+    @property
+    def _stored_in_training(self) -> StoredFormat | None:
+        return self.stored if self.trained is None else stored_format(self.trained.config, self.trained.name)
 
     @property
     def packed(self) -> frozenset[str]:
@@ -47,7 +63,7 @@ class Base:
 
     @property
     def _packing(self) -> FourBitPlan:
-        return plan_packing(self.model, self.stored.skipped if self.stored else ())
+        return plan_packing(self.model, self.skipped)
 
 
 def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) -> Base:
@@ -78,7 +94,8 @@ def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) ->
                 "is assumed."
             )
         )
-    if format_ is not None or not _is_original_of(files, source, settings):
+    trained = _find_trained(files, source, settings) if format_ is None else None
+    if trained is None:
         source.require_base(files)
     else:
         report(
@@ -88,7 +105,7 @@ def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) ->
             )
         )
     empty = build_empty(files.config, trust_remote_code=settings.trust_remote_code)
-    return Base(files, empty, files.identity(quantization, compute_dtype), stored, format_)
+    return Base(files, empty, files.identity(quantization, compute_dtype), stored, format_, trained=trained)
 
 
 def with_biases(base: Base, facts: AdapterFacts, rename: Callable[[str], tuple[str, bool]]) -> Base:
@@ -117,19 +134,18 @@ def with_biases(base: Base, facts: AdapterFacts, rename: Callable[[str], tuple[s
     return replace(base, model=model, new_biases=frozenset(model.state_dict()) - set(state), new_settings=settings)
 
 
-def _is_original_of(files: ModelFiles, source: AdapterRecord, settings: ModelSettings) -> bool:
-    """Whether a plain model has the configuration of the quantised one that an adapter was trained on, as far as that
-    one is here to be looked at."""
+def _find_trained(files: ModelFiles, source: AdapterRecord, settings: ModelSettings) -> ModelFiles | None:
+    """The quantised copy of a plain model that an adapter was trained on, as far as it is here to be looked at; None
+    where the plain one has another configuration."""
     if settings.model is None or source.base is None:
-        return False
+        return None
     try:
         name, revision = source.name_base()
-        trained = resolve_model(name, revision, trust_remote_code=settings.trust_remote_code)
+        trained = resolve_model(name, revision, trust_remote_code=settings.trust_remote_code, report=files.report)
         if getattr(trained.config, "quantization_config", None) is None:
-            return False
+            return None
     except QloraError:
-        return False
-    if trained.config_sha256 != source.base.config_sha256:
-        return False
+        return None
     left_out = ("quantization_config", "dtype", "torch_dtype")
-    return config_digest(trained.directory, left_out) == config_digest(files.directory, left_out)
+    alike = config_digest(trained.directory, left_out) == config_digest(files.directory, left_out)
+    return trained if alike and trained.config_sha256 == source.base.config_sha256 else None

@@ -111,10 +111,10 @@ class MergePlanner:
     options: MergeOptions
     stored: StoredFormat | None = None  # how the base is stored, if not plain
     new_biases: Collection[str] = ()  # that the base lacks, by name in the model
+    skipped: Sequence[str] = ()  # modules that were in 16 bits in training (`Base.skipped`)
 
     def __post_init__(self) -> None:
-        skipped = self.stored.skipped if self.stored else ()
-        packed = plan_packing(self.model, skipped).packed
+        packed = plan_packing(self.model, self.skipped).packed
         self.linears = {name for name in packed if name.endswith(".weight")}
         self.experts = MergedExperts(self.files, self.model, packed - self.linears)
         self.main_dtype = main_dtype(self.files)

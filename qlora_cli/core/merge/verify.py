@@ -23,7 +23,6 @@ from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.merge.weight_tying import embedding_names
-from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
@@ -61,7 +60,7 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def trained_bytes(base: Base, facts: AdapterFacts, options: MergeOptions) -> float:
     """Memory of the model as it was trained: the base in 4 bits, and the adapter."""
     shapes = {name: parameter.shape for name, parameter in base.model.named_parameters()}
-    packed = plan_packing(base.model, base.stored.skipped if base.stored else ()).packed
+    packed = base.packed
     linear, total = (sum(shapes[name].numel() for name in names) for names in (packed, shapes))
     trained = linear * FOUR_BIT_BYTES + (total - linear) * options.compute_dtype.itemsize
     return trained + sum(4 * prod(shape) for shape, _ in facts.tensors.values())
@@ -69,8 +68,7 @@ def trained_bytes(base: Base, facts: AdapterFacts, options: MergeOptions) -> flo
 
 def why_not_loaded(base: Base, options: MergeOptions) -> str | None:
     """Why this device cannot load the base in 4 bits whatever its memory; None where it can."""
-    packed = plan_packing(base.model, base.stored.skipped if base.stored else ()).packed
-    widths = [base.model.get_parameter(name).shape[-1] for name in packed if name.endswith(".weight")]
+    widths = [base.model.get_parameter(name).shape[-1] for name in base.packed if name.endswith(".weight")]
     if options.device.type == "cpu" and any(width % BLOCK_SIZE for width in widths):
         return f"a CPU cannot load a 4-bit base whose widths are no multiples of {BLOCK_SIZE}"
     return None
@@ -112,7 +110,8 @@ def verify_merge(
 
     @contextmanager
     def open_trained() -> Iterator[nn.Module]:
-        model, _ = load_base(base.files, options.quantization, compute_dtype=options.compute_dtype, device=device)
+        files = base.trained or base.files
+        model, _ = load_base(files, options.quantization, compute_dtype=options.compute_dtype, device=device)
         yield load_adapter(model, adapter).eval()
 
     return compare_models(
