@@ -23,6 +23,7 @@ def of_a_model(result: dict[str, Any]) -> Screen:
             None: f"{name} needs {needed} to train with rows of {length}.",
         }
         sentences.insert(0, answer[result.get("fits")])
+        sentences += _streaming(result["settings"])
         facts = [
             ("to train", f"{needed} of the card, {format_bytes(result['training']['host_bytes'])} of the host"),
             ("to answer", f"{format_bytes(result['generation']['device_bytes'])} of the card"),
@@ -44,6 +45,12 @@ def of_a_model(result: dict[str, Any]) -> Screen:
         )
         shown = [each for each in result["tables"] if each["title"] == "These layers in more bits"]
     return Screen(sentences, facts, shown)
+
+
+def _streaming(settings: dict[str, Any]) -> list[str]:
+    """How a base that is larger than the card is held; nothing where it is whole there."""
+    layers = settings.get("streamed_layers")
+    return [f"The weights of {layers} layers stream from host memory as they are used."] if layers else []
 
 
 def _remedy(result: dict[str, Any]) -> str:
@@ -81,7 +88,8 @@ def of_a_plan(result: dict[str, Any]) -> Screen:
         ("download", format_bytes(result["disk"]["download_bytes"])),
         ("written", f"{format_bytes(result['disk']['run_bytes'])} to {result['output']}"),
     ]  # fmt: skip
-    return Screen([first, *remedy, *begins, trained_of(result)], facts)
+    streaming = _streaming(result["settings"])
+    return Screen([first, *remedy, *begins, *streaming, trained_of(result)], facts)
 
 
 def of_a_machine(result: dict[str, Any]) -> Screen:
