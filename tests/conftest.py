@@ -353,6 +353,7 @@ def pytest_collection(session):
 def pytest_collection_finish(session):
     """From here on garbage is collected, among what is new."""
     gc.freeze()
+    gc.set_threshold(2000, 20, 20)  # the oldest tenth as often: models of tests are small
     gc.enable()
 
 

@@ -97,8 +97,7 @@ SPECIAL = {
 }
 
 
-KEPT = ["dora on transposed weights", "trained biases", "biases of the adapter"]
-KEPT += ["tied, both trained in full", "tied, both trained as one", "new tokens"]
+KEPT = ["dora on transposed weights", "biases of the adapter", "tied, both trained as one", "new tokens"]
 KEPT += ["tied, scaled embeddings adapted", "tied, adapted head"]
 
 

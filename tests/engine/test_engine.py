@@ -66,7 +66,7 @@ def step(model, batch, **options):
 
 @pytest.mark.each_choice
 @pytest.mark.parametrize("gradient_checkpointing", ["off", "on"])
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
 def test_loss_and_gradients_are_the_plain_engines(load_tiny, architecture, gradient_checkpointing):
     model = adapted(load_tiny, architecture)
     batch = batch_of()

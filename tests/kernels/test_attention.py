@@ -69,6 +69,7 @@ def in_chunks(chunk_bytes, masked):
     return attend
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(
     "attend", [packed_attention, opaque, in_chunks(1, False), in_chunks(4 * 4 * 12 * 5, False), in_chunks(800, True)]
 )

@@ -332,6 +332,7 @@ def test_parquet_with_text_that_is_not_utf8(tmp_path):
     )
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("members", [1, 2])
 @pytest.mark.parametrize("keep", [0.5, 0.99])
@@ -380,6 +381,7 @@ def test_a_file_and_its_name_agree_on_how_it_is_compressed(tmp_path, suffix):
     assert read(path) == ([], [f"rows.jsonl{other}: {said}"])
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_what_opens_up_to_gigabytes_is_bounded_before_it_is_held(tmp_path, name, suffix):
