@@ -149,12 +149,12 @@ def test_each_rank_reads_what_it_keeps(on_host, double_quant, load_tiny):
     save_base(base, FACTS, piece_bytes=1000)
     path = base_directory(FACTS) / base_cache.WEIGHTS
     manifest = json.loads((base_directory(FACTS) / base_cache.MANIFEST).read_text())
-    whole = base_cache._read(path, manifest, CPU, None)
+    whole, _ = base_cache._read(path, manifest, CPU, None)
     sharded = {f"{name}.weight{ending}" for name, _ in four_bit_linears(base) for ending in ("", ".absmax")}
     for world_size in (1, 3, 7):
         for rank in range(world_size):
             slices = WeightShards(ProcessGroup(rank, world_size), on_host)
-            for name, tensor in base_cache._read(path, manifest, CPU, slices).items():
+            for name, tensor in base_cache._read(path, manifest, CPU, slices)[0].items():
                 expected = slices.keep(whole[name]) if name in sharded else whole[name]
                 assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype
 
