@@ -59,7 +59,7 @@ def initialize_adapter(model: PeftModel, lora: LoraSettings, inputs: StartInputs
     if getattr(inputs.files.config, "quantization_config", None) is not None:
         report(
             Notice(
-                f"The adapter starts plainly: {inputs.files.name} is stored in 4 bits, and --init {lora.init} needs "
+                f"The adapter starts plainly: {inputs.files.name} is stored quantised, and --init {lora.init} needs "
                 "the 16-bit weights that they were made from."
             )
         )
