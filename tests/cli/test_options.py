@@ -190,7 +190,7 @@ LINES = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(name=st.sampled_from(["train", "generate", "inspect", "chat"]), words=LINES)
 def test_what_is_read_plainly_is_what_typer_reads(name, words):
     from qlora_cli.cli.app import COMMANDS
