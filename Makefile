@@ -14,7 +14,7 @@ help:
 	@echo "make test    ruff, mypy, import-linter, then every test but the long ones"
 	@echo "make long    what make test leaves out because it takes long"
 	@echo "make faults  the long fault-injection suite, with its table of figures"
-	@echo "make survey  every architecture built small and taken down the whole road, with its table: about 20 minutes"
+	@echo "make survey  every architecture built small and taken down the whole road, with its table: some five minutes"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make clean   remove .venv and what demo and the checkers left behind"
 

@@ -123,8 +123,8 @@ def check_numbers(checkpoint: Path, target: Path, kind: str, report: Report) -> 
         report(Caution(f"{FILE} was not read back: memory does not hold its numbers in float32."))
         return None
     for read_as in ({}, {"gguf_file": target.name}):  # as another model that it equals: a mistral's file is a llama's
-        model = build_empty(AutoConfig.from_pretrained(checkpoint, **read_as))
         try:
+            model = build_empty(AutoConfig.from_pretrained(checkpoint, **read_as))
             found = load_gguf_checkpoint(str(target), return_tensors=True, model_to_load=model)["tensors"]
             break
         except (ValueError, KeyError, NotImplementedError) as error:
