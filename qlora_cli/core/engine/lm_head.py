@@ -142,6 +142,8 @@ def require_causal(base: Any, inputs: dict[str, Tensor]) -> None:
             logits = base(**inputs, use_cache=False).logits[0, :-1].float()
             # Of a sum the derivative may vanish: a norm takes the mean out.
             sensitivity = torch.autograd.grad((logits * logits.detach()).sum(), leaves[0])[0].abs().amax(-1)[0]
+    except RuntimeError:  # no memory, or no derivative: training's own trials meet it as well, and say what helps
+        return
     finally:
         hook.remove()
         base.train(training)
