@@ -1,6 +1,7 @@
 """Pages name only scripts, modules and flags that exist, and the index of benchmarks names every script."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,11 @@ def test_the_index_of_benchmarks_names_every_script_and_page():
         assert path.name == "README.md" or f"`{path.name}`" in index or f"({path.name})" in index, path.name
     for path in (BENCHMARKS / "support").glob("*.py"):
         assert f"`support/{path.name}`" in index
+
+
+def test_no_folder_has_more_than_12_modules_and_no_module_more_than_400_lines():
+    modules = sorted((ROOT / "qlora_cli").rglob("*.py"))
+    folders = Counter(str(path.parent.relative_to(ROOT)) for path in modules if path.name != "__init__.py")
+    assert {folder: count for folder, count in folders.items() if count > 12} == {}
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
+    assert {path: lines for path, lines in lengths.items() if lines > 400} == {}

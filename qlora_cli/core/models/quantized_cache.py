@@ -28,10 +28,10 @@ from qlora_cli.core.models.quantization import restored_linear
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.core.storage.hashed_file import PIECE_BYTES, HashedFile, write_hashed_file
-from qlora_cli.core.storage.mapped_file import MappedFile
 from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.core.storage.temporaries import sweep
 from qlora_cli.core.untrusted import is_ours
+from qlora_cli.core.weights.mapped_file import MappedFile
 from qlora_cli.errors import RunError
 from qlora_cli.events import Caution, Notice, Report, report_nothing
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.core.storage.mapped_file import MappedFile
+from qlora_cli.core.weights.mapped_file import MappedFile
 
 STAGED = 3  # layers in host memory: one that is copied to the card, one that is there, one that is read
 PIECE_BYTES = 2**24  # that a thread reads at once

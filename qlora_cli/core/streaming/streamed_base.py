@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from qlora_cli.core.experts.four_bit_experts import PARTS, FourBitExperts
 from qlora_cli.core.models.quantization import STREAMED, is_4bit
 from qlora_cli.core.models.quantized_cache import COPY
-from qlora_cli.core.storage.mapped_file import MappedFile
 from qlora_cli.core.streaming.disk_source import STAGED, DiskSource, Extent
 from qlora_cli.core.streaming.host_memory import layer_buffers
 from qlora_cli.core.streaming.ring import SLOTS, HostSource, LayerSource, Ring
+from qlora_cli.core.weights.mapped_file import MappedFile
 from qlora_cli.events import Report, report_nothing
 
 ATTRIBUTE = "_qlora_streamed_base"  # of a model: its `StreamedBase`
