@@ -5,15 +5,13 @@
 Each checkpoint is written as it is released: Qwen3-30B-A3B and Mixtral-8x7B with a bfloat16 matrix for every expert,
 gpt-oss-20b with MXFP4 blocks; one shard a layer. Experts of the first two are holes in sparse files, which read as zeros:
 memory does not depend on values, and the disk holds neither. Everything else, routers too, is random. On the CPU
-`--model tiny` shows that it runs.
+`--model tiny-moe` shows that it runs.
 """
 
 import argparse
 import json
-import math
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -22,181 +20,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.models import write_rows, write_tokenizer
+from support.hollow_checkpoint import write_hollow_checkpoint
+from support.models import make_config, write_rows
 
-# name → (configuration class, arguments, layout on disk, memory a peer trains it in)
+# architecture of models.py → (layout on disk, memory a peer trains it in)
 MODELS = {
-    "qwen3-30b-a3b": (
-        "Qwen3MoeConfig",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "max_position_embeddings": 40960,
-            "tie_word_embeddings": False,
-        },
-        "gated",
-        "21.7GiB",
-    ),
-    "gpt-oss-20b": (
-        "GptOssConfig",
-        {
-            "vocab_size": 201088,
-            "hidden_size": 2880,
-            "intermediate_size": 2880,
-            "num_hidden_layers": 24,
-            "num_local_experts": 32,
-            "num_experts_per_tok": 4,
-            "tie_word_embeddings": False,
-        },
-        "mxfp4",
-        "14.7GiB",
-    ),
-    "mixtral-8x7b": (
-        "MixtralConfig",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": False,
-        },
-        "mixtral",
-        "32GiB",
-    ),
-    "tiny": (
-        "Qwen3MoeConfig",
-        {
-            "vocab_size": 1024,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "moe_intermediate_size": 96,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": False,
-        },
-        "gated",
-        "4GiB",
-    ),
-    "tiny-oss": (
-        "GptOssConfig",
-        {
-            "vocab_size": 1024,
-            "hidden_size": 128,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "tie_word_embeddings": False,
-        },
-        "mxfp4",
-        "4GiB",
-    ),
+    "qwen3-30b-a3b": ("gated", "21.7GiB"),
+    "gpt-oss-20b": ("mxfp4", "14.7GiB"),
+    "mixtral-8x7b": ("mixtral", "32GiB"),
+    "tiny-moe": ("gated", "4GiB"),
+    "tiny-oss": ("mxfp4", "4GiB"),
 }
-NAMES = {"F32": "float32", "BF16": "bfloat16", "U8": "uint8"}
-
-
-def on_disk(name: str, shape: tuple[int, ...], layout: str) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-    """Tensors that a parameter is stored as: name → (dtype, shape, whether it is a hole)."""
-    if ".experts." not in name or name.endswith("_bias"):
-        return {name: ("BF16", shape, False)}
-    stem, _, kind = name.rpartition(".")
-    experts, rows, columns = shape
-    if layout == "mxfp4":  # blocks run along the input, which the model keeps in the middle
-        blocks = (experts, columns, rows // 32)
-        return {f"{name}_blocks": ("U8", (*blocks, 16), False), f"{name}_scales": ("U8", blocks, False)}
-    if layout == "mixtral":
-        stem = stem.replace(".mlp.", ".block_sparse_moe.")
-        parts = ("w1", "w3") if kind == "gate_up_proj" else ("w2",)
-    else:
-        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-    each = (rows // len(parts), columns)
-    return {f"{stem}.{e}.{part}.weight": ("BF16", each, True) for e in range(experts) for part in parts}
-
-
-def write_shard(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bool]], generator) -> int:
-    """One safetensors file, holes where they are asked for. Bytes that its tensors have."""
-    import torch
-
-    header, offset = {}, 0
-    for name, (dtype, shape, _) in tensors.items():
-        size = math.prod(shape) * getattr(torch, NAMES[dtype]).itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
-        for name, (dtype, shape, hole) in tensors.items():
-            if hole:
-                continue
-            if name.endswith("_scales"):
-                values = torch.full(shape, 120, dtype=torch.uint8)  # 2 ** -7
-            elif dtype == "U8":
-                block = torch.randint(0, 256, (2**24,), dtype=torch.uint8, generator=generator)
-                values = block.repeat(-(-math.prod(shape) // len(block)))[: math.prod(shape)]
-            elif "norm" in name:
-                values = torch.ones(shape, dtype=torch.bfloat16)
-            else:
-                values = (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
-            file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            file.write(values.view(torch.uint8).numpy().tobytes())
-    return offset
-
-
-def write_checkpoint(name: str, directory: Path) -> int:
-    """The checkpoint of a model, one shard a layer. Bytes it claims to have."""
-    import torch
-    import transformers
-
-    kind, arguments, layout, _ = MODELS[name]
-    config = getattr(transformers, kind)(**arguments, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    config.dtype = torch.bfloat16
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    shards: dict[str, dict] = {}
-    for parameter, value in model.named_parameters():
-        shard = parameter.split(".")[2] if ".layers." in f".{parameter}" else "rest"
-        shards.setdefault(shard, {}).update(on_disk(parameter, tuple(value.shape), layout))
-    directory.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    total, index = 0, {}
-    for shard, tensors in shards.items():
-        file = f"model-{shard}.safetensors"
-        total += write_shard(directory / file, tensors, generator)
-        index |= dict.fromkeys(tensors, file)
-    (directory / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
-    )
-    written = {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
-    if layout == "mxfp4":
-        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-        written["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
-    (directory / "config.json").write_text(json.dumps(written))
-    write_tokenizer(directory, arguments["vocab_size"])
-    return total
 
 
 def run_qlora(arguments: list[str], timeout: float) -> tuple[int, str, str]:
@@ -212,7 +46,7 @@ def measure(name: str, work: Path, *, row_tokens: int, rows: int, steps: int, vr
     """Trains with all linear layers adapted and recomputation, within `vram`; and the prediction for the same."""
     model, output = work / name, work / f"{name}-out"
     started = time.perf_counter()
-    size = write_checkpoint(name, model)
+    size = write_hollow_checkpoint(make_config(name), model, MODELS[name][0])
     facts: dict = {"model": name, "checkpoint_bytes": size, "write_seconds": time.perf_counter() - started}
     data = write_rows("fixed", work / "rows.jsonl", rows=rows * steps, vocab_size=1000, max_length=row_tokens - 1)
     step = [
@@ -275,7 +109,7 @@ def main() -> None:
                 row_tokens=arguments.row_tokens,
                 rows=arguments.rows,
                 steps=arguments.steps,
-                vram=arguments.vram or MODELS[name][3],
+                vram=arguments.vram or MODELS[name][1],
                 timeout=arguments.timeout,
             )
             results.append(found)

@@ -34,12 +34,17 @@ PEERS = {
     "llama-free": [("unsloth", False, False, 2, 1, 9)],
     "llama-least": [("unsloth", False, True, 2, 1, 7)],
     "llama-gsm8k": [("unsloth", True, False, 2, 1, 9)],
+    "qwen3-moe-free": [("unsloth", False, False, 2, 1, 6)],
+    "qwen3-moe-least": [("unsloth", False, True, 2, 1, 6)],
+    "gpt-oss-least": [("unsloth", False, True, 2, 1, 6)],
     "qwen3-moe-quarter-gsm8k": [("unsloth", True, False, 2, 1, 6)],
     "neox-fixed": [("unsloth", False, True, 1, 1, 7)],
     "neox-quotes": [("trl", True, True, 1, 1, 7), ("unsloth", False, True, 1, 8, 3), ("hf", False, True, 1, 8, 2)],
     "pythia": [("unsloth", False, False, 4, 1, 17)],
     "falcon": [("hf", False, True, 1, 1, 7)],
     "tiny": [("hf", False, True, 2, 1, 4), ("trl", True, False, 2, 1, 4)],
+    "tiny-moe": [("hf", False, True, 2, 1, 4)],
+    "tiny-oss": [("hf", False, True, 2, 1, 4)],
 }
 LIBRARIES = ("hf", "trl", "unsloth")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -304,7 +309,7 @@ def main() -> None:
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     results = []
-    for work in arguments.work or [name for name in PEERS if name != "tiny"]:
+    for work in arguments.work or [name for name in PEERS if not name.startswith("tiny")]:
         write_model(work, arguments.folder)
         write_work_rows(work, arguments.folder)
         for number in chosen_peers(work, arguments.peer):

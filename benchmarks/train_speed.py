@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from support.hollow_checkpoint import LAYOUTS
 from support.models import CONFIGS, write_rows
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 ALL = "--rank 16 --alpha 32"
 QKV16 = "--rank 16 --alpha 32 --target-modules query_key_value"
 QKV8 = "--rank 8 --alpha 32 --dropout 0.05 --target-modules query_key_value"
+ATTENTION = "--rank 16 --alpha 32 --target-modules q_proj,k_proj,v_proj,o_proj"
 ONE = "--gradient-accumulation-steps 1 --compile"
 # --vram is the whole process, CUDA's context of about 1 GiB included; the peak that is reported is that of tensors.
 # Runs of a few dozen steps would not be compiled by themselves.
@@ -46,15 +48,20 @@ WORKS = {
     "neox-11gib": ("neox-20b", "fixed", 24, 10, f"{QKV8} --batch-size 1 {ONE} --max-length 512 --vram 12GiB"),
     "pythia": ("pythia-410m", "fixed", 240, 50, f"{ALL} --batch-size 4 {ONE}"),
     "falcon": ("falcon-7b", "fixed", 24, 20, f"{QKV16} --batch-size 1 {ONE} --vram 7.6GiB"),
-    # Experts are not adapted, here and by the peers: of Qwen3-MoE that leaves attention.
+    # Experts are not adapted, here and by the peers: of Qwen3-MoE and gpt-oss that leaves attention. Memory is the peer's.
+    "qwen3-moe-free": ("qwen3-30b-a3b", "fixed", 64, 16, f"{ATTENTION} --batch-size 2 {ONE} --vram 41.4GiB"),
+    "qwen3-moe-least": ("qwen3-30b-a3b", "fixed", 64, 16, f"{ATTENTION} --batch-size 2 {ONE} --vram 21.7GiB"),
+    "gpt-oss-least": ("gpt-oss-20b", "fixed", 64, 16, f"{ATTENTION} --batch-size 2 {ONE} --vram 14.7GiB"),
     "qwen3-moe-quarter-gsm8k": (
         "qwen3-30b-a3b-quarter",
         "gsm8k",
         700,
         24,
-        f"{ALL} --target-modules q_proj,k_proj,v_proj,o_proj --batch-size 2 {ONE} --packing",
+        f"{ATTENTION} --batch-size 2 {ONE} --packing",
     ),
     "tiny": ("tiny-llama", "gsm8k", 64, 6, f"{ALL} --batch-size 2 {ONE} --packing"),
+    "tiny-moe": ("tiny-moe", "fixed", 64, 6, f"{ATTENTION} --batch-size 2 {ONE}"),
+    "tiny-oss": ("tiny-oss", "fixed", 64, 6, f"{ATTENTION} --batch-size 2 {ONE}"),
 }
 WARM = {
     "neox-quotes": 40,
@@ -90,7 +97,8 @@ def write_model(work: str, folder: Path, *, cached: bool = False) -> None:
     """Makes the work's model, once."""
     directory = checkpoint_of(work, folder.resolve(), cached=cached)
     if cached or not (directory / "tokenizer.json").is_file():  # it is written last
-        module = "support.random_base" if cached else "support.models"
+        hollow = WORKS[work][0] in LAYOUTS
+        module = "support.random_base" if cached else "support.hollow_checkpoint" if hollow else "support.models"
         command = [sys.executable, "-m", module, WORKS[work][0], str(directory)]
         subprocess.run(command, check=True, cwd=HERE, env=our_environment(folder, cached=cached))
 
@@ -208,7 +216,7 @@ def main() -> None:
     extra = shlex.split(arguments.extra)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     results = []
-    for work in arguments.work or [name for name in WORKS if name != "tiny"]:
+    for work in arguments.work or [name for name in WORKS if not name.startswith("tiny")]:
         results.append(
             run_work(work, arguments.folder, extra, arguments.warm, arguments.timeout, cached=arguments.cached_base)
         )

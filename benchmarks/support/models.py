@@ -130,6 +130,38 @@ CONFIGS = {
         },
     ),
     "mixtral-8x7b": ("MixtralConfig", {"vocab_size": 32000, "sliding_window": None}),
+    "tiny-moe": (
+        "Qwen3MoeConfig",
+        {
+            "vocab_size": 1024,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "moe_intermediate_size": 128,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "tiny-oss": (
+        "GptOssConfig",
+        {
+            "vocab_size": 1024,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
     "tiny-llama": (
         "LlamaConfig",
         {
