@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.candidates.four_bit_gap import measure_gap, measure_layers
+from qlora_cli.core.merge.compare_models import pad_together
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.events import report_nothing
@@ -16,6 +17,9 @@ from tests.conftest import most_slow
 from tests.training.training_case import MemoryRows
 
 ROWS = [MemoryRows(count=6)[i] for i in range(6)]
+APART, TOGETHER = (
+    pad_together(ROWS, vocabulary=512, device=torch.device("cpu"), most_tokens=most) for most in (1, None)
+)
 
 
 def loss_of(model) -> float:
@@ -36,7 +40,7 @@ def test_losses_are_those_of_the_whole_models(tiny_model, load_tiny, architectur
     original = load_unquantized(files, dtype=torch.float32, device=torch.device("cpu"))
     base, _ = load_tiny(architecture)
     with OriginalWeights(files) as originals:
-        gap, layers, mixtures = measure_layers(base, originals, ROWS, report_nothing)
+        gap, layers, mixtures = measure_layers(base, originals, APART, report_nothing)
         four_bits = loss_of(base)
         assert gap.four_bits == pytest.approx(four_bits, abs=1e-5)
         assert gap.sixteen_bits == pytest.approx(loss_of(original), abs=1e-5)
@@ -51,8 +55,8 @@ def test_losses_are_those_of_the_whole_models(tiny_model, load_tiny, architectur
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-        with_adapter = measure_gap(model, originals, ROWS, report_nothing, adapted=True)
+        with_adapter = measure_gap(model, originals, TOGETHER, report_nothing, adapted=True)
         assert with_adapter.adapter == pytest.approx(loss_of(model), abs=1e-5)
         assert with_adapter.four_bits == pytest.approx(four_bits, abs=1e-5)
         assert with_adapter.sixteen_bits == pytest.approx(gap.sixteen_bits, abs=1e-6)
-        assert measure_gap(model, None, ROWS, report_nothing, adapted=True).sixteen_bits is None
+        assert measure_gap(model, None, TOGETHER, report_nothing, adapted=True).sixteen_bits is None

@@ -18,6 +18,7 @@ from qlora_cli.kernels.triton import (  # noqa: E402
     dropout,
     gated_tiles,
     low_rank,
+    ordered_rounding,
     short_attention,
     thin_products,
 )
@@ -40,6 +41,7 @@ NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
 NUMBERS |= {"cos_row", "x_group", "group", "x_heads", "y_heads", "row_blocks", "units", "size"}
 NUMBERS |= {"right_parts", "left_parts", "right_elements", "left_elements"}
+NUMBERS |= {"given_row", "given_column"}
 NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "ROOM": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
@@ -82,6 +84,11 @@ CASES = [
     (gated_tiles._gate_tile, {"grad": None, "up_out": None, "KIND": "silu", "RANK": 64, **GATE_TILE}, 4),
     (gated_tiles._gate_tile, {"KIND": "gelu_tanh", "RANK": 16, **GATE_TILE}, 4),
     (gated_tiles._gate_tile, {"KIND": "gelu", "RANK": 64, **GATE_TILE}, 4),
+    (
+        ordered_rounding._round_block,
+        {"STANDING": True, "BORDERS": 15, "COLUMNS": 128, "ROWS": ordered_rounding.ROWS},
+        ordered_rounding.WARPS,
+    ),
     (short_attention._attend, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
     (short_attention._attend_backward, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
     (capped_attention._attend, {"SIZE": 256, "QUERIES": 64, "KEYS": 32}, 4),
@@ -118,6 +125,8 @@ def test_compiles_for_hopper(kernel, constants, warps):
         types["weight"] = "*bf16"
     if kernel in (gemv_programs.project, decode_attention._attend_part):
         types["out"] = "*fp32"
+    if kernel is ordered_rounding._round_block:
+        types |= {name: "*fp32" for name, kind in types.items() if kind.startswith("*")} | {"places": "*i64"}
     if kernel is low_rank._add_product:
         types["scale"] = "*fp32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

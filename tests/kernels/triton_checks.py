@@ -6,7 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from qlora_cli.kernels import gated
+from qlora_cli.kernels import gated, ordered_rounding
 from qlora_cli.kernels.triton import (
     capped_attention,
     dropout,
@@ -17,6 +17,7 @@ from qlora_cli.kernels.triton import (
     softmax,
     thin_products,
 )
+from qlora_cli.kernels.triton import ordered_rounding as triton_rounding
 from qlora_cli.kernels.weights import FrozenWeight
 from tests.kernels import reference, test_linear
 
@@ -258,3 +259,27 @@ def test_thin_products_leave_to_others_what_they_do_not_cover():
     assert not thin_products.covers(big.float(), right.float(), left.float())
     assert not thin_products.covers(big, right.t().contiguous().t(), left)
     assert not thin_products.covers(big, right.new_zeros(64, 33), left.new_zeros(2048, 33))
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(20, 40), (7, 3), pytest.param(128, 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("standing", [False, True])
+def test_each_column_takes_the_value_nearest_to_what_it_wants_after_those_before_it(columns, rows, standing):
+    """Of both forms, against what they say of themselves, in float64: a rounding apart, later columns may differ."""
+    values = (torch.linspace(-1, 1, 16) ** 3).to(DEVICE)
+    wanted, steps = torch.randn(columns, rows, device=DEVICE), torch.rand(columns, rows, device=DEVICE) + 0.5
+    given = (0.2 * torch.randn(columns, columns, device=DEVICE)).tril(-1)
+    before = values[torch.randint(16, (columns, rows), device=DEVICE)] * steps if standing else None
+    for fused in (True, False):
+        parts = [part if fused or part is None else part.cpu() for part in (wanted, given, steps, values, before)]
+        places = torch.full((columns, rows), -1, device=parts[0].device)
+        borders = ordered_rounding.borders_between(parts[3])
+        if fused:
+            changes = triton_rounding.round_block(*parts[:4], borders, places, parts[4])
+        else:
+            changes = ordered_rounding.round_in_order(parts[0].clone(), *parts[1:4], places, parts[4])
+        change, exact = changes.double(), [None if part is None else part.double() for part in parts]
+        left, taken = exact[0] - exact[1] @ change, exact[3][places]
+        was = left if exact[4] is None else exact[4]
+        wish = (left if exact[4] is None else left + was) / exact[2]
+        assert ((wish - taken).abs() <= (wish[..., None] - exact[3]).abs().amin(-1) + 1e-5).all()
+        torch.testing.assert_close(change, taken * exact[2] - was, rtol=0, atol=1e-5)

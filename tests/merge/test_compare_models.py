@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_cli.core.merge.compare_models import MOST_ROW_TOKENS, MOST_TOKENS, choose_rows, compare_models
+from qlora_cli.core.merge.compare_models import MOST_ROW_TOKENS, MOST_TOKENS, choose_rows, compare_models, pad_together
 from qlora_cli.events import Progress
 
 CPU = torch.device("cpu")
@@ -47,7 +47,8 @@ def test_figures_are_their_definitions_over_the_trained_tokens_and_one_model_is_
         rows.append((random.integers(0, 11, length).astype(np.int32), trained))
     log: list[str] = []
     events: list = []
-    found = compare_models(opened(one, log, "1"), opened(two, log, "2"), rows, device=CPU, report=events.append)
+    batches = pad_together(rows, vocabulary=11, device=CPU, most_tokens=40)
+    found = compare_models(opened(one, log, "1"), opened(two, log, "2"), batches, device=CPU, report=events.append)
     assert log == ["open 1", "close 1", "open 2", "close 2"]
 
     logs = [model.table.detach().double().log_softmax(-1) for model in (one, two)]
@@ -62,13 +63,14 @@ def test_figures_are_their_definitions_over_the_trained_tokens_and_one_model_is_
     assert found.reference_perplexity == pytest.approx(math.exp(-float(logs[0][before, after].mean())), rel=1e-5)
     assert found.other_perplexity == pytest.approx(math.exp(-float(logs[1][before, after].mean())), rel=1e-5)
     assert found.greedy_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
-    assert [e.done for e in events if isinstance(e, Progress)] == [1, 2, 3, 1, 2, 3]
+    assert [e.done for e in events if isinstance(e, Progress)] == [2, 3, 2, 3]
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     model = Bigram(7, 3)
     rows = [(np.arange(7, dtype=np.int32), np.ones(7, dtype=bool))]
-    found = compare_models(opened(model, [], ""), opened(model, [], ""), rows, device=CPU, report=lambda event: None)
+    batches = pad_together(rows, vocabulary=7, device=CPU)
+    found = compare_models(opened(model, [], ""), opened(model, [], ""), batches, device=CPU, report=lambda event: None)
     assert abs(found.kl_mean) < 1e-7
     assert found.greedy_agreement == 1
     assert found.other_perplexity == found.reference_perplexity
@@ -87,3 +89,18 @@ def test_rows_are_taken_until_the_budget_and_cut_where_need_be() -> None:
     assert choose_rows([untrained, single], vocabulary=100, device=CPU) == []
     foreign = (np.array([1, 2, 3, 100, 4]), np.ones(5, dtype=bool))
     assert len(choose_rows([foreign], vocabulary=100, device=CPU)[0][0]) == 3
+
+
+def test_rows_are_padded_behind_their_ends_with_neighbours_in_length() -> None:
+    random = np.random.default_rng(1)
+    rows = [(random.integers(1, 9, n).astype(np.int32), random.random(n) < 0.7) for n in (12, 3, 512, 12, 4, 30, 512)]
+    batches = pad_together(rows, vocabulary=9, device=CPU)
+    assert [tuple(batch.ids.shape) for batch in batches] == [(5, 30), (1, 512), (1, 512)]
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    assert torch.equal(
+        torch.cat([b.targets for b in batches]), torch.tensor(np.concatenate([i[1:][t[1:]] for i, t in ordered]))
+    )
+    for batch in batches:
+        assert torch.equal(batch.ids.flatten()[batch.places + 1], batch.targets) and bool((batch.targets > 0).all())
+    large = pad_together(rows, vocabulary=2**22, device=CPU)
+    assert [len(batch.ids) for batch in large] == [2, 1, 1, 1, 1, 1]  # of 16 tokens, or a row

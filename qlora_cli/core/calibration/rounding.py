@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_cli.core.calibration.low_rank import DAMPING, SecondMoment
 from qlora_cli.core.models.quantization import BLOCK_SIZE, four_bit_values, pack_weight, round_trip_constants
+from qlora_cli.kernels.ordered_rounding import borders_between, round_in_order
 from qlora_cli.settings.groups import QuantizationSettings
 
 SHRINKING = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)  # of a block's largest magnitude, tried as its constant
@@ -54,7 +55,7 @@ def round_to_four_bits(
         # Columns as rows: each is read and written in one piece.
         values_wanted, steps = weight[:, part].T.contiguous(), step[:, part].T.contiguous()
         if moment is None:
-            places[part] = torch.bucketize(values_wanted / steps, _borders(values))
+            places[part] = torch.bucketize(values_wanted / steps, borders_between(values))
             continue
         square = damped_moment(moment, part)
         found = _round_columns(values_wanted, steps, values, square)
@@ -77,15 +78,10 @@ def _pack_constants(constants: Tensor, columns: int, quantization: QuantizationS
     return pack_weight(template, quant_type=quantization.quant_type, double_quant=quantization.double_quant)
 
 
-def _borders(values: Tensor) -> Tensor:
-    """Between values, ascending: a number belongs to the place of those below it."""
-    return (values[1:] + values[:-1]) / 2
-
-
 def _search_constants(weight: Tensor, values: Tensor, importance: Tensor) -> Tensor:
     """(out, blocks): of the constants tried, the one that leaves the least weighted error in its block."""
     blocked = weight.view(len(weight), -1, BLOCK_SIZE)
-    weights, borders = importance.view(-1, BLOCK_SIZE), _borders(values)
+    weights, borders = importance.view(-1, BLOCK_SIZE), borders_between(values)
     largest = blocked.abs().amax(dim=-1)
     best, least = largest, torch.full_like(largest, torch.inf)
     for factor in SHRINKING:
@@ -116,54 +112,26 @@ def _round_columns(weight: Tensor, step: Tensor, values: Tensor, square: Tensor)
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
     inverse = torch.linalg.cholesky(inverse, upper=True)
-    shares = inverse / inverse.diagonal()[:, None]  # of a column's error, what each later one takes
+    shares = -inverse / inverse.diagonal()[:, None]  # of a column's change, what each later one takes
     left, places = weight.clone(), torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
-    nearest = _Nearest(values, left[0])
     for start in range(0, len(weight), COLUMNS):
         part = slice(start, start + COLUMNS)
-        errors = torch.zeros_like(left[part])
         given = shares[part, part].triu(1).T.contiguous()  # a row: what a column takes of those before it in the block
-        for wanted, of_errors, steps, place, error in zip(
-            left[part], given, step[part], places[part], errors, strict=True
-        ):
-            torch.addmv(wanted, errors.T, of_errors, alpha=-1, out=wanted)
-            torch.sub(wanted, nearest.take(wanted, steps, place), out=error)
-        left[part.stop :] -= shares[part, part.stop :].T @ errors
+        changes = round_in_order(left[part], given, step[part], values, places[part])
+        left[part.stop :] -= shares[part, part.stop :].T @ changes
     return places
 
 
 def _descend(weight: Tensor, step: Tensor, values: Tensor, square: Tensor, places: Tensor) -> Tensor:
     """Places, (in, out), after some sweeps in which each column takes what is best beside all others as they are."""
-    taken = values[places] * step
-    nearest, whole = _Nearest(values, taken[0]), square.diagonal()[:, None]
+    taken, whole = values[places] * step, square.diagonal()[:, None]
     for _ in range(SWEEPS):
         pull = square @ (weight - taken)  # half the negative gradient; of a sweep only columns to come are kept up
         for start in range(0, len(weight), COLUMNS):
             part = slice(start, start + COLUMNS)
-            changes = torch.zeros_like(taken[part])
             # In units of a column's own square, so that a column's pull is the step that it wants.
-            wanted_steps = pull[part] / whole[part]
             given = square[part, part].tril(-1) / whole[part]
-            for wanted, of_changes, steps, place, was, change in zip(
-                wanted_steps, given, step[part], places[part], taken[part], changes, strict=True
-            ):
-                torch.addmv(wanted, changes.T, of_changes, alpha=-1, out=wanted)
-                torch.sub(nearest.take(wanted.add_(was), steps, place), was, out=change)
+            changes = round_in_order(pull[part] / whole[part], given, step[part], values, places[part], taken[part])
             taken[part] += changes
             pull[part.stop :] -= square[part, part.stop :].T @ changes
     return places
-
-
-class _Nearest:
-    """The values of a 4-bit type nearest to those of a column; nothing is allocated for one, of which there are many."""
-
-    def __init__(self, values: Tensor, column: Tensor) -> None:
-        self._values, self._borders = values, _borders(values)
-        self._scaled, self._taken = torch.empty_like(column), torch.empty_like(column)
-
-    def take(self, wanted: Tensor, steps: Tensor, places: Tensor) -> Tensor:
-        """What is taken, (out,), good until the next call; its places are written. All are in one piece."""
-        torch.div(wanted, steps, out=self._scaled)
-        torch.bucketize(self._scaled, self._borders, out=places)
-        torch.index_select(self._values, 0, places, out=self._taken)
-        return self._taken.mul_(steps)

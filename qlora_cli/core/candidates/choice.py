@@ -17,7 +17,7 @@ from qlora_cli.core.candidates.losses import LIVE, UNTUNED, Candidate, MergedWei
 from qlora_cli.core.candidates.rounded_weights import RoundedWeights
 from qlora_cli.core.device import free_memory, read_free_bytes
 from qlora_cli.core.merge.base import Base
-from qlora_cli.core.merge.compare_models import choose_rows
+from qlora_cli.core.merge.compare_models import choose_rows, pad_together
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
 from qlora_cli.core.merge.verify import WORKING_BYTES, find_rows, find_trained_rows, trained_bytes, why_not_loaded
 from qlora_cli.core.merge.weight_tying import embedding_names
@@ -163,8 +163,8 @@ def _measure(
     """The choice, or why there is none."""
     rows, described = find_rows(source.directory, base.files.tokenizer)
     vocabulary = base.model.get_parameter(embedding_names(base.model)[0]).shape[0]
-    measured = choose_rows(rows, vocabulary=vocabulary, device=options.device)
-    if "built-in" in described or not measured:
+    chosen = choose_rows(rows, vocabulary=vocabulary, device=options.device)
+    if "built-in" in described or not chosen:
         return "the rows of its run are not at hand"
     seen = _calibration_batches(source.directory, options.device) if options.pack else []
     model, _ = load_base(base.files, options.quantization, compute_dtype=options.compute_dtype, device=options.device)
@@ -183,9 +183,10 @@ def _measure(
         else:
             candidates[name] = Candidate(weights, _to_nearest(options))
     adapted = load_adapter(model, source.directory).eval()
+    measured = pad_together(chosen, vocabulary=vocabulary, device=options.device)
     losses = measure_losses(adapted, base.model, candidates, measured, seen, report)
     best = min(candidates, key=lambda name: losses[name])  # of equal ones the first
-    tokens = sum(int(trained[1:].sum()) for _, trained in measured)
+    tokens = sum(len(batch.targets) for batch in measured)
     return Choice(best, losses, tokens, described, rounded if best == DEQUANTIZED else None)
 
 

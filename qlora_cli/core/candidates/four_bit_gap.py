@@ -20,7 +20,7 @@ from qlora_cli.core.candidates.losses import mean_loss, replaced_linears
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.device import free_memory
 from qlora_cli.core.engine.decoder_layers import find_layers
-from qlora_cli.core.merge.compare_models import Row, choose_rows
+from qlora_cli.core.merge.compare_models import RowBatch, choose_rows, pad_together
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.quantization import four_bit_linears
 from qlora_cli.core.models.structure import find_decoder
@@ -71,21 +71,21 @@ class Mixture:
 
 
 def measure_gap(
-    model: Any, originals: OriginalWeights | None, rows: Sequence[Row], report: Report, *, adapted: bool
+    model: Any, originals: OriginalWeights | None, rows: Sequence[RowBatch], report: Report, *, adapted: bool
 ) -> LossGap:
     """Losses in 16 bits, where the original weights are at hand, in 4 bits, and with the adapter, if there is one.
 
     Args:
         model: A 4-bit base, or with `adapted` the PEFT model of one, in evaluation mode.
         originals: The base's checkpoint.
-        rows: At least one; from `choose_rows`.
+        rows: At least one; from `pad_together`.
 
     Raises:
         ModelError: The rows cannot be sent through layer by layer.
     """
     base = model.get_base_model() if adapted else model
     layers = _linears_of_layers(base)
-    batches = as_batches(rows)
+    batches = [batch.ids for batch in rows]
     without = model.disable_adapter if adapted else nullcontext
     forms = {"four_bits": ActivationStream(base, batches)}
     if adapted:
@@ -130,12 +130,13 @@ def measure_held_out(model: Any, files: ModelFiles, rows: RowSubset, vocabulary:
     if not held_out:
         return None
     model.eval()
+    together = pad_together(held_out, vocabulary=vocabulary, device=device)
     try:
         if stored_format(files.config, files.name) is not None:
-            gap = measure_gap(model, None, held_out, report, adapted=True)
+            gap = measure_gap(model, None, together, report, adapted=True)
         else:
             with OriginalWeights(files) as originals:
-                gap = measure_gap(model, originals, held_out, report, adapted=True)
+                gap = measure_gap(model, originals, together, report, adapted=True)
     except torch.OutOfMemoryError:
         reason = "there is no memory left for one layer's original weights beside the base"
     except ModelError as error:
@@ -152,7 +153,7 @@ def measure_held_out(model: Any, files: ModelFiles, rows: RowSubset, vocabulary:
 
 
 def measure_layers(
-    base: Any, originals: OriginalWeights, rows: Sequence[Row], report: Report
+    base: Any, originals: OriginalWeights, rows: Sequence[RowBatch], report: Report
 ) -> tuple[LossGap, list[LayerError], list[Mixture]]:
     """Losses of a 4-bit base in 16 and 4 bits, each layer's error, the largest first, and mixtures that spare the worst.
 
@@ -160,7 +161,7 @@ def measure_layers(
         ModelError: The rows cannot be sent through layer by layer.
     """
     layers = _linears_of_layers(base)
-    batches = as_batches(rows)
+    batches = [batch.ids for batch in rows]
     four, sixteen = ActivationStream(base, batches), ActivationStream(base, batches)
     errors = []
     for number, names in enumerate(layers):
@@ -182,13 +183,13 @@ def measure_layers(
 def _mix(
     base: Any,
     originals: OriginalWeights,
-    rows: Sequence[Row],
+    rows: Sequence[RowBatch],
     layers: list[list[str]],
     worst: Sequence[LayerError],
     report: Report,
 ) -> list[Mixture]:
     chosen = {layer.layer for layer in worst}
-    streams = {bits: ActivationStream(base, as_batches(rows)) for bits in (8, 16)}
+    streams = {bits: ActivationStream(base, [batch.ids for batch in rows]) for bits in (8, 16)}
     for number, names in enumerate(layers):
         exact = {name: _original(base, originals, name) for name in names} if number in chosen else {}
         with replaced_linears(base, exact):
@@ -201,11 +202,6 @@ def _mix(
         Mixture(tuple(sorted(chosen)), bits, mean_loss(stream, rows), int(weights * (bits - FOUR_BITS_OF_WEIGHT) / 8))
         for bits, stream in streams.items()
     ]
-
-
-def as_batches(rows: Sequence[Row]) -> list[Tensor]:
-    """Token ids, (1, length) int64 of each row."""
-    return [torch.from_numpy(ids.astype(np.int64))[None] for ids, _ in rows]
 
 
 def _linears_of_layers(base: Any) -> list[list[str]]:
@@ -245,5 +241,5 @@ def _change(found: Tensor, wanted: Tensor) -> float:
     return float((change / wanted.float().square().sum(-1).clamp(min=1e-30)).mean())
 
 
-def _trained(rows: Sequence[Row]) -> int:
-    return sum(int(trained[1:].sum()) for _, trained in rows)
+def _trained(rows: Sequence[RowBatch]) -> int:
+    return sum(len(batch.targets) for batch in rows)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.calibration.activation_stream import ActivationStream
 from qlora_cli.core.candidates.compensated_rounding import Round, round_layer
-from qlora_cli.core.merge.compare_models import Row
+from qlora_cli.core.merge.compare_models import RowBatch
 from qlora_cli.core.merge.plan import MergePlan, MergeTask
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.storage.safetensors_header import TensorEntry
@@ -72,7 +71,7 @@ def measure_losses(
     adapted: Any,
     structure: nn.Module,
     candidates: Mapping[str, Candidate],
-    rows: Sequence[Row],
+    measured: Sequence[RowBatch],
     seen: Sequence[Tensor],
     report: Report,
 ) -> dict[str, float]:
@@ -83,7 +82,7 @@ def measure_losses(
         adapted: The PEFT model of the 4-bit base, its adapter live, in evaluation mode.
         structure: The base's architecture on the meta device.
         candidates: By name.
-        rows: Measured on; from `choose_rows`, at least one.
+        measured: At least one; from `pad_together`.
         seen: Token ids of others, (rows, length) int64, of which moments of inputs are gathered where a candidate knows
             its inputs.
         report: Receives the progress.
@@ -92,7 +91,7 @@ def measure_losses(
         ModelError: The rows cannot be sent through layer by layer.
     """
     base = adapted.get_base_model()
-    batches = [torch.from_numpy(ids.astype(np.int64))[None] for ids, _ in rows]
+    batches = [batch.ids for batch in measured]
     plain = (UNTUNED,) if any(candidate.rounded for candidate in candidates.values()) else ()
     knowing = [name for name, candidate in candidates.items() if candidate.knows_inputs]
     streams = {}
@@ -117,7 +116,7 @@ def measure_losses(
             with adapted.disable_adapter():
                 streams[UNTUNED].advance()
         report(Progress("Measuring ways to merge", number, len(streams[LIVE].layers), unit="layers"))
-    return {name: mean_loss(stream, rows) for name, stream in streams.items()}
+    return {name: mean_loss(stream, measured) for name, stream in streams.items()}
 
 
 def _round_knowing(
@@ -181,13 +180,11 @@ def replaced_linears(
             base.set_submodule(name, module)
 
 
-def mean_loss(stream: ActivationStream, rows: Sequence[Row]) -> float:
-    """Mean loss, nats a trained token, of rows that are the last batches of a stream with every layer behind it."""
+def mean_loss(stream: ActivationStream, measured: Sequence[RowBatch]) -> float:
+    """Mean loss, nats a trained token, of the last batches of a stream with every layer behind it."""
     total, tokens = 0.0, 0
-    for number, (ids, trained) in enumerate(rows, start=stream.batches - len(rows)):
-        logits = stream.logits(number)[0, :-1]  # (length - 1, vocabulary)
-        places = torch.from_numpy(np.flatnonzero(trained[1:])).to(logits.device)
-        targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)[places]
-        total += float(F.cross_entropy(logits[places].float(), targets, reduction="sum"))
-        tokens += len(places)
+    for number, batch in enumerate(measured, start=stream.batches - len(measured)):
+        logits, targets = batch.predictions(stream.logits(number))
+        total += float(F.cross_entropy(logits, targets, reduction="sum"))
+        tokens += len(targets)
     return total / tokens

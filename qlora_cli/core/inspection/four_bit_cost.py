@@ -13,7 +13,7 @@ from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import prepare_cached_rows
 from qlora_cli.core.device import free_memory, resolve_compute_dtype
 from qlora_cli.core.inspection.weight_stats import table
-from qlora_cli.core.merge.compare_models import choose_rows
+from qlora_cli.core.merge.compare_models import choose_rows, pad_together
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.weights.stored_formats import stored_format
@@ -46,9 +46,11 @@ def measure_four_bit_cost(
     if not rows:
         raise DataError("No row of --data has a token that is trained.", "See: qlora prepare --show 3")
     dtype = resolve_compute_dtype(config.compute_dtype, device)
+    # Each by itself: of what a layer loses, a mean over all tokens, none may be padding.
+    batches = pad_together(rows, vocabulary=vocabulary, device=device, most_tokens=1)
     base, _ = load_base(files, config, compute_dtype=dtype, device=device)
     with OriginalWeights(files) as originals:
-        gap, layers, mixtures = measure_layers(base, originals, rows, report)
+        gap, layers, mixtures = measure_layers(base, originals, batches, report)
     del base
     free_memory(device)
     assert gap.sixteen_bits is not None

@@ -15,9 +15,32 @@ from qlora_cli.events import Progress, Report
 KEPT_BYTES = 2**29  # float32 log-probabilities of the first model held on the host while the second one answers
 MOST_TOKENS = {"cuda": 8192, "cpu": 1024}  # enough for a mean KL of 1e-5 ± 1e-6; a 7B model on CPU reads 10 a second
 MOST_ROW_TOKENS = 512
+# Of rows that go through a model together: a GPU waits for Python with few, a CPU does not. Of a large vocabulary fewer, for
+# whose logits this is the memory.
+BATCH_TOKENS = {"cuda": 2048, "cpu": MOST_ROW_TOKENS}
+LOGITS_BYTES = 2**28
 
 Row = tuple[np.ndarray, np.ndarray]  # input_ids int32 (n,), trained bool (n,)
 OpenModel = Callable[[], AbstractContextManager[nn.Module]]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows that go through a causal model together, padded at their ends, which changes nothing in front.
+
+    Attributes:
+        ids: (rows, length) int64.
+        places: Where the next token is trained, (predicted,) int64, counted over all rows.
+        targets: Those tokens, (predicted,) int64.
+    """
+
+    ids: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+
+    def predictions(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what a model gave, (rows, length, vocabulary), that at the places, (predicted, vocabulary) float32, and targets."""
+        return logits.flatten(0, 1)[self.places.to(logits.device)].float(), self.targets.to(logits.device)
 
 
 @dataclass(frozen=True)
@@ -63,46 +86,75 @@ def choose_rows(
     return chosen
 
 
+def pad_together(
+    rows: Sequence[Row], *, vocabulary: int, device: torch.device, most_tokens: int | None = None
+) -> list[RowBatch]:
+    """The rows in batches of neighbours in length, of at most so many tokens or one row."""
+    most = most_tokens or min(BATCH_TOKENS.get(device.type, MOST_ROW_TOKENS), LOGITS_BYTES // (4 * vocabulary))
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row[0])):
+        if batches and (len(batches[-1]) + 1) * len(row[0]) <= most:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [_pad(batch) for batch in batches]
+
+
+def _pad(rows: Sequence[Row]) -> RowBatch:
+    ids = np.zeros((len(rows), len(rows[-1][0])), dtype=np.int64)
+    predicting = np.zeros(ids.shape, dtype=np.bool_)
+    for number, (row, trained) in enumerate(rows):
+        ids[number, : len(row)] = row
+        predicting[number, : len(row) - 1] = trained[1:]
+    places = np.flatnonzero(predicting)
+    return RowBatch(*map(torch.from_numpy, (ids, places, ids.flatten()[places + 1])))
+
+
 def compare_models(
-    open_reference: OpenModel, open_other: OpenModel, rows: Sequence[Row], *, device: torch.device, report: Report
+    open_reference: OpenModel,
+    open_other: OpenModel,
+    batches: Sequence[RowBatch],
+    *,
+    device: torch.device,
+    report: Report,
 ) -> Comparison:
     """Compares two models on the trained tokens of some rows, one model in memory at a time.
 
     Args:
         open_reference: Opens the model that is right; closing it frees its memory.
         open_other: Opens the model to compare with it.
-        rows: From `choose_rows`; at least one.
+        batches: From `pad_together`; at least one.
     """
     kept: list[torch.Tensor] = []
+    rows, done = sum(len(batch.ids) for batch in batches), 0
     with open_reference() as model:
-        for number, row in enumerate(rows, start=1):
-            kept.append(_log_probabilities(model, row, device).cpu())
-            report(Progress("Verifying base + adapter", number, len(rows)))
+        for batch in batches:
+            kept.append(_log_probabilities(model, batch, device)[0].cpu())
+            done += len(batch.ids)
+            report(Progress("Verifying base + adapter", done, rows))
     del model
     free_memory(device)
     totals = torch.zeros(4, dtype=torch.float64)  # KL, cross-entropy of each, agreements
-    kl_max, tokens = -math.inf, 0
+    kl_max, tokens, done = -math.inf, 0, 0
     with open_other() as model:
-        for number, (row, reference) in enumerate(zip(rows, kept, strict=True), start=1):
-            other = _log_probabilities(model, row, device)
+        for batch, reference in zip(batches, kept, strict=True):
+            other, targets = _log_probabilities(model, batch, device)
             reference = reference.to(device)
             divergence = torch.sum(reference.exp() * (reference - other), dim=-1)  # (predicted,)
-            targets = torch.from_numpy(row[0][1:][row[1][1:]].astype(np.int64)).to(device)  # (predicted,)
             likelihoods = [log.gather(1, targets.unsqueeze(1)).sum().double() for log in (reference, other)]
             agreements = (reference.argmax(-1) == other.argmax(-1)).sum().double()
             totals += torch.stack([divergence.double().sum(), -likelihoods[0], -likelihoods[1], agreements]).cpu()
             kl_max, tokens = max(kl_max, float(divergence.max())), tokens + len(targets)
-            report(Progress("Verifying merged model", number, len(rows)))
+            done += len(batch.ids)
+            report(Progress("Verifying merged model", done, rows))
     del model
     free_memory(device)
     kl, reference_loss, other_loss, agreement = (totals / tokens).tolist()
-    return Comparison(kl, kl_max, math.exp(reference_loss), math.exp(other_loss), agreement, tokens, len(rows))
+    return Comparison(kl, kl_max, math.exp(reference_loss), math.exp(other_loss), agreement, tokens, rows)
 
 
 @torch.inference_mode()
-def _log_probabilities(model: nn.Module, row: Row, device: torch.device) -> torch.Tensor:
-    """(predicted, vocabulary) float32: at every position whose next token is trained."""
-    ids = torch.from_numpy(row[0].astype(np.int64)).to(device).unsqueeze(0)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # (tokens - 1, vocabulary)
-    predicting = torch.from_numpy(np.flatnonzero(row[1][1:])).to(device)
-    return torch.log_softmax(logits[predicting].float(), dim=-1)
+def _log_probabilities(model: nn.Module, batch: RowBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(predicted, vocabulary) float32 at every position whose next token is trained, and those tokens."""
+    logits, targets = batch.predictions(model(input_ids=batch.ids.to(device), use_cache=False).logits)
+    return torch.log_softmax(logits, dim=-1), targets

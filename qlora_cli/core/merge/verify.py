@@ -20,7 +20,7 @@ from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.data.dataset import PreparedRows, RowSubset, split_rows
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.merge.base import Base
-from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models
+from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models, pad_together
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.merge.weight_tying import embedding_names
 from qlora_cli.core.models.files import resolve_model
@@ -33,7 +33,7 @@ from qlora_cli.sizes import format_bytes
 
 MOST_KL = 0.01  # nats a token; rounding to bfloat16 costs 3e-5, merging into the wrong weights 0.1 and more
 FOUR_BIT_BYTES = 0.57  # a weight in 4 bits with its constants
-WORKING_BYTES = 2**30  # activations and logits of one row, and what the allocator rounds up
+WORKING_BYTES = 2**30  # activations and logits of a batch, and what the allocator rounds up
 LEAST_TOKENS = 512  # held out, below which rows trained on are added: a mean over few tokens says little
 # Plain prose, code and a dialogue: read where a run's own rows are gone.
 TEXTS = (
@@ -114,8 +114,9 @@ def verify_merge(
         model, _ = load_base(files, options.quantization, compute_dtype=options.compute_dtype, device=device)
         yield load_adapter(model, adapter).eval()
 
+    batches = pad_together(chosen, vocabulary=vocabulary, device=device)
     return compare_models(
-        open_trained, lambda: open_merged(directory, base, options), chosen, device=device, report=report
+        open_trained, lambda: open_merged(directory, base, options), batches, device=device, report=report
     ), described
 
 
