@@ -18,7 +18,7 @@ from transformers import (
 
 from qlora_cli.core.calibration.activation_stream import ActivationStream
 from qlora_cli.core.candidates.compensated_rounding import Shortfall, round_layer, share_of_stream, silenced
-from qlora_cli.core.candidates.losses import replaced_linears
+from qlora_cli.core.candidates.losses import ReplacedLinears
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
@@ -107,10 +107,10 @@ def test_the_second_layer_makes_up_for_the_first(architecture):
                 kept |= wanted
                 return wanted
 
-            chosen = round_layer(live, better, linears, weights, partial(replaced_linears, model), keep)
+            chosen = round_layer(live, better, linears, weights, partial(ReplacedLinears, model), keep)
             assert as_wanted.keys() == weights.keys()
         for stream, used in ((plain, hurt), (better, chosen)):
-            with replaced_linears(model, used):
+            with ReplacedLinears(model, used):
                 stream.advance()
         live.advance()
     other = len(batches) - 1
@@ -128,7 +128,7 @@ def test_one_batch_shows_nothing_that_holds_on_others_and_weights_stay():
         return {name: model.get_submodule(name) for name in names}
 
     rounded._hidden = [0.5 * hidden for hidden in rounded._hidden]
-    found = round_layer(live, rounded, linears, weights, partial(replaced_linears, model), lambda wanted, _: wanted)
+    found = round_layer(live, rounded, linears, weights, partial(ReplacedLinears, model), lambda wanted, _: wanted)
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
 
@@ -151,7 +151,7 @@ def test_a_layer_that_is_called_twice_is_rounded_by_all_that_it_reads_and_makes_
         return wanted
 
     rounded._hidden = [0.5 * hidden for hidden in rounded._hidden]
-    round_layer(live, rounded, linears, weights, partial(replaced_linears, model), keep)
+    round_layer(live, rounded, linears, weights, partial(ReplacedLinears, model), keep)
     for name, (value, tokens) in seen.items():
         assert tokens == (2 if "mlp" in name else 1) * 2 * 8 * 32
         assert torch.equal(value, weights[name]) or "mlp" not in name

@@ -11,7 +11,6 @@ measured on some that were left out, and that share is taken.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from qlora_cli.core.engine.lora_linear import group_by_input, noted_calls
 Round = Callable[[Mapping[str, Tensor], SecondMoment | None], Mapping[str, Tensor]]
 Replace = Callable[
     [Mapping[str, Tensor]], AbstractContextManager[None]
-]  # a context in which linear layers compute with these weights
+]  # a context, to be entered as often as one likes, in which linear layers compute with these weights
 
 CHECKED_BATCHES = 4  # of so many one is left out, to see what holds on it
 LEAST_SHARE, MOST_STRAY = 1e-3, 0.05  # of a change of a linear's output that comes to the stream; of what comes besides
@@ -88,12 +87,13 @@ def round_layer(
         rounded: The same rows in the rounded model, at the same layer.
         linears: The layer's linear layers by name, as they are when it is called.
         weights: Merged, (out, in) on the device, by the same names.
-        replaced: Has the layers compute with weights inside a block, without their adapters.
+        replaced: Has the layers compute with weights inside a block, without their adapters; one context, many blocks.
         round_weights: Receives weights (out, in) float32 that read the same inputs, and the second moment of those, and
             gives what is computed with instead.
     """
     now = dict(weights)
-    with replaced(now):
+    inside = replaced(now)
+    with inside:
         names = {id(module): name for name, module in linears().items()}
         groups = [[names[id(m)] for m in group] for group in group_by_input(linears().values(), rounded.probe)]
     called = {name for group in groups for name in group}
@@ -102,15 +102,16 @@ def round_layer(
         waiting = [name for name in waiting if name not in group]
         share = None
         if len(group) == 1:
-            with replaced(now), silenced([linears()[name] for name in waiting]):
+            with inside, silenced([linears()[name] for name in waiting]):
                 share = share_of_stream(rounded, linears()[group[0]])
         silent = waiting if share else [*waiting, *group]
-        found = _gather(live, rounded, linears, group[0], silent, partial(replaced, now), through_stream=bool(share))
+        found = _gather(live, rounded, linears, group[0], silent, inside, through_stream=bool(share))
         answer, moment = _settle(*found)
         wanted = {name: now[name].float() for name in group}
         if answer is not None:
             wanted = {name: w + (answer / share if share else w @ answer) for name, w in wanted.items()}
         now |= {name: value.to(now[name].dtype) for name, value in round_weights(wanted, moment).items()}
+        inside = replaced(now)
     for name in weights.keys() - called:  # none or several calls: as it is
         with replaced(now):
             moment = _plain_moment(rounded, linears()[name])
@@ -124,7 +125,7 @@ def _gather(
     linears: Callable[[], Mapping[str, Any]],
     reader: str,
     silent: Sequence[str],
-    replaced: Callable[[], AbstractContextManager[None]],
+    inside: AbstractContextManager[None],
     *,
     through_stream: bool,
 ) -> tuple[Shortfall, Shortfall]:
@@ -136,8 +137,8 @@ def _gather(
     batches, comparable = rounded.counted, True
     for batch in range(batches):
         inputs, ends = [], []
-        for stream, context in ((live, nullcontext), (rounded, replaced)):
-            with context():
+        for stream, context in ((live, nullcontext()), (rounded, inside)):
+            with context:
                 modules = linears()
                 with silenced([modules[name] for name in silent]), _noted(modules[reader]) as calls:
                     ends.append(stream.outputs(batch).float())

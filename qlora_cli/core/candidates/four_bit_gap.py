@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.calibration.activation_stream import ActivationStream
-from qlora_cli.core.candidates.losses import mean_loss, replaced_linears
+from qlora_cli.core.candidates.losses import ReplacedLinears, mean_loss
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.device import free_memory
 from qlora_cli.core.engine.decoder_layers import find_layers
@@ -97,7 +97,7 @@ def measure_gap(
             forms["four_bits"].advance()
         if originals is not None:
             # What is replaced lies inside of the adapter's layers, which are switched off besides.
-            with without(), replaced_linears(base, {name: _original(base, originals, name) for name in names}):
+            with without(), ReplacedLinears(base, {name: _original(base, originals, name) for name in names}):
                 forms["sixteen_bits"].advance()
         if adapted:
             forms["adapter"].advance()
@@ -166,7 +166,7 @@ def measure_layers(
     errors = []
     for number, names in enumerate(layers):
         kept = [four.outputs(batch) for batch in range(four.batches)]
-        with replaced_linears(base, {name: _original(base, originals, name) for name in names}):
+        with ReplacedLinears(base, {name: _original(base, originals, name) for name in names}):
             error = np.mean([_change(out, four.outputs(batch)) for batch, out in enumerate(kept)])
             sixteen.advance()
         del kept
@@ -192,9 +192,9 @@ def _mix(
     streams = {bits: ActivationStream(base, [batch.ids for batch in rows]) for bits in (8, 16)}
     for number, names in enumerate(layers):
         exact = {name: _original(base, originals, name) for name in names} if number in chosen else {}
-        with replaced_linears(base, exact):
+        with ReplacedLinears(base, exact):
             streams[16].advance()
-        with replaced_linears(base, {name: _in_eight_bits(weight) for name, weight in exact.items()}):
+        with ReplacedLinears(base, {name: _in_eight_bits(weight) for name, weight in exact.items()}):
             streams[8].advance()
         report(Progress("Trying more bits in the worst layers", number + 1, len(layers), unit="layers"))
     weights = sum(layer.weights for layer in worst)

@@ -5,8 +5,8 @@ step: at each layer the model as it was trained, then with the layer's linears r
 which are computed by the tasks that would write them. So no merged model is ever whole.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -109,7 +109,7 @@ def measure_losses(
                 weights = _round_knowing(base, weights, biases, candidate, streams[LIVE], streams[name])
             elif candidate.rounded:
                 weights = {n: candidate.rounded({n: w.float()}, None)[n].to(w.dtype) for n, w in weights.items()}
-            with replaced_linears(base, weights, biases):
+            with ReplacedLinears(base, weights, biases):
                 streams[name].advance()
         streams[LIVE].advance()
         if plain:
@@ -130,7 +130,7 @@ def _round_knowing(
     assert candidate.rounded is not None
 
     def replaced(now: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        return replaced_linears(base, now, biases)
+        return ReplacedLinears(base, now, biases)
 
     def linears() -> dict[str, Any]:
         return {name: base.get_submodule(name) for name in weights}
@@ -153,31 +153,40 @@ def _read_merged(
     return values, biases
 
 
-@contextmanager
-def replaced_linears(
-    base: Any, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor] = MappingProxyType({})
-) -> Iterator[None]:
-    """Linear layers computing with these weights, (out, in), inside the block, without their adapters.
+class ReplacedLinears:
+    """Inside of a block, as often as it is entered, linear layers compute with other weights and without their adapters."""
 
-    Args:
-        base: The model that they are in.
-        weights: By the layers' names, on their device, in the base's dtype.
-        biases: Where they are others than the layers' own.
-    """
-    kept = {name: base.get_submodule(name) for name in weights}
-    for name, module in kept.items():
-        own = getattr(module, "base_layer", module).bias
-        dense = nn.Linear(1, 1, bias=False, device="meta")
-        dense.weight = nn.Parameter(weights[name], requires_grad=False)
-        dense.out_features, dense.in_features = dense.weight.shape
-        if own is not None:
-            dense.bias = nn.Parameter(biases.get(name, own.detach()).to(base.dtype), requires_grad=False)
-        base.set_submodule(name, dense)
-    try:
-        yield
-    finally:
-        for name, module in kept.items():
-            base.set_submodule(name, module)
+    def __init__(
+        self, base: Any, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Makes the layers.
+
+        Args:
+            base: The model that they are in.
+            weights: (out, in) by the layers' names, on their device, in the base's dtype.
+            biases: Where they are others than the layers' own.
+        """
+        self._places: list[
+            tuple[dict[str, Any], str, nn.Module, nn.Module]
+        ] = []  # what holds each, its name, it, the new
+        for name, weight in weights.items():
+            parent, _, child = name.rpartition(".")
+            held = base.get_submodule(parent)._modules
+            own = getattr(held[child], "base_layer", held[child]).bias
+            dense = nn.Linear(1, 1, bias=False, device="meta")
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            dense.out_features, dense.in_features = weight.shape
+            if own is not None:
+                dense.bias = nn.Parameter(biases.get(name, own.detach()).to(base.dtype), requires_grad=False)
+            self._places.append((held, child, held[child], dense))
+
+    def __enter__(self) -> None:
+        for held, child, _, dense in self._places:
+            held[child] = dense
+
+    def __exit__(self, *_: object) -> None:
+        for held, child, module, _ in self._places:
+            held[child] = module
 
 
 def mean_loss(stream: ActivationStream, measured: Sequence[RowBatch]) -> float:
