@@ -181,12 +181,12 @@ class ReplacedLinears:
             self._places.append((held, child, held[child], dense))
 
     def __enter__(self) -> None:
-        for held, child, _, dense in self._places:
-            held[child] = dense
+        for held, child, _, other in self._places:
+            held[child] = other
 
-    def __exit__(self, *_: object) -> None:
-        for held, child, module, _ in self._places:
-            held[child] = module
+    def __exit__(self, *error: object) -> None:
+        for held, child, own, _ in self._places:
+            held[child] = own
 
 
 def mean_loss(stream: ActivationStream, measured: Sequence[RowBatch]) -> float:
