@@ -23,7 +23,7 @@ from qlora_cli.core.planning.suggestions import write_train_command
 from qlora_cli.errors import AdapterError, ModelError, RunError, UsageError
 from qlora_cli.settings.ranges import parse_memory
 
-pytestmark = pytest.mark.usefixtures("remembered_profiles")
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 SEVEN_B = {
     "vocab_size": 32000,

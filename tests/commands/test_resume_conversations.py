@@ -18,7 +18,7 @@ from qlora_cli.events import StepLogged
 from tests.conftest import most_slow
 from tests.experts.expert_modules import write_expert_model
 
-pytestmark = pytest.mark.usefixtures("remembered_profiles")
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 TEMPLATE = (
     "{{ style }}{% for m in messages %}{{ m.role }}: "

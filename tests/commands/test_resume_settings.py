@@ -19,7 +19,7 @@ from qlora_cli.events import Notice, StepLogged
 from qlora_cli.settings.setting import CALL, FREE, RESOLVED, RESUME, ROUNDING, SAME, type_of
 from tests.conftest import most_slow
 
-pytestmark = pytest.mark.usefixtures("remembered_profiles")
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 CLOCK = ("step_seconds", "tokens_per_second", "peak_vram_bytes")
 CLASSES = {option.name: option.metadata["resume"] for option in fields(TrainConfig)}

@@ -13,6 +13,8 @@ import qlora_cli.commands.inspect
 import qlora_cli.commands.merge
 import qlora_cli.commands.prepare  # noqa: F401 - so that no child has to
 from qlora_cli.cli.app import main
+from qlora_cli.commands import train
+from qlora_cli.core.candidates.four_bit_gap import measure_held_out
 from qlora_cli.core.runs import metrics
 
 
@@ -42,7 +44,10 @@ def run(
         wanted = {"at": -1, "mode": 0, "sticky": 0, "reads": 0, **(fault or {})}
         numbers = (wanted["at"], wanted["mode"], wanted["sticky"], wanted["reads"], ways)
         injector.fault_arm(root.encode(), *numbers, names.encode())
-    with mock.patch.object(metrics, "draw_losses", lambda *_, **__: b"drawn"):  # a quarter of a run's time
+    with (
+        mock.patch.object(metrics, "draw_losses", lambda *_, **__: b"drawn"),  # a quarter of a run's time
+        mock.patch.object(train, "measure_held_out", measure_held_out),  # which other victims go without
+    ):
         code = main(arguments)
     with suppress(AttributeError):
         injector.fault_disarm()

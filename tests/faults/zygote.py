@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 
 import qlora_cli.commands.train  # noqa: F401 - what the children need
 from qlora_cli.errors import QloraError
-from tests.conftest import draw_curves_once
+from tests.conftest import draw_curves_once, leave_gap_out, remember_profiles
 from tests.faults import command_line, victims  # noqa: F401
 
 IMPORTED = frozenset(sys.modules)
@@ -76,7 +76,8 @@ def run_here(request: dict) -> dict:
 def main() -> None:
     """Serves until stdin ends."""
     torch.set_num_threads(1)
-    draw_curves_once(pytest.MonkeyPatch())
+    for shorten in (draw_curves_once, leave_gap_out, remember_profiles):
+        shorten(pytest.MonkeyPatch())
     for name in LATER:
         importlib.import_module(name)
     for line in sys.stdin:

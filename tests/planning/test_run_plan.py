@@ -15,7 +15,7 @@ from qlora_cli.errors import DoesNotFit, UsageError
 from qlora_cli.sizes import format_bytes
 
 MIB = 2**20
-pytestmark = pytest.mark.usefixtures("remembered_profiles")
+pytestmark = pytest.mark.usefixtures("short_runs")
 CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
 MODEL = transformers.LlamaConfig(
     vocab_size=8192, hidden_size=1024, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2816
