@@ -9,9 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.kernels import lora_products
+from qlora_cli.kernels import float8, lora_products
 from qlora_cli.kernels.lora_products import Dropout, LinearOptions
 from qlora_cli.kernels.weights import FrozenWeight
+
+
+def tensors_of(weight: FrozenWeight) -> tuple[Tensor | None, ...]:
+    """A weight's tensors, in the order of its fields."""
+    return (*weight[2:9], *weight[11:])
+
+
+def numbers_of(weight: FrozenWeight) -> tuple[int, ...]:
+    """Rows, columns and both block sizes of a weight."""
+    return (*weight[:2], *weight[9:11])
+
+
+def made_of(tensors: Any, numbers: Any) -> FrozenWeight:
+    """The weight with these `tensors_of` and `numbers_of`."""
+    return FrozenWeight(*numbers[:2], *tensors[:7], *numbers[2:], *tensors[7:])
 
 
 class _QloraLinear(torch.autograd.Function):
@@ -32,9 +47,9 @@ class _QloraLinear(torch.autograd.Function):
             lora_a,
             lora_b,
             None if dropout is None else dropout.seed,
-            *weight[2:9],
+            *tensors_of(weight),
         )
-        ctx.shape, ctx.blocksizes = weight[:2], weight[9:]
+        ctx.numbers = numbers_of(weight)
         ctx.dropout, ctx.options = dropout and dropout.rate, options
         ctx.adapter_dtype = x.dtype if a is None else a.dtype
         return y
@@ -43,7 +58,7 @@ class _QloraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, projected, lora_a, lora_b, seed, *tensors = ctx.saved_tensors
         dropout = None if seed is None else Dropout(ctx.dropout, seed)
-        weight = FrozenWeight(*ctx.shape, *tensors, *ctx.blocksizes)
+        weight = made_of(tensors, ctx.numbers)
         results = lora_products.backward(
             grads[0],
             x,
@@ -72,6 +87,17 @@ def _(x: Tensor, lora_a: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.numel() // x.shape[-1], lora_a.shape[0])
 
 
+@torch.library.custom_op("qlora::quantise_rows", mutates_args=())
+def _quantise_rows_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    return float8.quantise_rows(x.reshape(-1, x.shape[-1]))
+
+
+@_quantise_rows_op.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    return x.new_empty(rows, columns, dtype=torch.float8_e4m3fn), x.new_empty(rows, 1, dtype=torch.float32)
+
+
 # Apart from `project`, so that a recomputation whose output is not needed costs the small product alone.
 @torch.library.custom_op("qlora::linear", mutates_args=())
 def _linear_op(
@@ -82,6 +108,8 @@ def _linear_op(
     lora_a: _Tensor,
     lora_b: _Tensor,
     bias: _Tensor,
+    x_codes: _Tensor,
+    x_scale: _Tensor,
     seed: _Tensor,
     dense: _Tensor,
     packed: _Tensor,
@@ -90,6 +118,9 @@ def _linear_op(
     nested_absmax: _Tensor,
     nested_code: _Tensor,
     offset: _Tensor,
+    row_scale: _Tensor,
+    codes: _Tensor,
+    turned_codes: _Tensor,
     rows: int,
     columns: int,
     blocksize: int,
@@ -98,15 +129,15 @@ def _linear_op(
     scaling: float,
     workspace_bytes: int | None,
 ) -> Tensor:
-    weight = FrozenWeight(
-        rows, columns, dense, packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize
-    )
-    return lora_products.forward(x, weight, bias, projected, lora_b, workspace_bytes)
+    tensors = dense, packed, absmax, code, nested_absmax, nested_code, offset, row_scale, codes, turned_codes
+    weight = made_of(tensors, (rows, columns, blocksize, nested_blocksize))
+    quantised = None if x_codes is None or x_scale is None else (x_codes, x_scale)
+    return lora_products.forward(x, weight, bias, projected, lora_b, workspace_bytes, quantised)
 
 
 @_linear_op.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rest[14])
+    return x.new_empty(*x.shape[:-1], rest[19])
 
 
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
@@ -124,6 +155,9 @@ def _linear_backward_op(
     nested_absmax: _Tensor,
     nested_code: _Tensor,
     offset: _Tensor,
+    row_scale: _Tensor,
+    codes: _Tensor,
+    turned_codes: _Tensor,
     rows: int,
     columns: int,
     blocksize: int,
@@ -134,9 +168,8 @@ def _linear_backward_op(
     needs_x: bool,
     adapter_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight = FrozenWeight(
-        rows, columns, dense, packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize
-    )
+    tensors = dense, packed, absmax, code, nested_absmax, nested_code, offset, row_scale, codes, turned_codes
+    weight = made_of(tensors, (rows, columns, blocksize, nested_blocksize))
     dropout = None if seed is None else Dropout(rate, seed)
     options = LinearOptions(scaling, workspace_bytes)
     results = lora_products.backward(
@@ -148,7 +181,7 @@ def _linear_backward_op(
 
 @_linear_backward_op.register_fake
 def _(grad: Tensor, x: _Tensor, projected: _Tensor, lora_a: _Tensor, lora_b: _Tensor, *rest: Any) -> tuple:
-    columns, needs_x, adapter_dtype = rest[9], rest[-2], rest[-1]
+    columns, needs_x, adapter_dtype = rest[12], rest[-2], rest[-1]
     grad_x = grad.new_empty(*grad.shape[:-1], columns) if needs_x else grad.new_empty(0)
     if lora_b is None or projected is None:
         return grad_x, grad.new_empty(0), grad.new_empty(0)
@@ -159,9 +192,9 @@ def _(grad: Tensor, x: _Tensor, projected: _Tensor, lora_a: _Tensor, lora_b: _Te
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, a, b, projected, lora_a, lora_b, _, seed, *weight = inputs
-    ctx.save_for_backward(x if a is not None else None, projected, lora_a, lora_b, seed, *weight[:7])
-    ctx.constants = weight[7:]
+    x, a, b, projected, lora_a, lora_b, _, _, _, seed, *weight = inputs
+    ctx.save_for_backward(x if a is not None else None, projected, lora_a, lora_b, seed, *weight[:10])
+    ctx.constants = weight[10:]
     ctx.adapter_dtype = x.dtype if b is None else b.dtype
 
 
@@ -173,7 +206,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple:
     if lora_b is None:
         a_ = b_ = None
     shared = lora_a is None and projected is not None
-    return (x_ if needs_x else None, None if shared else a_, b_, a_ if shared else None, *(None,) * 18)
+    return (x_ if needs_x else None, None if shared else a_, b_, a_ if shared else None, *(None,) * 23)
 
 
 _linear_op.register_autograd(_differentiate, setup_context=_save)
@@ -268,6 +301,8 @@ def qlora_linear(
     seed, rate = (None, 0.0) if dropout is None else (dropout.seed, dropout.rate)
     if lora_a is not None:
         projected = torch.ops.qlora.project(x.detach(), lora_a, seed, rate, options.scaling)
+    # An op of its own: layers that read the same tensor share what comes of it, as the compiler finds.
+    quantised = (None, None) if weight.row_scale is None else torch.ops.qlora.quantise_rows(x.detach())
     return torch.ops.qlora.linear(
         x,
         a,
@@ -276,10 +311,10 @@ def qlora_linear(
         lora_a,
         lora_b,
         bias,
+        *quantised,
         seed,
-        *weight[2:9],
-        *weight[:2],
-        *weight[9:],
+        *tensors_of(weight),
+        *numbers_of(weight),
         rate,
         options.scaling,
         options.workspace_bytes,

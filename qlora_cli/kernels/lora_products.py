@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_cli.kernels import float8
 from qlora_cli.kernels.weights import FrozenWeight
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
@@ -97,8 +98,9 @@ def forward(
     projected: Tensor | None,
     lora_b: Tensor | None,
     workspace_bytes: int | None,
+    quantised: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """x W^T + b + projected B^T.
+    """x W^T + b + projected B^T, the first product in 8 bits where the weight is scaled for that.
 
     Args:
         x: (..., in) in the compute dtype.
@@ -107,6 +109,7 @@ def forward(
         projected: (tokens, rank) from `project`, or None for a layer without an adapter.
         lora_b: (out, rank) in the compute dtype, or None.
         workspace_bytes: See `LinearOptions`.
+        quantised: Of `float8.quantise_rows(x)`, where that is there already.
 
     Returns:
         (..., out), not a view: a model may add to its layer's output in place, which autograd forbids on views.
@@ -114,7 +117,11 @@ def forward(
     y = x.new_empty(*x.shape[:-1], weight.rows)
     flat, flat_y = x.reshape(-1, weight.columns), y.view(-1, weight.rows)
     row_slices = weight.row_slices(workspace_bytes, x.element_size())
-    if len(row_slices) == 1 and bias is not None:
+    if weight.row_scale is not None:
+        float8.multiply(flat, weight, flat_y, workspace_bytes, quantised)
+        if bias is not None:
+            flat_y += bias
+    elif len(row_slices) == 1 and bias is not None:
         torch.addmm(bias, flat, weight.values(x.dtype).t(), out=flat_y)  # the bias joins inside the GEMM
     else:
         for first, end in row_slices:
@@ -124,6 +131,22 @@ def forward(
     if projected is not None and lora_b is not None:
         add_product(flat_y, projected, lora_b.t())
     return y
+
+
+def input_gradient(grad: Tensor, weight: FrozenWeight, workspace_bytes: int | None) -> Tensor:
+    """grad W, (tokens, out) to (tokens, in): the gradient of the input of x W^T."""
+    if weight.row_scale is not None:
+        return float8.multiply_transposed(grad, weight, workspace_bytes)
+    grad_x: Tensor | None = None
+    for first, end in weight.row_slices(workspace_bytes, grad.element_size()):
+        values = weight.values(grad.dtype, first, end)
+        if grad_x is None:
+            grad_x = grad[:, first:end] @ values
+        else:
+            grad_x.addmm_(grad[:, first:end], values)
+        del values
+    assert grad_x is not None
+    return grad_x
 
 
 def backward(
@@ -164,14 +187,7 @@ def backward(
         grad_a = wide_product(grad_projected.t(), dropped, adapter_dtype)
         del dropped
     if needs_x:
-        for first, end in weight.row_slices(options.workspace_bytes, grad.element_size()):
-            values = weight.values(grad.dtype, first, end)
-            if grad_x is None:
-                grad_x = flat_grad[:, first:end] @ values
-            else:
-                grad_x.addmm_(flat_grad[:, first:end], values)
-            del values
-        assert grad_x is not None
+        grad_x = input_gradient(flat_grad, weight, options.workspace_bytes)
         if grad_projected is not None and lora_a is not None:
             add_product(grad_x, grad_projected, lora_a, dropout)
         grad_x = grad_x.view(*grad.shape[:-1], weight.columns)

@@ -32,7 +32,8 @@ def reserve_values(device: torch.device, bytes_: int) -> Tensor | None:
     return buffer
 
 
-def _room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def reserved_room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns) to write values into: the start of the reserved buffer where there is one that is large enough."""
     bytes_ = rows * columns * dtype.itemsize
     buffer = _buffers.get(device)
     if buffer is None or buffer.numel() < bytes_:
@@ -55,6 +56,10 @@ class FrozenWeight(NamedTuple):
         offset: fp32 scalar, or one for each nested scale, or None.
         blocksize: Values that share a scale.
         nested_blocksize: Scales that share a nested scale.
+        row_scale: fp32 (out,), what a row's e4m3 codes are multiplied by, where the weight is multiplied in 8 bits
+            (kernels/float8.py); else None.
+        codes: e4m3 (out, in) where they are resident, else None.
+        turned_codes: e4m3 (in, out), likewise.
     """
 
     rows: int
@@ -68,6 +73,9 @@ class FrozenWeight(NamedTuple):
     offset: Tensor | None = None
     blocksize: int = 64
     nested_blocksize: int = 256
+    row_scale: Tensor | None = None
+    codes: Tensor | None = None
+    turned_codes: Tensor | None = None
 
     @classmethod
     def of_state(cls, state: Any, packed: Tensor | None = None) -> "FrozenWeight":
@@ -96,7 +104,7 @@ class FrozenWeight(NamedTuple):
             return self.dense[first_row:end_row]
         assert self.packed is not None and self.absmax is not None and self.code is not None
         if self.packed.is_cuda:
-            out = _room(end_row - first_row, self.columns, dtype, self.packed.device)
+            out = reserved_room(end_row - first_row, self.columns, dtype, self.packed.device)
             return nf4.dequantize_4bit(self, out, first_row * self.columns)
         return self._plain_values().view(self.rows, self.columns)[first_row:end_row].to(dtype)
 

@@ -16,6 +16,7 @@ from qlora_cli.kernels.decode import pointwise as decode_pointwise  # noqa: E402
 from qlora_cli.kernels.triton import (  # noqa: E402
     capped_attention,
     dropout,
+    float8,
     gated_tiles,
     low_rank,
     ordered_rounding,
@@ -36,16 +37,18 @@ POINTERS = {
     **dict.fromkeys(("code", "nested_absmax", "nested_code", "nested_offset", "projected", "scaling"), "*fp32"),
     **dict.fromkeys(("parts_out", "highest", "weight", "by_right", "by_left", "left_out"), "*fp32"),
 }
-FLOATS = {"scale", "softcap", "cap", "epsilon", "offset", "rate"}
+FLOATS = {"least", "scale", "softcap", "cap", "epsilon", "offset", "rate"}
 NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
 NUMBERS |= {"cos_row", "x_group", "group", "x_heads", "y_heads", "row_blocks", "units", "size"}
 NUMBERS |= {"right_parts", "left_parts", "right_elements", "left_elements"}
 NUMBERS |= {"given_row", "given_column"}
+NUMBERS |= {"first_row", "end_row", "x_row"}
 NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "ROOM": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
 LANES = {**PRODUCT, "PARTS": 8, "WARPS": 8, "WHOLE": False}
+UNPACK = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "NESTED": True, "OFFSETS": False, "ROUNDS": False}
 GATE_TILE = {"ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS}
 CASES = [
     (gemv_lanes.multiply_lanes, {**LANES, "TILES": 1, "EIGHTS": 1, "AHEAD": True, "OVERLAP": True, "KIND": "bf16"}, 8),
@@ -81,6 +84,10 @@ CASES = [
         for _, rows, columns in thin_products.TILES
     ),
     (thin_products._add_partial_sums, {"BLOCK": thin_products.BLOCK, "AT_ONCE": thin_products.AT_ONCE}, 4),
+    (float8._quantise_rows, {"ROWS": 4, "CHUNK": 16384, "WHOLE": True, "ROUNDS": False}, 16),
+    (float8._quantise_rows, {"ROWS": 1, "CHUNK": 8192, "WHOLE": False, "ROUNDS": False}, 8),
+    (float8._unpack, {**UNPACK, "TRANSPOSED": False, "ROWS": 8, "COLUMNS": 512}, 4),
+    (float8._unpack, {**UNPACK, "TRANSPOSED": True, "ROWS": float8.TILE_ROWS, "COLUMNS": float8.TILE_COLUMNS}, 4),
     (gated_tiles._gate_tile, {"grad": None, "up_out": None, "KIND": "silu", "RANK": 64, **GATE_TILE}, 4),
     (gated_tiles._gate_tile, {"KIND": "gelu_tanh", "RANK": 16, **GATE_TILE}, 4),
     (gated_tiles._gate_tile, {"KIND": "gelu", "RANK": 64, **GATE_TILE}, 4),
@@ -97,6 +104,7 @@ CASES = [
     (capped_attention._dot, {"SIZE": 256, "ROWS": 32}, 4),
 ]
 FIRST = list({kernel: (kernel, *more) for kernel, *more in reversed(CASES)}.values())  # of each kernel
+FIRST = [case for case in FIRST if case[0].fn.__module__ != float8.__name__]  # which the interpreter runs whole
 FIRST += [
     case for case in CASES if case[0] in (gated_tiles._gate_tile, gemv_lanes.multiply_lanes, low_rank._add_product)
 ]
@@ -127,6 +135,10 @@ def test_compiles_for_hopper(kernel, constants, warps):
         types["out"] = "*fp32"
     if kernel is ordered_rounding._round_block:
         types |= {name: "*fp32" for name, kind in types.items() if kind.startswith("*")} | {"places": "*i64"}
+    if kernel in (float8._quantise_rows, float8._unpack):
+        types |= dict.fromkeys(("column_scale", "scales", "row_scale", "offset"), "*fp32")
+        types |= dict.fromkeys(("codes", "out"), "*fp8e4nv") | {"packed": "*u8"}
+        types = {name: types[name] for name in kernel.arg_names}
     if kernel is low_rank._add_product:
         types["scale"] = "*fp32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -137,6 +149,8 @@ def test_compiles_for_hopper(kernel, constants, warps):
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert built.asm["cubin"]
     assert built.metadata.shared <= SMALLEST_SHARED
+    if kernel in (float8._quantise_rows, float8._unpack):
+        assert "cvt.rn.satfinite.e4m3x2" in built.asm["ptx"]
     if kernel is gemv_programs.multiply_few:
         assert "shfl.sync.idx" in built.asm["ptx"]
     if kernel is gemv_lanes.multiply_lanes:

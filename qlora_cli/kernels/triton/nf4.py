@@ -17,6 +17,31 @@ WARPS = 4
 
 
 @triton.jit
+def block_scales(
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    block,
+    used,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):
+    """Scales, fp32, of blocks of 4-bit values: plain, or from their own 8-bit blocks."""
+    if NESTED:
+        level = tl.load(absmax + block, mask=used, other=0).to(tl.int32)
+        scale = tl.load(nested_code + level) * tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=used, other=0.0)
+        if OFFSETS:
+            scale = scale + tl.load(offset + block // NESTED_BLOCKSIZE, mask=used, other=0.0)
+        else:
+            scale = scale + tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, mask=used, other=0.0)
+    return scale
+
+
+@triton.jit
 def _dequantize(
     packed,
     absmax,
@@ -39,15 +64,7 @@ def _dequantize(
     group = program.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)  # of 8 values; a large embedding has more than 2^31
     used = group * 8 < elements
     block = first_block + group * 8 // BLOCKSIZE
-    if NESTED:
-        level = tl.load(absmax + block, mask=used, other=0).to(tl.int32)
-        scale = tl.load(nested_code + level) * tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=used, other=0.0)
-        if OFFSETS:
-            scale = scale + tl.load(offset + block // NESTED_BLOCKSIZE, mask=used, other=0.0)
-        else:
-            scale = scale + tl.load(offset)
-    else:
-        scale = tl.load(absmax + block, mask=used, other=0.0)
+    scale = block_scales(absmax, nested_absmax, nested_code, offset, block, used, NESTED_BLOCKSIZE, NESTED, OFFSETS)
     local_byte = group[:, None] * 4 + tl.arange(0, 4)[None, :]
     byte_at = packed + first_block * (BLOCKSIZE // 2) + local_byte
     byte = tl.load(byte_at, mask=local_byte < bytes_, other=0).to(tl.int32)
@@ -73,7 +90,7 @@ def dequantize_4bit(
     Raises:
         ValueError: `first_element` is inside a block, or a tensor is not contiguous.
     """
-    packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize = weight[3:]
+    packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize = weight[3:11]
     assert packed is not None and absmax is not None
     if first_element % blocksize or not (packed.is_contiguous() and absmax.is_contiguous() and out.is_contiguous()):
         raise ValueError(f"element {first_element} is inside a block of {blocksize}, or a tensor is not contiguous")

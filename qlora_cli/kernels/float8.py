@@ -1,0 +1,169 @@
+"""Products in 8-bit floating point (e4m3): a frozen 4-bit weight with rows of activations or of output gradients.
+
+Weights have one scale an output row, activations and gradients one a token. Rounding a value to e4m3 moves it by 2.6 %
+of itself in the mean square, rounding it to NF4 by 9 % of its block's. For the gradient of the input the weight's
+scales lie along the sum, so they go into the output's gradient before that is rounded: both products have the same codes.
+On the CPU the products are emulated: the same rounding, sums in fp32.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from qlora_cli.kernels.weights import FrozenWeight, reserved_room
+
+if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
+    from qlora_cli.kernels.triton import float8 as triton_float8
+
+LARGEST = 448.0  # of e4m3
+LEAST_ROW = 2.0**-100  # what a row's largest value counts as at the least: a row of zeros has a scale
+ALIGNMENT = 16  # of both sides of a weight: what the products of tensor cores and libraries ask for
+# Sums within the tensor core keep some 14 bits (arXiv:2412.19437, section 3.3.2); promoted to fp32 every 128 values, the
+# product takes longer. See benchmarks/matmul.md for what both cost and change.
+FAST_SUMS = True
+
+
+def covers(weight: FrozenWeight) -> bool:
+    """Whether a weight can be multiplied in 8 bits: packed in 4, with sides that the products take."""
+    return weight.packed is not None and weight.rows % ALIGNMENT == 0 and weight.columns % ALIGNMENT == 0
+
+
+def row_scales(weight: FrozenWeight) -> Tensor:
+    """What each row of a packed weight is divided by to fit e4m3: fp32 (rows,)."""
+    slices = weight.row_slices(2**26, 4)
+    largest = torch.cat([weight.values(torch.float32, *part).abs().amax(1) for part in slices])
+    return largest.clamp(min=LEAST_ROW) / LARGEST
+
+
+def with_codes(weight: FrozenWeight, *, resident: bool) -> FrozenWeight:
+    """A packed weight that is multiplied in 8 bits. `resident` has its codes kept in both layouts, 2 bytes a value;
+    without it they are made of the 4 bits for each product."""
+    scaled = weight._replace(row_scale=row_scales(weight))
+    if not resident:
+        return scaled
+    codes = _unpack(scaled, 0, weight.rows, transposed=False, keep=True)
+    return scaled._replace(codes=codes, turned_codes=codes.t().contiguous())
+
+
+def quantise_rows(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x, its columns multiplied by `column_scale`, in e4m3 with a scale for each row.
+
+    Args:
+        x: (rows, columns).
+        column_scale: fp32 (columns,), or None for 1.
+
+    Returns:
+        Codes e4m3 (rows, columns) and scales fp32 (rows, 1). A row with a NaN or an infinity gives NaN in its product.
+    """
+    if x.is_cuda:
+        return triton_float8.quantise_rows(x if x.stride(1) == 1 else x.contiguous(), column_scale, LEAST_ROW)
+    values = x.float() if column_scale is None else x.float() * column_scale
+    largest = values.abs().amax(1, keepdim=True).clamp(min=LEAST_ROW)
+    inverse = torch.full_like(largest, LARGEST) / largest  # a number by a tensor would be rounded twice
+    return (values * inverse).to(torch.float8_e4m3fn), largest / LARGEST
+
+
+def _unpack(weight: FrozenWeight, first_row: int, end_row: int, *, transposed: bool, keep: bool = False) -> Tensor:
+    """Codes of these rows, or their transpose, contiguous; in the buffer of `reserve_values` unless they are kept."""
+    assert weight.packed is not None and weight.row_scale is not None
+    shape = (end_row - first_row, weight.columns)
+    shape = shape[::-1] if transposed else shape
+    device = weight.packed.device
+    if weight.packed.is_cuda:
+        if keep:
+            out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        else:
+            out = reserved_room(*shape, torch.float8_e4m3fn, device)
+        return triton_float8.unpack(weight, weight.row_scale, out, first_row, end_row, transposed=transposed)
+    values = weight.values(torch.float32, first_row, end_row)
+    codes = (values * weight.row_scale[first_row:end_row, None].reciprocal()).to(torch.float8_e4m3fn)
+    return codes.t().contiguous() if transposed else codes
+
+
+def scaled_product(
+    left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, out: Tensor, *, fast: bool = FAST_SUMS
+) -> None:
+    """out = (left right^T) left_scale right_scale^T, by the card's 8-bit arithmetic, emulated on the CPU.
+
+    Args:
+        left: e4m3 (rows, inner), values of a row side by side.
+        left_scale: fp32 (rows, 1).
+        right: e4m3 (columns, inner), contiguous.
+        right_scale: fp32 (columns,).
+        out: (rows, columns), bf16 on a card.
+        fast: Whether sums stay in the tensor core to their end.
+    """
+    if not left.is_cuda:
+        out.copy_((left.float() @ right.float().t()) * left_scale * right_scale)
+        return
+    whole = out.is_contiguous()
+    result = torch._scaled_mm(
+        left,
+        right.t(),
+        scale_a=left_scale,
+        scale_b=right_scale[None],
+        out_dtype=out.dtype,
+        use_fast_accum=fast,
+        **({"out": out} if whole else {}),
+    )
+    if not whole:
+        out.copy_(result)
+
+
+def multiply(
+    x: Tensor,
+    weight: FrozenWeight,
+    out: Tensor,
+    workspace_bytes: int | None,
+    quantised: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """out = x W^T in 8 bits.
+
+    Args:
+        x: (rows, in).
+        weight: (out, in), of `with_codes`.
+        out: (rows, out) in the compute dtype.
+        workspace_bytes: Most bytes of codes made at once; None for a whole weight.
+        quantised: Of `quantise_rows(x)`, where that is there already.
+    """
+    assert weight.row_scale is not None
+    codes, scale = quantise_rows(x) if quantised is None else quantised
+    for first, end in code_slices(weight, weight.codes, workspace_bytes):
+        values = _unpack(weight, first, end, transposed=False) if weight.codes is None else weight.codes
+        scaled_product(codes, scale, values, weight.row_scale[first:end], out[:, first:end])
+        del values
+
+
+def multiply_transposed(grad: Tensor, weight: FrozenWeight, workspace_bytes: int | None) -> Tensor:
+    """grad W in 8 bits: (rows, out) to (rows, in), in the dtype of `grad`. See `multiply`."""
+    assert weight.row_scale is not None
+    codes, scale = quantise_rows(grad, weight.row_scale)
+    ones = _ones(weight.columns, grad.device)
+    total: Tensor | None = None
+    for first, end in code_slices(weight, weight.turned_codes, workspace_bytes):
+        turned = weight.turned_codes
+        if turned is None:
+            turned = _unpack(weight, first, end, transposed=True)
+        part = grad.new_empty(grad.shape[0], weight.columns)
+        scaled_product(codes[:, first:end], scale, turned, ones, part)
+        total = part if total is None else total.add_(part)
+        del turned
+    assert total is not None
+    return total
+
+
+def code_slices(weight: FrozenWeight, resident: Tensor | None, workspace_bytes: int | None) -> list[tuple[int, int]]:
+    """Row ranges whose codes are made one after another: one of all rows where they are resident."""
+    return weight.row_slices(None if resident is not None else workspace_bytes, 1)
+
+
+_all_ones: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _ones(count: int, device: torch.device) -> Tensor:
+    """fp32 (count,) of 1, made once: in a graph it would be filled anew for each product."""
+    key = count, device
+    if key not in _all_ones:
+        _all_ones[key] = torch.ones(count, dtype=torch.float32, device=device)
+    return _all_ones[key]

@@ -1,0 +1,226 @@
+"""Conversion to e4m3 for products in 8 bits: rows of activations, and 4-bit weights, straight or transposed (Triton).
+
+A weight goes from its 4 bits to its codes in one pass: 0.5 bytes a value read, 1 written, where bf16 takes 2.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_cli.kernels.triton.nf4 import block_scales
+
+LARGEST_CHUNK = 16384  # values of a row that a program holds in registers; longer rows are read twice
+TILE_ROWS, TILE_COLUMNS = 64, 128  # of a weight, for a program that writes it transposed
+
+
+@triton.jit
+def _to_e4m3(value, ROUNDS: tl.constexpr):
+    """fp32 to the nearest e4m3; `ROUNDS` does that first, for Triton's interpreter, whose conversion loses a carry."""
+    if ROUNDS:
+        bits = value.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)  # four bits are left
+        small = (value + 24576.0) - 24576.0  # a multiple of 2^-9, what subnormal numbers are
+        value = tl.where(tl.abs(value) < 0.015625, small, normal)
+    return value.to(tl.float8e4nv)
+
+
+@triton.jit
+def _size(value):
+    """|value|, infinite for NaN, which a maximum would pass over: the row's scale is then infinite, its product NaN."""
+    return tl.where(value == value, tl.abs(value), float("inf"))
+
+
+@triton.jit
+def _quantise_rows(
+    x,
+    column_scale,
+    codes,
+    scales,
+    rows,
+    columns,
+    x_row,
+    least,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    column = tl.arange(0, CHUNK)
+    if WHOLE and column_scale is not None:
+        factor = tl.load(column_scale + column, mask=column < columns, other=0.0)
+    for i in tl.static_range(ROWS):
+        # The last rows first, which what came before has left in the cache. Beyond the last one it is written again.
+        row = tl.minimum((tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + i, rows - 1).to(tl.int64)
+        if WHOLE:
+            used = column < columns
+            value = tl.load(x + row * x_row + column, mask=used, other=0.0).to(tl.float32)
+            if column_scale is not None:
+                value *= factor
+            largest = tl.maximum(tl.max(_size(value)), least)
+            result = _to_e4m3(value * tl.div_rn(448.0, largest), ROUNDS)
+            tl.store(codes + row * columns + column, result, mask=used)
+        else:
+            found = tl.zeros((CHUNK,), dtype=tl.float32)
+            for first in range(0, columns, CHUNK):
+                used = first + column < columns
+                value = tl.load(x + row * x_row + first + column, mask=used, other=0.0).to(tl.float32)
+                if column_scale is not None:
+                    value *= tl.load(column_scale + first + column, mask=used, other=0.0)
+                found = tl.maximum(found, _size(value))
+            largest = tl.maximum(tl.max(found), least)
+            inverse = tl.div_rn(448.0, largest)
+            for first in range(0, columns, CHUNK):
+                used = first + column < columns
+                value = tl.load(x + row * x_row + first + column, mask=used, other=0.0).to(tl.float32)
+                if column_scale is not None:
+                    value *= tl.load(column_scale + first + column, mask=used, other=0.0)
+                tl.store(codes + row * columns + first + column, _to_e4m3(value * inverse, ROUNDS), mask=used)
+        tl.store(scales + row, tl.div_rn(largest, 448.0))
+
+
+def quantise_rows(
+    x: Tensor,
+    column_scale: Tensor | None,
+    least: float,
+    *,
+    rows: int | None = None,
+    warps: int | None = None,
+    chunk: int = LARGEST_CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """x, its columns multiplied by `column_scale`, in e4m3 with a scale for each row: that of its largest value, 448.
+
+    Args:
+        x: (rows, columns), values of a row side by side.
+        column_scale: fp32 (columns,), or None for 1.
+        least: What the largest value of a row is taken for at the least, so that rows of zeros have a scale.
+        rows: That a program takes.
+        warps: Of a program.
+        chunk: Values held at once, a power of two; longer rows are read twice.
+
+    Returns:
+        e4m3 (rows, columns) and fp32 (rows, 1), whose product is x times `column_scale`, rounded.
+    """
+    count, columns = x.shape
+    codes = torch.empty(count, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
+    held = min(triton.next_power_of_2(columns), chunk)
+    rows = rows or (1 if column_scale is None or columns > held else 4)
+    with torch.cuda.device_of(x):
+        _quantise_rows[(triton.cdiv(count, rows),)](
+            x,
+            column_scale,
+            codes,
+            scales,
+            count,
+            columns,
+            x.stride(0),
+            least,
+            ROWS=rows,
+            CHUNK=held,
+            WHOLE=columns <= held,
+            ROUNDS=not x.is_cuda,
+            num_warps=warps or max(4, min(16, held // 1024)),
+            enable_fp_fusion=False,
+        )
+    return codes, scales
+
+
+@triton.jit
+def _unpack(
+    packed,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    offset,
+    row_scale,
+    out,
+    first_row,
+    end_row,
+    columns,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    # Groups of 8 values, of one row and one block: a 4-byte load each.
+    group = tl.arange(0, ROWS * COLUMNS // 8)
+    row = first_row + tl.program_id(1) * ROWS + group // (COLUMNS // 8)
+    column = tl.program_id(0) * COLUMNS + group % (COLUMNS // 8) * 8
+    used = (row < end_row) & (column < columns)
+    element = row.to(tl.int64) * columns + column
+    scale = block_scales(
+        absmax, nested_absmax, nested_code, offset, element // BLOCKSIZE, used, NESTED_BLOCKSIZE, NESTED, OFFSETS
+    )
+    byte_at = packed + (element // 2)[:, None] + tl.arange(0, 4)[None, :]
+    byte = tl.load(byte_at, mask=used[:, None], other=0).to(tl.int32)
+    values = tl.interleave(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))) * scale[:, None]
+    inverse = tl.div_rn(1.0, tl.load(row_scale + row, mask=used, other=1.0))
+    result = _to_e4m3(values * inverse[:, None], ROUNDS)  # (groups, 8)
+    if TRANSPOSED:
+        turned = tl.trans(tl.reshape(result, (ROWS, COLUMNS)))
+        to_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        to_column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        height = end_row - first_row
+        inside = (to_column[:, None] < columns) & (to_row[None, :] < height)
+        tl.store(out + to_column[:, None].to(tl.int64) * height + to_row[None, :], turned, mask=inside)
+    else:
+        local = (row - first_row).to(tl.int64) * columns + column
+        tl.store(out + local[:, None] + tl.arange(0, 8)[None, :], result, mask=used[:, None])
+
+
+def unpack(
+    weight: Any,
+    row_scale: Tensor,
+    out: Tensor,
+    first_row: int,
+    end_row: int,
+    *,
+    transposed: bool,
+    tile: tuple[int, int] | None = None,
+    warps: int = 4,
+) -> Tensor:
+    """Writes rows of a packed weight over their scale as e4m3 codes, and returns `out`.
+
+    Args:
+        weight: A `FrozenWeight` (kernels/weights.py); columns and blocksize are multiples of 8.
+        row_scale: fp32 (weight rows,).
+        out: Contiguous e4m3, (end_row - first_row, columns), or the other way round where `transposed`.
+        tile: Rows and columns of a program, powers of two.
+        warps: Of a program.
+    """
+    packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize = weight[3:11]
+    rows, columns = tile or ((TILE_ROWS, TILE_COLUMNS) if transposed else (8, 512))
+    grid = (triton.cdiv(weight.columns, columns), triton.cdiv(end_row - first_row, rows))
+    with torch.cuda.device_of(out):
+        _unpack[grid](
+            packed,
+            absmax,
+            code,
+            nested_absmax,
+            nested_code,
+            offset,
+            row_scale,
+            out,
+            first_row,
+            end_row,
+            weight.columns,
+            BLOCKSIZE=blocksize,
+            NESTED_BLOCKSIZE=nested_blocksize,
+            NESTED=nested_absmax is not None,
+            OFFSETS=offset is not None and offset.numel() > 1,
+            TRANSPOSED=transposed,
+            ROWS=rows,
+            COLUMNS=columns,
+            ROUNDS=not out.is_cuda,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
+    return out

@@ -1,0 +1,101 @@
+"""Products in e4m3, emulated on the CPU: as exact as their rounding, the same however the codes are held."""
+
+import pytest
+import torch
+
+from qlora_cli.kernels import float8, linear
+from qlora_cli.kernels.weights import FrozenWeight
+from tests.kernels.test_linear import quantise, relative
+
+OPTIONS = linear.LinearOptions(0.5)
+ROUNDING = 0.027  # of a value to e4m3, in the mean square, as a share of it
+
+
+def run(weight, x, a, b, grad, options=OPTIONS, compiled=False):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+
+    def op():
+        return linear.qlora_linear(leaves[0], weight, None, *leaves[1:], a, b, None, options)
+
+    y = torch.compile(op, backend="aot_eager", fullgraph=True)() if compiled else op()
+    y.backward(grad)
+    return y.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    weight, dense = quantise((192, 128))
+    x, grad = torch.randn(40, 128), torch.randn(40, 192)
+    x[:, 5] *= 100  # an outlying channel
+    x[7], grad[9] = 0, 0
+    return weight, dense, x, torch.randn(4, 128), torch.randn(192, 4), grad
+
+
+def test_error_is_that_of_rounding_both_factors(case):
+    weight, dense, x, a, b, grad = case
+    y, x_, a_, b_ = run(float8.with_codes(weight, resident=False), x, a, b, grad)
+    exact = [t.double() for t in (x, dense, a, b, grad)]
+    x64, w64, a64, b64, g64 = exact
+    assert relative(y, x64 @ w64.t() + 0.5 * x64 @ a64.t() @ b64.t()) < 1.6 * ROUNDING
+    assert relative(x_, g64 @ w64 + 0.5 * g64 @ b64 @ a64) < 1.6 * ROUNDING
+    # Adapters' gradients do not pass through products in 8 bits.
+    assert relative(a_, 0.5 * (g64 @ b64).t() @ x64) < 1e-6 and relative(b_, 0.5 * g64.t() @ (x64 @ a64.t())) < 1e-6
+
+
+@pytest.mark.parametrize("way", ["resident", "sliced", "compiled"])
+def test_codes_give_the_same_numbers_however_they_are_held(case, way):
+    weight, _, *inputs = case
+    plain = run(float8.with_codes(weight, resident=False), *inputs)
+    options = linear.LinearOptions(0.5, 128 * 128) if way == "sliced" else OPTIONS
+    other = run(float8.with_codes(weight, resident=way == "resident"), *inputs, options, way == "compiled")
+    for found, expected in zip(other, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 if way == "sliced" else 0)
+
+
+def test_a_row_that_is_not_finite_spoils_its_own_alone(case):
+    weight, _, x, *_ = case
+    x, y = x.clone(), torch.empty(40, 192)
+    x[3, 4] = float("nan")
+    x[8, 1] = float("inf")
+    float8.multiply(x, float8.with_codes(weight, resident=False), y, None)
+    assert (~y.isfinite().all(1)).nonzero().flatten().tolist() == [3, 8]
+
+
+def test_rows_of_any_size_are_rounded_alike():
+    x = torch.randn(1, 64) * torch.logspace(-30, 30, 61)[:, None]
+    codes, scale = float8.quantise_rows(x)
+    assert ((codes.double() * scale - x.double()).norm(dim=1) < 0.04 * x.double().norm(dim=1)).all()
+
+
+def test_weights_of_other_sides_are_left_out():
+    for shape, taken in (((48, 64), True), ((40, 64), False), ((48, 72), False)):
+        assert float8.covers(quantise(shape)[0]) == taken
+    assert not float8.covers(FrozenWeight(64, 64, dense=torch.ones(64, 64)))
+
+
+def test_layers_with_one_input_quantise_it_once(case):
+    """The compiler finds that they are given the same tensor."""
+    weight, _, x, a, b, _ = case
+    scaled, calls = float8.with_codes(weight, resident=False), []
+
+    def count(graph, _):
+        calls.extend(node for node in graph.graph.nodes if "quantise_rows" in str(node.target))
+        return graph
+
+    def op(x):
+        first, second = (linear.qlora_linear(x, scaled, None, a, b, *values, None, OPTIONS) for _ in range(2))
+        return first * second
+
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition  # inductor's
+
+    values = a, b
+    a, b = (t.clone().requires_grad_() for t in values)
+    backend = aot_autograd(
+        fw_compiler=count,
+        bw_compiler=lambda graph, _: graph,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch.compile(op, backend=backend, fullgraph=True)(x.clone().requires_grad_()).sum().backward()
+    assert len(calls) == 1
