@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,6 @@ from qlora_cli.config_file import write_config_file
 from qlora_cli.core.adapters.lora import PeftModel, adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.calibration.initialization import FROM_THE_BASE, StartInputs, initialize_adapter
 from qlora_cli.core.candidates.four_bit_gap import measure_held_out
-from qlora_cli.core.data.prepare import read_paths
 from qlora_cli.core.device import choose_device, limit_memory, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.rank_monitor import monitoring
@@ -27,13 +26,14 @@ from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.engine import Engine, install_engine
 from qlora_cli.core.engine.fsdp import shard_base
 from qlora_cli.core.generation.samples import SamplePrompts, make_requests
+from qlora_cli.core.matmul.choice import ProductTrial, record_of, trial_batch
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
-from qlora_cli.core.runs.directory import begin_run, claimed
+from qlora_cli.core.runs.directory import begin_run, claimed_output
 from qlora_cli.core.runs.finish import write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
 from qlora_cli.core.runs.inputs import Run, RunInputs, describe_start, read_inputs
@@ -78,7 +78,7 @@ class LoadedModel:
     base: BaseIdentity
     weight_shards: WeightShards | None  # where the base is sharded over the ranks
     vram: Vram | None  # right after loading; None on the CPU
-    started: dict[str, Any]  # what is recorded of the adapter's start: `start`, or nothing for a plain one
+    started: dict[str, Any]  # what is recorded of the adapter's start and of the arithmetic, where they are not plain
     save_adapter: Callable[[Path], None]  # with the run's record, so that a moved checkpoint can be used like a run
 
 
@@ -105,7 +105,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         stack.enter_context(closing_tracker(accelerator, run.report))
         check_ranks(config, ranks)
         if ranks.is_main:
-            stack.enter_context(claimed_output(run))
+            stack.enter_context(claimed_output(config, run.report))
         ranks.barrier()
         ended = read_result(run.output) if config.resume and not config.dry_run else None
         tracked = ranks.is_main and config.report_to and not config.dry_run
@@ -127,6 +127,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         loaded = load_model(run, inputs, decisions, start.checkpoint)
         engine = start_engine(run, inputs, decisions, start, loaded)
         stack.callback(engine.close)
+        loaded.started.pop("matmul", None)  # where the settings changed
+        loaded.started.update(record_of(engine.products))
         optimization = start_optimization(run, inputs, decisions, start, loaded)
         # From here on the directory is a run.
         logged, run_id = run.report, ""
@@ -182,20 +184,6 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         return result
 
 
-def claimed_output(run: Run) -> AbstractContextManager[None]:
-    """The run directory, held for this process."""
-    config = run.config
-    inputs = [Path(name).expanduser() for name in (config.model, config.prepared) if name]
-    return claimed(
-        Path(config.output),
-        resume=config.resume,
-        overwrite=config.overwrite,
-        reads=[*read_paths(config), *inputs],
-        dry_run=config.dry_run,
-        report=run.report,
-    )
-
-
 # ---------------------------------------------------------------- load
 
 
@@ -216,7 +204,8 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
     model = attach_adapter(base, config, seed=config.seed, report=run.report)
     if checkpoint:
         load_adapter_state(model, read_tensors(checkpoint, ADAPTER_WEIGHTS))
-        started = {name: value for name, value in find_run_record(checkpoint.path).items() if name == "start"}
+        record = find_run_record(checkpoint.path)
+        started = {name: value for name, value in record.items() if name in ("start", "matmul")}
     else:
         started = start_adapter(run, inputs, model, identity, sharded=weight_shards is not None)
     if weight_shards is not None:
@@ -260,6 +249,15 @@ def start_engine(
     largest = inputs.data.sampler.longest_micro_batches(start.state.micro_batch_limit_tokens)
     sharded_on_cards = loaded.weight_shards is not None and run.device.type == "cuda"
     trainable = inputs.profile.footprint.trainable_parameters
+    first = inputs.data.sampler.step(start.state.step + 1).micro_batches if start.state.step == 0 else []
+    trial = ProductTrial(
+        batch=trial_batch([inputs.data.rows[i] for i in first[0]]) if first else None,
+        recorded=loaded.started.get("matmul"),
+        resumed=start.checkpoint is not None,
+        largest=lambda found: torch.stack(
+            [each["found"] for each in run.ranks.all_gather({"found": found}, run.device)]
+        ).amax(0),
+    )
     return install_engine(
         loaded.model,
         # Where the base is sharded no layer is measured by itself: what was predicted decides.
@@ -269,6 +267,7 @@ def start_engine(
         max_tokens=max(int(lengths[batch].sum()) for batch in largest),
         total_steps=inputs.data.sampler.total_steps,  # of a resumed run too, whose steps are to be computed the same way
         optimizer_bytes=allocated_state_bytes(decisions.optimizer, trainable),
+        trial=trial,
         report=run.report,
     )
 

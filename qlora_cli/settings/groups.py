@@ -343,6 +343,14 @@ class StepSettings(Settings):
         panel=MEMORY,
         resume=ROUNDING,
     )
+    matmul: str = setting(
+        "auto",
+        "Arithmetic of the frozen linear layers: bf16 (the compute dtype), or fp8 for those whose error by it on the first "
+        "rows stays below that of 4 bits; needs an Ada, Hopper or later card. auto is bf16 for now.",
+        panel=MEMORY,
+        choices=("auto", "bf16", "fp8"),
+        resume=SAME,
+    )
     engine: str = setting(
         "fast", "plain turns every fast path off, for comparison.", panel=MEMORY, choices=("fast", "plain"), resume=SAME
     )

@@ -367,7 +367,9 @@ def test_sample_prompts_are_answered_before_during_and_after_and_change_nothing(
 
 @pytest.mark.parametrize(
     "changes",
-    most_slow([{}, {"engine": "plain", "packing": True, "max_length": 48, "optimizer": "lion_8bit"}], [{}]),
+    most_slow(
+        [{}, {"matmul": "fp8"}, {"engine": "plain", "packing": True, "max_length": 48, "optimizer": "lion_8bit"}], [{}]
+    ),
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(options, tmp_path, changes):
     options |= changes
@@ -383,6 +385,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(options, tmp_path, changes):
     events.clear()
     run(options, events, resume=True, keep_best=True)
     assert next(e for e in events if isinstance(e, RunStarted)).first_step == 6
+    recorded = json.loads((output / RUN_RECORD).read_text()).get("matmul", {})
+    assert recorded.get("matmul") == changes.get("matmul")
     assert metrics(output) == metrics(tmp_path / "straight")
     assert weights(output) == weights(tmp_path / "straight")
 
@@ -470,6 +474,7 @@ def interrupted(options, stopped):
                 ({"max_steps": 12}, "settings.total_steps: 9 → 12"),
                 ({"optimizer": "sgd"}, "settings.optimizer: 'adamw' → 'sgd'"),
                 ({"seed": 1}, "settings.seed: 42 → 1"),
+                ({"matmul": "fp8"}, "settings.matmul: 'auto' → 'fp8'"),
                 ({"train_on": "all"}, "data: "),
                 ({"gradient_accumulation_steps": 3}, "settings.batches_per_step: 2 → 3"),
             )

@@ -5,14 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qlora_cli.core.data.packing import MicroBatch
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
-from qlora_cli.core.engine.decoder_layers import LayerBytes, capture_first_call, measure_layer
-from qlora_cli.core.engine.lora_linear import AdapterValues
+from qlora_cli.core.engine.decoder_layers import LayerBytes, LayerPlan, capture_first_call, measure_layer
+from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears
 from qlora_cli.core.engine.memory_plan import SLICE_BYTES, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
 from qlora_cli.core.engine.offload import link_bytes_per_second
 from qlora_cli.core.engine.packed_attention import (
@@ -23,6 +25,14 @@ from qlora_cli.core.engine.packed_attention import (
     why_not_packed,
 )
 from qlora_cli.core.experts.held_routing import HeldRouting
+from qlora_cli.core.matmul.choice import (
+    TRIAL_TOKENS,
+    ProductRecord,
+    ProductTrial,
+    choose_layers,
+    is_wanted,
+    trial_batch,
+)
 from qlora_cli.core.models.files import context_length
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
@@ -47,9 +57,13 @@ class Calibration:
         self.packed = False  # whether attention takes packs by now
         self.hidden_bytes = 0  # of one token before the layer that was measured
 
-    def _ids(self, tokens: int) -> Tensor:
+    def ids(self, tokens: int) -> np.ndarray:
+        """Random token ids, the same each time: int64 (tokens,)."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.embedding.weight.shape[0], (1, tokens), generator=generator).to(self.device)
+        return torch.randint(self.embedding.weight.shape[0], (tokens,), generator=generator).numpy()
+
+    def _ids(self, tokens: int) -> Tensor:
+        return torch.from_numpy(self.ids(tokens))[None].to(self.device)
 
     def inputs(self, tokens: int) -> dict[str, Tensor]:
         """A row of random tokens, embedded where the embeddings are not on the device."""
@@ -153,6 +167,27 @@ class Calibration:
         if not all(_is_like(found[short:], alone) for found in (pack, as_long)):
             return "a packed row came out unlike the same row alone in a trial"
         return None
+
+    def differentiate(self, batch: MicroBatch) -> None:
+        """Forward and backward pass of rows and of their loss, in evaluation mode; no gradient is added to."""
+        was_training, parameters = self.model.training, [p for p in self.model.parameters() if p.requires_grad]
+        self.model.eval()
+        try:
+            self.values.refresh()
+            if self.packed:
+                ids, labels = batch.input_ids, batch.labels
+                mask = pack_mask(batch.cu_seqlens.to(self.device), batch.max_seqlen)
+                inputs = {"attention_mask": mask, "position_ids": batch.position_ids.to(self.device)}
+            else:
+                ids, attention_mask, labels = batch.padded()
+                inputs = {"attention_mask": attention_mask.to(self.device)}
+            with torch.enable_grad():
+                logits = self.model(inputs_embeds=self._embed(ids), use_cache=False, **inputs).logits
+                targets = labels[:, 1:].flatten().to(self.device)
+                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+        finally:
+            self.model.train(was_training)
 
     def measure(self, layer: nn.Module, tokens: int) -> tuple[LayerBytes, LayerSeconds] | None:
         """Memory and time that the first layer takes at so many tokens; None where there is not the memory.
@@ -266,6 +301,36 @@ def install_attention(base: Any, decoder: Any, trials: Calibration, report: Repo
         if why_eager is not None:
             report(Notice(f"Attention with sinks holds all of its scores at once ({why_eager})."))
     return False, undo
+
+
+def install_products(
+    linears: FusedLinears,
+    layer_plans: list[LayerPlan],
+    trials: Calibration,
+    settings: StepSettings,
+    trial: ProductTrial,
+    largest_tokens: int,
+    moves: str,
+    report: Report,
+) -> ProductRecord | None:
+    """Marks the linears that are multiplied in 8 bits, which the next `fuse` does; layers are recomputed while they are
+    tried, so that the rows fit where a step does. What comes of it is reported, and returned where any are wanted."""
+    if not is_wanted(settings, trial, trials.device, trials.values.dtype, largest_tokens, moves, report):
+        return None
+
+    def run() -> None:
+        tokens = TRIAL_TOKENS
+        batch = trial.batch or trial_batch([(trials.ids(tokens), np.ones(tokens, dtype=bool))])
+        for layer in layer_plans:
+            layer.recompute = True
+        try:
+            trials.differentiate(batch)
+        finally:
+            for layer in layer_plans:
+                layer.recompute = False
+
+    linears.in_8_bits, record = choose_layers(settings, trial, linears.packed(), run, report)
+    return record
 
 
 def _is_like(found: Tensor, own: Tensor) -> bool:

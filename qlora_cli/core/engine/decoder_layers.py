@@ -61,6 +61,19 @@ class LayerPlan:
     lean: bool = False
     backend: str | Callable = "inductor"
 
+    def note_shared(self, layer: nn.Module) -> None:
+        """Looks up what linears of the layer share, and its gated MLPs."""
+        states = [getattr(module, ATTRIBUTE, None) for module in layer.modules()]
+        shared = (s.shared for s in states if isinstance(s, FastLinear) and s.shared is not None)
+        self.shared = tuple(dict.fromkeys(shared))
+        self.gates = tuple(s for s in states if isinstance(s, GatedUnit))
+
+    def run_leanly(self) -> None:
+        """Compiled code keeps less from now on."""
+        self.lean = True
+        for unit in self.gates:
+            unit.enabled = False
+
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:
     """The decoder's blocks: its longest list of modules."""

@@ -12,6 +12,7 @@ from qlora_cli.core.engine.calibration import LEAST_TRIAL_TOKENS
 from qlora_cli.core.engine.fast import HEAD_TRIAL_TOKENS, FastEngine
 from qlora_cli.core.engine.lm_head import require_causal
 from qlora_cli.core.engine.memory_plan import count_recomputed_layers
+from qlora_cli.core.matmul.choice import ProductRecord, ProductTrial
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import TrainingError, UsageError, first_line
 from qlora_cli.events import Report
@@ -37,7 +38,13 @@ def set_aside(model: nn.Module) -> Iterator[None]:
 
 
 class Engine(Protocol):
-    """What the training loop needs of a step."""
+    """What the training loop needs of a step.
+
+    Attributes:
+        products: How linear layers are multiplied, where that was chosen; None for in the compute dtype.
+    """
+
+    products: ProductRecord | None
 
     def prepare(self, batch: "MicroBatch") -> "MicroBatch":
         """The same batch, with what the host does for it done: best while the device computes another."""
@@ -67,6 +74,7 @@ def install_engine(
     max_tokens: int,
     total_steps: int,
     optimizer_bytes: int = 0,
+    trial: ProductTrial | None = None,
     report: Report,
 ) -> Engine:
     """Prepares one instance of a causal language model, usually wrapped by PEFT, for training steps on its `device`.
@@ -78,12 +86,15 @@ def install_engine(
         max_tokens: In one micro-batch.
         total_steps: Of the optimizer, still to run.
         optimizer_bytes: Of state that the optimizer has yet to allocate on the device.
+        trial: What arithmetic of the linear layers is chosen by; None for random rows.
 
     Raises:
         UsageError: A setting is not one of those there are.
         TrainingError: There is not the memory to try a layer out.
     """
     if settings.engine == "plain":
+        if settings.matmul == "fp8":
+            raise UsageError("The plain engine does not multiply in fp8.", "Leave out --engine plain or --matmul fp8.")
         return PlainEngine(model, settings, device=device)
     if settings.engine != "fast":
         raise UsageError(f"There is no engine {settings.engine!r}.", "Use --engine fast or --engine plain.")
@@ -96,6 +107,7 @@ def install_engine(
             max_tokens=max_tokens,
             total_steps=total_steps,
             optimizer_bytes=optimizer_bytes,
+            trial=trial or ProductTrial(),
             report=report,
         )
     except torch.OutOfMemoryError as error:
@@ -111,6 +123,7 @@ class PlainEngine:
 
     def __init__(self, model: Any, settings: StepSettings, *, device: torch.device) -> None:
         self.model, self.device, self.noise_alpha = model, device, settings.neftune_noise_alpha
+        self.products: ProductRecord | None = None
         base = underlying_model(model)
         ids = torch.arange(HEAD_TRIAL_TOKENS, device=device) % base.get_input_embeddings().weight.shape[0]
         require_causal(base, {"input_ids": ids[None]})

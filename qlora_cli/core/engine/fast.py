@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.device import read_free_bytes
-from qlora_cli.core.engine.calibration import Calibration, StepPlanner, install_attention
+from qlora_cli.core.engine.calibration import Calibration, StepPlanner, install_attention, install_products
 from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
@@ -22,20 +22,14 @@ from qlora_cli.core.engine.decoder_layers import (
     skip_unused_outputs,
 )
 from qlora_cli.core.engine.fsdp import is_sharded
-from qlora_cli.core.engine.gated_mlp import GatedUnit, fuse_gates, share_projections
+from qlora_cli.core.engine.gated_mlp import fuse_gates, share_projections
 from qlora_cli.core.engine.lm_head import find_head, trained_positions
-from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues, FastLinear, FusedLinears, replace_forward
-from qlora_cli.core.engine.memory_plan import (
-    SLICE_BYTES,
-    MemoryPlan,
-    StepNeeds,
-    compiling_pays,
-    plan_as_asked,
-    settle,
-)
+from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears, replace_forward
+from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, compiling_pays, plan_as_asked, settle
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings, storages_of
 from qlora_cli.core.engine.packed_attention import pack_mask, takes_equal_rows
 from qlora_cli.core.experts.fused_experts import fuse_experts
+from qlora_cli.core.matmul.choice import ProductRecord, ProductTrial
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.core.streaming.streamed_base import streamed_base_of
 from qlora_cli.errors import UsageError
@@ -66,9 +60,11 @@ class FastEngine:
         max_tokens: int,
         total_steps: int,
         optimizer_bytes: int,
+        trial: ProductTrial,
         report: Report,
     ) -> None:
         self.model, self.device, self.report = model, device, report
+        self.products: ProductRecord | None = None
         self.on_cuda = device.type == "cuda"
         self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
@@ -87,15 +83,16 @@ class FastEngine:
         self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back(), self.embeddings.move_back]
         self.undo.append(self._release_values)
         try:
-            self._install(settings, total_steps, optimizer_bytes)
+            self._install(settings, total_steps, optimizer_bytes, trial)
         except BaseException:
             self.close()
             raise
 
-    def _install(self, settings: StepSettings, total_steps: int, optimizer_bytes: int) -> None:
+    def _install(self, settings: StepSettings, total_steps: int, optimizer_bytes: int, trial: ProductTrial) -> None:
         """Puts one part in place after the other, in the order in which the next is tried out on what is there by then:
-        linears, on which trial packs find the head and whether attention packs rows exactly; decoder layers, of which
-        one is measured as it will run; the plan that follows from it; graphs of steps that run by that plan."""
+        linears, on which trial packs find the head and whether attention packs rows exactly; decoder layers, through
+        which products in 8 bits are tried, and of which one is measured as it will run; the plan that follows from it;
+        graphs of steps that run by that plan."""
         if self.sharded and settings.compile:
             self.report(Notice("The layers of a sharded base are not compiled."))
         held = {"sharded": self.sharded, "streamed": self.streamed is not None}
@@ -111,8 +108,13 @@ class FastEngine:
             self.report(Notice("The output head is not a plain one; logits are held in full."))
         self._install_attention()
         self._swap_layers()
-        dense = self.linears.dense_bytes // self.values.dtype.itemsize
-        pays = compiling_pays(settings.compile, self.base, dense, total_steps * self.largest_tokens)
+        moves = "sharded" if self.sharded else "streamed" if self.streamed else ""
+        given = self.linears, self.layer_plans, self.trials, settings, trial
+        self.products = install_products(*given, self.largest_tokens, moves, self.report)
+        if self.products is not None:
+            self.linears.fuse(resident=self.linears.resident, workspace_bytes=SLICE_BYTES if self.on_cuda else None)
+        elements = self.linears.dense_bytes // self.values.dtype.itemsize
+        pays = compiling_pays(settings.compile, self.base, elements, total_steps * self.largest_tokens)
         self.compiled = self.on_cuda and self.packed and pays
         self._share_projections()
         plan = plan_as_asked(settings, len(self.layers), resident_weights=bool(settings.resident_weights))
@@ -199,10 +201,7 @@ class FastEngine:
             share_projections(modules, self.trials.run)
             self.put_gates_back = fuse_gates(modules)
         for layer_plan, layer in zip(self.layer_plans, self.layers, strict=True):
-            states = [getattr(module, ATTRIBUTE, None) for module in layer.modules()]
-            shared = (s.shared for s in states if isinstance(s, FastLinear) and s.shared is not None)
-            layer_plan.shared = tuple(dict.fromkeys(shared))
-            layer_plan.gates = tuple(s for s in states if isinstance(s, GatedUnit))
+            layer_plan.note_shared(layer)
 
     def _release_values(self) -> None:
         self.buffer = reserve_values(self.device, 0)
@@ -246,9 +245,7 @@ class FastEngine:
             self.linears.set_workspace(plan.workspace_bytes)
             planner.workspaces = (plan.workspace_bytes,)  # no other slices from now on: compiled code holds them
             for layer_plan in self.layer_plans:
-                layer_plan.lean = True
-                for unit in layer_plan.gates:
-                    unit.enabled = False
+                layer_plan.run_leanly()
             self.layer_plans[0].compiled = True
             planner.measure(self.trials, self.layers[0], static, plan.workspace_bytes)
             plan = planner.plan()
@@ -387,6 +384,7 @@ class FastEngine:
         parts = [f"fast: {len(self.linears.fused)} fused linears", rows, *chunked]
         parts += [*self.plan.describe(len(self.layers)), *([self.streamed.describe()] if self.streamed else [])]
         more = {
+            f"{len(self.linears.in_8_bits)} linears multiplied in fp8": bool(self.linears.in_8_bits),
             "embeddings on the host": self.embeddings.on_host,
             "base sharded over the cards": self.sharded,
             "layers compiled": self.compiled,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.engine.fsdp import ShardedWeight, sharded_weight_of
-from qlora_cli.core.models.structure import is_plain_linear
+from qlora_cli.core.matmul.frozen_weights import frozen_weight
 from qlora_cli.kernels.linear import project_shared, qlora_linear
 from qlora_cli.kernels.lora_products import Dropout, LinearOptions
 from qlora_cli.kernels.weights import FrozenWeight
@@ -209,23 +209,6 @@ def adapter_is_active(module: Any, name: str | None) -> bool:
     return not module.disable_adapters and not module.merged and len(active) == 1 and active[0] == name
 
 
-def frozen_weight(module: nn.Module, dtype: torch.dtype, *, resident: bool) -> FrozenWeight | None:
-    """The raw tensors of a frozen linear layer, a 4-bit one of bitsandbytes or an nn.Linear in `dtype`; None when it is
-    not one, or is stored in a way not covered. `resident` has the dequantised values kept, not the packed ones."""
-    weight: Any = getattr(module, "weight", None)
-    if weight is None or weight.requires_grad:
-        return None
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        if is_plain_linear(module) and weight.dtype == dtype and weight.ndim == 2:
-            return FrozenWeight(weight.shape[0], weight.shape[1], dense=weight.detach())
-        return None
-    if getattr(state, "packing_format_for_cpu", False) or len(state.shape) != 2:
-        return None
-    packed = FrozenWeight.of_state(state, weight.detach().as_subclass(Tensor).view(torch.uint8).flatten())
-    return FrozenWeight(packed.rows, packed.columns, dense=packed.values(dtype)) if resident else packed
-
-
 def is_adapted(module: nn.Module) -> bool:
     """Whether PEFT has wrapped this module with LoRA matrices."""
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")
@@ -248,7 +231,14 @@ def _covered_adapter(module: Any) -> str | None:
 
 
 def fast_linear(
-    module: Any, dtype: torch.dtype, step: StepState, *, resident: bool, workspace_bytes: int | None, seed: Tensor
+    module: Any,
+    dtype: torch.dtype,
+    step: StepState,
+    *,
+    resident: bool,
+    workspace_bytes: int | None,
+    seed: Tensor,
+    in_8_bits: bool = False,
 ) -> FastLinear | None:
     """The fused form of one layer, adapted or not; None where its own forward stays."""
     adapted = is_adapted(module)
@@ -258,7 +248,7 @@ def fast_linear(
     name = _covered_adapter(module) if adapted else None
     if adapted and name is None:
         return None
-    weight = sharded_weight_of(base) or frozen_weight(base, dtype, resident=resident)
+    weight = sharded_weight_of(base) or frozen_weight(base, dtype, resident=resident, in_8_bits=in_8_bits)
     if weight is None:
         return None
     bias = None if base.bias is None else base.bias.detach().to(dtype)
@@ -305,6 +295,7 @@ class FusedLinears:
         self.fused: list[FastLinear] = []
         self.kept: list[str] = []
         self.resident = False
+        self.in_8_bits: frozenset[nn.Module] = frozenset()  # those that `fuse` has multiplied in 8 bits
         sizes = [logical_elements(module) * values.dtype.itemsize for _, module in self.candidates]
         self.dense_bytes, self.largest_dense_bytes = sum(sizes), max(sizes, default=0)
         self.put_back: Callable[[], None] = lambda: None  # gives the instances their own forward back
@@ -316,7 +307,13 @@ class FusedLinears:
         self.kept = []
         for (name, module), seed in zip(self.candidates, self.step.seeds, strict=True):
             fast = fast_linear(
-                module, self.values.dtype, self.step, resident=resident, workspace_bytes=workspace_bytes, seed=seed
+                module,
+                self.values.dtype,
+                self.step,
+                resident=resident,
+                workspace_bytes=workspace_bytes,
+                seed=seed,
+                in_8_bits=module in self.in_8_bits,
             )
             if fast is None:
                 self.kept.append(name)
@@ -325,6 +322,16 @@ class FusedLinears:
         self.fused, self.resident = list(found.values()), resident
         self.values.take(fast for fast in self.fused if fast.adapter is not None)
         self.put_back = replace_forward(found, _forward)
+
+    def packed(self) -> dict[str, tuple[nn.Module, FrozenWeight]]:
+        """Fused layers by name, with their 4-bit weights."""
+        found: dict[str, tuple[nn.Module, FrozenWeight]] = {}
+        for name, module in self.candidates:
+            base: Any = module.base_layer if is_adapted(module) else module
+            weight = frozen_weight(base, self.values.dtype, resident=False) if fast_linear_of(module) else None
+            if weight is not None and weight.packed is not None:
+                found[name] = module, weight
+        return found
 
     def set_workspace(self, bytes_: int | None) -> None:
         """Most bytes of dequantised values at once, from now on; None for a whole weight."""

@@ -3,7 +3,7 @@
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from qlora_cli.artifacts import (
@@ -26,6 +26,8 @@ from qlora_cli.artifacts import (
     replace_file,
     temporary_beside,
 )
+from qlora_cli.config import TrainConfig
+from qlora_cli.core.data.prepare import read_paths
 from qlora_cli.core.storage.checkpoint import is_checkpoint, list_checkpoints, remove_leftovers, step_of
 from qlora_cli.core.storage.lock import locked
 from qlora_cli.core.storage.ownership import (
@@ -54,6 +56,19 @@ RUN_FILES = (
     BAD_ROWS,
 )
 UNFINISHED = ".finishing"  # the directory that collects the final files
+
+
+def claimed_output(config: TrainConfig, report: Report) -> AbstractContextManager[None]:
+    """A run's directory, held for this process."""
+    inputs = [Path(name).expanduser() for name in (config.model, config.prepared) if name]
+    return claimed(
+        Path(config.output),
+        resume=config.resume,
+        overwrite=config.overwrite,
+        reads=[*read_paths(config), *inputs],
+        dry_run=config.dry_run,
+        report=report,
+    )
 
 
 @contextmanager

@@ -1,0 +1,182 @@
+"""Choice of the arithmetic that frozen linear layers are multiplied in: bf16, or 8 bits for those that pass the gate."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.data.packing import MicroBatch, collate
+from qlora_cli.core.matmul.gate import ProductErrors, measure_products
+from qlora_cli.errors import UsageError
+from qlora_cli.events import Notice, Report
+from qlora_cli.kernels import float8
+from qlora_cli.kernels.weights import FrozenWeight
+from qlora_cli.settings.groups import StepSettings
+
+MOST_ERROR = 1.0  # as a multiple of what 4 bits do, above which a layer stays in bf16
+TRIAL_TOKENS = 512
+NAMED = 8  # layers that stay in bf16, in a message
+# Tokens of a micro-batch from which `auto` multiplies in 8 bits; None for never: see benchmarks/matmul.md.
+AUTO_TOKENS: int | None = None
+
+
+@dataclass(frozen=True)
+class ProductRecord:
+    """What was chosen for a run, which keeps it when it goes on."""
+
+    asked: str  # the setting
+    matmul: str  # fp8, or bf16 where no layer passed
+    kept: tuple[str, ...] = ()  # linear layers in bf16 all the same
+    tokens: int = 0  # that were tried
+    worst_output: float = 0.0  # of the layers in 8 bits, as a multiple of what 4 bits do
+    worst_gradient: float = 0.0
+
+
+@dataclass(frozen=True)
+class ProductTrial:
+    """What a run gives to choose by.
+
+    Attributes:
+        batch: Rows of the first step, at most `TRIAL_TOKENS`; None for random ones.
+        recorded: `ProductRecord` of the run that goes on, as JSON has it; None for none.
+        resumed: Whether the run goes on.
+        largest: Makes numbers the largest of all ranks', so that these choose alike.
+    """
+
+    batch: MicroBatch | None = None
+    recorded: Mapping[str, Any] | None = None
+    resumed: bool = False
+    largest: Callable[[Tensor], Tensor] = lambda found: found
+
+
+def trial_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
+    """Rows, (input_ids, trained) each, cut to `TRIAL_TOKENS` in all; all trained where no token of these is."""
+    taken: list[tuple[np.ndarray, np.ndarray]] = []
+    left = TRIAL_TOKENS
+    for ids, trained in rows:
+        if left < 2 and taken:
+            break
+        taken.append((ids[:left], np.array(trained[:left])))
+        left -= len(taken[-1][0])
+    if not any(trained[1:].any() for _, trained in taken):
+        taken = [(ids, np.ones(len(ids), dtype=bool)) for ids, _ in taken]
+    return collate(taken, range(len(taken)))
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether a device multiplies e4m3: Ada, Hopper and later cards do. On the CPU it is emulated."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def is_wanted(
+    settings: StepSettings,
+    trial: ProductTrial,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    tokens: int,
+    moves: str,
+    report: Report,
+) -> bool:
+    """Whether layers are to be multiplied in 8 bits, as far as the gate lets them.
+
+    Args:
+        tokens: Of the largest micro-batch.
+        moves: What the base is, whose weights are not all on the device: sharded or streamed; empty where they are.
+
+    Raises:
+        UsageError: It was asked for and cannot be.
+    """
+    asked, recorded = settings.matmul, recorded_choice(settings, trial)
+    fits = has_float8(device) and (device.type == "cpu" or compute_dtype == torch.bfloat16)
+    if asked == "auto":
+        if trial.resumed:  # as it went so far
+            wanted = recorded is not None and recorded.matmul == "fp8"
+        else:
+            wanted = AUTO_TOKENS is not None and device.type == "cuda" and tokens >= AUTO_TOKENS and fits and not moves
+    else:
+        wanted = asked == "fp8"
+    if not wanted:
+        return False
+    if not fits:
+        what = f"compute dtype {str(compute_dtype).removeprefix('torch.')}" if has_float8(device) else "this card"
+        raise UsageError(
+            f"--matmul {asked}: this run multiplies in fp8, which {what} does not.",
+            "It takes an Ada, Hopper or later card and bfloat16. Use --matmul bf16 (with --resume: --allow-changes).",
+        )
+    if moves:
+        report(Notice(f"Layers are multiplied in bf16, without --matmul fp8: the base is {moves}."))
+        return False
+    if device.type == "cpu":
+        report(Notice("There is no fp8 on a CPU: it is emulated, which is slower than bf16."))
+    return True
+
+
+def recorded_choice(settings: StepSettings, trial: ProductTrial) -> ProductRecord | None:
+    """What was chosen when the run began, where the same is asked for."""
+    recorded = trial.recorded
+    if recorded is None or recorded.get("asked") != settings.matmul:
+        return None
+    return ProductRecord(**{**recorded, "kept": tuple(recorded["kept"])})
+
+
+def choose_layers(
+    settings: StepSettings,
+    trial: ProductTrial,
+    layers: Mapping[str, tuple[nn.Module, FrozenWeight]],
+    run: Callable[[], Any],
+    report: Report,
+) -> tuple[frozenset[nn.Module], ProductRecord]:
+    """The linear layers that are multiplied in 8 bits: those that the run had so, else those that pass the gate.
+
+    Args:
+        layers: By name, with their packed weights.
+        run: Passes the trial's rows through all of them, forward and backward.
+    """
+    covered = {name: layer for name, layer in layers.items() if float8.covers(layer[1])}
+    recorded = recorded_choice(settings, trial)
+    if recorded is not None:
+        chosen = frozenset(module for name, (module, _) in covered.items() if name not in recorded.kept)
+        return chosen, recorded
+    found = measure_products(dict(covered.values()), run)
+    missing = ProductErrors(float("inf"), float("inf"))
+    errors = {name: found.get(module, missing) for name, (module, _) in covered.items()}
+    if errors:
+        table = torch.tensor([[e.output, e.gradient] for e in errors.values()], dtype=torch.float64).nan_to_num(
+            torch.inf
+        )
+        errors = {n: ProductErrors(*e) for n, e in zip(errors, trial.largest(table).tolist(), strict=True)}
+    passed = {name: each for name, each in errors.items() if each.worst <= MOST_ERROR}
+    record = ProductRecord(
+        asked=settings.matmul,
+        matmul="fp8" if passed else "bf16",
+        kept=tuple(name for name in layers if name not in passed),
+        tokens=trial.batch.tokens if trial.batch else TRIAL_TOKENS,
+        worst_output=max((e.output for e in passed.values()), default=0.0),
+        worst_gradient=max((e.gradient for e in passed.values()), default=0.0),
+    )
+    report(Notice(describe_choice(record, len(layers), {name: errors[name] for name in errors if name not in passed})))
+    return frozenset(covered[name][0] for name in passed), record
+
+
+def describe_choice(record: ProductRecord, layers: int, failed: Mapping[str, ProductErrors]) -> str:
+    """What the gate found, in words."""
+    text = (
+        f"Of {layers} frozen linear layers {layers - len(record.kept)} are multiplied in fp8. On {record.tokens} tokens that "
+        f"changed their outputs by at most {record.worst_output:.2f}, and the gradients of their inputs by at most "
+        f"{record.worst_gradient:.2f} of what rounding to 4 bits did."
+    )
+    if record.kept:
+        named = [
+            f"{name} ({failed[name].worst:.2f})" if name in failed else f"{name} (sides or dtype)"
+            for name in record.kept[:NAMED]
+        ]
+        text += f" In bf16 stay {', '.join(named)}{', …' if len(record.kept) > NAMED else ''}."
+    return text
+
+
+def record_of(record: ProductRecord | None) -> dict[str, Any]:
+    """What a run's record keeps of the choice: nothing where there was none."""
+    return {} if record is None else {"matmul": asdict(record)}
