@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.models import ALL16, QKV8, QKV16, build
+from support.models import ALL16, ALL64, QKV8, QKV16, build
 
 FREE = {"gradient_checkpointing": "off", "resident_weights": False, "compile": True}
 RESIDENT = FREE | {"resident_weights": True}
@@ -46,9 +46,18 @@ RUNS = {
     "qwen3-moe-quarter-least": ("qwen3-30b-a3b-quarter", (2048,) * 2, ALL16, EVERY_LAYER),
     "qwen3-moe-quarter-plain": ("qwen3-30b-a3b-quarter", (2048,) * 2, ALL16, EVERY_LAYER | {"experts": False}),
     "gpt-oss-least": ("gpt-oss-20b", (2048,) * 2, ALL16, EVERY_LAYER | {"limit_gib": 14.2}),
+    "llama-free-8rows": ("llama-7b", (2048,) * 8, ALL16, RESIDENT),
+    "llama3-long": ("llama3-8b", (4096,) * 2, ALL16, RESIDENT),
+    "llama3-least": ("llama3-8b", (2048,) * 2, ALL16, {"compile": True, "limit_gib": 7.5}),
+    "qwen3-free": ("qwen3-8b", (2048,) * 2, ALL64, RESIDENT),
+    "mistral-long": ("mistral-7b", (8192,), ALL16, RESIDENT),
+    "neox-free": ("neox-20b", (2048,) * 4, QKV8, RESIDENT),
     "tiny": ("tiny-llama", (100, 28), ALL16, FREE),
 }
+# Any run with `-fp8` behind its name, multiplied in 8 bits.
+RUNS |= {f"{name}-fp8": (*run[:3], run[3] | {"matmul": "fp8"}) for name, run in RUNS.items()}
 KINDS = {
+    "to 8 bits": ("_quantise_rows", "_unpack"),
     "experts": ("_multiply_", "grouped", "groupproblem", "_spread", "_join", "_gate", "_count", "_place"),
     "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
     "GEMM": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk"),
@@ -253,7 +262,7 @@ def main() -> None:
     flags = ["--steps", arguments.steps, "--warm", arguments.warm, "--device", arguments.device]
     flags += ["--profile"] if arguments.profile else []
     results = []
-    for name in arguments.run or [n for n in RUNS if n != "tiny"]:
+    for name in arguments.run or [n for n in RUNS if n not in ("tiny", "tiny-fp8")]:
         command = [sys.executable, __file__, "--inside", name, *map(str, flags)]
         results.append(run_apart(name, command, arguments.limit_s))
         arguments.json.write_text(json.dumps(results, indent=1))

@@ -22,6 +22,21 @@ CONFIGS = {
             "tie_word_embeddings": False,
         },
     ),
+    "llama3-8b": (
+        "LlamaConfig",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 2**20,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            "tie_word_embeddings": False,
+        },
+    ),
     "neox-20b": (
         "GPTNeoXConfig",
         {
@@ -129,6 +144,35 @@ CONFIGS = {
             "tie_word_embeddings": False,
         },
     ),
+    "qwen3-8b": (
+        "Qwen3Config",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 12288,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "mistral-7b": (
+        "MistralConfig",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+        },
+    ),
     "mixtral-8x7b": ("MixtralConfig", {"vocab_size": 32000, "sliding_window": None}),
     "tiny-moe": (
         "Qwen3MoeConfig",
@@ -185,6 +229,7 @@ for _name, (_whole, _layers) in {
 
 # Arguments of `attach_adapter`.
 ALL16 = {"rank": 16, "target_modules": None}
+ALL64 = {"rank": 64, "target_modules": None, "dropout": 0.1}
 QKV16 = {"rank": 16, "target_modules": ("query_key_value",)}
 QKV8 = {"rank": 8, "target_modules": ("query_key_value",), "dropout": 0.05}
 
