@@ -42,8 +42,8 @@ def with_codes(weight: FrozenWeight, *, resident: bool) -> FrozenWeight:
     scaled = weight._replace(row_scale=row_scales(weight))
     if not resident:
         return scaled
-    codes = _unpack(scaled, 0, weight.rows, transposed=False, keep=True)
-    return scaled._replace(codes=codes, turned_codes=codes.t().contiguous())
+    codes, turned = (_unpack(scaled, 0, weight.rows, transposed=way, keep=True) for way in (False, True))
+    return scaled._replace(codes=codes, turned_codes=turned)
 
 
 def quantise_rows(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

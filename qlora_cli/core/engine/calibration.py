@@ -25,6 +25,7 @@ from qlora_cli.core.engine.packed_attention import (
     why_not_packed,
 )
 from qlora_cli.core.experts.held_routing import HeldRouting
+from qlora_cli.core.experts.layout import find_experts
 from qlora_cli.core.matmul.choice import (
     TRIAL_TOKENS,
     ProductRecord,
@@ -317,6 +318,8 @@ def install_products(
     tried, so that the rows fit where a step does. What comes of it is reported, and returned where any are wanted."""
     if not is_wanted(settings, trial, trials.device, trials.values.dtype, largest_tokens, moves, report):
         return None
+    if any(find_experts(trials.decoder)):
+        report(Notice("Routed experts are multiplied in the compute dtype, without --matmul fp8."))
 
     def run() -> None:
         tokens = TRIAL_TOKENS
