@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import mean
 
 HELD_ROWS, BATCH_ROWS, ROW_TOKENS = 500, 16, 512
-METHODS = ("ours", "ours-default", "peft-4bit", "peft-16bit")  # and "unsloth", where it is installed
+METHODS = ("ours", "ours-default", "peft-4bit", "peft-16bit")  # and "unsloth", where it is installed, and "ours-fp8"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ANSWER_TOKENS, ANSWERS_AT_ONCE = 320, 64
 QUANTIZED = "quantized"  # of the merges: the one that is written in 4 bits again
@@ -200,6 +200,7 @@ def settings_of(arguments: argparse.Namespace, rows: Path) -> dict:
         "seed": arguments.seed,
         "init": "default" if arguments.method == "ours-default" else "calibrated",
         "optimizer": "adamw",
+        "matmul": "fp8" if arguments.method == "ours-fp8" else "bf16",
     }
 
 

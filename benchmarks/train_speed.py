@@ -48,6 +48,12 @@ WORKS = {
     "neox-11gib": ("neox-20b", "fixed", 24, 10, f"{QKV8} --batch-size 1 {ONE} --max-length 512 --vram 12GiB"),
     "pythia": ("pythia-410m", "fixed", 240, 50, f"{ALL} --batch-size 4 {ONE}"),
     "falcon": ("falcon-7b", "fixed", 24, 20, f"{QKV16} --batch-size 1 {ONE} --vram 7.6GiB"),
+    "llama-8rows": ("llama-7b", "fixed", 160, 14, f"{ALL} --batch-size 8 {ONE}"),
+    "llama3-long": ("llama3-8b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --max-length 4096"),
+    "llama3-least": ("llama3-8b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --vram 7.63GiB"),
+    "qwen3-r64": ("qwen3-8b", "fixed", 64, 16, f"--rank 64 --alpha 64 --dropout 0.1 --batch-size 2 {ONE}"),
+    "mistral-long": ("mistral-7b", "fixed", 32, 16, f"{ALL} --batch-size 1 {ONE} --max-length 8192"),
+    "neox-free": ("neox-20b", "fixed", 96, 12, f"{QKV8} --batch-size 4 {ONE}"),
     # Experts are not adapted, here and by the peers: of Qwen3-MoE and gpt-oss that leaves attention. Memory is the peer's.
     "qwen3-moe-free": ("qwen3-30b-a3b", "fixed", 64, 16, f"{ATTENTION} --batch-size 2 {ONE} --vram 41.4GiB"),
     "qwen3-moe-least": ("qwen3-30b-a3b", "fixed", 64, 16, f"{ATTENTION} --batch-size 2 {ONE} --vram 21.7GiB"),
@@ -72,8 +78,10 @@ WARM = {
 
 def max_length_of(work: str) -> int:
     """Tokens of the longest row or pack."""
-    small = "--max-length 512" in WORKS[work][4] or WORKS[work][0].startswith("tiny")
-    return 512 if small else 2048
+    flags = WORKS[work][4].split()
+    if "--max-length" in flags:
+        return int(flags[flags.index("--max-length") + 1])
+    return 512 if WORKS[work][0].startswith("tiny") else 2048
 
 
 def warm_of(work: str, warm: int) -> int:

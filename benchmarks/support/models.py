@@ -169,7 +169,7 @@ CONFIGS = {
             "intermediate_size": 14336,
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-5,
-            "sliding_window": None,
+            "sliding_window": 4096,
             "tie_word_embeddings": False,
         },
     ),

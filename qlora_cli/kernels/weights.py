@@ -94,6 +94,10 @@ class FrozenWeight(NamedTuple):
             nested_blocksize=nested.blocksize if nested is not None else 256,
         )
 
+    def plain(self) -> "FrozenWeight":
+        """The same weight, multiplied in the dtype of what it is multiplied with."""
+        return self._replace(row_scale=None, codes=None, turned_codes=None)
+
     def values(self, dtype: torch.dtype, first_row: int = 0, end_row: int | None = None) -> Tensor:
         """Rows first_row to end_row, (end_row - first_row, in) in `dtype`; a view when dense. See `reserve_values`.
 

@@ -51,6 +51,17 @@ def test_bf16_and_auto_are_the_engine_without_the_choice(load_tiny):
         assert step(model, batch, matmul=matmul)[2].products is None
 
 
+def test_evaluation_is_in_the_compute_dtype(load_tiny):
+    model, batch = adapted(load_tiny, "llama"), batch_of()
+    losses = []
+    for matmul in ("bf16", "fp8"):
+        engine = install(model, matmul=matmul, resident_weights=False)
+        with torch.no_grad():
+            losses.append(engine.loss(batch))
+        engine.close()
+    assert torch.equal(*losses)
+
+
 def test_a_layer_that_does_not_pass_stays_and_is_named(load_tiny, monkeypatch):
     model, events = adapted(load_tiny, "llama"), []
     monkeypatch.setattr(choice, "MOST_ERROR", 0.0)

@@ -177,8 +177,9 @@ class FastLinear:
     place: int = 0
 
     def frozen(self) -> FrozenWeight:
-        """The weight; whole for the time being, where ranks share it."""
-        return self.weight if isinstance(self.weight, FrozenWeight) else self.weight.gathered()
+        """The weight; whole for the time being, where ranks share it. Evaluation is not in 8 bits, as answers are not."""
+        weight = self.weight if isinstance(self.weight, FrozenWeight) else self.weight.gathered()
+        return weight if weight.row_scale is None or torch.is_grad_enabled() else weight.plain()
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         weight = self.frozen()
