@@ -37,6 +37,20 @@ CONFIGS = {
             "tie_word_embeddings": False,
         },
     ),
+    "smollm2-135m": (
+        "LlamaConfig",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 8192,
+            "rope_theta": 100000.0,
+            "tie_word_embeddings": True,
+        },
+    ),
     "neox-20b": (
         "GPTNeoXConfig",
         {
