@@ -60,7 +60,7 @@ def generate(config: GenerateConfig, prompts: Sequence[str], report: Report) -> 
 
     Args:
         config: The settings; `input` and `output` for a file.
-        prompts: Texts to answer one after another when there is no `input`.
+        prompts: Texts to answer when there is no `input`.
         report: Receives the answers' text as it comes, progress and notices.
 
     Raises:
@@ -174,15 +174,30 @@ def choose_quantization(
 def answer_prompts(
     session: GenerationSession, adapter: str | None, prompts: Sequence[str], report: Report
 ) -> list[dict[str, Any]]:
-    """Answers prompts one after another, streaming; returns a row for each."""
+    """Answers prompts, so many at once as a file's; returns a row for each.
+
+    The text of the first that is not finished is reported as it comes, and what is there of the next one behind it.
+    """
     requests = [session.request(index, prompt, adapter) for index, prompt in enumerate(prompts)]
     session.select(adapter)
-    end_ids, rows = session.end_ids(adapter), []
-    for prompt, request in zip(prompts, requests, strict=True):
-        for answer in session.answer([request], end_ids, lambda index, piece: report(TextGenerated(piece))):
-            rows.append(answer.to_row(prompt))
-        report(TextGenerated("", final=True))
-    return rows
+    rows: dict[int, dict[str, Any]] = {}
+    waiting: list[list[str]] = [[] for _ in prompts]
+    shown = 0  # whose text is reported
+
+    def say(index: int, piece: str) -> None:
+        if index == shown:
+            report(TextGenerated(piece))
+        else:
+            waiting[index].append(piece)
+
+    for answer in session.answer(requests, session.end_ids(adapter), say):
+        rows[answer.index] = answer.to_row(prompts[answer.index])
+        while shown in rows:
+            report(TextGenerated("", final=True))
+            shown += 1
+            for piece in waiting[shown] if shown < len(prompts) else ():
+                report(TextGenerated(piece))
+    return [rows[index] for index in range(len(prompts))]
 
 
 def answer_file(

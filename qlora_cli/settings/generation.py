@@ -55,5 +55,5 @@ class GenerationSettings(QuantizationSettings, SamplingSettings):
         repeated=True,
         range=NAME,
     )
-    batch_size: int = setting(8, "Prompts answered at once with --input.", panel=RUN, range=Numbers(1, 4096))
+    batch_size: int = setting(8, "Prompts answered at once.", panel=RUN, range=Numbers(1, 4096))
     engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))

@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_cli.artifacts import MERGE_RECORD
 from qlora_cli.commands.generate import converse, generate
 from qlora_cli.config import GenerateConfig
+from qlora_cli.core.decoding.decoder import Decoder
+from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.errors import AdapterError, DataError, ModelError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, TextGenerated
@@ -56,6 +59,40 @@ def test_an_answer_streams_and_is_counted(make_run, tiny_model):
     assert content["new_tokens"] == answer["new_tokens"] == 12
     assert content["tokens_per_second"] > 0 and 0 < content["first_token_seconds"] <= content["generate_seconds"]
     assert any("Decoded by" in event.text for event in events if isinstance(event, Notice))
+
+
+def test_several_prompts_are_answered_together_as_each_alone_and_their_texts_come_in_order(make_run, monkeypatch):
+    run, prompts = str(make_run()), ["The quick", "A much longer question, all of it", "b", "The end of"]
+    alone = [ask([prompt], adapter=run)[0].answers[0] for prompt in prompts]
+    taken = []
+    plain = GenerationSession.answer
+    monkeypatch.setattr(GenerationSession, "answer", lambda self, r, *a: taken.append(len(r)) or plain(self, r, *a))
+    result, events = ask(prompts, adapter=run, batch_size=2)
+    assert taken == [4] and result.answers == alone
+    pieces = [event for event in events if isinstance(event, TextGenerated)]
+    ends = [place for place, piece in enumerate(pieces) if piece.final]
+    texts = ["".join(p.text for p in pieces[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    assert texts == [answer["answer"] for answer in alone] and len(ends) == len(prompts)
+    plainly, _ = ask(prompts, adapter=run, batch_size=3, engine="plain")
+    assert [answer["answer"] for answer in plainly.answers] == texts
+
+
+def test_what_was_said_before_rows_had_to_be_given_up_is_not_said_again(make_run, monkeypatch):
+    run, prompts = str(make_run()), ["The quick", "b"]
+    expected, _ = ask(prompts, adapter=run)
+    plain, steps = Decoder.step, []
+
+    def step(self):
+        steps.append(self.cache.rows)
+        if len(steps) == 5:
+            raise torch.OutOfMemoryError("injected")
+        return plain(self)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    result, events = ask(prompts, adapter=run)
+    assert result.answers == expected.answers and {2, 1} == set(steps)
+    assert text_of(events) == "".join(answer["answer"] for answer in expected.answers)
+    assert any("going on with 1" in event.text for event in events if isinstance(event, Caution))
 
 
 def test_a_prompt_is_formatted_as_in_training_unless_it_is_raw(make_run):

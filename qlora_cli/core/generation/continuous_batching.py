@@ -39,12 +39,14 @@ def answer_all(
         ModelError: Not even one row has room, or the model's output is not a number.
     """
     left = {request.index: request for request in requests}
+    growing: dict[int, GrowingCompletion] = {}
     rows = max(1, min(batch_size, len(requests)))
     while left:
         try:
             capacity = max(len(request.ids) + request.max_new_tokens for request in left.values())
-            growing = [start(request) for request in left.values()]
-            for answer in _run(growing, open_decoder(rows, capacity), seed):
+            said = {index: growing[index].said for index in left if index in growing}
+            growing = {index: start(request, said=said.get(index, 0)) for index, request in left.items()}
+            for answer in _run([*growing.values()], open_decoder(rows, capacity), seed):
                 del left[answer.index]
                 yield answer
         except torch.OutOfMemoryError as error:

@@ -110,8 +110,10 @@ class GrowingCompletion:
         end_ids: Tokens that end an answer.
         stop: Strings that do.
         on_text: Called with the request's index and each piece of text.
+        said: Characters that an answer to the same request, which was given up, handed to `on_text`: not again.
 
     Attributes:
+        said: Likewise, with those of this one.
         launched: Tokens whose computation was launched; some may still be on their way from the device.
         finish: Why it ended; None while it grows.
     """
@@ -124,8 +126,11 @@ class GrowingCompletion:
         end_ids: Collection[int],
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
+        said: int = 0,
     ) -> None:
         self.request = request
+        self.said = said
+        self._characters = 0
         self.launched = 0
         self.finish: str | None = None
         self._ids: list[int] = []
@@ -155,8 +160,11 @@ class GrowingCompletion:
         return self.finish is not None
 
     def _emit(self, piece: str) -> None:
-        if piece and self._on_text is not None:
-            self._on_text(self.request.index, piece)
+        self._characters += len(piece)
+        fresh = min(len(piece), self._characters - self.said)
+        if fresh > 0 and self._on_text is not None:
+            self._on_text(self.request.index, piece[-fresh:])
+            self.said = self._characters
 
     def completion(self) -> Completion:
         """The finished answer."""
@@ -165,4 +173,4 @@ class GrowingCompletion:
         return Completion(request.index, self._stream.text, tuple(self._ids), self.finish, len(request.ids))
 
 
-StartCompletion = Callable[[Request], GrowingCompletion]
+StartCompletion = Callable[..., GrowingCompletion]  # of a Request, and what was said of it
