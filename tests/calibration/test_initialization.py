@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
 from qlora_cli.core.adapters.lora import adapter_state, attach_adapter
 from qlora_cli.core.calibration import initialization
@@ -140,13 +141,17 @@ def settings_of_quantization():
     return QuantizationSettings(base_cache=False)
 
 
-def test_layers_that_cannot_be_walked_start_plainly_and_say_so(tiny_model, load_tiny, monkeypatch):
-    monkeypatch.setattr(ActivationStream, "outputs", out_of_memory)
+@pytest.mark.parametrize("where", ["memory", "layer", "model"])
+def test_layers_that_cannot_be_walked_start_plainly_and_say_so(tiny_model, load_tiny, monkeypatch, where):
+    """Whatever the model's own code raises, as xlm's of a mask, rwkv's of its weights, longcat_flash's of a name."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError if where == "memory" else KeyError("what it\nwants")
+
+    place = {"memory": (ActivationStream, "outputs"), "layer": (LlamaMLP, "forward"), "model": (LlamaModel, "forward")}
+    monkeypatch.setattr(*place[where], fail)
     events: list = []
     model, facts = start(tiny_model, load_tiny, "llama", report=events.append)
-    assert facts is None and any(isinstance(event, Caution) and "starts plainly" in event.text for event in events)
+    (said,) = [event.text for event in events if isinstance(event, Caution) and "starts plainly" in event.text]
+    assert facts is None and ("memory" in said) == (where == "memory") and ("KeyError" in said) == (where != "memory")
     assert all(not value.any() for name, value in adapter_state(model).items() if "lora_B" in name)
-
-
-def out_of_memory(*_):
-    raise torch.OutOfMemoryError

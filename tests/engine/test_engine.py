@@ -15,6 +15,7 @@ from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import ModelError, TrainingError, UsageError
+from qlora_cli.events import Caution
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.conftest import ARCHITECTURES, FEW, most_slow
 
@@ -482,6 +483,29 @@ def test_no_room_to_try_a_layer_out_is_told_in_one_sentence(load_tiny):
         install(model)
     assert "\n" not in reported.value.message and "--vram" in reported.value.hint
     assert not any(hasattr(module, ATTRIBUTE) for module in model.modules()), "the model is left as it was"
+
+
+def test_a_model_that_the_fast_engine_does_not_run_is_trained_plainly_and_that_is_said(load_tiny):
+    """Such as deepseek_v4, whose routers want the tokens themselves; what runs nowhere is refused, as rwkv in 4 bits."""
+    model, batch, events = adapted(load_tiny, "llama"), batch_of(), []
+    expected, gradient, _ = step(model, batch, kind="plain")
+    decoder = model.get_base_model().model
+    own = decoder.forward
+
+    def of_tokens(input_ids=None, **named):
+        if input_ids is None:
+            raise AttributeError("'NoneType' object has no attribute 'reshape'")
+        return own(input_ids=input_ids, **named)
+
+    decoder.forward = of_tokens
+    loss, found, engine = step(model, batch, events=events)
+    assert engine.describe() == "plain" and torch.equal(loss, expected) and torch.equal(found, gradient)
+    assert [event for event in events if isinstance(event, Caution) and "AttributeError" in event.text]
+
+    decoder.forward = lambda **named: named["nothing"]
+    for kind in ("fast", "plain"):
+        with pytest.raises(ModelError, match="llama does not run on a base in 4 bits: its own code ends in KeyError"):
+            install(model, kind)
 
 
 @pytest.mark.parametrize("kind", ["fast", "plain"])

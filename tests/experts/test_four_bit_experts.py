@@ -131,3 +131,11 @@ def test_where_the_device_holds_no_more_fewer_experts_are_dequantised_at_once(mo
     for _ in range(2):
         torch.testing.assert_close(grouped_product.packed_product(x, stack, routing), plain)
     assert asked == [5, 2, 2, 1, 2, 2, 1]  # found out once
+
+
+def test_a_module_of_three_stacks_computes_otherwise_and_stays_as_it_is():
+    """As inkling's shared experts, to which all tokens go."""
+    experts = make_experts("qwen3_moe")
+    assert len(expert_weights(experts)) == 2
+    experts.gate_proj = torch.nn.Parameter(torch.zeros_like(experts.down_proj))
+    assert expert_weights(experts) == ()

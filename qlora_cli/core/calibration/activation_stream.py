@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qlora_cli.core.engine.decoder_layers import LayerCall, find_layers
 from qlora_cli.core.engine.lora_linear import noted_calls
 from qlora_cli.core.models.structure import find_decoder
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, first_line
 
 PROBE_TOKENS = 16
 
@@ -52,7 +52,7 @@ class ActivationStream:
         def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
             calls.append(LayerCall(args, kwargs))
 
-        with noted_calls(self.layers, note), skipped(self.layers), torch.no_grad():
+        with noted_calls(self.layers, note), skipped(self.layers), torch.no_grad(), calling_layers():
             decoder(input_ids=batch.to(self._device), use_cache=False)
         shapes = [tuple(call.args[0].shape[:2]) if call.args else () for call in calls]
         if not self.layers or shapes != [tuple(batch.shape)] * len(self.layers):
@@ -60,7 +60,7 @@ class ActivationStream:
         return calls[0].args[0].cpu(), [LayerCall(call.args[1:], call.kwargs) for call in calls]
 
     def _outputs(self, hidden: Tensor, call: LayerCall) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), calling_layers():
             out = self.layers[self._at](hidden.to(self._device), *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple | list) else out
 
@@ -87,7 +87,7 @@ class ActivationStream:
         """What the model makes of a batch's hidden states once every layer is behind them, (rows, length, vocabulary)."""
         *others, last = self.layers
         hidden = self._hidden[batch].to(self._device)
-        with skipped(others), torch.no_grad():
+        with skipped(others), torch.no_grad(), calling_layers():
             hook = last.register_forward_hook(
                 lambda _, __, out: (hidden, *out[1:]) if isinstance(out, tuple | list) else hidden, prepend=True
             )
@@ -104,6 +104,19 @@ class ActivationStream:
 
 
 @contextmanager
+def calling_layers() -> Iterator[None]:
+    """Inside the block what a model's own code raises, where layers do not bear to be called apart, is a ModelError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        raise ModelError(
+            f"Its layers cannot be called one by one ({type(error).__name__}: {first_line(error)})."
+        ) from error
+
+
+@contextmanager
 def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Inside the block layers hand their hidden states on as they are, the first one excepted, which really runs."""
     as_tuple = False
@@ -112,7 +125,8 @@ def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
         nonlocal as_tuple
         as_tuple = isinstance(out, tuple | list)
 
-    def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
+    def pass_on(*args: Any, **named: Any) -> Any:
+        hidden = args[0] if args else next(iter(named.values()))
         return (hidden, None) if as_tuple else hidden
 
     hook = layers[0].register_forward_hook(remember) if layers else None

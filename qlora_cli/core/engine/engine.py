@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from qlora_cli.core.engine.calibration import LEAST_TRIAL_TOKENS
 from qlora_cli.core.engine.fast import HEAD_TRIAL_TOKENS, FastEngine
+from qlora_cli.core.engine.fsdp import is_sharded
 from qlora_cli.core.engine.lm_head import require_causal
 from qlora_cli.core.engine.memory_plan import count_recomputed_layers
 from qlora_cli.core.matmul.choice import ProductRecord, ProductTrial
 from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.core.streaming.streamed_base import streamed_base_of
 from qlora_cli.errors import TrainingError, UsageError, first_line
-from qlora_cli.events import Report
+from qlora_cli.events import Caution, Report
 from qlora_cli.kernels.embedding_noise import add_noise
 from qlora_cli.settings.groups import StepSettings
 
@@ -116,6 +118,16 @@ def install_engine(
             f"tokens ({first_line(error)})",
             "Give more memory with --vram, close what else uses the card, or take a smaller model.",
         ) from error
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        if is_sharded(underlying_model(model)) or streamed_base_of(underlying_model(model)) is not None:
+            raise  # what the plain engine does not know
+        report(
+            Caution(
+                f"The fast engine does not run this model ({type(error).__name__}: {first_line(error)}): it is trained as "
+                "with --engine plain, which is slower and takes more memory."
+            )
+        )
+        return PlainEngine(model, settings, device=device)
 
 
 class PlainEngine:

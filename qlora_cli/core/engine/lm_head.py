@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.engine.fsdp import gathered, is_sharded
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, first_line
 from qlora_cli.kernels.cross_entropy import chunk_tokens, linear_cross_entropy
 
 LEAST_SENSITIVITY = 1e-5  # to a later token, by that to the others, from which it counts
@@ -122,7 +122,7 @@ def require_causal(base: Any, inputs: dict[str, Tensor]) -> None:
         inputs: One row of `input_ids`, or of `inputs_embeds`.
 
     Raises:
-        ModelError: Predictions depend on later tokens.
+        ModelError: Predictions depend on later tokens, or the model's own code fails.
     """
     if is_sharded(base):
         return
@@ -144,6 +144,14 @@ def require_causal(base: Any, inputs: dict[str, Tensor]) -> None:
             sensitivity = torch.autograd.grad((logits * logits.detach()).sum(), leaves[0])[0].abs().amax(-1)[0]
     except RuntimeError:  # no memory, or no derivative: training's own trials meet it as well, and say what helps
         return
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        if "input_ids" not in inputs:  # some models want these
+            raise
+        raise ModelError(
+            f"{base.config.model_type} does not run on a base in 4 bits: its own code ends in {type(error).__name__} "
+            f"({first_line(error)}).",
+            "Give --model another one.",
+        ) from error
     finally:
         hook.remove()
         base.train(training)

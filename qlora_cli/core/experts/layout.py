@@ -67,6 +67,8 @@ def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ...]:
     up, down = own[first], own[SECOND]
     if up is None or down is None or up.ndim != 3 or down.ndim != 3 or len(up) != len(down):
         return ()
+    if any(own[n] is not None and own[n].ndim == 3 for n in own.keys() - {first, SECOND}):  # type: ignore[union-attr]
+        return ()  # a third stack: another computation, as in inkling's shared experts
     transposed = getattr(module, "is_transposed", None)
     swapped = transposed is None
     if transposed is None:  # hidden is what both share: the last of one and the first of the other
