@@ -82,6 +82,18 @@ def test_a_language_model_has_one_adapter_whatever_its_wrapper_was_called(prefix
     torch.testing.assert_close(answers(text_of_wrapper(), tmp_path), logits, rtol=0, atol=1e-5)
 
 
+def test_pairs_on_towers_are_refused_with_what_helps(tmp_path):
+    make(whole_wrapper(), tmp_path, target_modules=r".*\.q_proj")
+    with pytest.raises(
+        AdapterError, match="of the adapter's tensors change vision_tower of this gemma3 model"
+    ) as refused:
+        answers(text_of_wrapper(), tmp_path)
+    assert "exclude_modules" in refused.value.hint and "merge_and_unload" in refused.value.hint
+    rewrite(tmp_path, lambda t: {n.replace("model.vision_tower", "vision_tower"): v for n, v in t.items()})
+    with pytest.raises(AdapterError, match=r"change vision_tower .* first base_model\.model\.vision_tower\."):
+        answers(text_of_wrapper(), tmp_path)
+
+
 @pytest.mark.parametrize(
     "prefix", ["base_model.model.base_model.model", "base_model.model._orig_mod", "model", "base_model.model.tower"]
 )

@@ -9,7 +9,7 @@ become plain ones of the base as it is. Nothing is fitted in part.
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.raw_weights import read_raw
-from qlora_cli.core.models.structure import find_decoder, head_names, underlying_model
+from qlora_cli.core.models.structure import find_decoder, head_names, tower_names, underlying_model
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import AdapterError, first_line
 
@@ -199,11 +199,8 @@ def _fit(facts: AdapterFacts, tensors: dict[str, Tensor], base: Any) -> tuple[Ad
         config |= _patterns_of_experts(facts, fitted, base)
     lost = [name for name in fitted if not _has_place(name, base)]
     if lost:
-        first = lost[0] if lost[0] in tensors else next(n for n in tensors if not _has_place(n, base))
-        raise AdapterError(
-            f"{len(lost)} of the adapter's tensors belong to no module of this {base.config.model_type} base, first "
-            f"{first}.",
-            "Give the base it was trained on with --model.",
+        raise _without_place(
+            lost, next(n for n in (lost[0], *tensors) if n in tensors and not _has_place(n, base)), base
         )
     adapted = {_module_of(name) for name in fitted if ".lora_" in name}
     config["target_modules"] = sorted(name for name in adapted if not stacks_of(base.get_submodule(name)))
@@ -214,6 +211,23 @@ def _fit(facts: AdapterFacts, tensors: dict[str, Tensor], base: Any) -> tuple[Ad
         fitted |= _exchanged(fitted, halves, weight)
         config["peft_version"] = ".".join(map(str, STACKS_SWAPPED))
     return replace(facts, config=config), fitted
+
+
+def _without_place(lost: Sequence[str], first: str, base: Any) -> AdapterError:
+    towers = {name.rpartition(".")[2] for name in tower_names(base)}
+    theirs = [name for name in lost if towers & {*name.split(".")}]
+    if theirs:
+        found = sorted(towers & {part for name in theirs for part in name.split(".")})
+        return AdapterError(
+            f"{len(theirs)} of the adapter's tensors change {', '.join(found)} of this {base.config.model_type} model, "
+            f"which reads no text and is left out here, first {first}.",
+            "Train the adapter on the language model alone (PEFT's target_modules or exclude_modules), or merge this one "
+            "by PEFT's merge_and_unload.",
+        )
+    return AdapterError(
+        f"{len(lost)} of the adapter's tensors belong to no module of this {base.config.model_type} base, first {first}.",
+        "Give the base it was trained on with --model.",
+    )
 
 
 def _rename(tensors: Mapping[str, Tensor], base: Any) -> dict[str, Tensor]:
