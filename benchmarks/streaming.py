@@ -10,11 +10,13 @@ of 2,048 random ids, all trained; figures are of the median step.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,24 +24,37 @@ from step_engine import run_apart
 from support.models import ALL16, QKV8, make_config
 
 GIB = 2**30
-# run → (architecture, adapter, limit of the card in GiB, rows of a step, tokens of a row)
-RUNS = {
-    "neox": ("neox-20b", QKV8, 4.0, 4, 2048),
-    "llama-70b": ("llama-70b", ALL16, 10.0, 4, 2048),
-    "tiny": ("tiny-llama", ALL16, 1.5, 4, 64),
-}
 OPTIMIZER = "paged_adamw_8bit"
+# What is tried of the whole base, under the measures that the streamed one takes and as it likes, and of the streamed one.
+WAYS = ["gradients", "same", "free", "streamed"]
 
 
-def plan_of(name: str, limit_gib: float | None, compiled: bool, **asked):
-    """What `qlora inspect` plans for the run."""
+class Setting(NamedTuple):
+    """What is trained, and within how much of the card."""
+
+    architecture: str
+    adapter: dict
+    limit_gib: float | None
+    rows: int  # of a step
+    tokens: int  # of a row
+
+
+RUNS = {
+    "neox": Setting("neox-20b", QKV8, 4.0, 4, 2048),
+    "llama-70b": Setting("llama-70b", ALL16, 10.0, 4, 2048),
+    "tiny": Setting("tiny-llama", ALL16, 1.5, 4, 64),
+}
+
+
+def plan_of(setting: Setting, compiled: bool, **asked):
+    """What `qlora inspect` plans for it."""
     import torch
 
     from qlora_cli.core.planning.model_profile import profile_model
     from qlora_cli.core.planning.planner import RowLengths, plan_training
     from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 
-    architecture, adapter, _, rows, tokens = RUNS[name]
+    architecture, adapter, limit_gib, rows, tokens = setting
     lora = LoraSettings(alpha=32, **adapter)
     profile = profile_model(make_config(architecture), lora, QuantizationSettings(), compute_dtype=torch.bfloat16)
     settings = StepSettings(batch_size=rows, optimizer=OPTIMIZER, compile=compiled, **asked)
@@ -49,8 +64,9 @@ def plan_of(name: str, limit_gib: float | None, compiled: bool, **asked):
 class Bench:
     """One model and its steps."""
 
-    def __init__(self, name: str, device: str, steps: int, compiled: bool) -> None:
+    def __init__(self, setting: Setting, device: str, steps: int, compiled: bool) -> None:
         import torch
+        from support.models import build
         from support.random_base import build_base
 
         from qlora_cli.core.adapters.lora import attach_adapter
@@ -59,10 +75,14 @@ class Bench:
         from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate
         from qlora_cli.settings.groups import LoraSettings
 
-        architecture, adapter, _, self.rows, self.tokens = RUNS[name]
+        architecture, adapter, _, self.rows, self.tokens = setting
         self.device, self.steps, self.compiled = torch.device(device), steps, compiled
         self.cuda = device == "cuda"
-        self.base = freeze_base(build_base(make_config(architecture), torch.bfloat16, self.device, apart=True))
+        config = make_config(architecture)
+        if hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
+            self.base = build(architecture, device)
+        else:
+            self.base = freeze_base(build_base(config, torch.bfloat16, self.device, apart=True))
         self.model = attach_adapter(self.base, LoraSettings(alpha=32, **adapter)).train()
         torch.manual_seed(1)
         with torch.no_grad():
@@ -167,9 +187,9 @@ class Bench:
         }
 
     def predicted(self, engine, tokens: int) -> float | None:
-        """Tokens a second by what the engine measured of one layer and of the link, head and optimizer left out."""
+        """Tokens a second by what the engine measured of one layer and of the link, the optimizer left out."""
         planner = engine.planner
-        return tokens / engine.plan.layer_seconds(planner.needs) if planner is not None else None
+        return tokens / engine.plan.micro_batch_seconds(planner.needs) if planner is not None else None
 
 
 def difference(first: tuple, second: tuple) -> dict:
@@ -178,8 +198,8 @@ def difference(first: tuple, second: tuple) -> dict:
     return {"loss": abs(first[0] - second[0]), "gradients": float((first[1] - second[1]).norm()) / norm}
 
 
-def run(name: str, steps: int, device: str, compiled: bool, same_only: bool) -> dict:
-    """Everything of one model."""
+def run(name: str, steps: int, device: str, compiled: bool, ways: list[str]) -> dict:
+    """Some ways of one model, or all of them."""
     import torch
 
     from qlora_cli.core.device import limit_memory
@@ -194,14 +214,14 @@ def run(name: str, steps: int, device: str, compiled: bool, same_only: bool) -> 
     def say(what: object) -> None:
         print(f"    {time.time() - started:6.1f} s  {what}", flush=True)
 
-    limit_gib = RUNS[name][2]
-    plan = plan_of(name, limit_gib, compiled, **({} if cuda else {"stream": True}))
+    limit_gib = RUNS[name].limit_gib
+    plan = plan_of(RUNS[name], compiled, **({} if cuda else {"stream": True}))
     measures, tokens = plan.measures, plan.token_budget
     result: dict = {"run": name, "limit_gib": limit_gib, "plan": str(measures), "micro_batch_tokens": tokens}
     say(result)
     if cuda:  # before the first allocation: segments that can grow
         limit_memory(torch.device("cuda", 0), torch.cuda.get_device_properties(0).total_memory)
-    bench = Bench(name, device, steps, compiled)
+    bench = Bench(RUNS[name], device, steps, compiled)
     result["link_gb_s"] = link_bytes_per_second(bench.device) / 1e9 if cuda else 0.0
     say(f"built; link {result['link_gb_s']:.1f} GB/s")
     same = {
@@ -211,17 +231,25 @@ def run(name: str, steps: int, device: str, compiled: bool, same_only: bool) -> 
     }
     start = [p.detach().clone() for p in bench.model.parameters() if p.requires_grad]
     all_tokens = bench.rows * bench.tokens
-    engine = bench.install(tokens, **same)
-    whole = [bench.gradients(engine, tokens) for _ in range(2)]
-    result["two equal passes"] = difference(*whole)
-    result["whole, same measures"] = bench.train(engine, tokens)
-    engine.close()
-    say(result["whole, same measures"])
-    if not same_only:
+    whole: list[tuple] = []
+    if "same" in ways or "gradients" in ways:
+        engine = bench.install(tokens, **same)
+        if "gradients" in ways:
+            whole = [bench.gradients(engine, tokens) for _ in range(2)]
+            result["two equal passes"] = difference(*whole)
+        if "same" in ways:
+            result["whole, same measures"] = bench.train(engine, tokens)
+            say(result["whole, same measures"])
+        engine.close()
+    if "free" in ways:
         engine = bench.install(all_tokens)
         result["whole, free"] = bench.train(engine, all_tokens)
         engine.close()
         say(result["whole, free"])
+    if "streamed" not in ways:
+        return result
+    engine = None  # it holds the weights it computed with
+    gc.collect()
     before = time.time()
     layers = find_layers(find_decoder(bench.base))
     streamed = stream_base(
@@ -236,15 +264,17 @@ def run(name: str, steps: int, device: str, compiled: bool, same_only: bool) -> 
             f"PyTorch is held to {limit_gib - 1:.2f} GiB, of which {torch.cuda.memory_allocated() / GIB:.2f} are in use"
         )
     engine = bench.install(tokens)
+    say("installed")
     result["streams"] = bench.train(engine, tokens)
     engine.close()
     say(result["streams"])
-    with torch.no_grad():
-        for parameter, value in zip((p for p in bench.model.parameters() if p.requires_grad), start, strict=True):
-            parameter.copy_(value)
-    engine = bench.install(tokens, **same)
-    result["streamed and whole"] = difference(whole[0], bench.gradients(engine, tokens))
-    engine.close()
+    if whole:
+        with torch.no_grad():
+            for parameter, value in zip((p for p in bench.model.parameters() if p.requires_grad), start, strict=True):
+                parameter.copy_(value)
+        engine = bench.install(tokens, **same)
+        result["streamed and whole"] = difference(whole[0], bench.gradients(engine, tokens))
+        engine.close()
     step_s = statistics.median(result["streams"]["step_s"][1:])
     if cuda:
         copied = 2 * streamed.copied_bytes * (all_tokens // tokens)
@@ -263,17 +293,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--limit-s", type=int, default=150)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--same-only", action="store_true", help="leave out the whole base that takes what it likes")
+    parser.add_argument("--way", action="append", choices=WAYS, help="all of them, if none is named")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, default=Path("streaming.json"))
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        options = (arguments.steps, arguments.device, arguments.compile, arguments.same_only)
+        options = (arguments.steps, arguments.device, arguments.compile, arguments.way or WAYS)
         print("RESULT " + json.dumps(run(arguments.inside, *options)), flush=True)
         return
     flags = ["--steps", arguments.steps, "--device", arguments.device]
-    flags += ["--compile"] * arguments.compile + ["--same-only"] * arguments.same_only
+    flags += ["--compile"] * arguments.compile + [f"--way={way}" for way in arguments.way or ()]
     results = []
     for name in arguments.run or [n for n in RUNS if n != "tiny"]:
         command = [sys.executable, __file__, "--inside", name, *map(str, flags)]

@@ -238,6 +238,12 @@ CONFIGS = {
 for _name, (_whole, _layers) in {
     "neox-20b-half": ("neox-20b", 22),
     "qwen3-30b-a3b-quarter": ("qwen3-30b-a3b", 12),
+    "llama-70b-tenth": ("llama-70b", 8),
+    "llama-70b-sixth": ("llama-70b", 13),
+    "neox-20b-quarter": ("neox-20b", 11),
+    "llama-7b-half": ("llama-7b", 16),
+    "gemma2-9b-quarter": ("gemma2-9b", 10),
+    "mixtral-8x7b-eighth": ("mixtral-8x7b", 4),
 }.items():
     CONFIGS[_name] = (CONFIGS[_whole][0], CONFIGS[_whole][1] | {"num_hidden_layers": _layers})
 

@@ -15,7 +15,14 @@ from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
 from qlora_cli.core.engine.decoder_layers import LayerBytes, LayerPlan, capture_first_call, measure_layer
 from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears
-from qlora_cli.core.engine.memory_plan import SLICE_BYTES, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
+from qlora_cli.core.engine.memory_plan import (
+    SLICE_BYTES,
+    LayerSeconds,
+    MemoryPlan,
+    StepNeeds,
+    met_elements,
+    plan_memory,
+)
 from qlora_cli.core.engine.offload import link_bytes_per_second
 from qlora_cli.core.engine.packed_attention import (
     drops_weights,
@@ -35,9 +42,11 @@ from qlora_cli.core.matmul.choice import (
     trial_batch,
 )
 from qlora_cli.core.models.files import context_length
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
 from qlora_cli.settings.groups import StepSettings
+from qlora_cli.sizes import format_bytes
 
 REDUCTION_BYTES, MOST_REDUCTIONS = 2**28, 16  # how much less memory is planned with each time it runs out
 HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
@@ -190,6 +199,14 @@ class Calibration:
         finally:
             self.model.train(was_training)
 
+    def head_layers(self, needs: StepNeeds) -> float:
+        """`StepNeeds.head_layers` by arithmetic: logits and their gradient take 4 operations a token and element, a
+        layer's forward pass 2."""
+        base = underlying_model(self.model)
+        layer_elements = met_elements(base, needs.dense_bytes // self.values.dtype.itemsize) / max(1, needs.layers)
+        head = getattr(base.get_output_embeddings(), "weight", None)
+        return 2 * head.numel() / layer_elements if head is not None and layer_elements else 0.0
+
     def measure(self, layer: nn.Module, tokens: int) -> tuple[LayerBytes, LayerSeconds] | None:
         """Memory and time that the first layer takes at so many tokens; None where there is not the memory.
 
@@ -239,12 +256,23 @@ class StepPlanner:
             fixed_seconds=None if few is None else _fixed(seconds, few[1]),
             link_bytes_per_second=link_bytes_per_second(trials.device),
             host_bytes=int(HOST_SHARE * read_free_bytes(torch.device("cpu")) / ranks_here),
+            head_layers=trials.head_layers(static),
         )
         self.available_bytes = read_free_bytes(trials.device)
 
     def plan(self) -> MemoryPlan:
         """For the largest micro-batch."""
         return plan_memory(self.needs, self.available_bytes, self.settings, workspaces=self.workspaces)
+
+    def describe_speed(self, plan: MemoryPlan) -> str:
+        """In words, how long the largest micro-batch will take, where weights stream."""
+        seconds, copied_bytes = plan.micro_batch_seconds(self.needs), 2 * self.needs.streamed_bytes
+        copying = copied_bytes / self.needs.link_bytes_per_second
+        return (
+            f"A micro-batch of {self.largest_tokens:,} tokens takes about {seconds:.3g} s by what one layer took, "
+            f"{self.largest_tokens / seconds:,.0f} tokens a second; its {format_bytes(copied_bytes)} of weights alone "
+            f"take the link {copying:.3g} s."
+        )
 
     def reduce_memory(self, current: MemoryPlan) -> MemoryPlan | None:
         """A leaner plan than the one with which memory ran out; None where there is none."""

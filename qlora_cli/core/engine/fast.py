@@ -89,14 +89,13 @@ class FastEngine:
             raise
 
     def _install(self, settings: StepSettings, total_steps: int, optimizer_bytes: int, trial: ProductTrial) -> None:
-        """Puts one part in place after the other, in the order in which the next is tried out on what is there by then:
-        linears, on which trial packs find the head and whether attention packs rows exactly; decoder layers, through
-        which products in 8 bits are tried, and of which one is measured as it will run; the plan that follows from it;
-        graphs of steps that run by that plan."""
+        """Puts parts in place in the order in which the next is tried out on what is there: linears, on which trials find
+        the head and whether attention packs exactly; decoder layers, through which products in 8 bits are tried, and of
+        which one is measured; the plan; graphs by that plan."""
         if self.sharded and settings.compile:
             self.report(Notice("The layers of a sharded base are not compiled."))
-        held = {"sharded": self.sharded, "streamed": self.streamed is not None}
-        settings = settle(settings, self.linears.dense_bytes, on_cuda=self.on_cuda, **held)
+        held = {"on_cuda": self.on_cuda, "sharded": self.sharded, "streamed": self.streamed is not None}
+        settings = settle(settings, self.linears.dense_bytes, **held)
         embeddings_may_move = self.on_cuda and settings.offload_embeddings is not False
         if embeddings_may_move and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.move_to_host()
@@ -128,6 +127,8 @@ class FastEngine:
             bytes_a_token = self.planner.needs.kept_bytes / self.largest_tokens
             self.layer_plans[0].compiled = not runs_better_plainly(self.layers[0], self.calls[0], bytes_a_token)
         self._apply(plan)
+        if self.streamed is not None and self.planner is not None:
+            self.report(Notice(self.planner.describe_speed(plan)))
         if total_steps >= GRAPHS_PAY_STEPS:
             self._use_graphs()
 
@@ -379,9 +380,8 @@ class FastEngine:
 
     def describe(self) -> str:
         """See `Engine.describe`."""
-        chunked = ["chunked loss"] if self.head is not None else []
-        rows = "packed rows" if self.packed else "padded rows"
-        parts = [f"fast: {len(self.linears.fused)} fused linears", rows, *chunked]
+        parts = [f"fast: {len(self.linears.fused)} fused linears", "packed rows" if self.packed else "padded rows"]
+        parts += ["chunked loss"] if self.head is not None else []
         parts += [*self.plan.describe(len(self.layers)), *([self.streamed.describe()] if self.streamed else [])]
         more = {
             f"{len(self.linears.in_8_bits)} linears multiplied in fp8": bool(self.linears.in_8_bits),

@@ -70,6 +70,7 @@ class StepNeeds:
     link_bytes_per_second: float = 0.0  # of copies between the device and pinned host memory; 0 where not measured
     host_bytes: int = 0  # that activations may take
     streamed_bytes: int = 0  # of weights that come from the host in each pass
+    head_layers: float = 0.0  # time of the output head and its loss, as a multiple of one layer's forward pass
 
     def for_share(self, share: float) -> "StepNeeds":
         """The same for a micro-batch with that share of the largest one's tokens."""
@@ -149,11 +150,13 @@ class MemoryPlan:
             + DEQUANTISE_COST * (not self.resident_weights)
         )
 
-    def layer_seconds(self, needs: StepNeeds) -> float:
-        """Time that the layers take in a micro-batch, measured, with what is repeated and what copies keep waiting."""
+    def micro_batch_seconds(self, needs: StepNeeds) -> float:
+        """Time that a micro-batch takes by what was measured of one layer and of the link, with what is repeated and what
+        copies keep waiting; what the host takes to launch it is not in it."""
         seconds = needs.seconds or LayerSeconds(0.0, 0.0)
         repeated = RECOMPUTE_COST * self.recomputed * seconds.forward
-        return needs.layers * seconds.device + repeated + self._waiting_seconds(needs, seconds, repeated)
+        computing = needs.layers * seconds.device + needs.head_layers * seconds.forward + repeated
+        return computing + self._waiting_seconds(needs, seconds, repeated)
 
     def token_cost(self, layers: int, tokens: int) -> float:
         """Time a token takes in micro-batches of so many, by the costs alone: 1 for arithmetic without any measure."""
@@ -167,9 +170,10 @@ class MemoryPlan:
             bytes_ / needs.link_bytes_per_second for bytes_ in (self.sent_bytes(needs), needs.streamed_bytes)
         )
         forward, backward = needs.layers * seconds.forward, needs.layers * seconds.backward + repeated
-        # Activations leave while weights come, which a link does at once; backward both come.
-        waiting = max(0.0, max(copying, weights) - HIDDEN_SHARE * forward)
-        return waiting + max(0.0, copying + weights - HIDDEN_SHARE * backward)
+        # Activations leave while weights come, which a link does at once; backward both come. Weights, equal and equally
+        # far apart, hide behind all that computes.
+        waiting = max(0.0, copying - HIDDEN_SHARE * forward, weights - forward)
+        return waiting + max(0.0, copying + weights - (HIDDEN_SHARE if copying else 1.0) * backward)
 
     def numbers(self, layers: int) -> tuple[frozenset[int], frozenset[int]]:
         """Which layers are recomputed, and which are sent: evenly among all but the last, so that copies have the time
@@ -202,9 +206,13 @@ def compiling_pays(asked: bool | None, base: nn.Module, dense_elements: int, tok
     """
     if asked is not None:
         return asked
+    return 6 * met_elements(base, dense_elements) * tokens / ASSUMED_FLOPS_PER_SECOND > COMPILE_PAYS_SECONDS
+
+
+def met_elements(base: nn.Module, dense_elements: int) -> float:
+    """Elements of the 4-bit weights that a token meets, where those of all but routed experts are `dense_elements`."""
     experts = sum(w.experts * w.elements for _, m in find_experts(base) for w in expert_weights(m))
-    elements = dense_elements + experts * share_of_experts(base)
-    return 6 * elements * tokens / ASSUMED_FLOPS_PER_SECOND > COMPILE_PAYS_SECONDS
+    return dense_elements + experts * share_of_experts(base)
 
 
 def count_recomputed_layers(settings: StepSettings, layers: int, *, on_cuda: bool = True) -> int | None:

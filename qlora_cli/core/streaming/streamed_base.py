@@ -125,15 +125,14 @@ def stream_base(
     places.clear()
     layer_bytes = max((sum(place.room for place in own) for _, own in waiting), default=0)
     held = len(waiting) if copy is None else min(STAGED, len(waiting))
-    buffers = list(layer_buffers(layer_bytes, held, device, report))
+    buffers = layer_buffers(layer_bytes, held, device, report)
     source: LayerSource
     if copy is not None:
-        source = DiskSource(copy, [_extents(own, copy) for _, own in waiting], buffers, min(slots, len(waiting)))
+        extents = [_extents(own, copy) for _, own in waiting]
+        source = DiskSource(copy, extents, list(buffers), min(slots, len(waiting)))
     else:
-        for (_, own), buffer in zip(waiting, buffers, strict=True):
-            _pack(own, buffer)
-        sizes = [sum(place.room for place in own) for _, own in waiting]
-        source = HostSource([buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)])
+        # Piece by piece, while what was packed before is given back: never is all of it there twice.
+        source = HostSource([_pack(own, buffer) for (_, own), buffer in zip(waiting, buffers, strict=True)])
     ring = Ring(source, len(waiting), layer_bytes, device, slots)
     for number, (layer, own) in enumerate(waiting):
         for place, view in zip(own, _views(ring.buffers[ring.slot(number)], own), strict=True):
@@ -188,12 +187,14 @@ def _move(places: Sequence[_Place], device: torch.device) -> None:
         place.bind(moved[place.storage])
 
 
-def _pack(places: list[_Place], buffer: Tensor) -> None:
-    """Moves tensors into a buffer of the host; the places keep their shapes only, so that what they were is given back."""
+def _pack(places: list[_Place], buffer: Tensor) -> Tensor:
+    """Moves tensors into a buffer of the host, of which what they take is returned; the places keep their shapes only, so
+    that what they were is given back."""
     for index, (place, view) in enumerate(zip(places, _views(buffer, places), strict=True)):
         view.copy_(place.tensor)
         place.bind(view)
         places[index] = replace(place, tensor=place.tensor.to("meta"))
+    return buffer[: sum(place.room for place in places)]
 
 
 def _extents(places: Sequence[_Place], copy: MappedFile) -> list[Extent]:
