@@ -79,7 +79,7 @@ class Bench:
         self.device, self.steps, self.compiled = torch.device(device), steps, compiled
         self.cuda = device == "cuda"
         config = make_config(architecture)
-        if hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
+        if config.tie_word_embeddings or hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
             self.base = build(architecture, device)
         else:
             self.base = freeze_base(build_base(config, torch.bfloat16, self.device, apart=True))
