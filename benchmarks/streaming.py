@@ -57,7 +57,9 @@ def plan_of(setting: Setting, compiled: bool, **asked):
     architecture, adapter, limit_gib, rows, tokens = setting
     lora = LoraSettings(alpha=32, **adapter)
     profile = profile_model(make_config(architecture), lora, QuantizationSettings(), compute_dtype=torch.bfloat16)
-    settings = StepSettings(batch_size=rows, optimizer=OPTIMIZER, compile=compiled, **asked)
+    settings = StepSettings(
+        batch_size=rows, gradient_accumulation_steps=1, optimizer=OPTIMIZER, compile=compiled, **asked
+    )
     return plan_training(profile, settings, RowLengths(tokens), vram_bytes=int(limit_gib * GIB) if limit_gib else None)
 
 

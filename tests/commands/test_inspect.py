@@ -125,6 +125,9 @@ def test_what_fits_is_said_with_the_settings_that_make_it_fit(seven_b):
     assert facts["training"]["device_bytes"] <= parse_memory("8GiB")
     assert int(facts["settings"]["gradient_checkpointing"]) > 0
     assert facts["next"] == [f"qlora train --model {seven_b} --data DATA --vram 8GiB"]
+    smallest = facts["smallest_card"]
+    assert smallest["streamed_layers"] == 32 and smallest["device_bytes"] < facts["training"]["device_bytes"] / 2
+    assert "smallest_card" not in look(model=seven_b, vram="8GiB", stream=False)
 
 
 def test_speed_is_bounded_by_arithmetic(seven_b):

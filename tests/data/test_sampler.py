@@ -69,6 +69,19 @@ def test_splitting_keeps_every_row_and_the_limit(limit, rows):
     assert all(len(batch) == 1 or LENGTHS[batch].sum() <= limit for batch in split)
 
 
+@pytest.mark.parametrize("most_tokens", [1, 150, 10_000])
+def test_joined_micro_batches_hold_a_steps_rows_in_their_order_and_no_more_tokens(most_tokens):
+    plan, joined = make(accumulation=4), make(accumulation=4)
+    joined.joined_tokens = most_tokens
+    assert joined.digest() == plan.digest() and joined.largest_step_tokens() == plan.largest_step_tokens()
+    for number in range(1, plan.total_steps + 1):
+        whole, found = plan.step(number).micro_batches, joined.step(number).micro_batches
+        assert [row for batch in found for row in batch] == [row for batch in whole for row in batch]
+        assert all(batch in whole or LENGTHS[batch].sum() <= most_tokens for batch in found)
+        assert len(found) == (1 if most_tokens == 10_000 else len(whole) if most_tokens == 1 else len(found))
+    assert LENGTHS[joined.longest_micro_batches()[0]].sum() >= LENGTHS[plan.longest_micro_batches()[0]].sum()
+
+
 def test_a_step_that_cannot_be_shared_evenly_is_refused_with_the_setting_that_can():
     with pytest.raises(UsageError) as refused:
         make(ranks=ProcessGroup(0, 3))

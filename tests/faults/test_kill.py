@@ -86,3 +86,17 @@ def test_killed_at_every_file_call_of_every_save(zygote, make_run, tmp_path):
 @pytest.mark.timeout(3600)
 def test_killed_at_a_hundred_random_times(zygote, make_run, tmp_path):
     kill_at_times(zygote, make_run, tmp_path, LONG_TIMES, "SIGKILL at random times, some runs several times")
+
+
+@pytest.mark.slow
+def test_killed_while_its_base_streams_a_run_goes_on_like_one_whose_base_is_whole(
+    zygote, make_run, tiny_model, tmp_path
+):
+    options = {"model": str(tiny_model("llama", num_hidden_layers=5)), "resident_weights": False}
+    whole = make_run(tmp_path / "whole", **options)
+    assert zygote.train(whole.options).code == 0
+
+    def make_streaming(output: Path, **changes) -> Run:
+        return Run({**whole.options, "output": str(output), "stream": True, **changes}, whole)
+
+    kill_at_times(zygote, make_streaming, tmp_path, SHORT_TIMES, "SIGKILL at a random time, the base streaming")

@@ -79,7 +79,8 @@ def test_a_plan_that_says_it_fits_is_predicted_to_stay_within(vram_bytes, batch_
     assert decision.memory.device_bytes == predicted
     assert decision.fits == (predicted <= vram_bytes)
     assert decision.fits or vram_bytes < leanest_bytes(**asked)
-    assert max_length <= decision.token_budget <= batch_size * max_length
+    most_rows = batch_size * (16 if decision.measures.streamed else 1)
+    assert max_length <= decision.token_budget <= most_rows * max_length
 
 
 def test_more_memory_is_never_slower():
@@ -297,3 +298,14 @@ def test_layers_are_streamed_where_asked_and_where_there_is_no_limit():
     assert plan(80 * GIB).streaming == {} and plan(None, stream=True, engine="plain").streaming == {}
     saved = plan(None, stream=False).memory.base_bytes - decision.memory.base_bytes
     assert saved == sum(profile_of().layer_bytes) - 2 * max(profile_of().layer_bytes)
+
+
+def test_micro_batches_grow_where_weights_would_take_longer_to_copy_than_to_compute_with():
+    vram_bytes = plan(1, stream=True, max_length=256).memory.device_bytes + 2 * GIB
+    few = plan(vram_bytes, stream=True, max_length=256, gradient_accumulation_steps=1)
+    many = plan(vram_bytes, stream=True, max_length=256)
+    assert few.fits and many.fits and few.token_budget == 256 < many.token_budget <= 16 * 256
+    assert plan(vram_bytes, stream=False, max_length=256).token_budget == 256
+    assert plan(None, stream=True, max_length=256).token_budget == 256
+    known = plan(vram_bytes, stream=True, max_length=256, largest_step_tokens=700)
+    assert known.token_budget <= 700

@@ -31,6 +31,9 @@ def of_a_model(result: dict[str, Any]) -> Screen:
             ("download", format_bytes(result["disk"]["download_bytes"])),
             ("4-bit copy on disk", format_bytes(result["disk"]["base_cache_bytes"])),
         ]
+        if least := result.get("smallest_card"):
+            where = f"{format_bytes(least['host_bytes'])} of the host"
+            facts.insert(1, ("to train at all", f"{format_bytes(least['device_bytes'])} of the card, {where}"))
     facts.append(("in 4 bits", f"{result['four_bit_percent']:.4g} % of the base, embeddings and head apart"))
     if "stored" in result:
         facts.append(("stored", result["stored"]))

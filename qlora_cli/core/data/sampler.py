@@ -71,6 +71,7 @@ class BatchSampler:
             )
         self.lengths = lengths
         self.rank = ranks.rank
+        self.joined_tokens: int | None = None  # up to which a step's micro-batches are joined; None for not at all
         self._plan_epoch = partial(
             plan_epoch,
             lengths,
@@ -96,7 +97,8 @@ class BatchSampler:
         epoch = self._epoch_of(number)
         plan = self._plan(epoch)
         index = number - 1 - (self.epoch_end(epoch - 1) if epoch else 0)
-        return Step(number, epoch + (index + 1) / len(plan), plan[index][self.rank])
+        micro_batches = join_to_fill(plan[index][self.rank], self.lengths, self.joined_tokens)
+        return Step(number, epoch + (index + 1) / len(plan), micro_batches)
 
     def ends_epoch(self, number: int) -> bool:
         """Whether step `number` is the last of its epoch."""
@@ -120,11 +122,17 @@ class BatchSampler:
     def longest_micro_batches(self, limit_tokens: int | None = None) -> list[list[int]]:
         """Of the first epoch and all ranks, split where a limit asks for it: the micro-batch with most tokens, and the
         one with most once padded."""
-        batches = [batch for step in self._plan(0)[: self.total_steps] for share in step for batch in share]
+        shares = [share for step in self._plan(0)[: self.total_steps] for share in step]
+        batches = [batch for share in shares for batch in join_to_fill(share, self.lengths, self.joined_tokens)]
         batches = split_to_fit(batches, self.lengths, limit_tokens)
         most = max(batches, key=lambda batch: int(self.lengths[batch].sum()))
         widest = max(batches, key=lambda batch: len(batch) * int(self.lengths[batch].max()))
         return [most] if most == widest else [most, widest]
+
+    def largest_step_tokens(self) -> int:
+        """Of the first epoch and all ranks, the most tokens of a rank's share of a step."""
+        shares = [share for step in self._plan(0)[: self.total_steps] for share in step]
+        return max(sum(int(self.lengths[batch].sum()) for batch in share) for share in shares)
 
     def _epoch_of(self, number: int) -> int:
         return next(epoch for epoch in count() if self.epoch_end(epoch) >= number)
@@ -133,6 +141,23 @@ class BatchSampler:
         if self._planned[0] != epoch:
             self._planned = (epoch, self._plan_epoch(epoch=epoch))
         return self._planned[1]
+
+
+def join_to_fill(micro_batches: list[list[int]], lengths: np.ndarray, most_tokens: int | None) -> list[list[int]]:
+    """Joins micro-batches that follow one another as long as they hold `most_tokens` together."""
+    if most_tokens is None:
+        return micro_batches
+    joined: list[list[int]] = []
+    room = 0
+    for batch in micro_batches:
+        tokens = int(lengths[batch].sum())
+        if tokens <= room:
+            joined[-1] += batch
+        else:
+            joined.append(list(batch))
+            room = most_tokens
+        room -= tokens
+    return joined
 
 
 def split_to_fit(micro_batches: list[list[int]], lengths: np.ndarray, limit_tokens: int | None) -> list[list[int]]:

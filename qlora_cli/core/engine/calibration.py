@@ -267,11 +267,12 @@ class StepPlanner:
     def describe_speed(self, plan: MemoryPlan) -> str:
         """In words, how long the largest micro-batch will take, where weights stream."""
         seconds, copied_bytes = plan.micro_batch_seconds(self.needs), 2 * self.needs.streamed_bytes
-        copying = copied_bytes / self.needs.link_bytes_per_second
+        link, source = self.needs.link_bytes_per_second, self.needs.source_bytes_per_second
+        what, rate = ("link", link) if link <= source else ("disk", source)
         return (
             f"A micro-batch of {self.largest_tokens:,} tokens takes about {seconds:.3g} s by what one layer took, "
             f"{self.largest_tokens / seconds:,.0f} tokens a second; its {format_bytes(copied_bytes)} of weights alone "
-            f"take the link {copying:.3g} s."
+            f"take the {what} {copied_bytes / rate:.3g} s."
         )
 
     def reduce_memory(self, current: MemoryPlan) -> MemoryPlan | None:

@@ -238,7 +238,7 @@ class FastEngine:
             dense_bytes=self.linears.dense_bytes,
             largest_dense_bytes=self.linears.largest_dense_bytes,
             embedding_bytes=self.embeddings.movable_bytes(),
-            streamed_bytes=self.streamed.copied_bytes if self.streamed else 0,
+            **(self.streamed.needs() if self.streamed else {}),
         )
         planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)
         plan = planner.plan()

@@ -4,6 +4,7 @@ The one rule book. Planning asks it before anything is downloaded, with predicte
 measured ones. `StepSettings` is what is asked for, `MemoryPlan` what comes of it.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -69,7 +70,8 @@ class StepNeeds:
     fixed_seconds: LayerSeconds | None = None  # which do not grow with tokens: reading weights, dequantising them
     link_bytes_per_second: float = 0.0  # of copies between the device and pinned host memory; 0 where not measured
     host_bytes: int = 0  # that activations may take
-    streamed_bytes: int = 0  # of weights that come from the host in each pass
+    streamed_bytes: int = 0  # of weights that come from the host or the disk in each pass
+    source_bytes_per_second: float = math.inf  # that come from there, the link apart
     head_layers: float = 0.0  # time of the output head and its loss, as a multiple of one layer's forward pass
 
     def for_share(self, share: float) -> "StepNeeds":
@@ -166,9 +168,8 @@ class MemoryPlan:
         """How long layers wait for copies to the host and back."""
         if not needs.link_bytes_per_second:  # hidden states travel in time, whole layers' tensors do not
             return 10 * OFFLOAD_COST * self.sent * seconds.device
-        copying, weights = (
-            bytes_ / needs.link_bytes_per_second for bytes_ in (self.sent_bytes(needs), needs.streamed_bytes)
-        )
+        copying = self.sent_bytes(needs) / needs.link_bytes_per_second
+        weights = needs.streamed_bytes / min(needs.link_bytes_per_second, needs.source_bytes_per_second)
         forward, backward = needs.layers * seconds.forward, needs.layers * seconds.backward + repeated
         # Activations leave while weights come, which a link does at once; backward both come. Weights, equal and equally
         # far apart, hide behind all that computes.

@@ -158,12 +158,18 @@ def _predict(
         facts |= _suggest(config, nearest, sharded)
     else:
         facts["next"] = [write_train_command(config, {})]
-    streamed = [bound_streaming(copied_bytes(model, plan.measures), plan.token_budget)] if plan.streaming else []
+    least = plan_training(model, config, lengths, vram_bytes=1, may_stream=may_be_sharded(config))
+    if least.streaming and least.memory is not None and least.memory.device_bytes < plan.memory.device_bytes:
+        names = ("device_bytes", "host_bytes")
+        held = {name: getattr(least.memory, name) for name in names}
+        facts["smallest_card"] = {**held, **least.streaming, "token_budget": least.token_budget}
+    streaming = plan if plan.streaming else least
+    streamed = [bound_streaming(copied_bytes(model, streaming.measures), streaming.token_budget)]
     return facts, [
         _tabulate_ways(config, model, lengths),
         *_tabulate_shards(sharded),
         bound_speed(plan.flops_per_token),
-        *streamed,
+        *(streamed if streaming.streaming else []),
     ]
 
 

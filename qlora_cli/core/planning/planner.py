@@ -47,6 +47,7 @@ class RowLengths:
     max_length: int
     longest_row_tokens: int | None = None
     largest_batch_tokens: int | None = None
+    largest_step_tokens: int | None = None
 
     @property
     def row_tokens(self) -> int:
@@ -57,6 +58,11 @@ class RowLengths:
         """Tokens of the largest micro-batch of so many rows."""
         most_tokens = batch_size * self.max_length
         return max(self.row_tokens, min(most_tokens, self.largest_batch_tokens or most_tokens))
+
+    def step_tokens(self, settings: StepSettings) -> int:
+        """Tokens of the largest step."""
+        most_tokens = settings.gradient_accumulation_steps * self.batch_tokens(settings.batch_size)
+        return min(most_tokens, self.largest_step_tokens or most_tokens)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ def plan_training(
 ) -> MemoryDecision:
     """Chooses what was left open, so that training is fastest within the limit, or where nothing fits takes the least.
 
-    Micro-batches may be made smaller than asked for: a step's rows stay the same and so does its arithmetic.
+    Micro-batches may be made smaller than asked for, and where copies of weights would take longer than their arithmetic,
+    larger: a step's rows stay the same and so does its arithmetic.
 
     Args:
         vram_bytes: The limit; None for none: then nothing is recomputed, offloaded or kept resident unasked.
@@ -165,6 +172,8 @@ def plan_training(
         found = [each for step in steps if (each := _recompute_least(profile, settings, step, vram_bytes))]
     if streams and not any(vram_bytes is None or memory.device_bytes <= vram_bytes for _, memory in found):
         packed = replace(settings, resident_weights=False)
+        if limited and on_cuda:
+            largest = _grow(profile, largest, lengths.step_tokens(settings))
         for step in _open_steps(profile, packed, largest, limited=limited):
             found += _stream_layers(profile, packed, step, vram_bytes)
     step, memory = min(found, key=rank)
@@ -270,6 +279,15 @@ def _stream_layers(
     for streamed in sorted({least, (least + layers) // 2, layers}):
         if (found := resolve(streamed, settings)) is not None:
             yield found
+
+
+def _grow(profile: ModelProfile, largest: ResolvedStep, step_tokens: int) -> ResolvedStep:
+    """The step with micro-batches of as many tokens as hide the copies of all layers behind their arithmetic, or as many
+    as a step of the optimizer has."""
+    step = replace(largest, measures=MemoryPlan(recomputed=profile.layers, streamed=len(profile.layer_bytes)))
+    while step.tokens < step_tokens and _copy_share(profile, step) > 1:
+        step = replace(step, tokens=min(2 * step.tokens, step_tokens))
+    return replace(largest, tokens=step.tokens)
 
 
 def _copy_share(profile: ModelProfile, step: ResolvedStep) -> float:

@@ -43,6 +43,11 @@ class RunPlan:
         """Most tokens a micro-batch may hold; None where all of them may stay as they are."""
         return self.plan.token_budget if self.plan.token_budget < self.largest_tokens else None
 
+    @property
+    def joined_tokens(self) -> int | None:
+        """Tokens up to which micro-batches of a step are joined; None where they stay as they are."""
+        return self.plan.token_budget if self.plan.token_budget > self.largest_tokens else None
+
     def predicted(self) -> dict[str, Any] | str:
         """Predicted bytes, or why there are none."""
         if self.plan.memory is None:
@@ -80,7 +85,11 @@ def profile_run(config: TrainConfig, model_config: PreTrainedConfig, device: tor
 
 
 def measure_rows(
-    config: TrainConfig, max_length: int, row_lengths: np.ndarray, longest: Sequence[Sequence[int]]
+    config: TrainConfig,
+    max_length: int,
+    row_lengths: np.ndarray,
+    longest: Sequence[Sequence[int]],
+    largest_step_tokens: int | None = None,
 ) -> RowLengths:
     """Lengths of a run's rows.
 
@@ -88,11 +97,12 @@ def measure_rows(
         max_length: Tokens in the longest row allowed, and in a pack.
         row_lengths: (rows,) tokens of each row.
         longest: The largest micro-batches, as row indices; padding counts where rows are padded.
+        largest_step_tokens: Of a step of the optimizer.
     """
     batches = [row_lengths[list(rows)] for rows in longest]
     padded = config.engine == "plain"
     largest_tokens = max(len(batch) * batch.max() if padded else batch.sum() for batch in batches)
-    return RowLengths(max_length, int(row_lengths.max()), int(largest_tokens))
+    return RowLengths(max_length, int(row_lengths.max()), int(largest_tokens), largest_step_tokens)
 
 
 def plan_run_memory(
@@ -174,7 +184,8 @@ def _wait_on_disk(config: TrainConfig, profile: ModelProfile, plan: MemoryDecisi
     report(
         Notice(
             f"The weights of {plan.measures.streamed} of {len(profile.layer_bytes)} layers wait {where} and stream to "
-            f"where they are used, {format_bytes(copied_bytes(profile, plan.measures))} a micro-batch."
+            f"where they are used, {format_bytes(copied_bytes(profile, plan.measures))} a micro-batch of up to "
+            f"{plan.token_budget:,} tokens."
         )
     )
     return short

@@ -49,11 +49,18 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         config,
         inputs.files.config,
         inputs.profile,
-        lengths=measure_rows(config, inputs.max_length, data.rows.lengths, data.sampler.longest_micro_batches()),
+        lengths=measure_rows(
+            config,
+            inputs.max_length,
+            data.rows.lengths,
+            data.sampler.longest_micro_batches(),
+            data.sampler.largest_step_tokens(),
+        ),
         device=run.device,
         ranks=run.ranks,
         report=run.report,
     )
+    data.sampler.joined_tokens = memory.joined_tokens
     optimizer = choose_optimizer(config.optimizer, run.device)
     trainable = footprint.trainable_parameters
     checkpoint_bytes = 4 * trainable + state_bytes(optimizer, trainable) + SMALL_FILES_BYTES

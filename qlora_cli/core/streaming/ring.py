@@ -5,6 +5,7 @@ from `use` until `use` of a layer that comes into the same buffer: copies are ma
 all that the computing stream had been given by then, and the computing stream waits for the copy it needs.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -16,7 +17,14 @@ SLOTS = 2  # one to compute with and one to fill
 
 
 class LayerSource(Protocol):
-    """Where the bytes of layers wait."""
+    """Where the bytes of layers wait.
+
+    Attributes:
+        bytes_per_second: That come from there at most, the link to the device apart; infinite from memory.
+    """
+
+    @property
+    def bytes_per_second(self) -> float: ...
 
     def copy(self, number: int, into: Tensor) -> None:
         """Copies a layer to the front of a uint8 buffer on the device, on the current stream, if it has any."""
@@ -28,6 +36,8 @@ class HostSource:
     Args:
         layers: uint8 each, page-locked for a CUDA device.
     """
+
+    bytes_per_second = math.inf
 
     def __init__(self, layers: Sequence[Tensor]) -> None:
         self.layers = layers

@@ -56,6 +56,10 @@ class StreamedBase:
         """What a forward pass copies, and a backward pass: the last layers of the one are the first of the other."""
         return (self.streamed - self.ring.slots) * self.layer_bytes
 
+    def needs(self) -> dict[str, Any]:
+        """What of `StepNeeds` is about it; how fast the disk is, is known once some passes have read it."""
+        return {"streamed_bytes": self.copied_bytes, "source_bytes_per_second": self.ring.source.bytes_per_second}
+
     def describe(self) -> str:
         """In words."""
         return f"weights of {self.streamed} of {self.layers} layers on the {'disk' if self.on_disk else 'host'}"
@@ -109,7 +113,7 @@ def stream_base(
         device: Where it computes.
         streamed: How many wait; evenly among the others, so that copies have the time that these compute.
         slots: Layers on the device at once, of those.
-        report: Is told where memory is not page-locked.
+        report: Is told where memory is not page-locked, or the disk is what steps wait for.
     """
     copy: MappedFile | None = base.__dict__.get(COPY)
     places = {module: list(_frozen_tensors(module)) for module in base.modules()}
@@ -129,7 +133,7 @@ def stream_base(
     source: LayerSource
     if copy is not None:
         extents = [_extents(own, copy) for _, own in waiting]
-        source = DiskSource(copy, extents, list(buffers), min(slots, len(waiting)))
+        source = DiskSource(copy, extents, list(buffers), min(slots, len(waiting)), report)
     else:
         # Piece by piece, while what was packed before is given back: never is all of it there twice.
         source = HostSource([_pack(own, buffer) for (_, own), buffer in zip(waiting, buffers, strict=True)])
