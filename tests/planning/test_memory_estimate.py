@@ -115,6 +115,18 @@ def test_recomputing_and_offloading_save_what_is_kept(name):
     assert saved == pytest.approx((LAYERS[name] - 2) * hidden_bytes * 1.01, rel=0.3)
 
 
+def test_products_in_8_bits_hold_the_codes_of_the_widest_rows():
+    model_profile, step = profile_of("llama"), ResolvedStep(16384, 2048, "adamw")
+    eight = replace(step, in_8_bits=True)
+    values = model_profile.largest_weight_bytes // model_profile.itemsize
+    wide = 16384 * values // model_profile.trace.layers[0].hidden
+    for way, saved in ((True, 0), (False, values)):
+        peaks = [
+            estimate_training(model_profile, with_measures(s, resident_weights=way)).peak_bytes for s in (step, eight)
+        ]
+        assert peaks[1] - peaks[0] == pytest.approx(wide - saved, rel=0.01)
+
+
 def test_the_parts_add_up():
     memory = estimate_training(profile_of("llama"), ResolvedStep(4096, 2048, "paged_adamw_8bit", MemoryPlan(3)))
     content = memory.to_dict()

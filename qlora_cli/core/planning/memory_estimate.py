@@ -46,6 +46,7 @@ class ResolvedStep:
     optimizer: str
     measures: MemoryPlan = field(default_factory=MemoryPlan)
     engine: str = "fast"
+    in_8_bits: bool = False  # whether frozen linears are multiplied so
     compiled: bool = False
     on_cuda: bool = True
     shards: int = 1  # cards that the base is sharded over
@@ -112,7 +113,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         "gradient_bytes": 4 * trained,
         "optimizer_bytes": 0 if paged else states_bytes,
         "activation_bytes": int(activation_bytes),
-        "working_bytes": int(working_bytes) + CUBLAS_BYTES * step.on_cuda,
+        "working_bytes": int(working_bytes) + _code_bytes(profile, step) + CUBLAS_BYTES * step.on_cuda,
     }
     offloaded_bytes = sum(
         _held(layer, index, step) for index, layer in enumerate(profile.trace.layers) if step.is_offloaded(index)
@@ -182,6 +183,17 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
             below += held
     logits_bytes = step.tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
     yield "loss", below + in_transit, trace.tail.bytes(*size, logits_bytes)
+
+
+def _code_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
+    """Of what products in 8 bits hold beside the dequantised weight that a trace counts: the codes of the largest linear's
+    rows, and one byte a value less for its weight, where that is not resident."""
+    assert profile.trace is not None
+    values = profile.largest_weight_bytes // profile.itemsize
+    if not step.in_8_bits or not values:
+        return 0
+    widest = values // max(1, max(layer.hidden for layer in profile.trace.layers))
+    return max(0, step.tokens * widest - (0 if step.measures.resident_weights else values))
 
 
 def _held(layer: LayerTrace, index: int, step: ResolvedStep) -> float:

@@ -154,6 +154,7 @@ def plan_training(
         row_tokens=lengths.row_tokens,
         optimizer=optimizer,
         engine=settings.engine,
+        in_8_bits=settings.matmul == "fp8" and settings.engine == "fast",
         on_cuda=on_cuda,
         shards=shards,
         shard_offload=shard_offload,
