@@ -177,6 +177,13 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         panel=MEMORY,
         resume=ROUNDING,
     )
+    context_parallel: int | None = setting(
+        None,
+        "Cards that share the tokens of each row; by default more than one only where a row does not fit one card.",
+        panel=MEMORY,
+        range=Numbers(1, 64),
+        resume=ROUNDING,
+    )
     shard_offload: bool = setting(False, "With --shard: the shares wait in host memory.", panel=MEMORY, resume=ROUNDING)
 
 

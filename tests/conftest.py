@@ -137,7 +137,7 @@ def tiny_model(tmp_path_factory) -> Callable[..., Path]:
     built: dict[tuple, Path] = {}
 
     def build(architecture: str = "gpt_neox", *, seed: int = 0, dtype: str = "float32", **changes) -> Path:
-        key = (architecture, seed, dtype, tuple(sorted(changes.items())))
+        key = (architecture, seed, dtype, repr(sorted(changes.items())))
         if key not in built:
             built[key] = write_model(
                 tmp_path_factory.mktemp(architecture) / "model", architecture, seed=seed, dtype=dtype, **changes
@@ -288,7 +288,13 @@ LONGEST = {"tests/test_readme_lines.py", "tests/kernels/test_triton.py", "tests/
 
 # Those whose tests ask for the zygote, beside tests/faults: one worker of make test runs them all, with one zygote.
 FORKING = ("commands/test_chat_terminal.py", "commands/test_launchers.py", "commands/test_merge_faults.py")
-FORKING += ("data/test_prepare.py", "engine/test_fsdp.py", "experts/test_sharded_experts.py", "merge/test_writer.py")
+FORKING += (
+    "data/test_prepare.py",
+    "distributed/test_context_parallel.py",
+    "engine/test_fsdp.py",
+    "experts/test_sharded_experts.py",
+    "merge/test_writer.py",
+)
 
 
 def is_forking(file: str) -> bool:

@@ -19,6 +19,7 @@ from qlora_cli.core.adapters.lora import PeftModel, adapter_state, attach_adapte
 from qlora_cli.core.calibration.initialization import FROM_THE_BASE, StartInputs, initialize_adapter
 from qlora_cli.core.candidates.four_bit_gap import measure_held_out
 from qlora_cli.core.device import choose_device, limit_memory, read_vram
+from qlora_cli.core.distributed.context_group import share_tokens
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.distributed.rank_monitor import monitoring
 from qlora_cli.core.distributed.weight_shards import WeightShards
@@ -98,7 +99,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         project_dir=str(Path(config.output) / TRACKER_LOGS),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=EXCHANGE_TIMEOUT)],
     )
-    ranks = ProcessGroup(accelerator.process_index, accelerator.num_processes)
+    ranks = ProcessGroup(accelerator.process_index, accelerator.num_processes, config.context_parallel or 1)
     run = Run(config, accelerator, ranks, choose_device(), report if ranks.is_main else report_nothing)
     with ExitStack() as stack:
         stack.enter_context(monitoring(ranks, run.device))
@@ -113,7 +114,9 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             start_tracker(config, accelerator)  # before rows are read or weights downloaded
         inputs = read_inputs(run)
         decisions = decide(run, inputs)
-        run = replace(run, config=(config := inputs.config))
+        run = replace(run, config=(config := inputs.config), ranks=replace(ranks, context=decisions.memory.context))
+        if run.ranks != ranks:
+            ranks, inputs = run.ranks, inputs.dealt_to(run.ranks)
         formatting = Formatting.from_dict(inputs.rows.manifest["formatting"])
         context, tokenizer = context_length(inputs.files.config), inputs.files.tokenizer
         requests = make_requests(config.sample_prompt or (), formatting, tokenizer, context)
@@ -145,7 +148,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             run.report(Caution("The sample prompts are not answered: the base is sharded."))
             sampled = False
         trainer = Trainer(
-            replica=ModelReplica(loaded.model, engine, ranks, lockstep=loaded.weight_shards is not None),
+            replica=ModelReplica(loaded.model, engine, ranks, lockstep=decisions.memory.lockstep),
             data=inputs.data,
             optimization=optimization,
             eval_every=config.eval_every,
@@ -210,10 +213,12 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
         started = start_adapter(run, inputs, model, identity, sharded=weight_shards is not None)
     if weight_shards is not None:
         shard_base(base, decoder, find_layers(decoder), weight_shards, run.device)
+    if run.ranks.context > 1:
+        share_tokens(base, decoder, run.ranks, run.device)
 
     def save(directory: Path) -> None:
         save_adapter(model, directory, base_name=identity.model)
-        write_record(directory, identity, inputs.rows, parameters=count_parameters(inputs), **started)
+        write_record(directory, identity, inputs.rows, parameters=inputs.count_parameters(), **started)
 
     return LoadedModel(model, identity, weight_shards, read_vram(run.device), started, save)
 
@@ -245,9 +250,9 @@ def start_engine(
     run: Run, inputs: RunInputs, decisions: Decisions, start: StartingPoint, loaded: LoadedModel
 ) -> Engine:
     """Prepares the model for steps of the largest micro-batch."""
-    config, lengths = run.config, inputs.data.rows.lengths
+    config, memory, lengths = run.config, decisions.memory, inputs.data.rows.lengths
     largest = inputs.data.sampler.longest_micro_batches(start.state.micro_batch_limit_tokens)
-    sharded_on_cards = loaded.weight_shards is not None and run.device.type == "cuda"
+    together = bool(memory.lockstep) and run.device.type == "cuda"
     trainable = inputs.profile.footprint.trainable_parameters
     first = inputs.data.sampler.step(start.state.step + 1).micro_batches if start.state.step == 0 else []
     trial = ProductTrial(
@@ -260,8 +265,8 @@ def start_engine(
     )
     return install_engine(
         loaded.model,
-        # Where the base is sharded no layer is measured by itself: what was predicted decides.
-        replace(config, **decisions.memory.plan.settings) if sharded_on_cards else config,
+        # Where ranks compute a layer together none is measured by itself: what was predicted decides.
+        replace(config, **memory.plan.settings) if together else config,
         device=run.device,
         compute_dtype=decisions.compute_dtype,
         max_tokens=max(int(lengths[batch].sum()) for batch in largest),
@@ -362,12 +367,6 @@ def start_optimization(
 
 
 # ---------------------------------------------------------------- train and finish
-
-
-def count_parameters(inputs: RunInputs) -> dict[str, int]:
-    """Parameters trained, and those of base and adapter together, as the record keeps them."""
-    footprint = inputs.profile.footprint
-    return {"trainable": footprint.trainable_parameters, "total": footprint.total_parameters}
 
 
 def describe_result(

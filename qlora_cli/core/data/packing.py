@@ -6,11 +6,29 @@ from heapq import heapreplace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from qlora_cli.errors import DataError
 
 IGNORED = -100  # label of a position that is not trained
 WINDOW_STEPS = 16  # rows are grouped by length among this many steps' worth of shuffled rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of a pack, of which each rank of a group holds one, has to know of the whole.
+
+    Attributes:
+        pack_tokens: Of the whole pack.
+        filler: Places behind them, so that all parts are of one length.
+        next_label: (1, 1) int64, of the token behind this part: what its last token is to predict.
+        row_tokens: (1, part) int64, tokens of the row that each belongs to.
+    """
+
+    pack_tokens: int
+    filler: int
+    next_label: torch.Tensor
+    row_tokens: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,8 @@ class MicroBatch:
         trained_tokens: Labels that are not -100.
         row_indices: Where each row came from.
         embedded: (1, T, size) of embeddings that were looked up beforehand, on the host; usually None.
+        part: Where other ranks hold the rest of the pack. Then `input_ids`, `labels` and `position_ids` are this rank's,
+            filled up; `tokens` are its real ones and `trained_tokens` what these predict. All else is of the pack.
     """
 
     input_ids: torch.Tensor
@@ -41,6 +61,7 @@ class MicroBatch:
     trained_tokens: int
     row_indices: tuple[int, ...]
     embedded: torch.Tensor | None = None
+    part: Part | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
         """The same batch with its tensors on `device`."""
@@ -57,6 +78,40 @@ class MicroBatch:
             labels=change(self.labels),
             position_ids=change(self.position_ids),
             cu_seqlens=change(self.cu_seqlens),
+            part=self.part
+            and replace(self.part, next_label=change(self.part.next_label), row_tokens=change(self.part.row_tokens)),
+        )
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of the whole pack."""
+        return self.tokens if self.part is None else self.part.pack_tokens
+
+    def part_of(self, place: int, parts: int) -> "MicroBatch":
+        """The part that one of so many ranks holds: equally many tokens each, in their order; all where there is one."""
+        if parts == 1:
+            return self
+        size = -(-self.tokens // parts)
+        filler, start = size * parts - self.tokens, size * place
+        lengths = self.cu_seqlens.diff().long()
+
+        def cut(of_tokens: torch.Tensor, fill: int) -> torch.Tensor:
+            return F.pad(of_tokens, (0, filler), value=fill)[:, start : start + size]
+
+        following = cut(F.pad(self.labels[:, 1:], (0, 1), value=IGNORED), IGNORED)
+        return replace(
+            self,
+            input_ids=cut(self.input_ids, 0),
+            labels=cut(self.labels, IGNORED),
+            position_ids=cut(self.position_ids, 0),
+            tokens=min(size, max(0, self.tokens - start)),
+            trained_tokens=int((following != IGNORED).sum()),
+            part=Part(
+                pack_tokens=self.tokens,
+                filler=filler,
+                next_label=following[:, -1:],
+                row_tokens=cut(lengths.repeat_interleave(lengths)[None], 1),
+            ),
         )
 
     def last_positions(self, *, padded: bool) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Process group: the ranks of a run, which one this is, and the few collectives between them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,15 +10,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among `world_size`."""
+    """This process among `world_size`, of which each `context` in a row share the tokens of every micro-batch."""
 
     rank: int = 0
     world_size: int = 1
+    context: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this one reports and writes."""
         return self.rank == 0
+
+    @property
+    def of_rows(self) -> "ProcessGroup":
+        """Those that share the rows of a step: each group of ranks that share tokens counts as one."""
+        return replace(self, rank=self.rank // self.context, world_size=self.world_size // self.context, context=1)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Replaces `tensor` by its sum over all ranks, in place, without waiting for the device."""

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.data.packing import MicroBatch
 from qlora_cli.core.device import read_free_bytes
+from qlora_cli.core.distributed.context_group import ContextGroup
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
 from qlora_cli.core.engine.decoder_layers import LayerBytes, LayerPlan, capture_first_call, measure_layer
 from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears
@@ -88,10 +89,16 @@ class Calibration:
     def _embed(self, ids: Tensor) -> Tensor:
         return self.embedding(ids.to(self.embedding.weight.device)).to(self.device)
 
-    def _pack_states(self, ids: Tensor, lengths: tuple[int, ...], longest: int = 0) -> Tensor:
-        """Hidden states (T, size) of rows of those lengths, end to end; attention may expect one of `longest` tokens."""
+    def _pack_states(
+        self, ids: Tensor, lengths: tuple[int, ...], longest: int = 0, context: ContextGroup | None = None
+    ) -> Tensor:
+        """Hidden states (T, size) of rows of those lengths, or of this rank's part; attention may expect a `longest` row."""
         positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
-        boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        if context is not None:
+            ids, positions, context.longest = context.part(ids), context.part(positions), max(lengths)
+            ends.append(ids.numel() * context.size)
+        boundaries = torch.tensor([0, *ends], dtype=torch.int32)
         mask = pack_mask(boundaries.to(self.device), max(longest, *lengths))
         inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
         return self.decoder(inputs_embeds=self._embed(ids), **inputs).last_hidden_state[0]
@@ -206,6 +213,22 @@ class Calibration:
         layer_elements = met_elements(base, needs.dense_bytes // self.values.dtype.itemsize) / max(1, needs.layers)
         head = getattr(base.get_output_embeddings(), "weight", None)
         return 2 * head.numel() / layer_elements if head is not None and layer_elements else 0.0
+
+    @torch.no_grad()
+    def parts_are_alike(self, context: ContextGroup) -> bool:
+        """Tries a pack whose tokens the ranks of a group share: whether this part comes out as it does in a whole one."""
+        was_training = self.model.training
+        self.model.eval()
+        ids = self._ids(sum(TRIAL_LENGTHS))
+        try:
+            self.values.refresh()
+            with context.aside():
+                whole = self._pack_states(ids, TRIAL_LENGTHS)
+            part = self._pack_states(ids, TRIAL_LENGTHS, context=context)
+        finally:
+            self.model.train(was_training)
+        whole = whole[len(part) * context.place :][: len(part)]
+        return _is_like(part[: len(whole)], whole)
 
     def measure(self, layer: nn.Module, tokens: int) -> tuple[LayerBytes, LayerSeconds] | None:
         """Memory and time that the first layer takes at so many tokens; None where there is not the memory.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_cli.core.data.packing import MicroBatch, Part
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.attention import is_short
@@ -42,6 +43,7 @@ class StepInputs:
         longest: Tokens of the longest row, or more.
         equal_rows: How many rows of `longest` tokens the pack consists of; 0 where they are not of one length.
         trained_tokens: How many labels are trained, or more.
+        part: What else there is to know of a part of a pack, which then has no graph.
     """
 
     embedded: Tensor
@@ -51,6 +53,29 @@ class StepInputs:
     longest: int
     equal_rows: int
     trained_tokens: int
+    part: Part | None = None
+
+
+def step_inputs(batch: MicroBatch, embedded: Tensor, *, equal_rows: bool) -> StepInputs:
+    """A micro-batch on the device, or a part of one, with its embeddings; `equal_rows` says whether rows of one length are
+    to be attended to as such."""
+    rows, part = batch.cu_seqlens.numel() - 1, batch.part
+    tokens, filler = batch.pack_tokens, 0 if part is None else part.filler
+    equal = equal_rows and rows * batch.max_seqlen == tokens
+    boundaries = batch.cu_seqlens
+    if filler:  # is a row of its own
+        boundaries = F.pad(boundaries, (0, 1), value=tokens + filler)
+    return StepInputs(
+        embedded=embedded,
+        labels=batch.labels,
+        position_ids=batch.position_ids,
+        boundaries=boundaries,
+        longest=batch.max_seqlen if equal else max(batch.max_seqlen, filler),
+        equal_rows=rows if equal else 0,
+        # A part without trained tokens has a place that counts nothing, for its backward pass is part of the others'.
+        trained_tokens=batch.trained_tokens if part is None else max(batch.trained_tokens, 1),
+        part=part,
+    )
 
 
 def bucket(count: int, least: int = 16, coarseness: int = COARSENESS) -> int:

@@ -1,7 +1,7 @@
 """Fast engine: fused linears, packed rows, a loss over trained positions only, layers that keep within memory."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.device import read_free_bytes
+from qlora_cli.core.distributed.context_group import context_of, share_packs
 from qlora_cli.core.engine.calibration import Calibration, StepPlanner, install_attention, install_products
-from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed
+from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed, step_inputs
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
     capture_calls,
@@ -74,6 +75,7 @@ class FastEngine:
         self.linears = FusedLinears(self.base, self.values, device)
         self.trials = Calibration(model, self.decoder, self.embeddings.module, self.values, device)
         self.sharded, self.streamed = is_sharded(self.base), streamed_base_of(self.base)
+        self.context = context_of(self.base)
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
@@ -92,10 +94,10 @@ class FastEngine:
         """Puts parts in place in the order in which the next is tried out on what is there: linears, on which trials find
         the head and whether attention packs exactly; decoder layers, through which products in 8 bits are tried, and of
         which one is measured; the plan; graphs by that plan."""
-        if self.sharded and settings.compile:
-            self.report(Notice("The layers of a sharded base are not compiled."))
-        held = {"on_cuda": self.on_cuda, "sharded": self.sharded, "streamed": self.streamed is not None}
-        settings = settle(settings, self.linears.dense_bytes, **held)
+        if (self.sharded or self.context) and settings.compile:
+            self.report(Notice("Layers are not compiled where cards share the base or the tokens."))
+        held = {"sharded": self.sharded, "streamed": bool(self.streamed), "shared": bool(self.context)}
+        settings = settle(settings, self.linears.dense_bytes, on_cuda=self.on_cuda, **held)
         embeddings_may_move = self.on_cuda and settings.offload_embeddings is not False
         if embeddings_may_move and read_free_bytes(self.device) < TRIAL_ROOM_BYTES:
             self.embeddings.move_to_host()
@@ -117,8 +119,8 @@ class FastEngine:
         self.compiled = self.on_cuda and self.packed and pays
         self._share_projections()
         plan = plan_as_asked(settings, len(self.layers), resident_weights=bool(settings.resident_weights))
-        # Where all ranks gather a layer none is measured by itself.
-        if self.on_cuda and self.layers and not self.sharded:
+        # Where all ranks gather a layer, or attend together, none is measured by itself.
+        if self.on_cuda and self.layers and not (self.sharded or self.context):
             self.planner = StepPlanner(settings, self.largest_tokens)
             plan = self._plan(self.planner, optimizer_bytes)
         for layer_plan in self.layer_plans:
@@ -129,6 +131,8 @@ class FastEngine:
         self._apply(plan)
         if self.streamed is not None and self.planner is not None:
             self.report(Notice(self.planner.describe_speed(plan)))
+        if self.context is not None:
+            self.undo.append(share_packs(self.context, self.trials.parts_are_alike if self.packed else None))
         if total_steps >= GRAPHS_PAY_STEPS:
             self._use_graphs()
 
@@ -160,7 +164,8 @@ class FastEngine:
         """Has steps replayed as graphs, which read no trained embeddings or head, as these lie outside of them, and
         repeat no random numbers."""
         still = self.head is not None and self.head.frozen and self.embeddings.frozen and not self.draws_random
-        if not (self.on_cuda and self.packed and self.layers and still) or self.sharded or self.streamed:
+        away = self.sharded or self.streamed or self.context
+        if not (self.on_cuda and self.packed and self.layers and still) or away:
             return
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.graphs = StepGraphs(
@@ -305,7 +310,7 @@ class FastEngine:
         if training and self.noise_alpha:
             lengths = batch.cu_seqlens.diff().long().to(self.device)[:, None]
             embedded = add_noise(embedded, lengths, self.noise_alpha)
-        return self._loss(embedded, labels, batch.trained_tokens, **mask)
+        return self._loss(embedded, trained_positions(labels, batch.trained_tokens), labels.numel(), **mask)
 
     def next_logits(self, batch: "MicroBatch") -> Tensor:
         """See `Engine.next_logits`."""
@@ -316,7 +321,8 @@ class FastEngine:
         else:
             embedded, _, inputs = self._padded_inputs(batch)
         last = batch.last_positions(padded=not self.packed).to(self.device)
-        return self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[last]
+        with self.context.aside() if self.context else nullcontext():  # one rank is asked, for whole rows
+            return self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[last]
 
     def _padded_inputs(self, batch: "MicroBatch") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Embeddings (rows, longest, size), labels, and a mask: the causal one of no padding has kernels of its own."""
@@ -328,7 +334,7 @@ class FastEngine:
         """Drawn when the step runs, not when its inputs are made ahead, so that a resumed run draws the same."""
         if not (self.noise_alpha and self.model.training):
             return inputs
-        lengths = tokens_of_rows(inputs.boundaries, inputs.labels.shape[1])
+        lengths = inputs.part.row_tokens if inputs.part else tokens_of_rows(inputs.boundaries, inputs.labels.shape[1])
         return replace(inputs, embedded=add_noise(inputs.embedded, lengths, self.noise_alpha))
 
     def _bucketed_inputs(self, batch: "MicroBatch") -> StepInputs:
@@ -341,42 +347,35 @@ class FastEngine:
     def _inputs(self, batch: "MicroBatch") -> StepInputs:
         embedded = self.embeddings.embed(batch.input_ids, batch.embedded)
         batch = batch.to(self.device, non_blocking=True)
-        rows = batch.cu_seqlens.numel() - 1
-        equal = self.equal_rows and rows * batch.max_seqlen == batch.tokens and batch.max_seqlen >= EQUAL_ROWS_TOKENS
-        if self.graphs is not None and rows == 1:  # any one row is as long as itself: not a shape for each length
+        equal = self.equal_rows and batch.max_seqlen >= EQUAL_ROWS_TOKENS
+        if self.graphs is not None and batch.cu_seqlens.numel() == 2:  # any row is as long as itself: not a shape each
             equal = equal and (batch.tokens == self.largest_tokens or bucket_tokens(batch.tokens) == batch.tokens)
-        return StepInputs(
-            embedded=embedded,
-            labels=batch.labels,
-            position_ids=batch.position_ids,
-            boundaries=batch.cu_seqlens,
-            longest=batch.max_seqlen,
-            equal_rows=rows if equal else 0,
-            trained_tokens=batch.trained_tokens,
-        )
+        return step_inputs(batch, embedded, equal_rows=equal)
 
     def _packed_loss(self, inputs: StepInputs) -> Tensor:
-        return self._loss(inputs.embedded, inputs.labels, inputs.trained_tokens, **self._packed_inputs(inputs))
+        next_label = inputs.part.next_label if inputs.part else None
+        trained = trained_positions(inputs.labels, inputs.trained_tokens, next_label)
+        return self._loss(inputs.embedded, trained, inputs.labels.numel(), **self._packed_inputs(inputs))
 
     def _packed_inputs(self, inputs: StepInputs) -> dict[str, Tensor]:
+        if self.context is not None:
+            self.context.longest = inputs.longest
         mask = pack_mask(inputs.boundaries, inputs.longest, inputs.equal_rows)
         return {"attention_mask": mask, "position_ids": inputs.position_ids}
 
-    def _loss(self, embedded: Tensor, labels: Tensor, trained_tokens: int, **inputs: Tensor) -> Tensor:
-        """Sum over trained tokens, fp32; labels (rows, length) say which those are."""
+    def _loss(self, embedded: Tensor, trained: tuple[Tensor, Tensor], tokens: int, **inputs: Tensor) -> Tensor:
+        """Sum over trained tokens, fp32; which those are is from `trained_positions`."""
         if self.offload is not None:
             self.offload.start()
         if torch.is_grad_enabled() and not embedded.requires_grad and self.layers and self.layer_plans[0].compiled:
             embedded = embedded.detach().requires_grad_()  # so that the first layer is compiled like the others
-        self._set_layers(self.plan_by_tokens(labels.numel()))
-        positions, targets = trained_positions(labels, trained_tokens)
+        self._set_layers(self.plan_by_tokens(tokens))
         if self.head is None:
-            logits = self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[positions]
-            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **inputs).last_hidden_state
-        hidden = hidden.flatten(0, 1)  # (tokens, size)
+            logits = self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[trained[0]]
+            return nn.functional.cross_entropy(logits.float(), trained[1], reduction="sum")
+        hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         # Not indexing: its backward pass sorts. No place comes twice but those that count nothing.
-        return self.head.loss(hidden.index_select(0, positions), targets)
+        return self.head.loss(hidden.index_select(0, trained[0]), trained[1])
 
     def describe(self) -> str:
         """See `Engine.describe`."""
@@ -387,6 +386,7 @@ class FastEngine:
             f"{len(self.linears.in_8_bits)} linears multiplied in fp8": bool(self.linears.in_8_bits),
             "embeddings on the host": self.embeddings.on_host,
             "base sharded over the cards": self.sharded,
+            f"packs shared by {self.context.size if self.context else 1} ranks": self.context is not None,
             "layers compiled": self.compiled,
             "CUDA graphs": self.graphs is not None,
         }

@@ -162,22 +162,26 @@ def require_causal(base: Any, inputs: dict[str, Tensor]) -> None:
         )
 
 
-def trained_positions(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def trained_positions(labels: Tensor, count: int, next_label: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Where the hidden state of a trained token's predecessor is, and the token, without asking the device how many.
 
     Args:
         labels: (rows, length) int64, -100 where untrained; a row's first label always is.
         count: How many labels are trained, or more.
+        next_label: (rows, 1), of what follows in another rank's part; then `count` is exact, or 1 where none is trained.
 
     Returns:
         Indices into the flattened (rows * length), and targets: (count,) int64 each, in order; beyond the trained
         ones, the last place and -100.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    if next_label is None:
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    else:
+        targets = torch.cat([labels[:, 1:], next_label], dim=1).flatten()
     trained = targets != -100
     # The k-th trained place is written to place k of the result, every other one to the place past its end.
     order = torch.where(trained, trained.cumsum(0) - 1, count)
-    last = order.numel() - 1  # never trained: nothing follows it
+    last = order.numel() - 1  # not trained where any place is left open: nothing follows it
     places = torch.arange(last + 1, device=order.device)
     positions = order.new_full((count + 1,), last).scatter_(0, order, places)[:count]
     return positions, targets[positions]

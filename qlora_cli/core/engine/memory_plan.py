@@ -234,13 +234,21 @@ def count_recomputed_layers(settings: StepSettings, layers: int, *, on_cuda: boo
 
 
 def settle(
-    settings: StepSettings, dense_bytes: int, *, on_cuda: bool, sharded: bool, streamed: bool = False
+    settings: StepSettings,
+    dense_bytes: int,
+    *,
+    on_cuda: bool,
+    sharded: bool,
+    streamed: bool = False,
+    shared: bool = False,
 ) -> StepSettings:
-    """Without what a base sharded over several cards rules out, whole weights and compiled layers, or one that streams,
-    whole weights; and on the CPU with the fast engine's dequantised weights of `dense_bytes` resident, unasked, where the
-    host has the memory."""
+    """Without what a base sharded over several cards rules out, whole weights and compiled layers, or packs whose tokens
+    they share, compiled layers, or a base that streams, whole weights; and on the CPU with the fast engine's dequantised
+    weights of `dense_bytes` resident, unasked, where the host has the memory."""
     if sharded:
         return replace(settings, offload_embeddings=False, resident_weights=False, compile=False)
+    if shared:
+        settings = replace(settings, compile=False)
     if streamed:
         return replace(settings, resident_weights=False)
     if on_cuda or settings.engine != "fast" or settings.resident_weights is not None:

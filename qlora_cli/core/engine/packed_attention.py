@@ -7,15 +7,18 @@ Where all rows are of one length and cuDNN can attend to them, it is (1, rows, l
 Other masks, those of padded rows, go to attention over chunks of queries where there are sinks or caps, else to SDPA.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_cli.core.distributed.context_group import context_of
 from qlora_cli.core.engine.lora_linear import replace_forward
 from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, groups_fit, packed_attention, takes_caps
 from qlora_cli.kernels.sink_attention import chunked_attention
@@ -79,11 +82,36 @@ def _attend(
         return out.transpose(1, 2).contiguous(), None
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, size)
     assert attention_mask is not None
-    rows, longest = attention_mask.shape[1:3]
-    if attention_mask.shape[3] == 1:
-        return equal_rows_attention(query, key, value, rows, scale)[None], None
-    boundaries = attention_mask[0, 0, 0]
-    return packed_attention(query, key, value, boundaries, longest, scale, sliding_window, s_aux, cap)[None], None
+    return _attend_pack(module, query, key, value, attention_mask, scale, sliding_window, s_aux, cap)[None], None
+
+
+def _attend_pack(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    """`packed_attention` by a pack's mask, (T, heads, size); where ranks share its tokens T are this one's."""
+    context = context_of(module)
+    context = context if context is not None and context.active else None
+    if context is not None:
+        query, key, value = context.to_heads(query, key, value)
+        sinks = context.own_heads(sinks)
+    rows, longest = mask.shape[1:3]
+    if mask.shape[3] == 1:
+        left_over = query.shape[0] - rows * longest  # places that fill up the ranks' parts
+        if left_over:
+            query, key, value = (t[:-left_over] for t in (query, key, value))
+        out = equal_rows_attention(query, key, value, rows, scale)
+        out = F.pad(out, (0, 0, 0, 0, 0, left_over)) if left_over else out
+    else:
+        out = packed_attention(query, key, value, mask[0, 0, 0], longest, scale, window, sinks, cap)
+    return out if context is None else context.to_tokens(out)
 
 
 # Additive: no model uses the name unless an engine sets it on that model's own config.
@@ -113,7 +141,7 @@ def _falcon_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
         query, key, value = fused.unflatten(-1, (self.num_heads, 3, self.head_dim)).unbind(2)
     cos, sin = (t[0, :, None] for t in kwargs["position_embeddings"])  # (T, 1, size)
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-    out = packed_attention(query, key, value, mask[0, 0, 0], mask.shape[2], self.head_dim**-0.5, None)
+    out = _attend_pack(self, query, key, value, mask, self.head_dim**-0.5)
     return self.dense(out.flatten(1)[None]), None
 
 
@@ -174,6 +202,8 @@ def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
     config = decoder.config
     heads = getattr(config, "num_attention_heads", None)  # a model of states alone has none
     keys = getattr(config, "num_key_value_heads", None) or heads
+    if heads and keys and (context := context_of(decoder)) is not None:
+        heads, keys = heads // context.size, math.lcm(keys, context.size) // context.size
     may = (
         device.type == "cuda"
         and heads is not None

@@ -89,6 +89,8 @@ class LayerTrace:
 
     hidden: int  # elements a token of its input and its output
     keys_and_values: int  # elements a token that a cache holds for it
+    key_heads: int  # heads that they are of
+    queries: int  # elements a token of attention's output
     kept: Pass  # its activations kept
     recomputed: Pass  # its input kept, the rest made again
     compiled: Pass  # activations kept, and a compiler that makes again what is elementwise
@@ -181,7 +183,7 @@ class _Trace:
         # they do not go to cuDNN.
         self.token_by_token = fused and not takes_equal_rows(self.decoder, torch.device("cuda"))
         self.live = LiveBytes()
-        self.keys_and_values = 0
+        self.keys_and_values = self.key_heads = self.queries = 0
         self.recording = False  # whether these two are filled, which keeps the tensors alive
         self.read: dict[int, Tensor] = {}  # by opaque ops and norms
         self.made: dict[int, tuple[Tensor, Tensor]] = {}  # by linears, and of what
@@ -215,6 +217,8 @@ class _Trace:
             query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
         output = Attention.apply(query, key, value)
         self.keys_and_values += key.shape[1] * (key.shape[3] + value.shape[3])
+        self.key_heads += key.shape[1]
+        self.queries += query.shape[1] * value.shape[3]
         self._note_read(query, key, value, output)
         return output
 
@@ -289,18 +293,18 @@ class _Trace:
         return calls
 
     def _trace_layer(self, call: _Call, *, differentiable: bool) -> LayerTrace:
-        self.keys_and_values = 0
+        self.keys_and_values = self.key_heads = self.queries = 0
 
         def run(*arguments: Any, **keywords: Any) -> Any:
             with CatchAttention(self._attend):
                 return call.module(*arguments, **keywords)
 
         kept = self._count(run, call, differentiable=differentiable)
-        keys_and_values = self.keys_and_values
+        attention = self.keys_and_values, self.key_heads, self.queries
         recompute = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         recomputed = self._count(recompute, call, differentiable=differentiable)
         hidden = call.arguments[0].shape[-1]
-        return LayerTrace(hidden, keys_and_values, kept, recomputed, self._compile(call))
+        return LayerTrace(hidden, *attention, kept, recomputed, self._compile(call))
 
     def _count(self, run: Callable, call: _Call, *, differentiable: bool) -> Pass:
         """Runs a layer forward and backward, and counts bytes."""

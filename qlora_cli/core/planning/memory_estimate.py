@@ -7,7 +7,7 @@ each by itself.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from math import inf
+from math import gcd, inf
 from typing import Any
 
 from qlora_cli.core.decoding.decoder import PREFILL_TOKENS
@@ -51,6 +51,12 @@ class ResolvedStep:
     on_cuda: bool = True
     shards: int = 1  # cards that the base is sharded over
     shard_offload: bool = False  # their shards of it wait on the host
+    context: int = 1  # cards that share the tokens of each micro-batch
+
+    @property
+    def part_tokens(self) -> int:
+        """Tokens of a micro-batch that one card holds."""
+        return -(-self.tokens // self.context)
 
     def is_offloaded(self, index: int) -> bool:
         """Whether what a layer holds waits on the host: of recomputed layers, or of all where none is recomputed."""
@@ -116,7 +122,9 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         "working_bytes": int(working_bytes) + _code_bytes(profile, step) + CUBLAS_BYTES * step.on_cuda,
     }
     offloaded_bytes = sum(
-        _held(layer, index, step) for index, layer in enumerate(profile.trace.layers) if step.is_offloaded(index)
+        _held(layer, profile.itemsize, index, step)
+        for index, layer in enumerate(profile.trace.layers)
+        if step.is_offloaded(index)
     )
     return TrainingMemory(
         moment=moment,
@@ -165,7 +173,7 @@ def copied_bytes(profile: ModelProfile, measures: MemoryPlan) -> int:
 
 def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[tuple[str, float, float]]:
     """(name, bytes that other layers hold, bytes of the moment itself) of every moment that can be the highest."""
-    size = step.tokens, step.row_tokens
+    size = step.part_tokens, step.row_tokens
     most_scratch = inf if step.measures.workspace_bytes is None else step.measures.workspace_bytes
     below = 0.0  # held on the device by the layers below
     in_transit = 0.0  # on its way to or from the host: of the layer just below of those that wait there
@@ -174,14 +182,16 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
         eager = layer.recomputed if index < step.measures.recomputed else layer.kept
         passes = layer.compiled if step.compiled else eager
         present = below + in_transit
-        yield f"forward pass of layer {index}", present, passes.forward.bytes(*size, most_scratch) + hidden_bytes
-        yield f"backward pass of layer {index}", present, passes.backward.bytes(*size, most_scratch)
-        held = _held(layer, index, step)
+        exchanged = _exchanged(layer, itemsize, step)
+        forward = passes.forward.bytes(*size, most_scratch) + hidden_bytes + exchanged
+        yield f"forward pass of layer {index}", present, forward
+        yield f"backward pass of layer {index}", present, passes.backward.bytes(*size, most_scratch) + exchanged
+        held = _held(layer, itemsize, index, step)
         if step.is_offloaded(index):
             in_transit = held
         else:
             below += held
-    logits_bytes = step.tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
+    logits_bytes = step.part_tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
     yield "loss", below + in_transit, trace.tail.bytes(*size, logits_bytes)
 
 
@@ -193,14 +203,24 @@ def _code_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
     if not step.in_8_bits or not values:
         return 0
     widest = values // max(1, max(layer.hidden for layer in profile.trace.layers))
-    return max(0, step.tokens * widest - (0 if step.measures.resident_weights else values))
+    return max(0, step.part_tokens * widest - (0 if step.measures.resident_weights else values))
 
 
-def _held(layer: LayerTrace, index: int, step: ResolvedStep) -> float:
+def _held(layer: LayerTrace, itemsize: int, index: int, step: ResolvedStep) -> float:
     """Bytes a layer holds between its forward and its backward pass."""
     whole = layer.compiled if step.compiled else layer.kept
-    passes = layer.recomputed if index < step.measures.recomputed else whole
-    return passes.held.bytes(step.tokens, step.row_tokens)
+    recomputed = index < step.measures.recomputed
+    passes = layer.recomputed if recomputed else whole
+    return passes.held.bytes(step.part_tokens, step.row_tokens) + _exchanged(layer, itemsize, step) * (not recomputed)
+
+
+def _exchanged(layer: LayerTrace, itemsize: int, step: ResolvedStep) -> float:
+    """Bytes that a layer holds more where cards share tokens: attention's output by heads beside that by tokens, and
+    copies of keys and values of which there are fewer than cards."""
+    if step.context == 1:
+        return 0.0
+    copies = step.context // gcd(max(1, layer.key_heads), step.context) - 1
+    return step.part_tokens * itemsize * (layer.queries + copies * layer.keys_and_values)
 
 
 def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:

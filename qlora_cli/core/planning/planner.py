@@ -128,6 +128,7 @@ def plan_training(
     shards: int = 1,
     shard_offload: bool = False,
     may_stream: bool = True,
+    context: int = 1,
 ) -> MemoryDecision:
     """Chooses what was left open, so that training is fastest within the limit, or where nothing fits takes the least.
 
@@ -139,14 +140,15 @@ def plan_training(
         on_cuda: Whether a CUDA device is meant; on the CPU nothing is offloaded, and memory is the host's.
         shards: Cards that the base is sharded over; the plan is of each.
         shard_offload: Whether their shards of it wait on the host.
+        context: Cards that share the tokens of each micro-batch; the plan is of each.
         may_stream: Whether layers' weights may wait on the host, where nothing else fits or it was asked for.
 
     Raises:
         UsageError: `gradient_checkpointing` is neither a word nor a number.
     """
     optimizer = choose_optimizer(settings.optimizer, torch.device("cuda" if on_cuda else "cpu"))
-    settings = settle(settings, profile.dense_bytes, on_cuda=on_cuda, sharded=shards > 1)
-    streams = may_stream and shards == 1 and settings.engine == "fast" and settings.stream is not False
+    settings = settle(settings, profile.dense_bytes, on_cuda=on_cuda, sharded=shards > 1, shared=context > 1)
+    streams = may_stream and shards == context == 1 and settings.engine == "fast" and settings.stream is not False
     if profile.trace is None:
         return _decide_without_prediction(profile, settings, lengths, optimizer, vram_bytes)
     largest = ResolvedStep(
@@ -158,12 +160,13 @@ def plan_training(
         on_cuda=on_cuda,
         shards=shards,
         shard_offload=shard_offload,
+        context=context,
     )
 
     def rank(candidate: tuple[ResolvedStep, TrainingMemory]) -> tuple[bool, float]:
         step, memory = candidate
         if _has_room(memory, vram_bytes):
-            return False, step.measures.token_cost(profile.layers, step.tokens) * _copy_share(profile, step)
+            return False, step.measures.token_cost(profile.layers, step.part_tokens) * _copy_share(profile, step)
         return True, memory.device_bytes
 
     limited = vram_bytes is not None
@@ -238,7 +241,7 @@ def _recompute_least(
     def resolve(layers: int) -> tuple[ResolvedStep, TrainingMemory]:
         resolved = replace(step, measures=replace(step.measures, recomputed=layers))
         # A micro-batch may be padded to a slightly larger shape, for which there is a graph.
-        tokens = bucket(step.tokens) if on_fast_card else step.tokens
+        tokens = bucket(step.tokens) if on_fast_card and step.context == 1 else step.tokens
         memories = [estimate_training(profile, replace(resolved, compiled=mode, tokens=tokens)) for mode in modes]
         return resolved, max(memories, key=lambda memory: memory.device_bytes)
 

@@ -1,9 +1,10 @@
 """Memory plan of a run: how it will keep within memory, or why it cannot, before anything is loaded."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.device import read_free_bytes, resolve_compute_dtype
+from qlora_cli.core.distributed.context_group import require_even_heads
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.planning.memory_estimate import copied_bytes, streamed_base_bytes
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
@@ -36,7 +38,13 @@ class RunPlan:
     largest_tokens: int  # in a micro-batch, by the settings as they were given
     commands: tuple[str, ...]  # to type instead, where it does not fit
     sharded: bool  # whether the base is sharded over the cards
+    context: int = 1  # cards that share the tokens of each row
     on_disk: bool = False  # whether layers that stream wait on the disk: the host has no memory for them
+
+    @property
+    def lockstep(self) -> str:
+        """The flag by which ranks compute every pass together; none where each computes by itself."""
+        return "--shard" if self.sharded else "--context-parallel" if self.context > 1 else ""
 
     @property
     def limit_tokens(self) -> int | None:
@@ -142,13 +150,9 @@ def plan_run_memory(
         shard_offload=config.shard_offload,
         may_stream=may_be_sharded(config) and ranks.world_size == 1,
     )
-    sharded = bool(config.shard or config.shard_offload)
-    plan = plan_with(shards=ranks.world_size if sharded else 1)
-    if plan.fits is False and can_be_sharded(config, ranks) and config.shard is None:
-        of_all = plan_with(shards=ranks.world_size)
-        if of_all.fits:
-            plan, sharded = of_all, True
-            report(Notice(f"The base is sharded over {ranks.world_size} cards: one cannot hold it and a step."))
+    plan, sharded, context = _choose_cards(plan_with, config, attention_heads(model_config), ranks, report)
+    if context != ranks.context:  # fewer groups of ranks are dealt the rows of a step
+        largest_tokens = replace(lengths, largest_batch_tokens=None).batch_tokens(config.batch_size)
     on_disk = bool(plan.measures.streamed) and _wait_on_disk(config, profile, plan, report)
     commands: tuple[str, ...] = ()
     if plan.fits is False:
@@ -170,7 +174,49 @@ def plan_run_memory(
                 if commands
                 else "Nothing fits: take a smaller model or a larger card.",
             )
-    return RunPlan(profile, plan, largest_tokens, commands, sharded, on_disk)
+    return RunPlan(profile, plan, largest_tokens, commands, sharded, context, on_disk)
+
+
+def attention_heads(model_config: PreTrainedConfig) -> int:
+    """Heads of a model's attention; 0 where it has none."""
+    return getattr(model_config.get_text_config(), "num_attention_heads", None) or 0
+
+
+def context_sizes(heads: int, cards: int) -> list[int]:
+    """How many of so many cards may share the tokens of each row."""
+    return [n for n in range(2, cards + 1) if cards % n == 0 and heads and heads % n == 0]
+
+
+def _choose_cards(
+    plan_with: Callable[..., MemoryDecision], config: TrainConfig, heads: int, ranks: ProcessGroup, report: Report
+) -> tuple[MemoryDecision, bool, int]:
+    """How several cards share a base and the tokens of rows: as asked for, else as little as makes a step fit.
+
+    Returns:
+        The plan; whether the base is sharded; how many cards share the tokens of each row.
+
+    Raises:
+        UsageError: Cards cannot share attention's heads as was asked for.
+    """
+    if ranks.context > 1:
+        require_even_heads(heads or 1, ranks.context)
+    sharded, asked = bool(config.shard or config.shard_offload), ranks.context
+    world = ranks.world_size
+    plan = plan_with(shards=world if sharded else 1, context=asked)
+    shards = (sharded, True) if can_be_sharded(config, ranks) and config.shard is None else (sharded,)
+    sizes = context_sizes(heads, world) if config.context_parallel is None and config.engine == "fast" else []
+    for size, shard in product((asked, *sizes), dict.fromkeys(shards)):
+        if plan.fits is not False:
+            break
+        found = plan_with(shards=world if shard else 1, context=size)
+        if not found.fits:
+            continue
+        if shard and not sharded:
+            report(Notice(f"The base is sharded over {world} cards: one cannot hold it and a step."))
+        if size != asked:
+            report(Notice(f"{size} cards share the tokens of each row: one cannot hold the longest."))
+        return found, shard, size
+    return plan, sharded, asked
 
 
 def _wait_on_disk(config: TrainConfig, profile: ModelProfile, plan: MemoryDecision, report: Report) -> bool:

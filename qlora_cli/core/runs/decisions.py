@@ -115,6 +115,7 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step:
             **memory.plan.settings,
             **memory.plan.streaming,
             "shard": memory.sharded,
+            "context_parallel": memory.context,
             "token_budget": memory.plan.token_budget,
         },
         memory=memory.predicted(),

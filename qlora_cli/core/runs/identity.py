@@ -37,7 +37,11 @@ def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str,
             "total_steps": inputs.data.sampler.total_steps,
             "warmup_steps": decisions.warmup_steps,
         },
-        "rounding": {**settings(ROUNDING), "ranks": run.ranks.world_size},
+        "rounding": {
+            **settings(ROUNDING),
+            "ranks": run.ranks.world_size,
+            "context_parallel": run.ranks.context,
+        },
     }
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from qlora_cli.artifacts import SPARE_ROWS
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.data.dataset import MEMORY_SHARE, PreparedRows, split_rows
+from qlora_cli.core.data.dataset import MEMORY_SHARE, PreparedRows, RowSubset, split_rows
 from qlora_cli.core.data.prepare import prepare_cached_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -57,6 +57,16 @@ class RunInputs:
     rows: PreparedRows  # all of them
     data: TrainingData
     max_length: int
+
+    def count_parameters(self) -> dict[str, int]:
+        """Parameters trained, and those of base and adapter together, as the record keeps them."""
+        footprint = self.profile.footprint
+        return {"trainable": footprint.trainable_parameters, "total": footprint.total_parameters}
+
+    def dealt_to(self, ranks: ProcessGroup) -> "RunInputs":
+        """The same with the rows of each step dealt to these ranks."""
+        data = deal_rows(self.config, self.data.rows, self.data.eval_rows, self.max_length, ranks)
+        return replace(self, data=data)
 
 
 def describe_start(run: Run, inputs: RunInputs, first_step: int, engine: str) -> RunStarted:
@@ -107,27 +117,38 @@ def read_inputs(run: Run) -> RunInputs:
     train_rows, eval_rows = split_rows(
         rows, fraction=settled.eval_fraction or 0.0, count=settled.eval_rows, seed=config.seed
     )
+    data = deal_rows(config, train_rows, eval_rows, max_length, run.ranks)
+    footprint, trained_tokens = profile.footprint, rows.manifest["trained_tokens"]
+    advice = [advise_on_rank(config.rank, footprint.trainable_parameters, trained_tokens)]
+    if config.max_steps is None:
+        advice.append(advise_on_length(data.sampler.total_steps, config.epochs))
+    for text in filter(None, advice):
+        run.report(Notice(text))
+    return RunInputs(settled, files, profile, rows, data, max_length)
+
+
+def deal_rows(
+    config: TrainConfig, train_rows: RowSubset, eval_rows: RowSubset, max_length: int, ranks: ProcessGroup
+) -> TrainingData:
+    """Which rows each step takes, and this rank of them; ranks that share tokens take the same.
+
+    Raises:
+        UsageError: They cannot be dealt out evenly.
+    """
     sample = partial(
         BatchSampler,
         batch_size=config.batch_size,
         packing=config.packing,
         max_length=max_length,
         seed=config.seed,
-        ranks=run.ranks,
+        ranks=ranks.of_rows,
     )
-    accumulation, ranks = config.gradient_accumulation_steps, run.ranks.world_size
+    accumulation, groups = config.gradient_accumulation_steps, ranks.of_rows.world_size
     sampler = sample(train_rows.lengths, accumulation=accumulation, epochs=config.epochs, max_steps=config.max_steps)
     eval_sampler = None
     if len(eval_rows):
-        eval_sampler = sample(eval_rows.lengths, accumulation=ranks, epochs=1.0, max_steps=None)
-    data = TrainingData(train_rows, sampler, eval_rows, eval_sampler)
-    footprint, trained_tokens = profile.footprint, rows.manifest["trained_tokens"]
-    advice = [advise_on_rank(config.rank, footprint.trainable_parameters, trained_tokens)]
-    if config.max_steps is None:
-        advice.append(advise_on_length(sampler.total_steps, config.epochs))
-    for text in filter(None, advice):
-        run.report(Notice(text))
-    return RunInputs(settled, files, profile, rows, data, max_length)
+        eval_sampler = sample(eval_rows.lengths, accumulation=groups, epochs=1.0, max_steps=None)
+    return TrainingData(train_rows, sampler, eval_rows, eval_sampler)
 
 
 def _settle(config: TrainConfig, profile: ModelProfile, rows: PreparedRows, report: Report) -> TrainConfig:

@@ -82,9 +82,27 @@ def check_ranks(config: TrainConfig, ranks: "ProcessGroup") -> None:
             "--stream takes one card, the fast engine and plain LoRA adapters only.",
             "Leave out --gpus, --engine, --dora and --modules-to-save, or shard the base with --shard.",
         )
+    if config.context_parallel and config.context_parallel > 1:
+        _check_context(config.context_parallel, config, ranks)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     if config.gpus is not None and config.gpus != here:
         raise UsageError(
             f"--gpus {config.gpus} was asked for, and {here} process{'es run' if here > 1 else ' runs'} on this machine.",
             "Leave --gpus out where torchrun or accelerate starts the processes.",
         )
+
+
+def _check_context(size: int, config: TrainConfig, ranks: "ProcessGroup") -> None:
+    if ranks.world_size == 1:
+        raise UsageError(
+            f"--context-parallel {size} shares the tokens of each row by {size} cards, and one process runs.",
+            f"Add --gpus {size}, or leave --context-parallel out.",
+        )
+    if ranks.world_size % size:
+        fitting = [n for n in range(2, ranks.world_size + 1) if ranks.world_size % n == 0]
+        raise UsageError(
+            f"--context-parallel {size} does not divide the {ranks.world_size} cards.",
+            f"Use one of {', '.join(map(str, fitting))}.",
+        )
+    if config.engine != "fast":
+        raise UsageError("--context-parallel takes the fast engine.", "Leave out --engine.")

@@ -25,7 +25,7 @@ class ModelReplica:
     model: nn.Module  # switched between training and evaluation
     engine: Engine  # losses of micro-batches
     ranks: ProcessGroup  # this process among those that share each step
-    lockstep: bool = False  # whether all ranks run equally many micro-batches: their weights are gathered from all
+    lockstep: str = ""  # the flag by which ranks compute a pass together, and all run equally many micro-batches
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Accumulation:
     def read_batches(self, micro_batches: list[list[int]], limit_tokens: int | None) -> list[MicroBatch]:
         """Reads the rows of a step into tensors, in micro-batches of at most `limit_tokens` (rows are never cut)."""
         split = split_to_fit(micro_batches, self.rows.lengths, limit_tokens)
-        batches = [read_batch(self.rows, indices, self.device) for indices in split]
+        batches = [read_batch(self.rows, indices, self.device, self.ranks) for indices in split]
         # The others are prepared while the device computes the ones before them.
         return [self.engine.prepare(batches[0]), *batches[1:]] if batches else batches
 
@@ -79,7 +79,7 @@ class Accumulation:
             if number == len(passes):  # the same on all ranks: sums of gradients and gathered weights go in one order
                 self.reduction.arm()
             if batch is None:
-                self._run_idle(self.engine.loss(read_batch(self.rows, [0], self.device)))
+                self._run_idle(self.engine.loss(read_batch(self.rows, [0], self.device, self.ranks)))
             elif not self._runs(batch, factor, loss_sum):
                 self.failed = batch
                 break
@@ -112,8 +112,8 @@ class Accumulation:
                 raise
             if self.lockstep:
                 raise TrainingError(
-                    f"There is not enough memory for a micro-batch of {batch.tokens:,} tokens, and with --shard the "
-                    "other cards wait for it.",
+                    f"There is not enough memory for a micro-batch of {batch.pack_tokens:,} tokens, and with "
+                    f"{self.lockstep} the other cards wait for it.",
                     "Lower --max-length or --batch-size, or add --gradient-checkpointing on.",
                 ) from error
         # Outside the handler, where the traceback no longer holds the activations.
@@ -171,9 +171,14 @@ def read_sums(sums: Tensor) -> StepSums:
     return StepSums(loss_sum, int(trained), int(tokens), norm, failures > 0, stops > 0, cards)
 
 
-def read_batch(rows: RowSubset, indices: list[int], device: torch.device) -> MicroBatch:
-    """Rows as one micro-batch, in pinned memory where it will be copied to a card."""
+def read_batch(
+    rows: RowSubset, indices: list[int], device: torch.device, ranks: ProcessGroup | None = None
+) -> MicroBatch:
+    """Rows as one micro-batch, of which these ranks may share the tokens; in pinned memory where it will be copied to a
+    card."""
     batch = collate([rows[i] for i in indices], indices)
+    if ranks is not None:
+        batch = batch.part_of(ranks.rank % ranks.context, ranks.context)
     return batch.pin() if device.type == "cuda" else batch
 
 

@@ -41,7 +41,7 @@ def measure_loss(
                     _add_loss(replica, rows, indices, sums)
                 idle = ranks.all_reduce_max(len(batches), device) - len(batches) if replica.lockstep else 0
                 for _ in range(idle):
-                    replica.engine.loss(read_batch(rows, [0], device))  # counts nothing
+                    replica.engine.loss(read_batch(rows, [0], device, ranks))  # counts nothing
                 if stopping():
                     return None
     finally:
@@ -51,7 +51,7 @@ def measure_loss(
 
 
 def _add_loss(replica: ModelReplica, rows: RowSubset, indices: list[int], sums: Tensor) -> None:
-    batch = read_batch(rows, indices, sums.device)
+    batch = read_batch(rows, indices, sums.device, replica.ranks)
     try:
         sums[0] += replica.engine.loss(batch)
         sums[1] += batch.trained_tokens
@@ -61,7 +61,7 @@ def _add_loss(replica: ModelReplica, rows: RowSubset, indices: list[int], sums: 
             raise
         if len(indices) == 1 or replica.lockstep:
             raise TrainingError(
-                f"There is not enough memory to evaluate {len(indices)} rows of {batch.tokens:,} tokens.",
+                f"There is not enough memory to evaluate {len(indices)} rows of {batch.pack_tokens:,} tokens.",
                 "Lower --max-length.",
             ) from None
     free_memory(sums.device)

@@ -1,0 +1,32 @@
+"""Ranks that share the tokens of each row compute what one rank computes with whole rows."""
+
+import pytest
+
+from tests.conftest import ARCHITECTURES
+
+
+def test_losses_and_gradients_are_those_of_whole_packs(zygote, tiny_model):
+    """Fewer keys than ranks; windows and capped scores; rotary frequencies that follow from the longest row."""
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    longrope |= {"original_max_position_embeddings": 36, "factor": 4.0}
+    models = [tiny_model("qwen2", num_key_value_heads=1), tiny_model("gemma2")]
+    models.append(tiny_model("phi3", rope_parameters=longrope, original_max_position_embeddings=36))
+    compare(zygote, models, world_size=2, context=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "context"), [(4, 4), (4, 2)])
+def test_every_architecture_that_packs_shares_its_tokens(zygote, tiny_model, world_size, context):
+    models = [tiny_model(name) for name in ARCHITECTURES if name != "bloom"]
+    compare(zygote, models, world_size=world_size, context=context, gradient_checkpointing="on")
+
+
+@pytest.mark.slow
+def test_keys_that_ranks_do_not_divide_are_copied(zygote, tiny_model):
+    shape = {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 192, "head_dim": 16}
+    compare(zygote, [tiny_model("llama", **shape)], world_size=3, context=3)
+
+
+def compare(zygote, models, **how):
+    done = zygote.run("tests.distributed.context_ranks:run_on_cpu", directories=list(map(str, models)), **how)
+    assert done.code == 0 and done.said.count("all as one rank's") == how["world_size"], done.said
