@@ -14,7 +14,7 @@ from qlora_cli.core.models import quantized_cache
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder
-from qlora_cli.core.planning import run_plan
+from qlora_cli.core.streaming import host_memory
 from qlora_cli.core.streaming.disk_source import STAGED, DiskSource, Extent
 from qlora_cli.core.streaming.ring import Ring
 from qlora_cli.core.streaming.streamed_base import stream_base
@@ -112,7 +112,7 @@ def test_that_steps_wait_for_the_disk_is_said_once(tmp_path, delay):
 def test_a_run_takes_the_disk_where_the_host_has_no_memory(options, tmp_path, monkeypatch):  # noqa: F811
     options |= {"max_steps": 1, "eval_rows": None, "eval_every": None, "sample_prompt": None, "sample_every": None}
     run(options, output=str(tmp_path / "whole"), stream=False)
-    monkeypatch.setattr(run_plan, "read_free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(host_memory, "read_free_bytes", lambda device: 2**30)
     events: list = []
     run(options, events, output=str(tmp_path / "disk"), stream=True)
     assert weights(tmp_path / "disk") == weights(tmp_path / "whole")

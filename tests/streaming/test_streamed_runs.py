@@ -9,6 +9,7 @@ from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
 from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
 from qlora_cli.core.generation import base_loading
+from qlora_cli.core.streaming import host_memory
 from qlora_cli.errors import Interrupted, UsageError
 from qlora_cli.events import Notice, RunStarted
 from tests.commands.test_train import cache, data, metrics, run, short_run, stopping_at, weights  # noqa: F401
@@ -63,14 +64,17 @@ def test_answers_of_a_base_that_streams_are_those_of_a_whole_one(tiny_model, mon
     prompts = ("What is 1 + 2?", "The quick brown fox")
     said: list = []
 
-    def answers(engine):
-        config = GenerateConfig(model=model, temperature=0, max_new_tokens=12, engine=engine, base_cache=False)
+    def answers(engine, *, base_cache=False):
+        config = GenerateConfig(model=model, temperature=0, max_new_tokens=12, engine=engine, base_cache=base_cache)
         return [each["answer"] for each in generate(config, prompts, said.append).answers]
 
     whole = [answers(engine) for engine in ("fast", "plain")]
-    monkeypatch.setattr(base_loading, "count_streamed_layers", lambda *_: 4)
+    monkeypatch.setattr(base_loading, "count_streamed_layers", lambda *_: (4, 2**20))
     assert [answers(engine) for engine in ("fast", "plain")] == whole
     assert any("4 of 5 layers on the host" in event.text for event in said if isinstance(event, Notice))
+    monkeypatch.setattr(host_memory, "read_free_bytes", lambda device: 2**30)
+    assert [answers(engine, base_cache=True) for engine in ("fast", "plain")] == whole
+    assert any("4 of 5 layers on the disk" in event.text for event in said if isinstance(event, Notice))
 
 
 def test_what_cannot_stream_is_refused_before_anything_is_loaded(options):

@@ -12,6 +12,7 @@ from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder
+from qlora_cli.core.streaming.host_memory import locked_bytes, why_on_disk
 from qlora_cli.core.streaming.ring import SLOTS
 from qlora_cli.core.streaming.streamed_base import stream_base
 from qlora_cli.errors import ModelError
@@ -35,8 +36,9 @@ def load_answering_base(
     Raises:
         ModelError: As `load_base`.
     """
-    streamed = count_streamed_layers(files, quantization, compute_dtype, device)
-    shards = WeightShards(ProcessGroup(), on_host=True) if streamed else None
+    streamed, layer_bytes = count_streamed_layers(files, quantization, compute_dtype, device)
+    on_disk = streamed > 0 and why_on_disk(locked_bytes(layer_bytes, streamed)) is not None
+    shards = WeightShards(ProcessGroup(), on_host=True, in_copy=on_disk) if streamed else None
     base, _ = load_base(files, quantization, compute_dtype=compute_dtype, device=device, weight_shards=shards)
     if streamed:
         made = stream_base(base, find_layers(find_decoder(base)), device, streamed=streamed, report=report)
@@ -51,13 +53,14 @@ def load_answering_base(
 
 def count_streamed_layers(
     files: ModelFiles, quantization: QuantizationSettings, compute_dtype: torch.dtype, device: torch.device
-) -> int:
-    """How many layers have to wait on the host, so that the others and what answering takes have room."""
+) -> tuple[int, int]:
+    """How many layers have to wait on the host, so that the others and what answering takes have room, and the bytes of
+    the largest."""
     if device.type != "cuda":
-        return 0
+        return 0, 0
     free_bytes = read_free_bytes(device) - RESERVE_BYTES
     if sum(path.stat().st_size for path in files.directory.glob("*.safetensors")) <= free_bytes:
-        return 0  # nor is it larger in 4 bits
+        return 0, 0  # nor is it larger in 4 bits
     from qlora_cli.core.planning.model_profile import profile_model  # half a second, which most answers do without
 
     try:
@@ -70,9 +73,9 @@ def count_streamed_layers(
             traced=False,
         )
     except ModelError:
-        return 0
+        return 0, 0
     missing_bytes = profile.footprint.base_bytes - free_bytes
     if missing_bytes <= 0 or not any(profile.layer_bytes):
-        return 0
+        return 0, 0
     each_bytes = sum(profile.layer_bytes) / len(profile.layer_bytes)
-    return min(len(profile.layer_bytes), math.ceil(missing_bytes / each_bytes) + SLOTS)
+    return min(len(profile.layer_bytes), math.ceil(missing_bytes / each_bytes) + SLOTS), max(profile.layer_bytes)

@@ -12,21 +12,18 @@ import torch
 from transformers import PreTrainedConfig
 
 from qlora_cli.config import InspectConfig, TrainConfig
-from qlora_cli.core.device import read_free_bytes, resolve_compute_dtype
+from qlora_cli.core.device import resolve_compute_dtype
 from qlora_cli.core.distributed.context_group import require_even_heads
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.planning.memory_estimate import copied_bytes, streamed_base_bytes
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit, write_train_command
+from qlora_cli.core.streaming.host_memory import why_on_disk
 from qlora_cli.errors import DoesNotFit
 from qlora_cli.events import Notice, Report
 from qlora_cli.settings.setting import recorded_fields
 from qlora_cli.sizes import format_bytes
-
-HOST_RESERVE_BYTES = (
-    4 * 2**30
-)  # of free host memory, beside layers that wait there: weights on their way, the run itself
 
 
 @dataclass(frozen=True)
@@ -222,11 +219,8 @@ def _choose_cards(
 def _wait_on_disk(config: TrainConfig, profile: ModelProfile, plan: MemoryDecision, report: Report) -> bool:
     """Whether layers that stream have to wait on the disk; where they wait is said."""
     _, waiting_bytes = streamed_base_bytes(profile, plan.measures)
-    free_bytes = read_free_bytes(torch.device("cpu"))
-    short = not config.dry_run and waiting_bytes + HOST_RESERVE_BYTES > free_bytes
-    where = f"in {format_bytes(waiting_bytes)} of host memory"
-    if short:
-        where = f"on the disk, for the host has {format_bytes(free_bytes)} free and they take {format_bytes(waiting_bytes)},"
+    short = None if config.dry_run else why_on_disk(waiting_bytes)
+    where = short or f"in {format_bytes(waiting_bytes)} of host memory"
     report(
         Notice(
             f"The weights of {plan.measures.streamed} of {len(profile.layer_bytes)} layers wait {where} and stream to "
@@ -234,7 +228,7 @@ def _wait_on_disk(config: TrainConfig, profile: ModelProfile, plan: MemoryDecisi
             f"{plan.token_budget:,} tokens."
         )
     )
-    return short
+    return short is not None
 
 
 def may_be_sharded(config: TrainConfig | InspectConfig) -> bool:

@@ -72,13 +72,13 @@ class DiskSource:
         """See `LayerSource`: what the disk gave whenever it was waited for; infinite where it never was."""
         return self.slow_bytes / self.slow_seconds if self.slow_seconds else math.inf
 
-    def copy(self, number: int, into: Tensor) -> None:
+    def copy(self, number: int, into: Tensor, *, around: bool = False) -> None:
         """See `LayerSource`.
 
         Raises:
             RunError: The file cannot be read.
         """
-        self.step = 1 if number > self.last else -1
+        self.step = 1 if around or number > self.last else -1
         self.last = number
         self._start(number)
         buffer, parts = self.reading.pop(number)
@@ -95,7 +95,7 @@ class DiskSource:
             self.free.append(buffer)
         ahead, step = number, self.step
         for _ in range(len(self.buffers) - 1):
-            ahead, step = self._following(ahead, step)
+            ahead, step = ((ahead + 1) % len(self.layers), 1) if around else self._following(ahead, step)
             if ahead != number:
                 self._start(ahead)
         self.copies += 1

@@ -6,11 +6,21 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from qlora_cli.core.device import read_free_bytes
 from qlora_cli.errors import first_line
 from qlora_cli.events import Caution, Report
 from qlora_cli.sizes import format_bytes
 
 MOST_BYTES = 2**32  # of one piece: a system that gives no large ones may give several smaller ones
+RESERVE_BYTES = 2**32  # of free host memory, beside layers that wait there: weights on their way, the run itself
+
+
+def why_on_disk(waiting_bytes: int) -> str | None:
+    """Where layers of so many bytes have to wait, if the host has no memory for them, and why; None where it has."""
+    free_bytes = read_free_bytes(torch.device("cpu"))
+    if waiting_bytes + RESERVE_BYTES <= free_bytes:
+        return None
+    return f"on the disk, for the host has {format_bytes(free_bytes)} free and they take {format_bytes(waiting_bytes)},"
 
 
 def piece_sizes(layer_bytes: int, layers: int) -> list[tuple[int, int]]:

@@ -26,8 +26,12 @@ class LayerSource(Protocol):
     @property
     def bytes_per_second(self) -> float: ...
 
-    def copy(self, number: int, into: Tensor) -> None:
-        """Copies a layer to the front of a uint8 buffer on the device, on the current stream, if it has any."""
+    def copy(self, number: int, into: Tensor, *, around: bool = False) -> None:
+        """Copies a layer to the front of a uint8 buffer on the device, on the current stream, if it has any.
+
+        Args:
+            around: Whether the first layer follows the last, as where no backward pass does.
+        """
 
 
 class HostSource:
@@ -42,7 +46,7 @@ class HostSource:
     def __init__(self, layers: Sequence[Tensor]) -> None:
         self.layers = layers
 
-    def copy(self, number: int, into: Tensor) -> None:
+    def copy(self, number: int, into: Tensor, *, around: bool = False) -> None:
         """See `LayerSource`."""
         layer = self.layers[number]
         into[: layer.numel()].copy_(layer, non_blocking=True)
@@ -88,19 +92,22 @@ class Ring:
             step: 1 where layers follow upward, -1 where downward, as in a backward pass.
         """
         claimed: set[int] = set()
+        around = (
+            step > 0 and not torch.is_grad_enabled()
+        )  # no backward pass follows: the next one begins with the first
         for ahead in range(self.slots):
             wanted = number + ahead * step
-            if not torch.is_grad_enabled() and step > 0:  # no backward pass follows: the next one begins with the first
+            if around:
                 wanted %= self.layers
             if not 0 <= wanted < self.layers or self.slot(wanted) in claimed:
                 break
             claimed.add(self.slot(wanted))
-            self._bring(wanted)
+            self._bring(wanted, around)
         copied = self.copied[self.slot(number)]
         if copied is not None:
             torch.cuda.current_stream(self.device).wait_event(copied)
 
-    def _bring(self, number: int) -> None:
+    def _bring(self, number: int, around: bool) -> None:
         slot = self.slot(number)
         if self.held[slot] == number:
             return
@@ -110,7 +117,7 @@ class Ring:
             self.stream.wait_stream(computing)  # what read the buffer last has been given to it before
         beside: AbstractContextManager[Any] = torch.cuda.stream(self.stream)
         with beside, torch.no_grad():
-            self.source.copy(number, self.inlets[slot])
+            self.source.copy(number, self.inlets[slot], around=around)
             if (copied := self.copied[slot]) is not None:
                 copied.record(self.stream)
         self.held[slot] = number
