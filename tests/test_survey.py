@@ -7,23 +7,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Of each kind of layer, of state, of experts and of towers one or two.
+# Of each kind of layer, of state, of experts and of towers one or two; the others are slow.
 CHOSEN = [
-    "bloom",
     "cohere2",
     "deepseek_v3",
     "falcon_h1",
-    "falcon_mamba",
-    "gemma3",
     "gemma4",
     "gpt_oss",
-    "glm4_moe_lite",
     "gpt2",
-    "granitemoehybrid",
     "jamba",
     "lfm2",
     "llama4",
-    "llava",
     "mamba2",
     "minimax_m2",
     "mixtral",
@@ -31,8 +25,6 @@ CHOSEN = [
     "phimoe",
     "qwen2_5_vl",
     "qwen3_5",
-    "qwen3_moe",
-    "qwen3_next",
     "t5",
 ]
 

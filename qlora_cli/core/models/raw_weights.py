@@ -69,9 +69,11 @@ def _classes_by_training(module: str) -> frozenset[str]:
     """Classes in which `self.training` stands in conditions before raw reads, as what has to be so, and nowhere else."""
     found = set()
     for node in _classes_in(module):
+        uses = sum(_of_self(n) == "training" for n in ast.walk(node))
+        if not uses:
+            continue
         conditions = [n for n in ast.walk(node) if isinstance(n, ast.If) and _needs_training(n.test) and not n.orelse]
         deciding = [n for n in conditions if any(_reads_in(n.body, ()))]
-        uses = sum(_of_self(n) == "training" for n in ast.walk(node))
         if deciding and uses == sum(_of_self(n) == "training" for c in deciding for n in ast.walk(c)):
             found.add(node.name)
     return frozenset(found)
