@@ -3,7 +3,7 @@
     python benchmarks/matmul.py [--model llama3-8b ...] [--tokens 8192] [--json matmul.json] [--variants]
 
 Weights are random, in NF4 with nested scales; activations are normal, with some channels of 30 times the size. Times are
-medians of CUDA events over inputs that change, so that no cache helps. Errors are relative to float64 products of what
+medians of CUDA events over inputs that change, replayed as a graph. Errors are relative to float64 products of what
 NF4 stands for, beside what rounding to NF4 itself does to the product. `--variants` times other tiles of the kernels.
 """
 
@@ -20,7 +20,7 @@ import torch
 from qlora_cli.core.bnb import bitsandbytes
 from qlora_cli.kernels import float8
 from qlora_cli.kernels.triton import float8 as kernels
-from qlora_cli.kernels.triton import nf4
+from qlora_cli.kernels.triton import gated_tiles, nf4
 from qlora_cli.kernels.weights import FrozenWeight
 
 # model → (out, in) of the linears of a layer
@@ -41,21 +41,26 @@ DTYPE = torch.bfloat16
 
 
 def milliseconds(run, inputs, repeats: int = 12) -> float:
-    """Median device time of `run` on one of the inputs after another."""
+    """Median device time of `run` on one of the inputs after another, replayed as a graph, in which launches take none."""
     if DEVICE == "cpu":
         run(*inputs[0])
         return 0.0
     for given in inputs:
         run(*given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(repeats):
+            run(*inputs[i % len(inputs)])
     times = []
-    for i in range(repeats):
+    for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run(*inputs[i % len(inputs)])
+        graph.replay()
         end.record()
         times.append((begin, end))
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in times)
+    return statistics.median(begin.elapsed_time(end) for begin, end in times) / repeats
 
 
 def activations(tokens: int, columns: int) -> torch.Tensor:
@@ -81,12 +86,11 @@ def relative_errors(weight: FrozenWeight, original: torch.Tensor, x: torch.Tenso
         "bf16": error(x @ dense.to(DTYPE).t(), forward),
     }
     codes, scale = float8.quantise_rows(x)
-    turned, turned_scale = float8.quantise_rows(grad, scaled.row_scale)
-    ones = torch.ones(weight.columns, device=DEVICE)
+    turned, turned_scale = float8.quantise_rows(grad)
     for name, fast in (("fast", True), ("slow", False)):
         y, x_ = x.new_empty(len(x), weight.rows), x.new_empty(len(x), weight.columns)
         float8.scaled_product(codes, scale, scaled.codes, scaled.row_scale, y, fast=fast)
-        float8.scaled_product(turned, turned_scale, scaled.turned_codes, ones, x_, fast=fast)
+        float8.scaled_product(turned, turned_scale, scaled.turned_codes, scaled.column_scale, x_, fast=fast)
         found |= {name: error(y, forward), f"{name} backward": error(x_, backward)}
     return found
 
@@ -95,22 +99,24 @@ def product_times(weight: FrozenWeight, x: list, grad: list) -> dict:
     """Milliseconds of the products alone and of what goes before them."""
     dense = weight.values(DTYPE)
     scaled = float8.with_codes(weight, resident=True)
-    ones = torch.ones(weight.columns, device=DEVICE)
     y, x_ = x[0].new_empty(len(x[0]), weight.rows), x[0].new_empty(len(x[0]), weight.columns)
     codes = [(*float8.quantise_rows(each),) for each in x]
-    turned = [(*float8.quantise_rows(each, scaled.row_scale),) for each in grad]
+    turned = [(*float8.quantise_rows(each),) for each in grad]
     times = {
         "bf16": milliseconds(lambda t: torch.mm(t, dense.t(), out=y), [(t,) for t in x]),
         "bf16 backward": milliseconds(lambda t: torch.mm(t, dense, out=x_), [(t,) for t in grad]),
         "round x": milliseconds(float8.quantise_rows, [(t,) for t in x]),
-        "round grad": milliseconds(lambda t: float8.quantise_rows(t, scaled.row_scale), [(t,) for t in grad]),
+        "round grad": milliseconds(float8.quantise_rows, [(t,) for t in grad]),
     }
     for name, fast in (("fast", True), ("slow", False)):
         times[name] = milliseconds(
             lambda c, s, fast=fast: float8.scaled_product(c, s, scaled.codes, scaled.row_scale, y, fast=fast), codes
         )
         times[f"{name} backward"] = milliseconds(
-            lambda c, s, fast=fast: float8.scaled_product(c, s, scaled.turned_codes, ones, x_, fast=fast), turned
+            lambda c, s, fast=fast: float8.scaled_product(
+                c, s, scaled.turned_codes, scaled.column_scale, x_, fast=fast
+            ),
+            turned,
         )
     if DEVICE == "cuda":
         one = torch.ones((), device=DEVICE)
@@ -127,38 +133,52 @@ def product_times(weight: FrozenWeight, x: list, grad: list) -> dict:
             room = torch.empty_like(scaled.turned_codes if transposed else scaled.codes)
             times[name] = milliseconds(
                 lambda room=room, transposed=transposed: kernels.unpack(
-                    weight, scaled.row_scale, room, 0, weight.rows, transposed=transposed
+                    weight,
+                    scaled.column_scale if transposed else scaled.row_scale,
+                    room,
+                    0,
+                    weight.rows,
+                    transposed=transposed,
                 ),
                 [()],
             )
     return times
 
 
-def variant_times(weight: FrozenWeight, x: torch.Tensor, grad: torch.Tensor) -> dict:
+def gate_times(tokens: int, columns: int) -> dict:
+    """Milliseconds of the gated unit, forward and backward, with other tiles."""
+    times, kept = {}, (gated_tiles.ROWS, gated_tiles.COLUMNS, gated_tiles.WARPS)
+    products = [(activations(tokens, columns), activations(tokens, columns)) for _ in range(2)]
+    lefts = tuple(torch.randn(tokens, 16, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    rights = tuple(torch.randn(columns, 16, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    for tile in ((32, 64, 4), (16, 128, 4), (16, 256, 4), (32, 128, 4), (32, 128, 8), (64, 64, 4), (16, 512, 8)):
+        gated_tiles.ROWS, gated_tiles.COLUMNS, gated_tiles.WARPS = tile
+        times[f"gate {tile}"] = milliseconds(
+            lambda *pair: gated_tiles.gate_products(pair, lefts, rights, "silu"), products
+        )
+        times[f"gate backward {tile}"] = milliseconds(
+            lambda *pair: gated_tiles.gate_products_backward(products[0][0], pair, lefts, rights, "silu"), products
+        )
+    gated_tiles.ROWS, gated_tiles.COLUMNS, gated_tiles.WARPS = kept
+    return times
+
+
+def variant_times(weight: FrozenWeight, x: torch.Tensor) -> dict:
     """Milliseconds of the kernels with other tiles."""
-    times, scale = {}, float8.row_scales(weight)
-    for rows in (1, 2, 4):
+    times, scales = {}, float8.side_scales(weight)
+    for rows in (1, 2):
         for warps in (4, 8, 16):
-            for name, given, factor in (("x", x, None), ("grad", grad, scale)):
-                times[f"round {name} {rows} rows {warps} warps"] = milliseconds(
-                    lambda g=given, f=factor, r=rows, w=warps: kernels.quantise_rows(
-                        g, f, float8.LEAST_ROW, rows=r, warps=w
-                    ),
-                    [()],
-                )
+            times[f"round {rows} rows {warps} warps"] = milliseconds(
+                lambda r=rows, w=warps: kernels.quantise_rows(x, float8.LEAST_ROW, rows=r, warps=w), [()]
+            )
     for transposed in (False, True):
         shape = (weight.columns, weight.rows) if transposed else (weight.rows, weight.columns)
         room = torch.empty(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
-        tiles = (
-            ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
-            if transposed
-            else ((4, 512), (8, 512), (2, 1024), (1, 4096))
-        )
-        for tile in tiles:
+        for tile in ((64, 64), (64, 128), (128, 64), (128, 128)) if transposed else ((4, 512), (8, 512), (1, 4096)):
             for warps in (4, 8):
                 times[f"unpack {'turned ' * transposed}{tile} {warps} warps"] = milliseconds(
                     lambda t=tile, w=warps, room=room, turn=transposed: kernels.unpack(
-                        weight, scale, room, 0, weight.rows, transposed=turn, tile=t, warps=w
+                        weight, scales[turn], room, 0, weight.rows, transposed=turn, tile=t, warps=w
                     ),
                     [()],
                 )
@@ -180,7 +200,8 @@ def measure(model: str, tokens: int, *, variants: bool) -> list[dict]:
         del original
         result["ms"] = product_times(weight, x, grad)
         if variants:
-            result["variants"] = variant_times(weight, x[0], grad[0])
+            result["variants"] = variant_times(weight, x[0])
+            result["variants"] |= gate_times(tokens, rows) if name == "gate" else {}
         results.append(result)
         del weight, x, grad
     return results

@@ -1,9 +1,8 @@
 """Products in 8-bit floating point (e4m3): a frozen 4-bit weight with rows of activations or of output gradients.
 
-Weights have one scale an output row, activations and gradients one a token. Rounding a value to e4m3 moves it by 2.6 %
-of itself in the mean square, rounding it to NF4 by 9 % of its block's. For the gradient of the input the weight's
-scales lie along the sum, so they go into the output's gradient before that is rounded: both products have the same codes.
-On the CPU the products are emulated: the same rounding, sums in fp32.
+Activations and gradients have one scale a token, a weight one an output row, and for the gradient of the input, whose
+sum goes along those rows, one an input column. Rounding a value to e4m3 moves it by 2.6 % of itself in the mean square,
+rounding it to NF4 by 9 % of its block's. On the CPU the products are emulated: the same rounding, sums in fp32.
 """
 
 import importlib.util
@@ -29,44 +28,47 @@ def covers(weight: FrozenWeight) -> bool:
     return weight.packed is not None and weight.rows % ALIGNMENT == 0 and weight.columns % ALIGNMENT == 0
 
 
-def row_scales(weight: FrozenWeight) -> Tensor:
-    """What each row of a packed weight is divided by to fit e4m3: fp32 (rows,)."""
-    slices = weight.row_slices(2**26, 4)
-    largest = torch.cat([weight.values(torch.float32, *part).abs().amax(1) for part in slices])
-    return largest.clamp(min=LEAST_ROW) / LARGEST
+def side_scales(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
+    """What each row, and what each column, of a packed weight is divided by to fit e4m3: fp32 (rows,) and (columns,)."""
+    assert weight.packed is not None
+    by_row, by_column = [], torch.zeros(weight.columns, device=weight.packed.device)
+    for part in weight.row_slices(2**26, 4):
+        sizes = weight.values(torch.float32, *part).abs_()
+        by_row.append(sizes.amax(1))
+        torch.maximum(by_column, sizes.amax(0), out=by_column)
+        del sizes
+    return tuple(largest.clamp(min=LEAST_ROW) / LARGEST for largest in (torch.cat(by_row), by_column))  # type: ignore[return-value]
 
 
 def with_codes(weight: FrozenWeight, *, resident: bool) -> FrozenWeight:
     """A packed weight that is multiplied in 8 bits. `resident` has its codes kept in both layouts, 2 bytes a value;
     without it they are made of the 4 bits for each product."""
-    scaled = weight._replace(row_scale=row_scales(weight))
+    row_scale, column_scale = side_scales(weight)
+    scaled = weight._replace(row_scale=row_scale, column_scale=column_scale)
     if not resident:
         return scaled
     codes, turned = (_unpack(scaled, 0, weight.rows, transposed=way, keep=True) for way in (False, True))
     return scaled._replace(codes=codes, turned_codes=turned)
 
 
-def quantise_rows(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x, its columns multiplied by `column_scale`, in e4m3 with a scale for each row.
-
-    Args:
-        x: (rows, columns).
-        column_scale: fp32 (columns,), or None for 1.
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x, (rows, columns), in e4m3 with a scale for each row.
 
     Returns:
         Codes e4m3 (rows, columns) and scales fp32 (rows, 1). A row with a NaN or an infinity gives NaN in its product.
     """
     if x.is_cuda:
-        return triton_float8.quantise_rows(x if x.stride(1) == 1 else x.contiguous(), column_scale, LEAST_ROW)
-    values = x.float() if column_scale is None else x.float() * column_scale
+        return triton_float8.quantise_rows(x if x.stride(1) == 1 else x.contiguous(), LEAST_ROW)
+    values = x.float()
     largest = values.abs().amax(1, keepdim=True).clamp(min=LEAST_ROW)
     inverse = torch.full_like(largest, LARGEST) / largest  # a number by a tensor would be rounded twice
     return (values * inverse).to(torch.float8_e4m3fn), largest / LARGEST
 
 
 def _unpack(weight: FrozenWeight, first_row: int, end_row: int, *, transposed: bool, keep: bool = False) -> Tensor:
-    """Codes of these rows, or their transpose, contiguous; in the buffer of `reserve_values` unless they are kept."""
-    assert weight.packed is not None and weight.row_scale is not None
+    """Codes of these rows, or of their transpose, contiguous; in the buffer of `reserve_values` unless they are kept."""
+    assert weight.packed is not None and weight.row_scale is not None and weight.column_scale is not None
+    scale = weight.column_scale if transposed else weight.row_scale
     shape = (end_row - first_row, weight.columns)
     shape = shape[::-1] if transposed else shape
     device = weight.packed.device
@@ -75,10 +77,11 @@ def _unpack(weight: FrozenWeight, first_row: int, end_row: int, *, transposed: b
             out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
         else:
             out = reserved_room(*shape, torch.float8_e4m3fn, device)
-        return triton_float8.unpack(weight, weight.row_scale, out, first_row, end_row, transposed=transposed)
+        return triton_float8.unpack(weight, scale, out, first_row, end_row, transposed=transposed)
     values = weight.values(torch.float32, first_row, end_row)
-    codes = (values * weight.row_scale[first_row:end_row, None].reciprocal()).to(torch.float8_e4m3fn)
-    return codes.t().contiguous() if transposed else codes
+    if transposed:
+        return (values * scale.reciprocal()).to(torch.float8_e4m3fn).t().contiguous()
+    return (values * scale[first_row:end_row, None].reciprocal()).to(torch.float8_e4m3fn)
 
 
 def scaled_product(
@@ -137,16 +140,15 @@ def multiply(
 
 def multiply_transposed(grad: Tensor, weight: FrozenWeight, workspace_bytes: int | None) -> Tensor:
     """grad W in 8 bits: (rows, out) to (rows, in), in the dtype of `grad`. See `multiply`."""
-    assert weight.row_scale is not None
-    codes, scale = quantise_rows(grad, weight.row_scale)
-    ones = _ones(weight.columns, grad.device)
+    assert weight.column_scale is not None
+    codes, scale = quantise_rows(grad)
     total: Tensor | None = None
     for first, end in code_slices(weight, weight.turned_codes, workspace_bytes):
         turned = weight.turned_codes
         if turned is None:
             turned = _unpack(weight, first, end, transposed=True)
         part = grad.new_empty(grad.shape[0], weight.columns)
-        scaled_product(codes[:, first:end], scale, turned, ones, part)
+        scaled_product(codes[:, first:end], scale, turned, weight.column_scale, part)
         total = part if total is None else total.add_(part)
         del turned
     assert total is not None
@@ -156,14 +158,3 @@ def multiply_transposed(grad: Tensor, weight: FrozenWeight, workspace_bytes: int
 def code_slices(weight: FrozenWeight, resident: Tensor | None, workspace_bytes: int | None) -> list[tuple[int, int]]:
     """Row ranges whose codes are made one after another: one of all rows where they are resident."""
     return weight.row_slices(None if resident is not None else workspace_bytes, 1)
-
-
-_all_ones: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def _ones(count: int, device: torch.device) -> Tensor:
-    """fp32 (count,) of 1, made once: in a graph it would be filled anew for each product."""
-    key = count, device
-    if key not in _all_ones:
-        _all_ones[key] = torch.ones(count, dtype=torch.float32, device=device)
-    return _all_ones[key]

@@ -119,6 +119,7 @@ def _linear_op(
     nested_code: _Tensor,
     offset: _Tensor,
     row_scale: _Tensor,
+    column_scale: _Tensor,
     codes: _Tensor,
     turned_codes: _Tensor,
     rows: int,
@@ -129,7 +130,8 @@ def _linear_op(
     scaling: float,
     workspace_bytes: int | None,
 ) -> Tensor:
-    tensors = dense, packed, absmax, code, nested_absmax, nested_code, offset, row_scale, codes, turned_codes
+    tensors = dense, packed, absmax, code, nested_absmax, nested_code, offset
+    tensors += row_scale, column_scale, codes, turned_codes
     weight = made_of(tensors, (rows, columns, blocksize, nested_blocksize))
     quantised = None if x_codes is None or x_scale is None else (x_codes, x_scale)
     return lora_products.forward(x, weight, bias, projected, lora_b, workspace_bytes, quantised)
@@ -137,7 +139,7 @@ def _linear_op(
 
 @_linear_op.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rest[19])
+    return x.new_empty(*x.shape[:-1], rest[20])
 
 
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
@@ -156,6 +158,7 @@ def _linear_backward_op(
     nested_code: _Tensor,
     offset: _Tensor,
     row_scale: _Tensor,
+    column_scale: _Tensor,
     codes: _Tensor,
     turned_codes: _Tensor,
     rows: int,
@@ -168,7 +171,8 @@ def _linear_backward_op(
     needs_x: bool,
     adapter_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = dense, packed, absmax, code, nested_absmax, nested_code, offset, row_scale, codes, turned_codes
+    tensors = dense, packed, absmax, code, nested_absmax, nested_code, offset
+    tensors += row_scale, column_scale, codes, turned_codes
     weight = made_of(tensors, (rows, columns, blocksize, nested_blocksize))
     dropout = None if seed is None else Dropout(rate, seed)
     options = LinearOptions(scaling, workspace_bytes)
@@ -181,7 +185,7 @@ def _linear_backward_op(
 
 @_linear_backward_op.register_fake
 def _(grad: Tensor, x: _Tensor, projected: _Tensor, lora_a: _Tensor, lora_b: _Tensor, *rest: Any) -> tuple:
-    columns, needs_x, adapter_dtype = rest[12], rest[-2], rest[-1]
+    columns, needs_x, adapter_dtype = rest[13], rest[-2], rest[-1]
     grad_x = grad.new_empty(*grad.shape[:-1], columns) if needs_x else grad.new_empty(0)
     if lora_b is None or projected is None:
         return grad_x, grad.new_empty(0), grad.new_empty(0)
@@ -193,8 +197,8 @@ def _(grad: Tensor, x: _Tensor, projected: _Tensor, lora_a: _Tensor, lora_b: _Te
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, a, b, projected, lora_a, lora_b, _, _, _, seed, *weight = inputs
-    ctx.save_for_backward(x if a is not None else None, projected, lora_a, lora_b, seed, *weight[:10])
-    ctx.constants = weight[10:]
+    ctx.save_for_backward(x if a is not None else None, projected, lora_a, lora_b, seed, *weight[:11])
+    ctx.constants = weight[11:]
     ctx.adapter_dtype = x.dtype if b is None else b.dtype
 
 
@@ -206,7 +210,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple:
     if lora_b is None:
         a_ = b_ = None
     shared = lora_a is None and projected is not None
-    return (x_ if needs_x else None, None if shared else a_, b_, a_ if shared else None, *(None,) * 23)
+    return (x_ if needs_x else None, None if shared else a_, b_, a_ if shared else None, *(None,) * 24)
 
 
 _linear_op.register_autograd(_differentiate, setup_context=_save)

@@ -58,8 +58,9 @@ class FrozenWeight(NamedTuple):
         nested_blocksize: Scales that share a nested scale.
         row_scale: fp32 (out,), what a row's e4m3 codes are multiplied by, where the weight is multiplied in 8 bits
             (kernels/float8.py); else None.
-        codes: e4m3 (out, in) where they are resident, else None.
-        turned_codes: e4m3 (in, out), likewise.
+        column_scale: fp32 (in,), what those of a column are, which are other codes; likewise.
+        codes: e4m3 (out, in) over `row_scale` where they are resident, else None.
+        turned_codes: e4m3 (in, out) over `column_scale`, likewise.
     """
 
     rows: int
@@ -74,6 +75,7 @@ class FrozenWeight(NamedTuple):
     blocksize: int = 64
     nested_blocksize: int = 256
     row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
     codes: Tensor | None = None
     turned_codes: Tensor | None = None
 
@@ -96,7 +98,7 @@ class FrozenWeight(NamedTuple):
 
     def plain(self) -> "FrozenWeight":
         """The same weight, multiplied in the dtype of what it is multiplied with."""
-        return self._replace(row_scale=None, codes=None, turned_codes=None)
+        return self._replace(row_scale=None, column_scale=None, codes=None, turned_codes=None)
 
     def values(self, dtype: torch.dtype, first_row: int = 0, end_row: int | None = None) -> Tensor:
         """Rows first_row to end_row, (end_row - first_row, in) in `dtype`; a view when dense. See `reserve_values`.

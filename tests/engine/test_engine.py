@@ -34,10 +34,10 @@ def adapted(load_tiny, architecture, *, rank=4, **arguments):
     return model.train()
 
 
-def install(model, kind="fast", events=None, *, max_tokens=128, **options):
+def install(model, kind="fast", events=None, *, max_tokens=128, trial=None, **options):
     settings = StepSettings(engine=kind, **{"gradient_checkpointing": "off", **options})
     report = (lambda event: None) if events is None else events.append
-    run = {"max_tokens": max_tokens, "total_steps": 3, "report": report}
+    run = {"max_tokens": max_tokens, "total_steps": 3, "trial": trial, "report": report}
     return install_engine(model, settings, device=CPU, compute_dtype=torch.float32, **run)
 
 

@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from qlora_cli.core.engine.decoder_layers import find_layers
-from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.matmul import choice
 from qlora_cli.core.matmul.choice import ProductTrial, trial_batch
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.core.streaming.streamed_base import stream_base
 from qlora_cli.errors import UsageError
-from qlora_cli.settings.groups import StepSettings
 from tests.conftest import most_slow
 from tests.engine.test_engine import CPU, adapted, batch_of, install, step
 
+FEW = ProductTrial(batch=batch_of())
 ARCHITECTURES = ["llama", "gpt_neox", "falcon", "bloom", "qwen3", "gemma2", "phi"]
 
 
@@ -28,7 +27,7 @@ def texts(events):
 def test_loss_and_gradients_are_near_those_in_the_compute_dtype(load_tiny, architecture):
     model, batch = adapted(load_tiny, architecture), batch_of()
     plain_loss, plain, _ = step(model, batch, matmul="bf16")
-    loss, found, engine = step(model, batch, matmul="fp8")
+    loss, found, engine = step(model, batch, trial=FEW, matmul="fp8")
     assert engine.products.kept == () and engine.products.worst_output < 0.7
     assert 0 < abs(loss - plain_loss) < 0.01 * plain_loss
     assert 1e-4 < (found - plain).norm() / plain.norm() < 0.2
@@ -41,7 +40,7 @@ def test_other_ways_to_hold_and_to_repeat_give_the_same(load_tiny, change):
     found = []
     for options in ({"resident_weights": True}, change):
         torch.manual_seed(3)
-        found.append(step(model, batch, matmul="fp8", **options)[:2])
+        found.append(step(model, batch, trial=FEW, matmul="fp8", **options)[:2])
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
@@ -55,7 +54,7 @@ def test_evaluation_is_in_the_compute_dtype(load_tiny):
     model, batch = adapted(load_tiny, "llama"), batch_of()
     losses = []
     for matmul in ("bf16", "fp8"):
-        engine = install(model, matmul=matmul, resident_weights=False)
+        engine = install(model, trial=FEW, matmul=matmul, resident_weights=False)
         with torch.no_grad():
             losses.append(engine.loss(batch))
         engine.close()
@@ -65,22 +64,15 @@ def test_evaluation_is_in_the_compute_dtype(load_tiny):
 def test_a_layer_that_does_not_pass_stays_and_is_named(load_tiny, monkeypatch):
     model, events = adapted(load_tiny, "llama"), []
     monkeypatch.setattr(choice, "MOST_ERROR", 0.0)
-    engine = install(model, events=events, matmul="fp8")
+    engine = install(model, events=events, trial=FEW, matmul="fp8")
     engine.close()
     assert engine.products.matmul == "bf16" and "q_proj" in texts(events) and "In bf16 stay" in texts(events)
     kept = engine.products.kept
     monkeypatch.undo()
     recorded = json.loads(json.dumps({**asdict(engine.products), "matmul": "fp8", "kept": kept[:2]}))
-    again = engine_with(model, ProductTrial(recorded=recorded, resumed=True))
+    again = install(model, matmul="fp8", trial=ProductTrial(recorded=recorded, resumed=True))
     assert again.products.kept == kept[:2] and f"{len(kept) - 2} linears multiplied in fp8" in again.describe()
     again.close()
-
-
-def engine_with(model, trial, events=None, **options):
-    settings = StepSettings(gradient_checkpointing="off", **{"matmul": "fp8", **options})
-    report = (lambda event: None) if events is None else events.append
-    run = {"max_tokens": 128, "total_steps": 3, "report": report, "trial": trial}
-    return install_engine(model, settings, device=CPU, compute_dtype=torch.float32, **run)
 
 
 def test_a_trial_adds_to_no_gradient_and_leaves_training_mode(load_tiny):
@@ -88,7 +80,7 @@ def test_a_trial_adds_to_no_gradient_and_leaves_training_mode(load_tiny):
     batch = trial_batch([(row.numpy().astype("int32"), torch.zeros(len(row), dtype=torch.bool).numpy())
                          for row in torch.arange(600).view(2, 300) % 384])  # fmt: skip
     assert batch.tokens == 512 and batch.trained_tokens == 510
-    engine = engine_with(model, ProductTrial(batch=batch))
+    engine = install(model, matmul="fp8", trial=ProductTrial(batch=batch))
     assert engine.products.tokens == 512 and model.training
     assert all(p.grad is None for p in model.parameters())
     engine.close()
@@ -101,7 +93,7 @@ def test_a_run_that_goes_on_by_auto_stays_as_it_was(load_tiny):
         (ProductTrial(resumed=True, recorded={"asked": "auto", "matmul": "fp8", "kept": []}), "fp8"),
         (ProductTrial(resumed=True, recorded={"asked": "fp8", "matmul": "fp8", "kept": []}), None),
     ):
-        engine = engine_with(model, trial, matmul="auto")
+        engine = install(model, matmul="auto", trial=trial)
         assert (engine.products and engine.products.matmul) == expected
         engine.close()
 
@@ -112,6 +104,6 @@ def test_what_cannot_be_is_said(load_tiny, monkeypatch):
         install(model, kind="plain", matmul="fp8")
     base = underlying_model(model)
     stream_base(base, find_layers(find_decoder(base)), CPU, streamed=1, report=lambda event: None)
-    engine = engine_with(model, ProductTrial(), events)
+    engine = install(model, events=events, matmul="fp8")
     assert engine.products is None and "the base is streamed" in texts(events)
     engine.close()

@@ -136,7 +136,7 @@ def test_compiles_for_hopper(kernel, constants, warps):
     if kernel is ordered_rounding._round_block:
         types |= {name: "*fp32" for name, kind in types.items() if kind.startswith("*")} | {"places": "*i64"}
     if kernel in (float8._quantise_rows, float8._unpack):
-        types |= dict.fromkeys(("column_scale", "scales", "row_scale", "offset"), "*fp32")
+        types |= dict.fromkeys(("scales", "side_scale", "offset"), "*fp32")
         types |= dict.fromkeys(("codes", "out"), "*fp8e4nv") | {"packed": "*u8"}
         types = {name: types[name] for name in kernel.arg_names}
     if kernel is low_rank._add_product:

@@ -36,7 +36,6 @@ def _size(value):
 @triton.jit
 def _quantise_rows(
     x,
-    column_scale,
     codes,
     scales,
     rows,
@@ -49,16 +48,12 @@ def _quantise_rows(
     ROUNDS: tl.constexpr,
 ):
     column = tl.arange(0, CHUNK)
-    if WHOLE and column_scale is not None:
-        factor = tl.load(column_scale + column, mask=column < columns, other=0.0)
     for i in tl.static_range(ROWS):
         # The last rows first, which what came before has left in the cache. Beyond the last one it is written again.
         row = tl.minimum((tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + i, rows - 1).to(tl.int64)
         if WHOLE:
             used = column < columns
             value = tl.load(x + row * x_row + column, mask=used, other=0.0).to(tl.float32)
-            if column_scale is not None:
-                value *= factor
             largest = tl.maximum(tl.max(_size(value)), least)
             result = _to_e4m3(value * tl.div_rn(448.0, largest), ROUNDS)
             tl.store(codes + row * columns + column, result, mask=used)
@@ -67,51 +62,38 @@ def _quantise_rows(
             for first in range(0, columns, CHUNK):
                 used = first + column < columns
                 value = tl.load(x + row * x_row + first + column, mask=used, other=0.0).to(tl.float32)
-                if column_scale is not None:
-                    value *= tl.load(column_scale + first + column, mask=used, other=0.0)
                 found = tl.maximum(found, _size(value))
             largest = tl.maximum(tl.max(found), least)
             inverse = tl.div_rn(448.0, largest)
             for first in range(0, columns, CHUNK):
                 used = first + column < columns
                 value = tl.load(x + row * x_row + first + column, mask=used, other=0.0).to(tl.float32)
-                if column_scale is not None:
-                    value *= tl.load(column_scale + first + column, mask=used, other=0.0)
                 tl.store(codes + row * columns + first + column, _to_e4m3(value * inverse, ROUNDS), mask=used)
         tl.store(scales + row, tl.div_rn(largest, 448.0))
 
 
 def quantise_rows(
-    x: Tensor,
-    column_scale: Tensor | None,
-    least: float,
-    *,
-    rows: int | None = None,
-    warps: int | None = None,
-    chunk: int = LARGEST_CHUNK,
+    x: Tensor, least: float, *, rows: int = 1, warps: int | None = None, chunk: int = LARGEST_CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """x, its columns multiplied by `column_scale`, in e4m3 with a scale for each row: that of its largest value, 448.
+    """x in e4m3 with a scale for each row: that of its largest value, 448.
 
     Args:
         x: (rows, columns), values of a row side by side.
-        column_scale: fp32 (columns,), or None for 1.
         least: What the largest value of a row is taken for at the least, so that rows of zeros have a scale.
         rows: That a program takes.
         warps: Of a program.
         chunk: Values held at once, a power of two; longer rows are read twice.
 
     Returns:
-        e4m3 (rows, columns) and fp32 (rows, 1), whose product is x times `column_scale`, rounded.
+        e4m3 (rows, columns) and fp32 (rows, 1), whose product is x, rounded.
     """
     count, columns = x.shape
     codes = torch.empty(count, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
     held = min(triton.next_power_of_2(columns), chunk)
-    rows = rows or (1 if column_scale is None or columns > held else 4)
     with torch.cuda.device_of(x):
         _quantise_rows[(triton.cdiv(count, rows),)](
             x,
-            column_scale,
             codes,
             scales,
             count,
@@ -122,7 +104,7 @@ def quantise_rows(
             CHUNK=held,
             WHOLE=columns <= held,
             ROUNDS=not x.is_cuda,
-            num_warps=warps or max(4, min(16, held // 1024)),
+            num_warps=warps or max(4, min(8, held // 512)),
             enable_fp_fusion=False,
         )
     return codes, scales
@@ -136,7 +118,7 @@ def _unpack(
     nested_absmax,
     nested_code,
     offset,
-    row_scale,
+    side_scale,
     out,
     first_row,
     end_row,
@@ -162,8 +144,12 @@ def _unpack(
     byte_at = packed + (element // 2)[:, None] + tl.arange(0, 4)[None, :]
     byte = tl.load(byte_at, mask=used[:, None], other=0).to(tl.int32)
     values = tl.interleave(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))) * scale[:, None]
-    inverse = tl.div_rn(1.0, tl.load(row_scale + row, mask=used, other=1.0))
-    result = _to_e4m3(values * inverse[:, None], ROUNDS)  # (groups, 8)
+    if TRANSPOSED:
+        each = column[:, None] + tl.arange(0, 8)[None, :]
+        inverse = tl.div_rn(1.0, tl.load(side_scale + each, mask=used[:, None], other=1.0))
+    else:
+        inverse = tl.div_rn(1.0, tl.load(side_scale + row, mask=used, other=1.0))[:, None]
+    result = _to_e4m3(values * inverse, ROUNDS)  # (groups, 8)
     if TRANSPOSED:
         turned = tl.trans(tl.reshape(result, (ROWS, COLUMNS)))
         to_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -178,7 +164,7 @@ def _unpack(
 
 def unpack(
     weight: Any,
-    row_scale: Tensor,
+    side_scale: Tensor,
     out: Tensor,
     first_row: int,
     end_row: int,
@@ -187,11 +173,11 @@ def unpack(
     tile: tuple[int, int] | None = None,
     warps: int = 4,
 ) -> Tensor:
-    """Writes rows of a packed weight over their scale as e4m3 codes, and returns `out`.
+    """Writes rows of a packed weight as e4m3 codes, over scales of its rows or, transposed, of its columns; returns `out`.
 
     Args:
         weight: A `FrozenWeight` (kernels/weights.py); columns and blocksize are multiples of 8.
-        row_scale: fp32 (weight rows,).
+        side_scale: fp32 (weight rows,), or (weight columns,) where `transposed`.
         out: Contiguous e4m3, (end_row - first_row, columns), or the other way round where `transposed`.
         tile: Rows and columns of a program, powers of two.
         warps: Of a program.
@@ -207,7 +193,7 @@ def unpack(
             nested_absmax,
             nested_code,
             offset,
-            row_scale,
+            side_scale,
             out,
             first_row,
             end_row,
