@@ -130,8 +130,8 @@ def _linear_op(
     scaling: float,
     workspace_bytes: int | None,
 ) -> Tensor:
-    tensors = dense, packed, absmax, code, nested_absmax, nested_code, offset
-    tensors += row_scale, column_scale, codes, turned_codes
+    held = dense, packed, absmax, code, nested_absmax, nested_code, offset
+    tensors = (*held, row_scale, column_scale, codes, turned_codes)
     weight = made_of(tensors, (rows, columns, blocksize, nested_blocksize))
     quantised = None if x_codes is None or x_scale is None else (x_codes, x_scale)
     return lora_products.forward(x, weight, bias, projected, lora_b, workspace_bytes, quantised)
@@ -171,8 +171,8 @@ def _linear_backward_op(
     needs_x: bool,
     adapter_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = dense, packed, absmax, code, nested_absmax, nested_code, offset
-    tensors += row_scale, column_scale, codes, turned_codes
+    held = dense, packed, absmax, code, nested_absmax, nested_code, offset
+    tensors = (*held, row_scale, column_scale, codes, turned_codes)
     weight = made_of(tensors, (rows, columns, blocksize, nested_blocksize))
     dropout = None if seed is None else Dropout(rate, seed)
     options = LinearOptions(scaling, workspace_bytes)
