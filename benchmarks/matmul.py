@@ -247,11 +247,13 @@ def draw(results: list[dict]) -> str:
             for name, ms in r["ms"].items()
         ]
         lines.append(f"| {r['model']} | {r['shape']} | " + " | ".join(cells) + " |")
-    for model in dict.fromkeys(r["model"] for r in results):
-        layer = {
-            name: sum(r["count"] * r["ms"][name] for r in results if r["model"] == model) for name in results[0]["ms"]
-        }
-        lines.append(f"a layer of {model}: " + ", ".join(f"{name} {ms:.2f}" for name, ms in layer.items()))
+    for model, tokens in dict.fromkeys((r["model"], r["tokens"]) for r in results):
+        some = [r for r in results if (r["model"], r["tokens"]) == (model, tokens)]
+        layer = {name: sum(r["count"] * r["ms"][name] for r in some) for name in results[0]["ms"]}
+        lines.append(f"a layer of {model}, {tokens} tokens: " + ", ".join(f"{n} {ms:.3f}" for n, ms in layer.items()))
+        sixteen = layer["bf16"] + layer["bf16 backward"]
+        eight = sum(layer[name] for name in ("fast", "fast backward", "round x", "round grad"))
+        lines.append(f"    both ways {sixteen:.3f} in bf16, {eight:.3f} in 8 bits: {sixteen / max(eight, 1e-9):.2f} x")
     return "\n".join(lines)
 
 
@@ -259,7 +261,7 @@ def main() -> None:
     """Measures and prints tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=SHAPES)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, action="append", help="of a micro-batch; repeatable; 8192 by default")
     parser.add_argument("--variants", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -267,9 +269,10 @@ def main() -> None:
     check_lengths()
     results = []
     for model in arguments.model or ["llama3-8b"]:
-        results += measure(model, arguments.tokens, variants=arguments.variants)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1))
+        for tokens in arguments.tokens or [8192]:
+            results += measure(model, tokens, variants=arguments.variants and tokens == 8192)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1))
     for r in results:
         for name, ms in sorted(r.get("variants", {}).items()):
             print(f"{r['shape']:6} {name:40} {ms:.4f}")
