@@ -453,6 +453,8 @@ def test_a_base_that_one_card_cannot_hold_is_offered_sharded_over_as_few_as_can(
     enough = next(row["cards"] for row in shares if row["device_bytes"] <= parse_memory("4.1GiB"))
     assert facts["nearest_with_more_cards"] == {"gpus": enough, "shard": True}
     assert f"--gpus {enough}" in facts["next"][-1] and "--shard" in facts["next"][-1]
+    parts = [row["peak_bytes"] for row in table_of(facts, "Rows shared by cards")]
+    assert facts["training"]["peak_bytes"] > parts[0] > parts[1] > parts[2]
     plain = look(model=seven_b, vram="4.1GiB", max_length=512, rank=1, engine="plain")
     assert "nearest_with_more_cards" not in plain
 

@@ -39,6 +39,21 @@ def test_a_sharded_base_trains_as_a_whole_one(case, tmp_path, layout, tolerance)
     )  # attention's backward pass adds in any order
 
 
+def test_cards_that_share_tokens_train_as_one(case, tmp_path):  # noqa: F811
+    """Alone, and with the base sharded too; what memory is planned with is predicted."""
+    _, flags, _ = case
+    ways = {"one": [], "shared": ["--gpus", "2", "--context-parallel", "2"]}
+    ways["sharded"] = [*ways["shared"], "--shard"]
+    found = {}
+    for name, more in ways.items():
+        command = ["python", "-m", "qlora_cli", "train", *flags, "--output", tmp_path / name, *more]
+        code, _, said = wait(start(command, **CARDS))
+        assert code == 0 and ("packs shared by 2 ranks" in said) == bool(more), said
+        found[name] = losses(tmp_path / name)
+    assert found["shared"] == pytest.approx(found["one"], rel=2e-3)
+    assert found["sharded"] == pytest.approx(found["one"], rel=2e-3)
+
+
 def test_a_killed_rank_ends_the_one_that_waits_for_it_in_a_collective(case):  # noqa: F811
     folder, flags, _ = case
     output = folder / "killed-on-card"

@@ -1,8 +1,16 @@
 """Ranks that share the tokens of each row compute what one rank computes with whole rows."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from tests.conftest import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_losses_and_gradients_are_those_of_whole_packs(zygote, tiny_model):
@@ -25,6 +33,24 @@ def test_every_architecture_that_packs_shares_its_tokens(zygote, tiny_model, wor
 def test_keys_that_ranks_do_not_divide_are_copied(zygote, tiny_model):
     shape = {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 192, "head_dim": 16}
     compare(zygote, [tiny_model("llama", **shape)], world_size=3, context=3)
+
+
+@pytest.mark.gpu
+def test_cards_share_tokens_too(tiny_model):
+    """Also heads of a size that cuDNN takes, and keys of which there are fewer than cards."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    wide = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 2048}
+    models = [tiny_model("llama", **wide), tiny_model("qwen2", **wide, num_key_value_heads=1), tiny_model("gemma2")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.distributed.context_ranks", "2", *map(str, models)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.count("all as one rank's") == 2, done.stdout + done.stderr
 
 
 def compare(zygote, models, **how):

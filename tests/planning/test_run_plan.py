@@ -158,3 +158,24 @@ def test_the_base_is_sharded_where_one_card_cannot_hold_it_and_two_can():
     assert "sharded over 2 cards" in reported[-1].text
     for changes in ({"shard": False}, {"ranks": Cards(0, 1)}, {"engine": "plain"}, {"vram": "40GiB"}):
         assert not plan(**{"vram": between, "ranks": Cards(0, 2), **short, **leanest, **changes}).sharded
+
+
+def test_cards_share_rows_where_one_cannot_hold_the_longest():
+    """Unasked as many as it takes; what each holds grows with its part of the tokens."""
+    leanest = {"gradient_checkpointing": "on", "offload_activations": True, "dry_run": True, "batch_size": 1}
+    long = {"lengths": np.full(8, 65536, dtype=np.int32), "longest": ((0,),), "max_length": 65536}
+    one, two, four = (
+        plan(vram="1MiB", ranks=Cards(0, 4, size), context_parallel=size, shard=False, **long, **leanest).plan.memory
+        for size in (1, 2, 4)
+    )
+    held = [memory.activation_bytes + memory.working_bytes for memory in (one, two, four)]
+    assert 0.45 < held[1] / held[0] < 0.65 and 0.45 < held[2] / held[1] < 0.65
+    reported: list = []
+    between = f"{(one.device_bytes + two.device_bytes) // 2 // MIB}MiB"
+    chosen = plan(vram=between, events=reported, ranks=Cards(0, 4), shard=False, **long, **leanest)
+    assert chosen.context == 2 and chosen.plan.fits
+    assert "2 cards share the tokens of each row" in reported[-1].text
+    for changes in ({"context_parallel": 1}, {"ranks": Cards(0, 1)}, {"engine": "plain"}, {"vram": "40GiB"}):
+        assert (
+            plan(**{"vram": between, "ranks": Cards(0, 4), "shard": False, **long, **leanest, **changes}).context == 1
+        )

@@ -62,7 +62,10 @@ def _remedy(result: dict[str, Any]) -> str:
         changes = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in nearest.items() if n != "device_bytes")
         return f"; with {changes} it takes {format_bytes(nearest['device_bytes'])}"
     cards = result.get("nearest_with_more_cards")
-    return f"; sharded over {cards['gpus']} such cards it fits" if cards else "; take a smaller model or a larger card"
+    if not cards:
+        return "; take a smaller model or a larger card"
+    how = "sharded over" if "shard" in cards else "with its rows shared by"
+    return f"; {how} {cards['gpus']} such cards it fits"
 
 
 def of_a_plan(result: dict[str, Any]) -> Screen:

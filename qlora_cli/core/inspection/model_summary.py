@@ -21,13 +21,13 @@ from qlora_cli.core.planning.memory_estimate import (
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.roofline import bound_speed, bound_streaming
-from qlora_cli.core.planning.run_plan import may_be_sharded
+from qlora_cli.core.planning.run_plan import attention_heads, context_sizes, may_be_sharded
 from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.events import Report
 
-CARDS = (2, 4, 8)  # over which a base may be sharded
+CARDS = (2, 4, 8)  # over which a base may be sharded, and which may share the tokens of rows
 # Ways to train that a table compares, from the fastest to the leanest → (gradient_checkpointing, what offloads, stream).
 WAYS = {
     "nothing recomputed": ("off", False, False),
@@ -90,7 +90,8 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
         facts["memory"] = f"cannot be predicted: {model.untraced}"
     else:
         max_length = choose_max_length(config.max_length, model_config, report)
-        predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length)
+        sizes = context_sizes(attention_heads(model_config), max(CARDS)) if config.engine == "fast" else []
+        predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length, sizes)
         facts |= predicted
         tables += predicted_tables
     if config.quantization_error:
@@ -122,7 +123,11 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
 
 
 def _predict(
-    config: InspectConfig, model: ModelProfile, profile_with_rank: Callable[[int], ModelProfile], max_length: int
+    config: InspectConfig,
+    model: ModelProfile,
+    profile_with_rank: Callable[[int], ModelProfile],
+    max_length: int,
+    sharing: list[int],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts on training, generation and merging; and tables of ways to train and of speed."""
     device = choose_device()
@@ -133,6 +138,11 @@ def _predict(
     sharded = {
         cards: plan_training(model, config, lengths, vram_bytes=vram_bytes, shards=cards)
         for cards in (CARDS if may_be_sharded(config) else ())
+    }
+    shared = {
+        cards: plan_training(model, config, lengths, vram_bytes=vram_bytes, context=cards)
+        for cards in CARDS
+        if cards in sharing
     }
     facts: dict[str, Any] = {
         "vram_bytes": vram_bytes,
@@ -155,7 +165,7 @@ def _predict(
         nearest = suggest_fit(
             model, config, lengths, vram_bytes=vram_bytes, rank=config.rank, profile_with_rank=profile_with_rank
         )
-        facts |= _suggest(config, nearest, sharded)
+        facts |= _suggest(config, nearest, sharded, shared)
     else:
         facts["next"] = [write_train_command(config, {})]
     least = plan_training(model, config, lengths, vram_bytes=1, may_stream=may_be_sharded(config))
@@ -167,14 +177,18 @@ def _predict(
     streamed = [bound_streaming(copied_bytes(model, streaming.measures), streaming.token_budget)]
     return facts, [
         _tabulate_ways(config, model, lengths),
-        *_tabulate_shards(sharded),
+        *_tabulate_cards("Base sharded over cards, for each of them", sharded),
+        *_tabulate_cards("Rows shared by cards, for each of them", shared),
         bound_speed(plan.flops_per_token),
         *(streamed if streaming.streaming else []),
     ]
 
 
 def _suggest(
-    config: InspectConfig, nearest: tuple[dict[str, Any], MemoryDecision] | None, sharded: dict[int, MemoryDecision]
+    config: InspectConfig,
+    nearest: tuple[dict[str, Any], MemoryDecision] | None,
+    sharded: dict[int, MemoryDecision],
+    shared: dict[int, MemoryDecision],
 ) -> dict[str, Any]:
     """What to do where a model does not fit: the nearest settings, or the fewest cards, with their commands."""
     facts: dict[str, Any] = {}
@@ -186,9 +200,11 @@ def _suggest(
         assert decision.memory is not None
         facts["nearest"] = {**changes, "device_bytes": decision.memory.device_bytes}
         commands.append(write_train_command(config, changes))
-    enough = next((cards for cards, each in sharded.items() if each.fits), None)
-    if enough is not None:
-        facts["nearest_with_more_cards"] = {"gpus": enough, "shard": True}
+    ways = [(cards, {"gpus": cards, "shard": True}) for cards, each in sharded.items() if each.fits]
+    if nearest is None or "max_length" in nearest[0]:  # else one card holds these rows
+        ways += [(cards, {"gpus": cards, "context_parallel": cards}) for cards, each in shared.items() if each.fits]
+    if ways:
+        _, facts["nearest_with_more_cards"] = min(ways, key=lambda way: way[0])
         commands.append(write_train_command(config, facts["nearest_with_more_cards"]))
     return {**facts, "next": commands} if commands else facts
 
@@ -212,10 +228,10 @@ def _tabulate_ways(config: InspectConfig, model: ModelProfile, lengths: RowLengt
     return table("Ways to train", ways)
 
 
-def _tabulate_shards(sharded: dict[int, MemoryDecision]) -> list[dict[str, Any]]:
-    """Memory of each card where the base is sharded; no table where it is not."""
+def _tabulate_cards(title: str, plans: dict[int, MemoryDecision]) -> list[dict[str, Any]]:
+    """Memory of each of so many cards; no table where there is no plan."""
     names = ("base_bytes", "peak_bytes", "device_bytes")
-    shares = [
-        {"cards": cards, **{name: getattr(each.memory, name) for name in names}} for cards, each in sharded.items()
+    each_card = [
+        {"cards": cards, **{name: getattr(each.memory, name) for name in names}} for cards, each in plans.items()
     ]
-    return [table("Base sharded over cards, for each of them", shares)] if shares else []
+    return [table(title, each_card)] if each_card else []

@@ -180,7 +180,7 @@ def attention_heads(model_config: PreTrainedConfig) -> int:
 
 
 def context_sizes(heads: int, cards: int) -> list[int]:
-    """How many of so many cards may share the tokens of each row."""
+    """How many of so many cards may share the tokens of each row: what divides both, and the attention heads."""
     return [n for n in range(2, cards + 1) if cards % n == 0 and heads and heads % n == 0]
 
 
