@@ -73,21 +73,29 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     os.environ["QLORA_CACHE"] = str(arguments.folder / "merge-cache")
+    began = time.perf_counter()
     import torch
     from support.models import CONFIGS, write_rows
 
+    import qlora_cli.commands.train as training
     from qlora_cli.commands.merge import merge
-    from qlora_cli.commands.train import train
     from qlora_cli.config import MergeConfig, TrainConfig
 
+    def told(what: str) -> None:
+        print(f"{what} after {time.perf_counter() - began:.1f} s", flush=True)
+
+    told("imported")
     model = make_model(arguments.model, arguments.layers, arguments.folder)
+    told("made")
     rows = arguments.folder / "merge-rows.jsonl"
     write_rows("gsm8k", rows, rows=arguments.rows, vocab_size=CONFIGS[arguments.model][1]["vocab_size"])
     run, merged = arguments.folder / "merge-run", arguments.folder / "merge-output"
     shared = {"model": str(model), "overwrite": True}
     settings = {"data": str(rows), "output": str(run), "init": "default", "max_steps": 2, "eval_rows": 64}
     settings |= {"engine": "plain", "max_length": 512}
-    train(TrainConfig(**shared, **settings), lambda event: None)
+    training.measure_held_out = lambda *_: None  # which is no part of a merge
+    training.train(TrainConfig(**shared, **settings), lambda event: None)
+    told("trained")
     cuda = torch.cuda.is_available()
     seconds: Counter = Counter()
     time_parts(seconds, torch.cuda.synchronize if cuda else lambda: None)
@@ -97,6 +105,7 @@ def main() -> None:
     started = time.perf_counter()
     config = MergeConfig(**shared, adapter=str(run), output=str(merged), quantize=True, min_kept=-9.0, verify=False)
     result = merge(config, lambda event: None)
+    told("merged")
     whole = time.perf_counter() - started
     assert result.base_losses, "nothing was measured"
     layers = arguments.layers or CONFIGS[arguments.model][1]["num_hidden_layers"]

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # of the weight, a program; its block of columns lies in registers
-WARPS = 4
+# Of the weight, a program, whose block of columns lies in registers. On an H200 a block of 128 columns of 960, 12,288 and
+# 22,016 rows takes 103, 141 and 205 us; with 4 warps 98, 169 and 321, with 64 rows 127, 156 and 225.
+ROWS, WARPS = 32, 2
 
 
 @triton.jit
