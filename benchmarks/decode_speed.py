@@ -22,6 +22,7 @@ from support.generate import generate_greedily
 
 MODELS = {
     "llama-7b": {"rank": 16, "target_modules": None},
+    "llama3-8b": {"rank": 16, "target_modules": None},
     "neox-20b": {"rank": 8, "target_modules": ("query_key_value",)},
     "falcon-7b": {"rank": 16, "target_modules": ("query_key_value",)},
     "pythia-410m": {"rank": 16, "target_modules": None},

@@ -56,4 +56,10 @@ class GenerationSettings(QuantizationSettings, SamplingSettings):
         range=NAME,
     )
     batch_size: int = setting(8, "Prompts answered at once.", panel=RUN, range=Numbers(1, 4096))
+    prompt_lookup: str = setting(
+        "auto",
+        "Guess tokens of an answer that repeat the prompt, several at a step; auto where that changes no bit of it.",
+        panel=MEMORY,
+        choices=("auto", "on", "off"),
+    )
     engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))

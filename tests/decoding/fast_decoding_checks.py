@@ -11,8 +11,9 @@ from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.decoding import prefill
 from qlora_cli.core.decoding.decoder import PaddedPrompts, Prompt, pad_prompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
-from qlora_cli.core.decoding.graph_decoder import FastModel, GraphDecoder
+from qlora_cli.core.decoding.graph_decoder import FastModel, GraphDecoder, Guesses
 from qlora_cli.core.decoding.prefill import MOST_GRAPHS, MOST_TOKENS, PrefillGraphs, bucket_length
+from qlora_cli.core.decoding.prompt_lookup import NOTHING, WIDTH, PromptLookUp
 from qlora_cli.core.generation.continuous_batching import answer_all
 from qlora_cli.core.generation.requests import GrowingCompletion, Request
 from qlora_cli.core.generation.session import GenerationSession
@@ -301,6 +302,43 @@ def test_steps_in_16_bits_take_the_lanes_and_give_the_same(tmp_path, monkeypatch
     finally:
         fast.close()
     assert found == expected and set(taken) >= {2}
+
+
+# ---------------------------------------------------------------- guesses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32])
+@pytest.mark.parametrize("name", ARCHITECTURES if ON_GPU else [pytest.param("llama", marks=pytest.mark.slow)])
+def test_steps_of_several_tokens_give_the_bits_of_steps_of_one(tmp_path, monkeypatch, name, dtype):
+    """Guesses are what the answer will be, one in five wrong. Where bits are not the same none is taken: in float32, whose head
+    cuBLAS multiplies otherwise for one row, and on a CPU, whose head is torch's own product."""
+    model, (ids,) = load(tmp_path, name, dtype=dtype), prompts((9,))
+    count = 40 if ON_GPU else 9
+    fast = FastModel(model)
+    made = []
+
+    def answer(look_up):
+        def open_decoder(rows, capacity):
+            size = {"rows": rows, "capacity": capacity + WIDTH}
+            made.append(GraphDecoder(fast, **size, sampling=SAMPLING, look_up=look_up, near=not ON_GPU))
+            if look_up:
+                made[-1].look_up = PromptLookUp(made[-1].cache.capacity, DEVICE)  # its guesses are told below
+            return made[-1]
+
+        return answer_with(open_decoder, [ids], (count,), 1)[0]
+
+    answer(False)  # whose first step compares attention with the model's own, and takes that
+    expected = answer(False)
+    whole = torch.tensor([*ids, *expected, *[NOTHING] * 2 * WIDTH], device=DEVICE)
+    told = torch.where(torch.arange(len(whole), device=DEVICE) % 5 == 3, (whole + 1).clamp(max=300), whole)
+    ahead = torch.arange(1, WIDTH, device=DEVICE)
+    monkeypatch.setattr(PromptLookUp, "guess", lambda self, last: told[last + ahead])
+    assert answer(True) == expected
+    assert fast.guesses is not Guesses.WRONG
+    if dtype is torch.bfloat16 or not ON_GPU:
+        assert made[-1].guessed_right > (10 if ON_GPU else 0)
+        assert fast.guesses is Guesses.EQUAL or not ON_GPU
+    fast.close()
 
 
 # ---------------------------------------------------------------- prompts that came before

@@ -57,6 +57,24 @@ def test_matches_float64_and_stores_the_new_token(heads, key_heads, size, capaci
         assert torch.equal(values[row, :, : position + 1], wanted_values[row, :, : position + 1])
 
 
+@pytest.mark.parametrize(("capacity", "window", "dtype"), [(40, None, torch.float32), (700, 50, torch.float16)])
+def test_several_tokens_of_one_row_give_the_bits_of_one_after_another(capacity, window, dtype):
+    """Whole rows, and rows that are divided among programs."""
+    count, key_heads, size = 5, 2, 16
+    positions = torch.arange(20, 20 + count, device=DEVICE)
+    query, new_key, new_value = (
+        torch.randn(count, heads, 1, size, device=DEVICE, dtype=dtype) for heads in (4, key_heads, key_heads)
+    )
+    keys, values = (torch.randn(1, key_heads, capacity, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    apart = []
+    for n in range(count):
+        one = slice(n, n + 1)
+        given = query[one], new_key[one], new_value[one], keys, values, positions[one]
+        apart.append(attend(*given, scale=0.25, window=window))
+    together = attend(query, new_key, new_value, keys, values, positions, scale=0.25, window=window, shared=True)
+    assert torch.equal(together, torch.cat(apart))  # the tokens' keys and values are in the row by now
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_error_is_within_twice_that_of_torch(dtype):
     if DEVICE == "cpu" and dtype == torch.bfloat16:

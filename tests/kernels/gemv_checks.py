@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora_cli.core.bnb import bitsandbytes
+from qlora_cli.core.decoding.prompt_lookup import WIDTH, PromptLookUp
 from qlora_cli.kernels.decode import gemv
 from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, Tiling
 from qlora_cli.kernels.weights import FrozenWeight
@@ -151,6 +152,37 @@ def test_shuffled_look_ups_are_the_loads(tokens):
     x = torch.randn(tokens, 1024, device=DEVICE)
     found = [gemv.multiply(x, weight, adapter, shuffle=shuffle) for shuffle in (True, False)]
     assert torch.equal(*found)
+
+
+def test_a_token_is_multiplied_as_if_it_were_alone():
+    """To the bit, with however many others up to seven."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    weight, _ = stack((64,), 128, dtype=dtype)
+    adapter, _ = adapt((64,), 128, (4,), dtype=dtype)
+    x = torch.randn(8, 128, device=DEVICE, dtype=dtype)
+    together = gemv.multiply(x, weight, adapter)
+    for count in (1, 3, 7) if DEVICE == "cuda" else (1,):
+        found = gemv.multiply(x[:count].contiguous(), weight, adapter)
+        assert torch.equal(found, together[:count])
+
+
+@pytest.mark.parametrize("width", [1, WIDTH])
+def test_steps_with_guesses_are_those_of_torch(width):
+    """Rows in which something is found and nothing, longer than what a program looks at together; guesses right and wrong."""
+    generator = torch.Generator().manual_seed(width)
+    for length, right in ((1, 0), (5, 2), (9, 7), (30, 0), (1500, 5)):
+        ids = torch.randint(0, 3, (length,), generator=generator).to(DEVICE)
+        last, found = torch.tensor([length - 1], device=DEVICE), []
+        for fused in (False, True):
+            look_up = PromptLookUp(2000, torch.device(DEVICE), fused=fused)
+            look_up.start(ids, length - 1, ids[-1])
+            tokens, places = look_up.extend(ids[-1:, None], last, width)
+            guessed = look_up.guess(last)
+            chosen = torch.cat([guessed, guessed[:1]])[:width].clamp(min=0)
+            chosen[right:] += 1
+            taken = look_up.accept(chosen, last)
+            found.append([tokens, places, taken, look_up.report, look_up.state()[0], look_up.guess(last + taken + 1)])
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from qlora_cli.kernels.decode import attention as decode_attention  # noqa: E402
-from qlora_cli.kernels.decode import gemv_lanes, gemv_programs  # noqa: E402
+from qlora_cli.kernels.decode import gemv_lanes, gemv_programs, guesses  # noqa: E402
 from qlora_cli.kernels.decode import pointwise as decode_pointwise  # noqa: E402
 from qlora_cli.kernels.triton import (  # noqa: E402
     capped_attention,
@@ -43,7 +43,7 @@ NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row",
 NUMBERS |= {"cos_row", "x_group", "group", "x_heads", "y_heads", "row_blocks", "units", "size"}
 NUMBERS |= {"right_parts", "left_parts", "right_elements", "left_elements"}
 NUMBERS |= {"given_row", "given_column"}
-NUMBERS |= {"first_row", "end_row", "x_row"}
+NUMBERS |= {"width", "first_row", "end_row", "x_row"}
 NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "ROOM": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
@@ -60,9 +60,15 @@ CASES = [
     (
         decode_attention._attend_part,
         {"GROUP": 4, "GROUP_ROOM": 16, "SIZE": 80, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "STEP": 64}
-        | {"WINDOW": True, "SOFTCAP": True},
+        | {"WINDOW": True, "SOFTCAP": True, "SHARED": False},
         4,
     ),
+    (
+        guesses._guess,
+        {"LEAST": 2, "LONGEST": 6, "WIDTH": 8, "NOTHING": -1, "BLOCK": guesses.BLOCK},
+        8,
+    ),
+    (guesses._accept, {"WIDTH": 8, "NOTHING": -1}, 1),
     (
         decode_attention._join_parts,
         {"SIZE": 128, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "PARTS_ROOM": 4, "WINDOW": True},
@@ -133,6 +139,8 @@ def test_compiles_for_hopper(kernel, constants, warps):
         types["weight"] = "*bf16"
     if kernel in (gemv_programs.project, decode_attention._attend_part):
         types["out"] = "*fp32"
+    if kernel in (guesses._guess, guesses._accept):
+        types |= {name: "*i64" for name, kind in types.items() if kind != "constexpr" and name != "width"}
     if kernel is ordered_rounding._round_block:
         types |= {name: "*fp32" for name, kind in types.items() if kind.startswith("*")} | {"places": "*i64"}
     if kernel in (float8._quantise_rows, float8._unpack):

@@ -91,6 +91,7 @@ def _decode(
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             window=named.get("sliding_window"),
             softcap=named.get("softcap"),
+            shared=layer.cache.shared,
         )
 
     if attention.usable:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.core.decoding.kv_cache import StaticKVCache
+from qlora_cli.core.decoding.pending_tokens import PendingRun, PendingTokens, send
+from qlora_cli.core.decoding.prompt_lookup import WIDTH, PromptLookUp
 from qlora_cli.core.decoding.sampling import choose_tokens, is_greedy, penalises_repetition
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.settings.generation import SamplingSettings
@@ -108,31 +110,6 @@ def pad_prompts(rows: Sequence[int], prompts: Sequence[Prompt], length: int) -> 
     return PaddedPrompts.of(torch.tensor(numbers), len(prompts))
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; a GPU copies it in stream order, and the host goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-class PendingTokens:
-    """Tokens on their way from the device; `wait` gives one id a row."""
-
-    def __init__(self, chosen: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if chosen.device.type == "cuda":
-            self._host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
-            self._host.copy_(chosen, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = chosen.clone()
-
-    def wait(self) -> list[int]:
-        """Blocks until the tokens are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()
-
-
 class Decoder:
     """Decodes for one model instance: `prefill` puts prompts into rows, `step` advances every row by a token.
 
@@ -144,9 +121,13 @@ class Decoder:
         rows: Answers decoded at once.
         capacity: Most tokens in a row, prompt and answer together.
         sampling: How tokens are chosen.
+        look_up: Whether steps of a single row may take guesses along, see `PromptLookUp`. A state that every token changes
+            cannot be taken back: models with one go without.
     """
 
-    def __init__(self, model: Any, *, rows: int, capacity: int, sampling: SamplingSettings) -> None:
+    def __init__(
+        self, model: Any, *, rows: int, capacity: int, sampling: SamplingSettings, look_up: bool = False
+    ) -> None:
         self.model = underlying_model(model)
         self.sampling = sampling
         self.device = self.model.get_input_embeddings().weight.device
@@ -173,6 +154,13 @@ class Decoder:
         self.uniforms = None if is_greedy(sampling) else state(rows, capacity + 1, dtype=torch.float32)
         self.seen = state(rows, vocabulary, dtype=torch.bool) if penalises_repetition(sampling) else None
         self.filled: list[int] = []  # tokens in each row of the cache, on the host; 0 for a row that is not in use
+        hindered = "several rows at once" if rows > 1 else "layers with a state" if self._stateful else None
+        self.look_up = PromptLookUp(capacity, self.device) if look_up and hindered is None else None
+        self._unguessed = f" (no prompt look-up: {hindered})" if look_up and hindered else ""
+        self._hits = 0  # first guesses in a row that were right, as far as the host knows
+        self._unread = 0  # by so much `filled` may be too high, until the tokens of the last steps are read
+        self._answer = 0  # number of the prompt in the row, of those that came
+        self.guessed_steps = self.guessed_right = 0  # steps with guesses, and guesses that were right
         self.reset()
 
     # ------------------------------------------------------------ prompts
@@ -230,6 +218,9 @@ class Decoder:
             self.seen[rows, fed] = True
         for number, length in zip(numbers, lengths, strict=True):
             self.filled[number] = length
+        if self.look_up is not None:
+            self.look_up.start(padded.ids[0], lengths[0], fed)
+            self._hits, self._unread, self._answer = 0, 0, self._answer + 1
         return chosen
 
     def _read(self, padded: PaddedPrompts, lengths: list[int]) -> Tensor:
@@ -253,7 +244,14 @@ class Decoder:
 
     def describe(self) -> str:
         """How tokens are computed, and why not faster."""
-        return "own steps, one forward a token"
+        return "own steps, one forward a token" + self._describe_guesses()
+
+    def _describe_guesses(self) -> str:
+        if not self.guessed_steps:
+            return self._unguessed
+        return (
+            f", {self.guessed_right} tokens guessed rightly in {self.guessed_steps} steps of several (prompt look-up)"
+        )
 
     def release(self, row: int) -> None:
         """The row's answer is finished; what it computes from here on means nothing."""
@@ -261,55 +259,100 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> PendingTokens:
-        """Advances every row by a token.
+        """Advances every row by a token, or a single row by as many as were guessed rightly and one.
 
         Returns:
-            One token for each row; those of rows not in use mean nothing.
+            The tokens of each row; those of rows not in use mean nothing.
         """
-        self.filled = [min(n + 1, self.cache.capacity) if n else 0 for n in self.filled]
-        self._advance()
-        return PendingTokens(self.chosen)
+        width = self._choose_width()
+        self.filled = [min(n + width, self.cache.capacity) if n else 0 for n in self.filled]
+        self._advance(width)
+        if self.look_up is None:
+            return PendingTokens(self.chosen)
+        self._unread += width - 1
+        answer = self._answer
 
-    def _advance(self) -> None:
+        def learn(count: int, first: bool) -> None:
+            if answer != self._answer:
+                return
+            self._hits = self._hits + 1 if first else 0
+            self._unread -= width - 1
+            self.filled = [max(0, n - width + count) for n in self.filled]
+            if width > 1:
+                self.guessed_steps += 1
+                self.guessed_right += count - 1
+
+        return PendingRun(self.look_up.report[: 2 + width], learn)
+
+    def _choose_width(self) -> int:
+        """Tokens that the next step reads: with guesses only where one would have been right, and there is room for all."""
+        taken = self.look_up is not None and self._takes_guesses() and self.filled[0] + WIDTH < self.cache.capacity
+        return WIDTH if taken else 1
+
+    def _takes_guesses(self) -> bool:
+        """Whether guesses are worth a step of several tokens."""
+        return self._hits > 0
+
+    def _advance(self, width: int) -> None:
         """One step, by the model's own forward."""
         length = max(self.filled)
-        mask = None if set(self.filled) == {length} else self._mask(length)  # rows of one length need none
-        self.cache.start_step(self.positions, length)
-        self._forward_step(mask)
+        exact = width == 1 and not self._unread and set(self.filled) == {length}  # rows of one length need no mask
+        tokens, positions = self._inputs(width)
+        self.cache.start_step(positions, length, shared=width > 1)
+        self._take_step(tokens, positions, None if exact else self._mask(length, positions))
 
-    def _forward_step(self, mask: Any) -> None:
-        """From `tokens` and `positions` to the next ones, on the device alone.
+    def _inputs(self, width: int) -> tuple[Tensor, Tensor]:
+        """What a step reads and where: (tokens, 1) and (tokens,) int64, one token a row or several of a single one."""
+        if self.look_up is None:
+            return self.tokens, self.positions
+        return self.look_up.extend(self.tokens, self.positions, width)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Any) -> Tensor:
+        """The logits after each token, (tokens, vocabulary).
 
         Args:
             mask: As the model takes it; None where every row sees all positions.
         """
-        arguments: dict[str, Any] = {"position_ids": self.positions[:, None]} if self._takes_positions else {}
+        arguments: dict[str, Any] = {"position_ids": positions[:, None]} if self._takes_positions else {}
         if mask is not None:
             arguments["attention_mask"] = mask
-        logits = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, **arguments).logits
-        uniforms = None
+        return self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **arguments).logits[:, -1]
+
+    def _take_step(self, tokens: Tensor, positions: Tensor, mask: Any) -> None:
+        """From what a step reads to what the next one does, on the device alone."""
+        logits = self._forward(tokens, positions, mask)
+        uniforms, seen = None, self.seen
         if self.uniforms is not None:
-            uniforms = self.uniforms.gather(1, self.positions[:, None] + 1).squeeze(1)
-        self.chosen.copy_(choose_tokens(logits[:, -1], self.sampling, uniforms, self.seen))
+            uniforms = self.uniforms.expand(len(tokens), -1).gather(1, positions[:, None] + 1).squeeze(1)
+        if self.look_up is not None and seen is not None:
+            seen = self.look_up.seen_by_each(seen, tokens)
+        chosen = choose_tokens(logits, self.sampling, uniforms, seen)
+        steps: Tensor | int = 1
+        if self.look_up is not None:
+            right = self.look_up.accept(chosen, self.positions)
+            chosen, steps = chosen.index_select(0, right), right + 1
+            if self.seen is not None and seen is not None:
+                self.seen.copy_(seen.index_select(0, right))
+        self.chosen.copy_(chosen)
         self.tokens.copy_(self.chosen[:, None].clamp(min=0))
         if self.seen is not None:
             self.seen.scatter_(1, self.tokens, True)
-        self.positions.add_(1).clamp_(max=self.cache.capacity - 1)  # a row not in use stays inside
+        self.positions.add_(steps).clamp_(max=self.cache.capacity - 1)  # a row not in use stays inside
 
-    def _mask(self, length: int) -> Any:
-        """Which positions each row's new token sees: those up to its own, or the last `sliding_window` of them."""
+    def _mask(self, length: int, own: Tensor) -> Any:
+        """Which positions new tokens see: those up to their own, (tokens,), or the last `sliding_window` of them."""
         positions = torch.arange(length, device=self.device)
-        seen = positions <= self.positions[:, None]  # (rows, length)
+        seen = positions <= own[:, None]  # (tokens, length)
         if self._boolean_mask:
             return seen.long()
 
-        def additive(allowed: Tensor) -> Tensor:  # (rows, 1, 1, length): what eager attention and SDPA both take
+        def additive(allowed: Tensor) -> Tensor:  # (tokens, 1, 1, length): what eager attention and SDPA both take
             zeros = torch.zeros(allowed.shape, dtype=self._mask_dtype, device=self.device)
             return zeros.masked_fill(~allowed, torch.finfo(self._mask_dtype).min)[:, None, None]
 
         made = {}
         for kind in self._kinds:
-            near = kind == "full_attention" or positions > self.positions[:, None] - self._window
+            near = kind == "full_attention" or positions > own[:, None] - self._window
             made[kind] = additive(seen & near)
         return self._masks(made)
 

@@ -37,6 +37,7 @@ class StaticKVCache(Cache):
         self.positions = torch.empty(0)  # stepping: (rows,) int64, position of each row's new token
         self.length = 0  # positions that attention reads
         self.fused = False  # stepping: the attention kernel itself stores the new keys and values
+        self.shared = False  # stepping: all new tokens belong to the only row
         self.attention: Any = None  # the FusedAttention of a step
         self._row_numbers: Tensor | None = None
 
@@ -44,13 +45,14 @@ class StaticKVCache(Cache):
         """The next forward brings the first `count` tokens of each of `rows`, (prompts,) int64."""
         self.prefilled, self.start, self.length = rows, 0, count
 
-    def start_step(self, positions: Tensor, length: int, *, fused: bool = False) -> None:
+    def start_step(self, positions: Tensor, length: int, *, fused: bool = False, shared: bool = False) -> None:
         """The next forward brings one token for every row, at `positions`; attention reads positions below `length`.
 
-        With `fused`, the attention function gets keys whose `layer` attribute leads to the new ones, and stores them.
+        With `fused`, the attention function gets keys whose `layer` attribute leads to the new ones, and stores them. With
+        `shared`, it brings several for the only row, as if each had a row of its own that holds the same.
         """
         self.prefilled, self.start, self.length = None, length - 1, length
-        self.positions, self.fused = positions, fused
+        self.positions, self.fused, self.shared = positions, fused, shared
 
     def row_numbers(self, device: torch.device) -> Tensor:
         """(rows, 1) int64, made once."""
@@ -103,11 +105,16 @@ class _StaticLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             values[cache.prefilled, :, : cache.length] = value_states
             return key_states, value_states
         self.new = key_states, value_states
-        if not cache.fused:
-            at = (cache.row_numbers(keys.device), self._head_numbers, cache.positions[:, None])
+        if cache.shared or not cache.fused:
+            rows = cache.row_numbers(keys.device)
+            rows = rows.expand(len(key_states), 1) if cache.shared else rows
+            at = (rows, self._head_numbers, cache.positions[:, None])
             keys.index_put_(at, key_states.squeeze(2))
             values.index_put_(at, value_states.squeeze(2))
         seen_keys, seen_values = keys[:, :, : cache.length], values[:, :, : cache.length]
+        if cache.shared:
+            seen_keys = seen_keys.expand(len(key_states), -1, -1, -1)
+            seen_values = seen_values.expand(len(key_states), -1, -1, -1)
         seen_keys.layer = self  # type: ignore[attr-defined]
         return seen_keys, seen_values
 

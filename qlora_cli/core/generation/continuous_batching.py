@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from qlora_cli.core.decoding.decoder import Decoder, PendingTokens, Prompt
+from qlora_cli.core.decoding.decoder import Decoder, Prompt
+from qlora_cli.core.decoding.pending_tokens import PendingTokens
 from qlora_cli.core.decoding.sampling import draw_uniforms, is_greedy
 from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request, StartCompletion
 from qlora_cli.errors import ModelError
@@ -93,11 +94,12 @@ def _run(growing: Sequence[GrowingCompletion], decoder: Decoder, seed: int) -> I
             launch(decoder.step(), list(running))
         while len(launched) > (ahead if any(running) else 0):
             pending, owners = launched.popleft()
-            for token, owner in zip(pending.wait(), owners, strict=True):
-                if owner is not None and owner.finish is None and owner.push(token):
-                    if owner in running:
-                        free(running.index(owner))
-                    yield owner.completion()
+            for tokens, owner in zip(pending.by_row(), owners, strict=True):
+                if owner is None or owner.finish is not None or not any(owner.push(token) for token in tokens):
+                    continue  # what comes after the end of an answer is nobody's
+                if owner in running:
+                    free(running.index(owner))
+                yield owner.completion()
 
 
 def _prompt(request: Request, decoder: Decoder, seed: int) -> Prompt:

@@ -269,12 +269,13 @@ class GenerationSession:
 
     def _open_decoder(self, rows: int, capacity: int) -> Decoder:
         """A decoder with room for so many rows and tokens; the last one again where it has."""
-        make: Callable[..., Decoder] = partial(Decoder, self.model)
+        wanted = self.settings.prompt_lookup
+        make: Callable[..., Decoder] = partial(Decoder, self.model, look_up=wanted == "on")
         if self._fused:
             from qlora_cli.core.decoding.graph_decoder import FastModel, GraphDecoder  # needs Triton
 
             self._fast = self._fast or FastModel(self.model)
-            make = partial(GraphDecoder, self._fast)
+            make = partial(GraphDecoder, self._fast, look_up=wanted != "off", near=wanted == "on")
         elif self.device.type == "cpu" and self._unpacked is None and self._whole:
             self._unpacked = unpack_linears(underlying_model(self.model))
         decoder = self.decoder

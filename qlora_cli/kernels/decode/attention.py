@@ -1,5 +1,8 @@
 """Decode attention: one new token a row over its KV cache, in which its key and value are stored on the way.
 
+Several new tokens of a single row are computed as if each had a row of its own, by the same program: what comes out for
+one does not depend on how many there are, to the bit.
+
 Every row reads exactly its own tokens, however long the cache is: lengths are read on the device, so that one CUDA
 graph serves every step. Long rows are divided among programs and joined by a second kernel
 (https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
@@ -46,6 +49,7 @@ def _attend_part(
     STEP: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """One part of one row for one key head and the GROUP query heads that share it."""
     row = tl.program_id(0) // key_heads
@@ -66,7 +70,10 @@ def _attend_part(
         query = tl.load(q + row * q_row + query_head[:, None] * q_head + size[None, :], mask=in_group, other=0.0)
         fresh_key = tl.load(new_key + row * key_row + head * key_head + size, mask=in_size, other=0.0)
         fresh_value = tl.load(new_value + row * value_row + head * value_head + size, mask=in_size, other=0.0)
-        base = tl.program_id(0).to(tl.int64) * capacity * SIZE
+        line = tl.program_id(0)
+        if SHARED:
+            line = head
+        base = line.to(tl.int64) * capacity * SIZE
         top = tl.full((GROUP_ROOM,), float("-inf"), tl.float32)
         mass = tl.zeros((GROUP_ROOM,), tl.float32)
         total = tl.zeros((GROUP_ROOM, SIZE_ROOM), tl.float32)
@@ -94,18 +101,19 @@ def _attend_part(
             mass = mass * shrink + tl.sum(share, 1)
             total = tl.dot(share.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
             top = higher
-        if (start <= position) & (position < start + PART):
-            tl.store(keys + base + position * SIZE + size, fresh_key, mask=in_size)
-            tl.store(values + base + position * SIZE + size, fresh_value, mask=in_size)
+        if not SHARED:  # noqa: SIM102 - decided while compiling
+            if (start <= position) & (position < start + PART):
+                tl.store(keys + base + position * SIZE + size, fresh_key, mask=in_size)
+                tl.store(values + base + position * SIZE + size, fresh_value, mask=in_size)
         heads = key_heads * GROUP
         if PARTS == 1:
             place_out = (row * heads + query_head[:, None]) * SIZE + size[None, :]
             tl.store(out + place_out, (total / mass[:, None]).to(out.dtype.element_ty), mask=in_group)
         else:
-            line = (row * heads + query_head) * PARTS + part
-            tl.store(out + line[:, None] * SIZE + size[None, :], total, mask=in_group)
-            tl.store(highest + line, top, mask=member < GROUP)
-            tl.store(weight + line, mass, mask=member < GROUP)
+            place_out = (row * heads + query_head) * PARTS + part
+            tl.store(out + place_out[:, None] * SIZE + size[None, :], total, mask=in_group)
+            tl.store(highest + place_out, top, mask=member < GROUP)
+            tl.store(weight + place_out, mass, mask=member < GROUP)
 
 
 @triton.jit
@@ -154,6 +162,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     undivided: int = UNDIVIDED,
+    shared: bool = False,
 ) -> Tensor:
     """Attention of each row's new token over its own tokens and itself; stores the new key and value.
 
@@ -161,13 +170,14 @@ def attend(
         query: (rows, heads, 1, size); like the next two it may be a view whose last dimension is contiguous.
         new_key: (rows, key heads, 1, size); heads is a multiple of key heads.
         new_value: Like `new_key`.
-        keys: (rows, key heads, capacity, size), contiguous; written at each row's position.
+        keys: (rows or 1, key heads, capacity, size), contiguous; written at each row's position.
         values: Like `keys`.
         positions: (rows,) integer, the new token's place: so many tokens came before it.
         scale: Factor on the scores.
         window: A token sees itself and the window - 1 before it; None for all.
         softcap: Scores become softcap * tanh(scores / softcap); None for none.
         undivided: Longest cache whose rows are not divided among programs.
+        shared: Whether all tokens belong to the only row of `keys` and `values`, in which theirs are stored already.
 
     Returns:
         (rows, 1, heads, size), contiguous, in the dtype of `query`.
@@ -176,7 +186,8 @@ def attend(
     _, key_heads, capacity, _ = keys.shape
     parts = 1
     if capacity > undivided:
-        parts = max(1, min(triton.cdiv(PROGRAMS, rows * key_heads), triton.cdiv(capacity, STEP)))
+        alone = key_heads * (1 if shared else rows)
+        parts = max(1, min(triton.cdiv(PROGRAMS, alone), triton.cdiv(capacity, STEP)))
     part = triton.cdiv(triton.cdiv(capacity, parts), STEP) * STEP
     parts = triton.cdiv(capacity, part)
     out = torch.empty(rows, 1, heads, size, dtype=query.dtype, device=query.device)
@@ -186,7 +197,7 @@ def attend(
         apart = torch.empty(rows, heads, parts, size, dtype=torch.float32, device=query.device)
         highest = torch.empty(rows, heads, parts, dtype=torch.float32, device=query.device)
         weight = torch.empty_like(highest)
-    shared = {"SIZE": size, "SIZE_ROOM": max(16, triton.next_power_of_2(size)), "PART": part, "PARTS": parts}
+    sizes = {"SIZE": size, "SIZE_ROOM": max(16, triton.next_power_of_2(size)), "PART": part, "PARTS": parts}
     with torch.cuda.device_of(query):
         _attend_part[(rows * key_heads, parts)](
             query,
@@ -214,8 +225,9 @@ def attend(
             STEP=STEP,
             WINDOW=window is not None,
             SOFTCAP=softcap is not None,
+            SHARED=shared,
             num_warps=4,
-            **shared,
+            **sizes,
         )
         if parts > 1:
             _join_parts[(rows * heads,)](
@@ -229,6 +241,6 @@ def attend(
                 PARTS_ROOM=triton.next_power_of_2(parts),
                 WINDOW=window is not None,
                 num_warps=2,
-                **shared,
+                **sizes,
             )
     return out

@@ -18,6 +18,7 @@ from qlora_cli.kernels.weights import FrozenWeight
 MAX_TOKENS = 64  # rows of activations; more are better dequantised once and multiplied as usual
 LANE_TOKENS = 16  # up to which `multiply_lanes` is the quicker program
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # what tensor cores call them
+APART_TOKENS = 8  # up to which a token's product is what it is alone, to the bit: guesses of an answer are checked so
 PROJECT_COLUMNS = 512  # columns of A a program of `project` sums over
 
 
@@ -104,9 +105,10 @@ def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
     ranks = adapter.a.shape[0]
     parts = triton.cdiv(columns, PROJECT_COLUMNS)
     out = torch.empty(parts, tokens, ranks, dtype=torch.float32, device=x.device)
-    rows = 2 if tokens == 1 else 16
+    apart = tokens <= APART_TOKENS
+    rows = 2 if apart else 16
     with torch.cuda.device_of(x):
-        gemv_programs.project[(triton.cdiv(ranks, rows), parts)](
+        gemv_programs.project[(triton.cdiv(ranks, rows), parts, tokens if apart else 1)](
             x,
             adapter.a,
             adapter.scaling,
@@ -115,7 +117,7 @@ def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
             columns,
             ranks,
             SPAN=PROJECT_COLUMNS,
-            TOKENS=1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)),
+            TOKENS=1 if apart else max(16, triton.next_power_of_2(tokens)),
             RANKS=rows,
             OVERLAP=_overlaps(x.device),
             num_warps=4,

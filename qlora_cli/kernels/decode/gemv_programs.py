@@ -75,16 +75,19 @@ def project(
     RANKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One span of columns of scaling A x, for RANKS rows of A. OVERLAP: the next launch may get ready meanwhile."""
+    """One span of columns of scaling A x, for RANKS rows of A and TOKENS tokens. OVERLAP: the next launch may get ready.
+
+    A program of one token computes it as it would alone, whatever the others do.
+    """
     if OVERLAP:
         gdc_launch_dependents()
     rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
-    token = tl.arange(0, TOKENS)
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     used = (rank[:, None] < ranks) & (column[None, :] < columns)
     down = tl.load(a + rank[:, None] * columns + column[None, :], mask=used, other=0.0)
     if TOKENS == 1:
-        values = tl.load(x + column, mask=column < columns, other=0.0)
+        values = tl.load(x + tl.program_id(2) * columns + column, mask=column < columns, other=0.0)
         total = tl.sum(down.to(tl.float32) * values.to(tl.float32)[None, :], 1)[:, None]
     else:
         seen = (token[None, :] < tokens) & (column[:, None] < columns)
