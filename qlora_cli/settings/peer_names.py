@@ -42,7 +42,7 @@ _SETTINGS = {
     "packing": "sample-packing pack",
     "gpus": "num-gpus n-gpus devices nproc-per-node num-processes world-size",
     "shard": "fsdp deepspeed zero",
-    "context-parallel": "context-parallel-size context-parallel-degree cp-size sequence-parallel-size "
+    "context_parallel": "context-parallel-size context-parallel-degree cp-size sequence-parallel-size "
     "sequence-parallel-degree sequence-parallel ulysses",
     "vram": "max-memory gpu-memory memory max-vram",
     "report_to": "wandb logger tracker log-to logging",
