@@ -159,25 +159,30 @@ class Bench:
         seconds, losses = [], []
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
+        batches = self.batches(tokens, 0)
+        ready = engine.prepare(batches[0])  # as the trainer has it ready, while the step before computes
         for number in range(1 + self.steps):
-            batches = self.batches(tokens, number)
+            following = self.batches(tokens, number + 1)
             self.wait()
             started = time.perf_counter()
             for batch in batches:
                 while True:
                     try:
-                        loss = engine.loss(engine.prepare(batch))
+                        loss = engine.loss(ready or engine.prepare(batch))
                         (loss / batch.trained_tokens).backward()
                         break
                     except torch.OutOfMemoryError:
                         loss = None
                         if not engine.reduce_memory():
                             raise
+                    finally:
+                        ready = None
             step_optimizer(self.optimizer)
             self.parameters.zero_gradients()
+            trained, batches, ready = batch.trained_tokens, following, engine.prepare(following[0])
             self.wait()
             seconds.append(time.perf_counter() - started)
-            losses.append(float(loss.detach()) / batch.trained_tokens)
+            losses.append(float(loss.detach()) / trained)
         return {
             "tok_s": self.rows * self.tokens / statistics.median(seconds[1:]),
             "step_s": [round(each, 3) for each in seconds],
@@ -187,6 +192,41 @@ class Bench:
             "engine": engine.describe(),
             "predicted_tok_s": self.predicted(engine, tokens),
         }
+
+    def moments(self, engine, tokens: int) -> list[tuple[str, float, float]]:
+        """(moment, GiB allocated at its end, most of it) of one micro-batch, those of the middle layers left out."""
+        import torch
+
+        from qlora_cli.core.engine.decoder_layers import find_layers
+        from qlora_cli.core.models.structure import find_decoder
+
+        found: list[tuple[str, float, float]] = []
+
+        def mark(name: str) -> None:
+            found.append((name, torch.cuda.memory_allocated() / GIB, torch.cuda.max_memory_allocated() / GIB))
+            torch.cuda.reset_peak_memory_stats()
+
+        def after(number: int, output) -> None:
+            mark(f"forward {number}")
+            output = output[0] if isinstance(output, tuple) else output
+            output.register_hook(lambda _: mark(f"gradient of {number}'s output"))
+
+        layers = find_layers(find_decoder(self.base))
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output, number=number: after(number, output))
+            for number, layer in enumerate(layers)
+        ]
+        torch.cuda.reset_peak_memory_stats()
+        batch = self.batches(tokens, 0)[0]
+        loss = engine.loss(engine.prepare(batch))
+        mark("loss")
+        (loss / batch.trained_tokens).backward()
+        mark("backward 0")
+        self.parameters.zero_gradients()
+        for hook in hooks:
+            hook.remove()
+        kept = [i for i in range(len(found)) if i < 3 or i > len(found) - 3 or abs(i - len(layers)) < 5]
+        return [(found[i][0], round(found[i][1], 3), round(found[i][2], 3)) for i in kept]
 
     def predicted(self, engine, tokens: int) -> float | None:
         """Tokens a second by what the engine measured of one layer and of the link, the optimizer left out."""
@@ -268,6 +308,9 @@ def run(name: str, steps: int, device: str, compiled: bool, ways: list[str]) -> 
     engine = bench.install(tokens)
     say("installed")
     result["streams"] = bench.train(engine, tokens)
+    if cuda:
+        result["needs"] = {name: str(value) for name, value in vars(engine.planner.needs).items()}
+        result["moments"] = bench.moments(engine, tokens)
     engine.close()
     say(result["streams"])
     if whole:

@@ -249,12 +249,13 @@ class FastEngine:
         plan = planner.plan()
         if self.compiled and plan.frees_activations:  # compiled, a layer saves less
             self.linears.set_workspace(plan.workspace_bytes)
-            planner.workspaces = (plan.workspace_bytes,)  # no other slices from now on: compiled code holds them
             for layer_plan in self.layer_plans:
                 layer_plan.run_leanly()
             self.layer_plans[0].compiled = True
             planner.measure(self.trials, self.layers[0], static, plan.workspace_bytes)
+            planner.workspaces = (None, plan.workspace_bytes)  # there may be room for whole weights after all
             plan = planner.plan()
+            planner.workspaces = (plan.workspace_bytes,)  # no other slices from now on: compiled code holds them
         return plan
 
     def _set_layers(self, plan: MemoryPlan) -> None:

@@ -177,6 +177,8 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
     most_scratch = inf if step.measures.workspace_bytes is None else step.measures.workspace_bytes
     below = 0.0  # held on the device by the layers below
     in_transit = 0.0  # on its way to or from the host: of the layer just below of those that wait there
+    # Whoever calls the decoder holds what it is given until that returns, whether a copy of it waits on the host or not.
+    given = trace.layers[-1].recomputed.held.bytes(*size) if step.is_offloaded(0) else 0.0
     for index, layer in enumerate(trace.layers):
         hidden_bytes = layer.recomputed.held.bytes(*size)
         eager = layer.recomputed if index < step.measures.recomputed else layer.kept
@@ -184,7 +186,7 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
         present = below + in_transit
         exchanged = _exchanged(layer, itemsize, step)
         forward = passes.forward.bytes(*size, most_scratch) + hidden_bytes + exchanged
-        yield f"forward pass of layer {index}", present, forward
+        yield f"forward pass of layer {index}", present + given * (index > 0), forward
         yield f"backward pass of layer {index}", present, passes.backward.bytes(*size, most_scratch) + exchanged
         held = _held(layer, itemsize, index, step)
         if step.is_offloaded(index):
@@ -192,7 +194,7 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
         else:
             below += held
     logits_bytes = step.part_tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
-    yield "loss", below + in_transit, trace.tail.bytes(*size, logits_bytes)
+    yield "loss", below + in_transit + given, trace.tail.bytes(*size, logits_bytes)
 
 
 def _code_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
