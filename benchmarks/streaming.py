@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step_engine import run_apart
+from step_engine import profile_of, run_apart
 from support.models import ALL16, QKV8, make_config
 
 GIB = 2**30
@@ -193,6 +193,13 @@ class Bench:
             "predicted_tok_s": self.predicted(engine, tokens),
         }
 
+    def differentiate(self, engine, batch, after_loss=lambda: None) -> None:
+        """Forward and backward pass of a micro-batch."""
+        loss = engine.loss(engine.prepare(batch))
+        after_loss()
+        (loss / batch.trained_tokens).backward()
+        self.parameters.zero_gradients()
+
     def moments(self, engine, tokens: int) -> list[tuple[str, float, float]]:
         """(moment, GiB allocated at its end, most of it) of one micro-batch, those of the middle layers left out."""
         import torch
@@ -217,12 +224,8 @@ class Bench:
             for number, layer in enumerate(layers)
         ]
         torch.cuda.reset_peak_memory_stats()
-        batch = self.batches(tokens, 0)[0]
-        loss = engine.loss(engine.prepare(batch))
-        mark("loss")
-        (loss / batch.trained_tokens).backward()
+        self.differentiate(engine, self.batches(tokens, 0)[0], after_loss=lambda: mark("loss"))
         mark("backward 0")
-        self.parameters.zero_gradients()
         for hook in hooks:
             hook.remove()
         kept = [i for i in range(len(found)) if i < 3 or i > len(found) - 3 or abs(i - len(layers)) < 5]
@@ -308,11 +311,16 @@ def run(name: str, steps: int, device: str, compiled: bool, ways: list[str]) -> 
     engine = bench.install(tokens)
     say("installed")
     result["streams"] = bench.train(engine, tokens)
+    say(result["streams"])
     if cuda:
         result["needs"] = {name: str(value) for name, value in vars(engine.planner.needs).items()}
-        result["moments"] = bench.moments(engine, tokens)
+        try:
+            result["moments"] = bench.moments(engine, tokens)
+            batches = bench.batches(tokens, 0)[:1]
+            result |= profile_of(lambda batch: bench.differentiate(engine, batch), batches)
+        except RuntimeError as error:  # such as no memory: what was measured is of interest all the same
+            result["moments"] = str(error)[:300]
     engine.close()
-    say(result["streams"])
     if whole:
         with torch.no_grad():
             for parameter, value in zip((p for p in bench.model.parameters() if p.requires_grad), start, strict=True):
@@ -355,6 +363,7 @@ def main() -> None:
         results.append(run_apart(name, command, arguments.limit_s))
         arguments.json.write_text(json.dumps(results, indent=1))
     for result in results:
+        result.pop("kernels", None)
         print(f"\n{result['run']}:", result.get("error", ""))
         for key, value in result.items():
             print(f"  {key}: {value}")
