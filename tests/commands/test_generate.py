@@ -63,7 +63,7 @@ def test_an_answer_streams_and_is_counted(make_run, tiny_model):
 
 def test_several_prompts_are_answered_together_as_each_alone_and_their_texts_come_in_order(make_run, monkeypatch):
     run, prompts = str(make_run()), ["The quick", "A much longer question, all of it", "b", "The end of"]
-    alone = [ask([prompt], adapter=run)[0].answers[0] for prompt in prompts]
+    alone = ask(prompts, adapter=run, batch_size=1)[0].answers
     taken = []
     plain = GenerationSession.answer
     monkeypatch.setattr(GenerationSession, "answer", lambda self, r, *a: taken.append(len(r)) or plain(self, r, *a))

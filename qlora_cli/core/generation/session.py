@@ -263,7 +263,9 @@ class GenerationSession:
                 )
             else:
                 model = underlying_model(self.model)
-                yield from answer_plainly(requests, start, model, settings.batch_size, settings, seed=self.seed)
+                yield from answer_plainly(
+                    requests, start, model, settings.batch_size, settings, seed=self.seed, report=self.report
+                )
         finally:
             self.path = f"transformers' own generate, because {reason}" if reason else self._describe_decoder()
 
