@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from tests.conftest import ARCHITECTURES
+from tests.experts.expert_modules import write_expert_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_losses_and_gradients_are_those_of_whole_packs(zygote, tiny_model):
-    """Fewer keys than ranks; windows and capped scores; rotary frequencies that follow from the longest row."""
+    """Fewer keys than ranks, windows and capped scores; rotary frequencies that follow from the longest row."""
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     longrope |= {"original_max_position_embeddings": 36, "factor": 4.0}
-    models = [tiny_model("qwen2", num_key_value_heads=1), tiny_model("gemma2")]
-    models.append(tiny_model("phi3", rope_parameters=longrope, original_max_position_embeddings=36))
-    compare(zygote, models, world_size=2, context=2)
+    long = tiny_model("phi3", rope_parameters=longrope, original_max_position_embeddings=36)
+    compare(zygote, [tiny_model("gemma2", num_key_value_heads=1), long], world_size=2, context=2)
 
 
 @pytest.mark.slow
@@ -27,6 +27,13 @@ def test_losses_and_gradients_are_those_of_whole_packs(zygote, tiny_model):
 def test_every_architecture_that_packs_shares_its_tokens(zygote, tiny_model, world_size, context):
     models = [tiny_model(name) for name in ARCHITECTURES if name != "bloom"]
     compare(zygote, models, world_size=world_size, context=context, gradient_checkpointing="on")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_experts_and_sinks_too(zygote, tmp_path, layout):
+    write_expert_model(layout, tmp_path / "model")
+    compare(zygote, [tmp_path / "model"], world_size=2, context=2)
 
 
 @pytest.mark.slow

@@ -274,7 +274,7 @@ def test_resumed_ranks_that_share_tokens_are_bit_for_bit_those_never_stopped(zyg
     ("world_size", "changes", "says"),
     [
         (1, {"context_parallel": 2}, "one process runs"),
-        (2, {"context_parallel": 2, "engine": "plain"}, "takes the fast engine"),
+        pytest.param(2, {"context_parallel": 2, "engine": "plain"}, "takes the fast engine", marks=pytest.mark.slow),
         pytest.param(3, {"context_parallel": 2}, "does not divide the 3 cards", marks=pytest.mark.slow),
         pytest.param(3, {"context_parallel": 3}, "cannot share 4 attention heads", marks=pytest.mark.slow),
     ],
@@ -284,6 +284,22 @@ def test_tokens_that_ranks_cannot_share_are_refused(zygote, make_run, tmp_path, 
     refused = zygote.train(run.options) if world_size == 1 else train_as_two(zygote, run, world_size=world_size)
     ended = refused.code == 2 if world_size == 1 else f"codes {[2] * world_size}" in refused.said
     assert ended and says in refused.said, refused.said
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_where_tokens_are_shared_ends_the_run_with_a_reason(zygote, make_run, tmp_path):
+    run = make_run(tmp_path / "out", **ALONE, context_parallel=2)
+    fault = {"kind": "out_of_memory", "above_tokens": 10, "from_step": 1}
+    done = train_as_two(zygote, run, fault=fault, faulty_rank=1)
+    assert "codes [1, 1]" in done.said and "with --context-parallel the other cards wait" in done.said, done.said
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_those_it_shares_tokens_with(zygote, make_run, tmp_path):
+    run = make_run(tmp_path / "out", **ALONE, context_parallel=2)
+    died = train_as_two(zygote, run, fault={"kind": "signalled", "step": 4, "number": 9}, faulty_rank=1)
+    assert "codes [1, -9]" in died.said and "Rank 1 of 2" in died.said, died.said
+    assert [int(path.name[5:]) for path in run.checkpoints] == [2, 3]  # the last whole step is saved
 
 
 @pytest.mark.slow

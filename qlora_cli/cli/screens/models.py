@@ -23,7 +23,7 @@ def of_a_model(result: dict[str, Any]) -> Screen:
             None: f"{name} needs {needed} to train with rows of {length}.",
         }
         sentences.insert(0, answer[result.get("fits")])
-        sentences += _streaming(result["settings"])
+        sentences += _held_elsewhere(result["settings"])
         facts = [
             ("to train", f"{needed} of the card, {format_bytes(result['training']['host_bytes'])} of the host"),
             ("to answer", f"{format_bytes(result['generation']['device_bytes'])} of the card"),
@@ -50,10 +50,11 @@ def of_a_model(result: dict[str, Any]) -> Screen:
     return Screen(sentences, facts, shown)
 
 
-def _streaming(settings: dict[str, Any]) -> list[str]:
-    """How a base that is larger than the card is held; nothing where it is whole there."""
-    layers = settings.get("streamed_layers")
-    return [f"The weights of {layers} layers stream from host memory as they are used."] if layers else []
+def _held_elsewhere(settings: dict[str, Any]) -> list[str]:
+    """How a base or rows that are larger than the card are held; nothing where they are whole there."""
+    layers, cards = settings.get("streamed_layers"), settings.get("context_parallel", 1)
+    said = [f"The weights of {layers} layers stream from host memory as they are used."] if layers else []
+    return said + ([f"{cards} cards share the tokens of each row."] if cards > 1 else [])
 
 
 def _remedy(result: dict[str, Any]) -> str:
@@ -94,8 +95,8 @@ def of_a_plan(result: dict[str, Any]) -> Screen:
         ("download", format_bytes(result["disk"]["download_bytes"])),
         ("written", f"{format_bytes(result['disk']['run_bytes'])} to {result['output']}"),
     ]  # fmt: skip
-    streaming = _streaming(result["settings"])
-    return Screen([first, *remedy, *begins, *streaming, trained_of(result)], facts)
+    elsewhere = _held_elsewhere(result["settings"])
+    return Screen([first, *remedy, *begins, *elsewhere, trained_of(result)], facts)
 
 
 def of_a_machine(result: dict[str, Any]) -> Screen:
