@@ -177,8 +177,8 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
     most_scratch = inf if step.measures.workspace_bytes is None else step.measures.workspace_bytes
     below = 0.0  # held on the device by the layers below
     in_transit = 0.0  # on its way to or from the host: of the layer just below of those that wait there
-    # Whoever calls the decoder holds what it is given until that returns, whether a copy of it waits on the host or not.
-    given = trace.layers[-1].recomputed.held.bytes(*size) if step.is_offloaded(0) else 0.0
+    # Whoever calls the decoder holds what the first layer is given until that returns, also when it is on its way no more.
+    given = 0.0
     for index, layer in enumerate(trace.layers):
         hidden_bytes = layer.recomputed.held.bytes(*size)
         eager = layer.recomputed if index < step.measures.recomputed else layer.kept
@@ -186,11 +186,12 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
         present = below + in_transit
         exchanged = _exchanged(layer, itemsize, step)
         forward = passes.forward.bytes(*size, most_scratch) + hidden_bytes + exchanged
-        yield f"forward pass of layer {index}", present + given * (index > 0), forward
+        yield f"forward pass of layer {index}", present + given, forward
         yield f"backward pass of layer {index}", present, passes.backward.bytes(*size, most_scratch) + exchanged
         held = _held(layer, itemsize, index, step)
         if step.is_offloaded(index):
             in_transit = held
+            given = trace.layers[0].hidden * itemsize * step.part_tokens if index else 0.0
         else:
             below += held
     logits_bytes = step.part_tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
