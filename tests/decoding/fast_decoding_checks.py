@@ -96,8 +96,8 @@ def own_answer(model, ids, count, penalty=SAMPLING.repetition_penalty):
 def answer_with(open_decoder, questions, counts, rows):
     requests = [Request(i, ids, n) for i, (ids, n) in enumerate(zip(questions, counts, strict=True))]
 
-    def start(request):
-        return GrowingCompletion(request, tokenizer=make_tokenizer(), end_ids=[NEVER])
+    def start(request, said=0):
+        return GrowingCompletion(request, tokenizer=make_tokenizer(), end_ids=[NEVER], said=said)
 
     answers = answer_all(requests, start, open_decoder, rows, seed=0, report=print)
     found = {answer.index: list(answer.ids) for answer in answers}
