@@ -50,7 +50,7 @@ WORKS = {
     "falcon": ("falcon-7b", "fixed", 24, 20, f"{QKV16} --batch-size 1 {ONE} --vram 7.6GiB"),
     "llama-8rows": ("llama-7b", "fixed", 160, 14, f"{ALL} --batch-size 8 {ONE}"),
     "llama3-long": ("llama3-8b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --max-length 4096"),
-    "llama3-least": ("llama3-8b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --vram 7.63GiB"),
+    "llama3-least": ("llama3-8b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --vram 7.95GiB"),
     "qwen3-r64": ("qwen3-8b", "fixed", 64, 16, f"--rank 64 --alpha 64 --dropout 0.1 --batch-size 2 {ONE}"),
     "mistral-long": ("mistral-7b", "fixed", 32, 16, f"{ALL} --batch-size 1 {ONE} --max-length 8192"),
     "neox-free": ("neox-20b", "fixed", 96, 12, f"{QKV8} --batch-size 4 {ONE}"),

@@ -1,0 +1,60 @@
+"""When layers are multiplied in 8 bits: as asked where the card can, as before where a run goes on, else not, and it is said."""
+
+import pytest
+import torch
+
+from qlora_cli.core.matmul import choice
+from qlora_cli.core.matmul.choice import ProductTrial, is_wanted
+from qlora_cli.errors import UsageError
+from qlora_cli.settings.groups import StepSettings
+
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """Sets that of the card."""
+    return lambda *number: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: number)
+
+
+def ask(matmul, trial=None, *, dtype=torch.bfloat16, tokens=8192, moves="", events=None):
+    report = (lambda event: None) if events is None else events.append
+    return is_wanted(StepSettings(matmul=matmul), trial or ProductTrial(), CARD, dtype, tokens, moves, report)
+
+
+@pytest.mark.parametrize(("number", "dtype"), [((8, 0), torch.bfloat16), ((9, 0), torch.float16)])
+def test_what_the_card_or_the_dtype_cannot_do_is_refused_with_what_helps(capability, number, dtype):
+    capability(*number)
+    with pytest.raises(UsageError) as caught:
+        ask("fp8", dtype=dtype)
+    assert "fp8" in caught.value.message and "--matmul bf16" in caught.value.hint
+    assert not ask("bf16", dtype=dtype) and not ask("auto", dtype=dtype)
+
+
+@pytest.mark.parametrize("number", [(8, 9), (9, 0), (10, 0), (12, 0)])
+def test_cards_with_8_bit_arithmetic_are_taken(capability, number):
+    capability(*number)
+    assert ask("fp8")
+
+
+def test_a_run_that_began_in_8_bits_does_not_go_on_where_there_are_none(capability):
+    capability(8, 0)
+    recorded = {"asked": "auto", "matmul": "fp8", "kept": []}
+    with pytest.raises(UsageError, match="this run multiplies in fp8"):
+        ask("auto", ProductTrial(recorded=recorded, resumed=True))
+
+
+@pytest.mark.parametrize("moves", ["sharded", "streamed"])
+def test_a_base_that_is_not_all_on_the_card_is_multiplied_in_bf16_and_that_is_said(capability, moves):
+    capability(9, 0)
+    events: list = []
+    assert not ask("fp8", moves=moves, events=events)
+    assert moves in events[0].text
+
+
+def test_auto_takes_many_tokens_alone(capability, monkeypatch):
+    capability(9, 0)
+    monkeypatch.setattr(choice, "AUTO_TOKENS", 2048)
+    assert ask("auto", tokens=2048) and not ask("auto", tokens=2047) and not ask("auto", moves="streamed")
+    capability(8, 6)
+    assert not ask("auto")
