@@ -71,6 +71,13 @@ def has_float8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def is_tried(settings: StepSettings, tokens: int, *, on_cuda: bool) -> bool:
+    """Whether a run that begins with micro-batches of so many tokens tries 8 bits, where the card has them."""
+    if settings.matmul == "auto":
+        return AUTO_TOKENS is not None and on_cuda and tokens >= AUTO_TOKENS and settings.engine == "fast"
+    return settings.matmul == "fp8"
+
+
 def is_wanted(
     settings: StepSettings,
     trial: ProductTrial,
@@ -91,13 +98,10 @@ def is_wanted(
     """
     asked, recorded = settings.matmul, recorded_choice(settings, trial)
     fits = has_float8(device) and (device.type == "cpu" or compute_dtype == torch.bfloat16)
+    wanted = is_tried(settings, tokens, on_cuda=device.type == "cuda")
     if asked == "auto":
-        if trial.resumed:  # as it went so far
-            wanted = recorded is not None and recorded.matmul == "fp8"
-        else:
-            wanted = AUTO_TOKENS is not None and device.type == "cuda" and tokens >= AUTO_TOKENS and fits and not moves
-    else:
-        wanted = asked == "fp8"
+        # A run that goes on is computed as it was so far.
+        wanted = recorded is not None and recorded.matmul == "fp8" if trial.resumed else wanted and fits and not moves
     if not wanted:
         return False
     if not fits:

@@ -24,6 +24,7 @@ from qlora_cli.core.engine.memory_plan import (
     plan_as_asked,
     settle,
 )
+from qlora_cli.core.matmul.choice import is_tried
 from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,
     ResolvedStep,
@@ -156,7 +157,7 @@ def plan_training(
         row_tokens=lengths.row_tokens,
         optimizer=optimizer,
         engine=settings.engine,
-        in_8_bits=settings.matmul == "fp8" and settings.engine == "fast",
+        in_8_bits=is_tried(settings, lengths.batch_tokens(settings.batch_size), on_cuda=on_cuda),
         on_cuda=on_cuda,
         shards=shards,
         shard_offload=shard_offload,
