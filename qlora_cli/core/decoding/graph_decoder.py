@@ -164,7 +164,12 @@ class GraphDecoder(Decoder):
     def _advance(self, width: int) -> None:
         length = self._attended_length()
         if width > 1 and self.fast.guesses is Guesses.UNTRIED:
-            self.fast.guesses = self._try_guesses(length)
+            try:
+                self.fast.guesses = self._try_guesses(length)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError):  # this architecture's own code has it that a row has one new token
+                self.fast.guesses = Guesses.WRONG
         if self.fast.guesses not in self.allowed:
             width = 1
         # In the first step of this model fused attention is compared with the model's own.
@@ -241,6 +246,10 @@ class GraphDecoder(Decoder):
             raise
         except RuntimeError as error:  # something in this architecture waits for the device
             torch.cuda.synchronize()
+            if width > 1:  # steps of one may well be captured
+                self.fast.guesses = Guesses.WRONG
+                self._advance(1)
+                return None
             self.reason = first_line(error)
             self._fused_step(length, width)
             return None
