@@ -50,13 +50,14 @@ def run_on_cpu(world_size: int, context: int, directories: list[str], **settings
     assert codes == [0] * world_size, codes
 
 
-def check(kind: str, context: int, directories: list[str], tolerance: float = 1e-5, **settings: object) -> None:
+def check(kind: str, context: int, directories: list[str], **settings: object) -> None:
     """One rank. Fails where a loss or a gradient is another one."""
     device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     ranks = ProcessGroup(dist.get_rank(), dist.get_world_size(), context)
+    of_loss, of_gradients = (2e-3, 3e-2) if kind == "cuda" else (1e-5, 1e-5)  # rounding in bf16, and in float32
     for directory in directories:
         model = adapted(directory, device)
         whole = losses(model, device, ProcessGroup(), **settings)
@@ -67,7 +68,8 @@ def check(kind: str, context: int, directories: list[str], tolerance: float = 1e
             found, found_gradients = shared[name]
             gap, size = (found_gradients - gradients).norm(), gradients.norm()
             where = f"{directory}, {name}: loss {found} for {loss}, gradients {gap / size:.2e} apart"
-            assert torch.allclose(found, loss, rtol=tolerance) and gap <= tolerance * size, where
+            print(where, flush=True)
+            assert torch.allclose(found, loss, rtol=of_loss) and gap <= of_gradients * size, where
     print(f"all as one rank's, {len(directories)} models", flush=True)
     dist.destroy_process_group()
 
@@ -112,4 +114,4 @@ def losses(
 
 
 if __name__ == "__main__":
-    check("cuda", int(sys.argv[1]), sys.argv[2:], tolerance=2e-2)
+    check("cuda", int(sys.argv[1]), sys.argv[2:])
