@@ -28,7 +28,7 @@ PACKS = {
     "cut between rows": (30, 30),
     "one row of odd length": (67,),
     "equal rows": (32, 32),
-    "fewer tokens than ranks": (2,),
+    "no more tokens than ranks": (2,),
 }
 LONG = {"one long row": (601,), "equal long rows": (320, 320), "long rows": (300, 777)}  # on cards, of other kernels
 
@@ -38,7 +38,7 @@ def packs(device: torch.device) -> dict[str, MicroBatch]:
     rng = np.random.default_rng(0)
     made = {}
     for name, lengths in (PACKS | (LONG if device.type == "cuda" else {})).items():
-        rows = [(rng.integers(2, 384, n).astype(np.int32), rng.random(n) < 0.8) for n in lengths]
+        rows = [(rng.integers(2, 384, n).astype(np.int32), rng.random(n) < (0.8 if n > 2 else 1)) for n in lengths]
         made[name] = collate(rows, range(len(rows)))
     ids = rng.integers(2, 384, 64).astype(np.int32)
     return {**made, "trained at its end": collate([(ids, np.arange(64) >= 60)], [0])}
