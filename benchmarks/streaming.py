@@ -66,7 +66,7 @@ def plan_of(setting: Setting, compiled: bool, **asked):
 class Bench:
     """One model and its steps."""
 
-    def __init__(self, setting: Setting, device: str, steps: int, compiled: bool) -> None:
+    def __init__(self, setting: Setting, device: str, steps: int, compiled: bool, matmul: str = "bf16") -> None:
         import torch
         from support.models import build
         from support.random_base import build_base
@@ -78,7 +78,7 @@ class Bench:
         from qlora_cli.settings.groups import LoraSettings
 
         architecture, adapter, _, self.rows, self.tokens = setting
-        self.device, self.steps, self.compiled = torch.device(device), steps, compiled
+        self.device, self.steps, self.compiled, self.matmul = torch.device(device), steps, compiled, matmul
         self.cuda = device == "cuda"
         config = make_config(architecture)
         if config.tie_word_embeddings or hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
@@ -128,7 +128,7 @@ class Bench:
             torch.cuda.empty_cache()
         return install_engine(
             self.model,
-            StepSettings(**{"resident_weights": False, "compile": self.compiled, **asked}),
+            StepSettings(**{"resident_weights": False, "compile": self.compiled, "matmul": self.matmul, **asked}),
             device=self.device,
             compute_dtype=torch.bfloat16,
             max_tokens=tokens,
@@ -243,7 +243,7 @@ def difference(first: tuple, second: tuple) -> dict:
     return {"loss": abs(first[0] - second[0]), "gradients": float((first[1] - second[1]).norm()) / norm}
 
 
-def run(name: str, steps: int, device: str, compiled: bool, ways: list[str]) -> dict:
+def run(name: str, steps: int, device: str, compiled: bool, ways: list[str], matmul: str) -> dict:
     """Some ways of one model, or all of them."""
     import torch
 
@@ -260,13 +260,13 @@ def run(name: str, steps: int, device: str, compiled: bool, ways: list[str]) -> 
         print(f"    {time.time() - started:6.1f} s  {what}", flush=True)
 
     limit_gib = RUNS[name].limit_gib
-    plan = plan_of(RUNS[name], compiled, **({} if cuda else {"stream": True}))
+    plan = plan_of(RUNS[name], compiled, matmul=matmul, **({} if cuda else {"stream": True}))
     measures, tokens = plan.measures, plan.token_budget
     result: dict = {"run": name, "limit_gib": limit_gib, "plan": str(measures), "micro_batch_tokens": tokens}
     say(result)
     if cuda:  # before the first allocation: segments that can grow
         limit_memory(torch.device("cuda", 0), torch.cuda.get_device_properties(0).total_memory)
-    bench = Bench(RUNS[name], device, steps, compiled)
+    bench = Bench(RUNS[name], device, steps, compiled, matmul)
     result["link_gb_s"] = link_bytes_per_second(bench.device) / 1e9 if cuda else 0.0
     say(f"built; link {result['link_gb_s']:.1f} GB/s")
     same = {
@@ -346,16 +346,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--limit-s", type=int, default=150)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--matmul", default="bf16")
     parser.add_argument("--way", action="append", choices=WAYS, help="all of them, if none is named")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, default=Path("streaming.json"))
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        options = (arguments.steps, arguments.device, arguments.compile, arguments.way or WAYS)
+        options = (arguments.steps, arguments.device, arguments.compile, arguments.way or WAYS, arguments.matmul)
         print("RESULT " + json.dumps(run(arguments.inside, *options)), flush=True)
         return
-    flags = ["--steps", arguments.steps, "--device", arguments.device]
+    flags = ["--steps", arguments.steps, "--device", arguments.device, "--matmul", arguments.matmul]
     flags += ["--compile"] * arguments.compile + [f"--way={way}" for way in arguments.way or ()]
     results = []
     for name in arguments.run or [n for n in RUNS if n != "tiny"]:

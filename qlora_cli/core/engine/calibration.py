@@ -363,12 +363,12 @@ def install_products(
     settings: StepSettings,
     trial: ProductTrial,
     largest_tokens: int,
-    moves: str,
+    sharded: bool,
     report: Report,
 ) -> ProductRecord | None:
     """Marks the linears that are multiplied in 8 bits, which the next `fuse` does; layers are recomputed while they are
     tried, so that the rows fit where a step does. What comes of it is reported, and returned where any are wanted."""
-    if not is_wanted(settings, trial, trials.device, trials.values.dtype, largest_tokens, moves, report):
+    if not is_wanted(settings, trial, trials.device, trials.values.dtype, largest_tokens, sharded, report):
         return None
     if any(find_experts(trials.decoder)):
         report(Notice("Routed experts are multiplied in the compute dtype, without --matmul fp8."))

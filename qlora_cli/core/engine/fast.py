@@ -109,9 +109,8 @@ class FastEngine:
             self.report(Notice("The output head is not a plain one; logits are held in full."))
         self._install_attention()
         self._swap_layers()
-        moves = "sharded" if self.sharded else "streamed" if self.streamed else ""
         given = self.linears, self.layer_plans, self.trials, settings, trial
-        self.products = install_products(*given, self.largest_tokens, moves, self.report)
+        self.products = install_products(*given, self.largest_tokens, self.sharded, self.report)
         if self.products is not None:
             self.linears.fuse(resident=self.linears.resident, workspace_bytes=SLICE_BYTES if self.on_cuda else None)
         elements = self.linears.dense_bytes // self.values.dtype.itemsize

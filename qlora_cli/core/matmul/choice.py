@@ -84,14 +84,14 @@ def is_wanted(
     device: torch.device,
     compute_dtype: torch.dtype,
     tokens: int,
-    moves: str,
+    sharded: bool,
     report: Report,
 ) -> bool:
     """Whether layers are to be multiplied in 8 bits, as far as the gate lets them.
 
     Args:
         tokens: Of the largest micro-batch.
-        moves: What the base is, whose weights are not all on the device: sharded or streamed; empty where they are.
+        sharded: Whether the base is, of whose weights no card sees whole rows and columns.
 
     Raises:
         UsageError: It was asked for and cannot be.
@@ -101,7 +101,7 @@ def is_wanted(
     wanted = is_tried(settings, tokens, on_cuda=device.type == "cuda")
     if asked == "auto":
         # A run that goes on is computed as it was so far.
-        wanted = recorded is not None and recorded.matmul == "fp8" if trial.resumed else wanted and fits and not moves
+        wanted = recorded is not None and recorded.matmul == "fp8" if trial.resumed else wanted and fits and not sharded
     if not wanted:
         return False
     if not fits:
@@ -110,8 +110,8 @@ def is_wanted(
             f"--matmul {asked}: this run multiplies in fp8, which {what} does not.",
             "It takes an Ada, Hopper or later card and bfloat16. Use --matmul bf16 (with --resume: --allow-changes).",
         )
-    if moves:
-        report(Notice(f"Layers are multiplied in bf16, without --matmul fp8: the base is {moves}."))
+    if sharded:
+        report(Notice("Layers are multiplied in bf16, without --matmul fp8: the base is sharded."))
         return False
     if device.type == "cpu":
         report(Notice("There is no fp8 on a CPU: it is emulated, which is slower than bf16."))

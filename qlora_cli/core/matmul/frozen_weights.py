@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.core.models.quantization import STREAMED
 from qlora_cli.core.models.structure import is_plain_linear
 from qlora_cli.kernels import float8
 from qlora_cli.kernels.weights import FrozenWeight
@@ -28,5 +29,7 @@ def frozen_weight(
         return None
     packed = FrozenWeight.of_state(state, weight.detach().as_subclass(Tensor).view(torch.uint8).flatten())
     if in_8_bits:
+        if (bring := module.__dict__.get(STREAMED)) is not None:
+            bring()  # its scales are of all its values
         return float8.with_codes(packed, resident=resident)
     return FrozenWeight(packed.rows, packed.columns, dense=packed.values(dtype)) if resident else packed
