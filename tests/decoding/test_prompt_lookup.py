@@ -62,7 +62,11 @@ def test_guesses_right_and_wrong_leave_the_answers_of_transformers(tuned, oracle
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}, {"temperature": 0.7, "top_k": 20}],
+    [
+        {},
+        {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2},
+        pytest.param({"temperature": 0.7, "top_k": 20}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_looked_up_changes_no_answer(tuned, settings):  # noqa: F811
     """Two prompts one after another in one row, of which the second finds nothing of the first."""
@@ -77,15 +81,15 @@ def test_what_is_looked_up_changes_no_answer(tuned, settings):  # noqa: F811
 def test_an_answer_ends_inside_guesses_as_without(tuned, oracle):  # noqa: F811
     model, (ids,) = tuned("llama"), make_prompts((5,))
     sampling = {"repetition_penalty": 1.4}
-    (whole,), _ = answers_of(model, [ids], [30], **sampling)
+    (whole,), _ = answers_of(model, [ids], [20], **sampling)
     oracle(ids, whole[0])
-    ends = [({"end_ids": [whole[0][n]]}, ENDED) for n in (1, 5, 12)]
-    ends += [({"stop": (whole[1][n : n + 3],)}, STOPPED) for n in (4, 9, 20)]
+    ends = [({"end_ids": [whole[0][n]]}, ENDED) for n in (1, 12)]
+    ends += [({"stop": (whole[1][n : n + 3],)}, STOPPED) for n in (9,)]
     for given_, end in ends:
-        without, _ = answers_of(model, [ids], [30], **given_, **sampling)
-        found, _ = answers_of(model, [ids], [30], prompt_lookup="on", **given_, **sampling)
+        without, _ = answers_of(model, [ids], [20], **given_, **sampling)
+        found, _ = answers_of(model, [ids], [20], prompt_lookup="on", **given_, **sampling)
         assert found == without and found[0][2] == end
-    for count in (1, 2, 7, 8, 9):
+    for count in (1, 7, 8):
         (found,), _ = answers_of(model, [ids], [count], prompt_lookup="on", **sampling)
         assert (found[0], found[2]) == (whole[0][:count], LENGTH)
 
