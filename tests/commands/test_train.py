@@ -88,6 +88,7 @@ def short_run(tiny_model, data, place):
         "learning_rate": 5e-3,
         "dropout": 0.1,
         "rank": 4,
+        "target_modules": ("q_proj", "down_proj"),
         "eval_rows": 6,
         "eval_every": 4,
         "save_every": 2,
@@ -337,14 +338,14 @@ def test_a_tracker_gets_the_numbers_and_no_path_and_writes_nothing_to_stdout(opt
 
 
 def test_sample_prompts_are_answered_before_during_and_after_and_change_nothing(straight, options):
-    asked = {"sample_prompt": ("What is 1 + 2?", "What is 5 + 7?"), "sample_every": 4}
+    asked = {"sample_prompt": ("What is 1 + 2?", "What is 5 + 7?"), "sample_every": 6}
     events: list = []
     run(options, events, **asked, engine="fast")
     output = Path(options["output"])
     assert weights(output) == weights(straight)
     samples = [event for event in events if isinstance(event, SampleAnswered)]
     assert [(event.step, event.prompt) for event in samples] == [
-        (step, prompt) for step in (0, 4, 8, 9) for prompt in asked["sample_prompt"]
+        (step, prompt) for step in (0, 6, 9) for prompt in asked["sample_prompt"]
     ]
     settings = GenerateConfig(
         adapter=str(output), temperature=0, repetition_penalty=1.0, max_new_tokens=64, engine="plain", base_cache=False
@@ -359,7 +360,7 @@ def test_sample_prompts_are_answered_before_during_and_after_and_change_nothing(
         train(TrainConfig(**options | asked | {"overwrite": True}), stopping_at(5, []))
     run(options, resume=True, **asked)
     steps = [line["step"] for line in metrics(output) if "answer" in line]
-    assert steps == [0, 4, 8, 9]
+    assert steps == [0, 6, 9]
 
 
 # ---------------------------------------------------------------- going on
@@ -552,6 +553,7 @@ def test_with_no_checkpoint_that_verifies_nothing_starts_over_by_itself(interrup
 # Too high a rate: the held-out loss falls for two steps and rises again.
 WORSENING = {
     "init": "default",
+    "target_modules": None,
     "learning_rate": 2e-2,
     "scheduler": "constant",
     "max_steps": 3,
@@ -730,7 +732,7 @@ def test_a_lock_keeps_a_second_run_out_and_falls_with_its_process(options, tmp_p
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(options, monkeypatch):
     monkeypatch.setattr("qlora_cli.commands.train.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
-    plan = run(options, dry_run=True, max_steps=None, epochs=2.0).to_dict()
+    plan = run(options, dry_run=True, target_modules=None, max_steps=None, epochs=2.0).to_dict()
     assert (plan["rows"], plan["held_out_rows"], plan["total_steps"], plan["first_step"]) == (42, 6, 22, 1)
     assert plan["trainable_parameters"] > 0 and plan["settings"]["optimizer"] in ("adamw", "paged_adamw_8bit")
     assert plan["memory"]["peak_bytes"] > plan["memory"]["base_bytes"] > 0

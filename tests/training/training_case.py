@@ -113,6 +113,7 @@ def make_case(
     wrap_engine: Any = lambda engine: engine,
     compute_dtype: torch.dtype = torch.float32,
     deferred: bool = False,
+    target_modules: tuple[str, ...] | None = ("q_proj", "down_proj"),
     on_step: Callable[[StepLogged], Any] = lambda event: None,
 ) -> Case:
     """Builds a run on a tiny base, or with `resume` the continuation of the one saved in `root`.
@@ -128,7 +129,8 @@ def make_case(
     frozen, _ = load_base(
         resolve_model(str(base)), QuantizationSettings(base_cache=False), compute_dtype=compute_dtype, device=CPU
     )
-    model = attach_adapter(frozen, LoraSettings(rank=4, alpha=8, dropout=dropout), seed=0)
+    lora = LoraSettings(rank=4, alpha=8, dropout=dropout, target_modules=target_modules)
+    model = attach_adapter(frozen, lora, seed=0)
     engine = install_engine(
         model,
         StepSettings(engine="plain", neftune_noise_alpha=noise_alpha),
