@@ -210,7 +210,7 @@ def rows(layer: Layer) -> list[dict]:
     ways = {
         "sort": (lambda: route(ids, layer.experts), 8 * pairs),
         "sort of one token": (lambda: route(ids[:1], layer.experts), 0),
-        "spread": (lambda: kernels.spread(x, routing), size * layer.hidden),
+        "expand": (lambda: kernels.expand(x, routing), size * layer.hidden),
         "join": (lambda: kernels.join(full, routing, weights), size * layer.hidden),
         "gate": (lambda: kernels.gate(wide, routing, silu), size * 3 * layer.inner),
         "gate backward": (

@@ -20,10 +20,10 @@ def send(*numbers):
 
 def loading(): send(signal.SIGINT)
 def terminated_loading(): send(signal.SIGTERM)
-def working(*_): send(signal.SIGINT); time.sleep(60)
-def terminated(*_): send(signal.SIGTERM); time.sleep(60)
-def hung_up(*_): send(signal.SIGHUP); time.sleep(60)
-def group_and_passed_on(*_): send(signal.SIGINT, signal.SIGINT); time.sleep(60)
+def working(*_): send(signal.SIGINT); time.sleep(1200)
+def terminated(*_): send(signal.SIGTERM); time.sleep(1200)
+def hung_up(*_): send(signal.SIGHUP); time.sleep(1200)
+def group_and_passed_on(*_): send(signal.SIGINT, signal.SIGINT); time.sleep(1200)
 def swallowed(*_):
     with contextlib.suppress(BaseException): send(signal.SIGINT)
     raise ModuleNotFoundError("No module named 'torch.x'")
@@ -33,7 +33,7 @@ def recursion(*_):
 def typed_twice(*_):
     with contextlib.suppress(BaseException): send(signal.SIGINT)
     interrupts.AGAIN_SECONDS = 0.0
-    send(signal.SIGINT); time.sleep(60)
+    send(signal.SIGINT); time.sleep(1200)
 def in_a_lazy_import(*_):
     with interrupts.loading(): send(signal.SIGINT)
 def none(*_): return types.SimpleNamespace(to_dict=dict)

@@ -105,12 +105,13 @@ def black_hole() -> Iterator[int]:
 
 def test_an_address_that_swallows_everything_is_said_after_one_wait(tmp_path):
     script = """
-import json, sys, time
-from qlora_cli.core.models.hub import ANSWER_SECONDS, READ_FILES, download_snapshot
+import json, sys
+from qlora_cli.core.models import hub
+from qlora_cli.core.models.hub import READ_FILES, download_snapshot
 def report(event):
-    print(json.dumps([time.monotonic() - started, ANSWER_SECONDS, event.text]))
+    print(json.dumps([patience_seconds, event.text]))
     sys.exit(0)
-started = time.monotonic()
+patience_seconds, hub.ANSWER_SECONDS = hub.ANSWER_SECONDS, 0.5  # nothing comes, however long it is waited for
 download_snapshot("org/model", None, READ_FILES, kind="model", report=report)
 """
     with black_hole() as port:
@@ -118,10 +119,9 @@ download_snapshot("org/model", None, READ_FILES, kind="model", report=report)
         environment = {**os.environ, **environment, "PYTHONPATH": str(PROJECT)}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    seconds, patience_seconds, said = json.loads(done.stdout)
-    print(f"said after {seconds:.1f} s: {said}")
+    patience_seconds, said = json.loads(done.stdout)
     assert said.startswith("The hub does not answer") and "attempt 2 of 5 for org/model follows" in said
-    assert patience_seconds <= 10  # what is measured is printed: a busy machine takes longer to begin
+    assert patience_seconds <= 10
 
 
 def test_a_download_is_announced_and_its_bytes_are_counted_to_the_end(download, hub, tmp_path):

@@ -89,7 +89,7 @@ def test_where_no_copy_can_be_kept_that_is_said(directories):  # noqa: F811
         load_from_disk(directories("llama"), base_cache=False)
 
 
-@pytest.mark.parametrize("delay", [0, 0.002])
+@pytest.mark.parametrize("delay", [0, 0.01])
 def test_that_steps_wait_for_the_disk_is_said_once(tmp_path, delay):
     (tmp_path / "layers").write_bytes(bytes(range(40)))
     file, said = MappedFile(tmp_path / "layers"), []

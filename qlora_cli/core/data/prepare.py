@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +23,7 @@ from qlora_cli.artifacts import (
     write_json,
 )
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter, manifest_sha256
-from qlora_cli.core.data.sources import Source, join_identities, read_data_sets, resolve_source
+from qlora_cli.core.data.sources import Source, join_identities, read_data_sets, read_paths, resolve_source
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
@@ -80,13 +79,6 @@ class PreparedSummary:
 def cache_directory() -> Path:
     """Where rows prepared by `train --data` are kept."""
     return cache_root() / "prepared"
-
-
-def read_paths(settings: DataSettings) -> list[Path]:
-    """Local files and folders that settings name for reading; of a pattern, the folder before its first wildcard."""
-    data = [data_set.name for data_set in read_data_sets(settings.data)] if settings.data else []
-    names = (*data, settings.template, settings.chat_template)
-    return [Path(re.split(r"[^/]*[*?\[]", name)[0] or ".").expanduser() for name in names if name]
 
 
 def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None", report: Report) -> int:

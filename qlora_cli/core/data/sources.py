@@ -20,6 +20,7 @@ from qlora_cli.core.reading.readers import CHUNK_BYTES, KINDS, kind_of, read_chu
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
+from qlora_cli.settings.groups import DataSettings
 from qlora_cli.sizes import format_bytes
 
 SPLITS = {
@@ -71,6 +72,13 @@ def read_data_sets(data: str | Sequence[str] | None) -> list[DataSet]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"--data {twice} is given twice.", "Give each data set once; --epochs repeats all of them.")
     return sets
+
+
+def read_paths(settings: DataSettings) -> list[Path]:
+    """Local files and folders that settings name for reading; of a pattern, the folder before its first wildcard."""
+    data = [data_set.name for data_set in read_data_sets(settings.data)] if settings.data else []
+    names = (*data, settings.template, settings.chat_template)
+    return [Path(re.split(r"[^/]*[*?\[]", name)[0] or ".").expanduser() for name in names if name]
 
 
 def _read_data_set(text: str) -> DataSet:

@@ -74,7 +74,7 @@ def compare_runs(
 
 def _figures(name: str, directory: Path, facts: Mapping[str, Any], losses: Losses) -> dict[str, Any]:
     progress = facts.get("progress") or {}
-    found = {told: progress.get(known) for told, known in FIGURES.items()}
+    found = {shown: progress.get(known) for shown, known in FIGURES.items()}
     curve = [value for _, value in losses.mean]
     stride = max(1, -(-len(curve) // CURVE_POINTS))
     return {

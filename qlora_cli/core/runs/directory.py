@@ -27,7 +27,7 @@ from qlora_cli.artifacts import (
     temporary_beside,
 )
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.data.prepare import read_paths
+from qlora_cli.core.data.sources import read_paths
 from qlora_cli.core.storage.checkpoint import is_checkpoint, list_checkpoints, remove_leftovers, step_of
 from qlora_cli.core.storage.lock import locked
 from qlora_cli.core.storage.ownership import (

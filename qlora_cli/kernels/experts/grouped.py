@@ -78,11 +78,11 @@ def _tiles_are_faster(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-def spread_and_multiply(x: Tensor, weight: FrozenWeight, routing: Routing) -> Tensor:
+def expand_and_multiply(x: Tensor, weight: FrozenWeight, routing: Routing) -> Tensor:
     """The product of the places' rows, where few are read through their tokens."""
     experts, pairs = len(routing.ends), len(routing.source)
     if not _are_few(pairs, weight, experts):
-        return multiply(rows.spread(x, routing)[0], weight, routing.ends)
+        return multiply(rows.expand(x, routing)[0], weight, routing.ends)
     few = lanes.takes_lanes(x) and pairs <= LANE_ROWS * experts
     product = lanes.multiply_lanes if few else products.multiply_packed
     return product(x, weight, weight.columns, routing.ends, source=routing.source, choices=routing.choices)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.experts import low_rank, rows
-from qlora_cli.kernels.experts.grouped import multiply, spread_and_multiply
+from qlora_cli.kernels.experts.grouped import expand_and_multiply, multiply
 from qlora_cli.kernels.experts.operands import NO_GATE, Gate, Lora, Routing
 from qlora_cli.kernels.experts.routing import route
 from qlora_cli.kernels.weights import FrozenWeight
@@ -62,7 +62,7 @@ def _up_op(
         ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
     )
     x = x.contiguous()
-    out = spread_and_multiply(x, weight, routing)
+    out = expand_and_multiply(x, weight, routing)
     if first is None or second is None:
         return out, x.new_empty(0)
     projected = low_rank.project(x, first, ends, scaling, source, choices)
@@ -244,7 +244,7 @@ def _down_backward_op(
     weight = _weight(
         ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
     )
-    above, dots = rows.spread(grad, routing, bias)
+    above, dots = rows.expand(grad, routing, bias)
     below = multiply(above, weight, ends, backward=True)
     of_projected = None
     if first is not None and second is not None:

@@ -1,4 +1,4 @@
-"""Rows of experts: spread from tokens, gated, and joined to tokens again, a launch each (Triton)."""
+"""Rows of experts: expanded from tokens, gated, and joined to tokens again, a launch each (Triton)."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ COLUMNS = 2048  # most columns that a program has at once
 
 
 @triton.jit
-def _spread(x, source, out, bias, expert, dots, size, choices, experts, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr):
+def _expand(x, source, out, bias, expert, dots, size, choices, experts, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr):
     """Each place's row of its token; with `bias`, also its product with that of the place's expert."""
     place = tl.program_id(0).to(tl.int64)
     token = (tl.load(source + place) // choices).to(tl.int64)
@@ -195,7 +195,7 @@ def _columns(size: int) -> int:
     return min(COLUMNS, max(16, triton.next_power_of_2(size)))
 
 
-def spread(x: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def expand(x: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Rows of the places, (pairs, size), of those of the tokens, (tokens, size).
 
     Args:
@@ -207,7 +207,7 @@ def spread(x: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Ten
     out = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
     dots = None if bias is None else torch.empty(pairs, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _spread[(pairs,)](
+        _expand[(pairs,)](
             x,
             routing.source,
             out,
