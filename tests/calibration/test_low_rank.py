@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_cli.core.calibration.activation_stream import ActivationStream
 from qlora_cli.core.calibration.low_rank import DAMPING, SecondMoment, answer_error
 
 
@@ -72,3 +74,28 @@ def test_both_moments_give_one_answer_on_a_wide_layer():
 def test_an_error_of_zero_leaves_nothing_to_set():
     a, b = answer_error(torch.zeros(8, 8), SecondMoment(), 4, 1.0)
     assert len(a) == 0 and b.shape == (8, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_16_bit_inputs_on_a_card_are_those_of_float64(dtype):
+    x = torch.randn(3000, 192, device="cuda").to(dtype)
+    moment = SecondMoment()
+    for part in x.split(1000):
+        moment.add_inputs(part)
+    exact = x.double().T @ x.double()
+    assert moment.inputs.dtype == torch.float32
+    assert float((moment.inputs.double() - exact).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.gpu
+def test_hidden_states_that_stay_on_a_card_are_those_that_lie_on_the_host():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval().cuda()
+    batches = [torch.randint(64, (2, 24)) for _ in range(2)]
+    staying, away = (ActivationStream(model, batches, may_stay=may) for may in (True, False))
+    for stream in (staying, away):
+        for _ in stream.layers:
+            stream.advance()
+    assert all(torch.equal(staying.logits(i), away.logits(i)) for i in range(2))

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.engine.decoder_layers import LayerCall, find_layers
 from qlora_cli.core.engine.lora_linear import noted_calls
 from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.errors import ModelError, first_line
 
+HOST = torch.device("cpu")
 PROBE_TOKENS = 16
+RESIDENT_SHARE = 1 / 16  # of free memory, that a stream which may stay on the device may take
 
 
 class ActivationStream:
-    """The inputs of every layer of a decoder over some batches, of which one layer's are held at a time, on the host.
+    """The inputs of every layer of a decoder over some batches, of which one layer's are held at a time.
 
     Attributes:
         layers: The decoder's.
@@ -24,12 +27,14 @@ class ActivationStream:
         counted: How many of them, from the first, `watch` looks at; all by default.
     """
 
-    def __init__(self, base: Any, batches: Sequence[Tensor]) -> None:
+    def __init__(self, base: Any, batches: Sequence[Tensor], *, may_stay: bool = False) -> None:
         """Looks up the embeddings and what each layer is called with.
 
         Args:
             base: A causal language model in evaluation mode, adapted or not.
-            batches: (rows, length) int64 token ids each, without padding.
+            batches: (rows, length) int64 token ids each; padding, if any, behind.
+            may_stay: Whether hidden states stay on the device where they are small beside what is free there; else they
+                lie on the host.
 
         Raises:
             ModelError: The model is no stack of layers that take hidden states, (rows, length, size), in front.
@@ -39,9 +44,12 @@ class ActivationStream:
         self.batches = self.counted = len(batches)
         self._base, self._batches = base, batches
         self._device = base.device
-        # Hidden states of each batch on the host, and what the layers are called with beside them, one a layer.
+        # Hidden states of each batch, and what the layers are called with beside them, one a layer.
         started = [self._start(decoder, batch) for batch in batches]
         self._hidden: list[Tensor] = [hidden for hidden, _ in started]
+        stays = may_stay and sum(h.nbytes for h in self._hidden) <= RESIDENT_SHARE * read_free_bytes(self._device)
+        self._home = self._device if stays else HOST
+        self._hidden = [hidden.to(self._home) for hidden in self._hidden]
         self._calls: list[list[LayerCall]] = [calls for _, calls in started]
         self._probe = self._start(decoder, batches[0][:1, :PROBE_TOKENS])
         self._at = 0
@@ -99,7 +107,7 @@ class ActivationStream:
     def advance(self) -> None:
         """Moves every batch through the next layer, as that is now."""
         for batch in range(self.batches):
-            self._hidden[batch] = self.outputs(batch).cpu()
+            self._hidden[batch] = self.outputs(batch).to(self._home)
         self._at += 1
 
 

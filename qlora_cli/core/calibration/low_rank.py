@@ -39,15 +39,13 @@ class SecondMoment:
 
     def add_inputs(self, x: Tensor) -> None:
         """Adds inputs, (tokens, in)."""
-        values = x.float()
-        product = values.T @ values
+        product = _squared(x)
         self.inputs = product if self.inputs is None else self.inputs.add_(product)
         self._count(x)
 
     def add_errors(self, x: Tensor, error: Tensor) -> None:
         """Adds the output's errors at inputs, (tokens, in); `error` is E (out, in) in the inputs' dtype."""
-        values = (x @ error.T).float()
-        product = values.T @ values
+        product = _squared(x @ error.T)
         self.errors = product if self.errors is None else self.errors.add_(product)
         self._count(x)
 
@@ -72,6 +70,15 @@ class SecondMoment:
             return error @ back
 
         return multiply
+
+
+def _squared(x: Tensor) -> Tensor:
+    """xᵀ x (in, in) float32 of x (tokens, in). Products of two numbers of 16 bits are exact in float32, in which a GPU sums
+    them some ten times faster than it multiplies float32."""
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return torch.mm(x.T, x, out_dtype=torch.float32)
+    values = x.float()
+    return values.T @ values
 
 
 def leading_directions(error: Tensor, multiply: Callable[[Tensor], Tensor], rank: int) -> tuple[Tensor, Tensor]:

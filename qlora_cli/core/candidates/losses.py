@@ -97,7 +97,7 @@ def measure_losses(
     streams = {}
     for name in (*plain, LIVE, *candidates):
         others = seen if name in knowing or (name == LIVE and knowing) else ()
-        streams[name] = ActivationStream(base, [*others, *batches])
+        streams[name] = ActivationStream(base, [*others, *batches], may_stay=True)
         streams[name].counted = len(others)
     linears = {id(base.get_submodule(name)): name for name in linear_names(structure)}
     transposed = {name for name in linears.values() if isinstance(structure.get_submodule(name), Conv1D)}
