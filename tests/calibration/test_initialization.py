@@ -141,7 +141,7 @@ def settings_of_quantization():
     return QuantizationSettings(base_cache=False)
 
 
-@pytest.mark.parametrize("where", ["memory", "layer", "model"])
+@pytest.mark.parametrize("where", most_slow(["memory", "layer", "model"], ["memory", "model"]))
 def test_layers_that_cannot_be_walked_start_plainly_and_say_so(tiny_model, load_tiny, monkeypatch, where):
     """Whatever the model's own code raises, as xlm's of a mask, rwkv's of its weights, longcat_flash's of a name."""
 
