@@ -501,6 +501,8 @@ def test_a_model_that_the_fast_engine_does_not_run_is_trained_plainly_and_that_i
     loss, found, engine = step(model, batch, events=events)
     assert engine.describe() == "plain" and torch.equal(loss, expected) and torch.equal(found, gradient)
     assert [event for event in events if isinstance(event, Caution) and "AttributeError" in event.text]
+    with pytest.raises(AttributeError):  # which the plain engine would leave out
+        install(model, matmul="fp8")
 
     decoder.forward = lambda **named: named["nothing"]
     for kind in ("fast", "plain"):

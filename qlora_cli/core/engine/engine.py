@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_cli.core.distributed.context_group import context_of
 from qlora_cli.core.engine.calibration import LEAST_TRIAL_TOKENS
 from qlora_cli.core.engine.fast import HEAD_TRIAL_TOKENS, FastEngine
 from qlora_cli.core.engine.fsdp import is_sharded
@@ -119,8 +120,8 @@ def install_engine(
             "Give more memory with --vram, close what else uses the card, or take a smaller model.",
         ) from error
     except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
-        if is_sharded(underlying_model(model)) or streamed_base_of(underlying_model(model)) is not None:
-            raise  # what the plain engine does not know
+        if _needs_fast_engine(underlying_model(model), settings):
+            raise
         report(
             Caution(
                 f"The fast engine does not run this model ({type(error).__name__}: {first_line(error)}): it is trained as "
@@ -128,6 +129,12 @@ def install_engine(
             )
         )
         return PlainEngine(model, settings, device=device)
+
+
+def _needs_fast_engine(base: Any, settings: StepSettings) -> bool:
+    """Whether the base is held in a way, or something was asked for, that the plain engine would leave out."""
+    held = is_sharded(base) or streamed_base_of(base) is not None or context_of(base) is not None
+    return held or settings.matmul == "fp8"
 
 
 class PlainEngine:
