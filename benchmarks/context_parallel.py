@@ -10,10 +10,11 @@ The parts named behind --compiled also time one card with compiled layers, which
 """
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.models import ALL16, CONFIGS, build
 
 WARM_TOKENS = 4_096
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 EXCHANGES = 5  # timed, of a layer's query, key, value and output
 
 
@@ -42,7 +44,7 @@ def main() -> None:
         run_rank(options)
         return
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.cards)]
-    sys.exit(subprocess.run([sys.executable, *ranks, *sys.argv]).returncode)
+    os.execv(sys.executable, [sys.executable, *ranks, *sys.argv])  # a signal to this process is one to torchrun
 
 
 def run_rank(options: argparse.Namespace) -> None:
@@ -61,7 +63,8 @@ def run_rank(options: argparse.Namespace) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank ends with torchrun, whatever it computes
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     CONFIGS[options.model][1]["num_hidden_layers"] = options.layers
     started = time.perf_counter()
     base = build(options.model, str(device))
