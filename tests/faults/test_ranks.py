@@ -249,8 +249,13 @@ def test_ranks_that_share_tokens_train_as_one(zygote, make_run, tmp_path, change
 
 
 @pytest.mark.slow
-def test_groups_of_ranks_share_the_rows_of_a_step(zygote, make_run, single, tmp_path):
-    run = make_run(tmp_path / "out", **ALONE, context_parallel=2)
+@pytest.mark.parametrize("shard", [None, True])
+def test_groups_of_ranks_share_the_rows_of_a_step(zygote, make_run, tmp_path, shard):
+    """Of an unfull last step a group may get nothing, and takes part all the same."""
+    changes = {**ALONE, "init": "default", "max_steps": 8, "eval_rows": 3}
+    single = make_run(tmp_path / "single", **changes)
+    assert zygote.train(single.options).code == 0
+    run = make_run(tmp_path / "out", **changes, context_parallel=2, shard=shard)
     done = train_as_two(zygote, run, world_size=4)
     assert "codes [0, 0, 0, 0]" in done.said, done.said
     assert same_numbers(run, single)
