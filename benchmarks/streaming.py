@@ -25,8 +25,9 @@ from support.models import ALL16, QKV8, make_config
 
 GIB = 2**30
 OPTIMIZER = "paged_adamw_8bit"
-# What is tried of the whole base, under the measures that the streamed one takes and as it likes, and of the streamed one.
-WAYS = ["gradients", "same", "free", "streamed"]
+# What is tried of the whole base, under the measures that the streamed one takes and as it likes, and of the streamed one,
+# also multiplied in 8 bits.
+WAYS = ["gradients", "same", "free", "streamed", "fp8"]
 
 
 class Setting(NamedTuple):
@@ -321,6 +322,14 @@ def run(name: str, steps: int, device: str, compiled: bool, ways: list[str], mat
         except RuntimeError as error:  # such as no memory: what was measured is of interest all the same
             result["moments"] = str(error)[:300]
     engine.close()
+    if "fp8" in ways:
+        bench.matmul, engine = "fp8", None
+        gc.collect()
+        engine = bench.install(tokens)
+        result["streams, in 8 bits"] = bench.train(engine, tokens)
+        say(result["streams, in 8 bits"])
+        engine.close()
+        bench.matmul = matmul
     if whole:
         with torch.no_grad():
             for parameter, value in zip((p for p in bench.model.parameters() if p.requires_grad), start, strict=True):
@@ -347,13 +356,13 @@ def main() -> None:
     parser.add_argument("--limit-s", type=int, default=150)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--matmul", default="bf16")
-    parser.add_argument("--way", action="append", choices=WAYS, help="all of them, if none is named")
+    parser.add_argument("--way", action="append", choices=WAYS, help="all but fp8, if none is named")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, default=Path("streaming.json"))
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        options = (arguments.steps, arguments.device, arguments.compile, arguments.way or WAYS, arguments.matmul)
+        options = (arguments.steps, arguments.device, arguments.compile, arguments.way or WAYS[:-1], arguments.matmul)
         print("RESULT " + json.dumps(run(arguments.inside, *options)), flush=True)
         return
     flags = ["--steps", arguments.steps, "--device", arguments.device, "--matmul", arguments.matmul]
