@@ -7,8 +7,8 @@ and causal attention is shared evenly.
 
 torch's own `context_parallel` is ring attention in place of `F.scaled_dot_product_attention` for a whole process, and
 takes no mask: no packs, windows, sinks or caps. It sends keys and values alone, and hides that. What is sent here is
-little too: llama3-8b's layer on a row of 262,144 tokens sends 1.3 GB from each of two cards and computes attention of
-2.8e14 operations on each, some 5 ms beside 500.
+little too: llama3-8b's layer on a row of 262,144 tokens sends 1.3 GB from each of two cards, 8 ms on H200 with NVLink, and
+computes attention of 2.8e14 operations on each, some 500 ms (benchmarks/ranks.md).
 """
 
 import math
@@ -60,11 +60,11 @@ class ContextGroup:
             UsageError: N does not divide the heads of the query.
         """
         require_even_heads(tensors[0].shape[1], self.size)
-        return [_op(_copied_evenly(tensor, self.size), True, self.size, self.name) for tensor in tensors]
+        return [_exchange(_copied_evenly(tensor, self.size), True, self.size, self.name) for tensor in tensors]
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """(tokens, heads / N, size) to all heads of this rank's part of the tokens, (part, heads, size)."""
-        return _op(out, False, self.size, self.name)
+        return _exchange(out, False, self.size, self.name)
 
     def part(self, of_tokens: Tensor) -> Tensor:
         """What there is one of for each token of a pack, (1, tokens), to that of this rank's, filled up with zeros."""
@@ -112,7 +112,7 @@ def _copied_evenly(tensor: Tensor, size: int) -> Tensor:
 
 
 @torch.library.custom_op("qlora::exchange", mutates_args=())
-def _op(x: Tensor, to_heads: bool, size: int, group: str) -> Tensor:
+def _exchange(x: Tensor, to_heads: bool, size: int, group: str) -> Tensor:
     """All-to-all of a group: (part, heads, size) to (tokens, heads / N, size), or back."""
     if to_heads:
         sent = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # (N, part, heads / N, size): one for each rank
@@ -124,7 +124,7 @@ def _op(x: Tensor, to_heads: bool, size: int, group: str) -> Tensor:
     return received.flatten(0, 1) if to_heads else received.transpose(0, 1).flatten(1, 2)
 
 
-@_op.register_fake
+@_exchange.register_fake
 def _(x: Tensor, to_heads: bool, size: int, group: str) -> Tensor:
     tokens, heads, width = x.shape
     shape = (tokens * size, heads // size) if to_heads else (tokens // size, heads * size)
@@ -136,10 +136,10 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple:
-    return _op(grad, not ctx.to_heads, ctx.size, ctx.group), None, None, None
+    return _exchange(grad, not ctx.to_heads, ctx.size, ctx.group), None, None, None
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
+_exchange.register_autograd(_differentiate, setup_context=_save)
 
 
 def share_tokens(base: nn.Module, decoder: nn.Module, ranks: ProcessGroup, device: torch.device) -> None:
