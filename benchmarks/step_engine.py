@@ -58,7 +58,7 @@ RUNS = {
 RUNS |= {f"{name}-fp8": (*run[:3], run[3] | {"matmul": "fp8"}) for name, run in RUNS.items()}
 KINDS = {
     "to 8 bits": ("_quantise_rows", "_unpack"),
-    "experts": ("_multiply_", "grouped", "groupproblem", "_spread", "_join", "_gate", "_count", "_place"),
+    "experts": ("_multiply_", "grouped", "groupproblem", "_expand", "_join", "_gate", "_count", "_place"),
     "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
     "GEMM": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk"),
     "dequantise": ("_dequantize",),

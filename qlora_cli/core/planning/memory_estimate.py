@@ -179,16 +179,23 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
     in_transit = 0.0  # on its way to or from the host: of the layer just below of those that wait there
     # Whoever calls the decoder holds what the first layer is given until that returns, also when it is on its way no more.
     given = 0.0
+    known: dict[tuple[int, bool], tuple[float, float, float]] = {}  # a model has many layers of few kinds
     for index, layer in enumerate(trace.layers):
-        hidden_bytes = layer.recomputed.held.bytes(*size)
-        eager = layer.recomputed if index < step.measures.recomputed else layer.kept
-        passes = layer.compiled if step.compiled else eager
+        recomputed = index < step.measures.recomputed
+        if (id(layer), recomputed) not in known:
+            eager = layer.recomputed if recomputed else layer.kept
+            passes = layer.compiled if step.compiled else eager
+            exchanged = _exchanged(layer, itemsize, step)
+            hidden_bytes = layer.recomputed.held.bytes(*size)
+            known[id(layer), recomputed] = (
+                passes.forward.bytes(*size, most_scratch) + hidden_bytes + exchanged,
+                passes.backward.bytes(*size, most_scratch) + exchanged,
+                _held(layer, itemsize, index, step),
+            )
+        forward, backward, held = known[id(layer), recomputed]
         present = below + in_transit
-        exchanged = _exchanged(layer, itemsize, step)
-        forward = passes.forward.bytes(*size, most_scratch) + hidden_bytes + exchanged
         yield f"forward pass of layer {index}", present + given, forward
-        yield f"backward pass of layer {index}", present, passes.backward.bytes(*size, most_scratch) + exchanged
-        held = _held(layer, itemsize, index, step)
+        yield f"backward pass of layer {index}", present, backward
         if step.is_offloaded(index):
             in_transit = held
             given = trace.layers[0].hidden * itemsize * step.part_tokens if index else 0.0
