@@ -346,7 +346,8 @@ class StepSettings(Settings):
     matmul: str = setting(
         "auto",
         "Arithmetic of the frozen linear layers: bf16 (the compute dtype), or fp8 for those whose error by it on the first "
-        "rows stays below that of 4 bits; needs an Ada, Hopper or later card. auto is bf16 for now.",
+        "rows stays below that of 4 bits; needs an Ada, Hopper or later card. Faster, and 0.004 nats worse on held-out rows "
+        "of a model of 135M: so auto is bf16.",
         panel=MEMORY,
         choices=("auto", "bf16", "fp8"),
         resume=SAME,
