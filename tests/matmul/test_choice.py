@@ -17,9 +17,9 @@ def capability(monkeypatch):
     return lambda *number: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: number)
 
 
-def ask(matmul, trial=None, *, dtype=torch.bfloat16, tokens=8192, moves="", events=None):
+def ask(matmul, trial=None, *, dtype=torch.bfloat16, tokens=8192, sharded=False, events=None):
     report = (lambda event: None) if events is None else events.append
-    return is_wanted(StepSettings(matmul=matmul), trial or ProductTrial(), CARD, dtype, tokens, moves, report)
+    return is_wanted(StepSettings(matmul=matmul), trial or ProductTrial(), CARD, dtype, tokens, sharded, report)
 
 
 @pytest.mark.parametrize(("number", "dtype"), [((8, 0), torch.bfloat16), ((9, 0), torch.float16)])
@@ -44,17 +44,16 @@ def test_a_run_that_began_in_8_bits_does_not_go_on_where_there_are_none(capabili
         ask("auto", ProductTrial(recorded=recorded, resumed=True))
 
 
-@pytest.mark.parametrize("moves", ["sharded", "streamed"])
-def test_a_base_that_is_not_all_on_the_card_is_multiplied_in_bf16_and_that_is_said(capability, moves):
+def test_a_base_that_is_sharded_is_multiplied_in_bf16_and_that_is_said(capability):
     capability(9, 0)
     events: list = []
-    assert not ask("fp8", moves=moves, events=events)
-    assert moves in events[0].text
+    assert not ask("fp8", sharded=True, events=events)
+    assert "the base is sharded" in events[0].text
 
 
 def test_auto_takes_many_tokens_alone(capability, monkeypatch):
     capability(9, 0)
     monkeypatch.setattr(choice, "AUTO_TOKENS", 2048)
-    assert ask("auto", tokens=2048) and not ask("auto", tokens=2047) and not ask("auto", moves="streamed")
+    assert ask("auto", tokens=2048) and not ask("auto", tokens=2047) and not ask("auto", sharded=True)
     capability(8, 6)
     assert not ask("auto")
