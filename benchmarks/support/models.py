@@ -237,6 +237,8 @@ CONFIGS = {
 # The same with fewer layers: name → (of which, layers)
 for _name, (_whole, _layers) in {
     "neox-20b-half": ("neox-20b", 22),
+    "llama3-8b-2-layers": ("llama3-8b", 2),
+    "llama3-8b-8-layers": ("llama3-8b", 8),
     "qwen3-30b-a3b-quarter": ("qwen3-30b-a3b", 12),
     "llama-70b-tenth": ("llama-70b", 8),
     "llama-70b-sixth": ("llama-70b", 13),

@@ -266,7 +266,7 @@ def start_engine(
     return install_engine(
         loaded.model,
         # Where ranks compute a layer together none is measured by itself: what was predicted decides.
-        replace(config, **memory.plan.settings) if together else config,
+        replace(config, **(memory.plan.settings if together else memory.plan.tiling)),
         device=run.device,
         compute_dtype=decisions.compute_dtype,
         max_tokens=max(int(lengths[batch].sum()) for batch in largest),

@@ -22,6 +22,10 @@ if _HAS_TRITON:
 
 _aten = torch.ops.aten
 CUDNN_HEAD_SIZES = frozenset({64, 96, 128})
+# In longer rows heads go to the libraries' kernels in groups, one after the other. A group of four heads fills a card by
+# then; what the backward pass has beside its results, the queries' gradient in fp32 and a key's gradient for each head,
+# some 4 tensors like the queries, is there for one group; and no offset in a group comes near 2^31.
+LONG_ROW_TOKENS, MOST_GROUPS = 16_384, 8
 
 
 def takes_caps(size: int) -> bool:
@@ -32,6 +36,12 @@ def takes_caps(size: int) -> bool:
 def is_short(longest: int) -> bool:
     """Whether rows of at most so many tokens may have a kernel of their own."""
     return _HAS_TRITON and longest <= short_attention.LONGEST
+
+
+def head_groups(key_heads: int, longest: int) -> int:
+    """In how many groups of heads rows of at most `longest` tokens are attended to, one after the other."""
+    most = MOST_GROUPS if longest > LONG_ROW_TOKENS else 1
+    return next(count for count in range(most, 0, -1) if key_heads % count == 0)
 
 
 @torch.library.custom_op("qlora::packed_attention", mutates_args=())
@@ -52,22 +62,17 @@ def _attention_op(
     if short_attention.covers(query, key, value, longest, window):
         out, lse = short_attention.attend(query, key, value, boundaries, longest, scale)
         return out, (lse if sinks is None else add_sinks(out, lse, sinks)).flatten()
-    out, lse, *_ = _aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        boundaries,
-        boundaries,
-        longest,
-        longest,
-        0.0,
-        window is None,
-        False,
-        scale=scale,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=-1 if window is None else 0,
-    )
-    out, lse = out.contiguous(), lse.reshape(query.shape[1], query.shape[0])
+    groups = head_groups(key.shape[1], longest)
+    if groups == 1:
+        out, lse = _flash(query, key, value, boundaries, longest, scale, window)
+    else:
+        out, log_sums = query.new_empty(query.shape), []
+        given = zip(*(t.chunk(groups, 1) for t in (query, key, value, out)), strict=True)
+        for q, k, v, own in given:
+            part, lse = _flash(q, k, v, boundaries, longest, scale, window)
+            own.copy_(part)
+            log_sums.append(lse)
+        lse = torch.cat(log_sums)
     return out, (lse if sinks is None else add_sinks(out, lse, sinks)).flatten()
 
 
@@ -108,13 +113,46 @@ def _attention_backward_op(
         return capped_attention.attend_backward(grad, *saved, longest, scale, window, cap)
     if short_attention.covers(query, key, value, longest, window):
         return short_attention.attend_backward(grad, query, key, value, out, lse, boundaries, longest, scale)
-    grads = _aten._flash_attention_backward(
-        grad,
+    groups = head_groups(key.shape[1], longest)
+    given = (grad, query, key, value, out, lse.view(heads, tokens))
+    if groups == 1:
+        return _flash_backward(given, boundaries, longest, scale, window)
+    results = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    by_heads = [(*t.chunk(groups, 0 if t is given[5] else 1),) for t in (*given, *results)]
+    for *part, q, k, v in zip(*by_heads, strict=True):
+        for own, found in zip((q, k, v), _flash_backward(tuple(part), boundaries, longest, scale, window), strict=True):
+            own.copy_(found)
+    return results
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """torch's flash attention: the output, and the log-sum-exp of the scores, (heads, tokens)."""
+    out, lse, *_ = _aten._flash_attention_forward(
         query,
         key,
         value,
-        out,
-        lse.view(heads, tokens),
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        0.0,
+        window is None,
+        False,
+        scale=scale,
+        **_flash_window(window),
+    )
+    return out.contiguous(), lse.reshape(query.shape[1], query.shape[0])
+
+
+def _flash_backward(
+    given: tuple[Tensor, ...], boundaries: Tensor, longest: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients; `given` are the output's, the three inputs, the output and the log-sum-exp."""
+    query = given[1]
+    grads = _aten._flash_attention_backward(
+        *given,
         boundaries,
         boundaries,
         longest,
@@ -124,11 +162,14 @@ def _attention_backward_op(
         query.new_zeros(2, dtype=torch.uint64),  # dropout's state: there is none
         query.new_empty(0),
         scale=scale,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=-1 if window is None else 0,
+        **_flash_window(window),
     )
     grad_query, grad_key, grad_value = (g.contiguous() for g in grads)
     return grad_query, grad_key, grad_value
+
+
+def _flash_window(window: int | None) -> dict[str, int]:
+    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": -1 if window is None else 0}
 
 
 @_attention_backward_op.register_fake
@@ -155,6 +196,10 @@ def _differentiate(ctx, grad: Tensor, *_: Tensor) -> tuple:
 _attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
+# What computes attention on a card, below autograd.
+ATTENTION_OPS = frozenset({torch.ops.qlora.packed_attention.default, _aten._scaled_dot_product_cudnn_attention.default})
+
+
 def equal_rows_attention(query: Tensor, key: Tensor, value: Tensor, rows: int, scale: float) -> Tensor:
     """`packed_attention` for rows of one length on CUDA, where cuDNN takes fewer keys than heads as they are.
 
@@ -162,6 +207,15 @@ def equal_rows_attention(query: Tensor, key: Tensor, value: Tensor, rows: int, s
 
     Not an op of ours: torch's own backward of this one takes an undefined bias, which Python cannot pass.
     """
+    groups = head_groups(key.shape[1], len(query) // rows)
+    if groups > 1:
+        parts = zip(*(t.chunk(groups, 1) for t in (query, key, value)), strict=True)
+        own = [[t.contiguous() for t in part] for part in parts]
+        return torch.cat([_cudnn_attention(q, k, v, rows, scale) for q, k, v in own], 1)
+    return _cudnn_attention(query, key, value, rows, scale)
+
+
+def _cudnn_attention(query: Tensor, key: Tensor, value: Tensor, rows: int, scale: float) -> Tensor:
     q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (query, key, value))  # (rows, heads, length, size)
     out = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[0]
     return out.transpose(1, 2).reshape(query.shape)
@@ -235,6 +289,10 @@ def packed_attention(
     for start, end in pairwise(boundaries.tolist()):
         q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))  # (heads, length, size)
         mask = None
+        if window is not None and end - start > LONG_ROW_TOKENS:  # of which no mask is to hold all pairs
+            q, k, v = (t[None, start:end].transpose(1, 2) for t in (query, key, value))
+            rows.append(chunked_attention(q, k, v, None, scale=scale, window=window)[0].transpose(0, 1))
+            continue
         if window is not None and end - start > window:
             mask = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)

@@ -50,14 +50,14 @@ class _QloraLinear(torch.autograd.Function):
             *tensors_of(weight),
         )
         ctx.numbers = numbers_of(weight)
-        ctx.dropout, ctx.options = dropout and dropout.rate, options
+        ctx.dropout, ctx.options = dropout and (dropout.rate, dropout.first_row), options
         ctx.adapter_dtype = x.dtype if a is None else a.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, projected, lora_a, lora_b, seed, *tensors = ctx.saved_tensors
-        dropout = None if seed is None else Dropout(ctx.dropout, seed)
+        dropout = None if seed is None else Dropout(ctx.dropout[0], seed, ctx.dropout[1])
         weight = made_of(tensors, ctx.numbers)
         results = lora_products.backward(
             grads[0],

@@ -15,10 +15,12 @@ if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
 
 
 class Dropout(NamedTuple):
-    """Dropout on the adapter's input: `rate` in [0, 1) and an int64 scalar `seed` on the device."""
+    """Dropout on the adapter's input: `rate` in [0, 1), an int64 scalar `seed` on the device, and which row of the whole
+    input the first one is, where a tile of it is given: a multiple of 4, as places have their numbers by the whole."""
 
     rate: float
     seed: Tensor
+    first_row: int = 0
 
 
 class LinearOptions(NamedTuple):
@@ -39,10 +41,10 @@ class LinearOptions(NamedTuple):
 def drop(x: Tensor, dropout: Dropout) -> Tensor:
     """x with the places of this seed zeroed and the others divided by 1 - rate; on CUDA, x is contiguous."""
     if x.is_cuda:
-        return triton_dropout.drop(x, dropout.seed, dropout.rate)
+        return triton_dropout.drop(x, dropout.seed, dropout.rate, dropout.first_row)
     generator = torch.Generator().manual_seed(int(dropout.seed))
-    kept = torch.rand(x.shape, generator=generator) >= dropout.rate
-    return torch.where(kept, x / (1 - dropout.rate), 0)
+    drawn = torch.rand(dropout.first_row + x.shape[0], *x.shape[1:], generator=generator)[dropout.first_row :]
+    return torch.where(drawn >= dropout.rate, x / (1 - dropout.rate), 0)
 
 
 def add_product(
@@ -52,9 +54,10 @@ def add_product(
 
     `scale` is an fp32 scalar on the device, without dropout only: a CUDA graph goes on with what it then holds.
     """
-    seed, rate = (None, 0.0) if dropout is None else (dropout.seed, dropout.rate)
+    rate = 0.0 if dropout is None else dropout.rate
+    seed, first_row = (None, 0) if dropout is None else (dropout.seed, dropout.first_row)
     if out.is_cuda and low_rank.covers(out, left, right, rate):
-        low_rank.add_product(out, left, right, seed, rate, scale)
+        low_rank.add_product(out, left, right, seed, rate, scale, first_row=first_row)
     elif dropout is None:
         out.addmm_(left if scale is None else left * scale.to(left.dtype), right)
     else:

@@ -329,6 +329,14 @@ class StepSettings(Settings):
     offload_embeddings: bool | None = setting(
         None, "Keep the input embeddings on the host; by default when memory is short.", panel=MEMORY, resume=ROUNDING
     )
+    tile_tokens: int | None = setting(
+        None,
+        "Run what treats each token by itself (MLPs, norms) over tiles of so many tokens, so that long rows take less "
+        "memory; 0 never, by default where memory asks for it.",
+        panel=MEMORY,
+        range=Numbers(0, 2**20),
+        resume=ROUNDING,
+    )
     stream: bool | None = setting(
         None,
         "Keep the layers' 4-bit weights in host memory, from where they stream to the card as they are used; by default "

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_cli.core.engine import decoder_layers, packed_attention
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload, storages_of
+from tests.conftest import most_slow
 from tests.engine.test_engine import adapted, batch_of, gradients, install
 
 CPU = torch.device("cpu")
@@ -132,4 +134,50 @@ def test_sent_layers_leave_loss_and_gradients_as_they_are(load_tiny, architectur
         found.append((loss.detach(), gradients(model)))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     assert engine.offload.free, "something was sent"
+    engine.close()
+
+
+def plain_attention(query, key, value):
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    q, k, v = (t.transpose(0, 1) for t in (query, key, value))  # (heads, tokens, size)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+
+
+@torch.library.custom_op("qlora_tests::attend", mutates_args=())
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as one op below autograd, as it is on a card."""
+    computed.append(query.shape)
+    return plain_attention(query, key, value).contiguous(), query[..., 0].contiguous()
+
+
+def differentiate(ctx, grad, _):
+    given = [t.detach().requires_grad_() for t in ctx.saved_tensors[:3]]
+    with torch.enable_grad():
+        return torch.autograd.grad(plain_attention(*given), given, grad)
+
+
+attend.register_autograd(
+    differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output)
+)
+computed: list = []
+
+
+@pytest.mark.parametrize("architecture", most_slow(["llama", "gpt_neox", "falcon"], {"llama"}))
+def test_attention_whose_results_wait_on_the_host_is_not_computed_again(load_tiny, monkeypatch, architecture):
+    model = adapted(load_tiny, architecture)
+    engine = install(model, tile_tokens=128)
+    monkeypatch.setattr(packed_attention, "packed_attention", lambda q, k, v, *_: attend(q, k, v)[0])
+    monkeypatch.setattr(decoder_layers, "ATTENTION_OPS", {torch.ops.qlora_tests.attend.default})
+    found = []
+    for keeps in (False, True):
+        engine._apply(MemoryPlan(2, True, False, engine.linears.resident, keeps_attention=keeps, tile_tokens=128))
+        staying = [*engine.base.parameters(), *engine.base.buffers(), *engine.linears.tensors()]
+        engine.offload = ActivationOffload(CPU, storages_of(staying), smallest_bytes=1)
+        model.zero_grad(set_to_none=True)
+        computed.clear()
+        loss = engine.loss(batch_of((180,)))
+        loss.backward()
+        found.append((loss.detach(), gradients(model), len(computed)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert (found[0][2], found[1][2]) == (4, 2), "once in each layer, and once more in the backward pass"
     engine.close()

@@ -102,6 +102,16 @@ def test_dropout_drops_its_share_repeats_with_the_seed_and_differs_by_layer():
     assert abs((one & other).float().mean().item() - 0.09) < 0.02
 
 
+def test_a_tile_of_the_rows_drops_what_the_whole_drops():
+    x, seed = torch.randn(200, 36, device=DEVICE), torch.tensor(2**40 + 1, device=DEVICE)
+    left, right = torch.randn(200, 8, device=DEVICE), torch.randn(8, 36, device=DEVICE)
+    whole, product = dropout.drop(x, seed, 0.3), low_rank.add_product(x.clone(), left, right, seed, 0.3)
+    for rows in (slice(0, 128), slice(128, 200)):
+        assert torch.equal(dropout.drop(x[rows], seed, 0.3, rows.start), whole[rows])
+        found = low_rank.add_product(x[rows].clone(), left[rows], right, seed, 0.3, first_row=rows.start)
+        assert torch.equal(found, product[rows])
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("rank", [1, 20, 64])
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES)

@@ -163,6 +163,7 @@ def test_the_base_is_sharded_where_one_card_cannot_hold_it_and_two_can():
 def test_cards_share_rows_where_one_cannot_hold_the_longest():
     """Unasked as many as it takes; what each holds grows with its part of the tokens."""
     leanest = {"gradient_checkpointing": "on", "offload_activations": True, "dry_run": True, "batch_size": 1}
+    leanest["tile_tokens"] = 0  # which cards do not share
     long = {"lengths": np.full(8, 65536, dtype=np.int32), "longest": ((0,),), "max_length": 65536}
     one, two, four = (
         plan(vram="1MiB", ranks=Cards(0, 4, size), context_parallel=size, shard=False, **long, **leanest).plan.memory

@@ -17,6 +17,7 @@ from qlora_cli.core.engine.cuda_graphs import bucket_tokens
 from qlora_cli.core.engine.decoder_layers import LayerBytes, LayerPlan, capture_first_call, measure_layer
 from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears
 from qlora_cli.core.engine.memory_plan import (
+    HOST_SHARE,
     SLICE_BYTES,
     LayerSeconds,
     MemoryPlan,
@@ -26,6 +27,7 @@ from qlora_cli.core.engine.memory_plan import (
 )
 from qlora_cli.core.engine.offload import link_bytes_per_second
 from qlora_cli.core.engine.packed_attention import (
+    attended_share,
     drops_weights,
     has_sinks,
     install_packed_attention,
@@ -46,11 +48,11 @@ from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
+from qlora_cli.kernels.attention import LONG_ROW_TOKENS
 from qlora_cli.settings.groups import StepSettings
 from qlora_cli.sizes import format_bytes
 
 REDUCTION_BYTES, MOST_REDUCTIONS = 2**28, 16  # how much less memory is planned with each time it runs out
-HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
 # Rows of the pack that the engine is tried on. Their sum is no size of a weight, so that activations are known by it.
 TRIAL_LENGTHS = (24, 43)
 LONG_ROW = 1024  # of so many tokens attention has other kernels
@@ -239,7 +241,9 @@ class Calibration:
         try:
             call = capture_first_call(layer, lambda: self.run(self.rows_of(tokens)))
             self.hidden_bytes = call.args[0].shape[-1] * call.args[0].element_size()
-            return measure_layer(layer, call)
+            # Of long rows a few tokens come first: they take seconds, and no other kernels.
+            first = capture_first_call(layer, lambda: self.run(self.rows_of(min(tokens, LONG_ROW_TOKENS))))
+            return measure_layer(layer, call, first)
         except torch.OutOfMemoryError:
             if tokens < 2 * LEAST_TRIAL_TOKENS:
                 raise
@@ -252,7 +256,7 @@ class StepPlanner:
 
     def __init__(self, settings: StepSettings, max_tokens: int) -> None:
         self.settings = settings
-        self.largest_tokens = bucket_tokens(max_tokens)  # of a micro-batch, padded to the shape it runs in
+        self.largest_tokens = max_tokens if settings.tile_tokens else bucket_tokens(max_tokens)  # as one runs
         # Where recomputation was left open, smaller micro-batches keep what larger ones recompute.
         self.adapts = settings.gradient_checkpointing == "auto"
         self.workspaces: tuple[int | None, ...] = (None, SLICE_BYTES)  # `workspace_bytes` that may be planned
@@ -275,8 +279,9 @@ class StepPlanner:
             kept_bytes=layer_bytes.kept * share,
             peak_bytes=(layer_bytes.peak - dense_bytes) * share + largest_bytes,
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
+            attended_bytes=int(self.largest_tokens * trials.hidden_bytes * attended_share(trials.decoder)),
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
-            fixed_seconds=None if few is None else _fixed(seconds, few[1]),
+            fixed_seconds=None if few is None else seconds.fixed(few[1]),
             link_bytes_per_second=link_bytes_per_second(trials.device),
             host_bytes=int(HOST_SHARE * read_free_bytes(torch.device("cpu")) / ranks_here),
             head_layers=trials.head_layers(static),
@@ -391,10 +396,3 @@ def install_products(
 def _is_like(found: Tensor, own: Tensor) -> bool:
     """Whether two attentions' hidden states differ by the rounding of many layers at most; NaN are like nothing."""
     return bool((found - own).float().norm() <= 0.1 * own.float().norm())
-
-
-def _fixed(seconds: LayerSeconds, quarter: LayerSeconds) -> LayerSeconds:
-    """What does not grow with tokens, from a measurement and one with a quarter of the tokens."""
-    forward = min(max((4 * quarter.forward - seconds.forward) / 3, 0.0), seconds.forward)
-    backward = min(max((4 * quarter.backward - seconds.backward) / 3, 0.0), seconds.backward)
-    return LayerSeconds(forward, backward)

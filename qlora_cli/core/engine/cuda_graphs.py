@@ -19,6 +19,7 @@ from qlora_cli.core.data.packing import MicroBatch, Part
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.attention import is_short
+from qlora_cli.kernels.embedding_noise import add_noise, tokens_of_rows
 
 MOST_GRAPHS = 48
 MOST_RELEASES = 4  # how often graphs make room before a leaner plan has to
@@ -54,6 +55,11 @@ class StepInputs:
     equal_rows: int
     trained_tokens: int
     part: Part | None = None
+
+    def noisy(self, alpha: float) -> "StepInputs":
+        """The same with NEFTune's noise on each row's embeddings."""
+        lengths = self.part.row_tokens if self.part else tokens_of_rows(self.boundaries, self.labels.shape[1])
+        return replace(self, embedded=add_noise(self.embedded, lengths, alpha))
 
 
 def step_inputs(batch: MicroBatch, embedded: Tensor, *, equal_rows: bool) -> StepInputs:

@@ -1,9 +1,9 @@
 """Decoder layers that keep, recompute or offload their activations and run compiled or not, each as planned."""
 
 import warnings
-from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.engine.fsdp import gathered
@@ -24,9 +25,11 @@ from qlora_cli.core.engine.lora_linear import (
     fast_linear_of,
     noted_calls,
 )
-from qlora_cli.core.engine.memory_plan import LayerSeconds
-from qlora_cli.core.engine.offload import ActivationOffload
+from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan
+from qlora_cli.core.engine.offload import ActivationOffload, tensor_of
 from qlora_cli.core.experts.fused_experts import FusedExperts
+from qlora_cli.core.tiling.token_tiles import TiledModule, tile_of
+from qlora_cli.kernels.attention import ATTENTION_OPS
 
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
 # Of what a layer saves, without its input's gradient: GPT-NeoX, Falcon and Phi with adapted attention 0.5, others 0.9.
@@ -48,6 +51,7 @@ class LayerPlan:
         shared: What linears of the layer have in common while they are compiled.
         gates: Its gated MLPs, fused while they are compiled.
         backend: What compiles it, as `torch.compile` takes it.
+        keeps_attention: Whether, where it is recomputed and offloaded, attention's results wait on the host as well.
     """
 
     number: int
@@ -60,6 +64,7 @@ class LayerPlan:
     gates: tuple[GatedUnit, ...] = ()
     lean: bool = False
     backend: str | Callable = "inductor"
+    keeps_attention: bool = False
 
     def note_shared(self, layer: nn.Module) -> None:
         """Looks up what linears of the layer share, and its gated MLPs."""
@@ -73,6 +78,20 @@ class LayerPlan:
         self.lean = True
         for unit in self.gates:
             unit.enabled = False
+
+
+def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOffload | None) -> None:
+    """Which layers are recomputed and which wait on the host, by the plan of a step."""
+    recomputed, sent = plan.numbers(len(layers))
+    for layer in layers:
+        layer.recompute = layer.number in recomputed
+        for shared in layer.shared:
+            shared.enabled = not layer.recompute
+        for unit in layer.gates:
+            unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
+        away = layer.number in sent or (layer.recompute and plan.offload_activations)
+        layer.offload = offload if away else None
+        layer.keeps_attention = plan.keeps_attention
 
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:
@@ -125,7 +144,7 @@ def run_as_planned(self: Any, *args: Any, **kwargs: Any) -> Any:
     plan: LayerPlan = getattr(self, ATTRIBUTE)
     if not torch.is_grad_enabled():
         return _run(self, args, kwargs)
-    with plan.offload.layer(plan.number) if plan.offload is not None else nullcontext():
+    with plan.offload.layer(plan.number) if plan.offload is not None else nullcontext() as send:
         if plan.compiled:
             _mark_dynamic((*args, *kwargs.values()), args[0].shape[1])
             function = _run_recomputed if plan.recompute else _run
@@ -137,8 +156,49 @@ def run_as_planned(self: Any, *args: Any, **kwargs: Any) -> Any:
             *args,
             use_reentrant=False,
             preserve_rng_state=plan.preserve_random_state,
-            context_fn=lambda: (nullcontext(), plan.step.recompute()),
+            context_fn=lambda: _recomputing(plan, send),
         )
+
+
+def _recomputing(plan: LayerPlan, send: Callable | None) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What a layer's forward pass runs in, and what its repetition does."""
+    if send is None or not plan.keeps_attention:
+        return nullcontext(), plan.step.recompute()
+    kept: deque[tuple] = deque()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with plan.step.recompute(), _GiveAttention(kept):
+            yield
+
+    return _KeepAttention(kept, send), again()
+
+
+class _KeepAttention(TorchDispatchMode):
+    """Sends the results of attention along with what a layer saves."""
+
+    def __init__(self, kept: deque[tuple], send: Callable) -> None:
+        super().__init__()
+        self.kept, self.send = kept, send
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func in ATTENTION_OPS:
+            self.kept.append(tuple(self.send(r) if isinstance(r, Tensor) else r for r in results))
+        return results
+
+
+class _GiveAttention(TorchDispatchMode):
+    """Answers attention with those results, in the order of the calls, and holds them no longer."""
+
+    def __init__(self, kept: deque[tuple]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in ATTENTION_OPS:
+            return tuple(map(tensor_of, self.kept.popleft()))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -187,9 +247,13 @@ class LayerBytes:
     peak: int
 
 
-def measure_layer(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
-    """Runs a layer forward and backward on its CUDA device, as planned, and reads the allocator and the clock."""
-    _run_both_ways(layer, call)  # the first run also takes libraries' workspaces and compiles
+def measure_layer(layer: Any, call: LayerCall, first: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
+    """Runs a layer forward and backward on its CUDA device, as planned, and reads the allocator and the clock.
+
+    Args:
+        first: With which it runs before: the first run also takes libraries' workspaces and compiles.
+    """
+    _run_both_ways(layer, first)
     return _run_both_ways(layer, call)
 
 
@@ -253,7 +317,8 @@ def runs_better_plainly(first: nn.Module, call: LayerCall, compiled_bytes_a_toke
 
 
 def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list[str]:
-    """Lets repeated forward passes leave out the linear layers and experts whose output no saved tensor depends on.
+    """Lets repeated forward passes leave out the linear layers, experts and tiled modules whose output no saved tensor
+    depends on.
 
     In a residual network that is the last one, often a third of the layer's arithmetic. It is found by trial: an
     output made NaN that leaves every saved tensor free of NaN is not needed. Modules that several layers share stay as
@@ -276,9 +341,9 @@ def skip_unused_outputs(layers: list[nn.Module], calls: list[LayerCall]) -> list
     return sorted({name for names in found.values() for name in names})
 
 
-def _skips_output(module: nn.Module) -> FastLinear | FusedExperts | None:
+def _skips_output(module: nn.Module) -> FastLinear | FusedExperts | TiledModule | None:
     """What a module computes with that can leave out its output; None for other modules."""
-    return fast_linear_of(module) or getattr(module, "fused", None)
+    return fast_linear_of(module) or getattr(module, "fused", None) or tile_of(module)
 
 
 def _unused(layer: nn.Module, call: LayerCall, linear: Any) -> bool:

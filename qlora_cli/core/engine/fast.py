@@ -20,6 +20,7 @@ from qlora_cli.core.engine.decoder_layers import (
     find_layers,
     run_as_planned,
     runs_better_plainly,
+    set_layers,
     skip_unused_outputs,
 )
 from qlora_cli.core.engine.fsdp import is_sharded
@@ -33,9 +34,10 @@ from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.matmul.choice import ProductRecord, ProductTrial
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.core.streaming.streamed_base import streamed_base_of
+from qlora_cli.core.tiling.token_tiles import TokenTiles
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Notice, Report
-from qlora_cli.kernels.embedding_noise import add_noise, tokens_of_rows
+from qlora_cli.kernels.embedding_noise import add_noise
 from qlora_cli.kernels.weights import reserve_values
 from qlora_cli.settings.groups import StepSettings
 
@@ -78,12 +80,13 @@ class FastEngine:
         self.context = context_of(self.base)
         self.planner: StepPlanner | None = None
         self.graphs: StepGraphs | None = None
+        self.tiles: TokenTiles | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
         self.largest_tokens, self.noise_alpha = max_tokens, settings.neftune_noise_alpha
         self.buffer: Tensor | None = None
         self.put_gates_back: Callable[[], None] = lambda: None
-        self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back(), self.embeddings.move_back]
-        self.undo.append(self._release_values)
+        self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back()]
+        self.undo += [self.embeddings.move_back, self._release_values]
         try:
             self._install(settings, total_steps, optimizer_bytes, trial)
         except BaseException:
@@ -107,7 +110,9 @@ class FastEngine:
         self.head = find_head(self.base, self.decoder, self.trials.inputs(HEAD_TRIAL_TOKENS))
         if self.head is None:
             self.report(Notice("The output head is not a plain one; logits are held in full."))
-        self._install_attention()
+        self.packed, undo = install_attention(self.base, self.decoder, self.trials, self.report)
+        self.undo.append(undo)
+        self.equal_rows = self.packed and takes_equal_rows(self.decoder, self.device)
         self._swap_layers()
         given = self.linears, self.layer_plans, self.trials, settings, trial
         self.products = install_products(*given, self.largest_tokens, self.sharded, self.report)
@@ -116,6 +121,8 @@ class FastEngine:
         elements = self.linears.dense_bytes // self.values.dtype.itemsize
         pays = compiling_pays(settings.compile, self.base, elements, total_steps * self.largest_tokens)
         self.compiled = self.on_cuda and self.packed and pays
+        if settings.tile_tokens and not self._tile(settings.tile_tokens):
+            settings = replace(settings, tile_tokens=0)
         self._share_projections()
         plan = plan_as_asked(settings, len(self.layers), resident_weights=bool(settings.resident_weights))
         # Where all ranks gather a layer, or attend together, none is measured by itself.
@@ -159,11 +166,26 @@ class FastEngine:
         self.layer_plans = [LayerPlan(i, False, None, False, self.draws_random, step) for i in range(len(layers))]
         self.undo.append(replace_forward(dict(zip(layers, self.layer_plans, strict=True)), run_as_planned))
 
+    def _tile(self, tokens: int) -> bool:
+        """Has what treats every token by itself run over tiles of so many, without graphs and compiled layers: what they
+        spare the host is nothing in rows so long. Returns whether it can: numbers drawn in a tile would be those of another."""
+        if self.sharded or self.context or self.draws_random or not self.layers:
+            self.report(
+                Notice("Layers run whole: --tile-tokens takes a base that is not sharded, and draws no numbers.")
+            )
+            return False
+        self.compiled = False
+        self._share_projections()
+        self.tiles = TokenTiles(self.decoder, self.layers, self.trials.run, self.linears.step)
+        self.undo.append(self.tiles.remove)
+        self.tiles.install(tokens)
+        return True
+
     def _use_graphs(self) -> None:
         """Has steps replayed as graphs, which read no trained embeddings or head, as these lie outside of them, and
         repeat no random numbers."""
         still = self.head is not None and self.head.frozen and self.embeddings.frozen and not self.draws_random
-        away = self.sharded or self.streamed or self.context
+        away = self.sharded or self.streamed or self.context or self.tiles
         if not (self.on_cuda and self.packed and self.layers and still) or away:
             return
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -187,11 +209,11 @@ class FastEngine:
         self.offload = ActivationOffload(self.device, storages_of(staying)) if offloads else None
         if plan.recomputed and self.calls:
             plainly = replace(plan, recomputed=0, sent=0, offload_activations=False)  # as trials run layers
-            self._set_layers(plainly)
+            set_layers(self.layer_plans, plainly, None)
             self.skipped = skip_unused_outputs(self.layers, self.calls)
         planner = self.planner
         self.plan_by_tokens = cache(lambda tokens: plan if planner is None else planner.for_tokens(plan, tokens))
-        self._set_layers(plan)
+        set_layers(self.layer_plans, plan, self.offload)
         torch.cuda.empty_cache()
         if planner is not None and planner.adapts and plan.frees_activations:
             with suppress(torch.OutOfMemoryError):  # then each weight has a tensor of its own
@@ -257,18 +279,6 @@ class FastEngine:
             planner.workspaces = (plan.workspace_bytes,)  # no other slices from now on: compiled code holds them
         return plan
 
-    def _set_layers(self, plan: MemoryPlan) -> None:
-        """Which layers are recomputed and which wait on the host."""
-        recomputed, sent = plan.numbers(len(self.layer_plans))
-        for layer in self.layer_plans:
-            layer.recompute = layer.number in recomputed
-            for shared in layer.shared:
-                shared.enabled = not layer.recompute
-            for unit in layer.gates:
-                unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
-            away = layer.number in sent or (layer.recompute and plan.offload_activations)
-            layer.offload = self.offload if away else None
-
     def _layout(self, tokens: int) -> tuple[bool, ...]:
         """Whether any layer is recomputed, sent or kept whole at so many tokens."""
         plan = self.plan_by_tokens(tokens)
@@ -277,11 +287,6 @@ class FastEngine:
     def _join(self) -> None:
         if self.offload is not None:
             self.offload.join()
-
-    def _install_attention(self) -> None:
-        self.packed, undo = install_attention(self.base, self.decoder, self.trials, self.report)
-        self.undo.append(undo)
-        self.equal_rows = self.packed and takes_equal_rows(self.decoder, self.device)
 
     def prepare(self, batch: "MicroBatch") -> "MicroBatch":
         """See `Engine.prepare`."""
@@ -332,10 +337,7 @@ class FastEngine:
 
     def _with_noise(self, inputs: StepInputs) -> StepInputs:
         """Drawn when the step runs, not when its inputs are made ahead, so that a resumed run draws the same."""
-        if not (self.noise_alpha and self.model.training):
-            return inputs
-        lengths = inputs.part.row_tokens if inputs.part else tokens_of_rows(inputs.boundaries, inputs.labels.shape[1])
-        return replace(inputs, embedded=add_noise(inputs.embedded, lengths, self.noise_alpha))
+        return inputs.noisy(self.noise_alpha) if self.noise_alpha and self.model.training else inputs
 
     def _bucketed_inputs(self, batch: "MicroBatch") -> StepInputs:
         """On the grid with or without a graph, so that a resumed run computes the same; from before, where prepared."""
@@ -369,7 +371,7 @@ class FastEngine:
             self.offload.start()
         if torch.is_grad_enabled() and not embedded.requires_grad and self.layers and self.layer_plans[0].compiled:
             embedded = embedded.detach().requires_grad_()  # so that the first layer is compiled like the others
-        self._set_layers(self.plan_by_tokens(tokens))
+        set_layers(self.layer_plans, self.plan_by_tokens(tokens), self.offload)
         if self.head is None:
             logits = self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[trained[0]]
             return nn.functional.cross_entropy(logits.float(), trained[1], reduction="sum")

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -44,27 +44,32 @@ def replace_forward(modules: Mapping[nn.Module, Any], forward: Callable) -> Call
 
 class StepState:
     """What the layers of one engine share: dropout seeds of the micro-batch, one for each of its linears on the device,
-    and whether a pass is a repetition."""
+    whether a pass is a repetition, and which tokens it is of."""
 
     def __init__(self, device: torch.device, linears: int) -> None:
         # At one place for good, where compiled code and CUDA graphs read them.
         self.seeds = torch.arange(linears, dtype=torch.int64, device=device)
         self.steps_apart = torch.arange(linears, dtype=torch.int64)
         self.recomputing = False
+        self.first_token = 0  # of those that linears are given, where they are given a tile
 
     def draw_seeds(self) -> None:
         """New seeds from torch's host generator, so that seeding torch decides them and no one waits for the device."""
         seeds = self.steps_apart + torch.randint(2**62, (), dtype=torch.int64)
         self.seeds.copy_(seeds.pin_memory() if self.seeds.is_cuda else seeds, non_blocking=True)
 
-    @contextmanager
-    def recompute(self) -> Iterator[None]:
+    def recompute(self) -> AbstractContextManager[None]:
         """Marks the repetition of a forward pass inside the backward pass."""
-        self.recomputing = True
+        return self.tile(0, repeated=True)
+
+    @contextmanager
+    def tile(self, first_token: int, *, repeated: bool) -> Iterator[None]:
+        """Marks a run on the tokens from `first_token` on, `repeated` in the backward pass or not."""
+        before, self.first_token, self.recomputing = self.recomputing, first_token, repeated
         try:
             yield
         finally:
-            self.recomputing = False
+            self.first_token, self.recomputing = 0, before
 
 
 class AdapterValues:
@@ -186,7 +191,7 @@ class FastLinear:
         if self.shared is not None and self.shared.enabled and x.dtype == self.dtype and torch.compiler.is_compiling():
             projected = self.shared.part(x, self.place)
             return qlora_linear(x, weight, self.bias, None, self.b, None, self.lora_b, None, self.options, projected)
-        dropout = Dropout(self.rate, self.seed) if training and self.rate > 0 else None
+        dropout = Dropout(self.rate, self.seed, self.step.first_token) if training and self.rate > 0 else None
         options = self.options
         if self.output_unused_in_recompute and self.step.recomputing:
             options = options._replace(output_needed=False)

@@ -23,6 +23,7 @@ from qlora_cli.settings.groups import StepSettings
 # other order of allocation. With 96 MiB each of three models near their limit ran out of memory.
 MARGIN_BYTES = 320 * 2**20
 SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole dequantised ones
+HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
 CPU_RESIDENT_SHARE = 0.5  # of the host's free memory, which dequantised weights may take unasked
 
 # Cost of each measure as a share of a step, or of one layer's forward pass: recomputing a layer, whose last linear is
@@ -30,6 +31,8 @@ CPU_RESIDENT_SHARE = 0.5  # of the host's free memory, which dequantised weights
 # slices; dequantising. Copies hide behind so much of the time that layers compute.
 RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.7, 0.03, 0.01, 0.05, 0.08
 HIDDEN_SHARE = 0.8
+# Of a layer's forward pass, to recompute one whose attention is kept, in rows so long that attention is half of it.
+KEPT_ATTENTION_COST = 0.3
 # Beside the measures a micro-batch takes a fixed time, that of about so many tokens: it launches every kernel and
 # dequantises every weight twice.
 FIXED_TOKENS = 500
@@ -53,6 +56,12 @@ class LayerSeconds:
         """Both passes."""
         return self.forward + self.backward
 
+    def fixed(self, quarter: "LayerSeconds") -> "LayerSeconds":
+        """What does not grow with tokens, given also the measurement with a quarter of the tokens."""
+        forward = min(max((4 * quarter.forward - self.forward) / 3, 0.0), self.forward)
+        backward = min(max((4 * quarter.backward - self.backward) / 3, 0.0), self.backward)
+        return LayerSeconds(forward, backward)
+
 
 @dataclass(frozen=True)
 class StepNeeds:
@@ -62,6 +71,7 @@ class StepNeeds:
     kept_bytes: int = 0  # that one layer saves
     peak_bytes: int = 0  # the most one layer holds at once in its forward and backward pass, `kept_bytes` included
     hidden_bytes: int = 0  # of hidden states
+    attended_bytes: int = 0  # of the results of one layer's attention
     optimizer_bytes: int = 0  # gradients of the adapter and the optimizer's state
     dense_bytes: int = 0  # of all linear weights dequantised
     largest_dense_bytes: int = 0  # of the largest linear weight dequantised, of which `peak_bytes` contains one
@@ -87,6 +97,7 @@ class StepNeeds:
             kept_bytes=int(self.kept_bytes * share),
             peak_bytes=int((self.peak_bytes - self.largest_dense_bytes) * share) + self.largest_dense_bytes,
             hidden_bytes=int(self.hidden_bytes * share),
+            attended_bytes=int(self.attended_bytes * share),
             seconds=seconds,
         )
 
@@ -102,16 +113,19 @@ class MemoryPlan:
     workspace_bytes: int | None = None  # most of a weight dequantised at once; None for whole weights
     sent: int = 0  # other layers, of which all that they save waits on the host
     streamed: int = 0  # layers whose weights wait on the host, decided before a base is loaded
+    keeps_attention: bool = False  # and so do the results of their attention, which is not repeated then
+    tile_tokens: int | None = None  # of what treats each token by itself, so many run at once; None for all
 
     def step_bytes(self, needs: StepNeeds) -> int:
         """Most bytes beside the loaded model that a step with these measures holds at once."""
         kept, peak = needs.kept_bytes, needs.peak_bytes - needs.largest_dense_bytes
         whole = needs.layers - self.recomputed - self.sent
         away = min(self.recomputed, 2) if self.offload_activations else self.recomputed  # two are on their way
-        waiting = away * needs.hidden_bytes + min(self.sent, 1) * kept
+        waiting = away * (needs.hidden_bytes + needs.attended_bytes * self.keeps_attention) + min(self.sent, 1) * kept
         if self.sent and self.offload_activations:
             waiting = max(waiting, int(min(self.sent_bytes(needs), ROOM * kept)))
-        head = 4 * needs.hidden_bytes + 2 * CHUNK_BYTES
+        # Of long rows the embeddings and the norm's output count too: a card ran out at the head by one hidden state.
+        head = (6 if self.tile_tokens else 4) * needs.hidden_bytes + 2 * CHUNK_BYTES
         # Highest at the head or its neighbour, where all that is kept is there, in a layer that is recomputed, or in one
         # whose tensors came back, while those of the next are on their way.
         peaks = [waiting + whole * kept + max(head, peak - kept if whole else 0)]
@@ -135,14 +149,15 @@ class MemoryPlan:
 
     def sent_bytes(self, needs: StepNeeds) -> int:
         """Bytes that wait on the host."""
-        return self.sent * needs.kept_bytes + self.recomputed * needs.hidden_bytes * self.offload_activations
+        recomputed = needs.hidden_bytes + needs.attended_bytes * self.keeps_attention
+        return self.sent * needs.kept_bytes + self.recomputed * recomputed * self.offload_activations
 
     def cost(self, needs: StepNeeds) -> float:
         """Time that the measures take, as a share of a step."""
         seconds = needs.seconds or LayerSeconds(1.0, 1.0)
         layers = max(needs.layers, 1)
         step = layers * seconds.device
-        repeated = RECOMPUTE_COST * self.recomputed * seconds.forward
+        repeated = self._repeated * seconds.forward
         return (
             repeated / step
             + self._waiting_seconds(needs, seconds, repeated) / step
@@ -156,9 +171,14 @@ class MemoryPlan:
         """Time that a micro-batch takes by what was measured of one layer and of the link, with what is repeated and what
         copies keep waiting; what the host takes to launch it is not in it."""
         seconds = needs.seconds or LayerSeconds(0.0, 0.0)
-        repeated = RECOMPUTE_COST * self.recomputed * seconds.forward
+        repeated = self._repeated * seconds.forward
         computing = needs.layers * seconds.device + needs.head_layers * seconds.forward + repeated
         return computing + self._waiting_seconds(needs, seconds, repeated)
+
+    @property
+    def _repeated(self) -> float:
+        """Forward passes of a layer that are repeated."""
+        return (KEPT_ATTENTION_COST if self.keeps_attention else RECOMPUTE_COST) * self.recomputed
 
     def token_cost(self, layers: int, tokens: int) -> float:
         """Time a token takes in micro-batches of so many, by the costs alone: 1 for arithmetic without any measure."""
@@ -191,7 +211,8 @@ class MemoryPlan:
         if self.sent:
             parts.append(f"activations of {self.sent} on the host")
         elif self.offload_activations:
-            parts.append("hidden states on the host")
+            parts.append("hidden states" + " and attention's results" * self.keeps_attention + " on the host")
+        parts += [f"tiles of {self.tile_tokens:,} tokens"] if self.tile_tokens else []
         parts += ["dequantised weights resident"] if self.resident_weights else []
         return parts + ["weights dequantised in slices"] * (self.workspace_bytes is not None)
 
@@ -261,7 +282,8 @@ def plan_as_asked(settings: StepSettings, layers: int, *, resident_weights: bool
     """The plan of steps that nothing is known of: what was asked for, and nothing else."""
     recomputed, away = count_recomputed_layers(settings, layers), bool(settings.offload_activations)
     sent = layers if away and recomputed == 0 else 0
-    return MemoryPlan(recomputed or 0, away, bool(settings.offload_embeddings), resident_weights, sent=sent)
+    embeddings, tile_tokens = bool(settings.offload_embeddings), settings.tile_tokens or None
+    return MemoryPlan(recomputed or 0, away, embeddings, resident_weights, sent=sent, tile_tokens=tile_tokens)
 
 
 def offer_measures(
@@ -296,7 +318,11 @@ def offer_measures(
     ):
         sliced = movable and limited and not resident and largest_dense_bytes > SLICE_BYTES
         for workspace_bytes in workspaces if sliced else (None,):
-            yield MemoryPlan(0, activations, embeddings, resident, workspace_bytes)
+            plan = MemoryPlan(0, activations, embeddings, resident, workspace_bytes)
+            plan = replace(plan, tile_tokens=settings.tile_tokens or None)
+            yield plan
+            if plan.tile_tokens and activations:  # in rows so long that attention is what takes time
+                yield replace(plan, keeps_attention=True)
 
 
 def least_recomputed(settings: StepSettings, *, offload_activations: bool) -> int:
@@ -333,6 +359,7 @@ def plan_memory(
         if layers >= least_recomputed(settings, offload_activations=measures.offload_activations)
         for sent in _sent_counts(needs, layers, settings.offload_activations)
     ]
+    plans = [plan for plan in plans if not plan.keeps_attention or plan.sent_bytes(needs) <= needs.host_bytes]
     fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]
     if not fitting:
         return min(plans, key=lambda plan: (plan.step_bytes(needs), plan.cost(needs)))

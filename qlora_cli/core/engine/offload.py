@@ -4,7 +4,7 @@ Activations are copied on a stream of their own: a layer's tensors leave while t
 while the backward pass is in the layers before them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -27,6 +27,16 @@ def storages_of(tensors: Iterable[Tensor]) -> frozenset[int]:
     return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its values are side by side, in some order of the dimensions."""
+    place = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != place:
+            return False
+        place *= size
+    return True
+
+
 class _Away:
     """One saved tensor: on the device until its copy is done and its layer is past, then on the host, then back."""
 
@@ -36,7 +46,9 @@ class _Away:
         self.strides = tensor.stride()  # compiled code relies on them
         self.bytes = tensor.nbytes
         self.buffer = offload.borrow(self.bytes)
-        self.host = self.buffer[: self.bytes].view(tensor.dtype).view(tensor.shape)
+        flat = self.buffer[: self.bytes].view(tensor.dtype)
+        # In one piece, in whatever order its dimensions are, it travels as it lies: else the device makes a copy first.
+        self.host = flat.as_strided(tensor.shape, self.strides) if _is_dense(tensor) else flat.view(tensor.shape)
         self.fetched: Any = None
         with offload.beside():
             self.host.copy_(tensor, non_blocking=True)
@@ -69,6 +81,11 @@ class _Away:
     def __del__(self) -> None:
         if hasattr(self, "buffer"):  # there may have been no memory for one
             self.offload.free.append(self.buffer)
+
+
+def tensor_of(packed: Any) -> Any:
+    """A saved tensor, on the device, wherever it waited; anything else as it is."""
+    return packed.tensor() if isinstance(packed, _Away) else packed
 
 
 def _wait(event: Any) -> None:
@@ -127,8 +144,12 @@ class ActivationOffload:
         return self.chunk[first : self.chunk_used]
 
     @contextmanager
-    def layer(self, number: int) -> Iterator[None]:
-        """Sends away what is saved inside; what layers before saved leaves the device as far as there is no room."""
+    def layer(self, number: int) -> Iterator[Callable[[Tensor], Any]]:
+        """Sends away what is saved inside; what layers before saved leaves the device as far as there is no room.
+
+        Yields:
+            What sends another tensor along, and returns what `tensor_of` brings back.
+        """
         here: WeakSet[_Away] = WeakSet()
         seen: dict[tuple, _Away] = {}
 
@@ -148,11 +169,8 @@ class ActivationOffload:
                 here.add(seen[key])
             return seen[key]
 
-        def unpack(packed: Tensor | _Away) -> Tensor:
-            return packed.tensor() if isinstance(packed, _Away) else packed
-
-        with saved_tensors_hooks(pack, unpack):
-            yield
+        with saved_tensors_hooks(pack, tensor_of):
+            yield pack
         self.layers[number], self.bytes[number] = here, sum(away.bytes for away in here)
         self.staying.append(number)
         while len(self.staying) > 1 and not self._have_room(self.staying):

@@ -152,6 +152,13 @@ def _head_sizes(decoder: nn.Module, config: Any) -> set[int]:
     return {size or getattr(config, "head_dim", None) or default for size in sizes or {None}}
 
 
+def attended_share(decoder: Any) -> float:
+    """Values of attention's output, by those of a hidden state."""
+    config = decoder.config
+    heads = getattr(config, "num_attention_heads", None)
+    return heads * max(_head_sizes(decoder, config)) / config.hidden_size if heads else 0.0
+
+
 def has_sinks(decoder: nn.Module) -> bool:
     """Whether its attention has sinks: a score for each head that takes weight and gives nothing."""
     return any("sink" in name for name, _ in decoder.named_parameters())

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
-from math import inf
 from typing import Any
 
 import torch
@@ -24,20 +23,25 @@ from qlora_cli.core.engine.packed_attention import takes_equal_rows
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts
 from qlora_cli.core.experts.fused_experts import can_fuse, fuse_experts
 from qlora_cli.core.models.structure import find_decoder, is_plain_linear, linear_names, underlying_model
-from qlora_cli.core.planning.meta_experts import ExpertNotes, ExpertValues, TracedExperts, plain_product
+from qlora_cli.core.planning.meta_experts import ExpertNotes, TracedExperts, plain_product
 from qlora_cli.core.planning.meta_ops import (
-    Attention,
     CatchAttention,
+    Growth,
     Linear,
     LiveBytes,
     Loss,
+    Peak,
     Sink,
     Source,
+    Tiled,
+    attend_in_groups,
     replace_attention,
     replace_methods,
     storage_key,
 )
+from qlora_cli.core.tiling.token_tiles import find_token_wise
 from qlora_cli.errors import ModelError, first_line
+from qlora_cli.kernels.attention import LONG_ROW_TOKENS, head_groups
 
 # So many that what does not grow with the tokens, such as an adapter's gradient, is next to nothing. The second length
 # is needed only where attention is no fused op, and grows with the tokens' square.
@@ -45,33 +49,6 @@ TRACED_TOKENS = (4096, 8192)
 # Of a model whose layers loop in Python over the tokens (a scan takes some ten operations a token and pass), or over
 # pieces of 64 (the gated delta rule). Two lengths, since in so short a row what does not grow counts.
 LOOP_TOKENS = ((16, 32), (64, 128))
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Bytes that grow with a micro-batch: so many a token, and so many a pair of tokens of one row."""
-
-    per_token: float
-    per_pair: float = 0.0  # of the scores of attention that is no fused op
-
-    def bytes(self, tokens: int, row_tokens: int) -> float:
-        """Bytes of `tokens` in rows of `row_tokens`."""
-        return tokens * (self.per_token + self.per_pair * row_tokens)
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Highest moments of a pass: with so many bytes of scratch memory in use, the most that was alive beside it."""
-
-    moments: tuple[tuple[int, Growth], ...]
-
-    def bytes(self, tokens: int, row_tokens: int, most_scratch: float = inf) -> float:
-        """Bytes at the highest moment, where no more scratch memory than `most_scratch` is used."""
-        return max(
-            (scratch if isinstance(scratch, ExpertValues) else min(scratch, most_scratch))
-            + growth.bytes(tokens, row_tokens)
-            for scratch, growth in self.moments
-        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +80,13 @@ class ModelTrace:
     layers: tuple[LayerTrace, ...]
     tail: Peak  # all before the first and after the last layer, the loss included
     vocabulary: int
+
+
+def trace_tiles(model: Any, tile_tokens: int) -> ModelTrace:
+    """`trace_model` of the fast engine where modules run in tiles of so many tokens (`tiling.token_tiles`), in rows so
+    long that heads go in groups. Modules that are given one tensor, and give one, are taken for such."""
+    model.train()
+    return _Trace(model, TRACED_TOKENS[0], fused=True, tile_tokens=tile_tokens).result
 
 
 def trace_model(model: Any, *, fused: bool) -> ModelTrace:
@@ -174,8 +158,8 @@ class _Call:
 class _Trace:
     """Trace of a step on one row of so many tokens; or where it is `counted`, the operations of a forward pass alone."""
 
-    def __init__(self, model: Any, tokens: int, fused: bool, *, counted: bool = False) -> None:
-        self.model, self.tokens, self.fused = model, tokens, fused
+    def __init__(self, model: Any, tokens: int, fused: bool, *, counted: bool = False, tile_tokens: int = 0) -> None:
+        self.model, self.tokens, self.fused, self.tile_tokens = model, tokens, fused, tile_tokens
         self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
         self.modules: list[Any] = find_layers(self.decoder)
@@ -193,6 +177,7 @@ class _Trace:
             self._meta_experts(),
             replace_methods(self._meta_linears()),
             replace_attention(self.base, self._attend) as needs_mask,
+            ExitStack() as tiling,
         ):
             ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
             self.inputs = {"attention_mask": torch.ones_like(ids)} if needs_mask else {}
@@ -206,6 +191,8 @@ class _Trace:
             self.operations = self.live.operations
             if counted:
                 return
+            tiles = self._tile(ids, kinds, [call.module for call in calls.values()]) if tile_tokens else {}
+            tiling.enter_context(replace_methods(tiles))
             traced = {kind: self._trace_layer(call, differentiable=not kind[0]) for kind, call in calls.items()}
             tail = self._trace_tail(ids, [calls[kind] for kind in kinds])
         self.result = ModelTrace(tuple(traced[kind] for kind in kinds), tail, self._vocabulary())
@@ -215,12 +202,27 @@ class _Trace:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.token_by_token:
             query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
-        output = Attention.apply(query, key, value)
+        groups = head_groups(key.shape[1], LONG_ROW_TOKENS + 1) if self.tile_tokens else 1
+        output = attend_in_groups(query, key, value, groups, at_once=self.token_by_token)
         self.keys_and_values += key.shape[1] * (key.shape[3] + value.shape[3])
         self.key_heads += key.shape[1]
         self.queries += query.shape[1] * value.shape[3]
         self._note_read(query, key, value, output)
         return output
+
+    def _tile(self, ids: Tensor, kinds: list[Any], layers: list[Any]) -> dict[Any, Callable]:
+        """The modules that run in tiles, with what they run."""
+        roots = layers + [m for m in self.decoder.children() if not isinstance(m, torch.nn.ModuleList)]
+        found = find_token_wise(roots, lambda: self._capture_calls(ids, kinds), lambda *_: True)
+        return {module: self._tiled(module, x, out) for module, (x, out) in found.items()}
+
+    def _tiled(self, module: Any, x: Tensor, out: Tensor) -> Callable:
+        """A module's forward in tiles, each of which takes what so many tokens take by themselves, both ways."""
+        tile = self.tile_tokens or self.tokens
+        passes = self._count(partial(type(module).forward, module), _Call(module, (x,), {}, out), differentiable=True)
+        peaks = [int(peak.bytes(tile, tile)) for peak in (passes.forward, passes.backward)]
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        return lambda given: Tiled.apply(given, out, (peaks[0], max(peaks)), self.live, *parameters)
 
     def _meta_linears(self) -> dict[Any, Callable]:
         """Linear layers, and their forward on the meta device; with the fast engine the adapter is part of it."""

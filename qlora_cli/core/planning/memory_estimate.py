@@ -101,9 +101,10 @@ class TrainingMemory:
 
 def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemory:
     """Memory of training a traced model at its highest moment, by the largest micro-batch."""
-    assert profile.trace is not None
+    trace = profile.traced(step.measures.tile_tokens)
+    assert trace is not None
     moment, activation_bytes, working_bytes = max(
-        _moments(profile.trace, profile.itemsize, step), key=lambda found: found[1] + found[2]
+        _moments(trace, profile.itemsize, step), key=lambda found: found[1] + found[2]
     )
     trained = sum(-(-numel // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS for numel in profile.footprint.trainable_numels)
     copies_bytes = trained * profile.itemsize if step.engine == "fast" and profile.itemsize < 4 else 0
@@ -123,7 +124,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
     }
     offloaded_bytes = sum(
         _held(layer, profile.itemsize, index, step)
-        for index, layer in enumerate(profile.trace.layers)
+        for index, layer in enumerate(trace.layers)
         if step.is_offloaded(index)
     )
     return TrainingMemory(
@@ -221,7 +222,10 @@ def _held(layer: LayerTrace, itemsize: int, index: int, step: ResolvedStep) -> f
     whole = layer.compiled if step.compiled else layer.kept
     recomputed = index < step.measures.recomputed
     passes = layer.recomputed if recomputed else whole
-    return passes.held.bytes(step.part_tokens, step.row_tokens) + _exchanged(layer, itemsize, step) * (not recomputed)
+    held = passes.held.bytes(step.part_tokens, step.row_tokens)
+    if recomputed and step.measures.keeps_attention and step.is_offloaded(index):
+        held += step.part_tokens * itemsize * layer.queries
+    return held + _exchanged(layer, itemsize, step) * (not recomputed)
 
 
 def _exchanged(layer: LayerTrace, itemsize: int, step: ResolvedStep) -> float:
@@ -246,7 +250,8 @@ def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:
     attention = sum(2 * step.row_tokens * layer.hidden for layer in profile.trace.layers)
     multiplied = sum(profile.footprint.quantized_numels) + profile.met_experts * sum(profile.footprint.expert_numels)
     frozen = 2 * passes * multiplied + 4 * head
-    return frozen + 2 * (passes + 1) * profile.footprint.trainable_parameters + (passes + 1.5) * attention
+    attended = 2 if step.measures.keeps_attention else passes
+    return frozen + 2 * (passes + 1) * profile.footprint.trainable_parameters + (attended + 1.5) * attention
 
 
 def estimate_generation(profile: ModelProfile, *, rows: int, row_tokens: int) -> dict[str, int]:

@@ -13,12 +13,12 @@ from torch import Tensor
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts
 from qlora_cli.core.experts.fused_experts import FusedExperts
 from qlora_cli.core.experts.layout import ExpertWeight
-from qlora_cli.core.planning.meta_ops import LiveBytes
+from qlora_cli.core.planning.meta_ops import FixedBytes, LiveBytes
 from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, Lora, Routing
 
 
-class ExpertValues(int):
-    """Bytes of scratch memory that no plan makes smaller: dequantised experts, as many as are multiplied at once."""
+class ExpertValues(FixedBytes):
+    """Bytes of dequantised experts, as many as are multiplied at once."""
 
     @classmethod
     def of(cls, weight: ExpertWeight, itemsize: int) -> "ExpertValues":

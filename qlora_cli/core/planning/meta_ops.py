@@ -6,6 +6,8 @@ A meta kernel computes shapes alone. It saves for its backward pass, and allocat
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -64,6 +66,58 @@ class LiveBytes(TorchDispatchMode):
         self.now_bytes -= self._sizes.pop(key)
 
 
+class FixedBytes(int):
+    """Bytes of scratch memory that no plan makes smaller: of dequantised experts, or of a tile of tokens."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that grow with a micro-batch: so many a token, and so many a pair of tokens of one row."""
+
+    per_token: float
+    per_pair: float = 0.0  # of the scores of attention that is no fused op
+
+    def bytes(self, tokens: int, row_tokens: int) -> float:
+        """Bytes of `tokens` in rows of `row_tokens`."""
+        return tokens * (self.per_token + self.per_pair * row_tokens)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Highest moments of a pass: with so many bytes of scratch memory in use, the most that was alive beside it."""
+
+    moments: tuple[tuple[int, Growth], ...]
+
+    def bytes(self, tokens: int, row_tokens: int, most_scratch: float = inf) -> float:
+        """Bytes at the highest moment, where no more scratch memory than `most_scratch` is used."""
+        return max(
+            (scratch if isinstance(scratch, FixedBytes) else min(scratch, most_scratch))
+            + growth.bytes(tokens, row_tokens)
+            for scratch, growth in self.moments
+        )
+
+
+class Tiled(torch.autograd.Function):
+    """`tiling.token_tiles`: keeps its input, and has a tile's own memory beside its output or its input's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, out: Tensor, tile_bytes: tuple[int, int], live: LiveBytes, *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.parameters, ctx.backward_bytes, ctx.live = parameters, tile_bytes[1], live
+        result = x.new_empty(*x.shape[:2], *out.shape[2:], dtype=out.dtype)
+        live.mark(FixedBytes(tile_bytes[0]))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
+        ctx.live.mark(FixedBytes(ctx.backward_bytes))
+        return grad_x, None, None, None, *(p.new_empty(p.shape) for p in ctx.parameters)
+
+
 class Linear(torch.autograd.Function):
     """`kernels.linear`, or without an adapter bitsandbytes' linear: a dequantised weight is there while it computes."""
 
@@ -99,10 +153,12 @@ class Linear(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """Flash or cuDNN attention: keeps its inputs, its output and one float32 a head and token."""
+    """Flash or cuDNN attention: keeps its inputs, its output and one float32 a head and token. In the backward pass it
+    goes over the heads in so many groups."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: int = 1) -> Tensor:
+        ctx.groups = groups
         rows, heads, tokens, size = query.shape
         # Both lay the output out like the query. Head by head, as where part of each head is rotated and both parts
         # are put together anew, the model copies it for its output projection: both the copy and this are kept.
@@ -113,13 +169,24 @@ class Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, _ = ctx.saved_tensors
-        # Flash's backward pass accumulates the query's gradient in float32.
-        accumulator = query.new_empty(query.shape, dtype=torch.float32)
+        # Flash's backward pass accumulates the query's gradient in float32; a group's results are copied.
+        heads = query.shape[1] // ctx.groups
+        accumulator = query.new_empty(query.shape[0], heads, *query.shape[2:], dtype=torch.float32)
         results = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
-        del accumulator
-        return results
+        parts = [query.new_empty(accumulator.shape) for _ in range(3)] if ctx.groups > 1 else []
+        del accumulator, parts
+        return *results, None
+
+
+def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, groups: int, *, at_once: bool) -> Tensor:
+    """Attention as `kernels.attention` does it in long rows: one op (`at_once`), or one of torch's for each group."""
+    if at_once or groups == 1:
+        return Attention.apply(query, key, value, groups)
+    given = zip(*(t.chunk(groups, 1) for t in (query, key, value)), strict=True)
+    parts = [Attention.apply(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in part)) for part in given]
+    return torch.cat([part.transpose(1, 2) for part in parts], 2).transpose(1, 2)
 
 
 class Loss(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """Profile of a model with its adapter: sizes and activation trace, from which memory is predicted without weights."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,12 +14,16 @@ from qlora_cli.core.experts.four_bit_experts import pack_experts
 from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.core.models.account import FourBitPlan, plan_packing
 from qlora_cli.core.models.structure import build_empty, find_decoder
-from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model
+from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model, trace_tiles
 from qlora_cli.core.planning.meta_adapter import attach_on_meta
 from qlora_cli.core.planning.model_size import Footprint, measure_footprint
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+
+
+def _never(_tile_tokens: int) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ class ModelProfile:
     packing: FourBitPlan  # what of the base is in 4 bits, and what is not
     met_experts: float  # share of a layer's experts that a token meets
     layer_bytes: tuple[int, ...] = ()  # of each decoder layer's 4-bit weights, as they are held
+    # The trace where modules run in tiles of so many tokens, made when it is asked for; None where they do not.
+    trace_tiles: Callable[[int], ModelTrace | None] = field(default=_never, compare=False, repr=False)
+
+    def traced(self, tile_tokens: int | None) -> ModelTrace | None:
+        """The trace of layers that run in tiles of so many tokens; None for whole."""
+        return self.trace_tiles(tile_tokens) if tile_tokens else self.trace
 
     @property
     def layers(self) -> int:
@@ -88,6 +100,10 @@ def profile_model(
         trace = trace_model(adapted, fused=engine == "fast" and not lora.dora) if traced else None
     except ModelError as error:
         untraced = error.message
+    attends = trace is not None and all(
+        layer.keys_and_values for layer in trace.layers
+    )  # and does not loop over tokens
+    tiles = engine == "fast" and not lora.dora and attends
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
     dtype = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name once the configuration was saved
@@ -105,6 +121,7 @@ def profile_model(
         layer_bytes=tuple(
             sum(bytes_ for name, bytes_ in footprint.packed_bytes.items() if name.startswith(layer)) for layer in layers
         ),
+        trace_tiles=cache(partial(trace_tiles, adapted)) if tiles else _never,
     )
 
 

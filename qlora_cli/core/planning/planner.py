@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from qlora_cli.core.device import read_capacity_bytes
+from qlora_cli.core.device import read_capacity_bytes, read_free_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import (
     ASSUMED_FLOPS_PER_SECOND,
+    HOST_SHARE,
     MARGIN_BYTES,
     MemoryPlan,
     count_recomputed_layers,
@@ -34,10 +35,14 @@ from qlora_cli.core.planning.memory_estimate import (
     estimate_training,
 )
 from qlora_cli.core.planning.model_profile import ModelProfile
+from qlora_cli.core.tiling.token_tiles import LEAST_TILES, TILE_TOKENS
 from qlora_cli.core.training.optimizer import choose_optimizer
 from qlora_cli.settings.groups import StepSettings
 from qlora_cli.settings.ranges import parse_memory
 
+# In rows of so many tokens attention is two thirds of a layer's time: tiles, beside which it need not be repeated, are
+# considered wherever memory is limited.
+CERTAINLY_TILED_TOKENS = 65_536
 ASSUMED_LINK_BYTES_PER_SECOND = 2e10  # between host and card: PCIe 4 with 16 lanes
 
 
@@ -99,7 +104,13 @@ class MemoryDecision:
             "offload_activations": self.measures.offload_activations,
             "offload_embeddings": self.measures.offload_embeddings,
             "resident_weights": self.measures.resident_weights,
+            **self.tiling,
         }
+
+    @property
+    def tiling(self) -> dict[str, int]:
+        """The setting of tiles, where layers run in such; nothing where they run whole."""
+        return {"tile_tokens": self.measures.tile_tokens} if self.measures.tile_tokens else {}
 
     @property
     def streaming(self) -> dict[str, int]:
@@ -172,15 +183,30 @@ def plan_training(
 
     limited = vram_bytes is not None
     found: list[tuple[ResolvedStep, TrainingMemory]] = []
-    if not (streams and settings.stream):
-        steps = _open_steps(profile, settings, largest, limited=limited)
-        found = [each for step in steps if (each := _recompute_least(profile, settings, step, vram_bytes))]
-    if streams and not any(vram_bytes is None or memory.device_bytes <= vram_bytes for _, memory in found):
+
+    def none_fits() -> bool:
+        return not any(vram_bytes is None or memory.device_bytes <= vram_bytes for _, memory in found)
+
+    if settings.tile_tokens and (context > 1 or profile.traced(settings.tile_tokens) is None):
+        settings = replace(settings, tile_tokens=0)
+    while True:
+        if not (streams and settings.stream):
+            steps = _open_steps(profile, settings, largest, limited=limited)
+            found += [each for step in steps if (each := _recompute_least(profile, settings, step, vram_bytes))]
+        long = largest.row_tokens > LEAST_TILES * TILE_TOKENS
+        may_tile = settings.tile_tokens is None and on_cuda and long and shards == context == 1
+        wanted = largest.row_tokens >= CERTAINLY_TILED_TOKENS or none_fits()
+        if not (limited and may_tile and wanted and profile.traced(TILE_TOKENS)):
+            break
+        settings = replace(settings, tile_tokens=TILE_TOKENS)
+    if streams and none_fits():
         packed = replace(settings, resident_weights=False)
         if limited and on_cuda:
             largest = _grow(profile, largest, lengths.step_tokens(settings))
         for step in _open_steps(profile, packed, largest, limited=limited):
             found += _stream_layers(profile, packed, step, vram_bytes)
+    host_bytes = HOST_SHARE * read_free_bytes(torch.device("cpu"))
+    found = [each for each in found if not each[0].measures.keeps_attention or each[1].host_bytes <= host_bytes]
     step, memory = min(found, key=rank)
     recomputed = step.measures.recomputed
     return MemoryDecision(
@@ -238,6 +264,8 @@ def _recompute_least(
     on_fast_card = step.on_cuda and step.engine == "fast"
     # Whether layers will be compiled may depend on the run's length: the larger of the two counts.
     modes = (False, True) if settings.compile is None and on_fast_card else (bool(settings.compile) and step.on_cuda,)
+    if step.measures.tile_tokens:  # neither compiled nor in graphs
+        modes, on_fast_card = (False,), False
 
     def resolve(layers: int) -> tuple[ResolvedStep, TrainingMemory]:
         resolved = replace(step, measures=replace(step.measures, recomputed=layers))

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from qlora_cli.config import InspectConfig, TrainConfig
-from qlora_cli.core.device import resolve_compute_dtype
+from qlora_cli.core.device import read_free_bytes, resolve_compute_dtype
 from qlora_cli.core.distributed.context_group import require_even_heads
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.planning.memory_estimate import copied_bytes, streamed_base_bytes
@@ -21,7 +21,7 @@ from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_tra
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit, write_train_command
 from qlora_cli.core.streaming.host_memory import why_on_disk
 from qlora_cli.errors import DoesNotFit
-from qlora_cli.events import Notice, Report
+from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.settings.setting import recorded_fields
 from qlora_cli.sizes import format_bytes
 
@@ -151,6 +151,11 @@ def plan_run_memory(
     if context != ranks.context:  # fewer groups of ranks are dealt the rows of a step
         largest_tokens = replace(lengths, largest_batch_tokens=None).batch_tokens(config.batch_size)
     on_disk = bool(plan.measures.streamed) and _wait_on_disk(config, profile, plan, report)
+    if plan.memory is not None and plan.measures.offload_activations and not config.dry_run:
+        free_bytes = read_free_bytes(torch.device("cpu"))
+        if plan.memory.host_bytes > free_bytes:
+            text = f"What waits on the host takes {format_bytes(plan.memory.host_bytes)}, of which it has "
+            report(Caution(f"{text}{format_bytes(free_bytes)} free: shorter rows take less."))
     commands: tuple[str, ...] = ()
     if plan.fits is False:
         assert vram_bytes is not None and plan.memory is not None

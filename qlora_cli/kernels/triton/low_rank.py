@@ -28,6 +28,7 @@ def _add_product(
     left_row,
     right_rank,
     right_column,
+    first_row,
     rate,
     DROPS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -54,7 +55,7 @@ def _add_product(
         product *= tl.load(scale)
     place = row[:, None].to(tl.int64) * out_row + column[None, :]
     if DROPS:
-        first = row[:, None].to(tl.int64) * (columns // 4)
+        first = (row + first_row)[:, None].to(tl.int64) * (columns // 4)
         group = first + (tl.program_id(0) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4))[None, :]
         kept = tl.reshape(keeps(tl.load(seed), group.to(tl.uint32), rate), (ROWS, COLUMNS))
         product = tl.where(kept, product / (1.0 - rate), 0.0)
@@ -77,6 +78,8 @@ def add_product(
     seed: Tensor | None = None,
     rate: float = 0.0,
     scale: Tensor | None = None,
+    *,
+    first_row: int = 0,
 ) -> Tensor:
     """out += scale left @ right in place, summed in fp32 and rounded once; places of `drop` with this seed are left out.
 
@@ -87,6 +90,7 @@ def add_product(
         seed: int64 scalar on the device; None for no dropout.
         rate: In [0, 1); with it, columns is a multiple of 4.
         scale: fp32 scalar on the device, read there; None for 1.
+        first_row: As `drop`'s.
 
     Returns:
         `out`.
@@ -107,6 +111,7 @@ def add_product(
             left.stride(0),
             right.stride(0),
             right.stride(1),
+            first_row,
             rate,
             DROPS=seed is not None,
             SCALES=scale is not None,
