@@ -128,6 +128,11 @@ def test_rows_together_and_layers_with_a_state_go_without(tuned, tmp_path):  # n
     assert session.decoder.look_up is None
 
 
+def test_kernels_that_do_not_run_here_are_left_to_torch():
+    """Compiled they need a GPU: on a CPU they raise, and are not used."""
+    assert PromptLookUp(20, CPU, fused=True).guess(torch.tensor([0])).tolist() == [NOTHING] * (WIDTH - 1)
+
+
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.lists(st.integers(0, 3), max_size=12))
 def test_the_latest_of_the_longest_matches_is_continued(ids, stale):
     def ending_alike(place):  # tokens that agree, of those that end at this place and at the last one

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_cli.core.bnb import bitsandbytes
-from qlora_cli.core.decoding.prompt_lookup import WIDTH, PromptLookUp
+from qlora_cli.core.decoding.prompt_lookup import WIDTH, PromptLookUp, trusted_kernels
 from qlora_cli.kernels.decode import gemv
 from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, Tiling
 from qlora_cli.kernels.weights import FrozenWeight
@@ -169,6 +169,7 @@ def test_a_token_is_multiplied_as_if_it_were_alone():
 @pytest.mark.parametrize("width", [1, WIDTH])
 def test_steps_with_guesses_are_those_of_torch(width):
     """Rows in which something is found and nothing, longer than what a program looks at together; guesses right and wrong."""
+    assert trusted_kernels(torch.device(DEVICE)) is not None
     generator = torch.Generator().manual_seed(width)
     for length, right in ((1, 0), (5, 2), (9, 7), (30, 0), (1500, 5)):
         ids = torch.randint(0, 3, (length,), generator=generator).to(DEVICE)
