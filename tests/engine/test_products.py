@@ -16,6 +16,7 @@ from tests.conftest import most_slow
 from tests.engine.test_engine import CPU, adapted, batch_of, install, step
 
 FEW = ProductTrial(batch=batch_of())
+WAYS = [{"resident_weights": False, "gradient_checkpointing": "on"}, {"resident_weights": False}]
 ARCHITECTURES = ["llama", "gpt_neox", "falcon", "bloom", "qwen3", "gemma2", "phi"]
 
 
@@ -34,7 +35,7 @@ def test_loss_and_gradients_are_near_those_in_the_compute_dtype(load_tiny, archi
     assert "linears multiplied in fp8" in engine.describe()
 
 
-@pytest.mark.parametrize("change", [{"resident_weights": False}, {"gradient_checkpointing": "on"}])
+@pytest.mark.parametrize("change", most_slow(WAYS, WAYS[:1]))
 def test_other_ways_to_hold_and_to_repeat_give_the_same(load_tiny, change):
     model, batch = adapted(load_tiny, "llama", dropout=0.2), batch_of()
     found = []
@@ -57,6 +58,7 @@ def test_a_base_that_streams_is_chosen_for_and_multiplied_to_the_same_bits(load_
     assert found[0][2] == found[1][2] and found[0][2].matmul == "fp8"
 
 
+@pytest.mark.slow
 def test_bf16_and_auto_are_the_engine_without_the_choice(load_tiny):
     model, batch = adapted(load_tiny, "llama"), batch_of()
     for matmul in ("bf16", "auto"):
@@ -88,6 +90,7 @@ def test_a_layer_that_does_not_pass_stays_and_is_named(load_tiny, monkeypatch):
     again.close()
 
 
+@pytest.mark.slow
 def test_a_trial_adds_to_no_gradient_and_leaves_training_mode(load_tiny):
     model = adapted(load_tiny, "llama", dropout=0.5)
     batch = trial_batch([(row.numpy().astype("int32"), torch.zeros(len(row), dtype=torch.bool).numpy())

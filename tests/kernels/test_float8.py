@@ -74,6 +74,7 @@ def test_weights_of_other_sides_are_left_out():
     assert not float8.covers(FrozenWeight(64, 64, dense=torch.ones(64, 64)))
 
 
+@pytest.mark.slow
 def test_layers_with_one_input_quantise_it_once(case):
     """The compiler finds that they are given the same tensor."""
     weight, _, x, a, b, _ = case
