@@ -486,7 +486,7 @@ def test_no_room_to_try_a_layer_out_is_told_in_one_sentence(load_tiny):
 
 
 def test_a_model_that_the_fast_engine_does_not_run_is_trained_plainly_and_that_is_said(load_tiny):
-    """Such as deepseek_v4, whose routers want the tokens themselves; what runs nowhere is refused, as rwkv in 4 bits."""
+    """Such as deepseek_v4, whose routers want the tokens themselves; what runs nowhere is refused."""
     model, batch, events = adapted(load_tiny, "llama"), batch_of(), []
     expected, gradient, _ = step(model, batch, kind="plain")
     decoder = model.get_base_model().model

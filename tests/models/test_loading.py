@@ -6,19 +6,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import RwkvConfig, RwkvForCausalLM
 
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.bnb import bitsandbytes
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import (
     count_parameters,
+    dequantized_weight,
     freeze_base,
     is_4bit,
 )
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import ModelError
-from qlora_cli.settings.groups import QuantizationSettings
-from tests.conftest import ARCHITECTURES, FEW, most_slow
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+from tests.conftest import ARCHITECTURES, FEW, make_tokenizer, most_slow
 
 
 @pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
@@ -114,3 +117,31 @@ def test_a_checkpoint_that_is_4bit_already_is_taken_as_it_is(tiny_model, tmp_pat
     freeze_base(stored)
     ids = torch.arange(5, 25)[None]
     assert torch.equal(base(ids).logits, stored(ids).logits)
+
+
+def test_a_base_does_not_change_its_weights_in_evaluation(tmp_path):
+    """As rwkv does every sixth layer, which ended in an error below an adapter."""
+    config = RwkvConfig(
+        vocab_size=384,
+        hidden_size=64,
+        attention_hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=7,
+        context_length=64,
+    )
+    torch.manual_seed(0)
+    original = RwkvForCausalLM(config)
+    original.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    held, device = QuantizationSettings(base_cache=False), torch.device("cpu")
+    base, _ = load_base(resolve_model(str(tmp_path)), held, compute_dtype=torch.float32, device=device)
+    for name, module in base.named_modules():
+        if is_4bit(module):
+            original.get_submodule(name).weight.data = dequantized_weight(module)
+    model, ids = attach_adapter(base, LoraSettings(rank=4)), torch.arange(2, 12)[None]
+    with torch.no_grad():
+        wanted = original.eval()(ids).logits  # rescaled
+        for mode in (False, True, False):
+            torch.testing.assert_close(
+                model.train(mode)(input_ids=ids, use_cache=False).logits, wanted, rtol=1e-3, atol=1e-4
+            )

@@ -127,15 +127,15 @@ def calling_layers() -> Iterator[None]:
 @contextmanager
 def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Inside the block layers hand their hidden states on as they are, the first one excepted, which really runs."""
-    as_tuple = False
+    length = 0  # of the tuple that a layer gives; 0 for a tensor
 
     def remember(_: nn.Module, __: Any, out: Any) -> None:
-        nonlocal as_tuple
-        as_tuple = isinstance(out, tuple | list)
+        nonlocal length
+        length = len(out) if isinstance(out, tuple | list) else 0
 
     def pass_on(*args: Any, **named: Any) -> Any:
         hidden = args[0] if args else next(iter(named.values()))
-        return (hidden, None) if as_tuple else hidden
+        return (hidden, *[None] * (length - 1)) if length else hidden
 
     hook = layers[0].register_forward_hook(remember) if layers else None
     kept = [layer.__dict__.get("forward") for layer in layers]

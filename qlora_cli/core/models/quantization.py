@@ -86,11 +86,15 @@ def twin_of(linear: Any, bias: nn.Parameter | None) -> nn.Module:
 
 
 def freeze_base(base: Any) -> PreTrainedModel:
-    """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no CPU repacking of the packed weights, which
-    are reached by calling their layers."""
+    """Makes a loaded 4-bit model a frozen base: no gradients, no cache, no repacking or rescaling of the packed weights,
+    which are reached by calling their layers."""
     base.requires_grad_(False).eval()
     call_layers(base)
     base.config.use_cache = False
+    if getattr(base.config, "rescale_every", None):
+        # rwkv halves weights in evaluation, and its hidden states with them, against overflow in float16. It cannot write
+        # packed ones below an adapter (transformers 5.23), and without that the numbers are the same.
+        base.config.rescale_every = 0
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On AVX512-BF16 CPUs an eval forward repacks the weight in place, and a later backward or dequantise
