@@ -136,7 +136,7 @@ class Accumulation:
         if tokens := self.ranks.all_reduce_max(single_tokens, self.device):
             raise TrainingError(
                 f"There is not enough memory {where}, for a single row of {tokens:,} tokens.",
-                "Lower --max-length, or use --gradient-checkpointing on.",
+                "Lower --max-length, or use --gradient-checkpointing on, or --stream, with which the base leaves the card.",
             )
         return self.ranks.all_reduce_max(failed_tokens, self.device) // 2
 
