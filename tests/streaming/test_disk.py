@@ -54,7 +54,7 @@ class SlowFile(MappedFile):
     """A file on a disk that takes its time, and not always the same."""
 
     def read(self, start, into):
-        time.sleep(0.001 * (start % 3))
+        time.sleep(0.0002 * (start % 3))
         super().read(start, into)
 
 
