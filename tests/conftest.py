@@ -294,6 +294,7 @@ FORKING += (
     "engine/test_fsdp.py",
     "experts/test_sharded_experts.py",
     "merge/test_writer.py",
+    "models/test_bnb.py",
 )
 
 
@@ -331,6 +332,10 @@ def pytest_collection_modifyitems(items):
         file = item.nodeid.partition("::")[0]
         return 0 if file in LONGEST else 1 if is_forking(file) else 2
 
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        if "zygote" in getattr(item, "fixturenames", ()) and not is_left_out(item) and not is_forking(file):
+            raise pytest.UsageError(f"{file} asks for the zygote: name it in FORKING in tests/conftest.py.")
     items.sort(key=turn)
     products: dict[str, list[pytest.Function]] = {}
     for item in items:
