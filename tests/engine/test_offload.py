@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core.engine import decoder_layers, packed_attention
+from qlora_cli.core.engine import packed_attention
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload, storages_of
+from qlora_cli.core.tiling import kept_attention
 from tests.conftest import most_slow
 from tests.engine.test_engine import adapted, batch_of, gradients, install
 
@@ -167,7 +168,7 @@ def test_attention_whose_results_wait_on_the_host_is_not_computed_again(load_tin
     model = adapted(load_tiny, architecture)
     engine = install(model, tile_tokens=128)
     monkeypatch.setattr(packed_attention, "packed_attention", lambda q, k, v, *_: attend(q, k, v)[0])
-    monkeypatch.setattr(decoder_layers, "ATTENTION_OPS", {torch.ops.qlora_tests.attend.default})
+    monkeypatch.setattr(kept_attention, "ATTENTION_OPS", {torch.ops.qlora_tests.attend.default})
     found = []
     for keeps in (False, True):
         engine._apply(MemoryPlan(2, True, False, engine.linears.resident, keeps_attention=keeps, tile_tokens=128))

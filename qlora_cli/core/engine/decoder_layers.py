@@ -1,9 +1,9 @@
 """Decoder layers that keep, recompute or offload their activations and run compiled or not, each as planned."""
 
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.engine.fsdp import gathered
@@ -28,8 +27,8 @@ from qlora_cli.core.engine.lora_linear import (
 from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload, tensor_of
 from qlora_cli.core.experts.fused_experts import FusedExperts
+from qlora_cli.core.tiling.kept_attention import can_keep_attention, keep_attention
 from qlora_cli.core.tiling.token_tiles import TiledModule, tile_of
-from qlora_cli.kernels.attention import ATTENTION_OPS
 
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
 # Of what a layer saves, without its input's gradient: GPT-NeoX, Falcon and Phi with adapted attention 0.5, others 0.9.
@@ -91,7 +90,7 @@ def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOff
             unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
         away = layer.number in sent or (layer.recompute and plan.offload_activations)
         layer.offload = offload if away else None
-        layer.keeps_attention = plan.keeps_attention
+        layer.keeps_attention = plan.keeps_attention and offload is not None and can_keep_attention(offload.device)
 
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:
@@ -164,41 +163,7 @@ def _recomputing(plan: LayerPlan, send: Callable | None) -> tuple[AbstractContex
     """What a layer's forward pass runs in, and what its repetition does."""
     if send is None or not plan.keeps_attention:
         return nullcontext(), plan.step.recompute()
-    kept: deque[tuple] = deque()
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        with plan.step.recompute(), _GiveAttention(kept):
-            yield
-
-    return _KeepAttention(kept, send), again()
-
-
-class _KeepAttention(TorchDispatchMode):
-    """Sends the results of attention along with what a layer saves."""
-
-    def __init__(self, kept: deque[tuple], send: Callable) -> None:
-        super().__init__()
-        self.kept, self.send = kept, send
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        if func in ATTENTION_OPS:
-            self.kept.append(tuple(self.send(r) if isinstance(r, Tensor) else r for r in results))
-        return results
-
-
-class _GiveAttention(TorchDispatchMode):
-    """Answers attention with those results, in the order of the calls, and holds them no longer."""
-
-    def __init__(self, kept: deque[tuple]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in ATTENTION_OPS:
-            return tuple(map(tensor_of, self.kept.popleft()))
-        return func(*args, **(kwargs or {}))
+    return keep_attention(send, tensor_of, plan.step.recompute)
 
 
 @dataclass(frozen=True)
