@@ -17,8 +17,8 @@ from tests.engine.test_engine import adapted, batch_of, gradients, install, step
 class Compiler:
     """A backend that notes what it is given to compile: for each graph, how often it calls which of our ops."""
 
-    def __init__(self):
-        self.backend = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+    def __init__(self, backend="aot_eager_decomp_partition"):
+        self.backend = torch._dynamo.lookup_backend(backend)
         self.graphs = []
 
     def __call__(self, graph, inputs):
@@ -32,10 +32,10 @@ class Compiler:
         return [[arguments for name, arguments in graph if name == op] for graph in self.graphs]
 
 
-def compile_layers(engine, *, lean=False):
+def compile_layers(engine, *backend, lean=False):
     """Runs an engine's layers compiled, which it does by itself on cards only."""
     torch._dynamo.reset()
-    compiler = Compiler()
+    compiler = Compiler(*backend)
     engine.compiled = True
     engine._share_projections()
     for plan in engine.layer_plans:
@@ -143,18 +143,19 @@ def test_a_parameter_without_a_standing_gradient_runs_without_a_graph():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "recomputed"),
+    ("architecture", "recomputed", "backend"),
     [
-        ("llama", 1),
-        *(pytest.param(n, 0, marks=pytest.mark.slow) for n in ("gpt_neox", "llama", "qwen2", "gemma3")),
+        ("llama", 1, ["eager"]),
+        pytest.param("llama", 1, [], marks=pytest.mark.slow),  # traced by autograd too, as on cards
+        *(pytest.param(n, 0, [], marks=pytest.mark.slow) for n in ("gpt_neox", "llama", "qwen2", "gemma3")),
     ],
 )
-def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, architecture, recomputed):
+def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, architecture, recomputed, backend):
     model = adapted(load_tiny, architecture)
     batch = batch_of((40, 7, 33))
     expected_loss, expected, _ = step(model, batch)
     engine = install(model, gradient_checkpointing=str(recomputed))
-    compiler = compile_layers(engine)
+    compiler = compile_layers(engine, *backend)
     groups = [len(shared.members) for shared in engine.layer_plans[-1].shared]
     assert groups == ([] if architecture == "gpt_neox" else [3, 2])
     kind = "gelu_tanh" if architecture == "gemma3" else "silu"
