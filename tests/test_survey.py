@@ -9,7 +9,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Of each kind of layer, of state, of experts and of towers one or two; the others are slow.
 CHOSEN = [
-    "cohere2",
     "deepseek_v3",
     "falcon_h1",
     "gemma4",
