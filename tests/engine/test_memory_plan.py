@@ -97,6 +97,15 @@ def test_hidden_states_on_their_way_beside_a_sent_layer_are_counted():
     )
 
 
+@pytest.mark.parametrize(("attended", "host", "keeps"), [(2**25, 100, True), (0, 100, False), (2**25, 0, False)])
+def test_attentions_results_are_kept_where_they_can_be_and_the_host_has_the_room(attended, host, keeps):
+    needs = replace(NEEDS, attended_bytes=attended, host_bytes=host * GIB)
+    settings = replace(UNDECIDED, tile_tokens=8192, offload_activations=True, gradient_checkpointing="on")
+    plan = plan_memory(needs, 4 * GIB, settings)
+    assert plan.recomputed and plan.keeps_attention == keeps
+    assert ("attention's results" in ", ".join(plan.describe(32))) == keeps
+
+
 def test_no_layer_waits_on_the_host_against_the_users_word():
     refused = plan_memory(LINKED, 5 * GIB, StepSettings(offload_activations=False))
     assert (refused.sent, refused.offload_activations) == (0, False)

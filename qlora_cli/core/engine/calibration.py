@@ -46,6 +46,7 @@ from qlora_cli.core.matmul.choice import (
 )
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.core.tiling.kept_attention import can_keep_attention
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.attention import LONG_ROW_TOKENS
@@ -274,12 +275,13 @@ class StepPlanner:
         dense_bytes = MemoryPlan(workspace_bytes=workspace_bytes).values_bytes(largest_bytes)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         few = trials.measure(layer, max(LEAST_TRIAL_TOKENS, self.largest_tokens // share // 4))
+        kept = attended_share(trials.decoder) if self.settings.tile_tokens and can_keep_attention(trials.device) else 0
         self.needs = replace(
             static,
             kept_bytes=layer_bytes.kept * share,
             peak_bytes=(layer_bytes.peak - dense_bytes) * share + largest_bytes,
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
-            attended_bytes=int(self.largest_tokens * trials.hidden_bytes * attended_share(trials.decoder)),
+            attended_bytes=int(self.largest_tokens * trials.hidden_bytes * kept),
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
             fixed_seconds=None if few is None else seconds.fixed(few[1]),
             link_bytes_per_second=link_bytes_per_second(trials.device),

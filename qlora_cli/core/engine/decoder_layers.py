@@ -27,7 +27,7 @@ from qlora_cli.core.engine.lora_linear import (
 from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload, tensor_of
 from qlora_cli.core.experts.fused_experts import FusedExperts
-from qlora_cli.core.tiling.kept_attention import can_keep_attention, keep_attention
+from qlora_cli.core.tiling.kept_attention import keep_attention
 from qlora_cli.core.tiling.token_tiles import TiledModule, tile_of
 
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
@@ -90,7 +90,7 @@ def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOff
             unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
         away = layer.number in sent or (layer.recompute and plan.offload_activations)
         layer.offload = offload if away else None
-        layer.keeps_attention = plan.keeps_attention and offload is not None and can_keep_attention(offload.device)
+        layer.keeps_attention = plan.keeps_attention
 
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:

@@ -71,7 +71,7 @@ class StepNeeds:
     kept_bytes: int = 0  # that one layer saves
     peak_bytes: int = 0  # the most one layer holds at once in its forward and backward pass, `kept_bytes` included
     hidden_bytes: int = 0  # of hidden states
-    attended_bytes: int = 0  # of the results of one layer's attention
+    attended_bytes: int = 0  # of the results of one layer's attention; none where they cannot be kept
     optimizer_bytes: int = 0  # gradients of the adapter and the optimizer's state
     dense_bytes: int = 0  # of all linear weights dequantised
     largest_dense_bytes: int = 0  # of the largest linear weight dequantised, of which `peak_bytes` contains one
@@ -359,7 +359,11 @@ def plan_memory(
         if layers >= least_recomputed(settings, offload_activations=measures.offload_activations)
         for sent in _sent_counts(needs, layers, settings.offload_activations)
     ]
-    plans = [plan for plan in plans if not plan.keeps_attention or plan.sent_bytes(needs) <= needs.host_bytes]
+    plans = [
+        plan
+        for plan in plans
+        if not plan.keeps_attention or (needs.attended_bytes and plan.sent_bytes(needs) <= needs.host_bytes)
+    ]
     fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]
     if not fitting:
         return min(plans, key=lambda plan: (plan.step_bytes(needs), plan.cost(needs)))
