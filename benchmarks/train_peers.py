@@ -37,6 +37,10 @@ PEERS = {
     "qwen3-moe-free": [("unsloth", False, False, 2, 1, 6)],
     "qwen3-moe-least": [("unsloth", False, True, 2, 1, 6)],
     "gpt-oss-least": [("unsloth", False, True, 2, 1, 6)],
+    "qwen3-moe-free-experts": [("unsloth", False, False, 2, 1, 6)],
+    "qwen3-moe-least-experts": [("unsloth", False, True, 2, 1, 6)],
+    "gpt-oss-least-experts": [("unsloth", False, True, 2, 1, 6)],
+    "qwen3-moe-quarter-gsm8k-experts": [("unsloth", True, False, 2, 1, 6)],
     "llama-8rows": [("unsloth", False, False, 8, 1, 6)],
     "llama3-long": [("unsloth", False, False, 2, 1, 8)],
     "llama3-least": [("unsloth", False, True, 2, 1, 8)],
@@ -63,11 +67,12 @@ def flags_of(work: str) -> argparse.Namespace:
     parser.add_argument("--alpha", type=int)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", nargs="*")
+    parser.add_argument("--adapt-experts", action="store_true")
     parser.add_argument("--max-length", type=int, default=max_length_of(work))
     known, _ = parser.parse_known_args(shlex.split(WORKS[work][4]))
     every = NEOX if WORKS[work][0].startswith(("neox", "pythia")) else LLAMA
     chosen = [name for names in known.target_modules or () for name in names.split(",")]
-    known.target_modules = chosen or every
+    known.target_modules = every if known.adapt_experts else chosen or every  # experts by the names of their projections
     return known
 
 
@@ -177,6 +182,7 @@ def run_inside(work: str, number: int, folder: Path, steps: int) -> None:
     checkpoint = str(checkpoint_of(work, folder))
     load = load_unsloth if library == "unsloth" else load_plain
     model, tokenizer = load(checkpoint, flags, recomputes)
+    print("trainable parameters", sum(p.numel() for p in model.parameters() if p.requires_grad), flush=True)
     lines = (folder / f"{work}.jsonl").read_text().splitlines()
     data = Dataset.from_list([{"input_ids": json.loads(line)["input_ids"]} for line in lines])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
