@@ -72,7 +72,7 @@ def flags_of(work: str) -> argparse.Namespace:
     known, _ = parser.parse_known_args(shlex.split(WORKS[work][4]))
     every = NEOX if WORKS[work][0].startswith(("neox", "pythia")) else LLAMA
     chosen = [name for names in known.target_modules or () for name in names.split(",")]
-    known.target_modules = every if known.adapt_experts else chosen or every  # experts by the names of their projections
+    known.target_modules = every if known.adapt_experts else chosen or every  # experts are named by their projections
     return known
 
 
