@@ -1,9 +1,10 @@
-"""Checkpoint of a mixture of experts at its real size whose experts are holes in sparse files, one shard a layer.
+"""Checkpoint of a model at its real size that is written fast, one shard a layer: experts are holes in sparse files.
 
     python -m support.hollow_checkpoint ARCHITECTURE DIRECTORY       # in benchmarks/
 
 Holes read as zeros: memory and speed do not depend on the experts' values, and the disk holds none of the 61 GB. All else,
-routers too, is random, so that tokens go to many experts.
+routers too, is random, so that tokens go to many experts. A dense model has no holes, as a card multiplies zeros faster than
+numbers: a large tensor repeats a smaller random one.
 """
 
 import json
@@ -14,12 +15,17 @@ from pathlib import Path
 
 from support.models import make_config, write_tokenizer
 
+BLOCK = 2**22 + 15  # random values of a tensor, which are then repeated: in no multiple of a row
 NAMES = {"F32": "float32", "BF16": "bfloat16", "U8": "uint8"}
 # architecture of models.py → how its experts are stored
 LAYOUTS = {
     "qwen3-30b-a3b": "gated",
     "qwen3-30b-a3b-quarter": "gated",
     "gpt-oss-20b": "fused",
+    "llama-7b": "dense",
+    "llama3-8b": "dense",
+    "qwen3-8b": "dense",
+    "mistral-7b": "dense",
     "tiny-moe": "gated",
     "tiny-oss": "fused",
 }
@@ -31,7 +37,7 @@ def on_disk(name: str, shape: tuple[int, ...], layout: str) -> dict[str, tuple[s
     Args:
         name: Of the parameter in the model.
         shape: Of the parameter.
-        layout: "fused" as in the model, "gated" and "mixtral" with a matrix for each expert, "mxfp4" in blocks.
+        layout: "dense" and "fused" as in the model, "gated" and "mixtral" with a matrix for each expert, "mxfp4" in blocks.
     """
     if ".experts." not in name or name.endswith("_bias"):
         return {name: ("BF16", shape, False)}
@@ -76,10 +82,19 @@ def write_shard(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bool]
             elif "norm" in name:
                 values = torch.ones(shape, dtype=torch.bfloat16)
             else:
-                values = (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
+                values = random_values(shape, generator)
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            file.write(values.view(torch.uint8).numpy().tobytes())
+            file.write(values.contiguous().view(torch.uint8).numpy().data)
     return offset
+
+
+def random_values(shape: tuple[int, ...], generator):
+    """bf16 of deviation 0.02; a large tensor is one random block again and again, which begins anywhere in a row."""
+    import torch
+
+    size = math.prod(shape)
+    block = (torch.randn(min(size, BLOCK), generator=generator) * 0.02).to(torch.bfloat16)
+    return block.repeat(-(-size // BLOCK))[:size].view(shape) if size > BLOCK else block.view(shape)
 
 
 def write_hollow_checkpoint(config, directory: Path, layout: str) -> int:
