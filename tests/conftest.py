@@ -177,9 +177,11 @@ def draw_curves_once(patch: pytest.MonkeyPatch) -> None:
 
     draw, drawn = metrics.draw_losses, []
 
-    def draw_once(runs, *, title):
+    def draw_once(runs, **given):
+        if "kind" in given:  # a picture that is asked for
+            return draw(runs, **given)
         if not drawn:
-            drawn.append(draw(runs, title=title))
+            drawn.append(draw(runs, **given))
         return drawn[0]
 
     patch.setattr(metrics, "draw_losses", draw_once)
@@ -284,7 +286,7 @@ def neox_tokenizer():
 FEW = ("gpt_neox", "llama", "falcon", "gpt2", "bloom", "gemma3")
 
 # Files of a minute or so: begun first, none of them is what others wait for at the end.
-LONGEST = {"tests/test_readme_lines.py", "tests/kernels/test_triton.py", "tests/test_survey.py"}
+LONGEST = {"tests/kernels/test_triton.py", "tests/test_survey.py"}
 
 # Those whose tests ask for the zygote, beside tests/faults: one worker of make test runs them all, with one zygote.
 FORKING = ("commands/test_chat_terminal.py", "commands/test_launchers.py", "commands/test_merge_faults.py")
@@ -295,6 +297,7 @@ FORKING += (
     "experts/test_sharded_experts.py",
     "merge/test_writer.py",
     "models/test_bnb.py",
+    "test_readme_lines.py",
 )
 
 

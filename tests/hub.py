@@ -1,8 +1,6 @@
 """Local hub cache with small models and data sets under the names of real ones, for tests that run offline."""
 
 import json
-import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,24 +44,3 @@ def lay_quotes(hub: Path) -> None:
     """`Abirate/english_quotes`: columns quote, author, tags."""
     rows = [{"quote": f"“{quote}”", "author": author, "tags": tags} for quote, author, tags in QUOTES * 8]
     lay_rows(hub, "Abirate/english_quotes", "quotes.jsonl", rows)
-
-
-def new_machine(home: Path) -> tuple[Path, dict[str, str]]:
-    """Where the hub cache of a fresh home is, and an environment: offline, with `qlora` on the path."""
-    scripts = home / "bin"
-    scripts.mkdir()
-    script = scripts / "qlora"  # the entry point of pyproject.toml, whether or not the package is installed
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom qlora_cli.__main__ import main\nsys.exit(main())\n")
-    script.chmod(0o755)
-    environment = {
-        **os.environ,
-        "HOME": str(home),
-        "HF_HOME": str(home / "huggingface"),
-        "HF_HUB_OFFLINE": "1",
-        "QLORA_CACHE": str(home / "cache"),
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(PROJECT),
-    }
-    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "XDG_CACHE_HOME"):
-        environment.pop(name, None)
-    return home / "huggingface" / "hub", environment

@@ -1,15 +1,24 @@
 """What the README tells to type works as written, offline: its first three lines, and every other one after them."""
 
+import functools
+import io
 import json
 import os
 import re
-import subprocess
+import shlex
 import sys
+from unittest import mock
 
 import pytest
+from accelerate.state import AcceleratorState
+from huggingface_hub import constants
 
 from qlora_cli.cli.app import main
-from tests.hub import PROJECT, lay_model, lay_quotes, lay_rows, new_machine
+from qlora_cli.commands import train
+from qlora_cli.core.candidates.four_bit_gap import measure_held_out
+from qlora_cli.core.distributed import launcher
+from tests.faults.victims import ForkedRanks
+from tests.hub import PROJECT, lay_model, lay_quotes, lay_rows
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 FIRST_LINES = [
@@ -21,45 +30,53 @@ OTHER_LINES = [line.strip() for line in README.splitlines() if line.startswith("
 OTHER_LINES = [line for line in OTHER_LINES if line not in FIRST_LINES]
 
 
-# One process runs many, as each would take seconds to import what it needs; it says where each begins. Ranks are forked
-# from it. tests/commands/test_launchers.py has them started as they are, in the long form.
-RUN_ALL = """
-import functools, io, json, os, shlex, sys
-from qlora_cli.cli.app import main
-for directory, lines, cells in json.load(sys.stdin):
-    os.chdir(directory)
-    for line in lines:
-        typed, _, command = line.rpartition("| ")
-        sys.stdin = io.StringIO(typed and shlex.split(typed)[1])
-        print(f"$ {line}", file=sys.stderr, flush=True)
-        print(f"$ {line}", flush=True)
-        words = shlex.split(command, comments=True)[1:]
-        if words[0] == "train" and not {"--max-steps", "--resume", "--dry-run"} & {*words} and "out/run.yaml" not in words:
-            words += ["--max-steps", "2"]  # this and fewer tokens are all that is not as written
-        elif words[0] == "generate":
-            words += ["--max-new-tokens", "8"]
-        if "--gpus" in words:
-            from accelerate.state import AcceleratorState
-            from qlora_cli.core.distributed import launcher
-            from tests.faults.victims import ForkedRanks
-            launcher.start_processes = functools.partial(ForkedRanks, None)
-            AcceleratorState._reset_state(reset_partial_state=True)  # the ranks are of a group of their own
-        code = main(words)
-        if code:
-            sys.exit(f"{line} ended with {code}")
-    names = {}
+def type_lines(first: str, others: str, cells: list[str], cache: str, said: str, environment: dict[str, str]) -> None:
+    """Runs the lines in their directories in this process; `said`.out and `said`.err have where each begins.
+
+    Ranks are forked from it. tests/commands/test_launchers.py has them started as they are, in the long form.
+    """
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{ending}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(environment)
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = cache, True
+    os.chdir(first)
+    with mock.patch.object(train, "measure_held_out", measure_held_out):  # which a zygote's runs leave out
+        for line in FIRST_LINES:
+            run_line(line)
+    os.chdir(others)
+    for line in OTHER_LINES:
+        run_line(line)
+    names: dict = {}
     for cell in cells:
         exec(cell, names)
-"""
+
+
+def run_line(line: str) -> None:
+    """One line, with fewer steps and tokens than the README has: that is all that is not as written."""
+    typed, _, command = line.rpartition("| ")
+    sys.stdin = io.StringIO(typed and shlex.split(typed)[1])
+    for stream in (sys.stderr, sys.stdout):
+        print(f"$ {line}", file=stream, flush=True)
+    words = shlex.split(command, comments=True)[1:]
+    if words[0] == "train" and not {"--max-steps", "--resume", "--dry-run"} & {*words} and "out/run.yaml" not in words:
+        words += ["--max-steps", "2"]
+    elif words[0] == "generate":
+        words += ["--max-new-tokens", "8"]
+    if "--gpus" in words:
+        launcher.start_processes = functools.partial(ForkedRanks, None)
+        AcceleratorState._reset_state(reset_partial_state=True)  # the ranks are of a group of their own
+    code = main(words)
+    assert code == 0, f"{line} ended with {code}"
 
 
 @pytest.fixture(scope="module")
-def typed(tmp_path_factory):
+def typed(tmp_path_factory, zygote):
     """Where the first lines, and all others, were typed; what the first printed on stdout and on stderr, line by line.
 
-    On a machine whose hub cache holds small models and data under the names.
+    With a hub cache that holds small models and data under the names.
     """
-    hub, environment = new_machine(tmp_path_factory.mktemp("home"))
+    home = tmp_path_factory.mktemp("home")
+    hub = home / "hub"
     lay_model(hub, "EleutherAI/gpt-neox-20b", "gpt_neox")
     lay_model(hub, "EleutherAI/pythia-410m", "gpt_neox")
     lay_model(hub, "tiiuae/falcon-7b", "falcon")
@@ -73,15 +90,23 @@ def typed(tmp_path_factory):
     (others / "prompts.jsonl").write_text('{"prompt": "What does len() return?"}\n"And abs()?"\n')
     cells = json.loads((PROJECT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL],
-        input=json.dumps([(str(first), FIRST_LINES, []), (str(others), OTHER_LINES, code)]),
-        env={**environment, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "ACCELERATE_USE_CPU": "1"},
-        capture_output=True,
-        text=True,
+    done = zygote.run(
+        "tests.test_readme_lines:type_lines",
+        first=str(first),
+        others=str(others),
+        cells=code,
+        cache=str(hub),
+        said=str(home / "said"),
+        environment={
+            "HOME": str(home),
+            "QLORA_CACHE": str(home / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "ACCELERATE_USE_CPU": "1",
+        },
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    parts = (re.split(r"^\$ .*\n", text, flags=re.M)[1 : len(FIRST_LINES) + 1] for text in (done.stdout, done.stderr))
+    out, err = ((home / f"said.{ending}").read_text() for ending in ("out", "err"))
+    assert done.code == 0, err[-3000:]
+    parts = (re.split(r"^\$ .*\n", text, flags=re.M)[1 : len(FIRST_LINES) + 1] for text in (out, err))
     return first, others, *parts
 
 
@@ -89,10 +114,15 @@ def test_the_first_lines_stand_in_the_readme():
     assert "    " + "\n    ".join(FIRST_LINES) in README
 
 
-def test_the_first_lines_work_as_written(typed):
+def test_the_first_lines_work_as_written(typed, zygote):
     directory, _, (_, generated, inspected), said = typed
-    for noise in ("Traceback", "Warning", "Failed to load", "it/s"):  # of the libraries
-        assert not any(noise in text for text in said)
+    for noise in (
+        "Traceback",
+        "Warning",
+        "Failed to load",
+        "it/s",
+    ):  # of the libraries, which the zygote imported as commands do
+        assert not any(noise in text for text in (*said, zygote.said_while_importing))
     trained, named, _ = said
 
     assert "quote" in trained  # the text column is named

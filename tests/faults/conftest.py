@@ -35,13 +35,14 @@ class Zygote:
     """The process that forks the victims."""
 
     def __init__(self, directory: Path, environment: dict[str, str], inside: tuple[str, ...] = ()) -> None:
+        self.errors = directory / "stderr"
         self.process = subprocess.Popen(
             [*inside, sys.executable, "-m", "tests.faults.zygote"],
             cwd=Path(__file__).resolve().parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1", "QLORA_CACHE": str(directory / "cache"), **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors.open("wb"),
             text=True,
         )
 
@@ -49,6 +50,11 @@ class Zygote:
     def imported(self) -> set[str]:
         """Names of the modules that it imported to begin with: all commands, and what comes with them."""
         return set(self._ask({"imported": True})["names"])
+
+    @property
+    def said_while_importing(self) -> str:
+        """What it wrote to standard error; what it runs writes elsewhere."""
+        return self.errors.read_text(errors="replace")
 
     def run(self, function: str, *, kill_when: tuple[Path, float] | None = None, **arguments: Any) -> Outcome:
         """Runs `function` of a module in a child, which may be killed some time after a file appears."""

@@ -16,13 +16,17 @@ import traceback
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 
-import qlora_cli.commands.train  # noqa: F401 - what the children need
-from qlora_cli.errors import QloraError
-from tests.conftest import draw_curves_once, leave_gap_out, remember_profiles
-from tests.faults import command_line, victims  # noqa: F401
+from qlora_cli.cli.quiet import quiet_libraries
+
+with quiet_libraries():  # as commands import them
+    import torch
+    from accelerate.state import AcceleratorState
+
+    import qlora_cli.commands.train  # noqa: F401 - what the children need
+    from qlora_cli.errors import QloraError
+    from tests.conftest import draw_curves_once, leave_gap_out, remember_profiles
+    from tests.faults import command_line, victims  # noqa: F401
 
 IMPORTED = frozenset(sys.modules)
 LATER = ("qlora_cli.core.engine.fsdp",)  # which commands import only where they need it
