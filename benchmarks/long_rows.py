@@ -1,38 +1,43 @@
 """Rows of 8,192 to 524,288 tokens through the engine on one card: speed, its share of what the arithmetic allows, and peak
 memory beside what is predicted.
 
-    python benchmarks/long_rows.py --json long_rows.json [--run 131072 --run 8192 ...]
+    python benchmarks/long_rows.py --json long_rows.json [--run 131072 --run 8192 ...] [--profile] [--tile-tokens N]
 
-A run is a process of its own, on a random 4-bit base. Those on fewer layers than the model has keep within what the rest
-would leave of the card: all that grows with the row is there for one layer at a time, or waits on the host, so that the
-others' weights and adapters are all that is missing. The share is of the card's 989 TFLOP/s, by the arithmetic of a step
-without what is repeated, attention included; `busy` counts that too.
+A run is a process of its own, on a random 4-bit base; what it prints comes as it goes. Those on fewer layers than the model
+has keep within what the rest would leave of the card: all that grows with the row is there for one layer at a time, or waits
+on the host, so that the others' weights and adapters are all that is missing. Their `whole_share` is that of a step of all
+layers: so many times the time of a layer, and the head's. The share is of the card's 989 TFLOP/s, by the arithmetic of a step
+without what is repeated, attention included; `busy` counts that too. Memory of the host is page-locked in the first step alone
+(`pinned_s`), which is timed only where there is one step.
 """
 
 import argparse
 import json
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step_engine import run_apart
+from step_engine import profile_of
 from support.models import ALL16, build
 
 GIB = 2**30
 CARD_FLOPS = 989e12
-# run → (architecture with its layers, the whole one, tokens of the row, GiB of the card, steps timed)
+# run → (architecture with its layers, the whole one, tokens of the row, GiB of the card, steps before, steps timed)
 RUNS = {
-    "8192": ("llama3-8b", "llama3-8b", 8192, 24, 6),
-    "32768": ("llama3-8b-8-layers", "llama3-8b", 32768, 24, 3),
-    "131072": ("llama3-8b", "llama3-8b", 131072, 24, 1),
-    "524288": ("llama3-8b-2-layers", "llama3-8b", 524288, 80, 1),
-    "tiny": ("tiny-llama", "tiny-llama", 300, 2, 1),
+    "8192": ("llama3-8b", "llama3-8b", 8192, 24, 4, 6),
+    "32768": ("llama3-8b-8-layers", "llama3-8b", 32768, 24, 1, 3),
+    "131072": ("llama3-8b-8-layers", "llama3-8b", 131072, 24, 1, 1),
+    "131072-whole": ("llama3-8b", "llama3-8b", 131072, 24, 0, 1),
+    "524288": ("llama3-8b-3-layers", "llama3-8b", 524288, 80, 0, 1),
+    "tiny": ("tiny-llama-half", "tiny-llama", 300, 2, 1, 1),
 }
 
 
-def plan(name: str, tokens: int, vram_bytes: int, on_cuda: bool, **options):
+def plan(name: str, tokens: int, vram_bytes: int | None, on_cuda: bool, **options):
     """What `qlora train` would decide, with the model's profile."""
     import torch
     from support.models import make_config
@@ -49,10 +54,81 @@ def plan(name: str, tokens: int, vram_bytes: int, on_cuda: bool, **options):
 
 def held_bytes(memory) -> int:
     """Of the model and its adapter, whatever a step computes."""
-    return memory.base_bytes + memory.adapter_bytes + memory.gradient_bytes + memory.optimizer_bytes
+    trained = memory.adapter_bytes + memory.gradient_bytes + memory.optimizer_bytes
+    return memory.base_bytes + memory.resident_bytes + trained
 
 
-def run(name: str, device_name: str) -> dict:
+def measures_of(decided, kept_layers: int, layers: int) -> dict:
+    """What was decided for a model, as settings of one of fewer layers: as many of them keep all that they save."""
+    return {
+        "gradient_checkpointing": str(max(0, layers - kept_layers)),
+        "offload_activations": decided.measures.offload_activations,
+        "resident_weights": decided.measures.resident_weights,
+        "offload_embeddings": decided.measures.offload_embeddings,
+    }
+
+
+def plan_part(run: str, **tiling):
+    """The plan of the whole model; the profiles of both; the settings and the plan of the part; the bytes it lacks."""
+    from dataclasses import replace
+
+    from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_training
+
+    architecture, whole, tokens, vram_gib, *_ = RUNS[run]
+    all_layers, decided = plan(whole, tokens, vram_gib * GIB, True, **tiling)
+    if architecture == whole:
+        return decided, all_layers, all_layers, tiling | decided.tiling, decided, 0
+    few, _ = plan(architecture, tokens, None, True)
+    held = {**tiling, **decided.tiling}
+    if decided.tiling:
+        held |= measures_of(decided, all_layers.layers - decided.measures.recomputed, few.layers)
+    part = plan(architecture, tokens, vram_gib * GIB, True, **held)[1]
+    missing = held_bytes(decided.memory) - held_bytes(part.memory)
+    part = plan(architecture, tokens, vram_gib * GIB - missing, True, **held)[1]
+    if part.measures.keeps_attention and not decided.measures.keeps_attention:  # for which all layers want the host
+        measures = replace(part.measures, keeps_attention=False)
+        step = ResolvedStep(tokens, tokens, "adamw", measures=measures)
+        part = replace(part, measures=measures, memory=estimate_training(few, step))
+    return decided, all_layers, few, held, part, missing
+
+
+def say(text: object) -> None:
+    """Prints what a run is at, with the time."""
+    print(f"    {time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+class TimedHead:
+    """A head whose loss is waited for and timed: its gradient is computed with it."""
+
+    def __init__(self, head, wait) -> None:
+        self.head, self.wait, self.seconds, self.frozen = head, wait, 0.0, head.frozen
+
+    def loss(self, *given):
+        """Of the head."""
+        self.wait()
+        started = time.time()
+        result = self.head.loss(*given)
+        self.wait()
+        self.seconds = time.time() - started
+        return result
+
+
+def time_pinning(seconds: list[float]) -> None:
+    """Has memory of the host that is page-locked for activations noted."""
+    from qlora_cli.core.engine.offload import ActivationOffload
+
+    carve = ActivationOffload._carve
+
+    def timed(self, bytes_: int):
+        started = time.time()
+        buffer = carve(self, bytes_)
+        seconds.append(time.time() - started)
+        return buffer
+
+    ActivationOffload._carve = timed
+
+
+def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> dict:
     """Trains one configuration and returns its figures."""
     from dataclasses import replace
 
@@ -63,80 +139,88 @@ def run(name: str, device_name: str) -> dict:
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.device import limit_memory
     from qlora_cli.core.engine.engine import install_engine
-    from qlora_cli.core.planning.memory_estimate import ResolvedStep, count_flops, estimate_training
+    from qlora_cli.core.planning.memory_estimate import ResolvedStep, count_flops
     from qlora_cli.core.training.flat_parameters import TrainableParameters
     from qlora_cli.settings.groups import LoraSettings, StepSettings
 
-    architecture, whole, tokens, vram_gib, steps = RUNS[name]
+    architecture, whole, tokens, vram_gib, warm, steps = RUNS[name]
     device, cuda = torch.device(device_name), device_name == "cuda"
     result: dict = {"run": name, "architecture": architecture, "tokens": tokens}
-    _, decided = plan(whole, tokens, vram_gib * GIB, True)
-    missing = 0
-    few, part = plan(architecture, tokens, vram_gib * GIB, True)
-    if architecture != whole:
-        missing = held_bytes(decided.memory) - held_bytes(part.memory)
-        part = plan(architecture, tokens, vram_gib * GIB - missing, True)[1]
-    tiling, held = decided.tiling, {}
-    if architecture != whole and tiling:  # a few layers would be kept whole, or on the card
-        held = {"gradient_checkpointing": "on", "offload_activations": decided.measures.offload_activations}
+    tiling = {} if tile_tokens is None else {"tile_tokens": tile_tokens}
+    decided, all_layers, few, held, part, missing = plan_part(name, **tiling)
     result |= {
         "predicted_whole": {"fits": decided.fits, **decided.settings, **decided.memory.to_dict()},
         "predicted": {"fits": part.fits, **part.settings, **part.memory.to_dict()},
+        "keeps_attention": decided.measures.keeps_attention,
     }
-    started = time.time()
+    say(f"planned: {decided.measures.describe(all_layers.layers)}, {decided.memory.device_bytes / GIB:.2f} GiB")
     base = build(architecture, device_name)
     if cuda:
         torch.cuda.empty_cache()
-        limit_memory(device, part.allocator_bytes)
+        limit_memory(device, vram_gib * GIB - missing - decided.memory.context_bytes)
     model = attach_adapter(base, LoraSettings(alpha=32, **ALL16)).train()
     parameters = TrainableParameters(model)
-    result["build_s"] = time.time() - started
+    say("built")
     generator = np.random.default_rng(0)
     rows = [(generator.integers(5, 1000, tokens).astype(np.int32), np.ones(tokens, dtype=bool))]
     batch = collate(rows, [0])
     started = time.time()
+    pinned: list[float] = []
+    time_pinning(pinned)
     engine = install_engine(
         model,
-        StepSettings(**tiling, **held),
+        StepSettings(**held),
         device=device,
         compute_dtype=torch.bfloat16,
         max_tokens=tokens,
-        total_steps=100_000 if not tiling else 100,
+        total_steps=100 if held else 100_000,
         optimizer_bytes=8 * parameters.elements,
-        report=lambda event: print("   ", event.text, flush=True),
+        report=lambda event: say(event.text),
     )
-    if architecture != whole and tiling and not decided.measures.keeps_attention:  # for which all layers want the host
+    if architecture != whole and held and not part.measures.keeps_attention:
         engine._apply(replace(engine.plan, keeps_attention=False))
     result["install_s"], result["engine"] = time.time() - started, engine.describe()
-    print("   ", result["engine"], flush=True)
+    say(result["engine"])
     if engine.planner is not None:
-        print("   ", engine.planner.needs, f"{engine.planner.available_bytes / GIB:.2f} GiB left", flush=True)
+        say(f"{engine.planner.needs} {engine.planner.available_bytes / GIB:.2f} GiB left")
     optimizer = torch.optim.AdamW([b.values for b in parameters.buffers], lr=1e-4, fused=cuda)
-
-    def step() -> float:
-        while True:
-            parameters.zero_gradients()
-            try:
-                loss = engine.loss(engine.prepare(batch.pin() if cuda else batch))
-                (loss / batch.trained_tokens).backward()
-                break
-            except torch.OutOfMemoryError as error:
-                print("   ", str(error).splitlines()[0][:200], flush=True)
-                loss = None
-            if not engine.reduce_memory():
-                raise MemoryError("no leaner plan")
-        optimizer.step()
-        return float(loss.detach()) / batch.trained_tokens
 
     def wait() -> None:
         if cuda:
             torch.cuda.synchronize()
 
+    eager = engine.graphs is None
+    if eager:
+        engine.head = TimedHead(engine.head, wait)
+    phases: dict[str, float] = {}
+
+    def step(*_: object) -> float:
+        while True:
+            parameters.zero_gradients()
+            times = [time.time()]
+            try:
+                loss = engine.loss(engine.prepare(batch.pin() if cuda else batch))
+                if eager:
+                    wait()
+                times.append(time.time())
+                (loss / batch.trained_tokens).backward()
+                break
+            except torch.OutOfMemoryError as error:
+                say(str(error).splitlines()[0][:200])
+                loss = None
+            if not engine.reduce_memory():
+                raise MemoryError("no leaner plan")
+        if eager:
+            wait()
+            phases.update(forward_s=times[1] - times[0], backward_s=time.time() - times[1])
+            phases.update(head_s=engine.head.seconds, pinned_s=sum(pinned), pinned_calls=len(pinned))
+            say(f"step: { ({k: round(v, 3) for k, v in phases.items()}) }")
+        optimizer.step()
+        return float(loss.detach()) / batch.trained_tokens
+
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    losses = []
-    if steps > 1:  # a step of one minute has nothing to warm up
-        losses += [step() for _ in range(4)]
+    losses = [step() for _ in range(warm)]
     wait()
     started = time.time()
     losses += [step() for _ in range(steps)]
@@ -146,20 +230,54 @@ def run(name: str, device_name: str) -> dict:
     resolved = ResolvedStep(tokens, tokens, "adamw", measures=as_run, compiled=engine.compiled, on_cuda=True)
     needed, busy = (count_flops(few, replace(resolved, measures=m)) for m in (replace(as_run, recomputed=0), as_run))
     result |= {
+        **phases,
         "step_s": seconds,
         "tok_s": tokens / seconds,
         "share": needed * tokens / seconds / CARD_FLOPS,
         "busy": busy * tokens / seconds / CARD_FLOPS,
         "losses": losses,
         "plan": repr(as_run),
-        "predicted_as_run_gib": estimate_training(few, resolved).peak_bytes / GIB,
+        "predicted_gib": part.memory.peak_bytes / GIB,
         "missing_gib": missing / GIB,
     }
+    if phases:
+        head_s, times = phases["head_s"], all_layers.layers / few.layers
+        result["whole_s"] = (seconds - head_s) * times + head_s
+        arithmetic = count_flops(all_layers, replace(resolved, measures=replace(as_run, recomputed=0)))
+        result["whole_share"] = arithmetic * tokens / result["whole_s"] / CARD_FLOPS
     if cuda:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        if profile:
+            result |= profile_of(step, [None])
     engine.close()
     return result
+
+
+def run_apart(name: str, command: list[str], limit_s: float) -> dict:
+    """One configuration in a process of its own, whose output is passed on as it comes: its figures, or what went wrong."""
+    print(name, flush=True)
+    started, found, last = time.time(), "", [""]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        timer = threading.Timer(limit_s, process.kill)
+        timer.start()
+        for line in process.stdout or ():
+            if line.startswith("RESULT "):
+                found = line.removeprefix("RESULT ")
+            else:
+                print(line, end="", flush=True)
+                last = [*last, line.strip()][-8:]
+        timer.cancel()
+    total_s = time.time() - started
+    if found:
+        result = json.loads(found)
+    else:
+        late = f"longer than {limit_s} s; " if total_s >= limit_s else ""
+        result = {"run": name, "error": late + " | ".join(last)[-800:]}
+    for ms, count, key in result.get("kernels", [])[:30]:
+        print(f"    {ms:9.2f} ms {count:6d} x {key}")
+    print("   ", {k: v for k, v in result.items() if k not in ("kernels", "engine")}, flush=True)
+    return result | {"total_s": total_s}
 
 
 def main() -> None:
@@ -168,24 +286,29 @@ def main() -> None:
     parser.add_argument("--run", action="append", choices=RUNS)
     parser.add_argument("--limit-s", type=int, default=600)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", action="store_true", help="one step more, by kind of kernel")
+    parser.add_argument("--tile-tokens", type=int, help="in place of what is planned")
     parser.add_argument("--json", type=Path, default=Path("long_rows.json"))
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        print("RESULT " + json.dumps(run(arguments.inside, arguments.device)), flush=True)
+        found = run(arguments.inside, arguments.device, arguments.profile, arguments.tile_tokens)
+        print("RESULT " + json.dumps(found), flush=True)
         return
+    flags = ["--device", arguments.device, *(["--profile"] if arguments.profile else [])]
+    flags += ["--tile-tokens", str(arguments.tile_tokens)] if arguments.tile_tokens is not None else []
     results = []
     for name in arguments.run or [n for n in RUNS if n != "tiny"]:
-        command = [sys.executable, __file__, "--inside", name, "--device", arguments.device]
+        command = [sys.executable, __file__, "--inside", name, *flags]
         results.append(run_apart(name, command, arguments.limit_s))
         arguments.json.write_text(json.dumps(results, indent=1))
-    columns = ("tok_s", "step_s", "share", "busy", "peak_gib", "predicted_as_run_gib", "missing_gib")
-    print(f"\n{'run':<14}" + "".join(f"{column:>21}" for column in columns))
+    columns = ("tok_s", "step_s", "share", "busy", "whole_share", "peak_gib", "predicted_gib", "missing_gib")
+    print(f"\n{'run':<14}" + "".join(f"{column:>14}" for column in columns))
     for result in results:
         if "error" in result:
-            print(f"{result['run']:<14} FAILED {(result['error'].splitlines() or [''])[-1][:90]}")
+            print(f"{result['run']:<14} FAILED {result['error'][-200:]}")
             continue
-        print(f"{result['run']:<14}" + "".join(f"{result.get(column, 0):>21.3f}" for column in columns))
+        print(f"{result['run']:<14}" + "".join(f"{result.get(column, 0):>14.3f}" for column in columns))
 
 
 if __name__ == "__main__":

@@ -238,6 +238,7 @@ CONFIGS = {
 for _name, (_whole, _layers) in {
     "neox-20b-half": ("neox-20b", 22),
     "llama3-8b-2-layers": ("llama3-8b", 2),
+    "llama3-8b-3-layers": ("llama3-8b", 3),
     "llama3-8b-8-layers": ("llama3-8b", 8),
     "qwen3-30b-a3b-quarter": ("qwen3-30b-a3b", 12),
     "llama-70b-tenth": ("llama-70b", 8),
@@ -246,6 +247,7 @@ for _name, (_whole, _layers) in {
     "llama-7b-half": ("llama-7b", 16),
     "gemma2-9b-quarter": ("gemma2-9b", 10),
     "mixtral-8x7b-eighth": ("mixtral-8x7b", 4),
+    "tiny-llama-half": ("tiny-llama", 1),
 }.items():
     CONFIGS[_name] = (CONFIGS[_whole][0], CONFIGS[_whole][1] | {"num_hidden_layers": _layers})
 

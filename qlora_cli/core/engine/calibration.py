@@ -68,7 +68,7 @@ class Calibration:
     ) -> None:
         self.model, self.decoder, self.embedding, self.values, self.device = model, decoder, embedding, values, device
         self.routing = HeldRouting(decoder)
-        self.packed = False  # whether attention takes packs by now
+        self.packed = self.equal_rows = False  # whether attention takes packs by now; rows of one length as such
         self.hidden_bytes = 0  # of one token before the layer that was measured
 
     def ids(self, tokens: int) -> np.ndarray:
@@ -102,7 +102,8 @@ class Calibration:
             ids, positions, context.longest = context.part(ids), context.part(positions), max(lengths)
             ends.append(ids.numel() * context.size)
         boundaries = torch.tensor([0, *ends], dtype=torch.int32)
-        mask = pack_mask(boundaries.to(self.device), max(longest, *lengths))
+        equal = len(lengths) if self.equal_rows and len(set(lengths)) == 1 else 0
+        mask = pack_mask(boundaries.to(self.device), max(longest, *lengths), equal)
         inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
         return self.decoder(inputs_embeds=self._embed(ids), **inputs).last_hidden_state[0]
 
@@ -271,15 +272,14 @@ class StepPlanner:
         while (measured := trials.measure(layer, self.largest_tokens // share)) is None:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
         layer_bytes, seconds = measured
-        largest_bytes = static.largest_dense_bytes
-        dense_bytes = MemoryPlan(workspace_bytes=workspace_bytes).values_bytes(largest_bytes)
+        dense_bytes = MemoryPlan(workspace_bytes=workspace_bytes).values_bytes(static.largest_dense_bytes)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         few = trials.measure(layer, max(LEAST_TRIAL_TOKENS, self.largest_tokens // share // 4))
         kept = attended_share(trials.decoder) if self.settings.tile_tokens and can_keep_attention(trials.device) else 0
         self.needs = replace(
             static,
             kept_bytes=layer_bytes.kept * share,
-            peak_bytes=(layer_bytes.peak - dense_bytes) * share + largest_bytes,
+            peak_bytes=(layer_bytes.peak - dense_bytes) * share + static.largest_dense_bytes,
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
             attended_bytes=int(self.largest_tokens * trials.hidden_bytes * kept),
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
