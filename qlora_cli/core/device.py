@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from qlora_cli.errors import UsageError
 from qlora_cli.events import Vram
 
 LIBRARIES = (
@@ -35,14 +34,8 @@ def choose_device() -> torch.device:
 
 
 def resolve_compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of the arithmetic: as named, or bfloat16 on GPUs that have it, float16 on older ones, float32 on CPU.
-
-    Raises:
-        UsageError: The name is none of bfloat16, float16, float32.
-    """
+    """The dtype of the arithmetic: as named, or bfloat16 on GPUs that have it, float16 on older ones, float32 on CPU."""
     if name is not None:
-        if name not in DTYPES:
-            raise UsageError(f"Unknown compute dtype {name}.", f"Choose one of: {', '.join(DTYPES)}.")
         return DTYPES[name]
     if device.type != "cuda":
         return torch.float32

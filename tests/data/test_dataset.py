@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qlora_cli.artifacts import PREPARED_MANIFEST, PREPARED_ROWS
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter, split_rows
-from qlora_cli.errors import DataError, DiskFull, RunError, UsageError
+from qlora_cli.errors import DataError, DiskFull, RunError
 
 
 def write(directory, batches):
@@ -161,18 +161,9 @@ def test_nothing_is_held_out_unless_asked_and_a_number_beats_a_share():
     assert len(split_rows(Rows(), fraction=0.001, count=None, seed=1)[1]) == 1
 
 
-@pytest.mark.parametrize(
-    ("fraction", "count", "error"),
-    [
-        (1.0, None, UsageError),
-        (-0.1, None, UsageError),
-        (0, -1, UsageError),
-        (0, 20, DataError),
-        (0.99, None, DataError),
-    ],
-)
-def test_what_leaves_nothing_to_train_on_is_refused(fraction, count, error):
-    with pytest.raises(error):
+@pytest.mark.parametrize(("fraction", "count"), [(0, 20), (0.99, None)])
+def test_what_leaves_nothing_to_train_on_is_refused(fraction, count):
+    with pytest.raises(DataError):
         split_rows(Rows(), fraction=fraction, count=count, seed=1)
 
 

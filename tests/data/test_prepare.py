@@ -278,8 +278,6 @@ def test_the_length_comes_from_the_model():
     assert events == [Caution("--max-length 4096 is past the model's context of 1024 tokens.")]
     with pytest.raises(UsageError, match="past the 1024 positions"):
         choose_max_length(4096, learned, events.append)
-    with pytest.raises(UsageError, match="leaves no token"):
-        choose_max_length(1, None, events.append)
 
 
 # ---------------------------------------------------------------- bad rows

@@ -55,12 +55,6 @@ def test_the_longest_micro_batches_are_of_the_steps_that_will_be_taken():
     assert all(batch in make(max_steps=1).step(1).micro_batches for batch in make(max_steps=1).longest_micro_batches())
 
 
-@pytest.mark.parametrize("changes", [{"epochs": 0.0}, {"max_steps": 0}, {"batch_size": 0}, {"accumulation": -1}])
-def test_a_run_without_steps_is_refused(changes):
-    with pytest.raises(UsageError):
-        make(**changes)
-
-
 @given(st.integers(1, 200), st.integers(1, 37))
 @settings(max_examples=30, deadline=None)
 def test_splitting_keeps_every_row_and_the_limit(limit, rows):

@@ -100,16 +100,8 @@ def expert_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
 
 
 def expert_rank(model: PreTrainedModel, lora: LoraSettings) -> int:
-    """Rank that an expert gets: those that a token meets have `lora.rank` together, by default.
-
-    Raises:
-        AdapterError: It is below 1.
-    """
-    if lora.expert_rank is not None:
-        if lora.expert_rank < 1:
-            raise AdapterError(f"--expert-rank {lora.expert_rank} makes no adapter.", "Use --expert-rank 1 or more.")
-        return lora.expert_rank
-    return max(1, lora.rank // (met_experts(model.config) or 1))
+    """Rank that an expert gets: those that a token meets have `lora.rank` together, by default."""
+    return lora.expert_rank or max(1, lora.rank // (met_experts(model.config) or 1))
 
 
 def short_parameters(names: Sequence[str], model: nn.Module) -> list[str]:

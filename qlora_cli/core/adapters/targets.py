@@ -27,13 +27,8 @@ def check_settings(model: PreTrainedModel, lora: LoraSettings) -> None:
     """Checks what of an adapter's settings needs no target to be found.
 
     Raises:
-        AdapterError: A value is out of range, or a module to be trained in full is none or is held in 4 bits.
+        AdapterError: A module to be trained in full is none or is held in 4 bits.
     """
-    if lora.rank < 1 or not 0 <= lora.dropout < 1 or lora.alpha <= 0:
-        raise AdapterError(
-            f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout} make no adapter.",
-            "Use --rank 1 or more, --alpha above 0, and --dropout from 0 to below 1.",
-        )
     for name in lora.modules_to_save or ():
         if not any(n == name or n.endswith("." + name) for n, _ in model.named_modules()):
             raise AdapterError(f"--modules-to-save {name} matches no module.", "Check the name with: qlora inspect")

@@ -17,7 +17,7 @@ from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, is_pre
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.stable_file import StableFile
 from qlora_cli.core.storage.temporaries import heal
-from qlora_cli.errors import DataError, RunError, UsageError
+from qlora_cli.errors import DataError, RunError
 from qlora_cli.sizes import format_count
 
 SCHEMA = pa.schema(
@@ -249,18 +249,13 @@ def split_rows(rows: PreparedRows, *, fraction: float, count: int | None, seed: 
 
     Args:
         rows: All rows.
-        fraction: Share held out, rounded to whole rows, at least one where it is above 0.
+        fraction: Share held out, from 0 to below 1, rounded to whole rows, at least one where it is above 0.
         count: Number held out, instead of a share.
         seed: Chooses which.
 
     Raises:
-        UsageError: The share or the number makes no sense.
         DataError: Nothing would be left to train on.
     """
-    if not 0 <= fraction < 1:
-        raise UsageError(f"--eval-fraction is {fraction}.", "Use a share from 0 to below 1, such as 0.1.")
-    if count is not None and count < 0:
-        raise UsageError(f"--eval-rows is {count}.", "Use 0 or more rows.")
     wanted = count if count is not None else max(1, round(fraction * len(rows))) if fraction else 0
     _, group_of_row, group_sizes = np.unique(rows.records, return_inverse=True, return_counts=True)
     order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(len(group_sizes))

@@ -85,13 +85,11 @@ def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None
     """Longest row in tokens: what was asked for, or the model's context, at most 2048.
 
     Raises:
-        UsageError: It is too small, or past what the model has position embeddings for.
+        UsageError: It is past what the model has position embeddings for.
     """
     context = None if model_config is None else context_length(model_config)
     if wanted is None:
         return min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if wanted < 2:
-        raise UsageError(f"--max-length {wanted} leaves no token to train.", "Use at least 2, commonly 512 to 2048.")
     if context and wanted > context:
         assert model_config is not None
         if _has_position_table(model_config):

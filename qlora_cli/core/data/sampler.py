@@ -37,7 +37,7 @@ class BatchSampler:
         ranks: This process among those that share each step.
 
     Raises:
-        UsageError: The run would have no step, or its steps cannot be shared evenly.
+        UsageError: Its steps cannot be shared evenly.
     """
 
     def __init__(
@@ -53,15 +53,6 @@ class BatchSampler:
         max_steps: int | None,
         ranks: ProcessGroup,
     ) -> None:
-        if batch_size < 1 or accumulation < 1:
-            raise UsageError(
-                f"--batch-size {batch_size} and --gradient-accumulation-steps {accumulation} make no step.",
-                "Use 1 or more for both.",
-            )
-        if max_steps is not None and max_steps < 1:
-            raise UsageError(f"--max-steps is {max_steps}.", "Use 1 or more, or leave it out and use --epochs.")
-        if max_steps is None and not epochs > 0:
-            raise UsageError(f"--epochs is {epochs}.", "Use a number above 0, or --max-steps.")
         if batch_size * accumulation % ranks.world_size:
             even = next(n for n in count(accumulation) if batch_size * n % ranks.world_size == 0)
             raise UsageError(

@@ -35,7 +35,7 @@ from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
 from qlora_cli.core.untrusted import refuse_links
-from qlora_cli.errors import AdapterError, UsageError
+from qlora_cli.errors import AdapterError
 from qlora_cli.events import Report
 from qlora_cli.settings.generation import GenerationSettings
 
@@ -80,9 +80,6 @@ class GenerationSession:
         fused: bool | None = None,
     ) -> None:
         check_sampling(settings)
-        for flag, value in (("max-new-tokens", settings.max_new_tokens), ("batch-size", settings.batch_size)):
-            if value < 1:
-                raise UsageError(f"--{flag} is {value} and has to be 1 or more.", f"Change --{flag}.")
         self.settings, self.report, self.files = settings, report, files
         self.model, self.tokenizer = model, tokenizer
         self.seed = secrets.randbits(31) if settings.seed is None else settings.seed

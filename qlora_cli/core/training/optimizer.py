@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.training.flat_parameters import TrainableParameters
-from qlora_cli.errors import CheckpointError, UsageError
+from qlora_cli.errors import CheckpointError
 
 
 def _of_bitsandbytes(name: str) -> Callable[..., Optimizer]:
@@ -56,12 +56,7 @@ def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay:
 
     Those of bitsandbytes work on the CPU too, where nothing is paged. Adafactor, which factors matrices, gets the
     separate parameters. Weight decay is decoupled, and for matrices only.
-
-    Raises:
-        UsageError: There is no optimizer of that name.
     """
-    if name not in _OPTIMIZERS:
-        raise UsageError(f"There is no optimizer {name!r}.", f"Use one of: {', '.join(_OPTIMIZERS)}.")
     kinds: dict[tuple[bool, float], list[Tensor]] = {}
     for buffer in sorted(parameters.buffers, key=lambda buffer: (not buffer.decays, buffer.rate)):
         trained = buffer.views if name == "adafactor" else (buffer.values,)
