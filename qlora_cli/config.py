@@ -152,7 +152,12 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         resume=FREE,
     )
     sample_every: int | None = setting(
-        None, "Answer --sample-prompt every N steps too.", panel=EVALUATION, range=Numbers(1, 10**9), resume=FREE
+        None,
+        "Answer --sample-prompt every N steps too.",
+        panel=EVALUATION,
+        range=Numbers(1, 10**9),
+        resume=FREE,
+        needs="sample_prompt",
     )
     resume: bool = setting(
         False, "Go on from the newest checkpoint that verifies.", panel=RUN, recorded=False, resume=CALL
@@ -163,6 +168,7 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         panel=RUN,
         recorded=False,
         resume=CALL,
+        needs="resume",
     )
     overwrite: bool = setting(
         False, "Start anew although --output holds a run; it is removed.", panel=RUN, recorded=False, resume=CALL
@@ -212,13 +218,16 @@ class MergeConfig(ModelSettings):
         panel=RUN,
         choices=("transformers", "gguf"),
     )
-    gguf_type: str = setting("f16", "Numbers of model.gguf.", panel=RUN, choices=("f32", "f16", "bf16", "q8_0"))
+    gguf_type: str = setting(
+        "f16", "Numbers of model.gguf.", panel=RUN, choices=("f32", "f16", "bf16", "q8_0"), needs="format=gguf"
+    )
     quantize: bool = setting(False, "Write a 4-bit checkpoint instead of a 16-bit one.", panel=RUN)
     min_kept: float = setting(
         0.9,
         "With --quantize: share of the fine-tune's gain below which the merge fails, 0 to 1.",
         panel=RUN,
         range=Numbers(-10, 10),
+        needs="quantize",
     )
     verify: bool | None = setting(
         None, "Compare the merged model with base + adapter; by default where a model fits in memory.", panel=RUN
@@ -231,7 +240,7 @@ class MergeConfig(ModelSettings):
         range=Numbers(0, 1e6),
     )
     push: str | None = setting(None, "Upload to this hub repository (ORG/NAME).", panel=RUN, range=NAME)
-    public: bool = setting(False, "Make the pushed repository public.", panel=RUN)
+    public: bool = setting(False, "Make the pushed repository public.", panel=RUN, needs="push")
     overwrite: bool = setting(False, "Replace what is in --output.", panel=RUN)
     resume: bool = setting(True, "Reuse finished shards of an interrupted merge.", panel=RUN)
 

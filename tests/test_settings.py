@@ -10,6 +10,7 @@ import pytest
 
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.config_file import read_config_file
+from qlora_cli.core.runs.validate import report_idle
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.ranges import Numbers, WordOrNumber, Words
 from qlora_cli.settings.setting import recorded_fields, type_of
@@ -71,6 +72,37 @@ def test_a_settings_file_is_held_to_the_same_ranges(tmp_path):
             with pytest.raises(UsageError, match=name) as caught:
                 read_config_file(tmp_path / "r.yaml", config)
             assert "r.yaml" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (TrainConfig(model="m", data=("d",)), []),
+        (TrainConfig(model="m", data=("d",), train_on="all", sample_every=2, sample_prompt=("?",)), []),
+        (
+            TrainConfig(model="m", prepared="p", train_on="all", limit=3, max_length=64, sample_every=2),
+            [
+                "--sample-every does nothing without --sample-prompt.",
+                "--train-on, --limit do nothing: rows of --prepared are as qlora prepare has made them.",
+            ],
+        ),
+        (MergeConfig(gguf_type="q8_0"), ["--gguf-type does nothing without --format gguf."]),
+        (MergeConfig(gguf_type="q8_0", format="gguf", min_kept=0.5, quantize=True, push="o/n", public=True), []),
+        (MergeConfig(public=True), ["--public does nothing without --push."]),
+    ],
+)
+def test_a_setting_that_does_nothing_beside_the_others_is_said(config, said):
+    events: list = []
+    report_idle(config, events.append)
+    assert [event.text for event in events] == said
+
+
+def test_what_a_setting_needs_is_a_setting_and_one_of_its_values():
+    for (config, _), option in FIELDS.items():
+        name, _, value = (option.metadata["needs"] or "").partition("=")
+        if name:
+            needed = FIELDS[config, name]
+            assert not value or value in needed.metadata["choices"]
 
 
 REFUSED = """

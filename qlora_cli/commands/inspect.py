@@ -14,6 +14,7 @@ from typing import Any
 from qlora_cli.artifacts import is_prepared, is_run
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.inspection.run_summary import describe_run
+from qlora_cli.core.runs.validate import report_idle
 from qlora_cli.errors import RunError, UsageError
 from qlora_cli.events import Report
 
@@ -45,6 +46,7 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
     if asked and (named or not config.model):
         flag = f"--{asked[0].replace('_', '-')}"
         raise UsageError(f"{flag} is about a model, and none is looked at.", f"Add --model ID to {flag}.")
+    report_idle(config, report)
     if config.prepared:
         return inspect_prepared(Path(config.prepared))
     if config.adapter:

@@ -47,6 +47,7 @@ from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
+from qlora_cli.core.runs.validate import report_idle
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.storage.ownership import Place
 from qlora_cli.core.storage.safetensors_file import TensorFile
@@ -91,6 +92,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     Raises:
         QloraError: In one sentence; whatever can be checked is checked before anything is written.
     """
+    report_idle(config, report)
     adapter_directory, output = find_adapter(Path(config.adapter), report), Path(config.output)
     source = read_adapter_record(adapter_directory)
     if config.push:

@@ -14,7 +14,7 @@ from qlora_cli.core.data.statistics import LOST
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.prompts.formatting import Formatting, describe_origins
 from qlora_cli.core.recognition.columns import list_names
-from qlora_cli.core.runs.validate import check
+from qlora_cli.core.runs.validate import check, report_idle
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Report, RowShown
 from qlora_cli.sizes import format_count
@@ -37,6 +37,7 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
         RunError: The output directory holds something else.
     """
     check(config)
+    report_idle(config, report)
     assert config.model is not None
     files = resolve_model(
         config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=report

@@ -41,7 +41,7 @@ from qlora_cli.core.runs.inputs import Run, RunInputs, describe_start, read_inpu
 from qlora_cli.core.runs.metrics import MetricsFile
 from qlora_cli.core.runs.results import TrainPlan, TrainResult, read_result
 from qlora_cli.core.runs.tracking import closing_tracker, logging_report, start_tracker
-from qlora_cli.core.runs.validate import check, check_ranks
+from qlora_cli.core.runs.validate import check, check_ranks, report_idle
 from qlora_cli.core.storage.checkpoint import Checkpoint, list_checkpoints, read_tensors
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.streaming.streamed_base import stream_base
@@ -105,6 +105,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         stack.enter_context(monitoring(ranks, run.device))
         stack.enter_context(closing_tracker(accelerator, run.report))
         check_ranks(config, ranks)
+        report_idle(config, run.report)
         if ranks.is_main:
             stack.enter_context(claimed_output(config, run.report))
         ranks.barrier()

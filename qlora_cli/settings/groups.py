@@ -125,6 +125,7 @@ class DataSettings(Settings):
         repeated=True,
         range=NAME,
         resume=RESOLVED,
+        needs="format=chat",
     )
     template: str | None = setting(
         None,
@@ -134,7 +135,12 @@ class DataSettings(Settings):
         resume=RESOLVED,
     )
     chat_template: str | None = setting(
-        None, "File with a Jinja chat template to use instead of the model's.", panel=DATA, range=NAME, resume=RESOLVED
+        None,
+        "File with a Jinja chat template to use instead of the model's.",
+        panel=DATA,
+        range=NAME,
+        resume=RESOLVED,
+        needs="format=chat",
     )
     template_setting: tuple[str, ...] | None = setting(
         None,
@@ -143,6 +149,7 @@ class DataSettings(Settings):
         repeated=True,
         range=NAME,
         resume=RESOLVED,
+        needs="format=chat",
     )
     thoughts: str = setting(
         "keep",
@@ -151,6 +158,7 @@ class DataSettings(Settings):
         panel=DATA,
         choices=("keep", "last", "drop"),
         resume=RESOLVED,
+        needs="format=chat",
     )
     on_lost_content: str = setting(
         "stop",
@@ -158,6 +166,7 @@ class DataSettings(Settings):
         panel=DATA,
         choices=("stop", "warn"),
         resume=RESOLVED,
+        needs="format=chat",
     )
     train_on: str | None = setting(
         None,

@@ -40,6 +40,7 @@ def setting(
     recorded: bool = True,
     range: Range | None = None,
     resume: str | None = None,
+    needs: str | None = None,
 ) -> Any:
     """A dataclass field with its help text.
 
@@ -54,6 +55,7 @@ def setting(
         recorded: Whether `run.yaml` keeps it (False for how one invocation behaves, such as `resume`).
         range: Which values mean anything; every number and every text has one (tests/test_settings.py).
         resume: What it means for a run that goes on with another value: one of `RESUME`.
+        needs: Another setting, by name, without which this one does nothing; `name=value` for one value of it.
     """
     metadata = {
         "help": help,
@@ -65,6 +67,7 @@ def setting(
         "recorded": recorded,
         "range": range,
         "resume": resume,
+        "needs": needs,
     }
     return field(default=default, metadata=metadata)
 
@@ -89,6 +92,20 @@ def flag_of(option: Field) -> str:
     name = option.name.replace("_", "-")
     has_opposite = type_of(option)[0] is bool and option.default is not False
     return option.metadata["flag"] or (f"--{name}/--no-{name}" if has_opposite else f"--{name}")
+
+
+def is_given(option: Field, config: Any) -> bool:
+    """Whether a setting has another value than its default."""
+    return bool(getattr(config, option.name) != option.default)
+
+
+def describe_idle(option: Field, config: Any) -> str | None:
+    """That a setting does nothing, as a sentence, where another one has not the value that it needs; else None."""
+    name, _, value = (option.metadata["needs"] or "").partition("=")
+    if not name or (str(getattr(config, name)) == value if value else getattr(config, name)):
+        return None
+    needed = f"--{name.replace('_', '-')} {value}".strip()
+    return f"{flag_of(option).split('/')[0]} does nothing without {needed}."
 
 
 def fault_of(option: Field, value: Any) -> tuple[str, str] | None:

@@ -280,6 +280,22 @@ def test_the_length_comes_from_the_model():
         choose_max_length(4096, learned, events.append)
 
 
+def test_settings_of_other_rows_are_said_to_do_nothing(tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    events: list = []
+    for _ in range(2):  # made, and found again
+        events.clear()
+        prepare(tmp_path, PAIRS, events=events, chat_template=str(tmp_path / "t.jinja"), split="test", thoughts="drop")
+        assert {event.text for event in events if isinstance(event, Caution)} == {
+            "--chat-template does nothing without --format chat.",
+            "--thoughts does nothing without --format chat.",
+            f"--split test does nothing: {tmp_path / 'rows.jsonl'} has no splits.",
+        }
+    events.clear()
+    prepare(tmp_path, [{"messages": MESSAGES}], events=events, output="chats", thoughts="drop")
+    assert not [event for event in events if isinstance(event, Caution)]
+
+
 # ---------------------------------------------------------------- bad rows
 
 

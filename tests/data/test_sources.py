@@ -14,12 +14,13 @@ from qlora_cli.core.data import sources
 from qlora_cli.core.data.sources import resolve_source
 from qlora_cli.core.reading.chunks import parse_chunk
 from qlora_cli.errors import DataError, ModelError, UsageError
+from qlora_cli.settings.groups import DataSettings
 
 QUOTE = {"quote": "Be yourself; everyone else is already taken.", "author": "Oscar Wilde", "tags": ["be-yourself"]}
 
 
 def resolve(data, split="train", revision=None):
-    return resolve_source(str(data), split=split, revision=revision, report=lambda event: None)
+    return resolve_source(str(data), DataSettings(split=split, revision=revision), lambda event: None)
 
 
 def rows(source):
@@ -264,7 +265,7 @@ def test_a_hub_dataset_that_the_disk_has_no_room_for_is_read_as_it_comes_with_a_
     monkeypatch.setattr(datasets, "load_dataset", load)
 
     def resolve(name, limit=5):
-        return resolve_source(name, split="train", revision=None, report=said.append, limit=limit)
+        return resolve_source(name, DataSettings(limit=limit), said.append)
 
     source = resolve("org/set:part")
     assert texts(source) == ["a", "b"]

@@ -6,7 +6,7 @@ from typing import Any
 from qlora_cli.cli.screens.curve import sparkline
 from qlora_cli.cli.screens.screen import Screen, count, name_of, trained_of
 from qlora_cli.cli.units import format_seconds
-from qlora_cli.sizes import format_bytes
+from qlora_cli.sizes import format_bytes, format_count
 
 CURVE_COLUMNS = 12
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -29,7 +29,7 @@ def of_rows(result: dict[str, Any]) -> Screen:
     share = f"{100 * trained / tokens:.0f} %" if tokens else "none"
     again = " (they were there already)" if result.get("cache_hit") else ""
     sentences = [
-        f"{rows:,} rows are in {result['directory']}{again}: {count(tokens)} tokens, of which {share} are trained.",
+        f"{format_count(rows, 'row')} {'is' if rows == 1 else 'are'} in {result['directory']}{again}: {count(tokens)} tokens, of which {share} are trained.",
     ]
     lost = []
     if result.get("truncated"):
@@ -57,7 +57,8 @@ def of_a_preparation(result: dict[str, Any]) -> Screen:
         ("parts", result["parts"]),
         ("left out", left_out if isinstance(left_out, str) else "\n".join(left_out)),
     ]
-    return Screen([f"{result['rows']} are in {result['directory']}: {result['tokens']}."], facts)
+    verb = "is" if result["rows"].startswith("1 ") else "are"
+    return Screen([f"{result['rows']} {verb} in {result['directory']}: {result['tokens']}."], facts)
 
 
 def of_a_training(result: dict[str, Any]) -> Screen:

@@ -23,16 +23,24 @@ from qlora_cli.artifacts import (
     write_json,
 )
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter, manifest_sha256
-from qlora_cli.core.data.sources import Source, join_identities, read_data_sets, read_paths, resolve_source
+from qlora_cli.core.data.sources import (
+    Source,
+    ignored_settings,
+    join_identities,
+    read_data_sets,
+    read_paths,
+    resolve_source,
+)
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
+from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.reading.chunks import BadRow, Chunk, count_rows, parse_chunk
 from qlora_cli.core.reading.readers import CHUNK_BYTES
 from qlora_cli.core.recognition.pairs import read_template
-from qlora_cli.core.recognition.recognise import recognise
+from qlora_cli.core.recognition.recognise import idle_settings, recognise
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.core.records.record import Record
 from qlora_cli.core.storage.disk_space import reporting_disk_full
@@ -174,8 +182,10 @@ def prepare_rows(
         may_replace(directory, PREPARED, overwrite=True, reads=reads, files=PREPARED_FILES)
         asked = partial(may_replace, directory, PREPARED, overwrite=overwrite, reads=reads, files=PREPARED_FILES)
     encoder = encoder_of(tokenizer)
-    sources = [resolve(data_set.name, settings, report) for data_set in sets]
+    sources = [resolve_source(data_set.name, settings, report) for data_set in sets]
     max_length = choose_max_length(settings.max_length, model_config, report)
+    for sentence in ignored_settings(settings, sources):
+        report(Caution(sentence))
     stamps = [source.stamps() for source in sources]
     identity = join_identities(sets, [source.identify(report) for source in sources])
     digest = _digest(settings, encoder, max_length, identity)
@@ -183,6 +193,7 @@ def prepare_rows(
         directory = cache_directory() / digest[:32]  # whatever is there under this name is a part of the same
     if (manifest := _manifest_of(directory, digest, report)) is not None:
         report(Notice(f"These rows are prepared already in {directory} (same data, tokenizer and settings)."))
+        _report_idle(settings, [Formatting.from_dict(manifest["formatting"]).format] if len(sets) == 1 else [], report)
         return PreparedSummary(str(directory), True, manifest)
     place = asked() if asked else directory
     every = [recognise_source(source, settings, encoder) for source in sources]
@@ -190,6 +201,7 @@ def prepare_rows(
         report(Notice(f"{source.name}: {recognised.sentence}."))
         for remark in recognised.remarks:
             report(Notice(remark))
+    _report_idle(settings, [found.formatting.format for found in every], report)
     recognised = every[0]
     if any(other.formatting != recognised.formatting for other in every):
         report(Notice(f"generate will format prompts as those of {sources[0].name}, which was named first."))
@@ -244,6 +256,11 @@ def prepare_rows(
     return PreparedSummary(str(directory), False, manifest)
 
 
+def _report_idle(settings: DataSettings, formats: list[str], report: Report) -> None:
+    for sentence in idle_settings(settings, formats):
+        report(Caution(sentence))
+
+
 def _manifest_of(directory: Path, digest: str, report: Report) -> dict[str, Any] | None:
     """The manifest, if the rows in a directory are whole and the ones wanted."""
     try:
@@ -267,10 +284,6 @@ def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, ident
     facts = [PREPARATION, FORMAT, wanted, identity["sha256"], encoder.spec.sha256, encoder.spec.chat_template]
     facts += [encoder.spec.tool_template] if encoder.spec.tool_template else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def resolve(name: str, settings: DataSettings, report: Report) -> Source:
-    return resolve_source(name, split=settings.split, revision=settings.revision, report=report, limit=settings.limit)
 
 
 def recognise_source(source: Source, settings: DataSettings, encoder: TextEncoder) -> Recognised:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.core.data.prepare import limited, recognise_source, resolve
-from qlora_cli.core.data.sources import read_data_sets
+from qlora_cli.core.data.prepare import limited, recognise_source
+from qlora_cli.core.data.sources import read_data_sets, resolve_source
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, RowFormatter
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
@@ -31,7 +31,7 @@ def first_records(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase") 
         QloraError: It cannot be read, or is not recognised.
     """
     data_set = read_data_sets(settings.data)[0]
-    source = resolve(data_set.name, settings, report_nothing)
+    source = resolve_source(data_set.name, settings, report_nothing)
     rules = recognise_source(source, settings, encoder_of(tokenizer)).rules or RowRules()
     chunks = limited(data_set.take(source.chunks(settings.max_line_bytes), settings.max_line_bytes), settings)
     found: dict[int, Record] = {}

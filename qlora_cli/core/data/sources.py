@@ -4,7 +4,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 from qlora_cli.settings.groups import DataSettings
+from qlora_cli.settings.setting import is_given
 from qlora_cli.sizes import format_bytes
 
 SPLITS = {
@@ -170,8 +171,8 @@ class Source:
         return {"source": self.name, **self.facts, "files": files, "sha256": sha256}
 
 
-def resolve_source(data: str, *, split: str, revision: str | None, report: Report, limit: int | None = None) -> Source:
-    """Finds what --data names; a local path wins over a hub dataset of the same name.
+def resolve_source(data: str, settings: DataSettings, report: Report) -> Source:
+    """Finds what one --data names; a local path wins over a hub dataset of the same name.
 
     A hub dataset is downloaded, or read from the hub as it comes where the disk has no room for it and a limit of rows is given.
 
@@ -184,16 +185,27 @@ def resolve_source(data: str, *, split: str, revision: str | None, report: Repor
         return _files_source(data, [path])
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _saved_source(data, path, split)
-        return _folder_source(data, path, split, report)
+            return _saved_source(data, path, settings.split)
+        return _folder_source(data, path, settings.split, report)
     if any(letter in data for letter in "*?["):
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
         return _files_source(data, sorted(file for file in found if file.is_file() and not _is_hidden(file, path)))
     # Some datasets are named like a file (ORG/docs.jsonl); in a folder that is here a file is meant, though.
     like_file = kind_of(path) is not None and ("/" not in data or path.parent.is_dir())
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~" and not like_file:
-        return _hub_source(data, split, revision, report, limit)
+        return _hub_source(data, settings, report)
     raise DataError(f"There is no file or folder {data}.", "Check --data.")
+
+
+def ignored_settings(settings: DataSettings, sources: Sequence[Source]) -> list[str]:
+    """That --split or --revision does nothing where none of the sources has such, as sentences."""
+    given = [option for option in fields(DataSettings) if option.name in ("split", "revision")]
+    return [
+        f"--{option.name} {getattr(settings, option.name)} does nothing: {listed} has no {option.name}s."
+        for option in given
+        if is_given(option, settings) and not any(option.name in source.facts for source in sources)
+        for listed in [" and ".join(source.name for source in sources)]
+    ]
 
 
 def _files_source(data: str, files: list[Path], **facts: str) -> Source:
@@ -265,8 +277,9 @@ def _split_of(path: Path) -> str:
     return next((split for split, names in SPLITS.items() if words & set(names)), "")
 
 
-def _hub_source(data: str, split: str, revision: str | None, report: Report, limit: int | None) -> Source:
+def _hub_source(data: str, settings: DataSettings, report: Report) -> Source:
     repository, _, config = data.partition(":")
+    split, revision, limit = settings.split, settings.revision, settings.limit
     try:
         patterns = _remote_files(repository, config or None, split, revision)
         if limit is not None and not constants.HF_HUB_OFFLINE:

@@ -16,7 +16,7 @@ from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.core.untrusted import check_files
 from qlora_cli.errors import ModelError, UsageError, first_line
-from qlora_cli.events import Report, report_nothing
+from qlora_cli.events import Caution, Report, report_nothing
 from qlora_cli.settings.groups import QuantizationSettings
 
 if TYPE_CHECKING:
@@ -218,6 +218,8 @@ def resolve_model(
         if not (directory / "config.json").is_file():
             raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
         check_files(directory, model, READ_FILES, trust_remote_code=trust_remote_code)
+        if revision is not None:
+            report(Caution(f"--model-revision {revision} does nothing: {model} is a directory, read as it is."))
         return ModelFiles(model, directory, None, trust_remote_code, report)
     if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise UsageError(

@@ -3,8 +3,8 @@
 A format is taken only if it explains (almost) every row; columns that it does not use are named.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
@@ -18,6 +18,7 @@ from qlora_cli.core.records.record import Record
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import DataSettings
+from qlora_cli.settings.setting import describe_idle, is_given
 
 LABELS = ("label", "kto_tag")  # of unpaired feedback: whether an answer is a good one
 THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot", "chain_of_thought")
@@ -59,6 +60,13 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
         recognised = recognise_text(columns, settings, encoder)
     recognised = _with_label(columns, _with_unused(columns, recognised))
     return _without_media(columns, recognised, settings)
+
+
+def idle_settings(settings: DataSettings, formats: Iterable[str]) -> list[str]:
+    """The settings that were given and do nothing for rows of these formats, as sentences."""
+    given = [option for option in fields(DataSettings) if is_given(option, settings)]
+    each = [[describe_idle(option, replace(settings, format=name)) for option in given] for name in formats]
+    return [sentences[0] for sentences in zip(*each, strict=True) if sentences[0] and all(sentences)]
 
 
 def _format_from_flags(settings: DataSettings) -> str | None:

@@ -75,6 +75,8 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
                 "rises to the end."
             )
         )
+    if config.warmup_steps and config.scheduler == "constant":
+        run.report(Caution("--scheduler constant does without --warmup-steps; constant_with_warmup takes them."))
     compute_dtype = resolve_compute_dtype(config.compute_dtype, run.device)
     if run.device.type == "cpu" and is_slow_on_cpu(compute_dtype):
         run.report(

@@ -2,11 +2,15 @@
 
 import importlib.util
 import os
+from dataclasses import fields
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.config import GenerateConfig, PrepareConfig, TrainConfig
 from qlora_cli.errors import UsageError
+from qlora_cli.events import Caution, Report
+from qlora_cli.settings.groups import DataSettings
+from qlora_cli.settings.setting import describe_idle, flag_of, is_given
 
 if TYPE_CHECKING:
     from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -57,6 +61,19 @@ def _check_generate(config: GenerateConfig) -> None:
         raise UsageError("generate needs a model.", "Add --adapter DIR of a run, or --model ID for the bare base.")
     if (config.input is None) != (config.output is None):
         raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
+
+
+def report_idle(config: Any, report: Report) -> None:
+    """Reports the settings that were given and do nothing beside the others; of those of rows, preparing them says it."""
+    given = [option for option in fields(config) if is_given(option, config)]
+    rows = {option.name for option in fields(DataSettings)}
+    for option in given:
+        if option.name not in rows and (sentence := describe_idle(option, config)):
+            report(Caution(sentence))
+    prepared = [flag_of(option) for option in given if option.name in rows - {"max_length"}]
+    if prepared and getattr(config, "prepared", None):
+        verb = "does" if len(prepared) == 1 else "do"
+        report(Caution(f"{', '.join(prepared)} {verb} nothing: rows of --prepared are as qlora prepare has made them."))
 
 
 def check_ranks(config: TrainConfig, ranks: "ProcessGroup") -> None:
