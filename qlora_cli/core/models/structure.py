@@ -40,7 +40,7 @@ def model_class(config: PreTrainedConfig) -> Any:
     """
     if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}) and is_multimodal(config):
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            if type(config) in auto._model_mapping.keys():  # noqa: SIM118 - its iterator is of keys, `in` is not
+            if auto._model_mapping.get(type(config), None):  # its keys() import the configurations of all models: 2 s
                 found = _get_model_class(config, auto._model_mapping)
                 if found.config_class in (None, type(config)):
                     return found
