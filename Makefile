@@ -45,9 +45,9 @@ lint: .venv/tests-installed
 test long faults survey: export OMP_NUM_THREADS = 1
 test long faults survey: export TOKENIZERS_PARALLELISM = false
 
-# The checkers beside the tests; what they say comes last where they fail.
+# The checkers beside the tests, in the time that these leave; what they say comes last where they fail.
 test: .venv/tests-installed
-	@said=$$(mktemp); $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
+	@said=$$(mktemp); nice -n 7 $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -m "not slow" $(SPREAD); tests=$$?; \
 	wait $$lint || { cat $$said; tests=1; }; rm $$said; exit $$tests
 
