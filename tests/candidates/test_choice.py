@@ -19,6 +19,8 @@ from qlora_cli.errors import MergeError
 from qlora_cli.events import Notice, report_nothing
 from qlora_cli.settings.groups import QuantizationSettings
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def trained(request, tiny_model, tmp_path_factory):

@@ -14,6 +14,8 @@ from qlora_cli.core.adapters.adapter_record import find_adapter, read_adapter_re
 from qlora_cli.errors import AdapterError
 from qlora_cli.events import Caution, Notice
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):

@@ -18,6 +18,8 @@ import pytest
 from qlora_cli.commands.train import train
 from qlora_cli.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "many_cards"
 STEPS = 6
 SRUN = """#!/usr/bin/env bash
