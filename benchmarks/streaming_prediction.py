@@ -12,6 +12,8 @@ import argparse
 import gc
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from streaming import GIB, Bench, Setting, plan_of
@@ -34,6 +36,9 @@ SETTINGS = {
     "tied embeddings": (Setting("gemma2-9b-quarter", ALL16, None, 4, 1024), ON | KEPT),
 }
 TINY = {"tiny": (Setting("tiny-llama", ALL16, None, 4, 64), ON | KEPT)}
+COLUMNS = ("streamed", "tokens", "predicted_gib", "measured_gib", "memory_percent")
+COLUMNS += ("predicted_tok_s", "measured_tok_s", "speed_percent", "took_s", "error")
+PLANNERS = 4  # processes that plan, while the card is busy with other settings
 
 
 def planned(setting: Setting, asked: dict):
@@ -41,7 +46,12 @@ def planned(setting: Setting, asked: dict):
     return plan_of(setting, False, resident_weights=False, **asked, **({} if setting.limit_gib else {"stream": True}))
 
 
-def run(setting: Setting, asked: dict, device: str) -> dict:
+def planned_by_name(name: str):
+    """As `planned`, of a setting by its name; for another process."""
+    return planned(*(SETTINGS | TINY)[name])
+
+
+def run(setting: Setting, plan, device: str) -> dict:
     """One setting: what was predicted and what came."""
     import torch
 
@@ -54,8 +64,7 @@ def run(setting: Setting, asked: dict, device: str) -> dict:
     started, cuda = time.time(), device == "cuda"
     if cuda:
         limit_memory(torch.device(device), torch.cuda.get_device_properties(0).total_memory)
-    plan = planned(setting, asked)
-    bench = Bench(setting, device, 3, False)
+    bench = Bench(setting, device, 2, False)
     layers = find_layers(find_decoder(bench.base))
     streamed = stream_base(bench.base, layers, bench.device, streamed=plan.measures.streamed)
     if cuda and setting.limit_gib:
@@ -96,29 +105,30 @@ def main() -> None:
     parser.add_argument("--plans", action="store_true", help="only says what is predicted")
     parser.add_argument("--json", type=Path, default=Path("streaming_prediction.json"))
     arguments = parser.parse_args()
-    started, results = time.time(), []
-    for name in arguments.setting or SETTINGS:
-        setting, asked = (SETTINGS | TINY)[name]
-        if arguments.plans:
-            plan = planned(setting, asked)
-            print(f"{name}: {plan.measures.streamed} layers, {plan.token_budget} tokens, {plan.measures}")
-            print(f"    {plan.memory.peak_bytes / GIB:.2f} GiB of the allocator, {plan.memory.moment}", flush=True)
-            continue
-        if time.time() - started > arguments.limit_s:
-            print(f"{name}: no time left", flush=True)
-            continue
-        try:
-            results.append({"setting": name, **run(setting, asked, arguments.device)})
-        except Exception as error:  # the other settings are still of interest
-            results.append({"setting": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
-            error.__traceback__ = None
-        gc.collect()
-        print("   ", results[-1], flush=True)
-        arguments.json.write_text(json.dumps(results, indent=1))
-    columns = ("streamed", "tokens", "predicted_gib", "measured_gib", "memory_percent")
-    columns += ("predicted_tok_s", "measured_tok_s", "speed_percent", "error")
-    for result in results:
-        print("|", result["setting"], "|", *(f"{result.get(column, '')} |" for column in columns), flush=True)
+    names, results = arguments.setting or list(SETTINGS), []
+    started = time.time()
+    with ProcessPoolExecutor(PLANNERS, mp_context=get_context("spawn")) as pool:
+        plans = {name: pool.submit(planned_by_name, name) for name in names}
+        for name in names:
+            if time.time() - started > arguments.limit_s:
+                print(f"| {name} | no time left", flush=True)
+                continue
+            try:
+                plan = plans[name].result()
+                if arguments.plans:
+                    print(f"{name}: {plan.measures.streamed} layers, {plan.token_budget} tokens, {plan.measures}")
+                    print(
+                        f"    {plan.memory.peak_bytes / GIB:.2f} GiB of the allocator, {plan.memory.moment}", flush=True
+                    )
+                    continue
+                results.append({"setting": name, **run((SETTINGS | TINY)[name][0], plan, arguments.device)})
+            except Exception as error:  # the other settings are still of interest
+                results.append({"setting": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+                error.__traceback__ = None
+            gc.collect()
+            arguments.json.write_text(json.dumps(results, indent=1))
+            print("   ", {k: v for k, v in results[-1].items() if k not in COLUMNS}, flush=True)
+            print("|", name, "|", *(f"{results[-1].get(column, '')} |" for column in COLUMNS), flush=True)
 
 
 if __name__ == "__main__":

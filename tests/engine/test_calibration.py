@@ -1,6 +1,7 @@
 """Steps are planned within the host's memory too, for every number of tokens, and leaner each time memory runs out."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.engine import install_engine
-from qlora_cli.core.engine.memory_plan import LayerSeconds, StepNeeds
+from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan, StepNeeds
 from qlora_cli.core.experts.held_routing import HeldRouting
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
@@ -60,6 +61,40 @@ def test_each_relief_is_leaner_until_nothing_is_left_to_give_up():
         plans.append(leaner)
     sizes = [plan.step_bytes(made.needs) for plan in plans]
     assert len(plans) > 2 and sizes == sorted(sizes, reverse=True) and len(set(plans)) == len(plans)
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.floats(1e-4, 1e-2), st.floats(1e-7, 1e-5), st.floats(0, 1), st.integers(1, 32))
+def test_speed_that_is_said_is_that_of_the_layer_whatever_tokens_there_was_room_to_time(
+    share, still, token, repeated, recomputed
+):
+    """A layer's time here is a fixed one and one for each token; of more tokens than a share of them there is no room."""
+    made, layer_plans = planner(64 * GIB, 0), [SimpleNamespace(offload=None, recompute=False) for _ in range(2)]
+
+    def time(_, tokens):
+        if tokens > TOKENS // share:
+            return None
+        forward = still + token * tokens
+        return LayerSeconds(forward, (2 + repeated * layer_plans[1].recompute) * forward)
+
+    plan = MemoryPlan(recomputed=recomputed)
+    said = made.time_step(SimpleNamespace(time=time), ["first", "second"], layer_plans, plan)
+    forward = still + token * TOKENS
+    assert plan.micro_batch_seconds(made.needs) == pytest.approx((3 * 32 + repeated * recomputed) * forward, rel=1e-6)
+    assert f"A micro-batch of {TOKENS:,} tokens takes about" in said
+
+
+@pytest.mark.parametrize("layers", [3, 8, 80])
+def test_copies_that_outlast_arithmetic_hide_behind_the_layers_between_them_alone(layers):
+    """A ring of two: a pass takes its copies, and the layer before the first and after the last of them."""
+    needs = StepNeeds(
+        layers=layers,
+        seconds=LayerSeconds(0.004, 0.01),
+        link_bytes_per_second=50e9,
+        streamed_bytes=(layers - 2) * GIB,
+        streaming_share=1 - 2 / layers,
+    )
+    copying = 2 * (layers - 2) * GIB / 50e9
+    assert MemoryPlan(streamed=layers).micro_batch_seconds(needs) == pytest.approx(copying + 2 * 0.014)
 
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])

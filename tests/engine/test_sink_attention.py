@@ -5,10 +5,10 @@ import torch
 import transformers
 
 from qlora_cli.core.adapters.lora import attach_adapter
-from qlora_cli.core.engine.calibration import Calibration, install_attention
+from qlora_cli.core.engine.calibration import Calibration
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import AdapterValues
-from qlora_cli.core.engine.packed_attention import takes_equal_rows
+from qlora_cli.core.engine.packed_attention import install_attention, takes_equal_rows
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.events import Notice
 from qlora_cli.settings.groups import LoraSettings, StepSettings

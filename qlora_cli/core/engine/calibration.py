@@ -1,7 +1,8 @@
 """Calibration of an engine: layers are tried out on random tokens, and steps are planned by what that measured."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from qlora_cli.core.data.packing import MicroBatch
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.distributed.context_group import ContextGroup
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
-from qlora_cli.core.engine.decoder_layers import LayerBytes, LayerPlan, capture_first_call, measure_layer
+from qlora_cli.core.engine.decoder_layers import LayerBytes, LayerPlan, capture_first_call, measure_layer, time_layer
 from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears
 from qlora_cli.core.engine.memory_plan import (
     HOST_SHARE,
@@ -26,14 +27,7 @@ from qlora_cli.core.engine.memory_plan import (
     plan_memory,
 )
 from qlora_cli.core.engine.offload import link_bytes_per_second
-from qlora_cli.core.engine.packed_attention import (
-    attended_share,
-    drops_weights,
-    has_sinks,
-    install_packed_attention,
-    pack_mask,
-    why_not_packed,
-)
+from qlora_cli.core.engine.packed_attention import attended_share, pack_mask
 from qlora_cli.core.experts.held_routing import HeldRouting
 from qlora_cli.core.experts.layout import find_experts
 from qlora_cli.core.matmul.choice import (
@@ -46,12 +40,12 @@ from qlora_cli.core.matmul.choice import (
 )
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.core.streaming.streamed_base import describe_speed
 from qlora_cli.core.tiling.kept_attention import can_keep_attention
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.attention import LONG_ROW_TOKENS
 from qlora_cli.settings.groups import StepSettings
-from qlora_cli.sizes import format_bytes
 
 REDUCTION_BYTES, MOST_REDUCTIONS = 2**28, 16  # how much less memory is planned with each time it runs out
 # Rows of the pack that the engine is tried on. Their sum is no size of a weight, so that activations are known by it.
@@ -252,6 +246,13 @@ class Calibration:
         torch.cuda.empty_cache()
         return None
 
+    def time(self, layer: nn.Module, tokens: int) -> LayerSeconds | None:
+        """Time that a layer takes at so many tokens, run as planned; None where there is not the memory."""
+        with suppress(torch.OutOfMemoryError):
+            return time_layer(layer, capture_first_call(layer, lambda: self.run(self.rows_of(tokens))))
+        torch.cuda.empty_cache()
+        return None
+
 
 class StepPlanner:
     """Plans the steps of one engine on a CUDA device."""
@@ -294,16 +295,39 @@ class StepPlanner:
         """For the largest micro-batch."""
         return plan_memory(self.needs, self.available_bytes, self.settings, workspaces=self.workspaces)
 
-    def describe_speed(self, plan: MemoryPlan) -> str:
-        """In words, how long the largest micro-batch will take, where weights stream."""
-        seconds, copied_bytes = plan.micro_batch_seconds(self.needs), 2 * self.needs.streamed_bytes
-        link, source = self.needs.link_bytes_per_second, self.needs.source_bytes_per_second
-        what, rate = ("link", link) if link <= source else ("disk", source)
-        return (
-            f"A micro-batch of {self.largest_tokens:,} tokens takes about {seconds:.3g} s by what one layer took, "
-            f"{self.largest_tokens / seconds:,.0f} tokens a second; its {format_bytes(copied_bytes)} of weights alone "
-            f"take the {what} {copied_bytes / rate:.3g} s."
-        )
+    def time_step(
+        self, trials: Calibration, layers: Sequence[nn.Module], layer_plans: Sequence[LayerPlan], plan: MemoryPlan
+    ) -> str:
+        """Times a layer as steps will run it, the second, as the first may run otherwise; how long the largest micro-batch
+        will take, in words, where weights stream."""
+        layer, layer_plan = layers[:2][-1], layer_plans[:2][-1]
+        layer_plan.offload, layer_plan.recompute, tokens = None, False, self.largest_tokens
+        while (whole := trials.time(layer, tokens)) is None and tokens > LEAST_TRIAL_TOKENS:
+            tokens //= 2  # not even a layer fits that repeats nothing, but a smaller micro-batch may
+        if whole is not None:
+            self._note_times(trials, layer, layer_plan, plan, tokens, whole)
+        seconds, needs = plan.micro_batch_seconds(self.needs), self.needs
+        rates = needs.link_bytes_per_second, needs.source_bytes_per_second
+        return describe_speed(self.largest_tokens, seconds, 2 * needs.streamed_bytes, *rates)
+
+    def _note_times(
+        self,
+        trials: Calibration,
+        layer: nn.Module,
+        layer_plan: LayerPlan,
+        plan: MemoryPlan,
+        tokens: int,
+        whole: LayerSeconds,
+    ) -> None:
+        """Completes what `time_step` found at so many tokens, with a quarter of them and with a repetition."""
+        few, share = trials.time(layer, max(LEAST_TRIAL_TOKENS, tokens // 4)) or whole, self.largest_tokens / tokens
+        fixed = whole.fixed(few)
+        forward, backward = (share * part - (share - 1) * still for part, still in zip(whole, fixed, strict=True))
+        self.needs = replace(self.needs, seconds=LayerSeconds(forward, backward), fixed_seconds=fixed)
+        layer_plan.recompute = plan.recomputed > 0 and not plan.keeps_attention
+        if layer_plan.recompute and (repeating := trials.time(layer, tokens)) is not None:
+            repeated = max(0.0, repeating.device - whole.device) / whole.forward
+            self.needs = replace(self.needs, repeated_share=repeated)
 
     def reduce_memory(self, current: MemoryPlan) -> MemoryPlan | None:
         """A leaner plan than the one with which memory ran out; None where there is none."""
@@ -331,36 +355,6 @@ class StepPlanner:
             if other.step_bytes(needs) <= self.available_bytes and other.sent_bytes(needs) <= host_bytes
         ]
         return min(fitting, key=lambda other: other.cost(needs), default=plan)
-
-
-def install_attention(base: Any, decoder: Any, trials: Calibration, report: Report) -> tuple[bool, Callable[[], None]]:
-    """Packs rows where that is exact, which is tried out. Otherwise rows stay padded, and attention with sinks goes over
-    them in chunks instead of holding all scores, where that is tried out to be the same. What comes of it is reported.
-
-    Returns:
-        Whether rows are packed, and what undoes it.
-    """
-
-    def install(own: Tensor, why_different: Callable[[Tensor], str | None]) -> tuple[str | None, Callable[[], None]]:
-        """Why our attention gives anything but `own`, the model's, and was taken back; and what undoes it."""
-        undo = install_packed_attention(base, decoder)
-        reason = why_different(own)
-        if reason is not None:
-            undo()
-        return reason, undo if reason is None else lambda: None
-
-    reason, undo = why_not_packed(base, decoder, trials.device, trials.values.dtype), lambda: None
-    if reason is None:
-        reason, undo = install(trials.states(), trials.why_pack_differs)
-    trials.packed = reason is None
-    if reason is None:
-        return True, undo
-    report(Notice(f"Rows are padded instead of packed, because {reason}."))
-    if has_sinks(decoder) and base._can_set_attn_implementation() and not drops_weights(decoder):
-        why_eager, undo = install(trials.states(padded=True), trials.why_padded_differs)
-        if why_eager is not None:
-            report(Notice(f"Attention with sinks holds all of its scores at once ({why_eager})."))
-    return False, undo
 
 
 def install_products(

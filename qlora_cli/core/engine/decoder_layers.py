@@ -1,5 +1,6 @@
 """Decoder layers that keep, recompute or offload their activations and run compiled or not, each as planned."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from qlora_cli.core.tiling.kept_attention import keep_attention
 from qlora_cli.core.tiling.token_tiles import TiledModule, tile_of
 
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
+# A card that was idle has clocks that it does not keep: its power is limited. So long it is kept busy before it is timed.
+BUSY_SECONDS = 0.4
 # Of what a layer saves, without its input's gradient: GPT-NeoX, Falcon and Phi with adapted attention 0.5, others 0.9.
 MOSTLY_LEFT_OUT = 0.7
 
@@ -222,33 +225,63 @@ def measure_layer(layer: Any, call: LayerCall, first: LayerCall) -> tuple[LayerB
     return _run_both_ways(layer, call)
 
 
+def time_layer(layer: Any, call: LayerCall) -> LayerSeconds:
+    """Device time of a layer on its CUDA device, run as planned, on a card that has been as busy as steps keep it."""
+    hidden = call.args[0].detach().requires_grad_()
+    times = _pass(layer, call, hidden)
+    times[2].synchronize()
+    passes = math.ceil(BUSY_SECONDS / max(times[0].elapsed_time(times[2]) / 1000, 1e-3))
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    for _ in range(passes):
+        times = _pass(layer, call, hidden)
+    times[2].synchronize()
+    return _seconds_between(times)
+
+
 def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
     hidden = call.args[0].detach().requires_grad_()
-    times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     device = hidden.device
     torch.cuda.synchronize(device)
     peak_before, start = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda._sleep(HEAD_START_CYCLES)  # so that the device, once it begins, need not wait for launches
+    kept = 0
+
+    def after_forward() -> None:
+        nonlocal kept
+        kept = torch.cuda.memory_allocated(device) - start
+
+    times = _pass(layer, call, hidden, after_forward)
+    times[2].synchronize()
+    peak = torch.cuda.max_memory_allocated(device) - start
+    del hidden
+    missing = peak_before - torch.cuda.memory_allocated(device)
+    with suppress(torch.OutOfMemoryError):  # the peak was before memory was limited
+        torch.empty(max(0, missing), dtype=torch.uint8, device=device)  # the peak of the process stays what it was
+    return LayerBytes(kept, peak), _seconds_between(times)
+
+
+def _pass(
+    layer: Any, call: LayerCall, hidden: Tensor, after_forward: Callable[[], None] = lambda: None
+) -> list[torch.cuda.Event]:
+    """Launches both passes of a layer; when they begin, change and end."""
+    times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     with torch.enable_grad():
         times[0].record()
         out = layer(hidden, *call.args[1:], **call.kwargs)
         times[1].record()
         out = out[0] if isinstance(out, tuple | list) else out
-        kept = torch.cuda.memory_allocated(device) - start
+        after_forward()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # autograd's thread is a new one
             # Parameters' gradients stay as they are.
             torch.autograd.backward(out, torch.zeros_like(out), inputs=[hidden])
         times[2].record()
-    times[2].synchronize()
-    seconds = LayerSeconds(*(begin.elapsed_time(end) / 1000 for begin, end in pairwise(times)))
-    peak = torch.cuda.max_memory_allocated(device) - start
-    del hidden, out
-    missing = peak_before - torch.cuda.memory_allocated(device)
-    with suppress(torch.OutOfMemoryError):  # the peak was before memory was limited
-        torch.empty(max(0, missing), dtype=torch.uint8, device=device)  # the peak of the process stays what it was
-    return LayerBytes(kept, peak), seconds
+    return times
+
+
+def _seconds_between(times: list[torch.cuda.Event]) -> LayerSeconds:
+    return LayerSeconds(*(begin.elapsed_time(end) / 1000 for begin, end in pairwise(times)))
 
 
 def _saved_by(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.distributed.context_group import context_of, share_packs
-from qlora_cli.core.engine.calibration import Calibration, StepPlanner, install_attention, install_products
+from qlora_cli.core.engine.calibration import Calibration, StepPlanner, install_products
 from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed, step_inputs
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
@@ -29,7 +29,7 @@ from qlora_cli.core.engine.lm_head import find_head, trained_positions
 from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears, replace_forward
 from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, compiling_pays, plan_as_asked, settle
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings, storages_of
-from qlora_cli.core.engine.packed_attention import pack_mask, takes_equal_rows
+from qlora_cli.core.engine.packed_attention import install_attention, pack_mask, takes_equal_rows
 from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.matmul.choice import ProductRecord, ProductTrial
 from qlora_cli.core.models.structure import find_decoder, underlying_model
@@ -136,7 +136,7 @@ class FastEngine:
             self.layer_plans[0].compiled = not runs_better_plainly(self.layers[0], self.calls[0], bytes_a_token)
         self._apply(plan)
         if self.streamed is not None and self.planner is not None:
-            self.report(Notice(self.planner.describe_speed(plan)))
+            self.report(Notice(self.planner.time_step(self.trials, self.layers, self.layer_plans, plan)))
         if self.context is not None:
             self.undo.append(share_packs(self.context, self.trials.parts_are_alike if self.packed else None))
         if total_steps >= GRAPHS_PAY_STEPS:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,8 +45,7 @@ TOP_LAYERS = 2  # that keep everything, if any layer does
 ROOM = 1.25
 
 
-@dataclass(frozen=True)
-class LayerSeconds:
+class LayerSeconds(NamedTuple):
     """Device time of one layer at some number of tokens."""
 
     forward: float
@@ -82,6 +82,10 @@ class StepNeeds:
     host_bytes: int = 0  # that activations may take
     streamed_bytes: int = 0  # of weights that come from the host or the disk in each pass
     source_bytes_per_second: float = math.inf  # that come from there, the link apart
+    streaming_share: float = (
+        1.0  # of a pass, in which weights come: the first and the last of them find nothing to hide behind
+    )
+    repeated_share: float = RECOMPUTE_COST  # of a layer's forward pass, that a repetition takes
     head_layers: float = 0.0  # time of the output head and its loss, as a multiple of one layer's forward pass
 
     def for_share(self, share: float) -> "StepNeeds":
@@ -157,7 +161,7 @@ class MemoryPlan:
         seconds = needs.seconds or LayerSeconds(1.0, 1.0)
         layers = max(needs.layers, 1)
         step = layers * seconds.device
-        repeated = self._repeated * seconds.forward
+        repeated = self._repeated(needs) * seconds.forward
         return (
             repeated / step
             + self._waiting_seconds(needs, seconds, repeated) / step
@@ -171,14 +175,13 @@ class MemoryPlan:
         """Time that a micro-batch takes by what was measured of one layer and of the link, with what is repeated and what
         copies keep waiting; what the host takes to launch it is not in it."""
         seconds = needs.seconds or LayerSeconds(0.0, 0.0)
-        repeated = self._repeated * seconds.forward
+        repeated = self._repeated(needs) * seconds.forward
         computing = needs.layers * seconds.device + needs.head_layers * seconds.forward + repeated
         return computing + self._waiting_seconds(needs, seconds, repeated)
 
-    @property
-    def _repeated(self) -> float:
+    def _repeated(self, needs: StepNeeds) -> float:
         """Forward passes of a layer that are repeated."""
-        return (KEPT_ATTENTION_COST if self.keeps_attention else RECOMPUTE_COST) * self.recomputed
+        return (KEPT_ATTENTION_COST if self.keeps_attention else needs.repeated_share) * self.recomputed
 
     def token_cost(self, layers: int, tokens: int) -> float:
         """Time a token takes in micro-batches of so many, by the costs alone: 1 for arithmetic without any measure."""
@@ -192,9 +195,10 @@ class MemoryPlan:
         weights = needs.streamed_bytes / min(needs.link_bytes_per_second, needs.source_bytes_per_second)
         forward, backward = needs.layers * seconds.forward, needs.layers * seconds.backward + repeated
         # Activations leave while weights come, which a link does at once; backward both come. Weights, equal and equally
-        # far apart, hide behind all that computes.
-        waiting = max(0.0, copying - HIDDEN_SHARE * forward, weights - forward)
-        return waiting + max(0.0, copying + weights - (HIDDEN_SHARE if copying else 1.0) * backward)
+        # far apart, hide behind all that computes between the first and the last of them.
+        hiding = needs.streaming_share
+        waiting = max(0.0, copying - HIDDEN_SHARE * forward, weights - hiding * forward)
+        return waiting + max(0.0, copying + weights - hiding * (HIDDEN_SHARE if copying else 1.0) * backward)
 
     def numbers(self, layers: int) -> tuple[frozenset[int], frozenset[int]]:
         """Which layers are recomputed, and which are sent: evenly among all but the last, so that copies have the time

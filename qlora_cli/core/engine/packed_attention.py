@@ -9,7 +9,7 @@ Other masks, those of padded rows, go to attention over chunks of queries where 
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,12 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora_cli.core.distributed.context_group import context_of
 from qlora_cli.core.engine.lora_linear import replace_forward
+from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, groups_fit, packed_attention, takes_caps
 from qlora_cli.kernels.sink_attention import chunked_attention
+
+if TYPE_CHECKING:
+    from qlora_cli.core.engine.calibration import Calibration
 
 NAME = "qlora_packed"
 MAX_HEAD_SIZE = 256
@@ -234,3 +238,35 @@ def install_packed_attention(base: Any, decoder: Any) -> Callable[[], None]:
         return replace_forward({m: None for m in named if hasattr(m, "query_key_value")}, _falcon_forward)
     before, config._attn_implementation_internal = config._attn_implementation, NAME
     return lambda: setattr(config, "_attn_implementation_internal", before)
+
+
+def install_attention(
+    base: Any, decoder: Any, trials: "Calibration", report: Report
+) -> tuple[bool, Callable[[], None]]:
+    """Packs rows where that is exact, which is tried out. Otherwise rows stay padded, and attention with sinks goes over
+    them in chunks instead of holding all scores, where that is tried out to be the same. What comes of it is reported.
+
+    Returns:
+        Whether rows are packed, and what undoes it.
+    """
+
+    def install(own: Tensor, why_different: Callable[[Tensor], str | None]) -> tuple[str | None, Callable[[], None]]:
+        """Why our attention gives anything but `own`, the model's, and was taken back; and what undoes it."""
+        undo = install_packed_attention(base, decoder)
+        reason = why_different(own)
+        if reason is not None:
+            undo()
+        return reason, undo if reason is None else lambda: None
+
+    reason, undo = why_not_packed(base, decoder, trials.device, trials.values.dtype), lambda: None
+    if reason is None:
+        reason, undo = install(trials.states(), trials.why_pack_differs)
+    trials.packed = reason is None
+    if reason is None:
+        return True, undo
+    report(Notice(f"Rows are padded instead of packed, because {reason}."))
+    if has_sinks(decoder) and base._can_set_attn_implementation() and not drops_weights(decoder):
+        why_eager, undo = install(trials.states(padded=True), trials.why_padded_differs)
+        if why_eager is not None:
+            report(Notice(f"Attention with sinks holds all of its scores at once ({why_eager})."))
+    return False, undo

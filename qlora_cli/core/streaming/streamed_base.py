@@ -27,6 +27,7 @@ from qlora_cli.core.streaming.host_memory import layer_buffers
 from qlora_cli.core.streaming.ring import SLOTS, HostSource, LayerSource, Ring
 from qlora_cli.core.weights.mapped_file import MappedFile
 from qlora_cli.events import Report, report_nothing
+from qlora_cli.sizes import format_bytes
 
 ATTRIBUTE = "_qlora_streamed_base"  # of a model: its `StreamedBase`
 ALIGNMENT_BYTES = 256  # of each tensor in a buffer, as PyTorch's allocators align
@@ -57,8 +58,16 @@ class StreamedBase:
         return (self.streamed - self.ring.slots) * self.layer_bytes
 
     def needs(self) -> dict[str, Any]:
-        """What of `StepNeeds` is about it; how fast the disk is, is known once some passes have read it."""
-        return {"streamed_bytes": self.copied_bytes, "source_bytes_per_second": self.ring.source.bytes_per_second}
+        """What of `StepNeeds` is about it; how fast the disk is, is known once some passes have read it.
+
+        The first copy of a pass begins with the second of the layers that wait, and the last is done before the last of
+        them begins: what computes before and after hides none.
+        """
+        return {
+            "streamed_bytes": self.copied_bytes,
+            "source_bytes_per_second": self.ring.source.bytes_per_second,
+            "streaming_share": 1 - self.ring.slots / max(1, self.streamed),
+        }
 
     def describe(self) -> str:
         """In words."""
@@ -150,6 +159,16 @@ def stream_base(
 def streamed_base_of(model: nn.Module) -> StreamedBase | None:
     """What `stream_base` made of a model, an adapter around it or not; None where it is whole on the device."""
     return next((m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__), None)
+
+
+def describe_speed(tokens: int, seconds: float, copied_bytes: int, link: float, source: float) -> str:
+    """In words, how long a micro-batch of so many tokens will take, and its copies at the rates, in bytes a second, of the
+    link and of where they come from."""
+    what, rate = ("link", link) if link <= source else ("disk", source)
+    return (
+        f"A micro-batch of {tokens:,} tokens takes about {seconds:.3g} s by what one layer took, {tokens / seconds:,.0f} "
+        f"tokens a second; its {format_bytes(copied_bytes)} of weights alone take the {what} {copied_bytes / rate:.3g} s."
+    )
 
 
 def _frozen_tensors(module: Any) -> Iterator[_Place]:
