@@ -21,6 +21,7 @@ from qlora_cli.core.storage.ownership import may_write_file
 from qlora_cli.errors import DataError, QloraError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
 from qlora_cli.interrupts import take_signal
+from qlora_cli.settings.ranges import parse_rope_scaling
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,12 @@ def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig
         model, revision = source.name_base()
         revision = config.model_revision or revision
         report(Notice(f"The base is {model}, as {source.directory} recorded it."))
-    files = resolve_model(model, revision, trust_remote_code=config.trust_remote_code, report=report)
+    rope_scaling = config.rope_scaling or (source.rope_scaling if source is not None else None)
+    files = resolve_model(
+        model, revision, trust_remote_code=config.trust_remote_code, rope_scaling=rope_scaling, report=report
+    )
     held = choose_quantization(config, files, source, report)
-    config = replace(config, model=model, model_revision=revision, **held)
+    config = replace(config, model=model, model_revision=revision, rope_scaling=rope_scaling, **held)
     session = GenerationSession(config, report, files=files)
     if config.adapter is not None:
         session.source(config.adapter)
@@ -253,7 +257,7 @@ def settings_fingerprint(config: GenerateConfig, compute_dtype: torch.dtype) -> 
         config: As decided by `open_session`: model and revision as typed, or as the adapter's run recorded them.
         compute_dtype: Of the base.
     """
-    base = {
+    base: dict[str, Any] = {
         "model": config.model,
         "revision": config.model_revision,
         "quant_type": None if config.quant_type == UNQUANTIZED else config.quant_type,
@@ -263,6 +267,8 @@ def settings_fingerprint(config: GenerateConfig, compute_dtype: torch.dtype) -> 
         "device": None,
         "cache": None,
     }
+    if config.rope_scaling is not None:
+        base["rope_scaling"] = parse_rope_scaling(config.rope_scaling)
     sampling = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
     answers = {
         "sampling": {name: getattr(config, name) for name in sampling},

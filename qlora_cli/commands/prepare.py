@@ -40,7 +40,11 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
     report_idle(config, report)
     assert config.model is not None
     files = resolve_model(
-        config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=report
+        config.model,
+        config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        rope_scaling=config.rope_scaling,
+        report=report,
     )
     summary = prepare_rows(
         config,

@@ -212,6 +212,8 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
         started = {name: value for name, value in record.items() if name in ("start", "matmul")}
     else:
         started = start_adapter(run, inputs, model, identity, sharded=weight_shards is not None)
+    if (scaling := inputs.files.scaled_positions) is not None:
+        started["rope_scaling"] = scaling
     if weight_shards is not None:
         shard_base(base, decoder, find_layers(decoder), weight_shards, run.device)
     if run.ranks.context > 1:

@@ -1,7 +1,7 @@
 """Groups of settings that commands share: name, type, default, range and meaning of each, once."""
 
 from qlora_cli.frozen import frozen
-from qlora_cli.settings.ranges import Memory, Numbers, WordOrNumber, Words
+from qlora_cli.settings.ranges import Memory, Numbers, RopeScaling, WordOrNumber, Words
 from qlora_cli.settings.setting import (
     ADAPTER,
     DATA,
@@ -49,6 +49,14 @@ class ModelSettings(Settings):
         "Run code that comes with the model; needs --model-revision with a full commit hash.",
         panel=MODEL,
         recorded=False,
+        resume=RESOLVED,
+    )
+    rope_scaling: str | None = setting(
+        None,
+        "Scaling of the model's rotary positions, for rows longer than it was trained on: linear:2, dynamic:2, yarn:4 "
+        "(the context grows by the factor), or JSON with what a config.json takes. An adapter's is recorded with it.",
+        panel=MODEL,
+        range=RopeScaling(),
         resume=RESOLVED,
     )
 

@@ -1,5 +1,7 @@
 """Ranges of settings: which values of a number or a text mean anything. Each stands beside the default it belongs to."""
 
+import json
+import math
 import re
 from typing import Any, Protocol
 
@@ -14,6 +16,10 @@ UNIT_BYTES |= {
 }
 LEAST_SENSIBLE_BYTES = 2**20  # `--vram 12` is a forgotten unit, not 12 bytes
 MOST_SENSIBLE_BYTES = 2**60
+
+ROPE_KINDS: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3", "longrope")  # of scaling of rotary positions
+ROPE_KINDS_BY_FACTOR: tuple[str, ...] = ("linear", "dynamic", "yarn")  # that a factor says all of
+MOST_ROPE_FACTOR = 10_000
 
 
 class Range(Protocol):
@@ -105,6 +111,61 @@ class WordOrNumber:
     def advice(self) -> str:
         """All of them."""
         return f"Use {', '.join(self.words)}, or a number from 0 to {self.high:,}."
+
+
+@frozen
+class RopeScaling:
+    """A scaling of rotary positions, such as yarn:4."""
+
+    def allows(self, value: Any) -> bool:
+        """Whether it can be read as one."""
+        try:
+            parse_rope_scaling(value)
+        except UsageError:
+            return False
+        return True
+
+    @property
+    def advice(self) -> str:
+        """How it is written."""
+        kinds = f"{', '.join(ROPE_KINDS_BY_FACTOR[:-1])} or {ROPE_KINDS_BY_FACTOR[-1]}"
+        return (
+            f"Write KIND:FACTOR, as yarn:4 ({kinds}; the factor, by which the context grows, is at least 1), or as JSON "
+            f"""what a config.json has: '{{"rope_type": "llama3", "factor": 8, ...}}' ({", ".join(ROPE_KINDS)})."""
+        )
+
+
+def parse_rope_scaling(text: str) -> dict[str, Any]:
+    """Parameters of a scaling of rotary positions, `rope_type` and `factor` among them, from KIND:FACTOR or JSON.
+
+    Raises:
+        UsageError: It is neither, of no kind there is, or its factor means nothing.
+    """
+    advice = RopeScaling().advice
+    if text.lstrip().startswith("{"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"--rope-scaling {text} is no JSON: {error}.", advice) from error
+        found = {"rope_type": found.pop("type"), **found} if "type" in found else found
+        kinds = ROPE_KINDS
+    else:
+        kind, _, factor = text.partition(":")
+        try:
+            found = {"rope_type": kind, "factor": float(factor)}
+        except ValueError as error:
+            raise UsageError(f"--rope-scaling {text} has no factor.", advice) from error
+        kinds = ROPE_KINDS_BY_FACTOR
+    kind, factor = found.get("rope_type"), found.get("factor")
+    if kind not in kinds:
+        raise UsageError(f"--rope-scaling is of kind {kind!r}.", advice)
+    number = isinstance(factor, int | float) and not isinstance(factor, bool) and math.isfinite(factor)
+    if not number or not 1 <= factor <= MOST_ROPE_FACTOR:
+        raise UsageError(f"--rope-scaling has the factor {factor!r}.", advice)
+    for name in ("original_max_position_embeddings", "max_position_embeddings"):
+        if name in found and (type(found[name]) is not int or found[name] < 1):
+            raise UsageError(f"--rope-scaling has {found[name]!r} for {name}.", f"Give {name} as a number of tokens.")
+    return found
 
 
 def parse_memory(text: str) -> int:

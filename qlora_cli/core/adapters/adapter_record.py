@@ -1,5 +1,6 @@
 """Record of an adapter: the base it was trained on, and how prompts were formatted in its training."""
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.rope_scaling import describe_scaling
 from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid, step_of
 from qlora_cli.errors import AdapterError, RunError
 from qlora_cli.events import Caution, Notice, Report
@@ -32,6 +34,7 @@ class AdapterRecord:
     facts: AdapterFacts  # what its own files say
     base: BaseIdentity | None
     formatting: Formatting | None
+    rope_scaling: str | None = None  # of the base's positions in training, in place of its own
 
     def name_base(self) -> tuple[str, str | None]:
         """Model and revision of the base it was trained on.
@@ -62,6 +65,14 @@ class AdapterRecord:
         """
         if self.base is None:
             return
+        scaled = None if self.rope_scaling is None else json.loads(self.rope_scaling)
+        if files.scaled_positions != scaled:
+            given = files.rope_scaling is not None or self.rope_scaling is None
+            raise AdapterError(
+                f"The adapter in {self.directory} was trained with {describe_scaling(scaled)}; here {files.name} has "
+                f"{describe_scaling(files.scaled_positions)}.",
+                "Leave out --rope-scaling." if given else f"Add: --rope-scaling {shlex.quote(str(self.rope_scaling))}",
+            )
         for field, what in (("config_sha256", "a different configuration"), ("weights_sha256", "different weights")):
             if getattr(files, field) != getattr(self.base, field):
                 raise AdapterError(
@@ -129,6 +140,7 @@ def read_adapter_record(directory: Path) -> AdapterRecord:
             facts,
             BaseIdentity.from_dict(base) if base else None,
             Formatting.from_dict(formatting) if formatting else None,
+            json.dumps(record["rope_scaling"]) if record.get("rope_scaling") else None,
         )
     except ValueError as error:
         raise AdapterError(

@@ -48,7 +48,11 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     assert config.model is not None
     device = choose_device()
     files = resolve_model(
-        config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=report
+        config.model,
+        config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        rope_scaling=config.rope_scaling,
+        report=report,
     )
     model_config = files.config
     stored = stored_format(model_config, config.model)

@@ -42,7 +42,7 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
             tables.append(tabulate_layers("Norm of the update", measure_updates(directory, adapter.scaling)))
     facts |= {
         name: record[name]
-        for name in ("base", "data", "start", "training", "versions", "qlora_version")
+        for name in ("base", "data", "start", "rope_scaling", "training", "versions", "qlora_version")
         if name in record
     }
     settings = artifacts.run_of(directory) / artifacts.RUN_YAML

@@ -15,6 +15,7 @@ from qlora_cli.core.models.account import FourBitPlan, plan_packing
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.identity import BaseIdentity, config_digest
 from qlora_cli.core.models.structure import build_empty, config_with_biases
+from qlora_cli.core.rope_scaling import require_scaled
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import StoredFormat, stored_format
 from qlora_cli.errors import AdapterError, QloraError
@@ -78,7 +79,10 @@ def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) ->
         model, recorded_revision = source.name_base()
         revision = revision or recorded_revision
         report(Notice(f"The base is {model}, as {source.directory} recorded it."))
-    files = resolve_model(model, revision, trust_remote_code=settings.trust_remote_code, report=report)
+    rope_scaling = settings.rope_scaling or source.rope_scaling
+    files = resolve_model(
+        model, revision, trust_remote_code=settings.trust_remote_code, rope_scaling=rope_scaling, report=report
+    )
     format_ = stored_format(files.config, model)
     with Checkpoint(files.weights, format_) as checkpoint:
         stored = main_dtype(checkpoint.files)
@@ -105,6 +109,8 @@ def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) ->
             )
         )
     empty = build_empty(files.config, trust_remote_code=settings.trust_remote_code)
+    if files.scaled_positions is not None:
+        require_scaled(empty, files.name)
     return Base(files, empty, files.identity(quantization, compute_dtype), stored, format_, trained=trained)
 
 
@@ -141,7 +147,13 @@ def _find_trained(files: ModelFiles, source: AdapterRecord, settings: ModelSetti
         return None
     try:
         name, revision = source.name_base()
-        trained = resolve_model(name, revision, trust_remote_code=settings.trust_remote_code, report=files.report)
+        trained = resolve_model(
+            name,
+            revision,
+            trust_remote_code=settings.trust_remote_code,
+            rope_scaling=files.rope_scaling,
+            report=files.report,
+        )
         if getattr(trained.config, "quantization_config", None) is None:
             return None
     except QloraError:

@@ -14,6 +14,7 @@ from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.models.hub import PROCESSOR_FILES, TOKENIZER_FILES, TOKENIZER_SIGNS
 from qlora_cli.core.models.structure import head_names, tower_names
+from qlora_cli.core.rope_scaling import write_scaling
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
 from qlora_cli.core.untrusted import refuse_links
 from qlora_cli.errors import ModelError
@@ -46,6 +47,8 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
         if plan.untied and (section.get("tie_word_embeddings") is not None or section is config):
             section["tie_word_embeddings"] = False
     (text_config if isinstance(text_config, dict) else config).update(base.new_settings)
+    if (scaling := base.files.scaled_positions) is not None:
+        write_scaling(text_config if isinstance(text_config, dict) else config, scaling)
     if "torch_dtype" not in config:
         config["dtype"] = dtype_name(options.dtype)
     if options.pack:

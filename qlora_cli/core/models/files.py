@@ -6,17 +6,18 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.core.models.hub import HUB_ID, READ_FILES, check_blobs, download_snapshot
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
+from qlora_cli.core.rope_scaling import growth, scale_positions, scaling_of
 from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.core.untrusted import check_files
 from qlora_cli.errors import ModelError, UsageError, first_line
-from qlora_cli.events import Caution, Report, report_nothing
+from qlora_cli.events import Caution, Notice, Report, report_nothing
 from qlora_cli.settings.groups import QuantizationSettings
 
 if TYPE_CHECKING:
@@ -37,14 +38,27 @@ class ModelFiles:
     commit: str | None  # full hash of a hub model; None for a directory of the user's
     trust_remote_code: bool = False
     report: Report = field(default=report_nothing, repr=False, compare=False)
+    rope_scaling: str | None = None  # of its positions, asked for in place of its own
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The configuration, from config.json alone.
+        """The configuration: config.json, and the scaling of positions that was asked for.
 
         Raises:
             ModelError: It is broken, needs code of its own, or is no causal language model.
+            UsageError: It does not go with that scaling.
         """
+        config = self._read_config()
+        if self.rope_scaling is not None:
+            self.report(Notice(scale_positions(config, self.rope_scaling, self.name)))
+        return config
+
+    @property
+    def scaled_positions(self) -> dict[str, Any] | None:
+        """The scaling of positions that was asked for, as records have it; None where it is the model's own."""
+        return None if self.rope_scaling is None else scaling_of(self.config)
+
+    def _read_config(self) -> PreTrainedConfig:
         self._check_dtypes()
         try:
             return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
@@ -194,11 +208,17 @@ def context_length(config: PreTrainedConfig) -> int | None:
     """Most tokens a model reads at once, prompt and answer together; None where its configuration names no limit."""
     text_config = config.get_text_config(decoder=True)
     lengths = (getattr(text_config, name, None) for name in CONTEXT_NAMES)
-    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    length = next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    return None if length is None else int(length * growth(text_config))
 
 
 def resolve_model(
-    model: str, revision: str | None = None, *, trust_remote_code: bool = False, report: Report = report_nothing
+    model: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    rope_scaling: str | None = None,
+    report: Report = report_nothing,
 ) -> ModelFiles:
     """Finds a model; of one on the hub, configuration and tokenizer are downloaded.
 
@@ -206,6 +226,7 @@ def resolve_model(
         model: Directory or hub id.
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Run the model's own code; needs a full commit hash unless the model is a directory.
+        rope_scaling: Of its positions, in place of its own; see `parse_rope_scaling`.
         report: Receives what downloading reports, and later loading.
 
     Raises:
@@ -220,7 +241,7 @@ def resolve_model(
         check_files(directory, model, READ_FILES, trust_remote_code=trust_remote_code)
         if revision is not None:
             report(Caution(f"--model-revision {revision} does nothing: {model} is a directory, read as it is."))
-        return ModelFiles(model, directory, None, trust_remote_code, report)
+        return ModelFiles(model, directory, None, trust_remote_code, report, rope_scaling)
     if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise UsageError(
             "--trust-remote-code runs code from the hub and needs --model-revision with the full 40-digit commit hash.",
@@ -232,4 +253,4 @@ def resolve_model(
     if not (directory / "config.json").is_file():
         raise ModelError(f"{model} has no config.json.", "Give --model a transformers model.")
     check_files(directory, model, READ_FILES, trust_remote_code=trust_remote_code)
-    return ModelFiles(model, directory, directory.name, trust_remote_code, report)
+    return ModelFiles(model, directory, directory.name, trust_remote_code, report, rope_scaling)

@@ -25,6 +25,7 @@ from qlora_cli.core.models.quantization import (
 )
 from qlora_cli.core.models.quantized_cache import restore_base, save_base
 from qlora_cli.core.models.structure import build_empty, text_class
+from qlora_cli.core.rope_scaling import require_scaled
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, first_line
@@ -63,6 +64,8 @@ def load_base(
         quantization = replace(quantization, quant_type=stored.quant_type, double_quant=stored.double_quant)
     identity = files.identity(quantization, compute_dtype)
     empty = build_empty(files.config, trust_remote_code=files.trust_remote_code)
+    if files.scaled_positions is not None:
+        require_scaled(empty, files.name)
     with Checkpoint(files.weights, stored, device) as checkpoint:
         account = account_for(empty, checkpoint.entries, stored.skipped if stored else ())
         account.require_whole(files.name)
@@ -70,6 +73,8 @@ def load_base(
         held = f"{quantization.quant_type}, arithmetic in {dtype_name(compute_dtype)}"
         files.report(Notice(f"Loading {files.name} in 4 bits ({held}). {account.describe()}"))
         facts = {**asdict(identity), "model": None, "revision": None, "device": device.type, **_packing_facts(account)}
+        if files.scaled_positions is not None:  # frequencies are buffers, of which a copy has all
+            facts["rope_scaling"] = files.scaled_positions
         kept = quantization.base_cache and not four_bit
         if kept and (base := _restore(facts, files, compute_dtype, device, weight_shards)) is not None:
             return base, identity

@@ -23,6 +23,7 @@ from qlora_cli.core.device import list_versions
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.model_card import hub_dataset
 from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.rope_scaling import changed_positions
 from qlora_cli.core.runs.directory import finished_files
 from qlora_cli.core.runs.inputs import Run, RunInputs
 from qlora_cli.core.runs.metrics import draw_loss_curve
@@ -75,6 +76,7 @@ def write_run(
             results=training,
             held=asdict(base),
             example=write_example(Formatting.from_dict(rows.manifest["formatting"]), inputs.files.tokenizer),
+            positions=changed_positions(inputs.files.config) if inputs.files.rope_scaling else None,
         )
         (directory / MODEL_CARD).write_text(card, encoding="utf-8")
 

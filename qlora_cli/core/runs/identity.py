@@ -32,6 +32,7 @@ def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str,
         "settings": {
             **settings(SAME),
             "max_length": inputs.max_length,
+            "rope_scaling": inputs.files.scaled_positions,
             "batches_per_step": run.config.gradient_accumulation_steps,
             "optimizer": decisions.optimizer,
             "total_steps": inputs.data.sampler.total_steps,

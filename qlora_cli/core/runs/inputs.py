@@ -93,7 +93,11 @@ def read_inputs(run: Run) -> RunInputs:
     config = run.config
     assert config.model is not None
     files = resolve_model(
-        config.model, config.model_revision, trust_remote_code=config.trust_remote_code, report=run.report
+        config.model,
+        config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        rope_scaling=config.rope_scaling,
+        report=run.report,
     )
     stored_format(files.config, files.name)  # refuses what cannot be trained on before anything is downloaded
     profile = profile_run(config, files.config, run.device)

@@ -34,6 +34,7 @@ SETTINGS = (
     "scheduler",
     "weight_decay",
     "max_grad_norm",
+    "rope_scaling",
     "seed",
 )
 
@@ -50,7 +51,7 @@ held = BitsAndBytesConfig(  # as in training
     bnb_4bit_use_double_quant={double_quant!r},
     bnb_4bit_compute_dtype=torch.{compute_dtype},
 )
-model = AutoPeftModelForCausalLM.from_pretrained(adapter, quantization_config=held, dtype=torch.{compute_dtype})
+{positions}model = AutoPeftModelForCausalLM.from_pretrained(adapter, quantization_config=held, dtype=torch.{compute_dtype}{given})
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 prompt = {prompt!r}
 ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
@@ -77,6 +78,7 @@ def write_card(
     results: dict[str, Any],
     held: dict[str, Any],
     example: str,
+    positions: dict[str, Any] | None = None,
 ) -> str:
     """The text of the card.
 
@@ -87,7 +89,11 @@ def write_card(
         results: Likewise.
         held: `quant_type`, `double_quant` and `compute_dtype` of the base.
         example: A prompt as the model is given one.
+        positions: What of the base's configuration a scaling of positions changed, if one was asked for.
     """
+    scaled = {"positions": "", "given": ""}
+    if positions is not None:
+        scaled = {"positions": f"positions = {positions}  # as in training\n", "given": ", **positions"}
     fence = "~" * max(3, 1 + max(map(len, re.findall("~+", example)), default=0))
     on_data = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else "local data"
     lines = [
@@ -119,7 +125,7 @@ def write_card(
         "",
         "```python",
         SNIPPET.format(
-            prompt=example, **{name: held[name] for name in ("quant_type", "double_quant", "compute_dtype")}
+            prompt=example, **scaled, **{name: held[name] for name in ("quant_type", "double_quant", "compute_dtype")}
         ),
         "```",
     ]
