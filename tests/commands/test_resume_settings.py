@@ -104,6 +104,7 @@ def other_value(option, place: Path, tiny_model, given):
         "gpus": 1,
         "loraplus_lr_ratio": 16.0,
         "max_length": 96,
+        "rope_scaling": "linear:2",
     }
     if option.name in texts:
         return texts[option.name]
