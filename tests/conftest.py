@@ -1,6 +1,7 @@
 """Tiny real models and data for the tests: built once a session, on the CPU, in milliseconds."""
 
 import gc
+import importlib
 import os
 import signal
 import tempfile
@@ -169,20 +170,21 @@ def load_tiny(tiny_model):
 
 
 PROFILES: dict[str, Any] = {}  # of models, by what was asked
+DRAWN: list[bytes] = []  # the first curve
 
 
 def draw_curves_once(patch: pytest.MonkeyPatch) -> None:
     """Every run gets the loss curve of the first one: drawing is a quarter of what a tiny `train` takes."""
     from qlora_cli.core.runs import metrics
 
-    draw, drawn = metrics.draw_losses, []
+    draw = metrics.draw_losses
 
     def draw_once(runs, **given):
         if "kind" in given:  # a picture that is asked for
             return draw(runs, **given)
-        if not drawn:
-            drawn.append(draw(runs, **given))
-        return drawn[0]
+        if not DRAWN:
+            DRAWN.append(draw(runs, **given))
+        return DRAWN[0]
 
     patch.setattr(metrics, "draw_losses", draw_once)
 
@@ -377,6 +379,8 @@ def is_left_out(item) -> bool:
 def pytest_collection(session):
     """What is imported stays: it is not looked through for garbage, now or later, which is a twentieth of the time."""
     gc.disable()
+    if getattr(session.config.option, "dist", "no") == "no":  # whoever collects, not who hands out to workers
+        importlib.import_module("qlora_cli.core.bnb_before_peft")  # which imports the compiler otherwise, 2 s
 
 
 def pytest_collection_finish(session):

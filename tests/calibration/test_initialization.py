@@ -21,28 +21,28 @@ from tests.conftest import ARCHITECTURES, most_slow
 from tests.training.training_case import MemoryRows
 
 CPU = torch.device("cpu")
-ROWS = MemoryRows(count=48)
+ROWS, FEW = MemoryRows(count=48), MemoryRows(count=16)
 
 
-def start(tiny_model, load_tiny, architecture, *, cached=False, report=report_nothing, **lora):
+def start(tiny_model, load_tiny, architecture, *, rows=FEW, cached=False, report=report_nothing, **lora):
     """The adapted base, started, with what was said of it."""
     base, identity = load_tiny(architecture)
     settings = LoraSettings(**{"rank": 8, **lora})
     model = attach_adapter(base, settings, seed=1).eval()
     files = resolve_model(str(tiny_model(architecture)))
-    inputs = StartInputs(files, identity, ROWS, 7, CPU, cached)
+    inputs = StartInputs(files, identity, rows, 7, CPU, cached)
     return model, initialize_adapter(model, settings, inputs, report)
 
 
 def divergence(model, original) -> float:
     """Mean KL of the model from the original on the rows."""
     total = 0.0
-    for ids in ROWS.ids[:16]:
+    for ids in ROWS.ids[:8]:
         batch = torch.from_numpy(ids.astype(np.int64))[None]
         with torch.no_grad():
             want, got = (F.log_softmax(m(input_ids=batch).logits[0].float(), dim=-1) for m in (original, model))
         total += float((want.exp() * (want - got)).sum(-1).mean())
-    return total / 16
+    return total / 8
 
 
 @pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, ("llama", "gpt2")))
@@ -51,7 +51,7 @@ def test_calibrated_answers_most_of_the_4_bit_error_and_leaves_the_base(tiny_mod
     plain, nothing = start(tiny_model, load_tiny, architecture, init="default")
     assert nothing is None
     before = {name: p.clone() for name, p in plain.named_parameters() if not p.requires_grad}
-    model, facts = start(tiny_model, load_tiny, architecture, init="calibrated")
+    model, facts = start(tiny_model, load_tiny, architecture, rows=ROWS, init="calibrated")
     assert facts.left == 0 and facts.rows >= 40 and 0.3 < facts.answered <= 1
     assert divergence(model, original) < 0.7 * divergence(plain, original)
     for name, parameter in model.named_parameters():
@@ -130,7 +130,7 @@ def test_a_base_stored_in_4_bits_starts_plainly_and_says_so(tiny_model, load_tin
     settings, events = LoraSettings(rank=4), []
     again, _ = load_base(files, settings_of_quantization(), compute_dtype=torch.float32, device=CPU)
     model = attach_adapter(again, settings, seed=1)
-    assert initialize_adapter(model, settings, StartInputs(files, identity, ROWS, 7, CPU, False), events.append) is None
+    assert initialize_adapter(model, settings, StartInputs(files, identity, FEW, 7, CPU, False), events.append) is None
     assert any(isinstance(event, Notice) and "starts plainly" in event.text for event in events)
     assert all(not value.any() for name, value in adapter_state(model).items() if "lora_B" in name)
 
