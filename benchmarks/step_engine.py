@@ -3,7 +3,8 @@
     python benchmarks/step_engine.py --json step_engine.json [--run llama-free --run neox-quotes ...] [--profile]
 
 Each run is a process of its own with a time limit. Models are built and quantised on the GPU, no checkpoint touches
-the disk; rows are random ids. The optimizer is torch's fused AdamW over one buffer. Tokens are real ones, no padding.
+the disk; rows are random ids. The optimizer is torch's fused AdamW over one buffer; where experts are adapted that of a
+run, whose state may wait on the host, with memory at each moment of a step. Tokens are real ones, no padding.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.models import ALL16, ALL64, QKV8, QKV16, build
+from support.models import ALL16, ALL64, EXPERTS16, QKV8, QKV16, build
 
 FREE = {"gradient_checkpointing": "off", "resident_weights": False, "compile": True}
 RESIDENT = FREE | {"resident_weights": True}
@@ -46,6 +47,21 @@ RUNS = {
     "qwen3-moe-quarter-least": ("qwen3-30b-a3b-quarter", (2048,) * 2, ALL16, EVERY_LAYER),
     "qwen3-moe-quarter-plain": ("qwen3-30b-a3b-quarter", (2048,) * 2, ALL16, EVERY_LAYER | {"experts": False}),
     "gpt-oss-least": ("gpt-oss-20b", (2048,) * 2, ALL16, EVERY_LAYER | {"limit_gib": 14.2}),
+    # limit_gib is what `qlora train --vram` of one GiB more leaves the allocator.
+    "qwen3-moe-free-experts": ("qwen3-30b-a3b", (2048,) * 2, EXPERTS16, RESIDENT | {"state": "card"}),
+    "qwen3-moe-least-experts": (
+        "qwen3-30b-a3b",
+        (2048,) * 2,
+        EXPERTS16,
+        {"compile": True, "limit_gib": 21.7, "state": "host"},
+    ),
+    "gpt-oss-least-experts": (
+        "gpt-oss-20b",
+        (2048,) * 2,
+        EXPERTS16,
+        {"compile": True, "limit_gib": 14.35, "state": "card"},
+    ),
+    "tiny-moe-experts": ("tiny-moe", (100, 28), EXPERTS16, FREE | {"state": "host"}),
     "llama-free-8rows": ("llama-7b", (2048,) * 8, ALL16, RESIDENT),
     "llama3-long": ("llama3-8b", (4096,) * 2, ALL16, RESIDENT),
     "llama3-least": ("llama3-8b", (2048,) * 2, ALL16, {"compile": True, "limit_gib": 7.1}),
@@ -98,6 +114,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     from qlora_cli.core.engine.cuda_graphs import bucket
     from qlora_cli.core.engine.engine import install_engine
     from qlora_cli.core.training.flat_parameters import TrainableParameters
+    from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, step_optimizer
     from qlora_cli.settings.groups import LoraSettings, StepSettings
 
     architecture, rows, adapter, options = RUNS[name]
@@ -110,7 +127,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
         engine_fast.GRAPHS_PAY_STEPS = 10**9
     if options.pop("experts", True) is False:
         engine_fast.fuse_experts = lambda *_: lambda: None
-    limit_gib = options.pop("limit_gib", None)
+    limit_gib, state = options.pop("limit_gib", None), options.pop("state", None)
     base = build(architecture, device)
     if limit_gib and cuda:
         torch.cuda.empty_cache()
@@ -126,7 +143,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
         lengths = lengths_of(rows, generator)
         ids = [(generator.integers(5, 1000, n).astype(np.int32), np.ones(n, dtype=bool)) for n in lengths]
         batches.append(collate(ids, range(len(ids))))
-    parameters = TrainableParameters(model)
+    parameters = None if state else TrainableParameters(model)  # as in a run, after the engine
     started = time.time()
     engine = install_engine(
         model,
@@ -135,7 +152,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
         compute_dtype=torch.bfloat16,
         max_tokens=max(b.tokens for b in batches),
         total_steps=100,
-        optimizer_bytes=12 * parameters.elements,
+        optimizer_bytes=12 * parameters.elements if parameters else 0,
         report=lambda event: print("   ", event.text, flush=True),
     )
     result["install_s"] = time.time() - started
@@ -143,9 +160,18 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
     print("   ", result["engine"], flush=True)
     if engine.planner is not None:
         print("   ", engine.planner.needs, f"{engine.planner.available_bytes / 2**30:.2f} GiB left", flush=True)
-    optimizer = torch.optim.AdamW([b.values for b in parameters.buffers], lr=1e-4, fused=cuda)
+    if state:
+        parameters = TrainableParameters(model)
+        waits = {"on_host": lambda event: print("   ", event.text, flush=True)} if state == "host" else {}
+        optimizer = build_optimizer("paged_adamw_8bit", parameters, weight_decay=0.0, **waits)
+        set_learning_rate(optimizer, 1e-4)
+    else:
+        optimizer = torch.optim.AdamW([b.values for b in parameters.buffers], lr=1e-4, fused=cuda)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+
+    def update() -> None:
+        step_optimizer(optimizer) if state else optimizer.step()
 
     def step(batch) -> torch.Tensor:
         while True:
@@ -159,7 +185,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
                 loss = None
             if not engine.reduce_memory():
                 raise MemoryError("no leaner plan")
-        optimizer.step()
+        update()
         return loss.detach() / batch.trained_tokens
 
     def wait() -> None:
@@ -193,8 +219,37 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if profile and cuda:
         result |= profile_of(step, batches[-2:])
+    if state and cuda:
+        result["moments"] = moments_of(engine, parameters, update, batches[0])
     engine.close()
     return result
+
+
+def moments_of(engine, parameters, update, batch) -> dict[str, list[float]]:
+    """(seconds, GiB at its end, GiB at most) of the parts of one step that is taken part by part."""
+    import torch
+
+    found, losses = {}, []
+
+    def run_pass() -> None:
+        losses.append(engine.loss(batch.pin()) / batch.trained_tokens)
+
+    parts = {
+        "zero": parameters.zero_gradients,
+        "forward": run_pass,
+        "backward": lambda: losses.pop().backward(),
+        "norm": lambda: parameters.gradient_norm().item(),
+        "update": update,
+    }
+    for name, part in parts.items():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        started = time.time()
+        part()
+        torch.cuda.synchronize()
+        at_end, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        found[name] = [round(time.time() - started, 4), round(at_end / 2**30, 3), round(most / 2**30, 3)]
+    return found
 
 
 def profile_of(step, batches) -> dict:

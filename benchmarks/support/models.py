@@ -254,6 +254,12 @@ for _name, (_whole, _layers) in {
 # Arguments of `attach_adapter`.
 ALL16 = {"rank": 16, "target_modules": None}
 ALL64 = {"rank": 64, "target_modules": None, "dropout": 0.1}
+EXPERTS16 = {  # attention and every expert
+    "rank": 16,
+    "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "adapt_experts": True,
+    "expert_rank": 16,
+}
 QKV16 = {"rank": 16, "target_modules": ("query_key_value",)}
 QKV8 = {"rank": 8, "target_modules": ("query_key_value",), "dropout": 0.05}
 

@@ -340,7 +340,9 @@ def start_optimization(
     config, checkpoint = run.config, start.checkpoint
     assert config.learning_rate is not None  # settled with the inputs
     parameters = TrainableParameters(loaded.model, config.loraplus_lr_ratio)
-    optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=config.weight_decay)
+    on_host = run.report if decisions.memory.plan.measures.states_on_host else None
+    decay = config.weight_decay
+    optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=decay, on_host=on_host)
     unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements)
     if checkpoint:
         try:

@@ -1,17 +1,19 @@
 """The fast engine computes what the plain one does, rows never see one another, and the model comes back as it was."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.decoder_layers import saved_bytes_a_token
 from qlora_cli.core.engine.engine import install_engine
-from qlora_cli.core.engine.lora_linear import ATTRIBUTE
+from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues
 from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import ModelError, TrainingError, UsageError
@@ -525,3 +527,21 @@ def test_a_model_that_reads_ahead_is_refused(kind):
             with pytest.raises(ModelError, match="depend on the tokens behind them"):
                 install(model, kind)
         assert model.training
+
+
+def test_adapters_that_lie_together_are_copied_together_and_what_lies_between_is_not():
+    buffer = torch.randn(60_000)
+    places = {"a": (0, (2, 8)), "b": (256, (8, 2)), "far a": (50_176, (2, 8)), "far b": (50_432, (8, 2))}
+    views = {
+        name: nn.Parameter(buffer[at : at + torch.Size(shape).numel()].view(shape))
+        for name, (at, shape) in places.items()
+    }
+    linears = [SimpleNamespace(a=views[f"{where}a"], b=views[f"{where}b"]) for where in ("", "far ")]
+    values = AdapterValues(torch.bfloat16)
+    values.take(linears)
+    for _ in range(2):
+        values.refresh()
+        for linear in linears:
+            assert torch.equal(linear.lora_a, linear.a.bfloat16()) and torch.equal(linear.lora_b, linear.b.bfloat16())
+        buffer += 1.0
+    assert len(values.copies) == 2 and sum(copy.numel() for copy in values.copies) < 1000

@@ -204,8 +204,10 @@ def test_only_what_is_certain_to_fail_is_refused():
     assert certainly_too_large(plan(least_bytes * 9 // 10))
 
 
-def test_the_allocator_has_the_limit_without_the_context():
-    assert plan(12 * GIB).allocator_bytes == 12 * GIB - CONTEXT_BYTES
+def test_the_allocator_has_the_limit_without_the_context_and_paged_states():
+    found = plan(12 * GIB)
+    assert found.memory.paged_bytes > 0
+    assert found.allocator_bytes == 12 * GIB - CONTEXT_BYTES - found.memory.paged_bytes
     assert plan(None).allocator_bytes is None
 
 
@@ -309,3 +311,18 @@ def test_micro_batches_grow_where_weights_would_take_longer_to_copy_than_to_comp
     assert plan(None, stream=True, max_length=256).token_budget == 256
     known = plan(vram_bytes, stream=True, max_length=256, largest_step_tokens=700)
     assert known.token_budget <= 700
+
+
+def test_an_optimizers_state_waits_on_the_host_before_layers_stream():
+    own, trained = profile_of(), 512 * 2**20
+    footprint = replace(own.footprint, trainable_parameters=trained, trainable_numels=(trained,))
+    large = replace(own, footprint=footprint)  # as adapters of experts
+    whole = plan(80 * GIB, large)
+    assert not whole.measures.states_on_host and whole.memory.paged_bytes > GIB
+    leanest = plan(1, large, stream=False)
+    assert leanest.measures.states_on_host and leanest.memory.paged_bytes == 0
+    assert leanest.memory.host_bytes - whole.memory.host_bytes >= whole.memory.paged_bytes
+    near = plan(leanest.memory.device_bytes + memory_plan.MARGIN_BYTES, large)
+    assert near.fits and near.measures.states_on_host and not near.measures.streamed
+    kept = plan(leanest.memory.device_bytes + memory_plan.MARGIN_BYTES, large, optimizer="adamw_8bit")
+    assert not kept.measures.states_on_host

@@ -24,23 +24,23 @@ from qlora_cli.settings.groups import OPTIMIZERS
 
 
 def make(
-    name: str, seed: int = 0, sizes=((96, 64), (64, 80), (7,))
+    name: str, seed: int = 0, sizes=((96, 64), (64, 80), (7,)), on_host=None
 ) -> tuple[TrainableParameters, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Module()
     for index, size in enumerate(sizes):
         model.register_parameter(f"p{index}", nn.Parameter(torch.randn(size)))
     trained = TrainableParameters(model)
-    return trained, build_optimizer(name, trained, weight_decay=0.01)
+    return trained, build_optimizer(name, trained, weight_decay=0.01, on_host=on_host)
 
 
-def step(trained: TrainableParameters, optimizer: torch.optim.Optimizer, seed: int) -> None:
+def step(trained: TrainableParameters, optimizer: torch.optim.Optimizer, seed: int, **how: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for buffer in trained.buffers:
         for view in buffer.views:
             view.grad.copy_(torch.randn(view.shape, generator=generator))
     set_learning_rate(optimizer, 1e-2)
-    step_optimizer(optimizer)
+    step_optimizer(optimizer, **how)
 
 
 def values(trained: TrainableParameters) -> list[torch.Tensor]:
@@ -198,3 +198,42 @@ def test_lora_plus_updates_as_in_peft(tiny_model, load_tiny):
     for name, mine, other in pairs:
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7, msg=name)
     assert {group["rate"] for group in optimizer.param_groups} == {1.0, 16.0}
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.startswith("paged")])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_a_state_that_waits_on_the_host_is_updated_in_pieces_to_the_same_bits(name):
+    whole, plain = make(name)
+    parts, waiting = make(name, on_host=lambda event: pytest.fail(str(event)))
+    for seed in range(3):
+        step(whole, plain, seed)
+        step(parts, waiting, seed, piece_bytes=2048)  # a dozen pieces of each buffer
+    for one, other in zip(whole.buffers, parts.buffers, strict=True):
+        assert torch.equal(one.values, other.values)
+    (tensors, numbers), (own_tensors, own_numbers) = optimizer_state(plain), optimizer_state(waiting)
+    assert numbers == own_numbers and all(torch.equal(tensors[key], own_tensors[key]) for key in tensors)
+    again, resumed = make(name, on_host=lambda event: None)
+    for one, other in zip(whole.buffers, again.buffers, strict=True):
+        other.values.data.copy_(one.values)
+    load_optimizer_state(resumed, *optimizer_state(plain))
+    step(whole, plain, 7)
+    step(again, resumed, 7, piece_bytes=2048)
+    assert all(torch.equal(a.values, b.values) for a, b in zip(whole.buffers, again.buffers, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.startswith("paged")])
+def test_on_a_gpu_a_state_on_the_host_is_updated_to_the_same_bits(name):
+    def gpu_make(**how):
+        torch.manual_seed(0)
+        trained = TrainableParameters(nn.Linear(4096, 1500, bias=False).cuda())
+        return trained, build_optimizer(name, trained, weight_decay=0.01, **how)
+
+    (whole, plain), (parts, waiting) = gpu_make(), gpu_make(on_host=lambda event: pytest.fail(str(event)))
+    for seed in range(4):
+        step(whole, plain, seed)
+        step(parts, waiting, seed, piece_bytes=2**20)
+    assert torch.equal(whole.buffers[0].values, parts.buffers[0].values)
+    tensors, own = optimizer_state(plain)[0], optimizer_state(waiting)[0]
+    assert own["0.state1"].is_pinned()
+    assert all(torch.equal(tensors[key].cpu(), own[key].cpu()) for key in tensors)

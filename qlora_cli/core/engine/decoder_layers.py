@@ -16,11 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.engine.fsdp import gathered
-from qlora_cli.core.engine.gated_mlp import GatedUnit
+from qlora_cli.core.engine.gated_mlp import GatedUnit, SharedProjection
 from qlora_cli.core.engine.lora_linear import (
     ATTRIBUTE,
     FastLinear,
-    SharedProjection,
     StepState,
     fast_linear_of,
     noted_calls,

@@ -11,17 +11,43 @@ from torch import Tensor, nn
 from qlora_cli.core.engine.lora_linear import (
     ATTRIBUTE,
     FastLinear,
-    SharedProjection,
     adapter_is_active,
     fast_linear_of,
     group_by_input,
     replace_forward,
 )
 from qlora_cli.kernels.gated import GATES, activate, gated_product
-from qlora_cli.kernels.linear import qlora_linear
+from qlora_cli.kernels.linear import project_shared, qlora_linear
 
 GATED_PARTS = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls them
 TRIAL_POINTS = 4001
+
+
+class SharedProjection:
+    """Adapted layers that read the same tensor, whose first products are one while a layer is being compiled.
+
+    Between the first and the last of them it holds what the others will ask for; an eager step does without, where
+    the state would only be in the way.
+
+    Args:
+        members: In the order of their calls, of one scaling, without dropout.
+    """
+
+    def __init__(self, members: list["FastLinear"]) -> None:
+        self.members = members
+        self.enabled = True
+        self.x: Tensor | None = None
+        self.parts: tuple[Tensor, ...] = ()
+
+    def part(self, x: Tensor, place: int) -> Tensor:
+        """(tokens, rank) of the member in that place."""
+        if self.x is not x:
+            self.x = x
+            self.parts = project_shared(x, [member.a for member in self.members], self.members[0].options.scaling)
+        part = self.parts[place]
+        if place + 1 == len(self.members):
+            self.x, self.parts = None, ()
+        return part
 
 
 @dataclass

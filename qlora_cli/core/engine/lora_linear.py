@@ -5,21 +5,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.engine.fsdp import ShardedWeight, sharded_weight_of
 from qlora_cli.core.matmul.frozen_weights import frozen_weight
-from qlora_cli.kernels.linear import project_shared, qlora_linear
+from qlora_cli.kernels.linear import qlora_linear
 from qlora_cli.kernels.lora_products import Dropout, LinearOptions
 from qlora_cli.kernels.weights import FrozenWeight
+
+if TYPE_CHECKING:
+    from qlora_cli.core.engine.gated_mlp import SharedProjection
 
 # What a module instance computes with whose `forward` the engine has replaced: a linear's `FastLinear`, a gated MLP's
 # `GatedUnit`, a decoder layer's `LayerPlan`. On the instance, so that layers of one class share compiled code.
 ATTRIBUTE = "_qlora_engine"
+APART_ELEMENTS = 4096  # up to which copying what lies between two parameters costs less than another launch
 
 
 def replace_forward(modules: Mapping[nn.Module, Any], forward: Callable) -> Callable[[], None]:
@@ -73,7 +78,7 @@ class StepState:
 
 
 class AdapterValues:
-    """The adapters' parameters in the compute dtype, refreshed once a micro-batch: one launch where they share a buffer."""
+    """The adapters' parameters in the compute dtype, refreshed once a micro-batch: one launch where they lie together."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -87,23 +92,22 @@ class AdapterValues:
         self.linears, self.addresses = list(linears), ()
 
     def _build(self) -> None:
-        """Copies of whole storages, so that parameters that are views of one buffer are copied together."""
-        by_storage: dict[int, tuple[Tensor, Tensor]] = {}  # source and copy
+        """Copies of parameters that lie side by side in one piece; what lies between, as adapters of experts, is not of
+        linears, and left out."""
+        own = {p: p.detach() for linear in self.linears for p in (linear.a, linear.b)}
+        moved = sorted((p for p in own if p.dtype != self.dtype), key=lambda p: p.data_ptr())
+        apart = [i for i, pair in enumerate(pairwise(moved), start=1) if not _lie_together(*pair)]
+        self.sources, self.copies = [], []
+        for first, stop in pairwise(dict.fromkeys((0, *apart, len(moved)))):
+            start, end = moved[first].storage_offset(), _end(moved[stop - 1])
+            source = moved[first].detach().as_strided((end - start,), (1,), start)
+            copy = source.to(self.dtype)
+            for p in moved[first:stop]:
+                own[p] = copy.as_strided(p.shape, p.stride(), p.storage_offset() - start)
+            self.sources.append(source)
+            self.copies.append(copy)
         for linear in self.linears:
-            views = []
-            for parameter in (linear.a, linear.b):
-                if parameter.dtype == self.dtype:
-                    views.append(parameter.detach())
-                    continue
-                storage = parameter.untyped_storage()
-                if storage.data_ptr() not in by_storage:
-                    source = torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(storage)
-                    by_storage[storage.data_ptr()] = source, source.to(self.dtype)
-                _, copy = by_storage[storage.data_ptr()]
-                views.append(copy.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset()))
-            linear.lora_a, linear.lora_b = views
-        self.sources = [source for source, _ in by_storage.values()]
-        self.copies = [copy for _, copy in by_storage.values()]
+            linear.lora_a, linear.lora_b = own[linear.a], own[linear.b]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -119,31 +123,16 @@ class AdapterValues:
                 torch._foreach_copy_(self.copies, self.sources)
 
 
-class SharedProjection:
-    """Adapted layers that read the same tensor, whose first products are one while a layer is being compiled.
+def _end(parameter: Tensor) -> int:
+    """The place behind its last element in its storage."""
+    reach = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    return int(parameter.storage_offset()) + reach + 1
 
-    Between the first and the last of them it holds what the others will ask for; an eager step does without, where
-    the state would only be in the way.
 
-    Args:
-        members: In the order of their calls, of one scaling, without dropout.
-    """
-
-    def __init__(self, members: list["FastLinear"]) -> None:
-        self.members = members
-        self.enabled = True
-        self.x: Tensor | None = None
-        self.parts: tuple[Tensor, ...] = ()
-
-    def part(self, x: Tensor, place: int) -> Tensor:
-        """(tokens, rank) of the member in that place."""
-        if self.x is not x:
-            self.x = x
-            self.parts = project_shared(x, [member.a for member in self.members], self.members[0].options.scaling)
-        part = self.parts[place]
-        if place + 1 == len(self.members):
-            self.x, self.parts = None, ()
-        return part
+def _lie_together(one: Tensor, next_one: Tensor) -> bool:
+    """Whether two parameters are of one storage with less between them than a launch is worth."""
+    same = one.untyped_storage().data_ptr() == next_one.untyped_storage().data_ptr()
+    return same and next_one.storage_offset() - _end(one) < APART_ELEMENTS
 
 
 @dataclass(eq=False)
@@ -178,7 +167,7 @@ class FastLinear:
     lora_b: Tensor | None = None
     rate: float = 0.0
     output_unused_in_recompute: bool = False
-    shared: SharedProjection | None = None
+    shared: "SharedProjection | None" = None
     place: int = 0
 
     def frozen(self) -> FrozenWeight:

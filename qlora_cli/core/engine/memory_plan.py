@@ -119,6 +119,7 @@ class MemoryPlan:
     streamed: int = 0  # layers whose weights wait on the host, decided before a base is loaded
     keeps_attention: bool = False  # and so do the results of their attention, which is not repeated then
     tile_tokens: int | None = None  # of what treats each token by itself, so many run at once; None for all
+    states_on_host: bool = False  # the optimizer's state waits there for each update, decided before a base is loaded
 
     def step_bytes(self, needs: StepNeeds) -> int:
         """Most bytes beside the loaded model that a step with these measures holds at once."""

@@ -18,7 +18,7 @@ from qlora_cli.core.streaming.host_memory import locked_bytes
 from qlora_cli.core.streaming.ring import SLOTS
 from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS
-from qlora_cli.core.training.optimizer import state_bytes
+from qlora_cli.core.training.optimizer import state_bytes, waiting_bytes
 
 # CUDA context with the kernels of PyTorch, cuBLAS and Triton: outside PyTorch's allocator, so in no peak it reports.
 # Measured on an H200 after a few steps of four models: 0.77 to 1.07 GiB, most where activations are offloaded.
@@ -107,10 +107,12 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         _moments(trace, profile.itemsize, step), key=lambda found: found[1] + found[2]
     )
     trained = sum(-(-numel // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS for numel in profile.footprint.trainable_numels)
-    copies_bytes = trained * profile.itemsize if step.engine == "fast" and profile.itemsize < 4 else 0
+    copied = trained - profile.footprint.expert_adapter_parameters
+    copies_bytes = copied * profile.itemsize if step.engine == "fast" and profile.itemsize < 4 else 0
     states_bytes = state_bytes(step.optimizer, trained)
     paged = step.on_cuda and step.optimizer.startswith("paged")
-    base_bytes, gathered_bytes, waiting_bytes = _sharded_base(profile, step)
+    on_host = step.measures.states_on_host
+    base_bytes, gathered_bytes, shard_bytes = _sharded_base(profile, step)
     streamed_bytes, locked = streamed_base_bytes(profile, step.measures)
     parts = {
         "base_bytes": base_bytes - streamed_bytes - profile.embedding_bytes * step.measures.offload_embeddings,
@@ -131,13 +133,14 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         moment=moment,
         **parts,
         allocator_bytes=int(ALLOCATOR_SHARE * sum(parts.values())) if step.on_cuda else 0,
-        paged_bytes=states_bytes if paged else 0,
+        paged_bytes=states_bytes if paged and not on_host else 0,
         context_bytes=CONTEXT_BYTES if step.on_cuda else 0,
         host_bytes=PROCESS_BYTES
         + profile.embedding_bytes * step.measures.offload_embeddings
         + int(offloaded_bytes)
         + locked
-        + waiting_bytes * step.shard_offload,
+        + waiting_bytes(step.optimizer, trained) * on_host
+        + shard_bytes * step.shard_offload,
     )
 
 

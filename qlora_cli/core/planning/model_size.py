@@ -39,6 +39,7 @@ class Footprint:
     total_parameters: int  # base and adapter
     trainable_parameters: int
     trainable_numels: tuple[int, ...]  # of each trained tensor
+    expert_adapter_parameters: int  # of them, in adapters of experts, whose kernels read them as they are
     quantized_numels: tuple[int, ...]  # of each linear layer's weight held in 4 bits
     expert_numels: tuple[int, ...]  # of each stack of experts held in 4 bits
     quantized_bytes: int  # of all of them, as they are held
@@ -85,6 +86,7 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
     quantized_numels: list[int] = []
     expert_numels: list[int] = []
     packed_weights: dict[str, int] = {}
+    experts, expert_adapters = {base_name(name) for name, _ in find_experts(model)}, 0
     for name, parameter in model.named_parameters():
         owner = base_name(name) if ".lora_" in name else base_name(name).rpartition(".")[0]
         stack = stacks.get(base_name(name)) if ".lora_" not in name else None
@@ -95,6 +97,7 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
         numel = logical_numel(parameter)
         if parameter.requires_grad:
             group["trainable"] += numel
+            expert_adapters += numel * (owner in experts)
             continue
         group["parameters"] += numel
         if stack is not None:
@@ -114,6 +117,7 @@ def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dt
         total_parameters=total,
         trainable_parameters=trainable,
         trainable_numels=tuple(p.numel() for p in model.parameters() if p.requires_grad),
+        expert_adapter_parameters=expert_adapters,
         quantized_numels=tuple(quantized_numels),
         expert_numels=tuple(expert_numels),
         quantized_bytes=sum(packed_weights.values()),

@@ -36,7 +36,7 @@ from qlora_cli.core.planning.memory_estimate import (
 )
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.tiling.token_tiles import LEAST_TILES, TILE_TOKENS
-from qlora_cli.core.training.optimizer import choose_optimizer
+from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
 from qlora_cli.settings.groups import StepSettings
 from qlora_cli.settings.ranges import parse_memory
 
@@ -93,7 +93,10 @@ class MemoryDecision:
     @property
     def allocator_bytes(self) -> int | None:
         """What of the limit is PyTorch's, for `limit_memory`."""
-        return None if self.vram_bytes is None else max(0, self.vram_bytes - CONTEXT_BYTES)
+        if self.vram_bytes is None:
+            return None
+        paged_bytes = 0 if self.memory is None else self.memory.paged_bytes
+        return max(0, self.vram_bytes - CONTEXT_BYTES - paged_bytes)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -175,10 +178,13 @@ def plan_training(
         context=context,
     )
 
+    step_tokens = lengths.step_tokens(settings)
+
     def rank(candidate: tuple[ResolvedStep, TrainingMemory]) -> tuple[bool, float]:
         step, memory = candidate
         if _has_room(memory, vram_bytes):
-            return False, step.measures.token_cost(profile.layers, step.part_tokens) * _copy_share(profile, step)
+            cost = step.measures.token_cost(profile.layers, step.part_tokens) * _copy_share(profile, step)
+            return False, cost + _state_share(profile, step, step_tokens)
         return True, memory.device_bytes
 
     limited = vram_bytes is not None
@@ -202,7 +208,7 @@ def plan_training(
     if streams and none_fits():
         packed = replace(settings, resident_weights=False)
         if limited and on_cuda:
-            largest = _grow(profile, largest, lengths.step_tokens(settings))
+            largest = _grow(profile, largest, step_tokens)
         for step in _open_steps(profile, packed, largest, limited=limited):
             found += _stream_layers(profile, packed, step, vram_bytes)
     host_bytes = HOST_SHARE * read_free_bytes(torch.device("cpu"))
@@ -251,8 +257,10 @@ def _open_steps(
         on_cuda=largest.on_cuda,
         limited=limited,
     )
-    for tokens, measures in product(budgets, offered):
-        yield replace(largest, tokens=tokens, measures=measures)
+    state = state_bytes(largest.optimizer, profile.footprint.trainable_parameters)
+    may_wait = limited and largest.on_cuda and state > MARGIN_BYTES and largest.optimizer.startswith("paged")
+    for tokens, measures, waits in product(budgets, offered, (False, True) if may_wait else (False,)):
+        yield replace(largest, tokens=tokens, measures=replace(measures, states_on_host=waits))
 
 
 def _recompute_least(
@@ -329,6 +337,16 @@ def _copy_share(profile: ModelProfile, step: ResolvedStep) -> float:
         return 1.0
     arithmetic = count_flops(profile, step) * step.tokens / ASSUMED_FLOPS_PER_SECOND
     return max(1.0, copied_bytes(profile, step.measures) / ASSUMED_LINK_BYTES_PER_SECOND / arithmetic)
+
+
+def _state_share(profile: ModelProfile, step: ResolvedStep, step_tokens: int) -> float:
+    """How long an optimizer's state takes to come from the host and go back, at once, as a share of the arithmetic of a
+    step of so many tokens; 0 where it does not wait there."""
+    if not step.measures.states_on_host:
+        return 0.0
+    arithmetic = count_flops(profile, step) * step_tokens / ASSUMED_FLOPS_PER_SECOND
+    copied = state_bytes(step.optimizer, profile.footprint.trainable_parameters)
+    return copied / ASSUMED_LINK_BYTES_PER_SECOND / arithmetic
 
 
 def _has_room(memory: TrainingMemory, vram_bytes: int | None) -> bool:

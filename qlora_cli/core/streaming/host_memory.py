@@ -1,4 +1,4 @@
-"""Page-locked host memory for the layers of a base that wait there, taken in few large pieces."""
+"""Page-locked host memory for what waits there: layers of a base, taken in few large pieces, and an optimizer's state."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -48,14 +48,20 @@ def layer_buffers(layer_bytes: int, layers: int, device: torch.device, report: R
     """
     lock = device.type == "cuda"
     for bytes_, held in piece_sizes(layer_bytes, layers):
-        piece, lock = _allocate(bytes_, lock, device, report)
+        piece, lock = allocate_locked(bytes_, "layers", device, report) if lock else (_ordinary(bytes_), False)
         for number in range(held):
             yield piece[number * layer_bytes : (number + 1) * layer_bytes]
 
 
-def _allocate(bytes_: int, lock: bool, device: torch.device, report: Report) -> tuple[Tensor, bool]:
-    if not lock:
-        return torch.empty(bytes_, dtype=torch.uint8), False
+def allocate_locked(bytes_: int, what: str, device: torch.device, report: Report) -> tuple[Tensor, bool]:
+    """A uint8 buffer of page-locked memory, or, as `report` is told, of ordinary memory where the system gives no more.
+
+    Args:
+        what: Waits there, for the report.
+
+    Returns:
+        (bytes_,) uint8, and whether it is page-locked.
+    """
     try:
         return torch.empty(bytes_, dtype=torch.uint8, pin_memory=True), True
     except RuntimeError as error:  # AcceleratorError and OutOfMemoryError are such
@@ -65,9 +71,13 @@ def _allocate(bytes_: int, lock: bool, device: torch.device, report: Report) -> 
         torch.zeros(1, device=device)
     report(
         Caution(
-            f"The system gives no {format_bytes(bytes_)} of page-locked memory for layers that wait on the host "
+            f"The system gives no {format_bytes(bytes_)} of page-locked memory for {what} that wait on the host "
             f"({reason}): ordinary memory is used, from which copies are slower. Try a larger `ulimit -l`, or a "
             "container without a limit on locked memory."
         )
     )
-    return torch.empty(bytes_, dtype=torch.uint8), False
+    return _ordinary(bytes_), False
+
+
+def _ordinary(bytes_: int) -> Tensor:
+    return torch.empty(bytes_, dtype=torch.uint8)

@@ -99,13 +99,16 @@ def _elements(named: list[tuple[str, nn.Parameter]]) -> int:
 def _move_into_buffer(named: list[tuple[str, nn.Parameter]], decays: bool, rate: float) -> Buffer:
     first = named[0][1]
     values = nn.Parameter(torch.zeros(_elements(named), dtype=first.dtype, device=first.device))
-    values.grad = torch.zeros_like(values)
     offset = 0
+    places = []
     for _, parameter in named:
         end = offset + parameter.numel()
-        place = values.data[offset:end].view(parameter.shape)
-        place.copy_(parameter.data)
-        parameter.data = place
-        parameter.grad = values.grad[offset:end].view(parameter.shape)
+        view = values.data[offset:end].view(parameter.shape)
+        view.copy_(parameter.data)
+        parameter.data = view
+        places.append(slice(offset, end))
         offset = _aligned(end)
+    values.grad = torch.zeros_like(values)  # in the place of what was copied: adapters of experts may be several GB
+    for (_, parameter), place in zip(named, places, strict=True):
+        parameter.grad = values.grad[place].view(parameter.shape)
     return Buffer(values, tuple(name for name, _ in named), tuple(parameter for _, parameter in named), decays, rate)

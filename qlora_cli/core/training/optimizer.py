@@ -1,7 +1,12 @@
-"""Optimizers by name, over the parameter buffers, with their state as tensors and plain numbers."""
+"""Optimizers by name, over the parameter buffers, with their state as tensors and plain numbers.
+
+The state of a paged optimizer is in managed memory, and leaves the card where that is full; or, where that is planned, in
+page-locked host memory from the start, from which it passes through the card in pieces with each update.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,8 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_cli.core.bnb import bitsandbytes as bnb
-from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.core.streaming.host_memory import allocate_locked
+from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS, TrainableParameters
 from qlora_cli.errors import CheckpointError
+from qlora_cli.events import Report
 
 
 def _of_bitsandbytes(name: str) -> Callable[..., Optimizer]:
@@ -33,6 +40,10 @@ _OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float]] = {
     "lion_8bit": (_of_bitsandbytes("Lion8bit"), 1 + 4 / 256),
 }
 _CONSTANTS = {"qmap1", "qmap2"}  # bitsandbytes' quantisation maps, equal in every run
+# What of bitsandbytes' state has an element for each of the parameter, and what one for each block of 256.
+_STATES, _SCALES = ("state1", "state2"), ("absmax1", "absmax2")
+# Of waiting state on the card at once: as much as hides a launch behind its copy, once each coming, in use and going.
+PIECE_BYTES, PIECES = 2**25, 3
 
 
 def choose_optimizer(name: str | None, device: torch.device) -> str:
@@ -51,11 +62,27 @@ def allocated_state_bytes(name: str, parameters: int) -> int:
     return 0 if name.startswith("paged") else state_bytes(name, parameters)
 
 
-def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay: float) -> Optimizer:
+def waiting_bytes(name: str, parameters: int) -> int:
+    """What the state of a paged optimizer takes of the host where it waits there; 0 for one that cannot.
+
+    PyTorch rounds page-locked memory up to powers of two.
+    """
+    per_state = int(_OPTIMIZERS[name][1] * parameters) // (2 if "adamw" in name else 1)
+    if not (name.startswith("paged") and per_state):
+        return 0
+    return 2 ** (per_state - 1).bit_length() * (2 if "adamw" in name else 1)
+
+
+def build_optimizer(
+    name: str, parameters: TrainableParameters, *, weight_decay: float, on_host: Report | None = None
+) -> Optimizer:
     """Builds an optimizer over the buffers. Its learning rate is set before every step by the trainer.
 
     Those of bitsandbytes work on the CPU too, where nothing is paged. Adafactor, which factors matrices, gets the
     separate parameters. Weight decay is decoupled, and for matrices only.
+
+    Args:
+        on_host: Where the state of a paged optimizer is to wait in host memory: told if that cannot be page-locked.
     """
     kinds: dict[tuple[bool, float], list[Tensor]] = {}
     for buffer in sorted(parameters.buffers, key=lambda buffer: (not buffer.decays, buffer.rate)):
@@ -65,7 +92,23 @@ def build_optimizer(name: str, parameters: TrainableParameters, *, weight_decay:
         {"params": trained, "weight_decay": weight_decay if decays else 0.0, "rate": rate}
         for (decays, rate), trained in kinds.items()
     ]
-    return _OPTIMIZERS[name][0](groups, lr=0.0)
+    optimizer = _OPTIMIZERS[name][0](groups, lr=0.0)
+    if on_host is not None:
+        _keep_state_on_host(optimizer, on_host)
+    return optimizer
+
+
+def _keep_state_on_host(optimizer: Any, report: Report) -> None:
+    def buffer(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        bytes_ = parameter.numel() * dtype.itemsize
+        if parameter.device.type != "cuda":
+            return torch.zeros(parameter.shape, dtype=dtype)
+        state, _ = allocate_locked(bytes_, "states of the optimizer", parameter.device, report)
+        return state.zero_().view(dtype).view(parameter.shape)
+
+    optimizer.get_state_buffer = buffer
+    optimizer.waits_on_host = True
+    optimizer.initialized = True  # its own first step would take what it finds on the host to the card
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
@@ -74,8 +117,10 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
         group["lr"] = learning_rate * group["rate"]
 
 
-def step_optimizer(optimizer: Optimizer) -> None:
+def step_optimizer(optimizer: Optimizer, piece_bytes: int = PIECE_BYTES) -> None:
     """Updates the parameters, without waiting for the device from the second step on.
+
+    State that waits on the host is on the device `piece_bytes` at a time.
 
     After the first step, which prepares its state, this is bitsandbytes' own `step` without its waits: that synchronises
     after each parameter, for the sake of paged states. Nothing here needs it: what follows is queued behind the update,
@@ -87,12 +132,94 @@ def step_optimizer(optimizer: Optimizer) -> None:
             if parameter.grad is not None:
                 if not optimizer.state[parameter]:
                     optimizer.init_state(*place)
+                if getattr(optimizer, "waits_on_host", False):
+                    _update_in_pieces(optimizer, *place, piece_bytes)
+                    continue
                 optimizer.prefetch_state(parameter)
                 optimizer.update_step(*place)
         return
     with warnings.catch_warnings():  # what is paged on a card is not on the CPU, and need not be
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         optimizer.step()
+
+
+@torch.no_grad()
+def _update_in_pieces(
+    optimizer: Any, group: dict[str, Any], parameter: Tensor, group_index: int, index: int, piece_bytes: int
+) -> None:
+    """bitsandbytes' update of one buffer, bit for bit, whose state comes from the host and returns there piece by piece:
+    the next one comes while one is in use and the one before goes."""
+    state, gradient = optimizer.state[parameter], parameter.grad
+    assert gradient is not None
+    waiting = {key: state[key] for key in _STATES if key in state}
+    elements = piece_bytes // sum(tensor.itemsize for tensor in waiting.values())
+    elements = min(max(1, elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS, parameter.numel())
+    starts = range(0, parameter.numel(), elements)
+    rooms = [
+        {key: tensor.new_empty(elements, device=parameter.device) for key, tensor in waiting.items()}
+        for _ in starts[:PIECES]
+    ]
+    copies = _CopyStreams(parameter.device)
+    for number, start in enumerate(starts):
+        part = slice(start, start + elements)
+        blocks = slice(start // ALIGNMENT_ELEMENTS, -(-part.stop // ALIGNMENT_ELEMENTS))
+        piece = torch.nn.Parameter(parameter[part])
+        piece.grad = gradient[part]
+        room = {key: tensor[: piece.numel()] for key, tensor in rooms[number % PIECES].items()}
+        with copies.coming(number):
+            for key, tensor in room.items():
+                tensor.copy_(waiting[key][part], non_blocking=True)
+        copies.wait_for_what_comes()
+        scales = {key: state[key][blocks] for key in _SCALES if key in state}
+        optimizer.state[piece] = {**state, **room, **scales}
+        optimizer.update_step(group, piece, group_index, index)
+        after = optimizer.state.pop(piece)
+        with copies.going(number):
+            for key, tensor in room.items():
+                waiting[key][part].copy_(tensor, non_blocking=True)
+    state["step"] = after["step"]
+    copies.finish()
+
+
+class _CopyStreams:
+    """Streams of copies to a CUDA device and back beside the one that computes; nothing on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.left: dict[int, Any] = {}  # by room, when it was last free
+        if self.on_cuda:
+            self.computing = torch.cuda.current_stream(device)
+            self.to_card, self.to_host = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self.to_card.wait_stream(self.computing)
+
+    def coming(self, number: int) -> Any:
+        """Copies of a piece to the card are made inside, once its room is free."""
+        if not self.on_cuda:
+            return nullcontext()
+        if number % PIECES in self.left:
+            self.to_card.wait_event(self.left[number % PIECES])
+        return torch.cuda.stream(self.to_card)
+
+    def wait_for_what_comes(self) -> None:
+        """What is computed from here on follows these copies."""
+        if self.on_cuda:
+            self.computing.wait_stream(self.to_card)
+
+    @contextmanager
+    def going(self, number: int) -> Iterator[None]:
+        """Copies of a piece to the host are made inside, after what was computed up to here."""
+        if not self.on_cuda:
+            yield
+            return
+        self.to_host.wait_stream(self.computing)
+        with torch.cuda.stream(self.to_host):
+            yield
+            self.left[number % PIECES] = self.to_host.record_event()
+
+    def finish(self) -> None:
+        """What is computed from here on, and takes the memory of the rooms, follows all copies."""
+        if self.on_cuda:
+            self.computing.wait_stream(self.to_host)
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
