@@ -17,7 +17,7 @@ from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descr
 from qlora_cli.cli.visible import visible
 from qlora_cli.cli.waiting import FIRST_SIGN, LIBRARIES, LoadingSign, loading_sign, uncollected
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
-from qlora_cli.core.runs.validate import check
+from qlora_cli.core.runs.validate import check, check_places
 from qlora_cli.core.torchless import leave_torch_out
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Notice
@@ -88,6 +88,9 @@ def command(
                     given = typed.settings | always
                     config = config_type(**{**settings_of_file(typed.flags.get("config_file"), config_type), **given})
                     (before or check)(config, **typed.positional)
+                    if "RANK" not in os.environ:  # else each rank would say what is missing
+                        with loading():
+                            check_places(config)
                     result = begin(stack, config, typed).run(body)
             except Ended as ended:
                 return ended.exit_code
@@ -163,7 +166,7 @@ def prepare(call: Call) -> Any:
 
 def begin_look_up(model: str | None, revision: str | None, call: Call) -> None:
     """Begins to fetch a hub model's small files, while the libraries are imported."""
-    if isinstance(model, str) and not Path(model).expanduser().exists():  # a foreign record may hold anything
+    if model is not None and not (Path(model).expanduser() / "config.json").is_file():
         with loading():
             from qlora_cli.core.models.hub import look_up_early
 
@@ -187,6 +190,7 @@ def train(call: Call) -> Any:
 @command(MergeConfig)
 def merge(call: Call) -> Any:
     """Write base and adapter as one plain transformers checkpoint."""
+    begin_look_up(call.config.model, call.config.model_revision, call)
     result = call.load("commands.merge").merge(call.config, call.console.report)
     call.console.suggest(f'qlora generate --model {call.config.output} "Your question"')
     return result.to_dict()
@@ -219,6 +223,8 @@ def generate(call: Call) -> Any:
     if model is None and call.config.adapter is not None:
         recorded = find_run_record(Path(call.config.adapter)).get("base") or {}
         model, revision = recorded.get("model"), revision or recorded.get("revision")
+        if not isinstance(model, str) or Path(model).is_absolute():  # a foreign record may hold anything
+            model = None
     begin_look_up(model, revision, call)
     generation = call.load("commands.generate")
     if call.config.chat:
@@ -264,6 +270,7 @@ def inspect(call: Call) -> Any:
     """
     whole = call.console.as_json or call.console.verbose
     runs = call.arguments["runs"] or ()
+    begin_look_up(call.config.model, call.config.model_revision, call)
     return call.load("commands.inspect").inspect(call.config, call.console.report, runs, whole=whole)
 
 

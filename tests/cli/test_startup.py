@@ -106,6 +106,26 @@ def test_mistakes_are_said_before_anything_is_imported(tmp_path):
     assert not any("Loading" in text for text in said)
 
 
+def test_what_is_not_there_or_taken_is_said_before_libraries_are_imported(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    (tmp_path / "rows.jsonl").touch()
+    lines = [
+        ["merge", "--adapter", "absent"],
+        ["generate", "hello", "--adapter", "absent"],
+        ["generate", "--model", "m", "--input", "absent.jsonl", "--output", "answers.jsonl"],
+        ["train", "--model", "m", "--prepared", "absent"],
+        ["train", "--model", "m", "--data", "absent.jsonl"],
+        ["train", "--model", "m", "--data", "absent*.jsonl"],
+        ["train", "--model", "m", "--data", "rows.jsonl"],
+        ["inspect", "--model", "./absent"],
+    ]
+    codes, names, said = loaded(lines, tmp_path)
+    assert codes == [1] * len(lines)
+    assert not names & {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
+    assert "Loading" not in said
+
+
 def test_no_garbage_is_looked_for_while_importing():
     with uncollected():
         assert not gc.isenabled()

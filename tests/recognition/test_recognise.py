@@ -157,7 +157,7 @@ def test_a_template_may_be_a_file(tmp_path):
     ("settings", "message", "hint"),
     [
         ({"text_column": "qeustion"}, "no column 'qeustion'; the data has 'question', 'answer', 'n'", "--text-column question"),
-        ({"text_column": "zzz"}, "no column 'zzz'", "Choose one of them with --text-column"),
+        ({"text_column": "zzz"}, "no column 'zzz'", "Choose one of them for --text-column"),
         ({"prompt_column": "Question"}, "no column 'Question'", "--prompt-column question"),
         ({"completion_column": "answers"}, "no column 'answers'", "--completion-column answer"),
         ({"messages_column": "x"}, "no column 'x'", "--messages-column"),

@@ -22,6 +22,7 @@ from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.rope_scaling import describe_scaling
 from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid, step_of
+from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.errors import AdapterError, RunError
 from qlora_cli.events import Caution, Notice, Report
 
@@ -42,20 +43,19 @@ class AdapterRecord:
         Raises:
             AdapterError: It does not say, or names a directory that is not there.
         """
-        if self.base is not None:
-            return self.base.model, self.base.revision
-        if self.facts.base_model is None:
+        base = self.base.model if self.base is not None else self.facts.base_model
+        if base is None:
             raise AdapterError(
                 f"The adapter in {self.directory} does not say which base it belongs to.",
                 "Name the base with --model.",
             )
-        base = Path(self.facts.base_model)
-        if base.is_absolute() and not base.is_dir():
+        heal(Path(base))
+        if Path(base).is_absolute() and not Path(base).is_dir():
             raise AdapterError(
                 f"The adapter in {self.directory} was made on {base}, which is not there.",
                 "Name the base with --model.",
             )
-        return self.facts.base_model, None
+        return base, self.base.revision if self.base is not None else None
 
     def require_base(self, files: ModelFiles) -> None:
         """Checks that a model has the configuration and weights of the base in training, wherever it lies.

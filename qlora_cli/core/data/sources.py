@@ -171,6 +171,34 @@ class Source:
         return {"source": self.name, **self.facts, "files": files, "sha256": sha256}
 
 
+def require_data(data: str) -> None:
+    """Checks that a --data is a file, a folder, a pattern, or may be a hub dataset, which is not asked for here.
+
+    Raises:
+        DataError: It is none.
+    """
+    path = Path(data).expanduser()
+    if path.exists():
+        return
+    if _is_pattern(data):
+        if not _matching_files(path):
+            raise DataError(f"No file matches {data}.", "Check --data.")
+        return
+    # Some datasets are named like a file (ORG/docs.jsonl); in a folder that is here a file is meant, though.
+    like_file = kind_of(path) is not None and ("/" not in data or path.parent.is_dir())
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) or data[0] in "./~" or like_file:
+        raise DataError(f"There is no file or folder {data}.", "Check --data.")
+
+
+def _is_pattern(data: str) -> bool:
+    return any(letter in data for letter in "*?[")
+
+
+def _matching_files(pattern: Path) -> list[Path]:
+    found = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+    return sorted(file for file in found if file.is_file() and not _is_hidden(file, pattern))
+
+
 def resolve_source(data: str, settings: DataSettings, report: Report) -> Source:
     """Finds what one --data names; a local path wins over a hub dataset of the same name.
 
@@ -180,6 +208,7 @@ def resolve_source(data: str, settings: DataSettings, report: Report) -> Source:
         DataError: Nothing is there, or it cannot be reached.
         UsageError: The file's kind is unknown, or there is no such split or configuration.
     """
+    require_data(data)
     path = Path(data).expanduser()
     if path.is_file():
         return _files_source(data, [path])
@@ -187,14 +216,9 @@ def resolve_source(data: str, settings: DataSettings, report: Report) -> Source:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _saved_source(data, path, settings.split)
         return _folder_source(data, path, settings.split, report)
-    if any(letter in data for letter in "*?["):
-        found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        return _files_source(data, sorted(file for file in found if file.is_file() and not _is_hidden(file, path)))
-    # Some datasets are named like a file (ORG/docs.jsonl); in a folder that is here a file is meant, though.
-    like_file = kind_of(path) is not None and ("/" not in data or path.parent.is_dir())
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) and data[0] not in "./~" and not like_file:
-        return _hub_source(data, settings, report)
-    raise DataError(f"There is no file or folder {data}.", "Check --data.")
+    if _is_pattern(data):
+        return _files_source(data, _matching_files(path))
+    return _hub_source(data, settings, report)
 
 
 def ignored_settings(settings: DataSettings, sources: Sequence[Source]) -> list[str]:
@@ -210,8 +234,6 @@ def ignored_settings(settings: DataSettings, sources: Sequence[Source]) -> list[
 
 def _files_source(data: str, files: list[Path], **facts: str) -> Source:
     unknown = [file for file in files if kind_of(file) is None]
-    if not files:
-        raise DataError(f"No file matches {data}.", "Check --data.")
     if unknown:
         raise UsageError(f"The kind of {unknown[0]} is not known by its name.", f"These are read: {READABLE}.")
     names = [str(file) for file in files]

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_cli.core.models.hub import HUB_ID, READ_FILES, check_blobs, download_snapshot
+from qlora_cli.core.models.hub import READ_FILES, check_blobs, download_snapshot, find_directory
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
 from qlora_cli.core.rope_scaling import growth, scale_positions, scaling_of
 from qlora_cli.core.storage.content_digest import content_digests
-from qlora_cli.core.storage.temporaries import heal
 from qlora_cli.core.untrusted import check_files
 from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Report, report_nothing
@@ -233,11 +232,8 @@ def resolve_model(
         ModelError: It is not there, gated, unauthorised or out of reach.
         UsageError: `trust_remote_code` without a pinned revision.
     """
-    directory = Path(model).expanduser()
-    heal(directory)
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
+    directory = find_directory(model)
+    if directory is not None:
         check_files(directory, model, READ_FILES, trust_remote_code=trust_remote_code)
         if revision is not None:
             report(Caution(f"--model-revision {revision} does nothing: {model} is a directory, read as it is."))
@@ -247,8 +243,6 @@ def resolve_model(
             "--trust-remote-code runs code from the hub and needs --model-revision with the full 40-digit commit hash.",
             "Read the code at that commit first, then name it with --model-revision.",
         )
-    if not HUB_ID.fullmatch(model):
-        raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
     directory = download_snapshot(model, revision, READ_FILES, kind="model", report=report)
     if not (directory / "config.json").is_file():
         raise ModelError(f"{model} has no config.json.", "Give --model a transformers model.")

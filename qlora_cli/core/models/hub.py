@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from qlora_cli.artifacts import MERGE_RECORD, cache_root, write_json
 from qlora_cli.core.storage.content_digest import content_digests, was_written_since
-from qlora_cli.core.storage.temporaries import sweep
+from qlora_cli.core.storage.temporaries import heal, sweep
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
 from qlora_cli.sizes import format_bytes
@@ -66,15 +66,39 @@ REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
 _early: dict[tuple[str, str | None, tuple[str, ...]], "Future[Path]"] = {}  # look-ups that were begun ahead
 
 
+def find_directory(model: str) -> Path | None:
+    """The directory that --model names; None for a hub id.
+
+    Raises:
+        ModelError: It is neither, or the directory holds no model.
+    """
+    directory = Path(model).expanduser()
+    heal(directory)
+    if not directory.is_dir():
+        if not HUB_ID.fullmatch(model):
+            raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
+        return None
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
+    return directory
+
+
 def look_up_early(model: str, revision: str | None, report: Report) -> None:
     """Begins to fetch a hub model's configuration and tokenizer in a thread, while libraries are imported.
 
     `download_snapshot` of the same files waits for it, and raises what it raised. Of a directory nothing is done.
+
+    Raises:
+        ModelError: As `find_directory`; or the hub may not be asked, and the cache has no such model.
     """
-    if Path(model).expanduser().exists() or not HUB_ID.fullmatch(model) or hub_constants.HF_HUB_OFFLINE:
+    if find_directory(model) is not None:
         return
     future: Future[Path] = Future()
+    if hub_constants.HF_HUB_OFFLINE:
+        future.set_result(_fetch_snapshot(model, revision, READ_FILES, kind="model", report=report))
     _early[model, revision, tuple(READ_FILES)] = future
+    if future.done():
+        return
 
     def fetch() -> None:
         try:

@@ -60,7 +60,7 @@ class Columns:
         close = difflib.get_close_matches(name, self.names, n=1, cutoff=0.4)
         raise UsageError(
             f"There is no column {name!r}; the data has {self.listed}.",
-            f"Did you mean {flag} {close[0]}?" if close else f"Choose one of them with {flag}.",
+            f"Did you mean {flag} {close[0]}?" if close else f"Choose one of them for {flag.partition(' ')[0]}.",
         )
 
     @property

@@ -96,7 +96,7 @@ def claimed(
         if overwrite and inside in (CHECKPOINTS, *RUN_FILES):
             raise RunError(f"--overwrite would remove {read}, which this command reads.", "Choose another --output.")
     try:
-        _require_free(directory, resume=resume, overwrite=overwrite)
+        require_free(directory, resume=resume, overwrite=overwrite)
     except RunError as error:
         if not dry_run or not is_run(directory):
             raise
@@ -111,7 +111,7 @@ def claimed(
         return
     with locked(directory, report=report):
         try:
-            _require_free(directory, resume=resume, overwrite=overwrite)
+            require_free(directory, resume=resume, overwrite=overwrite)
             sweep(directory)
             for leftover in directory.glob(f"{UNFINISHED}-*"):  # of versions that named it so
                 with suppress(OSError):
@@ -134,7 +134,12 @@ def _remove_spare(directory: Path, *, created: bool) -> None:
             directory.rmdir()
 
 
-def _require_free(directory: Path, *, resume: bool, overwrite: bool) -> None:
+def require_free(directory: Path, *, resume: bool, overwrite: bool) -> None:
+    """Checks that a run may be written to a directory.
+
+    Raises:
+        RunError: It holds a run, without `resume` or `overwrite`, or something else.
+    """
     if directory.exists() and not directory.is_dir():
         raise RunError(f"{directory} cannot be written: it is a file.", "Choose another --output.")
     names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []

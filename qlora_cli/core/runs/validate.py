@@ -1,11 +1,13 @@
-"""Validation of settings that needs no file and no library: said before anything is imported, and again where they are used."""
+"""Validation of settings before libraries are imported: of one beside another, and of the files that they name."""
 
 import importlib.util
 import os
 from dataclasses import fields
 from functools import singledispatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.artifacts import is_prepared, is_run
 from qlora_cli.config import GenerateConfig, PrepareConfig, TrainConfig
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Caution, Report
@@ -61,6 +63,43 @@ def _check_generate(config: GenerateConfig) -> None:
         raise UsageError("generate needs a model.", "Add --adapter DIR of a run, or --model ID for the bare base.")
     if (config.input is None) != (config.output is None):
         raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
+
+
+def check_places(config: Any) -> None:
+    """Checks that what the settings name for reading is there, and that a run may be written to its directory, as far as
+    no library of tensors is needed to look.
+
+    Raises:
+        QloraError: As the command would, once it has imported that library.
+    """
+    adapter, prepared, prompts = (getattr(config, name, None) for name in ("adapter", "prepared", "input"))
+    model = getattr(config, "model", None)
+    if model and not (Path(model).expanduser() / "config.json").is_file():
+        from qlora_cli.core.models.hub import find_directory
+
+        find_directory(model)
+    if adapter and not is_run(Path(adapter)):
+        from qlora_cli.core.adapters.adapter_facts import read_adapter
+
+        read_adapter(Path(adapter))
+    if prepared and not is_prepared(Path(prepared)):
+        from qlora_cli.core.data.dataset import PreparedRows
+
+        PreparedRows(prepared)
+    if prompts and not Path(prompts).exists():
+        from qlora_cli.core.generation.batch_file import read_prompts
+
+        read_prompts(Path(prompts))
+    data = getattr(config, "data", None) or ()
+    if not all(Path(name).expanduser().exists() for name in data):
+        from qlora_cli.core.data.sources import read_data_sets, require_data
+
+        for data_set in read_data_sets(data):
+            require_data(data_set.name)
+    if isinstance(config, TrainConfig) and not config.dry_run and Path(config.output).exists():
+        from qlora_cli.core.runs.directory import require_free
+
+        require_free(Path(config.output), resume=config.resume, overwrite=config.overwrite)
 
 
 def report_idle(config: Any, report: Report) -> None:
