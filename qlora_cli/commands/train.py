@@ -33,7 +33,7 @@ from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan
+from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan, products_in_8_bits_pay
 from qlora_cli.core.runs.directory import begin_run, claimed_output
 from qlora_cli.core.runs.finish import write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
@@ -253,15 +253,17 @@ def start_engine(
     run: Run, inputs: RunInputs, decisions: Decisions, start: StartingPoint, loaded: LoadedModel
 ) -> Engine:
     """Prepares the model for steps of the largest micro-batch."""
-    config, memory, lengths = run.config, decisions.memory, inputs.data.rows.lengths
-    largest = inputs.data.sampler.longest_micro_batches(start.state.micro_batch_limit_tokens)
+    config, memory = run.config, decisions.memory
+    sizes, sampler = inputs.profile.footprint, inputs.data.sampler
+    largest = sampler.longest_micro_batches(start.state.micro_batch_limit_tokens)
+    max_tokens = max(int(inputs.data.rows.lengths[batch].sum()) for batch in largest)
     together = bool(memory.lockstep) and run.device.type == "cuda"
-    trainable = inputs.profile.footprint.trainable_parameters
-    first = inputs.data.sampler.step(start.state.step + 1).micro_batches if start.state.step == 0 else []
+    first = sampler.step(start.state.step + 1).micro_batches if start.state.step == 0 else []
     trial = ProductTrial(
         batch=trial_batch([inputs.data.rows[i] for i in first[0]]) if first else None,
         recorded=loaded.started.get("matmul"),
         resumed=start.checkpoint is not None,
+        pays=products_in_8_bits_pay(inputs, memory, max_tokens),
         largest=lambda found: torch.stack(
             [each["found"] for each in run.ranks.all_gather({"found": found}, run.device)]
         ).amax(0),
@@ -272,9 +274,9 @@ def start_engine(
         replace(config, **(memory.plan.settings if together else memory.plan.tiling)),
         device=run.device,
         compute_dtype=decisions.compute_dtype,
-        max_tokens=max(int(lengths[batch].sum()) for batch in largest),
-        total_steps=inputs.data.sampler.total_steps,  # of a resumed run too, whose steps are to be computed the same way
-        optimizer_bytes=allocated_state_bytes(decisions.optimizer, trainable),
+        max_tokens=max_tokens,
+        total_steps=sampler.total_steps,  # of a resumed run too, whose steps are to be computed the same way
+        optimizer_bytes=allocated_state_bytes(decisions.optimizer, sizes.trainable_parameters),
         trial=trial,
         report=run.report,
     )

@@ -5,7 +5,9 @@ import torch
 
 from qlora_cli.core.matmul import choice
 from qlora_cli.core.matmul.choice import ProductTrial, is_wanted
+from qlora_cli.core.matmul.gate import ProductErrors
 from qlora_cli.errors import UsageError
+from qlora_cli.kernels.weights import FrozenWeight
 from qlora_cli.settings.groups import StepSettings
 
 CARD = torch.device("cuda", 0)
@@ -51,9 +53,45 @@ def test_a_base_that_is_sharded_is_multiplied_in_bf16_and_that_is_said(capabilit
     assert "the base is sharded" in events[0].text
 
 
-def test_auto_takes_many_tokens_alone(capability, monkeypatch):
+def test_auto_takes_many_tokens_of_a_long_run_alone(capability):
     capability(9, 0)
-    monkeypatch.setattr(choice, "AUTO_TOKENS", 2048)
-    assert ask("auto", tokens=2048) and not ask("auto", tokens=2047) and not ask("auto", sharded=True)
+    long = ProductTrial(pays=True)
+    assert ask("auto", long, tokens=4096) and not ask("auto", long, tokens=2048)
+    assert not ask("auto", long, sharded=True) and not ask("auto", ProductTrial(pays=False))
+    assert not ask("bf16", long)
     capability(8, 6)
-    assert not ask("auto")
+    assert not ask("auto", long)
+
+
+def test_auto_leaves_runs_that_go_on_as_they_began(capability):
+    capability(9, 0)
+    for recorded, expected in ((None, False), ({"asked": "auto", "matmul": "bf16", "kept": []}, False),
+                               ({"asked": "auto", "matmul": "fp8", "kept": []}, True)):  # fmt: skip
+        assert ask("auto", ProductTrial(recorded=recorded, resumed=True, pays=True)) == expected
+
+
+def chosen(matmul, weight, run):
+    """The layers in 8 bits of one with this weight, the record, and what is said."""
+    layer, events = torch.nn.Linear(1, 1), []
+    layers = {"q_proj": (layer, weight)}
+    found, record = choice.choose_layers(StepSettings(matmul=matmul), ProductTrial(), layers, run, events.append)
+    return len(found), record, " ".join(event.text for event in events)
+
+
+def test_auto_says_how_to_turn_it_off_and_falls_back_where_there_is_no_room_to_try(monkeypatch):
+    weight = FrozenWeight(32, 64, packed=torch.zeros(1024, dtype=torch.uint8))
+    monkeypatch.setattr(
+        choice, "measure_products", lambda weights, run: dict.fromkeys(weights, ProductErrors(0.4, 0.3))
+    )
+    count, record, said = chosen("auto", weight, None)
+    assert count == 1 and record.matmul == "fp8" and "--matmul bf16 turns it off" in said
+    assert "turns it off" not in chosen("fp8", weight, None)[2]
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(choice, "measure_products", no_room)
+    count, record, said = chosen("auto", weight, None)
+    assert count == 0 and record.matmul == "bf16" and "no room" in said
+    with pytest.raises(torch.OutOfMemoryError):
+        chosen("fp8", weight, None)

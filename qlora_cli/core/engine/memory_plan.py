@@ -37,7 +37,7 @@ KEPT_ATTENTION_COST = 0.3
 # Beside the measures a micro-batch takes a fixed time, that of about so many tokens: it launches every kernel and
 # dequantises every weight twice.
 FIXED_TOKENS = 500
-COMPILE_PAYS_SECONDS = 120  # of a run
+PAYS_SECONDS = 120  # of a run
 ASSUMED_FLOPS_PER_SECOND = 4e14
 TOP_LAYERS = 2  # that keep everything, if any layer does
 # What is on its way to the host or back may take, as a multiple of what the largest layer sends: such a layer, and the
@@ -233,7 +233,17 @@ def compiling_pays(asked: bool | None, base: nn.Module, dense_elements: int, tok
     """
     if asked is not None:
         return asked
-    return 6 * met_elements(base, dense_elements) * tokens / ASSUMED_FLOPS_PER_SECOND > COMPILE_PAYS_SECONDS
+    return takes_long(met_elements(base, dense_elements), tokens)
+
+
+def takes_long(elements: float, tokens: int) -> bool:
+    """Whether a run takes so long, by its arithmetic, that what takes some 15 s before its first step pays.
+
+    Args:
+        elements: Of the 4-bit weights that a token meets.
+        tokens: Of all steps.
+    """
+    return 6 * elements * tokens / ASSUMED_FLOPS_PER_SECOND > PAYS_SECONDS
 
 
 def met_elements(base: nn.Module, dense_elements: int) -> float:

@@ -18,9 +18,11 @@ from qlora_cli.settings.groups import StepSettings
 
 MOST_ERROR = 1.0  # as a multiple of what 4 bits do, above which a layer stays in bf16
 TRIAL_TOKENS = 512
+NO_ROOM = "Layers are multiplied in bf16: there is no room to try them in fp8, as --matmul auto would."
 NAMED = 8  # layers that stay in bf16, in a message
-# Tokens of a micro-batch from which `auto` multiplies in 8 bits; None for never: see benchmarks/matmul.md.
-AUTO_TOKENS: int | None = None
+# Tokens of a micro-batch from which `auto` multiplies in 8 bits: llama-7b's step of so many took 0.68 of bf16's time
+# (benchmarks/matmul.md).
+AUTO_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class ProductTrial:
         batch: Rows of the first step, at most `TRIAL_TOKENS`; None for random ones.
         recorded: `ProductRecord` of the run that goes on, as JSON has it; None for none.
         resumed: Whether the run goes on.
+        pays: Whether `auto` may take 8 bits, as far as tokens and card allow.
         largest: Makes numbers the largest of all ranks', so that these choose alike.
     """
 
     batch: MicroBatch | None = None
     recorded: Mapping[str, Any] | None = None
     resumed: bool = False
+    pays: bool = False
     largest: Callable[[Tensor], Tensor] = lambda found: found
 
 
@@ -72,9 +76,10 @@ def has_float8(device: torch.device) -> bool:
 
 
 def is_tried(settings: StepSettings, tokens: int, *, on_cuda: bool) -> bool:
-    """Whether a run that begins with micro-batches of so many tokens tries 8 bits, where the card has them."""
+    """Whether a run that begins with micro-batches of so many tokens tries 8 bits, where the card has them and, with
+    `auto`, the run is long."""
     if settings.matmul == "auto":
-        return AUTO_TOKENS is not None and on_cuda and tokens >= AUTO_TOKENS and settings.engine == "fast"
+        return on_cuda and tokens >= AUTO_TOKENS and settings.engine == "fast"
     return settings.matmul == "fp8"
 
 
@@ -101,7 +106,8 @@ def is_wanted(
     wanted = is_tried(settings, tokens, on_cuda=device.type == "cuda")
     if asked == "auto":
         # A run that goes on is computed as it was so far.
-        wanted = recorded is not None and recorded.matmul == "fp8" if trial.resumed else wanted and fits and not sharded
+        may = wanted and fits and trial.pays and not sharded
+        wanted = recorded is not None and recorded.matmul == "fp8" if trial.resumed else may
     if not wanted:
         return False
     if not fits:
@@ -138,13 +144,21 @@ def choose_layers(
     Args:
         layers: By name, with their packed weights.
         run: Passes the trial's rows through all of them, forward and backward.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room for that, and 8 bits were asked for.
     """
     covered = {name: layer for name, layer in layers.items() if float8.covers(layer[1])}
     recorded = recorded_choice(settings, trial)
     if recorded is not None:
         chosen = frozenset(module for name, (module, _) in covered.items() if name not in recorded.kept)
         return chosen, recorded
-    found = measure_products(dict(covered.values()), run)
+    found: Mapping[nn.Module, ProductErrors] = {}
+    try:
+        found = measure_products(dict(covered.values()), run)
+    except torch.OutOfMemoryError:
+        if settings.matmul != "auto":
+            raise
     missing = ProductErrors(float("inf"), float("inf"))
     errors = {name: found.get(module, missing) for name, (module, _) in covered.items()}
     if errors:
@@ -161,7 +175,9 @@ def choose_layers(
         worst_output=max((e.output for e in passed.values()), default=0.0),
         worst_gradient=max((e.gradient for e in passed.values()), default=0.0),
     )
-    report(Notice(describe_choice(record, len(layers), {name: errors[name] for name in errors if name not in passed})))
+    failed = {name: each for name, each in errors.items() if name not in passed}
+    no_room = covered and not found
+    report(Notice(NO_ROOM if no_room else describe_choice(record, len(layers), failed)))
     return frozenset(covered[name][0] for name in passed), record
 
 
@@ -172,6 +188,8 @@ def describe_choice(record: ProductRecord, layers: int, failed: Mapping[str, Pro
         f"changed their outputs by at most {record.worst_output:.2f}, and the gradients of their inputs by at most "
         f"{record.worst_gradient:.2f} of what rounding to 4 bits did."
     )
+    if record.asked == "auto" and record.matmul == "fp8":
+        text += " --matmul bf16 turns it off."
     if record.kept:
         named = [
             f"{name} ({failed[name].worst:.2f})" if name in failed else f"{name} (sides or dtype)"

@@ -6,6 +6,7 @@ import torch
 
 from qlora_cli.artifacts import CHECKPOINTS
 from qlora_cli.core.device import dtype_name, is_slow_on_cpu, resolve_compute_dtype
+from qlora_cli.core.engine.memory_plan import takes_long
 from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.run_plan import (
     RunPlan,
@@ -92,6 +93,13 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         warmup_steps=warmup_steps,
         checkpoint_bytes=checkpoint_bytes,
     )
+
+
+def products_in_8_bits_pay(inputs: RunInputs, memory: RunPlan, max_tokens: int) -> bool:
+    """Whether trying `--matmul fp8` unasked pays in a run whose largest micro-batch has so many tokens: it is long, and its
+    layers are multiplied so, which routed experts are not, and which was not measured where cards share tokens."""
+    sizes, total_tokens = inputs.profile.footprint, inputs.data.sampler.total_steps * max_tokens
+    return memory.context == 1 and not sizes.expert_numels and takes_long(sum(sizes.quantized_numels), total_tokens)
 
 
 def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step: int) -> TrainPlan:
