@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.inspection.quantization_error import measure_quantization_error
 from qlora_cli.core.inspection.weight_stats import (
@@ -59,18 +60,19 @@ def test_layers_are_read_from_names():
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_norm_of_an_update_is_that_of_the_product(tiny_model, tmp_path, rslora):
-    model = attach_adapter(build_model(tiny_model("llama")), LoraSettings(rank=4, alpha=8, rslora=rslora))
+    patterns = {"rank_pattern": ("v_proj=2",), "alpha_pattern": ("layers.1.self_attn.q_proj=24",)}
+    model = attach_adapter(build_model(tiny_model("llama")), LoraSettings(rank=4, alpha=8, rslora=rslora, **patterns))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(generator=generator)
     save_adapter(model, tmp_path, base_name="base")
-    scaling = 8 / 2 if rslora else 8 / 4
-    found = {(value.layer, value.module): value.value for value in measure_updates(tmp_path, scaling)}
+    found = {(value.layer, value.module): value.value for value in measure_updates(tmp_path, read_adapter(tmp_path))}
     assert len(found) == 2 * 7
-    layer = model.base_model.model.model.layers[1].self_attn.k_proj
-    exact = scaling * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).norm()
-    assert found[1, "k_proj"] == pytest.approx(float(exact.detach()), rel=1e-5)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer = getattr(model.base_model.model.model.layers[1].self_attn, name)
+        exact = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).norm()
+        assert found[1, name] == pytest.approx(float(exact.detach()), rel=1e-5)
 
 
 def build_model(directory):

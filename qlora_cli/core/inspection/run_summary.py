@@ -39,7 +39,8 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
         if whole:
             from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_layers  # numpy
 
-            tables.append(tabulate_layers("Norm of the update", measure_updates(directory, adapter.scaling)))
+            title = "Norm of the update" + (", but of experts" if adapter.config.get("target_parameters") else "")
+            tables.append(tabulate_layers(title, measure_updates(directory, adapter)))
     facts |= {
         name: record[name]
         for name in ("base", "data", "start", "rope_scaling", "training", "versions", "qlora_version")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.core.adapters.adapter_facts import base_name
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name
 from qlora_cli.core.storage.safetensors_header import TensorEntry, read_header
 from qlora_cli.errors import AdapterError
 
@@ -61,20 +61,22 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def measure_updates(directory: Path, scaling: float) -> list[LayerValue]:
-    """Frobenius norm of scaling * B @ A for each adapted module.
+def measure_updates(directory: Path, adapter: AdapterFacts) -> list[LayerValue]:
+    """Frobenius norm of scaling * B @ A for each adapted module, but for stacks of experts: which rows and columns are of
+    one expert is not to be seen without the model.
 
     ‖BA‖² = trace(BᵀB · AAᵀ), so the (out, in) product is never made.
 
     Args:
         directory: A PEFT adapter.
-        scaling: alpha / rank, or alpha / sqrt(rank).
+        adapter: Its facts.
 
     Raises:
         ModelError: The file is damaged.
         AdapterError: Its numbers are of a kind that is not read.
     """
     values = []
+    stacks = tuple(f".{name}".rpartition(".")[0] for name in adapter.config.get("target_parameters") or ())
     descriptor, header = read_header(directory / ADAPTER_WEIGHTS)
     with os.fdopen(descriptor, "rb") as stream:
 
@@ -84,10 +86,13 @@ def measure_updates(directory: Path, scaling: float) -> list[LayerValue]:
             return _as_float64(entry, stream.read(entry.total_bytes))
 
         for down in sorted(name for name in header.entries if re.search(r"\.lora_(embedding_)?A\b", name)):
-            a, b = read(down), read(re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", down))  # (r, in), (out, r)
-            squared = float(np.sum((b.T @ b) * (a @ a.T)))
             module = base_name(down)
-            values.append(LayerValue(layer_of(module), module.rsplit(".", 1)[-1], scaling * math.sqrt(max(0, squared))))
+            if stacks and f".{module}".endswith(stacks):
+                continue
+            a, b = read(down), read(re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", down))  # (r, in), (out, r)
+            norm = math.sqrt(max(0, float(np.sum((b.T @ b) * (a @ a.T)))))
+            scaling = adapter.scaling_of(module, len(a))
+            values.append(LayerValue(layer_of(module), module.rsplit(".", 1)[-1], scaling * norm))
     return values
 
 
