@@ -78,6 +78,8 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         )
     if config.warmup_steps and config.scheduler == "constant":
         run.report(Caution("--scheduler constant does without --warmup-steps; constant_with_warmup takes them."))
+    if config.compile and run.device.type == "cpu":
+        run.report(Notice("Layers are not compiled on a CPU: --compile does nothing."))
     compute_dtype = resolve_compute_dtype(config.compute_dtype, run.device)
     if run.device.type == "cpu" and is_slow_on_cpu(compute_dtype):
         run.report(

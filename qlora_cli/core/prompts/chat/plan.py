@@ -14,8 +14,8 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What is asked of a conversation.
+class PlanOptions:
+    """How a conversation is to become rows.
 
     Attributes:
         trained: Answers to train, counted from 0 among the answers.
@@ -85,7 +85,7 @@ class Planner:
         marker: Marks conversations for it.
         tools: Given to the template.
         settings: Template variables.
-        wish: What is asked.
+        options: What is asked.
         by_words: Find the words themselves instead of marks.
     """
 
@@ -95,12 +95,12 @@ class Planner:
         marker: Marker,
         tools: list[Any] | None,
         settings: dict[str, Any],
-        wish: Wish,
+        options: PlanOptions,
         *,
         by_words: bool = False,
     ) -> None:
         self._printer, self._marker, self._tools, self._settings = printer, marker, tools, settings
-        self._wish, self._by_words = wish, by_words
+        self._options, self._by_words = options, by_words
 
     def plan(self, messages: list[Message]) -> Plan:
         """The plan, with system and developer turns put where the template prints them.
@@ -135,21 +135,21 @@ class Planner:
         self._printed: dict[tuple[int, bool], str | RenderError] = {}
         self._answers: list[int] = []  # numbers of the messages that are answers
         whole = len(messages)
-        if self._wish.prompt_only:
+        if self._options.prompt_only:
             text = self._print(whole, generation=True)
             if isinstance(text, RenderError):
                 raise text
             return self._checked([PlannedRow(whole, self._skeleton(text), ())], unfolded=False)
         text = self._print(whole)
         self._answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-        trained = [self._answers[number] for number in self._wish.trained]
+        trained = [self._answers[number] for number in self._options.trained]
         if isinstance(text, str):
             skeleton = self._skeleton(text)
             found = {i: span for i in self._answers if (span := self._find_turn(skeleton, i, whole)) is not None}
             missing = set(trained) - found.keys()
-            if self._wish.in_place or all(self._is_greeting(i) for i in missing):
+            if self._options.in_place or all(self._is_greeting(i) for i in missing):
                 return self._checked([self._row(skeleton, found, whole)], unfolded=False)
-        elif self._wish.in_place:
+        elif self._options.in_place:
             raise text
         return self._checked([self._row_of_answer(i) for i in trained if not self._is_greeting(i)], unfolded=True)
 
@@ -163,7 +163,7 @@ class Planner:
         for row in rows:
             turns = [(self._answers[number], start, end) for start, end, number in row.turns]
             spans = {turn: (_start_in(row, start), _start_in(row, end)) for turn, start, end in turns}
-            trained = set(spans) & {self._answers[number] for number in self._wish.trained}
+            trained = set(spans) & {self._answers[number] for number in self._options.trained}
             if unfolded:
                 trained &= {row.upto - 1}
             faults = check_row(self._conversation, row.skeleton, row.upto, spans, trained, self._tools)
@@ -246,7 +246,7 @@ class Planner:
         if isinstance(alone, RenderError):
             return self._first_control(text, max(last_mark, start))
         if not alone.startswith(text[:start]):
-            return None if self._wish.unfold else self._first_control(text, max(last_mark, start))
+            return None if self._options.unfold else self._first_control(text, max(last_mark, start))
         answer = self._printer.trim(alone[start:])
         if text.startswith(answer, start):
             end = start + len(answer)
@@ -256,7 +256,7 @@ class Planner:
         closed = self._first_control(alone, max((end for _, end in own), default=start))
         if closed is not None and text.startswith(alone[start:closed], start):
             return closed
-        return None if self._wish.unfold else self._first_control(text, max(last_mark, start))
+        return None if self._options.unfold else self._first_control(text, max(last_mark, start))
 
     def _with_next_control(self, text: str, last_mark: int, end: int) -> int:
         """The end of a turn that no mark of its own closes: what the next one opens with is what has to be said."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from qlora_cli.core.prompts.chat.control_marks import ControlMarks
 from qlora_cli.core.prompts.chat.parts import Marker, Message, Part
-from qlora_cli.core.prompts.chat.plan import Plan, PlannedRow, Planner, Wish
+from qlora_cli.core.prompts.chat.plan import Plan, PlannedRow, Planner, PlanOptions
 from qlora_cli.core.prompts.chat.printer import MEMORY_BYTES, ChatPrinter, RenderError
 from qlora_cli.core.prompts.chat.skeleton import Skeleton, position_of
 from qlora_cli.core.prompts.chat.thoughts import doubles_thoughts, keep_thoughts, name_thought
@@ -109,13 +109,13 @@ class ChatRenderer:
                 {"documents": request.documents or None, **(request.settings or {})},
             ]
         )
-        wish = Wish(
+        options = PlanOptions(
             request.trained,
             unfold=request.thoughts == "keep",
             in_place=request.mode == "whole",
             prompt_only=request.mode == "prompt",
         )
-        conversation = _Conversation(self._prepare(messages, request.thoughts), tools, settings, wish)
+        conversation = _Conversation(self._prepare(messages, request.thoughts), tools, settings, options)
         try:
             plan, texts = self._carry_out(conversation, self._marker)
         except _OtherShape:
@@ -142,7 +142,7 @@ class ChatRenderer:
     def _carry_out(self, conversation: "_Conversation", marker: Marker) -> tuple[Plan, list[_Text]]:
         """The plan of a conversation's shape, and the texts of its rows."""
         marked = marker.mark(conversation.messages)
-        key = repr((marked.messages, *conversation[1:3], conversation.wish.key))  # half the time of JSON
+        key = repr((marked.messages, *conversation[1:3], conversation.options.key))  # half the time of JSON
         plan = self._plans.get(key) if marker is self._marker else None
         if plan is None:
             everything = json.dumps(conversation[:3], ensure_ascii=False, default=str)
@@ -168,8 +168,8 @@ class ChatRenderer:
     def _carry_out_row(
         self, row: PlannedRow, messages: list[Message], conversation: "_Conversation", parts: list[Part]
     ) -> _Text:
-        _, tools, settings, wish = conversation
-        text = self._printer.print(messages[: row.upto], tools, settings, generation=wish.prompt_only)
+        _, tools, settings, options = conversation
+        text = self._printer.print(messages[: row.upto], tools, settings, generation=options.prompt_only)
         if row.answer is not None:
             skeleton, place = row.answer
             answer = text[position_of(place, _match(skeleton, text, parts)) :]
@@ -197,7 +197,7 @@ class _Conversation(NamedTuple):
     messages: list[Message]
     tools: list[Any] | None
     settings: dict[str, Any]
-    wish: Wish
+    options: PlanOptions
 
 
 def _match(skeleton: Skeleton, text: str, parts: list[Part]) -> list[int]:
