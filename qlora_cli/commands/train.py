@@ -35,7 +35,7 @@ from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan, products_in_8_bits_pay
 from qlora_cli.core.runs.directory import begin_run, claimed_output
-from qlora_cli.core.runs.finish import write_record, write_run
+from qlora_cli.core.runs.finish import describe_result, write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
 from qlora_cli.core.runs.inputs import Run, RunInputs, describe_start, read_inputs
 from qlora_cli.core.runs.metrics import MetricsFile
@@ -174,7 +174,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
             torch.cuda.reset_peak_memory_stats(run.device)  # what is reported is the peak of training, not of loading
         started = time.perf_counter()
         trainer.run()
-        result = describe_result(run, inputs, loaded, trainer.state, time.perf_counter() - started)
+        result = describe_result(run, inputs, loaded.vram, trainer.state, time.perf_counter() - started)
         engine.close()
         if ranks.is_main:
             if loaded.weight_shards is None:
@@ -370,35 +370,4 @@ def start_optimization(
         ),
         max_grad_norm=config.max_grad_norm,
         scaled=decisions.compute_dtype == torch.float16,
-    )
-
-
-# ---------------------------------------------------------------- train and finish
-
-
-def describe_result(
-    run: Run, inputs: RunInputs, loaded: LoadedModel, state: TrainerState, seconds: float
-) -> TrainResult:
-    """What the run came to. Every rank takes part, for the card that holds most."""
-
-    def highest(value_bytes: int | None) -> int | None:
-        return None if value_bytes is None else run.ranks.all_reduce_max(value_bytes, run.device)
-
-    vram, footprint = read_vram(run.device), inputs.profile.footprint
-    return TrainResult(
-        output=run.config.output,
-        steps=state.step,
-        total_steps=inputs.data.sampler.total_steps,
-        tokens=state.tokens,
-        seconds=seconds,
-        final_loss=state.last_loss,
-        eval_loss=state.last_eval_loss,
-        best_eval_loss=state.best_loss,
-        best_step=state.best_step,
-        stopped_early=state.stopped_early,
-        trainable_parameters=footprint.trainable_parameters,
-        total_parameters=footprint.total_parameters,
-        base_vram_bytes=highest(loaded.vram.now_bytes if loaded.vram else None),
-        loading_vram_bytes=highest(loaded.vram.peak_bytes if loaded.vram else None),
-        peak_vram_bytes=highest(vram.peak_bytes if vram else None),
     )

@@ -1,4 +1,4 @@
-"""Finished run: adapter, tokenizer, run record, model card and loss curve in the run directory."""
+"""Finished run: its result, and adapter, tokenizer, run record, model card and loss curve in the run directory."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from qlora_cli.artifacts import (
 )
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.data.dataset import PreparedRows
-from qlora_cli.core.device import list_versions
+from qlora_cli.core.device import list_versions, read_vram
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.model_card import hub_dataset
 from qlora_cli.core.prompts.formatting import Formatting
@@ -31,10 +31,39 @@ from qlora_cli.core.runs.model_card import write_card, write_example
 from qlora_cli.core.runs.report_page import write_report_page
 from qlora_cli.core.runs.results import TrainResult
 from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, verify_checkpoint
+from qlora_cli.core.training.progress import TrainerState
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import CheckpointError
-from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.events import Caution, Notice, Report, Vram
 from qlora_cli.settings.setting import recorded_fields
+
+
+def describe_result(
+    run: Run, inputs: RunInputs, loaded: Vram | None, state: TrainerState, seconds: float
+) -> TrainResult:
+    """What the run came to; `loaded` is the memory right after loading. Every rank takes part, for the card that holds most."""
+
+    def highest(value_bytes: int | None) -> int | None:
+        return None if value_bytes is None else run.ranks.all_reduce_max(value_bytes, run.device)
+
+    vram, footprint = read_vram(run.device), inputs.profile.footprint
+    return TrainResult(
+        output=run.config.output,
+        steps=state.step,
+        total_steps=inputs.data.sampler.total_steps,
+        tokens=state.tokens,
+        seconds=seconds,
+        final_loss=state.last_loss,
+        eval_loss=state.last_eval_loss,
+        best_eval_loss=state.best_loss,
+        best_step=state.best_step,
+        stopped_early=state.stopped_early,
+        trainable_parameters=footprint.trainable_parameters,
+        total_parameters=footprint.total_parameters,
+        base_vram_bytes=highest(loaded.now_bytes if loaded else None),
+        loading_vram_bytes=highest(loaded.peak_bytes if loaded else None),
+        peak_vram_bytes=highest(vram.peak_bytes if vram else None),
+    )
 
 
 def write_run(
