@@ -27,6 +27,7 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
     import torch
 
     from qlora_cli.core.device import DTYPES
+    from qlora_cli.core.experts.layout import expert_weights, find_experts
     from qlora_cli.core.models.files import resolve_model
     from qlora_cli.core.models.quantized_cache import base_directory, save_base
     from qlora_cli.core.models.structure import build_empty
@@ -42,6 +43,9 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
     files = resolve_model(str(directory))
     identity = files.identity(QuantizationSettings(**quantised), dtype)
     facts = {**asdict(identity), "model": None, "revision": None, "device": device.type}
+    empty = build_empty(files.config)
+    if stacks := sum(len(expert_weights(module)) for _, module in find_experts(empty)):
+        facts |= {"experts": stacks, "left": []}  # as loading.py says of a model all of whose experts are packed
     if base_directory(facts).exists():
         return directory
     save_base(build_base(files.config, dtype, device), facts)
@@ -50,7 +54,7 @@ def write_base(name: str, directory: Path, *, dtype_name: str, device_name: str)
 
 
 def build_base(config, dtype, device, *, apart: bool = False):
-    """A causal language model on the device with random weights, its linears in NF4 with double quantisation.
+    """A causal language model on the device with random weights, its linears and experts in NF4 with double quantisation.
 
     Args:
         config: Of the architecture.
@@ -60,6 +64,9 @@ def build_base(config, dtype, device, *, apart: bool = False):
     import torch
     from torch import nn
 
+    from qlora_cli.core.experts.four_bit_experts import pack_experts
+    from qlora_cli.core.experts.layout import find_experts
+    from qlora_cli.core.experts.stack import pack_matrix
     from qlora_cli.core.models.quantization import pack_weight, restored_linear
     from qlora_cli.core.models.structure import build_empty, linear_names
 
@@ -81,6 +88,16 @@ def build_base(config, dtype, device, *, apart: bool = False):
         if linear.bias is not None:
             bias = biases.setdefault(shape[0], torch.zeros(shape[0], dtype=dtype, device=device))
         model.set_submodule(linear_name, restored_linear(dtype, device, parts, bias))
+    held = {"quant_type": "nf4", "double_quant": True}
+    matrices: dict[tuple[int, int], object] = {}  # one for all experts of a shape
+    for _, module in list(find_experts(model)):
+        experts = pack_experts(module, compute_dtype=dtype, device=device, **held)
+        for weight in experts.expert_weights:
+            shape = (weight.rows, weight.columns)
+            if shape not in matrices:
+                matrices[shape] = pack_matrix(torch.randn(shape, dtype=dtype, device=device) * 0.02, **held)
+            for expert in range(weight.experts):
+                experts.put_expert(weight.name, expert, matrices[shape])
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

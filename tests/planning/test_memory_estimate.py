@@ -244,6 +244,32 @@ def test_arithmetic_is_four_operations_a_weight_and_half_as_much_again_recompute
     )
 
 
+def test_adapters_of_experts_are_not_copied_and_a_token_meets_some_of_them():
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
+    attention = {"rank": 16, "target_modules": ("q_proj", "v_proj")}
+    plain, adapted = (
+        profile_model(config, LoraSettings(**attention, **more), QuantizationSettings(), compute_dtype=torch.bfloat16)
+        for more in ({}, {"adapt_experts": True, "expert_rank": 16})
+    )
+    step = ResolvedStep(256, 256, "paged_adamw_8bit")
+    of_experts = adapted.footprint.trainable_parameters - plain.footprint.trainable_parameters
+    assert adapted.footprint.expert_adapter_parameters == of_experts == 2 * 8 * 16 * ((64 + 128) + (64 + 64))
+    before, after = (estimate_training(found, step) for found in (plain, adapted))
+    assert after.adapter_bytes - before.adapter_bytes == after.gradient_bytes - before.gradient_bytes == 4 * of_experts
+    more = count_flops(adapted, step) - count_flops(plain, step)
+    assert more == pytest.approx(6 * of_experts * 2 / 8)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("measure", ["kept", "recomputed", "offloaded"])

@@ -254,7 +254,9 @@ def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:
     multiplied = sum(profile.footprint.quantized_numels) + profile.met_experts * sum(profile.footprint.expert_numels)
     frozen = 2 * passes * multiplied + 4 * head
     attended = 2 if step.measures.keeps_attention else passes
-    return frozen + 2 * (passes + 1) * profile.footprint.trainable_parameters + (attended + 1.5) * attention
+    of_experts = profile.footprint.expert_adapter_parameters
+    trained = profile.footprint.trainable_parameters - (1 - profile.met_experts) * of_experts
+    return frozen + 2 * (passes + 1) * trained + (attended + 1.5) * attention
 
 
 def estimate_generation(profile: ModelProfile, *, rows: int, row_tokens: int) -> dict[str, int]:
