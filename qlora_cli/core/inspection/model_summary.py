@@ -155,7 +155,7 @@ def _predict(
             "max_length": max_length,
             "rank": config.rank,
             **plan.settings,
-            **plan.streaming,
+            **plan.elsewhere,
             "token_budget": plan.token_budget,
         },
         "flops_per_token": plan.flops_per_token,

@@ -120,6 +120,11 @@ class MemoryDecision:
         """How many layers' weights wait on the host; nothing where none does."""
         return {"streamed_layers": self.measures.streamed} if self.measures.streamed else {}
 
+    @property
+    def elsewhere(self) -> dict[str, int | bool]:
+        """What waits on the host from before a base is loaded: layers' weights, and the optimizer's state."""
+        return {**self.streaming, **({"states_on_host": True} if self.measures.states_on_host else {})}
+
 
 def read_limit_bytes(vram: str | None, device: torch.device) -> int:
     """Memory to keep within, the CUDA context included: as asked for, or what the device has free, or the host.

@@ -125,7 +125,7 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step:
         fits=memory.plan.fits,
         settings={
             **memory.plan.settings,
-            **memory.plan.streaming,
+            **memory.plan.elsewhere,
             "shard": memory.sharded,
             "context_parallel": memory.context,
             "token_budget": memory.plan.token_budget,
