@@ -287,8 +287,11 @@ def neox_tokenizer():
 # What is peculiar to most of them: rotary or learned positions or ALiBi, joined or separate projections, shared heads, caps.
 FEW = ("gpt_neox", "llama", "falcon", "gpt2", "bloom", "gemma3")
 
-# Files of a minute or so: begun first, none of them is what others wait for at the end.
-LONGEST = {"tests/kernels/test_triton.py", "tests/test_survey.py"}
+# Files that take longest: begun first, none of them is what one worker is at when the other has ended.
+LONGEST = ("kernels/test_triton.py", "test_survey.py")
+LONG = ("commands/test_train.py", "engine/test_cuda_graphs.py", "engine/test_engine.py", "training/test_trainer.py")
+LONG += ("commands/test_inspect.py", "commands/test_merge.py", "commands/test_generate.py", "decoding/test_decoder.py")
+LONG += ("planning/test_activation_trace.py", "streaming/test_streamed_base.py", "calibration/test_initialization.py")
 
 # Those whose tests ask for the zygote, beside tests/faults: one worker of make test runs them all, with one zygote.
 FORKING = ("commands/test_chat_terminal.py", "commands/test_launchers.py", "commands/test_merge_faults.py")
@@ -335,7 +338,8 @@ def pytest_collection_modifyitems(items):
 
     def turn(item: pytest.Item) -> int:
         file = item.nodeid.partition("::")[0]
-        return 0 if file in LONGEST else 1 if is_forking(file) else 2
+        name = file.removeprefix("tests/")
+        return 0 if name in LONGEST else 1 if is_forking(file) else 2 if name in LONG else 3
 
     for item in items:
         file = item.nodeid.partition("::")[0]

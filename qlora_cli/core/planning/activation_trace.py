@@ -183,7 +183,7 @@ class _Trace:
             self.inputs = {"attention_mask": torch.ones_like(ids)} if needs_mask else {}
             # Layers of one kind are alike, but for the first: its input requires no gradient, as embeddings are frozen.
             kinds = [
-                (number == 0, type(module), tuple(parameter.shape for parameter in module.parameters()))
+                (number == 0 and not counted, type(module), tuple(parameter.shape for parameter in module.parameters()))
                 for number, module in enumerate(self.modules)
             ]
             with self.live:
