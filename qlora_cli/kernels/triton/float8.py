@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_cli.kernels.triton.nf4 import block_scales
+from qlora_cli.kernels.triton.nf4 import block_scales, group_values
 
 LARGEST_CHUNK = 16384  # values of a row that a program holds in registers; longer rows are read twice
 TILE_ROWS, TILE_COLUMNS = 64, 128  # of a weight, for a program that writes it transposed
@@ -141,9 +141,7 @@ def _unpack(
     scale = block_scales(
         absmax, nested_absmax, nested_code, offset, element // BLOCKSIZE, used, NESTED_BLOCKSIZE, NESTED, OFFSETS
     )
-    byte_at = packed + (element // 2)[:, None] + tl.arange(0, 4)[None, :]
-    byte = tl.load(byte_at, mask=used[:, None], other=0).to(tl.int32)
-    values = tl.interleave(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))) * scale[:, None]
+    values = group_values(packed, code, scale, element // 2, used[:, None])
     if TRANSPOSED:
         each = column[:, None] + tl.arange(0, 8)[None, :]
         inverse = tl.div_rn(1.0, tl.load(side_scale + each, mask=used[:, None], other=1.0))

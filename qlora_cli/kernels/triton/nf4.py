@@ -42,6 +42,15 @@ def block_scales(
 
 
 @triton.jit
+def group_values(packed, code, scale, first_byte, used):
+    """Values, fp32 (groups, 8), of groups of 8 that begin with `first_byte` of `packed`: code[nibble] scale, high nibble
+    first; `used` is the mask, (groups, 4), of their bytes."""
+    byte_at = packed + first_byte[:, None] + tl.arange(0, 4)[None, :]
+    byte = tl.load(byte_at, mask=used, other=0).to(tl.int32)
+    return tl.interleave(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))) * scale[:, None]
+
+
+@triton.jit
 def _dequantize(
     packed,
     absmax,
@@ -66,11 +75,7 @@ def _dequantize(
     block = first_block + group * 8 // BLOCKSIZE
     scale = block_scales(absmax, nested_absmax, nested_code, offset, block, used, NESTED_BLOCKSIZE, NESTED, OFFSETS)
     local_byte = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    byte_at = packed + first_block * (BLOCKSIZE // 2) + local_byte
-    byte = tl.load(byte_at, mask=local_byte < bytes_, other=0).to(tl.int32)
-    high = tl.load(code + (byte >> 4))
-    low = tl.load(code + (byte & 15))
-    values = tl.interleave(high, low) * scale[:, None]  # (GROUPS, 8) fp32
+    values = group_values(packed + first_block * (BLOCKSIZE // 2), code, scale, group * 4, local_byte < bytes_)
     local = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(out + local, values.to(out.dtype.element_ty), mask=local < elements)
 
