@@ -78,7 +78,7 @@ def chosen(matmul, weight, run):
     return len(found), record, " ".join(event.text for event in events)
 
 
-def test_auto_says_how_to_turn_it_off_and_falls_back_where_there_is_no_room_to_try(monkeypatch):
+def test_auto_says_how_to_turn_it_off_and_falls_back_where_it_cannot_be_tried(monkeypatch):
     weight = FrozenWeight(32, 64, packed=torch.zeros(1024, dtype=torch.uint8))
     monkeypatch.setattr(
         choice, "measure_products", lambda weights, run: dict.fromkeys(weights, ProductErrors(0.4, 0.3))
@@ -87,11 +87,13 @@ def test_auto_says_how_to_turn_it_off_and_falls_back_where_there_is_no_room_to_t
     assert count == 1 and record.matmul == "fp8" and "--matmul bf16 turns it off" in said
     assert "turns it off" not in chosen("fp8", weight, None)[2]
 
-    def no_room(*_):
-        raise torch.OutOfMemoryError
+    for error, named in ((torch.OutOfMemoryError("all of it"), "no room"), (RuntimeError("scaled_mm?"), "scaled_mm?")):
 
-    monkeypatch.setattr(choice, "measure_products", no_room)
-    count, record, said = chosen("auto", weight, None)
-    assert count == 0 and record.matmul == "bf16" and "no room" in said
-    with pytest.raises(torch.OutOfMemoryError):
-        chosen("fp8", weight, None)
+        def fails(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(choice, "measure_products", fails)
+        count, record, said = chosen("auto", weight, None)
+        assert count == 0 and record.matmul == "bf16" and record.kept == ("q_proj",) and named in said
+        with pytest.raises(RuntimeError):
+            chosen("fp8", weight, None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora_cli.core.data.packing import MicroBatch, collate
 from qlora_cli.core.matmul.gate import ProductErrors, measure_products
-from qlora_cli.errors import UsageError
+from qlora_cli.errors import UsageError, first_line
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels import float8
 from qlora_cli.kernels.weights import FrozenWeight
@@ -18,7 +18,6 @@ from qlora_cli.settings.groups import StepSettings
 
 MOST_ERROR = 1.0  # as a multiple of what 4 bits do, above which a layer stays in bf16
 TRIAL_TOKENS = 512
-NO_ROOM = "Layers are multiplied in bf16: there is no room to try them in fp8, as --matmul auto would."
 NAMED = 8  # layers that stay in bf16, in a message
 # Tokens of a micro-batch from which `auto` multiplies in 8 bits: llama-7b's step of so many took 0.68 of bf16's time
 # (benchmarks/matmul.md).
@@ -146,7 +145,7 @@ def choose_layers(
         run: Passes the trial's rows through all of them, forward and backward.
 
     Raises:
-        torch.OutOfMemoryError: There is no room for that, and 8 bits were asked for.
+        RuntimeError: There is no room for that, or it fails, and 8 bits were asked for.
     """
     covered = {name: layer for name, layer in layers.items() if float8.covers(layer[1])}
     recorded = recorded_choice(settings, trial)
@@ -154,11 +153,14 @@ def choose_layers(
         chosen = frozenset(module for name, (module, _) in covered.items() if name not in recorded.kept)
         return chosen, recorded
     found: Mapping[nn.Module, ProductErrors] = {}
+    failure = ""
     try:
         found = measure_products(dict(covered.values()), run)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # of memory too, or a card or library without these products
         if settings.matmul != "auto":
             raise
+        room = isinstance(error, torch.OutOfMemoryError)
+        failure = "there is no room to try them" if room else f"a trial failed ({first_line(error)})"
     missing = ProductErrors(float("inf"), float("inf"))
     errors = {name: found.get(module, missing) for name, (module, _) in covered.items()}
     if errors:
@@ -176,8 +178,10 @@ def choose_layers(
         worst_gradient=max((e.gradient for e in passed.values()), default=0.0),
     )
     failed = {name: each for name, each in errors.items() if name not in passed}
-    no_room = covered and not found
-    report(Notice(NO_ROOM if no_room else describe_choice(record, len(layers), failed)))
+    if failure:
+        report(Notice(f"Layers are multiplied in bf16, not in fp8 as --matmul auto would: {failure}."))
+    else:
+        report(Notice(describe_choice(record, len(layers), failed)))
     return frozenset(covered[name][0] for name in passed), record
 
 
