@@ -13,7 +13,7 @@ from qlora_cli.config import GenerateConfig
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, find_adapter, read_adapter_record, read_merge_record
 from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_prompts
 from qlora_cli.core.generation.chat import Conversation, read_question, run_line
-from qlora_cli.core.generation.requests import Request
+from qlora_cli.core.generation.requests import LENGTH, Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.runs.validate import check
@@ -22,6 +22,7 @@ from qlora_cli.errors import DataError, QloraError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
 from qlora_cli.interrupts import take_signal
 from qlora_cli.settings.ranges import parse_rope_scaling
+from qlora_cli.sizes import format_count
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def converse(config: GenerateConfig, report: Report, read_line: Callable[[str], 
     config, session = open_session(config, report)
     conversation = Conversation(session, config.adapter, lambda piece: report(TextGenerated(piece)))
     report(Notice("Type a question, or /help. Ctrl-C stops an answer, Ctrl-D leaves."))
+    if session.formatting(config.adapter).format != "chat":
+        report(Notice("This model was trained on single prompts: it answers each question without those before."))
     while True:
         try:
             line = read_question(read_line)
@@ -313,6 +316,13 @@ def finish(
         generate_seconds=now - loaded,
         tokens_per_second=new_tokens / (now - loaded) if now > loaded else 0.0,
     )
+    cut = [row for row in rows if row["finish"] == LENGTH]
+    by_context = [row for row in cut if row["new_tokens"] < config.max_new_tokens]
+    if by_context:
+        report(Notice(f"{format_count(len(by_context), 'answer')} ended where the model's context ends, unfinished."))
+    if len(cut) > len(by_context) and config.max_new_tokens == GenerateConfig.max_new_tokens:
+        count = format_count(len(cut) - len(by_context), "answer")
+        report(Notice(f"{count} ended unfinished after {config.max_new_tokens} tokens; --max-new-tokens allows more."))
     speed = f"{result.new_tokens:,} tokens, {result.tokens_per_second:,.0f} a second"
     if config.output is not None and rows:
         report(Notice(f"{config.output} holds the answers: {speed}."))

@@ -322,3 +322,14 @@ def test_a_mistake_or_an_interruption_ends_an_answer_and_not_the_conversation(ma
     assert len([text for text in cautions if "no adapter in /none" in text]) == 1
     assert len([text for text in cautions if "reads at most 512" in text]) == 1
     assert len([text for text in cautions if "/nonsense is no command" in text]) == 1
+
+
+def test_that_a_model_of_single_prompts_remembers_nothing_and_that_answers_were_cut_is_said(make_run):
+    run = str(make_run(formatting=PAIR))
+    result, events = talk(["Hello", "Hello"], adapter=run)
+    assert result.answers[0]["prompt_tokens"] == result.answers[1]["prompt_tokens"]
+    assert any("without those before" in event.text for event in events if isinstance(event, Notice))
+    result, events = ask(["x " * 235], adapter=run, max_new_tokens=100)
+    (answer,) = result.answers
+    assert answer["finish"] == "length" and answer["new_tokens"] < 100
+    assert any(event.text.startswith("1 answer ended where") for event in events if isinstance(event, Notice))

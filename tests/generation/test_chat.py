@@ -105,7 +105,7 @@ def test_an_interrupted_answer_is_remembered_as_far_as_it_came(conversation, ech
     assert conversation.messages == [user("a"), assistant("word")]
 
 
-def test_the_oldest_turns_are_forgotten_when_the_context_is_full():
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tmp_path):
     echo = Echo(room=200)
     conversation, events = Conversation(echo, "first", lambda piece: None), []
     for number in range(6):
@@ -114,6 +114,8 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full():
         assert echo.prompts[-1][0][-1] == user(f"question {number}")
         assert echo.prompts[-1][1] == number
     assert any(isinstance(event, Caution) and "forgotten" in event.text for event in events)
+    run_line(conversation, f"/save {tmp_path / 'a.jsonl'}", events.append)
+    assert f"without its first {conversation.forgotten} messages" in events[-1].text
     assert conversation.messages[0]["role"] == "user"
 
 
@@ -125,6 +127,7 @@ def test_commands_do_what_they_say(conversation, echo, tmp_path):
         "/base",
         "/adapter second",
         f"/save {tmp_path / 'a.jsonl'}",
+        "/system Be brief.",
         f"/save {tmp_path / 'a.jsonl'}",
     ):
         run_line(conversation, line, events.append)
@@ -132,13 +135,18 @@ def test_commands_do_what_they_say(conversation, echo, tmp_path):
     assert [adapter for _, _, adapter in echo.prompts] == ["first", None]
     assert [row["base"] for row in conversation.rows] == [False, True]
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert rows == [{"messages": [user("hi"), assistant("word 0")]}] * 2
+    said = [user("hi"), assistant("word 0")]
+    assert [row["messages"] for row in rows] == [said, [{"role": "system", "content": "Be brief."}, *said]]
     assert events.count(TextGenerated("", final=True)) == 2
     run_line(conversation, "/reset", events.append)
     assert conversation.messages == []
     for line, reported in (("/adaptor x", "is no command"), ("/adapter", "of what"), ("/save ", "of what")):
         with pytest.raises(UsageError, match=reported):
             run_line(conversation, line, events.append)
+    with pytest.raises(UsageError, match="no conversation yet"):
+        run_line(conversation, f"/save {tmp_path / 'b.jsonl'}", events.append)
+    assert not (tmp_path / "b.jsonl").exists()
+    run_line(conversation, "hi", events.append)
     with pytest.raises(DataError, match="is not a regular file"):
         run_line(conversation, f"/save {tmp_path}", events.append)
 

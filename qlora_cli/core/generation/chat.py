@@ -137,12 +137,16 @@ class Conversation:
         self.messages, self.forgotten = [], 0
 
     def save(self, path: Path) -> None:
-        """Appends the conversation to a JSON Lines file, in the form that training takes.
+        """Appends the conversation, as far as it is remembered, to a JSON Lines file, in the form that training takes.
 
         Raises:
+            UsageError: There is none yet.
             DataError: The file holds something else, or cannot be written.
         """
-        line = json.dumps({"messages": self.messages}, ensure_ascii=False).encode() + b"\n"
+        if not self.messages:
+            raise UsageError("There is no conversation yet to save.", "Ask something first.")
+        content = {"messages": [*self._system_turn(), *self.messages]}
+        line = json.dumps(content, ensure_ascii=False).encode() + b"\n"
         hint = "Type: /save FILE, with a new file or one of conversations"
         try:
             path = may_write_file(path, [Path(self.adapter)] if self.adapter else [])
@@ -163,9 +167,11 @@ class Conversation:
 
     def _prompt(self, messages: list[Message]) -> Any:
         """All messages for a model trained on chats; the last alone for one trained on single prompts."""
-        told = [{"role": "system", "content": self.system}] if self.system else []
         is_chat = self.session.formatting(self.adapter).format == "chat"
-        return [*told, *messages] if is_chat else messages[-1]["content"]
+        return [*self._system_turn(), *messages] if is_chat else messages[-1]["content"]
+
+    def _system_turn(self) -> list[Message]:
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def tell(self, system: str) -> None:
         """Sets what the model is told before the conversation; an empty text takes it away.
@@ -279,7 +285,8 @@ def run_line(conversation: Conversation, line: str, report: Report) -> None:
             report(Notice("The conversation begins anew."))
         case "/save", path if path:
             conversation.save(Path(path).expanduser())
-            report(Notice(f"Added to {path}."))
+            lost = f", without its first {conversation.forgotten} messages, which are forgotten"
+            report(Notice(f"Added to {path}{lost if conversation.forgotten else ''}."))
         case "/adapter" | "/save", _:
             raise UsageError(
                 f"{command} of what?", "Type: /adapter DIR" if command == "/adapter" else "Type: /save FILE"
