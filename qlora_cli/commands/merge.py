@@ -53,8 +53,8 @@ from qlora_cli.core.storage.ownership import Place
 from qlora_cli.core.storage.safetensors_file import TensorFile
 from qlora_cli.core.storage.temporaries import holding
 from qlora_cli.core.weights.checkpoint import Checkpoint
-from qlora_cli.errors import MergeError
-from qlora_cli.events import Report
+from qlora_cli.errors import DataError, MergeError
+from qlora_cli.events import Caution, Report
 from qlora_cli.settings.groups import QuantizationSettings
 
 SMALL_FILES_BYTES = 2**25  # tokenizer, configuration, card
@@ -184,7 +184,10 @@ def export_gguf(directory: Path, record: dict[str, Any], kind: str, report: Repo
     tokenizer = AutoTokenizer.from_pretrained(directory)
     formatting = record.get("formatting")
     trained = Formatting.from_dict(formatting) if formatting else default_formatting(tokenizer)
-    (directory / MODELFILE).write_text(write_modelfile(trained, tokenizer), encoding="utf-8")
+    try:
+        (directory / MODELFILE).write_text(write_modelfile(trained, tokenizer), encoding="utf-8")
+    except DataError as error:  # a template of several columns: Ollama gives one prompt
+        report(Caution(f"No {MODELFILE} is written: {error.message.rstrip('.')}."))
     return written
 
 

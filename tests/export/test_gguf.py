@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qlora_cli.core.export.gguf import FILE, former_names, require_converter, write_gguf
+from qlora_cli.commands.merge import export_gguf
+from qlora_cli.core.export.gguf import FILE, GgufFile, former_names, require_converter, write_gguf
 from qlora_cli.core.export.modelfile import template_for, write_modelfile
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files
 from qlora_cli.core.prompts.formatting import Formatting, chat_formatting
@@ -190,3 +191,13 @@ def test_the_modelfile_has_the_trained_format_and_its_stop_marks():
     )
     asked = Formatting(format="prompt", prompt_column="q", completion_column="a", template="Question: {q}\nAnswer: {a}")
     assert template_for(asked, tokenizer).startswith("Question: {{ .Prompt }}\nAnswer:")
+
+
+def test_a_template_of_several_columns_has_no_modelfile_which_is_said(tmp_path, monkeypatch):
+    """Ollama gives one prompt; the merge is kept."""
+    monkeypatch.setattr("qlora_cli.commands.merge.write_gguf", lambda *_: GgufFile("model.gguf", 1, None))
+    make_tokenizer().save_pretrained(tmp_path)
+    asked = Formatting(format="prompt", prompt_column="q", completion_column="a", template="{q} in {place}: {a}")
+    events: list = []
+    assert export_gguf(tmp_path, {"formatting": asked.to_dict()}, "f16", events.append).name == "model.gguf"
+    assert "No Modelfile is written" in events[-1].text and not (tmp_path / "Modelfile").exists()
