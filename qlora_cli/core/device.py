@@ -65,6 +65,12 @@ def read_vram(device: torch.device) -> Vram | None:
     )
 
 
+def count_retries(device: torch.device) -> int:
+    """How often PyTorch's allocator has run against the limit of a CUDA device since the process began: each time it gave
+    back all that it held in reserve, and asked again. 0 on any other device."""
+    return 0 if device.type != "cuda" else torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+
+
 def read_free_bytes(device: torch.device) -> int:
     """Bytes that this process can still allocate on a device, or on the CPU take without others being pushed out.
 

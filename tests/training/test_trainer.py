@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
+from qlora_cli.core.training import accumulation
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, StepLogged
@@ -388,6 +389,38 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_what_to_do(base, tmp_p
     with pytest.raises(TrainingError, match="for a single row of") as caught:
         case.run()
     assert "--max-length" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("retries", "left", "asked", "said"),
+    [([5, 2, 0], 9, 2, [Notice, Notice]), ([3, 3], 9, 1, [Notice, Caution]), ([4], 0, 1, [Notice, Caution])],
+    ids=["helps", "in vain", "none left"],
+)
+def test_an_allocator_that_runs_against_its_limit_step_after_step_has_memory_given_up(
+    base, tmp_path, monkeypatch, retries, left, asked, said
+):
+    """`retries`: a step, after so many reliefs; `left`: reliefs that the engine has."""
+    total, reliefs = 0, 0
+
+    def count(_):
+        nonlocal total
+        total += retries[min(reliefs, len(retries) - 1)]
+        return total
+
+    class Relieved(FaultyEngine):
+        def reduce_memory(self):
+            nonlocal reliefs
+            reliefs += 1
+            return reliefs <= left
+
+    straight = make_case(base, tmp_path / "a")
+    straight.run()
+    monkeypatch.setattr(accumulation, "count_retries", count)
+    case = make_case(base, tmp_path / "b", wrap_engine=lambda e: Relieved(e, lambda call, batch, loss: loss))
+    case.run()
+    assert case.lines() == straight.lines() and same(case.adapter, straight.adapter)
+    told = [type(event) for event in case.events if isinstance(event, Notice | Caution) and "held up" in event.text]
+    assert (reliefs, told) == (asked, said)
 
 
 def test_any_other_failure_of_the_device_is_raised_as_it_is(base, tmp_path):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import MicroBatch, collate
 from qlora_cli.core.data.sampler import split_to_fit
-from qlora_cli.core.device import free_memory, read_vram
+from qlora_cli.core.device import count_retries, free_memory, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -38,6 +38,7 @@ class StepSums:
     gradient_norm: float  # of the mean loss times the loss scale
     out_of_memory: bool  # on some rank: the other numbers then mean nothing
     stopping: bool  # a signal came to some rank
+    retries: int  # of allocators that ran against their limit
     cards: tuple[Vram, ...]  # memory of every rank's card, by rank; () on the CPU
 
 
@@ -52,6 +53,7 @@ class Accumulation:
         self.lockstep = replica.lockstep
         self.reduction = GradientReduction(parameters, self.ranks)
         self.device = parameters.device
+        self.retries = 0  # of this rank's allocator in the last `accumulate`
         self.failed: MicroBatch | None = None  # did not fit this rank's memory in the last `accumulate`
 
     def read_batches(self, micro_batches: list[list[int]], limit_tokens: int | None) -> list[MicroBatch]:
@@ -64,9 +66,10 @@ class Accumulation:
     def accumulate(self, batches: list[MicroBatch], *, scale: float = 1.0, stopping: bool = False) -> Tensor:
         """Gradients of `scale` times the mean loss over the trained tokens of all ranks' batches.
 
-        What it returns, (6 + 3 * ranks,) float64 on the device, is for `read_sums`: that waits for the device, this not.
+        What it returns, (7 + 3 * ranks,) float64 on the device, is for `read_sums`: that waits for the device, this not.
         """
         self.parameters.zero_gradients()
+        retries_before = count_retries(self.device)
         trained = sum(batch.trained_tokens for batch in batches)
         factor: Tensor | float = scale / max(trained, 1)
         if self.ranks.world_size > 1:
@@ -85,7 +88,9 @@ class Accumulation:
                 break
         self.reduction.finish()
         tokens = sum(batch.tokens for batch in batches)
-        counts = torch.tensor([trained, tokens, self.failed is not None, stopping, *self._card()], dtype=torch.float64)
+        self.retries = count_retries(self.device) - retries_before
+        found = trained, tokens, self.failed is not None, stopping, self.retries, *self._card()
+        counts = torch.tensor(found, dtype=torch.float64)
         sums = self.ranks.all_reduce_sum(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))
         return torch.cat([self.parameters.gradient_norm().double()[None], sums])
 
@@ -123,6 +128,12 @@ class Accumulation:
     def reduce_memory(self) -> bool:
         """Has the engine give up speed for memory where that ran out; whether every rank had speed to give up."""
         stuck = self.failed is not None and not self.engine.reduce_memory()
+        return not self.ranks.all_reduce_max(int(stuck), self.device)
+
+    def relieve_allocators(self) -> bool:
+        """Has the engine give up speed for memory where the allocator ran against its limit in the last step; whether every
+        such rank had speed to give up."""
+        stuck = self.retries > 0 and not self.engine.reduce_memory()
         return not self.ranks.all_reduce_max(int(stuck), self.device)
 
     def halved_limit(self, where: str) -> int:
@@ -166,9 +177,9 @@ class Accumulation:
 
 def read_sums(sums: Tensor) -> StepSums:
     """Brings `accumulate`'s result to the host: waits for the device."""
-    norm, loss_sum, trained, tokens, failures, stops, *memory = sums.tolist()
+    norm, loss_sum, trained, tokens, failures, stops, retries, *memory = sums.tolist()
     cards = tuple(Vram(*map(int, memory[i : i + 3])) for i in range(0, len(memory), 3) if memory[i + 2])
-    return StepSums(loss_sum, int(trained), int(tokens), norm, failures > 0, stops > 0, cards)
+    return StepSums(loss_sum, int(trained), int(tokens), norm, failures > 0, stops > 0, int(retries), cards)
 
 
 def read_batch(

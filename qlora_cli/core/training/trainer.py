@@ -35,6 +35,7 @@ from qlora_cli.errors import Interrupted, TrainingError, first_line
 from qlora_cli.events import Caution, EvaluationLogged, Event, Notice, StepLogged
 
 NONFINITE_STEPS_TOLERATED = 2  # in a row; one more ends the run
+STRAINED_STEPS = 3  # in a row, in which the allocator ran against its limit: the first ones of a run may well
 ROWS_NAMED = 20
 
 Upcoming = tuple[Step, list[MicroBatch]] | None
@@ -96,6 +97,8 @@ class Trainer:
         self.agreed_to_stop = False  # by all ranks, at the end of a step
         self.saved_step = self.state.step
         self.sampled_step = self.state.step or -1  # a run that goes on was asked before it was saved
+        self.strained_steps = 0  # in a row, see `_relieve_allocator`
+        self.most_retries = math.inf  # a step, that another relief would be worth
         self.streak: list[Step] = []  # steps in a row without finite numbers
         self.before_streak: tuple[TrainerState, RandomState] | None = None
         self.random_state: RandomState = {}  # with which the step after `state.step` begins
@@ -180,6 +183,7 @@ class Trainer:
         self.agreed_to_stop = sums.stopping
         self._advance(step, sums, loss, random_state_after)
         self._report_step(step, sums, loss, norm, rate, time.perf_counter() - started)
+        self._relieve_allocator(sums.retries)
         if len(self.streak) > NONFINITE_STEPS_TOLERATED:
             self._give_up()
         return following
@@ -226,6 +230,24 @@ class Trainer:
                 limit = found  # others than the halves may be the longest now
         if limit is not None and limit != self.state.micro_batch_limit_tokens:
             self._set_limit(limit)
+
+    def _relieve_allocator(self, retries: int) -> None:
+        """Has the engine give up memory where PyTorch's allocator ran against its limit, so often, in each of several steps:
+        it then gives back all that it held in reserve and asks for it again, which holds steps up without a word."""
+        self.strained_steps = self.strained_steps + 1 if retries else 0
+        if self.strained_steps < STRAINED_STEPS or not self.most_retries:
+            return
+        self.strained_steps, helps = 0, retries < self.most_retries
+        self.most_retries = retries if helps else 0
+        times = "once" if retries == 1 else f"{retries} times"
+        slow = f"Steps are held up: in each of the last {STRAINED_STEPS} PyTorch's allocator ran against its limit, {times} in this one"
+        if helps:
+            self.reporter.report(Notice(f"{slow}. The engine takes less memory from here on."))
+            if self.accumulation.relieve_allocators():
+                return
+        self.most_retries = 0
+        advice = "Give more memory with --vram, or lower --batch-size or --max-length, and go on with --resume."
+        self.reporter.report(Caution(f"{slow}, and there is nothing left to give up. {advice}"))
 
     def _set_limit(self, tokens: int) -> None:
         self.state.micro_batch_limit_tokens = tokens
