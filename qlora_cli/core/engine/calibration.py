@@ -15,7 +15,14 @@ from qlora_cli.core.data.packing import MicroBatch
 from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.distributed.context_group import ContextGroup
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
-from qlora_cli.core.engine.decoder_layers import LayerBytes, LayerPlan, capture_first_call, measure_layer, time_layer
+from qlora_cli.core.engine.decoder_layers import (
+    LayerBytes,
+    LayerCall,
+    LayerPlan,
+    capture_first_call,
+    measure_layer,
+    time_layer,
+)
 from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears
 from qlora_cli.core.engine.memory_plan import (
     HOST_SHARE,
@@ -52,6 +59,7 @@ REDUCTION_BYTES, MOST_REDUCTIONS = 2**28, 16  # how much less memory is planned 
 TRIAL_LENGTHS = (24, 43)
 LONG_ROW = 1024  # of so many tokens attention has other kernels
 LEAST_TRIAL_TOKENS = 32
+LONGEST_TRIAL_SECONDS = 5  # of a layer that is timed once more, for what is said alone
 
 
 class Calibration:
@@ -235,10 +243,8 @@ class Calibration:
             torch.OutOfMemoryError: There is not even the memory for a few tokens.
         """
         try:
-            call = capture_first_call(layer, lambda: self.run(self.rows_of(tokens)))
+            call, first = self._calls(layer, tokens)
             self.hidden_bytes = call.args[0].shape[-1] * call.args[0].element_size()
-            # Of long rows a few tokens come first: they take seconds, and no other kernels.
-            first = capture_first_call(layer, lambda: self.run(self.rows_of(min(tokens, LONG_ROW_TOKENS))))
             return measure_layer(layer, call, first)
         except torch.OutOfMemoryError:
             if tokens < 2 * LEAST_TRIAL_TOKENS:
@@ -246,10 +252,16 @@ class Calibration:
         torch.cuda.empty_cache()
         return None
 
+    def _calls(self, layer: nn.Module, tokens: int) -> tuple[LayerCall, LayerCall]:
+        """What a layer is called with for so many tokens, and for few, which take the kernels of long rows, but no seconds."""
+        few = min(tokens, LONG_ROW_TOKENS)
+        call = capture_first_call(layer, lambda: self.run(self.rows_of(tokens)))
+        return call, call if few == tokens else capture_first_call(layer, lambda: self.run(self.rows_of(few)))
+
     def time(self, layer: nn.Module, tokens: int) -> LayerSeconds | None:
         """Time that a layer takes at so many tokens, run as planned; None where there is not the memory."""
         with suppress(torch.OutOfMemoryError):
-            return time_layer(layer, capture_first_call(layer, lambda: self.run(self.rows_of(tokens))))
+            return time_layer(layer, *self._calls(layer, tokens))
         torch.cuda.empty_cache()
         return None
 
@@ -300,34 +312,28 @@ class StepPlanner:
     ) -> str:
         """Times a layer as steps will run it, the second, as the first may run otherwise; how long the largest micro-batch
         will take, in words, where weights stream."""
-        layer, layer_plan = layers[:2][-1], layer_plans[:2][-1]
-        layer_plan.offload, layer_plan.recompute, tokens = None, False, self.largest_tokens
-        while (whole := trials.time(layer, tokens)) is None and tokens > LEAST_TRIAL_TOKENS:
+        assert self.needs.seconds is not None
+        layer, layer_plan, tokens = layers[:2][-1], layer_plans[:2][-1], self.largest_tokens
+        layer_plan.offload, layer_plan.recompute = None, False
+        whole = trials.time(layer, tokens) if self.needs.seconds.device < LONGEST_TRIAL_SECONDS else self.needs.seconds
+        while whole is None and tokens > LEAST_TRIAL_TOKENS:
             tokens //= 2  # not even a layer fits that repeats nothing, but a smaller micro-batch may
-        if whole is not None:
-            self._note_times(trials, layer, layer_plan, plan, tokens, whole)
-        seconds, needs = plan.micro_batch_seconds(self.needs), self.needs
-        rates = needs.link_bytes_per_second, needs.source_bytes_per_second
-        return describe_speed(self.largest_tokens, seconds, 2 * needs.streamed_bytes, *rates)
-
-    def _note_times(
-        self,
-        trials: Calibration,
-        layer: nn.Module,
-        layer_plan: LayerPlan,
-        plan: MemoryPlan,
-        tokens: int,
-        whole: LayerSeconds,
-    ) -> None:
-        """Completes what `time_step` found at so many tokens, with a quarter of them and with a repetition."""
-        few, share = trials.time(layer, max(LEAST_TRIAL_TOKENS, tokens // 4)) or whole, self.largest_tokens / tokens
-        fixed = whole.fixed(few)
-        forward, backward = (share * part - (share - 1) * still for part, still in zip(whole, fixed, strict=True))
-        self.needs = replace(self.needs, seconds=LayerSeconds(forward, backward), fixed_seconds=fixed)
+            whole = trials.time(layer, tokens)
+        seconds = whole or self.needs.seconds
+        if (share := self.largest_tokens / tokens) > 1 and whole is not None:
+            still = whole.fixed(trials.time(layer, max(LEAST_TRIAL_TOKENS, tokens // 4)) or whole)
+            seconds = LayerSeconds(
+                *(share * part - (share - 1) * rest for part, rest in zip(whole, still, strict=True))
+            )
+        self.needs = replace(self.needs, seconds=seconds)
         layer_plan.recompute = plan.recomputed > 0 and not plan.keeps_attention
-        if layer_plan.recompute and (repeating := trials.time(layer, tokens)) is not None:
+        repeats = layer_plan.recompute and seconds.device < LONGEST_TRIAL_SECONDS
+        if repeats and whole is not None and (repeating := trials.time(layer, tokens)) is not None:
             repeated = max(0.0, repeating.device - whole.device) / whole.forward
             self.needs = replace(self.needs, repeated_share=repeated)
+        needs, predicted = self.needs, plan.micro_batch_seconds(self.needs)
+        rates = needs.link_bytes_per_second, needs.source_bytes_per_second
+        return describe_speed(self.largest_tokens, predicted, 2 * needs.streamed_bytes, *rates)
 
     def reduce_memory(self, current: MemoryPlan) -> MemoryPlan | None:
         """A leaner plan than the one with which memory ran out; None where there is none."""

@@ -224,17 +224,24 @@ def measure_layer(layer: Any, call: LayerCall, first: LayerCall) -> tuple[LayerB
     return _run_both_ways(layer, call)
 
 
-def time_layer(layer: Any, call: LayerCall) -> LayerSeconds:
-    """Device time of a layer on its CUDA device, run as planned, on a card that has been as busy as steps keep it."""
+def time_layer(layer: Any, call: LayerCall, first: LayerCall) -> LayerSeconds:
+    """Device time of a layer on its CUDA device, run as planned, on a card that has been as busy as steps keep it.
+
+    Args:
+        first: With which it runs before: see `measure_layer`.
+    """
+    _pass(layer, first, first.args[0].detach().requires_grad_())[2].synchronize()
     hidden = call.args[0].detach().requires_grad_()
+    torch.cuda._sleep(HEAD_START_CYCLES)
     times = _pass(layer, call, hidden)
     times[2].synchronize()
-    passes = math.ceil(BUSY_SECONDS / max(times[0].elapsed_time(times[2]) / 1000, 1e-3))
-    torch.cuda._sleep(HEAD_START_CYCLES)
-    for _ in range(passes):
-        times = _pass(layer, call, hidden)
-    times[2].synchronize()
-    return _seconds_between(times)
+    seconds = _seconds_between(times)
+    if (idle := BUSY_SECONDS - seconds.device) > 0:
+        for _ in range(math.ceil(idle / max(seconds.device, 1e-4))):
+            times = _pass(layer, call, hidden)
+        times[2].synchronize()
+        seconds = _seconds_between(times)
+    return seconds
 
 
 def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
