@@ -26,8 +26,8 @@ from support.models import ALL16, QKV8, make_config
 GIB = 2**30
 OPTIMIZER = "paged_adamw_8bit"
 # What is tried of the whole base, under the measures that the streamed one takes and as it likes, and of the streamed one,
-# also multiplied in 8 bits.
-WAYS = ["gradients", "same", "free", "streamed", "fp8"]
+# also looked into, and also multiplied in 8 bits.
+WAYS = ["gradients", "same", "free", "streamed", "profile", "fp8"]
 
 
 class Setting(NamedTuple):
@@ -186,7 +186,7 @@ class Bench:
             seconds.append(time.perf_counter() - started)
             losses.append(float(loss.detach()) / trained)
         return {
-            "tok_s": self.rows * self.tokens / statistics.median(seconds[1:]),
+            "tok_s": self.rows * self.tokens / statistics.median(seconds[1:] or seconds),
             "step_s": [round(each, 3) for each in seconds],
             "losses": losses,
             "peak_gib": torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0,
@@ -316,6 +316,7 @@ def run(name: str, steps: int, device: str, compiled: bool, ways: list[str], mat
     say(result["streams"])
     if cuda:
         result["needs"] = {name: str(value) for name, value in vars(engine.planner.needs).items()}
+    if cuda and "profile" in ways:
         try:
             result["moments"] = bench.moments(engine, tokens)
             batches = bench.batches(tokens, 0)[:1]

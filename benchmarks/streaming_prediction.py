@@ -2,6 +2,7 @@
 
     python benchmarks/streaming_prediction.py --json prediction.json
     python benchmarks/streaming_prediction.py --plans              # what is predicted, without a card
+    python benchmarks/streaming_prediction.py --planned plans      # which is kept in that file, or taken from it
 
 Models are those of `streaming.py` with fewer layers of the real size. Memory is predicted by the planner from the
 configuration alone, and what it planned is what runs; speed by the engine before the first step, from one layer and the
@@ -11,9 +12,8 @@ link, as its notice says it. Measured are the peak of PyTorch's allocator and th
 import argparse
 import gc
 import json
+import pickle
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from streaming import GIB, Bench, Setting, plan_of
@@ -38,17 +38,11 @@ SETTINGS = {
 TINY = {"tiny": (Setting("tiny-llama", ALL16, None, 4, 64), ON | KEPT)}
 COLUMNS = ("streamed", "tokens", "predicted_gib", "measured_gib", "memory_percent")
 COLUMNS += ("predicted_tok_s", "measured_tok_s", "speed_percent", "took_s", "error")
-PLANNERS = 4  # processes that plan, while the card is busy with other settings
 
 
 def planned(setting: Setting, asked: dict):
     """The decision of the planner."""
     return plan_of(setting, False, resident_weights=False, **asked, **({} if setting.limit_gib else {"stream": True}))
-
-
-def planned_by_name(name: str):
-    """As `planned`, of a setting by its name; for another process."""
-    return planned(*(SETTINGS | TINY)[name])
 
 
 def run(setting: Setting, plan, device: str) -> dict:
@@ -103,32 +97,35 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit-s", type=float, default=150, help="begins no setting after that")
     parser.add_argument("--plans", action="store_true", help="only says what is predicted")
+    parser.add_argument("--planned", type=Path, default=Path("streaming_plans.pickle"))
     parser.add_argument("--json", type=Path, default=Path("streaming_prediction.json"))
     arguments = parser.parse_args()
     names, results = arguments.setting or list(SETTINGS), []
+    plans = pickle.loads(arguments.planned.read_bytes()) if arguments.planned.is_file() else {}
+    for name in names:
+        if name not in plans:
+            plans[name] = planned(*(SETTINGS | TINY)[name])
+            arguments.planned.write_bytes(pickle.dumps(plans))
+        if arguments.plans:
+            print(
+                f"{name}: {plans[name].measures.streamed} layers, {plans[name].token_budget} tokens, {plans[name].measures}"
+            )
+            memory = plans[name].memory
+            print(f"    {memory.peak_bytes / GIB:.2f} GiB of the allocator, {memory.moment}", flush=True)
     started = time.time()
-    with ProcessPoolExecutor(PLANNERS, mp_context=get_context("spawn")) as pool:
-        plans = {name: pool.submit(planned_by_name, name) for name in names}
-        for name in names:
-            if time.time() - started > arguments.limit_s:
-                print(f"| {name} | no time left", flush=True)
-                continue
-            try:
-                plan = plans[name].result()
-                if arguments.plans:
-                    print(f"{name}: {plan.measures.streamed} layers, {plan.token_budget} tokens, {plan.measures}")
-                    print(
-                        f"    {plan.memory.peak_bytes / GIB:.2f} GiB of the allocator, {plan.memory.moment}", flush=True
-                    )
-                    continue
-                results.append({"setting": name, **run((SETTINGS | TINY)[name][0], plan, arguments.device)})
-            except Exception as error:  # the other settings are still of interest
-                results.append({"setting": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
-                error.__traceback__ = None
-            gc.collect()
-            arguments.json.write_text(json.dumps(results, indent=1))
-            print("   ", {k: v for k, v in results[-1].items() if k not in COLUMNS}, flush=True)
-            print("|", name, "|", *(f"{results[-1].get(column, '')} |" for column in COLUMNS), flush=True)
+    for name in () if arguments.plans else names:
+        if time.time() - started > arguments.limit_s:
+            print(f"| {name} | no time left", flush=True)
+            continue
+        try:
+            results.append({"setting": name, **run((SETTINGS | TINY)[name][0], plans[name], arguments.device)})
+        except Exception as error:  # the other settings are still of interest
+            results.append({"setting": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+            error.__traceback__ = None
+        gc.collect()
+        arguments.json.write_text(json.dumps(results, indent=1))
+        print("   ", {k: v for k, v in results[-1].items() if k not in COLUMNS}, flush=True)
+        print("|", name, "|", *(f"{results[-1].get(column, '')} |" for column in COLUMNS), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan, StepNeeds
 from qlora_cli.core.experts.held_routing import HeldRouting
 from qlora_cli.core.models.files import resolve_model
@@ -68,16 +69,17 @@ def test_speed_that_is_said_is_that_of_the_layer_whatever_tokens_there_was_room_
     share, still, token, repeated, recomputed
 ):
     """A layer's time here is a fixed one and one for each token; of more tokens than a share of them there is no room."""
-    made, layer_plans = planner(64 * GIB, 0), [SimpleNamespace(offload=None, recompute=False) for _ in range(2)]
+    made, layer_plan = planner(64 * GIB, 0), SimpleNamespace(offload=None, recompute=False)
 
     def time(_, tokens):
         if tokens > TOKENS // share:
             return None
         forward = still + token * tokens
-        return LayerSeconds(forward, (2 + repeated * layer_plans[1].recompute) * forward)
+        return LayerSeconds(forward, (2 + repeated * layer_plan.recompute) * forward)
 
     plan = MemoryPlan(recomputed=recomputed)
-    said = made.time_step(SimpleNamespace(time=time), ["first", "second"], layer_plans, plan)
+    layers = ["first", SimpleNamespace(**{ATTRIBUTE: layer_plan})]
+    said = made.time_step(SimpleNamespace(time=time), layers, None, plan)
     forward = still + token * TOKENS
     assert plan.micro_batch_seconds(made.needs) == pytest.approx((3 * 32 + repeated * recomputed) * forward, rel=1e-6)
     assert f"A micro-batch of {TOKENS:,} tokens takes about" in said

@@ -23,7 +23,8 @@ from qlora_cli.core.engine.decoder_layers import (
     measure_layer,
     time_layer,
 )
-from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears
+from qlora_cli.core.engine.lm_head import Head, time_head
+from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues, FusedLinears
 from qlora_cli.core.engine.memory_plan import (
     HOST_SHARE,
     SLICE_BYTES,
@@ -307,29 +308,27 @@ class StepPlanner:
         """For the largest micro-batch."""
         return plan_memory(self.needs, self.available_bytes, self.settings, workspaces=self.workspaces)
 
-    def time_step(
-        self, trials: Calibration, layers: Sequence[nn.Module], layer_plans: Sequence[LayerPlan], plan: MemoryPlan
-    ) -> str:
-        """Times a layer as steps will run it, the second, as the first may run otherwise; how long the largest micro-batch
-        will take, in words, where weights stream."""
+    def time_step(self, trials: Calibration, layers: Sequence[Any], head: Head | None, plan: MemoryPlan) -> str:
+        """Times the head, and a layer as steps will run it, the second, as the first may run otherwise; how long the largest
+        micro-batch will take, in words, where weights stream."""
         assert self.needs.seconds is not None
-        layer, layer_plan, tokens = layers[:2][-1], layer_plans[:2][-1], self.largest_tokens
+        layer, tokens = layers[:2][-1], self.largest_tokens
+        layer_plan: LayerPlan = getattr(layer, ATTRIBUTE)
         layer_plan.offload, layer_plan.recompute = None, False
         whole = trials.time(layer, tokens) if self.needs.seconds.device < LONGEST_TRIAL_SECONDS else self.needs.seconds
         while whole is None and tokens > LEAST_TRIAL_TOKENS:
             tokens //= 2  # not even a layer fits that repeats nothing, but a smaller micro-batch may
             whole = trials.time(layer, tokens)
         seconds = whole or self.needs.seconds
-        if (share := self.largest_tokens / tokens) > 1 and whole is not None:
-            still = whole.fixed(trials.time(layer, max(LEAST_TRIAL_TOKENS, tokens // 4)) or whole)
-            seconds = LayerSeconds(
-                *(share * part - (share - 1) * rest for part, rest in zip(whole, still, strict=True))
-            )
-        self.needs = replace(self.needs, seconds=seconds)
-        layer_plan.recompute = plan.recomputed > 0 and not plan.keeps_attention
-        repeats = layer_plan.recompute and seconds.device < LONGEST_TRIAL_SECONDS
-        if repeats and whole is not None and (repeating := trials.time(layer, tokens)) is not None:
-            repeated = max(0.0, repeating.device - whole.device) / whole.forward
+        if whole is not None and tokens < self.largest_tokens:
+            few = trials.time(layer, max(LEAST_TRIAL_TOKENS, tokens // 4)) or whole
+            seconds = whole.at_share(self.largest_tokens / tokens, few)
+        self.needs = replace(self.needs, seconds=seconds, head_seconds=time_head(head, self.largest_tokens))
+        layer_plan.recompute = (
+            plan.recomputed > 0 and not plan.keeps_attention and seconds.device < LONGEST_TRIAL_SECONDS
+        )
+        if layer_plan.recompute and whole is not None and (again := trials.time(layer, tokens)) is not None:
+            repeated = max(0.0, again.device - whole.device) / whole.forward
             self.needs = replace(self.needs, repeated_share=repeated)
         needs, predicted = self.needs, plan.micro_batch_seconds(self.needs)
         rates = needs.link_bytes_per_second, needs.source_bytes_per_second

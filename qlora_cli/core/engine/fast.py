@@ -136,7 +136,7 @@ class FastEngine:
             self.layer_plans[0].compiled = not runs_better_plainly(self.layers[0], self.calls[0], bytes_a_token)
         self._apply(plan)
         if self.streamed is not None and self.planner is not None:
-            self.report(Notice(self.planner.time_step(self.trials, self.layers, self.layer_plans, plan)))
+            self.report(Notice(self.planner.time_step(self.trials, self.layers, self.head, plan)))
         if self.context is not None:
             self.undo.append(share_packs(self.context, self.trials.parts_are_alike if self.packed else None))
         if total_steps >= GRAPHS_PAY_STEPS:

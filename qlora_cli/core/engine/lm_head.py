@@ -1,5 +1,6 @@
 """Language-model head: found by trial, verified against the model's logits, with a loss over trained positions only."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from qlora_cli.core.engine.fsdp import gathered, is_sharded
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.kernels.cross_entropy import chunk_tokens, linear_cross_entropy
 
+TIMED_TOKENS = 4096
 LEAST_SENSITIVITY = 1e-5  # to a later token, by that to the others, from which it counts
 
 
@@ -60,6 +62,27 @@ class Head:
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
+
+
+def time_head(head: Head | None, tokens: int) -> float | None:
+    """Seconds that a CUDA device takes for the logits of so many tokens, their loss and its gradient, by a few of them; None
+    without a frozen head, or the memory to try it."""
+    if head is None or not head.frozen or not head.module.weight.is_cuda:
+        return None
+    weight, few = head.module.weight, min(tokens, TIMED_TOKENS)
+    with suppress(torch.OutOfMemoryError):
+        # No zeros, with which products are faster; nor random numbers, which a run draws.
+        hidden = torch.linspace(-1, 1, few * weight.shape[1], dtype=weight.dtype, device=weight.device)
+        hidden = hidden.view(few, -1).requires_grad_()
+        targets = torch.arange(few, device=weight.device) % weight.shape[0]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(2):
+            begin.record()
+            torch.autograd.backward(head.loss(hidden, targets), inputs=[hidden])
+            end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000 * tokens / few
+    return None
 
 
 def _transforms(config: Any) -> list[tuple[float, float | None]]:

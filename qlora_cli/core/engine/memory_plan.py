@@ -62,6 +62,12 @@ class LayerSeconds(NamedTuple):
         backward = min(max((4 * quarter.backward - self.backward) / 3, 0.0), self.backward)
         return LayerSeconds(forward, backward)
 
+    def at_share(self, share: float, quarter: "LayerSeconds") -> "LayerSeconds":
+        """With so many times the tokens, given also the measurement with a quarter of the tokens."""
+        return LayerSeconds(
+            *(share * all_ - (share - 1) * fixed for all_, fixed in zip(self, self.fixed(quarter), strict=True))
+        )
+
 
 @dataclass(frozen=True)
 class StepNeeds:
@@ -87,6 +93,7 @@ class StepNeeds:
     )
     repeated_share: float = RECOMPUTE_COST  # of a layer's forward pass, that a repetition takes
     head_layers: float = 0.0  # time of the output head and its loss, as a multiple of one layer's forward pass
+    head_seconds: float | None = None  # that time, where it was measured
 
     def for_share(self, share: float) -> "StepNeeds":
         """The same for a micro-batch with that share of the largest one's tokens."""
@@ -177,7 +184,8 @@ class MemoryPlan:
         copies keep waiting; what the host takes to launch it is not in it."""
         seconds = needs.seconds or LayerSeconds(0.0, 0.0)
         repeated = self._repeated(needs) * seconds.forward
-        computing = needs.layers * seconds.device + needs.head_layers * seconds.forward + repeated
+        head = needs.head_layers * seconds.forward if needs.head_seconds is None else needs.head_seconds
+        computing = needs.layers * seconds.device + head + repeated
         return computing + self._waiting_seconds(needs, seconds, repeated)
 
     def _repeated(self, needs: StepNeeds) -> float:
