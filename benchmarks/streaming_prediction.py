@@ -27,7 +27,7 @@ SETTINGS = {
     "all layers, recomputed": (Setting("llama-70b-tenth", ALL16, None, 4, 2048), ON | KEPT),
     "few tokens": (Setting("llama-70b-tenth", ALL16, None, 1, 1024), ON | KEPT),
     "hidden states away": (Setting("llama-70b-tenth", ALL16, None, 4, 2048), AWAY),
-    "some layers": (Setting("llama-70b-tenth", ALL16, 5.5, 2, 2048), {}),
+    "within 5.5 GiB": (Setting("llama-70b-tenth", ALL16, 5.5, 2, 2048), {}),
     "one linear": (Setting("neox-20b-quarter", QKV8, None, 2, 2048), ON | KEPT),
     "some recomputed": (Setting("neox-20b-quarter", QKV8, None, 2, 2048), {"gradient_checkpointing": "6"} | KEPT),
     "nothing recomputed": (Setting("llama-7b-half", ALL16, None, 2, 2048), OFF | KEPT),
