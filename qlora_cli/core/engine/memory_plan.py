@@ -58,15 +58,13 @@ class LayerSeconds(NamedTuple):
 
     def fixed(self, quarter: "LayerSeconds") -> "LayerSeconds":
         """What does not grow with tokens, given also the measurement with a quarter of the tokens."""
-        forward = min(max((4 * quarter.forward - self.forward) / 3, 0.0), self.forward)
-        backward = min(max((4 * quarter.backward - self.backward) / 3, 0.0), self.backward)
-        return LayerSeconds(forward, backward)
+        pairs = zip(self, quarter, strict=True)
+        return LayerSeconds(*(min(max((4 * few - all_) / 3, 0.0), all_) for all_, few in pairs))
 
     def at_share(self, share: float, quarter: "LayerSeconds") -> "LayerSeconds":
         """With so many times the tokens, given also the measurement with a quarter of the tokens."""
-        return LayerSeconds(
-            *(share * all_ - (share - 1) * fixed for all_, fixed in zip(self, self.fixed(quarter), strict=True))
-        )
+        still = self.fixed(quarter)
+        return LayerSeconds(*(part + (share - 1) * (part - rest) for part, rest in zip(self, still, strict=True)))
 
 
 @dataclass(frozen=True)
