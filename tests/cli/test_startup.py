@@ -85,6 +85,7 @@ def test_a_row_past_a_table_of_positions_is_refused_without_torch(adapter, tiny_
     past = ["prepare", "--model", str(tiny_model("gpt2")), "--data", "sums.jsonl", "--max-length", "513"]
     codes, names, said = loaded([past], adapter)
     assert codes == [2] and "past the 512 positions that the model has" in said[0]
+    assert said[0].index("PyTorch is asked") < said[0].index("error:")
     assert not names[0] & {"torch", "peft", "bitsandbytes", "datasets"}
 
 

@@ -98,8 +98,9 @@ def choose_max_length(wanted: int | None, model_config: "PreTrainedConfig | None
     context = None if model_config is None else context_length(model_config)
     if wanted is None:
         return min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if context and wanted > context:
-        assert model_config is not None
+    if model_config is not None and context and wanted > context:
+        if is_left_out():
+            report(Notice(f"PyTorch is asked whether this model has positions past {context}: that takes a moment."))
         if _has_position_table(model_config):
             raise UsageError(
                 f"--max-length {wanted} is past the {context} positions that the model has.",

@@ -43,7 +43,7 @@ class Formatting:
         template_without_optional: Used where the optional column is empty.
         date: ISO date that a chat template sees as today.
         conversation: Where a record holds its conversation (format chat); None: `column` and `tools`.
-            markup: Texts were formatted beforehand: control tokens written in them are control tokens.
+        markup: Texts were formatted beforehand: control tokens written in them are control tokens.
         tool_template: Jinja chat template for conversations with tools; None for the same (format chat).
         template_settings: Variables of the chat template, such as enable_thinking (format chat).
         thoughts: Thoughts of answers that are trained: keep, last or drop (format chat).

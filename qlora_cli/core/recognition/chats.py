@@ -106,14 +106,11 @@ def read_roles(given: tuple[str, ...]) -> dict[str, str]:
         name, equals, role = item.partition("=")
         if not equals or not name.strip() or not role.strip():
             raise UsageError(
-                f"--role {item} is no NAME=ROLE.", f"Such as --role bard=assistant; known are {_listed(KNOWN_ROLES)}."
+                f"--role {item} is no NAME=ROLE.",
+                f"Such as --role bard=assistant; known are {', '.join(sorted(KNOWN_ROLES))}.",
             )
         roles[name.strip().lower()] = role.strip()
     return roles
-
-
-def _listed(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 def recognise_chat(

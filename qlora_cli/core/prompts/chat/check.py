@@ -55,7 +55,7 @@ def check_row(
         tools: Descriptions that were given to the template.
     """
     faults = list(_check_parts(conversation.parts, skeleton, upto, spans, trained))
-    faults += _check_order(conversation, skeleton, upto)
+    faults += _check_order(conversation, skeleton)
     own_words = _without_marks(skeleton)
     outside = own_words
     for start, end in spans.values():
@@ -94,7 +94,7 @@ def _check_parts(
             yield Fault(part.message, part.kind, part.name, "prints", f" as words of message {around + 1}")
 
 
-def _check_order(conversation: MarkedConversation, skeleton: Skeleton, upto: int) -> Iterator[Fault]:
+def _check_order(conversation: MarkedConversation, skeleton: Skeleton) -> Iterator[Fault]:
     """Texts come in the order of their messages, but for those of system turns, which some templates print later."""
     latest = -1
     for number in skeleton.marks:
