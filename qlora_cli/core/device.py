@@ -101,7 +101,7 @@ def _read_group_free_bytes() -> float:
 def read_capacity_bytes(device: torch.device) -> int:
     """Bytes that this process can hold on a device in all: what is free, and on CUDA what its allocator has already."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return read_free_bytes(device)
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return free_bytes + torch.cuda.memory_reserved(device)
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts
 from qlora_cli.core.adapters.expert_tensors import PREFIX
+from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import AdapterError
 
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save)(?=\.|$)")
@@ -45,7 +46,7 @@ def take_vocabulary(model: Any, directory: Path, facts: AdapterFacts, replaced: 
     Raises:
         AdapterError: The model has adapters on other embeddings than this one's.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = underlying_model(model)
     sizes = {facts.tensors[name][0][0] for name in replaced}
     if len(sizes) > 1:
         raise AdapterError(

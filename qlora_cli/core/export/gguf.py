@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 
+from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import MergeError, UsageError
 from qlora_cli.events import Caution, Notice, Report
@@ -119,7 +119,7 @@ def check_numbers(checkpoint: Path, target: Path, kind: str, report: Report) -> 
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     needed = 4 * sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    if needed > psutil.virtual_memory().available:
+    if needed > read_free_bytes(torch.device("cpu")):
         report(Caution(f"{FILE} was not read back: memory does not hold its numbers in float32."))
         return None
     for read_as in ({}, {"gguf_file": target.name}):  # as another model that it equals: a mistral's file is a llama's

@@ -19,7 +19,7 @@ from qlora_cli.artifacts import cache_root
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.data.prepare import cache_directory
-from qlora_cli.core.device import choose_device, dtype_name, list_versions, resolve_compute_dtype
+from qlora_cli.core.device import choose_device, dtype_name, list_versions, read_free_bytes, resolve_compute_dtype
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.inspection.weight_stats import table
 from qlora_cli.core.models.files import resolve_model
@@ -81,12 +81,11 @@ def list_devices() -> list[dict[str, Any]]:
 
 def describe_machine() -> dict[str, Any]:
     """Facts of the host, JSON-ready."""
-    memory = psutil.virtual_memory()
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": psutil.cpu_count(logical=True),
-        "host_memory_bytes": memory.total,
-        "host_available_bytes": memory.available,
+        "host_memory_bytes": psutil.virtual_memory().total,
+        "host_available_bytes": read_free_bytes(torch.device("cpu")),
         "driver": read_driver(),
         "cuda": torch.version.cuda,
     }
