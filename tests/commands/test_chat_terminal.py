@@ -13,7 +13,7 @@ from tests.commands.generation_case import CHAT, write_run
 
 @pytest.mark.parametrize(
     "formatting",
-    [None, CHAT],
+    [pytest.param(None, marks=pytest.mark.slow), CHAT],
     ids=["text", "chat"],
 )
 def test_a_conversation_at_the_terminal(formatting, tiny_model, tmp_path, zygote):

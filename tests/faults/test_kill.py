@@ -7,7 +7,7 @@ import pytest
 
 from .conftest import Run, Zygote, count
 
-SHORT_POINTS = 3
+SHORT_POINTS = 2
 SHORT_TIMES = 2
 LONG_TIMES = 100
 

@@ -16,7 +16,7 @@ from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 from tests.conftest import most_slow
 from tests.hub import PROJECT
 
-KEPT = ("llama", "gpt2", "qwen3_moe")
+KEPT = ("gpt2", "qwen3_moe")
 
 
 def profile(architecture, lora, traced):

@@ -418,7 +418,7 @@ def parquet_rows(path, most_bytes, limit=LIMIT):
 def test_a_page_of_parquet_is_bounded_before_it_is_opened(tmp_path):
     path = tmp_path / "rows.parquet"
     write = "import sys, pyarrow as pa, pyarrow.parquet as pq;"
-    write += "pq.write_table(pa.table({'a': ['x' * 2**27]}), sys.argv[1], compression='zstd', use_dictionary=False)"
+    write += "pq.write_table(pa.table({'a': ['x' * 2**26]}), sys.argv[1], compression='zstd', use_dictionary=False)"
     subprocess.run([sys.executable, "-c", write, str(path)], check=True)  # what was freed here could be used again
     records, bad, _ = parquet_rows(path, most_bytes=2**25, limit=2**30)
     assert not len(records)
