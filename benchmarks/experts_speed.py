@@ -115,7 +115,8 @@ def products(layer: Layer) -> list[dict]:
     """Every way to compute the four products of a training step."""
     import torch
 
-    from qlora_cli.kernels.experts.products import Tiling, multiply_dense, multiply_packed
+    from qlora_cli.kernels.experts.dense import multiply_dense
+    from qlora_cli.kernels.experts.products import Tiling, multiply_packed
     from qlora_cli.kernels.grouped_mm import grouped_mm
 
     found = []

@@ -41,6 +41,8 @@ PEERS = {
     "qwen3-moe-least-experts": [("unsloth", False, True, 2, 1, 6)],
     "gpt-oss-least-experts": [("unsloth", False, True, 2, 1, 6)],
     "qwen3-moe-quarter-gsm8k-experts": [("unsloth", True, False, 2, 1, 6)],
+    "qwen3-moe-gsm8k": [("unsloth", True, False, 2, 1, 6)],
+    "qwen3-moe-gsm8k-experts": [("unsloth", True, False, 2, 1, 6)],
     "llama-8rows": [("unsloth", False, False, 8, 1, 6)],
     "llama3-long": [("unsloth", False, False, 2, 1, 8)],
     "llama3-least": [("unsloth", False, True, 2, 1, 8)],

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.fused_experts import find_gate, fuse_experts
-from qlora_cli.kernels.experts import grouped
+from qlora_cli.kernels.experts import grouped, operands, products
 from qlora_cli.kernels.experts.lanes import LaneTiling, multiply_lanes, takes_lanes
 from qlora_cli.kernels.experts.products import Tiling, multiply_packed
 from qlora_cli.kernels.experts.routing import route
@@ -98,6 +98,8 @@ def tensors(experts, adapted, dtype):
 def test_fused_experts_are_the_plain_ones(layout, adapted, how, monkeypatch):
     if how != "packed":
         monkeypatch.setattr(grouped, "FEW_ROWS", -1)
+        monkeypatch.setattr(operands, "FEW_ROWS", -1)
+        monkeypatch.setattr(products, "SMALL", Tiling(32, 64, 64, 4, 2, last_rows=16))
         monkeypatch.setattr(grouped.workspace, "limit_bytes", 3 * 64 * 128 * 4)
     experts = pack(make_experts(layout).float(), torch.float32).to(DEVICE)
     leaves, index = tensors(experts, adapted, torch.float32)

@@ -44,7 +44,7 @@ def live(monkeypatch):
     monkeypatch.setattr(JITFunction, "__getitem__", lambda *_: lambda *_, **__: None)
     monkeypatch.setattr(FrozenWeight, "values", lambda w, _, start, end: values.expand((end - start) * w.columns))
     monkeypatch.setattr(
-        grouped.products,
+        grouped.dense,
         "multiply_dense",
         lambda _, matrices, *__, **___: found.mark(ExpertValues(2 * matrices.numel())),
     )

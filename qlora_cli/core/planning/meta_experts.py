@@ -14,7 +14,8 @@ from qlora_cli.core.experts.four_bit_experts import FourBitExperts
 from qlora_cli.core.experts.fused_experts import FusedExperts
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.planning.meta_ops import FixedBytes, LiveBytes
-from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, Lora, Routing
+from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, Lora, Routing, is_scattered
+from qlora_cli.kernels.grouped_mm import tiles_are_faster
 
 
 class ExpertValues(FixedBytes):
@@ -106,11 +107,32 @@ class TracedExperts(FusedExperts):
         answer = _Down.apply(
             rows, weights, *routing, *_factors(lora), how["bias"], layout, gated, values, self.notes.live()
         )
-        above_and_below = len(rows) * rows.element_size() * (layout.rows + layout.columns)
+        below = len(rows) * rows.element_size() * layout.columns
+        above = _expanded(rows, len(rows), layout.rows)
+        expanded_bytes = 0 if above is None else above.nbytes
         self.notes.read(rows, weights)
-        self.notes.moment(values, above_and_below)
-        self.notes.moment(0, above_and_below + rows.nbytes)
+        self.notes.moment(values, below + expanded_bytes)
+        self.notes.moment(0, below + rows.nbytes + (below if gated and lora is not None else 0))
         return answer
+
+
+def _expanded(like: Tensor, pairs: int, size: int) -> Tensor | None:
+    """Rows of the places, where products are the library's: our own read them through their tokens."""
+    by_library = torch.cuda.is_available() and not tiles_are_faster(torch.device("cuda"))
+    return like.new_empty(pairs, size) if by_library else None
+
+
+def _arranged(matrices: Tensor | None, like: Tensor, pairs: int) -> Tensor | None:
+    """An adapter's matrices laid out anew for so many rows."""
+    return like.new_empty(matrices.shape) if matrices is not None and is_scattered(matrices, pairs) else None
+
+
+def _gradient(matrices: Tensor, pairs: int) -> Tensor:
+    """Of an adapter's matrices, from a copy where they are laid out anew for so many rows."""
+    gradient = matrices.new_empty(matrices.shape)
+    copy = _arranged(matrices, matrices, pairs)
+    del copy
+    return gradient
 
 
 def _factors(lora: Lora | None) -> tuple[Tensor | None, Tensor | None]:
@@ -136,11 +158,11 @@ class _Up(torch.autograd.Function):
         live: LiveBytes,
     ) -> Tensor:
         pairs = len(source)
-        spread = x.new_empty(pairs, x.shape[1])
+        projected = None if first is None else x.new_empty(pairs, first.shape[1])
+        spread, arranged = _expanded(x, pairs, x.shape[1]), _arranged(second, x, pairs)
         y = x.new_empty(pairs, out_features)
         live.mark(values)
-        del spread
-        projected = None if first is None else x.new_empty(pairs, first.shape[1])
+        del spread, arranged
         ctx.save_for_backward(None if first is None else x, projected, source, back, expert, ends, first, second)
         ctx.in_shape, ctx.values, ctx.live = x.shape, values, live
         return y
@@ -148,14 +170,17 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient, (_, projected, *_, first, second) = gradients[0], ctx.saved_tensors
-        of_x, of_projected, unused, of_adapter = None, None, None, (None, None)
+        of_adapter: tuple = (None, None)
+        of_x, of_projected, unused = None, None, None
         if first is not None:
             unused = gradient.new_empty(projected.shape)  # zeros that autograd makes for the op's second output
             of_projected = gradient.new_empty(projected.shape)
-            of_adapter = tuple(factor.new_empty(factor.shape) for factor in (first, second))
+            of_adapter = tuple(_gradient(factor, len(gradient)) for factor in (first, second))
         if ctx.needs_input_grad[0]:
+            arranged = _arranged(first, gradient, len(gradient))
             spread = gradient.new_empty(len(gradient), ctx.in_shape[1])
             ctx.live.mark(ctx.values)
+            del arranged
             of_x = gradient.new_empty(ctx.in_shape)
             del spread
         del of_projected, unused
@@ -186,8 +211,9 @@ class _Down(torch.autograd.Function):
         pairs = len(source)
         inner = given.new_empty(pairs, layout.columns) if gated else given
         projected = None if first is None else given.new_empty(pairs, first.shape[1])
-        found = given.new_empty(pairs, layout.rows)
+        found, arranged = given.new_empty(pairs, layout.rows), _arranged(second, given, pairs)
         live.mark(values)
+        del arranged
         answer = given.new_empty(pairs // choices, layout.rows)
         del inner, found
         ctx.save_for_backward(given, weights, projected, source, back, expert, ends, first, second)
@@ -200,17 +226,16 @@ class _Down(torch.autograd.Function):
         given, weights, projected, source, *_, first, second = ctx.saved_tensors
         pairs = len(source)
         unused = None if first is None else gradient.new_empty(projected.shape)  # as above
-        above = gradient.new_empty(pairs, ctx.layout.rows)
         dots = gradient.new_empty(pairs, dtype=torch.float32) if ctx.has_bias else None
+        of_projected = None if first is None else gradient.new_empty(projected.shape)
+        above, arranged = _expanded(gradient, pairs, ctx.layout.rows), _arranged(first, gradient, pairs)
         below = gradient.new_empty(pairs, ctx.layout.columns)
         ctx.live.mark(ctx.values)
-        of_projected = None if first is None else gradient.new_empty(projected.shape)
+        del above, arranged
         of_given, of_weights = given.new_empty(given.shape), weights.new_empty(weights.shape)
         gated = gradient.new_empty(below.shape) if ctx.gated and first is not None else None
         of_adapter: tuple = (None, None)
         if first is not None:
-            factor, weighted = weights.new_empty(pairs, 1), projected.new_empty(projected.shape)
-            of_adapter = tuple(factor.new_empty(factor.shape) for factor in (first, second))
-            del factor, weighted
-        del above, dots, below, of_projected, unused, gated
+            of_adapter = tuple(_gradient(factor, pairs) for factor in (first, second))
+        del dots, below, of_projected, unused, gated
         return of_given, of_weights, None, None, None, None, None, *of_adapter, *(None,) * 5

@@ -1,11 +1,14 @@
 """Products of rows sorted by expert with 4-bit matrices: unpacked on the way, or dequantised a group of experts at a time."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qlora_cli.kernels.experts import lanes, products, rows
-from qlora_cli.kernels.experts.operands import FEW_ROWS, WORKSPACE_BYTES, Routing
-from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm
+from qlora_cli.kernels.experts import dense, lanes, low_rank, products, rows
+from qlora_cli.kernels.experts.operands import FEW_ROWS, WORKSPACE_BYTES, Routing, Update
+from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm, tiles_are_faster
 from qlora_cli.kernels.weights import FrozenWeight
 
 LANE_ROWS = 8  # up to which the product's program is the one of lanes
@@ -21,30 +24,47 @@ workspace = Workspace()
 
 
 def multiply(
-    x: Tensor, weight: FrozenWeight, ends: Tensor, *, backward: bool = False, how: str | None = None
+    x: Tensor,
+    weight: FrozenWeight,
+    ends: Tensor,
+    *,
+    backward: bool = False,
+    gathered: Routing | None = None,
+    update: Update | None = None,
+    how: str | None = None,
 ) -> Tensor:
-    """x W^T, or x W, with each row's expert's W.
+    """x W^T, or x W, with each row's expert's W, and what an adapter adds to it.
 
     Args:
-        x: (rows, in), contiguous, sorted by expert.
+        x: (rows, in), contiguous, sorted by expert; with `gathered`, (tokens, in).
         weight: The experts' matrices, one below the other.
         ends: int32 (experts,), the row behind each one's last.
         backward: Whether it is x W.
+        gathered: Whose places the rows are, where x has those of the tokens.
+        update: Added; rounded with the product where that is of dequantised matrices by our tiles, else after it.
         how: "packed", "tiles" or "library"; None for what is known to be fast, by lanes too.
 
     Returns:
         (rows, out); rows of no expert are undefined.
     """
     experts = len(ends)
-    if how == "packed" or (how is None and _are_few(len(x), weight, experts)):
-        if how is None and not backward and len(x) <= LANE_ROWS * experts and lanes.takes_lanes(x):
-            return lanes.multiply_lanes(x, weight, weight.columns, ends)
-        return products.multiply_packed(x, weight, weight.columns, ends, backward=backward)
+    rows_ = len(x) if gathered is None else len(gathered.source)
+    if how == "packed" or (how is None and _are_few(rows_, weight, experts)):
+        few = how is None and not backward and rows_ <= LANE_ROWS * experts and lanes.takes_lanes(x)
+        named: dict[str, Any] = {} if gathered is None else {"source": gathered.source, "choices": gathered.choices}
+        if few:
+            out = lanes.multiply_lanes(x, weight, weight.columns, ends, **named)
+        else:
+            out = products.multiply_packed(x, weight, weight.columns, ends, backward=backward, **named)
+        return _add(out, update, ends)
+    if update is not None:
+        update = Update(update.projected, low_rank.arrange(update.second, x.dtype, rows_))
     expert_bytes = weight.rows // experts * weight.columns * x.element_size()
+    call = partial(_multiply_dequantised, x, weight, ends, backward=backward, gathered=gathered, update=update, how=how)
     while True:
         at_once = min(experts, max(1, workspace.limit_bytes // expert_bytes))
         try:
-            return _multiply_dequantised(x, weight, ends, at_once, backward=backward, how=how)
+            return call(at_once=at_once)
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
@@ -52,40 +72,42 @@ def multiply(
 
 
 def _multiply_dequantised(
-    x: Tensor, weight: FrozenWeight, ends: Tensor, at_once: int, *, backward: bool, how: str | None
+    x: Tensor,
+    weight: FrozenWeight,
+    ends: Tensor,
+    *,
+    at_once: int,
+    backward: bool,
+    gathered: Routing | None,
+    update: Update | None,
+    how: str | None,
 ) -> Tensor:
     """So many experts are dequantised at once, one group after the other in the same memory."""
     experts, matrix_rows = len(ends), weight.rows // len(ends)
+    rows_ = len(x) if gathered is None else len(gathered.source)
     out = None
-    by_library = how == "library" or (how is None and not _tiles_are_faster(x))
+    by_library = how == "library" or (how is None and not tiles_are_faster(x.device))
     for first in range(0, experts, at_once):
         some = min(at_once, experts - first)
         values = weight.values(x.dtype, first * matrix_rows, (first + some) * matrix_rows)
         values = values.view(some, matrix_rows, weight.columns)
         matrices = values if backward else values.transpose(-2, -1)
         if some == experts and by_library and takes_grouped_mm(x, *matrices.shape[1:]):
-            return grouped_mm(x, matrices, ends)
+            spread = x if gathered is None else rows.expand(x, gathered)
+            return _add(grouped_mm(spread, matrices, ends), update, ends)
         if out is None:
-            out = torch.empty(len(x), matrices.shape[2], dtype=x.dtype, device=x.device)
-        products.multiply_dense(x, matrices, ends, out, first=first)
+            out = torch.empty(rows_, matrices.shape[2], dtype=x.dtype, device=x.device)
+        dense.multiply_dense(x, matrices, ends, out, first=first, gathered=gathered, update=update)
         del values, matrices
     assert out is not None
     return out
 
 
-def _tiles_are_faster(x: Tensor) -> bool:
-    """Whether our own product is known to be the faster one: by 4 to 12 % on an H200, for Qwen3-30B-A3B's layers."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-
-
-def expand_and_multiply(x: Tensor, weight: FrozenWeight, routing: Routing) -> Tensor:
-    """The product of the places' rows, where few are read through their tokens."""
-    experts, pairs = len(routing.ends), len(routing.source)
-    if not _are_few(pairs, weight, experts):
-        return multiply(rows.expand(x, routing)[0], weight, routing.ends)
-    few = lanes.takes_lanes(x) and pairs <= LANE_ROWS * experts
-    product = lanes.multiply_lanes if few else products.multiply_packed
-    return product(x, weight, weight.columns, routing.ends, source=routing.source, choices=routing.choices)
+def _add(out: Tensor, update: Update | None, ends: Tensor) -> Tensor:
+    """A product with an adapter's update, added in place."""
+    if update is not None:
+        low_rank.add_product(out, *update, ends)
+    return out
 
 
 def _are_few(rows_: int, weight: FrozenWeight, experts: int) -> bool:

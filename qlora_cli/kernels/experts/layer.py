@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.experts import low_rank, rows
-from qlora_cli.kernels.experts.grouped import expand_and_multiply, multiply
-from qlora_cli.kernels.experts.operands import NO_GATE, Gate, Lora, Routing
+from qlora_cli.kernels.experts.grouped import multiply
+from qlora_cli.kernels.experts.operands import NO_GATE, Gate, Lora, Routing, Update
 from qlora_cli.kernels.experts.routing import route
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -62,12 +62,10 @@ def _up_op(
         ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
     )
     x = x.contiguous()
-    out = expand_and_multiply(x, weight, routing)
     if first is None or second is None:
-        return out, x.new_empty(0)
+        return multiply(x, weight, ends, gathered=routing), x.new_empty(0)
     projected = low_rank.project(x, first, ends, scaling, source, choices)
-    low_rank.add_product(out, projected, second, ends)
-    return out, projected
+    return multiply(x, weight, ends, gathered=routing, update=Update(projected, second)), projected
 
 
 @_up_op.register_fake
@@ -106,16 +104,13 @@ def _up_backward_op(
         ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
     )
     of_x, of_first, of_second = (grad.new_empty(0) for _ in range(3))
-    of_projected = None
+    update = None
     if first is not None and second is not None and x is not None and projected is not None:
-        of_projected = low_rank.project(grad, second, ends, scaling)
-        of_first = low_rank.outer_products(of_projected, x.contiguous(), ends, first.dtype, source, choices)
-        of_second = low_rank.outer_products(projected, grad, ends, second.dtype)
+        update = Update(low_rank.project(grad, second, ends, scaling), first)
+        of_first = low_rank.outer_products(update.projected, x.contiguous(), routing, first, gathered=True)
+        of_second = low_rank.outer_products(projected, grad, routing, second)
     if needs_x:
-        spread = multiply(grad, weight, ends, backward=True)
-        if of_projected is not None and first is not None:
-            low_rank.add_product(spread, of_projected, first, ends)
-        of_x = rows.join(spread, routing)
+        of_x = rows.join(multiply(grad, weight, ends, backward=True, update=update), routing)
     return of_x, of_first, of_second
 
 
@@ -125,7 +120,7 @@ def _(grad: Tensor, x: _Tensor, projected: _Tensor, source: Tensor, *rest: Any) 
     of_x = grad.new_empty(source.shape[0] // choices, columns) if needs_x else grad.new_empty(0)
     if first is None or second is None:
         return of_x, grad.new_empty(0), grad.new_empty(0)
-    return of_x, torch.empty_like(first).contiguous(), torch.empty_like(second).contiguous()
+    return of_x, torch.empty_like(first), torch.empty_like(second)
 
 
 def _save_up(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -190,14 +185,13 @@ def _down_op(
     gated = (
         given if kind == "none" else rows.gate(given, routing, Gate(kind, limit, shift, slope, interleaved), up_bias)
     )
-    projected = given.new_empty(0)
-    if first is not None:
+    projected, update = given.new_empty(0), None
+    if first is not None and second is not None:
         projected = low_rank.project(gated, first, ends, scaling)
+        update = Update(projected, second)
     if not output_needed:
         return given.new_empty(tokens, matrix_rows), projected
-    found = multiply(gated, weight, ends)
-    if second is not None:
-        low_rank.add_product(found, projected, second, ends)
+    found = multiply(gated, weight, ends, update=update)
     return rows.join(found, routing, weights.contiguous(), bias), projected
 
 
@@ -244,22 +238,21 @@ def _down_backward_op(
     weight = _weight(
         ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
     )
-    above, dots = rows.expand(grad, routing, bias)
-    below = multiply(above, weight, ends, backward=True)
-    of_projected = None
+    weights = weights.contiguous()
+    dots = None if bias is None else rows.dots(grad, routing, bias)
+    update = None
     if first is not None and second is not None:
-        of_projected = low_rank.project(above, second, ends, scaling)
-        low_rank.add_product(below, of_projected, first, ends)
+        update = Update(low_rank.project(grad, second, ends, scaling, source, choices), first)
+    below = multiply(grad, weight, ends, backward=True, gathered=routing, update=update)
     how = Gate(kind, limit, shift, slope, interleaved)
     of_given, of_weights, gated = rows.gate_backward(
-        below, given.contiguous(), routing, how, weights.contiguous(), up_bias, dots, keep=first is not None
+        below, given.contiguous(), routing, how, weights, up_bias, dots, keep=first is not None
     )
     of_first, of_second = grad.new_empty(0), grad.new_empty(0)
-    if first is not None and second is not None and of_projected is not None and projected is not None:
+    if first is not None and second is not None and update is not None and projected is not None:
         assert gated is not None
-        factor = weights.reshape(-1)[source].to(grad.dtype)[:, None]  # (pairs, 1)
-        of_first = low_rank.outer_products(of_projected * factor, gated, ends, first.dtype)
-        of_second = low_rank.outer_products(projected * factor, above, ends, second.dtype)
+        of_first = low_rank.outer_products(update.projected, gated, routing, first, weights=weights)
+        of_second = low_rank.outer_products(projected, grad, routing, second, gathered=True, weights=weights)
     return of_given, of_weights, of_first, of_second
 
 
@@ -269,7 +262,7 @@ def _(grad: Tensor, given: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor,
     found = torch.empty_like(given).contiguous(), torch.empty_like(weights).contiguous()
     if first is None or second is None:
         return *found, grad.new_empty(0), grad.new_empty(0)
-    return *found, torch.empty_like(first).contiguous(), torch.empty_like(second).contiguous()
+    return *found, torch.empty_like(first), torch.empty_like(second)
 
 
 def _save_down(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -5,13 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_cli.kernels.experts.operands import Routing, is_scattered
 from qlora_cli.kernels.experts.products import find_rows, most_tiles
 
 ROWS, COLUMNS, INNER = 64, 128, 64  # of a program
 
 
 @triton.jit
-def _project(
+def _project_rows(
     x,
     matrices,
     ends,
@@ -54,7 +55,7 @@ def _project(
 
 
 @triton.jit
-def _add(
+def _add_rows(
     out,
     projected,
     matrices,
@@ -91,19 +92,24 @@ def _add(
 
 
 @triton.jit
-def _outer(
+def _outer_rows(
     projected,
     y,
+    weights,
     ends,
     source,
     out,
     columns,
     rank,
     choices,
+    expert_stride,
+    rank_stride,
+    column_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     GATHERED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     expert = tl.program_id(0)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
@@ -115,19 +121,75 @@ def _outer(
         row = first + tl.arange(0, ROWS)
         inside = row < stop
         given = row
-        if GATHERED:
-            given = tl.load(source + row, mask=inside, other=0) // choices
         thin = (number < rank)[:, None] & inside[None, :]
         a = tl.load(projected + row[None, :].to(tl.int64) * rank + number[:, None], mask=thin, other=0.0)
+        if GATHERED or WEIGHTED:
+            pair = tl.load(source + row, mask=inside, other=0)
+            if WEIGHTED:
+                factor = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)
+                a = (a.to(tl.float32) * factor[None, :]).to(a.dtype)
+            if GATHERED:
+                given = pair // choices
         used = inside[:, None] & (column < columns)[None, :]
         b = tl.load(y + given[:, None].to(tl.int64) * columns + column[None, :], mask=used, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
-    place = (expert.to(tl.int64) * rank + number[:, None]) * columns + column[None, :]
+    place = expert.to(tl.int64) * expert_stride + number[:, None] * rank_stride + column[None, :] * column_stride
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(number < rank)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def _turn_matrices(
+    matrices,
+    out,
+    experts,
+    columns,
+    expert_stride,
+    rank_stride,
+    column_stride,
+    out_expert_stride,
+    out_rank_stride,
+    out_column_stride,
+    COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Copies (experts, rank, columns) of any strides to others: read along one dimension, written along another."""
+    expert = (tl.program_id(2) * EXPERTS + tl.arange(0, EXPERTS))[:, None]
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    number = tl.program_id(1)
+    inside = (expert < experts) & (column < columns)
+    given = expert.to(tl.int64) * expert_stride + number * rank_stride + column * column_stride
+    place = expert.to(tl.int64) * out_expert_stride + number * out_rank_stride + column * out_column_stride
+    value = tl.load(matrices + given, mask=inside, other=0.0)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 def _room(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
+
+
+def arrange(matrices: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
+    """Matrices as so many rows are quickest multiplied with: as they are, or each expert's rows contiguous in `dtype`.
+
+    Args:
+        matrices: (experts, rank, columns), of any strides and dtype.
+        dtype: Of the rows.
+        rows: That are multiplied.
+    """
+    experts, rank, columns = matrices.shape
+    if not is_scattered(matrices, rows):
+        return matrices
+    return _turned(matrices, torch.empty(experts, rank, columns, dtype=dtype, device=matrices.device))
+
+
+def _turned(matrices: Tensor, out: Tensor) -> Tensor:
+    """`out`, (experts, rank, columns), with the values of matrices of other strides or another dtype."""
+    experts, rank, columns = matrices.shape
+    some = min(64, triton.next_power_of_2(experts))
+    with torch.cuda.device_of(matrices):
+        _turn_matrices[(triton.cdiv(columns, 64), rank, triton.cdiv(experts, some))](
+            matrices, out, experts, columns, *matrices.stride(), *out.stride(), COLUMNS=64, EXPERTS=some
+        )
+    return out
 
 
 def project(
@@ -145,12 +207,13 @@ def project(
     """
     experts, rank, inner = matrices.shape
     rows = len(x) if source is None else len(source)
+    matrices = arrange(matrices, x.dtype, rows)
     out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     tiles = most_tiles(rows, experts, ROWS)
     if tiles:
         strides = matrices.stride()
         with torch.cuda.device_of(x):
-            _project[(tiles,)](
+            _project_rows[(tiles,)](
                 x,
                 matrices,
                 ends,
@@ -181,10 +244,11 @@ def add_product(out: Tensor, projected: Tensor, matrices: Tensor, ends: Tensor) 
         ends: int32 (experts,), the row behind each one's last.
     """
     experts, rank, columns = matrices.shape
+    matrices = arrange(matrices, out.dtype, len(out))
     grid = most_tiles(len(out), experts, ROWS) * triton.cdiv(columns, COLUMNS)
     if grid:
         with torch.cuda.device_of(out):
-            _add[(grid,)](
+            _add_rows[(grid,)](
                 out,
                 projected,
                 matrices,
@@ -201,33 +265,45 @@ def add_product(out: Tensor, projected: Tensor, matrices: Tensor, ends: Tensor) 
 
 
 def outer_products(
-    projected: Tensor, y: Tensor, ends: Tensor, dtype: torch.dtype, source: Tensor | None = None, choices: int = 1
+    projected: Tensor,
+    y: Tensor,
+    routing: Routing,
+    like: Tensor,
+    *,
+    gathered: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Of each expert the sum over its rows of projected^T y, (experts, rank, columns) in `dtype`.
+    """Of each expert the sum over its rows of projected^T y, (experts, rank, columns) in dtype and strides of `like`.
 
     Args:
         projected: (rows, rank), contiguous.
-        y: (rows, columns), contiguous; with `source`, (tokens, columns), as in `products.multiply_packed`.
-        ends: int32 (experts,), the row behind each one's last.
-        dtype: Of the result.
-        source: See there.
-        choices: See there.
+        y: (rows, columns), contiguous; (tokens, columns) where it is `gathered`.
+        routing: Of the rows.
+        like: (experts, rank, columns), a matrix of an adapter, dense in any order of its dimensions.
+        gathered: Whether y has the tokens' rows.
+        weights: (tokens, choices), contiguous, factors of the rows; None for 1.
     """
-    experts, rank, columns = len(ends), projected.shape[1], y.shape[1]
-    out = torch.empty(experts, rank, columns, dtype=dtype, device=y.device)
+    experts, rank, columns = like.shape
+    out = torch.empty_like(like)
+    wanted = out
+    if is_scattered(like, len(projected)):  # written along its columns and then turned: a third of the time
+        out = torch.empty(experts, rank, columns, dtype=like.dtype, device=like.device)
     with torch.cuda.device_of(y):
-        _outer[(experts, triton.cdiv(columns, COLUMNS))](
+        _outer_rows[(experts, triton.cdiv(columns, COLUMNS))](
             projected,
             y,
-            ends,
-            source,
+            weights,
+            routing.ends,
+            routing.source,
             out,
             columns,
             rank,
-            choices,
+            routing.choices,
+            *out.stride(),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             RANK=_room(rank),
-            GATHERED=source is not None,
+            GATHERED=gathered,
+            WEIGHTED=weights is not None,
         )
-    return out
+    return out if out is wanted else _turned(out, wanted)

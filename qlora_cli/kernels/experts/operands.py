@@ -42,6 +42,27 @@ class Lora(NamedTuple):
     scaling: float
 
 
+def is_scattered(matrices: Tensor, rows: int) -> bool:
+    """Whether matrices of an adapter, (experts, rank, columns), are laid out anew before so many rows meet them.
+
+    PEFT lays B out as (columns, rank * experts), so that each value of an expert's lies in a sector of its own, which
+    tiles of rows would fetch again and again. Few rows are not worth a pass.
+    """
+    return matrices.stride(2) != 1 and rows > FEW_ROWS * len(matrices)
+
+
+class Update(NamedTuple):
+    """What a stack's adapter adds to the product of rows with their experts' matrices.
+
+    Attributes:
+        projected: (rows, rank), contiguous, in the compute dtype; the scaling is in it.
+        second: (experts, rank, columns), of any strides and dtype.
+    """
+
+    projected: Tensor
+    second: Tensor
+
+
 class Gate(NamedTuple):
     """What stands between an expert's two products, of a row (2 * size) of which one half gates the other.
 

@@ -1,11 +1,10 @@
-"""Products of rows sorted by expert with each expert's matrix, dequantised or packed in 4 bits (Triton).
+"""Products of rows sorted by expert with each expert's matrix, packed in 4 bits (Triton).
 
 A grid has room for every way in which rows may fall to experts: as many tiles as the rows fill, and one more for each
 expert, whose last tile is seldom full. Programs find their expert by the ends of the experts' rows; those that find
 none are done. So nothing waits for the device, and one launch stands for every routing.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_cli.kernels.decode.gemv_programs import lane_table, load_scales, look_up
-from qlora_cli.kernels.weights import shared_bytes
 
 
 class Tiling(NamedTuple):
@@ -26,6 +24,7 @@ class Tiling(NamedTuple):
         inner: Of a step of its sum.
         warps: Of a program.
         stages: Loads under way.
+        last_rows: Of a tile of no more rows than these, of dequantised matrices; 0 for none.
     """
 
     rows: int
@@ -33,11 +32,9 @@ class Tiling(NamedTuple):
     inner: int
     warps: int
     stages: int
+    last_rows: int = 0
 
 
-# Shared bytes a program needs, and the tiling; the first that the card has room for.
-DENSE = ((192 * 1024, Tiling(128, 256, 64, 8, 4)), (144 * 1024, Tiling(128, 256, 64, 8, 3)))
-DENSE_LEAST = Tiling(128, 128, 64, 8, 2)
 SMALL = Tiling(32, 64, 64, 4, 2)  # under the interpreter, and for dtypes that fill registers
 PACKED = {16: Tiling(16, 64, 128, 4, 4), 32: Tiling(32, 128, 64, 4, 4), 64: Tiling(64, 128, 64, 4, 4)}
 PACKED_LARGE = Tiling(128, 128, 64, 8, 4)
@@ -60,54 +57,6 @@ def find_rows(ends, experts, first, last, tile, ROWS: tl.constexpr, EXPERTS: tl.
     row = tl.sum(tl.where(own, start + (tile - sums + tiles) * ROWS, 0), 0)
     stop = tl.sum(tl.where(own, end, 0), 0)
     return tl.where(expert < EXPERTS, expert, -1), row, stop
-
-
-@triton.jit
-def _multiply_dense(
-    x,
-    values,
-    ends,
-    out,
-    experts,
-    first,
-    last,
-    columns,
-    inner,
-    expert_stride,
-    inner_stride,
-    column_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    bands = tl.cdiv(columns, COLUMNS)
-    expert, start, stop = find_rows(ends, experts, first, last, tl.program_id(0) // bands, ROWS, EXPERTS)
-    if expert < 0:
-        return
-    row = start + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % bands) * COLUMNS + tl.arange(0, COLUMNS)
-    step = tl.arange(0, INNER)
-    inside = row < stop
-    used = column < columns
-    left = x + row[:, None].to(tl.int64) * inner + step[None, :]
-    right = values + (expert - first).to(tl.int64) * expert_stride
-    right += step[:, None] * inner_stride + column[None, :] * column_stride
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for at in range(0, inner, INNER):
-        if WHOLE:
-            a = tl.load(left, mask=inside[:, None], other=0.0)
-            b = tl.load(right, mask=used[None, :], other=0.0)
-        else:
-            rest = step < inner - at
-            a = tl.load(left, mask=inside[:, None] & rest[None, :], other=0.0)
-            b = tl.load(right, mask=used[None, :] & rest[:, None], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
-        left += INNER
-        right += INNER * inner_stride
-    place = row[:, None].to(tl.int64) * columns + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside[:, None] & used[None, :])
 
 
 @triton.jit
@@ -188,57 +137,6 @@ def _multiply_packed(
 def most_tiles(rows: int, experts: int, tile_rows: int) -> int:
     """Tiles that so many rows may make, whatever experts they fall to: each but the full ones has a row at least."""
     return min(rows, triton.cdiv(rows, tile_rows) + experts - 1) if rows else 0
-
-
-@functools.cache
-def _dense_tiling(device: torch.device) -> Tiling:
-    return next((tiling for bytes_, tiling in DENSE if bytes_ <= shared_bytes(device)), DENSE_LEAST)
-
-
-def multiply_dense(
-    x: Tensor,
-    matrices: Tensor,
-    ends: Tensor,
-    out: Tensor,
-    *,
-    first: int = 0,
-    tiling: Tiling | None = None,
-) -> None:
-    """Fills the rows of some experts: x M with each row's expert's matrix M.
-
-    Args:
-        x: (rows, in), contiguous, sorted by expert.
-        matrices: (some experts, in, out), of any strides, of the experts from `first` on.
-        ends: int32 (experts,), the row behind each one's last.
-        out: (rows, out), contiguous; rows of other experts stay as they are.
-        first: The first of these experts.
-        tiling: None for what is known to be fast.
-    """
-    some, inner, columns = matrices.shape
-    tiling = tiling or (_dense_tiling(x.device) if x.is_cuda and x.dtype.itemsize == 2 else SMALL)
-    grid = most_tiles(len(x), some, tiling.rows) * triton.cdiv(columns, tiling.columns)
-    if not grid:
-        return
-    with torch.cuda.device_of(x):
-        _multiply_dense[(grid,)](
-            x,
-            matrices,
-            ends,
-            out,
-            len(ends),
-            first,
-            first + some,
-            columns,
-            inner,
-            *matrices.stride(),
-            ROWS=tiling.rows,
-            COLUMNS=tiling.columns,
-            INNER=tiling.inner,
-            EXPERTS=triton.next_power_of_2(len(ends)),
-            WHOLE=inner % tiling.inner == 0,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-        )
 
 
 def takes_packed(weight: Any, columns: int) -> bool:

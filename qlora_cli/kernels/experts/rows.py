@@ -12,24 +12,30 @@ COLUMNS = 2048  # most columns that a program has at once
 
 
 @triton.jit
-def _expand(x, source, out, bias, expert, dots, size, choices, experts, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Each place's row of its token; with `bias`, also its product with that of the place's expert."""
+def _expand(x, source, out, size, choices, COLUMNS: tl.constexpr):
+    """Each place's row of its token."""
     place = tl.program_id(0).to(tl.int64)
     token = (tl.load(source + place) // choices).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    number = tl.load(expert + place).to(tl.int64)
     for first in range(0, size, COLUMNS):
         used = first + column < size
         value = tl.load(x + token * size + first + column, mask=used, other=0.0)
         tl.store(out + place * size + first + column, value, mask=used)
-        if HAS_BIAS:
-            inside = first + column < tl.where(number < experts, size, 0)
-            total += value.to(tl.float32) * tl.load(bias + number * size + first + column, mask=inside, other=0.0).to(
-                tl.float32
-            )
-    if HAS_BIAS:
-        tl.store(dots + place, tl.sum(total, 0))
+
+
+@triton.jit
+def _dots(x, source, bias, expert, out, size, choices, experts, COLUMNS: tl.constexpr):
+    """Of each place, the product of its token's row with its expert's bias; 0 for no expert."""
+    place = tl.program_id(0).to(tl.int64)
+    token = (tl.load(source + place) // choices).to(tl.int64)
+    number = tl.load(expert + place).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, size, COLUMNS):
+        used = first + column < tl.where(number < experts, size, 0)
+        value = tl.load(x + token * size + first + column, mask=used, other=0.0).to(tl.float32)
+        total += value * tl.load(bias + number * size + first + column, mask=used, other=0.0).to(tl.float32)
+    tl.store(out + place, tl.sum(total, 0))
 
 
 @triton.jit
@@ -195,32 +201,38 @@ def _columns(size: int) -> int:
     return min(COLUMNS, max(16, triton.next_power_of_2(size)))
 
 
-def expand(x: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Rows of the places, (pairs, size), of those of the tokens, (tokens, size).
-
-    Args:
-        x: (tokens, size), contiguous.
-        routing: Places.
-        bias: (experts, size); its product with each row, by the place's expert, is then the second result, fp32.
-    """
+def expand(x: Tensor, routing: Routing) -> Tensor:
+    """Rows of the places, (pairs, size), of those of the tokens, (tokens, size), contiguous."""
     size, pairs = x.shape[1], len(routing.source)
     out = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
-    dots = None if bias is None else torch.empty(pairs, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _expand[(pairs,)](
+        _expand[(pairs,)](x, routing.source, out, size, routing.choices, COLUMNS=_columns(size))
+    return out
+
+
+def dots(x: Tensor, routing: Routing, bias: Tensor) -> Tensor:
+    """Products of the places' rows with their experts' biases, fp32 (pairs,).
+
+    Args:
+        x: Rows of the tokens, (tokens, size), contiguous.
+        routing: Places.
+        bias: (experts, size).
+    """
+    size, pairs = x.shape[1], len(routing.source)
+    out = torch.empty(pairs, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _dots[(pairs,)](
             x,
             routing.source,
-            out,
             bias,
             routing.expert,
-            dots,
+            out,
             size,
             routing.choices,
             len(routing.ends),
-            HAS_BIAS=bias is not None,
             COLUMNS=_columns(size),
         )
-    return out, dots
+    return out
 
 
 def join(rows: Tensor, routing: Routing, weights: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
