@@ -294,8 +294,9 @@ LONG += ("commands/test_inspect.py", "commands/test_merge.py", "commands/test_ge
 LONG += ("planning/test_activation_trace.py", "streaming/test_streamed_base.py", "calibration/test_initialization.py")
 
 # Those whose tests ask for the zygote, beside tests/faults: one worker of make test runs them all, with one zygote.
-FORKING = ("commands/test_chat_terminal.py", "commands/test_launchers.py", "commands/test_merge_faults.py")
+FORKING = ("commands/test_chat_terminal.py", "commands/test_launchers.py", "commands/test_launchers_gpu.py")
 FORKING += (
+    "commands/test_merge_faults.py",
     "data/test_prepare.py",
     "distributed/test_context_parallel.py",
     "engine/test_fsdp.py",
