@@ -202,9 +202,6 @@ def test_markup_is_split_at_control_tokens():
     encoder = encoder_of(byte_level())
     start, end = encoder.control_ids["<|im_start|>"], encoder.control_ids["<|im_end|>"]
     assert encoder.split_markup("<|im_start|>user\nhi <think><|im_end|>\n") == [start, "user\nhi <think>", end, "\n"]
-    assert encoder.is_markup("<|im_start|>hi<|im_end|>\n")
-    assert not encoder.is_markup("<|im_start|>hi")
-    assert not encoder.is_markup("hi")
 
 
 def test_a_tokenizer_that_changes_is_described_anew():

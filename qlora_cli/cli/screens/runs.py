@@ -9,6 +9,7 @@ from qlora_cli.cli.units import format_seconds
 from qlora_cli.sizes import format_bytes, format_count
 
 CURVE_COLUMNS = 12
+IN_WORDS = {"None": "–", "True": "yes", "False": "no"}  # of settings that differ
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("steps", "steps", "{:,}".format),
     ("loss", "loss", "{:.4f}".format),
@@ -156,7 +157,10 @@ def of_runs(result: dict[str, Any]) -> Screen:
     names = [run["name"] for run in runs]
     tables: list[dict[str, Any]] = [{"title": None, "columns": ["", *names], "rows": rows}]
     if result["differing"]:
-        differing = [[name.replace("_", " "), *values] for name, values in result["differing"].items()]
+        differing = [
+            [name.replace("_", " "), *(IN_WORDS.get(value, value) for value in values)]
+            for name, values in result["differing"].items()
+        ]
         tables.append({"title": "What differs", "columns": ["", *names], "rows": differing})
     facts = [("picture", result["picture"])] if result["picture"] else []
     return Screen(sentences, facts, tables)

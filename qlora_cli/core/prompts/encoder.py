@@ -186,11 +186,6 @@ class TextEncoder:
         """Whether somebody typed a control token."""
         return self._control.search(text) is not None
 
-    def is_markup(self, text: str) -> bool:
-        """Whether a text starts and ends with control tokens, as one that was formatted beforehand does."""
-        parts = self.split_markup(text.strip())
-        return len(parts) > 1 and isinstance(parts[0], int) and isinstance(parts[-1], int)
-
     def unframe(self, text: str) -> str:
         """The text without the BOS that it opens with and the EOS that it ends in, as its row gets both of them anyway.
 

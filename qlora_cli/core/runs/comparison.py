@@ -8,7 +8,7 @@ from qlora_cli.artifacts import read_metrics, write_bytes
 from qlora_cli.core.runs.metrics import Losses, draw_losses, read_losses
 from qlora_cli.errors import UsageError
 
-CURVE_POINTS = 60  # of a loss as it is told; the picture has them all
+CURVE_POINTS = 60  # of a loss in the result; the picture has them all
 PICTURES = (".png", ".svg", ".pdf")
 # What runs came to: name here → in a run's summary, or in its progress.
 FIGURES = {
@@ -21,7 +21,7 @@ FIGURES = {
     "tokens_per_second": "tokens_per_second",
     "peak_vram_bytes": "peak_vram_bytes",
 }
-UNTOLD = ("output", "report_to", "verbose", "gpus")  # settings on which no number depends
+NOT_COMPARED = ("output", "report_to", "verbose", "gpus")  # settings on which no number depends
 
 
 def name_runs(directories: Sequence[Path]) -> list[str]:
@@ -60,9 +60,9 @@ def compare_runs(
             picture, draw_losses(labelled, title="Loss of " + ", ".join(names), kind=picture.suffix[1:].lower())
         )
     runs = [_figures(*facts) for facts in zip(names, directories, summaries, losses, strict=True)]
-    told = [{**_plain(facts.get("settings") or {}), **_data(facts)} for facts in summaries]
-    keys = dict.fromkeys(key for settings in told for key in settings if key not in UNTOLD)
-    differing = {key: values for key in keys if len(set(values := [str(each.get(key)) for each in told])) > 1}
+    settings = [{**_plain(facts.get("settings") or {}), **_data(facts)} for facts in summaries]
+    keys = dict.fromkeys(key for each in settings for key in each if key not in NOT_COMPARED)
+    differing = {key: values for key in keys if len(set(values := [str(each.get(key)) for each in settings])) > 1}
     return {
         "kind": "runs",
         "runs": runs,
