@@ -4,7 +4,8 @@
 
 It spares the minutes in which a 16-bit checkpoint is written, read and quantised.
 
-The checkpoint beside it is a file of holes, which is never read but for the few bytes that tell one base from another.
+The checkpoint beside it is a file of holes, which is read once, by one thread, for the digest that tells one base from
+another: 57 GiB of Qwen3-30B-A3B take over a minute, so that mixtures of experts are quicker from support/hollow_checkpoint.py.
 Layers share their random weights: neither speed nor memory depends on them, as long as they are no zeros.
 """
 
