@@ -37,6 +37,7 @@ def run_with(monkeypatch):
         monkeypatch.setitem(sys.modules, f"qlora_cli.commands.{name}", module)
         monkeypatch.setattr(package, name, module, raising=False)
         monkeypatch.setattr(commands, "check", lambda config: None)  # which belongs to the command
+        monkeypatch.setattr(commands, "begin_look_up", lambda *_: None)  # of models that there are none of
         monkeypatch.setattr(commands, "loading_sign", lambda libraries, silent: loading_sign(None, silent=True))
         return commands.main([str(argument) for argument in arguments])
 
