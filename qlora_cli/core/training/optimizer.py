@@ -4,6 +4,8 @@ The state of a paged optimizer is in managed memory, and leaves the card where t
 page-locked host memory from the start, from which it passes through the card in pieces with each update.
 """
 
+import functools
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +21,10 @@ from qlora_cli.core.streaming.host_memory import allocate_locked
 from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS, TrainableParameters
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Report
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # not beside a CPU-only torch
+if _HAS_TRITON:
+    from qlora_cli.kernels.triton import adam_8bit
 
 
 def _of_bitsandbytes(name: str) -> Callable[..., Optimizer]:
@@ -44,6 +50,9 @@ _CONSTANTS = {"qmap1", "qmap2"}  # bitsandbytes' quantisation maps, equal in eve
 _STATES, _SCALES = ("state1", "state2"), ("absmax1", "absmax2")
 # Of waiting state on the card at once: as much as hides a launch behind its copy, once each coming, in use and going.
 PIECE_BYTES, PIECES = 2**25, 3
+# Of an update of random values by our own kernel: how far values may lie from bitsandbytes', as a share of the rate, and
+# which share of codes may be others. A value halfway between two codes is rounded either way.
+MOST_APART, MOST_OTHER_CODES, TRIED_ELEMENTS = 0.02, 0.01, 65_636
 
 
 def choose_optimizer(name: str | None, device: torch.device) -> str:
@@ -93,6 +102,8 @@ def build_optimizer(
         for (decays, rate), trained in kinds.items()
     ]
     optimizer = _OPTIMIZERS[name][0](groups, lr=0.0)
+    if name in ("adamw_8bit", "paged_adamw_8bit"):
+        _use_kernel(optimizer)
     if on_host is not None:
         _keep_state_on_host(optimizer, on_host)
     return optimizer
@@ -141,6 +152,64 @@ def step_optimizer(optimizer: Optimizer, piece_bytes: int = PIECE_BYTES) -> None
     with warnings.catch_warnings():  # what is paged on a card is not on the CPU, and need not be
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         optimizer.step()
+
+
+def _use_kernel(optimizer: Any) -> None:
+    """Has AdamW of 8-bit states update by a kernel of our own where that agrees with bitsandbytes', from the first step on."""
+    plain = optimizer.update_step
+
+    def update(group: dict[str, Any], parameter: Tensor, group_index: int, index: int) -> None:
+        state = optimizer.state[parameter]
+        if state["state1"].dtype != torch.uint8 or not (parameter.is_cuda and kernel_agrees(parameter.device)):
+            plain(group, parameter, group_index, index)
+            return
+        state["step"] += 1
+        _update_by_kernel(parameter, state, optimizer.get_config(group_index, index, group))
+
+    optimizer.update_step = update
+
+
+def _update_by_kernel(parameter: Tensor, state: dict[str, Any], config: dict[str, Any]) -> None:
+    """Updates a parameter and bitsandbytes' state of it, in place.
+
+    Args:
+        parameter: fp32 with a gradient.
+        state: Its "step" is the update's.
+        config: betas, eps, lr and weight_decay.
+    """
+    assert parameter.grad is not None
+    rule = adam_8bit.Rule(config["lr"], tuple(config["betas"])[:2], config["eps"], config["weight_decay"])
+    moments = adam_8bit.Moments(*(state[name] for name in (*_STATES, *_SCALES, "qmap1", "qmap2")))
+    adam_8bit.update(parameter.data, parameter.grad, moments, rule, state["step"])
+
+
+@functools.cache
+def kernel_agrees(device: torch.device) -> bool:
+    """Whether the kernel is there, and does what bitsandbytes does on a CUDA device."""
+    if not _HAS_TRITON or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random() -> Tensor:
+        return torch.randn(TRIED_ELEMENTS, generator=generator, device=device)
+
+    theirs = torch.nn.Parameter(random())
+    optimizer = bnb.optim.AdamW8bit([theirs], lr=1e-3, weight_decay=0.1)
+    theirs.grad = random()
+    optimizer.step()
+    ours = theirs.detach().clone()
+    own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state[theirs].items()}
+    own["step"] += 1
+    ours.grad = theirs.grad = random()
+    optimizer.step()
+    _update_by_kernel(ours, own, optimizer.get_config(0, 0, optimizer.param_groups[0]))
+    state = optimizer.state[theirs]
+    apart = (ours - theirs).abs().quantile(0.99) / 1e-3
+    other = [(own[name] != state[name]).float().mean() for name in _STATES]
+    scales = [(own[name] / state[name] - 1).abs().max() for name in _SCALES]
+    return bool(
+        torch.stack([apart / MOST_APART, *(o / MOST_OTHER_CODES for o in other), *(s / 1e-5 for s in scales)]).max() < 1
+    )
 
 
 @torch.no_grad()
