@@ -13,11 +13,14 @@ if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
     from qlora_cli.kernels.triton import softmax
 
 CHUNK_BYTES = 64 * 2**20  # of logits; 1,024 tokens of a vocabulary of 32,000 in bf16
+# Fewer tokens and reading the head's weight takes longer than multiplying with it: by 128 of a vocabulary of 152,000 the
+# two products took 10.4 ms of a step of 4,096 tokens on an H200, 6.5 by their arithmetic.
+LEAST_TOKENS = 256
 
 
 def chunk_tokens(vocabulary: int, itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Tokens whose logits take about `chunk_bytes`, at least 128 and a multiple of 128."""
-    return max(1, chunk_bytes // (vocabulary * itemsize) // 128) * 128
+    """Tokens whose logits take about `chunk_bytes`, at least `LEAST_TOKENS` and a multiple of 128."""
+    return max(LEAST_TOKENS, chunk_bytes // (vocabulary * itemsize) // 128 * 128)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:

@@ -54,4 +54,4 @@ def test_never_more_than_a_chunk_of_logits():
 
 def test_chunks_are_whole_tiles_and_never_empty():
     assert chunk_tokens(32000, 2) == 1024
-    assert chunk_tokens(10**9, 4) == 128
+    assert chunk_tokens(10**9, 4) == 256
