@@ -55,41 +55,38 @@ def plan(name: str, tokens: int, vram_bytes: int | None, on_cuda: bool, **option
 def held_bytes(memory) -> int:
     """Of the model and its adapter, whatever a step computes."""
     trained = memory.adapter_bytes + memory.gradient_bytes + memory.optimizer_bytes
-    return memory.base_bytes + memory.resident_bytes + trained
-
-
-def measures_of(decided, kept_layers: int, layers: int) -> dict:
-    """What was decided for a model, as settings of one of fewer layers: as many of them keep all that they save."""
-    return {
-        "gradient_checkpointing": str(max(0, layers - kept_layers)),
-        "offload_activations": decided.measures.offload_activations,
-        "resident_weights": decided.measures.resident_weights,
-        "offload_embeddings": decided.measures.offload_embeddings,
-    }
+    return memory.base_bytes + trained
 
 
 def plan_part(run: str, **tiling):
-    """The plan of the whole model; the profiles of both; the settings and the plan of the part; the bytes it lacks."""
-    from dataclasses import replace
-
-    from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_training
-
+    """The plan of the whole model; the profiles of both; the bytes that the part lacks of it."""
     architecture, whole, tokens, vram_gib, *_ = RUNS[run]
     all_layers, decided = plan(whole, tokens, vram_gib * GIB, True, **tiling)
     if architecture == whole:
-        return decided, all_layers, all_layers, tiling | decided.tiling, decided, 0
-    few, _ = plan(architecture, tokens, None, True)
-    held = {**tiling, **decided.tiling}
-    if decided.tiling:
-        held |= measures_of(decided, all_layers.layers - decided.measures.recomputed, few.layers)
-    part = plan(architecture, tokens, vram_gib * GIB, True, **held)[1]
-    missing = held_bytes(decided.memory) - held_bytes(part.memory)
-    part = plan(architecture, tokens, vram_gib * GIB - missing, True, **held)[1]
-    if part.measures.keeps_attention and not decided.measures.keeps_attention:  # for which all layers want the host
-        measures = replace(part.measures, keeps_attention=False)
-        step = ResolvedStep(tokens, tokens, "adamw", measures=measures)
-        part = replace(part, measures=measures, memory=estimate_training(few, step))
-    return decided, all_layers, few, held, part, missing
+        return decided, all_layers, all_layers, 0
+    few, part = plan(architecture, tokens, None, True)
+    return decided, all_layers, few, held_bytes(decided.memory) - held_bytes(part.memory)
+
+
+def of_part(measures, layers: int, few: int):
+    """What was planned for a model, for one of fewer layers of which as many are not recomputed."""
+    from dataclasses import replace
+
+    return replace(measures, recomputed=max(0, few - (layers - measures.recomputed)))
+
+
+def plan_as_whole(engine, all_layers, few) -> None:
+    """Has an engine of a part run as it would plan for the whole model by what it measured."""
+    from dataclasses import replace
+
+    from qlora_cli.core.engine.memory_plan import plan_memory
+
+    planner = engine.planner
+    needs = replace(planner.needs, layers=all_layers.layers, dense_bytes=all_layers.dense_bytes)
+    whole = plan_memory(needs, planner.available_bytes, planner.settings, workspaces=planner.workspaces)
+    say(f"the whole model: {whole.describe(all_layers.layers)}, {whole.step_bytes(needs) / GIB:.2f} GiB beside it")
+    planner.adapts = False
+    engine._apply(of_part(whole, all_layers.layers, few.layers))
 
 
 def say(text: object) -> None:
@@ -139,7 +136,7 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> 
     from qlora_cli.core.data.packing import collate
     from qlora_cli.core.device import limit_memory
     from qlora_cli.core.engine.engine import install_engine
-    from qlora_cli.core.planning.memory_estimate import ResolvedStep, count_flops
+    from qlora_cli.core.planning.memory_estimate import ResolvedStep, count_flops, estimate_training
     from qlora_cli.core.training.flat_parameters import TrainableParameters
     from qlora_cli.settings.groups import LoraSettings, StepSettings
 
@@ -147,11 +144,11 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> 
     device, cuda = torch.device(device_name), device_name == "cuda"
     result: dict = {"run": name, "architecture": architecture, "tokens": tokens}
     tiling = {} if tile_tokens is None else {"tile_tokens": tile_tokens}
-    decided, all_layers, few, held, part, missing = plan_part(name, **tiling)
+    decided, all_layers, few, missing = plan_part(name, **tiling)
+    tiling |= decided.tiling
     result |= {
         "predicted_whole": {"fits": decided.fits, **decided.settings, **decided.memory.to_dict()},
-        "predicted": {"fits": part.fits, **part.settings, **part.memory.to_dict()},
-        "keeps_attention": decided.measures.keeps_attention,
+        "planned": repr(decided.measures),
     }
     say(f"planned: {decided.measures.describe(all_layers.layers)}, {decided.memory.device_bytes / GIB:.2f} GiB")
     base = build(architecture, device_name)
@@ -169,16 +166,16 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> 
     time_pinning(pinned)
     engine = install_engine(
         model,
-        StepSettings(**held),
+        StepSettings(**tiling),
         device=device,
         compute_dtype=torch.bfloat16,
         max_tokens=tokens,
-        total_steps=100 if held else 100_000,
+        total_steps=100 if tiling else 100_000,
         optimizer_bytes=8 * parameters.elements,
         report=lambda event: say(event.text),
     )
-    if architecture != whole and held and not part.measures.keeps_attention:
-        engine._apply(replace(engine.plan, keeps_attention=False))
+    if architecture != whole and engine.planner is not None:
+        plan_as_whole(engine, all_layers, few)
     result["install_s"], result["engine"] = time.time() - started, engine.describe()
     say(result["engine"])
     if engine.planner is not None:
@@ -237,7 +234,7 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> 
         "busy": busy * tokens / seconds / CARD_FLOPS,
         "losses": losses,
         "plan": repr(as_run),
-        "predicted_gib": part.memory.peak_bytes / GIB,
+        "predicted_gib": estimate_training(few, resolved).peak_bytes / GIB,
         "missing_gib": missing / GIB,
     }
     if phases:
