@@ -45,6 +45,8 @@ def test_a_llama_layer_keeps_what_can_be_counted_by_hand():
     # Under a compiler: layer input, both norms' outputs, q, k, v, attention's output, the stream after attention, and
     # gate, up and their product.
     assert layer.compiled.held.per_token == BF16 * (8 * hidden + 3 * wide)
+    # Compiled leanly: the input, what linears give but for the last, and attention's output.
+    assert layer.lean == 6 * hidden + 2 * wide
     # As written, norms keep their input and its scale in float32 rather than the stream in 16 bits, the activation its
     # result; attention a number a head, each adapter its projection.
     eager = BF16 * (6 * hidden + 4 * wide) + 2 * (4 * hidden + 4) + 4 * heads + BF16 * adapters

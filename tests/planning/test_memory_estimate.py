@@ -102,6 +102,22 @@ def test_a_higher_rank_never_takes_less(name):
     assert peaks[0] < peaks[-1]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_that_are_sent_are_on_the_card_one_at_a_time(compiled):
+    model_profile = profile_of("llama")
+    kept, two, three = (
+        estimate_training(
+            model_profile, ResolvedStep(8192, 2048, "adamw", measures=MemoryPlan(sent=sent), compiled=compiled)
+        )
+        for sent in (0, 2, 3)
+    )
+    layer = model_profile.trace.layers[1]
+    lean = 2 * layer.lean if compiled else layer.kept.held.per_token
+    assert two.activation_bytes - three.activation_bytes == 8192 * lean
+    assert three.host_bytes - two.host_bytes == 8192 * lean
+    assert kept.activation_bytes > two.activation_bytes and kept.host_bytes < two.host_bytes
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recomputing_and_offloading_save_what_is_kept(name):
     model_profile = profile_of(name)

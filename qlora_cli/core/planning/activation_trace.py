@@ -71,6 +71,7 @@ class LayerTrace:
     kept: Pass  # its activations kept
     recomputed: Pass  # its input kept, the rest made again
     compiled: Pass  # activations kept, and a compiler that makes again what is elementwise
+    lean: int  # elements a token that are kept where it makes again what opaque ops read, too; 0 where not known
 
 
 @dataclass(frozen=True)
@@ -264,11 +265,8 @@ class _Trace:
         finally:
             put_back()
 
-    def _per_token(self, total_bytes: int) -> Growth:
-        return Growth(total_bytes / self.tokens)
-
     def _peak(self, highest_bytes: dict[int, int]) -> Peak:
-        return Peak(tuple((scratch, self._per_token(alive)) for scratch, alive in sorted(highest_bytes.items())))
+        return Peak(tuple((scratch, Growth(alive / self.tokens)) for scratch, alive in sorted(highest_bytes.items())))
 
     # ------------------------------------------------------------ layers
 
@@ -306,7 +304,9 @@ class _Trace:
         recompute = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         recomputed = self._count(recompute, call, differentiable=differentiable)
         hidden = call.arguments[0].shape[-1]
-        return LayerTrace(hidden, *attention, kept, recomputed, self._compile(call))
+        compiled, made = self._compile(call), [tensor.numel() // self.tokens for tensor, _ in self.made.values()]
+        lean = 0 if self.moments else hidden + sum(made[:-1]) + attention[2]  # what is only added up is not kept
+        return LayerTrace(hidden, *attention, kept, recomputed, compiled, lean)
 
     def _count(self, run: Callable, call: _Call, *, differentiable: bool) -> Pass:
         """Runs a layer forward and backward, and counts bytes."""
@@ -321,7 +321,7 @@ class _Trace:
             end = Sink.apply(output)
             del output
             end.backward()
-        return Pass(self._per_token(held_bytes), self._peak(forward), self._peak(self.live.highest_bytes))
+        return Pass(Growth(held_bytes / self.tokens), self._peak(forward), self._peak(self.live.highest_bytes))
 
     def _compile(self, call: _Call) -> Pass:
         """The same of a compiled layer, by rule instead of by count.
@@ -358,7 +358,7 @@ class _Trace:
             backward[scratch] = max(backward.get(scratch, 0), kept_bytes + read + tensor + hidden_bytes)
         for scratch, beside in self.moments:
             backward[scratch] = max(backward.get(scratch, 0), kept_bytes + beside + hidden_bytes)
-        return Pass(self._per_token(kept_bytes), self._peak({0: kept_bytes + hidden_bytes}), self._peak(backward))
+        return Pass(Growth(kept_bytes / self.tokens), self._peak({0: kept_bytes + hidden_bytes}), self._peak(backward))
 
     def _note_read(self, *tensors: Tensor) -> None:
         if self.recording:

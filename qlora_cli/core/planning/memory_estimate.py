@@ -6,13 +6,14 @@ each by itself.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import gcd, inf
 from typing import Any
 
 from qlora_cli.core.decoding.decoder import PREFILL_TOKENS
 from qlora_cli.core.engine.memory_plan import MemoryPlan
-from qlora_cli.core.planning.activation_trace import LayerTrace, ModelTrace
+from qlora_cli.core.planning.activation_trace import LayerTrace, ModelTrace, Pass
+from qlora_cli.core.planning.meta_ops import Growth, Peak
 from qlora_cli.core.planning.model_profile import ModelProfile
 from qlora_cli.core.streaming.host_memory import locked_bytes
 from qlora_cli.core.streaming.ring import SLOTS
@@ -59,9 +60,11 @@ class ResolvedStep:
         return -(-self.tokens // self.context)
 
     def is_offloaded(self, index: int) -> bool:
-        """Whether what a layer holds waits on the host: of recomputed layers, or of all where none is recomputed."""
-        recomputed = self.measures.recomputed
-        return self.measures.offload_activations and (index < recomputed or recomputed == 0)
+        """Whether what a layer holds waits on the host: of recomputed layers, of the next ones that are sent whole, or of
+        all where none is recomputed."""
+        recomputed, sent = self.measures.recomputed, self.measures.sent
+        away = self.measures.offload_activations and (index < recomputed or recomputed == 0)
+        return away or recomputed <= index < recomputed + sent
 
 
 @dataclass(frozen=True)
@@ -181,14 +184,14 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
     most_scratch = inf if step.measures.workspace_bytes is None else step.measures.workspace_bytes
     below = 0.0  # held on the device by the layers below
     in_transit = 0.0  # on its way to or from the host: of the layer just below of those that wait there
-    # Whoever calls the decoder holds what the first layer is given until that returns, also when it is on its way no more.
+    # Whoever calls the decoder holds what the first layer is given, also when it is on its way no more; the loss counts it.
     given = 0.0
     known: dict[tuple[int, bool], tuple[float, float, float]] = {}  # a model has many layers of few kinds
     for index, layer in enumerate(trace.layers):
         recomputed = index < step.measures.recomputed
         if (id(layer), recomputed) not in known:
-            eager = layer.recomputed if recomputed else layer.kept
-            passes = layer.compiled if step.compiled else eager
+            repeated = layer.compiled if step.compiled else layer.recomputed
+            passes = repeated if recomputed else _whole(layer, itemsize, step)
             exchanged = _exchanged(layer, itemsize, step)
             hidden_bytes = layer.recomputed.held.bytes(*size)
             known[id(layer), recomputed] = (
@@ -206,7 +209,7 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
         else:
             below += held
     logits_bytes = step.part_tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
-    yield "loss", below + in_transit + given, trace.tail.bytes(*size, logits_bytes)
+    yield "loss", below + in_transit, trace.tail.bytes(*size, logits_bytes)
 
 
 def _code_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
@@ -220,11 +223,26 @@ def _code_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
     return max(0, step.part_tokens * widest - (0 if step.measures.resident_weights else values))
 
 
+def _whole(layer: LayerTrace, itemsize: int, step: ResolvedStep) -> Pass:
+    """A layer that keeps what it saves. Compiled, it keeps less wherever not all layers do, as the engine compiles it."""
+    if not step.compiled:
+        return layer.kept
+    saved = layer.compiled.held.per_token - itemsize * layer.lean
+    if not (step.measures.frees_activations and layer.lean and saved > 0):
+        return layer.compiled
+
+    def less(peak: Peak) -> Peak:
+        moments = ((scratch, replace(g, per_token=max(0.0, g.per_token - saved))) for scratch, g in peak.moments)
+        return Peak(tuple(moments))
+
+    compiled = layer.compiled
+    return Pass(Growth(itemsize * layer.lean), less(compiled.forward), less(compiled.backward))
+
+
 def _held(layer: LayerTrace, itemsize: int, index: int, step: ResolvedStep) -> float:
     """Bytes a layer holds between its forward and its backward pass."""
-    whole = layer.compiled if step.compiled else layer.kept
     recomputed = index < step.measures.recomputed
-    passes = layer.recomputed if recomputed else whole
+    passes = layer.recomputed if recomputed else _whole(layer, itemsize, step)
     held = passes.held.bytes(step.part_tokens, step.row_tokens)
     if recomputed and step.measures.keeps_attention and step.is_offloaded(index):
         held += step.part_tokens * itemsize * layer.queries
