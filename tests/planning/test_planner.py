@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qlora_cli.core.engine import memory_plan
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import MemoryPlan
+from qlora_cli.core.matmul.choice import is_tried
 from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES, ResolvedStep, estimate_training
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
@@ -72,7 +73,13 @@ def leanest_bytes(**asked) -> int:
 def test_a_plan_that_says_it_fits_is_predicted_to_stay_within(vram_bytes, batch_size, max_length, optimizer):
     asked = {"batch_size": batch_size, "max_length": max_length, "optimizer": optimizer}
     decision = plan(vram_bytes, **asked)
-    step = ResolvedStep(bucket(decision.token_budget), max_length, decision.optimizer, decision.measures)
+    step = ResolvedStep(
+        bucket(decision.token_budget),
+        max_length,
+        decision.optimizer,
+        decision.measures,
+        in_8_bits=is_tried(StepSettings(), batch_size * max_length, on_cuda=True),
+    )
     predicted = max(
         estimate_training(profile_of(), replace(step, compiled=compiled)).device_bytes for compiled in (False, True)
     )

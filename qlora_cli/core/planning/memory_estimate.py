@@ -219,8 +219,13 @@ def _code_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
     values = profile.largest_weight_bytes // profile.itemsize
     if not step.in_8_bits or not values:
         return 0
-    widest = values // max(1, max(layer.hidden for layer in profile.trace.layers))
-    return max(0, step.part_tokens * widest - (0 if step.measures.resident_weights else values))
+    hidden = max(1, max(layer.hidden for layer in profile.trace.layers))
+    codes, widest = step.part_tokens, values // hidden
+    if step.measures.tile_tokens:  # an MLP's are of a tile, those around attention of all rows
+        codes = max(codes * hidden, min(codes, step.measures.tile_tokens) * widest)
+    else:
+        codes *= widest
+    return max(0, codes - (0 if step.measures.resident_weights else values))
 
 
 def _whole(layer: LayerTrace, itemsize: int, step: ResolvedStep) -> Pass:
