@@ -58,7 +58,7 @@ def run(setting: Setting, plan, device: str) -> dict:
     started, cuda = time.time(), device == "cuda"
     if cuda:
         limit_memory(torch.device(device), torch.cuda.get_device_properties(0).total_memory)
-    bench = Bench(setting, device, 2, False)
+    bench = Bench(setting, device, 5, False)
     layers = find_layers(find_decoder(bench.base))
     streamed = stream_base(bench.base, layers, bench.device, streamed=plan.measures.streamed)
     if cuda and setting.limit_gib:

@@ -328,7 +328,8 @@ class StepPlanner:
             plan.recomputed > 0 and not plan.keeps_attention and seconds.device < LONGEST_TRIAL_SECONDS
         )
         if layer_plan.recompute and whole is not None and (again := trials.time(layer, tokens)) is not None:
-            repeated = max(0.0, again.device - whole.device) / whole.forward
+            # More than a forward pass is what the host took to launch it, as it does for a layer by itself.
+            repeated = min(1.0, max(0.0, again.device - whole.device) / whole.forward)
             self.needs = replace(self.needs, repeated_share=repeated)
         needs, predicted = self.needs, plan.micro_batch_seconds(self.needs)
         rates = needs.link_bytes_per_second, needs.source_bytes_per_second
