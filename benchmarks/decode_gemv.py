@@ -178,7 +178,7 @@ def check_overlap() -> None:
     """Whether products that get ready during the launch before them are the same bits, replayed from a graph."""
     weight, adapter, _, _ = make_stack(4096, 4096, 1)
     z = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
-    overlaps = gemv._overlaps
+    overlaps = gemv.overlaps
     try:
         gemv.multiply(z * 1.5, weight, adapter)
         graph = torch.cuda.CUDAGraph()
@@ -187,14 +187,14 @@ def check_overlap() -> None:
         for _ in range(20):
             z.normal_()
             graph.replay()
-            gemv._overlaps = lambda device: False
+            gemv.overlaps = lambda device: False
             expected = gemv.multiply(z * 1.5, weight, adapter)
-            gemv._overlaps = overlaps
+            gemv.overlaps = overlaps
             assert torch.equal(found, expected), "another result"
         RESULTS["overlap"] = True
     except Exception as error:
         note("overlap FAILED", f"{type(error).__name__}: {str(error)[:200]}")
-        gemv._overlaps = lambda device: False
+        gemv.overlaps = lambda device: False
         RESULTS["overlap"] = False
 
 
@@ -236,9 +236,9 @@ def sweep(tokens_list, tilings) -> None:
                 bare = seconds(Tiling(*best), adapted=False) * 1e6
                 note(f"{name} x{tokens} best, no adapter us", bare)
                 note(f"{name} x{tokens} share of copy rate", bytes_of(stacks[0][0], None) / bare * 1e6 / rate)
-                overlaps, gemv._overlaps = gemv._overlaps, lambda device: False
+                overlaps, gemv.overlaps = gemv.overlaps, lambda device: False
                 note(f"{name} x{tokens} best, no overlap us", seconds(Tiling(*best)) * 1e6)
-                gemv._overlaps = overlaps
+                gemv.overlaps = overlaps
             note(f"{name} x{tokens} in use us", seconds() * 1e6)
             if tokens == 1:
                 y = x[None]

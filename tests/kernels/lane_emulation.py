@@ -181,4 +181,4 @@ def emulate(monkeypatch):
 
     monkeypatch.setattr(tl, "inline_asm_elementwise", run_ptx)
     monkeypatch.setattr(gemv, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(gemv, "_overlaps", lambda device: False)
+    monkeypatch.setattr(gemv, "overlaps", lambda device: False)

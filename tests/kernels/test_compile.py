@@ -60,7 +60,7 @@ CASES = [
     (
         decode_attention._attend_part,
         {"GROUP": 4, "GROUP_ROOM": 16, "SIZE": 80, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "STEP": 64}
-        | {"WINDOW": True, "SOFTCAP": True, "SHARED": False},
+        | {"WINDOW": True, "SOFTCAP": True, "SHARED": False, "OVERLAP": True},
         4,
     ),
     (
@@ -71,13 +71,13 @@ CASES = [
     (guesses._accept, {"WIDTH": 8, "NOTHING": -1}, 1),
     (
         decode_attention._join_parts,
-        {"SIZE": 128, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "PARTS_ROOM": 4, "WINDOW": True},
+        {"SIZE": 128, "SIZE_ROOM": 128, "PART": 128, "PARTS": 4, "PARTS_ROOM": 4, "WINDOW": True, "OVERLAP": True},
         2,
     ),
-    (decode_pointwise._normalise, {"SIZE": 4096, "SIZE_ROOM": 4096, "ROUND_FIRST": True}, 8),
-    (decode_pointwise._centre, {"SIZE": 6144, "SIZE_ROOM": 8192, "HAS_BIAS": True}, 8),
-    (decode_pointwise._gate, {"KIND": "gelu", "ROOM": 1024}, 4),
-    (decode_pointwise._rotate, {"SIZE": 96, "ROTATED": 24, "ROOM": 128}, 1),
+    (decode_pointwise._normalise, {"SIZE": 4096, "SIZE_ROOM": 4096, "ROUND_FIRST": True, "OVERLAP": True}, 8),
+    (decode_pointwise._centre, {"SIZE": 6144, "SIZE_ROOM": 8192, "HAS_BIAS": True, "OVERLAP": True}, 8),
+    (decode_pointwise._gate, {"KIND": "gelu", "ROOM": 1024, "OVERLAP": True}, 4),
+    (decode_pointwise._rotate, {"SIZE": 96, "ROTATED": 24, "ROOM": 128, "OVERLAP": True}, 1),
     (dropout._drop, {"GROUPS": 512}, 4),
     (low_rank._add_product, {"DROPS": True, "SCALES": False, "ROWS": 64, "COLUMNS": 128, "RANK": 16}, 4),
     (low_rank._add_product, {"DROPS": False, "SCALES": True, "ROWS": 64, "COLUMNS": 128, "RANK": 64}, 4),

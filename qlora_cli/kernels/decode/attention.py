@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_cli.kernels.decode.overlap import follow, overlaps
+
 STEP = 64  # tokens of a row that a program takes at once
 PROGRAMS = 256  # enough for every multiprocessor of a large card to have two
 UNDIVIDED = 256  # longest cache for which a second kernel costs more than it saves
@@ -50,8 +52,11 @@ def _attend_part(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SHARED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One part of one row for one key head and the GROUP query heads that share it."""
+    if OVERLAP:
+        follow()
     row = tl.program_id(0) // key_heads
     head = tl.program_id(0) % key_heads
     part = tl.program_id(1)
@@ -131,8 +136,11 @@ def _join_parts(
     PARTS: tl.constexpr,
     PARTS_ROOM: tl.constexpr,
     WINDOW: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The parts of one row and head, each weighed by its share of the softmax."""
+    if OVERLAP:
+        follow()
     line = tl.program_id(0)
     position = tl.load(positions + line // heads).to(tl.int32)
     lowest = 0
@@ -198,6 +206,7 @@ def attend(
         highest = torch.empty(rows, heads, parts, dtype=torch.float32, device=query.device)
         weight = torch.empty_like(highest)
     sizes = {"SIZE": size, "SIZE_ROOM": max(16, triton.next_power_of_2(size)), "PART": part, "PARTS": parts}
+    overlap = overlaps(query.device)
     with torch.cuda.device_of(query):
         _attend_part[(rows * key_heads, parts)](
             query,
@@ -226,7 +235,9 @@ def attend(
             WINDOW=window is not None,
             SOFTCAP=softcap is not None,
             SHARED=shared,
+            OVERLAP=overlap,
             num_warps=4,
+            launch_pdl=overlap,
             **sizes,
         )
         if parts > 1:
@@ -240,7 +251,9 @@ def attend(
                 window or 0,
                 PARTS_ROOM=triton.next_power_of_2(parts),
                 WINDOW=window is not None,
+                OVERLAP=overlap,
                 num_warps=2,
+                launch_pdl=overlap,
                 **sizes,
             )
     return out

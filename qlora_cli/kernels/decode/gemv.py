@@ -5,7 +5,6 @@ their input (query, key and value; gate and up) are stacked and read by one laun
 launch before it: `project` gives scaling A x, and the big kernel adds B times that to what it writes.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ import triton
 from torch import Tensor
 
 from qlora_cli.kernels.decode import gemv_lanes, gemv_programs
+from qlora_cli.kernels.decode.overlap import multiprocessors, overlaps
 from qlora_cli.kernels.weights import FrozenWeight
 
 MAX_TOKENS = 64  # rows of activations; more are better dequantised once and multiplied as usual
@@ -71,20 +71,6 @@ def choose_tiling(tokens: int, rows: int, columns: int) -> Tiling:
     return Tiling(tiles=1, warps=4, resident=4, registers=128)
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many the device has; 0 where `multiply_lanes` cannot run: it needs tensor cores that take bfloat16."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it, if that allows it, is running."""
-    return multiprocessors(device) > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def takes_lanes(x: Tensor, weight: FrozenWeight) -> bool:
     """Whether a product is computed by `multiply_lanes`, and not by the portable program."""
     fit = x.shape[0] <= LANE_TOKENS and x.dtype in KINDS and weight.blocksize == 64
@@ -119,8 +105,9 @@ def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
             SPAN=PROJECT_COLUMNS,
             TOKENS=1 if apart else max(16, triton.next_power_of_2(tokens)),
             RANKS=rows,
-            OVERLAP=_overlaps(x.device),
+            OVERLAP=overlaps(x.device),
             num_warps=4,
+            launch_pdl=overlaps(x.device),
         )
     return out
 
@@ -195,7 +182,7 @@ def _multiply_lanes(
     units = triton.cdiv(weight.rows, 16 * tiling.tiles)
     programs = min(units, multiprocessors(x.device) * tiling.resident)
     row_blocks = columns // weight.blocksize
-    overlap = parts > 0 and _overlaps(x.device)
+    overlap = overlaps(x.device)
     gemv_lanes.multiply_lanes[(programs,)](
         *operands,
         row_blocks,

@@ -14,7 +14,6 @@ Scales multiply the sums of each block in float32.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from qlora_cli.kernels.decode.lane_instructions import (
     expand,
@@ -23,6 +22,7 @@ from qlora_cli.kernels.decode.lane_instructions import (
     multiply_block,
     of_quarter,
 )
+from qlora_cli.kernels.decode.overlap import follow
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def multiply_lanes(
         )
     bank = fill_table(x, code, tokens, thread)
     if OVERLAP:
-        gdc_wait()
+        follow()
 
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         first_row = unit * unit_rows

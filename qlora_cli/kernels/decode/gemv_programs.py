@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+
+from qlora_cli.kernels.decode.overlap import follow
 
 
 @triton.jit
@@ -79,13 +80,13 @@ def project(
 
     A program of one token computes it as it would alone, whatever the others do.
     """
-    if OVERLAP:
-        gdc_launch_dependents()
     rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     used = (rank[:, None] < ranks) & (column[None, :] < columns)
     down = tl.load(a + rank[:, None] * columns + column[None, :], mask=used, other=0.0)
+    if OVERLAP:
+        follow()
     if TOKENS == 1:
         values = tl.load(x + tl.program_id(2) * columns + column, mask=column < columns, other=0.0)
         total = tl.sum(down.to(tl.float32) * values.to(tl.float32)[None, :], 1)[:, None]

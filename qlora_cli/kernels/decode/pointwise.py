@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_cli.kernels.decode.overlap import follow, overlaps
 from qlora_cli.kernels.triton.activations import activate
 
 
@@ -26,14 +27,17 @@ def _normalise(
     SIZE: tl.constexpr,
     SIZE_ROOM: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SIZE_ROOM)
     used = place < SIZE
+    factor = tl.load(weight + place, mask=used, other=0.0)
+    if OVERLAP:
+        follow()
     start = (row // group) * x_group + (row % group) * x_row
     values = tl.load(x + start + place, mask=used, other=0.0).to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
-    factor = tl.load(weight + place, mask=used, other=0.0)
     if ROUND_FIRST:
         # As llama has it: rounded to the dtype of x, then multiplied in that dtype.
         result = values.to(x.dtype.element_ty).to(tl.float32) * factor.to(tl.float32)
@@ -70,7 +74,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
             SIZE=size,
             SIZE_ROOM=triton.next_power_of_2(size),
             ROUND_FIRST=round_first,
+            OVERLAP=overlaps(x.device),
             num_warps=_warps(size),
+            launch_pdl=overlaps(x.device),
         )
     return out
 
@@ -87,10 +93,23 @@ def _grouped(x: Tensor) -> tuple[Tensor, int]:
 
 
 @triton.jit
-def _centre(x, weight, bias, out, x_row, epsilon, SIZE: tl.constexpr, SIZE_ROOM: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _centre(
+    x,
+    weight,
+    bias,
+    out,
+    x_row,
+    epsilon,
+    SIZE: tl.constexpr,
+    SIZE_ROOM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SIZE_ROOM)
     used = place < SIZE
+    if OVERLAP:
+        follow()
     values = tl.load(x + row * x_row + place, mask=used, other=0.0).to(tl.float32)
     values = tl.where(used, values - tl.sum(values, 0) / SIZE, 0.0)
     values *= tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
@@ -127,7 +146,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
             SIZE=size,
             SIZE_ROOM=triton.next_power_of_2(size),
             HAS_BIAS=bias is not None,
+            OVERLAP=overlaps(flat.device),
             num_warps=_warps(size),
+            launch_pdl=overlaps(flat.device),
         )
     return out
 
@@ -153,8 +174,11 @@ def _rotate(
     SIZE: tl.constexpr,
     ROTATED: tl.constexpr,
     ROOM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One head of one token, of x or of y: pairs (i, i + ROTATED / 2) turn, what is beyond ROTATED stays."""
+    if OVERLAP:
+        follow()
     row = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)  # a long prompt's projection has more than 2^31 values
     head = tl.program_id(1)
@@ -219,7 +243,9 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             SIZE=size,
             ROTATED=cos.shape[-1],
             ROOM=triton.next_power_of_2(size),
+            OVERLAP=overlaps(query.device),
             num_warps=1,
+            launch_pdl=overlaps(query.device),
         )
     return out_query, out_key
 
@@ -228,7 +254,9 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 @triton.jit
-def _gate(x, y, out, x_row, y_row, size, KIND: tl.constexpr, ROOM: tl.constexpr):
+def _gate(x, y, out, x_row, y_row, size, KIND: tl.constexpr, ROOM: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * ROOM + tl.arange(0, ROOM)
     used = place < size
@@ -257,6 +285,16 @@ def gate(x: Tensor, y: Tensor, kind: str) -> Tensor:
     room = 1024 if rows < 16 else 4096
     with torch.cuda.device_of(x):
         _gate[(rows, triton.cdiv(size, room))](
-            x, y, out, x.stride(0), y.stride(0), size, KIND=kind, ROOM=room, num_warps=4
+            x,
+            y,
+            out,
+            x.stride(0),
+            y.stride(0),
+            size,
+            KIND=kind,
+            ROOM=room,
+            OVERLAP=overlaps(x.device),
+            num_warps=4,
+            launch_pdl=overlaps(x.device),
         )
     return out
