@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
-from qlora_cli.core.decoding import prefill
+from qlora_cli.core.decoding import fused_layers, prefill
 from qlora_cli.core.decoding.decoder import PaddedPrompts, Prompt, pad_prompts
 from qlora_cli.core.decoding.fused_layers import FastLayers
 from qlora_cli.core.decoding.graph_decoder import FastModel, GraphDecoder, Guesses
@@ -504,3 +505,30 @@ def test_what_holds_for_a_step_is_found_out_anew_for_prompts():
         with layers.used_for(use), torch.no_grad():
             torch.testing.assert_close(norm(x), wanted)
     assert [fits is None for fits in layers._norms.values()] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [("llama", True), ("granite", False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in ("gemma", "phi3"))],
+)
+def test_residual_additions_are_computed_with_the_norms_that_read_them(kind, fits, monkeypatch):
+    """Both of every layer, where it adds as llama's does; a layer that scales what it adds is left alone."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes, num_hidden_layers=3, vocab_size=100, head_dim=32, pad_token_id=0)
+    if not fits:
+        config.residual_multiplier = 0.3
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    ids, counts = torch.tensor([[5], [7]], device=DEVICE), []
+    fused = fused_layers.add_and_rms_norm
+    monkeypatch.setattr(fused_layers, "add_and_rms_norm", lambda *a, **n: counts.append(0) or fused(*a, **n))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        layers = FastLayers(model)
+        for _ in range(3):
+            counts.clear()
+            with layers.used_for("step"):
+                torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+        assert len(counts) == (6 if fits else 0)
+        layers.close()
+        assert torch.equal(model(ids, use_cache=False).logits, expected)

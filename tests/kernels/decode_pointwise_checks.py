@@ -6,7 +6,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from qlora_cli.kernels.decode.pointwise import gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.decode.pointwise import add_and_rms_norm, gate, layer_norm, rms_norm, rotate
 from qlora_cli.kernels.decode.routing import choose_experts
 from qlora_cli.kernels.gated import GATES
 
@@ -27,6 +27,16 @@ def test_normalises_as_the_module_does(kind, dtype):
     gemma = kind is Gemma2RMSNorm
     found = rms_norm(x, module.weight.data, 1e-5, offset=float(gemma), round_first=not gemma)
     torch.testing.assert_close(found, module(x), atol=1e-6 if dtype == torch.float32 else 1e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("offset", "round_first"), [(0.0, True), (1.0, False)])
+def test_a_sum_and_its_norm_are_those_of_two_launches(offset, round_first, dtype):
+    x, y = torch.randn(2, 3, 200, device=DEVICE).to(dtype)
+    weight = torch.randn(200, device=DEVICE).to(dtype)
+    total, normed = add_and_rms_norm(x, y, weight, 1e-5, offset=offset, round_first=round_first)
+    assert torch.equal(total, x + y)
+    assert torch.equal(normed, rms_norm(total, weight, 1e-5, offset=offset, round_first=round_first))
 
 
 def test_norms_of_heads_read_them_where_they_are_in_wider_rows():

@@ -6,7 +6,10 @@ import torch
 from qlora_cli.core.bnb import bitsandbytes
 from qlora_cli.core.decoding.prompt_lookup import WIDTH, PromptLookUp, trusted_kernels
 from qlora_cli.kernels.decode import gemv
+from qlora_cli.kernels.decode.fused_projections import gate_and_project, normalise_and_project
 from qlora_cli.kernels.decode.gemv import ROW_UNIT, StackedAdapter, Tiling
+from qlora_cli.kernels.decode.pointwise import add_and_rms_norm, gate
+from qlora_cli.kernels.gated import GATES
 from qlora_cli.kernels.weights import FrozenWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,6 +187,33 @@ def test_steps_with_guesses_are_those_of_torch(width):
             taken = look_up.accept(chosen, last)
             found.append([tokens, places, taken, look_up.report, look_up.state()[0], look_up.guess(last + taken + 1)])
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("offset", "round_first"), [(0.0, True), (1.0, False)])
+def test_what_reads_a_norm_is_projected_with_it(offset, round_first, dtype):
+    x, y = torch.randn(2, 3, 1, 600, device=DEVICE).to(dtype)
+    weight = torch.randn(600, device=DEVICE).to(dtype)
+    adapter, _ = adapt([64, 64], 600, [5, 2], dtype=dtype)
+    ways = {"offset": offset, "round_first": round_first}
+    expected = add_and_rms_norm(x, y, weight, 1e-5, **ways)
+    *found, projected = normalise_and_project(x, y, weight, 1e-5, adapter, **ways)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    alone = normalise_and_project(x[1:2], y[1:2], weight, 1e-5, adapter, **ways)
+    assert torch.equal(alone[1], found[1][1:2]) and torch.equal(alone[2], projected[:, 1:2])
+    assert (projected - gemv.project(found[1].view(3, 600), adapter)).norm() < 1e-6 * projected.norm()
+
+
+@pytest.mark.parametrize("kind", sorted(GATES))
+def test_what_reads_a_gate_is_projected_with_it(kind):
+    whole = torch.randn(3, 1, 1200, device=DEVICE)
+    adapter, _ = adapt([64], 600, [5])
+    gated, projected = gate_and_project(whole[..., :600], whole[..., 600:], kind, adapter)
+    assert torch.equal(gated, gate(whole[..., :600], whole[..., 600:], kind))
+    assert (projected - gemv.project(gated.view(3, 600), adapter)).norm() < 1e-6 * projected.norm()
+    alone = gate_and_project(whole[1:2, :, :600], whole[1:2, :, 600:], kind, adapter)
+    assert torch.equal(alone[0], gated[1:2]) and torch.equal(alone[1], projected[:, 1:2])
 
 
 def test_shapes_that_do_not_fit_are_refused():

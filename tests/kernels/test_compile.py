@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from qlora_cli.kernels.decode import attention as decode_attention  # noqa: E402
-from qlora_cli.kernels.decode import gemv_lanes, gemv_programs, guesses  # noqa: E402
+from qlora_cli.kernels.decode import fused_projections, gemv_lanes, gemv_programs, guesses  # noqa: E402
 from qlora_cli.kernels.decode import pointwise as decode_pointwise  # noqa: E402
 from qlora_cli.kernels.triton import (  # noqa: E402
     capped_attention,
@@ -41,6 +41,7 @@ FLOATS = {"least", "scale", "softcap", "cap", "epsilon", "offset", "rate"}
 NUMBERS = {"rows", "row_words", "ranks", "parts", "tokens", "columns", "capacity", "key_heads", "heads", "window"}
 NUMBERS |= {f"{a}_{b}" for a in ("q", "key", "value", "x", "y") for b in ("row", "head", "token")}
 NUMBERS |= {"cos_row", "x_group", "group", "x_heads", "y_heads", "row_blocks", "units", "size"}
+NUMBERS |= {"gate_row", "up_row"}
 NUMBERS |= {"right_parts", "left_parts", "right_elements", "left_elements"}
 NUMBERS |= {"given_row", "given_column"}
 NUMBERS |= {"width", "first_group", "first_row", "end_row", "x_row"}
@@ -75,6 +76,17 @@ CASES = [
         2,
     ),
     (decode_pointwise._normalise, {"SIZE": 4096, "SIZE_ROOM": 4096, "ROUND_FIRST": True, "OVERLAP": True}, 8),
+    (
+        fused_projections._normalise_and_project,
+        {"SIZE": 4096, "SIZE_ROOM": 4096, "SPAN": 512, "RANKS": 4, "ROUND_FIRST": True, "OVERLAP": True},
+        4,
+    ),
+    (fused_projections._gate_and_project, {"SPAN": 512, "RANKS": 4, "KIND": "silu", "OVERLAP": True}, 4),
+    (
+        decode_pointwise._add_and_normalise,
+        {"SIZE": 4096, "SIZE_ROOM": 4096, "ROUND_FIRST": True, "OVERLAP": True},
+        8,
+    ),
     (decode_pointwise._centre, {"SIZE": 6144, "SIZE_ROOM": 8192, "HAS_BIAS": True, "OVERLAP": True}, 8),
     (decode_pointwise._gate, {"KIND": "gelu", "ROOM": 1024, "OVERLAP": True}, 4),
     (decode_pointwise._rotate, {"SIZE": 96, "ROTATED": 24, "ROOM": 128, "OVERLAP": True}, 1),
@@ -135,9 +147,19 @@ def test_compiles_for_hopper(kernel, constants, warps):
         types["packed"] = "*i64"
         if constants["KIND"] == "f16":
             types |= dict.fromkeys(("x", "b", "bias", "y"), "*fp16")
-    if kernel in (decode_pointwise._normalise, decode_pointwise._centre):
+    if kernel in (
+        decode_pointwise._normalise,
+        decode_pointwise._centre,
+        decode_pointwise._add_and_normalise,
+        fused_projections._normalise_and_project,
+    ):
         types["weight"] = "*bf16"
-    if kernel in (gemv_programs.project, decode_attention._attend_part):
+    if kernel in (
+        gemv_programs.project,
+        fused_projections._normalise_and_project,
+        fused_projections._gate_and_project,
+        decode_attention._attend_part,
+    ):
         types["out"] = "*fp32"
     if kernel in (guesses._guess, guesses._accept):
         types |= {name: "*i64" for name, kind in types.items() if kind != "constexpr" and name != "width"}

@@ -37,7 +37,7 @@ def _layer_kinds(config: Any) -> set[str]:
     return {part for kind in kinds for part in PARTS.get(kind, (kind,))}
 
 
-def _updates_state(module: Any) -> bool:
+def updates_state(module: Any) -> bool:
     """Whether a module keeps its state in the cache it is given."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and not {"update_conv_state", "update_recurrent_state"}.isdisjoint(code.co_names)
@@ -53,7 +53,7 @@ def why_not_stepwise(model: Any) -> str | None:
     stateful = bool(kinds & STATE_KINDS)
     if (getattr(base, "_is_stateful", False) and not stateful) or config.is_encoder_decoder:
         return f"{config.model_type} keeps a state that is no list of keys and values"
-    if stateful and not any(_updates_state(module) for module in base.modules()):
+    if stateful and not any(updates_state(module) for module in base.modules()):
         return f"{config.model_type} keeps a state outside transformers' cache"
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         return f"{config.model_type} takes no keys and values of before"

@@ -6,6 +6,7 @@ step's single token says nothing about the many of a prompt, so that steps and p
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -13,12 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_cli.core.decoding.decoder import updates_state
 from qlora_cli.core.engine.gated_mlp import gated_mlp_kind
-from qlora_cli.kernels.decode.pointwise import gate, layer_norm, rms_norm, rotate
+from qlora_cli.kernels.decode.fused_projections import gate_and_project, normalise_and_project
+from qlora_cli.kernels.decode.gemv import APART_TOKENS, StackedAdapter
+from qlora_cli.kernels.decode.pointwise import add_and_rms_norm, gate, layer_norm, rms_norm, rotate
 from qlora_cli.kernels.decode.routing import choose_experts
 
 ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
 # (offset, round_first) of known RMS norms: llama and most; those that multiply in float32; gemma.
+PRE_NORM = {
+    "input_layernorm",
+    "self_attn",
+    "post_attention_layernorm",
+    "mlp",
+}  # all that a decoder layer like llama's has
 NORMS = ((0.0, True), (0.0, False), (1.0, False))
 WHOLE = 1e-6  # relative difference between two ways of computing the same in float32
 HALF = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # and in 16 bits: one rounding of the largest value
@@ -31,6 +41,17 @@ def is_same(found: Tensor, expected: Tensor) -> bool:
     largest = float(expected.abs().max())
     # In their own dtype: near values differ exactly, and a prompt's activations are large.
     return float((found - expected).abs_().max()) <= HALF.get(expected.dtype, 4 * WHOLE) * largest
+
+
+def _epsilon(norm: Any) -> float | None:
+    """What an RMS norm adds to the mean square; None where it has none by a known name."""
+    return next((getattr(norm, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, n)), None)
+
+
+def _may_be_pre_norm(module: nn.Module) -> bool:
+    """Whether it has the parts of a decoder layer like llama's, and no state that a trial would change."""
+    parts = {name: part for name, part in module.named_children() if not isinstance(part, nn.Dropout)}
+    return parts.keys() == PRE_NORM and not updates_state(parts["self_attn"])
 
 
 def _may_route(module: Any) -> bool:
@@ -64,6 +85,12 @@ class FastLayers:
         self._rotations: dict[tuple[str, int], bool] = {}  # by identity of the function that is replaced
         self._gates: dict[tuple[str, type], bool] = {}
         self._routes: dict[tuple[str, type], bool | None] = {}  # whether weights are normalised; None for neither
+        self._trying = False  # whether what is computed is to have the bits of one launch after another
+        self._residuals: dict[type, bool] = {}  # whether decoder layers add as llama's do
+        self._next_norm: dict[nn.Module, Any] = {}  # the norm that reads what a decoder layer returns
+        self._returned: tuple[nn.Module, Tensor] | None = None  # a decoder layer, and what it returned
+        self._ready: tuple[Any, Tensor, Tensor] | None = None  # a norm, what it will be given, and its answer
+        self._readers: dict[nn.Module, Any] = {}  # the `Stack` that read last what a norm or a gated MLP made
         self._splits: dict[str, bool] = {}  # whether heads come apart as Falcon's do
         self._taken: list[tuple[nn.Module, str]] = []
         module: Any
@@ -76,6 +103,8 @@ class FastLayers:
                 self._take(module, self._routing_of(module, module.forward))
             elif kind := gated_mlp_kind(module):
                 self._take(module, self._gating_of(module, kind, module.forward))
+            elif _may_be_pre_norm(module):
+                self._take(module, self._layer_of(module, module.forward))
             elif rotating := self._rotating_forward(module):
                 self._take(module, MethodType(rotating, module))
             if hasattr(module, "_split_heads") and hasattr(module, "new_decoder_architecture"):
@@ -93,7 +122,8 @@ class FastLayers:
         try:
             yield
         finally:
-            self._use = None
+            self._use = self._returned = self._ready = None
+            self._trying = False
 
     def close(self) -> None:
         """Gives every module its own forward back."""
@@ -115,12 +145,16 @@ class FastLayers:
 
     def _norm_of(self, module: Any, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         kind = type(module)
-        epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+        epsilon = _epsilon(module)
 
         def forward(*given: Any, **named: Any) -> Tensor:
             if self._use is None or epsilon is None or len(given) != 1 or named:
                 return own(*given, **named)
             (x,) = given
+            if self._ready is not None and self._ready[0] is module and self._ready[1] is x:
+                return self._ready[2]
+            if self._returned is not None and self._returned[1] is x:
+                self._next_norm[self._returned[0]] = module
             known = self._use, kind
             if known not in self._norms:
                 expected = own(x)
@@ -134,9 +168,71 @@ class FastLayers:
             fits = self._norms[known]
             if fits is None:
                 return own(x)
-            return rms_norm(x, module.weight, epsilon, offset=fits[0], round_first=fits[1])
+            return self._watched(module, rms_norm(x, module.weight, epsilon, offset=fits[0], round_first=fits[1]))
 
         return forward
+
+    # ------------------------------------------------------------ residual additions
+
+    def _layer_of(self, module: Any, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A decoder layer whose two additions are computed with the norms that read them, the second one the next layer's."""
+
+        def forward(*given: Any, **named: Any) -> Tensor:
+            fits = self._residuals.get(type(module))
+            if self._use != "step" or len(given) != 1 or fits is False:
+                return own(*given, **named)
+            if fits:
+                found = self._pre_norm_layer(module, *given, **named)
+            else:
+                norms = module.input_layernorm, module.post_attention_layernorm
+                known = all(("step", type(norm)) in self._norms for norm in norms)
+                found = own(*given, **named)
+                if known:  # the norms' launches are chosen already, so that bits are the same
+                    self._trying = True
+                    self._residuals[type(module)] = torch.equal(self._pre_norm_layer(module, *given, **named), found)
+                    self._trying = False
+            self._returned = module, found
+            return found
+
+        return forward
+
+    def _pre_norm_layer(self, module: Any, x: Tensor, **named: Any) -> Tensor:
+        """x + attention(norm(x)) =: h; h + mlp(norm(h))."""
+        attended = module.self_attn(hidden_states=module.input_layernorm(x), **named)[0]
+        total = self._add(x, attended, module.post_attention_layernorm)
+        added = module.mlp(module.post_attention_layernorm(total))
+        return self._add(total, added, self._next_norm.get(module))
+
+    def _add(self, x: Tensor, y: Tensor, norm: Any) -> Tensor:
+        """x + y; what the norm that reads it will be asked for is computed on the way, where its own launch is in use."""
+        fits = None if norm is None else self._norms.get(("step", type(norm)))
+        if fits is None or (x.shape, x.dtype) != (y.shape, y.dtype) or not (x.is_contiguous() and y.is_contiguous()):
+            return x + y
+        how: dict[str, Any] = {"epsilon": _epsilon(norm), "offset": fits[0], "round_first": fits[1]}
+        adapter = self._adapter_of_reader(norm, x)
+        if adapter is None:
+            total, normed = add_and_rms_norm(x, y, norm.weight, **how)
+        else:
+            total, normed, projected = normalise_and_project(x, y, norm.weight, adapter=adapter, **how)
+            normed.projected = adapter, projected  # type: ignore[attr-defined]
+        self._ready = norm, total, self._watched(norm, normed)
+        return total
+
+    # ------------------------------------------------------------ what reads a norm or a gate
+
+    def _watched(self, module: nn.Module, made: Tensor) -> Tensor:
+        """What a module made; a `Stack` that reads it tells."""
+        made.tell_reader = partial(self._readers.__setitem__, module)  # type: ignore[attr-defined]
+        return made
+
+    def _adapter_of_reader(self, module: nn.Module, x: Tensor) -> StackedAdapter | None:
+        """The adapter whose first half can be computed with what the module makes of a tensor like x."""
+        reader = self._readers.get(module)
+        if self._use != "step" or self._trying or reader is None or reader.adapter is None or reader.dtype != x.dtype:
+            return None
+        columns = reader.weight.columns
+        few = x.numel() // x.shape[-1] <= APART_TOKENS
+        return reader.adapter if few and x.shape[-1] == columns else None
 
     def _centring_of(self, module: nn.LayerNorm, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:  # torch's name for it
@@ -165,7 +261,12 @@ class FastLayers:
             if known not in self._gates:
                 self._gates[known] = is_same(gate(gated, up, kind), module.act_fn(gated) * up)
                 return own(x)
-            return module.down_proj(gate(gated, up, kind))
+            adapter = self._adapter_of_reader(module, gated)
+            if adapter is None:
+                return module.down_proj(self._watched(module, gate(gated, up, kind)))
+            made, projected = gate_and_project(gated, up, kind, adapter)
+            made.projected = adapter, projected  # type: ignore[attr-defined]
+            return module.down_proj(self._watched(module, made))
 
         return forward
 

@@ -212,11 +212,16 @@ class Stack:
         """What the module of the site of this number returns for x, (..., in) to (..., out)."""
         if self.last is None or self.last[0] is not x:
             self.last = None  # not two of them at once
+            if (tell := getattr(x, "tell_reader", None)) is not None:
+                tell(self)
             flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
             if flat.shape[0] > MAX_TOKENS:
                 self.last = (x, self._product_of_many(flat))
             else:
-                self.last = (x, multiply(flat.contiguous(), self.weight, self.adapter, self.bias))
+                adapter, projected = getattr(x, "projected", (None, None))  # where what made x did that on the way
+                projected = projected if adapter is self.adapter else None
+                y = multiply(flat.contiguous(), self.weight, self.adapter, self.bias, projected=projected)
+                self.last = (x, y)
         y = self.last[1][:, self._starts[number] : self._starts[number + 1]]
         if number == len(self.sites) - 1:
             self.last = None  # the sites are called in order, and this was the last

@@ -19,7 +19,8 @@ MAX_TOKENS = 64  # rows of activations; more are better dequantised once and mul
 LANE_TOKENS = 16  # up to which `multiply_lanes` is the quicker program
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # what tensor cores call them
 APART_TOKENS = 8  # up to which a token's product is what it is alone, to the bit: guesses of an answer are checked so
-PROJECT_COLUMNS = 512  # columns of A a program of `project` sums over
+PROJECT_COLUMNS = 512  # columns of A a program of `project` sums over, at least
+MOST_PARTS = 16  # of a row of A: the product that follows adds them up
 
 
 class StackedAdapter(NamedTuple):
@@ -77,6 +78,11 @@ def takes_lanes(x: Tensor, weight: FrozenWeight) -> bool:
     return fit and multiprocessors(x.device) > 0
 
 
+def span_of(columns: int) -> int:
+    """Columns of A that a program sums over."""
+    return max(PROJECT_COLUMNS, triton.next_power_of_2(triton.cdiv(columns, MOST_PARTS)))
+
+
 def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
     """scaling A x, in parts that have yet to be summed.
 
@@ -89,7 +95,8 @@ def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
     """
     tokens, columns = x.shape
     ranks = adapter.a.shape[0]
-    parts = triton.cdiv(columns, PROJECT_COLUMNS)
+    span = span_of(columns)
+    parts = triton.cdiv(columns, span)
     out = torch.empty(parts, tokens, ranks, dtype=torch.float32, device=x.device)
     apart = tokens <= APART_TOKENS
     rows = 2 if apart else 16
@@ -102,7 +109,7 @@ def project(x: Tensor, adapter: StackedAdapter) -> Tensor:
             tokens,
             columns,
             ranks,
-            SPAN=PROJECT_COLUMNS,
+            SPAN=span,
             TOKENS=1 if apart else max(16, triton.next_power_of_2(tokens)),
             RANKS=rows,
             OVERLAP=overlaps(x.device),
@@ -118,6 +125,7 @@ def multiply(
     adapter: StackedAdapter | None = None,
     bias: Tensor | None = None,
     *,
+    projected: Tensor | None = None,
     tiling: Tiling | None = None,
     shuffle: bool | None = None,
 ) -> Tensor:
@@ -132,6 +140,7 @@ def multiply(
             nested scales; columns are a multiple of the blocksize.
         adapter: Of the stack; `a` and `b` in the dtype of x.
         bias: (rows,) or None.
+        projected: What `project` would give, where that is known; None to compute it.
         tiling: How `multiply_lanes` divides its work; None for what is known to be fast.
         shuffle: Whether the portable program looks values up by warp shuffles, which the interpreter lacks; None for
             on CUDA only.
@@ -150,10 +159,11 @@ def multiply(
     lanes = takes_lanes(x, weight)
     if lanes and x.data_ptr() % 16:
         x = x.clone()  # loads are of 16 bytes
-    projected = b = first_rank = None
+    b = first_rank = None
     ranks = parts = rank = 0
     if adapter is not None:
-        projected, b, first_rank = project(x, adapter), adapter.b, adapter.first_rank
+        projected = project(x, adapter) if projected is None else projected
+        b, first_rank = adapter.b, adapter.first_rank
         ranks, parts, rank = adapter.a.shape[0], projected.shape[0], b.shape[1]
     packed = weight.packed.view(torch.int64 if lanes else torch.int32)
     statistics = (weight.absmax, weight.code, weight.nested_absmax, weight.nested_code, weight.offset)

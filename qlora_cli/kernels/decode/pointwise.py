@@ -81,6 +81,72 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
     return out
 
 
+@triton.jit
+def _add_and_normalise(
+    x,
+    y,
+    weight,
+    total,
+    out,
+    epsilon,
+    offset,
+    SIZE: tl.constexpr,
+    SIZE_ROOM: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, SIZE_ROOM)
+    used = place < SIZE
+    factor = tl.load(weight + place, mask=used, other=0.0)
+    if OVERLAP:
+        follow()
+    values = tl.load(x + row * SIZE + place, mask=used, other=0.0).to(tl.float32)
+    values += tl.load(y + row * SIZE + place, mask=used, other=0.0).to(tl.float32)
+    values = values.to(x.dtype.element_ty)
+    tl.store(total + row * SIZE + place, values, mask=used)
+    values = values.to(tl.float32)
+    values *= tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
+    if ROUND_FIRST:
+        result = values.to(x.dtype.element_ty).to(tl.float32) * factor.to(tl.float32)
+    else:
+        result = values * (factor.to(tl.float32) + offset)
+    tl.store(out + row * SIZE + place, result.to(out.dtype.element_ty), mask=used)
+
+
+def add_and_rms_norm(
+    x: Tensor, y: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, round_first: bool = True
+) -> tuple[Tensor, Tensor]:
+    """x + y, rounded to their dtype, and `rms_norm` of that.
+
+    Args:
+        x: (..., size), contiguous.
+        y: Like `x`.
+        weight: As for `rms_norm`, like what follows.
+
+    Returns:
+        Both (..., size), contiguous, in the dtype of x.
+    """
+    size, total, out = x.shape[-1], torch.empty_like(x), torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _add_and_normalise[(out.numel() // size,)](
+            x,
+            y,
+            weight,
+            total,
+            out,
+            epsilon,
+            offset,
+            SIZE=size,
+            SIZE_ROOM=triton.next_power_of_2(size),
+            ROUND_FIRST=round_first,
+            OVERLAP=overlaps(x.device),
+            num_warps=_warps(size),
+            launch_pdl=overlaps(x.device),
+        )
+    return total, out
+
+
 def _grouped(x: Tensor) -> tuple[Tensor, int]:
     """Rows of x as (groups, rows of a group, size), without a copy where strides allow it, and the rows of a group."""
     size = x.shape[-1]
