@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 SHARED_START = 0x400
-STORAGE = {tl.int32: np.int32, tl.float32: np.float32}
+STORAGE = {tl.int32: np.int32, tl.int64: np.int64, tl.float32: np.float32}
 
 
 class Shared:
@@ -79,6 +79,11 @@ class Machine:
             variable, size = re.fullmatch(r"(\w+)\[(\d+)\]", operands[-1]).groups()
             self.variables[variable] = self.shared.allocate(int(size))
             return
+        if name in ("cp.async.commit_group", "cp.async.wait_group", "bar.warp.sync"):
+            return  # copies are there at once, and lanes go together
+        only = None
+        if name == "@used":
+            only, (name, *operands) = values["used"], operands
         target, given = operands[0], operands[1:]
         if name in ("mov.u32", "mov.b32"):
             values[target] = self.read(given[0])
@@ -86,6 +91,16 @@ class Machine:
             low, high = (part.strip() for part in target.strip("{}").split(","))
             whole = self.read(given[0]).view(np.uint64)
             values[low], values[high] = whole.astype(np.uint32), (whole >> np.uint64(32)).astype(np.uint32)
+        elif name == "setp.ne.u32":
+            values[target] = self.read(given[0]) != self.read(given[1])
+        elif name == "cp.async.cg.shared.global":
+            to, places = self.place(target), self.place(given[0])
+            assert given[1] == "16" and (places % 16 == 0).all(), "not aligned"
+            for first, at in zip(self.shared.index(to, 16)[only], places[only], strict=True):
+                self.shared.words[first : first + 4] = np.frombuffer(ctypes.string_at(int(at), 16), np.uint32)
+        elif name == "ld.shared.b64":
+            first = self.shared.index(self.place(given[0]), 8).astype(np.int64)
+            values[target] = self.shared.words[first[:, None] + [0, 1]].view(np.uint64)[:, 0]
         elif name == "shl.b32":
             values[target] = self.read(given[0]) << self.read(given[1])
         elif name == "and.b32":
@@ -107,12 +122,15 @@ class Machine:
             first = self.shared.index(self.place(target), 16)
             for number, value in enumerate(self.group(given[0])):
                 self.shared.words[first + number] = value
-        elif name == "ld.global.nc.v4.b32":
+        elif name in ("ld.global.nc.v4.b32", "ld.global.v4.b32"):
             places = self.place(given[0])
             assert (places % 16 == 0).all(), "not aligned"
             raw = np.stack([np.frombuffer(ctypes.string_at(int(at), 16), np.uint32) for at in places])
             for number, register in enumerate(target.strip("{}").split(",")):
-                values[register.strip()] = np.ascontiguousarray(raw[:, number])
+                loaded = np.ascontiguousarray(raw[:, number])
+                values[register.strip()] = (
+                    loaded if only is None else np.where(only, loaded, self.read(register.strip()))
+                )
         elif name == "shfl.sync.idx.b32":
             assert given[2:] == ["0x1c1f", "0xffffffff"]  # among four
             lanes = np.arange(self.threads)

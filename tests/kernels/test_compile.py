@@ -48,12 +48,20 @@ NUMBERS |= {"width", "first_group", "first_row", "end_row", "x_row"}
 NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "ROOM": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
-LANES = {**PRODUCT, "PARTS": 8, "WARPS": 8, "WHOLE": False}
+LANES = {**PRODUCT, "PARTS": 8, "WHOLE": False}
 UNPACK = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "NESTED": True, "OFFSETS": False, "ROUNDS": False}
 GATE_TILE = {"ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS}
 CASES = [
-    (gemv_lanes.multiply_lanes, {**LANES, "TILES": 1, "EIGHTS": 1, "AHEAD": True, "OVERLAP": True, "KIND": "bf16"}, 8),
-    (gemv_lanes.multiply_lanes, {**LANES, "TILES": 2, "EIGHTS": 2, "AHEAD": False, "OVERLAP": False, "KIND": "f16"}, 8),
+    (
+        gemv_lanes.multiply_lanes,
+        {**LANES, "TILES": 1, "EIGHTS": 1, "WARPS": 4, "STAGES": 2, "LATER": "1", "OVERLAP": True, "KIND": "bf16"},
+        4,
+    ),
+    (
+        gemv_lanes.multiply_lanes,
+        {**LANES, "TILES": 2, "EIGHTS": 2, "WARPS": 2, "STAGES": 2, "LATER": "1", "OVERLAP": False, "KIND": "f16"},
+        2,
+    ),
     (gemv_programs.multiply_few, {**FEW, "TOKENS": 16, "ROWS": 32}, 4),
     (gemv_programs.multiply_few, {**FEW, "TOKENS": 64, "ROWS": 64}, 4),
     (gemv_programs.project, {"SPAN": 512, "TOKENS": 1, "RANKS": 2, "OVERLAP": True}, 4),
@@ -186,7 +194,7 @@ def test_compiles_for_hopper(kernel, constants, warps):
     if kernel is gemv_lanes.multiply_lanes:
         # 4 blocks of 4 products, and the adapter's; a table of 32 KiB, once.
         assert built.asm["ptx"].count("mma.sync") >= 16 * constants["TILES"] * constants["EIGHTS"]
-        assert built.asm["ptx"].count("32768]") == 1
+        assert built.asm["ptx"].count("49152]") == 1
 
 
 @pytest.mark.parametrize("size", [64, 200, 1536, 2048, 2560, 3072, 3584, 4096, 6144, 8192])

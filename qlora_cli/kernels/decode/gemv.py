@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_cli.kernels.decode import gemv_lanes, gemv_programs
 from qlora_cli.kernels.decode.overlap import multiprocessors, overlaps
+from qlora_cli.kernels.decode.shared_memory import allow_beside_static
 from qlora_cli.kernels.weights import FrozenWeight
 
 MAX_TOKENS = 64  # rows of activations; more are better dequantised once and multiplied as usual
@@ -41,7 +42,7 @@ class StackedAdapter(NamedTuple):
 
 WIDE_ROWS = 12288  # from which on every multiprocessor of a large card gets several units of 32 rows
 NARROW_ROWS = 4224  # up to which no multiprocessor of 132 gets more than two units of 16 rows
-LONG_COLUMNS = 8192  # beyond which 8 warps share the columns of so few rows
+RING_BYTES = 16384  # of shared memory beside the table, for weights on their way
 ROW_UNIT = 64  # a weight in a stack has a multiple of so many rows
 
 
@@ -50,26 +51,30 @@ class Tiling(NamedTuple):
 
     Attributes:
         tiles: 16 weight rows each, of a program's unit of work; at most ROW_UNIT rows.
-        warps: Of a program; they share out the columns.
+        warps: Of a program; they share out the columns. Powers of two, this and `tiles`, whose product is at most 8.
         resident: Programs a multiprocessor, at most; each takes one unit after another.
         registers: Most a thread may have; None for what the compiler takes.
-        ahead: Whether the next weights are loaded before the present ones are multiplied.
     """
 
     tiles: int
     warps: int
     resident: int
     registers: int | None = None
-    ahead: bool = True
 
 
 def choose_tiling(tokens: int, rows: int, columns: int) -> Tiling:
-    """How to divide a product: the order of benchmarks/decode.md's sweep on an H200; NeoX-20B's shapes follow from it."""
+    """How to divide a product: the order of benchmarks/decode.md's sweep on an H200; other shapes follow from it.
+
+    The same for one token and for eight, so that sums have one order.
+    """
     if rows >= WIDE_ROWS and tokens <= 8:
-        return Tiling(tiles=2, warps=4, resident=4, registers=128)
-    if rows <= NARROW_ROWS and columns > LONG_COLUMNS:
+        return Tiling(tiles=2, warps=2, resident=4, registers=224)
+    if rows <= NARROW_ROWS and tokens <= 8:
         return Tiling(tiles=1, warps=8, resident=2, registers=128)
     return Tiling(tiles=1, warps=4, resident=4, registers=128)
+
+
+allow_beside_static(gemv_lanes.multiply_lanes.fn.__name__)
 
 
 def takes_lanes(x: Tensor, weight: FrozenWeight) -> bool:
@@ -193,6 +198,7 @@ def _multiply_lanes(
     programs = min(units, multiprocessors(x.device) * tiling.resident)
     row_blocks = columns // weight.blocksize
     overlap = overlaps(x.device)
+    stages = max(1, RING_BYTES // (2048 * tiling.tiles * tiling.warps))
     gemv_lanes.multiply_lanes[(programs,)](
         *operands,
         row_blocks,
@@ -204,7 +210,8 @@ def _multiply_lanes(
         TILES=tiling.tiles,
         EIGHTS=triton.next_power_of_2(triton.cdiv(tokens, 8)),
         WARPS=tiling.warps,
-        AHEAD=tiling.ahead,
+        STAGES=stages,
+        LATER=str(stages - 1),
         WHOLE=row_blocks % 4 == 0 and weight.rows % (16 * tiling.tiles) == 0,
         OVERLAP=overlap,
         KIND=KINDS[x.dtype],

@@ -16,13 +16,85 @@ import triton
 import triton.language as tl
 
 from qlora_cli.kernels.decode.lane_instructions import (
+    await_group,
+    copy_piece,
+    end_group,
     expand,
-    fill_table,
-    load_activations,
+    fill_table_at,
+    from_here,
+    load_used_activations,
+    make_table_and_ring,
+    meet,
     multiply_block,
     of_quarter,
+    read_words,
 )
 from qlora_cli.kernels.decode.overlap import follow
+
+
+@triton.jit
+def ask_for_chunk(
+    packed, slot, chunk, first_row, rows, row_blocks, lane, live, TILES: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Weights of 4 blocks a row of 16 TILES rows on their way into a warp's slot, whole lines at a time; one group.
+
+    Block b of row r is to stand where block b xor r mod 4 would: so no two lanes read one bank at once.
+    """
+    line = lane >> 3
+    piece = lane & 7
+    target = slot + line * 128 + (piece ^ (line * 2)) * 16
+    for step in tl.static_range(4 * TILES):
+        row = first_row + step * 4 + line
+        used = live
+        if not WHOLE:
+            used = live & (chunk * 4 + (piece >> 1) < row_blocks) & (row < rows)
+        source = packed + (row * row_blocks * 4 + chunk * 16 + piece * 2)
+        copy_piece(target + step * 512, source, used.to(tl.int32))
+    end_group(lane)
+
+
+@triton.jit
+def read_chunk(slot, g, t, TILES: tl.constexpr):
+    """A lane's words of a chunk that has come, row after row."""
+    words = ()
+    for half in tl.static_range(2 * TILES):
+        for block in tl.static_range(4):
+            words += (read_words(slot + half * 1024 + g * 128 + ((g & 3) ^ block) * 32 + t * 8),)
+    return words
+
+
+@triton.jit
+def load_scales(
+    absmax,
+    nested_absmax,
+    nested_offset,
+    chunk,
+    first_row,
+    rows,
+    row_blocks,
+    t,
+    live,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Of 4 blocks a row: what the scale of block t is made of, row after row. Waits for nothing."""
+    scales = ()
+    for half in tl.static_range(2 * TILES):
+        row = first_row + half * 8
+        start = row * row_blocks + chunk * 4
+        used = live
+        if not WHOLE:
+            used = live & (chunk * 4 + t < row_blocks) & (row < rows)
+        level = tl.load(absmax + (start + t), mask=used, other=0)
+        if NESTED_BLOCKSIZE:
+            outer = (start + t) // NESTED_BLOCKSIZE
+            factor = tl.load(nested_absmax + outer, mask=used, other=0.0)
+            offset = tl.load(nested_offset + outer, mask=used, other=0.0)
+            scales += ((level, factor, offset),)
+        else:
+            scales += ((level,),)
+    return scales
 
 
 @triton.jit
@@ -78,6 +150,13 @@ def finish_scale(parts, nested_code, NESTED_BLOCKSIZE: tl.constexpr):
 
 
 @triton.jit
+def _following(unit, chunk, chunks, WARPS: tl.constexpr):
+    """The unit and the first warp's chunk that come after these: chunks of a unit first, then the program's next unit."""
+    ends = tl.minimum(tl.maximum(chunk + WARPS - chunks + 1, 0), 1)  # 1 where that was the unit's last
+    return unit + ends * tl.num_programs(0), (chunk + WARPS) * (1 - ends)
+
+
+@triton.jit
 def _load_projected(
     projected, first_rank, eight, tokens, ranks, parts, RANK: tl.constexpr, ROOM: tl.constexpr, PARTS: tl.constexpr
 ):
@@ -86,6 +165,20 @@ def _load_projected(
     at = (part[:, None, None] * tokens + token[None, :, None]) * ranks + first_rank + rank[None, None, :]
     used = (part < parts)[:, None, None] & (token < tokens)[None, :, None] & (rank < RANK)[None, None, :]
     return tl.load(projected + at, mask=used, other=0.0)
+
+
+@triton.jit
+def _load_up(b, first_row, rows, first, RANK: tl.constexpr, ROOM: tl.constexpr):
+    """B of 16 rows, the ranks from `first` on: (16, ROOM)."""
+    row, rank = first_row + tl.arange(0, 16), first + tl.arange(0, ROOM)
+    used = (row[:, None] < rows) & (rank[None, :] < RANK)
+    return tl.load(b + row[:, None] * RANK + rank[None, :], mask=used, other=0.0)
+
+
+@triton.jit
+def _add_adapter(up, small, whole):
+    """B of 16 rows times scaling A x of 8 tokens, (8, ranks), added to (16, 8)."""
+    return tl.dot(up, tl.trans(small).to(up.dtype), whole, input_precision="ieee")
 
 
 # ---------------------------------------------------------------- the program
@@ -120,43 +213,68 @@ def multiply_lanes(
     TILES: tl.constexpr,
     EIGHTS: tl.constexpr,
     WARPS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    LATER: tl.constexpr,
     WHOLE: tl.constexpr,
     OVERLAP: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """TILES times 16 rows of weights a unit, EIGHTS times 8 tokens; the warps of a program share out the columns.
 
-    AHEAD: while a chunk is multiplied the next one is under way, also across units. WHOLE: there are no rests, in rows or in
-    blocks of 4. OVERLAP: the launch before may still be running, and nothing of it is read before it has ended.
+    STAGES: chunks of a warp that are under way at once, also those of its next unit; LATER: one less, in letters. WHOLE:
+    there are no rests, in rows or in blocks of 4. OVERLAP: the launch before may still be running, and nothing of it is read before it has ended.
     """
     THREADS: tl.constexpr = WARPS * 32
-    EARLY: tl.constexpr = EIGHTS * PARTS * ROOM <= WARPS * 64  # at most 16 registers
+    EARLY: tl.constexpr = (EIGHTS * PARTS * ROOM <= WARPS * 64) & (ROOM <= 64)  # at most 16 registers
+    UP_EARLY: tl.constexpr = TILES * ROOM <= WARPS * 8  # at most 4
+    SLICE: tl.constexpr = ROOM if ROOM < 64 else 64  # ranks at once: more would not find room in shared memory
     thread = tl.arange(0, THREADS)
     g = (thread & 31) >> 2
     t = thread & 3
     warp = thread >> 5
     chunks = (row_blocks + 3) // 4
     unit_rows: tl.constexpr = 16 * TILES
-    if AHEAD:
-        words, scales = load_chunk(
+    table = make_table_and_ring(tokens)
+    slot_bytes: tl.constexpr = TILES * 2048
+    ring = table + (32768 + warp * (STAGES * slot_bytes))
+    asked_unit = tl.program_id(0)
+    asked_chunk = 0  # of the first warp
+    for stage in tl.static_range(STAGES):
+        ask_for_chunk(
             packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            warp,
-            tl.program_id(0) * unit_rows + g,
+            ring + stage * slot_bytes,
+            asked_chunk + warp,
+            asked_unit * unit_rows,
             rows,
             row_blocks,
-            t,
-            warp < chunks,
-            NESTED_BLOCKSIZE,
+            thread & 31,
+            (asked_chunk + warp < chunks) & (asked_unit + warp * 0 < units),
             TILES,
             WHOLE,
         )
-    bank = fill_table(x, code, tokens, thread)
+        asked_unit, asked_chunk = _following(asked_unit, asked_chunk, chunks, WARPS)
+    first = tl.program_id(0) * unit_rows + g
+    scales = load_scales(
+        absmax,
+        nested_absmax,
+        nested_offset,
+        warp,
+        first,
+        rows,
+        row_blocks,
+        t,
+        warp < chunks,
+        NESTED_BLOCKSIZE,
+        TILES,
+        WHOLE,
+    )
+    bank = fill_table_at(x, code, table, thread)
+    turn = 0
+    if RANK:  # nothing of the launch before
+        place = tl.load(first_rank + tl.program_id(0) * unit_rows // ROW_UNIT)
     if OVERLAP:
         follow()
+    column = from_here(t * 16)
 
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         first_row = unit * unit_rows
@@ -164,49 +282,50 @@ def multiply_lanes(
         for _ in tl.static_range(TILES * EIGHTS * 4):
             total += (tl.zeros((THREADS,), tl.float32),)
         if RANK:
-            place = tl.load(first_rank + first_row // ROW_UNIT)
-            if EARLY:  # asked for before the weights, needed after them
-                smalls = ()
+            ups = ()  # asked for before the weights, needed after them, like what follows
+            if UP_EARLY:
+                for tile in tl.static_range(TILES):
+                    ups += (_load_up(b, first_row + tile * 16, rows, 0, RANK, ROOM),)
+            smalls = ()
+            if EARLY:
                 for eight in tl.static_range(EIGHTS):
                     smalls += (_load_projected(projected, place, eight, tokens, ranks, parts, RANK, ROOM, PARTS),)
+            next_row = (unit + tl.num_programs(0)) * unit_rows
+            next_place = tl.load(first_rank + next_row // ROW_UNIT, mask=next_row < rows, other=0)
         for first_chunk in range(0, chunks, WARPS):
             chunk = first_chunk + warp
-            if AHEAD:
-                last = tl.maximum(first_chunk + WARPS - chunks + 1, 0)  # above 0 where this was the unit's last chunk
-                last = tl.minimum(last, 1)
-                next_unit = unit + last * tl.num_programs(0)
-                next_chunk = (first_chunk + WARPS) * (1 - last) + warp
-                next_words, next_scales = load_chunk(
-                    packed,
-                    absmax,
-                    nested_absmax,
-                    nested_offset,
-                    next_chunk,
-                    next_unit * unit_rows + g,
-                    rows,
-                    row_blocks,
-                    t,
-                    (next_chunk < chunks) & (next_unit + warp * 0 < units),
-                    NESTED_BLOCKSIZE,
-                    TILES,
-                    WHOLE,
-                )
-            else:
-                words, scales = load_chunk(
-                    packed,
-                    absmax,
-                    nested_absmax,
-                    nested_offset,
-                    chunk,
-                    first_row + g,
-                    rows,
-                    row_blocks,
-                    t,
-                    chunk < chunks,
-                    NESTED_BLOCKSIZE,
-                    TILES,
-                    WHOLE,
-                )
+            next_unit, next_chunk = _following(unit, first_chunk, chunks, WARPS)
+            next_chunk += warp
+            next_scales = load_scales(
+                absmax,
+                nested_absmax,
+                nested_offset,
+                next_chunk,
+                next_unit * unit_rows + g,
+                rows,
+                row_blocks,
+                t,
+                (next_chunk < chunks) & (next_unit + warp * 0 < units),
+                NESTED_BLOCKSIZE,
+                TILES,
+                WHOLE,
+            )
+            slot = await_group(ring + (turn & (STAGES - 1)) * slot_bytes, LATER)
+            words = read_chunk(slot, g, t, TILES)
+            ask_for_chunk(
+                packed,
+                meet(slot),
+                asked_chunk + warp,
+                asked_unit * unit_rows,
+                rows,
+                row_blocks,
+                thread & 31,
+                (asked_chunk + warp < chunks) & (asked_unit + warp * 0 < units),
+                TILES,
+                WHOLE,
+            )
+            asked_unit, asked_chunk = _following(asked_unit, asked_chunk, chunks, WARPS)
+            turn += 1
             finished = ()
             for half in tl.static_range(2 * TILES):
                 finished += (finish_scale(scales[half], nested_code, NESTED_BLOCKSIZE),)
@@ -215,7 +334,8 @@ def multiply_lanes(
                 values = ()
                 for eight in tl.static_range(EIGHTS):
                     token = tl.minimum(eight * 8 + g, tokens - 1)
-                    values += (load_activations(x + (token * row_blocks + at) * 64 + t * 16),)
+                    used = (eight * 8 + g < tokens).to(tl.int32)
+                    values += (load_used_activations(x + (token * row_blocks + at) * 64 + column, used),)
                 new = ()
                 for tile in tl.static_range(TILES):
                     low = expand(words[tile * 8 + block], bank)
@@ -231,28 +351,43 @@ def multiply_lanes(
                             total[(tile * EIGHTS + eight) * 4 + 3] + d[3] * high_scale,
                         )
                 total = new
-            if AHEAD:
-                words, scales = next_words, next_scales
+            scales = next_scales
 
         for eight in tl.static_range(EIGHTS):
             token = eight * 8 + tl.arange(0, 8)
+            small = ()
             if RANK:
                 if EARLY:
-                    small = tl.sum(smalls[eight], 0)  # (8, ROOM)
+                    small += (tl.sum(smalls[eight], 0),)  # (8, ROOM)
                 else:
-                    small = tl.sum(_load_projected(projected, place, eight, tokens, ranks, parts, RANK, ROOM, PARTS), 0)
+                    for number in tl.static_range(ROOM // SLICE):
+                        part = _load_projected(
+                            projected,
+                            place + number * SLICE,
+                            eight,
+                            tokens,
+                            ranks,
+                            parts,
+                            RANK - number * SLICE,
+                            SLICE,
+                            PARTS,
+                        )
+                        small += (tl.sum(part, 0),)
             for tile in tl.static_range(TILES):
                 row = first_row + tile * 16 + tl.arange(0, 16)
                 even = tl.join(total[(tile * EIGHTS + eight) * 4], total[(tile * EIGHTS + eight) * 4 + 2])
                 odd = tl.join(total[(tile * EIGHTS + eight) * 4 + 1], total[(tile * EIGHTS + eight) * 4 + 3])
                 whole = tl.sum(tl.reshape(tl.join(even, odd), (WARPS, 8, 4, 2, 2)), 0)  # (g, t, half, odd)
                 whole = tl.reshape(tl.permute(whole, (2, 0, 1, 3)), (16, 8))
-                if RANK:
-                    rank = tl.arange(0, ROOM)
-                    used = (row[:, None] < rows) & (rank[None, :] < RANK)
-                    up = tl.load(b + row[:, None] * RANK + rank[None, :], mask=used, other=0.0)
-                    whole = tl.dot(up, tl.trans(small).to(up.dtype), whole, input_precision="ieee")
+                for number in tl.static_range(ROOM // SLICE if RANK else 0):
+                    if UP_EARLY:
+                        whole = _add_adapter(ups[tile], small[number], whole)
+                    else:
+                        up = _load_up(b, first_row + tile * 16, rows, number * SLICE, RANK, SLICE)
+                        whole = _add_adapter(up, small[number], whole)
                 if HAS_BIAS:
                     whole += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
                 out = y + token[None, :] * rows + row[:, None]
                 tl.store(out, whole.to(y.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))
+        if RANK:
+            place = next_place

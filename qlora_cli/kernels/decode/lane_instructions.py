@@ -26,6 +26,22 @@ def make_table(seed):
     )
 
 
+@triton.jit
+def make_table_and_ring(seed):
+    """Address of 48 KiB of shared memory, a table and after it 16 KiB. To be called once in a program."""
+    return tl.inline_asm_elementwise(
+        """{
+        .shared .align 128 .b8 pairs[49152];
+        mov.u32 $0, pairs;
+        }""",
+        "=r,r",
+        [seed],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 # An entry takes 128 bytes, 16 at a time: lanes next to each other start at different ones, and `xor` leads through all 8.
 STORE_PAIR = tl.constexpr(
     """{
@@ -77,18 +93,79 @@ def own_bank(table):
 
 
 @triton.jit
-def fill_table(x, code, seed, thread):
-    """The table of all pairs of `code`'s 16 values in the dtype of x's elements, and where it stands for each lane.
+def fill_table_at(x, code, table, thread):
+    """All pairs of `code`'s 16 values in the dtype of x's elements; returns where they stand for each lane.
 
     To be called once in a program, by all of its threads.
     """
     entry = tl.arange(0, 256)
     first = tl.load(code + (entry >> 4)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
     second = tl.load(code + (entry & 15)).to(x.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
-    table = make_table(seed)
     store_pair(table, entry, (first & 0xFFFF) | (second << 16))
     tl.debug_barrier()
     return own_bank(table + thread * 0)
+
+
+@triton.jit
+def fill_table(x, code, seed, thread):
+    """`fill_table_at` in a table of its own."""
+    return fill_table_at(x, code, make_table(seed), thread)
+
+
+# ---------------------------------------------------------------- the ring
+
+
+@triton.jit
+def copy_piece(target, source, used):
+    """Asks for 16 bytes of global memory in shared memory, where `used` is not 0."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred used;
+        setp.ne.u32 used, $3, 0;
+        @used cp.async.cg.shared.global [$1], [$2], 16;
+        mov.u32 $0, $3;
+        }""",
+        "=r,r,l,r",
+        [target, source, used],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def end_group(value):
+    """What was asked for since the last call is one group."""
+    return tl.inline_asm_elementwise(
+        "cp.async.commit_group;\nmov.u32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def await_group(value, LATER: tl.constexpr):
+    """The value, once all groups of the warp are there but so many later ones (a string)."""
+    return tl.inline_asm_elementwise(
+        "cp.async.wait_group " + LATER + ";\nbar.warp.sync 0xffffffff;\nmov.u32 $0, $1;",
+        "=r,r",
+        [value],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def meet(value):
+    """The value, once the whole warp has read what it asked for."""
+    return tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff;\nmov.u32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def read_words(place):
+    """64 bits of shared memory."""
+    return tl.inline_asm_elementwise("ld.shared.b64 $0, [$1];", "=l,r", [place], dtype=tl.int64, is_pure=False, pack=1)
 
 
 EXPAND = tl.constexpr(
@@ -132,6 +209,32 @@ def load_activations(pointer):
         is_pure=True,
         pack=1,
     )
+
+
+ACTIVATIONS = tl.constexpr(
+    "{\n.reg .pred used;\nsetp.ne.u32 used, $9, 0;\n"
+    + "".join(f"mov.b32 ${number}, 0;\n" for number in range(8))
+    + "@used ld.global.v4.b32 {$0, $1, $2, $3}, [$8];\n@used ld.global.v4.b32 {$4, $5, $6, $7}, [$8 + 16];\n}"
+)
+
+
+@triton.jit
+def load_used_activations(pointer, used):
+    """16 values of 16 bits as 8 registers of two; zeros where `used` is 0, which takes no part of the memory's time."""
+    return tl.inline_asm_elementwise(
+        ACTIVATIONS,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,r",
+        [pointer, used],
+        dtype=(tl.int32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def from_here(value):
+    """The value. Volatile: nothing that is made of it moves above what was waited for before."""
+    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
