@@ -25,6 +25,7 @@ from qlora_cli.core.models.hub import READ_FILES
 from qlora_cli.core.untrusted import check_expressions, check_files, is_ours
 from qlora_cli.errors import AdapterError, ModelError, QloraError, RunError, UsageError
 from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated
+from tests.hub import PROJECT
 
 
 @pytest.fixture
@@ -406,8 +407,14 @@ main(["prepare", "--\\x1b[2J"])
 """
 
 
-def test_whatever_a_command_reports_reaches_streams_without_control_sequences():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True)
+def test_whatever_a_command_reports_reaches_streams_without_control_sequences(tmp_path):
+    (tmp_path / "m").mkdir()
+    for name in ("m/config.json", "d"):  # what is not there is said before
+        (tmp_path / name).write_text("{}")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, check=True, cwd=tmp_path, env=environment
+    )
     for stream in (done.stdout, done.stderr):
         assert b"pwned" in stream and not {0x1B, 0x07} & {*stream} and "\u202e".encode() not in stream
 

@@ -135,7 +135,7 @@ FAULTS = {
     ),
     "repeated layers": (lambda c: c.change_config(layer_replication=[[0, 2]]), AdapterError, "layer_replication"),
     "no adapter": (lambda c: shutil.rmtree(c.adapter), AdapterError, "no adapter"),
-    "no base": (lambda c: shutil.rmtree(c.base), ModelError, "base"),
+    "no base": (lambda c: shutil.rmtree(c.base), AdapterError, "which is not there"),
     "a shard missing": (lambda c: next(c.base.glob("model-00002*")).unlink(), ModelError, "lacks 1 of"),
     "a shard cut short": (lambda c: os.truncate(next(c.base.glob("model-00002*")), 5000), ModelError, "damaged"),
 }
