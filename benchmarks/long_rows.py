@@ -48,7 +48,7 @@ def plan(name: str, tokens: int, vram_bytes: int | None, on_cuda: bool, **option
 
     lora = LoraSettings(alpha=32, **ALL16)
     profile = profile_model(make_config(name), lora, QuantizationSettings(), compute_dtype=torch.bfloat16)
-    settings = StepSettings(optimizer="adamw", stream=False, **options)
+    settings = StepSettings(optimizer="adamw", stream=False, matmul="bf16", **options)
     return profile, plan_training(profile, settings, RowLengths(tokens), vram_bytes=vram_bytes, on_cuda=on_cuda)
 
 
@@ -166,7 +166,7 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> 
     time_pinning(pinned)
     engine = install_engine(
         model,
-        StepSettings(**tiling),
+        StepSettings(matmul="bf16", **tiling),
         device=device,
         compute_dtype=torch.bfloat16,
         max_tokens=tokens,
