@@ -183,7 +183,7 @@ def run(disk: Disk, setting: Setting, path: Path, host_gib: float, device: str, 
         setting = choose_setting(taken, given, setting.tokens, setting.limit_gib)
     if cuda:
         limit_memory(torch.device("cuda", 0), torch.cuda.get_device_properties(0).total_memory)
-    plan = plan_of(setting, False, stream=True)
+    plan = plan_of(setting, False, matmul="bf16", stream=True)
     disk.say(architecture=setting.architecture, rows=setting.rows, row_tokens=setting.tokens, plan=str(plan.measures))
     bench = Bench(setting, device, steps, False)
     same = {

@@ -42,7 +42,14 @@ COLUMNS += ("predicted_tok_s", "measured_tok_s", "speed_percent", "took_s", "err
 
 def planned(setting: Setting, asked: dict):
     """The decision of the planner."""
-    return plan_of(setting, False, resident_weights=False, **asked, **({} if setting.limit_gib else {"stream": True}))
+    return plan_of(
+        setting,
+        False,
+        matmul="bf16",
+        resident_weights=False,
+        **asked,
+        **({} if setting.limit_gib else {"stream": True}),
+    )
 
 
 def run(setting: Setting, plan, device: str) -> dict:
