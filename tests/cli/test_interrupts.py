@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests.hub import PROJECT
+
 # Each case in a forked child: what a command does once it works, and signals before and after.
 CASES = """
 import contextlib, os, signal, sys, time, types
@@ -69,8 +71,12 @@ sys.exit(main())
 """
 
 
-def test_whenever_a_signal_comes_there_is_one_line_and_its_exit_code():
-    done = subprocess.run([sys.executable, "-c", CASES], capture_output=True, text=True, check=True)
+def test_whenever_a_signal_comes_there_is_one_line_and_its_exit_code(tmp_path):
+    (tmp_path / "m").mkdir()
+    for name in ("m/config.json", "d"):  # what is not there is said before
+        (tmp_path / name).write_text("{}")
+    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(PROJECT)}}
+    done = subprocess.run([sys.executable, "-c", CASES], capture_output=True, text=True, check=True, **where)
     codes = {"none": 0, "terminated_loading": 143, "terminated": 143, "hung_up": 129}
     for line in done.stdout.splitlines():
         name, code, said = line.split("|")
