@@ -89,16 +89,12 @@ def look_up_early(model: str, revision: str | None, report: Report) -> None:
     `download_snapshot` of the same files waits for it, and raises what it raised. Of a directory nothing is done.
 
     Raises:
-        ModelError: As `find_directory`; or the hub may not be asked, and the cache has no such model.
+        ModelError: As `find_directory`.
     """
-    if find_directory(model) is not None:
+    if find_directory(model) is not None or hub_constants.HF_HUB_OFFLINE:
         return
     future: Future[Path] = Future()
-    if hub_constants.HF_HUB_OFFLINE:
-        future.set_result(_fetch_snapshot(model, revision, READ_FILES, kind="model", report=report))
     _early[model, revision, tuple(READ_FILES)] = future
-    if future.done():
-        return
 
     def fetch() -> None:
         try:
