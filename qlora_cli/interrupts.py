@@ -1,19 +1,22 @@
 """Ctrl-C, SIGTERM and SIGHUP at any moment: one line, 128 + the signal's number, and no traceback.
 
 While modules are imported, a signal ends the process at once: nothing is being written then, and a KeyboardInterrupt in an
-import is swallowed, or comes out of a library as a RecursionError or ModuleNotFoundError. While a command works, it is
-raised, so that what is half written is removed. Training has handlers of its own, which save.
+import is swallowed, ends the process by abort(), or comes out of a library as a RecursionError or ModuleNotFoundError. While
+a command works, it is raised, so that what is half written is removed; where a module happens to be imported then, it is
+raised after that. Training has handlers of its own, which save.
 """
 
 import contextlib
 import os
 import signal
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 
 SHOW_CURSOR = b"\x1b[?25h\n"  # a live view hides it, and leaving at once skips what would bring it back
+IMPORT_SECONDS = 0.05  # after which a signal that came in an import is tried again
 AGAIN_SECONDS = 0.3  # a second Ctrl-C counts as typed when it comes so long after the first
 SENTENCE = "Interrupted."
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,6 +32,7 @@ class _State:
     loading = True
     number: int | None = None  # of the signal that came
     seconds = 0.0  # when it did
+    sent_again = False  # by ourselves, as it came in an import
 
 
 def install() -> None:
@@ -47,13 +51,33 @@ def _forget() -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
-    again = _State.number is not None
+    sent_again, _State.sent_again = _State.sent_again, False
+    again = _State.number is not None and not sent_again
     if _State.loading or (again and number == signal.SIGINT and now - _State.seconds >= AGAIN_SECONDS):
         end_at_once(128 + number, f"error: {SENTENCE}\n" if os.environ.get("RANK", "0") == "0" else "")
     if again:
         return
-    _State.number, _State.seconds = number, now
+    _State.number, _State.seconds = number, _State.seconds if sent_again else now
+    if _imports(frame):
+        timer = threading.Timer(IMPORT_SECONDS, _send_again, (number,))
+        timer.daemon = True
+        timer.start()
+        return
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where the signal came."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    _State.sent_again = True
+    os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

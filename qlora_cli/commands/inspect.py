@@ -17,6 +17,7 @@ from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.core.runs.validate import report_idle
 from qlora_cli.errors import RunError, UsageError
 from qlora_cli.events import Report
+from qlora_cli.interrupts import loading
 
 OF_A_MODEL = ("vram", "max_length", "quantization_error", "data")
 
@@ -52,7 +53,8 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
     if config.adapter:
         return describe_run(Path(config.adapter), config.model, whole=whole)
     if config.model:
-        from qlora_cli.core.inspection.model_summary import describe_model  # torch, which no other view needs
+        with loading():
+            from qlora_cli.core.inspection.model_summary import describe_model  # torch, which no other view needs
 
         return describe_model(config, report)
     default = Path(TrainConfig.output)

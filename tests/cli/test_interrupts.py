@@ -38,13 +38,19 @@ def typed_twice(*_):
     send(signal.SIGINT); time.sleep(1200)
 def in_a_lazy_import(*_):
     with interrupts.loading(): send(signal.SIGINT)
+def in_an_import(*_):
+    with open("imported.py", "w") as file:
+        file.write("import os, signal, time\\ntry: os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2)\\nexcept BaseException: os._exit(6)\\n")
+    sys.path.insert(0, ".")
+    import imported
+    time.sleep(1200)
 def none(*_): return types.SimpleNamespace(to_dict=dict)
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
 
 reading, writing = os.pipe()
 for name in "loading terminated_loading working terminated hung_up group_and_passed_on swallowed recursion typed_twice " \\
-        "in_a_lazy_import none".split():
+        "in_a_lazy_import in_an_import none".split():
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -82,7 +88,7 @@ def test_whenever_a_signal_comes_there_is_one_line_and_its_exit_code(tmp_path):
         name, code, said = line.split("|")
         assert int(code) == codes.get(name, 130), line
         assert name == "none" or said == "['error: Interrupted.']", line
-    assert len(done.stdout.splitlines()) == 11
+    assert len(done.stdout.splitlines()) == 12
 
 
 def test_what_was_ignored_stays_so_and_children_have_the_defaults():

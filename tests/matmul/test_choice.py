@@ -97,3 +97,9 @@ def test_auto_says_how_to_turn_it_off_and_falls_back_where_it_cannot_be_tried(mo
         assert count == 0 and record.matmul == "bf16" and record.kept == ("q_proj",) and named in said
         with pytest.raises(RuntimeError):
             chosen("fp8", weight, None)
+
+
+def test_a_layer_that_no_trial_reached_is_named_as_not_measured(monkeypatch):
+    monkeypatch.setattr(choice, "measure_products", lambda weights, run: {})
+    weight = FrozenWeight(32, 64, packed=torch.zeros(1024, dtype=torch.uint8))
+    assert chosen("fp8", weight, None)[2].endswith("In bf16 stay q_proj (not measured).")

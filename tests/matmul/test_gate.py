@@ -73,3 +73,11 @@ def test_what_is_not_finite_does_not_pass():
 
 def test_rows_without_a_gradient_count_as_exact():
     assert errors_of(torch.randn(128, 192), torch.randn(40, 192), torch.zeros(40, 128)).gradient == 0
+
+
+def test_a_layer_before_all_that_is_trained_is_judged_by_its_outputs():
+    """As the first layer's MLP where attention alone is adapted: no gradient of its input is ever computed."""
+    torch.manual_seed(0)
+    layer = Layer(torch.randn(128, 192)).requires_grad_(False)
+    found = measure_products({layer: layer.packed}, lambda: layer(torch.randn(40, 192)))
+    assert 0.25 < found[layer].output < 0.5 and found[layer].gradient == 0

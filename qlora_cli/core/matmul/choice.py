@@ -1,5 +1,6 @@
 """Choice of the arithmetic that frozen linear layers are multiplied in: bf16, or 8 bits for those that pass the gate."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -165,7 +166,7 @@ def choose_layers(
     errors = {name: found.get(module, missing) for name, (module, _) in covered.items()}
     if errors:
         table = torch.tensor([[e.output, e.gradient] for e in errors.values()], dtype=torch.float64).nan_to_num(
-            torch.inf
+            nan=torch.inf, posinf=torch.inf
         )
         errors = {n: ProductErrors(*e) for n, e in zip(errors, trial.largest(table).tolist(), strict=True)}
     passed = {name: each for name, each in errors.items() if each.worst <= MOST_ERROR}
@@ -196,11 +197,15 @@ def describe_choice(record: ProductRecord, layers: int, failed: Mapping[str, Pro
         text += " --matmul bf16 turns it off."
     if record.kept:
         named = [
-            f"{name} ({failed[name].worst:.2f})" if name in failed else f"{name} (sides or dtype)"
+            f"{name} ({_in_words(failed[name]) if name in failed else 'sides or dtype'})"
             for name in record.kept[:NAMED]
         ]
         text += f" In bf16 stay {', '.join(named)}{', …' if len(record.kept) > NAMED else ''}."
     return text
+
+
+def _in_words(errors: ProductErrors) -> str:
+    return f"{errors.worst:.2f}" if math.isfinite(errors.worst) else "not measured"
 
 
 def record_of(record: ProductRecord | None) -> dict[str, Any]:

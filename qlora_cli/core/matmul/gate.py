@@ -98,7 +98,7 @@ def measure_products(
         weights: The packed weight of each.
 
     Returns:
-        Those that `run` called and brought a gradient to.
+        Those that `run` called, and brought a gradient to if their outputs need one; else that of the gradient is 0.
     """
     outputs: dict[nn.Module, Tensor] = {}
     gradients: dict[nn.Module, Tensor] = {}
@@ -113,6 +113,8 @@ def measure_products(
 
         if output.requires_grad:
             output.register_hook(note_gradient)
+        else:  # as the first layer's MLP where only attention is adapted: nothing before it is trained
+            gradients.setdefault(module, outputs[module].new_zeros(()))
 
     hooks = [module.register_forward_hook(note) for module in weights]
     try:
