@@ -6,6 +6,7 @@ a command works, it is raised, so that what is half written is removed; where a 
 raised after that. Training has handlers of its own, which save.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -41,6 +42,13 @@ def install() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _note)
     os.register_at_fork(after_in_child=_forget)
+    atexit.register(_ignore)
+
+
+def _ignore() -> None:
+    """A Ctrl-C while the interpreter takes itself down changes nothing: all is said, and the exit code stands."""
+    if signal.getsignal(signal.SIGINT) is _note:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _forget() -> None:
