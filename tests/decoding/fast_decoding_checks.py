@@ -509,11 +509,17 @@ def test_what_holds_for_a_step_is_found_out_anew_for_prompts():
 
 @pytest.mark.parametrize(
     ("kind", "fits"),
-    [("llama", True), ("granite", False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in ("gemma", "phi3"))],
+    [
+        ("llama", True),
+        ("granite", False),
+        ("gpt_oss", False),
+        *(pytest.param(n, True, marks=pytest.mark.slow) for n in ("gemma", "phi3")),
+    ],
 )
 def test_residual_additions_are_computed_with_the_norms_that_read_them(kind, fits, monkeypatch):
-    """Both of every layer, where it adds as llama's does; a layer that scales what it adds is left alone."""
+    """Both of every layer, where it adds as llama's does; one that scales what it adds, or whose MLP returns more, is left alone."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1} if kind == "gpt_oss" else {}
     config = AutoConfig.for_model(kind, **sizes, num_hidden_layers=3, vocab_size=100, head_dim=32, pad_token_id=0)
     if not fits:
         config.residual_multiplier = 0.3

@@ -49,9 +49,9 @@ def _epsilon(norm: Any) -> float | None:
 
 
 def _may_be_pre_norm(module: nn.Module) -> bool:
-    """Whether it has the parts of a decoder layer like llama's, and no state that a trial would change."""
+    """Whether it has the parts of a decoder layer like llama's, nothing of its own, and no state that a trial would change."""
     parts = {name: part for name, part in module.named_children() if not isinstance(part, nn.Dropout)}
-    return parts.keys() == PRE_NORM and not updates_state(parts["self_attn"])
+    return parts.keys() == PRE_NORM and not module._parameters and not updates_state(parts["self_attn"])
 
 
 def _may_route(module: Any) -> bool:
@@ -188,17 +188,30 @@ class FastLayers:
                 known = all(("step", type(norm)) in self._norms for norm in norms)
                 found = own(*given, **named)
                 if known:  # the norms' launches are chosen already, so that bits are the same
-                    self._trying = True
-                    self._residuals[type(module)] = torch.equal(self._pre_norm_layer(module, *given, **named), found)
-                    self._trying = False
+                    self._residuals[type(module)] = self._adds_alike(module, found, *given, **named)
             self._returned = module, found
             return found
 
         return forward
 
+    def _adds_alike(self, module: Any, expected: Any, *given: Any, **named: Any) -> bool:
+        """Whether a layer's own answer is that of `_pre_norm_layer`; an MLP that returns more than a tensor makes it fail."""
+        self._trying = True
+        try:
+            return isinstance(expected, Tensor) and torch.equal(self._pre_norm_layer(module, *given, **named), expected)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            return False
+        finally:
+            self._trying = False
+
     def _pre_norm_layer(self, module: Any, x: Tensor, **named: Any) -> Tensor:
         """x + attention(norm(x)) =: h; h + mlp(norm(h))."""
-        attended = module.self_attn(hidden_states=module.input_layernorm(x), **named)[0]
+        answer = module.self_attn(hidden_states=module.input_layernorm(x), **named)
+        if not isinstance(answer, tuple):
+            raise TypeError("attention returns a tensor alone")
+        attended = answer[0]
         total = self._add(x, attended, module.post_attention_layernorm)
         added = module.mlp(module.post_attention_layernorm(total))
         return self._add(total, added, self._next_norm.get(module))
