@@ -33,6 +33,7 @@ SCALING_KEYS = frozenset(
         "long_factor",
     }
 )
+FREQUENCIES = ("rope_theta", "partial_rotary_factor")
 LIMIT, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
 NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
 WHOLE_ROWS = "full_attention"  # of layers that differ, those that see whole rows: windows see no further than before
@@ -61,12 +62,20 @@ def scale_positions(config: "PreTrainedConfig", asked: str, name: str) -> str:
     own = _own_parameters(text, name)
     kind, factor = given["rope_type"], given["factor"]
     own_kind = own.get("rope_type") or own.get("type") or "default"
-    before = "" if own_kind == "default" else f", in place of its own {own_kind}, factor {own.get('factor'):g}"
+    own_factor = own.get("factor")  # which some kinds need not have
+    own_words = own_kind if own_factor is None else f"{own_kind}, factor {own_factor:g}"
+    before = "" if own_kind == "default" else f", in place of its own {own_words}"
     if before and not asked.lstrip().startswith("{"):
         raise UsageError(
-            f"The positions of {name} are scaled already, by {own_kind} and a factor of {own.get('factor'):g}.",
+            f"The positions of {name} are scaled already: {own_words}.",
             "Leave out --rope-scaling, or give all of another scaling as JSON, original_max_position_embeddings included.",
         )
+    for key in FREQUENCIES:
+        if key in given and given[key] != own.get(key):
+            raise UsageError(
+                f"--rope-scaling gives {key} {given[key]}, and {name} has {own.get(key, 'none')}.",
+                f"Leave {key} out: scaling starts from the frequencies that the model was trained with.",
+            )
     context = getattr(text, LIMIT, None)
     original = given.get(ORIGINAL) or own.get(ORIGINAL) or context
     if not original or (context and original > context):
@@ -79,6 +88,8 @@ def scale_positions(config: "PreTrainedConfig", asked: str, name: str) -> str:
         if hasattr(text, ORIGINAL):  # beside the parameters, which it overrides (phi3)
             setattr(text, ORIGINAL, original)
     if kind != "dynamic":
+        if kind == "yarn" and limit is None:  # transformers wants it to be the ratio of the limits to the last bit
+            given["factor"] = int(original * factor) / original
         limit = limit or int(original * factor)
         if context and limit < context:
             raise UsageError(

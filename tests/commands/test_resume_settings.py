@@ -172,12 +172,14 @@ def test_a_checkpoint_of_a_version_that_compared_less_goes_on(place, tiny_model,
         identity = manifest["identity"]
         for key in ("batches", "rounding"):
             del identity[key]
-        for key in ("max_length", "patience", "eval_every", "keep_best"):
+        for key in ("max_length", "patience", "eval_every", "keep_best", "rope_scaling"):
             del identity["settings"][key]
         del manifest["sha256"]
         (checkpoint / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
     options = {**settings_of(place, tiny_model), "output": str(tmp_path / "out"), "resume": True}
     with pytest.raises(CheckpointError, match=r"settings\.rank"):
         train(TrainConfig(**{**options, "rank": 8}), lambda event: None)
+    with pytest.raises(CheckpointError, match=r"settings\.rope_scaling: None → "):  # there was none then
+        train(TrainConfig(**{**options, "rope_scaling": "linear:2"}), lambda event: None)
     train(TrainConfig(**options), lambda event: None)
     assert numbers(tmp_path / "out") == numbers(place / "straight")

@@ -97,7 +97,14 @@ OWN = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
         ("opt", {}, "linear:2", "no rotary positions"),
         ("falcon", {"alibi": True}, "linear:2", "no rotary positions"),
         ("phi3", {}, "yarn:4", "longrope"),
-        ("llama", {"rope_parameters": OWN}, "yarn:4", "scaled already, by linear and a factor of 8"),
+        ("llama", {"rope_parameters": OWN}, "yarn:4", "scaled already: linear, factor 8"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "longrope", **LONGROPE, "rope_theta": 1e4}},
+            "linear:2",
+            "already: longrope",
+        ),
+        ("llama", {}, '{"rope_type": "yarn", "factor": 2, "rope_theta": 3e6}', "rope_theta 3000000.0, and it has"),
         ("llama", {}, '{"rope_type": "yarn", "factor": 2, "beta_fst": 32}', "beta_fst"),
         ("llama", {}, '{"rope_type": "llama3", "factor": 2}', "low_freq_factor"),
         ("llama", {}, json.dumps({"rope_type": "longrope", **JSON["longrope"], "long_factor": [1.0]}), "long_factor"),
@@ -109,6 +116,12 @@ def test_what_does_not_go_with_a_model_is_said(architecture, changes, asked, sai
     with pytest.raises(UsageError, match=said) as caught:
         scale_positions(config_of(architecture, **changes), asked, "it")
     assert caught.value.hint
+
+
+def test_yarn_takes_a_factor_that_gives_no_whole_number_of_positions():
+    config = config_of("llama")
+    scale_positions(config, "yarn:1.3", "it")
+    assert config.max_position_embeddings == 665 and config.rope_parameters["factor"] == 665 / 512
 
 
 def test_json_replaces_a_scaling_of_its_own_and_says_so():

@@ -12,6 +12,7 @@ from qlora_cli.core.training.state import REQUIRED_FILES, read_random_state
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
 
+ABSENT = ("rope_scaling",)  # None in a run saved before there was such a setting
 RANK_STRIDE = 1_000_003  # between the seeds of two ranks
 
 
@@ -86,11 +87,11 @@ def _compare(saved: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
 
 
 def _known(identity: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """An identity without what was not compared yet when a checkpoint was saved."""
+    """An identity without what was not compared yet when a checkpoint was saved, but for settings that none had then."""
     return {
-        key: _known(value, saved[key]) if isinstance(value, dict) and isinstance(saved[key], dict) else value
+        key: _known(value, saved[key]) if isinstance(value, dict) and isinstance(saved.get(key), dict) else value
         for key, value in identity.items()
-        if key in saved
+        if key in saved or (key in ABSENT and value is not None)
     }
 
 
