@@ -178,8 +178,10 @@ def require_data(data: str) -> None:
         DataError: It is none.
     """
     path = Path(data).expanduser()
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return
+    if path.exists():
+        raise DataError(f"{data} is a pipe or a device, whose rows cannot be read twice.", "Write them to a file.")
     if _is_pattern(data):
         if not _matching_files(path):
             raise DataError(f"No file matches {data}.", "Check --data.")
@@ -263,7 +265,7 @@ def _no_split(data: str, split: str, splits: Iterable[Any]) -> UsageError:
 def _folder_source(data: str, folder: Path, split: str, report: Report) -> Source:
     readme = folder / "README.md"
     if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
-        return _dataset_folder(data, folder, None, split, {})
+        return _dataset_folder(data, folder, None, split, {"split": split})
     files = [
         file
         for file in sorted(folder.rglob("*"))
