@@ -27,7 +27,7 @@ from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.engine import Engine, install_engine
 from qlora_cli.core.engine.fsdp import shard_base
 from qlora_cli.core.generation.samples import SamplePrompts, make_requests
-from qlora_cli.core.matmul.choice import ProductTrial, record_of, trial_batch
+from qlora_cli.core.matmul.choice import ProductTrial, has_products, record_of, trial_batch
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
@@ -263,7 +263,8 @@ def start_engine(
         batch=trial_batch([inputs.data.rows[i] for i in first[0]]) if first else None,
         recorded=loaded.started.get("matmul"),
         resumed=start.checkpoint is not None,
-        pays=products_in_8_bits_pay(inputs, memory, max_tokens),
+        pays=products_in_8_bits_pay(inputs, memory, max_tokens)
+        and not run.ranks.all_reduce_max(int(not has_products(run.device, decisions.compute_dtype)), run.device),
         largest=lambda found: torch.stack(
             [each["found"] for each in run.ranks.all_gather({"found": found}, run.device)]
         ).amax(0),
@@ -344,7 +345,8 @@ def start_optimization(
     parameters = TrainableParameters(loaded.model, config.loraplus_lr_ratio)
     on_host = run.report if decisions.memory.plan.measures.states_on_host else None
     decay = config.weight_decay
-    optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=decay, on_host=on_host)
+    own = config.engine == "fast"
+    optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=decay, own_kernel=own, on_host=on_host)
     unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements)
     if checkpoint:
         try:

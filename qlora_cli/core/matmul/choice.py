@@ -83,6 +83,11 @@ def is_tried(settings: StepSettings, tokens: int, *, on_cuda: bool) -> bool:
     return settings.matmul == "fp8"
 
 
+def has_products(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    """Whether a device multiplies in 8 bits what is computed in this dtype."""
+    return has_float8(device) and (device.type == "cpu" or compute_dtype == torch.bfloat16)
+
+
 def is_wanted(
     settings: StepSettings,
     trial: ProductTrial,
@@ -102,7 +107,7 @@ def is_wanted(
         UsageError: It was asked for and cannot be.
     """
     asked, recorded = settings.matmul, recorded_choice(settings, trial)
-    fits = has_float8(device) and (device.type == "cpu" or compute_dtype == torch.bfloat16)
+    fits = has_products(device, compute_dtype)
     wanted = is_tried(settings, tokens, on_cuda=device.type == "cuda")
     if asked == "auto":
         # A run that goes on is computed as it was so far.

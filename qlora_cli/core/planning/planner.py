@@ -4,6 +4,7 @@ The measures, their order and their costs are those of `core/engine/memory_plan.
 with what it measures on the device. Here the number of rows in a micro-batch is open too.
 """
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -216,8 +217,13 @@ def plan_training(
             largest = _grow(profile, largest, step_tokens)
         for step in _open_steps(profile, packed, largest, limited=limited):
             found += _stream_layers(profile, packed, step, vram_bytes)
-    host_bytes = HOST_SHARE * read_free_bytes(torch.device("cpu"))
-    found = [each for each in found if not each[0].measures.keeps_attention or each[1].host_bytes <= host_bytes]
+    host_bytes = HOST_SHARE * read_free_bytes(torch.device("cpu")) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def fits_host(step: ResolvedStep, memory: TrainingMemory) -> bool:
+        waits = step.measures.keeps_attention or step.measures.states_on_host
+        return not waits or memory.host_bytes <= host_bytes
+
+    found = [each for each in found if fits_host(*each)] or found
     step, memory = min(found, key=rank)
     recomputed = step.measures.recomputed
     return MemoryDecision(

@@ -153,11 +153,13 @@ def plan_run_memory(
     on_disk = bool(plan.measures.streamed) and _wait_on_disk(config, profile, plan, report)
     if plan.measures.states_on_host:
         report(Notice("The optimizer's state waits in host memory, and passes through the card with each update."))
-    if plan.memory is not None and plan.measures.offload_activations and not config.dry_run:
+    waits = plan.measures.offload_activations or plan.measures.states_on_host
+    if plan.memory is not None and waits and not config.dry_run:
         free_bytes = read_free_bytes(torch.device("cpu"))
         if plan.memory.host_bytes > free_bytes:
             text = f"What waits on the host takes {format_bytes(plan.memory.host_bytes)}, of which it has "
-            report(Caution(f"{text}{format_bytes(free_bytes)} free: shorter rows take less."))
+            less = "shorter rows take" if plan.measures.offload_activations else "a lower rank takes"
+            report(Caution(f"{text}{format_bytes(free_bytes)} free: {less} less."))
     commands: tuple[str, ...] = ()
     if plan.fits is False:
         assert vram_bytes is not None and plan.memory is not None

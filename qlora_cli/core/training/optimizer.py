@@ -83,7 +83,12 @@ def waiting_bytes(name: str, parameters: int) -> int:
 
 
 def build_optimizer(
-    name: str, parameters: TrainableParameters, *, weight_decay: float, on_host: Report | None = None
+    name: str,
+    parameters: TrainableParameters,
+    *,
+    weight_decay: float,
+    own_kernel: bool = True,
+    on_host: Report | None = None,
 ) -> Optimizer:
     """Builds an optimizer over the buffers. Its learning rate is set before every step by the trainer.
 
@@ -91,6 +96,7 @@ def build_optimizer(
     separate parameters. Weight decay is decoupled, and for matrices only.
 
     Args:
+        own_kernel: Whether 8-bit AdamW may update by a kernel of our own.
         on_host: Where the state of a paged optimizer is to wait in host memory: told if that cannot be page-locked.
     """
     kinds: dict[tuple[bool, float], list[Tensor]] = {}
@@ -102,7 +108,7 @@ def build_optimizer(
         for (decays, rate), trained in kinds.items()
     ]
     optimizer = _OPTIMIZERS[name][0](groups, lr=0.0)
-    if name in ("adamw_8bit", "paged_adamw_8bit"):
+    if own_kernel and name in ("adamw_8bit", "paged_adamw_8bit"):
         _use_kernel(optimizer)
     if on_host is not None:
         _keep_state_on_host(optimizer, on_host)
@@ -188,6 +194,13 @@ def kernel_agrees(device: torch.device) -> bool:
     """Whether the kernel is there, and does what bitsandbytes does on a CUDA device."""
     if not _HAS_TRITON or torch.cuda.get_device_capability(device) < (8, 0):
         return False
+    try:
+        return _kernel_is_like_theirs(device)
+    except Exception:  # Triton has errors of its own: no compiler here, or a card that it does not know
+        return False
+
+
+def _kernel_is_like_theirs(device: torch.device) -> bool:
     generator = torch.Generator(device).manual_seed(0)
 
     def random() -> Tensor:

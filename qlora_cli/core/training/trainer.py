@@ -241,13 +241,13 @@ class Trainer:
         self.most_retries = retries if helps else 0
         times = "once" if retries == 1 else f"{retries} times"
         slow = f"Steps are held up: in each of the last {STRAINED_STEPS} PyTorch's allocator ran against its limit, {times} in this one"
-        if helps:
+        if helps and self.accumulation.relieve_allocators():
             self.reporter.report(Notice(f"{slow}. The engine takes less memory from here on."))
-            if self.accumulation.relieve_allocators():
-                return
+            return
         self.most_retries = 0
-        advice = "Give more memory with --vram, or lower --batch-size or --max-length, and go on with --resume."
-        self.reporter.report(Caution(f"{slow}, and there is nothing left to give up. {advice}"))
+        why = "there is nothing left to give up" if helps else "giving up more did not help"
+        advice = "Give more memory with --vram and go on with --resume, or lower --batch-size or --max-length (--allow-changes)."
+        self.reporter.report(Caution(f"{slow}, and {why}. {advice}"))
 
     def _set_limit(self, tokens: int) -> None:
         self.state.micro_batch_limit_tokens = tokens
