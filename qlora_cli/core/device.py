@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ LIBRARIES = (
     "tokenizers",
     "triton",
 )
+HOST_SHARE = 0.5  # of free host memory, which what waits there may take, of all ranks together
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of this process, as a container sees it
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -82,6 +84,11 @@ def read_free_bytes(device: torch.device) -> int:
     reserved_bytes, allocated_bytes = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     allowed_bytes = int(total_bytes * torch.cuda.get_per_process_memory_fraction(_index(device))) - reserved_bytes
     return min(free_bytes, allowed_bytes) + reserved_bytes - allocated_bytes
+
+
+def waiting_room_bytes() -> int:
+    """Of the host, what may wait there for this rank: its share of what all ranks there may take of free memory."""
+    return int(HOST_SHARE * read_free_bytes(torch.device("cpu")) / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _read_group_free_bytes() -> float:

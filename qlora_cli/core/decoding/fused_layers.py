@@ -22,13 +22,9 @@ from qlora_cli.kernels.decode.pointwise import add_and_rms_norm, gate, layer_nor
 from qlora_cli.kernels.decode.routing import choose_experts
 
 ROTARY = "apply_rotary_pos_emb"  # what every module of transformers that rotates in halves calls it
+# All that a decoder layer like llama's has.
+PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 # (offset, round_first) of known RMS norms: llama and most; those that multiply in float32; gemma.
-PRE_NORM = {
-    "input_layernorm",
-    "self_attn",
-    "post_attention_layernorm",
-    "mlp",
-}  # all that a decoder layer like llama's has
 NORMS = ((0.0, True), (0.0, False), (1.0, False))
 WHOLE = 1e-6  # relative difference between two ways of computing the same in float32
 HALF = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # and in 16 bits: one rounding of the largest value

@@ -1,6 +1,5 @@
 """Calibration of an engine: layers are tried out on random tokens, and steps are planned by what that measured."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.data.packing import MicroBatch
-from qlora_cli.core.device import read_free_bytes
+from qlora_cli.core.device import read_free_bytes, waiting_room_bytes
 from qlora_cli.core.distributed.context_group import ContextGroup
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
 from qlora_cli.core.engine.decoder_layers import (
@@ -26,7 +25,6 @@ from qlora_cli.core.engine.decoder_layers import (
 from qlora_cli.core.engine.lm_head import Head, time_head
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues, FusedLinears
 from qlora_cli.core.engine.memory_plan import (
-    HOST_SHARE,
     SLICE_BYTES,
     LayerSeconds,
     MemoryPlan,
@@ -287,7 +285,6 @@ class StepPlanner:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
         layer_bytes, seconds = measured
         dense_bytes = MemoryPlan(workspace_bytes=workspace_bytes).values_bytes(static.largest_dense_bytes)
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         few = trials.measure(layer, max(LEAST_TRIAL_TOKENS, self.largest_tokens // share // 4))
         kept = attended_share(trials.decoder) if self.settings.tile_tokens and can_keep_attention(trials.device) else 0
         self.needs = replace(
@@ -299,7 +296,7 @@ class StepPlanner:
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
             fixed_seconds=None if few is None else seconds.fixed(few[1]),
             link_bytes_per_second=link_bytes_per_second(trials.device),
-            host_bytes=int(HOST_SHARE * read_free_bytes(torch.device("cpu")) / ranks_here),
+            host_bytes=waiting_room_bytes(),
             head_layers=trials.head_layers(static),
         )
         self.available_bytes = read_free_bytes(trials.device)

@@ -24,7 +24,6 @@ from qlora_cli.settings.groups import StepSettings
 # other order of allocation. With 96 MiB each of three models near their limit ran out of memory.
 MARGIN_BYTES = 320 * 2**20
 SLICE_BYTES = 64 * 2**20  # of a weight, where memory is too short for whole dequantised ones
-HOST_SHARE = 0.5  # of free host memory, which activations of all ranks there may take
 CPU_RESIDENT_SHARE = 0.5  # of the host's free memory, which dequantised weights may take unasked
 
 # Cost of each measure as a share of a step, or of one layer's forward pass: recomputing a layer, whose last linear is
@@ -87,7 +86,7 @@ class StepNeeds:
     streamed_bytes: int = 0  # of weights that come from the host or the disk in each pass
     source_bytes_per_second: float = math.inf  # that come from there, the link apart
     streaming_share: float = (
-        1.0  # of a pass, in which weights come: the first and the last of them find nothing to hide behind
+        1.0  # of a pass, in which weights come: its first and last ones find nothing to hide behind
     )
     repeated_share: float = RECOMPUTE_COST  # of a layer's forward pass, that a repetition takes
     head_layers: float = 0.0  # time of the output head and its loss, as a multiple of one layer's forward pass

@@ -4,7 +4,6 @@ The measures, their order and their costs are those of `core/engine/memory_plan.
 with what it measures on the device. Here the number of rows in a micro-batch is open too.
 """
 
-import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 
-from qlora_cli.core.device import read_capacity_bytes, read_free_bytes
+from qlora_cli.core.device import read_capacity_bytes, waiting_room_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import (
     ASSUMED_FLOPS_PER_SECOND,
-    HOST_SHARE,
     MARGIN_BYTES,
     MemoryPlan,
     count_recomputed_layers,
@@ -217,7 +215,7 @@ def plan_training(
             largest = _grow(profile, largest, step_tokens)
         for step in _open_steps(profile, packed, largest, limited=limited):
             found += _stream_layers(profile, packed, step, vram_bytes)
-    host_bytes = HOST_SHARE * read_free_bytes(torch.device("cpu")) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host_bytes = waiting_room_bytes()
 
     def fits_host(step: ResolvedStep, memory: TrainingMemory) -> bool:
         waits = step.measures.keeps_attention or step.measures.states_on_host

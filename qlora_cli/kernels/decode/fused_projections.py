@@ -11,9 +11,20 @@ from torch import Tensor
 
 from qlora_cli.kernels.decode.gemv import APART_TOKENS, StackedAdapter, span_of
 from qlora_cli.kernels.decode.overlap import follow, overlaps
+from qlora_cli.kernels.decode.pointwise import weigh
 from qlora_cli.kernels.triton.activations import activate
 
 RANKS = 4  # rows of A a program: fewer read the row too often, more wait for A
+
+
+@triton.jit
+def _load_a(a, ranks, size, SPAN: tl.constexpr, RANKS: tl.constexpr):
+    """A program's rows of A and columns of them, which of these there are, and A there."""
+    rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
+    column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    inside = column < size
+    used = (rank[:, None] < ranks) & inside[None, :]
+    return rank, column, inside, tl.load(a + rank[:, None] * size + column[None, :], mask=used, other=0.0)
 
 
 @triton.jit
@@ -46,11 +57,7 @@ def _normalise_and_project(
     ROUND_FIRST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
-    column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
-    inside = column < SIZE
-    used = (rank[:, None] < ranks) & inside[None, :]
-    down = tl.load(a + rank[:, None] * SIZE + column[None, :], mask=used, other=0.0)
+    rank, column, inside, down = _load_a(a, ranks, SIZE, SPAN, RANKS)
     factor = tl.load(weight + column, mask=inside, other=0.0)
     if OVERLAP:
         follow()
@@ -63,12 +70,7 @@ def _normalise_and_project(
     values = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
     values += tl.load(y + start + column, mask=inside, other=0.0).to(tl.float32)
     values = values.to(x.dtype.element_ty)
-    result = values.to(tl.float32) * shrink
-    if ROUND_FIRST:
-        result = result.to(x.dtype.element_ty).to(tl.float32) * factor.to(tl.float32)
-    else:
-        result *= factor.to(tl.float32) + offset
-    result = result.to(x.dtype.element_ty)
+    result = weigh(values.to(tl.float32) * shrink, factor, offset, x, ROUND_FIRST).to(x.dtype.element_ty)
     first = inside & (column * 0 + tl.program_id(0) == 0)
     tl.store(total + start + column, values, mask=first)
     tl.store(normed + start + column, result, mask=first)
@@ -93,11 +95,7 @@ def _gate_and_project(
     KIND: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
-    column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
-    inside = column < size
-    used = (rank[:, None] < ranks) & inside[None, :]
-    down = tl.load(a + rank[:, None] * size + column[None, :], mask=used, other=0.0)
+    rank, column, inside, down = _load_a(a, ranks, size, SPAN, RANKS)
     if OVERLAP:
         follow()
     row = tl.program_id(2).to(tl.int64)

@@ -64,6 +64,20 @@ def read_chunk(slot, g, t, TILES: tl.constexpr):
 
 
 @triton.jit
+def load_scale(absmax, nested_absmax, nested_offset, block, used, NESTED_BLOCKSIZE: tl.constexpr):
+    """What the scale of a block is made of, see `finish_scale`. Waits for nothing."""
+    level = tl.load(absmax + block, mask=used, other=0)
+    if NESTED_BLOCKSIZE:
+        outer = block // NESTED_BLOCKSIZE
+        factor = tl.load(nested_absmax + outer, mask=used, other=0.0)
+        offset = tl.load(nested_offset + outer, mask=used, other=0.0)
+        parts = (level, factor, offset)
+    else:
+        parts = (level,)
+    return parts
+
+
+@triton.jit
 def load_scales(
     absmax,
     nested_absmax,
@@ -86,14 +100,7 @@ def load_scales(
         used = live
         if not WHOLE:
             used = live & (chunk * 4 + t < row_blocks) & (row < rows)
-        level = tl.load(absmax + (start + t), mask=used, other=0)
-        if NESTED_BLOCKSIZE:
-            outer = (start + t) // NESTED_BLOCKSIZE
-            factor = tl.load(nested_absmax + outer, mask=used, other=0.0)
-            offset = tl.load(nested_offset + outer, mask=used, other=0.0)
-            scales += ((level, factor, offset),)
-        else:
-            scales += ((level,),)
+        scales += (load_scale(absmax, nested_absmax, nested_offset, start + t, used, NESTED_BLOCKSIZE),)
     return scales
 
 
@@ -128,20 +135,13 @@ def load_chunk(
         used = live
         if not WHOLE:
             used = live & (chunk * 4 + t < row_blocks) & (row < rows)
-        level = tl.load(absmax + (start + t), mask=used, other=0)
-        if NESTED_BLOCKSIZE:
-            outer = (start + t) // NESTED_BLOCKSIZE
-            factor = tl.load(nested_absmax + outer, mask=used, other=0.0)
-            offset = tl.load(nested_offset + outer, mask=used, other=0.0)
-            scales += ((level, factor, offset),)
-        else:
-            scales += ((level,),)
+        scales += (load_scale(absmax, nested_absmax, nested_offset, start + t, used, NESTED_BLOCKSIZE),)
     return words, scales
 
 
 @triton.jit
 def finish_scale(parts, nested_code, NESTED_BLOCKSIZE: tl.constexpr):
-    """fp32 scale of what `load_chunk` loaded for one row; 0 for what is not there."""
+    """fp32 scale of what `load_scale` loaded for one row; 0 for what is not there."""
     if NESTED_BLOCKSIZE:
         scale = tl.load(nested_code + parts[0].to(tl.int32)) * parts[1] + parts[2]
     else:

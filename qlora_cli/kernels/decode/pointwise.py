@@ -15,6 +15,17 @@ def _warps(size: int) -> int:
 
 
 @triton.jit
+def weigh(values, factor, offset, x, ROUND_FIRST: tl.constexpr):
+    """fp32 values of a normalised row of x, times its weight."""
+    if ROUND_FIRST:
+        # As llama has it: rounded to the dtype of x, then multiplied in that dtype.
+        result = values.to(x.dtype.element_ty).to(tl.float32) * factor.to(tl.float32)
+    else:
+        result = values * (factor.to(tl.float32) + offset)
+    return result
+
+
+@triton.jit
 def _normalise(
     x,
     weight,
@@ -38,11 +49,7 @@ def _normalise(
     start = (row // group) * x_group + (row % group) * x_row
     values = tl.load(x + start + place, mask=used, other=0.0).to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
-    if ROUND_FIRST:
-        # As llama has it: rounded to the dtype of x, then multiplied in that dtype.
-        result = values.to(x.dtype.element_ty).to(tl.float32) * factor.to(tl.float32)
-    else:
-        result = values * (factor.to(tl.float32) + offset)
+    result = weigh(values, factor, offset, x, ROUND_FIRST)
     tl.store(out + row * SIZE + place, result.to(out.dtype.element_ty), mask=used)
 
 
@@ -107,10 +114,7 @@ def _add_and_normalise(
     tl.store(total + row * SIZE + place, values, mask=used)
     values = values.to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
-    if ROUND_FIRST:
-        result = values.to(x.dtype.element_ty).to(tl.float32) * factor.to(tl.float32)
-    else:
-        result = values * (factor.to(tl.float32) + offset)
+    result = weigh(values, factor, offset, x, ROUND_FIRST)
     tl.store(out + row * SIZE + place, result.to(out.dtype.element_ty), mask=used)
 
 
