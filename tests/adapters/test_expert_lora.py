@@ -5,6 +5,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import read_adapter
@@ -37,6 +38,30 @@ def packed(config):
             stack = torch.stack([one.dequantized(weight.name, number) for number in range(weight.experts)])
             getattr(other, weight.name).data.copy_(weight.as_matrix(stack))
     return four_bit, plain
+
+
+def test_a_layer_that_is_recomputed_is_compiled_with_its_experts_adapter():
+    model = build(config_of("mixtral"))
+    for _, experts in find_experts(model):
+        pack(experts, torch.float32)
+    adapted = attach_adapter(model, LoraSettings(rank=2, adapt_experts=True))
+    wrapper, base = (
+        m
+        for n, m in adapted.named_modules()
+        if n.endswith(("layers.0.mlp.experts", "0.mlp.experts.base_layer.base_layer"))
+    )
+    base.forward = lambda x: (
+        x @ base.lora_of("gate_up_proj").a.t()
+    )  # what it is given, without kernels that need a card
+
+    def run(x):
+        return checkpoint(wrapper, x, use_reentrant=False)
+
+    x = torch.randn(3, base.lora_of("gate_up_proj").a.shape[1], requires_grad=True)
+    whole = torch.compile(run, backend="eager", fullgraph=True)  # an error where a part is not compiled
+    assert torch.equal(whole(x), run(x))
+    with adapted.disable_adapter():
+        assert base.lora_of("gate_up_proj") is None
 
 
 @pytest.mark.parametrize("layout", most_slow(sorted(set(CONFIGS) - {"llama"}), ["mixtral", "gpt_oss", "llama4"]))

@@ -1,5 +1,7 @@
 """Experts in 4 bits: their values are bitsandbytes' own, their answers and gradients those of the model's own class."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_answer_and_gradients_are_those_of_the_models_own_class(layout, adapted)
             b = torch.randn(out, RANK * weight.experts, generator=generator, dtype=torch.float64) * 0.1
             lora[weight.name] = ExpertLora(a.requires_grad_(), b.requires_grad_(), 0.5)
             leaves = [t.detach().float().requires_grad_() for t in (a, b)]
-            packed.lora[weight.name] = ExpertLora(*leaves, 0.5)
+            packed.lora[weight.name] = partial(ExpertLora, *leaves, 0.5)
             loras.append(((a, b), leaves))
             matrices = matrices + torch.stack([lora[weight.name].delta(weight, e) for e in range(weight.experts)])
         del reference._parameters[weight.name]

@@ -1,5 +1,7 @@
 """Checks of the kernels of experts, run by test_triton.py: under Triton's interpreter on a CPU, for real on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -80,7 +82,7 @@ def tensors(experts, adapted, dtype):
         a = torch.randn(count * 3, columns, generator=generator) * 0.1
         b = torch.randn(rows, 3 * count, generator=generator) * 0.1
         found += [a.to(DEVICE).requires_grad_(), b.to(DEVICE).requires_grad_()]
-        experts.lora[weight.name] = ExpertLora(found[-2], found[-1], 0.5)
+        experts.lora[weight.name] = partial(ExpertLora, found[-2], found[-1], 0.5)
     return found, index.to(DEVICE)
 
 

@@ -30,6 +30,9 @@ class ExpertsLora(ParamWrapper):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, **arguments: Any) -> None:
         super().__init__(base_layer, adapter_name, config=_without_dropout(config), **arguments)
+        base: Any = self.get_base_layer()
+        if isinstance(base, FourBitExperts):
+            base.lora[self.parameter_name] = self._adapter
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **arguments: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config), **arguments)
@@ -44,19 +47,26 @@ class ExpertsLora(ParamWrapper):
 
     @contextlib.contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        base: Any = self.get_base_layer()
-        active = [name for name in active_adapters or () if name in self.lora_A]
-        if not isinstance(base, FourBitExperts):
-            with super()._activate_lora(active):
-                yield
-            return
-        for name in active:
-            a, b = (getattr(self, half)[name].weight for half in ("lora_A", "lora_B"))
-            base.lora[self.parameter_name] = ExpertLora(a, b, self.scaling[name])
-        try:
+        if isinstance(self.get_base_layer(), FourBitExperts):  # which asks for it
             yield
-        finally:
-            base.lora.pop(self.parameter_name, None)
+            return
+        with super()._activate_lora([name for name in active_adapters or () if name in self.lora_A]):
+            yield
+
+    def _adapter(self) -> ExpertLora | None:
+        """Of packed experts; asked for rather than left with them by each pass, which a layer that is compiled and
+        recomputed may not: it would silently not be compiled."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if not active or self.disable_adapters or self.merged:
+            return None
+        a, b = (getattr(self, half)[active[-1]].weight for half in ("lora_A", "lora_B"))
+        return ExpertLora(a, b, self.scaling[active[-1]])
+
+    def unload_and_optionally_merge_module(self, *given: Any, **named: Any) -> nn.Module:
+        base: Any = super().unload_and_optionally_merge_module(*given, **named)
+        if isinstance(base, FourBitExperts):
+            base.lora.clear()
+        return base
 
 
 ExpertsLora.__name__ = (

@@ -1,5 +1,6 @@
 """Experts in 4 bits: a layer's routed experts with their matrices packed, computed by one forward for every layout."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,14 +67,19 @@ class FourBitExperts(nn.Module):
         compute_dtype: Of the arithmetic, and of `dequantized`.
         quant_type: nf4 or fp4.
         double_quant: Whether constants are quantised again.
-        lora: The adapter in effect of each stack, by its name; an absent name has none.
+        lora: What gives the adapter in effect of each stack, by its name; an absent name has none.
     """
 
     expert_weights: tuple[ExpertWeight, ...]
     compute_dtype: torch.dtype
     quant_type: str
     double_quant: bool
-    lora: dict[str, ExpertLora]
+    lora: dict[str, Callable[[], ExpertLora | None]]
+
+    def lora_of(self, name: str) -> ExpertLora | None:
+        """The adapter in effect of a stack."""
+        given = self.lora.get(name)
+        return None if given is None else given()
 
     def weight_of(self, name: str) -> ExpertWeight:
         """The shape and layout of a stack."""
@@ -154,9 +160,9 @@ class FourBitExperts(nn.Module):
         """Rows (rows, in), sorted by expert, through a stack, its adapter and its bias: (rows, out)."""
         weight = self.weight_of(name)
         result = packed_product(x, self.stack(name), routing)
-        if name in self.lora:
-            first, second = self.lora[name].factors(weight, x.dtype)
-            result = result + self.lora[name].scaling * dense_product(dense_product(x, first, routing), second, routing)
+        if (lora := self.lora_of(name)) is not None:
+            first, second = lora.factors(weight, x.dtype)
+            result = result + lora.scaling * dense_product(dense_product(x, first, routing), second, routing)
         if weight.bias is not None:
             bias = F.pad(getattr(self, weight.bias), (0, 0, 0, 1))  # rows of no expert come last, and have none
             result = result + bias[expert_ids]

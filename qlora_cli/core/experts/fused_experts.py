@@ -126,7 +126,7 @@ class FusedExperts:
         return layer.down(rows, weights, routing, weight, lora, **how)
 
     def _lora(self, layout: ExpertWeight) -> Lora | None:
-        lora = self.module.lora.get(layout.name)
+        lora = self.module.lora_of(layout.name)
         return None if lora is None else Lora(*_views(lora, layout), lora.scaling)
 
 

@@ -66,9 +66,9 @@ def plain_product(module: FourBitExperts, notes: ExpertNotes) -> Callable[..., T
     def product(name: str, x: Tensor, routing: Any, expert_ids: Tensor) -> Tensor:
         weight = module.weight_of(name)
         result = ExpertProduct.apply(x, weight.rows, ExpertValues.of(weight, x.element_size()), notes.live())
-        if name in module.lora:
-            first, second = module.lora[name].factors(weight, x.dtype)
-            result = result + module.lora[name].scaling * ((x @ first[0]) @ second[0])
+        if (lora := module.lora_of(name)) is not None:
+            first, second = lora.factors(weight, x.dtype)
+            result = result + lora.scaling * ((x @ first[0]) @ second[0])
         if weight.bias is not None:
             result = result + getattr(module, weight.bias)[expert_ids]
         notes.read(x, result)  # plain experts are not compiled
