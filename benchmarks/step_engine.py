@@ -289,8 +289,9 @@ def run_apart(name: str, command: list[str], limit_s: float) -> dict:
     started = time.time()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return {"run": name, "error": f"longer than {limit_s} s"}
+    except subprocess.TimeoutExpired as late:
+        last = (late.stdout or b"").decode(errors="replace").strip().splitlines()[-4:]
+        return {"run": name, "error": f"longer than {limit_s} s: " + " | ".join(last)}
     out, _, found = done.stdout.partition("RESULT ")
     result = json.loads(found) if done.returncode == 0 else {"run": name, "error": done.stderr[-800:]}
     result["total_s"] = time.time() - started

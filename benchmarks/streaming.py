@@ -185,6 +185,7 @@ class Bench:
             self.wait()
             seconds.append(time.perf_counter() - started)
             losses.append(float(loss.detach()) / trained)
+            print(f"    step {number}: {seconds[-1]:.3f} s, {self.rows * self.tokens / seconds[-1]:,.0f} tok/s", flush=True)
         return {
             "tok_s": self.rows * self.tokens / statistics.median(seconds[1:] or seconds),
             "step_s": [round(each, 3) for each in seconds],
