@@ -158,7 +158,7 @@ class Bench:
 
         from qlora_cli.core.training.optimizer import step_optimizer
 
-        seconds, losses = [], []
+        seconds, issued, losses = [], [], []
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         batches = self.batches(tokens, 0)
@@ -179,16 +179,18 @@ class Bench:
                             raise
                     finally:
                         ready = None
+            issued.append(time.perf_counter() - started)  # close to the step's time where the host decides it
             step_optimizer(self.optimizer)
             self.parameters.zero_gradients()
             trained, batches, ready = batch.trained_tokens, following, engine.prepare(following[0])
             self.wait()
             seconds.append(time.perf_counter() - started)
             losses.append(float(loss.detach()) / trained)
-            print(f"    step {number}: {seconds[-1]:.3f} s, {self.rows * self.tokens / seconds[-1]:,.0f} tok/s", flush=True)
+            print(f"    step {number}: {seconds[-1]:.3f} s", flush=True)
         return {
             "tok_s": self.rows * self.tokens / statistics.median(seconds[1:] or seconds),
             "step_s": [round(each, 3) for each in seconds],
+            "issued_s": [round(each, 3) for each in issued],
             "losses": losses,
             "peak_gib": torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0,
             "reserved_gib": torch.cuda.max_memory_reserved() / GIB if self.cuda else 0.0,

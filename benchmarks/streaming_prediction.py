@@ -88,6 +88,7 @@ def run(setting: Setting, plan, device: str) -> dict:
         "measured_tok_s": round(measured["tok_s"]),
         "engine": measured["engine"],
         "step_s": measured["step_s"],
+        "issued_s": measured["issued_s"],
         "took_s": round(time.time() - started, 1),
     }
     if cuda:

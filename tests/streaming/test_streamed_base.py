@@ -1,5 +1,8 @@
 """A base whose layers wait on the host computes what a whole one does, to the bit, and holds a few layers at a time."""
 
+import gc
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +16,8 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from qlora_cli.core.models.structure import find_decoder
-from qlora_cli.core.streaming.host_memory import locked_bytes, piece_sizes
+from qlora_cli.core.streaming import host_memory
+from qlora_cli.core.streaming.host_memory import TOUCHED_BYTES, lock_pages, locked_bytes, piece_sizes
 from qlora_cli.core.streaming.ring import HostSource, Ring
 from qlora_cli.core.streaming.streamed_base import stream_base
 from qlora_cli.events import report_nothing
@@ -218,3 +222,29 @@ def test_host_memory_comes_in_pieces_of_which_little_is_lost(layer_bytes, layers
     assert locked_bytes(layer_bytes, layers) >= layer_bytes * layers
     if layer_bytes <= 2**28 and layers >= 16:
         assert locked_bytes(layer_bytes, layers) <= 1.2 * layer_bytes * layers
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_touched_pages_are_locked_once_and_let_go_with_the_last_view_and_where_refused_cuda_allocates(
+    monkeypatch, refused
+):
+    called, empty = [], torch.empty
+    runtime = SimpleNamespace(
+        cudaError=SimpleNamespace(success=0),
+        cudaHostRegister=lambda *given: called.append(given) or int(refused),
+        cudaHostUnregister=lambda address: called.append(address),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(host_memory, "_forget_error", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **given: empty(*sizes, **given))
+    buffer = lock_pages(TOUCHED_BYTES)
+    (address, bytes_, _), view = called[0], buffer[5:7]
+    assert (address == buffer.data_ptr()) != refused and bytes_ == buffer.numel() == TOUCHED_BYTES
+    del buffer
+    gc.collect()
+    assert len(called) == 1, "a view is still there"
+    view.fill_(1)
+    del view
+    gc.collect()
+    assert called[1:] == ([] if refused else [address])

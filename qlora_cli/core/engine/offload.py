@@ -15,11 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.engine.memory_plan import ROOM
+from qlora_cli.core.streaming.host_memory import lock_pages
 from qlora_cli.events import Notice, Report
 
 SMALLEST_BYTES = 2**20  # of a saved tensor: below, a copy costs more than the memory is worth
 TRIAL_BYTES = 2**25  # of the link
-CHUNK_BYTES = 2**28  # of pinned memory taken at once; PyTorch rounds each request up to a power of two
+CHUNK_BYTES = 2**28  # of pinned memory taken at once
 
 
 def storages_of(tensors: Iterable[Tensor]) -> frozenset[int]:
@@ -137,8 +138,8 @@ class ActivationOffload:
     def _carve(self, bytes_: int) -> Tensor:
         room = -(-bytes_ // 512) * 512
         if self.chunk is None or self.chunk_used + room > self.chunk.numel():
-            pinned = self.stream is not None
-            self.chunk = torch.empty(max(CHUNK_BYTES, room), dtype=torch.uint8, pin_memory=pinned)
+            taken = max(CHUNK_BYTES, room)
+            self.chunk = torch.empty(taken, dtype=torch.uint8) if self.stream is None else lock_pages(taken)
             self.chunk_used = 0
         first, self.chunk_used = self.chunk_used, self.chunk_used + room
         return self.chunk[first : self.chunk_used]
