@@ -97,13 +97,15 @@ def test_hidden_states_on_their_way_beside_a_sent_layer_are_counted():
     )
 
 
-@pytest.mark.parametrize(("attended", "host", "keeps"), [(2**25, 100, True), (0, 100, False), (2**25, 0, False)])
-def test_attentions_results_are_kept_where_they_can_be_and_the_host_has_the_room(attended, host, keeps):
+@pytest.mark.parametrize(("attended", "host", "kept"), [(2**25, 100, 32), (0, 100, 0), (2**25, 0, 0), (2**28, 3, 8)])
+def test_attentions_results_are_kept_of_as_many_layers_as_the_host_has_room_for(attended, host, kept):
     needs = replace(NEEDS, attended_bytes=attended, host_bytes=host * GIB)
     settings = replace(UNDECIDED, tile_tokens=8192, offload_activations=True, gradient_checkpointing="on")
     plan = plan_memory(needs, 4 * GIB, settings)
-    assert plan.recomputed and plan.keeps_attention == keeps
-    assert ("attention's results" in ", ".join(plan.describe(32))) == keeps
+    assert plan.recomputed == NEEDS.layers and plan.attention_kept == kept
+    assert plan.sent_bytes(needs) <= needs.host_bytes or not kept
+    assert ("attention's results" in ", ".join(plan.describe(32))) == (kept > 0)
+    assert ("attention's results of 8 on" in ", ".join(plan.describe(32))) == (kept == 8)
 
 
 def test_no_layer_waits_on_the_host_against_the_users_word():

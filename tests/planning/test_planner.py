@@ -13,6 +13,7 @@ from qlora_cli.core.engine import memory_plan
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.matmul.choice import is_tried
+from qlora_cli.core.planning import planner
 from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES, ResolvedStep, estimate_training
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
@@ -333,3 +334,12 @@ def test_an_optimizers_state_waits_on_the_host_before_layers_stream():
     assert near.fits and near.measures.states_on_host and not near.measures.streamed
     kept = plan(leanest.memory.device_bytes + memory_plan.MARGIN_BYTES, large, optimizer="adamw_8bit")
     assert not kept.measures.states_on_host
+
+
+@pytest.mark.parametrize(("host_gib", "kept"), [(6, 0), (9, 4), (40, LAYERS)])
+def test_of_long_rows_attentions_results_wait_on_the_host_for_as_many_layers_as_it_takes(monkeypatch, host_gib, kept):
+    monkeypatch.setattr(planner, "waiting_room_bytes", lambda: host_gib * GIB)
+    asked = {"gradient_checkpointing": "on", "offload_activations": True, "tile_tokens": 8192, "batch_size": 1}
+    decision = plan(24 * GIB, max_length=131_072, **asked)  # rows whose hidden states are 0.5 GiB
+    assert decision.measures.attention_kept == kept
+    assert decision.memory.host_bytes <= host_gib * GIB or not kept

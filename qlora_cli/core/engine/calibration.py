@@ -322,7 +322,7 @@ class StepPlanner:
             seconds = whole.at_share(self.largest_tokens / tokens, few)
         self.needs = replace(self.needs, seconds=seconds, head_seconds=time_head(head, self.largest_tokens))
         layer_plan.recompute = (
-            plan.recomputed > 0 and not plan.keeps_attention and seconds.device < LONGEST_TRIAL_SECONDS
+            plan.recomputed > 0 and not plan.attention_kept and seconds.device < LONGEST_TRIAL_SECONDS
         )
         if layer_plan.recompute and whole is not None and (again := trials.time(layer, tokens)) is not None:
             # More than a forward pass is what the host took to launch it, as it does for a layer by itself.
@@ -347,7 +347,7 @@ class StepPlanner:
             return plan
         needs = self.needs.for_share(tokens / self.largest_tokens)
         plans = [
-            replace(plan, recomputed=recomputed, sent=sent)
+            replace(plan, recomputed=recomputed, sent=sent, attention_kept=min(plan.attention_kept, recomputed))
             for recomputed in range(plan.recomputed + 1)
             for sent in range(plan.sent + plan.recomputed - recomputed + 1 if plan.sent else 1)
         ]

@@ -27,6 +27,7 @@ from qlora_cli.core.engine.lora_linear import (
 from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload, tensor_of
 from qlora_cli.core.experts.fused_experts import FusedExperts
+from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.core.tiling.kept_attention import keep_attention
 from qlora_cli.core.tiling.token_tiles import TiledModule, tile_of
 
@@ -84,6 +85,7 @@ class LayerPlan:
 def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOffload | None) -> None:
     """Which layers are recomputed and which wait on the host, by the plan of a step."""
     recomputed, sent = plan.numbers(len(layers))
+    attended = evenly(sorted(recomputed), plan.attention_kept)
     for layer in layers:
         layer.recompute = layer.number in recomputed
         for shared in layer.shared:
@@ -92,7 +94,7 @@ def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOff
             unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
         away = layer.number in sent or (layer.recompute and plan.offload_activations)
         layer.offload = offload if away else None
-        layer.keeps_attention = plan.keeps_attention
+        layer.keeps_attention = layer.number in attended
 
 
 def find_layers(decoder: nn.Module) -> list[nn.Module]:

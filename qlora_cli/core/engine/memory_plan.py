@@ -85,9 +85,7 @@ class StepNeeds:
     host_bytes: int = 0  # that activations may take
     streamed_bytes: int = 0  # of weights that come from the host or the disk in each pass
     source_bytes_per_second: float = math.inf  # that come from there, the link apart
-    streaming_share: float = (
-        1.0  # of a pass, in which weights come: its first and last ones find nothing to hide behind
-    )
+    streaming_share: float = 1.0  # of a pass, in which weights come: its first and last hide behind nothing
     repeated_share: float = RECOMPUTE_COST  # of a layer's forward pass, that a repetition takes
     head_layers: float = 0.0  # time of the output head and its loss, as a multiple of one layer's forward pass
     head_seconds: float | None = None  # that time, where it was measured
@@ -121,7 +119,7 @@ class MemoryPlan:
     workspace_bytes: int | None = None  # most of a weight dequantised at once; None for whole weights
     sent: int = 0  # other layers, of which all that they save waits on the host
     streamed: int = 0  # layers whose weights wait on the host, decided before a base is loaded
-    keeps_attention: bool = False  # and so do the results of their attention, which is not repeated then
+    attention_kept: int = 0  # recomputed layers whose attention's results wait there too, and are not computed again
     tile_tokens: int | None = None  # of what treats each token by itself, so many run at once; None for all
     states_on_host: bool = False  # the optimizer's state waits there for each update, decided before a base is loaded
 
@@ -130,7 +128,8 @@ class MemoryPlan:
         kept, peak = needs.kept_bytes, needs.peak_bytes - needs.largest_dense_bytes
         whole = needs.layers - self.recomputed - self.sent
         away = min(self.recomputed, 2) if self.offload_activations else self.recomputed  # two are on their way
-        waiting = away * (needs.hidden_bytes + needs.attended_bytes * self.keeps_attention) + min(self.sent, 1) * kept
+        attended = min(self.attention_kept, away) * needs.attended_bytes
+        waiting = away * needs.hidden_bytes + attended + min(self.sent, 1) * kept
         if self.sent and self.offload_activations:
             waiting = max(waiting, int(min(self.sent_bytes(needs), ROOM * kept)))
         # Of long rows the embeddings and the norm's output count too: a card ran out at the head by one hidden state.
@@ -158,8 +157,13 @@ class MemoryPlan:
 
     def sent_bytes(self, needs: StepNeeds) -> int:
         """Bytes that wait on the host."""
-        recomputed = needs.hidden_bytes + needs.attended_bytes * self.keeps_attention
-        return self.sent * needs.kept_bytes + self.recomputed * recomputed * self.offload_activations
+        inputs = self.recomputed * needs.hidden_bytes * self.offload_activations
+        return self.sent * needs.kept_bytes + inputs + self.attention_kept * needs.attended_bytes
+
+    def keep_attention(self, left_bytes: int, attended_bytes: int) -> "MemoryPlan":
+        """Where attention's results are kept at all, of as many more layers as what is left of the host takes, or as fewer."""
+        kept = self.attention_kept and attended_bytes and self.attention_kept + left_bytes // attended_bytes
+        return replace(self, attention_kept=min(max(0, kept), self.recomputed))
 
     def cost(self, needs: StepNeeds) -> float:
         """Time that the measures take, as a share of a step."""
@@ -187,7 +191,8 @@ class MemoryPlan:
 
     def _repeated(self, needs: StepNeeds) -> float:
         """Forward passes of a layer that are repeated."""
-        return (KEPT_ATTENTION_COST if self.keeps_attention else needs.repeated_share) * self.recomputed
+        again = needs.repeated_share * (self.recomputed - self.attention_kept)
+        return again + KEPT_ATTENTION_COST * self.attention_kept
 
     def token_cost(self, layers: int, tokens: int) -> float:
         """Time a token takes in micro-batches of so many, by the costs alone: 1 for arithmetic without any measure."""
@@ -221,7 +226,8 @@ class MemoryPlan:
         if self.sent:
             parts.append(f"activations of {self.sent} on the host")
         elif self.offload_activations:
-            parts.append("hidden states" + " and attention's results" * self.keeps_attention + " on the host")
+            attended = f" and attention's results of {self.attention_kept}" * (self.attention_kept > 0)
+            parts.append(f"hidden states{attended} on the host")
         parts += [f"tiles of {self.tile_tokens:,} tokens"] if self.tile_tokens else []
         parts += ["dequantised weights resident"] if self.resident_weights else []
         return parts + ["weights dequantised in slices"] * (self.workspace_bytes is not None)
@@ -236,9 +242,7 @@ def compiling_pays(asked: bool | None, base: nn.Module, dense_elements: int, tok
         dense_elements: Of all 4-bit weights but routed experts.
         tokens: Of all steps.
     """
-    if asked is not None:
-        return asked
-    return takes_long(met_elements(base, dense_elements), tokens)
+    return takes_long(met_elements(base, dense_elements), tokens) if asked is None else asked
 
 
 def takes_long(elements: float, tokens: int) -> bool:
@@ -338,11 +342,11 @@ def offer_measures(
     ):
         sliced = movable and limited and not resident and largest_dense_bytes > SLICE_BYTES
         for workspace_bytes in workspaces if sliced else (None,):
-            plan = MemoryPlan(0, activations, embeddings, resident, workspace_bytes)
-            plan = replace(plan, tile_tokens=settings.tile_tokens or None)
+            tiles = settings.tile_tokens or None
+            plan = MemoryPlan(0, activations, embeddings, resident, workspace_bytes, tile_tokens=tiles)
             yield plan
             if plan.tile_tokens and activations:  # in rows so long that attention is what takes time
-                yield replace(plan, keeps_attention=True)
+                yield replace(plan, attention_kept=1)  # or as many more as there is room for
 
 
 def least_recomputed(settings: StepSettings, *, offload_activations: bool) -> int:
@@ -379,11 +383,7 @@ def plan_memory(
         if layers >= least_recomputed(settings, offload_activations=measures.offload_activations)
         for sent in _sent_counts(needs, layers, settings.offload_activations)
     ]
-    plans = [
-        plan
-        for plan in plans
-        if not plan.keeps_attention or (needs.attended_bytes and plan.sent_bytes(needs) <= needs.host_bytes)
-    ]
+    plans = [plan.keep_attention(needs.host_bytes - plan.sent_bytes(needs), needs.attended_bytes) for plan in plans]
     fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]
     if not fitting:
         return min(plans, key=lambda plan: (plan.step_bytes(needs), plan.cost(needs)))

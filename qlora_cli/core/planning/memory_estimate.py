@@ -66,6 +66,10 @@ class ResolvedStep:
         away = self.measures.offload_activations and (index < recomputed or recomputed == 0)
         return away or recomputed <= index < recomputed + sent
 
+    def keeps_attention(self, index: int) -> bool:
+        """Whether a layer's results of attention wait on the host: of recomputed layers, the last ones, as if."""
+        return 0 < self.measures.recomputed - index <= self.measures.attention_kept
+
 
 @dataclass(frozen=True)
 class TrainingMemory:
@@ -186,20 +190,21 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
     in_transit = 0.0  # on its way to or from the host: of the layer just below of those that wait there
     # Whoever calls the decoder holds what the first layer is given, also when it is on its way no more; the loss counts it.
     given = 0.0
-    known: dict[tuple[int, bool], tuple[float, float, float]] = {}  # a model has many layers of few kinds
+    known: dict[tuple, tuple[float, float, float]] = {}  # a model has many layers of few kinds
     for index, layer in enumerate(trace.layers):
         recomputed = index < step.measures.recomputed
-        if (id(layer), recomputed) not in known:
+        kind = id(layer), recomputed, step.keeps_attention(index)
+        if kind not in known:
             repeated = layer.compiled if step.compiled else layer.recomputed
             passes = repeated if recomputed else _whole(layer, itemsize, step)
             exchanged = _exchanged(layer, itemsize, step)
             hidden_bytes = layer.recomputed.held.bytes(*size)
-            known[id(layer), recomputed] = (
+            known[kind] = (
                 passes.forward.bytes(*size, most_scratch) + hidden_bytes + exchanged,
                 passes.backward.bytes(*size, most_scratch) + exchanged,
                 _held(layer, itemsize, index, step),
             )
-        forward, backward, held = known[id(layer), recomputed]
+        forward, backward, held = known[kind]
         present = below + in_transit
         yield f"forward pass of layer {index}", present + given, forward
         yield f"backward pass of layer {index}", present, backward
@@ -249,9 +254,16 @@ def _held(layer: LayerTrace, itemsize: int, index: int, step: ResolvedStep) -> f
     recomputed = index < step.measures.recomputed
     passes = layer.recomputed if recomputed else _whole(layer, itemsize, step)
     held = passes.held.bytes(step.part_tokens, step.row_tokens)
-    if recomputed and step.measures.keeps_attention and step.is_offloaded(index):
+    if step.keeps_attention(index):
         held += step.part_tokens * itemsize * layer.queries
     return held + _exchanged(layer, itemsize, step) * (not recomputed)
+
+
+def attended_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
+    """Of the results of one layer's attention, of the largest."""
+    trace = profile.traced(step.measures.tile_tokens)
+    assert trace is not None
+    return step.part_tokens * profile.itemsize * max(layer.queries for layer in trace.layers)
 
 
 def _exchanged(layer: LayerTrace, itemsize: int, step: ResolvedStep) -> float:
@@ -276,7 +288,7 @@ def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:
     attention = sum(2 * step.row_tokens * layer.hidden for layer in profile.trace.layers)
     multiplied = sum(profile.footprint.quantized_numels) + profile.met_experts * sum(profile.footprint.expert_numels)
     frozen = 2 * passes * multiplied + 4 * head
-    attended = 2 if step.measures.keeps_attention else passes
+    attended = passes - step.measures.attention_kept / max(1, profile.layers)
     of_experts = profile.footprint.expert_adapter_parameters
     trained = profile.footprint.trainable_parameters - (1 - profile.met_experts) * of_experts
     return frozen + 2 * (passes + 1) * trained + (attended + 1.5) * attention

@@ -29,6 +29,7 @@ from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,
     ResolvedStep,
     TrainingMemory,
+    attended_bytes,
     copied_bytes,
     count_flops,
     estimate_training,
@@ -218,7 +219,7 @@ def plan_training(
     host_bytes = waiting_room_bytes()
 
     def fits_host(step: ResolvedStep, memory: TrainingMemory) -> bool:
-        waits = step.measures.keeps_attention or step.measures.states_on_host
+        waits = step.measures.attention_kept or step.measures.states_on_host
         return not waits or memory.host_bytes <= host_bytes
 
     found = [each for each in found if fits_host(*each)] or found
@@ -286,6 +287,10 @@ def _recompute_least(
 
     def resolve(layers: int) -> tuple[ResolvedStep, TrainingMemory]:
         resolved = replace(step, measures=replace(step.measures, recomputed=layers))
+        if resolved.measures.attention_kept:
+            left_bytes = waiting_room_bytes() - estimate_training(profile, resolved).host_bytes
+            kept = resolved.measures.keep_attention(left_bytes, attended_bytes(profile, resolved))
+            resolved = replace(resolved, measures=kept)
         # A micro-batch may be padded to a slightly larger shape, for which there is a graph.
         tokens = bucket(step.tokens) if on_fast_card and step.context == 1 else step.tokens
         memories = [estimate_training(profile, replace(resolved, compiled=mode, tokens=tokens)) for mode in modes]
