@@ -25,7 +25,7 @@ LIBRARIES = (
     "tokenizers",
     "triton",
 )
-HOST_SHARE = 0.5  # of free host memory, which what waits there may take, of all ranks together
+HOST_SHARE = 0.75  # of free host memory, which what waits there may take, of all ranks together
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of this process, as a container sees it
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
