@@ -31,8 +31,8 @@ RUNS = {
     "8192": ("llama3-8b", "llama3-8b", 8192, 24, 4, 6),
     "32768": ("llama3-8b-8-layers", "llama3-8b", 32768, 24, 1, 3),
     "131072": ("llama3-8b-8-layers", "llama3-8b", 131072, 24, 1, 1),
-    "131072-whole": ("llama3-8b", "llama3-8b", 131072, 24, 0, 1),
-    "524288": ("llama3-8b-3-layers", "llama3-8b", 524288, 80, 0, 1),
+    "131072-whole": ("llama3-8b", "llama3-8b", 131072, 24, 1, 1),
+    "524288": ("llama3-8b-2-layers", "llama3-8b", 524288, 80, 0, 1),
     "tiny": ("tiny-llama-half", "tiny-llama", 300, 2, 1, 1),
 }
 
@@ -69,10 +69,13 @@ def plan_part(run: str, **tiling):
 
 
 def of_part(measures, layers: int, few: int):
-    """What was planned for a model, for one of fewer layers of which as many are not recomputed."""
+    """What was planned for a model, for one of fewer layers of which as many are not recomputed, and the same share keeps
+    attention's results."""
     from dataclasses import replace
 
-    return replace(measures, recomputed=max(0, few - (layers - measures.recomputed)))
+    recomputed = max(0, few - (layers - measures.recomputed))
+    kept = round(measures.attention_kept * recomputed / max(1, measures.recomputed))
+    return replace(measures, recomputed=recomputed, attention_kept=kept)
 
 
 def plan_as_whole(engine, all_layers, few) -> None:
@@ -110,8 +113,8 @@ class TimedHead:
         return result
 
 
-def time_pinning(seconds: list[float]) -> None:
-    """Has memory of the host that is page-locked for activations noted."""
+def time_pinning(pinned: list[tuple[float, int]]) -> None:
+    """Has seconds and bytes of the host's memory that is page-locked for activations noted."""
     from qlora_cli.core.engine.offload import ActivationOffload
 
     carve = ActivationOffload._carve
@@ -119,13 +122,37 @@ def time_pinning(seconds: list[float]) -> None:
     def timed(self, bytes_: int):
         started = time.time()
         buffer = carve(self, bytes_)
-        seconds.append(time.time() - started)
+        pinned.append((time.time() - started, bytes_))
         return buffer
 
     ActivationOffload._carve = timed
 
 
-def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> dict:
+def time_kept(engine, step, layers: int, counts: list[int]) -> dict:
+    """Seconds of a step of all layers of a part, recomputed, where so many keep attention's results; memory for them is
+    page-locked before. In between lies what fewer kept ones take."""
+    from dataclasses import replace
+
+    from qlora_cli.core.streaming.host_memory import lock_pages
+
+    planner, found = engine.planner, {}
+    plans = {kept: replace(engine.plan, recomputed=layers, sent=0, attention_kept=kept) for kept in counts}
+    taken = max(plan.sent_bytes(planner.needs) for plan in plans.values()) + GIB // 4
+    started = time.time()
+    if engine.on_cuda:
+        engine.offload.chunk, engine.offload.chunk_used = lock_pages(taken), 0
+    say(f"{taken / GIB:.2f} GiB page-locked in {time.time() - started:.1f} s")
+    for kept, part in plans.items():
+        engine.plan_by_tokens = lambda _, part=part: part
+        started = time.time()
+        loss = step()
+        seconds, head_s = time.time() - started, getattr(engine.head, "seconds", 0.0)
+        found[kept] = {"step_s": seconds, "head_s": head_s, "layer_s": (seconds - head_s) / layers, "loss": loss}
+        say(f"attention kept of {kept} of {layers}: {found[kept]}")
+    return found
+
+
+def run(name: str, device_name: str, profile: bool, tile_tokens: int | None, kept: list[int]) -> dict:
     """Trains one configuration and returns its figures."""
     from dataclasses import replace
 
@@ -162,7 +189,7 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> 
     rows = [(generator.integers(5, 1000, tokens).astype(np.int32), np.ones(tokens, dtype=bool))]
     batch = collate(rows, [0])
     started = time.time()
-    pinned: list[float] = []
+    pinned: list[tuple[float, int]] = []
     time_pinning(pinned)
     engine = install_engine(
         model,
@@ -210,13 +237,16 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None) -> 
         if eager:
             wait()
             phases.update(forward_s=times[1] - times[0], backward_s=time.time() - times[1])
-            phases.update(head_s=engine.head.seconds, pinned_s=sum(pinned), pinned_calls=len(pinned))
+            phases.update(head_s=engine.head.seconds, pinned_s=sum(seconds for seconds, _ in pinned))
+            phases.update(pinned_gib=sum(bytes_ for _, bytes_ in pinned) / GIB)
             say(f"step: { ({k: round(v, 3) for k, v in phases.items()}) }")
         optimizer.step()
         return float(loss.detach()) / batch.trained_tokens
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    if kept:
+        return result | {"kept": time_kept(engine, step, few.layers, kept)}
     losses = [step() for _ in range(warm)]
     wait()
     started = time.time()
@@ -285,15 +315,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--profile", action="store_true", help="one step more, by kind of kernel")
     parser.add_argument("--tile-tokens", type=int, help="in place of what is planned")
+    parser.add_argument(
+        "--kept", action="append", type=int, help="only times steps of which so many layers keep attention"
+    )
     parser.add_argument("--json", type=Path, default=Path("long_rows.json"))
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        found = run(arguments.inside, arguments.device, arguments.profile, arguments.tile_tokens)
+        found = run(arguments.inside, arguments.device, arguments.profile, arguments.tile_tokens, arguments.kept or [])
         print("RESULT " + json.dumps(found), flush=True)
         return
     flags = ["--device", arguments.device, *(["--profile"] if arguments.profile else [])]
     flags += ["--tile-tokens", str(arguments.tile_tokens)] if arguments.tile_tokens is not None else []
+    flags += [f"--kept={kept}" for kept in arguments.kept or ()]
     results = []
     for name in arguments.run or [n for n in RUNS if n != "tiny"]:
         command = [sys.executable, __file__, "--inside", name, *flags]

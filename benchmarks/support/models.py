@@ -238,7 +238,6 @@ CONFIGS = {
 for _name, (_whole, _layers) in {
     "neox-20b-half": ("neox-20b", 22),
     "llama3-8b-2-layers": ("llama3-8b", 2),
-    "llama3-8b-3-layers": ("llama3-8b", 3),
     "llama3-8b-8-layers": ("llama3-8b", 8),
     "qwen3-30b-a3b-quarter": ("qwen3-30b-a3b", 12),
     "llama-70b-tenth": ("llama-70b", 8),
