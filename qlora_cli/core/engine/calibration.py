@@ -293,7 +293,7 @@ class StepPlanner:
             peak_bytes=(layer_bytes.peak - dense_bytes) * share + static.largest_dense_bytes,
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
             attended_bytes=int(self.largest_tokens * trials.hidden_bytes * kept),
-            seconds=LayerSeconds(share * seconds.forward, share * seconds.backward),
+            seconds=LayerSeconds(share * seconds.forward, share * seconds.backward, seconds.launching),
             fixed_seconds=None if few is None else seconds.fixed(few[1]),
             link_bytes_per_second=link_bytes_per_second(trials.device),
             host_bytes=waiting_room_bytes(),
@@ -327,7 +327,8 @@ class StepPlanner:
         if layer_plan.recompute and whole is not None and (again := trials.time(layer, tokens)) is not None:
             # More than a forward pass is what the host took to launch it, as it does for a layer by itself.
             repeated = min(1.0, max(0.0, again.device - whole.device) / whole.forward)
-            self.needs = replace(self.needs, repeated_share=repeated)
+            launching = max(0.0, again.launching - whole.launching)
+            self.needs = replace(self.needs, repeated_share=repeated, repeated_launching=launching)
         needs, predicted = self.needs, plan.micro_batch_seconds(self.needs)
         rates = needs.link_bytes_per_second, needs.source_bytes_per_second
         return describe_speed(self.largest_tokens, predicted, 2 * needs.streamed_bytes, *rates)

@@ -1,6 +1,7 @@
 """Decoder layers that keep, recompute or offload their activations and run compiled or not, each as planned."""
 
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -227,23 +228,25 @@ def measure_layer(layer: Any, call: LayerCall, first: LayerCall) -> tuple[LayerB
 
 
 def time_layer(layer: Any, call: LayerCall, first: LayerCall) -> LayerSeconds:
-    """Device time of a layer on its CUDA device, run as planned, on a card that has been as busy as steps keep it.
+    """Time of a layer on its CUDA device, run as planned, on a card that has been as busy as steps keep it.
 
     Args:
         first: With which it runs before: see `measure_layer`.
     """
-    _pass(layer, first, first.args[0].detach().requires_grad_())[2].synchronize()
+    _pass(layer, first, first.args[0].detach().requires_grad_())[0][2].synchronize()
     hidden = call.args[0].detach().requires_grad_()
     torch.cuda._sleep(HEAD_START_CYCLES)
     passes = [_pass(layer, call, hidden)]
-    passes[0][2].synchronize()
+    passes[0][0][2].synchronize()
     alone = _seconds_between(passes[0])
     if (idle := BUSY_SECONDS - alone.device) > 0:
         most = min(MOST_PASSES, math.ceil(idle / max(alone.device, 1e-4)))
         passes += [_pass(layer, call, hidden) for _ in range(most)]
-        passes[-1][2].synchronize()
+        passes[-1][0][2].synchronize()
     later = sorted(map(_seconds_between, passes[len(passes) // 2 :]), key=lambda seconds: seconds.device)
-    return later[len(later) // 2]  # not any one of them, which the host may have been late to launch
+    launching = sorted(seconds.launching for seconds in map(_seconds_between, passes))
+    # Not any one of them, which the host may have been late to launch.
+    return later[len(later) // 2]._replace(launching=launching[len(passes) // 2])
 
 
 def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
@@ -260,7 +263,7 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
         kept = torch.cuda.memory_allocated(device) - start
 
     times = _pass(layer, call, hidden, after_forward)
-    times[2].synchronize()
+    times[0][2].synchronize()
     peak = torch.cuda.max_memory_allocated(device) - start
     del hidden
     missing = peak_before - torch.cuda.memory_allocated(device)
@@ -271,8 +274,9 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
 
 def _pass(
     layer: Any, call: LayerCall, hidden: Tensor, after_forward: Callable[[], None] = lambda: None
-) -> list[torch.cuda.Event]:
-    """Launches both passes of a layer; when they begin, change and end."""
+) -> tuple[list[torch.cuda.Event], float]:
+    """Launches both passes of a layer; when they begin, change and end on the device, and seconds that the host took."""
+    started = time.perf_counter()
     times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     with torch.enable_grad():
         times[0].record()
@@ -285,11 +289,12 @@ def _pass(
             # Parameters' gradients stay as they are.
             torch.autograd.backward(out, torch.zeros_like(out), inputs=[hidden])
         times[2].record()
-    return times
+    return times, time.perf_counter() - started
 
 
-def _seconds_between(times: list[torch.cuda.Event]) -> LayerSeconds:
-    return LayerSeconds(*(begin.elapsed_time(end) / 1000 for begin, end in pairwise(times)))
+def _seconds_between(measured: tuple[list[torch.cuda.Event], float]) -> LayerSeconds:
+    times, launching = measured
+    return LayerSeconds(*(begin.elapsed_time(end) / 1000 for begin, end in pairwise(times)), launching)
 
 
 def _saved_by(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> list[Tensor]:

@@ -45,10 +45,11 @@ ROOM = 1.25
 
 
 class LayerSeconds(NamedTuple):
-    """Device time of one layer at some number of tokens."""
+    """Device time of one layer at some number of tokens, and the host's."""
 
     forward: float
     backward: float
+    launching: float = 0.0  # of the host, both passes; 0 where it was not measured
 
     @property
     def device(self) -> float:
@@ -87,6 +88,7 @@ class StepNeeds:
     source_bytes_per_second: float = math.inf  # that come from there, the link apart
     streaming_share: float = 1.0  # of a pass, in which weights come: its first and last hide behind nothing
     repeated_share: float = RECOMPUTE_COST  # of a layer's forward pass, that a repetition takes
+    repeated_launching: float = 0.0  # seconds of the host, that a repetition takes
     head_layers: float = 0.0  # time of the output head and its loss, as a multiple of one layer's forward pass
     head_seconds: float | None = None  # that time, where it was measured
 
@@ -182,12 +184,13 @@ class MemoryPlan:
 
     def micro_batch_seconds(self, needs: StepNeeds) -> float:
         """Time that a micro-batch takes by what was measured of one layer and of the link, with what is repeated and what
-        copies keep waiting; what the host takes to launch it is not in it."""
+        copies keep waiting, or by what the host takes to launch its layers, if that is more."""
         seconds = needs.seconds or LayerSeconds(0.0, 0.0)
         repeated = self._repeated(needs) * seconds.forward
         head = needs.head_layers * seconds.forward if needs.head_seconds is None else needs.head_seconds
         computing = needs.layers * seconds.device + head + repeated
-        return computing + self._waiting_seconds(needs, seconds, repeated)
+        launching = needs.layers * seconds.launching + self.recomputed * needs.repeated_launching
+        return max(launching, computing + self._waiting_seconds(needs, seconds, repeated))
 
     def _repeated(self, needs: StepNeeds) -> float:
         """Forward passes of a layer that are repeated."""
