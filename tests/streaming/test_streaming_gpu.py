@@ -1,5 +1,7 @@
 """On a GPU: copies on a stream of their own never change what is computed, however fast layers are used."""
 
+import gc
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder
+from qlora_cli.core.streaming.host_memory import TOUCHED_BYTES, lock_pages
 from qlora_cli.core.streaming.streamed_base import stream_base
 from qlora_cli.events import report_nothing
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
@@ -87,3 +90,14 @@ def test_streamed_gradients_are_as_near_as_those_of_two_equal_passes(
     for (loss, expected), (loss_again, other), (found_loss, found) in zip(whole, again, streamed, strict=True):
         assert abs(found_loss - loss) <= abs(loss_again - loss) + 1e-6 * abs(loss)
         assert (found - expected).norm() <= 2 * (other - expected).norm() + 1e-6 * expected.norm()
+
+
+def test_locked_pages_are_copied_from_at_once_and_may_be_given_up_before_the_copy_is_done():
+    buffer = lock_pages(TOUCHED_BYTES)
+    assert buffer.is_pinned() and buffer.sum() == 0
+    expected = buffer.random_(generator=torch.Generator().manual_seed(0)).clone()
+    torch.cuda._sleep(50_000_000)
+    found = buffer.to(CUDA, non_blocking=True)
+    del buffer
+    gc.collect()
+    assert torch.equal(found.cpu(), expected)
