@@ -1,7 +1,8 @@
 """Page-locked host memory for what waits there: layers of a base, in few large pieces, activations, an optimizer's state."""
 
 import mmap
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import torch
@@ -101,8 +102,8 @@ class _Pages(mmap.mmap):
 
     locked_at: int | None = None
 
-    def __del__(self) -> None:
-        if self.locked_at is not None:
+    def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.locked_at is not None and not at_exit():
             with suppress(RuntimeError):  # of earlier work
                 torch.cuda.synchronize()  # copies may be under way
             torch.cuda.cudart().cudaHostUnregister(self.locked_at)
