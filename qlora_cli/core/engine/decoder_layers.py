@@ -294,7 +294,8 @@ def _pass(
 
 def _seconds_between(measured: tuple[list[torch.cuda.Event], float]) -> LayerSeconds:
     times, launching = measured
-    return LayerSeconds(*(begin.elapsed_time(end) / 1000 for begin, end in pairwise(times)), launching)
+    forward, backward = (begin.elapsed_time(end) / 1000 for begin, end in pairwise(times))
+    return LayerSeconds(forward, backward, launching)
 
 
 def _saved_by(layer: nn.Module, call: LayerCall, *, input_gradient: bool = True) -> list[Tensor]:
