@@ -8,7 +8,7 @@ each by itself.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import gcd, inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_cli.core.decoding.decoder import PREFILL_TOKENS
 from qlora_cli.core.engine.memory_plan import MemoryPlan
@@ -59,16 +59,23 @@ class ResolvedStep:
         """Tokens of a micro-batch that one card holds."""
         return -(-self.tokens // self.context)
 
-    def is_offloaded(self, index: int) -> bool:
-        """Whether what a layer holds waits on the host: of recomputed layers, of the next ones that are sent whole, or of
-        all where none is recomputed."""
-        recomputed, sent = self.measures.recomputed, self.measures.sent
-        away = self.measures.offload_activations and (index < recomputed or recomputed == 0)
-        return away or recomputed <= index < recomputed + sent
+    def runs_of(self, layers: int) -> "list[LayerRun]":
+        """How each of so many layers runs, as the engine chooses them; all that they save leaves where none is recomputed."""
+        recomputed, sent = self.measures.numbers(layers)
+        away = self.measures.offload_activations
+        attended = evenly(sorted(recomputed), self.measures.attention_kept)
+        return [
+            LayerRun(i in recomputed, i in sent or (away and (i in recomputed or not recomputed)), i in attended)
+            for i in range(layers)
+        ]
 
-    def keeps_attention(self, index: int) -> bool:
-        """Whether a layer's results of attention wait on the host: of recomputed layers, the last ones, as if."""
-        return 0 < self.measures.recomputed - index <= self.measures.attention_kept
+
+class LayerRun(NamedTuple):
+    """How a layer of a planned step runs."""
+
+    recomputed: bool
+    away: bool  # whether what it holds waits on the host
+    attended: bool  # whether its results of attention wait there too
 
 
 @dataclass(frozen=True)
@@ -131,10 +138,9 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         "activation_bytes": int(activation_bytes),
         "working_bytes": int(working_bytes) + _code_bytes(profile, step) + CUBLAS_BYTES * step.on_cuda,
     }
+    runs = step.runs_of(len(trace.layers))
     offloaded_bytes = sum(
-        _held(layer, profile.itemsize, index, step)
-        for index, layer in enumerate(trace.layers)
-        if step.is_offloaded(index)
+        _held(layer, profile.itemsize, run, step) for layer, run in zip(trace.layers, runs, strict=True) if run.away
     )
     return TrainingMemory(
         moment=moment,
@@ -191,24 +197,23 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
     # Whoever calls the decoder holds what the first layer is given, also when it is on its way no more; the loss counts it.
     given = 0.0
     known: dict[tuple, tuple[float, float, float]] = {}  # a model has many layers of few kinds
-    for index, layer in enumerate(trace.layers):
-        recomputed = index < step.measures.recomputed
-        kind = id(layer), recomputed, step.keeps_attention(index)
+    for index, (layer, run) in enumerate(zip(trace.layers, step.runs_of(len(trace.layers)), strict=True)):
+        kind = id(layer), run
         if kind not in known:
             repeated = layer.compiled if step.compiled else layer.recomputed
-            passes = repeated if recomputed else _whole(layer, itemsize, step)
+            passes = repeated if run.recomputed else _whole(layer, itemsize, step)
             exchanged = _exchanged(layer, itemsize, step)
             hidden_bytes = layer.recomputed.held.bytes(*size)
             known[kind] = (
                 passes.forward.bytes(*size, most_scratch) + hidden_bytes + exchanged,
                 passes.backward.bytes(*size, most_scratch) + exchanged,
-                _held(layer, itemsize, index, step),
+                _held(layer, itemsize, run, step),
             )
         forward, backward, held = known[kind]
         present = below + in_transit
         yield f"forward pass of layer {index}", present + given, forward
         yield f"backward pass of layer {index}", present, backward
-        if step.is_offloaded(index):
+        if run.away:
             in_transit = held
             given = trace.layers[0].hidden * itemsize * step.part_tokens if index else 0.0
         else:
@@ -249,14 +254,13 @@ def _whole(layer: LayerTrace, itemsize: int, step: ResolvedStep) -> Pass:
     return Pass(Growth(itemsize * layer.lean), less(compiled.forward), less(compiled.backward))
 
 
-def _held(layer: LayerTrace, itemsize: int, index: int, step: ResolvedStep) -> float:
+def _held(layer: LayerTrace, itemsize: int, run: LayerRun, step: ResolvedStep) -> float:
     """Bytes a layer holds between its forward and its backward pass."""
-    recomputed = index < step.measures.recomputed
-    passes = layer.recomputed if recomputed else _whole(layer, itemsize, step)
+    passes = layer.recomputed if run.recomputed else _whole(layer, itemsize, step)
     held = passes.held.bytes(step.part_tokens, step.row_tokens)
-    if step.keeps_attention(index):
+    if run.attended:
         held += step.part_tokens * itemsize * layer.queries
-    return held + _exchanged(layer, itemsize, step) * (not recomputed)
+    return held + _exchanged(layer, itemsize, step) * (not run.recomputed)
 
 
 def attended_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
