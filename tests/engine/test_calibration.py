@@ -1,6 +1,7 @@
 """Steps are planned within the host's memory too, for every number of tokens, and leaner each time memory runs out."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.engine.calibration import StepPlanner
+from qlora_cli.core.engine.decoder_layers import usual_seconds
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE
 from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan, StepNeeds
@@ -83,6 +85,19 @@ def test_speed_that_is_said_is_that_of_the_layer_whatever_tokens_there_was_room_
     forward = still + token * TOKENS
     assert plan.micro_batch_seconds(made.needs) == pytest.approx((3 * 32 + repeated * recomputed) * forward, rel=1e-6)
     assert f"A micro-batch of {TOKENS:,} tokens takes about" in said
+
+
+def test_a_layers_time_is_the_devices_own_and_a_micro_batch_takes_no_less_than_the_host_takes_to_launch_it():
+    first = LayerSeconds(0.003, 0.006, launching=0.004)  # on a card that was idle
+    busy = usual_seconds(
+        [first, *[LayerSeconds(0.0032, 0.0066, launching=0.005)] * 4, *[LayerSeconds(0.003, 0.007, 0.01)] * 9]
+    )
+    assert busy == LayerSeconds(0.003, 0.007, 0.005), "the queue of launches is full later, and holds up the host"
+    late = usual_seconds([first, *[LayerSeconds(0.006, 0.008, launching=0.014)] * 20])
+    assert late == LayerSeconds(0.003, 0.006, 0.014), "passes that wait for the host say nothing of the device"
+    needs = StepNeeds(layers=10, seconds=late, repeated_share=1.0, repeated_launching=0.002)
+    assert MemoryPlan(4).micro_batch_seconds(needs) == pytest.approx(10 * 0.014 + 4 * 0.002)
+    assert MemoryPlan(4).micro_batch_seconds(replace(needs, seconds=busy)) == pytest.approx(10 * 0.010 + 4 * 0.003)
 
 
 @pytest.mark.parametrize("layers", [3, 8, 80])

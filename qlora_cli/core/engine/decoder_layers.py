@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from qlora_cli.core.tiling.token_tiles import TiledModule, tile_of
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
 # A card that was idle has clocks that it does not keep: its power is limited. So long it is kept busy before it is timed.
 BUSY_SECONDS, MOST_PASSES = 0.4, 50
+LATE = 0.9  # the host, from so much of the device's time on
 # Of what a layer saves, without its input's gradient: GPT-NeoX, Falcon and Phi with adapted attention 0.5, others 0.9.
 MOSTLY_LEFT_OUT = 0.7
 
@@ -171,8 +172,7 @@ def _recomputing(plan: LayerPlan, send: Callable | None) -> tuple[AbstractContex
     return keep_attention(send, tensor_of, plan.step.recompute)
 
 
-@dataclass(frozen=True)
-class LayerCall:
+class LayerCall(NamedTuple):
     """Arguments a layer was called with in a trial."""
 
     args: tuple
@@ -204,8 +204,7 @@ def capture_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[Layer
     return calls
 
 
-@dataclass(frozen=True)
-class LayerBytes:
+class LayerBytes(NamedTuple):
     """Memory one layer takes at some number of tokens.
 
     Attributes:
@@ -233,25 +232,27 @@ def time_layer(layer: Any, call: LayerCall, first: LayerCall) -> LayerSeconds:
     Args:
         first: With which it runs before: see `measure_layer`.
     """
-    _pass(layer, first, first.args[0].detach().requires_grad_())[0][2].synchronize()
-    hidden = call.args[0].detach().requires_grad_()
+    _seconds_of(_pass(layer, first))
     torch.cuda._sleep(HEAD_START_CYCLES)
-    passes = [_pass(layer, call, hidden)]
-    passes[0][0][2].synchronize()
-    alone = _seconds_between(passes[0])
-    if (idle := BUSY_SECONDS - alone.device) > 0:
-        most = min(MOST_PASSES, math.ceil(idle / max(alone.device, 1e-4)))
-        passes += [_pass(layer, call, hidden) for _ in range(most)]
-        passes[-1][0][2].synchronize()
-    later = sorted(map(_seconds_between, passes[len(passes) // 2 :]), key=lambda seconds: seconds.device)
-    launching = sorted(seconds.launching for seconds in map(_seconds_between, passes))
-    # Not any one of them, which the host may have been late to launch.
-    return later[len(later) // 2]._replace(launching=launching[len(passes) // 2])
+    measured = [_seconds_of(_pass(layer, call))]
+    if (idle := BUSY_SECONDS - measured[0].device) > 0:
+        most = min(MOST_PASSES, math.ceil(idle / max(measured[0].device, 1e-4)))
+        measured += map(_seconds_of, [_pass(layer, call) for _ in range(most)])
+    return usual_seconds(measured)
+
+
+def usual_seconds(measured: list[LayerSeconds]) -> LayerSeconds:
+    """Of passes of one layer, of which the host had a head start for the first alone, and the queue of launches was not yet
+    full for the next four. Where passes wait for the host they take its time: then the first has the device's own."""
+    later = sorted(measured[len(measured) // 2 :], key=lambda seconds: seconds.device)
+    usual = later[len(later) // 2]  # not any one of them, which the host may have been late to launch
+    launching = sorted(seconds.launching for seconds in measured[:5])
+    own = measured[0] if launching[len(launching) // 2] > LATE * usual.device else usual
+    return own._replace(launching=launching[len(launching) // 2])
 
 
 def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
-    hidden = call.args[0].detach().requires_grad_()
-    device = hidden.device
+    device = call.args[0].device
     torch.cuda.synchronize(device)
     peak_before, start = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -262,22 +263,19 @@ def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSecond
         nonlocal kept
         kept = torch.cuda.memory_allocated(device) - start
 
-    times = _pass(layer, call, hidden, after_forward)
-    times[0][2].synchronize()
+    seconds = _seconds_of(_pass(layer, call, after_forward))
     peak = torch.cuda.max_memory_allocated(device) - start
-    del hidden
     missing = peak_before - torch.cuda.memory_allocated(device)
     with suppress(torch.OutOfMemoryError):  # the peak was before memory was limited
         torch.empty(max(0, missing), dtype=torch.uint8, device=device)  # the peak of the process stays what it was
-    return LayerBytes(kept, peak), _seconds_between(times)
+    return LayerBytes(kept, peak), seconds
 
 
-def _pass(
-    layer: Any, call: LayerCall, hidden: Tensor, after_forward: Callable[[], None] = lambda: None
-) -> tuple[list[torch.cuda.Event], float]:
+def _pass(layer: Any, call: LayerCall, after_forward: Callable = lambda: None) -> tuple[list[torch.cuda.Event], float]:
     """Launches both passes of a layer; when they begin, change and end on the device, and seconds that the host took."""
     started = time.perf_counter()
     times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    hidden = call.args[0].detach().requires_grad_()
     with torch.enable_grad():
         times[0].record()
         out = layer(hidden, *call.args[1:], **call.kwargs)
@@ -292,8 +290,9 @@ def _pass(
     return times, time.perf_counter() - started
 
 
-def _seconds_between(measured: tuple[list[torch.cuda.Event], float]) -> LayerSeconds:
-    times, launching = measured
+def _seconds_of(launched: tuple[list[torch.cuda.Event], float]) -> LayerSeconds:
+    times, launching = launched
+    times[-1].synchronize()
     forward, backward = (begin.elapsed_time(end) / 1000 for begin, end in pairwise(times))
     return LayerSeconds(forward, backward, launching)
 

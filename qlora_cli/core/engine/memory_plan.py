@@ -371,14 +371,8 @@ def plan_memory(
     host, or all that layers save where none is recomputed. `workspaces` are the `workspace_bytes` that may be chosen.
     """
     recomputed = count_recomputed_layers(settings, needs.layers)
-    offered = list(
-        offer_measures(
-            settings,
-            embedding_bytes=needs.embedding_bytes,
-            largest_dense_bytes=needs.largest_dense_bytes,
-            workspaces=workspaces,
-        )
-    )
+    table, largest = needs.embedding_bytes, needs.largest_dense_bytes
+    offered = list(offer_measures(settings, embedding_bytes=table, largest_dense_bytes=largest, workspaces=workspaces))
     plans = [
         replace(measures, recomputed=layers, sent=sent)
         for layers in (range(needs.layers + 1) if recomputed is None else (recomputed,))
