@@ -3,13 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.engine.lora_linear import StepState
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import trace_model, trace_tiles
-from qlora_cli.core.tiling.token_tiles import TokenTiles, tile_of
+from qlora_cli.core.tiling.token_tiles import TokenTiles, fused_norm, tile_of
 from qlora_cli.settings.groups import LoraSettings
 from tests.conftest import ARCHITECTURES, most_slow
 from tests.engine.test_engine import CPU, adapted, batch_of, step
@@ -83,6 +85,52 @@ def test_a_row_of_many_tiles_has_the_gradients_of_the_whole():
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     tiles.remove()
     assert not any("forward" in vars(module) for module in layer.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_in_one_kernel_is_as_near_as_the_models_own_and_another_norm_is_left(dtype):
+    torch.manual_seed(0)
+    x, grad = 3 * torch.randn(1, 70, 96), torch.randn(1, 70, 96)
+    own = LlamaRMSNorm(96, 1e-3)
+    with torch.no_grad():
+        own.weight.normal_(1, 0.2)
+
+    def both_ways(norm, dtype):
+        given = x.to(dtype).requires_grad_()
+        out = norm(given)
+        return out.detach(), *torch.autograd.grad(out, given, grad.to(dtype))
+
+    exact = both_ways(own.double().requires_grad_(False), torch.float64)
+    norm = fused_norm(own.to(dtype), x.to(dtype))
+    for expected, ours, theirs in zip(exact, both_ways(norm, dtype), both_ways(own, dtype), strict=True):
+        assert (ours - expected).norm() <= 2 * (theirs - expected).norm()
+    other = Gemma2RMSNorm(96, 1e-3).to(dtype).requires_grad_(False)  # of which the weight is one less
+    assert fused_norm(other, x.to(dtype)) is None
+    assert fused_norm(nn.LayerNorm(96, 1e-3, bias=False, dtype=dtype).requires_grad_(False), x.to(dtype)) is None
+    assert fused_norm(own.requires_grad_(), x.to(dtype)) is None
+
+
+@pytest.mark.gpu
+def test_norms_of_long_rows_are_one_kernel_on_a_card():
+    torch.manual_seed(0)
+    norm, x = LlamaRMSNorm(256).bfloat16().cuda().requires_grad_(False), torch.randn(1, 500, 256).bfloat16().cuda()
+    grad = torch.randn_like(x)
+    layer = nn.Sequential(norm, nn.Linear(256, 8, dtype=torch.bfloat16, device="cuda"))
+    found = []
+    tiles = TokenTiles(nn.Module(), [layer], lambda: layer(x[:, :64]), StepState(torch.device("cuda"), 0))
+    for tile_tokens in (None, 128):
+        if tile_tokens:
+            tiles.install(tile_tokens)
+        given = x.clone().requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            out = norm(given)
+            torch.cuda.synchronize()
+        found.append((out, *torch.autograd.grad(out, given, grad), len(seen.key_averages())))
+    (own, own_gradient, many), (fused, gradient, few) = found
+    assert few < many and list(tiles.norms) == [norm]
+    assert (fused - own).norm() <= 2**-7 * own.norm() and (
+        gradient - own_gradient
+    ).norm() <= 2**-7 * own_gradient.norm()
 
 
 @pytest.mark.parametrize("architecture", sorted(FEW))
