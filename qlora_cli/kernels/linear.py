@@ -15,8 +15,8 @@ from qlora_cli.kernels.weights import FrozenWeight
 
 
 def tensors_of(weight: FrozenWeight) -> tuple[Tensor | None, ...]:
-    """A weight's tensors, in the order of its fields."""
-    return (*weight[2:9], *weight[11:])
+    """The tensors of one matrix, in the order of its fields."""
+    return (*weight[2:9], *weight[11:15])
 
 
 def numbers_of(weight: FrozenWeight) -> tuple[int, ...]:

@@ -61,6 +61,8 @@ class FrozenWeight(NamedTuple):
         column_scale: fp32 (in,), what those of a column are, which are other codes; likewise.
         codes: e4m3 (out, in) over `row_scale` where they are resident, else None.
         turned_codes: e4m3 (in, out) over `column_scale`, likewise.
+        stack_scale: fp32 (experts,), what the e4m3 codes of each expert's matrix are multiplied by, where a stack of
+            them, one below the other, is multiplied in 8 bits (kernels/experts/grouped.py); else None.
     """
 
     rows: int
@@ -78,6 +80,7 @@ class FrozenWeight(NamedTuple):
     column_scale: Tensor | None = None
     codes: Tensor | None = None
     turned_codes: Tensor | None = None
+    stack_scale: Tensor | None = None
 
     @classmethod
     def of_state(cls, state: Any, packed: Tensor | None = None) -> "FrozenWeight":
@@ -98,7 +101,7 @@ class FrozenWeight(NamedTuple):
 
     def plain(self) -> "FrozenWeight":
         """The same weight, multiplied in the dtype of what it is multiplied with."""
-        return self._replace(row_scale=None, column_scale=None, codes=None, turned_codes=None)
+        return self._replace(row_scale=None, column_scale=None, codes=None, turned_codes=None, stack_scale=None)
 
     def values(self, dtype: torch.dtype, first_row: int = 0, end_row: int | None = None) -> Tensor:
         """Rows first_row to end_row, (end_row - first_row, in) in `dtype`; a view when dense. See `reserve_values`.
@@ -114,17 +117,23 @@ class FrozenWeight(NamedTuple):
             return nf4.dequantize_4bit(self, out, first_row * self.columns)
         return self._plain_values().view(self.rows, self.columns)[first_row:end_row].to(dtype)
 
+    def block_scales(self, first: int = 0, end: int | None = None) -> Tensor:
+        """Scales of blocks first to end, fp32 (end - first,), in plain PyTorch."""
+        assert self.absmax is not None
+        scales = self.absmax[first:end]
+        if self.nested_absmax is None or self.nested_code is None or self.offset is None:
+            return scales.float()
+        block = torch.arange(first, first + scales.numel(), device=scales.device) // self.nested_blocksize
+        offset = self.offset[block] if self.offset.numel() > 1 else self.offset
+        return self.nested_code[scales.int()] * self.nested_absmax[block] + offset
+
     def _plain_values(self) -> Tensor:
         """code[nibble] * scale of its block, fp32 (out * in,), in plain PyTorch; the last byte and block may be partly filled.
 
         Scales are plain, or from their own 8-bit blocks: the double quantisation of arXiv:2305.14314, section 3.
         """
-        assert self.packed is not None and self.absmax is not None and self.code is not None
-        packed, scales = self.packed.flatten(), self.absmax.float()
-        if self.nested_absmax is not None and self.nested_code is not None and self.offset is not None:
-            block = torch.arange(scales.numel(), device=scales.device) // self.nested_blocksize
-            offset = self.offset[block] if self.offset.numel() > 1 else self.offset
-            scales = self.nested_code[self.absmax.int()] * self.nested_absmax[block] + offset
+        assert self.packed is not None and self.code is not None
+        packed, scales = self.packed.flatten(), self.block_scales()
         elements = self.rows * self.columns
         nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:elements]
         values = self.code[nibbles.int()]

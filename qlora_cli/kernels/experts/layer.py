@@ -53,14 +53,14 @@ def _up_op(
     nested_absmax: _Tensor,
     nested_code: _Tensor,
     offset: _Tensor,
+    stack_scale: _Tensor,
     matrix_rows: int,
     columns: int,
     nested_blocksize: int,
 ) -> tuple[Tensor, Tensor]:
     routing = Routing(source, back, expert, ends, choices)
-    weight = _weight(
-        ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
-    )
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
+    weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     x = x.contiguous()
     if first is None or second is None:
         return multiply(x, weight, ends, gathered=routing), x.new_empty(0)
@@ -70,7 +70,7 @@ def _up_op(
 
 @_up_op.register_fake
 def _(x: Tensor, source: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    first, matrix_rows = rest[4], rest[13]
+    first, matrix_rows = rest[4], rest[14]
     pairs = source.shape[0]
     return x.new_empty(pairs, matrix_rows), x.new_empty(0) if first is None else x.new_empty(pairs, first.shape[1])
 
@@ -92,6 +92,7 @@ def _up_backward_op(
     nested_absmax: _Tensor,
     nested_code: _Tensor,
     offset: _Tensor,
+    stack_scale: _Tensor,
     choices: int,
     scaling: float,
     matrix_rows: int,
@@ -100,9 +101,8 @@ def _up_backward_op(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     routing = Routing(source, back, expert, ends, choices)
-    weight = _weight(
-        ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
-    )
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
+    weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     of_x, of_first, of_second = (grad.new_empty(0) for _ in range(3))
     update = None
     if first is not None and second is not None and x is not None and projected is not None:
@@ -116,7 +116,7 @@ def _up_backward_op(
 
 @_up_backward_op.register_fake
 def _(grad: Tensor, x: _Tensor, projected: _Tensor, source: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, choices, columns, needs_x = rest[3], rest[4], rest[11], rest[14], rest[16]
+    first, second, choices, columns, needs_x = rest[3], rest[4], rest[12], rest[15], rest[17]
     of_x = grad.new_empty(source.shape[0] // choices, columns) if needs_x else grad.new_empty(0)
     if first is None or second is None:
         return of_x, grad.new_empty(0), grad.new_empty(0)
@@ -127,9 +127,9 @@ def _save_up(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, source, back, expert, ends, choices, first, second, scaling, *weight = inputs
     adapted = first is not None
     ctx.mark_non_differentiable(output[1])
-    tables = (source, back, expert, ends, first, second, *weight[:6])
+    tables = (source, back, expert, ends, first, second, *weight[:7])
     ctx.save_for_backward(x if adapted else None, output[1] if adapted else None, *tables)
-    ctx.numbers = (choices, scaling, *weight[6:])
+    ctx.numbers = (choices, scaling, *weight[7:])
 
 
 def _differentiate_up(ctx: Any, grad: Tensor, _: Any) -> tuple:
@@ -138,7 +138,7 @@ def _differentiate_up(ctx: Any, grad: Tensor, _: Any) -> tuple:
     of_x, of_first, of_second = torch.ops.qlora.experts_up_backward(grad.contiguous(), *saved, *ctx.numbers, needs_x)
     adapted = saved[6] is not None
     given = (of_first, of_second) if adapted else (None, None)
-    return (of_x if needs_x else None, *(None,) * 5, *given, *(None,) * 10)
+    return (of_x if needs_x else None, *(None,) * 5, *given, *(None,) * 11)
 
 
 _up_op.register_autograd(_differentiate_up, setup_context=_save_up)
@@ -164,6 +164,7 @@ def _down_op(
     nested_absmax: _Tensor,
     nested_code: _Tensor,
     offset: _Tensor,
+    stack_scale: _Tensor,
     matrix_rows: int,
     columns: int,
     nested_blocksize: int,
@@ -178,9 +179,8 @@ def _down_op(
     tokens = source.shape[0] // choices
     if not output_needed and first is None:
         return given.new_empty(tokens, matrix_rows), given.new_empty(0)
-    weight = _weight(
-        ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
-    )
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
+    weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     given = given.contiguous()
     gated = (
         given if kind == "none" else rows.gate(given, routing, Gate(kind, limit, shift, slope, interleaved), up_bias)
@@ -197,7 +197,7 @@ def _down_op(
 
 @_down_op.register_fake
 def _(given: Tensor, weights: Tensor, source: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    choices, first, matrix_rows = rest[3], rest[4], rest[15]
+    choices, first, matrix_rows = rest[3], rest[4], rest[16]
     pairs = source.shape[0]
     projected = given.new_empty(0) if first is None else given.new_empty(pairs, first.shape[1])
     return given.new_empty(pairs // choices, matrix_rows), projected
@@ -223,6 +223,7 @@ def _down_backward_op(
     nested_absmax: _Tensor,
     nested_code: _Tensor,
     offset: _Tensor,
+    stack_scale: _Tensor,
     choices: int,
     scaling: float,
     matrix_rows: int,
@@ -235,9 +236,8 @@ def _down_backward_op(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     routing = Routing(source, back, expert, ends, choices)
-    weight = _weight(
-        ends, packed, absmax, code, nested_absmax, nested_code, offset, matrix_rows, columns, nested_blocksize
-    )
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
+    weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     weights = weights.contiguous()
     dots = None if bias is None else rows.dots(grad, routing, bias)
     update = None
@@ -267,7 +267,7 @@ def _(grad: Tensor, given: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor,
 
 def _save_down(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     given, weights, *tables, choices, first, second, scaling, up_bias, bias = inputs[:12]
-    weight, numbers = inputs[12:18], inputs[18:26]
+    weight, numbers = inputs[12:19], inputs[19:27]
     ctx.mark_non_differentiable(output[1])
     projected = output[1] if first is not None else None
     ctx.save_for_backward(given, weights, projected, *tables, first, second, up_bias, bias, *weight)
@@ -281,30 +281,21 @@ def _differentiate_down(ctx: Any, grad: Tensor, _: Any) -> tuple:
     )
     given = (of_first, of_second) if saved[7] is not None else (None, None)
     of_weights = of_weights if ctx.needs_input_grad[1] else None
-    return (of_given, of_weights, *(None,) * 5, *given, *(None,) * 18)
+    return (of_given, of_weights, *(None,) * 5, *given, *(None,) * 19)
 
 
 _down_op.register_autograd(_differentiate_down, setup_context=_save_down)
 
 
 def _weight(
-    ends: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    nested_absmax: _Tensor,
-    nested_code: _Tensor,
-    offset: _Tensor,
-    matrix_rows: int,
-    columns: int,
-    nested_blocksize: int,
+    ends: Tensor, tensors: tuple[_Tensor, ...], matrix_rows: int, columns: int, nested_blocksize: int
 ) -> FrozenWeight:
-    tensors = (None, packed, absmax, code, nested_absmax, nested_code, offset)
-    return FrozenWeight(len(ends) * matrix_rows, columns, *tensors, 64, nested_blocksize)
+    *packed, stack_scale = tensors
+    return FrozenWeight(len(ends) * matrix_rows, columns, None, *packed, 64, nested_blocksize, stack_scale=stack_scale)
 
 
 def _parts(weight: FrozenWeight, experts: int) -> tuple:
-    return (*weight[3:9], weight.rows // experts, weight.columns, weight.nested_blocksize)
+    return (*weight[3:9], weight.stack_scale, weight.rows // experts, weight.columns, weight.nested_blocksize)
 
 
 def up(x: Tensor, routing: Routing, weight: FrozenWeight, lora: Lora | None = None) -> Tensor:
