@@ -69,7 +69,8 @@ def with_stack_scale(weight: FrozenWeight, experts: int) -> FrozenWeight:
     blocks = weight.rows // experts * weight.columns // weight.blocksize
     starts = range(0, experts * blocks, blocks)  # one expert's at a time: next to no memory
     sizes = torch.stack([weight.block_scales(first, first + blocks).abs().amax() for first in starts])
-    return weight._replace(stack_scale=(sizes * weight.code.abs().amax()).clamp(min=LEAST_ROW) / LARGEST)
+    scale = sizes * weight.code.abs().amax() / LARGEST
+    return weight._replace(stack_scale=torch.where(scale > 0, scale, torch.ones_like(scale)))  # a matrix of zeros has one
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

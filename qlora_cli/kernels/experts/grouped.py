@@ -1,4 +1,7 @@
-"""Products of rows sorted by expert with 4-bit matrices: unpacked on the way, or dequantised a group of experts at a time."""
+"""Products of rows sorted by expert with 4-bit matrices: unpacked on the way, or a group of experts at a time before.
+
+These are dequantised for products in the rows' dtype, or become e4m3 codes for products in 8 bits.
+"""
 
 from functools import partial
 from typing import Any
@@ -6,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.kernels import float8
 from qlora_cli.kernels.experts import dense, lanes, low_rank, products, rows
+from qlora_cli.kernels.experts.codes import unpack_stack
+from qlora_cli.kernels.experts.float8 import multiply_codes
 from qlora_cli.kernels.experts.operands import FEW_ROWS, WORKSPACE_BYTES, Routing, Update
 from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm, tiles_are_faster
 from qlora_cli.kernels.weights import FrozenWeight
@@ -35,14 +41,17 @@ def multiply(
 ) -> Tensor:
     """x W^T, or x W, with each row's expert's W, and what an adapter adds to it.
 
+    In 8 bits where the weight has a `stack_scale`, but for few rows, whose product is that of reading 4 bits: those stay
+    in their own dtype.
+
     Args:
         x: (rows, in), contiguous, sorted by expert; with `gathered`, (tokens, in).
-        weight: The experts' matrices, one below the other.
+        weight: The experts' matrices, one below the other; packed or of `float8.with_stack_scale`.
         ends: int32 (experts,), the row behind each one's last.
         backward: Whether it is x W.
         gathered: Whose places the rows are, where x has those of the tokens.
         update: Added; rounded with the product where that is of dequantised matrices by our tiles, else after it.
-        how: "packed", "tiles" or "library"; None for what is known to be fast, by lanes too.
+        how: "packed", "tiles" or "library", in the rows' dtype; None for what is known to be fast, by lanes too.
 
     Returns:
         (rows, out); rows of no expert are undefined.
@@ -59,8 +68,13 @@ def multiply(
         return _add(out, update, ends)
     if update is not None:
         update = Update(update.projected, low_rank.arrange(update.second, x.dtype, rows_))
-    expert_bytes = weight.rows // experts * weight.columns * x.element_size()
-    call = partial(_multiply_dequantised, x, weight, ends, backward=backward, gathered=gathered, update=update, how=how)
+    matrix = weight.rows // experts * weight.columns
+    given: dict[str, Any] = {"backward": backward, "gathered": gathered, "update": update}
+    if weight.stack_scale is not None and how is None:
+        call, expert_bytes = partial(_multiply_codes, x, float8.quantise_rows(x), weight, ends, **given), matrix
+    else:
+        call = partial(_multiply_dequantised, x, weight, ends, how=how, **given)
+        expert_bytes = matrix * x.element_size()
     while True:
         at_once = min(experts, max(1, workspace.limit_bytes // expert_bytes))
         try:
@@ -100,6 +114,29 @@ def _multiply_dequantised(
         dense.multiply_dense(x, matrices, ends, out, first=first, gathered=gathered, update=update)
         del values, matrices
     assert out is not None
+    return out
+
+
+def _multiply_codes(
+    x: Tensor,
+    rounded: tuple[Tensor, Tensor],
+    weight: FrozenWeight,
+    ends: Tensor,
+    *,
+    at_once: int,
+    backward: bool,
+    gathered: Routing | None,
+    update: Update | None,
+) -> Tensor:
+    """As `_multiply_dequantised`, in 8 bits; `rounded` are the codes of x and their scales."""
+    experts, matrix_rows = len(ends), weight.rows // len(ends)
+    assert weight.stack_scale is not None
+    rows_ = len(x) if gathered is None else len(gathered.source)
+    out = torch.empty(rows_, weight.columns if backward else matrix_rows, dtype=x.dtype, device=x.device)
+    for first in range(0, experts, at_once):
+        codes = unpack_stack(weight, experts, first, min(at_once, experts - first), transposed=backward)
+        multiply_codes(*rounded, codes, weight.stack_scale, ends, out, first=first, gathered=gathered, update=update)
+        del codes
     return out
 
 

@@ -128,10 +128,16 @@ def _unpack(
     NESTED: tl.constexpr,
     OFFSETS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    STACKED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
+    if STACKED:  # one of several matrices, first_row to end_row the first of them
+        before = tl.program_id(2) * (end_row - first_row)
+        first_row, end_row = first_row + before, end_row + before
+        out += before.to(tl.int64) * columns
+        side_scale += tl.program_id(2)
     # Groups of 8 values, of one row and one block: a 4-byte load each.
     group = tl.arange(0, ROWS * COLUMNS // 8)
     row = first_row + tl.program_id(1) * ROWS + group // (COLUMNS // 8)
@@ -142,7 +148,9 @@ def _unpack(
         absmax, nested_absmax, nested_code, offset, element // BLOCKSIZE, used, NESTED_BLOCKSIZE, NESTED, OFFSETS
     )
     values = group_values(packed, code, scale, element // 2, used[:, None])
-    if TRANSPOSED:
+    if STACKED:
+        inverse = tl.div_rn(1.0, tl.load(side_scale))
+    elif TRANSPOSED:
         each = column[:, None] + tl.arange(0, 8)[None, :]
         inverse = tl.div_rn(1.0, tl.load(side_scale + each, mask=used[:, None], other=1.0))
     else:
@@ -168,6 +176,7 @@ def unpack(
     end_row: int,
     *,
     transposed: bool,
+    matrix_rows: int | None = None,
     tile: tuple[int, int] | None = None,
     warps: int = 4,
 ) -> Tensor:
@@ -175,14 +184,16 @@ def unpack(
 
     Args:
         weight: A `FrozenWeight` (kernels/weights.py); columns and blocksize are multiples of 8.
-        side_scale: fp32 (weight rows,), or (weight columns,) where `transposed`.
+        side_scale: fp32 (weight rows,), or (weight columns,) where `transposed`; with `matrix_rows` (matrices,).
         out: Contiguous e4m3, (end_row - first_row, columns), or the other way round where `transposed`.
+        matrix_rows: Rows of each matrix that has a scale of its own and is transposed by itself; None for one.
         tile: Rows and columns of a program, powers of two.
         warps: Of a program.
     """
     packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize = weight[3:11]
     rows, columns = tile or ((TILE_ROWS, TILE_COLUMNS) if transposed else (8, 512))
-    grid = (triton.cdiv(weight.columns, columns), triton.cdiv(end_row - first_row, rows))
+    height = matrix_rows or end_row - first_row
+    grid = (triton.cdiv(weight.columns, columns), triton.cdiv(height, rows), (end_row - first_row) // height)
     with torch.cuda.device_of(out):
         _unpack[grid](
             packed,
@@ -194,13 +205,14 @@ def unpack(
             side_scale,
             out,
             first_row,
-            end_row,
+            first_row + height,
             weight.columns,
             BLOCKSIZE=blocksize,
             NESTED_BLOCKSIZE=nested_blocksize,
             NESTED=nested_absmax is not None,
             OFFSETS=offset is not None and offset.numel() > 1,
             TRANSPOSED=transposed,
+            STACKED=matrix_rows is not None,
             ROWS=rows,
             COLUMNS=columns,
             ROUNDS=not out.is_cuda,
