@@ -1,13 +1,15 @@
-"""Runs the PTX inside gemv_lanes.py in numpy, so that Triton's interpreter can run its program on a CPU.
+"""Runs the PTX inside gemv_lanes.py and experts/codes.py in numpy, so that Triton's interpreter can run them on a CPU.
 
-A tensor there has one element a thread, and so has a register here. Shared memory starts where it starts on a card,
+A tensor in the former has one element a thread, and so has a register here. Shared memory starts where it starts on a card,
 after a kilobyte of the system's own. Fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16".
 """
 
 import ctypes
+import math
 import re
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
@@ -85,7 +87,10 @@ class Machine:
         if name == "@used":
             only, (name, *operands) = values["used"], operands
         target, given = operands[0], operands[1:]
-        if name in ("mov.u32", "mov.b32"):
+        if name == "mov.b32" and given[0].startswith("{"):
+            low, high = self.group(given[0])
+            values[target] = low | high << np.uint32(16)
+        elif name in ("mov.u32", "mov.b32"):
             values[target] = self.read(given[0])
         elif name == "mov.b64":
             low, high = (part.strip() for part in target.strip("{}").split(","))
@@ -103,6 +108,13 @@ class Machine:
             values[target] = self.shared.words[first[:, None] + [0, 1]].view(np.uint64)[:, 0]
         elif name == "shl.b32":
             values[target] = self.read(given[0]) << self.read(given[1])
+        elif name == "shr.u32":
+            values[target] = self.read(given[0]) >> self.read(given[1])
+        elif name == "or.b32":
+            values[target] = self.read(given[0]) | self.read(given[1])
+        elif name == "cvt.rn.satfinite.e4m3x2.f32":
+            upper, lower = (_nearest_e4m3(self.read(each)) for each in given)
+            values[target] = upper << np.uint32(8) | lower
         elif name == "and.b32":
             values[target] = self.read(given[0]) & self.read(given[1])
         elif name == "xor.b32":
@@ -113,9 +125,9 @@ class Machine:
             values[target] = self.read(given[0]) * self.read(given[1]) + self.read(given[2])
         elif name == "prmt.b32":
             both = np.stack([self.read(given[0]), self.read(given[1])], 1).astype("<u4").view(np.uint8)
-            selectors = [(int(given[2], 0) >> (4 * i)) & 15 for i in range(4)]
-            assert max(selectors) < 8, "signs are not copied here"
-            values[target] = np.ascontiguousarray(both[:, selectors]).view("<u4")[:, 0]
+            chosen = self.read(given[2])[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
+            assert chosen.max() < 8, "signs are not copied here"
+            values[target] = np.take_along_axis(both, chosen.astype(np.int64), 1).view("<u4")[:, 0]
         elif name == "ld.shared.b32":
             values[target] = self.shared.words[self.shared.index(self.place(given[0]), 4)]
         elif name == "st.shared.v4.b32":
@@ -164,6 +176,11 @@ class Machine:
             self.registers[register.strip()] = value
 
 
+def _nearest_e4m3(values: np.ndarray) -> np.ndarray:
+    """Codes of fp32 values of no more than 448."""
+    return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint32)
+
+
 def emulate(monkeypatch):
     """Lets products on the CPU take the lanes, and their PTX run here."""
     from qlora_cli.kernels.decode import gemv
@@ -176,14 +193,15 @@ def emulate(monkeypatch):
         kinds = dtype if isinstance(dtype, tuple) else (dtype,)
         assert constraints.count("=") == len(kinds)
         arrays = [value.handle.data for value in given]
-        threads = max(array.size for array in arrays)
+        whole = np.broadcast_shapes(*(array.shape for array in arrays))
+        threads = math.prod(whole)
         machine = Machine(threads, shared)
         for number, array in enumerate(arrays, len(kinds)):
-            wide = np.ascontiguousarray(np.broadcast_to(array, (threads,)))
+            wide = np.ascontiguousarray(np.broadcast_to(array, whole)).reshape(threads)
             wide = wide if wide.dtype == np.float32 or wide.itemsize == 8 else wide.astype(np.int32).view(np.uint32)
             machine.registers[f"${number}"] = wide
         machine.run(text)
-        shape = arrays[0].shape
+        scalar = all(value.shape == [] for value in given)
         made = []
         for number, kind in enumerate(kinds):
             value = np.ascontiguousarray(
@@ -192,8 +210,8 @@ def emulate(monkeypatch):
                 else machine.registers[f"${number}"]
             )
             data = value.view(STORAGE[kind])
-            data = data[:1] if shape == (1,) and given[0].shape == [] else data.reshape(shape)
-            type_ = tl.core.block_type(kind, list(given[0].shape)) if given[0].shape else kind
+            data = data[:1] if scalar else data.reshape(whole)
+            type_ = kind if scalar else tl.core.block_type(kind, list(whole))
             made.append(tl.core.tensor(TensorHandle(data, kind), type_))
         return tuple(made) if isinstance(dtype, tuple) else made[0]
 
