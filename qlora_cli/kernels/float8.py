@@ -54,8 +54,7 @@ def with_codes(weight: FrozenWeight, *, resident: bool) -> FrozenWeight:
 def covers_stack(weight: FrozenWeight, experts: int) -> bool:
     """Whether a stack of experts' matrices, one below the other, can be multiplied in 8 bits: see `covers`."""
     rows, rest = divmod(weight.rows, experts)
-    whole = rest == 0 and rows * weight.columns % weight.blocksize == 0  # an expert's blocks are its own
-    return whole and covers(weight._replace(rows=rows))
+    return rest == 0 and covers(weight._replace(rows=rows))
 
 
 def with_stack_scale(weight: FrozenWeight, experts: int) -> FrozenWeight:
@@ -70,7 +69,9 @@ def with_stack_scale(weight: FrozenWeight, experts: int) -> FrozenWeight:
     starts = range(0, experts * blocks, blocks)  # one expert's at a time: next to no memory
     sizes = torch.stack([weight.block_scales(first, first + blocks).abs().amax() for first in starts])
     scale = sizes * weight.code.abs().amax() / LARGEST
-    return weight._replace(stack_scale=torch.where(scale > 0, scale, torch.ones_like(scale)))  # a matrix of zeros has one
+    return weight._replace(
+        stack_scale=torch.where(scale > 0, scale, torch.ones_like(scale))
+    )  # a matrix of zeros has one
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,7 +178,7 @@ class Machine:
 
 def _nearest_e4m3(values: np.ndarray) -> np.ndarray:
     """Codes of fp32 values of no more than 448."""
-    return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint32)
+    return torch.tensor(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint32)
 
 
 def emulate(monkeypatch):

@@ -74,6 +74,22 @@ def test_weights_of_other_sides_are_left_out():
     assert not float8.covers(FrozenWeight(64, 64, dense=torch.ones(64, 64)))
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_stack_has_the_scale_of_each_matrix(nested):
+    weight, dense = quantise((4 * 80, 256), nested=nested)
+    assert torch.equal(float8.with_stack_scale(weight, 4).stack_scale, dense.view(4, -1).abs().amax(1) / 448)
+    assert float8.with_stack_scale(weight, 4).plain().stack_scale is None
+    nothing = weight._replace(code=torch.zeros_like(weight.code))
+    assert float8.with_stack_scale(nothing, 4).stack_scale.tolist() == [1.0] * 4
+
+
+def test_stacks_of_other_sides_are_left_out():
+    weight = quantise((192, 64))[0]
+    assert float8.covers_stack(weight, 4) and float8.covers_stack(weight, 12)
+    assert not float8.covers_stack(weight, 5) and not float8.covers_stack(weight, 24)  # of 8 rows
+    assert float8.covers_stack(quantise((48, 80))[0], 3) and not float8.covers_stack(quantise((64, 72))[0], 4)
+
+
 @pytest.mark.slow
 def test_layers_with_one_input_quantise_it_once(case):
     """The compiler finds that they are given the same tensor."""

@@ -10,7 +10,13 @@ import pytest
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CHECKS = ["triton_checks.py", "gemv_checks.py", "decode_attention_checks.py", "decode_pointwise_checks.py"]
-CHECKS += ["float8_checks.py", "expert_checks.py", "adam_checks.py", "../decoding/fast_decoding_checks.py"]
+CHECKS += [
+    "float8_checks.py",
+    "expert_checks.py",
+    "float8_expert_checks.py",
+    "adam_checks.py",
+    "../decoding/fast_decoding_checks.py",
+]
 QUICKER = ("-p", "tests.kernels.interpreter")
 
 

@@ -148,7 +148,18 @@ def _unpack_straight(
     block = first_block + local
     inverse = tl.div_rn(1.0, tl.load(stack_scale + block // matrix_blocks, mask=used, other=1.0))
     low, high = _codes_of(
-        packed, absmax, code, nested_absmax, nested_code, offset, inverse, block, used, NESTED_BLOCKSIZE, NESTED, OFFSETS
+        packed,
+        absmax,
+        code,
+        nested_absmax,
+        nested_code,
+        offset,
+        inverse,
+        block,
+        used,
+        NESTED_BLOCKSIZE,
+        NESTED,
+        OFFSETS,
     )
     both = tl.reshape(tl.join(low, high), (BLOCKS, 16))
     tl.store(out + local.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :], both, mask=used[:, None])
@@ -181,7 +192,18 @@ def _unpack_turned(
     used = (four < rows // 4)[:, None] & (across < row_blocks)[None, :]
     block = (expert * rows + 4 * four)[:, None] * row_blocks + across[None, :]
     a0, b0 = _codes_of(
-        packed, absmax, code, nested_absmax, nested_code, offset, inverse, block, used, NESTED_BLOCKSIZE, NESTED, OFFSETS
+        packed,
+        absmax,
+        code,
+        nested_absmax,
+        nested_code,
+        offset,
+        inverse,
+        block,
+        used,
+        NESTED_BLOCKSIZE,
+        NESTED,
+        OFFSETS,
     )
     a1, b1 = _codes_of(
         packed, absmax, code, nested_absmax, nested_code, offset, inverse, block + row_blocks, used,

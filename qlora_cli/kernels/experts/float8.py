@@ -18,7 +18,7 @@ from qlora_cli.kernels.weights import shared_bytes
 # Shared bytes a program needs, and the tiling; the first that the card has room for.
 CODES = ((192 * 1024, Tiling(128, 256, 128, 8, 4, 64)), (144 * 1024, Tiling(128, 256, 128, 8, 3, 64)))
 CODES_LEAST = Tiling(128, 128, 128, 8, 2)
-CODES_SMALL = Tiling(32, 64, 64, 4, 2, 16)  # under the interpreter
+SMALL = Tiling(32, 64, 64, 4, 2, 16)  # under the interpreter
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _multiply_codes(
 @functools.cache
 def _tiling(device: torch.device) -> Tiling:
     if device.type != "cuda":
-        return CODES_SMALL
+        return SMALL
     return next((tiling for bytes_, tiling in CODES if bytes_ <= shared_bytes(device)), CODES_LEAST)
 
 
