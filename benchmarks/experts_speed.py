@@ -3,7 +3,8 @@
     python benchmarks/experts_speed.py --json experts_speed.json [--layer qwen3 --layer gpt-oss] [--part products ...]
 
 Codes and constants are random bytes. Each part is a process of its own with a time limit. A product's floor is the larger
-of its arithmetic at 790 TFLOP/s and the bytes it must move at 4.27 TB/s (packed weights once, rows in, rows out). On the
+of its arithmetic at 790 TFLOP/s and the bytes it must move at 4.27 TB/s (packed weights once, rows in, rows out);
+in 8 bits, of twice that arithmetic and the bytes that it and its unpacking each move. On the
 CPU, under Triton's interpreter, `--layer tiny` shows that it runs.
 """
 
@@ -23,6 +24,8 @@ LAYERS = {
 }
 FLOPS, BYTES = 790e12, 4.27e12  # what the card reached in products of matrices, and in copies
 DENSE = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4)]
+CODES = [(128, 256, 128, 8, 4, 64), (128, 256, 128, 8, 4, 0), (128, 256, 128, 8, 3, 64), (128, 128, 128, 4, 3, 0)]
+UNPACKED = {False: [((128,), 4), ((256,), 8), ((64,), 8)], True: [((128, 1), 4), ((128, 2), 8), ((64, 4), 4)]}
 PACKED = [(128, 128, 64, 8, 4), (256, 128, 64, 8, 3)]
 FEW = [(16, 64, 128, 4, 4), (16, 32, 256, 4, 3)]
 LANES = [(1, 4, 4), (2, 4, 4), (1, 8, 2), (1, 2, 8), (1, 4, 6)]
@@ -97,16 +100,20 @@ class Layer:
         return max(2 * rows * elements / FLOPS, moved / BYTES)
 
 
-def error_of(layer: Layer, found, x, weight, ends, backward: bool) -> float:
-    """Relative error of a product over a few experts, against float64."""
+def error_of(layer: Layer, found, x, weight, ends, backward: bool, codes=None) -> float:
+    """Relative error of a product over a few experts, against float64; of `codes` over the weight's scales."""
     rows = weight.rows // layer.experts
     bounds = [0, *ends.tolist()]
     worst = 0.0
     for e in (0, layer.experts // 2, layer.experts - 1):
         if bounds[e] == bounds[e + 1]:
             continue
-        values = weight.values(layer.dtype, e * rows, (e + 1) * rows).double()
-        own = x[bounds[e] : bounds[e + 1]].double() @ (values if backward else values.T)
+        if codes is None:
+            values = weight.values(layer.dtype, e * rows, (e + 1) * rows).double()
+            values = values if backward else values.T
+        else:
+            values = codes[e].double().T * weight.stack_scale[e]
+        own = x[bounds[e] : bounds[e + 1]].double() @ values
         worst = max(worst, float((found[bounds[e] : bounds[e + 1]].double() - own).norm() / own.norm()))
     return worst
 
@@ -158,6 +165,63 @@ def products(layer: Layer) -> list[dict]:
                     return multiply_packed(x, w, w.columns, routing.ends, backward=b, tiling=Tiling(*tiling))
 
                 note(f"packed {tiling}", packed)
+    return found
+
+
+def codes(layer: Layer) -> list[dict]:
+    """The four products of a training step in 8 bits, and what they are made of; errors are those of both roundings,
+    and of the sums alone."""
+    import torch
+
+    from qlora_cli.kernels import float8
+    from qlora_cli.kernels.experts.codes import unpack_stack
+    from qlora_cli.kernels.experts.float8 import multiply_codes
+    from qlora_cli.kernels.experts.products import Tiling
+
+    found = []
+    _, routing = layer.routing(layer.tokens)
+    pairs, experts = layer.tokens * layer.choices, layer.experts
+
+    def note(what: str, run, **more: float) -> None:
+        found.append({"what": what, "us": 1e6 * layer.seconds(run), **more})
+
+    for stack, plain in layer.weights.items():
+        weight = float8.with_stack_scale(plain, experts)
+        height, width = weight.rows // experts, weight.columns
+        values = experts * height * width
+        note(f"{stack} scales", lambda p=plain: float8.with_stack_scale(p, experts), floor_us=1e6 * values / 64 / BYTES)
+        for backward in (False, True):
+            way = f"{stack} {'backward' if backward else 'forward'}"
+            matrices = unpack_stack(weight, experts, 0, experts, transposed=backward, by_table=False).clone()
+            for how in (None, *UNPACKED[backward]) if layer.cuda else (None,):
+                given = {"by_table": False} if how is None else {"by_table": True, "tile": how[0], "warps": how[1]}
+
+                def unpack(w=weight, backward=backward, given=given):
+                    return unpack_stack(w, experts, 0, experts, transposed=backward, **given)
+
+                other = int((unpack().view(torch.uint8) != matrices.view(torch.uint8)).sum())
+                assert other == 0, f"{other} codes of {way} differ, {how}"
+                note(f"{way}: unpack {how or 'value by value'}", unpack, floor_us=1e6 * values * 1.52 / BYTES)
+            gathered = routing if (stack == "up") != backward else None
+            x = layer.random(layer.tokens if gathered else pairs, height if backward else width)
+            rounded = float8.quantise_rows(x)
+            moved = x.numel() * (1 + layer.dtype.itemsize)
+            note(f"{way}: round rows", lambda x=x: float8.quantise_rows(x), floor_us=1e6 * moved / BYTES)
+            out = torch.empty(pairs, matrices.shape[1], dtype=layer.dtype, device=layer.device)
+            exact = rounded[0].double() * rounded[1]
+            if gathered:
+                x, exact = (each[routing.source.long() // layer.choices] for each in (x, exact))
+            moved = values + pairs * 2 * matrices.shape[1] + rounded[0].numel()
+            floor = 1e6 * max(2 * values / experts * pairs / (2 * FLOPS), moved / BYTES)
+            for tiling in CODES if layer.cuda else [(32, 64, 64, 4, 2, 16)]:
+
+                def multiply(rounded=rounded, m=matrices, s=weight.stack_scale, out=out, g=gathered, tiling=tiling):
+                    multiply_codes(*rounded, m, s, routing.ends, out, gathered=g, tiling=Tiling(*tiling))
+                    return out
+
+                error = error_of(layer, multiply(), x, plain, routing.ends, backward)
+                own = error_of(layer, out, exact, weight, routing.ends, backward, matrices)
+                note(f"{way}: tiles {tiling}, sums {own:.1e}", multiply, floor_us=floor, error=error)
     return found
 
 
@@ -225,7 +289,7 @@ def rows(layer: Layer) -> list[dict]:
     ]
 
 
-PARTS = {"products": products, "few": few, "rows": rows}
+PARTS = {"products": products, "codes": codes, "few": few, "rows": rows}
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from qlora_cli.kernels.decode import attention as decode_attention  # noqa: E402
 from qlora_cli.kernels.decode import fused_projections, gemv_lanes, gemv_programs, guesses  # noqa: E402
 from qlora_cli.kernels.decode import pointwise as decode_pointwise  # noqa: E402
+from qlora_cli.kernels.experts import codes  # noqa: E402
+from qlora_cli.kernels.experts import float8 as float8_experts  # noqa: E402
 from qlora_cli.kernels.triton import (  # noqa: E402
     capped_attention,
     dropout,
@@ -50,6 +52,21 @@ PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "ROOM": 16, "HAS_BIAS": True, "R
 FEW = {**PRODUCT, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
 LANES = {**PRODUCT, "PARTS": 8, "WHOLE": False}
 UNPACK = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "NESTED": True, "OFFSETS": False, "ROUNDS": False}
+UNPACK |= {"STACKED": False}
+STACK = {"NESTED_BLOCKSIZE": 256, "NESTED": True, "OFFSETS": True}
+STACK_NUMBERS = {
+    "first_block",
+    "blocks",
+    "matrix_blocks",
+    "first_expert",
+    "rows",
+    "row_blocks",
+    "experts",
+    "first",
+    "last",
+}
+STACK_NUMBERS |= {"columns", "inner", "choices", "rank", "second_expert_stride", "rank_stride", "second_stride"}
+CODE_TILE = {"ROWS": 128, "COLUMNS": 256, "INNER": 128, "EXPERTS": 128, "RANK": 16, "WHOLE": True, "GATHERED": True}
 GATE_TILE = {"ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS}
 CASES = [
     (
@@ -114,6 +131,9 @@ CASES = [
     (float8._quantise_rows, {"ROWS": 1, "CHUNK": 8192, "WHOLE": False, "ROUNDS": False}, 8),
     (float8._unpack, {**UNPACK, "TRANSPOSED": False, "ROWS": 8, "COLUMNS": 512}, 4),
     (float8._unpack, {**UNPACK, "TRANSPOSED": True, "ROWS": float8.TILE_ROWS, "COLUMNS": float8.TILE_COLUMNS}, 4),
+    (codes._unpack_straight, {**STACK, "BLOCKS": codes.BLOCKS}, codes.WARPS),
+    (codes._unpack_turned, {**STACK, "ROWS": codes.TURNED_ROWS, "BLOCKS": codes.TURNED_BLOCKS}, codes.TURNED_WARPS),
+    (float8_experts._multiply_codes, {**CODE_TILE, "LAST_ROWS": 64, "EMULATED": False}, 8),
     (gated_tiles._gate_tile, {"grad": None, "up_out": None, "KIND": "silu", "RANK": 64, **GATE_TILE}, 4),
     (gated_tiles._gate_tile, {"KIND": "gelu_tanh", "RANK": 16, **GATE_TILE}, 4),
     (gated_tiles._gate_tile, {"KIND": "gelu", "RANK": 64, **GATE_TILE}, 4),
@@ -177,6 +197,15 @@ def test_compiles_for_hopper(kernel, constants, warps):
         types |= dict.fromkeys(("scales", "side_scale", "offset"), "*fp32")
         types |= dict.fromkeys(("codes", "out"), "*fp8e4nv") | {"packed": "*u8"}
         types = {name: types[name] for name in kernel.arg_names}
+    if kernel.fn.__module__ in (codes.__name__, float8_experts.__name__):
+        types |= dict.fromkeys(STACK_NUMBERS, "i32") | dict.fromkeys(("offset", "stack_scale", "x_scale"), "*fp32")
+        types |= dict.fromkeys(("x", "codes"), "*fp8e4nv") | dict.fromkeys(("ends", "source"), "*i32")
+        types |= {
+            "second": "*bf16",
+            "projected": "*bf16",
+            "out": "*i32" if kernel.fn.__module__ == codes.__name__ else "*bf16",
+        }
+        types = {name: types[name] for name in kernel.arg_names}
     if kernel is low_rank._add_product:
         types["scale"] = "*fp32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -186,8 +215,12 @@ def test_compiles_for_hopper(kernel, constants, warps):
         options["num_stages"] = 1  # as they are launched
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert built.asm["cubin"]
+    if kernel is float8_experts._multiply_codes:
+        assert built.metadata.shared <= 227 * 1024
+        assert "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3" in built.asm["ptx"]
+        return
     assert built.metadata.shared <= SMALLEST_SHARED
-    if kernel in (float8._quantise_rows, float8._unpack):
+    if kernel in (float8._quantise_rows, float8._unpack, codes._unpack_straight, codes._unpack_turned):
         assert "cvt.rn.satfinite.e4m3x2" in built.asm["ptx"]
     if kernel is gemv_programs.multiply_few:
         assert "shfl.sync.idx" in built.asm["ptx"]
