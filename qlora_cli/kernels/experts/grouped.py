@@ -3,6 +3,7 @@
 These are dequantised for products in the rows' dtype, or become e4m3 codes for products in 8 bits.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -66,23 +67,48 @@ def multiply(
         else:
             out = products.multiply_packed(x, weight, weight.columns, ends, backward=backward, **named)
         return _add(out, update, ends)
+    if weight.stack_scale is not None and how is None:
+        rounded = float8.quantise_rows(x)
+        return multiply_rounded(rounded, x.dtype, weight, ends, backward=backward, gathered=gathered, update=update)
     if update is not None:
         update = Update(update.projected, low_rank.arrange(update.second, x.dtype, rows_))
-    matrix = weight.rows // experts * weight.columns
-    given: dict[str, Any] = {"backward": backward, "gathered": gathered, "update": update}
-    if weight.stack_scale is not None and how is None:
-        call, expert_bytes = partial(_multiply_codes, x, float8.quantise_rows(x), weight, ends, **given), matrix
-    else:
-        call = partial(_multiply_dequantised, x, weight, ends, how=how, **given)
-        expert_bytes = matrix * x.element_size()
+    call = partial(_multiply_dequantised, x, weight, ends, backward=backward, gathered=gathered, update=update, how=how)
+    return _in_groups(call, experts, weight.rows // experts * weight.columns * x.element_size())
+
+
+def multiply_rounded(
+    rounded: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    weight: FrozenWeight,
+    ends: Tensor,
+    *,
+    backward: bool = False,
+    gathered: Routing | None = None,
+    update: Update | None = None,
+) -> Tensor:
+    """As `multiply`, in 8 bits, of rows that `float8.quantise_rows` has rounded; `dtype` is the result's."""
+    rows_ = len(rounded[0]) if gathered is None else len(gathered.source)
+    if update is not None:
+        update = Update(update.projected, low_rank.arrange(update.second, dtype, rows_))
+    call = partial(_multiply_codes, rounded, dtype, weight, ends, backward=backward, gathered=gathered, update=update)
+    return _in_groups(call, len(ends), weight.rows // len(ends) * weight.columns)
+
+
+def _in_groups(multiply_groups: Callable[..., Tensor], experts: int, expert_bytes: int) -> Tensor:
+    """What a product gives of as many experts at once as the workspace holds; fewer where the device has no room."""
     while True:
         at_once = min(experts, max(1, workspace.limit_bytes // expert_bytes))
         try:
-            return call(at_once=at_once)
+            return multiply_groups(at_once=at_once)
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
         workspace.limit_bytes = at_once * expert_bytes // 2
+
+
+def rounds(rows_: int, weight: FrozenWeight, experts: int) -> bool:
+    """Whether `multiply` rounds so many rows to e4m3."""
+    return weight.stack_scale is not None and not _are_few(rows_, weight, experts)
 
 
 def _multiply_dequantised(
@@ -118,8 +144,8 @@ def _multiply_dequantised(
 
 
 def _multiply_codes(
-    x: Tensor,
     rounded: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
     weight: FrozenWeight,
     ends: Tensor,
     *,
@@ -128,11 +154,11 @@ def _multiply_codes(
     gathered: Routing | None,
     update: Update | None,
 ) -> Tensor:
-    """As `_multiply_dequantised`, in 8 bits; `rounded` are the codes of x and their scales."""
+    """As `_multiply_dequantised`, in 8 bits, of the codes of x and their scales; `dtype` is the result's."""
     experts, matrix_rows = len(ends), weight.rows // len(ends)
     assert weight.stack_scale is not None
-    rows_ = len(x) if gathered is None else len(gathered.source)
-    out = torch.empty(rows_, weight.columns if backward else matrix_rows, dtype=x.dtype, device=x.device)
+    rows_ = len(rounded[0]) if gathered is None else len(gathered.source)
+    out = torch.empty(rows_, weight.columns if backward else matrix_rows, dtype=dtype, device=ends.device)
     for first in range(0, experts, at_once):
         codes = unpack_stack(weight, experts, first, min(at_once, experts - first), transposed=backward)
         multiply_codes(*rounded, codes, weight.stack_scale, ends, out, first=first, gathered=gathered, update=update)

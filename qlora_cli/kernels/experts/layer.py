@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.experts import low_rank, rows
-from qlora_cli.kernels.experts.grouped import multiply
+from qlora_cli.kernels.experts.grouped import multiply, multiply_rounded, rounds
 from qlora_cli.kernels.experts.operands import NO_GATE, Gate, Lora, Routing, Update
 from qlora_cli.kernels.experts.routing import route
 from qlora_cli.kernels.weights import FrozenWeight
@@ -182,16 +182,27 @@ def _down_op(
     tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
     weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     given = given.contiguous()
-    gated = (
-        given if kind == "none" else rows.gate(given, routing, Gate(kind, limit, shift, slope, interleaved), up_bias)
-    )
+    gated: _Tensor = given
+    rounded = None
+    if kind != "none":
+        how, in_8_bits = (
+            Gate(kind, limit, shift, slope, interleaved),
+            output_needed and rounds(len(given), weight, len(ends)),
+        )
+        gated, rounded = rows.gate(
+            given, routing, how, up_bias, keep=first is not None or not in_8_bits, rounded=in_8_bits
+        )
     projected, update = given.new_empty(0), None
-    if first is not None and second is not None:
+    if first is not None and second is not None and gated is not None:
         projected = low_rank.project(gated, first, ends, scaling)
         update = Update(projected, second)
     if not output_needed:
         return given.new_empty(tokens, matrix_rows), projected
-    found = multiply(gated, weight, ends, update=update)
+    if rounded is not None:
+        found = multiply_rounded(rounded, given.dtype, weight, ends, update=update)
+    else:
+        assert gated is not None
+        found = multiply(gated, weight, ends, update=update)
     return rows.join(found, routing, weights.contiguous(), bias), projected
 
 

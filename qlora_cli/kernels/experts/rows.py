@@ -6,9 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_cli.kernels.experts.operands import Gate, Routing
+from qlora_cli.kernels.float8 import LEAST_ROW, quantise_rows
 from qlora_cli.kernels.triton.activations import activate, slope
+from qlora_cli.kernels.triton.float8 import row_codes
 
 COLUMNS = 2048  # most columns that a program has at once
+LARGEST_ROUNDED = 8192  # most columns of a row that is rounded as it is gated
 
 
 @triton.jit
@@ -109,17 +112,24 @@ def _gate(
     bias,
     expert,
     out,
+    codes,
+    scales,
     size,
     experts,
     limit,
     shift,
     bend,
+    least,
     KIND: tl.constexpr,
     LIMITED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    CODED: tl.constexpr,
+    ROUNDS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """Some columns of a gated row; CODED, all of them, and their e4m3 codes, those of the row as it is rounded first."""
     place = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     number = tl.load(expert + place).to(tl.int64)
@@ -128,8 +138,13 @@ def _gate(
     if LIMITED:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
-    result = _activate(gate, bend, KIND) * (up + shift)
-    tl.store(out + place * size + column, result.to(out.dtype.element_ty), mask=column < size)
+    result = (_activate(gate, bend, KIND) * (up + shift)).to(rows.dtype.element_ty)
+    if KEEP:
+        tl.store(out + place * size + column, result, mask=column < size)
+    if CODED:
+        code, scale = row_codes(tl.where(column < size, result.to(tl.float32), 0.0), least, ROUNDS)
+        tl.store(codes + place * size + column, code, mask=column < size)
+        tl.store(scales + place, scale)
 
 
 @triton.jit
@@ -268,7 +283,9 @@ def join(rows: Tensor, routing: Routing, weights: Tensor | None = None, bias: Te
     return out
 
 
-def gate(rows: Tensor, routing: Routing, how: Gate, bias: Tensor | None = None) -> Tensor:
+def gate(
+    rows: Tensor, routing: Routing, how: Gate, bias: Tensor | None = None, *, keep: bool = True, rounded: bool = False
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
     """Gated rows, (pairs, size), of (pairs, 2 * size), in fp32, rounded once; zeros for places of no expert.
 
     Args:
@@ -276,23 +293,37 @@ def gate(rows: Tensor, routing: Routing, how: Gate, bias: Tensor | None = None) 
         routing: Places.
         how: Any but `NO_GATE`.
         bias: (experts, 2 * size), added to the rows first.
+        keep: Whether they are the first result.
+        rounded: Whether what `float8.quantise_rows` makes of them is the second.
     """
-    size = rows.shape[1] // 2
-    out = torch.empty(rows.shape[0], size, dtype=rows.dtype, device=rows.device)
-    columns = min(1024, _columns(size))
+    pairs, size = rows.shape[0], rows.shape[1] // 2
+    coded = rounded and size <= LARGEST_ROUNDED
+    out = torch.empty(pairs, size, dtype=rows.dtype, device=rows.device) if keep or not coded else None
+    codes = torch.empty(pairs, size, dtype=torch.float8_e4m3fn, device=rows.device) if coded else None
+    scales = torch.empty(pairs, 1, dtype=torch.float32, device=rows.device) if coded else None
+    columns = max(16, triton.next_power_of_2(size)) if coded else min(1024, _columns(size))
     with torch.cuda.device_of(rows):
-        _gate[(rows.shape[0], triton.cdiv(size, columns))](
+        _gate[(pairs, triton.cdiv(size, columns))](
             rows,
             bias,
             routing.expert,
             out,
+            codes,
+            scales,
             size,
             len(routing.ends),
             *_numbers(how),
+            LEAST_ROW,
             **_constants(how, bias),
+            KEEP=out is not None,
+            CODED=coded,
+            ROUNDS=not rows.is_cuda,
             COLUMNS=columns,
+            num_warps=4 if columns <= 1024 else 8,
         )
-    return out
+    if codes is not None and scales is not None:
+        return out, (codes, scales)
+    return out, quantise_rows(out) if rounded and out is not None else None
 
 
 def gate_backward(

@@ -34,6 +34,13 @@ def _size(value):
 
 
 @triton.jit
+def row_codes(value, least, ROUNDS: tl.constexpr):
+    """A row's codes, and the scale that they are over."""
+    largest = tl.maximum(tl.max(_size(value)), least)
+    return _to_e4m3(value * tl.div_rn(448.0, largest), ROUNDS), tl.div_rn(largest, 448.0)
+
+
+@triton.jit
 def _quantise_rows(
     x,
     codes,
@@ -54,8 +61,7 @@ def _quantise_rows(
         if WHOLE:
             used = column < columns
             value = tl.load(x + row * x_row + column, mask=used, other=0.0).to(tl.float32)
-            largest = tl.maximum(tl.max(_size(value)), least)
-            result = _to_e4m3(value * tl.div_rn(448.0, largest), ROUNDS)
+            result, scale = row_codes(value, least, ROUNDS)
             tl.store(codes + row * columns + column, result, mask=used)
         else:
             found = tl.zeros((CHUNK,), dtype=tl.float32)
@@ -69,7 +75,8 @@ def _quantise_rows(
                 used = first + column < columns
                 value = tl.load(x + row * x_row + first + column, mask=used, other=0.0).to(tl.float32)
                 tl.store(codes + row * columns + first + column, _to_e4m3(value * inverse, ROUNDS), mask=used)
-        tl.store(scales + row, tl.div_rn(largest, 448.0))
+            scale = tl.div_rn(largest, 448.0)
+        tl.store(scales + row, scale)
 
 
 def quantise_rows(
