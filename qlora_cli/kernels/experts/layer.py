@@ -301,8 +301,9 @@ _down_op.register_autograd(_differentiate_down, setup_context=_save_down)
 def _weight(
     ends: Tensor, tensors: tuple[_Tensor, ...], matrix_rows: int, columns: int, nested_blocksize: int
 ) -> FrozenWeight:
-    *packed, stack_scale = tensors
-    return FrozenWeight(len(ends) * matrix_rows, columns, None, *packed, 64, nested_blocksize, stack_scale=stack_scale)
+    packed, absmax, code, nested_absmax, nested_code, offset, stack_scale = tensors
+    stored = (None, packed, absmax, code, nested_absmax, nested_code, offset)
+    return FrozenWeight(len(ends) * matrix_rows, columns, *stored, 64, nested_blocksize, stack_scale=stack_scale)
 
 
 def _parts(weight: FrozenWeight, experts: int) -> tuple:
