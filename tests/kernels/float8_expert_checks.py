@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_cli.kernels import float8
-from qlora_cli.kernels.experts import codes, grouped, layer, products
+from qlora_cli.kernels.experts import codes, grouped, layer, products, rows
 from qlora_cli.kernels.experts import float8 as tiles
 from qlora_cli.kernels.experts.operands import Gate, Lora, Update
 from qlora_cli.kernels.experts.products import Tiling
@@ -82,7 +82,7 @@ def test_product_is_that_of_the_codes(backward, gathered, adapted, at_once, monk
     torch.manual_seed(1)
     weight, exact, wanted = make_stack()
     routing = make_routing()
-    pairs, rows = len(routing.source), int(routing.ends[-1])
+    pairs, used = len(routing.source), int(routing.ends[-1])
     inner, wide = (ROWS, COLUMNS) if backward else (COLUMNS, ROWS)
     x = torch.randn(pairs // 2 if gathered else pairs, inner, device=DEVICE, dtype=DTYPE)
     x[4], x[5] = 0, x[5] * 1e-6
@@ -91,15 +91,15 @@ def test_product_is_that_of_the_codes(backward, gathered, adapted, at_once, monk
         second = torch.randn(EXPERTS, 3, wide, device=DEVICE)
         update = Update(torch.randn(pairs, 3, device=DEVICE, dtype=DTYPE), second)
     given = {"backward": backward, "gathered": routing if gathered else None, "update": update}
-    found = grouped.multiply(x, weight, routing.ends, **given)[:rows]
-    places = routing.source[:rows].long() // 2 if gathered else torch.arange(rows, device=DEVICE)
-    expert = routing.expert[:rows].long()
+    found = grouped.multiply(x, weight, routing.ends, **given)[:used]
+    places = routing.source[:used].long() // 2 if gathered else torch.arange(used, device=DEVICE)
+    expert = routing.expert[:used].long()
     whole = float8.quantise_rows(x)
     own = (whole[0].double() * whole[1])[places], wanted.double() * weight.stack_scale[:, None, None]
     for (left, right), limit in ((own, ROUNDED), ((x.double()[places], exact.double()), 0.05)):
         truth = torch.einsum("ri,rio->ro", left, (right if backward else right.transpose(1, 2))[expert])
         if update is not None:
-            truth += torch.einsum("rk,rko->ro", update.projected[:rows].double(), second.double()[expert])
+            truth += torch.einsum("rk,rko->ro", update.projected[:used].double(), second.double()[expert])
         error = (found.double() - truth).norm(dim=1)
         assert (error <= 2 * limit * truth.norm(dim=1)).all() and error.norm() <= limit * truth.norm()
 
@@ -114,6 +114,19 @@ def test_a_row_that_is_not_finite_spoils_its_own_alone(monkeypatch):
     found = grouped.multiply(x, weight, routing.ends, gathered=routing, update=update)[: int(routing.ends[-1])]
     spoilt = routing.source[: len(found)] // 2 == 7
     assert found[spoilt].isnan().all() and found[~spoilt].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [48, 80])
+@pytest.mark.parametrize("keep", [True, False])
+def test_gated_rows_are_rounded_as_by_themselves(keep, size, monkeypatch):
+    monkeypatch.setattr(rows, "LARGEST_ROUNDED", 64)
+    routing = make_routing(5)
+    given = torch.randn(len(routing.source), 2 * size, device=DEVICE, dtype=DTYPE)
+    expected, _ = rows.gate(given, routing, Gate("silu"))
+    gated, (found, scale) = rows.gate(given, routing, Gate("silu"), keep=keep, rounded=True)
+    wanted, wanted_scale = float8.quantise_rows(expected)
+    assert torch.equal(found.float(), wanted.float()) and torch.equal(scale, wanted_scale)
+    assert torch.equal(gated, expected) if keep or size > 64 else gated is None
 
 
 def test_few_rows_are_multiplied_in_their_own_dtype():
