@@ -66,8 +66,9 @@ def with_stack_scale(weight: FrozenWeight, experts: int) -> FrozenWeight:
     """
     assert weight.absmax is not None and weight.code is not None
     blocks = weight.rows // experts * weight.columns // weight.blocksize
-    starts = range(0, experts * blocks, blocks)  # one expert's at a time: next to no memory
-    sizes = torch.stack([weight.block_scales(first, first + blocks).abs().amax() for first in starts])
+    some = max(1, 2**20 // blocks) * blocks  # of a few experts at a time, in a few megabytes
+    parts = (weight.block_scales(first, first + some) for first in range(0, experts * blocks, some))
+    sizes = torch.cat([part.abs().view(-1, blocks).amax(1) for part in parts])
     scale = sizes * weight.code.abs().amax() / LARGEST
     return weight._replace(
         stack_scale=torch.where(scale > 0, scale, torch.ones_like(scale))

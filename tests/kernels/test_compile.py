@@ -54,18 +54,8 @@ LANES = {**PRODUCT, "PARTS": 8, "WHOLE": False}
 UNPACK = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "NESTED": True, "OFFSETS": False, "ROUNDS": False}
 UNPACK |= {"STACKED": False}
 STACK = {"NESTED_BLOCKSIZE": 256, "NESTED": True, "OFFSETS": True}
-STACK_NUMBERS = {
-    "first_block",
-    "blocks",
-    "matrix_blocks",
-    "first_expert",
-    "rows",
-    "row_blocks",
-    "experts",
-    "first",
-    "last",
-}
-STACK_NUMBERS |= {"columns", "inner", "choices", "rank", "second_expert_stride", "rank_stride", "second_stride"}
+STACK_NUMBERS = {"first_expert", "blocks", "rows", "row_blocks", "experts", "first", "last", "columns", "inner"}
+STACK_NUMBERS |= {"choices", "rank", "second_expert_stride", "rank_stride", "second_stride"}
 CODE_TILE = {"ROWS": 128, "COLUMNS": 256, "INNER": 128, "EXPERTS": 128, "RANK": 16, "WHOLE": True, "GATHERED": True}
 GATE_TILE = {"ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS}
 CASES = [
@@ -199,12 +189,9 @@ def test_compiles_for_hopper(kernel, constants, warps):
         types = {name: types[name] for name in kernel.arg_names}
     if kernel.fn.__module__ in (codes.__name__, float8_experts.__name__):
         types |= dict.fromkeys(STACK_NUMBERS, "i32") | dict.fromkeys(("offset", "stack_scale", "x_scale"), "*fp32")
-        types |= dict.fromkeys(("x", "codes"), "*fp8e4nv") | dict.fromkeys(("ends", "source"), "*i32")
-        types |= {
-            "second": "*bf16",
-            "projected": "*bf16",
-            "out": "*i32" if kernel.fn.__module__ == codes.__name__ else "*bf16",
-        }
+        types |= {"x": "*fp8e4nv", "codes": "tensordesc<fp8e4nv[256, 128]>", "ends": "*i32", "source": "*i32"}
+        types |= {"second": "*bf16", "projected": "*bf16"}
+        types["out"] = "*i32" if kernel.fn.__module__ == codes.__name__ else "*bf16"
         types = {name: types[name] for name in kernel.arg_names}
     if kernel is low_rank._add_product:
         types["scale"] = "*fp32"

@@ -27,16 +27,11 @@ QUAD = tl.constexpr(
 # A permutation takes the index of each byte from 4 bits; of the 16 codes it chooses among 8, so two and a choice.
 LOOK_UP = tl.constexpr(
     """{
-    .reg .b32 odd, number, upper, first, second;
-    shl.b32 number, $2, 4;
-    and.b32 number, number, 0xf0f0f0f0;
-    shr.u32 odd, $2, 4;
-    and.b32 odd, odd, 0x0f0f0f0f;
-    or.b32 number, number, odd;
-    shr.u32 upper, number, 1;
+    .reg .b32 number, upper, first, second;
+    shr.u32 upper, $2, 1;
     and.b32 upper, upper, 0x44444444;
     or.b32 upper, upper, 0x32103210;
-    and.b32 number, number, 0x77777777;
+    and.b32 number, $2, 0x77777777;
     prmt.b32 first, $3, $4, number;
     prmt.b32 second, $5, $6, number;
     prmt.b32 $0, first, second, upper;
@@ -47,6 +42,7 @@ LOOK_UP = tl.constexpr(
     prmt.b32 $1, first, second, upper;
     }"""
 )
+SWAP = tl.constexpr("prmt.b32 $0, $1, 0, 0x2301;")
 TURN = tl.constexpr(
     """{
     .reg .b32 upper, lower;
@@ -82,10 +78,17 @@ def _quad(code, scale, inverse, FIRST: tl.constexpr):
 
 @triton.jit
 def _look_up(word, a, b, c, d):
-    """8 values, high nibble first, in the table of their block: two registers of four codes."""
+    """8 values in the table of their block: two registers of four codes, of which the second comes before the first and
+    the last before the third, as in bytes whose high nibble is the first."""
     return tl.inline_asm_elementwise(
         LOOK_UP, "=&r,=&r,r,r,r,r,r", [word, a, b, c, d], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
     )
+
+
+@triton.jit
+def _swap(codes):
+    """Four codes in their order."""
+    return tl.inline_asm_elementwise(SWAP, "=r,r", [codes], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -98,23 +101,26 @@ def _turn(a, b, c, d):
 
 @triton.jit
 def _codes_of(
-    packed,
+    words,
     absmax,
     code,
     nested_absmax,
     nested_code,
     offset,
     inverse,
+    before,
     block,
     used,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):
-    """Codes of whole blocks, (..., 8) twice: the first four and the last four of each 8 values."""
-    scale = block_scales(absmax, nested_absmax, nested_code, offset, block, used, NESTED_BLOCKSIZE, NESTED, OFFSETS)
-    place = tl.expand_dims(block.to(tl.int64) * 8, -1) + tl.arange(0, 8)
-    word = tl.load(packed + place, mask=tl.expand_dims(used, -1), other=0)
+    """Codes of blocks of a matrix at `words`, (..., 8) twice: of the first and of the last four of each 8 values, as
+    `_look_up` gives them; so many blocks lie `before` the matrix."""
+    scale = block_scales(
+        absmax, nested_absmax, nested_code, offset, before + block, used, NESTED_BLOCKSIZE, NESTED, OFFSETS
+    )
+    word = tl.load(words + tl.expand_dims(block * 8, -1) + tl.arange(0, 8), mask=tl.expand_dims(used, -1), other=0)
     return _look_up(
         word,
         tl.expand_dims(_quad(code, scale, inverse, 0), -1),
@@ -134,35 +140,26 @@ def _unpack_straight(
     offset,
     stack_scale,
     out,
-    first_block,
+    first_expert,
     blocks,
-    matrix_blocks,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     OFFSETS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    # The last values first, as in nf4.py.
-    local = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCKS + tl.arange(0, BLOCKS)
-    used = local < blocks
-    block = first_block + local
-    inverse = tl.div_rn(1.0, tl.load(stack_scale + block // matrix_blocks, mask=used, other=1.0))
+    """So many blocks of a matrix; the last ones first, as in nf4.py."""
+    number = tl.num_programs(1) - 1 - tl.program_id(1)
+    expert = first_expert + number
+    inverse = tl.div_rn(1.0, tl.load(stack_scale + expert))
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCKS + tl.arange(0, BLOCKS)
+    used = block < blocks
     low, high = _codes_of(
-        packed,
-        absmax,
-        code,
-        nested_absmax,
-        nested_code,
-        offset,
-        inverse,
-        block,
-        used,
-        NESTED_BLOCKSIZE,
-        NESTED,
-        OFFSETS,
-    )
-    both = tl.reshape(tl.join(low, high), (BLOCKS, 16))
-    tl.store(out + local.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :], both, mask=used[:, None])
+        packed + expert.to(tl.int64) * blocks * 8, absmax, code, nested_absmax, nested_code, offset, inverse,
+        expert * blocks, block, used, NESTED_BLOCKSIZE, NESTED, OFFSETS,
+    )  # fmt: skip
+    both = tl.reshape(tl.join(_swap(low), _swap(high)), (BLOCKS, 16))
+    to = out + number.to(tl.int64) * blocks * 16
+    tl.store(to + block[:, None] * 16 + tl.arange(0, 16)[None, :], both, mask=used[:, None])
 
 
 @triton.jit
@@ -190,42 +187,34 @@ def _unpack_turned(
     four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
     across = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     used = (four < rows // 4)[:, None] & (across < row_blocks)[None, :]
-    block = (expert * rows + 4 * four)[:, None] * row_blocks + across[None, :]
+    before = expert * rows * row_blocks
+    words = packed + expert.to(tl.int64) * rows * row_blocks * 8
+    block = four[:, None] * 4 * row_blocks + across[None, :]
     a0, b0 = _codes_of(
-        packed,
-        absmax,
-        code,
-        nested_absmax,
-        nested_code,
-        offset,
-        inverse,
-        block,
-        used,
-        NESTED_BLOCKSIZE,
-        NESTED,
-        OFFSETS,
-    )
+        words, absmax, code, nested_absmax, nested_code, offset, inverse, before, block, used,
+        NESTED_BLOCKSIZE, NESTED, OFFSETS,
+    )  # fmt: skip
     a1, b1 = _codes_of(
-        packed, absmax, code, nested_absmax, nested_code, offset, inverse, block + row_blocks, used,
+        words, absmax, code, nested_absmax, nested_code, offset, inverse, before, block + row_blocks, used,
         NESTED_BLOCKSIZE, NESTED, OFFSETS,
     )  # fmt: skip
     a2, b2 = _codes_of(
-        packed, absmax, code, nested_absmax, nested_code, offset, inverse, block + 2 * row_blocks, used,
+        words, absmax, code, nested_absmax, nested_code, offset, inverse, before, block + 2 * row_blocks, used,
         NESTED_BLOCKSIZE, NESTED, OFFSETS,
     )  # fmt: skip
     a3, b3 = _codes_of(
-        packed, absmax, code, nested_absmax, nested_code, offset, inverse, block + 3 * row_blocks, used,
+        words, absmax, code, nested_absmax, nested_code, offset, inverse, before, block + 3 * row_blocks, used,
         NESTED_BLOCKSIZE, NESTED, OFFSETS,
     )  # fmt: skip
-    c0, c1, c2, c3 = _turn(a0, a1, a2, a3)
-    c4, c5, c6, c7 = _turn(b0, b1, b2, b3)
+    c1, c0, c3, c2 = _turn(a0, a1, a2, a3)
+    c5, c4, c7, c6 = _turn(b0, b1, b2, b3)
     even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
     odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
     turned = tl.trans(tl.reshape(tl.join(even, odd), (ROWS // 4, BLOCKS * 64)))
     column = tl.program_id(1) * (BLOCKS * 64) + tl.arange(0, BLOCKS * 64)
     inside = (column < row_blocks * 64)[:, None] & (four < rows // 4)[None, :]
-    start = tl.program_id(2).to(tl.int64) * row_blocks * 64 + column
-    tl.store(out + start[:, None] * (rows // 4) + four[None, :], turned, mask=inside)
+    to = out + tl.program_id(2).to(tl.int64) * row_blocks * 16 * rows
+    tl.store(to + column[:, None] * (rows // 4) + four[None, :], turned, mask=inside)
 
 
 def unpack_stack(
@@ -284,7 +273,7 @@ def unpack_stack(
         else:
             blocks = rows * columns // 64
             (height,) = tile or (BLOCKS,)
-            _unpack_straight[(triton.cdiv(some * blocks, height),)](
-                *tensors, first * blocks, some * blocks, blocks, **constants, BLOCKS=height, num_warps=warps or WARPS
+            _unpack_straight[(triton.cdiv(blocks, height), some)](
+                *tensors, first, blocks, **constants, BLOCKS=height, num_warps=warps or WARPS
             )
     return out.view(some, *shape)

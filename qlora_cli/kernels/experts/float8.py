@@ -1,6 +1,6 @@
 """Products of rows sorted by expert with each expert's matrix, both in e4m3, and what an adapter adds to them (Triton).
 
-As dense.py, of half the bytes. A sum starts at the adapter's update, over both scales, and is multiplied by them at its
+As dense.py, of half the bytes; matrices come by the card's tensor memory accelerator. A sum starts at the adapter's update, over both scales, and is multiplied by them at its
 end.
 """
 
@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qlora_cli.kernels.experts.operands import Routing, Update
 from qlora_cli.kernels.experts.products import Tiling, find_rows, most_tiles
@@ -25,7 +26,8 @@ SMALL = Tiling(32, 64, 64, 4, 2, 16)  # under the interpreter
 def _code_tile(
     x,
     x_scale,
-    right,
+    codes,
+    matrix_row,
     matrix_scale,
     source,
     projected,
@@ -48,19 +50,18 @@ def _code_tile(
     GATHERED: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Rows times an expert's matrix at `right`, and, with a RANK, their projections times the expert's `second` too."""
+    """Rows times the matrix that begins with row `matrix_row` of `codes`, and, with a RANK, projections times `second`."""
     row = start + tl.arange(0, ROWS)
     column = left + tl.arange(0, COLUMNS)
     step = tl.arange(0, INNER)
     inside = row < stop
     used = column < columns
-    # What lies outside is read as the last row or column is, and not written: loads without a condition are faster.
+    # A row outside is read as the last one is, a column as the next matrix or zeros are, and neither is written.
     given = tl.minimum(row, stop - 1)
     if GATHERED:
         given = tl.load(source + given) // choices
     row_scale = tl.load(x_scale + given)
     rows = x + given[:, None].to(tl.int64) * inner + step[None, :]
-    right += tl.minimum(column, columns - 1)[None, :].to(tl.int64) * inner + step[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if RANK:
         number = tl.arange(0, RANK)
@@ -75,17 +76,14 @@ def _code_tile(
     for at in range(0, inner, INNER):
         if WHOLE:
             a = tl.load(rows)
-            b = tl.load(right)
         else:
-            rest = step < inner - at
-            a = tl.load(rows, mask=rest[None, :], other=0.0)
-            b = tl.load(right, mask=rest[:, None], other=0.0)
+            a = tl.load(rows, mask=(step < inner - at)[None, :], other=0.0)
+        b = codes.load([matrix_row + left, at]).T
         if EMULATED:  # the interpreter has no products of e4m3
             total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
         else:
             total = tl.dot(a, b, total)
         rows += INNER
-        right += INNER
     total = total * row_scale[:, None] * matrix_scale
     place = row[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside[:, None] & used[None, :])
@@ -127,24 +125,24 @@ def _multiply_codes(
     if expert < 0:
         return
     left = (tl.program_id(0) % bands) * COLUMNS
-    right = codes + (expert - first).to(tl.int64) * columns * inner
+    matrix_row = (expert - first) * columns
     matrix_scale = tl.load(stack_scale + expert)
     own = second
     if RANK:
         own = second + expert.to(tl.int64) * second_expert_stride
     if LAST_ROWS == 0:
         _code_tile(
-            x, x_scale, right, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
+            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
             rank, rank_stride, second_stride, ROWS, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
         )  # fmt: skip
     elif stop - start <= LAST_ROWS:  # an expert's last rows seldom fill a tile
         _code_tile(
-            x, x_scale, right, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
+            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
             rank, rank_stride, second_stride, LAST_ROWS, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
         )  # fmt: skip
     else:
         _code_tile(
-            x, x_scale, right, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
+            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
             rank, rank_stride, second_stride, ROWS, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
         )  # fmt: skip
 
@@ -194,7 +192,7 @@ def multiply_codes(
         _multiply_codes[(grid,)](
             x,
             x_scale,
-            codes,
+            TensorDescriptor.from_tensor(codes.view(-1, inner), [tiling.columns, tiling.inner]),
             stack_scale,
             ends,
             None if gathered is None else gathered.source,
