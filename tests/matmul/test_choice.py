@@ -5,6 +5,7 @@ import torch
 
 from qlora_cli.core.matmul import choice
 from qlora_cli.core.matmul.choice import ProductTrial, is_wanted
+from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.matmul.gate import ProductErrors
 from qlora_cli.errors import UsageError
 from qlora_cli.kernels.weights import FrozenWeight
@@ -74,7 +75,8 @@ def chosen(matmul, weight, run):
     """The layers in 8 bits of one with this weight, the record, and what is said."""
     layer, events = torch.nn.Linear(1, 1), []
     layers = {"q_proj": (layer, weight)}
-    found, record = choice.choose_layers(StepSettings(matmul=matmul), ProductTrial(), layers, run, events.append)
+    given = ProductTrial(), layers, ExpertStacks(layer), 4096, run, events.append
+    found, record = choice.choose_products(StepSettings(matmul=matmul), *given)
     return len(found), record, " ".join(event.text for event in events)
 
 

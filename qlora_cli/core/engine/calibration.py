@@ -35,21 +35,21 @@ from qlora_cli.core.engine.memory_plan import (
 from qlora_cli.core.engine.offload import link_bytes_per_second
 from qlora_cli.core.engine.packed_attention import attended_share, pack_mask
 from qlora_cli.core.experts.held_routing import HeldRouting
-from qlora_cli.core.experts.layout import find_experts
 from qlora_cli.core.matmul.choice import (
     TRIAL_TOKENS,
     ProductRecord,
     ProductTrial,
-    choose_layers,
+    choose_products,
     is_wanted,
     trial_batch,
 )
+from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.streaming.streamed_base import describe_speed
 from qlora_cli.core.tiling.kept_attention import can_keep_attention
 from qlora_cli.errors import first_line
-from qlora_cli.events import Notice, Report
+from qlora_cli.events import Report
 from qlora_cli.kernels.attention import LONG_ROW_TOKENS
 from qlora_cli.settings.groups import StepSettings
 
@@ -279,7 +279,7 @@ class StepPlanner:
 
     def measure(self, trials: Calibration, layer: nn.Module, static: StepNeeds, workspace_bytes: int | None) -> None:
         """Runs the first layer as it stands, on weights dequantised in slices of `workspace_bytes`, and completes what
-        is known without running it."""
+        is known without running it; `static.peak_bytes` is what another layer takes beyond the first."""
         share = 1
         while (measured := trials.measure(layer, self.largest_tokens // share)) is None:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
@@ -290,7 +290,7 @@ class StepPlanner:
         self.needs = replace(
             static,
             kept_bytes=layer_bytes.kept * share,
-            peak_bytes=(layer_bytes.peak - dense_bytes) * share + static.largest_dense_bytes,
+            peak_bytes=(layer_bytes.peak - dense_bytes) * share + static.peak_bytes + static.largest_dense_bytes,
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
             attended_bytes=int(self.largest_tokens * trials.hidden_bytes * kept),
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward, seconds.launching),
@@ -363,6 +363,7 @@ class StepPlanner:
 
 def install_products(
     linears: FusedLinears,
+    stacks: ExpertStacks,
     layer_plans: list[LayerPlan],
     trials: Calibration,
     settings: StepSettings,
@@ -371,12 +372,10 @@ def install_products(
     sharded: bool,
     report: Report,
 ) -> ProductRecord | None:
-    """Marks the linears that are multiplied in 8 bits, which the next `fuse` does; layers are recomputed while they are
-    tried, so that the rows fit where a step does. What comes of it is reported, and returned where any are wanted."""
+    """Has stacks of experts multiplied in 8 bits, and marks linears, which the next `fuse` has so; layers are recomputed in the
+    trial, so that its rows fit where a step does. What comes of it is reported, and returned where any are wanted."""
     if not is_wanted(settings, trial, trials.device, trials.values.dtype, largest_tokens, sharded, report):
         return None
-    if any(find_experts(trials.decoder)):
-        report(Notice("Routed experts are multiplied in the compute dtype, without --matmul fp8."))
 
     def run() -> None:
         tokens = TRIAL_TOKENS
@@ -389,7 +388,10 @@ def install_products(
             for layer in layer_plans:
                 layer.recompute = False
 
-    linears.in_8_bits, record = choose_layers(settings, trial, linears.packed(), run, report)
+    layers = linears.packed()
+    chosen, record = choose_products(settings, trial, layers, stacks, largest_tokens, run, report)
+    linears.in_8_bits = frozenset(module for name, (module, _) in layers.items() if name in chosen)
+    stacks.multiply_in_8_bits(name for name in stacks.found if name in chosen)
     return record
 
 

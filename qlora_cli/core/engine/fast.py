@@ -32,6 +32,7 @@ from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings, st
 from qlora_cli.core.engine.packed_attention import install_attention, pack_mask, takes_equal_rows
 from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.matmul.choice import ProductRecord, ProductTrial
+from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.core.streaming.streamed_base import streamed_base_of
 from qlora_cli.core.tiling.token_tiles import TokenTiles
@@ -66,15 +67,14 @@ class FastEngine:
         trial: ProductTrial,
         report: Report,
     ) -> None:
-        self.model, self.device, self.report = model, device, report
+        self.model, self.device, self.on_cuda, self.report = model, device, device.type == "cuda", report
         self.products: ProductRecord | None = None
-        self.on_cuda = device.type == "cuda"
         self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
         self.embeddings = InputEmbeddings(self.base, device, report)
         self.undo: list[Callable[[], None]] = []
         self.values = AdapterValues(compute_dtype)
-        self.linears = FusedLinears(self.base, self.values, device)
+        self.linears, self.stacks = FusedLinears(self.base, self.values, device), ExpertStacks(self.base)
         self.trials = Calibration(model, self.decoder, self.embeddings.module, self.values, device)
         self.sharded, self.streamed = is_sharded(self.base), streamed_base_of(self.base)
         self.context = context_of(self.base)
@@ -86,7 +86,7 @@ class FastEngine:
         self.buffer: Tensor | None = None
         self.put_gates_back: Callable[[], None] = lambda: None
         self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back()]
-        self.undo += [self.embeddings.move_back, self._release_values]
+        self.undo += [self.stacks.put_back, self.embeddings.move_back, self._release_values]
         try:
             self._install(settings, total_steps, optimizer_bytes, trial)
         except BaseException:
@@ -114,7 +114,7 @@ class FastEngine:
         self.undo.append(undo)
         self.equal_rows = self.packed and takes_equal_rows(self.decoder, self.device)
         self._swap_layers()
-        given = self.linears, self.layer_plans, self.trials, settings, trial
+        given = self.linears, self.stacks, self.layer_plans, self.trials, settings, trial
         self.products = install_products(*given, self.largest_tokens, self.sharded, self.report)
         if self.products is not None:
             self.linears.fuse(resident=self.linears.resident, workspace_bytes=SLICE_BYTES if self.on_cuda else None)
@@ -238,16 +238,14 @@ class FastEngine:
         if self.graphs is not None and self.graphs.make_room():
             torch.cuda.empty_cache()
             return True
-        plan = self.plan
         while True:
-            leaner = None if self.planner is None else self.planner.reduce_memory(plan)
+            leaner = None if self.planner is None else self.planner.reduce_memory(self.plan)
             if self.graphs is not None:
                 self.graphs.clear()
             if leaner is None:
                 return False
-            plan = leaner
             try:
-                self._apply(plan)
+                self._apply(leaner)
                 break
             except torch.OutOfMemoryError:  # layers are tried out before they are recomputed
                 torch.cuda.empty_cache()
@@ -260,6 +258,7 @@ class FastEngine:
         """Measures a layer at the largest micro-batch and plans for it; once more compiled, where that decides."""
         static = StepNeeds(
             layers=len(self.layers),
+            peak_bytes=self.stacks.bytes_beyond(self.layers[0], self.values.dtype.itemsize),
             optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
             dense_bytes=self.linears.dense_bytes,
             largest_dense_bytes=self.linears.largest_dense_bytes,
@@ -386,6 +385,7 @@ class FastEngine:
         parts += [*self.plan.describe(len(self.layers)), *([self.streamed.describe()] if self.streamed else [])]
         more = {
             f"{len(self.linears.in_8_bits)} linears multiplied in fp8": bool(self.linears.in_8_bits),
+            f"{len(self.stacks.in_8_bits)} stacks of experts in fp8": bool(self.stacks.in_8_bits),
             "embeddings on the host": self.embeddings.on_host,
             "base sharded over the cards": self.sharded,
             f"packs shared by {self.context.size if self.context else 1} ranks": self.context is not None,

@@ -17,6 +17,7 @@ from qlora_cli.core.experts.stack import (
     code_tables,
     empty_stack,
     nested_block_size,
+    of_this_pass,
     put_expert,
 )
 from qlora_cli.kernels.weights import FrozenWeight
@@ -68,6 +69,7 @@ class FourBitExperts(nn.Module):
         quant_type: nf4 or fp4.
         double_quant: Whether constants are quantised again.
         lora: What gives the adapter in effect of each stack, by its name; an absent name has none.
+        scales: `FrozenWeight.stack_scale` of each stack that steps multiply in 8 bits, by its name.
     """
 
     expert_weights: tuple[ExpertWeight, ...]
@@ -75,6 +77,7 @@ class FourBitExperts(nn.Module):
     quant_type: str
     double_quant: bool
     lora: dict[str, Callable[[], ExpertLora | None]]
+    scales: dict[str, Tensor]
 
     def lora_of(self, name: str) -> ExpertLora | None:
         """The adapter in effect of a stack."""
@@ -114,6 +117,7 @@ class FourBitExperts(nn.Module):
             offset=packed.offset,
             blocksize=BLOCK_SIZE,
             nested_blocksize=nested_block_size(weight.elements),
+            stack_scale=self.scales.get(name),
         )
         return ExpertStack(weight, values, self.quant_type)
 
@@ -159,7 +163,8 @@ class FourBitExperts(nn.Module):
     def product(self, name: str, x: Tensor, routing: Routing, expert_ids: Tensor) -> Tensor:
         """Rows (rows, in), sorted by expert, through a stack, its adapter and its bias: (rows, out)."""
         weight = self.weight_of(name)
-        result = packed_product(x, self.stack(name), routing)
+        stack = self.stack(name)
+        result = packed_product(x, stack._replace(values=of_this_pass(stack.values)), routing)
         if (lora := self.lora_of(name)) is not None:
             first, second = lora.factors(weight, x.dtype)
             result = result + lora.scaling * dense_product(dense_product(x, first, routing), second, routing)
@@ -239,7 +244,7 @@ def pack_experts(
     module.register_buffer("nested_code", nested_code, persistent=False)
     own: Any = module
     own.expert_weights, own.compute_dtype = weights, compute_dtype
-    own.quant_type, own.double_quant, own.lora = quant_type, double_quant, {}
+    own.quant_type, own.double_quant, own.lora, own.scales = quant_type, double_quant, {}, {}
     own.__class__ = _four_bit_class(type(module))
     return own
 

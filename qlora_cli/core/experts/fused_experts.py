@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qlora_cli.core.experts.four_bit_experts import ExpertLora, FourBitExperts
 from qlora_cli.core.experts.layout import ExpertWeight
+from qlora_cli.core.experts.stack import of_this_pass
 from qlora_cli.kernels.experts.operands import NO_GATE, Gate, Lora, Routing
 from qlora_cli.kernels.gated import GATES, activate
 from qlora_cli.kernels.weights import FrozenWeight
@@ -85,7 +86,9 @@ class FusedExperts:
         """As `FourBitExperts.forward`."""
         module = self.module
         up_layout, down_layout = self.up[0], self.down[0]
-        up_weight, down_weight = (values or module.stack(layout.name).values for layout, values in (self.up, self.down))
+        up_weight, down_weight = (
+            of_this_pass(values or module.stack(layout.name).values) for layout, values in (self.up, self.down)
+        )
         x = hidden_states.to(module.compute_dtype)
         if index is None or weights is None:  # each expert's rows in turn
             each = len(x) // up_layout.experts
@@ -111,6 +114,10 @@ class FusedExperts:
         )
         return answer.to(hidden_states.dtype)
 
+    def take_stacks(self) -> None:
+        """Takes the module's stacks as they are by now."""
+        self.up, self.down = _stacks_of(self.module)
+
     def route(self, index: Tensor, experts: int) -> Routing:
         """As `layer.route_tokens`."""
         return layer.route_tokens(index, experts)
@@ -128,6 +135,11 @@ class FusedExperts:
     def _lora(self, layout: ExpertWeight) -> Lora | None:
         lora = self.module.lora_of(layout.name)
         return None if lora is None else Lora(*_views(lora, layout), lora.scaling)
+
+
+def _stacks_of(module: FourBitExperts) -> list[tuple[ExpertWeight, FrozenWeight | None]]:
+    """`FusedExperts.up` and `FusedExperts.down`."""
+    return [(w, None if module.is_sharded else module.stack(w.name).values) for w in module.expert_weights]
 
 
 def _views(lora: ExpertLora, layout: ExpertWeight) -> tuple[Tensor, Tensor]:
@@ -169,8 +181,7 @@ def fuse_experts(
     for module in modules:
         if type(module) not in gates:
             gates[type(module)] = find_gate(module)
-        stacks = [(w, None if module.is_sharded else module.stack(w.name).values) for w in module.expert_weights]
-        module.fused = kind(module, gates[type(module)] or NO_GATE, stacks[0], stacks[1], step)
+        module.fused = kind(module, gates[type(module)] or NO_GATE, *_stacks_of(module), step)
         module.forward = MethodType(_forward, module)
 
     def put_back() -> None:

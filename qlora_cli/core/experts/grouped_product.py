@@ -4,6 +4,7 @@ The packed op keeps nothing for its backward pass but the packed tensors, which 
 anew, as many experts at a time as `WORKSPACE_BYTES` hold.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.experts.stack import expert_values
-from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES
+from qlora_cli.kernels import float8
+from qlora_cli.kernels.experts.operands import FEW_ROWS, WORKSPACE_BYTES
 from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -70,7 +72,10 @@ class ExpertStack(NamedTuple):
 
 
 def packed_product(x: Tensor, stack: ExpertStack, routing: Routing) -> Tensor:
-    """Rows (rows, in), sorted by expert, times their expert's matrix: (rows, out), differentiable in `x`."""
+    """Rows (rows, in), sorted by expert, times their expert's matrix: (rows, out), differentiable in `x`.
+
+    In 8 bits, emulated, where the stack has scales for that and rows are so many that the fused op does it, too.
+    """
     facts = (stack.layout, stack.quant_type, stack.values[:2], stack.values[9:])
     result: Tensor = _PackedProduct.apply(x, routing.ends, facts, *stack.values[3:9])
     return result
@@ -100,6 +105,8 @@ def _multiply(x: Tensor, stack: ExpertStack, routing: Routing, *, backward: bool
 
     Where the device holds no more, fewer experts are dequantised at once from then on.
     """
+    if stack.values.stack_scale is not None and len(x) > FEW_ROWS * stack.layout.experts:
+        return _multiply_in_8_bits(x, stack, routing, backward=backward)
     layout = stack.layout
     grouped = takes_grouped_mm(x, layout.rows, layout.columns)
     expert_bytes = layout.elements * x.element_size()
@@ -133,6 +140,26 @@ def _multiply_groups(
             result[rows] = grouped_mm(x[rows], matrices, routing.ends[first:end] - bounds[first])
         else:
             torch.mm(x[rows], matrices[0], out=result[rows])
+    return result
+
+
+def codes_of(matrices: Tensor, stack_scale: Tensor) -> Tensor:
+    """Matrices (experts, out, in), fp32, which are overwritten, in e4m3 over a scale for each: codes, of the same shape."""
+    return matrices.mul_(stack_scale.reciprocal()[:, None, None]).to(torch.float8_e4m3fn)
+
+
+def _multiply_in_8_bits(x: Tensor, stack: ExpertStack, routing: Routing, *, backward: bool) -> Tensor:
+    """The reference of products in 8 bits: rows with a scale each, matrices with one each, sums in fp32."""
+    assert stack.values.stack_scale is not None
+    codes, row_scales = float8.quantise_rows(x)
+    result = x.new_zeros(x.shape[0], stack.layout.columns if backward else stack.layout.rows)
+    for expert, (start, end) in enumerate(pairwise(routing.bounds())):
+        if start == end:
+            continue
+        scale = stack.values.stack_scale[expert : expert + 1]
+        matrix = codes_of(stack.matrices(torch.float32, expert, expert + 1), scale)[0].float()
+        product = codes[start:end].float() @ (matrix if backward else matrix.t())
+        result[start:end] = product * row_scales[start:end] * scale
     return result
 
 

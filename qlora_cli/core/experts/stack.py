@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.experts.layout import ExpertWeight
+from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES
 from qlora_cli.kernels.weights import FrozenWeight
 
 BLOCK_SIZE = 64  # weights a constant covers
@@ -124,7 +125,7 @@ def expert_values(
         return stack.values(dtype, first * weight.rows, end * weight.rows).view(shape)
     size = weight.elements
     state = bnb.functional.QuantState(
-        absmax=_scales(stack, first * size, end * size),
+        absmax=stack.block_scales(first * size // stack.blocksize, end * size // stack.blocksize),
         shape=torch.Size([1, (end - first) * size]),  # as one long row: the CPU kernel starts a new block at each row
         code=stack.code,
         blocksize=stack.blocksize,
@@ -134,13 +135,31 @@ def expert_values(
     return bnb.functional.dequantize_4bit(stack.packed[first * size // 2 : end * size // 2], state).view(shape)
 
 
-def _scales(stack: FrozenWeight, first: int, end: int) -> Tensor:
-    """The constants, fp32, of the blocks between two elements of a stack."""
-    assert stack.absmax is not None
-    absmax = stack.absmax[first // stack.blocksize : end // stack.blocksize]
-    if stack.nested_absmax is None or stack.nested_code is None or stack.offset is None:
-        return absmax
-    covered = stack.blocksize * stack.nested_blocksize
-    nested, offset = (tensor[first // covered : end // covered] for tensor in (stack.nested_absmax, stack.offset))
-    codes = stack.nested_code[absmax.int()].view(-1, stack.nested_blocksize)
-    return (codes * nested[:, None] + offset[:, None]).flatten()
+def part_of(stack: FrozenWeight, weight: ExpertWeight, first: int, end: int) -> FrozenWeight:
+    """Experts `first` to `end` of a stack, as views."""
+    assert stack.packed is not None and stack.absmax is not None
+    size, block = weight.elements, stack.blocksize
+
+    def cut(tensor: Tensor | None, values: int) -> Tensor | None:
+        """Of a tensor with an element for so many values."""
+        return None if tensor is None else tensor[first * size // values : end * size // values]
+
+    return stack._replace(
+        rows=(end - first) * weight.rows,
+        packed=cut(stack.packed, 2),
+        absmax=cut(stack.absmax, block),
+        nested_absmax=cut(stack.nested_absmax, block * stack.nested_blocksize),
+        offset=cut(stack.offset, block * stack.nested_blocksize),
+        stack_scale=cut(stack.stack_scale, size),
+    )
+
+
+def of_this_pass(stack: FrozenWeight) -> FrozenWeight:
+    """A stack as it is multiplied now: evaluation is not in 8 bits, as answers are not."""
+    return stack if stack.stack_scale is None or torch.is_grad_enabled() else stack.plain()
+
+
+def bytes_at_once(weight: ExpertWeight, itemsize: int) -> int:
+    """Of those matrices of a stack that are unpacked at once, to so many bytes a value."""
+    matrix_bytes = weight.elements * itemsize
+    return matrix_bytes * min(weight.experts, max(1, WORKSPACE_BYTES // matrix_bytes))

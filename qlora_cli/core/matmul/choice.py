@@ -1,4 +1,5 @@
-"""Choice of the arithmetic that frozen linear layers are multiplied in: bf16, or 8 bits for those that pass the gate."""
+"""Choice of the arithmetic that frozen linear layers and stacks of experts are multiplied in: bf16, or 8 bits for those that
+pass the gate."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.core.data.packing import MicroBatch, collate
+from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.matmul.gate import ProductErrors, measure_products
 from qlora_cli.errors import UsageError, first_line
 from qlora_cli.events import Notice, Report
@@ -30,8 +32,9 @@ class ProductRecord:
     """What was chosen for a run, which keeps it when it goes on."""
 
     asked: str  # the setting
-    matmul: str  # fp8, or bf16 where no layer passed
+    matmul: str  # fp8, or bf16 where nothing passed
     kept: tuple[str, ...] = ()  # linear layers in bf16 all the same
+    stacks: tuple[str, ...] = ()  # of experts, in 8 bits: in runs begun before there was that, none
     tokens: int = 0  # that were tried
     worst_output: float = 0.0  # of the layers in 8 bits, as a multiple of what 4 bits do
     worst_gradient: float = 0.0
@@ -134,41 +137,50 @@ def recorded_choice(settings: StepSettings, trial: ProductTrial) -> ProductRecor
     recorded = trial.recorded
     if recorded is None or recorded.get("asked") != settings.matmul:
         return None
-    return ProductRecord(**{**recorded, "kept": tuple(recorded["kept"])})
+    return ProductRecord(**{**recorded, "kept": tuple(recorded["kept"]), "stacks": tuple(recorded.get("stacks", ()))})
 
 
-def choose_layers(
+def choose_products(
     settings: StepSettings,
     trial: ProductTrial,
     layers: Mapping[str, tuple[nn.Module, FrozenWeight]],
+    stacks: ExpertStacks,
+    tokens: int,
     run: Callable[[], Any],
     report: Report,
-) -> tuple[frozenset[nn.Module], ProductRecord]:
-    """The linear layers that are multiplied in 8 bits: those that the run had so, else those that pass the gate.
+) -> tuple[frozenset[str], ProductRecord]:
+    """Names of the linear layers and stacks of experts that are multiplied in 8 bits: those that the run had so, else those
+    that pass the gate.
 
     Args:
         layers: By name, with their packed weights.
+        tokens: Of the largest micro-batch.
         run: Passes the trial's rows through all of them, forward and backward.
 
     Raises:
         RuntimeError: There is no room for that, or it fails, and 8 bits were asked for.
     """
-    covered = {name: layer for name, layer in layers.items() if float8.covers(layer[1])}
+    uncovered = {name: "sides or dtype" for name, (_, weight) in layers.items() if not float8.covers(weight)}
+    uncovered |= {name: reason for name in stacks.found if (reason := stacks.why_not(name, tokens))}
+    covered = [name for name in (*layers, *stacks.found) if name not in uncovered]
     recorded = recorded_choice(settings, trial)
     if recorded is not None:
-        chosen = frozenset(module for name, (module, _) in covered.items() if name not in recorded.kept)
-        return chosen, recorded
-    found: Mapping[nn.Module, ProductErrors] = {}
+        if stacks.found and not recorded.stacks:
+            report(Notice("Routed experts are multiplied in bf16, as when this run began."))
+        chosen = {name for name in covered if name in layers and name not in recorded.kept}
+        return frozenset(chosen.union(name for name in recorded.stacks if name in stacks.found)), recorded
+    errors = dict.fromkeys(covered, ProductErrors(float("inf"), float("inf")))
     failure = ""
     try:
-        found = measure_products(dict(covered.values()), run)
+        with stacks.measuring(name for name in covered if name in stacks.found) as read_stacks:
+            of_layers = measure_products(dict(layers[name] for name in covered if name in layers), run)
+        errors |= {name: of_layers[module] for name, (module, _) in layers.items() if module in of_layers}
+        errors |= read_stacks()
     except RuntimeError as error:  # of memory too, or a card or library without these products
         if settings.matmul != "auto":
             raise
         room = isinstance(error, torch.OutOfMemoryError)
         failure = "there is no room to try them" if room else f"a trial failed ({first_line(error)})"
-    missing = ProductErrors(float("inf"), float("inf"))
-    errors = {name: found.get(module, missing) for name, (module, _) in covered.items()}
     if errors:
         table = torch.tensor([[e.output, e.gradient] for e in errors.values()], dtype=torch.float64).nan_to_num(
             nan=torch.inf, posinf=torch.inf
@@ -179,33 +191,39 @@ def choose_layers(
         asked=settings.matmul,
         matmul="fp8" if passed else "bf16",
         kept=tuple(name for name in layers if name not in passed),
+        stacks=tuple(name for name in stacks.found if name in passed),
         tokens=trial.batch.tokens if trial.batch else TRIAL_TOKENS,
         worst_output=max((e.output for e in passed.values()), default=0.0),
         worst_gradient=max((e.gradient for e in passed.values()), default=0.0),
     )
-    failed = {name: each for name, each in errors.items() if name not in passed}
+    why = uncovered | {name: _in_words(each) for name, each in errors.items() if name not in passed}
+    why = {name: why[name] for name in (*layers, *stacks.found) if name in why}
     if failure:
         report(Notice(f"Layers are multiplied in bf16, not in fp8 as --matmul auto would: {failure}."))
     else:
-        report(Notice(describe_choice(record, len(layers), failed)))
-    return frozenset(covered[name][0] for name in passed), record
+        report(Notice(describe_choice(record, len(layers), len(stacks.found), why)))
+    return frozenset(passed), record
 
 
-def describe_choice(record: ProductRecord, layers: int, failed: Mapping[str, ProductErrors]) -> str:
-    """What the gate found, in words."""
+def describe_choice(record: ProductRecord, layers: int, stacks: int, why: Mapping[str, str]) -> str:
+    """What the gate found, in words.
+
+    Args:
+        layers: How many linear layers there are.
+        stacks: How many stacks of experts.
+        why: Each that is not multiplied in 8 bits stays as it is.
+    """
+    of_experts = f", and of {stacks} stacks of experts {len(record.stacks)}" if stacks else ""
     text = (
-        f"Of {layers} frozen linear layers {layers - len(record.kept)} are multiplied in fp8. On {record.tokens} tokens that "
-        f"changed their outputs by at most {record.worst_output:.2f}, and the gradients of their inputs by at most "
+        f"Of {layers} frozen linear layers {layers - len(record.kept)} are multiplied in fp8{of_experts}. On "
+        f"{record.tokens} tokens that changed their outputs by at most {record.worst_output:.2f}, and the gradients of their inputs by at most "
         f"{record.worst_gradient:.2f} of what rounding to 4 bits did."
     )
     if record.asked == "auto" and record.matmul == "fp8":
         text += " --matmul bf16 turns it off."
-    if record.kept:
-        named = [
-            f"{name} ({_in_words(failed[name]) if name in failed else 'sides or dtype'})"
-            for name in record.kept[:NAMED]
-        ]
-        text += f" In bf16 stay {', '.join(named)}{', …' if len(record.kept) > NAMED else ''}."
+    if why:
+        named = [f"{name} ({reason})" for name, reason in why.items()]
+        text += f" In bf16 stay {', '.join(named[:NAMED])}{', …' if len(named) > NAMED else ''}."
     return text
 
 

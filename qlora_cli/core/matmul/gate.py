@@ -79,7 +79,11 @@ def _error(rows: Tensor, weight: FrozenWeight, *, transposed: bool) -> Tensor:
             found.addmm_(rows[:, first:end].float(), values, alpha=-1)
         else:
             found[:, first:end].addmm_(rows.float(), values.t(), alpha=-1)
-    error, expected = found.norm(), expected_error(rows, weight, transposed=transposed)
+    return over_expected(found.norm(), expected_error(rows, weight, transposed=transposed))
+
+
+def over_expected(error: Tensor, expected: Tensor) -> Tensor:
+    """Errors as multiples of what was to be expected; where both are 0, 0."""
     return torch.where((error == 0) & (expected == 0), 0.0, error / expected)
 
 
@@ -122,6 +126,11 @@ def measure_products(
     finally:
         for hook in hooks:
             hook.remove()
-    measured = [module for module in weights if module in outputs and module in gradients]
-    found = torch.stack([torch.stack([outputs[m], gradients[m]]) for m in measured]).tolist() if measured else []
-    return {module: ProductErrors(*errors) for module, errors in zip(measured, found, strict=True)}
+    return read_errors(outputs, gradients)
+
+
+def read_errors(outputs: Mapping[Any, Tensor], gradients: Mapping[Any, Tensor]) -> dict[Any, ProductErrors]:
+    """The errors of what has both, waiting for the device once."""
+    measured = [key for key in outputs if key in gradients]
+    found = torch.stack([torch.stack([outputs[k], gradients[k]]) for k in measured]).tolist() if measured else []
+    return {key: ProductErrors(*errors) for key, errors in zip(measured, found, strict=True)}

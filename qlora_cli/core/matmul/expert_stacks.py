@@ -1,0 +1,194 @@
+"""Stacks of routed experts that steps multiply in 8 bits, and what that does to them on the rows that a trial sends them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.core.adapters.adapter_facts import base_name
+from qlora_cli.core.distributed.context_group import context_of
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts
+from qlora_cli.core.experts.fused_experts import FusedExperts, can_fuse
+from qlora_cli.core.experts.grouped_product import Routing, codes_of
+from qlora_cli.core.experts.layout import ExpertWeight, share_of_experts
+from qlora_cli.core.experts.stack import bytes_at_once, part_of
+from qlora_cli.core.matmul.gate import SLICE_BYTES, ProductErrors, code_noise, over_expected, read_errors
+from qlora_cli.core.models.quantization import STREAMED
+from qlora_cli.kernels import float8
+from qlora_cli.kernels.experts.operands import FEW_ROWS
+from qlora_cli.kernels.weights import FrozenWeight
+
+
+class RoutedStack(NamedTuple):
+    """One stack of a layer's experts."""
+
+    module: FourBitExperts
+    weight: ExpertWeight
+
+    def values(self) -> FrozenWeight:
+        """Its matrices, one below the other."""
+        return self.module.stack(self.weight.name).values
+
+
+def has_many_rows(tokens: float, share: float) -> bool:
+    """Whether so many tokens, of whose layer's experts each meets a share, are multiplied in 8 bits: of few rows the 4 bits
+    are read on the way, and nothing is rounded to 8."""
+    return tokens * share > FEW_ROWS
+
+
+class ExpertStacks:
+    """The stacks of experts of one model instance, of which some are multiplied in 8 bits.
+
+    Attributes:
+        found: All that are packed, by name.
+        in_8_bits: Names of those that are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        context = context_of(model)  # of a micro-batch's tokens each of its ranks has a part
+        self.share = share_of_experts(model) / (context.size if context else 1)
+        self.found = {
+            base_name(f"{name}.{weight.name}"): RoutedStack(module, weight)
+            for name, module in model.named_modules()
+            if isinstance(module, FourBitExperts)
+            for weight in module.expert_weights
+        }
+        self.in_8_bits: tuple[str, ...] = ()
+        self._scales: dict[RoutedStack, Tensor] = {}
+
+    def why_not(self, name: str, tokens: float) -> str | None:
+        """Why a stack cannot be multiplied in 8 bits, in micro-batches of so many tokens; None where it can."""
+        stack = self.found[name]
+        if not can_fuse(stack.module) or not float8.covers_stack(stack.values(), stack.weight.experts):
+            return "sides or kind"
+        return None if has_many_rows(tokens, self.share) else "few rows for each expert"
+
+    def scaled(self, stack: RoutedStack) -> FrozenWeight:
+        """A stack as it is multiplied in 8 bits; its scales are of all its constants, which come where they stream."""
+        values = stack.values()
+        if stack not in self._scales:
+            if (bring := stack.module.__dict__.get(STREAMED)) is not None:
+                bring()
+            scale = float8.with_stack_scale(values, stack.weight.experts).stack_scale
+            assert scale is not None
+            self._scales[stack] = scale
+        return values._replace(stack_scale=self._scales[stack])
+
+    def multiply_in_8_bits(self, names: Iterable[str]) -> None:
+        """Has steps multiply these, and no others, in 8 bits from now on."""
+        self.put_back()
+        self.in_8_bits = tuple(names)
+        for stack in map(self.found.__getitem__, self.in_8_bits):
+            scale = self.scaled(stack).stack_scale
+            assert scale is not None
+            stack.module.scales[stack.weight.name] = scale
+        self._renew()
+
+    def put_back(self) -> None:
+        """Has all of them multiplied in the compute dtype."""
+        self.in_8_bits = ()
+        for module, _ in self.found.values():
+            module.scales.clear()
+        self._renew()
+
+    def _renew(self) -> None:
+        for module in {module for module, _ in self.found.values()}:
+            if isinstance(fused := module.__dict__.get("fused"), FusedExperts):
+                fused.take_stacks()
+
+    def bytes_beyond(self, layer: nn.Module, itemsize: int) -> int:
+        """How many more bytes than any stack of this layer the largest of all takes while it is multiplied, where some
+        are in 8 bits; unpacked to the compute dtype it takes `itemsize` a value."""
+        inside, taken = set(layer.modules()), {True: 0, False: 0}
+        for name, (module, weight) in self.found.items() if self.in_8_bits else ():
+            bytes_ = bytes_at_once(weight, 1 if name in self.in_8_bits else itemsize)
+            taken[module in inside] = max(taken[module in inside], bytes_)
+        return max(0, taken[False] - taken[True])
+
+    @contextmanager
+    def measuring(self, names: Iterable[str]) -> Iterator[Callable[[], dict[str, ProductErrors]]]:
+        """Inside the block the modules of these stacks compute plainly, so that each product is seen by itself; gives what
+        reads the errors in 8 bits of those that were called, and got a gradient if their outputs need one; else that one's
+        is 0."""
+        own = {self.found[name]: name for name in names}
+        outputs: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+
+        def note(stack: RoutedStack, rows: Tensor, routing: Routing, result: Tensor) -> None:
+            name = own[stack]
+            with torch.no_grad():
+                outputs[name] = stack_error(rows.detach(), routing, self.scaled(stack), stack.weight, transposed=False)
+
+            def note_gradient(gradient: Tensor) -> None:
+                with torch.no_grad():
+                    gradients[name] = stack_error(gradient, routing, self.scaled(stack), stack.weight, transposed=True)
+
+            if result.requires_grad:
+                result.register_hook(note_gradient)
+            else:
+                gradients[name] = outputs[name].new_zeros(())
+
+        def noted(module: FourBitExperts) -> Callable[..., Tensor]:
+            def product(name: str, x: Tensor, routing: Routing, expert_ids: Tensor) -> Tensor:
+                result = type(module).product(module, name, x, routing, expert_ids)
+                stack = RoutedStack(module, module.weight_of(name))
+                if stack in own and own[stack] not in outputs:  # a repetition's outputs are those of before
+                    note(stack, x, routing, result)
+                return result
+
+            return product
+
+        modules = {module for module, _ in own}
+        forwards = {module: module.__dict__.pop("forward") for module in modules if "forward" in module.__dict__}
+        for module in modules:
+            module.__dict__["product"] = noted(module)
+        try:
+            yield lambda: read_errors(outputs, gradients)
+        finally:
+            for module in modules:
+                del module.__dict__["product"]
+            for module, forward in forwards.items():
+                module.__dict__["forward"] = forward
+
+
+def stack_error(
+    rows: Tensor, routing: Routing, stack: FrozenWeight, weight: ExpertWeight, *, transposed: bool
+) -> Tensor:
+    """Norm of the error of an expert's rows times its W^T, or W, in 8 bits, over what rounding W to 4 bits is expected to
+    have changed (`gate.expected_error`), of that expert where it is largest: in a sum over 128 experts one whose matrix is
+    lost would not exceed what is expected of the others.
+
+    Args:
+        rows: (count, in), or (count, out) where `transposed`, sorted by expert.
+        stack: With its scales.
+    """
+    codes, row_scales = float8.quantise_rows(rows)
+    both, bounds = torch.stack([rows.float(), codes.float() * row_scales]), routing.bounds()  # exact and rounded
+    error, expected = both.new_zeros(weight.experts), both.new_zeros(weight.experts)
+    starts = torch.tensor(bounds, device=rows.device)
+    at_once = max(1, SLICE_BYTES // (4 * weight.elements))
+    for first in range(0, weight.experts, at_once):
+        end = min(first + at_once, weight.experts)
+        longest = max(stop - start for start, stop in pairwise(bounds[first : end + 1]))
+        if not longest:
+            continue
+        place = starts[first:end, None] + torch.arange(longest, device=rows.device)  # (experts, longest)
+        beyond = place >= starts[first + 1 : end + 1, None]
+        exact, rounded = both[:, place.clamp(max=len(rows) - 1)].masked_fill(beyond[..., None], 0)
+        part, shape = part_of(stack, weight, first, end), (end - first, weight.rows, weight.columns)
+        assert part.code is not None and part.stack_scale is not None
+        noise = part._replace(code=code_noise(part.code)).values(torch.float32).view(shape)
+        variance = noise.square_().sum(2 if transposed else 1)  # (experts, in), or (experts, out) where transposed
+        expected[first:end] = (variance * exact.square().sum(1)).sum(1).sqrt()
+        del noise
+        matrices = part.values(torch.float32).view(shape)
+        turned = matrices if transposed else matrices.mT
+        wanted = exact @ turned
+        matrices.copy_(codes_of(matrices, part.stack_scale))
+        found = (rounded @ turned).mul_(part.stack_scale[:, None, None])
+        error[first:end] = found.sub_(wanted).flatten(1).norm(dim=1)
+        del matrices, turned
+    return over_expected(error, expected).amax()
