@@ -20,6 +20,7 @@ from qlora_cli.core.planning.memory_estimate import (
     estimate_training,
 )
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
+from qlora_cli.core.planning.planner import RowLengths, plan_training
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.conftest import most_slow
 
@@ -141,6 +142,32 @@ def test_products_in_8_bits_hold_the_codes_of_the_widest_rows():
             estimate_training(model_profile, with_measures(s, resident_weights=way)).peak_bytes for s in (step, eight)
         ]
         assert peaks[1] - peaks[0] == pytest.approx(wide - saved, rel=0.01)
+
+
+def test_experts_in_8_bits_take_half_the_bytes_while_they_are_multiplied():
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=4096, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+        num_experts=64, num_experts_per_tok=8, moe_intermediate_size=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    model_profile, unfused = (profile(config, target_modules=("q_proj", "v_proj"), dora=way) for way in (False, True))
+    assert unfused.traced(None, in_8_bits=True) == unfused.trace
+    stack = 64 * 1024 * 2 * 512  # values of gates and ups, the larger stack
+
+    def peaks(tokens):
+        step = ResolvedStep(tokens, tokens, "adamw", MemoryPlan(2))
+        return [estimate_training(model_profile, replace(step, in_8_bits=way)).peak_bytes for way in (False, True)]
+
+    plain, eight = peaks(4096)
+    codes = 4096 * 8 * 1024  # of the gradient of what they give, for each pair
+    assert plain - eight == pytest.approx(stack - codes, rel=0.15)
+    few = peaks(192)
+    assert few[0] <= few[1]  # 24 rows for each expert: read in 4 bits
+
+    def decide(matmul):
+        asked = StepSettings(matmul=matmul, gradient_checkpointing="on", batch_size=1)
+        return plan_training(model_profile, asked, RowLengths(4096), vram_bytes=None).memory.peak_bytes
+
+    assert decide("auto") == decide("bf16") > decide("fp8")  # a short run stays in 16 bits
 
 
 def test_the_parts_add_up():

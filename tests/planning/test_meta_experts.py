@@ -1,6 +1,7 @@
 """Fused experts on the meta device keep and allocate what the real ops do."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -50,6 +51,16 @@ def live(monkeypatch):
         "multiply_dense",
         lambda _, matrices, *__, **___: found.mark(ExpertValues(2 * matrices.numel())),
     )
+    code = torch.empty(1, dtype=torch.float8_e4m3fn, device="meta")
+    monkeypatch.setattr(
+        grouped, "unpack_stack", lambda w, experts, _, some, **__: code.expand(some * w.rows // experts, w.columns)
+    )
+    monkeypatch.setattr(grouped, "multiply_codes", lambda _, __, codes, *___, **____: found.mark(codes.numel()))
+    monkeypatch.setattr(
+        grouped.float8,
+        "quantise_rows",
+        lambda x: (x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)),
+    )
     return found
 
 
@@ -68,10 +79,12 @@ def count(experts, live):
     return held, forward, live.highest_bytes
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("adapted", "in_8_bits"), list(product((False, True), repeat=2)))
 @pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-def test_moments_are_those_of_the_real_ops(layout, adapted, live):
+def test_moments_are_those_of_the_real_ops(layout, adapted, in_8_bits, live):
     experts = pack(make_experts(layout), torch.bfloat16).to("meta")
+    for weight in experts.expert_weights if in_8_bits else ():
+        experts.scales[weight.name] = torch.empty(weight.experts, device="meta")
     for weight in experts.expert_weights if adapted else ():
         a = torch.empty(weight.experts * RANK, weight.columns, device="meta", requires_grad=True)
         b = torch.empty(weight.rows, RANK * weight.experts, device="meta", requires_grad=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from qlora_cli.core.decoding.decoder import PREFILL_TOKENS
 from qlora_cli.core.engine.memory_plan import MemoryPlan
+from qlora_cli.core.matmul.expert_stacks import has_many_rows
 from qlora_cli.core.planning.activation_trace import LayerTrace, ModelTrace, Pass
 from qlora_cli.core.planning.meta_ops import Growth, Peak
 from qlora_cli.core.planning.model_profile import ModelProfile
@@ -47,7 +48,7 @@ class ResolvedStep:
     optimizer: str
     measures: MemoryPlan = field(default_factory=MemoryPlan)
     engine: str = "fast"
-    in_8_bits: bool = False  # whether frozen linears are multiplied so
+    in_8_bits: bool = False  # whether frozen linears and experts are multiplied so
     compiled: bool = False
     on_cuda: bool = True
     shards: int = 1  # cards that the base is sharded over
@@ -115,7 +116,8 @@ class TrainingMemory:
 
 def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemory:
     """Memory of training a traced model at its highest moment, by the largest micro-batch."""
-    trace = profile.traced(step.measures.tile_tokens)
+    of_experts = step.in_8_bits and has_many_rows(step.part_tokens, profile.met_experts)
+    trace = profile.traced(step.measures.tile_tokens, in_8_bits=of_experts)
     assert trace is not None
     moment, activation_bytes, working_bytes = max(
         _moments(trace, profile.itemsize, step), key=lambda found: found[1] + found[2]
@@ -290,8 +292,7 @@ def count_flops(profile: ModelProfile, step: ResolvedStep) -> float:
     passes = 2 + step.measures.recomputed / max(1, profile.layers)
     head = profile.trace.vocabulary * profile.trace.layers[-1].hidden
     attention = sum(2 * step.row_tokens * layer.hidden for layer in profile.trace.layers)
-    multiplied = sum(profile.footprint.quantized_numels) + profile.met_experts * sum(profile.footprint.expert_numels)
-    frozen = 2 * passes * multiplied + 4 * head
+    frozen = 2 * passes * profile.met_numel + 4 * head
     attended = passes - step.measures.attention_kept / max(1, profile.layers)
     of_experts = profile.footprint.expert_adapter_parameters
     trained = profile.footprint.trainable_parameters - (1 - profile.met_experts) * of_experts

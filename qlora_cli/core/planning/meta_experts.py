@@ -13,19 +13,33 @@ from torch import Tensor
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts
 from qlora_cli.core.experts.fused_experts import FusedExperts
 from qlora_cli.core.experts.layout import ExpertWeight
+from qlora_cli.core.experts.stack import bytes_at_once
 from qlora_cli.core.planning.meta_ops import FixedBytes, LiveBytes
-from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, Lora, Routing, is_scattered
+from qlora_cli.kernels.experts.operands import Lora, Routing, is_scattered
 from qlora_cli.kernels.grouped_mm import tiles_are_faster
 
 
 class ExpertValues(FixedBytes):
-    """Bytes of dequantised experts, as many as are multiplied at once."""
+    """Bytes of unpacked experts, as many as are multiplied at once.
+
+    Attributes:
+        in_8_bits: Whether they are multiplied so, with the codes of their rows beside them.
+    """
+
+    in_8_bits = False
 
     @classmethod
-    def of(cls, weight: ExpertWeight, itemsize: int) -> "ExpertValues":
-        """Of a stack in a dtype of so many bytes."""
-        matrix_bytes = weight.elements * itemsize
-        return cls(matrix_bytes * min(weight.experts, max(1, WORKSPACE_BYTES // matrix_bytes)))
+    def of(cls, weight: ExpertWeight, itemsize: int, *, in_8_bits: bool = False) -> "ExpertValues":
+        """Of a stack in a dtype of so many bytes, or in 8 bits."""
+        values = cls(bytes_at_once(weight, 1 if in_8_bits else itemsize))
+        values.in_8_bits = in_8_bits
+        return values
+
+    def codes(self, like: Tensor, rows: int, size: int) -> tuple[Tensor, ...]:
+        """The codes of so many rows, and a scale for each, where there are such."""
+        if not self.in_8_bits:
+            return ()
+        return like.new_empty(rows, size, dtype=torch.uint8), like.new_empty(rows, dtype=torch.float32)
 
 
 class ExpertProduct(torch.autograd.Function):
@@ -90,11 +104,11 @@ class TracedExperts(FusedExperts):
 
     def multiply_up(self, x: Tensor, routing: Routing, weight: Any, lora: Lora | None) -> Tensor:
         """The first product."""
-        values = ExpertValues.of(self.up[0], x.element_size())
+        values = ExpertValues.of(self.up[0], x.element_size(), in_8_bits=weight.stack_scale is not None)
         rows = _Up.apply(x, *routing, *_factors(lora), self.up[0].rows, values, self.notes.live())
         pairs, row_bytes = len(rows), x.element_size() * x.shape[1]
         self.notes.read(*routing[:4], rows, *(() if lora is None else (x,)))
-        self.notes.moment(values, rows.nbytes + pairs * row_bytes)
+        self.notes.moment(values, rows.nbytes + pairs * row_bytes + rows.numel() * values.in_8_bits)
         return rows
 
     def multiply_down(
@@ -102,7 +116,7 @@ class TracedExperts(FusedExperts):
     ) -> Tensor:
         """The gate and the second product."""
         layout = self.down[0]
-        values = ExpertValues.of(layout, rows.element_size())
+        values = ExpertValues.of(layout, rows.element_size(), in_8_bits=weight.stack_scale is not None)
         gated = how["how"].kind != "none"
         answer = _Down.apply(
             rows, weights, *routing, *_factors(lora), how["bias"], layout, gated, values, self.notes.live()
@@ -111,7 +125,7 @@ class TracedExperts(FusedExperts):
         above = _expanded(rows, len(rows), layout.rows)
         expanded_bytes = 0 if above is None else above.nbytes
         self.notes.read(rows, weights)
-        self.notes.moment(values, below + expanded_bytes)
+        self.notes.moment(values, below + expanded_bytes + answer.numel() * values.in_8_bits)
         self.notes.moment(0, below + rows.nbytes + (below if gated and lora is not None else 0))
         return answer
 
@@ -159,10 +173,14 @@ class _Up(torch.autograd.Function):
     ) -> Tensor:
         pairs = len(source)
         projected = None if first is None else x.new_empty(pairs, first.shape[1])
-        spread, arranged = _expanded(x, pairs, x.shape[1]), _arranged(second, x, pairs)
+        spread, arranged, codes = (
+            _expanded(x, pairs, x.shape[1]),
+            _arranged(second, x, pairs),
+            values.codes(x, *x.shape),
+        )
         y = x.new_empty(pairs, out_features)
         live.mark(values)
-        del spread, arranged
+        del spread, arranged, codes
         ctx.save_for_backward(None if first is None else x, projected, source, back, expert, ends, first, second)
         ctx.in_shape, ctx.values, ctx.live = x.shape, values, live
         return y
@@ -177,10 +195,10 @@ class _Up(torch.autograd.Function):
             of_projected = gradient.new_empty(projected.shape)
             of_adapter = tuple(_gradient(factor, len(gradient)) for factor in (first, second))
         if ctx.needs_input_grad[0]:
-            arranged = _arranged(first, gradient, len(gradient))
+            arranged, codes = _arranged(first, gradient, len(gradient)), ctx.values.codes(gradient, *gradient.shape)
             spread = gradient.new_empty(len(gradient), ctx.in_shape[1])
             ctx.live.mark(ctx.values)
-            del arranged
+            del arranged, codes
             of_x = gradient.new_empty(ctx.in_shape)
             del spread
         del of_projected, unused
@@ -209,13 +227,17 @@ class _Down(torch.autograd.Function):
         live: LiveBytes,
     ) -> Tensor:
         pairs = len(source)
-        inner = given.new_empty(pairs, layout.columns) if gated else given
+        # What is gated becomes codes as it is made, which stay, and is not kept where no adapter asks for it; other rows
+        # have theirs for the product alone.
+        own = values.codes(given, pairs, layout.columns)
+        inner = given.new_empty(pairs, layout.columns) if gated and (first is not None or not own) else None
         projected = None if first is None else given.new_empty(pairs, first.shape[1])
         found, arranged = given.new_empty(pairs, layout.rows), _arranged(second, given, pairs)
         live.mark(values)
         del arranged
+        own = own if gated else ()
         answer = given.new_empty(pairs // choices, layout.rows)
-        del inner, found
+        del inner, found, own
         ctx.save_for_backward(given, weights, projected, source, back, expert, ends, first, second)
         ctx.layout, ctx.gated, ctx.has_bias, ctx.values, ctx.live = layout, gated, bias is not None, values, live
         return answer
@@ -229,9 +251,9 @@ class _Down(torch.autograd.Function):
         dots = gradient.new_empty(pairs, dtype=torch.float32) if ctx.has_bias else None
         of_projected = None if first is None else gradient.new_empty(projected.shape)
         above, arranged = _expanded(gradient, pairs, ctx.layout.rows), _arranged(first, gradient, pairs)
-        below = gradient.new_empty(pairs, ctx.layout.columns)
+        below, codes = gradient.new_empty(pairs, ctx.layout.columns), ctx.values.codes(gradient, *gradient.shape)
         ctx.live.mark(ctx.values)
-        del above, arranged
+        del above, arranged, codes
         of_given, of_weights = given.new_empty(given.shape), weights.new_empty(weights.shape)
         gated = gradient.new_empty(below.shape) if ctx.gated and first is not None else None
         of_adapter: tuple = (None, None)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from math import inf
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from transformers import PreTrainedConfig
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.experts.four_bit_experts import pack_experts
 from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
+from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.models.account import FourBitPlan, plan_packing
-from qlora_cli.core.models.structure import build_empty, find_decoder
+from qlora_cli.core.models.structure import build_empty, find_decoder, underlying_model
 from qlora_cli.core.planning.activation_trace import ModelTrace, trace_model, trace_tiles
 from qlora_cli.core.planning.meta_adapter import attach_on_meta
 from qlora_cli.core.planning.model_size import Footprint, measure_footprint
@@ -22,7 +24,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 
 
-def _never(_tile_tokens: int) -> None:
+def _never(_tile_tokens: int, _in_8_bits: bool) -> None:
     return None
 
 
@@ -40,12 +42,22 @@ class ModelProfile:
     packing: FourBitPlan  # what of the base is in 4 bits, and what is not
     met_experts: float  # share of a layer's experts that a token meets
     layer_bytes: tuple[int, ...] = ()  # of each decoder layer's 4-bit weights, as they are held
-    # The trace where modules run in tiles of so many tokens, made when it is asked for; None where they do not.
-    trace_tiles: Callable[[int], ModelTrace | None] = field(default=_never, compare=False, repr=False)
+    # The trace where modules run in tiles of so many tokens, 0 for whole, or multiply experts in 8 bits, made when it is asked
+    # for; None where they do not.
+    trace_otherwise: Callable[[int, bool], ModelTrace | None] = field(default=_never, compare=False, repr=False)
 
-    def traced(self, tile_tokens: int | None) -> ModelTrace | None:
-        """The trace of layers that run in tiles of so many tokens; None for whole."""
-        return self.trace_tiles(tile_tokens) if tile_tokens else self.trace
+    def traced(self, tile_tokens: int | None, *, in_8_bits: bool = False) -> ModelTrace | None:
+        """The trace of layers that run in tiles of so many tokens, None for whole, with experts multiplied in 8 bits or in
+        the compute dtype."""
+        in_8_bits = in_8_bits and bool(self.footprint.expert_numels)
+        if tile_tokens:
+            return self.trace_otherwise(tile_tokens, in_8_bits)
+        return (self.trace_otherwise(0, True) if in_8_bits else None) or self.trace
+
+    @property
+    def met_numel(self) -> float:
+        """Values of the 4-bit weights that a token meets."""
+        return sum(self.footprint.quantized_numels) + self.met_experts * sum(self.footprint.expert_numels)
 
     @property
     def layers(self) -> int:
@@ -96,14 +108,11 @@ def profile_model(
     tied = head is not None and head.weight is embeddings.weight
     adapted = attach_on_meta(model, lora, fused=engine == "fast")
     trace = untraced = None
+    fused = engine == "fast" and not lora.dora
     try:
-        trace = trace_model(adapted, fused=engine == "fast" and not lora.dora) if traced else None
+        trace = trace_model(adapted, fused=fused) if traced else None
     except ModelError as error:
         untraced = error.message
-    attends = trace is not None and all(
-        layer.keys_and_values for layer in trace.layers
-    )  # and does not loop over tokens
-    tiles = engine == "fast" and not lora.dora and attends
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
     dtype = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name once the configuration was saved
@@ -121,8 +130,22 @@ def profile_model(
         layer_bytes=tuple(
             sum(bytes_ for name, bytes_ in footprint.packed_bytes.items() if name.startswith(layer)) for layer in layers
         ),
-        trace_tiles=cache(partial(trace_tiles, adapted)) if tiles else _never,
+        trace_otherwise=cache(partial(_trace_otherwise, adapted, trace)) if trace and fused else _never,
     )
+
+
+def _trace_otherwise(adapted: Any, trace: ModelTrace, tile_tokens: int, in_8_bits: bool) -> ModelTrace | None:
+    """`ModelProfile.trace_otherwise`, where `trace` is that of whole layers in the compute dtype."""
+    if tile_tokens and not all(layer.keys_and_values for layer in trace.layers):  # as where it loops over tokens
+        return None
+    stacks = ExpertStacks(underlying_model(adapted))
+    for name, (module, weight) in stacks.found.items() if in_8_bits else ():
+        if not stacks.why_not(name, inf):
+            module.scales[weight.name] = torch.empty(weight.experts, device="meta")
+    try:
+        return trace_tiles(adapted, tile_tokens) if tile_tokens else trace_model(adapted, fused=True)
+    finally:
+        stacks.put_back()
 
 
 def _pack_experts(

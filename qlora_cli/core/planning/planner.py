@@ -176,7 +176,7 @@ def plan_training(
         row_tokens=lengths.row_tokens,
         optimizer=optimizer,
         engine=settings.engine,
-        in_8_bits=is_tried(settings, lengths.batch_tokens(settings.batch_size), on_cuda=on_cuda),
+        in_8_bits=shards == 1 and is_tried(settings, lengths.batch_tokens(settings.batch_size), on_cuda=on_cuda),
         on_cuda=on_cuda,
         shards=shards,
         shard_offload=shard_offload,
@@ -284,6 +284,9 @@ def _recompute_least(
     modes = (False, True) if settings.compile is None and on_fast_card else (bool(settings.compile) and step.on_cuda,)
     if step.measures.tile_tokens:  # neither compiled nor in graphs
         modes, on_fast_card = (False,), False
+    # So may, with `auto`, whether in 8 bits, which of linears never takes less than in 16.
+    either = step.in_8_bits and settings.matmul == "auto" and profile.footprint.expert_numels
+    ways = (False, True) if either else (step.in_8_bits,)
 
     def resolve(layers: int) -> tuple[ResolvedStep, TrainingMemory]:
         resolved = replace(step, measures=replace(step.measures, recomputed=layers))
@@ -293,7 +296,10 @@ def _recompute_least(
             resolved = replace(resolved, measures=kept)
         # A micro-batch may be padded to a slightly larger shape, for which there is a graph.
         tokens = bucket(step.tokens) if on_fast_card and step.context == 1 else step.tokens
-        memories = [estimate_training(profile, replace(resolved, compiled=mode, tokens=tokens)) for mode in modes]
+        memories = [
+            estimate_training(profile, replace(resolved, compiled=mode, tokens=tokens, in_8_bits=way))
+            for mode, way in product(modes, ways)
+        ]
         return resolved, max(memories, key=lambda memory: memory.device_bytes)
 
     if asked_layers is not None:

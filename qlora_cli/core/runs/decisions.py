@@ -98,10 +98,10 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
 
 
 def products_in_8_bits_pay(inputs: RunInputs, memory: RunPlan, max_tokens: int) -> bool:
-    """Whether trying `--matmul fp8` unasked pays in a run whose largest micro-batch has so many tokens: it is long, and its
-    layers are multiplied so, which routed experts are not, and which was not measured where cards share tokens."""
-    sizes, total_tokens = inputs.profile.footprint, inputs.data.sampler.total_steps * max_tokens
-    return memory.context == 1 and not sizes.expert_numels and takes_long(sum(sizes.quantized_numels), total_tokens)
+    """Whether trying `--matmul fp8` unasked pays in a run whose largest micro-batch has so many tokens: it is long, and does
+    not share tokens among cards, where that was not measured."""
+    total_tokens = inputs.data.sampler.total_steps * max_tokens
+    return memory.context == 1 and takes_long(inputs.profile.met_numel, total_tokens)
 
 
 def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step: int) -> TrainPlan:
