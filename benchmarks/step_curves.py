@@ -1,10 +1,10 @@
 """Loss curves of 200 steps on real rows: engine on and engine off, for two seeds, whose difference is the yardstick.
 
-    python benchmarks/step_curves.py --data gsm8k_train.jsonl [--architecture pythia-410m --device cuda]
+    python benchmarks/step_curves.py --data gsm8k_train.jsonl [--architecture pythia-410m --device cuda] [--fp8]
 
 Each row's text is trained on byte by byte. All runs see the same rows in the same order and start at the same random
 base; runs of one seed start at the same adapter. Where the engine is right, its curve differs from the plain one by
-rounding, far less than those of two seeds do.
+rounding, far less than those of two seeds do. With --fp8 both are of the engine, one with products in 8 bits.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 
-RUNS = {"on": ("fast", 0), "off": ("plain", 0), "on, other seed": ("fast", 1), "off, other seed": ("plain", 1)}
+# What is compared: name → settings of a step.
+KINDS = {"on": {"engine": "fast", "matmul": "bf16"}, "off": {"engine": "plain", "matmul": "bf16"}}
+KINDS_OF_PRODUCTS = {"fp8": {"matmul": "fp8"}, "bf16": {"matmul": "bf16"}}
 
 
 def read_rows(path: Path, count: int, longest: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -40,7 +42,7 @@ def read_rows(path: Path, count: int, longest: int) -> list[tuple[np.ndarray, np
     return rows
 
 
-def curve(checkpoint: Path, kind: str, seed: int, rows: list, arguments: argparse.Namespace) -> np.ndarray:
+def curve(checkpoint: Path, kind: dict[str, str], seed: int, rows: list, arguments: argparse.Namespace) -> np.ndarray:
     """Mean loss a token of each step."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     base, _ = load_base(
@@ -52,13 +54,14 @@ def curve(checkpoint: Path, kind: str, seed: int, rows: list, arguments: argpars
     model = attach_adapter(base, LoraSettings(rank=16, alpha=32, dropout=0.0), seed=seed).train()
     engine = install_engine(
         model,
-        StepSettings(engine=kind, gradient_checkpointing="off"),
+        StepSettings(gradient_checkpointing="off", **kind),
         device=device,
         compute_dtype=dtype,
         max_tokens=arguments.batch * arguments.longest,
         total_steps=arguments.steps,
-        report=lambda event: None,
+        report=lambda event: print("   ", event.text, flush=True),
     )
+    print("   ", kind, seed, engine.describe(), flush=True)
     parameters = TrainableParameters(model)
     optimizer = torch.optim.AdamW([buffer.values for buffer in parameters.buffers], lr=arguments.learning_rate)
     losses = []
@@ -84,15 +87,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--longest", type=int, default=400)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--fp8", action="store_true", help="8 bits and bf16, instead of engine on and off")
     arguments = parser.parse_args()
+    kinds = KINDS_OF_PRODUCTS if arguments.fp8 else KINDS
+    one_kind, another_kind = kinds
     rows = read_rows(arguments.data, arguments.steps * arguments.batch, arguments.longest)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(arguments.architecture, Path(folder) / "base")
-        curves = {name: curve(checkpoint, *run, rows, arguments) for name, run in RUNS.items()}
+        curves = {
+            name + ", other seed" * seed: curve(checkpoint, kind, seed, rows, arguments)
+            for seed in (0, 1)
+            for name, kind in kinds.items()
+        }
     on, off, other, other_off = curves.values()
     for step in [*range(0, arguments.steps, max(1, arguments.steps // 8)), arguments.steps - 1]:
         print(f"step {step + 1:4d}   " + "   ".join(f"{name} {values[step]:.4f}" for name, values in curves.items()))
-    pairs = {"on against off": (on, off), "the same, other seed": (other, other_off), "two seeds": (on, other)}
+    against = f"{one_kind} against {another_kind}"
+    pairs = {against: (on, off), "the same, other seed": (other, other_off), "two seeds": (on, other)}
     figures = {
         f"{name}, {kind} |difference|": float(take(np.abs(one - another)))
         for name, (one, another) in pairs.items()
@@ -104,11 +115,8 @@ def main() -> None:
         print(f"{name:<45}{value:.5f}")
     print("RESULT " + json.dumps(figures))
     yardstick = figures["two seeds, mean |difference|"]
-    if (
-        max(figures["on against off, mean |difference|"], figures["the same, other seed, mean |difference|"])
-        > yardstick
-    ):
-        raise SystemExit("the engine changes the curve by more than another seed does")
+    if max(figures[f"{against}, mean |difference|"], figures["the same, other seed, mean |difference|"]) > yardstick:
+        raise SystemExit(f"{one_kind} and {another_kind} differ by more than two seeds do")
 
 
 if __name__ == "__main__":
