@@ -370,8 +370,8 @@ class StepSettings(Settings):
     )
     matmul: str = setting(
         "auto",
-        "Arithmetic of the frozen linear layers: bf16 (the compute dtype), or fp8 for those whose error by it on the first "
-        "rows stays below that of 4 bits; needs an Ada, Hopper or later card. auto is fp8 in long runs with 4096 tokens or "
+        "Arithmetic of frozen linear layers and experts: bf16 (the compute dtype), or fp8 for those whose error by it on the "
+        "first rows stays below that of 4 bits; needs an Ada, Hopper or later card. auto is fp8 in long runs with 4096 tokens or "
         "more in a micro-batch, where the card has it: faster by a third to a half, and 0.004 nats worse on held-out rows of "
         "a model of 135M.",
         panel=MEMORY,
