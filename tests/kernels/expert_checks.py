@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.core.experts import grouped_product
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.fused_experts import find_gate, fuse_experts
+from qlora_cli.kernels import float8
 from qlora_cli.kernels.experts import grouped, operands, products
 from qlora_cli.kernels.experts.lanes import LaneTiling, multiply_lanes, takes_lanes
 from qlora_cli.kernels.experts.products import Tiling, multiply_packed
@@ -91,6 +93,8 @@ def tensors(experts, adapted, dtype):
     [
         ("qwen3_moe", True, "packed"),
         ("gpt_oss", True, "a few at a time"),
+        ("gpt_oss", False, "8 bits"),
+        pytest.param("qwen3_moe", True, "8 bits", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", False, "a few at a time", marks=pytest.mark.slow),
         pytest.param("gpt_oss", False, "packed", marks=pytest.mark.slow),
         pytest.param("llama4", True, "a few at a time", marks=pytest.mark.slow),
@@ -102,8 +106,12 @@ def test_fused_experts_are_the_plain_ones(layout, adapted, how, monkeypatch):
         monkeypatch.setattr(grouped, "FEW_ROWS", -1)
         monkeypatch.setattr(operands, "FEW_ROWS", -1)
         monkeypatch.setattr(products, "SMALL", Tiling(32, 64, 64, 4, 2, last_rows=16))
+        monkeypatch.setattr(grouped_product, "FEW_ROWS", -1)
         monkeypatch.setattr(grouped.workspace, "limit_bytes", 3 * 64 * 128 * 4)
     experts = pack(make_experts(layout).float(), torch.float32).to(DEVICE)
+    for weight in experts.expert_weights if how == "8 bits" else ():
+        scaled = float8.with_stack_scale(experts.stack(weight.name).values, weight.experts)
+        experts.scales[weight.name] = scaled.stack_scale
     leaves, index = tensors(experts, adapted, torch.float32)
     x, weights = leaves[:2]
     given = (x,) if layout == "llama4" else (x, index, weights)
@@ -120,7 +128,11 @@ def test_fused_experts_are_the_plain_ones(layout, adapted, how, monkeypatch):
     put_back()
     for mine, own in zip((found, *got), (expected, *wanted), strict=True):
         mine, own = mine.nan_to_num(0.0), own.nan_to_num(0.0)
-        assert (mine - own).norm() <= 2e-5 * own.norm()
+        apart = 2e-5
+        if how == "8 bits":  # whose sums tensor cores keep in fewer bits
+            # The gradient of routing weights is <W^T g, h>, not <g, W h>: another product, rounded otherwise.
+            apart = 0.1 if own.shape == weights.shape else 5e-3 if DEVICE == "cuda" else apart
+        assert (mine - own).norm() <= apart * own.norm()
 
 
 def test_gates_are_found_by_trying_them_out():
