@@ -180,12 +180,7 @@ def _multiply_codes(
             x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner,
             choices, rank, rank_stride, second_stride, LAST_ROWS, 0, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
         )  # fmt: skip
-    elif MORE == 0:
-        _code_tile(
-            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner,
-            choices, rank, rank_stride, second_stride, ROWS, 0, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
-        )  # fmt: skip
-    elif stop - start <= ROWS:
+    elif MORE == 0 or stop - start <= ROWS:
         _code_tile(
             x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner,
             choices, rank, rank_stride, second_stride, ROWS, 0, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
