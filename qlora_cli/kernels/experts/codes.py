@@ -14,7 +14,7 @@ from qlora_cli.kernels.triton.nf4 import block_scales
 from qlora_cli.kernels.weights import FrozenWeight, reserved_room
 
 BLOCKS, WARPS = 128, 4  # of a program that writes them straight
-TURNED_ROWS, TURNED_BLOCKS, TURNED_WARPS = 128, 1, 4  # rows, and blocks of a row, of one that writes them transposed
+TURNED_ROWS, TURNED_BLOCKS, TURNED_WARPS = 64, 4, 4  # rows, and blocks of a row, of one that writes them transposed
 
 QUAD = tl.constexpr(
     """{
