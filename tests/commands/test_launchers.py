@@ -29,14 +29,20 @@ exit "${code:-0}"
 
 
 @pytest.fixture(scope="module")
-def case(tiny_model, zygote, tmp_path_factory):
-    """What is given to every launcher, and the losses of the run that one process goes through alone."""
+def given(tiny_model, tmp_path_factory):
+    """A folder, and the flags that every launcher is given."""
     folder = tmp_path_factory.mktemp("launchers")
     rows = [{"text": f"{a} and {b} make {a + b}."} for a in range(5) for b in range(6)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--model", str(tiny_model("llama")), "--data", str(folder / "rows.jsonl"), "--max-steps", str(STEPS)]
     flags += ["--batch-size", "2", "--gradient-accumulation-steps", "2", "--rank", "4", "--save-every", "2"]
-    flags += ["--learning-rate", "1e-3", "--optimizer", "adamw"]
+    return folder, [*flags, "--learning-rate", "1e-3", "--optimizer", "adamw"]
+
+
+@pytest.fixture(scope="module")
+def case(given, zygote):
+    """What is given to every launcher, and the losses of the run that one process goes through alone."""
+    folder, flags = given
     options = {
         "model": flags[1],
         "data": flags[3],

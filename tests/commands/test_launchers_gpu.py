@@ -8,7 +8,7 @@ import torch
 
 from tests.experts.expert_modules import write_expert_model
 
-from .test_launchers import case, losses, newest, start, wait  # noqa: F401 - a fixture
+from .test_launchers import given, losses, newest, start, wait  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.gpu
 CARDS = {"ACCELERATE_USE_CPU": "0"}
@@ -21,9 +21,9 @@ def two_cards():
 
 
 @pytest.mark.parametrize(("layout", "tolerance"), [(None, 2e-3), ("qwen3_moe", 2e-2), ("gpt_oss", 2e-2)])
-def test_a_sharded_base_trains_as_a_whole_one(case, tmp_path, layout, tolerance):  # noqa: F811
+def test_a_sharded_base_trains_as_a_whole_one(given, tmp_path, layout, tolerance):  # noqa: F811
     """Dense, and of experts, where another order of adding sends tokens to other ones now and then."""
-    folder, (_, flags, _) = tmp_path, case
+    folder, (_, flags) = tmp_path, given
     if layout is not None:
         write_expert_model(layout, folder / "model")
         flags = ["--model", str(folder / "model"), *flags[2:]]
@@ -39,9 +39,9 @@ def test_a_sharded_base_trains_as_a_whole_one(case, tmp_path, layout, tolerance)
     )  # attention's backward pass adds in any order
 
 
-def test_cards_that_share_tokens_train_as_one(case, tmp_path):  # noqa: F811
+def test_cards_that_share_tokens_train_as_one(given, tmp_path):  # noqa: F811
     """Alone, and with the base sharded too; what memory is planned with is predicted."""
-    _, flags, _ = case
+    _, flags = given
     ways = {"one": [], "shared": ["--gpus", "2", "--context-parallel", "2"]}
     ways["sharded"] = [*ways["shared"], "--shard"]
     found = {}
@@ -54,8 +54,8 @@ def test_cards_that_share_tokens_train_as_one(case, tmp_path):  # noqa: F811
     assert found["sharded"] == pytest.approx(found["one"], rel=2e-3)
 
 
-def test_a_killed_rank_ends_the_one_that_waits_for_it_in_a_collective(case):  # noqa: F811
-    folder, flags, _ = case
+def test_a_killed_rank_ends_the_one_that_waits_for_it_in_a_collective(given):  # noqa: F811
+    folder, flags = given
     output = folder / "killed-on-card"
     command = ["python", "-m", "qlora_cli", "train", *flags, "--output", output, "--gpus", "2", "--max-steps", "100000"]
     process = start(command, **CARDS)

@@ -1,5 +1,7 @@
 """Experts in 4 bits on a GPU: grouped products against float64, by all experts at once and by groups of a few."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ TOKENS = 300
 @pytest.mark.parametrize("workspace_bytes", [2**31, 3 * 96 * 64 * 2, 1])
 @pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss"])
 def test_grouped_products_are_as_exact_as_eager_ones(layout, workspace_bytes, monkeypatch):
-    monkeypatch.setattr(grouped_product, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(grouped_product._workspace, "limit_bytes", workspace_bytes)
     reference = make_experts(layout)
     packed = make_experts(layout).bfloat16().cuda()
     stacks = {w.name: w.as_matrix(getattr(packed, w.name).data) for w in expert_weights(packed)}
@@ -33,7 +35,7 @@ def test_grouped_products_are_as_exact_as_eager_ones(layout, workspace_bytes, mo
             assert torch.equal(packed.dequantized(weight.name, number), bnb.functional.dequantize_4bit(codes, state))
         a = torch.randn(weight.experts * 8, weight.columns, generator=generator) * 0.1
         b = torch.randn(weight.rows, 8 * weight.experts, generator=generator) * 0.1
-        packed.lora[weight.name] = ExpertLora(a.cuda().requires_grad_(), b.cuda().requires_grad_(), 0.5)
+        packed.lora[weight.name] = partial(ExpertLora, a.cuda().requires_grad_(), b.cuda().requires_grad_(), 0.5)
         exact = ExpertLora(a.double(), b.double(), 0.5)
         values = [
             packed.dequantized(weight.name, e).cpu().double() + exact.delta(weight, e) for e in range(weight.experts)
