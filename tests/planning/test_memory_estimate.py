@@ -19,6 +19,7 @@ from qlora_cli.core.planning.memory_estimate import (
     estimate_merging,
     estimate_training,
 )
+from qlora_cli.core.planning.meta_experts import ExpertNotes
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import RowLengths, plan_training
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
@@ -380,3 +381,24 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
         ),
     )
     assert estimate_training(profile_of("llama"), step).peak_bytes == pytest.approx(measured_bytes, rel=0.05)
+
+
+def test_the_product_that_a_repetition_leaves_out_is_not_counted_in_it(monkeypatch):
+    """Of experts whose answer is only added up; what stands behind them, as a norm, needs it."""
+    config = transformers.MixtralConfig(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+    )
+
+    def beside_the_second_stack():
+        moments = dict(profile(config).trace.layers[1].recomputed.backward.moments)
+        return moments[8 * 512 * 128 * 2].per_token  # while it is dequantised
+
+    left_out = beside_the_second_stack()
+    monkeypatch.setattr(ExpertNotes, "settle", lambda self: None)
+    assert left_out < beside_the_second_stack()

@@ -162,6 +162,7 @@ class _Trace:
     def __init__(self, model: Any, tokens: int, fused: bool, *, counted: bool = False, tile_tokens: int = 0) -> None:
         self.model, self.tokens, self.fused, self.tile_tokens = model, tokens, fused, tile_tokens
         self.base = underlying_model(model)
+        self.vocabulary: int = self.base.get_output_embeddings().weight.shape[0]
         self.decoder = find_decoder(self.base)
         self.modules: list[Any] = find_layers(self.decoder)
         # Whether attention has its inputs token by token: as packs do, and rows of one length, which take most, where
@@ -196,7 +197,7 @@ class _Trace:
             tiling.enter_context(replace_methods(tiles))
             traced = {kind: self._trace_layer(call, differentiable=not kind[0]) for kind, call in calls.items()}
             tail = self._trace_tail(ids, [calls[kind] for kind in kinds])
-        self.result = ModelTrace(tuple(traced[kind] for kind in kinds), tail, self._vocabulary())
+        self.result = ModelTrace(tuple(traced[kind] for kind in kinds), tail, self.vocabulary)
 
     # ------------------------------------------------------------ meta kernels
 
@@ -255,7 +256,7 @@ class _Trace:
     @contextmanager
     def _meta_experts(self) -> Iterator[None]:
         """Experts fused where the fast engine fuses them, else by products that are."""
-        notes = ExpertNotes(lambda: self.live, self._note_read, self._note_moment)
+        notes = self.notes = ExpertNotes(lambda: self.live, self._note_read, self._note_moment)
         experts = [m for m in self.base.modules() if isinstance(m, FourBitExperts)]
         put_back = fuse_experts(self.base, kind=partial(TracedExperts, notes=notes)) if self.fused else lambda: None
         plain = {m: plain_product(m, notes) for m in experts if not (self.fused and can_fuse(m))}
@@ -299,7 +300,9 @@ class _Trace:
             with CatchAttention(self._attend):
                 return call.module(*arguments, **keywords)
 
-        kept = self._count(run, call, differentiable=differentiable)
+        with saved_tensors_hooks(self.notes.saved, lambda tensor: tensor):
+            kept = self._count(run, call, differentiable=differentiable)
+        self.notes.settle()
         attention = self.keys_and_values, self.key_heads, self.queries
         recompute = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         recomputed = self._count(recompute, call, differentiable=differentiable)
@@ -389,12 +392,9 @@ class _Trace:
     def _fused_loss(self, ids: Tensor) -> Tensor:
         embedded = self._embed(ids)  # held to the end, as by the engine
         hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **self.inputs).last_hidden_state.flatten(0, 1)
-        vocabulary = self._vocabulary()
+        vocabulary = self.vocabulary
         chunk_bytes = chunk_tokens(vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
         return Loss.apply(hidden[ids[0]], chunk_bytes, self.live)  # some position for each token
-
-    def _vocabulary(self) -> int:
-        return self.base.get_output_embeddings().weight.shape[0]
 
     def _skipped_layer(self, call: _Call) -> Callable:
         return lambda hidden, *_, **__: call.answer(Source.apply(self.anchor, hidden.shape, hidden.dtype))

@@ -4,7 +4,7 @@ The moments of the fused ones are those of `kernels.experts.layer`, whose ops a 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,11 +67,31 @@ class ExpertNotes:
         live: What counts at this moment.
         read: Told which tensors a layer that is compiled keeps.
         moment: Told of a moment of its backward pass, the scratch memory and what is there beside what is kept.
+        last: Experts that ran, behind which nothing was saved so far.
     """
 
     live: Callable[[], LiveBytes]
     read: Callable[..., None]
     moment: Callable[[int, int], None]
+    last: list["TracedExperts"] = field(default_factory=list)
+
+    def saved(self, tensor: Tensor) -> Tensor:
+        """Told of what a layer that keeps everything saves, as `saved_tensors_hooks` tell it."""
+        self.last.clear()
+        return tensor
+
+    def settle(self) -> None:
+        """A layer is past: a repetition of its forward pass has no use for what the last experts gave, as the engine finds."""
+        for experts in self.last:
+            experts.output_unused_in_recompute = True
+
+
+class _Repetition:
+    """The `step` of traced experts: what runs within a backward pass is a repetition."""
+
+    @property
+    def recomputing(self) -> bool:
+        return torch._C._current_graph_task_id() != -1
 
 
 def plain_product(module: FourBitExperts, notes: ExpertNotes) -> Callable[..., Tensor]:
@@ -97,6 +117,9 @@ class TracedExperts(FusedExperts):
 
     notes: Any = None
 
+    def __post_init__(self) -> None:
+        self.step = _Repetition()
+
     def route(self, index: Tensor, experts: int) -> Routing:
         """Tables of the right size."""
         source, back, expert = (index.new_empty(index.numel(), dtype=torch.int32) for _ in range(3))
@@ -117,10 +140,11 @@ class TracedExperts(FusedExperts):
         """The gate and the second product."""
         layout = self.down[0]
         values = ExpertValues.of(layout, rows.element_size(), in_8_bits=weight.stack_scale is not None)
-        gated = how["how"].kind != "none"
+        gated, needed = how["how"].kind != "none", how["output_needed"]
         answer = _Down.apply(
-            rows, weights, *routing, *_factors(lora), how["bias"], layout, gated, values, self.notes.live()
+            rows, weights, *routing, *_factors(lora), how["bias"], layout, gated, needed, values, self.notes.live()
         )
+        self.notes.last.append(self)
         below = len(rows) * rows.element_size() * layout.columns
         above = _expanded(rows, len(rows), layout.rows)
         expanded_bytes = 0 if above is None else above.nbytes
@@ -223,17 +247,22 @@ class _Down(torch.autograd.Function):
         bias: Tensor | None,
         layout: ExpertWeight,
         gated: bool,
+        needed: bool,
         values: ExpertValues,
         live: LiveBytes,
     ) -> Tensor:
         pairs = len(source)
         # What is gated becomes codes as it is made, which stay, and is not kept where no adapter asks for it; other rows
         # have theirs for the product alone.
-        own = values.codes(given, pairs, layout.columns)
-        inner = given.new_empty(pairs, layout.columns) if gated and (first is not None or not own) else None
+        own = values.codes(given, pairs, layout.columns) if needed else ()
+        inner = (
+            given.new_empty(pairs, layout.columns) if gated and (first is not None or (needed and not own)) else None
+        )
         projected = None if first is None else given.new_empty(pairs, first.shape[1])
-        found, arranged = given.new_empty(pairs, layout.rows), _arranged(second, given, pairs)
-        live.mark(values)
+        found = given.new_empty(pairs, layout.rows) if needed else None
+        arranged = _arranged(second, given, pairs) if needed else None
+        if needed:
+            live.mark(values)
         del arranged
         own = own if gated else ()
         answer = given.new_empty(pairs // choices, layout.rows)
@@ -260,4 +289,4 @@ class _Down(torch.autograd.Function):
         if first is not None:
             of_adapter = tuple(_gradient(factor, pairs) for factor in (first, second))
         del dots, below, of_projected, unused, gated
-        return of_given, of_weights, None, None, None, None, None, *of_adapter, *(None,) * 5
+        return of_given, of_weights, None, None, None, None, None, *of_adapter, *(None,) * 6
