@@ -29,12 +29,12 @@ from qlora_cli.core.engine.memory_plan import (
     LayerSeconds,
     MemoryPlan,
     StepNeeds,
-    met_elements,
     plan_memory,
 )
 from qlora_cli.core.engine.offload import link_bytes_per_second
 from qlora_cli.core.engine.packed_attention import attended_share, pack_mask
 from qlora_cli.core.experts.held_routing import HeldRouting
+from qlora_cli.core.matmul.arithmetic import met_elements
 from qlora_cli.core.matmul.choice import (
     TRIAL_TOKENS,
     ProductRecord,

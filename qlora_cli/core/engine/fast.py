@@ -27,10 +27,11 @@ from qlora_cli.core.engine.fsdp import is_sharded
 from qlora_cli.core.engine.gated_mlp import fuse_gates, share_projections
 from qlora_cli.core.engine.lm_head import find_head, trained_positions
 from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears, replace_forward
-from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, compiling_pays, plan_as_asked, settle
+from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, plan_as_asked, settle
 from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings, storages_of
 from qlora_cli.core.engine.packed_attention import install_attention, pack_mask, takes_equal_rows
 from qlora_cli.core.experts.fused_experts import fuse_experts
+from qlora_cli.core.matmul.arithmetic import compiling_pays
 from qlora_cli.core.matmul.choice import ProductRecord, ProductTrial
 from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.models.structure import find_decoder, underlying_model

@@ -11,10 +11,8 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from qlora_cli.core.device import read_free_bytes
-from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.errors import UsageError
 from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
@@ -36,8 +34,6 @@ KEPT_ATTENTION_COST = 0.3
 # Beside the measures a micro-batch takes a fixed time, that of about so many tokens: it launches every kernel and
 # dequantises every weight twice.
 FIXED_TOKENS = 500
-PAYS_SECONDS = 120  # of a run
-ASSUMED_FLOPS_PER_SECOND = 4e14
 TOP_LAYERS = 2  # that keep everything, if any layer does
 # What is on its way to the host or back may take, as a multiple of what the largest layer sends: such a layer, and the
 # hidden states of recomputed ones beside it, which take more time to compute than to copy.
@@ -234,34 +230,6 @@ class MemoryPlan:
         parts += [f"tiles of {self.tile_tokens:,} tokens"] if self.tile_tokens else []
         parts += ["dequantised weights resident"] if self.resident_weights else []
         return parts + ["weights dequantised in slices"] * (self.workspace_bytes is not None)
-
-
-def compiling_pays(asked: bool | None, base: nn.Module, dense_elements: int, tokens: int) -> bool:
-    """Whether layers are to be compiled: as asked, else where the run takes long enough by the arithmetic.
-
-    Compiled, a step takes a fifth less; compiling takes some 15 s.
-
-    Args:
-        dense_elements: Of all 4-bit weights but routed experts.
-        tokens: Of all steps.
-    """
-    return takes_long(met_elements(base, dense_elements), tokens) if asked is None else asked
-
-
-def takes_long(elements: float, tokens: int) -> bool:
-    """Whether a run takes so long, by its arithmetic, that what takes some 15 s before its first step pays.
-
-    Args:
-        elements: Of the 4-bit weights that a token meets.
-        tokens: Of all steps.
-    """
-    return 6 * elements * tokens / ASSUMED_FLOPS_PER_SECOND > PAYS_SECONDS
-
-
-def met_elements(base: nn.Module, dense_elements: int) -> float:
-    """Elements of the 4-bit weights that a token meets, where those of all but routed experts are `dense_elements`."""
-    experts = sum(w.experts * w.elements for _, m in find_experts(base) for w in expert_weights(m))
-    return dense_elements + experts * share_of_experts(base)
 
 
 def count_recomputed_layers(settings: StepSettings, layers: int, *, on_cuda: bool = True) -> int | None:

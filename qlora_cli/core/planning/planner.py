@@ -15,7 +15,6 @@ import torch
 from qlora_cli.core.device import read_capacity_bytes, waiting_room_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import (
-    ASSUMED_FLOPS_PER_SECOND,
     MARGIN_BYTES,
     MemoryPlan,
     count_recomputed_layers,
@@ -24,6 +23,7 @@ from qlora_cli.core.engine.memory_plan import (
     plan_as_asked,
     settle,
 )
+from qlora_cli.core.matmul.arithmetic import ASSUMED_FLOPS_PER_SECOND
 from qlora_cli.core.matmul.choice import is_tried
 from qlora_cli.core.planning.memory_estimate import (
     CONTEXT_BYTES,

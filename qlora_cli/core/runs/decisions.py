@@ -6,7 +6,7 @@ import torch
 
 from qlora_cli.artifacts import CHECKPOINTS
 from qlora_cli.core.device import dtype_name, is_slow_on_cpu, resolve_compute_dtype
-from qlora_cli.core.engine.memory_plan import takes_long
+from qlora_cli.core.matmul.arithmetic import takes_long
 from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.run_plan import (
     RunPlan,
