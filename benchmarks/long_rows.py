@@ -253,7 +253,7 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None, kep
     losses += [step() for _ in range(steps)]
     wait()
     seconds = (time.time() - started) / steps
-    as_run = engine.plan_by_tokens(tokens)
+    as_run = engine.plan_by_tokens(tokens, False)
     resolved = ResolvedStep(tokens, tokens, "adamw", measures=as_run, compiled=engine.compiled, on_cuda=True)
     needed, busy = (count_flops(few, replace(resolved, measures=m)) for m in (replace(as_run, recomputed=0), as_run))
     result |= {

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -182,7 +183,7 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
         while True:
             parameters.zero_gradients()
             try:
-                loss = engine.loss(batch.pin() if cuda else batch)
+                loss = engine.loss(replace(batch.pin() if cuda else batch, opens_step=True))
                 (loss / batch.trained_tokens).backward()
                 break
             except torch.OutOfMemoryError as error:
@@ -213,8 +214,8 @@ def run(name: str, steps: int, warm: int, profile: bool, device: str) -> dict:
         hosts.append(time.time() - before)
     wait()
     seconds = time.time() - started
-    plans = {batch.tokens: engine.plan_by_tokens(bucket(batch.tokens)) for batch in batches}
-    result["plans"] = {tokens: [plan.recomputed, plan.sent] for tokens, plan in sorted(plans.items())}
+    plans = {batch.tokens: engine.plan_by_tokens(bucket(batch.tokens), engine.lends) for batch in batches}
+    result["plans"] = {tokens: [plan.recomputed, plan.sent, plan.lent] for tokens, plan in sorted(plans.items())}
     result["step_ms"] = seconds / steps * 1e3
     result["host_ms"] = sorted(hosts)[len(hosts) // 2] * 1e3
     result["tok_s"] = sum(b.tokens for b in batches) / seconds
@@ -237,7 +238,7 @@ def moments_of(engine, parameters, update, batch) -> dict[str, list[float]]:
     found, losses = {}, []
 
     def run_pass() -> None:
-        losses.append(engine.loss(batch.pin()) / batch.trained_tokens)
+        losses.append(engine.loss(replace(batch.pin(), opens_step=True)) / batch.trained_tokens)
 
     parts = {
         "zero": parameters.zero_gradients,

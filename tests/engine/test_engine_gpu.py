@@ -1,12 +1,17 @@
 """On a GPU: whatever is recomputed, sent to the host, compiled or replayed as a graph, gradients stay what they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qlora_cli.core.engine import fast as engine_fast
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.memory_plan import MemoryPlan, StepNeeds
-from qlora_cli.settings.groups import StepSettings
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.settings.groups import QuantizationSettings, StepSettings
 from tests.engine.test_engine import adapted, batch_of, gradients
 
 pytestmark = pytest.mark.gpu
@@ -62,7 +67,7 @@ def test_measures_and_graphs_leave_gradients_as_they_are(load_tiny, architecture
         engine._apply(MemoryPlan(recomputed, away, False, False, sent=sent))
         if engine.offload is not None:
             engine.offload.smallest_bytes = 1
-        engine.plan_by_tokens = lambda tokens: engine.plan
+        engine.plan_by_tokens = lambda *_: engine.plan
         engine.graphs.clear()
         for layer in engine.layer_plans:
             layer.lean = recomputed + sent > 0
@@ -71,6 +76,32 @@ def test_measures_and_graphs_leave_gradients_as_they_are(load_tiny, architecture
         assert torch.allclose(losses, expected[0], rtol=2e-2)
         assert (found - expected[1]).norm() <= 3e-2 * expected[1].norm(), engine.describe()
     engine.close()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_of_gradients_is_lent_inside_graphs_too(tiny_model, compiled):
+    path = tiny_model("llama", num_hidden_layers=8, dtype="bfloat16")
+    options = {"compute_dtype": torch.bfloat16, "device": CUDA}
+    files, held = resolve_model(str(path)), QuantizationSettings(base_cache=False)
+    model = adapted(lambda _: load_base(files, held, **options), "llama", rank=64)
+    engine, parameters, found = install(model, compile=compiled), TrainableParameters(model), []
+    for lent in (0, 2):
+        engine._apply(replace(engine.plan, recomputed=6 - lent, lent=lent, resident_weights=False))
+        if lent:
+            engine.offload.smallest_bytes = 1
+        engine.graphs.clear()
+        found.append([])
+        for batch in (*batches()[:4], *batches()[:2]):
+            for opens in (True, False):
+                if opens:
+                    parameters.zero_gradients()
+                engine.loss(replace(batch, opens_step=opens)).backward()
+                assert engine.lends == (lent > 0 and opens)
+                found[-1].append(parameters.gradients()[0].clone())
+        assert not engine.graphs.failed and engine.graphs.graphs
+    engine.close()
+    for plain, borrowed in zip(*found, strict=True):
+        assert (plain - borrowed).norm() <= 3e-2 * plain.norm()
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "falcon"])

@@ -130,6 +130,19 @@ def test_layers_that_keep_nothing_lie_evenly_below_the_last_and_the_sent_evenly_
         assert not gaps or max(gaps) - min(gaps) <= 1
 
 
+@given(st.integers(3, 40), st.integers(0, 2**31))
+def test_gradients_lend_memory_to_the_last_layers_and_have_it_back_before_they_are_written(gib, gradient_bytes):
+    needs = replace(NEEDS, gradient_bytes=gradient_bytes)
+    plan = plan_memory(needs, gib * GIB, UNDECIDED)
+    assert plan.cost(needs) <= plan_memory(NEEDS, gib * GIB, UNDECIDED).cost(NEEDS)
+    lent, lenders = plan.lent_numbers(needs.layers), plan.lenders(list(range(needs.layers)))
+    assert plan.lent * needs.kept_bytes <= len(lenders) * gradient_bytes
+    if plan.lent:
+        away = set().union(*plan.numbers(needs.layers))
+        assert max(lenders) < lent.start and len(lent) == plan.lent
+        assert len(away | set(lent)) == plan.freed and lent.stop >= needs.layers - TOP_LAYERS
+
+
 @given(st.floats(0.1, 1.0))
 def test_time_of_smaller_micro_batches_keeps_what_does_not_grow(share):
     needs = replace(LINKED, fixed_seconds=LayerSeconds(0.01, 0.02)).for_share(share)

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,11 @@ from hypothesis import strategies as st
 from qlora_cli.core.engine import packed_attention
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload, storages_of
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.tiling import kept_attention
+from qlora_cli.core.training.flat_parameters import TrainableParameters
+from qlora_cli.settings.groups import QuantizationSettings
 from tests.conftest import most_slow
 from tests.engine.test_engine import adapted, batch_of, gradients, install
 
@@ -106,14 +111,14 @@ def test_a_gathered_weight_is_not_sent_away(gathered):
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=30))
 def test_buffers_are_used_again_and_never_by_two(sizes):
     offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)
-    first = [offload.borrow(size) for size in sizes]
+    first = [offload.borrow(size, 0) for size in sizes]
     spans = sorted((b.data_ptr(), b.data_ptr() + b.numel()) for b in first)
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
     assert all(b.numel() >= size for b, size in zip(first, sizes, strict=True))
     used, chunk = offload.chunk_used, offload.chunk
     offload.free += first
     for size in sorted(sizes, reverse=True):
-        offload.borrow(size)
+        offload.borrow(size, 0)
     assert (offload.chunk_used, offload.chunk) == (used, chunk)
 
 
@@ -135,6 +140,49 @@ def test_sent_layers_leave_loss_and_gradients_as_they_are(load_tiny, architectur
         found.append((loss.detach(), gradients(model)))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     assert engine.offload.free, "something was sent"
+    engine.close()
+
+
+@pytest.mark.parametrize("elements", [4096, 700])  # room for all that is saved, and for a part of it
+def test_what_waits_in_memory_of_gradients_comes_back_and_leaves_zeros_also_where_nobody_needed_it(elements):
+    weight = torch.nn.Parameter(torch.ones(elements))
+    weight.grad = torch.zeros_like(weight)
+    offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)
+    assert offload.borrow_from([torch.nn.ParameterList([weight])])
+    x = torch.randn(24, 10, requires_grad=True)
+    seen.clear()
+    offload.start()
+    with offload.loan.layer(1):
+        y = Double.apply(x, VIEWS["transposed"])
+        Double.apply(y * 2, VIEWS["whole"])  # whose result is dropped
+    expected = x.detach().clone()
+    assert weight.grad.any()
+    y.sum().backward()
+    assert torch.equal(seen[0], expected.T) and seen[0].stride() == expected.T.stride()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("recomputed", [2, 1])
+def test_gradients_that_lend_their_memory_are_those_of_a_step_without_it(tiny_model, recomputed):
+    """The second micro-batch of a step finds gradients there, and does without."""
+    path = tiny_model("llama", num_hidden_layers=6)
+    quantized = {"quantization": QuantizationSettings(base_cache=False), "compute_dtype": torch.float32, "device": CPU}
+    model = adapted(lambda _: load_base(resolve_model(str(path)), **quantized), "llama", rank=32)
+    engine, parameters = install(model), TrainableParameters(model)
+    batches, found = [replace(batch_of(), opens_step=True), batch_of((9, 30))], []
+    for plan in (engine.plan, replace(engine.plan, recomputed=recomputed, lent=2)):
+        engine._apply(plan)
+        if plan.lent:
+            staying = [*engine.base.parameters(), *engine.base.buffers(), *engine.linears.tensors()]
+            engine.offload = ActivationOffload(CPU, storages_of(staying), smallest_bytes=1)
+        parameters.zero_gradients()
+        for batch in batches:
+            loss = engine.loss(batch)
+            lent = sum(engine.offload.loan.used) if plan.lent else 0
+            assert (lent > 100_000) == (plan.lent > 0 and batch.opens_step)
+            loss.backward()
+            found.append(parameters.gradients()[0].clone())
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
     engine.close()
 
 

@@ -50,6 +50,7 @@ class MicroBatch:
         embedded: (1, T, size) of embeddings that were looked up beforehand, on the host; usually None.
         part: Where other ranks hold the rest of the pack. Then `input_ids`, `labels` and `position_ids` are this rank's,
             filled up; `tokens` are its real ones and `trained_tokens` what these predict. All else is of the pack.
+        opens_step: Whether gradients are zero before it, and their memory may be lent until its backward pass.
     """
 
     input_ids: torch.Tensor
@@ -62,6 +63,7 @@ class MicroBatch:
     row_indices: tuple[int, ...]
     embedded: torch.Tensor | None = None
     part: Part | None = None
+    opens_step: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
         """The same batch with its tensors on `device`."""

@@ -348,9 +348,10 @@ class StepPlanner:
             return plan
         needs = self.needs.for_share(tokens / self.largest_tokens)
         plans = [
-            replace(plan, recomputed=recomputed, sent=sent, attention_kept=min(plan.attention_kept, recomputed))
+            replace(plan, recomputed=recomputed, sent=sent, lent=lent, attention_kept=min(plan.attention_kept, recomputed))
             for recomputed in range(plan.recomputed + 1)
             for sent in range(plan.sent + plan.recomputed - recomputed + 1 if plan.sent else 1)
+            for lent in sorted({0, plan.lent})
         ]
         host_bytes = max(needs.host_bytes, plan.sent_bytes(needs))  # what was asked for may be more
         fitting = [

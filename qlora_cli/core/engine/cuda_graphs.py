@@ -227,7 +227,7 @@ class StepGraphs:
             self.warm.add(way)
             return None
         numbers = inputs.longest, inputs.equal_rows, inputs.trained_tokens
-        key = (*inputs.labels.shape, inputs.boundaries.numel(), *numbers)
+        key = (*way, *inputs.labels.shape, inputs.boundaries.numel(), *numbers)
         graph = self.graphs.get(key)
         if graph is not None:
             for name in ("embedded", "labels", "position_ids", "boundaries"):

@@ -47,7 +47,7 @@ class LayerPlan:
     Attributes:
         number: Which layer.
         recompute: Whether its forward pass is repeated in the backward pass instead of saving activations.
-        offload: Where what it saves waits; None for on the device.
+        offload: Where what it saves waits; None for where it is.
         compiled: Whether it runs compiled.
         lean: Whether compiled code repeats element-wise operations instead of keeping it.
         preserve_random_state: Whether a repetition must draw the same random numbers again.
@@ -85,9 +85,12 @@ class LayerPlan:
 
 
 def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOffload | None) -> None:
-    """Which layers are recomputed and which wait on the host, by the plan of a step."""
+    """Which layers are recomputed and which wait on the host or in memory of gradients in the next pass, by its plan."""
+    if offload is not None:
+        offload.start()
     recomputed, sent = plan.numbers(len(layers))
     attended = evenly(sorted(recomputed), plan.attention_kept)
+    lent = plan.lent_numbers(len(layers))
     for layer in layers:
         layer.recompute = layer.number in recomputed
         for shared in layer.shared:
@@ -96,6 +99,8 @@ def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOff
             unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
         away = layer.number in sent or (layer.recompute and plan.offload_activations)
         layer.offload = offload if away else None
+        if offload is not None and layer.number in lent:
+            layer.offload = offload.loan
         layer.keeps_attention = layer.number in attended
 
 

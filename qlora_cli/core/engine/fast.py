@@ -28,7 +28,7 @@ from qlora_cli.core.engine.gated_mlp import fuse_gates, share_projections
 from qlora_cli.core.engine.lm_head import find_head, trained_positions
 from qlora_cli.core.engine.lora_linear import AdapterValues, FusedLinears, replace_forward
 from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, plan_as_asked, settle
-from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings, storages_of
+from qlora_cli.core.engine.offload import ActivationOffload, InputEmbeddings, storages_of, trained_bytes
 from qlora_cli.core.engine.packed_attention import install_attention, pack_mask, takes_equal_rows
 from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.matmul.arithmetic import compiling_pays
@@ -83,7 +83,7 @@ class FastEngine:
         self.graphs: StepGraphs | None = None
         self.tiles: TokenTiles | None = None
         self.ahead: tuple[MicroBatch, StepInputs] | None = None  # the next micro-batch, on the device already
-        self.largest_tokens, self.noise_alpha = max_tokens, settings.neftune_noise_alpha
+        self.largest_tokens, self.noise_alpha, self.lends = max_tokens, settings.neftune_noise_alpha, False
         self.buffer: Tensor | None = None
         self.put_gates_back: Callable[[], None] = lambda: None
         self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back()]
@@ -171,9 +171,7 @@ class FastEngine:
         """Has what treats every token by itself run over tiles of so many, without graphs and compiled layers: what they
         spare the host is nothing in rows so long. Returns whether it can: numbers drawn in a tile would be those of another."""
         if self.sharded or self.context or self.draws_random or not self.layers:
-            self.report(
-                Notice("Layers run whole: --tile-tokens takes a base that is not sharded, and draws no numbers.")
-            )
+            self.report(Notice("Layers run whole: --tile-tokens takes an unsharded base that draws no numbers."))
             return False
         self.compiled = False
         self.tiles = TokenTiles(self.decoder, self.layers, self.trials.run, self.linears.step)
@@ -205,15 +203,16 @@ class FastEngine:
         self.linears.set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings:
             self.embeddings.move_to_host()
-        offloads = self.on_cuda and (plan.offload_activations or plan.sent)
+        offloads = self.on_cuda and (plan.offload_activations or plan.sent or plan.lent)
         staying = [*self.base.parameters(), *self.base.buffers(), *self.linears.tensors()]
         self.offload = ActivationOffload(self.device, storages_of(staying)) if offloads else None
         if plan.recomputed and self.calls:
-            plainly = replace(plan, recomputed=0, sent=0, offload_activations=False)  # as trials run layers
+            plainly = replace(plan, recomputed=0, sent=0, lent=0, offload_activations=False)  # as trials run layers
             set_layers(self.layer_plans, plainly, None)
             self.skipped = skip_unused_outputs(self.layers, self.calls)
         planner = self.planner
-        self.plan_by_tokens = cache(lambda tokens: plan if planner is None else planner.for_tokens(plan, tokens))
+        as_planned = (lambda plan, _: plan) if planner is None else planner.for_tokens
+        self.plan_by_tokens = cache(lambda tokens, lends: as_planned(plan if lends else plan.without_loan(), tokens))
         set_layers(self.layer_plans, plan, self.offload)
         torch.cuda.empty_cache()
         if planner is not None and planner.adapts and plan.frees_activations:
@@ -243,6 +242,7 @@ class FastEngine:
             leaner = None if self.planner is None else self.planner.reduce_memory(self.plan)
             if self.graphs is not None:
                 self.graphs.clear()
+                self.graphs.releases = 0
             if leaner is None:
                 return False
             try:
@@ -250,8 +250,6 @@ class FastEngine:
                 break
             except torch.OutOfMemoryError:  # layers are tried out before they are recomputed
                 torch.cuda.empty_cache()
-        if self.graphs is not None:
-            self.graphs.releases = 0
         self.report(Notice(f"Memory ran out; the engine is now: {self.describe()}."))
         return True
 
@@ -260,7 +258,8 @@ class FastEngine:
         static = StepNeeds(
             layers=len(self.layers),
             peak_bytes=self.stacks.bytes_beyond(self.layers[0], self.values.dtype.itemsize),
-            optimizer_bytes=optimizer_bytes + sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad),
+            optimizer_bytes=optimizer_bytes + trained_bytes([self.model]),
+            gradient_bytes=trained_bytes(self.layers) // max(1, len(self.layers)),
             dense_bytes=self.linears.dense_bytes,
             largest_dense_bytes=self.linears.largest_dense_bytes,
             embedding_bytes=self.embeddings.movable_bytes(),
@@ -280,9 +279,9 @@ class FastEngine:
         return plan
 
     def _layout(self, tokens: int) -> tuple[bool, ...]:
-        """Whether any layer is recomputed, sent or kept whole at so many tokens."""
-        plan = self.plan_by_tokens(tokens)
-        return plan.recomputed > 0, plan.sent > 0, plan.recomputed + plan.sent < len(self.layers)
+        """Whether any layer is recomputed, sent, lent memory or kept whole at so many tokens."""
+        plan = self.plan_by_tokens(tokens, self.lends)
+        return plan.recomputed > 0, plan.sent > 0, plan.lent > 0, plan.freed < len(self.layers)
 
     def _join(self) -> None:
         if self.offload is not None:
@@ -303,6 +302,8 @@ class FastEngine:
         """See `Engine.loss`. A batch still on the host saves a wait where embeddings are on the host."""
         self.values.refresh()
         training = self.model.training
+        lenders = self.plan.lenders(self.layers) if batch.opens_step else []
+        self.lends = self.offload is not None and self.offload.borrow_from(lenders)
         if training and any(linear.rate > 0 for linear in self.linears.fused):
             self.linears.step.draw_seeds()
         if self.packed:
@@ -367,11 +368,9 @@ class FastEngine:
 
     def _loss(self, embedded: Tensor, trained: tuple[Tensor, Tensor], tokens: int, **inputs: Tensor) -> Tensor:
         """Sum over trained tokens, fp32; which those are is from `trained_positions`."""
-        if self.offload is not None:
-            self.offload.start()
         if torch.is_grad_enabled() and not embedded.requires_grad and self.layers and self.layer_plans[0].compiled:
             embedded = embedded.detach().requires_grad_()  # so that the first layer is compiled like the others
-        set_layers(self.layer_plans, self.plan_by_tokens(tokens), self.offload)
+        set_layers(self.layer_plans, self.plan_by_tokens(tokens, self.lends), self.offload)
         if self.head is None:
             logits = self.base(inputs_embeds=embedded, use_cache=False, **inputs).logits.flatten(0, 1)[trained[0]]
             return nn.functional.cross_entropy(logits.float(), trained[1], reduction="sum")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,8 @@ CPU_RESIDENT_SHARE = 0.5  # of the host's free memory, which dequantised weights
 # slices; dequantising. Copies hide behind so much of the time that layers compute.
 RECOMPUTE_COST, OFFLOAD_COST, HOST_EMBEDDING_COST, SLICE_COST, DEQUANTISE_COST = 0.7, 0.03, 0.01, 0.05, 0.08
 HIDDEN_SHARE = 0.8
+# Of a layer's forward pass, to write what it saves into memory of gradients, read it back and set that to zero.
+LENT_COST, LENT_ROOM = 0.25, 1.03  # and what it takes there, for tensors do not fill it to the last byte
 # Of a layer's forward pass, to recompute one whose attention is kept, in rows so long that attention is half of it.
 KEPT_ATTENTION_COST = 0.3
 # Beside the measures a micro-batch takes a fixed time, that of about so many tokens: it launches every kernel and
@@ -73,6 +75,7 @@ class StepNeeds:
     hidden_bytes: int = 0  # of hidden states
     attended_bytes: int = 0  # of the results of one layer's attention; none where they cannot be kept
     optimizer_bytes: int = 0  # gradients of the adapter and the optimizer's state
+    gradient_bytes: int = 0  # of one layer's adapters, where they may be lent before its backward pass
     dense_bytes: int = 0  # of all linear weights dequantised
     largest_dense_bytes: int = 0  # of the largest linear weight dequantised, of which `peak_bytes` contains one
     embedding_bytes: int = 0  # of input embeddings, where they can leave the device
@@ -120,11 +123,12 @@ class MemoryPlan:
     attention_kept: int = 0  # recomputed layers whose attention's results wait there too, and are not computed again
     tile_tokens: int | None = None  # of what treats each token by itself, so many run at once; None for all
     states_on_host: bool = False  # the optimizer's state waits there for each update, decided before a base is loaded
+    lent: int = 0  # other layers, of which all that they save waits in memory of the gradients of layers below them
 
     def step_bytes(self, needs: StepNeeds) -> int:
         """Most bytes beside the loaded model that a step with these measures holds at once."""
         kept, peak = needs.kept_bytes, needs.peak_bytes - needs.largest_dense_bytes
-        whole = needs.layers - self.recomputed - self.sent
+        whole = needs.layers - self.freed
         away = min(self.recomputed, 2) if self.offload_activations else self.recomputed  # two are on their way
         attended = min(self.attention_kept, away) * needs.attended_bytes
         waiting = away * needs.hidden_bytes + attended + min(self.sent, 1) * kept
@@ -137,7 +141,7 @@ class MemoryPlan:
         peaks = [waiting + whole * kept + max(head, peak - kept if whole else 0)]
         below = waiting + max(0, whole - TOP_LAYERS) * kept
         peaks += [below + peak + needs.hidden_bytes] if self.recomputed else []
-        peaks += [below + peak] if self.sent else []
+        peaks += [below + peak] if self.sent or self.lent else []
         step = max(peaks) + needs.optimizer_bytes + MARGIN_BYTES
         step += needs.dense_bytes if self.resident_weights else self.values_bytes(needs.largest_dense_bytes)
         return step - (needs.embedding_bytes if self.offload_embeddings else 0)
@@ -145,7 +149,12 @@ class MemoryPlan:
     @property
     def frees_activations(self) -> bool:
         """Whether some layers do not keep all they save on the device, as where memory is short."""
-        return self.recomputed + self.sent > 0
+        return self.freed > 0
+
+    @property
+    def freed(self) -> int:
+        """How many layers do not."""
+        return self.recomputed + self.sent + self.lent
 
     def values_bytes(self, largest_dense_bytes: int) -> int:
         """Of the buffer that one weight after another is dequantised into."""
@@ -170,7 +179,7 @@ class MemoryPlan:
         step = layers * seconds.device
         repeated = self._repeated(needs) * seconds.forward
         return (
-            repeated / step
+            (repeated + LENT_COST * self.lent * seconds.forward) / step
             + self._waiting_seconds(needs, seconds, repeated) / step
             + OFFLOAD_COST * (self.offload_activations or self.sent > 0)
             + HOST_EMBEDDING_COST * self.offload_embeddings
@@ -184,7 +193,7 @@ class MemoryPlan:
         seconds = needs.seconds or LayerSeconds(0.0, 0.0)
         repeated = self._repeated(needs) * seconds.forward
         head = needs.head_layers * seconds.forward if needs.head_seconds is None else needs.head_seconds
-        computing = needs.layers * seconds.device + head + repeated
+        computing = needs.layers * seconds.device + head + repeated + LENT_COST * self.lent * seconds.forward
         launching = needs.layers * seconds.launching + self.recomputed * needs.repeated_launching
         return max(launching, computing + self._waiting_seconds(needs, seconds, repeated))
 
@@ -214,10 +223,22 @@ class MemoryPlan:
         """Which layers are recomputed, and which are sent: evenly among all but the last, so that copies have the time
         of the layers between. The last ones are whole if any are: they make room before the others' tensors return."""
         away = min(self.recomputed + self.sent, layers)
-        low = layers - min(TOP_LAYERS, layers - away)
-        numbers = evenly(range(low), away)
+        numbers = evenly(range(self.lent_numbers(layers).start), away)
         sent = frozenset(evenly(numbers, min(self.sent, away)))
         return frozenset(numbers) - sent, sent
+
+    def lent_numbers(self, layers: int) -> range:
+        """Layers whose saved tensors wait in memory of gradients: the last ones but for those that are whole."""
+        end = layers - min(TOP_LAYERS, max(0, layers - self.freed))
+        return range(end - self.lent, end)
+
+    def without_loan(self) -> "MemoryPlan":
+        """Of a micro-batch whose gradients do not lend their memory: layers that would have had it are recomputed."""
+        return replace(self, recomputed=self.recomputed + self.lent, lent=0)
+
+    def lenders(self, layers: list[Any]) -> list[Any]:
+        """Those whose gradients lend their memory, in a micro-batch with whole layers and in one without."""
+        return layers[: max(0, len(layers) - TOP_LAYERS - self.lent)] if self.lent else []
 
     def describe(self, layers: int) -> list[str]:
         """The measures in words, of a model of so many layers."""
@@ -227,6 +248,7 @@ class MemoryPlan:
         elif self.offload_activations:
             attended = f" and attention's results of {self.attention_kept}" * (self.attention_kept > 0)
             parts.append(f"hidden states{attended} on the host")
+        parts += [f"activations of {self.lent} in memory of gradients"] if self.lent else []
         parts += [f"tiles of {self.tile_tokens:,} tokens"] if self.tile_tokens else []
         parts += ["dequantised weights resident"] if self.resident_weights else []
         return parts + ["weights dequantised in slices"] * (self.workspace_bytes is not None)
@@ -342,17 +364,26 @@ def plan_memory(
     table, largest = needs.embedding_bytes, needs.largest_dense_bytes
     offered = list(offer_measures(settings, embedding_bytes=table, largest_dense_bytes=largest, workspaces=workspaces))
     plans = [
-        replace(measures, recomputed=layers, sent=sent)
+        replace(measures, recomputed=layers, sent=sent, lent=lent)
         for layers in (range(needs.layers + 1) if recomputed is None else (recomputed,))
         for measures in offered
         if layers >= least_recomputed(settings, offload_activations=measures.offload_activations)
         for sent in _sent_counts(needs, layers, settings.offload_activations)
+        for lent in sorted(
+            {0, 0 if recomputed is not None else min(lendable_layers(needs), needs.layers - layers - sent)}
+        )
     ]
     plans = [plan.keep_attention(needs.host_bytes - plan.sent_bytes(needs), needs.attended_bytes) for plan in plans]
     fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]
     if not fitting:
         return min(plans, key=lambda plan: (plan.step_bytes(needs), plan.cost(needs)))
     return min(fitting, key=lambda plan: plan.cost(needs))
+
+
+def lendable_layers(needs: StepNeeds) -> int:
+    """How many layers' saved tensors find room in memory of the gradients of those below them."""
+    below = needs.layers - TOP_LAYERS
+    return max(0, int(below * needs.gradient_bytes / (LENT_ROOM * needs.kept_bytes + needs.gradient_bytes or 1)))
 
 
 def _sent_counts(needs: StepNeeds, recomputed: int, offload_activations: bool | None) -> Iterable[int]:

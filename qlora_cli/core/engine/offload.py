@@ -1,7 +1,8 @@
 """Offload to pinned host memory: activations saved for the backward pass, and the table of input embeddings.
 
 Activations are copied on a stream of their own: a layer's tensors leave while the next layers compute, and come back
-while the backward pass is in the layers before them.
+while the backward pass is in the layers before them. Those of the last layers may wait on the device instead, in memory
+of gradients that the backward pass has yet to come to.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,11 @@ def storages_of(tensors: Iterable[Tensor]) -> frozenset[int]:
     return frozenset(t.untyped_storage().data_ptr() for t in tensors if not isinstance(t, DTensor))
 
 
+def trained_bytes(modules: Iterable[nn.Module]) -> int:
+    """Of their trained parameters, and so of the gradients."""
+    return sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
+
+
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its values are side by side, in some order of the dimensions."""
     place = 1
@@ -41,12 +47,12 @@ def _is_dense(tensor: Tensor) -> bool:
 class _Away:
     """One saved tensor: on the device until its copy is done and its layer is past, then on the host, then back."""
 
-    def __init__(self, offload: "ActivationOffload", tensor: Tensor, layer: int) -> None:
+    def __init__(self, offload: "ActivationOffload", tensor: Tensor, buffer: Tensor, layer: int) -> None:
         self.offload, self.layer = offload, layer
         self.on_device: Tensor | None = tensor
         self.strides = tensor.stride()  # compiled code relies on them
         self.bytes = tensor.nbytes
-        self.buffer = offload.borrow(self.bytes)
+        self.buffer = buffer
         flat = self.buffer[: self.bytes].view(tensor.dtype)
         # In one piece, in whatever order its dimensions are, it travels as it lies: else the device makes a copy first.
         self.host = flat.as_strided(tensor.shape, self.strides) if _is_dense(tensor) else flat.view(tensor.shape)
@@ -80,8 +86,7 @@ class _Away:
         return self.on_device
 
     def __del__(self) -> None:
-        if hasattr(self, "buffer"):  # there may have been no memory for one
-            self.offload.free.append(self.buffer)
+        self.offload.free.append(self.buffer)
 
 
 def tensor_of(packed: Any) -> Any:
@@ -113,6 +118,7 @@ class ActivationOffload:
         self.layers: dict[int, WeakSet[_Away]] = {}
         self.bytes: dict[int, int] = {}  # that each of them sends
         self.staying: list[int] = []  # layers whose tensors have not left the device, in order
+        self.loan: GradientLoan | None = None  # where tensors of the last layers wait instead
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -126,8 +132,8 @@ class ActivationOffload:
         """When what the copying stream has been given so far is done."""
         return None if self.stream is None else self.stream.record_event()
 
-    def borrow(self, bytes_: int) -> Tensor:
-        """A pinned uint8 buffer of so many bytes or more. All copies share one stream, so reuse needs no waiting.
+    def borrow(self, bytes_: int, layer: int) -> Tensor | None:
+        """A pinned uint8 buffer of so many bytes or more for a layer. All copies share one stream, so reuse needs no waiting.
 
         Micro-batches differ in size: the smallest buffer that is large enough is taken, so that those of the largest
         micro-batch serve all.
@@ -166,7 +172,9 @@ class ActivationOffload:
             # One tensor saved by several operations travels once. `seen` keeps it alive, so addresses are not reused.
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
             if key not in seen:
-                seen[key] = _Away(self, tensor.detach(), number)
+                if (buffer := self.borrow(tensor.nbytes, number)) is None:
+                    return tensor
+                seen[key] = _Away(self, tensor.detach(), buffer, number)
                 here.add(seen[key])
             return seen[key]
 
@@ -174,7 +182,7 @@ class ActivationOffload:
             yield pack
         self.layers[number], self.bytes[number] = here, sum(away.bytes for away in here)
         self.staying.append(number)
-        while len(self.staying) > 1 and not self._have_room(self.staying):
+        while self.staying and not self._have_room(self.staying):
             for away in self.layers[self.staying.pop(0)]:
                 away.leave()
 
@@ -186,6 +194,19 @@ class ActivationOffload:
         self.layers.clear()
         self.bytes.clear()
         self.staying.clear()
+        if self.loan is not None:
+            self.loan.start()
+
+    def borrow_from(self, layers: Iterable[nn.Module]) -> bool:
+        """Has `loan` be of the memory of these layers' gradients; whether there is any yet."""
+        found = [p.grad for layer in layers for p in layer.parameters() if p.requires_grad]
+        gradients = sorted((g for g in found if g is not None), key=lambda g: g.data_ptr())
+        if len(gradients) < len(found) or not found:
+            return False
+        places = tuple(gradient.data_ptr() for gradient in gradients)
+        if self.loan is None or self.loan.places != places:
+            self.loan = GradientLoan(self, gradients)
+        return True
 
     def join(self) -> None:
         """Makes the computing stream wait for all copies so far."""
@@ -206,6 +227,64 @@ class ActivationOffload:
         for number in (layer, *ahead):
             for away in self.layers.get(number, ()):
                 away.fetch()
+
+
+class GradientLoan(ActivationOffload):
+    """Where saved tensors of the last layers wait in memory of the gradients of layers below them, which are zero until the
+    backward pass comes there: the first of a layer's tensors that it asks for brings back all of them, and leaves zeros.
+
+    Copies are made on the computing stream, in order with all else.
+
+    Args:
+        offload: Of the other layers.
+        gradients: Zero before each forward pass, by address.
+    """
+
+    def __init__(self, offload: ActivationOffload, gradients: list[Tensor]) -> None:
+        super().__init__(offload.device, offload.persistent, offload.smallest_bytes)
+        self.stream = None
+        self.places = tuple(gradient.data_ptr() for gradient in gradients)
+        self.pieces: list[Tensor] = []  # uint8, each as long as gradients lie side by side
+        first = 0
+        for last, gradient in enumerate(gradients):
+            end = gradient.data_ptr() + gradient.nbytes
+            if last + 1 == len(gradients) or gradients[last + 1].data_ptr() != end:
+                self.pieces.append(_bytes_between(gradients[first], end))
+                first = last + 1
+        self.used: list[int] = []  # bytes of each piece
+        self.rooms: dict[int, list[Tensor]] = {}  # by layer
+
+    def borrow(self, bytes_: int, layer: int) -> Tensor | None:
+        room = -(-bytes_ // 512) * 512
+        for number, piece in enumerate(self.pieces):
+            begin, end = self.used[number], self.used[number] + room
+            if end <= piece.numel():
+                self.used[number] = end
+                self.rooms.setdefault(layer, []).append(piece[begin:end])
+                return self.rooms[layer][-1]
+        return None
+
+    def _have_room(self, numbers: list[int]) -> bool:
+        return False  # they leave at once, and come back when they are needed
+
+    def start(self) -> None:
+        super().start()
+        self.free.clear()
+        self.rooms.clear()
+        self.used = [0] * len(self.pieces)
+
+    def fetch_around(self, layer: int) -> None:
+        for away in self.layers.get(layer, ()):
+            away.fetch()
+        for room in self.rooms.pop(layer, ()):  # also those of tensors that nobody needed
+            room.zero_()
+
+
+def _bytes_between(first: Tensor, end: int) -> Tensor:
+    """uint8, from where a tensor begins to an address in the same storage."""
+    storage = first.untyped_storage()
+    whole = torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage)
+    return whole[first.data_ptr() - storage.data_ptr() : end - storage.data_ptr()]
 
 
 def link_bytes_per_second(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """Gradient accumulation over the micro-batches of an optimizer step and over all ranks."""
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Accumulation:
         """Reads the rows of a step into tensors, in micro-batches of at most `limit_tokens` (rows are never cut)."""
         split = split_to_fit(micro_batches, self.rows.lengths, limit_tokens)
         batches = [read_batch(self.rows, indices, self.device, self.ranks) for indices in split]
+        batches[:1] = [replace(batch, opens_step=True) for batch in batches[:1]]  # `accumulate` zeroes gradients first
         # The others are prepared while the device computes the ones before them.
         return [self.engine.prepare(batches[0]), *batches[1:]] if batches else batches
 
