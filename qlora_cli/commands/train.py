@@ -277,7 +277,9 @@ def start_engine(
         compute_dtype=decisions.compute_dtype,
         max_tokens=max_tokens,
         total_steps=sampler.total_steps,  # of a resumed run too, whose steps are to be computed the same way
-        optimizer_bytes=allocated_state_bytes(decisions.optimizer, sizes.trainable_parameters),
+        optimizer_bytes=allocated_state_bytes(
+            decisions.optimizer, sizes.trainable_parameters, memory.plan.measures.waiting_states
+        ),
         trial=trial,
         report=run.report,
     )
@@ -343,11 +345,12 @@ def start_optimization(
     config, checkpoint = run.config, start.checkpoint
     assert config.learning_rate is not None  # settled with the inputs
     parameters = TrainableParameters(loaded.model, config.loraplus_lr_ratio)
-    on_host = run.report if decisions.memory.plan.measures.states_on_host else None
+    share = decisions.memory.plan.measures.waiting_states
     decay = config.weight_decay
     own = config.engine == "fast"
-    optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=decay, own_kernel=own, on_host=on_host)
-    unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements)
+    waits: dict[str, Any] = {"on_host": run.report, "waiting_share": share} if share else {}
+    optimizer = build_optimizer(decisions.optimizer, parameters, weight_decay=decay, own_kernel=own, **waits)
+    unallocated_bytes = allocated_state_bytes(decisions.optimizer, parameters.elements, share)
     if checkpoint:
         try:
             load_optimizer(checkpoint, optimizer, parameters)

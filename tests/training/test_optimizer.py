@@ -24,23 +24,23 @@ from qlora_cli.settings.groups import OPTIMIZERS
 
 
 def make(
-    name: str, seed: int = 0, sizes=((96, 64), (64, 80), (7,)), on_host=None
+    name: str, seed: int = 0, sizes=((96, 64), (64, 80), (7,)), **waits
 ) -> tuple[TrainableParameters, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Module()
     for index, size in enumerate(sizes):
         model.register_parameter(f"p{index}", nn.Parameter(torch.randn(size)))
     trained = TrainableParameters(model)
-    return trained, build_optimizer(name, trained, weight_decay=0.01, on_host=on_host)
+    return trained, build_optimizer(name, trained, weight_decay=0.01, **waits)
 
 
-def step(trained: TrainableParameters, optimizer: torch.optim.Optimizer, seed: int, **how: int) -> None:
+def step(trained: TrainableParameters, optimizer: torch.optim.Optimizer, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for buffer in trained.buffers:
         for view in buffer.views:
             view.grad.copy_(torch.randn(view.shape, generator=generator))
     set_learning_rate(optimizer, 1e-2)
-    step_optimizer(optimizer, **how)
+    step_optimizer(optimizer)
 
 
 def values(trained: TrainableParameters) -> list[torch.Tensor]:
@@ -200,24 +200,29 @@ def test_lora_plus_updates_as_in_peft(tiny_model, load_tiny):
     assert {group["rate"] for group in optimizer.param_groups} == {1.0, 16.0}
 
 
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.startswith("paged")])
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
-def test_a_state_that_waits_on_the_host_is_updated_in_pieces_to_the_same_bits(name):
+def test_a_state_that_waits_on_the_host_is_updated_in_pieces_to_the_same_bits(name, share):
+    pieces = {"waiting_share": share, "piece_bytes": 2048}  # a dozen pieces of each buffer
     whole, plain = make(name)
-    parts, waiting = make(name, on_host=lambda event: pytest.fail(str(event)))
+    parts, waiting = make(name, on_host=lambda event: pytest.fail(str(event)), **pieces)
     for seed in range(3):
         step(whole, plain, seed)
-        step(parts, waiting, seed, piece_bytes=2048)  # a dozen pieces of each buffer
+        step(parts, waiting, seed)
+        if seed == 1:
+            optimizer_state(waiting)  # as where a checkpoint is saved
     for one, other in zip(whole.buffers, parts.buffers, strict=True):
         assert torch.equal(one.values, other.values)
     (tensors, numbers), (own_tensors, own_numbers) = optimizer_state(plain), optimizer_state(waiting)
     assert numbers == own_numbers and all(torch.equal(tensors[key], own_tensors[key]) for key in tensors)
-    again, resumed = make(name, on_host=lambda event: None)
+    again, resumed = make(name, on_host=lambda event: None, **pieces)
+    step(again, resumed, 9)
     for one, other in zip(whole.buffers, again.buffers, strict=True):
         other.values.data.copy_(one.values)
     load_optimizer_state(resumed, *optimizer_state(plain))
     step(whole, plain, 7)
-    step(again, resumed, 7, piece_bytes=2048)
+    step(again, resumed, 7)
     assert all(torch.equal(a.values, b.values) for a, b in zip(whole.buffers, again.buffers, strict=True))
 
 
@@ -229,10 +234,11 @@ def test_on_a_gpu_a_state_on_the_host_is_updated_to_the_same_bits(name):
         trained = TrainableParameters(nn.Linear(4096, 1500, bias=False).cuda())
         return trained, build_optimizer(name, trained, weight_decay=0.01, **how)
 
-    (whole, plain), (parts, waiting) = gpu_make(), gpu_make(on_host=lambda event: pytest.fail(str(event)))
+    waits = {"on_host": lambda event: pytest.fail(str(event)), "waiting_share": 0.6, "piece_bytes": 2**20}
+    (whole, plain), (parts, waiting) = gpu_make(), gpu_make(**waits)
     for seed in range(4):
         step(whole, plain, seed)
-        step(parts, waiting, seed, piece_bytes=2**20)
+        step(parts, waiting, seed)
     assert torch.equal(whole.buffers[0].values, parts.buffers[0].values)
     tensors, own = optimizer_state(plain)[0], optimizer_state(waiting)[0]
     assert own["0.state1"].is_pinned()

@@ -54,7 +54,8 @@ def _held_elsewhere(settings: dict[str, Any]) -> list[str]:
     """How a base or rows that are larger than the card are held; nothing where they are whole there."""
     layers, cards = settings.get("streamed_layers"), settings.get("context_parallel", 1)
     said = [f"The weights of {layers} layers stream from host memory as they are used."] if layers else []
-    said += ["The optimizer's state waits in host memory for each update."] if settings.get("states_on_host") else []
+    if share := settings.get("waiting_states"):
+        said.append(f"{share:.0%} of the optimizer's state waits in host memory for each update.")
     return said + ([f"{cards} cards share the tokens of each row."] if cards > 1 else [])
 
 

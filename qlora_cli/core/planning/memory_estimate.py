@@ -127,7 +127,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
     copies_bytes = copied * profile.itemsize if step.engine == "fast" and profile.itemsize < 4 else 0
     states_bytes = state_bytes(step.optimizer, trained)
     paged = step.on_cuda and step.optimizer.startswith("paged")
-    on_host = step.measures.states_on_host
+    waiting = step.measures.waiting_states
     base_bytes, gathered_bytes, shard_bytes = _sharded_base(profile, step)
     streamed_bytes, locked = streamed_base_bytes(profile, step.measures)
     parts = {
@@ -136,7 +136,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         "resident_bytes": profile.dense_bytes * step.measures.resident_weights,
         "adapter_bytes": 4 * trained + copies_bytes,
         "gradient_bytes": 4 * trained,
-        "optimizer_bytes": 0 if paged else states_bytes,
+        "optimizer_bytes": int((1 - waiting) * states_bytes) if waiting or not paged else 0,
         "activation_bytes": int(activation_bytes),
         "working_bytes": int(working_bytes) + _code_bytes(profile, step) + CUBLAS_BYTES * step.on_cuda,
     }
@@ -148,13 +148,13 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         moment=moment,
         **parts,
         allocator_bytes=int(ALLOCATOR_SHARE * sum(parts.values())) if step.on_cuda else 0,
-        paged_bytes=states_bytes if paged and not on_host else 0,
+        paged_bytes=states_bytes if paged and not waiting else 0,
         context_bytes=CONTEXT_BYTES if step.on_cuda else 0,
         host_bytes=PROCESS_BYTES
         + profile.embedding_bytes * step.measures.offload_embeddings
         + int(offloaded_bytes)
         + locked
-        + waiting_bytes(step.optimizer, trained) * on_host
+        + waiting_bytes(step.optimizer, trained) * (waiting > 0)
         + shard_bytes * step.shard_offload,
     )
 

@@ -43,6 +43,7 @@ from qlora_cli.settings.ranges import parse_memory
 # In rows of so many tokens attention is two thirds of a layer's time: tiles, beside which it need not be repeated, are
 # considered wherever memory is limited.
 CERTAINLY_TILED_TOKENS = 65_536
+WAITING_SHARES = 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125  # of an optimizer's state that may wait on the host
 ASSUMED_LINK_BYTES_PER_SECOND = 2e10  # between host and card: PCIe 4 with 16 lanes
 
 
@@ -121,9 +122,9 @@ class MemoryDecision:
         return {"streamed_layers": self.measures.streamed} if self.measures.streamed else {}
 
     @property
-    def elsewhere(self) -> dict[str, int | bool]:
+    def elsewhere(self) -> dict[str, int | float]:
         """What waits on the host from before a base is loaded: layers' weights, and the optimizer's state."""
-        return {**self.streaming, **({"states_on_host": True} if self.measures.states_on_host else {})}
+        return {**self.streaming, **({"waiting_states": share} if (share := self.measures.waiting_states) else {})}
 
 
 def read_limit_bytes(vram: str | None, device: torch.device) -> int:
@@ -219,7 +220,7 @@ def plan_training(
     host_bytes = waiting_room_bytes()
 
     def fits_host(step: ResolvedStep, memory: TrainingMemory) -> bool:
-        waits = step.measures.attention_kept or step.measures.states_on_host
+        waits = step.measures.attention_kept or step.measures.waiting_states
         return not waits or memory.host_bytes <= host_bytes
 
     found = [each for each in found if fits_host(*each)] or found
@@ -269,8 +270,8 @@ def _open_steps(
     )
     state = state_bytes(largest.optimizer, profile.footprint.trainable_parameters)
     may_wait = limited and largest.on_cuda and state > MARGIN_BYTES and largest.optimizer.startswith("paged")
-    for tokens, measures, waits in product(budgets, offered, (False, True) if may_wait else (False,)):
-        yield replace(largest, tokens=tokens, measures=replace(measures, states_on_host=waits))
+    for tokens, measures, waiting in product(budgets, offered, (0.0, *WAITING_SHARES) if may_wait else (0.0,)):
+        yield replace(largest, tokens=tokens, measures=replace(measures, waiting_states=waiting))
 
 
 def _recompute_least(
@@ -362,10 +363,10 @@ def _copy_share(profile: ModelProfile, step: ResolvedStep) -> float:
 def _state_share(profile: ModelProfile, step: ResolvedStep, step_tokens: int) -> float:
     """How long an optimizer's state takes to come from the host and go back, at once, as a share of the arithmetic of a
     step of so many tokens; 0 where it does not wait there."""
-    if not step.measures.states_on_host:
+    if not step.measures.waiting_states:
         return 0.0
     arithmetic = count_flops(profile, step) * step_tokens / ASSUMED_FLOPS_PER_SECOND
-    copied = state_bytes(step.optimizer, profile.footprint.trainable_parameters)
+    copied = step.measures.waiting_states * state_bytes(step.optimizer, profile.footprint.trainable_parameters)
     return copied / ASSUMED_LINK_BYTES_PER_SECOND / arithmetic
 
 

@@ -151,9 +151,10 @@ def plan_run_memory(
     if context != ranks.context:  # fewer groups of ranks are dealt the rows of a step
         largest_tokens = replace(lengths, largest_batch_tokens=None).batch_tokens(config.batch_size)
     on_disk = bool(plan.measures.streamed) and _wait_on_disk(config, profile, plan, report)
-    if plan.measures.states_on_host:
-        report(Notice("The optimizer's state waits in host memory, and passes through the card with each update."))
-    waits = plan.measures.offload_activations or plan.measures.states_on_host
+    if share := plan.measures.waiting_states:
+        part = "The" if share == 1 else f"{share:.0%} of the"
+        report(Notice(f"{part} optimizer's state waits in host memory, and passes through the card with each update."))
+    waits = plan.measures.offload_activations or share
     if plan.memory is not None and waits and not config.dry_run:
         free_bytes = read_free_bytes(torch.device("cpu"))
         if plan.memory.host_bytes > free_bytes:

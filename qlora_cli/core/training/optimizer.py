@@ -1,11 +1,12 @@
 """Optimizers by name, over the parameter buffers, with their state as tensors and plain numbers.
 
-The state of a paged optimizer is in managed memory, and leaves the card where that is full; or, where that is planned, in
-page-locked host memory from the start, from which it passes through the card in pieces with each update.
+The state of a paged optimizer is in managed memory, and leaves the card where that is full; or, where that is planned, a
+share of it is in page-locked host memory from the start, from which it passes through the card in pieces with each update.
 """
 
 import functools
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -65,10 +66,11 @@ def state_bytes(name: str, parameters: int) -> int:
     return int(_OPTIMIZERS[name][1] * parameters)
 
 
-def allocated_state_bytes(name: str, parameters: int) -> int:
+def allocated_state_bytes(name: str, parameters: int, waiting_share: float = 0.0) -> int:
     """Of these, what PyTorch's allocator holds on a CUDA device: nothing for a paged optimizer, whose states are in
-    managed memory and leave the device where it is full."""
-    return 0 if name.startswith("paged") else state_bytes(name, parameters)
+    managed memory and leave the device where it is full, unless a share of them waits on the host."""
+    paged = name.startswith("paged") and not waiting_share
+    return 0 if paged else int((1 - waiting_share) * state_bytes(name, parameters))
 
 
 def waiting_bytes(name: str, parameters: int) -> int:
@@ -89,6 +91,8 @@ def build_optimizer(
     weight_decay: float,
     own_kernel: bool = True,
     on_host: Report | None = None,
+    waiting_share: float = 1.0,
+    piece_bytes: int = PIECE_BYTES,
 ) -> Optimizer:
     """Builds an optimizer over the buffers. Its learning rate is set before every step by the trainer.
 
@@ -98,6 +102,8 @@ def build_optimizer(
     Args:
         own_kernel: Whether 8-bit AdamW may update by a kernel of our own.
         on_host: Where the state of a paged optimizer is to wait in host memory: told if that cannot be page-locked.
+        waiting_share: Of that state, what waits there; the rest stays on the device from the first update on.
+        piece_bytes: Of what waits, on the device at a time, in each of three places.
     """
     kinds: dict[tuple[bool, float], list[Tensor]] = {}
     for buffer in sorted(parameters.buffers, key=lambda buffer: (not buffer.decays, buffer.rate)):
@@ -111,11 +117,11 @@ def build_optimizer(
     if own_kernel and name in ("adamw_8bit", "paged_adamw_8bit"):
         _use_kernel(optimizer)
     if on_host is not None:
-        _keep_state_on_host(optimizer, on_host)
+        _keep_state_on_host(optimizer, on_host, waiting_share, piece_bytes)
     return optimizer
 
 
-def _keep_state_on_host(optimizer: Any, report: Report) -> None:
+def _keep_state_on_host(optimizer: Any, report: Report, share: float, piece_bytes: int) -> None:
     def buffer(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         bytes_ = parameter.numel() * dtype.itemsize
         if parameter.device.type != "cuda":
@@ -124,7 +130,8 @@ def _keep_state_on_host(optimizer: Any, report: Report) -> None:
         return state.zero_().view(dtype).view(parameter.shape)
 
     optimizer.get_state_buffer = buffer
-    optimizer.waits_on_host = True
+    # Pieces of state that stay on the device, by place: what the host has of them is of before their first update.
+    optimizer.on_device, optimizer.waiting_share, optimizer.piece_bytes = {}, share, piece_bytes
     optimizer.initialized = True  # its own first step would take what it finds on the host to the card
 
 
@@ -134,10 +141,8 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
         group["lr"] = learning_rate * group["rate"]
 
 
-def step_optimizer(optimizer: Optimizer, piece_bytes: int = PIECE_BYTES) -> None:
+def step_optimizer(optimizer: Optimizer) -> None:
     """Updates the parameters, without waiting for the device from the second step on.
-
-    State that waits on the host is on the device `piece_bytes` at a time.
 
     After the first step, which prepares its state, this is bitsandbytes' own `step` without its waits: that synchronises
     after each parameter, for the sake of paged states. Nothing here needs it: what follows is queued behind the update,
@@ -149,8 +154,8 @@ def step_optimizer(optimizer: Optimizer, piece_bytes: int = PIECE_BYTES) -> None
             if parameter.grad is not None:
                 if not optimizer.state[parameter]:
                     optimizer.init_state(*place)
-                if getattr(optimizer, "waits_on_host", False):
-                    _update_in_pieces(optimizer, *place, piece_bytes)
+                if hasattr(optimizer, "on_device"):
+                    _update_in_pieces(optimizer, *place)
                     continue
                 optimizer.prefetch_state(parameter)
                 optimizer.update_step(*place)
@@ -226,41 +231,62 @@ def _kernel_is_like_theirs(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def _update_in_pieces(
-    optimizer: Any, group: dict[str, Any], parameter: Tensor, group_index: int, index: int, piece_bytes: int
-) -> None:
+def _update_in_pieces(optimizer: Any, group: dict[str, Any], parameter: Tensor, group_index: int, index: int) -> None:
     """bitsandbytes' update of one buffer, bit for bit, whose state comes from the host and returns there piece by piece:
-    the next one comes while one is in use and the one before goes."""
+    the next one comes while one is in use and the one before goes. Pieces that stay on the device are updated while the
+    first ones come."""
     state, gradient = optimizer.state[parameter], parameter.grad
     assert gradient is not None
     waiting = {key: state[key] for key in _STATES if key in state}
-    elements = piece_bytes // sum(tensor.itemsize for tensor in waiting.values())
+    elements = optimizer.piece_bytes // sum(tensor.itemsize for tensor in waiting.values())
     elements = min(max(1, elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS, parameter.numel())
     starts = range(0, parameter.numel(), elements)
+    going = math.ceil(len(starts) * optimizer.waiting_share)
     rooms = [
         {key: tensor.new_empty(elements, device=parameter.device) for key, tensor in waiting.items()}
-        for _ in starts[:PIECES]
+        for _ in starts[: min(going, PIECES)]
     ]
     copies = _CopyStreams(parameter.device)
-    for number, start in enumerate(starts):
-        part = slice(start, start + elements)
-        blocks = slice(start // ALIGNMENT_ELEMENTS, -(-part.stop // ALIGNMENT_ELEMENTS))
+
+    def update(part: slice, room: dict[str, Tensor]) -> int:
+        blocks = slice(part.start // ALIGNMENT_ELEMENTS, -(-part.stop // ALIGNMENT_ELEMENTS))
         piece = torch.nn.Parameter(parameter[part])
         piece.grad = gradient[part]
-        room = {key: tensor[: piece.numel()] for key, tensor in rooms[number % PIECES].items()}
+        scales = {key: state[key][blocks] for key in _SCALES if key in state}
+        optimizer.state[piece] = {**state, **room, **scales}
+        optimizer.update_step(group, piece, group_index, index)
+        return optimizer.state.pop(piece)["step"]
+
+    for start in starts[going:]:
+        part = slice(start, start + elements)
+        place = group_index, index, start
+        if place not in optimizer.on_device:
+            optimizer.on_device[place] = {
+                key: tensor[part].to(parameter.device, copy=True) for key, tensor in waiting.items()
+            }
+        step = update(part, optimizer.on_device[place])
+    for number, start in enumerate(starts[:going]):
+        part = slice(start, start + elements)
+        room = {key: tensor[: parameter[part].numel()] for key, tensor in rooms[number % PIECES].items()}
         with copies.coming(number):
             for key, tensor in room.items():
                 tensor.copy_(waiting[key][part], non_blocking=True)
         copies.wait_for_what_comes()
-        scales = {key: state[key][blocks] for key in _SCALES if key in state}
-        optimizer.state[piece] = {**state, **room, **scales}
-        optimizer.update_step(group, piece, group_index, index)
-        after = optimizer.state.pop(piece)
+        step = update(part, room)
         with copies.going(number):
             for key, tensor in room.items():
                 waiting[key][part].copy_(tensor, non_blocking=True)
-    state["step"] = after["step"]
+    state["step"] = step
     copies.finish()
+
+
+def _bring_to_host(optimizer: Any) -> None:
+    """Gives what waits on the host the values of the pieces that stay on the device."""
+    places = {(group_index, index): parameter for _, parameter, group_index, index in _places(optimizer)}
+    for (group_index, index, start), room in getattr(optimizer, "on_device", {}).items():
+        state = optimizer.state[places[group_index, index]]
+        for key, tensor in room.items():
+            state[key][start : start + tensor.numel()].copy_(tensor)
 
 
 class _CopyStreams:
@@ -306,6 +332,7 @@ class _CopyStreams:
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, numbers) of the optimizer by `<parameter's index>.<name>`: all that the next step depends on."""
+    _bring_to_host(optimizer)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, (_, parameter, *_) in enumerate(_places(optimizer)):
@@ -343,6 +370,7 @@ def load_optimizer_state(optimizer: Optimizer, tensors: dict[str, Tensor], numbe
 
 def _load_bitsandbytes_state(optimizer: Any, saved: list[dict[str, Any]]) -> None:
     # Its own load_state_dict would move paged states into plain device memory.
+    getattr(optimizer, "on_device", {}).clear()
     for place, wanted in zip(_places(optimizer), saved, strict=True):
         if not wanted:
             continue
