@@ -137,6 +137,8 @@ def test_gradients_lend_memory_to_the_last_layers_and_have_it_back_before_they_a
     assert plan.cost(needs) <= plan_memory(NEEDS, gib * GIB, UNDECIDED).cost(NEEDS)
     lent, lenders = plan.lent_numbers(needs.layers), plan.lenders(list(range(needs.layers)))
     assert plan.lent * needs.kept_bytes <= len(lenders) * gradient_bytes
+    if plan.step_bytes(needs) <= gib * GIB:
+        assert plan.without_loan().step_bytes(needs) <= gib * GIB
     if plan.lent:
         away = set().union(*plan.numbers(needs.layers))
         assert max(lenders) < lent.start and len(lent) == plan.lent

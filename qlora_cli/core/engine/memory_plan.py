@@ -377,6 +377,8 @@ def plan_memory(
     ]
     plans = [plan.keep_attention(needs.host_bytes - plan.sent_bytes(needs), needs.attended_bytes) for plan in plans]
     fitting = [plan for plan in plans if plan.step_bytes(needs) <= available_bytes]
+    # The other micro-batches of a step find gradients that lend no memory.
+    fitting = [p for p in fitting if not p.lent or p.without_loan().step_bytes(needs) <= available_bytes]
     if not fitting:
         return min(plans, key=lambda plan: (plan.step_bytes(needs), plan.cost(needs)))
     return min(fitting, key=lambda plan: plan.cost(needs))
