@@ -67,6 +67,25 @@ def test_a_saved_tensor_comes_back_in_its_own_layout(view):
     assert held() is None and len(offload.free) == 2
 
 
+def test_a_storage_travels_once_however_many_tensors_see_it():
+    offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)
+    x = torch.randn(24, 10, requires_grad=True)
+    seen.clear()
+    offload.start()
+    with offload.layer(0):
+        y = 2 * x
+        outs = [Double.apply(y, view) for view in VIEWS.values()]
+    expected = [view(y).detach().clone() for view in VIEWS.values()]
+    assert sum(offload.bytes.values()) == y.nbytes
+    sum(out.sum() for out in outs).backward()
+    assert all(torch.equal(found, wanted) for found, wanted in zip(reversed(seen), expected, strict=True))
+    with pytest.raises(RuntimeError, match="in place"), offload.layer(1):
+        z = 2 * x
+        out = Double.apply(z, VIEWS["whole"])
+        z.detach().zero_()
+    del out
+
+
 def test_small_layers_stay_and_return_beside_a_large_one_and_large_ones_one_by_one():
     """1,000 values of large layers, 100 of small ones: a copy of the former takes the time of more than one layer."""
     offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)

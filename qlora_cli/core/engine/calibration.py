@@ -346,9 +346,9 @@ class StepPlanner:
         """The plan of a micro-batch: smaller ones than the largest leave room for whole layers."""
         if not (self.adapts and plan.frees_activations):
             return plan
-        needs = self.needs.for_share(tokens / self.largest_tokens)
+        needs, attended = self.needs.for_share(tokens / self.largest_tokens), plan.attention_kept
         plans = [
-            replace(plan, recomputed=recomputed, sent=sent, lent=lent, attention_kept=min(plan.attention_kept, recomputed))
+            replace(plan, recomputed=recomputed, sent=sent, lent=lent, attention_kept=min(attended, recomputed))
             for recomputed in range(plan.recomputed + 1)
             for sent in range(plan.sent + plan.recomputed - recomputed + 1 if plan.sent else 1)
             for lent in sorted({0, plan.lent})

@@ -88,9 +88,8 @@ def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOff
     """Which layers are recomputed and which wait on the host or in memory of gradients in the next pass, by its plan."""
     if offload is not None:
         offload.start()
-    recomputed, sent = plan.numbers(len(layers))
+    recomputed, sent, lent = *plan.numbers(len(layers)), plan.lent_numbers(len(layers))
     attended = evenly(sorted(recomputed), plan.attention_kept)
-    lent = plan.lent_numbers(len(layers))
     for layer in layers:
         layer.recompute = layer.number in recomputed
         for shared in layer.shared:
@@ -98,9 +97,7 @@ def set_layers(layers: list[LayerPlan], plan: MemoryPlan, offload: ActivationOff
         for unit in layer.gates:
             unit.enabled = not layer.lean  # a lean layer repeats the gating instead of keeping what comes of it
         away = layer.number in sent or (layer.recompute and plan.offload_activations)
-        layer.offload = offload if away else None
-        if offload is not None and layer.number in lent:
-            layer.offload = offload.loan
+        layer.offload = offload if away else offload.loan if offload is not None and layer.number in lent else None
         layer.keeps_attention = layer.number in attended
 
 
@@ -115,8 +112,7 @@ def _run(layer: Any, args: tuple, kwargs: dict) -> Any:
 
 def _run_recomputed(layer: Any, args: tuple, kwargs: dict) -> Any:
     """Inside a compiled region: the compiler drops from the repetition whatever the backward pass does not need."""
-    plan: LayerPlan = getattr(layer, ATTRIBUTE)
-    random = plan.preserve_random_state
+    random = getattr(layer, ATTRIBUTE).preserve_random_state
     return checkpoint(lambda *inner: _run(layer, inner, kwargs), *args, use_reentrant=False, preserve_rng_state=random)
 
 

@@ -8,7 +8,7 @@ of gradients that the backward pass has yet to come to.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -34,31 +34,19 @@ def trained_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its values are side by side, in some order of the dimensions."""
-    place = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != place:
-            return False
-        place *= size
-    return True
+class _Stretch:
+    """Bytes of one storage, in which saved tensors lie: on the device until their copy is done and their layer is past, then
+    on the host, then back."""
 
-
-class _Away:
-    """One saved tensor: on the device until its copy is done and its layer is past, then on the host, then back."""
-
-    def __init__(self, offload: "ActivationOffload", tensor: Tensor, buffer: Tensor, layer: int) -> None:
+    def __init__(self, offload: "ActivationOffload", bytes_: Tensor, buffer: Tensor, layer: int) -> None:
         self.offload, self.layer = offload, layer
-        self.on_device: Tensor | None = tensor
-        self.strides = tensor.stride()  # compiled code relies on them
-        self.bytes = tensor.nbytes
+        self.on_device: Tensor | None = bytes_
+        self.bytes = bytes_.numel()
         self.buffer = buffer
-        flat = self.buffer[: self.bytes].view(tensor.dtype)
-        # In one piece, in whatever order its dimensions are, it travels as it lies: else the device makes a copy first.
-        self.host = flat.as_strided(tensor.shape, self.strides) if _is_dense(tensor) else flat.view(tensor.shape)
+        self.host = buffer[: self.bytes]
         self.fetched: Any = None
         with offload.beside():
-            self.host.copy_(tensor, non_blocking=True)
+            self.host.copy_(bytes_, non_blocking=True)
             self.copied = offload.event()
 
     def leave(self) -> None:
@@ -71,14 +59,14 @@ class _Away:
         if self.on_device is not None:
             return
         # Allocated on the computing stream; what used this memory before is done when the copy starts.
-        back = torch.empty_strided(self.host.shape, self.strides, dtype=self.host.dtype, device=self.offload.device)
+        back = torch.empty(self.bytes, dtype=torch.uint8, device=self.offload.device)
         with self.offload.beside():
             back.copy_(self.host, non_blocking=True)
             self.fetched = self.offload.event()
         self.on_device = back
 
-    def tensor(self) -> Tensor:
-        """The tensor, on the device."""
+    def whole(self) -> Tensor:
+        """The bytes, on the device."""
         self.offload.fetch_around(self.layer)
         self.fetch()
         _wait(self.fetched)
@@ -89,9 +77,37 @@ class _Away:
         self.offload.free.append(self.buffer)
 
 
+class _Saved:
+    """One saved tensor: itself until its layer ends, then its place in a stretch that travels, where it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.own: Tensor | None = tensor
+        self.version = tensor._version
+        # Compiled code relies on the strides.
+        self.shape, self.strides, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
+        self.begin = (
+            int(tensor.storage_offset()) * tensor.itemsize
+        )  # bytes of the storage before the first that it uses
+        reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        self.end = self.begin + (int(reach) + 1) * tensor.itemsize
+        self.stretch: _Stretch | None = None
+
+    def travel_in(self, stretch: _Stretch, begin: int) -> None:
+        """From here on it is a part of a stretch that begins so many bytes after the storage does."""
+        self.own, self.stretch, self.begin = None, stretch, self.begin - begin
+
+    def tensor(self) -> Tensor:
+        """The tensor, on the device."""
+        if self.stretch is None:
+            assert self.own is not None
+            return self.own
+        values = self.stretch.whole().view(self.dtype)
+        return values.as_strided(self.shape, self.strides, values.storage_offset() + self.begin // self.dtype.itemsize)
+
+
 def tensor_of(packed: Any) -> Any:
     """A saved tensor, on the device, wherever it waited; anything else as it is."""
-    return packed.tensor() if isinstance(packed, _Away) else packed
+    return packed.tensor() if isinstance(packed, _Saved) else packed
 
 
 def _wait(event: Any) -> None:
@@ -115,7 +131,7 @@ class ActivationOffload:
         self.free: list[Tensor] = []  # uint8 buffers not in use
         self.chunk: Tensor | None = None
         self.chunk_used = 0
-        self.layers: dict[int, WeakSet[_Away]] = {}
+        self.layers: dict[int, WeakSet[_Stretch]] = {}
         self.bytes: dict[int, int] = {}  # that each of them sends
         self.staying: list[int] = []  # layers whose tensors have not left the device, in order
         self.loan: GradientLoan | None = None  # where tensors of the last layers wait instead
@@ -135,8 +151,7 @@ class ActivationOffload:
     def borrow(self, bytes_: int, layer: int) -> Tensor | None:
         """A pinned uint8 buffer of so many bytes or more for a layer. All copies share one stream, so reuse needs no waiting.
 
-        Micro-batches differ in size: the smallest buffer that is large enough is taken, so that those of the largest
-        micro-batch serve all.
+        Micro-batches differ in size: the smallest that is large enough is taken, so that those of the largest serve all.
         """
         fitting = [i for i, buffer in enumerate(self.free) if buffer.numel() >= bytes_]
         return self.free.pop(min(fitting, key=lambda i: self.free[i].numel())) if fitting else self._carve(bytes_)
@@ -157,10 +172,9 @@ class ActivationOffload:
         Yields:
             What sends another tensor along, and returns what `tensor_of` brings back.
         """
-        here: WeakSet[_Away] = WeakSet()
-        seen: dict[tuple, _Away] = {}
+        saved: list[ReferenceType[_Saved]] = []
 
-        def pack(tensor: Tensor) -> Tensor | _Away:
+        def pack(tensor: Tensor) -> Tensor | _Saved:
             storage = tensor.untyped_storage().data_ptr()
             # A gathered weight has no fixed address, and is gone before a copy of it would be done: its bytes, and the
             # constants in a row of their own, which no activation is.
@@ -169,22 +183,40 @@ class ActivationOffload:
             repeated = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             if elsewhere or tensor.nbytes < self.smallest_bytes or repeated or weight:
                 return tensor
-            # One tensor saved by several operations travels once. `seen` keeps it alive, so addresses are not reused.
-            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
-            if key not in seen:
-                if (buffer := self.borrow(tensor.nbytes, number)) is None:
-                    return tensor
-                seen[key] = _Away(self, tensor.detach(), buffer, number)
-                here.add(seen[key])
-            return seen[key]
+            packed = _Saved(tensor.detach())
+            saved.append(ref(packed))
+            return packed
 
         with saved_tensors_hooks(pack, tensor_of):
             yield pack
-        self.layers[number], self.bytes[number] = here, sum(away.bytes for away in here)
+        here = self._send([each for reference in saved if (each := reference()) is not None], number)
+        self.layers[number], self.bytes[number] = here, sum(stretch.bytes for stretch in here)
         self.staying.append(number)
         while self.staying and not self._have_room(self.staying):
-            for away in self.layers[self.staying.pop(0)]:
-                away.leave()
+            for stretch in self.layers[self.staying.pop(0)]:
+                stretch.leave()
+
+    def _send(self, saved: list[_Saved], layer: int) -> "WeakSet[_Stretch]":
+        """Starts the copies of what a layer saved: of a storage's bytes once, however many tensors see them."""
+        storages: dict[int, list[_Saved]] = {}
+        for each in saved:
+            assert each.own is not None
+            if each.own._version != each.version:
+                raise RuntimeError("a tensor that is saved for the backward pass was changed in place")
+            storages.setdefault(each.own.untyped_storage().data_ptr(), []).append(each)
+        sent: WeakSet[_Stretch] = WeakSet()
+        for tensors in (sorted(found, key=lambda each: each.begin) for found in storages.values()):
+            while tensors:
+                begin, end, count = tensors[0].begin // 512 * 512, tensors[0].end, 1
+                while count < len(tensors) and tensors[count].begin < end:
+                    end, count = max(end, tensors[count].end), count + 1
+                together, tensors = tensors[:count], tensors[count:]
+                if (buffer := self.borrow(end - begin, layer)) is not None:
+                    stretch = _Stretch(self, _bytes_of(together[0].own, begin, end), buffer, layer)
+                    sent.add(stretch)
+                    for each in together:
+                        each.travel_in(stretch, begin)
+        return sent
 
     def _have_room(self, numbers: list[int]) -> bool:
         return sum(self.bytes[number] for number in numbers) <= ROOM * max(self.bytes.values())
@@ -225,8 +257,8 @@ class ActivationOffload:
                 break
             ahead.append(number)
         for number in (layer, *ahead):
-            for away in self.layers.get(number, ()):
-                away.fetch()
+            for stretch in self.layers.get(number, ()):
+                stretch.fetch()
 
 
 class GradientLoan(ActivationOffload):
@@ -249,7 +281,8 @@ class GradientLoan(ActivationOffload):
         for last, gradient in enumerate(gradients):
             end = gradient.data_ptr() + gradient.nbytes
             if last + 1 == len(gradients) or gradients[last + 1].data_ptr() != end:
-                self.pieces.append(_bytes_between(gradients[first], end))
+                start = gradients[first].untyped_storage().data_ptr()
+                self.pieces.append(_bytes_of(gradients[first], gradients[first].data_ptr() - start, end - start))
                 first = last + 1
         self.used: list[int] = []  # bytes of each piece
         self.rooms: dict[int, list[Tensor]] = {}  # by layer
@@ -274,17 +307,17 @@ class GradientLoan(ActivationOffload):
         self.used = [0] * len(self.pieces)
 
     def fetch_around(self, layer: int) -> None:
-        for away in self.layers.get(layer, ()):
-            away.fetch()
+        for stretch in self.layers.get(layer, ()):
+            stretch.fetch()
         for room in self.rooms.pop(layer, ()):  # also those of tensors that nobody needed
             room.zero_()
 
 
-def _bytes_between(first: Tensor, end: int) -> Tensor:
-    """uint8, from where a tensor begins to an address in the same storage."""
-    storage = first.untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage)
-    return whole[first.data_ptr() - storage.data_ptr() : end - storage.data_ptr()]
+def _bytes_of(tensor: Tensor | None, begin: int, end: int) -> Tensor:
+    """uint8, of a tensor's storage."""
+    assert tensor is not None
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    return whole[begin:end]
 
 
 def link_bytes_per_second(device: torch.device) -> float:
