@@ -354,11 +354,8 @@ class StepPlanner:
             for lent in sorted({0, plan.lent})
         ]
         host_bytes = max(needs.host_bytes, plan.sent_bytes(needs))  # what was asked for may be more
-        fitting = [
-            other
-            for other in plans
-            if other.step_bytes(needs) <= self.available_bytes and other.sent_bytes(needs) <= host_bytes
-        ]
+        room = self.available_bytes
+        fitting = [p for p in plans if p.step_bytes(needs) <= room and p.sent_bytes(needs) <= host_bytes]
         return min(fitting, key=lambda other: other.cost(needs), default=plan)
 
 
