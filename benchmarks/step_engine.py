@@ -78,6 +78,7 @@ RUNS = {
 }
 # Any run with `-fp8` behind its name, multiplied in 8 bits.
 RUNS |= {f"{name}-fp8": (*run[:3], run[3] | {"matmul": "fp8"}) for name, run in RUNS.items()}
+RUNS["qwen3-moe-least-experts-fp8"][3]["waiting"] = 0.625  # codes leave the card room for more of the state
 KINDS = {
     "to 8 bits": ("_quantise_rows", "_unpack"),
     "expert adapters": ("_project_rows", "_outer_rows", "_add_rows", "_turn_matrices"),
