@@ -1,8 +1,7 @@
 """Offload to pinned host memory: activations saved for the backward pass, and the table of input embeddings.
 
 Activations are copied on a stream of their own: a layer's tensors leave while the next layers compute, and come back
-while the backward pass is in the layers before them. Those of the last layers may wait on the device instead, in memory
-of gradients that the backward pass has yet to come to.
+while the backward pass is in the layers before them. Those of the last layers may wait in memory of idle gradients.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -135,6 +134,7 @@ class ActivationOffload:
         self.bytes: dict[int, int] = {}  # that each of them sends
         self.staying: list[int] = []  # layers whose tensors have not left the device, in order
         self.loan: GradientLoan | None = None  # where tensors of the last layers wait instead
+        self.lenders: list[nn.Parameter] = []  # whose gradients these are
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -229,11 +229,11 @@ class ActivationOffload:
         if self.loan is not None:
             self.loan.start()
 
-    def borrow_from(self, layers: Iterable[nn.Module]) -> bool:
-        """Has `loan` be of the memory of these layers' gradients; whether there is any yet."""
-        found = [p.grad for layer in layers for p in layer.parameters() if p.requires_grad]
-        gradients = sorted((g for g in found if g is not None), key=lambda g: g.data_ptr())
-        if len(gradients) < len(found) or not found:
+    def borrow_from(self, layers: list[nn.Module]) -> bool:
+        """Has `loan` be of the memory of these layers' gradients, always the same ones; whether there is any yet."""
+        self.lenders = self.lenders or [p for layer in layers for p in layer.parameters() if p.requires_grad]
+        gradients = sorted((p.grad for p in self.lenders if p.grad is not None), key=lambda g: g.data_ptr())
+        if not layers or len(gradients) < len(self.lenders):
             return False
         places = tuple(gradient.data_ptr() for gradient in gradients)
         if self.loan is None or self.loan.places != places:
