@@ -168,3 +168,11 @@ def test_the_error_of_a_stack_is_that_of_its_worst_expert(layout, transposed):
 def test_a_model_without_experts_has_no_stacks(load_tiny):
     stacks = ExpertStacks(load_tiny("llama")[0])
     assert not stacks.found and stacks.bytes_beyond(torch.nn.Identity(), 2) == 0
+
+
+def test_tiles_of_a_long_row_are_in_8_bits_in_both_passes(qwen):
+    batch, losses = batch_of((64,) * 8), []
+    for matmul, tile_tokens in (("bf16", 0), ("fp8", 0), ("fp8", 128)):
+        losses.append(step(qwen, batch, trial=FEW, matmul=matmul, tile_tokens=tile_tokens)[0])
+    plain, whole, tiled = losses
+    assert abs(tiled - whole) < 0.1 * abs(plain - whole)

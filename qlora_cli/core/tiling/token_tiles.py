@@ -7,13 +7,14 @@ Gradients of parameters are summed here and handed to autograd once.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 # Of a tile: 8,192 x 14,336 in 16 bits are 224 MiB, of which an MLP's backward pass holds some six; a product of so many
 # rows takes 1.4 ms on an H200, beside which the weight, dequantised for each tile anew, takes 0.04.
@@ -62,7 +63,7 @@ class TiledModule:
         if x.shape[0] * x.shape[1] <= self.tile_tokens or torch.compiler.is_compiling():
             return self.run(x)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return _Tiled.apply(x, self, *parameters)
+        return _Tiled.apply(x, self, torch.is_grad_enabled(), *parameters)
 
     def run(self, x: Tensor) -> Tensor:
         """The module's own forward."""
@@ -75,9 +76,17 @@ class TiledModule:
         return (slice(first, min(first + size, tokens)) for first in range(0, tokens, size))
 
 
+@contextmanager
+def _keeping_nothing(differentiated: bool) -> Iterator[None]:
+    """Gradients are enabled as where the module is called, by which products in 8 bits go, and nothing is saved for them;
+    in an autograd function they are not, and the repetition would be of another forward pass."""
+    with torch.set_grad_enabled(differentiated), saved_tensors_hooks(lambda _: None, lambda _: None):
+        yield
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tile: TiledModule, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tile: TiledModule, differentiated: bool, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.tile, ctx.parameters = tile, parameters
         flat = x.flatten(0, 1)  # (tokens, ...)
@@ -85,15 +94,15 @@ class _Tiled(torch.autograd.Function):
         flat_out = out.view(len(flat), *tile.shape)
         if not (tile.output_unused_in_recompute and tile.state.recomputing):
             for part in tile.ranges(len(flat)):
-                with tile.state.tile(part.start, repeated=False):
-                    flat_out[part] = tile.run(flat[None, part])[0]
+                with tile.state.tile(part.start, repeated=False), _keeping_nothing(differentiated):
+                    flat_out[part] = tile.run(flat[None, part])[0].detach()
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), tile = ctx.saved_tensors, ctx.tile
         flat, grad = x.flatten(0, 1), grads[0].flatten(0, 1)
-        needs_x, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        needs_x, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         grad_x = torch.empty_like(flat) if needs_x else None
         parameters = [p for p, is_needed in zip(ctx.parameters, needed, strict=True) if is_needed]
         totals: list[Tensor | None] = [None] * len(parameters)
@@ -113,6 +122,7 @@ class _Tiled(torch.autograd.Function):
         of = iter(totals)
         return (
             None if grad_x is None else grad_x.view(x.shape),
+            None,
             None,
             *(next(of) if is_needed else None for is_needed in needed),
         )
