@@ -80,7 +80,7 @@ class TiledModule:
 def _keeping_nothing(differentiated: bool) -> Iterator[None]:
     """Gradients are enabled as where the module is called, by which products in 8 bits go, and nothing is saved for them;
     in an autograd function they are not, and the repetition would be of another forward pass."""
-    with torch.set_grad_enabled(differentiated), saved_tensors_hooks(lambda _: None, lambda _: None):
+    with torch.set_grad_enabled(differentiated), saved_tensors_hooks(lambda _: None, lambda kept: kept):
         yield
 
 
