@@ -8,6 +8,8 @@ import torch
 
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.engine.decoder_layers import find_layers
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts
+from qlora_cli.core.experts.fused_experts import FusedExperts, fuse_experts
 from qlora_cli.core.experts.grouped_product import Routing
 from qlora_cli.core.experts.stack import bytes_at_once, part_of
 from qlora_cli.core.matmul.choice import ProductTrial
@@ -140,6 +142,29 @@ def test_a_matrix_with_one_block_of_outliers_keeps_its_stack_in_the_compute_dtyp
     assert list(experts.scales) == ["gate_up_proj"]
     engine.close()
     assert not experts.scales
+
+
+@pytest.mark.parametrize("broken", [None, "raises", "is wrong"])
+def test_kernels_that_fail_or_are_wrong_leave_their_stacks_in_the_compute_dtype(qwen, broken):
+    class Experts(FusedExperts):
+        def __call__(self, hidden_states, index, weights):
+            answer = FourBitExperts.forward(self.module, hidden_states, index, weights)
+            if self.up[1].stack_scale is None or not torch.is_grad_enabled() or broken is None:
+                return answer
+            if broken == "raises":
+                raise Exception("out of resource")  # as Triton's, of no kind that PyTorch has
+            return answer.flip(0)
+
+    model = underlying_model(qwen)
+    stacks, put_back = ExpertStacks(model), fuse_experts(model, kind=Experts)
+    failed = stacks.failures(stacks.found)
+    assert set(failed) == (set(stacks.found) if broken else set()) and not stacks.in_8_bits
+    said = {"raises": "its kernels fail: out of resource", "is wrong": "its kernels are off by 1."}
+    assert all(said[broken] in reason for reason in failed.values())
+    engine, events = install(qwen, trial=FEW, matmul="fp8", events=(events := [])), events
+    assert len(engine.products.stacks) == (0 if broken else 4) and (not broken or said[broken] in texts(events))
+    engine.close()
+    put_back()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

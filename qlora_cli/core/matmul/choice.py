@@ -170,12 +170,14 @@ def choose_products(
         chosen = {name for name in covered if name in layers and name not in recorded.kept}
         return frozenset(chosen.union(name for name in recorded.stacks if name in stacks.found)), recorded
     errors = dict.fromkeys(covered, ProductErrors(float("inf"), float("inf")))
-    failure = ""
+    failure, failed = "", dict[str, str]()
     try:
         with stacks.measuring(name for name in covered if name in stacks.found) as read_stacks:
             of_layers = measure_products(dict(layers[name] for name in covered if name in layers), run)
         errors |= {name: of_layers[module] for name, (module, _) in layers.items() if module in of_layers}
-        errors |= read_stacks()
+        errors |= (of_stacks := read_stacks())
+        failed = stacks.failures(name for name, each in of_stacks.items() if each.worst <= MOST_ERROR)
+        errors |= dict.fromkeys(failed, ProductErrors(float("inf"), float("inf")))
     except RuntimeError as error:  # of memory too, or a card or library without these products
         if settings.matmul != "auto":
             raise
@@ -196,7 +198,7 @@ def choose_products(
         worst_output=max((e.output for e in passed.values()), default=0.0),
         worst_gradient=max((e.gradient for e in passed.values()), default=0.0),
     )
-    why = uncovered | {name: _in_words(each) for name, each in errors.items() if name not in passed}
+    why = uncovered | {name: _in_words(each) for name, each in errors.items() if name not in passed} | failed
     why = {name: why[name] for name in (*layers, *stacks.found) if name in why}
     if failure:
         report(Notice(f"Layers are multiplied in bf16, not in fp8 as --matmul auto would: {failure}."))

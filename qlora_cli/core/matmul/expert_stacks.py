@@ -17,9 +17,12 @@ from qlora_cli.core.experts.layout import ExpertWeight, share_of_experts
 from qlora_cli.core.experts.stack import bytes_at_once, part_of
 from qlora_cli.core.matmul.gate import SLICE_BYTES, ProductErrors, code_noise, over_expected, read_errors
 from qlora_cli.core.models.quantization import STREAMED
+from qlora_cli.errors import first_line
 from qlora_cli.kernels import float8
 from qlora_cli.kernels.experts.operands import FEW_ROWS
 from qlora_cli.kernels.weights import FrozenWeight
+
+MOST_UNLIKE = 0.5  # of experts in 8 bits, which are off by some 0.1; by 1.4 where a product is of something else
 
 
 class RoutedStack(NamedTuple):
@@ -108,6 +111,26 @@ class ExpertStacks:
             taken[module in inside] = max(taken[module in inside], bytes_)
         return max(0, taken[False] - taken[True])
 
+    def failures(self, names: Iterable[str]) -> dict[str, str]:
+        """Why fused experts do not multiply these in 8 bits here after all, by name. `measuring` has what the products are
+        to be; a module of each kind runs both ways, as in a step, on a card that may not take the kernels."""
+        stacks = {name: self.found[name] for name in names}
+        of_kinds: dict[tuple, FourBitExperts] = {}
+        kinds: dict[str, tuple] = {}
+        for name, (module, _) in stacks.items():
+            own = tuple(weight.name for each, weight in stacks.values() if each is module)
+            kinds[name] = type(module), module.expert_weights, own, tuple(module.lora)
+            if isinstance(module.__dict__.get("fused"), FusedExperts):  # else products are those of the reference
+                of_kinds.setdefault(kinds[name], module)
+        self.put_back()
+        exact = {kind: _both_passes(module) for kind, module in of_kinds.items()}
+        self.multiply_in_8_bits(stacks)
+        try:
+            reasons = {kind: _why_unlike(module, exact[kind]) for kind, module in of_kinds.items()}
+        finally:
+            self.put_back()
+        return {name: reason for name, kind in kinds.items() if (reason := reasons.get(kind))}
+
     @contextmanager
     def measuring(self, names: Iterable[str]) -> Iterator[Callable[[], dict[str, ProductErrors]]]:
         """Inside the block the modules of these stacks compute plainly, so that each product is seen by itself; gives what
@@ -152,6 +175,34 @@ class ExpertStacks:
                 del module.__dict__["product"]
             for module, forward in forwards.items():
                 module.__dict__["forward"] = forward
+
+
+def _both_passes(module: FourBitExperts) -> tuple[Tensor, Tensor]:
+    """What a module of experts gives, and the gradient of its input, of random tokens that each expert has many rows of."""
+    weight = module.expert_weights[0]
+    device, choices = getattr(module, weight.name).device, min(2, weight.experts)
+    tokens = -(-(FEW_ROWS + 1) * weight.experts // choices)
+    generator = torch.Generator(device).manual_seed(0)
+    shape, dtype = (tokens, weight.columns), module.compute_dtype
+    x, gradient = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
+    index = torch.arange(tokens * choices, device=device).view(tokens, choices) % weight.experts
+    if (bring := module.__dict__.get(STREAMED)) is not None:
+        bring()
+    with torch.enable_grad():
+        out = module(x.requires_grad_(), index, torch.ones(index.shape, dtype=dtype, device=device))
+    return out.detach(), *torch.autograd.grad(out, x, gradient)
+
+
+def _why_unlike(module: FourBitExperts, exact: tuple[Tensor, Tensor]) -> str:
+    """Why a module in 8 bits does not give what it gave in the compute dtype; nothing where it does."""
+    try:
+        found = _both_passes(module)
+        error = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, exact, strict=True))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # of a compiler too, whose kinds of errors are its own
+        return f"its kernels fail: {first_line(failure)}"
+    return "" if error <= MOST_UNLIKE else f"its kernels are off by {error:.2f}"
 
 
 def stack_error(
