@@ -11,7 +11,7 @@ from qlora_cli.core.engine.lora_linear import StepState
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.activation_trace import trace_model, trace_tiles
-from qlora_cli.core.tiling.token_tiles import TokenTiles, fused_norm, tile_of
+from qlora_cli.core.tiling.token_tiles import TokenTiles, fused_norm, run_norm, tile_of
 from qlora_cli.settings.groups import LoraSettings
 from tests.conftest import ARCHITECTURES, most_slow
 from tests.engine.test_engine import CPU, adapted, batch_of, step
@@ -108,6 +108,12 @@ def test_a_norm_in_one_kernel_is_as_near_as_the_models_own_and_another_norm_is_l
     assert fused_norm(other, x.to(dtype)) is None
     assert fused_norm(nn.LayerNorm(96, 1e-3, bias=False, dtype=dtype).requires_grad_(False), x.to(dtype)) is None
     assert fused_norm(own.requires_grad_(), x.to(dtype)) is None
+
+
+@pytest.mark.parametrize(("tokens", "called"), [(2**19, "norm"), (2**19 + 1, "tiles")])
+def test_norms_of_more_values_than_32_bits_count_go_in_tiles(tokens, called):
+    x = torch.empty(1, tokens, 8192, dtype=torch.bfloat16, device="meta")
+    assert run_norm(lambda _: "norm", lambda _: "tiles", x) == called
 
 
 @pytest.mark.gpu

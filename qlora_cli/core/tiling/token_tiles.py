@@ -24,6 +24,7 @@ LEAST_TILES = 2  # that a micro-batch has to fill, for tiles to be taken unasked
 # tried out on, where they run whole.
 TILE_MULTIPLE = 128
 ROUNDING = 2**-7  # of a norm that rounds in other places
+MOST_NORMED = 2**32  # values: PyTorch's kernel finds a row by a product of 32 bits (layer_norm_kernel.cu)
 MOST_DIFFERENCE = 2**-5  # of a token's output, by its size, that the rounding of other products explains
 
 
@@ -151,8 +152,8 @@ class TokenTiles:
         self.remove()
         self.tile_tokens = -(-tile_tokens // TILE_MULTIPLE) * TILE_MULTIPLE
         for module, (shape, dtype) in self.found.items():
-            tiled = TiledModule(module, shape, dtype, self.tile_tokens, self.state)
-            vars(module)["forward"] = self.norms.get(module, tiled)
+            tiled, norm = TiledModule(module, shape, dtype, self.tile_tokens, self.state), self.norms.get(module)
+            vars(module)["forward"] = tiled if norm is None else partial(run_norm, norm, tiled)
 
     def remove(self) -> None:
         """Gives the modules their own forward back."""
@@ -186,6 +187,11 @@ def fused_norm(module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
             found.append((out, *torch.autograd.grad(out, given, out.detach().flip(-1))))
     near = all(bool((a - b).float().norm() <= ROUNDING * a.float().norm()) for a, b in zip(*found, strict=True))
     return norm if near else None
+
+
+def run_norm(norm: Callable[[Tensor], Tensor], tiled: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The norm of all tokens in one kernel, or in tiles where that would count past 32 bits, and norm the first rows twice."""
+    return norm(x) if x.numel() <= MOST_NORMED else tiled(x)
 
 
 def tile_of(module: nn.Module) -> TiledModule | None:
