@@ -107,9 +107,10 @@ def test_a_run_goes_on_with_the_stacks_that_it_had(qwen):
     engine.close()
 
 
-def test_few_rows_for_each_expert_stay_in_the_compute_dtype_and_that_is_said(qwen):
+@pytest.mark.parametrize("few", [{"max_tokens": 60}, {"max_tokens": 512, "tile_tokens": 60}])
+def test_few_rows_for_each_expert_stay_in_the_compute_dtype_and_that_is_said(qwen, few):
     events: list = []
-    engine = install(qwen, events=events, max_tokens=60, matmul="fp8", trial=FEW)
+    engine = install(qwen, events=events, matmul="fp8", trial=FEW, **few)
     assert engine.products.stacks == () and engine.products.matmul == "fp8"
     assert "down_proj (few rows for each expert)" in texts(events)
     engine.close()

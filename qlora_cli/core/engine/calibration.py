@@ -387,7 +387,8 @@ def install_products(
                 layer.recompute = False
 
     layers = linears.packed()
-    chosen, record = choose_products(settings, trial, layers, stacks, largest_tokens, run, report)
+    tokens = min(largest_tokens, settings.tile_tokens or largest_tokens)  # that experts are given at once
+    chosen, record = choose_products(settings, trial, layers, stacks, tokens, run, report)
     linears.in_8_bits = frozenset(module for name, (module, _) in layers.items() if name in chosen)
     stacks.multiply_in_8_bits(name for name in stacks.found if name in chosen)
     return record

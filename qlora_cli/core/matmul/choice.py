@@ -154,7 +154,7 @@ def choose_products(
 
     Args:
         layers: By name, with their packed weights.
-        tokens: Of the largest micro-batch.
+        tokens: Of the largest micro-batch, or of a tile of it.
         run: Passes the trial's rows through all of them, forward and backward.
 
     Raises:

@@ -116,7 +116,8 @@ class TrainingMemory:
 
 def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemory:
     """Memory of training a traced model at its highest moment, by the largest micro-batch."""
-    of_experts = step.in_8_bits and has_many_rows(step.part_tokens, profile.met_experts)
+    at_once = min(step.part_tokens, step.measures.tile_tokens or step.part_tokens)
+    of_experts = step.in_8_bits and has_many_rows(at_once, profile.met_experts)
     trace = profile.traced(step.measures.tile_tokens, in_8_bits=of_experts)
     assert trace is not None
     moment, activation_bytes, working_bytes = max(
