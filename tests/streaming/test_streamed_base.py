@@ -224,6 +224,12 @@ def test_host_memory_comes_in_pieces_of_which_little_is_lost(layer_bytes, layers
         assert locked_bytes(layer_bytes, layers) <= 1.2 * layer_bytes * layers
 
 
+def test_nothing_is_allocated_beside_the_layers():
+    buffers = list(host_memory.layer_buffers(300, 7, torch.device("cpu"), report_nothing))
+    pieces = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in buffers}
+    assert len(buffers) == 7 and sum(pieces.values()) == 7 * 300
+
+
 @pytest.mark.parametrize("refused", [False, True])
 def test_touched_pages_are_locked_once_and_let_go_with_the_last_view_and_where_refused_cuda_allocates(
     monkeypatch, refused

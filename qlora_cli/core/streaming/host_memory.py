@@ -27,8 +27,8 @@ def why_on_disk(waiting_bytes: int) -> str | None:
 
 
 def piece_sizes(layer_bytes: int, layers: int) -> list[tuple[int, int]]:
-    """(bytes, layers held) of each piece. PyTorch rounds a page-locked piece up to a power of two, so that pieces are of
-    such sizes, and less than a layer is lost in each."""
+    """(bytes, layers held) of each piece, at the most. PyTorch rounds what it locks itself (`lock_pages`) up to a power of
+    two, so that pieces are of such sizes, and less than a layer is lost in each."""
     pieces = []
     while layers:
         whole = 2 ** min((layer_bytes * layers).bit_length() - 1, MOST_BYTES.bit_length() - 1)
@@ -39,7 +39,7 @@ def piece_sizes(layer_bytes: int, layers: int) -> list[tuple[int, int]]:
 
 
 def locked_bytes(layer_bytes: int, layers: int) -> int:
-    """What so many layers take, with what is lost to rounding."""
+    """What so many layers take at the most, with what is lost to rounding."""
     return sum(2 ** (bytes_ - 1).bit_length() for bytes_, _ in piece_sizes(layer_bytes, layers))
 
 
@@ -50,13 +50,14 @@ def layer_buffers(layer_bytes: int, layers: int, device: torch.device, report: R
     from which copies are slower and hold up the host; `report` is told.
     """
     lock = device.type == "cuda"
-    for bytes_, held in piece_sizes(layer_bytes, layers):
-        piece, lock = allocate_locked(bytes_, "layers", device, report) if lock else (_ordinary(bytes_), False)
+    for _, held in piece_sizes(layer_bytes, layers):
+        bytes_ = held * layer_bytes
+        piece, lock = allocate_locked(bytes_, "layers", report) if lock else (_ordinary(bytes_), False)
         for number in range(held):
             yield piece[number * layer_bytes : (number + 1) * layer_bytes]
 
 
-def allocate_locked(bytes_: int, what: str, device: torch.device, report: Report) -> tuple[Tensor, bool]:
+def allocate_locked(bytes_: int, what: str, report: Report) -> tuple[Tensor, bool]:
     """A uint8 buffer of page-locked memory, or, as `report` is told, of ordinary memory where the system gives no more.
 
     Args:

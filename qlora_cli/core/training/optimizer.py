@@ -126,7 +126,7 @@ def _keep_state_on_host(optimizer: Any, report: Report, share: float, piece_byte
         bytes_ = parameter.numel() * dtype.itemsize
         if parameter.device.type != "cuda":
             return torch.zeros(parameter.shape, dtype=dtype)
-        state, _ = allocate_locked(bytes_, "states of the optimizer", parameter.device, report)
+        state, _ = allocate_locked(bytes_, "states of the optimizer", report)
         return state.zero_().view(dtype).view(parameter.shape)
 
     optimizer.get_state_buffer = buffer
