@@ -386,8 +386,7 @@ def install_products(
             for layer in layer_plans:
                 layer.recompute = False
 
-    layers = linears.packed()
-    tokens = min(largest_tokens, settings.tile_tokens or largest_tokens)  # that experts are given at once
+    layers, tokens = linears.packed(), min(largest_tokens, settings.tile_tokens or largest_tokens)  # in a tile
     chosen, record = choose_products(settings, trial, layers, stacks, tokens, run, report)
     linears.in_8_bits = frozenset(module for name, (module, _) in layers.items() if name in chosen)
     stacks.multiply_in_8_bits(name for name in stacks.found if name in chosen)
