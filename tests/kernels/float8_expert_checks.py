@@ -78,7 +78,7 @@ def test_product_is_that_of_the_codes(backward, gathered, adapted, at_once, monk
     """Tiles of an expert's last rows, a row of zeros, small rows beside large ones, and what is left in the last step."""
     monkeypatch.setattr(grouped, "FEW_ROWS", -1)
     monkeypatch.setattr(grouped.workspace, "limit_bytes", at_once * ROWS * COLUMNS)
-    monkeypatch.setattr(tiles, "SMALL", Tiling(48, 64, 64, 4, 2, last_rows=16))
+    monkeypatch.setattr(tiles, "SMALL", Tiling(32, 64, 64, 4, 2, last_rows=16))
     torch.manual_seed(1)
     weight, exact, wanted = make_stack()
     routing = make_routing()

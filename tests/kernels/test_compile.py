@@ -56,16 +56,7 @@ UNPACK |= {"STACKED": False}
 STACK = {"NESTED_BLOCKSIZE": 256, "NESTED": True, "OFFSETS": True}
 STACK_NUMBERS = {"first_expert", "blocks", "rows", "row_blocks", "experts", "first", "last", "columns", "inner"}
 STACK_NUMBERS |= {"choices", "rank", "second_expert_stride", "rank_stride", "second_stride"}
-CODE_TILE = {
-    "ROWS": 128,
-    "MORE": 64,
-    "COLUMNS": 256,
-    "INNER": 128,
-    "EXPERTS": 128,
-    "RANK": 16,
-    "WHOLE": True,
-    "GATHERED": True,
-}
+CODE_TILE = {"ROWS": 128, "COLUMNS": 256, "INNER": 128, "EXPERTS": 128, "RANK": 16, "WHOLE": True, "GATHERED": True}
 GATE_TILE = {"ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS}
 CASES = [
     (

@@ -1,7 +1,7 @@
 """Products of rows sorted by expert with each expert's matrix, both in e4m3, and what an adapter adds to them (Triton).
 
-As dense.py, of half the bytes; matrices come by the card's tensor memory accelerator. Both scales multiply a sum at its
-end, before the adapter's update is added to it.
+As dense.py, of half the bytes; matrices come by the card's tensor memory accelerator. A sum starts at the adapter's update, over both scales, and is multiplied by them at its
+end.
 """
 
 import functools
@@ -16,47 +16,11 @@ from qlora_cli.kernels.experts.operands import Routing, Update
 from qlora_cli.kernels.experts.products import Tiling, find_rows, most_tiles
 from qlora_cli.kernels.weights import shared_bytes
 
-# Shared bytes a program needs, and the tiling; the first that the card has room for. A tile reads rows and columns from
-# L2 at some 6.5 TB/s, so the more of them the better: of 192 rows, 192 values are registers of a thread.
-CODES = ((172 * 1024, Tiling(192, 256, 128, 8, 3, 64)), (112 * 1024, Tiling(128, 256, 128, 8, 2, 64)))
+# Shared bytes a program needs, and the tiling; the first that the card has room for. Qwen3-30B-A3B's gate and up on an
+# H200: 230 us; 251 without tiles of 64 rows for an expert's last ones, 331 of 128 columns (benchmarks/experts.md).
+CODES = ((192 * 1024, Tiling(128, 256, 128, 8, 4, 64)), (144 * 1024, Tiling(128, 256, 128, 8, 3, 64)))
 CODES_LEAST = Tiling(128, 128, 128, 8, 2)
-SMALL = Tiling(48, 64, 64, 4, 2, 16)  # under the interpreter
-
-
-@triton.jit
-def _part(total, scale, matrix_scale, projected, high, out, row, stop, column, columns, rank, RANK: tl.constexpr):
-    """Writes rows of a tile."""
-    total = total * tl.load(scale)[:, None] * matrix_scale
-    inside = (row < stop)[:, None]
-    if RANK:
-        number = tl.arange(0, RANK)[None, :]
-        thin = row[:, None].to(tl.int64) * rank + number
-        low = tl.load(projected + thin, mask=inside & (number < rank), other=0.0).to(high.dtype)
-        total = tl.dot(low, high, total, input_precision="ieee")
-    place = row[:, None].to(tl.int64) * columns + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside & (column < columns)[None, :])
-
-
-@triton.jit
-def _places(source, row, stop, choices, GATHERED: tl.constexpr):
-    """Rows of x that rows of a tile are; a row outside is read as the last one is, and not written."""
-    given = tl.minimum(row, stop - 1)
-    if GATHERED:
-        given = tl.load(source + given) // choices
-    return given
-
-
-@triton.jit
-def _step(rows, b, total, rest, WHOLE: tl.constexpr, EMULATED: tl.constexpr):
-    if WHOLE:
-        a = tl.load(rows)
-    else:
-        a = tl.load(rows, mask=rest[None, :], other=0.0)
-    if EMULATED:  # the interpreter has no products of e4m3
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    else:
-        total = tl.dot(a, b, total)
-    return total
+SMALL = Tiling(32, 64, 64, 4, 2, 16)  # under the interpreter
 
 
 @triton.jit
@@ -80,7 +44,6 @@ def _code_tile(
     rank_stride,
     second_stride,
     ROWS: tl.constexpr,
-    MORE: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     RANK: tl.constexpr,
@@ -88,49 +51,43 @@ def _code_tile(
     GATHERED: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """ROWS rows, and MORE below them, times the matrix that begins with row `matrix_row` of `codes`, and, with a RANK,
-    their projections times `second`."""
+    """Rows times the matrix that begins with row `matrix_row` of `codes`, and, with a RANK, projections times `second`."""
+    row = start + tl.arange(0, ROWS)
     column = left + tl.arange(0, COLUMNS)
     step = tl.arange(0, INNER)
-    row = start + tl.arange(0, ROWS)
-    given = _places(source, row, stop, choices, GATHERED)
+    inside = row < stop
+    used = column < columns
+    # A row outside is read as the last one is, a column as the next matrix or zeros are, and neither is written.
+    given = tl.minimum(row, stop - 1)
+    if GATHERED:
+        given = tl.load(source + given) // choices
+    row_scale = tl.load(x_scale + given)
     rows = x + given[:, None].to(tl.int64) * inner + step[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if MORE:
-        low_row = start + ROWS + tl.arange(0, MORE)
-        low_given = _places(source, low_row, stop, choices, GATHERED)
-        low_rows = x + low_given[:, None].to(tl.int64) * inner + step[None, :]
-        low_total = tl.zeros((MORE, COLUMNS), tl.float32)
-    for at in range(0, inner, INNER):
-        rest = step < inner - at
-        b = codes.load([matrix_row + left, at]).T  # what lies outside is of the next matrix, or zero
-        total = _step(rows, b, total, rest, WHOLE, EMULATED)
-        rows += INNER
-        if MORE:
-            low_total = _step(low_rows, b, low_total, rest, WHOLE, EMULATED)
-            low_rows += INNER
-    high = 0.0
     if RANK:
         number = tl.arange(0, RANK)
+        ranked = number < rank
+        thin = row[:, None].to(tl.int64) * rank + number[None, :]
+        # Before the loop, as in dense.py.
+        low = tl.load(projected + thin, mask=inside[:, None] & ranked[None, :], other=0.0)
         flat = number[:, None] * rank_stride + column[None, :] * second_stride
-        high = tl.load(second + flat, mask=(number < rank)[:, None] & (column < columns)[None, :], other=0.0)
-        high = high.to(out.dtype.element_ty)
-    _part(total, x_scale + given, matrix_scale, projected, high, out, row, stop, column, columns, rank, RANK)
-    if MORE:
-        _part(
-            low_total,
-            x_scale + low_given,
-            matrix_scale,
-            projected,
-            high,
-            out,
-            low_row,
-            stop,
-            column,
-            columns,
-            rank,
-            RANK,
-        )
+        high = tl.load(second + flat, mask=ranked[:, None] & used[None, :], other=0.0)
+        total = tl.dot(low, high.to(low.dtype), total, input_precision="ieee")
+        total = total / row_scale[:, None] / matrix_scale
+    for at in range(0, inner, INNER):
+        if WHOLE:
+            a = tl.load(rows)
+        else:
+            a = tl.load(rows, mask=(step < inner - at)[None, :], other=0.0)
+        b = codes.load([matrix_row + left, at]).T
+        if EMULATED:  # the interpreter has no products of e4m3
+            total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+        else:
+            total = tl.dot(a, b, total)
+        rows += INNER
+    total = total * row_scale[:, None] * matrix_scale
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside[:, None] & used[None, :])
 
 
 @triton.jit
@@ -155,7 +112,6 @@ def _multiply_codes(
     rank_stride,
     second_stride,
     ROWS: tl.constexpr,
-    MORE: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -166,7 +122,7 @@ def _multiply_codes(
     EMULATED: tl.constexpr,
 ):
     bands = tl.cdiv(columns, COLUMNS)
-    expert, start, stop = find_rows(ends, experts, first, last, tl.program_id(0) // bands, ROWS + MORE, EXPERTS)
+    expert, start, stop = find_rows(ends, experts, first, last, tl.program_id(0) // bands, ROWS, EXPERTS)
     if expert < 0:
         return
     left = (tl.program_id(0) % bands) * COLUMNS
@@ -175,20 +131,20 @@ def _multiply_codes(
     own = second
     if RANK:
         own = second + expert.to(tl.int64) * second_expert_stride
-    if stop - start <= LAST_ROWS:  # an expert's last rows seldom fill a tile
+    if LAST_ROWS == 0:
         _code_tile(
-            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner,
-            choices, rank, rank_stride, second_stride, LAST_ROWS, 0, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
+            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
+            rank, rank_stride, second_stride, ROWS, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
         )  # fmt: skip
-    elif MORE == 0 or stop - start <= ROWS:
+    elif stop - start <= LAST_ROWS:  # an expert's last rows seldom fill a tile
         _code_tile(
-            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner,
-            choices, rank, rank_stride, second_stride, ROWS, 0, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
+            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
+            rank, rank_stride, second_stride, LAST_ROWS, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
         )  # fmt: skip
     else:
         _code_tile(
-            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner,
-            choices, rank, rank_stride, second_stride, ROWS, MORE, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
+            x, x_scale, codes, matrix_row, matrix_scale, source, projected, own, out, start, stop, left, columns, inner, choices,
+            rank, rank_stride, second_stride, ROWS, COLUMNS, INNER, RANK, WHOLE, GATHERED, EMULATED,
         )  # fmt: skip
 
 
@@ -231,7 +187,6 @@ def multiply_codes(
     grid = most_tiles(len(out), some, tiling.rows) * triton.cdiv(columns, tiling.columns)
     if not grid:
         return
-    rows = 1 << tiling.rows.bit_length() - 1
     projected, second = (None, None) if update is None else update
     rank, strides = (0, (0, 0, 0)) if second is None else (second.shape[1], second.stride())
     with torch.cuda.device_of(x):
@@ -253,15 +208,14 @@ def multiply_codes(
             1 if gathered is None else gathered.choices,
             rank,
             *strides,
-            ROWS=rows,
-            MORE=tiling.rows - rows,
+            ROWS=tiling.rows,
             COLUMNS=tiling.columns,
             INNER=tiling.inner,
             EXPERTS=triton.next_power_of_2(len(ends)),
             RANK=max(16, triton.next_power_of_2(rank)) if rank else 0,
             WHOLE=inner % tiling.inner == 0,
             GATHERED=gathered is not None,
-            LAST_ROWS=tiling.last_rows or rows,
+            LAST_ROWS=tiling.last_rows,
             EMULATED=not x.is_cuda,
             num_warps=tiling.warps,
             num_stages=tiling.stages,

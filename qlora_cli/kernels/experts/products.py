@@ -19,7 +19,7 @@ class Tiling(NamedTuple):
     """How a product is divided.
 
     Attributes:
-        rows: Of a tile of the result, a power of two; of codes also one and a half times one.
+        rows: Of a tile of the result.
         columns: Of it.
         inner: Of a step of its sum.
         warps: Of a program.
