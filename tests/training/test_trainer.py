@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.utils
 
 from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
 from qlora_cli.core.training import accumulation
@@ -355,6 +356,18 @@ def test_memory_that_runs_out_midway_halves_the_micro_batch_and_nothing_else(bas
     assert max(seen[6:]) <= 50 < max(seen[:6])
     notices = [n.text for n in case.reported(Notice)]
     assert len(notices) == 1 and "Memory ran out" in notices[0] and "stays the same" in notices[0]
+
+
+def test_what_the_compiler_leaves_of_layers_is_said_once(base, tmp_path, monkeypatch):
+    reason = "HOP: Unsafe side effect\n  Explanation: Mutating a variable from outside"
+    monkeypatch.setitem(torch._dynamo.utils.counters, "graph_break", {reason: 2})
+    case = make_case(base, tmp_path)
+    case.run()
+    assert not case.reported(Notice)  # on a CPU none are compiled
+    case = make_case(base, tmp_path / "compiled")
+    case.trainer.accumulation.engine.compiled = True
+    case.run()
+    assert ["HOP: Unsafe side effect." in notice.text for notice in case.reported(Notice)] == [True]
 
 
 def test_the_longest_rows_are_tried_before_the_first_step_and_leave_no_trace(base, tmp_path):

@@ -198,6 +198,7 @@ class FaultyEngine:
 
     def __init__(self, engine: Any, fault: Any) -> None:
         self.engine = engine
+        self.compiled = engine.compiled
         self.fault = fault
         self.calls = 0
 

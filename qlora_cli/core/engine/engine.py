@@ -45,9 +45,11 @@ class Engine(Protocol):
 
     Attributes:
         products: How linear layers are multiplied, where that was chosen; None for in the compute dtype.
+        compiled: Whether layers are.
     """
 
     products: ProductRecord | None
+    compiled: bool
 
     def prepare(self, batch: "MicroBatch") -> "MicroBatch":
         """The same batch, with what the host does for it done: best while the device computes another."""
@@ -143,6 +145,7 @@ class PlainEngine:
     def __init__(self, model: Any, settings: StepSettings, *, device: torch.device) -> None:
         self.model, self.device, self.noise_alpha = model, device, settings.neftune_noise_alpha
         self.products: ProductRecord | None = None
+        self.compiled = False
         base = underlying_model(model)
         ids = torch.arange(HEAD_TRIAL_TOKENS, device=device) % base.get_input_embeddings().weight.shape[0]
         require_causal(base, {"input_ids": ids[None]})

@@ -1,6 +1,16 @@
 """Reports of a training run, in order: steps, evaluations, checkpoints and notices."""
 
+import sys
+
 from qlora_cli.events import Event, Report, StepLogged
+
+
+def left_uncompiled() -> str | None:
+    """Why the compiler left parts of what it was to compile as they were, in a word; None where it took all, or nothing
+    was compiled. It says nothing of it by itself."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    reason = next(iter(dynamo.counters["graph_break"]), None) if dynamo else None
+    return reason.strip().splitlines()[0][:200] if reason else None
 
 
 class RunReporter:

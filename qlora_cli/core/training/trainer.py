@@ -23,7 +23,7 @@ from qlora_cli.core.training.evaluation import measure_loss
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import set_learning_rate, step_optimizer
 from qlora_cli.core.training.progress import TrainerState
-from qlora_cli.core.training.reporting import RunReporter
+from qlora_cli.core.training.reporting import RunReporter, left_uncompiled
 from qlora_cli.core.training.rng_state import (
     RandomState,
     capture_random_state,
@@ -97,6 +97,7 @@ class Trainer:
         self.agreed_to_stop = False  # by all ranks, at the end of a step
         self.saved_step = self.state.step
         self.sampled_step = self.state.step or -1  # a run that goes on was asked before it was saved
+        self.said_uncompiled = False
         self.strained_steps = 0  # in a row, see `_relieve_allocator`
         self.most_retries = math.inf  # a step, that another relief would be worth
         self.streak: list[Step] = []  # steps in a row without finite numbers
@@ -184,6 +185,10 @@ class Trainer:
         self._advance(step, sums, loss, random_state_after)
         self._report_step(step, sums, loss, norm, rate, time.perf_counter() - started)
         self._relieve_allocator(sums.retries)
+        asked = self.accumulation.engine.compiled and not self.said_uncompiled
+        if asked and (why := left_uncompiled()) is not None:
+            self.said_uncompiled = True
+            self.reporter.report(Notice(f"Parts of layers are not compiled, and slower than they could be: {why}."))
         if len(self.streak) > NONFINITE_STEPS_TOLERATED:
             self._give_up()
         return following
