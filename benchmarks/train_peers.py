@@ -256,6 +256,28 @@ def steps_file(work: str, number: int, folder: Path) -> Path:
     return folder / f"{PEERS[work][number][0]}-{work}.jsonl"
 
 
+def peer_command(
+    work: str, number: int, folder: Path, steps: int, site: str | None
+) -> tuple[list[str], dict[str, str]]:
+    """A peer on a work for so many steps, and its environment; what it wrote before is gone.
+
+    Args:
+        site: The peers' packages, where they have a place of their own; they come first then.
+    """
+    steps_file(work, number, folder.resolve()).unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--inside", work, str(number), str(steps), "--folder", str(folder)]
+    first = site and str(Path(site).resolve())
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        # No two may write one folder of sources.
+        "UNSLOTH_COMPILE_LOCATION": str(folder.resolve() / f"unsloth-{work}-{number}"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [first, os.environ.get("PYTHONPATH")])),
+    }
+    return command, environment
+
+
 def run_peer(work: str, number: int, folder: Path, arguments: argparse.Namespace) -> dict:
     """One peer on one work in a process of its own: its figures, or what went wrong.
 
@@ -266,19 +288,9 @@ def run_peer(work: str, number: int, folder: Path, arguments: argparse.Namespace
         arguments: `peer_warm`, `peer_site` and `timeout` of the command line.
     """
     named = {"work": work, "who": peer_name(work, number)}
-    path = steps_file(work, number, folder.resolve())
-    path.unlink(missing_ok=True)
     steps = arguments.peer_warm + PEERS[work][number][-1]
-    command = [sys.executable, __file__, "--inside", work, str(number), str(steps), "--folder", str(folder)]
-    # The peers' packages come first, where they have a place of their own; no two may write one folder of sources.
-    site = arguments.peer_site and str(Path(arguments.peer_site).resolve())
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "UNSLOTH_COMPILE_LOCATION": str(folder.resolve() / f"unsloth-{work}-{number}"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")])),
-    }
+    command, environment = peer_command(work, number, folder, steps, arguments.peer_site)
+    path = steps_file(work, number, folder.resolve())
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, env=environment)
     except subprocess.TimeoutExpired:
