@@ -33,6 +33,13 @@ def test_profiles_are_those_over_pefts_adapter(architecture, monkeypatch):
     assert ours == profile(architecture, settings, traced=True)
 
 
+@pytest.mark.slow
+def test_a_model_is_traced_alike_each_time():
+    """Also where tensors die on the way, whose addresses others get."""
+    first, *others = (profile("nemotron_h", LoraSettings(rank=4, dropout=0.1), traced=True) for _ in range(16))
+    assert all(other == first for other in others)
+
+
 def test_what_is_no_plain_adapter_is_attached_by_peft_and_mistakes_are_the_same():
     for settings in (
         LoraSettings(dora=True),

@@ -335,10 +335,10 @@ class _Trace:
         backward pass is highest where the widest activation's gradients meet, or in a linear.
         """
         self.read, self.made, self.moments, self.recording = {}, {}, [], True
-        saved: set[int] = set()
+        saved: dict[int, Tensor] = {}  # the tensors too: an address that is free is another's next
 
         def save(tensor: Tensor) -> Tensor:
-            saved.add(storage_key(tensor))
+            saved[storage_key(tensor)] = tensor
             return tensor
 
         with saved_tensors_hooks(save, lambda tensor: tensor), CatchAttention(self._attend), ExitStack() as hooks:
