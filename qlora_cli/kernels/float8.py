@@ -70,9 +70,8 @@ def with_stack_scale(weight: FrozenWeight, experts: int) -> FrozenWeight:
     parts = (weight.block_scales(first, first + some) for first in range(0, experts * blocks, some))
     sizes = torch.cat([part.abs().view(-1, blocks).amax(1) for part in parts])
     scale = sizes * weight.code.abs().amax() / LARGEST
-    return weight._replace(
-        stack_scale=torch.where(scale > 0, scale, torch.ones_like(scale))
-    )  # a matrix of zeros has one
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a matrix of zeros has one
+    return weight._replace(stack_scale=scale)
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

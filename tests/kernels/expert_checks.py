@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from qlora_cli.core.experts import grouped_product
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.fused_experts import find_gate, fuse_experts
 from qlora_cli.kernels import float8
@@ -103,10 +102,8 @@ def tensors(experts, adapted, dtype):
 )
 def test_fused_experts_are_the_plain_ones(layout, adapted, how, monkeypatch):
     if how != "packed":
-        monkeypatch.setattr(grouped, "FEW_ROWS", -1)
         monkeypatch.setattr(operands, "FEW_ROWS", -1)
         monkeypatch.setattr(products, "SMALL", Tiling(32, 64, 64, 4, 2, last_rows=16))
-        monkeypatch.setattr(grouped_product, "FEW_ROWS", -1)
         monkeypatch.setattr(grouped.workspace, "limit_bytes", 3 * 64 * 128 * 4)
     experts = pack(make_experts(layout).float(), torch.float32).to(DEVICE)
     for weight in experts.expert_weights if how == "8 bits" else ():

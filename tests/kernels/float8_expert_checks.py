@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_cli.kernels import float8
-from qlora_cli.kernels.experts import codes, grouped, layer, products, rows
+from qlora_cli.kernels.experts import codes, grouped, layer, operands, products, rows
 from qlora_cli.kernels.experts import float8 as tiles
 from qlora_cli.kernels.experts.operands import Gate, Lora, Update
 from qlora_cli.kernels.experts.products import Tiling
@@ -76,7 +76,7 @@ def test_scales_in_8_bits_are_read_as_they_are_elsewhere(transposed, monkeypatch
 @pytest.mark.parametrize("at_once", [EXPERTS, 2])
 def test_product_is_that_of_the_codes(backward, gathered, adapted, at_once, monkeypatch):
     """Tiles of an expert's last rows, a row of zeros, small rows beside large ones, and what is left in the last step."""
-    monkeypatch.setattr(grouped, "FEW_ROWS", -1)
+    monkeypatch.setattr(operands, "FEW_ROWS", -1)
     monkeypatch.setattr(grouped.workspace, "limit_bytes", at_once * ROWS * COLUMNS)
     monkeypatch.setattr(tiles, "SMALL", Tiling(32, 64, 64, 4, 2, last_rows=16))
     torch.manual_seed(1)
@@ -105,7 +105,7 @@ def test_product_is_that_of_the_codes(backward, gathered, adapted, at_once, monk
 
 
 def test_a_row_that_is_not_finite_spoils_its_own_alone(monkeypatch):
-    monkeypatch.setattr(grouped, "FEW_ROWS", -1)
+    monkeypatch.setattr(operands, "FEW_ROWS", -1)
     weight, _, _ = make_stack()
     routing = make_routing()
     x = torch.ones(60, COLUMNS, device=DEVICE, dtype=DTYPE)
@@ -139,7 +139,7 @@ def test_few_rows_are_multiplied_in_their_own_dtype():
 
 def test_a_layer_in_8_bits_is_near_the_one_in_its_own_dtype(monkeypatch):
     """Forward and backward, with what is gated between; the ops' fakes say the same shapes."""
-    monkeypatch.setattr(grouped, "FEW_ROWS", -1)
+    monkeypatch.setattr(operands, "FEW_ROWS", -1)
     monkeypatch.setattr(products, "SMALL", Tiling(32, 64, 64, 4, 2))
     torch.manual_seed(2)
     up, down = (quantise(shape, device=DEVICE)[0] for shape in ((3 * 64, 64), (3 * 64, 32)))

@@ -123,9 +123,7 @@ class MemoryPlan:
     streamed: int = 0  # layers whose weights wait on the host, decided before a base is loaded
     attention_kept: int = 0  # recomputed layers whose attention's results wait there too, and are not computed again
     tile_tokens: int | None = None  # of what treats each token by itself, so many run at once; None for all
-    waiting_states: float = (
-        0.0  # share of the optimizer's state that waits on the host, decided before a base is loaded
-    )
+    waiting_states: float = 0.0  # share of the optimizer's state that waits there, decided before a base is loaded
     lent: int = 0  # other layers, of which all that they save waits in memory of the gradients of layers below them
 
     def step_bytes(self, needs: StepNeeds) -> int:

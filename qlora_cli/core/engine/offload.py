@@ -84,9 +84,8 @@ class _Saved:
         self.version = tensor._version
         # Compiled code relies on the strides.
         self.shape, self.strides, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
-        self.begin = (
-            int(tensor.storage_offset()) * tensor.itemsize
-        )  # bytes of the storage before the first that it uses
+        # Bytes of the storage before the first that it uses.
+        self.begin = int(tensor.storage_offset()) * tensor.itemsize
         reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         self.end = self.begin + (int(reach) + 1) * tensor.itemsize
         self.stretch: _Stretch | None = None

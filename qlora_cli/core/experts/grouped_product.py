@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.experts.stack import expert_values
 from qlora_cli.kernels import float8
-from qlora_cli.kernels.experts.operands import FEW_ROWS, WORKSPACE_BYTES
+from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, are_few
 from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -105,7 +105,7 @@ def _multiply(x: Tensor, stack: ExpertStack, routing: Routing, *, backward: bool
 
     Where the device holds no more, fewer experts are dequantised at once from then on.
     """
-    if stack.values.stack_scale is not None and len(x) > FEW_ROWS * stack.layout.experts:
+    if stack.values.stack_scale is not None and not are_few(len(x), stack.layout.experts):
         return _multiply_in_8_bits(x, stack, routing, backward=backward)
     layout = stack.layout
     grouped = takes_grouped_mm(x, layout.rows, layout.columns)

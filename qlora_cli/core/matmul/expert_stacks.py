@@ -19,7 +19,7 @@ from qlora_cli.core.matmul.gate import SLICE_BYTES, ProductErrors, code_noise, o
 from qlora_cli.core.models.quantization import STREAMED
 from qlora_cli.errors import first_line
 from qlora_cli.kernels import float8
-from qlora_cli.kernels.experts.operands import FEW_ROWS
+from qlora_cli.kernels.experts.operands import FEW_ROWS, are_few
 from qlora_cli.kernels.weights import FrozenWeight
 
 MOST_UNLIKE = 0.5  # of experts in 8 bits, which are off by some 0.1; by 1.4 where a product is of something else
@@ -39,7 +39,7 @@ class RoutedStack(NamedTuple):
 def has_many_rows(tokens: float, share: float) -> bool:
     """Whether so many tokens, of whose layer's experts each meets a share, are multiplied in 8 bits: of few rows the 4 bits
     are read on the way, and nothing is rounded to 8."""
-    return tokens * share > FEW_ROWS
+    return not are_few(tokens * share, 1)
 
 
 class ExpertStacks:

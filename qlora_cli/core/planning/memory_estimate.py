@@ -120,8 +120,9 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
     of_experts = step.in_8_bits and has_many_rows(at_once, profile.met_experts)
     trace = profile.traced(step.measures.tile_tokens, in_8_bits=of_experts)
     assert trace is not None
+    runs = step.runs_of(len(trace.layers))
     moment, activation_bytes, working_bytes = max(
-        _moments(trace, profile.itemsize, step), key=lambda found: found[1] + found[2]
+        _moments(trace, runs, profile.itemsize, step), key=lambda found: found[1] + found[2]
     )
     trained = sum(-(-numel // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS for numel in profile.footprint.trainable_numels)
     copied = trained - profile.footprint.expert_adapter_parameters
@@ -141,7 +142,6 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         "activation_bytes": int(activation_bytes),
         "working_bytes": int(working_bytes) + _code_bytes(profile, step) + CUBLAS_BYTES * step.on_cuda,
     }
-    runs = step.runs_of(len(trace.layers))
     offloaded_bytes = sum(
         _held(layer, profile.itemsize, run, step) for layer, run in zip(trace.layers, runs, strict=True) if run.away
     )
@@ -191,7 +191,9 @@ def copied_bytes(profile: ModelProfile, measures: MemoryPlan) -> int:
     return 2 * (sum(waiting) - sum(waiting[:SLOTS]))
 
 
-def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[tuple[str, float, float]]:
+def _moments(
+    trace: ModelTrace, runs: list[LayerRun], itemsize: int, step: ResolvedStep
+) -> Iterator[tuple[str, float, float]]:
     """(name, bytes that other layers hold, bytes of the moment itself) of every moment that can be the highest."""
     size = step.part_tokens, step.row_tokens
     most_scratch = inf if step.measures.workspace_bytes is None else step.measures.workspace_bytes
@@ -200,7 +202,7 @@ def _moments(trace: ModelTrace, itemsize: int, step: ResolvedStep) -> Iterator[t
     # Whoever calls the decoder holds what the first layer is given, also when it is on its way no more; the loss counts it.
     given = 0.0
     known: dict[tuple, tuple[float, float, float]] = {}  # a model has many layers of few kinds
-    for index, (layer, run) in enumerate(zip(trace.layers, step.runs_of(len(trace.layers)), strict=True)):
+    for index, (layer, run) in enumerate(zip(trace.layers, runs, strict=True)):
         kind = id(layer), run
         if kind not in known:
             repeated = layer.compiled if step.compiled else layer.recomputed

@@ -197,11 +197,8 @@ class _Up(torch.autograd.Function):
     ) -> Tensor:
         pairs = len(source)
         projected = None if first is None else x.new_empty(pairs, first.shape[1])
-        spread, arranged, codes = (
-            _expanded(x, pairs, x.shape[1]),
-            _arranged(second, x, pairs),
-            values.codes(x, *x.shape),
-        )
+        spread, arranged = _expanded(x, pairs, x.shape[1]), _arranged(second, x, pairs)
+        codes = values.codes(x, *x.shape)
         y = x.new_empty(pairs, out_features)
         live.mark(values)
         del spread, arranged, codes

@@ -14,7 +14,7 @@ from qlora_cli.kernels import float8
 from qlora_cli.kernels.experts import dense, lanes, low_rank, products, rows
 from qlora_cli.kernels.experts.codes import unpack_stack
 from qlora_cli.kernels.experts.float8 import multiply_codes
-from qlora_cli.kernels.experts.operands import FEW_ROWS, WORKSPACE_BYTES, Routing, Update
+from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, Routing, Update, are_few
 from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm, tiles_are_faster
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -174,4 +174,4 @@ def _add(out: Tensor, update: Update | None, ends: Tensor) -> Tensor:
 
 
 def _are_few(rows_: int, weight: FrozenWeight, experts: int) -> bool:
-    return rows_ <= FEW_ROWS * experts and products.takes_packed(weight, weight.columns)
+    return are_few(rows_, experts) and products.takes_packed(weight, weight.columns)

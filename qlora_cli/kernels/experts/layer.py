@@ -185,10 +185,8 @@ def _down_op(
     gated: _Tensor = given
     rounded = None
     if kind != "none":
-        how, in_8_bits = (
-            Gate(kind, limit, shift, slope, interleaved),
-            output_needed and rounds(len(given), weight, len(ends)),
-        )
+        how = Gate(kind, limit, shift, slope, interleaved)
+        in_8_bits = output_needed and rounds(len(given), weight, len(ends))
         gated, rounded = rows.gate(
             given, routing, how, up_bias, keep=first is not None or not in_8_bits, rounded=in_8_bits
         )

@@ -42,13 +42,18 @@ class Lora(NamedTuple):
     scaling: float
 
 
+def are_few(rows: float, experts: float) -> bool:
+    """Whether so many rows go to so many experts that their values are unpacked in the product: none is rounded to 8 bits."""
+    return rows <= FEW_ROWS * experts
+
+
 def is_scattered(matrices: Tensor, rows: int) -> bool:
     """Whether matrices of an adapter, (experts, rank, columns), are laid out anew before so many rows meet them.
 
     PEFT lays B out as (columns, rank * experts), so that each value of an expert's lies in a sector of its own, which
     tiles of rows would fetch again and again. Few rows are not worth a pass.
     """
-    return matrices.stride(2) != 1 and rows > FEW_ROWS * len(matrices)
+    return matrices.stride(2) != 1 and not are_few(rows, len(matrices))
 
 
 class Update(NamedTuple):
