@@ -1,4 +1,4 @@
-"""This machine's device: which one, its memory, the dtype of its arithmetic; library versions, and sizes in words."""
+"""This machine's device: which one, its memory, the dtype of its arithmetic, its time for a layer; library versions, and sizes in words."""
 
 import gc
 import math
@@ -7,6 +7,7 @@ import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -28,6 +29,29 @@ LIBRARIES = (
 HOST_SHARE = 0.75  # of free host memory, which what waits there may take, of all ranks together
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of this process, as a container sees it
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class LayerSeconds(NamedTuple):
+    """Device time of one layer at some number of tokens, and the host's."""
+
+    forward: float
+    backward: float
+    launching: float = 0.0  # of the host, both passes; 0 where it was not measured
+
+    @property
+    def device(self) -> float:
+        """Both passes."""
+        return self.forward + self.backward
+
+    def fixed(self, quarter: "LayerSeconds") -> "LayerSeconds":
+        """What does not grow with tokens, given also the measurement with a quarter of the tokens."""
+        pairs = zip(self, quarter, strict=True)
+        return LayerSeconds(*(min(max((4 * few - all_) / 3, 0.0), all_) for all_, few in pairs))
+
+    def at_share(self, share: float, quarter: "LayerSeconds") -> "LayerSeconds":
+        """With so many times the tokens, given also the measurement with a quarter of the tokens."""
+        still = self.fixed(quarter)
+        return LayerSeconds(*(part + (share - 1) * (part - rest) for part, rest in zip(self, still, strict=True)))
 
 
 def choose_device() -> torch.device:

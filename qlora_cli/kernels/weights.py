@@ -1,4 +1,4 @@
-"""Frozen linear weight as raw tensors, packed in 4 bits or dense, and its values, whole or by rows."""
+"""Frozen linear weight as raw tensors, packed in 4 bits or dense or both, and its values, whole or by rows."""
 
 import functools
 import importlib.util
@@ -42,7 +42,7 @@ def reserved_room(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
 
 
 class FrozenWeight(NamedTuple):
-    """(out, in) values, either `dense`, or packed two a byte with a scale a block.
+    """(out, in) values, `dense` or packed two a byte with a scale a block, or both where a stack stays unpacked.
 
     Attributes:
         rows: out features.
@@ -59,8 +59,8 @@ class FrozenWeight(NamedTuple):
         row_scale: fp32 (out,), what a row's e4m3 codes are multiplied by, where the weight is multiplied in 8 bits
             (kernels/float8.py); else None.
         column_scale: fp32 (in,), what those of a column are, which are other codes; likewise.
-        codes: e4m3 (out, in) over `row_scale` where they are resident, else None.
-        turned_codes: e4m3 (in, out) over `column_scale`, likewise.
+        codes: e4m3 (out, in) over `row_scale` where they are resident, else None; of a stack (experts, out, in).
+        turned_codes: e4m3 (in, out) over `column_scale`, likewise; of a stack (experts, in, out).
         stack_scale: fp32 (experts,), what the e4m3 codes of each expert's matrix are multiplied by, where a stack of
             them, one below the other, is multiplied in 8 bits (kernels/experts/grouped.py); else None.
     """

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.core.adapters.lora import attach_adapter
+from qlora_cli.core.device import LayerSeconds
 from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.decoder_layers import usual_seconds
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE
-from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan, StepNeeds
+from qlora_cli.core.engine.memory_plan import MemoryPlan, StepNeeds
 from qlora_cli.core.experts.held_routing import HeldRouting
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
@@ -64,6 +65,16 @@ def test_each_relief_is_leaner_until_nothing_is_left_to_give_up():
         plans.append(leaner)
     sizes = [plan.step_bytes(made.needs) for plan in plans]
     assert len(plans) > 2 and sizes == sorted(sizes, reverse=True) and len(set(plans)) == len(plans)
+
+
+def test_where_memory_runs_out_experts_are_packed_again_before_anything_else_is_given_up():
+    made = planner(200 * GIB, 64 * GIB)
+    made.needs = replace(made.needs, expert_layers=10, unpacked_bytes=GIB)
+    plans = [made.plan()]
+    while plans[-1].unpacked_experts:
+        plans.append(made.reduce_memory(plans[-1]))
+    assert [plan.unpacked_experts for plan in plans] == [10, 5, 2, 1, 0]
+    assert {replace(plan, unpacked_experts=0) for plan in plans} == {plans[-1]}
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.floats(1e-4, 1e-2), st.floats(1e-7, 1e-5), st.floats(0, 1), st.integers(1, 32))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.core.engine.memory_plan import ROOM, TOP_LAYERS, LayerSeconds, MemoryPlan, StepNeeds, plan_memory
+from qlora_cli.core.device import LayerSeconds
+from qlora_cli.core.engine.memory_plan import ROOM, TOP_LAYERS, UNPACKED_SHARE, MemoryPlan, StepNeeds, plan_memory
 from qlora_cli.settings.groups import StepSettings
 
 GIB = 2**30
@@ -37,6 +38,19 @@ def test_a_plan_keeps_within_memory_or_nothing_does(gib):
     plan = plan_memory(NEEDS, gib * GIB, UNDECIDED)
     leanest = plan_memory(NEEDS, 0, UNDECIDED)
     assert plan.step_bytes(NEEDS) <= max(gib * GIB, leanest.step_bytes(NEEDS))
+
+
+@given(st.integers(2, 120), st.integers(1, 8), st.sampled_from([None, True, False]))
+def test_experts_stay_unpacked_in_memory_that_nothing_else_needs(gib, layer_gib, resident):
+    settings = StepSettings(resident_weights=resident)
+    needs = replace(NEEDS, expert_layers=24, unpacked_bytes=layer_gib * GIB)
+    plan, without = plan_memory(needs, gib * GIB, settings), plan_memory(NEEDS, gib * GIB, settings)
+    assert replace(plan, unpacked_experts=0) == without
+    if plan.unpacked_experts:
+        assert plan.resident_weights and not plan.frees_activations
+        assert plan.step_bytes(needs) <= gib * GIB
+    elif without.resident_weights and not without.frees_activations:
+        assert UNPACKED_SHARE * (gib * GIB - without.step_bytes(NEEDS)) < layer_gib * GIB
 
 
 @given(st.integers(2, 40), st.floats(0.05, 1.0))

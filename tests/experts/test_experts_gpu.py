@@ -5,15 +5,51 @@ from functools import partial
 import pytest
 import torch
 
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.bnb import bitsandbytes as bnb
+from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.experts import grouped_product
-from qlora_cli.core.experts.four_bit_experts import ExpertLora, pack_experts
+from qlora_cli.core.experts.four_bit_experts import ExpertLora, FourBitExperts, pack_experts
 from qlora_cli.core.experts.layout import expert_weights
 from qlora_cli.core.experts.stack import pack_matrix
-from tests.experts.expert_modules import make_experts
+from qlora_cli.core.matmul.choice import ProductTrial
+from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
+from tests.engine.test_engine import batch_of
+from tests.engine.test_engine_gpu import CUDA, steps
+from tests.experts.expert_modules import make_experts, write_expert_model
 
 pytestmark = pytest.mark.gpu
 TOKENS = 300
+LENGTHS = (40, 33, 57)  # of rows: more than 24 for each of 5 experts, of which a token meets 2
+
+
+@pytest.mark.parametrize("matmul", ["bf16", "fp8"])
+def test_experts_that_stay_unpacked_give_the_same_step_to_the_bit(tmp_path, matmul):
+    write_expert_model("qwen3_moe", tmp_path / "model", num_hidden_layers=2)
+    held = {"compute_dtype": torch.bfloat16, "device": CUDA}
+    base, *_ = load_base(resolve_model(str(tmp_path / "model")), QuantizationSettings(base_cache=False), **held)
+    lora = LoraSettings(rank=4, alpha=8, adapt_experts=True, target_modules=("q_proj",))
+    model, found = attach_adapter(base, lora, seed=0).train(), []
+    options = {"gradient_checkpointing": "off", "compile": False, "matmul": matmul}
+    for resident in (False, True):
+        engine = install_engine(
+            model,
+            StepSettings(**options, resident_weights=resident),
+            **held,
+            max_tokens=sum(LENGTHS),
+            total_steps=100,
+            trial=ProductTrial(batch=batch_of(LENGTHS)),
+            report=lambda event: None,
+        )
+        assert engine.plan.unpacked_experts == 2 * resident
+        assert len(engine.stacks.in_8_bits) == (4 if matmul == "fp8" else 0)
+        found.append(steps(model, engine, [batch_of(LENGTHS)] * 3))
+        engine.close()
+        assert not any(module.unpacked for module in model.modules() if isinstance(module, FourBitExperts))
+    (losses, gradients), (own_losses, own_gradients) = found
+    assert torch.equal(losses, own_losses) and torch.equal(gradients, own_gradients)
 
 
 @pytest.mark.parametrize("workspace_bytes", [2**31, 3 * 96 * 64 * 2, 1])

@@ -13,6 +13,7 @@ from qlora_cli.kernels.experts import grouped, operands, products
 from qlora_cli.kernels.experts.lanes import LaneTiling, multiply_lanes, takes_lanes
 from qlora_cli.kernels.experts.products import Tiling, multiply_packed
 from qlora_cli.kernels.experts.routing import route
+from qlora_cli.kernels.weights import FrozenWeight
 from tests.experts.expert_modules import make_experts, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,8 +121,21 @@ def test_fused_experts_are_the_plain_ones(layout, adapted, how, monkeypatch):
     slope = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, leaves, slope)
     put_back = fuse_experts(experts)
-    found = checkpoint(experts, *given, use_reentrant=False)  # as a recomputed layer calls them
-    got = torch.autograd.grad(found, leaves, slope)
+
+    def run():
+        found = checkpoint(experts, *given, use_reentrant=False)  # as a recomputed layer calls them
+        return found.detach(), *torch.autograd.grad(found, leaves, slope)
+
+    found, *got = run()
+    if how != "packed":  # as it stays unpacked, to the bit, until it is let go
+        experts.fused.stay_unpacked(wanted=True)
+        assert set(experts.unpacked) == {weight.name for weight in experts.expert_weights}
+        monkeypatch.setattr(grouped, "unpack_stack", None)
+        monkeypatch.setattr(FrozenWeight, "_plain_values", None)  # of a CPU
+        for mine, own in zip(run(), (found, *got), strict=True):
+            assert torch.equal(mine.nan_to_num(0.0), own.nan_to_num(0.0))
+        experts.fused.stay_unpacked(wanted=False)
+        assert not experts.unpacked
     put_back()
     for mine, own in zip((found, *got), (expected, *wanted), strict=True):
         mine, own = mine.nan_to_num(0.0), own.nan_to_num(0.0)

@@ -108,6 +108,21 @@ def test_plenty_of_memory_recomputes_nothing_and_keeps_weights_resident():
     assert decision.token_budget == 4 * 2048
 
 
+def test_experts_stay_unpacked_where_memory_is_plentiful_and_that_is_predicted():
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=32000, hidden_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        moe_intermediate_size=256, num_experts=32, num_experts_per_tok=4, intermediate_size=1024, mlp_only_layers=[0],
+    )  # fmt: skip
+    profile = profile_model(config, LoraSettings(), QuantizationSettings(), compute_dtype=torch.bfloat16)
+    layer_bytes = 32 * 3 * 512 * 256 * 2
+    assert profile.expert_layers == 2 and profile.unpacked_bytes == layer_bytes
+    plenty, without = plan(80 * GIB, profile), plan(80 * GIB, profile, resident_weights=False)
+    assert plenty.measures == MemoryPlan(resident_weights=True, unpacked_experts=2)
+    assert plenty.memory.resident_bytes == profile.dense_bytes + 2 * layer_bytes
+    assert not without.measures.unpacked_experts and not without.memory.resident_bytes
+    assert "experts of 2 unpacked" in plenty.measures.describe(3)
+
+
 def test_measures_are_taken_one_after_another_as_memory_shrinks():
     plenty, less, least = (
         plan(limit, max_length=4096) for limit in (8 * GIB, 7 * GIB // 2, leanest_bytes(max_length=4096))

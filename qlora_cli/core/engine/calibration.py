@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_cli.core.data.packing import MicroBatch
-from qlora_cli.core.device import read_free_bytes, waiting_room_bytes
+from qlora_cli.core.device import LayerSeconds, read_free_bytes, waiting_room_bytes
 from qlora_cli.core.distributed.context_group import ContextGroup
 from qlora_cli.core.engine.cuda_graphs import bucket_tokens
 from qlora_cli.core.engine.decoder_layers import (
@@ -26,7 +26,6 @@ from qlora_cli.core.engine.lm_head import Head, time_head
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues, FusedLinears
 from qlora_cli.core.engine.memory_plan import (
     SLICE_BYTES,
-    LayerSeconds,
     MemoryPlan,
     StepNeeds,
     plan_memory,
@@ -335,6 +334,7 @@ class StepPlanner:
 
     def reduce_memory(self, current: MemoryPlan) -> MemoryPlan | None:
         """A leaner plan than the one with which memory ran out; None where there is none."""
+        self.needs = replace(self.needs, expert_layers=current.unpacked_experts // 2)
         for _ in range(MOST_REDUCTIONS):
             self.available_bytes -= REDUCTION_BYTES
             plan = self.plan()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.core.device import LayerSeconds
 from qlora_cli.core.engine.fsdp import gathered
 from qlora_cli.core.engine.gated_mlp import GatedUnit, SharedProjection
 from qlora_cli.core.engine.lora_linear import (
@@ -25,7 +26,7 @@ from qlora_cli.core.engine.lora_linear import (
     fast_linear_of,
     noted_calls,
 )
-from qlora_cli.core.engine.memory_plan import LayerSeconds, MemoryPlan
+from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload, tensor_of
 from qlora_cli.core.experts.fused_experts import FusedExperts
 from qlora_cli.core.streaming.streamed_base import evenly
@@ -206,15 +207,10 @@ def capture_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[Layer
 
 
 class LayerBytes(NamedTuple):
-    """Memory one layer takes at some number of tokens.
+    """Memory one layer takes at some number of tokens."""
 
-    Attributes:
-        kept: What it saves for its backward pass, its output included, which the next layer saves.
-        peak: The most it holds at once in a forward and backward pass, `kept` included.
-    """
-
-    kept: int
-    peak: int
+    kept: int  # what it saves for its backward pass, its output included, which the next layer saves
+    peak: int  # the most it holds at once in a forward and backward pass, `kept` included
 
 
 def measure_layer(layer: Any, call: LayerCall, first: LayerCall) -> tuple[LayerBytes, LayerSeconds]:

@@ -73,7 +73,6 @@ class FastEngine:
         self.base = underlying_model(model)
         self.decoder = find_decoder(self.base)
         self.embeddings = InputEmbeddings(self.base, device, report)
-        self.undo: list[Callable[[], None]] = []
         self.values = AdapterValues(compute_dtype)
         self.linears, self.stacks = FusedLinears(self.base, self.values, device), ExpertStacks(self.base)
         self.trials = Calibration(model, self.decoder, self.embeddings.module, self.values, device)
@@ -86,7 +85,7 @@ class FastEngine:
         self.largest_tokens, self.noise_alpha, self.lends = max_tokens, settings.neftune_noise_alpha, False
         self.buffer: Tensor | None = None
         self.put_gates_back: Callable[[], None] = lambda: None
-        self.undo += [lambda: self.linears.put_back(), lambda: self.put_gates_back()]
+        self.undo: list[Callable[[], None]] = [lambda: self.linears.put_back(), lambda: self.put_gates_back()]
         self.undo += [self.stacks.put_back, self.embeddings.move_back, self._release_values]
         try:
             self._install(settings, total_steps, optimizer_bytes, trial)
@@ -200,6 +199,7 @@ class FastEngine:
         if plan.resident_weights != self.linears.resident:
             self.linears.fuse(resident=plan.resident_weights, workspace_bytes=plan.workspace_bytes)
             self._share_projections()
+        self.stacks.unpacked.keep(plan.unpacked_experts)
         self.linears.set_workspace(plan.workspace_bytes)
         if plan.offload_embeddings:
             self.embeddings.move_to_host()
@@ -210,8 +210,7 @@ class FastEngine:
             plainly = replace(plan, recomputed=0, sent=0, lent=0, offload_activations=False)  # as trials run layers
             set_layers(self.layer_plans, plainly, None)
             self.skipped = skip_unused_outputs(self.layers, self.calls)
-        planner = self.planner
-        as_planned = (lambda plan, _: plan) if planner is None else planner.for_tokens
+        as_planned = (lambda plan, _: plan) if (planner := self.planner) is None else planner.for_tokens
         self.plan_by_tokens = cache(lambda tokens, lends: as_planned(plan if lends else plan.without_loan(), tokens))
         set_layers(self.layer_plans, plan, self.offload)
         torch.cuda.empty_cache()
@@ -263,6 +262,7 @@ class FastEngine:
             dense_bytes=self.linears.dense_bytes,
             largest_dense_bytes=self.linears.largest_dense_bytes,
             embedding_bytes=self.embeddings.movable_bytes(),
+            **self.stacks.unpacked.needs(),
             **(self.streamed.needs() if self.streamed else {}),
         )
         planner.measure(self.trials, self.layers[0], static, SLICE_BYTES)

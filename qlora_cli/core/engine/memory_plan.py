@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from qlora_cli.core.device import read_free_bytes
+from qlora_cli.core.device import LayerSeconds, read_free_bytes
 from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.errors import UsageError
 from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
@@ -41,29 +41,8 @@ TOP_LAYERS = 2  # that keep everything, if any layer does
 # What is on its way to the host or back may take, as a multiple of what the largest layer sends: such a layer, and the
 # hidden states of recomputed ones beside it, which take more time to compute than to copy.
 ROOM = 1.25
-
-
-class LayerSeconds(NamedTuple):
-    """Device time of one layer at some number of tokens, and the host's."""
-
-    forward: float
-    backward: float
-    launching: float = 0.0  # of the host, both passes; 0 where it was not measured
-
-    @property
-    def device(self) -> float:
-        """Both passes."""
-        return self.forward + self.backward
-
-    def fixed(self, quarter: "LayerSeconds") -> "LayerSeconds":
-        """What does not grow with tokens, given also the measurement with a quarter of the tokens."""
-        pairs = zip(self, quarter, strict=True)
-        return LayerSeconds(*(min(max((4 * few - all_) / 3, 0.0), all_) for all_, few in pairs))
-
-    def at_share(self, share: float, quarter: "LayerSeconds") -> "LayerSeconds":
-        """With so many times the tokens, given also the measurement with a quarter of the tokens."""
-        still = self.fixed(quarter)
-        return LayerSeconds(*(part + (share - 1) * (part - rest) for part, rest in zip(self, still, strict=True)))
+# Of memory that nothing else needs, for unpacked experts: the rest is for captured steps of other shapes.
+UNPACKED_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -91,6 +70,8 @@ class StepNeeds:
     repeated_launching: float = 0.0  # seconds of the host, that a repetition takes
     head_layers: float = 0.0  # time of the output head and its loss, as a multiple of one layer's forward pass
     head_seconds: float | None = None  # that time, where it was measured
+    expert_layers: int = 0  # with experts that may stay unpacked
+    unpacked_bytes: int = 0  # of those of one of these layers
 
     def for_share(self, share: float) -> "StepNeeds":
         """The same for a micro-batch with that share of the largest one's tokens."""
@@ -125,6 +106,7 @@ class MemoryPlan:
     tile_tokens: int | None = None  # of what treats each token by itself, so many run at once; None for all
     waiting_states: float = 0.0  # share of the optimizer's state that waits there, decided before a base is loaded
     lent: int = 0  # other layers, of which all that they save waits in memory of the gradients of layers below them
+    unpacked_experts: int = 0  # layers whose experts stay unpacked, as steps multiply them, beside their 4 bits
 
     def step_bytes(self, needs: StepNeeds) -> int:
         """Most bytes beside the loaded model that a step with these measures holds at once."""
@@ -145,6 +127,7 @@ class MemoryPlan:
         peaks += [below + peak] if self.sent or self.lent else []
         step = max(peaks) + needs.optimizer_bytes + MARGIN_BYTES
         step += needs.dense_bytes if self.resident_weights else self.values_bytes(needs.largest_dense_bytes)
+        step += self.unpacked_experts * needs.unpacked_bytes
         return step - (needs.embedding_bytes if self.offload_embeddings else 0)
 
     @property
@@ -172,6 +155,13 @@ class MemoryPlan:
         """Where attention's results are kept at all, of as many more layers as what is left of the host takes, or as fewer."""
         kept = self.attention_kept and attended_bytes and self.attention_kept + left_bytes // attended_bytes
         return replace(self, attention_kept=min(max(0, kept), self.recomputed))
+
+    def with_experts(self, layers: int, layer_bytes: int, left_bytes: int) -> "MemoryPlan":
+        """Experts of as many layers unpacked as there is room for in what is left, once nothing else is short of memory."""
+        if not self.resident_weights or self.frees_activations or not layer_bytes:
+            return self
+        room = int(UNPACKED_SHARE * max(0, left_bytes))
+        return replace(self, unpacked_experts=min(layers, room // layer_bytes))
 
     def cost(self, needs: StepNeeds) -> float:
         """Time that the measures take, as a share of a step."""
@@ -252,6 +242,7 @@ class MemoryPlan:
         parts += [f"activations of {self.lent} in memory of gradients"] if self.lent else []
         parts += [f"tiles of {self.tile_tokens:,} tokens"] if self.tile_tokens else []
         parts += ["dequantised weights resident"] if self.resident_weights else []
+        parts += [f"experts of {self.unpacked_experts} unpacked"] if self.unpacked_experts else []
         return parts + ["weights dequantised in slices"] * (self.workspace_bytes is not None)
 
 
@@ -380,7 +371,8 @@ def plan_memory(
     fitting = [p for p in fitting if not p.lent or p.without_loan().step_bytes(needs) <= available_bytes]
     if not fitting:
         return min(plans, key=lambda plan: (plan.step_bytes(needs), plan.cost(needs)))
-    return min(fitting, key=lambda plan: plan.cost(needs))
+    best = min(fitting, key=lambda plan: plan.cost(needs))
+    return best.with_experts(needs.expert_layers, needs.unpacked_bytes, available_bytes - best.step_bytes(needs))
 
 
 def lendable_layers(needs: StepNeeds) -> int:

@@ -70,6 +70,7 @@ class FourBitExperts(nn.Module):
         double_quant: Whether constants are quantised again.
         lora: What gives the adapter in effect of each stack, by its name; an absent name has none.
         scales: `FrozenWeight.stack_scale` of each stack that steps multiply in 8 bits, by its name.
+        unpacked: What of a stack stays unpacked (core/experts/unpacked_experts.py), as fields of `FrozenWeight`, by its name.
     """
 
     expert_weights: tuple[ExpertWeight, ...]
@@ -78,6 +79,7 @@ class FourBitExperts(nn.Module):
     double_quant: bool
     lora: dict[str, Callable[[], ExpertLora | None]]
     scales: dict[str, Tensor]
+    unpacked: dict[str, dict[str, Tensor]]
 
     def lora_of(self, name: str) -> ExpertLora | None:
         """The adapter in effect of a stack."""
@@ -118,6 +120,7 @@ class FourBitExperts(nn.Module):
             blocksize=BLOCK_SIZE,
             nested_blocksize=nested_block_size(weight.elements),
             stack_scale=self.scales.get(name),
+            **self.unpacked.get(name, {}),
         )
         return ExpertStack(weight, values, self.quant_type)
 
@@ -244,7 +247,8 @@ def pack_experts(
     module.register_buffer("nested_code", nested_code, persistent=False)
     own: Any = module
     own.expert_weights, own.compute_dtype = weights, compute_dtype
-    own.quant_type, own.double_quant, own.lora, own.scales = quant_type, double_quant, {}, {}
+    own.quant_type, own.double_quant, own.lora = quant_type, double_quant, {}
+    own.scales, own.unpacked = {}, {}
     own.__class__ = _four_bit_class(type(module))
     return own
 

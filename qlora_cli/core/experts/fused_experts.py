@@ -22,7 +22,7 @@ from qlora_cli.kernels.gated import GATES, activate
 from qlora_cli.kernels.weights import FrozenWeight
 
 if importlib.util.find_spec("triton"):  # not there beside a CPU-only torch
-    from qlora_cli.kernels.experts import layer
+    from qlora_cli.kernels.experts import grouped, layer
 
 LIMITS, SLOPES = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")  # what experts call what their gate is bound by
 TRIAL_SIZE = 4001  # gates and ups, from well below any limit to well above
@@ -117,6 +117,20 @@ class FusedExperts:
     def take_stacks(self) -> None:
         """Takes the module's stacks as they are by now."""
         self.up, self.down = _stacks_of(self.module)
+
+    def stay_unpacked(self, *, wanted: bool) -> None:
+        """Has the stacks stay unpacked as they are multiplied, for the same answers, or not any longer."""
+        module = self.module
+        module.unpacked.clear()
+        for weight in module.expert_weights if wanted else ():
+            values = module.stack(weight.name).values
+            module.unpacked[weight.name] = grouped.unpack(values, weight.experts, module.compute_dtype)
+        self.take_stacks()
+
+    def unpacked_bytes(self) -> int:
+        """What they would take then."""
+        itemsize, scales = self.module.compute_dtype.itemsize, self.module.scales
+        return sum(w.experts * w.elements * (2 if w.name in scales else itemsize) for w in self.module.expert_weights)
 
     def route(self, index: Tensor, experts: int) -> Routing:
         """As `layer.route_tokens`."""

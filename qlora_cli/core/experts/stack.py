@@ -146,6 +146,7 @@ def part_of(stack: FrozenWeight, weight: ExpertWeight, first: int, end: int) -> 
 
     return stack._replace(
         rows=(end - first) * weight.rows,
+        dense=None,
         packed=cut(stack.packed, 2),
         absmax=cut(stack.absmax, block),
         nested_absmax=cut(stack.nested_absmax, block * stack.nested_blocksize),

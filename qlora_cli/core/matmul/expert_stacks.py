@@ -15,6 +15,7 @@ from qlora_cli.core.experts.fused_experts import FusedExperts, can_fuse
 from qlora_cli.core.experts.grouped_product import Routing, codes_of
 from qlora_cli.core.experts.layout import ExpertWeight, share_of_experts
 from qlora_cli.core.experts.stack import bytes_at_once, part_of
+from qlora_cli.core.experts.unpacked_experts import UnpackedExperts
 from qlora_cli.core.matmul.gate import SLICE_BYTES, ProductErrors, code_noise, over_expected, read_errors
 from qlora_cli.core.models.quantization import STREAMED
 from qlora_cli.errors import first_line
@@ -48,6 +49,7 @@ class ExpertStacks:
     Attributes:
         found: All that are packed, by name.
         in_8_bits: Names of those that are.
+        unpacked: Those that stay unpacked, as they are multiplied.
     """
 
     def __init__(self, model: Any) -> None:
@@ -60,6 +62,7 @@ class ExpertStacks:
             for weight in module.expert_weights
         }
         self.in_8_bits: tuple[str, ...] = ()
+        self.unpacked = UnpackedExperts(model)
         self._scales: dict[RoutedStack, Tensor] = {}
 
     def why_not(self, name: str, tokens: float) -> str | None:
@@ -91,8 +94,9 @@ class ExpertStacks:
         self._renew()
 
     def put_back(self) -> None:
-        """Has all of them multiplied in the compute dtype."""
+        """Has all of them multiplied in the compute dtype, unpacked anew each time."""
         self.in_8_bits = ()
+        self.unpacked.keep(0)
         for module, _ in self.found.values():
             module.scales.clear()
         self._renew()

@@ -85,7 +85,7 @@ class TrainingMemory:
 
     moment: str  # which it is
     base_bytes: int  # 4-bit weights, norms, embeddings, head
-    resident_bytes: int  # dequantised weights kept beside them
+    resident_bytes: int  # dequantised weights and unpacked experts kept beside them
     adapter_bytes: int  # parameters, and their copy in the compute dtype
     gradient_bytes: int
     optimizer_bytes: int  # states in plain memory
@@ -135,7 +135,8 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
     parts = {
         "base_bytes": base_bytes - streamed_bytes - profile.embedding_bytes * step.measures.offload_embeddings,
         "gathered_bytes": gathered_bytes,
-        "resident_bytes": profile.dense_bytes * step.measures.resident_weights,
+        "resident_bytes": profile.dense_bytes * step.measures.resident_weights
+        + step.measures.unpacked_experts * profile.unpacked_bytes,
         "adapter_bytes": 4 * trained + copies_bytes,
         "gradient_bytes": 4 * trained,
         "optimizer_bytes": int((1 - waiting) * states_bytes) if waiting or not paged else 0,

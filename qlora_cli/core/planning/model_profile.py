@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from qlora_cli.core.engine.decoder_layers import find_layers
-from qlora_cli.core.experts.four_bit_experts import pack_experts
+from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
+from qlora_cli.core.experts.fused_experts import can_fuse
 from qlora_cli.core.experts.layout import expert_weights, find_experts, share_of_experts
 from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.models.account import FourBitPlan, plan_packing
@@ -41,6 +42,7 @@ class ModelProfile:
     stored_bytes: int  # of the checkpoint, in the dtype its configuration names
     packing: FourBitPlan  # what of the base is in 4 bits, and what is not
     met_experts: float  # share of a layer's experts that a token meets
+    expert_layers: int = 0  # whose experts run through fused kernels, and may stay unpacked
     layer_bytes: tuple[int, ...] = ()  # of each decoder layer's 4-bit weights, as they are held
     # The trace where modules run in tiles of so many tokens, 0 for whole, or multiply experts in 8 bits, made when it is asked
     # for; None where they do not.
@@ -68,6 +70,11 @@ class ModelProfile:
     def dense_bytes(self) -> int:
         """Of all 4-bit weights once dequantised."""
         return sum(self.footprint.quantized_numels) * self.itemsize
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Of one layer's experts once unpacked, to the compute dtype or twice to 8 bits, in the mean."""
+        return sum(self.footprint.expert_numels) * self.itemsize // max(1, self.expert_layers)
 
     @property
     def largest_weight_bytes(self) -> int:
@@ -127,6 +134,7 @@ def profile_model(
         stored_bytes=stored_parameters * dtype.itemsize,
         packing=packing,
         met_experts=share_of_experts(model),
+        expert_layers=sum(isinstance(m, FourBitExperts) and can_fuse(m) for m in adapted.modules()) if fused else 0,
         layer_bytes=tuple(
             sum(bytes_ for name, bytes_ in footprint.packed_bytes.items() if name.startswith(layer)) for layer in layers
         ),

@@ -224,7 +224,7 @@ def plan_training(
         return not waits or memory.host_bytes <= host_bytes
 
     found = [each for each in found if fits_host(*each)] or found
-    step, memory = min(found, key=rank)
+    step, memory = _unpack_experts(profile, settings, *min(found, key=rank), vram_bytes)
     recomputed = step.measures.recomputed
     return MemoryDecision(
         gradient_checkpointing={0: "off", profile.layers: "on"}.get(recomputed, str(recomputed)),
@@ -310,6 +310,19 @@ def _recompute_least(
     counts = range(profile.layers + 1)
     place = bisect_left(counts, True, lo=least, key=lambda layers: _has_room(resolve(layers)[1], vram_bytes))
     return resolve(min(place, profile.layers))
+
+
+def _unpack_experts(
+    profile: ModelProfile, settings: StepSettings, step: ResolvedStep, memory: TrainingMemory, vram_bytes: int | None
+) -> tuple[ResolvedStep, TrainingMemory]:
+    """The step with experts of as many layers unpacked as there is room for in what it leaves of a card's memory."""
+    if vram_bytes is None or not (step.on_cuda and step.engine == "fast" and step.shards == step.context == 1):
+        return step, memory
+    left_bytes = vram_bytes - memory.device_bytes - MARGIN_BYTES
+    measures = step.measures.with_experts(profile.expert_layers, profile.unpacked_bytes, left_bytes)
+    if not measures.unpacked_experts:
+        return step, memory
+    return _recompute_least(profile, settings, replace(step, measures=measures), vram_bytes) or (step, memory)
 
 
 def _stream_layers(

@@ -73,7 +73,8 @@ def multiply(
     if update is not None:
         update = Update(update.projected, low_rank.arrange(update.second, x.dtype, rows_))
     call = partial(_multiply_dequantised, x, weight, ends, backward=backward, gathered=gathered, update=update, how=how)
-    return _in_groups(call, experts, weight.rows // experts * weight.columns * x.element_size())
+    expert_bytes = weight.rows // experts * weight.columns * x.element_size()
+    return _in_groups(call, experts, expert_bytes, weight.dense)
 
 
 def multiply_rounded(
@@ -91,11 +92,16 @@ def multiply_rounded(
     if update is not None:
         update = Update(update.projected, low_rank.arrange(update.second, dtype, rows_))
     call = partial(_multiply_codes, rounded, dtype, weight, ends, backward=backward, gathered=gathered, update=update)
-    return _in_groups(call, len(ends), weight.rows // len(ends) * weight.columns)
+    return _in_groups(call, len(ends), weight.rows // len(ends) * weight.columns, weight.codes)
 
 
-def _in_groups(multiply_groups: Callable[..., Tensor], experts: int, expert_bytes: int) -> Tensor:
-    """What a product gives of as many experts at once as the workspace holds; fewer where the device has no room."""
+def _in_groups(
+    multiply_groups: Callable[..., Tensor], experts: int, expert_bytes: int, unpacked: Tensor | None
+) -> Tensor:
+    """What a product gives of as many experts at once as the workspace holds, fewer where the device has no room; of all
+    where their matrices are there, unpacked."""
+    if unpacked is not None:
+        return multiply_groups(at_once=experts)
     while True:
         at_once = min(experts, max(1, workspace.limit_bytes // expert_bytes))
         try:
@@ -104,6 +110,18 @@ def _in_groups(multiply_groups: Callable[..., Tensor], experts: int, expert_byte
             if at_once == 1:
                 raise
         workspace.limit_bytes = at_once * expert_bytes // 2
+
+
+def unpack(weight: FrozenWeight, experts: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `multiply` and its gradient unpack of a stack, apart from the reserved buffer: fields that it takes instead.
+
+    Returns:
+        `dense`, (experts * out, in) in `dtype`; or `codes` and `turned_codes`, e4m3 (experts, out, in) and (experts, in, out).
+    """
+    if weight.stack_scale is None:
+        return {"dense": weight.values(dtype).clone()}
+    ways = {"codes": False, "turned_codes": True}
+    return {name: unpack_stack(weight, experts, 0, experts, transposed=way).clone() for name, way in ways.items()}
 
 
 def rounds(rows_: int, weight: FrozenWeight, experts: int) -> bool:
@@ -160,7 +178,9 @@ def _multiply_codes(
     rows_ = len(rounded[0]) if gathered is None else len(gathered.source)
     out = torch.empty(rows_, weight.columns if backward else matrix_rows, dtype=dtype, device=ends.device)
     for first in range(0, experts, at_once):
-        codes = unpack_stack(weight, experts, first, min(at_once, experts - first), transposed=backward)
+        codes = weight.turned_codes if backward else weight.codes
+        if codes is None:
+            codes = unpack_stack(weight, experts, first, min(at_once, experts - first), transposed=backward)
         multiply_codes(*rounded, codes, weight.stack_scale, ends, out, first=first, gathered=gathered, update=update)
         del codes
     return out

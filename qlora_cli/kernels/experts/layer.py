@@ -54,12 +54,14 @@ def _up_op(
     nested_code: _Tensor,
     offset: _Tensor,
     stack_scale: _Tensor,
+    unpacked: _Tensor,
+    turned: _Tensor,
     matrix_rows: int,
     columns: int,
     nested_blocksize: int,
 ) -> tuple[Tensor, Tensor]:
     routing = Routing(source, back, expert, ends, choices)
-    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale, unpacked, turned)
     weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     x = x.contiguous()
     if first is None or second is None:
@@ -70,7 +72,7 @@ def _up_op(
 
 @_up_op.register_fake
 def _(x: Tensor, source: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    first, matrix_rows = rest[4], rest[14]
+    first, matrix_rows = rest[4], rest[16]
     pairs = source.shape[0]
     return x.new_empty(pairs, matrix_rows), x.new_empty(0) if first is None else x.new_empty(pairs, first.shape[1])
 
@@ -93,6 +95,8 @@ def _up_backward_op(
     nested_code: _Tensor,
     offset: _Tensor,
     stack_scale: _Tensor,
+    unpacked: _Tensor,
+    turned: _Tensor,
     choices: int,
     scaling: float,
     matrix_rows: int,
@@ -101,7 +105,7 @@ def _up_backward_op(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     routing = Routing(source, back, expert, ends, choices)
-    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale, unpacked, turned)
     weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     of_x, of_first, of_second = (grad.new_empty(0) for _ in range(3))
     update = None
@@ -116,7 +120,7 @@ def _up_backward_op(
 
 @_up_backward_op.register_fake
 def _(grad: Tensor, x: _Tensor, projected: _Tensor, source: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, choices, columns, needs_x = rest[3], rest[4], rest[12], rest[15], rest[17]
+    first, second, choices, columns, needs_x = rest[3], rest[4], rest[14], rest[17], rest[19]
     of_x = grad.new_empty(source.shape[0] // choices, columns) if needs_x else grad.new_empty(0)
     if first is None or second is None:
         return of_x, grad.new_empty(0), grad.new_empty(0)
@@ -127,9 +131,9 @@ def _save_up(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, source, back, expert, ends, choices, first, second, scaling, *weight = inputs
     adapted = first is not None
     ctx.mark_non_differentiable(output[1])
-    tables = (source, back, expert, ends, first, second, *weight[:7])
+    tables = (source, back, expert, ends, first, second, *weight[:9])
     ctx.save_for_backward(x if adapted else None, output[1] if adapted else None, *tables)
-    ctx.numbers = (choices, scaling, *weight[7:])
+    ctx.numbers = (choices, scaling, *weight[9:])
 
 
 def _differentiate_up(ctx: Any, grad: Tensor, _: Any) -> tuple:
@@ -138,7 +142,7 @@ def _differentiate_up(ctx: Any, grad: Tensor, _: Any) -> tuple:
     of_x, of_first, of_second = torch.ops.qlora.experts_up_backward(grad.contiguous(), *saved, *ctx.numbers, needs_x)
     adapted = saved[6] is not None
     given = (of_first, of_second) if adapted else (None, None)
-    return (of_x if needs_x else None, *(None,) * 5, *given, *(None,) * 11)
+    return (of_x if needs_x else None, *(None,) * 5, *given, *(None,) * 13)
 
 
 _up_op.register_autograd(_differentiate_up, setup_context=_save_up)
@@ -165,6 +169,8 @@ def _down_op(
     nested_code: _Tensor,
     offset: _Tensor,
     stack_scale: _Tensor,
+    unpacked: _Tensor,
+    turned: _Tensor,
     matrix_rows: int,
     columns: int,
     nested_blocksize: int,
@@ -179,7 +185,7 @@ def _down_op(
     tokens = source.shape[0] // choices
     if not output_needed and first is None:
         return given.new_empty(tokens, matrix_rows), given.new_empty(0)
-    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale, unpacked, turned)
     weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     given = given.contiguous()
     gated: _Tensor = given
@@ -206,7 +212,7 @@ def _down_op(
 
 @_down_op.register_fake
 def _(given: Tensor, weights: Tensor, source: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    choices, first, matrix_rows = rest[3], rest[4], rest[16]
+    choices, first, matrix_rows = rest[3], rest[4], rest[18]
     pairs = source.shape[0]
     projected = given.new_empty(0) if first is None else given.new_empty(pairs, first.shape[1])
     return given.new_empty(pairs // choices, matrix_rows), projected
@@ -233,6 +239,8 @@ def _down_backward_op(
     nested_code: _Tensor,
     offset: _Tensor,
     stack_scale: _Tensor,
+    unpacked: _Tensor,
+    turned: _Tensor,
     choices: int,
     scaling: float,
     matrix_rows: int,
@@ -245,7 +253,7 @@ def _down_backward_op(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     routing = Routing(source, back, expert, ends, choices)
-    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale)
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset, stack_scale, unpacked, turned)
     weight = _weight(ends, tensors, matrix_rows, columns, nested_blocksize)
     weights = weights.contiguous()
     dots = None if bias is None else rows.dots(grad, routing, bias)
@@ -276,7 +284,7 @@ def _(grad: Tensor, given: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor,
 
 def _save_down(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     given, weights, *tables, choices, first, second, scaling, up_bias, bias = inputs[:12]
-    weight, numbers = inputs[12:19], inputs[19:27]
+    weight, numbers = inputs[12:21], inputs[21:29]
     ctx.mark_non_differentiable(output[1])
     projected = output[1] if first is not None else None
     ctx.save_for_backward(given, weights, projected, *tables, first, second, up_bias, bias, *weight)
@@ -290,7 +298,7 @@ def _differentiate_down(ctx: Any, grad: Tensor, _: Any) -> tuple:
     )
     given = (of_first, of_second) if saved[7] is not None else (None, None)
     of_weights = of_weights if ctx.needs_input_grad[1] else None
-    return (of_given, of_weights, *(None,) * 5, *given, *(None,) * 19)
+    return (of_given, of_weights, *(None,) * 5, *given, *(None,) * 21)
 
 
 _down_op.register_autograd(_differentiate_down, setup_context=_save_down)
@@ -299,13 +307,17 @@ _down_op.register_autograd(_differentiate_down, setup_context=_save_down)
 def _weight(
     ends: Tensor, tensors: tuple[_Tensor, ...], matrix_rows: int, columns: int, nested_blocksize: int
 ) -> FrozenWeight:
-    packed, absmax, code, nested_absmax, nested_code, offset, stack_scale = tensors
-    stored = (None, packed, absmax, code, nested_absmax, nested_code, offset)
-    return FrozenWeight(len(ends) * matrix_rows, columns, *stored, 64, nested_blocksize, stack_scale=stack_scale)
+    packed, absmax, code, nested_absmax, nested_code, offset, stack_scale, unpacked, turned = tensors
+    dense, codes = (unpacked, None) if turned is None else (None, unpacked)
+    stored = (dense, packed, absmax, code, nested_absmax, nested_code, offset)
+    in_8_bits = {"codes": codes, "turned_codes": turned, "stack_scale": stack_scale}
+    return FrozenWeight(len(ends) * matrix_rows, columns, *stored, 64, nested_blocksize, **in_8_bits)
 
 
 def _parts(weight: FrozenWeight, experts: int) -> tuple:
-    return (*weight[3:9], weight.stack_scale, weight.rows // experts, weight.columns, weight.nested_blocksize)
+    unpacked = weight.dense if weight.codes is None else weight.codes
+    numbers = weight.rows // experts, weight.columns, weight.nested_blocksize
+    return (*weight[3:9], weight.stack_scale, unpacked, weight.turned_codes, *numbers)
 
 
 def up(x: Tensor, routing: Routing, weight: FrozenWeight, lora: Lora | None = None) -> Tensor:
