@@ -55,7 +55,7 @@ def test_experts_that_stay_unpacked_give_the_same_step_to_the_bit(tmp_path, matm
 @pytest.mark.parametrize("workspace_bytes", [2**31, 3 * 96 * 64 * 2, 1])
 @pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss"])
 def test_grouped_products_are_as_exact_as_eager_ones(layout, workspace_bytes, monkeypatch):
-    monkeypatch.setattr(grouped_product._workspace, "limit_bytes", workspace_bytes)
+    monkeypatch.setattr(grouped_product.workspace, "limit_bytes", workspace_bytes)
     reference = make_experts(layout)
     packed = make_experts(layout).bfloat16().cuda()
     stacks = {w.name: w.as_matrix(getattr(packed, w.name).data) for w in expert_weights(packed)}

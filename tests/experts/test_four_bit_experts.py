@@ -9,6 +9,7 @@ from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.experts import grouped_product
 from qlora_cli.core.experts.four_bit_experts import ExpertLora
 from qlora_cli.core.experts.layout import expert_weights
+from qlora_cli.kernels.experts import operands
 from tests.experts.expert_modules import make_experts, pack
 
 TOKENS, CHOICES, RANK = 13, 2, 3
@@ -129,10 +130,14 @@ def test_where_the_device_holds_no_more_fewer_experts_are_dequantised_at_once(mo
 
     monkeypatch.setattr(grouped_product, "takes_grouped_mm", lambda x, *sizes: True)
     monkeypatch.setattr(grouped_product, "grouped_mm", grouped)
-    monkeypatch.setattr(grouped_product, "_workspace", grouped_product._Workspace())
+    workspace = operands.Workspace()
+    monkeypatch.setattr(grouped_product, "workspace", workspace)
+    assert workspace.news() is None
     for _ in range(2):
         torch.testing.assert_close(grouped_product.packed_product(x, stack, routing), plain)
     assert asked == [5, 2, 2, 1, 2, 2, 1]  # found out once
+    assert "Memory ran out while experts were unpacked" in workspace.news()
+    assert workspace.news() is None  # and said once
 
 
 def test_a_module_of_three_stacks_computes_otherwise_and_stays_as_it_is():

@@ -1,9 +1,10 @@
 """Products of rows sorted by expert with each expert's matrix: packed ones that stay frozen, and dense ones that train.
 
 The packed op keeps nothing for its backward pass but the packed tensors, which stay anyway; values are dequantised
-anew, as many experts at a time as `WORKSPACE_BYTES` hold.
+anew, as many experts at a time as `operands.workspace` holds.
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,18 +14,9 @@ from torch import Tensor
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.experts.stack import expert_values
 from qlora_cli.kernels import float8
-from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, are_few
+from qlora_cli.kernels.experts.operands import are_few, workspace
 from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm
 from qlora_cli.kernels.weights import FrozenWeight
-
-
-class _Workspace:
-    """How much may be dequantised at once, for the process: less once the device had no room for it."""
-
-    limit_bytes = WORKSPACE_BYTES
-
-
-_workspace = _Workspace()
 
 
 class Routing(NamedTuple):
@@ -101,27 +93,17 @@ def _stack_of(facts: Any, tensors: Any) -> ExpertStack:
 
 
 def _multiply(x: Tensor, stack: ExpertStack, routing: Routing, *, backward: bool) -> Tensor:
-    """x W^T, or x W for the gradient of its input, each row with its expert's W.
-
-    Where the device holds no more, fewer experts are dequantised at once from then on.
-    """
+    """x W^T, or x W for the gradient of its input, each row with its expert's W."""
     if stack.values.stack_scale is not None and not are_few(len(x), stack.layout.experts):
         return _multiply_in_8_bits(x, stack, routing, backward=backward)
     layout = stack.layout
     grouped = takes_grouped_mm(x, layout.rows, layout.columns)
-    expert_bytes = layout.elements * x.element_size()
-    while True:
-        at_once = min(layout.experts, max(1, _workspace.limit_bytes // expert_bytes)) if grouped else 1
-        try:
-            return _multiply_groups(x, stack, routing, at_once, grouped=grouped, backward=backward)
-        except torch.OutOfMemoryError:
-            if at_once == 1:
-                raise
-        _workspace.limit_bytes = at_once * expert_bytes // 2
+    call = partial(_multiply_groups, x, stack, routing, grouped=grouped, backward=backward)
+    return workspace.multiply(call, layout.experts, layout.elements * x.element_size()) if grouped else call(at_once=1)
 
 
 def _multiply_groups(
-    x: Tensor, stack: ExpertStack, routing: Routing, at_once: int, *, grouped: bool, backward: bool
+    x: Tensor, stack: ExpertStack, routing: Routing, *, at_once: int, grouped: bool, backward: bool
 ) -> Tensor:
     layout = stack.layout
     experts, width = layout.experts, layout.columns if backward else layout.rows

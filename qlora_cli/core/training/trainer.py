@@ -33,6 +33,7 @@ from qlora_cli.core.training.rng_state import (
 from qlora_cli.core.training.state import Checkpointing
 from qlora_cli.errors import Interrupted, TrainingError, first_line
 from qlora_cli.events import Caution, EvaluationLogged, Event, Notice, StepLogged
+from qlora_cli.kernels.experts.operands import workspace
 
 NONFINITE_STEPS_TOLERATED = 2  # in a row; one more ends the run
 STRAINED_STEPS = 3  # in a row, in which the allocator ran against its limit: the first ones of a run may well
@@ -185,6 +186,8 @@ class Trainer:
         self._advance(step, sums, loss, random_state_after)
         self._report_step(step, sums, loss, norm, rate, time.perf_counter() - started)
         self._relieve_allocator(sums.retries)
+        if news := workspace.news():
+            self.reporter.report(Notice(news))
         asked = self.accumulation.engine.compiled and not self.said_uncompiled
         if asked and (why := left_uncompiled()) is not None:
             self.said_uncompiled = True

@@ -14,20 +14,11 @@ from qlora_cli.kernels import float8
 from qlora_cli.kernels.experts import dense, lanes, low_rank, products, rows
 from qlora_cli.kernels.experts.codes import unpack_stack
 from qlora_cli.kernels.experts.float8 import multiply_codes
-from qlora_cli.kernels.experts.operands import WORKSPACE_BYTES, Routing, Update, are_few
+from qlora_cli.kernels.experts.operands import Routing, Update, are_few, workspace
 from qlora_cli.kernels.grouped_mm import grouped_mm, takes_grouped_mm, tiles_are_faster
 from qlora_cli.kernels.weights import FrozenWeight
 
 LANE_ROWS = 8  # up to which the product's program is the one of lanes
-
-
-class Workspace:
-    """How many bytes of experts are dequantised at once, for the process: less once the device had no room for it."""
-
-    limit_bytes = WORKSPACE_BYTES
-
-
-workspace = Workspace()
 
 
 def multiply(
@@ -95,21 +86,9 @@ def multiply_rounded(
     return _in_groups(call, len(ends), weight.rows // len(ends) * weight.columns, weight.codes)
 
 
-def _in_groups(
-    multiply_groups: Callable[..., Tensor], experts: int, expert_bytes: int, unpacked: Tensor | None
-) -> Tensor:
-    """What a product gives of as many experts at once as the workspace holds, fewer where the device has no room; of all
-    where their matrices are there, unpacked."""
-    if unpacked is not None:
-        return multiply_groups(at_once=experts)
-    while True:
-        at_once = min(experts, max(1, workspace.limit_bytes // expert_bytes))
-        try:
-            return multiply_groups(at_once=at_once)
-        except torch.OutOfMemoryError:
-            if at_once == 1:
-                raise
-        workspace.limit_bytes = at_once * expert_bytes // 2
+def _in_groups(groups: Callable[..., Tensor], experts: int, expert_bytes: int, unpacked: Tensor | None) -> Tensor:
+    """What a product gives of as many experts at once as the workspace holds; of all where they are there unpacked."""
+    return groups(at_once=experts) if unpacked is not None else workspace.multiply(groups, experts, expert_bytes)
 
 
 def unpack(weight: FrozenWeight, experts: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,13 +1,50 @@
 """What the kernels of experts are given beside rows: who goes where, a stack's adapter, and the gate between products."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Of dequantised experts at once on a GPU, where a group costs a launch or a wait for the device when there are several.
 WORKSPACE_BYTES = 2**30
 # Rows an expert gets on average, up to which its values are unpacked in the product rather than dequantised before.
 FEW_ROWS = 24
+
+
+class Workspace:
+    """How many bytes of experts are unpacked at once, for the process: less once the device had no room for it.
+
+    Attributes:
+        limit_bytes: At most so many.
+    """
+
+    def __init__(self) -> None:
+        self.limit_bytes = self._known_bytes = WORKSPACE_BYTES
+
+    def multiply(self, groups: Callable[..., Tensor], experts: int, expert_bytes: int) -> Tensor:
+        """What a product gives that takes so many experts `at_once`: as many as there is room for."""
+        while True:
+            at_once = min(experts, max(1, self.limit_bytes // expert_bytes))
+            try:
+                return groups(at_once=at_once)
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+            self.limit_bytes = at_once * expert_bytes // 2
+
+    def news(self) -> str | None:
+        """What has changed since this was last asked."""
+        if self.limit_bytes == self._known_bytes:
+            return None
+        self._known_bytes = self.limit_bytes
+        return (
+            f"Memory ran out while experts were unpacked: at most {self.limit_bytes / 2**20:.0f} MiB of them are at once "
+            "from now on, which is slower."
+        )
+
+
+workspace = Workspace()
 
 
 class Routing(NamedTuple):
