@@ -255,7 +255,10 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None, kep
     seconds = (time.time() - started) / steps
     as_run = engine.plan_by_tokens(tokens, False)
     resolved = ResolvedStep(tokens, tokens, "adamw", measures=as_run, compiled=engine.compiled, on_cuda=True)
-    needed, busy = (count_flops(few, replace(resolved, measures=m)) for m in (replace(as_run, recomputed=0), as_run))
+    needed, busy = (
+        count_flops(few, replace(resolved, measures=m))
+        for m in (replace(as_run, recomputed=0, attention_kept=0), as_run)
+    )
     result |= {
         **phases,
         "step_s": seconds,
@@ -270,7 +273,9 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None, kep
     if phases:
         head_s, times = phases["head_s"], all_layers.layers / few.layers
         result["whole_s"] = (seconds - head_s) * times + head_s
-        arithmetic = count_flops(all_layers, replace(resolved, measures=replace(as_run, recomputed=0)))
+        arithmetic = count_flops(
+            all_layers, replace(resolved, measures=replace(as_run, recomputed=0, attention_kept=0))
+        )
         result["whole_share"] = arithmetic * tokens / result["whole_s"] / CARD_FLOPS
     if cuda:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
