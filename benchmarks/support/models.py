@@ -311,7 +311,7 @@ def build(name: str, device: str):
         packed = pack_experts(module, compute_dtype=torch.bfloat16, device=torch.device(device), **held)
         for stack_name in list(stacks):
             for number, matrix in enumerate(stacks.pop(stack_name)):
-                packed.put_expert(stack_name, number, pack_matrix(matrix, **held))
+                packed.put_experts(stack_name, number, pack_matrix(matrix, **held))
     return freeze_base(base)
 
 

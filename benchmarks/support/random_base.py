@@ -98,7 +98,7 @@ def build_base(config, dtype, device, *, apart: bool = False):
             if shape not in matrices:
                 matrices[shape] = pack_matrix(torch.randn(shape, dtype=dtype, device=device) * 0.02, **held)
             for expert in range(weight.experts):
-                experts.put_expert(weight.name, expert, matrices[shape])
+                experts.put_experts(weight.name, expert, matrices[shape])
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

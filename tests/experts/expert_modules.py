@@ -99,7 +99,7 @@ def pack(
     packed = pack_experts(experts, compute_dtype=dtype, device=torch.device("cpu"), **held)
     for name, stack in matrices.items():
         for number, matrix in enumerate(stack):
-            packed.put_expert(name, number, pack_matrix(matrix, **held))
+            packed.put_experts(name, number, pack_matrix(matrix, **held))
     return packed.to(dtype)
 
 

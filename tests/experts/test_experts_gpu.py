@@ -11,7 +11,7 @@ from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.experts import grouped_product
 from qlora_cli.core.experts.four_bit_experts import ExpertLora, FourBitExperts, pack_experts
 from qlora_cli.core.experts.layout import expert_weights
-from qlora_cli.core.experts.stack import pack_matrix
+from qlora_cli.core.experts.stack import pack_matrices, pack_matrix
 from qlora_cli.core.matmul.choice import ProductTrial
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
@@ -23,6 +23,15 @@ from tests.experts.expert_modules import make_experts, write_expert_model
 pytestmark = pytest.mark.gpu
 TOKENS = 300
 LENGTHS = (40, 33, 57)  # of rows: more than 24 for each of 5 experts, of which a token meets 2
+
+
+@pytest.mark.parametrize("shape", [(5, 96, 64), (5, 128, 128), (3, 1536, 2048)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_matrices_packed_together_have_the_bits_of_each_by_itself(shape, double_quant):
+    matrices, held = torch.randn(shape).bfloat16().cuda(), {"quant_type": "nf4", "double_quant": double_quant}
+    alone = zip(*(pack_matrix(matrix, **held) for matrix in matrices), strict=True)
+    for found, parts in zip(pack_matrices(matrices, **held), alone, strict=True):
+        assert parts[0] is None if found is None else torch.equal(found, torch.cat(parts))
 
 
 @pytest.mark.parametrize("matmul", ["bf16", "fp8"])
@@ -64,7 +73,7 @@ def test_grouped_products_are_as_exact_as_eager_ones(layout, workspace_bytes, mo
     generator = torch.Generator().manual_seed(0)
     for weight in packed.expert_weights:
         for number, matrix in enumerate(stacks[weight.name]):
-            packed.put_expert(weight.name, number, pack_matrix(matrix, **held))
+            packed.put_experts(weight.name, number, pack_matrix(matrix, **held))
             codes, state = bnb.functional.quantize_4bit(
                 matrix.contiguous(), **{"quant_type": "nf4", "compress_statistics": True}
             )

@@ -9,8 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.experts.layout import find_experts
+from qlora_cli.core.models import packing
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.weights import read_ahead
+from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.groups import QuantizationSettings
 from tests.experts.expert_modules import write_expert_model
@@ -57,6 +60,60 @@ def test_experts_become_4bit_and_the_answer_is_that_of_their_values(models, layo
                 expected = bnb.functional.dequantize_4bit(codes, state).view(matrix.shape)
                 assert torch.equal(experts.dequantized(weight.name, number), expected)
     assert torch.isfinite(base(torch.arange(5, 25)[None]).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("qwen3_moe", {}),
+        ("qwen3_moe", {"hidden_size": 128, "moe_intermediate_size": 128}),
+        ("gpt_oss", {}),
+        ("llama4", {}),
+    ],
+)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_weights_that_are_read_ahead_and_packed_together_are_those_of_one_by_one(
+    tmp_path, monkeypatch, layout, changes, double_quant
+):
+    write_expert_model(layout, tmp_path / "model", shard="200KB", **changes)
+    expected = load(tmp_path / "model", double_quant=double_quant).state_dict()
+    monkeypatch.setattr(packing, "pays", lambda device: True)
+    monkeypatch.setattr(packing, "PIECE_BYTES", 3 * 4 * 256 * 128)  # experts together: three, or all five
+    monkeypatch.setattr(read_ahead, "PIECE_BYTES", 100_000)
+    monkeypatch.setattr(read_ahead, "PART_BYTES", 10_000)
+    read, alone = Checkpoint.read, []
+    monkeypatch.setattr(
+        Checkpoint, "read", lambda self, name, rows=None: (alone.append(name), read(self, name, rows))[1]
+    )
+    found = load(tmp_path / "model", double_quant=double_quant).state_dict()
+    assert not [name for name in alone if "_proj" in name and "bias" not in name]
+    assert list(found) == list(expected) and len(found) > 20
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_weight_that_ends_too_early_says_so_when_it_is_read_ahead(models, tmp_path, monkeypatch):
+    directory, _ = models("qwen3_moe")
+    files = resolve_model(str(shutil.copytree(directory, tmp_path / "model")), report=lambda event: None)
+    monkeypatch.setattr(packing, "pays", lambda device: True)
+    monkeypatch.setattr(read_ahead.WeightFile, "read_into", fails)
+    with pytest.raises(ModelError, match="became shorter"):
+        load_base(files, QuantizationSettings(base_cache=False), compute_dtype=torch.float32, device=CPU)
+
+
+def fails(*_):
+    raise ModelError("It became shorter while it was read.")
+
+
+def test_what_is_asked_for_in_another_order_comes_too(models):
+    directory, _ = models("qwen3_moe")
+    with Checkpoint(directory) as checkpoint:
+        names = sorted(checkpoint.entries)
+        order = [(name, None) for name in names] + [(names[0], slice(1, 3))]
+        with read_ahead.ReadAhead(checkpoint, order, CPU) as read:
+            for name in [*reversed(names), names[3]]:
+                assert torch.equal(read(name), checkpoint.read(name))
+            assert torch.equal(read(names[0], slice(1, 3)), checkpoint.read(names[0], slice(1, 3)))
 
 
 def test_a_copy_of_the_base_gives_the_same_experts_bit_for_bit(models, tmp_path, monkeypatch):

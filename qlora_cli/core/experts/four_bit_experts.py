@@ -18,7 +18,7 @@ from qlora_cli.core.experts.stack import (
     empty_stack,
     nested_block_size,
     of_this_pass,
-    put_expert,
+    put_packed,
 )
 from qlora_cli.kernels.weights import FrozenWeight
 
@@ -124,10 +124,9 @@ class FourBitExperts(nn.Module):
         )
         return ExpertStack(weight, values, self.quant_type)
 
-    def put_expert(self, name: str, number: int, packed: Packed) -> None:
-        """Fills in one expert's matrix."""
-        experts = self.weight_of(name).experts
-        put_expert(self.packed(name), packed, number / experts, 1 / experts)
+    def put_experts(self, name: str, first: int, packed: Packed) -> None:
+        """Fills in matrices of experts, from the first of these on."""
+        put_packed(self.packed(name), packed, first / self.weight_of(name).experts)
 
     def keep_shards(self, name: str, shards: WeightShards) -> None:
         """Keeps this rank's share of a stack, and of its constants, only."""

@@ -58,6 +58,27 @@ def pack_matrix(matrix: Tensor, *, quant_type: str, double_quant: bool) -> Packe
     return packed_of(codes, state)
 
 
+def pack_matrices(matrices: Tensor, *, quant_type: str, double_quant: bool) -> Packed:
+    """Quantises some matrices, (count, out, in) in the compute dtype, contiguous: the same bits as `pack_matrix` of each."""
+    count, elements = len(matrices), matrices[0].numel()
+    blocks = elements // BLOCK_SIZE
+    if count == 1 or blocks % NESTED_BLOCK_SIZE:  # scales of scales would be of two matrices
+        packed = (pack_matrix(matrix, quant_type=quant_type, double_quant=double_quant) for matrix in matrices)
+        kinds: Any = zip(*packed, strict=True)
+        return Packed._make(None if kind[0] is None else torch.cat(kind) for kind in kinds)
+    codes, state = bnb.functional.quantize_4bit(matrices, blocksize=BLOCK_SIZE, quant_type=quant_type)
+    if not double_quant:
+        return Packed(codes.flatten(), state.absmax.flatten(), None, None)
+    absmax = state.absmax.view(count, blocks)
+    offsets = torch.stack([own.mean() for own in absmax])  # one by one: a sum's order decides its last bit
+    nested, state = bnb.functional.quantize_blockwise(
+        (absmax - offsets[:, None]).flatten(), blocksize=NESTED_BLOCK_SIZE
+    )
+    every = nested_block_size(elements)
+    repeated = state.absmax.repeat_interleave(NESTED_BLOCK_SIZE // every)
+    return Packed(codes.flatten(), nested, repeated, offsets.repeat_interleave(blocks // every))
+
+
 def packed_of(codes: Tensor, state: Any, elements: int | None = None) -> Packed:
     """The tensors of a weight that bitsandbytes has quantised, of whole blocks.
 
@@ -97,12 +118,12 @@ def stack_bytes(weight: ExpertWeight, *, double_quant: bool) -> int:
     return weight.experts * weight.elements // 2 + constants
 
 
-def put_expert(stack: Packed, packed: Packed, start: float, share: float) -> None:
-    """Copies packed matrices into their place, `start` and `share` as fractions of the whole stack."""
+def put_packed(stack: Packed, packed: Packed, start: float) -> None:
+    """Copies packed matrices into their place, which begins at so large a share of the whole stack."""
     for whole, part in zip(stack, packed, strict=True):
         if whole is not None and part is not None:
             first = round(start * whole.numel())
-            whole[first : first + round(share * whole.numel())].copy_(part)
+            whole[first : first + part.numel()].copy_(part)
 
 
 def code_tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:

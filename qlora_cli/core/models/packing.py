@@ -1,6 +1,7 @@
-"""Packing a base's weights in 4 bits while they are read: one matrix at a time is in 16 bits, on host and device."""
+"""Packing a base's weights in 4 bits while they are read: one matrix at a time is in 16 bits, on a card some together."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -10,11 +11,12 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
-from qlora_cli.core.experts.stack import Packed, pack_matrix, packed_of
+from qlora_cli.core.experts.stack import Packed, pack_matrices, packed_of
 from qlora_cli.core.models.account import Account
-from qlora_cli.core.models.quantization import is_finite, pack_weight, restored_linear, twin_of
+from qlora_cli.core.models.quantization import are_finite, is_finite, pack_weight, restored_linear, twin_of
 from qlora_cli.core.models.weight_names import WeightOrigin
 from qlora_cli.core.weights.checkpoint import Checkpoint
+from qlora_cli.core.weights.read_ahead import PIECE_BYTES, ReadAhead, Request, pays
 from qlora_cli.core.weights.stored_formats import four_bit_state
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.groups import QuantizationSettings
@@ -110,6 +112,7 @@ class Packer:
         held: dict[str, Any] = {"quant_type": quantization.quant_type, "double_quant": quantization.double_quant}
         self._held = held
         self.finite: dict[str, Tensor] = {}
+        self._read: Callable[..., Tensor] = checkpoint.read
 
     def fill(self, model: Any, account: Account) -> None:
         """Packs every weight of the plan into its place in the model.
@@ -118,24 +121,43 @@ class Packer:
             ModelError: A tensor has another shape than its place.
         """
         self.model = model
+        wanted = {
+            key: [target for target in origin.targets if target in account.plan.packed]
+            for key, origin in account.origins.of.items()
+        }
+        origins = [(account.origins.of[key], targets) for key, targets in wanted.items() if targets]
         for name in account.plan.packed:
             owner = model.get_submodule(name.rpartition(".")[0])
             if isinstance(owner, Withdrawn):
                 continue
             if not isinstance(owner, FourBitExperts):
                 pack_experts(owner, compute_dtype=self.compute_dtype, device=self.device, **self._held)
-        for origin in account.origins.of.values():
-            wanted = [target for target in origin.targets if target in account.plan.packed]
-            if wanted:
-                self._fill_from(origin, wanted)
+        with ExitStack() as stack:
+            if pays(self.device):
+                order = (request for origin, targets in origins for request in self._requests(origin, targets[0]))
+                self._read = stack.enter_context(ReadAhead(self.checkpoint, order, self.device))
+            for origin, targets in origins:
+                self._fill_from(origin, targets)
         share_weights(model, account.plan.shared)
+
+    def _requests(self, origin: WeightOrigin, name: str) -> Iterator[Request]:
+        """What filling these targets reads, in order."""
+        owner, leaf = self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        experts = owner.weight_of(leaf).experts if isinstance(owner, FourBitExperts) else 0
+        if not (experts and origin.by_expert(experts)):
+            yield from ((source, None) for source in origin.names)
+            return
+        for number in range(experts):
+            yield from origin.expert_requests(number)
 
     def _fill_from(self, origin: WeightOrigin, wanted: list[str]) -> None:
         owner = self.model.get_submodule(wanted[0].rpartition(".")[0])
         if isinstance(owner, FourBitExperts):
             name = wanted[0].rpartition(".")[2]
-            for number, packed in enumerate(self._packed_experts(origin, owner.weight_of(name), wanted[0])):
-                owner.put_expert(name, number, packed)
+            first = 0
+            for count, packed in self._packed_experts(origin, owner.weight_of(name), wanted[0]):
+                owner.put_experts(name, first, packed)
+                first += count
             if self.shards:
                 owner.keep_shards(name, self.shards)
             return
@@ -163,8 +185,8 @@ class Packer:
             weight.quant_state.absmax = self.shards.keep(weight.quant_state.absmax)
         self.model.set_submodule(name.rpartition(".")[0], linear)
 
-    def _packed_experts(self, origin: WeightOrigin, weight: ExpertWeight, name: str) -> Iterator[Packed]:
-        """Each expert's matrix in turn."""
+    def _packed_experts(self, origin: WeightOrigin, weight: ExpertWeight, name: str) -> Iterator[tuple[int, Packed]]:
+        """Experts' matrices in turn, and how many; on a card as many at once as a piece of what is read ahead."""
         if (
             self.checkpoint.stored is not None
             and self.checkpoint.stored.is_four_bit
@@ -172,18 +194,32 @@ class Packer:
         ):
             parts = [self.checkpoint.packed(source) for source in origin.names]
             if all(parts):
-                yield from self._stored_experts(origin, weight)
+                yield from ((1, packed) for packed in self._stored_experts(origin, weight))
                 return
+        at_once = 1
+        if pays(self.device):
+            at_once = min(weight.experts, max(1, PIECE_BYTES // (weight.elements * self.compute_dtype.itemsize)))
+        matrices = torch.empty(at_once, weight.rows, weight.columns, dtype=self.compute_dtype, device=self.device)
+        found = self._matrices(origin, weight, name)
+        for first in range(0, weight.experts, at_once):
+            some = matrices[: weight.experts - first]
+            for place, matrix in zip(some, found, strict=False):
+                place.copy_(matrix.to(self.device))
+            for number, finite in enumerate(are_finite(some), first):
+                self.finite[f"{name}.{number}"] = finite
+            yield len(some), pack_matrices(some, **self._held)
+
+    def _matrices(self, origin: WeightOrigin, weight: ExpertWeight, name: str) -> Iterator[Tensor]:
+        """Each expert's matrix (out, in) as it is stored."""
         if origin.by_expert(weight.experts):
             for number in range(weight.experts):
                 made = origin.read_expert(self._read, self.model, number)
                 self._require_shape(name, made, (1, *weight.shape[1:]))
-                yield pack_matrix(self._settled(f"{name}.{number}", weight.as_matrix(made[0])), **self._held)
+                yield weight.as_matrix(made[0])
             return
         stack = origin.read(self._read, self.model)[name]
         self._require_shape(name, stack, weight.shape)
-        for number, matrix in enumerate(stack):
-            yield pack_matrix(self._settled(f"{name}.{number}", weight.as_matrix(matrix)), **self._held)
+        yield from map(weight.as_matrix, stack)
 
     def _stored_experts(self, origin: WeightOrigin, weight: ExpertWeight) -> Iterator[Packed]:
         """Experts that the checkpoint holds in 4 bits, one tensor or two each, as they are: no bit changes."""
@@ -196,9 +232,6 @@ class Packer:
                 pieces.append(packed_of(moved.pop(""), four_bit_state(moved, self.device), weight.elements))
             kinds: Any = zip(*pieces, strict=True)
             yield Packed._make(None if kind[0] is None else torch.cat(kind) for kind in kinds)
-
-    def _read(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.checkpoint.read(name, rows)
 
     def _settled(self, name: str, matrix: Tensor) -> Tensor:
         """On the device in the compute dtype, (out, in) contiguous; whether it is finite is noted, which packing hides."""

@@ -28,6 +28,12 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(lowest) & torch.isfinite(highest)
 
 
+def are_finite(matrices: torch.Tensor) -> torch.Tensor:
+    """As `is_finite`, of each of several matrices, (count, ...)."""
+    lowest, highest = torch.aminmax(matrices.flatten(1), dim=1)
+    return torch.isfinite(lowest) & torch.isfinite(highest)
+
+
 class FourBitConfig(BitsAndBytesConfig):
     """BitsAndBytesConfig that selects the quantizer below."""
 

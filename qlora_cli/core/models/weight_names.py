@@ -59,12 +59,15 @@ class WeightOrigin:
 
     def read_expert(self, read: Callable[[str, slice | None], Tensor], model: Any, number: int) -> Tensor:
         """One expert's slice (1, …) of the only target; `by_expert` must hold. `read` also reads rows alone."""
-        rows = slice(number, number + 1)
-        if self.converter is not None and isinstance(self.converter.operations[0], MergeModulelist):
-            made = self._make({p: [read(names[number], None)] for p, names in self.sources.items()}, model)
-        else:
-            made = self._make({p: [read(names[0], rows)] for p, names in self.sources.items()}, model)
+        tensors = [read(*request) for request in self.expert_requests(number)]
+        made = self._make({p: [tensor] for p, tensor in zip(self.sources, tensors, strict=True)}, model)
         return made[self.targets[0]]
+
+    def expert_requests(self, number: int) -> list[tuple[str, slice | None]]:
+        """What `read_expert` reads, in order: names and rows."""
+        if self.converter is not None and isinstance(self.converter.operations[0], MergeModulelist):
+            return [(names[number], None) for names in self.sources.values()]
+        return [(names[0], slice(number, number + 1)) for names in self.sources.values()]
 
     @property
     def patterns(self) -> list[str]:

@@ -84,13 +84,17 @@ class TensorFile:
 
     def read_entry(self, entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
         """As `read`, of a tensor by where it lies."""
-        shape, start = entry.shape, entry.start
-        if rows is not None:
-            row_bytes = prod(shape[1:]) * entry.dtype.itemsize
-            shape, start = (rows.stop - rows.start, *shape[1:]), start + rows.start * row_bytes
+        shape, start = self.place_of(entry, rows)
         buffer = torch.empty(prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
         self.read_into(buffer, start)
         return buffer.view(entry.dtype).view(shape)
+
+    def place_of(self, entry: TensorEntry, rows: slice | None) -> tuple[tuple[int, ...], int]:
+        """The shape of a tensor, or of rows of it, and where it begins in the file."""
+        if rows is None:
+            return entry.shape, entry.start
+        row_bytes = prod(entry.shape[1:]) * entry.dtype.itemsize
+        return (rows.stop - rows.start, *entry.shape[1:]), entry.start + rows.start * row_bytes
 
     def read_into(self, buffer: torch.Tensor, start: int) -> None:
         """Fills a uint8 buffer with the file's bytes from `start` on.

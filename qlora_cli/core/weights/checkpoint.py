@@ -101,6 +101,11 @@ class Checkpoint:
         """As `WeightFile.read`."""
         return self._file_of[name].read(name, rows)
 
+    def plain_file(self, name: str) -> WeightFile | None:
+        """The file that holds the values of a weight as they are; None for one that is stored quantised."""
+        file = self._file_of[name]
+        return file if file.is_plain(name) else None
+
     def packed(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of a weight in bitsandbytes' 4 bits as they are stored, by their endings; None for another."""
         if self.stored is None or not self.stored.is_four_bit or name not in self.parts:
