@@ -354,7 +354,7 @@ def start_optimization(
     if checkpoint:
         try:
             load_optimizer(checkpoint, optimizer, parameters)
-            unallocated_bytes = 0
+            unallocated_bytes *= share > 0  # pieces of such a state come to the card with the first update
         except CheckpointError as error:
             if not config.allow_changes:
                 raise

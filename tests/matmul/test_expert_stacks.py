@@ -1,6 +1,7 @@
 """Stacks of experts in 8 bits: measured expert by expert, chosen, kept by a run, and near what the compute dtype gives."""
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -13,7 +14,7 @@ from qlora_cli.core.experts.fused_experts import FusedExperts, fuse_experts
 from qlora_cli.core.experts.grouped_product import Routing
 from qlora_cli.core.experts.stack import bytes_at_once, part_of
 from qlora_cli.core.matmul.choice import ProductTrial
-from qlora_cli.core.matmul.expert_stacks import ExpertStacks, stack_error
+from qlora_cli.core.matmul.expert_stacks import ExpertStacks, _relative, stack_error
 from qlora_cli.core.matmul.gate import expected_error
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
@@ -166,6 +167,12 @@ def test_kernels_that_fail_or_are_wrong_leave_their_stacks_in_the_compute_dtype(
     assert len(engine.products.stacks) == (0 if broken else 4) and (not broken or said[broken] in texts(events))
     engine.close()
     put_back()
+
+
+def test_experts_of_zeros_are_what_they_were_in_8_bits():
+    found, exact = torch.zeros(2, 3), torch.zeros(2, 3)
+    assert _relative(found, exact) == 0 and _relative(found + 1, exact) == math.inf
+    assert _relative(exact, found + 2) == 1 and math.isnan(_relative(found * math.nan, found + 2))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

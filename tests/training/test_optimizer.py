@@ -10,6 +10,8 @@ from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.storage.checkpoint import read_tensors, write_tensors
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import (
+    PIECE_BYTES,
+    PIECES,
     allocated_state_bytes,
     build_optimizer,
     choose_optimizer,
@@ -132,6 +134,13 @@ def test_defaults_follow_the_device():
 def test_a_paged_optimizer_asks_nothing_of_the_allocator():
     assert allocated_state_bytes("paged_adamw_8bit", 10**6) == 0
     assert allocated_state_bytes("adamw_8bit", 10**6) == state_bytes("adamw_8bit", 10**6) > 2 * 10**6
+
+
+def test_a_state_that_waits_on_the_host_asks_for_its_share_and_for_pieces_on_their_way():
+    parameters = 10**9
+    whole, rooms = state_bytes("paged_adamw_8bit", parameters), PIECES * PIECE_BYTES
+    assert allocated_state_bytes("paged_adamw_8bit", parameters, 0.75) == int(0.25 * whole) + rooms
+    assert allocated_state_bytes("paged_adamw_8bit", 10**6, 1.0) == state_bytes("paged_adamw_8bit", 10**6) < rooms
 
 
 @pytest.mark.gpu

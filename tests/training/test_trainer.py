@@ -13,6 +13,7 @@ import torch._dynamo.utils
 
 from qlora_cli.core.storage.checkpoint import list_checkpoints, newest_valid
 from qlora_cli.core.training import accumulation
+from qlora_cli.core.training import trainer as trainer_module
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.events import Caution, CheckpointSaved, EvaluationLogged, Notice, StepLogged
@@ -383,6 +384,22 @@ def test_the_longest_rows_are_tried_before_the_first_step_and_leave_no_trace(bas
     untried.trainer.try_longest = lambda: None
     untried.run()
     assert case.lines() == untried.lines() and same(case.adapter, untried.adapter)
+
+
+def test_memory_of_the_optimizers_state_is_held_until_its_first_update(base, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainer_module, "reserve_memory", lambda *given: asked.append(given) or "memory")
+    case, held = make_case(base, tmp_path / "a"), []
+    case.trainer.optimization = replace(case.trainer.optimization, unallocated_bytes=1234)
+    accumulate = case.trainer.accumulation.accumulate
+    case.trainer.accumulation.accumulate = lambda *given, **named: (
+        held.append(case.trainer.reserved),
+        accumulate(*given, **named),
+    )[1]
+    case.run()
+    steps = len(case.reported(StepLogged))
+    assert asked == [(1234, case.trainer.device)] and steps > 2
+    assert held[-steps:] == ["memory"] + [None] * (steps - 1) and set(held[:-steps]) == {"memory"}
 
 
 def test_a_resumed_run_keeps_the_smaller_micro_batches(base, tmp_path):

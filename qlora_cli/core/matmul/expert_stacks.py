@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -201,12 +202,18 @@ def _why_unlike(module: FourBitExperts, exact: tuple[Tensor, Tensor]) -> str:
     """Why a module in 8 bits does not give what it gave in the compute dtype; nothing where it does."""
     try:
         found = _both_passes(module)
-        error = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, exact, strict=True))
+        error = max(_relative(a, b) for a, b in zip(found, exact, strict=True))
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # of a compiler too, whose kinds of errors are its own
         return f"its kernels fail: {first_line(failure)}"
     return "" if error <= MOST_UNLIKE else f"its kernels are off by {error:.2f}"
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    """How far they are apart, as a share of what is exact: nothing where both are zeros, as of experts that are."""
+    apart, norm = float((found - exact).float().norm()), float(exact.float().norm())
+    return apart / norm if norm else apart and inf
 
 
 def stack_error(

@@ -20,7 +20,7 @@ from qlora_cli.core.streaming.host_memory import locked_bytes
 from qlora_cli.core.streaming.ring import SLOTS
 from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS
-from qlora_cli.core.training.optimizer import state_bytes, waiting_bytes
+from qlora_cli.core.training.optimizer import allocated_state_bytes, state_bytes, waiting_bytes
 
 # CUDA context with the kernels of PyTorch, cuBLAS and Triton: outside PyTorch's allocator, so in no peak it reports.
 # Measured on an H200 after a few steps of four models: 0.77 to 1.07 GiB, most where activations are offloaded.
@@ -139,7 +139,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         + step.measures.unpacked_experts * profile.unpacked_bytes,
         "adapter_bytes": 4 * trained + copies_bytes,
         "gradient_bytes": 4 * trained,
-        "optimizer_bytes": int((1 - waiting) * states_bytes) if waiting or not paged else 0,
+        "optimizer_bytes": allocated_state_bytes(step.optimizer, trained, waiting) if step.on_cuda else states_bytes,
         "activation_bytes": int(activation_bytes),
         "working_bytes": int(working_bytes) + _code_bytes(profile, step) + CUBLAS_BYTES * step.on_cuda,
     }

@@ -16,6 +16,7 @@ from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.gradient_reduction import GradientReduction
 from qlora_cli.errors import TrainingError
 from qlora_cli.events import Vram
+from qlora_cli.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ class Accumulation:
             )
         return self.ranks.all_reduce_max(failed_tokens, self.device) // 2
 
-    def try_out(self, micro_batches: Iterable[list[int]], limit_tokens: int | None, reserve_bytes: int) -> int | None:
-        """The limit on a micro-batch's tokens with which all of these fit, with room kept for `reserve_bytes` more.
+    def try_out(self, micro_batches: Iterable[list[int]], limit_tokens: int | None) -> int | None:
+        """The limit on a micro-batch's tokens with which all of these fit.
 
         They are run forward and backward and forgotten.
 
@@ -163,17 +164,29 @@ class Accumulation:
         for indices in micro_batches:
             while True:
                 batches = self.read_batches([indices], limit_tokens)
-                reserved = torch.empty(
-                    reserve_bytes if self.device.type == "cuda" else 0, device=self.device, dtype=torch.uint8
-                )
                 sums = read_sums(self.accumulate(batches))
-                del reserved  # stays with the allocator, where the optimizer's state will find it
                 if not sums.out_of_memory:
                     break
                 if not self.reduce_memory():
                     limit_tokens = self.halved_limit("for the longest rows")
         self.parameters.zero_gradients()
         return limit_tokens
+
+
+def reserve_memory(bytes_: int, device: torch.device) -> Tensor:
+    """Memory that the optimizer's state will take with the first update, to be held until then: a captured step takes what
+    is free, and gives nothing back.
+
+    Raises:
+        TrainingError: There is not that much.
+    """
+    try:
+        return torch.empty(bytes_ if device.type == "cuda" else 0, device=device, dtype=torch.uint8)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"There is no memory for the optimizer's state, {format_bytes(bytes_)}.",
+            "Lower --rank, or choose --optimizer paged_adamw_8bit, whose state may lie in the host's memory.",
+        ) from error
 
 
 def read_sums(sums: Tensor) -> StepSums:

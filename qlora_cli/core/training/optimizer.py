@@ -69,15 +69,14 @@ def state_bytes(name: str, parameters: int) -> int:
 def allocated_state_bytes(name: str, parameters: int, waiting_share: float = 0.0) -> int:
     """Of these, what PyTorch's allocator holds on a CUDA device: nothing for a paged optimizer, whose states are in
     managed memory and leave the device where it is full, unless a share of them waits on the host."""
-    paged = name.startswith("paged") and not waiting_share
-    return 0 if paged else int((1 - waiting_share) * state_bytes(name, parameters))
+    if name.startswith("paged") and not waiting_share:
+        return 0
+    bytes_ = state_bytes(name, parameters)
+    return int((1 - waiting_share) * bytes_) + min(PIECES * PIECE_BYTES, int(waiting_share * bytes_))
 
 
 def waiting_bytes(name: str, parameters: int) -> int:
-    """What the state of a paged optimizer takes of the host where it waits there; 0 for one that cannot.
-
-    PyTorch rounds page-locked memory up to powers of two.
-    """
+    """What a paged optimizer's state that waits there takes of the host at the most, in powers of two; 0 for one that cannot."""
     per_state = int(_OPTIMIZERS[name][1] * parameters) // (2 if "adamw" in name else 1)
     if not (name.startswith("paged") and per_state):
         return 0
@@ -130,8 +129,9 @@ def _keep_state_on_host(optimizer: Any, report: Report, share: float, piece_byte
         return state.zero_().view(dtype).view(parameter.shape)
 
     optimizer.get_state_buffer = buffer
-    # Pieces of state that stay on the device, by place: what the host has of them is of before their first update.
-    optimizer.on_device, optimizer.waiting_share, optimizer.piece_bytes = {}, share, piece_bytes
+    # Pieces of state that stay on the device, by place (what the host has is of before their first update), and rooms of the
+    # others, which a captured step would take.
+    optimizer.on_device, optimizer.rooms, optimizer.waiting_share, optimizer.piece_bytes = {}, {}, share, piece_bytes
     optimizer.initialized = True  # its own first step would take what it finds on the host to the card
 
 
@@ -242,10 +242,10 @@ def _update_in_pieces(optimizer: Any, group: dict[str, Any], parameter: Tensor, 
     elements = min(max(1, elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS, parameter.numel())
     starts = range(0, parameter.numel(), elements)
     going = math.ceil(len(starts) * optimizer.waiting_share)
-    rooms = [
-        {key: tensor.new_empty(elements, device=parameter.device) for key, tensor in waiting.items()}
-        for _ in starts[: min(going, PIECES)]
-    ]
+    rooms = optimizer.rooms
+    for which in ((turn, key, t.dtype) for turn in range(min(going, PIECES)) for key, t in waiting.items()):
+        if which not in rooms or rooms[which].numel() < elements:
+            rooms[which] = torch.empty(elements, dtype=which[2], device=parameter.device)
     copies = _CopyStreams(parameter.device)
 
     def update(part: slice, room: dict[str, Tensor]) -> int:
@@ -267,7 +267,8 @@ def _update_in_pieces(optimizer: Any, group: dict[str, Any], parameter: Tensor, 
         step = update(part, optimizer.on_device[place])
     for number, start in enumerate(starts[:going]):
         part = slice(start, start + elements)
-        room = {key: tensor[: parameter[part].numel()] for key, tensor in rooms[number % PIECES].items()}
+        length, turn = parameter[part].numel(), number % PIECES
+        room = {key: rooms[turn, key, tensor.dtype][:length] for key, tensor in waiting.items()}
         with copies.coming(number):
             for key, tensor in room.items():
                 tensor.copy_(waiting[key][part], non_blocking=True)

@@ -18,7 +18,7 @@ from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import MicroBatch
 from qlora_cli.core.data.sampler import BatchSampler, Step
 from qlora_cli.core.distributed.signals import StopRequest, stopping_on_signals
-from qlora_cli.core.training.accumulation import Accumulation, ModelReplica, StepSums, read_sums
+from qlora_cli.core.training.accumulation import Accumulation, ModelReplica, StepSums, read_sums, reserve_memory
 from qlora_cli.core.training.evaluation import measure_loss
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import set_learning_rate, step_optimizer
@@ -99,6 +99,7 @@ class Trainer:
         self.saved_step = self.state.step
         self.sampled_step = self.state.step or -1  # a run that goes on was asked before it was saved
         self.said_uncompiled = False
+        self.reserved: object = None  # memory of the optimizer's state, until the first update
         self.strained_steps = 0  # in a row, see `_relieve_allocator`
         self.most_retries = math.inf  # a step, that another relief would be worth
         self.streak: list[Step] = []  # steps in a row without finite numbers
@@ -175,7 +176,7 @@ class Trainer:
             restore_random_state(self.random_state, self.device)
             batches = self.accumulation.read_batches(step.micro_batches, self.state.micro_batch_limit_tokens)
         if math.isfinite(loss) and math.isfinite(norm):
-            self.between_steps = False
+            self.between_steps, self.reserved = False, None
             self.optimization.update(rate, norm, scale)
             self.streak = []
             if scaled:
@@ -229,10 +230,11 @@ class Trainer:
     def try_longest(self) -> None:
         """Runs the longest micro-batches before the first step, so that what does not fit shows now."""
         limit = self.state.micro_batch_limit_tokens
+        self.reserved = reserve_memory(self.optimization.unallocated_bytes, self.device)
         with undisturbed_random_state(self.device):
             while True:
                 longest = self.sampler.longest_micro_batches(limit)
-                found = self.accumulation.try_out(longest, limit, self.optimization.unallocated_bytes)
+                found = self.accumulation.try_out(longest, limit)
                 if found == limit:
                     break
                 limit = found  # others than the halves may be the longest now
