@@ -279,7 +279,8 @@ def run(name: str, steps: int, device: str, compiled: bool, ways: list[str], mat
         "offload_activations": measures.offload_activations and cuda,
         "offload_embeddings": measures.offload_embeddings,
     }
-    start = [p.detach().clone() for p in bench.model.parameters() if p.requires_grad]
+    kept = (p for p in bench.model.parameters() if p.requires_grad and "gradients" in ways)
+    start = [parameter.detach().to("cpu", copy=True) for parameter in kept]  # not on the card, whose memory is measured
     all_tokens = bench.rows * bench.tokens
     whole: list[tuple] = []
     if "same" in ways or "gradients" in ways:

@@ -105,10 +105,13 @@ def test_layers_wait_on_the_host_while_copies_hide_behind_the_others_and_are_rec
 def test_hidden_states_on_their_way_beside_a_sent_layer_are_counted():
     needs = replace(LINKED, kept_bytes=32 * NEEDS.hidden_bytes)
     plan = MemoryPlan(16, True, False, False, sent=16)
-    less = replace(plan, offload_activations=False, recomputed=2, sent=30)
-    assert (
-        plan.step_bytes(needs) - less.step_bytes(needs) == int((ROOM - 1) * needs.kept_bytes) - 2 * needs.hidden_bytes
-    )
+    less = replace(plan, offload_activations=False, recomputed=2).step_bytes(replace(needs, layers=18))
+    assert plan.step_bytes(needs) - less == int((ROOM - 1) * needs.kept_bytes) - needs.hidden_bytes
+
+
+def test_weights_that_a_larger_layer_unpacks_take_the_same_of_fewer_tokens():
+    beyond = replace(NEEDS, peak_bytes=NEEDS.peak_bytes + GIB // 4, beyond_bytes=GIB // 4)
+    assert beyond.for_share(0.25).peak_bytes - NEEDS.for_share(0.25).peak_bytes == GIB // 4
 
 
 @pytest.mark.parametrize(("attended", "host", "kept"), [(2**25, 100, 32), (0, 100, 0), (2**25, 0, 0), (2**28, 3, 8)])

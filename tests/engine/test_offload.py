@@ -10,14 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.engine import packed_attention
-from qlora_cli.core.engine.memory_plan import MemoryPlan
+from qlora_cli.core.engine.engine import install_engine
+from qlora_cli.core.engine.memory_plan import MARGIN_BYTES, MemoryPlan, StepNeeds
 from qlora_cli.core.engine.offload import ActivationOffload, storages_of
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.tiling import kept_attention
 from qlora_cli.core.training.flat_parameters import TrainableParameters
-from qlora_cli.settings.groups import QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
 from tests.conftest import most_slow
 from tests.engine.test_engine import adapted, batch_of, gradients, install
 
@@ -104,6 +106,38 @@ def test_small_layers_stay_and_return_beside_a_large_one_and_large_ones_one_by_o
     offload.fetch_around(2)
     assert on_device() == [0, 1, 2, 3, 4, 5]  # room for 0 and 1 together: 2 is at work, the others were never away
     del out
+
+
+def test_a_plan_counts_what_lies_beside_a_layer_that_is_repeated():
+    """Its input, what is on its way for the layers below, and what the first of them was given, which stays."""
+    offload = ActivationOffload(CPU, frozenset(), smallest_bytes=1)
+    given = torch.rand(100, 1, requires_grad=True)
+    offload.start()
+    out = given.sum()
+    for number, size in enumerate((100, 100, 1000, 100, 100, 1000, 100)):  # values: an input, or all that a layer saves
+        with offload.layer(number):
+            out = (torch.rand(size, 1) * out).sum()
+    offload.fetch_around(3)
+    stretches = [s for number in range(4) for s in offload.layers[number] if s.on_device is not None]
+    there = sum(stretch.bytes for stretch in stretches) + given.nbytes
+    plan, peak = MemoryPlan(recomputed=5, offload_activations=True, sent=2), 2**40
+    needs = StepNeeds(layers=7, kept_bytes=4000, peak_bytes=peak, hidden_bytes=400)
+    own_inputs = 400  # normalised, which a repetition keeps
+    assert there > 4000 and plan.step_bytes(needs) - MARGIN_BYTES >= peak + there + own_inputs
+    del out
+
+
+def test_adapters_in_the_compute_dtype_stay(load_tiny):
+    dtype = torch.bfloat16
+    base, _ = load_tiny("llama", compute_dtype=dtype)
+    model = attach_adapter(base, LoraSettings(rank=4, alpha=8)).train()
+    run = {"max_tokens": 128, "total_steps": 3, "report": lambda event: None}
+    engine = install_engine(model, StepSettings(engine="fast"), device=CPU, compute_dtype=dtype, **run)
+    engine.loss(batch_of())
+    staying = storages_of([*engine.base.parameters(), *engine.base.buffers(), *engine.linears.tensors()])
+    adapters = [t for linear in engine.linears.fused if linear.adapter for t in (linear.lora_a, linear.lora_b)]
+    assert adapters and storages_of(adapters) <= staying
+    engine.close()
 
 
 def test_tensors_that_stay_anyway_are_not_copied():

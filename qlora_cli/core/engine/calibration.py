@@ -278,7 +278,7 @@ class StepPlanner:
 
     def measure(self, trials: Calibration, layer: nn.Module, static: StepNeeds, workspace_bytes: int | None) -> None:
         """Runs the first layer as it stands, on weights dequantised in slices of `workspace_bytes`, and completes what
-        is known without running it; `static.peak_bytes` is what another layer takes beyond the first."""
+        is known without running it."""
         share = 1
         while (measured := trials.measure(layer, self.largest_tokens // share)) is None:
             share *= 2  # not even a layer fits, but a smaller micro-batch may
@@ -289,7 +289,7 @@ class StepPlanner:
         self.needs = replace(
             static,
             kept_bytes=layer_bytes.kept * share,
-            peak_bytes=(layer_bytes.peak - dense_bytes) * share + static.peak_bytes + static.largest_dense_bytes,
+            peak_bytes=(layer_bytes.peak - dense_bytes) * share + static.beyond_bytes + static.largest_dense_bytes,
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
             attended_bytes=int(self.largest_tokens * trials.hidden_bytes * kept),
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward, seconds.launching),

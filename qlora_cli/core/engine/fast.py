@@ -256,7 +256,7 @@ class FastEngine:
         """Measures a layer at the largest micro-batch and plans for it; once more compiled, where that decides."""
         static = StepNeeds(
             layers=len(self.layers),
-            peak_bytes=self.stacks.bytes_beyond(self.layers[0], self.values.dtype.itemsize),
+            beyond_bytes=self.stacks.bytes_beyond(self.layers[0], self.values.dtype.itemsize),
             optimizer_bytes=optimizer_bytes + trained_bytes([self.model]),
             gradient_bytes=trained_bytes(self.layers) // max(1, len(self.layers)),
             dense_bytes=self.linears.dense_bytes,

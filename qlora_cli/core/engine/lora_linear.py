@@ -334,7 +334,8 @@ class FusedLinears:
             fast.options = fast.options._replace(workspace_bytes=bytes_)
 
     def tensors(self) -> Iterator[Tensor]:
-        """What the frozen weights consist of, but those that ranks share."""
+        """What the frozen weights consist of, but those that ranks share, and the adapters' copies."""
+        yield from self.values.copies
         for fast in self.fused:
             if isinstance(fast.weight, FrozenWeight):
                 yield from (part for part in fast.weight if isinstance(part, Tensor))

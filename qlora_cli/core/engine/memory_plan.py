@@ -41,6 +41,8 @@ TOP_LAYERS = 2  # that keep everything, if any layer does
 # What is on its way to the host or back may take, as a multiple of what the largest layer sends: such a layer, and the
 # hidden states of recomputed ones beside it, which take more time to compute than to copy.
 ROOM = 1.25
+# Of what a layer saves, in tensors too small to travel: with rank 16, 0.12 % of a 70B layer's, 0.24 of a 7B's.
+SMALL_SHARE = 0.0025
 # Of memory that nothing else needs, for unpacked experts: the rest is for captured steps of other shapes.
 UNPACKED_SHARE = 0.75
 
@@ -52,6 +54,7 @@ class StepNeeds:
     layers: int  # of the decoder
     kept_bytes: int = 0  # that one layer saves
     peak_bytes: int = 0  # the most one layer holds at once in its forward and backward pass, `kept_bytes` included
+    beyond_bytes: int = 0  # of which the largest experts take, more than those measured, at any number of tokens
     hidden_bytes: int = 0  # of hidden states
     attended_bytes: int = 0  # of the results of one layer's attention; none where they cannot be kept
     optimizer_bytes: int = 0  # gradients of the adapter and the optimizer's state
@@ -75,6 +78,7 @@ class StepNeeds:
 
     def for_share(self, share: float) -> "StepNeeds":
         """The same for a micro-batch with that share of the largest one's tokens."""
+        of_weights = self.largest_dense_bytes + self.beyond_bytes
         seconds, fixed = self.seconds, self.fixed_seconds
         if seconds is not None and fixed is not None:
             seconds = LayerSeconds(
@@ -84,7 +88,7 @@ class StepNeeds:
         return replace(
             self,
             kept_bytes=int(self.kept_bytes * share),
-            peak_bytes=int((self.peak_bytes - self.largest_dense_bytes) * share) + self.largest_dense_bytes,
+            peak_bytes=int((self.peak_bytes - of_weights) * share) + of_weights,
             hidden_bytes=int(self.hidden_bytes * share),
             attended_bytes=int(self.attended_bytes * share),
             seconds=seconds,
@@ -115,12 +119,17 @@ class MemoryPlan:
         away = min(self.recomputed, 2) if self.offload_activations else self.recomputed  # two are on their way
         attended = min(self.attention_kept, away) * needs.attended_bytes
         waiting = away * needs.hidden_bytes + attended + min(self.sent, 1) * kept
-        if self.sent and self.offload_activations:
+        if both := self.sent and self.offload_activations:
             waiting = max(waiting, int(min(self.sent_bytes(needs), ROOM * kept)))
+        if (self.sent or self.offload_activations) and not self.tile_tokens:
+            # What the decoder is given stays until the first layer's gradient; beside what is on its way lies the input of a
+            # layer that is repeated, and of each that is sent what is too small to travel.
+            beside = needs.hidden_bytes * (2 if both and self.recomputed else 1)
+            waiting += beside + int(SMALL_SHARE * self.sent * kept)
         # Of long rows the embeddings and the norm's output count too: a card ran out at the head by one hidden state.
         head = (6 if self.tile_tokens else 4) * needs.hidden_bytes + 2 * CHUNK_BYTES
-        # Highest at the head or its neighbour, where all that is kept is there, in a layer that is recomputed, or in one
-        # whose tensors came back, while those of the next are on their way.
+        # Highest at the head or its neighbour, where all that is kept is there, in a layer that is recomputed, which keeps
+        # normalised inputs that a compiled one makes again, or in one whose tensors came back, while others' travel.
         peaks = [waiting + whole * kept + max(head, peak - kept if whole else 0)]
         below = waiting + max(0, whole - TOP_LAYERS) * kept
         peaks += [below + peak + needs.hidden_bytes] if self.recomputed else []
