@@ -364,7 +364,8 @@ class StepSettings(Settings):
     )
     resident_weights: bool | None = setting(
         None,
-        "Keep the dequantised weights in memory beside the 4-bit ones (same numerics, faster); by default when memory is plentiful.",
+        "Keep the dequantised weights, of experts too, in memory beside the 4-bit ones (same numerics, faster); by default when "
+        "memory is plentiful.",
         panel=MEMORY,
         resume=ROUNDING,
     )
