@@ -122,9 +122,10 @@ class FusedExperts:
         """Has the stacks stay unpacked as they are multiplied, for the same answers, or not any longer."""
         module = self.module
         module.unpacked.clear()
-        for weight in module.expert_weights if wanted else ():
-            values = module.stack(weight.name).values
-            module.unpacked[weight.name] = grouped.unpack(values, weight.experts, module.compute_dtype)
+        module.unpacked |= {  # of all, or of none where memory runs out
+            weight.name: grouped.unpack(module.stack(weight.name).values, weight.experts, module.compute_dtype)
+            for weight in (module.expert_weights if wanted else ())
+        }
         self.take_stacks()
 
     def unpacked_bytes(self) -> int:

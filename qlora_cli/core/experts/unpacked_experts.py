@@ -13,12 +13,12 @@ class UnpackedExperts:
 
     Attributes:
         modules: All modules of 4-bit experts, one a layer that has some, in their order.
-        kept: How many of them stay unpacked.
+        kept: Those that stay unpacked.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [module for module in model.modules() if isinstance(module, FourBitExperts)]
-        self.kept = 0
+        self.kept: list[FusedExperts] = []
 
     def _fused(self) -> list[FusedExperts]:
         found = (module.__dict__.get("fused") for module in self.modules if not module.is_sharded)
@@ -31,11 +31,14 @@ class UnpackedExperts:
         return {"expert_layers": len(fused), "unpacked_bytes": bytes_each}
 
     def keep(self, count: int) -> None:
-        """Has those of so many layers stay unpacked, and no others."""
-        fused = self._fused()
-        for each in fused[count : self.kept]:
+        """Has those of so many layers stay unpacked, and no others, which may be fused no more.
+
+        Raises:
+            torch.OutOfMemoryError: There is not the memory; some of them stay unpacked.
+        """
+        for each in self.kept[count:]:
             each.stay_unpacked(wanted=False)
-        self.kept = min(self.kept, count)
-        for each in fused[self.kept : count]:
+        self.kept = self.kept[:count]
+        for each in self._fused()[len(self.kept) : count]:
             each.stay_unpacked(wanted=True)
-            self.kept += 1
+            self.kept.append(each)
