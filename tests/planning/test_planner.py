@@ -120,6 +120,8 @@ def test_experts_stay_unpacked_where_memory_is_plentiful_and_that_is_predicted()
     assert plenty.measures == MemoryPlan(resident_weights=True, unpacked_experts=2)
     assert plenty.memory.resident_bytes == profile.dense_bytes + 2 * layer_bytes
     assert not without.measures.unpacked_experts and not without.memory.resident_bytes
+    away = plan(80 * GIB, profile, offload_activations=True)  # of all layers, as the engine takes it
+    assert away.measures.resident_weights and not away.measures.unpacked_experts
     assert "experts of 2 unpacked" in plenty.measures.describe(3)
 
 

@@ -167,7 +167,7 @@ class MemoryPlan:
 
     def with_experts(self, layers: int, layer_bytes: int, left_bytes: int) -> "MemoryPlan":
         """Experts of as many layers unpacked as there is room for in what is left, once nothing else is short of memory."""
-        if not self.resident_weights or self.frees_activations or not layer_bytes:
+        if not self.resident_weights or self.frees_activations or self.offload_activations or not layer_bytes:
             return self
         room = int(UNPACKED_SHARE * max(0, left_bytes))
         return replace(self, unpacked_experts=min(layers, room // layer_bytes))
