@@ -146,7 +146,7 @@ def test_a_matrix_with_one_block_of_outliers_keeps_its_stack_in_the_compute_dtyp
     assert not experts.scales
 
 
-@pytest.mark.parametrize("broken", [None, "raises", "is wrong"])
+@pytest.mark.parametrize("broken", [None, "raises", "is wrong", "has no gradient"])
 def test_kernels_that_fail_or_are_wrong_leave_their_stacks_in_the_compute_dtype(qwen, broken):
     class Experts(FusedExperts):
         def __call__(self, hidden_states, index, weights):
@@ -155,6 +155,9 @@ def test_kernels_that_fail_or_are_wrong_leave_their_stacks_in_the_compute_dtype(
                 return answer
             if broken == "raises":
                 raise Exception("out of resource")  # as Triton's, of no kind that PyTorch has
+            if broken == "has no gradient":
+                answer.register_hook(lambda gradient: gradient * math.nan)
+                return answer
             return answer.flip(0)
 
     model = underlying_model(qwen)
@@ -162,6 +165,7 @@ def test_kernels_that_fail_or_are_wrong_leave_their_stacks_in_the_compute_dtype(
     failed = stacks.failures(stacks.found)
     assert set(failed) == (set(stacks.found) if broken else set()) and not stacks.in_8_bits
     said = {"raises": "its kernels fail: out of resource", "is wrong": "its kernels are off by 1."}
+    said["has no gradient"] = "its kernels are off by nan"
     assert all(said[broken] in reason for reason in failed.values())
     engine, events = install(qwen, trial=FEW, matmul="fp8", events=(events := [])), events
     assert len(engine.products.stacks) == (0 if broken else 4) and (not broken or said[broken] in texts(events))

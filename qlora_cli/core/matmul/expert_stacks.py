@@ -202,11 +202,12 @@ def _why_unlike(module: FourBitExperts, exact: tuple[Tensor, Tensor]) -> str:
     """Why a module in 8 bits does not give what it gave in the compute dtype; nothing where it does."""
     try:
         found = _both_passes(module)
-        error = max(_relative(a, b) for a, b in zip(found, exact, strict=True))
+        errors = [_relative(a, b) for a, b in zip(found, exact, strict=True)]
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # of a compiler too, whose kinds of errors are its own
         return f"its kernels fail: {first_line(failure)}"
+    error = float(torch.tensor(errors).max())  # NaN if any is
     return "" if error <= MOST_UNLIKE else f"its kernels are off by {error:.2f}"
 
 
