@@ -101,8 +101,7 @@ class ReadAhead:
             read.result()
         whole = piece.buffer[: piece.bytes_].to(self.device, non_blocking=True, copy=True)
         if whole.is_cuda:
-            self.copied[self.turn] = torch.cuda.Event()
-            self.copied[self.turn].record()  # type: ignore[union-attr]
+            self.copied[self.turn] = torch.cuda.current_stream(self.device).record_event()
         self.here = {
             key: whole[place.start : place.start + place.bytes_].view(place.entry.dtype).view(place.shape)
             for key, place in piece.places.items()
