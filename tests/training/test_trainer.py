@@ -402,6 +402,15 @@ def test_memory_of_the_optimizers_state_is_held_until_its_first_update(base, tmp
     assert held[-steps:] == ["memory"] + [None] * (steps - 1) and set(held[:-steps]) == {"memory"}
 
 
+def test_memory_that_the_optimizers_state_does_not_find_is_said_before_the_first_step(monkeypatch):
+    def full(bytes_, **where):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(TrainingError, match=r"no memory for the optimizer's state, 3.00 GiB"):
+        accumulation.reserve_memory(3 * 2**30, torch.device("cuda"))
+
+
 def test_a_resumed_run_keeps_the_smaller_micro_batches(base, tmp_path):
     wrap = out_of_memory_above(45, [])
     case = make_case(base, tmp_path / "a", wrap_engine=wrap)
