@@ -110,6 +110,18 @@ def test_a_weight_that_ends_too_early_says_so_when_it_is_read_ahead(models, tmp_
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
+def test_what_is_read_ahead_takes_ordinary_memory_where_the_system_locks_no_more(monkeypatch):
+    empty = torch.empty
+
+    def refuse(*given, pin_memory=False, **named):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*given, **named)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert read_ahead._host_memory(100, torch.device("cuda")).numel() == 100
+
+
 def test_what_is_asked_for_in_another_order_comes_too(models):
     directory, _ = models("qwen3_moe")
     with Checkpoint(directory) as checkpoint:

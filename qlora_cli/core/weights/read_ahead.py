@@ -6,6 +6,7 @@ Thousands of experts read and copied one by one keep the card waiting for each: 
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -116,9 +117,7 @@ class ReadAhead:
             if (event := self.copied[self.turn]) is not None:
                 event.synchronize()
             if self.buffers[self.turn].numel() < piece.bytes_:
-                self.buffers[self.turn] = torch.empty(
-                    max(piece.bytes_, PIECE_BYTES), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-                )
+                self.buffers[self.turn] = _host_memory(max(piece.bytes_, PIECE_BYTES), self.device)
             piece.begin(self.pool, self.buffers[self.turn])
         return piece
 
@@ -127,12 +126,23 @@ class ReadAhead:
         for name, rows in order:
             if (file := self.checkpoint.plain_file(name)) is None:
                 continue
-            if piece.bytes_ >= PIECE_BYTES:
+            shape, _ = file.place_of(entry := file.entries[name], rows)
+            if piece.places and piece.bytes_ + torch.Size(shape).numel() * entry.dtype.itemsize > PIECE_BYTES:
                 yield piece
                 piece = _Piece()
-            piece.add(_key(name, rows), file, file.entries[name], rows)
+            piece.add(_key(name, rows), file, entry, rows)
         if piece.places:
             yield piece
+
+
+def _host_memory(bytes_: int, device: torch.device) -> Tensor:
+    """A uint8 buffer, page-locked for a card where the system gives that: from other memory copies take longer."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            return torch.empty(bytes_, dtype=torch.uint8, pin_memory=True)
+        with suppress(RuntimeError, AssertionError):  # CUDA keeps the error for whatever it is asked next
+            torch.zeros(1, device=device)
+    return torch.empty(bytes_, dtype=torch.uint8)
 
 
 def _key(name: str, rows: slice | None) -> tuple:
