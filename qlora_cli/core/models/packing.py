@@ -187,15 +187,9 @@ class Packer:
 
     def _packed_experts(self, origin: WeightOrigin, weight: ExpertWeight, name: str) -> Iterator[tuple[int, Packed]]:
         """Experts' matrices in turn, and how many; on a card as many at once as a piece of what is read ahead."""
-        if (
-            self.checkpoint.stored is not None
-            and self.checkpoint.stored.is_four_bit
-            and origin.by_expert(weight.experts)
-        ):
-            parts = [self.checkpoint.packed(source) for source in origin.names]
-            if all(parts):
-                yield from ((1, packed) for packed in self._stored_experts(origin, weight))
-                return
+        if origin.by_expert(weight.experts) and all(map(self.checkpoint.is_packed, origin.names)):
+            yield from ((1, packed) for packed in self._stored_experts(origin, weight))
+            return
         at_once = 1
         if pays(self.device):
             at_once = min(weight.experts, max(1, PIECE_BYTES // (weight.elements * self.compute_dtype.itemsize)))

@@ -54,7 +54,8 @@ class Accumulation:
         self.lockstep = replica.lockstep
         self.reduction = GradientReduction(parameters, self.ranks)
         self.device = parameters.device
-        self.retries = 0  # of this rank's allocator in the last `accumulate`
+        self.retries = 0  # of this rank's allocator since the `accumulate` before the last
+        self._all_retries = count_retries(self.device)  # up to the last; asked while the device computes
         self.failed: MicroBatch | None = None  # did not fit this rank's memory in the last `accumulate`
 
     def read_batches(self, micro_batches: list[list[int]], limit_tokens: int | None) -> list[MicroBatch]:
@@ -71,7 +72,6 @@ class Accumulation:
         What it returns, (7 + 3 * ranks,) float64 on the device, is for `read_sums`: that waits for the device, this not.
         """
         self.parameters.zero_gradients()
-        retries_before = count_retries(self.device)
         trained = sum(batch.trained_tokens for batch in batches)
         factor: Tensor | float = scale / max(trained, 1)
         if self.ranks.world_size > 1:
@@ -90,7 +90,8 @@ class Accumulation:
                 break
         self.reduction.finish()
         tokens = sum(batch.tokens for batch in batches)
-        self.retries = count_retries(self.device) - retries_before
+        before, self._all_retries = self._all_retries, count_retries(self.device)
+        self.retries = self._all_retries - before
         found = trained, tokens, self.failed is not None, stopping, self.retries, *self._card()
         counts = torch.tensor(found, dtype=torch.float64)
         sums = self.ranks.all_reduce_sum(torch.cat([loss_sum[None], counts.to(self.device, non_blocking=True)]))

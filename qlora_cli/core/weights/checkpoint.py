@@ -106,9 +106,13 @@ class Checkpoint:
         file = self._file_of[name]
         return file if file.is_plain(name) else None
 
+    def is_packed(self, name: str) -> bool:
+        """Whether a weight is stored in bitsandbytes' 4 bits."""
+        return self.stored is not None and self.stored.is_four_bit and name in self.parts
+
     def packed(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of a weight in bitsandbytes' 4 bits as they are stored, by their endings; None for another."""
-        if self.stored is None or not self.stored.is_four_bit or name not in self.parts:
+        if not self.is_packed(name):
             return None
         return {ending: self._home[part].read_stored(part) for ending, part in self.parts[name].items()}
 
