@@ -78,8 +78,8 @@ WORKS = {
         24,
         f"{EXPERTS} --batch-size 2 {ONE} --packing",
     ),
-    "qwen3-moe-gsm8k": ("qwen3-30b-a3b", "gsm8k", 700, 24, f"{ATTENTION} --batch-size 2 {ONE} --packing"),
-    "qwen3-moe-gsm8k-experts": ("qwen3-30b-a3b", "gsm8k", 700, 24, f"{EXPERTS} --batch-size 2 {ONE} --packing"),
+    "qwen3-moe-gsm8k": ("qwen3-30b-a3b", "gsm8k", 700, 64, f"{ATTENTION} --batch-size 2 {ONE} --packing"),
+    "qwen3-moe-gsm8k-experts": ("qwen3-30b-a3b", "gsm8k", 700, 64, f"{EXPERTS} --batch-size 2 {ONE} --packing"),
     "tiny": ("tiny-llama", "gsm8k", 64, 6, f"{ALL} --batch-size 2 {ONE} --packing"),
     "tiny-moe": ("tiny-moe", "fixed", 64, 6, f"{ATTENTION} --batch-size 2 {ONE}"),
     "tiny-oss": ("tiny-oss", "fixed", 64, 6, f"{ATTENTION} --batch-size 2 {ONE}"),
@@ -91,8 +91,8 @@ WARM = {
     "llama-gsm8k": 12,
     "qwen3-moe-quarter-gsm8k": 12,
     "qwen3-moe-quarter-gsm8k-experts": 12,
-    "qwen3-moe-gsm8k": 12,
-    "qwen3-moe-gsm8k-experts": 12,
+    "qwen3-moe-gsm8k": 40,
+    "qwen3-moe-gsm8k-experts": 40,
 }  # rows of many lengths: each shape of a step is captured once
 
 
