@@ -119,7 +119,7 @@ def test_what_is_read_ahead_takes_ordinary_memory_where_the_system_locks_no_more
         return empty(*given, **named)
 
     monkeypatch.setattr(torch, "empty", refuse)
-    assert read_ahead._host_memory(100, torch.device("cuda")).numel() == 100
+    assert read_ahead.staging_memory(100, torch.device("cuda")).numel() == 100
 
 
 def test_what_is_asked_for_in_another_order_comes_too(models):

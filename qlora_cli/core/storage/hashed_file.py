@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from qlora_cli.core.storage.safetensors_file import bytes_of, make_header
+from qlora_cli.core.storage.safetensors_file import bytes_of, make_header, staging_memory
 from qlora_cli.core.storage.safetensors_header import LENGTH_BYTES, Header, header_bytes, parse_header
 from qlora_cli.errors import RunError
 
@@ -181,7 +181,7 @@ class HashedFile:
         starts = [start for start, _ in targets]
         with copies.selected() if copies else nullcontext():
             room = min(self._piece_bytes, self._file_bytes)
-            staging = torch.empty(room, dtype=torch.uint8, pin_memory=copies is not None)
+            staging = staging_memory(room, torch.device("cpu") if copies is None else copies.device)
             buffer = staging.numpy()
             copied = torch.cuda.Event() if copies else None
             while waiting:
@@ -216,7 +216,7 @@ class _CudaCopies:
     """A stream for copies to a CUDA device: behind what is queued there when it is made, ahead of what follows `join`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self.device, self._stream = device, torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def selected(self) -> torch.cuda.StreamContext:

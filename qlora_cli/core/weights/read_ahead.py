@@ -6,12 +6,12 @@ Thousands of experts read and copied one by one keep the card waiting for each: 
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qlora_cli.core.storage.safetensors_file import staging_memory
 from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.core.weights.checkpoint import Checkpoint, WeightFile
 
@@ -117,7 +117,7 @@ class ReadAhead:
             if (event := self.copied[self.turn]) is not None:
                 event.synchronize()
             if self.buffers[self.turn].numel() < piece.bytes_:
-                self.buffers[self.turn] = _host_memory(max(piece.bytes_, PIECE_BYTES), self.device)
+                self.buffers[self.turn] = staging_memory(max(piece.bytes_, PIECE_BYTES), self.device)
             piece.begin(self.pool, self.buffers[self.turn])
         return piece
 
@@ -133,16 +133,6 @@ class ReadAhead:
             piece.add(_key(name, rows), file, entry, rows)
         if piece.places:
             yield piece
-
-
-def _host_memory(bytes_: int, device: torch.device) -> Tensor:
-    """A uint8 buffer, page-locked for a card where the system gives that: from other memory copies take longer."""
-    if device.type == "cuda":
-        with suppress(RuntimeError):
-            return torch.empty(bytes_, dtype=torch.uint8, pin_memory=True)
-        with suppress(RuntimeError, AssertionError):  # CUDA keeps the error for whatever it is asked next
-            torch.zeros(1, device=device)
-    return torch.empty(bytes_, dtype=torch.uint8)
 
 
 def _key(name: str, rows: slice | None) -> tuple:
