@@ -7,6 +7,7 @@ each by itself.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from math import gcd, inf
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
     moment, activation_bytes, working_bytes = max(
         _moments(trace, runs, profile.itemsize, step), key=lambda found: found[1] + found[2]
     )
-    trained = sum(-(-numel // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS for numel in profile.footprint.trainable_numels)
+    trained = _buffered(profile.footprint.trainable_numels)
     copied = trained - profile.footprint.expert_adapter_parameters
     copies_bytes = copied * profile.itemsize if step.engine == "fast" and profile.itemsize < 4 else 0
     states_bytes = state_bytes(step.optimizer, trained)
@@ -159,6 +160,12 @@ def estimate_training(profile: ModelProfile, step: ResolvedStep) -> TrainingMemo
         + waiting_bytes(step.optimizer, trained) * (waiting > 0)
         + shard_bytes * step.shard_offload,
     )
+
+
+@cache
+def _buffered(numels: tuple[int, ...]) -> int:
+    """Elements of the buffers that parameters of so many lie in."""
+    return sum(-(-numel // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS for numel in numels)
 
 
 def _sharded_base(profile: ModelProfile, step: ResolvedStep) -> tuple[int, int, int]:
