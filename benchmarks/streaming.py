@@ -156,9 +156,10 @@ class Bench:
         """Seconds and memory of steps."""
         import torch
 
+        from qlora_cli.core.device import count_retries
         from qlora_cli.core.training.optimizer import step_optimizer
 
-        seconds, issued, losses = [], [], []
+        seconds, issued, losses, retries = [], [], [], []
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         batches = self.batches(tokens, 0)
@@ -166,7 +167,7 @@ class Bench:
         for number in range(1 + self.steps):
             following = self.batches(tokens, number + 1)
             self.wait()
-            started = time.perf_counter()
+            started, retried = time.perf_counter(), count_retries(self.device)
             for batch in batches:
                 while True:
                     try:
@@ -186,12 +187,14 @@ class Bench:
             self.wait()
             seconds.append(time.perf_counter() - started)
             losses.append(float(loss.detach()) / trained)
+            retries.append(count_retries(self.device) - retried)  # each waits for the device
             print(f"    step {number}: {seconds[-1]:.3f} s", flush=True)
         return {
             "tok_s": self.rows * self.tokens / statistics.median(seconds[1:] or seconds),
             "step_s": [round(each, 3) for each in seconds],
             "issued_s": [round(each, 3) for each in issued],
             "losses": losses,
+            "allocator_retries": retries,
             "peak_gib": torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0,
             "reserved_gib": torch.cuda.max_memory_reserved() / GIB if self.cuda else 0.0,
             "engine": engine.describe(),
