@@ -82,7 +82,7 @@ class ReadAhead:
 
     def __exit__(self, *error: object) -> None:
         self.pool.shutdown(cancel_futures=True)
-        self.here, self.buffers = {}, []
+        self.here, self.next, self.buffers = {}, None, []
 
     def __call__(self, name: str, rows: slice | None = None) -> Tensor:
         """As `Checkpoint.read`, on the device; valid as long as it is held.
