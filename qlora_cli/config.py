@@ -64,7 +64,12 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     """`qlora train`: a base model and rows to a run directory."""
 
     prepared: str | None = setting(
-        None, "Directory written by `qlora prepare`, instead of --data.", panel=DATA, range=NAME, resume=RESOLVED
+        None,
+        "Directory written by `qlora prepare`, instead of --data.",
+        panel=DATA,
+        range=NAME,
+        resume=RESOLVED,
+        instead_of="data",
     )
     output: str = setting("out", "Run directory.", panel=RUN, range=NAME, resume=FREE)
     max_steps: int | None = setting(

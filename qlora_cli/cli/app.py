@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Notice
 from qlora_cli.frozen import frozen
 from qlora_cli.interrupts import SENTENCE, Terminated, loading, take_signal, working
+from qlora_cli.settings.setting import flag_of
 
 if TYPE_CHECKING:
     from qlora_cli.cli.console import Console
@@ -86,12 +88,17 @@ def command(
                 with ExitStack() as stack:
                     stack.enter_context(working())
                     given = typed.settings | always
-                    config = config_type(**{**settings_of_file(typed.flags.get("config_file"), config_type), **given})
+                    of_file = settings_of_file(typed.flags.get("config_file"), config_type)
+                    replaced = displaced(of_file, given, config_type)
+                    config = config_type(**{**of_file, **dict.fromkeys(replaced), **given})
                     (before or check)(config, **typed.positional)
                     if "RANK" not in os.environ:  # else each rank would say what is missing
                         with loading():
                             check_places(config)
-                    result = begin(stack, config, typed).run(body)
+                    call = begin(stack, config, typed)
+                    for name, other in replaced.items():
+                        call.console.report(Notice(f"{flag_of(other)} is taken in place of the {name!r} of --config."))
+                    result = call.run(body)
             except Ended as ended:
                 return ended.exit_code
             except (KeyboardInterrupt, Terminated, OSError) as error:
@@ -139,6 +146,16 @@ def settings_of_file(path: Path | None, config_type: type) -> dict[str, Any]:
     from qlora_cli.config_file import read_config_file
 
     return read_config_file(path, config_type)
+
+
+def displaced(of_file: dict[str, Any], given: dict[str, Any], config_type: type) -> dict[str, Field]:
+    """Settings of a file, by name, that one which was typed takes the place of, and which that is."""
+    found = {}
+    for field in fields(config_type):
+        other = field.metadata["instead_of"]
+        if given.get(field.name) and other and other not in given and of_file.get(other):
+            found[other] = field
+    return found
 
 
 def libraries_of(config: Any, runs: Sequence[str] | None = None) -> tuple[str, ...] | None:

@@ -102,6 +102,7 @@ class DataSettings(Settings):
         repeated=True,
         range=NAME,
         resume=RESOLVED,
+        instead_of="prepared",
     )
     split: str = setting("train", "Split of a hub or saved dataset.", panel=DATA, range=NAME, resume=RESOLVED)
     revision: str | None = setting(

@@ -41,6 +41,7 @@ def setting(
     range: Range | None = None,
     resume: str | None = None,
     needs: str | None = None,
+    instead_of: str | None = None,
 ) -> Any:
     """A dataclass field with its help text.
 
@@ -56,6 +57,7 @@ def setting(
         range: Which values mean anything; every number and every text has one (tests/test_settings.py).
         resume: What it means for a run that goes on with another value: one of `RESUME`.
         needs: Another setting, by name, without which this one does nothing; `name=value` for one value of it.
+        instead_of: Another setting, by name, which this one takes the place of: typed, it goes over that of a settings file.
     """
     metadata = {
         "help": help,
@@ -68,6 +70,7 @@ def setting(
         "range": range,
         "resume": resume,
         "needs": needs,
+        "instead_of": instead_of,
     }
     return field(default=default, metadata=metadata)
 

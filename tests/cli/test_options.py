@@ -55,6 +55,20 @@ def test_flags_override_the_settings_file_which_overrides_the_defaults(config_of
     assert made == TrainConfig(rank=8, alpha=16.0, packing=False, target_modules=("a", "b"))
 
 
+@pytest.mark.parametrize(("typed", "other"), [("prepared", "data"), ("data", "prepared")])
+def test_rows_that_are_typed_take_the_place_of_those_of_a_settings_file(config_of, tmp_path, capsys, typed, other):
+    settings_file, values = tmp_path / "run.yaml", {"data": ("rows.jsonl",), "prepared": "rows"}
+    settings_file.write_text(yaml.safe_dump({"rank": 8, other: values[other] if other == "prepared" else ["a.jsonl"]}))
+    value = values[typed] if typed == "prepared" else values[typed][0]
+    made = config_of(["train", "--config", settings_file, f"--{typed}", value])
+    assert made == TrainConfig(rank=8, **{typed: values[typed]})
+    said = capsys.readouterr()
+    assert f"--{typed} is taken in place of the '{other}' of --config." in said.out + said.err
+    both = config_of(["train", "--config", settings_file, "--data", "rows.jsonl", "--prepared", "rows"])
+    assert both == TrainConfig(rank=8, **values)  # which `check` refuses
+    assert "in place of" not in capsys.readouterr().err
+
+
 def test_a_flag_that_repeats_the_default_still_overrides_the_settings_file(config_of, tmp_path):
     settings_file = tmp_path / "run.yaml"
     settings_file.write_text("rank: 8\n")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -317,3 +318,15 @@ def test_a_prompt_of_tokens_is_taken_as_it_is():
     tokens = Formatting(format="tokens", column="input_ids")
     assert format_prompt({"input_ids": [1, 300, 301]}, tokens, tokenizer) == [1, 300, 301]
     assert format_prompt("the fox", tokens, tokenizer) == format_prompt("the fox", TEXT, tokenizer)
+
+
+def test_a_raw_prompt_with_variables_of_a_chat_template_is_refused():
+    from qlora_cli.core.generation.session import RAW, GenerationSession  # torch, which the others do without
+
+    def formatting(*given):
+        settings = SimpleNamespace(raw=True, template_setting=given or None)
+        return GenerationSession.formatting(SimpleNamespace(settings=settings), None)
+
+    assert formatting() == RAW
+    with pytest.raises(UsageError, match="--template-setting is for chats"):
+        formatting("enable_thinking=false")

@@ -149,7 +149,7 @@ class GenerationSession:
             UsageError: Variables of a chat template are set, but prompts are no chats.
         """
         if self.settings.raw:
-            return RAW
+            return with_template_settings(RAW, self.settings.template_setting)
         trained = self.source(adapter).formatting if adapter is not None else self._trained_formatting
         return with_template_settings(
             trained or default_formatting(self.tokenizer_of(adapter)), self.settings.template_setting
