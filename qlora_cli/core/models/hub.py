@@ -162,7 +162,8 @@ def _fetch_snapshot(repository: str, revision: str | None, patterns: list[str], 
             if attempt == ATTEMPTS:
                 raise ModelError(
                     f"The {kind} {repository} could not be downloaded after {attempt} attempts: {reason}",
-                    "Check the connection and run the command again: finished files are kept.",
+                    "Check the connection and run the command again: finished files are kept. If it is a directory, name it "
+                    f"as it lies from here: {Path.cwd()} has none of that name.",
                 ) from error
             silent = isinstance(error, hub_errors.HTTPError) and response is None
             what = "The hub does not answer" if silent else f"Download of {repository} failed"
