@@ -181,6 +181,16 @@ def test_what_cannot_be_told_is_asked_for():
     with pytest.raises(DataError, match="Several columns could be the text: 'left', 'right'") as error:
         recognised({"left": "words and words", "right": "words, words"})
     assert "--text-column left" in error.value.hint
+    long_questions = {"prompt": "words and words and words", "my answer": "words", "id": "4"}
+    with pytest.raises(DataError, match="named like a question"):
+        recognised({"Question ": "words and words and words", "Answer ": "words"})
+    with pytest.raises(
+        DataError, match="'prompt' is named like a question, and no other like its answer: 'my answer'"
+    ) as error:
+        recognised(long_questions)
+    assert "--prompt-column prompt --completion-column 'my answer'" in error.value.hint
+    for settings in ({"format": "text"}, {"text_column": "prompt"}):
+        assert recognised(long_questions, **settings).formatting.column == "prompt"
     with pytest.raises(DataError, match="No column holds text; the data has 'n'"):
         recognised({"n": 1})
     with pytest.raises(UsageError, match="No column holds chat messages"):

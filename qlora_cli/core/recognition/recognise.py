@@ -3,6 +3,7 @@
 A format is taken only if it explains (almost) every row; columns that it does not use are named.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 
@@ -109,21 +110,21 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
         if found := columns.count_conversations(name):
             raise DataError(
                 f"Column {name!r} holds conversations in {found} of the first {len(columns.records)} rows only.",
-                f"Mend the others, or have them listed and left out: --messages-column {name} --on-bad-row skip",
+                f"Mend the others, or have them listed and left out: --messages-column {shlex.quote(name)} --on-bad-row skip",
             )
     if halves := named_like_pair(columns):
         question, answer, text_rows = halves
         raise DataError(
             f"Columns {question!r} and {answer!r} are named like question and answer, but both are text in {text_rows} "
             f"of the first {len(columns.records)} rows only.",
-            f"Mend the others, or have them listed and left out: --prompt-column {question} --completion-column {answer} "
-            "--on-bad-row skip",
+            f"Mend the others, or have them listed and left out: --prompt-column {shlex.quote(question)} "
+            f"--completion-column {shlex.quote(answer)} --on-bad-row skip",
         )
     named = columns.find(CONVERSATIONS[:-1])
     if named and any(isinstance(v, str) and v.lstrip()[:1] in ("[", "{") for v in columns.values(named)):
         raise DataError(
             f"Column {named!r} seems to hold messages as text, which is neither JSON nor a Python list.",
-            f"Write it as JSON, or train it as it is: --text-column {named}",
+            f"Write it as JSON, or train it as it is: --text-column {shlex.quote(named)}",
         )
     return "text"
 
@@ -227,10 +228,10 @@ def _name_columns(formatting: Formatting) -> str:
     if formatting.format == "tokens":
         return "--format tokens"
     if formatting.format == "text":
-        return f"--text-column {formatting.column}"
+        return f"--text-column {shlex.quote(str(formatting.column))}"
     own = formatting.conversation
     if messages := own.messages if own else formatting.column:
-        return f"--messages-column {messages}"
+        return f"--messages-column {shlex.quote(messages)}"
     prompt, answer = (own.prompt, own.answer) if own else (formatting.prompt_column, formatting.completion_column)
     flags = {"--prompt-column": prompt, "--completion-column": answer}
-    return " ".join(f"{flag} {column}" for flag, column in flags.items() if column)
+    return " ".join(f"{flag} {shlex.quote(column)}" for flag, column in flags.items() if column)

@@ -1,5 +1,6 @@
 """Recognition of plain text: its column, and whether it was formatted beforehand with control tokens."""
 
+import shlex
 from collections.abc import Sequence
 
 from qlora_cli.core.prompts.encoder import TextEncoder
@@ -27,6 +28,8 @@ IDENTIFIERS = {
     "split",
     "index",
 }
+# What asks for an answer: the text of a row that has one, under whatever name, is not the question alone.
+QUESTIONS = {"instruction", "question", "prompt", "query", "problem"}
 CLEARLY_LONGER = 2  # the text column holds this many times the letters of the next one, or the user has to choose
 
 
@@ -40,7 +43,7 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
     if settings.text_column:
         column = columns.require(settings.text_column, "--text-column")
     else:
-        column = _preferred(columns) or _find_text(columns)
+        column = _preferred(columns) or _find_text(columns, is_stated=settings.format == "text")
     if settings.train_on not in (None, "all"):
         raise UsageError(
             f"--train-on {settings.train_on} needs a completion, but these rows are plain text.",
@@ -108,7 +111,7 @@ def _preferred(columns: Columns) -> str | None:
     return chosen if chosen and rejected and columns.is_text(chosen) and columns.is_text(rejected) else None
 
 
-def _find_text(columns: Columns) -> str:
+def _find_text(columns: Columns, *, is_stated: bool) -> str:
     if (known := columns.find(TEXTS)) and columns.is_text(known):
         return known
     letters = {name: columns.letters(name) for name in columns.names}
@@ -127,10 +130,16 @@ def _find_text(columns: Columns) -> str:
             else f"No column holds text; the data has {columns.listed}.",
             "Name the columns: --text-column, --prompt-column with --completion-column, or --messages-column.",
         )
+    first, second = (shlex.quote(name) for name in (ranked * 2)[:2])
     if len(ranked) > 1 and letters[ranked[0]] < CLEARLY_LONGER * letters[ranked[1]]:
         raise DataError(
             f"Several columns could be the text: {', '.join(map(repr, ranked))}.",
-            f"Choose: --text-column {ranked[0]}, or --prompt-column {ranked[1]} --completion-column {ranked[0]}.",
+            f"Choose: --text-column {first}, or --prompt-column {second} --completion-column {first}",
+        )
+    if len(ranked) > 1 and ranked[0].strip().lower() in QUESTIONS and not is_stated:
+        raise DataError(
+            f"Column {ranked[0]!r} is named like a question, and no other like its answer: {', '.join(map(repr, ranked[1:]))}.",
+            f"Choose: --prompt-column {first} --completion-column {second}, or to train on it alone: --text-column {first}",
         )
     return ranked[0]
 
