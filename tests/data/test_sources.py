@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_cli.core.data import sources
-from qlora_cli.core.data.sources import resolve_source
+from qlora_cli.core.data.sources import read_data_sets, resolve_source
 from qlora_cli.core.reading.chunks import parse_chunk
 from qlora_cli.errors import DataError, ModelError, UsageError
 from qlora_cli.settings.groups import DataSettings
@@ -324,3 +324,14 @@ def test_the_tokenising_processes_load_no_heavy_library():
     root = str(Path(__file__).resolve().parents[2])
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert answer.stdout.strip() == "[]"
+
+
+def test_what_is_no_share_behind_a_file_is_no_name_of_a_hub_dataset(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    for share in ("abc", "50%", "0,3", "-0.5", ""):
+        with pytest.raises(UsageError, match=f"is a file, and '{share}' is no share of its rows"):
+            read_data_sets(f"{path}:{share}")
+    odd = tmp_path / "rows.jsonl:odd"
+    odd.write_text('{"text": "a"}\n')
+    assert read_data_sets(str(odd))[0].name == str(odd)

@@ -18,6 +18,7 @@ from qlora_cli.events import report_nothing
         ("./nowhere", "No model directory"),
         ("org/absent", "not in the local hub cache"),
         ("a/b/c", "No model directory"),
+        ("pyproject.toml", "pyproject.toml is a file."),
     ],
 )
 def test_a_missing_model_is_one_sentence(model, message):

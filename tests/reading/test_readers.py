@@ -290,7 +290,7 @@ HTML = b"<!DOCTYPE html>\n<html><body>404: Not Found</body></html>"
         (b"\n  <HTML lang='en'>", "this is an HTML page, not data (a download that went wrong?)"),
         (b"", "the file is empty"),
         (b" \n\n", "the file is empty"),
-        ('{"a": 1}'.encode("utf-16"), "not UTF-8: the file is in UTF-16"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8: the file is in UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "this is a Git LFS pointer, not the data itself"),
     ],
 )

@@ -30,6 +30,7 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of datasets and others
+SHARES = "Give a share above 0 and up to 1."
 READABLE = ", ".join([*KINDS, *DECOMPRESS])
 
 
@@ -85,9 +86,11 @@ def read_paths(settings: DataSettings) -> list[Path]:
 def _read_data_set(text: str) -> DataSet:
     name, colon, share = text.rpartition(":")
     if not colon or not re.fullmatch(r"[0-9]*\.?[0-9]+", share) or Path(text).expanduser().exists():
+        if colon and Path(name).expanduser().is_file() and not Path(text).expanduser().exists():
+            raise UsageError(f"--data {text}: {name} is a file, and {share!r} is no share of its rows.", SHARES)
         return DataSet(text)
     if not 0 < float(share) <= 1:
-        raise UsageError(f"--data {text} takes the share {share} of the rows.", "Give a share above 0 and up to 1.")
+        raise UsageError(f"--data {text} takes the share {share} of the rows.", SHARES)
     return DataSet(name, float(share))
 
 

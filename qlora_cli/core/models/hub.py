@@ -75,6 +75,8 @@ def find_directory(model: str) -> Path | None:
     directory = Path(model).expanduser()
     heal(directory)
     if not directory.is_dir():
+        if directory.is_file():
+            raise ModelError(f"{model} is a file.", "Give --model the directory of a transformers checkpoint.")
         if not HUB_ID.fullmatch(model):
             raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
         return None

@@ -96,7 +96,7 @@ def _problem_of(head: bytes) -> str | None:
     if re.match(rb"\s*<(!doctype\s+html|html|head|body)", head, re.IGNORECASE):
         return "this is an HTML page, not data (a download that went wrong?)"
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "not UTF-8: the file is in UTF-16"
+        return "not UTF-8: the file is in UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)"
     if head.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer, not the data itself"
     return None
