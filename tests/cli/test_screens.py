@@ -11,6 +11,7 @@ from qlora_cli.cli.live_view import LiveView
 from qlora_cli.cli.results import draw_row
 from qlora_cli.cli.screens import screen_of
 from qlora_cli.cli.screens.drawing import draw_screen
+from qlora_cli.cli.screens.runs import of_a_training
 from qlora_cli.core.generation.chat import HELP
 from qlora_cli.events import (
     Caution,
@@ -144,3 +145,9 @@ def test_a_merge_says_what_became_of_its_gguf_file():
 
 if __name__ == "__main__":
     (HERE / "screens.txt").write_text(all_screens(), encoding="utf-8")
+
+
+def test_one_is_no_plural():
+    training = {"steps": 1, "total_steps": 1, "output": "out", "seconds": 1.0, "final_loss": None, "tokens": 9}
+    parameters = {"trainable_parameters": 1, "total_parameters": 2, "trainable_percent": 50.0}
+    assert of_a_training(training | parameters).sentences[0] == "The adapter is in out: 1 step in 1.0 s."

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora_cli.cli.screens.screen import Screen, name_of, trained_of
-from qlora_cli.sizes import format_bytes
+from qlora_cli.sizes import format_bytes, format_count
 
 
 def of_a_model(result: dict[str, Any]) -> Screen:
@@ -75,7 +75,7 @@ def of_a_plan(result: dict[str, Any]) -> Screen:
     """What `train` would do, and whether it fits."""
     settings, memory = result["configuration"], result["memory"]
     name = name_of(str(settings["model"]))
-    steps = f"{result['total_steps']:,} steps over {result['rows']:,} rows"
+    steps = f"{format_count(result['total_steps'], 'step')} over {format_count(result['rows'], 'row')}"
     needed = format_bytes(memory["device_bytes"]) if isinstance(memory, dict) else ""
     limit = format_bytes(result["vram_bytes"]) if result.get("vram_bytes") else ""
     if result["fits"] is False:

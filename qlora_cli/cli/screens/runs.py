@@ -67,7 +67,7 @@ def of_a_training(result: dict[str, Any]) -> Screen:
     done = (
         f"{result['steps']:,} of {result['total_steps']:,} steps"
         if result["steps"] < result["total_steps"]
-        else f"{result['steps']:,} steps"
+        else format_count(result["steps"], "step")
     )
     loss = f", loss {result['final_loss']:.4f}" if result["final_loss"] is not None else ""
     held_out = f", held-out loss {result['eval_loss']:.4f}" if result.get("eval_loss") is not None else ""
@@ -101,7 +101,8 @@ def of_a_run(result: dict[str, Any]) -> Screen:
     steps, total = progress.get("steps"), (result.get("training") or {}).get("total_steps")
     loss = progress.get("last_loss")
     held_out = progress.get("last_eval_loss")
-    came = f": {steps:,}{f' of {total:,}' if total else ''} steps" if steps is not None else ""
+    came = f"{steps:,} of {total:,} steps" if total else format_count(steps or 0, "step")
+    came = f": {came}" if steps is not None else ""
     came += f", loss {loss:.4f}" if loss is not None else ""
     came += f", held-out loss {held_out:.4f}" if held_out is not None else ""
     base = (result.get("base") or {}).get("model") or result.get("base_model") or settings.get("model")
