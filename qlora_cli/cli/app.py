@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.artifacts import find_run_record, is_run
-from qlora_cli.cli.command_line.declared import Command, Positional, Typed
+from qlora_cli.cli.command_line.declared import Command, Positional, Typed, unknown_variables
 from qlora_cli.cli.command_line.plain import read_plainly
 from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descriptors, tolerant_streams
 from qlora_cli.cli.visible import visible
 from qlora_cli.cli.waiting import FIRST_SIGN, LIBRARIES, LoadingSign, loading_sign, uncollected
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
-from qlora_cli.core.runs.validate import check, check_places
+from qlora_cli.core.runs.validate import check, check_places, check_resumed
 from qlora_cli.core.torchless import leave_torch_out
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
-from qlora_cli.events import Notice
+from qlora_cli.events import Caution, Notice
 from qlora_cli.frozen import frozen
 from qlora_cli.interrupts import SENTENCE, Terminated, loading, take_signal, working
 from qlora_cli.settings.setting import flag_of
@@ -92,6 +92,8 @@ def command(
                     replaced = displaced(of_file, given, config_type)
                     config = config_type(**{**of_file, **dict.fromkeys(replaced), **given})
                     (before or check)(config, **typed.positional)
+                    if getattr(config, "resume", False) and "output" not in typed.settings:
+                        check_resumed(typed.flags.get("config_file"), Path(config.output))
                     if "RANK" not in os.environ:  # else each rank would say what is missing
                         with loading():
                             check_places(config)
@@ -136,6 +138,8 @@ def begin(stack: ExitStack, config: Any, typed: Typed) -> Call:
     if typed.variables:
         used = ", ".join(f"{name}={os.environ[name]}" for name in typed.variables)
         console.report(Notice(f"From the environment: {used}."))
+    for name, meant in unknown_variables(COMMANDS.values()):
+        console.report(Caution(f"{name} in the environment is no setting{f'; {meant} is one' if meant else ''}."))
     return Call(config, console, typed.positional, typed.arguments, sign)
 
 
@@ -177,7 +181,8 @@ def prepare(call: Call) -> Any:
     begin_look_up(call.config.model, call.config.model_revision, call)
     stage = call.load("commands.prepare")
     summary = stage.prepare(call.config, call.console.report)
-    call.console.suggest(f"qlora train --model {call.config.model} --prepared {call.config.output}")
+    model, rows = (shlex.quote(str(each)) for each in (call.config.model, call.config.output))
+    call.console.suggest(f"qlora train --model {model} --prepared {rows}")
     return summary.to_dict() if call.console.as_json or call.config.verbose else stage.summarise(summary)
 
 
@@ -199,8 +204,9 @@ def train(call: Call) -> Any:
     begin_look_up(call.config.model, call.config.model_revision, call)
     result = call.load("commands.train").train(call.config, call.console.report)
     if not call.config.dry_run:
-        call.console.suggest(f'qlora generate --adapter {call.config.output} "Your question"')
-        call.console.suggest(f"qlora merge --adapter {call.config.output} --output merged")
+        adapter = shlex.quote(str(call.config.output))
+        call.console.suggest(f'qlora generate --adapter {adapter} "Your question"')
+        call.console.suggest(f"qlora merge --adapter {adapter} --output merged")
     return result.to_dict()
 
 
@@ -209,7 +215,7 @@ def merge(call: Call) -> Any:
     """Write base and adapter as one plain transformers checkpoint."""
     begin_look_up(call.config.model, call.config.model_revision, call)
     result = call.load("commands.merge").merge(call.config, call.console.report)
-    call.console.suggest(f'qlora generate --model {call.config.output} "Your question"')
+    call.console.suggest(f'qlora generate --model {shlex.quote(str(call.config.output))} "Your question"')
     return result.to_dict()
 
 
@@ -276,7 +282,9 @@ def check_runs(config: InspectConfig, runs: list[str] | None = None) -> None:
             f"Type: qlora inspect {' '.join(map(shlex.quote, runs))}",
         )
     if config.picture and len(runs or ()) < 2:
-        raise UsageError("--picture is of several runs.", f"Type: qlora inspect RUN RUN --picture {config.picture}")
+        raise UsageError(
+            "--picture is of several runs.", f"Type: qlora inspect RUN RUN --picture {shlex.quote(str(config.picture))}"
+        )
 
 
 @command(InspectConfig, RUNS, before=check_runs)

@@ -4,7 +4,7 @@ Nothing is restated here: name, type, default, help, panel and choices of a sett
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -21,6 +21,9 @@ SHORT = {
     "config_file": "-c",
     "quiet": "-q",
 }
+
+# Of the environment, named like settings: where caches lie, a launcher's process, and a model for tests.
+OTHER_VARIABLES = {"QLORA_CACHE", "QLORA_LAUNCHER", "QLORA_SMALL_MODEL"}
 
 
 @frozen
@@ -111,6 +114,19 @@ def variable_of(name: str) -> str:
 def has_variables(config_type: type) -> bool:
     """Whether the environment holds any of these settings."""
     return any(variable_of(option.name) in os.environ for option in fields(config_type))
+
+
+def unknown_variables(commands: Iterable[Command]) -> list[tuple[str, str | None]]:
+    """Variables of the environment that are named like a setting's and are none's, each with the one that is probably meant."""
+    given = {name for name in os.environ if name.upper().startswith("QLORA_")} - OTHER_VARIABLES
+    settings = {option.name for command in commands for option in fields(command.config_type)}
+    unknown = sorted(given - {variable_of(name) for name in settings})
+    if not unknown:
+        return []
+    from qlora_cli.settings.peer_names import suggest_setting
+
+    found = [(name, suggest_setting(name[len("QLORA_") :], sorted(settings))) for name in unknown]
+    return [(name, variable_of(meant) if meant else None) for name, meant in found]
 
 
 def setting_value(option: Field, given: Any) -> Any:

@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_prepared
 from qlora_cli.core.storage.safetensors_header import read_header
 from qlora_cli.core.untrusted import check_adapter_config, check_expressions
 from qlora_cli.errors import AdapterError, ModelError
@@ -40,6 +41,23 @@ class AdapterFacts:
         return float(alpha) / (rank**0.5 if self.rslora else rank)
 
 
+def _no_adapter(directory: Path) -> AdapterError:
+    """That there is none, and what is there instead."""
+    way = "Train one with: qlora train, or give --adapter the right directory."
+    if not directory.exists():
+        return AdapterError(f"There is no adapter in {directory}: there is no such directory.", way)
+    place = shlex.quote(str(directory))
+    if directory.is_file():
+        found, way = "it is a file, and an adapter is a directory", "Give --adapter the directory of a run."
+    elif is_prepared(directory):
+        found, way = "it holds prepared rows", f"They go by: --prepared {place}"
+    elif (directory / "config.json").is_file():
+        found, way = "it holds a whole model", f"That goes by: --model {place}"
+    else:
+        found = f"{ADAPTER_CONFIG} is missing"
+    return AdapterError(f"There is no adapter in {directory}: {found}.", way)
+
+
 def read_adapter(directory: Path) -> AdapterFacts:
     """Reads what an adapter directory says of itself.
 
@@ -48,10 +66,7 @@ def read_adapter(directory: Path) -> AdapterFacts:
     """
     config_path, weights_path = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
     if not config_path.is_file():
-        raise AdapterError(
-            f"There is no adapter in {directory}: {ADAPTER_CONFIG} is missing.",
-            "Train one with: qlora train, or give --adapter the right directory.",
-        )
+        raise _no_adapter(directory)
     if not weights_path.is_file():
         pickle = next(directory.glob("adapter_model*.bin"), None)
         found = f"only {pickle.name}, a pickle file, is there and is not read" if pickle else "it is missing"

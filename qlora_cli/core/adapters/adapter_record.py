@@ -77,7 +77,7 @@ class AdapterRecord:
             if getattr(files, field) != getattr(self.base, field):
                 raise AdapterError(
                     f"The adapter in {self.directory} was trained on {self.base.model}; {files.name} has {what}.",
-                    f"Give the base it was trained on: --model {self.base.model}",
+                    f"Give the base it was trained on: --model {shlex.quote(self.base.model)}",
                 )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -149,7 +150,7 @@ class PreparedRows:
         if not is_prepared(self.directory):
             raise RunError(
                 f"{self.directory} holds no prepared rows.",
-                f"Make them with: qlora prepare --model ... --data ... --output {self.directory}",
+                f"Make them with: qlora prepare --model ... --data ... --output {shlex.quote(str(self.directory))}",
             )
         self.manifest: dict[str, Any] = read_json(self.directory / PREPARED_MANIFEST)
         if self.manifest.get("format", FORMAT + 1) > FORMAT:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -169,7 +170,7 @@ def _loading_errors(files: ModelFiles) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError(
                 f"{files.name} does not fit in the GPU's memory while it is loaded.",
-                f"See: qlora inspect --model {files.name}",
+                f"See: qlora inspect --model {shlex.quote(files.name)}",
             ) from error
         raise ModelError(f"{files.name} cannot be loaded: {first_line(error)}") from error
 

@@ -1,5 +1,6 @@
 """Inputs of a training run: the base's configuration and tokenizer, and the rows of every step."""
 
+import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,7 +114,8 @@ def read_inputs(run: Run) -> RunInputs:
                 raise DataError(
                     f"The rows in {config.prepared} were prepared with another tokenizer ({tokenizer['name']}) than "
                     f"that of {files.name}.",
-                    f"Prepare them anew: qlora prepare --model {files.name} --data ... --output {config.prepared}",
+                    f"Prepare them anew: qlora prepare --model {shlex.quote(files.name)} --data ... "
+                    f"--output {shlex.quote(str(config.prepared))}",
                 )
     files.check_token(rows.largest_id(), profile.vocabulary)
     max_length = config.max_length or rows.manifest["max_length"]

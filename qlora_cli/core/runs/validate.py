@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
+import shlex
 from dataclasses import fields
 from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.artifacts import is_prepared, is_run
+from qlora_cli.artifacts import CHECKPOINTS, RUN_YAML, is_prepared, is_run
 from qlora_cli.config import GenerateConfig, PrepareConfig, TrainConfig
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Caution, Report
@@ -40,7 +41,9 @@ def _check_prepare(config: PrepareConfig) -> None:
 @check.register
 def _check_train(config: TrainConfig) -> None:
     if config.model is None:
-        raise UsageError("No base model was named.", "Add --model with a hub id or a directory.")
+        recorded = Path(config.output) / RUN_YAML
+        way = f"Type: {_resume_with(recorded)}" if config.resume and recorded.is_file() else None
+        raise UsageError("No base model was named.", way or "Add --model with a hub id or a directory.")
     if (config.data is None) == (config.prepared is None):
         raise UsageError(
             "Training takes rows from one place.", "Give either --data or --prepared (written by qlora prepare)."
@@ -63,6 +66,28 @@ def _check_generate(config: GenerateConfig) -> None:
         raise UsageError("generate needs a model.", "Add --adapter DIR of a run, or --model ID for the bare base.")
     if (config.input is None) != (config.output is None):
         raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
+
+
+def check_resumed(settings_file: Path | None, output: Path) -> None:
+    """Checks that `--resume` with the settings of a run goes on with that run, which may have been moved since, or be named
+    from another working directory: nothing would be found at `output`, and training would start anew there.
+
+    Raises:
+        UsageError: The run's checkpoints lie beside the settings, and none where these have the output.
+    """
+    if settings_file is None or settings_file.name != RUN_YAML:
+        return
+    run = settings_file.parent
+    if not (run / CHECKPOINTS).is_dir() or (output / CHECKPOINTS).is_dir():
+        return
+    raise UsageError(
+        f"{settings_file} names the output {output}, which holds no checkpoint; those of its run are in {run}.",
+        f"Type: {_resume_with(settings_file)} --output {shlex.quote(str(run))}",
+    )
+
+
+def _resume_with(settings_file: Path) -> str:
+    return f"qlora train --config {shlex.quote(str(settings_file))} --resume"
 
 
 def check_places(config: Any) -> None:
