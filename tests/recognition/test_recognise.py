@@ -104,6 +104,14 @@ def test_chats_take_the_models_template_or_the_users(tmp_path):
         recognised({"messages": MESSAGES}, chat_template=str(tmp_path / "absent.jinja"))
 
 
+def test_a_setting_that_the_chat_template_does_not_read_is_said(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% if enable_thinking %}{{ messages }}{% endif %}", encoding="utf-8")
+    given = ("enable_thinkin=false", "enable_thinking=false")
+    found = recognised({"messages": MESSAGES}, chat_template=str(path), template_setting=given)
+    assert found.remarks == ("The chat template reads no 'enable_thinkin': that --template-setting does nothing.",)
+
+
 def test_tokens_are_found():
     found = recognised({"input_ids": [1, 2], "labels": [-100, 2], "text": "x"})
     assert found.formatting == Formatting(format="tokens", column="input_ids")
