@@ -520,3 +520,12 @@ def test_names_give_kinds():
 def test_bad_rows_read_well():
     assert str(BadRow("a.jsonl", 3, "is bad")) == "a.jsonl:3: is bad"
     assert str(BadRow("a.jsonl", None, "is bad")) == "a.jsonl: is bad"
+
+
+def test_splits_in_one_object_are_not_read_as_one_conversation(tmp_path):
+    pair = {"question": "q", "answer": "a"}
+    for tests in ([pair], [pair, pair]):
+        path = write(tmp_path / "rows.json", json.dumps({"train": [pair, pair], "test": tests}))
+        cause = "holds one JSON object with the lists 'train' and 'test'; write each to a file of its own"
+        assert read(path) == ([], [f"rows.json: {cause}"])
+    assert len(read(write(tmp_path / "rows.json", json.dumps({"train": [pair, pair]})))[0]) == 2

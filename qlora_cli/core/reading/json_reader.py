@@ -12,6 +12,7 @@ from qlora_cli.core.reading.chunks import DECODER, LONG_BYTES, Chunk, is_cut_sho
 from qlora_cli.core.records.messages import ROLE_KEYS, holds_messages
 
 # Fields of an object that say something of the rows beside them, and are no row's text.
+SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 ABOUT_THE_SET = {"version", "name", "title", "description", "license", "source", "split", "date", "author", "language"}
 
 
@@ -211,6 +212,10 @@ def read_object(stream: io.BufferedReader, name: str, max_bytes: int) -> Iterato
     except (ValueError, RecursionError) as error:
         chunk.fail(None, json_cause("", error))
     else:
+        if splits := _splits_of(content):
+            names = " and ".join(map(repr, splits))
+            yield chunk.fail(None, f"holds one JSON object with the lists {names}; write each to a file of its own")
+            return
         rows = rows_of(content)
         letters = len(raw) // max(1, len(rows))
         for number, record in enumerate(rows, start=1):
@@ -249,6 +254,13 @@ def rows_of(content: Any) -> list[Any]:
         if _are_index(keys):
             return [{name: column[key] for name, column in content.items()} for key in keys]
     return [content]
+
+
+def _splits_of(content: Any) -> list[str]:
+    """Names of a data set's splits, where one object holds several; which of them is meant is not for a reader to tell."""
+    if not isinstance(content, dict) or len(content) < 2 or not all(key.lower() in SPLITS for key in content):
+        return []
+    return list(content) if all(isinstance(rows, list) for rows in content.values()) else []
 
 
 def _is_split(content: dict[str, Any]) -> bool:
