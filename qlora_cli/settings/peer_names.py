@@ -16,6 +16,8 @@ _SETTINGS = {
     "alpha": "lora-alpha",
     "dropout": "lora-dropout",
     "target_modules": "lora-target lora-target-modules target lora-modules modules keys",
+    "prompt_column": "question-column instruction-column input-column query-column",
+    "completion_column": "answer-column response-column output-column target-column",
     "rslora": "use-rslora",
     "dora": "use-dora",
     "init": "init-lora-weights lora-init",

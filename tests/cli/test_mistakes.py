@@ -49,6 +49,7 @@ MISTAKES = {
     "train -c list.yaml": ("holds a list", "setting: value"),
     "train -c text.yaml": ("rank should be a whole number, found 'eight'", "as 16"),
     "prepare -m m": ("No data was given.", "--data"),
+    "prepare --answer-column a": ("No such option: --answer-column", "--completion-column"),
     "prepare --num-proc 4": ("No such option: --num-proc", "--workers"),
     "generate hello": ("generate needs a model.", "--adapter DIR"),
     "generate -a out --prompt hello": ("No such option: --prompt", "argument"),
