@@ -11,7 +11,7 @@ from qlora_cli.cli.live_view import LiveView
 from qlora_cli.cli.results import draw_row
 from qlora_cli.cli.screens import screen_of
 from qlora_cli.cli.screens.drawing import draw_screen
-from qlora_cli.cli.screens.runs import of_a_training
+from qlora_cli.cli.screens.runs import of_a_run, of_a_training
 from qlora_cli.core.generation.chat import HELP
 from qlora_cli.events import (
     Caution,
@@ -151,3 +151,10 @@ def test_one_is_no_plural():
     training = {"steps": 1, "total_steps": 1, "output": "out", "seconds": 1.0, "final_loss": None, "tokens": 9}
     parameters = {"trainable_parameters": 1, "total_parameters": 2, "trainable_percent": 50.0}
     assert of_a_training(training | parameters).sentences[0] == "The adapter is in out: 1 step in 1.0 s."
+
+
+def test_an_adapter_of_experts_is_shown_with_them():
+    experts = {"target_parameters": ["mlp.experts.down_proj"], "rank_pattern": {"down_proj": 2}}
+    run = {"directory": "out", "kind": "run", "rank": 4, "alpha": 32.0, "target_modules": ["q_proj"]}
+    shown = dict(of_a_run(run | experts).facts)["adapter"]
+    assert shown == "rank 4, alpha 32 on q_proj, mlp.experts.down_proj · rank pattern"

@@ -113,11 +113,12 @@ def of_a_run(result: dict[str, Any]) -> Screen:
     sentences = [first] + ([trained_of(result)] if "trainable_parameters" in result else [])
     facts = []
     if "rank" in result:
-        how = ", ".join(name for name in ("dora", "rslora") if result.get(name))
+        how = ", ".join(name.replace("_", " ") for name in ("dora", "rslora", "rank_pattern") if result.get(name))
+        adapted = ", ".join([*result["target_modules"], *result.get("target_parameters", ())])
         facts.append(
             (
                 "adapter",
-                f"rank {result['rank']}, alpha {result['alpha']:g} on {', '.join(result['target_modules'])}{' · ' + how if how else ''}",
+                f"rank {result['rank']}, alpha {result['alpha']:g} on {adapted}{' · ' + how if how else ''}",
             )
         )
     if base:
