@@ -40,7 +40,8 @@ def find_config_file(path: Path) -> Path:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML without references to what stood before: nine lines of them make gigabytes, and settings have no use for any."""
+    """YAML without references to what stood before: nine lines of them make gigabytes, and settings have no use for any. Nor
+    does a name stand twice, of which the last would count without a word."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One node.
@@ -52,6 +53,19 @@ class PlainLoader(yaml.SafeLoader):
             event = self.peek_event()
             raise yaml.composer.ComposerError(None, None, "references (*name) are not read", event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """One mapping.
+
+        Raises:
+            YAMLError: A name stands twice in it.
+        """
+        names = set()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_config_file(path: Path, config_type: type) -> dict[str, Any]:

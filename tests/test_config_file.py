@@ -71,6 +71,7 @@ def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
         ("quant_type: int4", "quant_type is 'int4'", "nf4, fp4"),
         ("- a\n- b", "holds a list", None),
         ("a: [", "line 1 is not YAML", None),
+        ("rank: 8\nalpha: 2\nrank: 16", "line 3 is not YAML: 'rank' stands twice", None),
     ],
 )
 def test_a_mistake_is_named_with_what_to_write(tmp_path, text, message, hint):

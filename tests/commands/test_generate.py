@@ -142,8 +142,11 @@ def test_bad_input_is_reported_in_one_sentence_before_anything_is_loaded(make_ru
         ask(["a"], model="/nowhere")
     with pytest.raises(DataError, match="tokens and the model reads at most 512"):
         ask(["word " * 600], model=base)
-    with pytest.raises(DataError, match="prompt is empty"):
-        ask([""], model=base)
+    for prompt in ("", " \n"):
+        with pytest.raises(DataError, match="prompt is empty"):
+            ask([prompt], model=base)
+        with pytest.raises(DataError, match="prompt is empty"):
+            ask([prompt], adapter=str(make_run(formatting=PAIR)))
     with pytest.raises(DataError, match="no file"):
         ask([], model=base, input=str(tmp_path / "none"), output=str(tmp_path / "out"))
     with pytest.raises(UsageError, match="go together"):

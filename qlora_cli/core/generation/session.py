@@ -35,7 +35,7 @@ from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
 from qlora_cli.core.untrusted import refuse_links
-from qlora_cli.errors import AdapterError
+from qlora_cli.errors import AdapterError, DataError
 from qlora_cli.events import Report
 from qlora_cli.settings.generation import GenerationSettings
 
@@ -159,9 +159,13 @@ class GenerationSession:
         """A prompt, formatted for an adapter and tokenised.
 
         Raises:
-            DataError: It has another form than the formatting needs, or leaves no room in the context.
+            DataError: It is empty, has another form than the formatting needs, or leaves no room in the context.
         """
         formatting = self.formatting(adapter)
+        if (
+            isinstance(prompt, str) and not prompt.strip() and not self.settings.raw
+        ):  # a template makes a text of nothing
+            raise DataError("The prompt is empty.", "Type one, in quotes; --raw gives the model what is typed alone.")
         return make_request(
             index,
             format_prompt(prompt, formatting, self.tokenizer_of(adapter)),
