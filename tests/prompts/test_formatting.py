@@ -330,3 +330,19 @@ def test_a_raw_prompt_with_variables_of_a_chat_template_is_refused():
     assert formatting() == RAW
     with pytest.raises(UsageError, match="--template-setting is for chats"):
         formatting("enable_thinking=false")
+
+
+def test_a_variable_that_the_template_does_not_read_is_said_once_of_generation_too():
+    from qlora_cli.core.generation.session import GenerationSession  # torch, which the others do without
+
+    said, chat = [], Formatting(format="chat", template="{{ messages }}{{ enable_thinking }}")
+    session = SimpleNamespace(
+        settings=SimpleNamespace(raw=False, template_setting=("enable_thinkin=false", "enable_thinking=true")),
+        source=lambda _: SimpleNamespace(formatting=chat),
+        tokenizer_of=lambda _: None,
+        report=lambda event: said.append(event.text),
+        _said=set(),
+    )
+    for _ in range(2):
+        assert GenerationSession.formatting(session, "out").template_settings["enable_thinking"] is True
+    assert said == ["The chat template reads no 'enable_thinkin': that --template-setting does nothing."]

@@ -36,7 +36,7 @@ from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
 from qlora_cli.core.untrusted import refuse_links
 from qlora_cli.errors import AdapterError, DataError
-from qlora_cli.events import Report
+from qlora_cli.events import Caution, Report
 from qlora_cli.settings.generation import GenerationSettings
 
 RAW = Formatting(format="text", column="text")
@@ -101,6 +101,7 @@ class GenerationSession:
         self._fast: Any = None  # the FastModel
         self._unpacked: bool | None = None  # whether a CPU's weights were dequantised; None before that was tried
         self._sources: dict[str, AdapterRecord] = {}
+        self._said: set[str] = set()
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
         self._files: dict[str, ModelFiles] = {}  # by adapter, those with its tokenizer
         self._selected: str | None = None
@@ -151,9 +152,13 @@ class GenerationSession:
         if self.settings.raw:
             return with_template_settings(RAW, self.settings.template_setting)
         trained = self.source(adapter).formatting if adapter is not None else self._trained_formatting
-        return with_template_settings(
-            trained or default_formatting(self.tokenizer_of(adapter)), self.settings.template_setting
-        )
+        given = self.settings.template_setting
+        found = with_template_settings(trained or default_formatting(self.tokenizer_of(adapter)), given)
+        for unread in found.unread_settings() if given else ():
+            if unread not in self._said:
+                self._said.add(unread)
+                self.report(Caution(unread))
+        return found
 
     def request(self, index: int, prompt: Any, adapter: str | None) -> Request:
         """A prompt, formatted for an adapter and tokenised.

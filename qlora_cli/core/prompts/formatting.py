@@ -1,6 +1,7 @@
 """Formatting: records and prompts to runs of text and control tokens, each trained on or not."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -62,6 +63,13 @@ class Formatting:
     tool_template: str | None = None
     template_settings: dict[str, Any] | None = None
     thoughts: str = "keep"
+
+    def unread_settings(self) -> list[str]:
+        """Of each variable that the chat template does not read, that it does nothing. By the word alone: a template of a
+        stranger is parsed in a process of its own."""
+        words = set(re.findall(r"\w+", (self.template or "") + (self.tool_template or "")))
+        unread = [name for name in self.template_settings or () if name not in words]
+        return [f"The chat template reads no {name!r}: that --template-setting does nothing." for name in unread]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, without those that say nothing."""

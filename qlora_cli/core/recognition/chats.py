@@ -1,6 +1,5 @@
 """Recognition of conversations: which columns hold their turns, system text, tools and settings, under which template."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,14 +142,11 @@ def recognise_chat(
         settings=settings.template_setting,
         thoughts=settings.thoughts,
     )
-    # By the word alone: a template of a stranger is parsed in a process of its own.
-    words = set(re.findall(r"\w+", template + (tool_template or "")))
-    unread = [name for name in formatting.template_settings or () if name not in words]
     return Recognised(
         formatting,
         train_on,
         f"{where}, {whose}, {describe_trained(train_on)}",
-        tuple(f"The chat template reads no {name!r}: that --template-setting does nothing." for name in unread),
+        tuple(formatting.unread_settings()),
         used=tuple(v for v in vars(found).values() if isinstance(v, str)),
         rejected=columns.find(["rejected"]) if (found.answer or found.messages or "").lower() == "chosen" else None,
     )
