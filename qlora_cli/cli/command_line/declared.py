@@ -119,6 +119,8 @@ def has_variables(config_type: type) -> bool:
 def unknown_variables(commands: Iterable[Command]) -> list[tuple[str, str | None]]:
     """Variables of the environment that are named like a setting's and are none's, each with the one that is probably meant."""
     given = {name for name in os.environ if name.upper().startswith("QLORA_")} - OTHER_VARIABLES
+    if not given:
+        return []
     settings = {option.name for command in commands for option in fields(command.config_type)}
     unknown = sorted(given - {variable_of(name) for name in settings})
     if not unknown:

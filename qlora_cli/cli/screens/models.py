@@ -93,7 +93,7 @@ def of_a_plan(result: dict[str, Any]) -> Screen:
         ("a step", f"{settings['batch_size']} × {settings['gradient_accumulation_steps']} rows of at most {settings['max_length']:,} tokens"),
         ("recomputed layers", str(settings["gradient_checkpointing"])),
         ("optimizer", str(settings["optimizer"])),
-        ("learning rate", f"{settings['learning_rate']:g}, {settings['scheduler']}, {result['warmup_steps']:,} step{'s' * (result['warmup_steps'] != 1)} of warm-up"),
+        ("learning rate", f"{settings['learning_rate']:g}, {settings['scheduler']}, {format_count(result['warmup_steps'], 'step')} of warm-up"),
         ("download", format_bytes(result["disk"]["download_bytes"])),
         ("written", f"{format_bytes(result['disk']['run_bytes'])} to {result['output']}"),
     ]  # fmt: skip

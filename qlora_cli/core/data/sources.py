@@ -16,6 +16,7 @@ from qlora_cli.core.models.hub import download_snapshot, missing_bytes
 from qlora_cli.core.reading.arrow_reader import chunks_of
 from qlora_cli.core.reading.chunks import RECORDS_A_CHUNK, Chunk, count_rows, parse_chunk
 from qlora_cli.core.reading.compressed import DECOMPRESS
+from qlora_cli.core.reading.json_reader import SPLITS
 from qlora_cli.core.reading.readers import CHUNK_BYTES, KINDS, kind_of, read_chunks
 from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
@@ -24,11 +25,6 @@ from qlora_cli.settings.groups import DataSettings
 from qlora_cli.settings.setting import is_given
 from qlora_cli.sizes import format_bytes
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of datasets and others
 SHARES = "Give a share above 0 and up to 1."
 READABLE = ", ".join([*KINDS, *DECOMPRESS])

@@ -6,6 +6,7 @@ linear layers, and so is MXFP4. One by one because double quantisation takes the
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,9 +64,7 @@ def pack_matrices(matrices: Tensor, *, quant_type: str, double_quant: bool) -> P
     count, elements = len(matrices), matrices[0].numel()
     blocks = elements // BLOCK_SIZE
     if count == 1 or blocks % NESTED_BLOCK_SIZE:  # scales of scales would be of two matrices
-        packed = (pack_matrix(matrix, quant_type=quant_type, double_quant=double_quant) for matrix in matrices)
-        kinds: Any = zip(*packed, strict=True)
-        return Packed._make(None if kind[0] is None else torch.cat(kind) for kind in kinds)
+        return join_packed([pack_matrix(each, quant_type=quant_type, double_quant=double_quant) for each in matrices])
     codes, state = bnb.functional.quantize_4bit(matrices, blocksize=BLOCK_SIZE, quant_type=quant_type)
     if not double_quant:
         return Packed(codes.flatten(), state.absmax.flatten(), None, None)
@@ -77,6 +76,12 @@ def pack_matrices(matrices: Tensor, *, quant_type: str, double_quant: bool) -> P
     every = nested_block_size(elements)
     repeated = state.absmax.repeat_interleave(NESTED_BLOCK_SIZE // every)
     return Packed(codes.flatten(), nested, repeated, offsets.repeat_interleave(blocks // every))
+
+
+def join_packed(pieces: Sequence[Packed]) -> Packed:
+    """Packed matrices, or parts of one, one behind the other."""
+    kinds: Any = zip(*pieces, strict=True)
+    return Packed._make(None if kind[0] is None else torch.cat(kind) for kind in kinds)
 
 
 def packed_of(codes: Tensor, state: Any, elements: int | None = None) -> Packed:

@@ -101,7 +101,7 @@ class GenerationSession:
         self._fast: Any = None  # the FastModel
         self._unpacked: bool | None = None  # whether a CPU's weights were dequantised; None before that was tried
         self._sources: dict[str, AdapterRecord] = {}
-        self._said: set[str] = set()
+        self._said: set[str] = set()  # cautions that are due once
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
         self._files: dict[str, ModelFiles] = {}  # by adapter, those with its tokenizer
         self._selected: str | None = None
@@ -167,9 +167,8 @@ class GenerationSession:
             DataError: It is empty, has another form than the formatting needs, or leaves no room in the context.
         """
         formatting = self.formatting(adapter)
-        if (
-            isinstance(prompt, str) and not prompt.strip() and not self.settings.raw
-        ):  # a template makes a text of nothing
+        # A template would make a text of nothing.
+        if isinstance(prompt, str) and not prompt.strip() and not self.settings.raw:
             raise DataError("The prompt is empty.", "Type one, in quotes; --raw gives the model what is typed alone.")
         return make_request(
             index,

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
-from qlora_cli.core.experts.stack import Packed, pack_matrices, packed_of
+from qlora_cli.core.experts.stack import Packed, join_packed, pack_matrices, packed_of
 from qlora_cli.core.models.account import Account
 from qlora_cli.core.models.quantization import are_finite, is_finite, pack_weight, restored_linear, twin_of
 from qlora_cli.core.models.weight_names import WeightOrigin
@@ -121,11 +121,11 @@ class Packer:
             ModelError: A tensor has another shape than its place.
         """
         self.model = model
-        wanted = {
-            key: [target for target in origin.targets if target in account.plan.packed]
-            for key, origin in account.origins.of.items()
-        }
-        origins = [(account.origins.of[key], targets) for key, targets in wanted.items() if targets]
+        origins = [
+            (origin, wanted)
+            for origin in account.origins.of.values()
+            if (wanted := [target for target in origin.targets if target in account.plan.packed])
+        ]
         for name in account.plan.packed:
             owner = model.get_submodule(name.rpartition(".")[0])
             if isinstance(owner, Withdrawn):
@@ -134,10 +134,10 @@ class Packer:
                 pack_experts(owner, compute_dtype=self.compute_dtype, device=self.device, **self._held)
         with ExitStack() as stack:
             if pays(self.device):
-                order = (request for origin, targets in origins for request in self._requests(origin, targets[0]))
+                order = (request for origin, wanted in origins for request in self._requests(origin, wanted[0]))
                 self._read = stack.enter_context(ReadAhead(self.checkpoint, order, self.device))
-            for origin, targets in origins:
-                self._fill_from(origin, targets)
+            for origin, wanted in origins:
+                self._fill_from(origin, wanted)
         share_weights(model, account.plan.shared)
 
     def _requests(self, origin: WeightOrigin, name: str) -> Iterator[Request]:
@@ -224,8 +224,7 @@ class Packer:
                 assert parts is not None
                 moved = {ending: part.to(self.device) for ending, part in parts.items()}
                 pieces.append(packed_of(moved.pop(""), four_bit_state(moved, self.device), weight.elements))
-            kinds: Any = zip(*pieces, strict=True)
-            yield Packed._make(None if kind[0] is None else torch.cat(kind) for kind in kinds)
+            yield join_packed(pieces)
 
     def _settled(self, name: str, matrix: Tensor) -> Tensor:
         """On the device in the compute dtype, (out, in) contiguous; whether it is finite is noted, which packing hides."""

@@ -11,8 +11,13 @@ from typing import Any
 from qlora_cli.core.reading.chunks import DECODER, LONG_BYTES, Chunk, is_cut_short, json_cause, refuse_constant
 from qlora_cli.core.records.messages import ROLE_KEYS, holds_messages
 
+# What the splits of a data set are called, in names of files, folders and keys.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 # Fields of an object that say something of the rows beside them, and are no row's text.
-SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 ABOUT_THE_SET = {"version", "name", "title", "description", "license", "source", "split", "date", "author", "language"}
 
 
@@ -258,7 +263,8 @@ def rows_of(content: Any) -> list[Any]:
 
 def _splits_of(content: Any) -> list[str]:
     """Names of a data set's splits, where one object holds several; which of them is meant is not for a reader to tell."""
-    if not isinstance(content, dict) or len(content) < 2 or not all(key.lower() in SPLITS for key in content):
+    known = {name for names in SPLITS.values() for name in names}
+    if not isinstance(content, dict) or len(content) < 2 or not known.issuperset(key.lower() for key in content):
         return []
     return list(content) if all(isinstance(rows, list) for rows in content.values()) else []
 

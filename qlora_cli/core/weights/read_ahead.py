@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from qlora_cli.core.storage.safetensors_file import staging_memory
-from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.core.weights.checkpoint import Checkpoint, WeightFile
 
 PIECE_BYTES = 2**27  # of tensors that go together
@@ -31,12 +30,12 @@ def pays(device: torch.device) -> bool:
 class _Place(NamedTuple):
     """Where in a piece a tensor lies, and where it comes from."""
 
-    entry: TensorEntry
     file: WeightFile
-    shape: tuple[int, ...]
     source: int  # in the file
     start: int  # in the piece
     bytes_: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class _Piece:
@@ -48,11 +47,9 @@ class _Piece:
         self.reads: list[Future] = []
         self.buffer: Tensor
 
-    def add(self, key: tuple, file: WeightFile, entry: TensorEntry, rows: slice | None) -> None:
-        shape, source = file.place_of(entry, rows)
-        bytes_ = torch.Size(shape).numel() * entry.dtype.itemsize
-        self.places[key] = _Place(entry, file, shape, source, self.bytes_, bytes_)
-        self.bytes_ += -(-bytes_ // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    def add(self, key: tuple, place: _Place) -> None:
+        self.places[key] = place._replace(start=self.bytes_)
+        self.bytes_ += -(-place.bytes_ // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
     def begin(self, pool: ThreadPoolExecutor, buffer: Tensor) -> None:
         self.buffer = buffer
@@ -104,7 +101,7 @@ class ReadAhead:
         if whole.is_cuda:
             self.copied[self.turn] = torch.cuda.current_stream(self.device).record_event()
         self.here = {
-            key: whole[place.start : place.start + place.bytes_].view(place.entry.dtype).view(place.shape)
+            key: whole[place.start : place.start + place.bytes_].view(place.dtype).view(place.shape)
             for key, place in piece.places.items()
         }
         self.turn = 1 - self.turn
@@ -126,11 +123,13 @@ class ReadAhead:
         for name, rows in order:
             if (file := self.checkpoint.plain_file(name)) is None:
                 continue
-            shape, _ = file.place_of(entry := file.entries[name], rows)
-            if piece.places and piece.bytes_ + torch.Size(shape).numel() * entry.dtype.itemsize > PIECE_BYTES:
+            dtype = file.entries[name].dtype
+            shape, source = file.place_of(file.entries[name], rows)
+            place = _Place(file, source, 0, torch.Size(shape).numel() * dtype.itemsize, dtype, shape)
+            if piece.places and piece.bytes_ + place.bytes_ > PIECE_BYTES:
                 yield piece
                 piece = _Piece()
-            piece.add(_key(name, rows), file, entry, rows)
+            piece.add(_key(name, rows), place)
         if piece.places:
             yield piece
 
