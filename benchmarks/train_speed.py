@@ -55,6 +55,7 @@ WORKS = {
     "qwen3-r64": ("qwen3-8b", "fixed", 64, 16, f"--rank 64 --alpha 64 --dropout 0.1 --batch-size 2 {ONE}"),
     "mistral-long": ("mistral-7b", "fixed", 32, 16, f"{ALL} --batch-size 1 {ONE} --max-length 8192"),
     "neox-free": ("neox-20b", "fixed", 96, 12, f"{QKV8} --batch-size 4 {ONE}"),
+    "gemma2-free": ("gemma2-9b", "fixed", 64, 16, f"{ALL} --batch-size 2 {ONE} --vram 40GiB"),
     # Experts are not adapted, here and by the peers, where the name does not say so: of Qwen3-MoE and gpt-oss that leaves
     # attention. Memory is the peer's. Its 21.73 and 14.72 GiB with experts are `max_memory_allocated`, tensors alone: as much
     # for ours is a process of 1 GiB more.

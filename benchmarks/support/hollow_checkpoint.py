@@ -26,6 +26,7 @@ LAYOUTS = {
     "llama3-8b": "dense",
     "qwen3-8b": "dense",
     "mistral-7b": "dense",
+    "gemma2-9b": "dense",
     "tiny-moe": "gated",
     "tiny-oss": "fused",
 }
