@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.device import LayerSeconds
-from qlora_cli.core.engine.calibration import StepPlanner
+from qlora_cli.core.engine import packed_attention
+from qlora_cli.core.engine.calibration import Calibration, StepPlanner
 from qlora_cli.core.engine.decoder_layers import usual_seconds
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE
@@ -181,3 +183,56 @@ def test_held_routing_gives_the_last_tokens_what_was_chosen_and_others_their_own
         decoder(ids)
     assert torch.equal(seen[0][0][10:], index) and torch.equal(seen[0][1][10:], weights)
     assert len(seen[0][0]) == 30 and not any(module._forward_pre_hooks for module in routing.experts)
+
+
+@pytest.fixture(scope="module")
+def peaked_attention(tmp_path_factory):
+    """A model in bfloat16 whose rounding grows from layer to layer: scores of attention are far apart."""
+    config = Gemma2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=32,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.18)
+    return attach_adapter(model.requires_grad_(False), LoraSettings(rank=4, target_modules=("q_proj",))).train()
+
+
+def packs(model, report=lambda event: None):
+    run = {"max_tokens": 128, "total_steps": 3, "report": report}
+    settings = StepSettings(gradient_checkpointing="off", engine="fast")
+    engine = install_engine(model, settings, device=torch.device("cpu"), compute_dtype=torch.bfloat16, **run)
+    engine.close()
+    return engine.packed
+
+
+def test_rounding_that_grows_with_depth_keeps_no_rows_from_being_packed(peaked_attention, monkeypatch):
+    assert packs(peaked_attention)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in peaked_attention.modules())
+    monkeypatch.setattr(Calibration, "_like_by_layer", lambda trials, ids: False)
+    assert not packs(peaked_attention), "hidden states came out alike as a whole: this test shows nothing"
+
+
+@pytest.mark.parametrize("wrong", ["scale", "window"])
+def test_other_attention_is_told_from_rounding_that_grows_with_depth(peaked_attention, monkeypatch, wrong):
+    own = packed_attention._attend_pack
+
+    def attend(module, query, key, value, mask, scale, window=None, sinks=None, cap=None):
+        if wrong == "scale":
+            scale *= 1.2
+        else:
+            window = None
+        return own(module, query, key, value, mask, scale, window, sinks, cap)
+
+    monkeypatch.setattr(packed_attention, "_attend_pack", attend)
+    assert not packs(peaked_attention)

@@ -1,7 +1,7 @@
 """Calibration of an engine: layers are tried out on random tokens, and steps are planned by what that measured."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from qlora_cli.core.engine.decoder_layers import (
     LayerCall,
     LayerPlan,
     capture_first_call,
+    find_layers,
     measure_layer,
     time_layer,
 )
@@ -31,7 +32,7 @@ from qlora_cli.core.engine.memory_plan import (
     plan_memory,
 )
 from qlora_cli.core.engine.offload import link_bytes_per_second
-from qlora_cli.core.engine.packed_attention import attended_share, pack_mask
+from qlora_cli.core.engine.packed_attention import HeldLayers, attended_share, is_like, pack_mask
 from qlora_cli.core.experts.held_routing import HeldRouting
 from qlora_cli.core.matmul.arithmetic import met_elements
 from qlora_cli.core.matmul.choice import (
@@ -67,9 +68,20 @@ class Calibration:
         self, model: nn.Module, decoder: Any, embedding: Any, values: AdapterValues, device: torch.device
     ) -> None:
         self.model, self.decoder, self.embedding, self.values, self.device = model, decoder, embedding, values, device
-        self.routing = HeldRouting(decoder)
+        self.routing, self.held = HeldRouting(decoder), HeldLayers(find_layers(decoder))
         self.packed = self.equal_rows = False  # whether attention takes packs by now; rows of one length as such
         self.hidden_bytes = 0  # of one token before the layer that was measured
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """The model in evaluation mode for the time being, with today's adapters."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self.values.refresh()
+            yield
+        finally:
+            self.model.train(was_training)
 
     def ids(self, tokens: int) -> np.ndarray:
         """Random token ids, the same each time: int64 (tokens,)."""
@@ -127,16 +139,13 @@ class Calibration:
     def states(self, *, padded: bool = False) -> Tensor:
         """Hidden states of the second of the trial's rows, alone; or, beside the first in padded rows, of both. Trials
         of other attention send tokens to the experts that they go to here."""
-        with self.routing.recorded():
+        with self.routing.recorded(), self.held.recorded():
             return self._states(padded=padded)
 
     @torch.no_grad()
     def _states(self, *, padded: bool) -> Tensor:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            self.values.refresh()
-            ids = self._ids(sum(TRIAL_LENGTHS))
+        ids = self._ids(sum(TRIAL_LENGTHS))
+        with self._evaluated():
             if not padded:
                 return self.decoder(**self._whole(ids[:, TRIAL_LENGTHS[0] :]), use_cache=False).last_hidden_state[0]
             rows = ids[0].split(TRIAL_LENGTHS)
@@ -144,8 +153,6 @@ class Calibration:
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
             hidden = self.decoder(inputs_embeds=self._embed(ids), attention_mask=mask, use_cache=False)
             return hidden.last_hidden_state[mask.bool()]
-        finally:
-            self.model.train(was_training)
 
     def why_padded_differs(self, own: Tensor) -> str | None:
         """Tries padded rows, which must come out like `own`, their `states` by the model's own attention."""
@@ -156,45 +163,44 @@ class Calibration:
             raise
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             return f"{type(error).__name__}: {first_line(error)}"
-        return None if _is_like(found, own) else "padded rows came out otherwise in a trial"
+        return None if is_like(found, own) else "padded rows came out otherwise in a trial"
 
     @torch.no_grad()
     def why_pack_differs(self, alone: Tensor) -> str | None:
         """Tries a pack of two rows: neither the other row nor a later token may change anything, not by one bit more
         than rounding, and each row must come out as it does `alone`, by the model's own attention (`states`)."""
-        was_training = self.model.training
-        self.model.eval()
         short = TRIAL_LENGTHS[0]
         ids = self._ids(sum(TRIAL_LENGTHS))
         others = (ids + 1) % self.embedding.weight.shape[0]
         try:
-            self.values.refresh()
-            with self.routing.replayed():
+            with self._evaluated(), self.routing.replayed():
                 pack = self._pack_states(ids, TRIAL_LENGTHS)
                 other_row = self._pack_states(torch.cat([others[:, :short], ids[:, short:]], 1), TRIAL_LENGTHS)[short:]
                 earlier = self._pack_states(torch.cat([ids[:, :-1], others[:, -1:]], 1), TRIAL_LENGTHS)[:-1]
                 as_long = self._pack_states(ids, TRIAL_LENGTHS, LONG_ROW)
+                like = all(is_like(found[short:], alone) for found in (pack, as_long)) or self._like_by_layer(ids)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             return f"this architecture refused a pack ({type(error).__name__}: {first_line(error)})"
-        finally:
-            self.model.train(was_training)
         rounding = torch.finfo(pack.dtype).eps * 8 * pack.float().std()
         if not (other_row - pack[short:]).float().abs().max() <= rounding:  # nor where it is NaN
             return "rows of a pack saw one another in a trial"
         if not (earlier - pack[:-1]).float().abs().max() <= rounding:
             return "tokens saw later ones in a trial"
-        if not all(_is_like(found[short:], alone) for found in (pack, as_long)):
-            return "a packed row came out unlike the same row alone in a trial"
-        return None
+        return None if like else "a packed row came out unlike the same row alone in a trial"
+
+    def _like_by_layer(self, ids: Tensor) -> bool:
+        """Whether each layer gives in a pack what it gave alone, of what it was given there, for short and for long rows."""
+        with self.held.replayed() as alike:
+            for longest in (0, LONG_ROW):
+                self._pack_states(ids, TRIAL_LENGTHS, longest)
+        return all(alike) and len(alike) == 2 * len(self.held.layers)
 
     def differentiate(self, batch: MicroBatch) -> None:
         """Forward and backward pass of rows and of their loss, in evaluation mode; no gradient is added to."""
-        was_training, parameters = self.model.training, [p for p in self.model.parameters() if p.requires_grad]
-        self.model.eval()
-        try:
-            self.values.refresh()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        with self._evaluated():
             if self.packed:
                 ids, labels = batch.input_ids, batch.labels
                 mask = pack_mask(batch.cu_seqlens.to(self.device), batch.max_seqlen)
@@ -207,8 +213,6 @@ class Calibration:
                 targets = labels[:, 1:].flatten().to(self.device)
                 loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
                 torch.autograd.grad(loss, parameters, allow_unused=True)
-        finally:
-            self.model.train(was_training)
 
     def head_layers(self, needs: StepNeeds) -> float:
         """`StepNeeds.head_layers` by arithmetic: logits and their gradient take 4 operations a token and element, a
@@ -221,18 +225,13 @@ class Calibration:
     @torch.no_grad()
     def parts_are_alike(self, context: ContextGroup) -> bool:
         """Tries a pack whose tokens the ranks of a group share: whether this part comes out as it does in a whole one."""
-        was_training = self.model.training
-        self.model.eval()
         ids = self._ids(sum(TRIAL_LENGTHS))
-        try:
-            self.values.refresh()
+        with self._evaluated():
             with context.aside():
                 whole = self._pack_states(ids, TRIAL_LENGTHS)
             part = self._pack_states(ids, TRIAL_LENGTHS, context=context)
-        finally:
-            self.model.train(was_training)
         whole = whole[len(part) * context.place :][: len(part)]
-        return _is_like(part[: len(whole)], whole)
+        return is_like(part[: len(whole)], whole)
 
     def measure(self, layer: nn.Module, tokens: int) -> tuple[LayerBytes, LayerSeconds] | None:
         """Memory and time that the first layer takes at so many tokens; None where there is not the memory.
@@ -391,8 +390,3 @@ def install_products(
     linears.in_8_bits = frozenset(module for name, (module, _) in layers.items() if name in chosen)
     stacks.multiply_in_8_bits(name for name in stacks.found if name in chosen)
     return record
-
-
-def _is_like(found: Tensor, own: Tensor) -> bool:
-    """Whether two attentions' hidden states differ by the rounding of many layers at most; NaN are like nothing."""
-    return bool((found - own).float().norm() <= 0.1 * own.float().norm())
