@@ -236,3 +236,19 @@ def test_other_attention_is_told_from_rounding_that_grows_with_depth(peaked_atte
 
     monkeypatch.setattr(packed_attention, "_attend_pack", attend)
     assert not packs(peaked_attention)
+
+
+@pytest.mark.parametrize("seen", ["rounding", "a token"])
+def test_rows_that_differ_by_rounding_are_packed_and_rows_that_see_a_token_are_not(load_tiny, monkeypatch, seen):
+    own = packed_attention._attend_pack
+
+    def attend(module, query, key, value, mask, *rest):
+        if seen == "a token":
+            mask = mask - (mask == 24).int()  # the second row begins with the last token of the first
+            return own(module, query, key, value, mask, *rest)
+        return own(module, query, key, value, mask, *rest) * (1 + 2e-6 * query[0].sign().mean())
+
+    monkeypatch.setattr(packed_attention, "_attend_pack", attend)
+    engine = install(adapted(load_tiny, "llama"))
+    engine.close()
+    assert engine.packed == (seen == "rounding")
