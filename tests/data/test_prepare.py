@@ -1,5 +1,6 @@
 """Preparing data: every format end to end, every row accounted for, the same rows found again, nothing half-written."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -262,6 +263,22 @@ def test_no_row_left_is_an_error_that_says_why(tmp_path):
         prepare(tmp_path, [blank, blank, {"question": "q", "answer": "fox " * 90}], max_length=32, overlong="drop")
     assert "none is left to train on (2 empty completion; 1 longer than 32 tokens)" in error.value.message
     assert not (tmp_path / "prepared").exists()
+
+
+def test_where_every_row_is_bad_the_hint_is_about_what_they_have_in_common(tmp_path):
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path, [{"messages": [{"role": "user", "content": 5}]}] * 3, on_bad_row="skip")
+    assert "the first: " in error.value.message and "message 1 is a number" in error.value.message
+    assert "bad-row" not in error.value.hint
+    assert "--messages-column" in error.value.hint
+
+
+@pytest.mark.parametrize(("on_bad_row", "hint"), [("stop", "take it out of --data"), ("skip", "Check --data")])
+def test_a_file_that_is_bad_as_a_whole_is_no_bad_row(tmp_path, on_bad_row, hint):
+    (tmp_path / "rows.jsonl").write_bytes(gzip.compress(b'{"text": "fox"}'))
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path, str(tmp_path / "rows.jsonl"), on_bad_row=on_bad_row)
+    assert "compressed; rename it rows.jsonl.gz" in error.value.message and hint in error.value.hint
 
 
 def test_the_length_comes_from_the_model():

@@ -37,7 +37,7 @@ from qlora_cli.core.data.worker_pool import TokeniserPool
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.core.reading.chunks import BadRow, Chunk, count_rows, parse_chunk
+from qlora_cli.core.reading.chunks import Chunk, count_rows, parse_chunk
 from qlora_cli.core.reading.readers import CHUNK_BYTES
 from qlora_cli.core.recognition.pairs import read_template
 from qlora_cli.core.recognition.recognise import idle_settings, recognise
@@ -290,22 +290,20 @@ def _digest(settings: DataSettings, encoder: TextEncoder, max_length: int, ident
 def recognise_source(source: Source, settings: DataSettings, encoder: TextEncoder) -> Recognised:
     """The format, from the first records that can be read."""
     sample: list[Record] = []
-    letters = 0
+    letters, first_bad = 0, None
     for chunk in source.chunks(settings.max_line_bytes):
         parse_chunk(chunk, settings.max_line_bytes)
         sample += chunk.records
         letters += chunk.letters
-        if chunk.bad_rows and settings.on_bad_row == "stop" and not sample:
-            raise _bad_row_error(min(chunk.bad_rows, key=lambda bad: bad.line or 0))
+        first_bad = first_bad or min(chunk.bad_rows, key=lambda bad: bad.line or 0, default=None)
+        if first_bad and settings.on_bad_row == "stop" and not sample:
+            raise first_bad.error()
         if len(sample) >= SAMPLE_RECORDS or letters >= SAMPLE_LETTERS:
             break
     if not sample:
-        raise DataError(f"{source.name} holds no row that can be read.", "Check --data.")
+        reason = f"; the first: {first_bad}" if first_bad else ""
+        raise DataError(f"{source.name} holds no row that can be read{reason}.", "Check --data.")
     return recognise(sample[:SAMPLE_RECORDS], settings, encoder)
-
-
-def _bad_row_error(bad: BadRow) -> DataError:
-    return DataError(f"{bad}.", "Mend it, or leave such rows out and have them listed: --on-bad-row skip")
 
 
 def limited(chunks: Iterator[Chunk], settings: DataSettings) -> Iterator[Chunk]:
@@ -368,7 +366,7 @@ class _Output:
         statistics = self._statistics
         for chunk in results:
             if chunk.bad_rows and self._settings.on_bad_row == "stop":
-                raise _bad_row_error(chunk.bad_rows[0])
+                raise chunk.bad_rows[0].error()
             for bad in chunk.bad_rows:
                 self._bad_rows = self._bad_rows or self._stack.enter_context(
                     (self._directory / BAD_ROWS).open("w", encoding="utf-8")

@@ -72,11 +72,17 @@ class PreparationStatistics:
         """Raises DataError if no row is left."""
         if any(lengths.size for lengths in self.lengths):
             return
+        records, bad = format_count(self.counts["records"], "row"), self.counts["bad_rows"]
+        if self.first_bad and not self.dropped:
+            raise DataError(
+                f"Of {records} in {data} none can be trained on; the first: {self.first_bad[0]}.",
+                "If that is wrong with all of them, mend it there, or name what holds the text: --text-column, --prompt-column, "
+                "--messages-column.",
+            )
         reasons = [f"{count} {reason}" for reason, count in self.dropped.most_common()]
-        if self.first_bad:
-            reasons.append(f"{self.counts['bad_rows']} bad rows, the first {self.first_bad[0]}")
+        reasons += [f"{format_count(bad, 'bad row')}, the first {self.first_bad[0]}"] if self.first_bad else []
         raise DataError(
-            f"Of {self.counts['records']} rows in {data} none is left to train on ({'; '.join(reasons) or 'no rows'}).",
+            f"Of {records} in {data} none is left to train on ({'; '.join(reasons) or 'no rows'}).",
             "Check the columns and --max-length.",
         )
 

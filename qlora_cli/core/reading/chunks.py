@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.record import Record, problem_of_record
+from qlora_cli.errors import DataError
 
 TEXT_COLUMN = "text"  # of a .txt file
 MESSAGES_COLUMN = "messages"  # of rows that are lists of messages
@@ -28,6 +29,14 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.cause}" if self.line is not None else f"{self.file}: {self.cause}"
+
+    def error(self) -> DataError:
+        """What ends a preparation that stops at it."""
+        if self.line is None:
+            hint = "Mend the file, or take it out of --data; beside others --on-bad-row skip leaves it out."
+        else:
+            hint = "Mend it, or leave such rows out and have them listed: --on-bad-row skip"
+        return DataError(f"{self}.", hint)
 
 
 @dataclass
