@@ -32,6 +32,14 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
         [ASK, {**ANSWER, "tool_calls": [], "name": None, "function_call": None}],
         [ASK, {**ANSWER, "tool_calls": ""}],
         [{"role": "user", "content": [{"type": "text", "text": "A lake?"}, {"type": "text", "text": None}]}, ANSWER],
+        [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "A lake?"}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "It's Chiemsee."}]},
+        ],
+        [
+            {"role": "user", "parts": [{"text": "A lake?"}]},
+            {"role": "model", "parts": [{"text": "It's "}, {"text": "Chiemsee."}]},
+        ],
     ],
 )
 def test_every_form_of_turns_is_the_same_conversation(value):
@@ -76,7 +84,23 @@ def test_calls_in_a_row_are_one_turn_and_arguments_may_be_empty():
         ({"content": "x"}, "message 2 has no role"),
         ({"role": "assistant", "content": 3}, "the 'content' of message 2 is a number, not text"),
         ({"role": "assistant", "content": [{"type": "image"}]}, "message 2 holds a part of the type 'image'"),
-        ({"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}, "a part of the type 'tool_use'"),
+        ({"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}, "message 2: a call has no name"),
+        ({"role": "user", "content": [{"type": "image", "source": {}}]}, "message 2 holds a part of the type 'image'"),
+        (
+            {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image", "source": {}}]}]},
+            "message 2 holds a part of the type 'image'",
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "name": "f", "input": {}}, {"type": "text", "text": "x"}],
+            },
+            "message 2 has text behind a call",
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "y"}]},
+            "message 2 has a thought behind text",
+        ),
         ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "message 2: a call has no name"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '"Beijing"'}}]},
@@ -220,3 +244,80 @@ def test_nulls_of_other_tools_are_left_out_of_schemas_and_calls_and_those_that_m
         call("depth", lake="Chiemsee", unit=None),
         call("height", hill="Brocken"),
     ]
+
+
+CALLED = {
+    "role": "assistant",
+    "content": "I look.",
+    "reasoning_content": "A tool knows.",
+    "tool_calls": [{"id": "t1", **CALL}],
+}
+GAVE = {"role": "tool", "content": "73", "tool_call_id": "t1", "name": "get_depth"}
+FROM_ANTHROPIC = [
+    ASK,
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "A tool knows.", "signature": "x"},
+            {"type": "text", "text": "I look."},
+            {"type": "tool_use", "id": "t1", "name": "get_depth", "input": {"lake": "Chiemsee"}},
+        ],
+    },
+    {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "73"}]},
+            {"type": "text", "text": "A lake?"},
+        ],
+    },
+    ANSWER,
+]
+FROM_GOOGLE = [
+    {"role": "user", "parts": [{"text": "A lake?"}]},
+    {
+        "role": "model",
+        "parts": [
+            {"text": "A tool knows.", "thought": True},
+            {"text": "I look."},
+            {"functionCall": {"id": "t1", "name": "get_depth", "args": {"lake": "Chiemsee"}}},
+        ],
+    },
+    {
+        "role": "user",
+        "parts": [{"functionResponse": {"id": "t1", "name": "get_depth", "response": "73"}}, {"text": "A lake?"}],
+    },
+    {"role": "model", "parts": [{"text": "It's Chiemsee."}]},
+]
+
+
+@pytest.mark.parametrize("messages", [FROM_ANTHROPIC, FROM_GOOGLE])
+def test_thoughts_calls_and_results_that_are_parts_are_those_of_turns(messages):
+    assert read_messages(messages, {})[0] == [ASK, CALLED, GAVE, ASK, ANSWER]
+    key = "content" if "content" in messages[2] else "parts"
+    alone = [*messages[:2], {**messages[2], key: messages[2][key][:1]}]
+    assert read_messages(alone, {})[0] == [ASK, CALLED, GAVE], "a result alone is no turn of the user"
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"name": "get_depth", "description": "Of a lake.", "input_schema": {"type": "object"}},
+        {
+            "functionDeclarations": [
+                {"name": "get_depth", "description": "Of a lake.", "parameters": {"type": "object"}}
+            ]
+        },
+    ],
+)
+def test_descriptions_of_other_interfaces_are_those_that_templates_expect(tool):
+    function = {"name": "get_depth", "description": "Of a lake.", "parameters": {"type": "object"}}
+    assert read_tools([tool], "tools") == [{"type": "function", "function": function}]
+
+
+@pytest.mark.parametrize(
+    "system", ["Be brief.", [{"type": "text", "text": "Be brief."}], {"parts": [{"text": "Be brief."}]}]
+)
+def test_a_system_text_may_be_made_of_parts(system):
+    columns = ConversationColumns(messages="contents", system="system")
+    found = read_conversation({"contents": [ASK, ANSWER], "system": system}, columns)
+    assert found.messages[0] == {"role": "system", "content": "Be brief."}

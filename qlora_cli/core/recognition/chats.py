@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
@@ -11,10 +12,12 @@ from qlora_cli.core.recognition.pairs import Pair
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.records.conversation import ConversationColumns
 from qlora_cli.core.records.messages import KNOWN_ROLES, holds_messages, turns_of
+from qlora_cli.core.records.parts import system_text
+from qlora_cli.core.records.record import BadField
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.groups import DataSettings
 
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 
 
@@ -84,7 +87,7 @@ def _messages_column(columns: Columns, settings: DataSettings, chosen: str | Non
 
 def _is_system(columns: Columns, name: str | None, messages: str | None) -> bool:
     """Whether a column holds system texts, and not something else than the system turns that conversations have."""
-    if name is None or not columns.has_some(name) or not all(isinstance(v, str) for v in columns.values(name)):
+    if name is None or not columns.has_some(name) or not all(_is_text(value) for value in columns.values(name)):
         return False
     for record in columns.records:
         turns = turns_of(record.get(messages)) if messages else None
@@ -93,6 +96,13 @@ def _is_system(columns: Columns, name: str | None, messages: str | None) -> bool
         if "system" in (first.get("role"), first.get("from")) and isinstance(own, str) and text:
             return own.strip() == text.strip()
     return True
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(system_text(value, ""), str)
+    except BadField:
+        return False
 
 
 def read_roles(given: tuple[str, ...]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_cli.core.records.messages import Message, holds_messages, pair_of, read_messages
+from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
 from qlora_cli.core.records.tools import read_tools, without_padding
 
@@ -157,6 +158,7 @@ def _history(record: Record, column: str | None) -> list[Any]:
 
 
 def _add_system(reader: _Reader, text: Any, column: str | None) -> None:
+    text = system_text(text, f"field {column!r}")
     if text is None or (isinstance(text, str) and not text.strip()):
         return
     if not isinstance(text, str):

@@ -2,12 +2,13 @@
 
 Read are lists of `{"role", "content"}` and of ShareGPT's `{"from", "value"}`, one message alone, a struct of lists
 (how Arrow stores lists of objects sometimes), a list of texts in turn, a list of question and answer pairs, and all of
-these as JSON text or as Python prints them.
+these as JSON text or as Python prints them. Content may be made of parts (parts.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qlora_cli.core.records.parts import are_parts, plain_turns
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
 from qlora_cli.core.records.tools import read_calls, wrap_call
 
@@ -35,6 +36,7 @@ ROLES = {
     "tool_calls": CALL,
 }
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+PART_KEYS = (*CONTENT_KEYS, "parts")  # of which the first that is there counts; the last is Google's
 ASKED = ("human", "user", "question", "instruction", "prompt", "input", "query", "q")
 ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
 TRAINED_KEYS = ("weight", "train", "training", "loss")  # what data sets call it that a turn is trained, or is not
@@ -129,7 +131,8 @@ def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple
         raise BadField(f"is {describe_type(value)}, no list of messages")
     messages: list[Message] = []
     trained: list[bool] = []
-    for number, turn in enumerate(turns, start=first):
+    names: dict[str, str] = {}  # of calls, by their ids
+    for number, turn in _plain(turns, first, names):
         message, is_trained = _read_message(turn, number, roles)
         if message["role"] == CALL:
             calls = [wrap_call(call) for call in read_calls(decode_nested(message["content"]), number)]
@@ -140,6 +143,16 @@ def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple
         messages.append(message)
         trained.append(is_trained)
     return messages, trained
+
+
+def _plain(turns: list[Any], first: int, names: dict[str, str]) -> Iterator[tuple[int, Any]]:
+    """Each turn with its number, those that are made of parts as what they stand for."""
+    for number, turn in enumerate(turns, start=first):
+        key = None
+        if isinstance(turn, dict):
+            key = next((key for key in PART_KEYS if turn.get(key) is not None), None)
+        for plain in plain_turns(turn, key, number, names) if key and are_parts(turn[key]) else [turn]:
+            yield number, plain
 
 
 def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Message, bool]:
@@ -163,22 +176,12 @@ def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Mes
         calls = [wrap_call(call) for call in read_calls(former, number)]
     if calls and (read := read_calls(calls, number)):
         message["tool_calls"] = read
-    content = _read_content(turn.get(content_key), number)
+    content = turn.get(content_key)
     if content is None and ("tool_calls" in message or role == CALL):
         content = ""
     if not isinstance(content, str):
         raise BadField(f"the {content_key!r} of message {number} is {describe_type(content)}, not text")
     return {**message, "role": role, "content": content}, _is_trained(turn, number)
-
-
-def _read_content(content: Any, number: int) -> Any:
-    """The text of parts that are all text; other content as it is."""
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return content
-    for part in content:
-        if part.get("type", "text") != "text" or not isinstance(part.get("text", ""), str | None):
-            raise BadField(f"message {number} holds a part of the type {part.get('type')!r}, which is no text")
-    return "".join(part.get("text") or "" for part in content)
 
 
 def _is_trained(turn: Record, number: int) -> bool:

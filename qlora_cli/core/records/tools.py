@@ -13,7 +13,8 @@ from qlora_cli.core.records.record import BadField, Record, describe_type
 def read_tools(value: Any, column: str) -> list[Record] | None:
     """Descriptions of tools from a list of objects, of JSON texts, or from JSON text; None where there are none.
 
-    In the column `functions` they are OpenAI's former ones, without the object around each.
+    In the column `functions` they are OpenAI's former ones, without the object around each; Anthropic's and Google's are
+    read in any.
 
     Raises:
         BadField: It is no JSON, or no list of objects.
@@ -32,9 +33,23 @@ def read_tools(value: Any, column: str) -> list[Record] | None:
     for tool in tools:
         if not isinstance(tool, dict):
             raise BadField(f"field {column!r} holds {describe_type(tool)} where the description of a tool belongs")
+    tools = [described for tool in tools for described in _as_functions(tool, column)]
     if column.lower() == "functions":
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return tools or None
+
+
+def _as_functions(tool: Record, column: str) -> list[Record]:
+    """Google's declarations and Anthropic's descriptions as chat templates expect them; others as they are."""
+    declared = tool.get("functionDeclarations", tool.get("function_declarations"))
+    if declared is not None:
+        if not isinstance(declared, list) or not all(isinstance(function, dict) for function in declared):
+            raise BadField(f"field {column!r} holds declarations of functions that are no list of objects")
+        return [{"type": "function", "function": function} for function in declared]
+    if "input_schema" not in tool:
+        return [tool]
+    kept = {key: value for key, value in tool.items() if key not in ("input_schema", "type", "cache_control")}
+    return [{"type": "function", "function": {**kept, "parameters": tool["input_schema"]}}]
 
 
 def without_padding(tools: list[Record], messages: list[Record]) -> tuple[list[Record], list[Record]]:

@@ -1,0 +1,130 @@
+"""Content that is a list of parts, as the interfaces of Anthropic, OpenAI and Google write it, read into plain turns.
+
+Text joins into text, thoughts become the turn's thought, calls its `tool_calls`, and results of tools turns of their own,
+which stand before what else the turn says. Chat templates print a turn's thought, its text and its calls in that order;
+parts in another order are refused.
+"""
+
+from typing import Any
+
+from qlora_cli.core.records.record import BadField, Record, decode_nested
+
+TEXTS = ("text", "input_text", "output_text")  # types of parts, which Google's leave out
+THOUGHTS = ("thinking", "reasoning", "thought")
+THOUGHT_KEY = "reasoning_content"  # as chat templates call it
+CALLS, RESULTS = ("tool_use", "function_call", "functionCall"), ("tool_result", "function_response", "functionResponse")
+ORDER = (THOUGHTS, TEXTS, CALLS)
+
+
+def are_parts(content: Any) -> bool:
+    """Whether content is a list of parts."""
+    return isinstance(content, list) and all(isinstance(part, dict) for part in content)
+
+
+def text_of(content: Any, where: str) -> Any:
+    """The text of parts that are all text; other content as it is.
+
+    Raises:
+        BadField: A part is no text; `where` says of what it is one.
+    """
+    if not are_parts(content):
+        return content
+    found = [_kind_of(part, where) for part in content]
+    if wrong := next((kind for kind, _ in found if kind not in TEXTS), None):
+        raise BadField(f"{where} holds a part of the type {wrong!r}, which is no text")
+    return "".join(text or "" for _, text in found)
+
+
+def system_text(value: Any, where: str) -> Any:
+    """The text of a system turn that stands by itself: text, parts of text, or Google's object of parts.
+
+    Raises:
+        BadField: See `text_of`.
+    """
+    return text_of(value.get("parts") if isinstance(value, dict) and "parts" in value else value, where)
+
+
+def plain_turns(turn: Record, key: str, number: int, names: dict[str, str]) -> list[Record]:
+    """The turns that one with a list of parts in `key` stands for.
+
+    Args:
+        turn: With a role.
+        key: Of its content.
+        number: Of the message, as errors name it.
+        names: Of calls, by their ids; those of this turn are added. Results that have no name get it from there.
+
+    Raises:
+        BadField: A part is no text, thought, call or result, or they stand in an order that no template prints.
+    """
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[Record] = []
+    results: list[Record] = []
+    last = 0
+    for part in turn[key]:
+        kind, value = _kind_of(part, f"message {number}")
+        if kind in RESULTS:
+            results.append(_read_result(part, value, number, names))
+            continue
+        place = next(i for i, kinds in enumerate(ORDER) if kind in kinds)
+        if place < last and (place or not isinstance(value, str) or value.strip()):
+            raise BadField(
+                f"message {number} has {_named(place)} behind {_named(last)}, where no chat template prints it"
+            )
+        last = max(last, place) if kind in CALLS or value else last
+        if kind in CALLS:
+            calls.append(_read_call(part, value, names))
+        else:
+            (thoughts if place == 0 else texts).append(value or "")
+    rest = {name: item for name, item in turn.items() if name != key and (name, item) != ("type", "message")}
+    said = {**rest, key if key != "parts" else "content": "".join(texts)}
+    if thoughts:
+        said[THOUGHT_KEY] = "".join(thoughts)
+    if calls:
+        said["tool_calls"] = calls
+    marks = {name: item for name, item in rest.items() if name not in ("role", "from")}
+    plain = [{**marks, **result} for result in results]
+    return [*plain, said] if not results or "".join(texts).strip() or thoughts or calls else plain
+
+
+def _kind_of(part: Record, where: str) -> tuple[str, Any]:
+    """The type of a part and what it holds under that."""
+    kind = part.get("type")
+    if kind is None:
+        kind = next((name for name in (*CALLS[1:], *RESULTS[1:]) if part.get(name) is not None), "text")
+        kind = "thought" if kind == "text" and part.get("thought") is True else kind
+    value = (
+        part.get("text") if kind in TEXTS else part.get(kind, part.get("text")) if kind in THOUGHTS else part.get(kind)
+    )
+    value = part.get("text") if kind == "thought" else value
+    known = kind in (*TEXTS, *THOUGHTS) and isinstance(value, str | None)
+    if not known and kind not in (*CALLS, *RESULTS):
+        raise BadField(f"{where} holds a part of the type {kind!r}, which is no text")
+    return kind, value
+
+
+def _named(place: int) -> str:
+    return ("a thought", "text", "a call")[place]
+
+
+def _read_call(part: Record, value: Any, names: dict[str, str]) -> Record:
+    """A call of a tool in the form of `tool_calls`."""
+    call = value if isinstance(value, dict) else part
+    arguments = next((call[key] for key in ("input", "arguments", "args") if key in call), None)
+    name, identity = call.get("name"), call.get("id") or part.get("id")
+    if isinstance(identity, str) and isinstance(name, str):
+        names[identity] = name
+    function = {"name": name, "arguments": arguments}
+    return {**({"id": identity} if identity else {}), "type": "function", "function": function}
+
+
+def _read_result(part: Record, value: Any, number: int, names: dict[str, str]) -> Record:
+    """A turn of what a tool gave."""
+    result = value if isinstance(value, dict) else part
+    identity = result.get("tool_use_id") or result.get("id")
+    name = result.get("name") or (names.get(identity) if isinstance(identity, str) else None)
+    content = result.get("content", result.get("response", result.get("output")))
+    content = decode_nested(content) if isinstance(content, str) and content[:2] == "[{" else content
+    content = text_of(content, f"message {number}")
+    turn = {"role": "tool", "content": "" if content is None else content}
+    return turn | ({"tool_call_id": identity} if identity else {}) | ({"name": name} if name else {})
