@@ -5,6 +5,7 @@ which stand before what else the turn says. Chat templates print a turn's though
 parts in another order are refused.
 """
 
+import json
 from typing import Any
 
 from qlora_cli.core.records.record import BadField, Record, decode_nested
@@ -93,10 +94,12 @@ def _kind_of(part: Record, where: str) -> tuple[str, Any]:
     if kind is None:
         kind = next((name for name in (*CALLS[1:], *RESULTS[1:]) if part.get(name) is not None), "text")
         kind = "thought" if kind == "text" and part.get("thought") is True else kind
-    value = (
-        part.get("text") if kind in TEXTS else part.get(kind, part.get("text")) if kind in THOUGHTS else part.get(kind)
-    )
-    value = part.get("text") if kind == "thought" else value
+    if kind in TEXTS or kind == "thought":
+        value = part.get("text")
+    elif kind in THOUGHTS:
+        value = text_of(part.get(kind, part.get("text")), where)  # Mistral's are parts themselves
+    else:
+        value = part.get(kind)
     known = kind in (*TEXTS, *THOUGHTS) and isinstance(value, str | None)
     if not known and kind not in (*CALLS, *RESULTS):
         raise BadField(f"{where} holds a part of the type {kind!r}, which is no text")
@@ -126,5 +129,7 @@ def _read_result(part: Record, value: Any, number: int, names: dict[str, str]) -
     content = result.get("content", result.get("response", result.get("output")))
     content = decode_nested(content) if isinstance(content, str) and content[:2] == "[{" else content
     content = text_of(content, f"message {number}")
+    if isinstance(content, dict):  # Google's always are
+        content = json.dumps(content, ensure_ascii=False)
     turn = {"role": "tool", "content": "" if content is None else content}
     return turn | ({"tool_call_id": identity} if identity else {}) | ({"name": name} if name else {})
