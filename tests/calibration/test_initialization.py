@@ -97,6 +97,15 @@ def test_the_same_rows_and_base_start_the_same_from_the_cache_and_anew(tiny_mode
     assert all(torch.equal(adapter_state(model)[name], value) for name, value in states[0][0].items())
 
 
+def test_a_start_is_kept_for_the_number_of_threads_that_made_it(tiny_model, load_tiny, tmp_path, monkeypatch):
+    """Not made by two threads in truth: where others take the processors, small sums then wait for seconds."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    for count in (1, 2, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        start(tiny_model, load_tiny, "llama", cached=True, init="loftq")
+    assert len(list((tmp_path / "start").iterdir())) == 2
+
+
 @pytest.mark.parametrize("trouble", ["a file", "removed", "another user's"])
 def test_a_cache_that_cannot_be_used_costs_time_and_never_the_run(
     tiny_model, load_tiny, tmp_path, monkeypatch, trouble

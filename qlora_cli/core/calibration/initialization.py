@@ -52,7 +52,8 @@ class StartInputs:
 def initialize_adapter(model: PeftModel, lora: LoraSettings, inputs: StartInputs, report: Report) -> StartFacts | None:
     """Sets A and B of a fresh adapter; None, and why is said, where it starts plainly.
 
-    On the CPU the result is the same to the bit each time.
+    On the CPU the result is the same to the bit each time, made or kept, by the same number of threads: they share out
+    the sums, whose order rounds.
     """
     if lora.init not in FROM_THE_BASE:
         return None
@@ -131,6 +132,7 @@ def _cache_directory(lora: LoraSettings, inputs: StartInputs, batches: list[Tens
         "lora": settings,
         "seed": inputs.seed,
         "device": inputs.device.type,
+        **({"threads": torch.get_num_threads()} if inputs.device.type == "cpu" else {}),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return cache_root() / "start" / key
