@@ -190,6 +190,7 @@ def run_of(adapter: Path) -> Path:
 
 _RECORD_TYPES = {
     "format": int,
+    "adapter_sha256": str,  # of a finished run's weights; those of a checkpoint have theirs in its manifest
     **dict.fromkeys(("base", "data", "formatting", "parameters", "training", "start", "versions"), dict),
 }
 _TRAINING_NUMBERS = {

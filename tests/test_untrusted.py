@@ -286,7 +286,7 @@ def test_a_record_that_is_none_is_one_sentence(adapter, record):
     directory = adapter()
     (directory / RUN_RECORD).write_text(json.dumps({"format": 1, **record}))
     with pytest.raises(QloraError, match="is no record of a run: "):
-        read_adapter_record(directory)
+        read_adapter_record(directory, print)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_record_of_other_types_is_one_sentence(adapter, record):
     directory = adapter()
     (directory / RUN_RECORD).write_text(json.dumps(record))
     with pytest.raises(RunError, match="is no record of a run: "):
-        read_adapter_record(directory)
+        read_adapter_record(directory, print)
 
 
 def test_a_tokenizer_whose_limit_is_no_number_is_one_sentence(model):
@@ -314,7 +314,7 @@ def test_a_record_with_what_newer_versions_add_is_read(adapter):
     formatting = {"shape": "chat", "template": "x", "conversation": {"messages": "m", "more": 1}, "more": 2}
     record = {"format": 1, "base": {**BASE, "more": 3}, "formatting": formatting}
     (directory / RUN_RECORD).write_text(json.dumps(record))
-    found = read_adapter_record(directory)
+    found = read_adapter_record(directory, print)
     assert found.base.model == "m" and found.formatting.format == "chat"
     assert found.formatting.conversation.messages == "m"
 

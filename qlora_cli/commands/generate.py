@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sha256_of
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.config import GenerateConfig
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, find_adapter, read_adapter_record, read_merge_record
 from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_prompts
@@ -17,6 +17,7 @@ from qlora_cli.core.generation.requests import LENGTH, Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.runs.validate import check
+from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.ownership import may_write_file
 from qlora_cli.errors import DataError, QloraError
 from qlora_cli.events import Caution, Notice, Progress, Report, TextGenerated
@@ -134,7 +135,7 @@ def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig
     source = None
     if config.adapter is not None:
         directory = find_adapter(Path(config.adapter), report)
-        source = read_adapter_record(directory)
+        source = read_adapter_record(directory, report)
         if directory != Path(config.adapter):
             config = replace(config, adapter=str(directory))
     if config.model is not None:
@@ -246,7 +247,7 @@ def digest_weights(session: GenerationSession, adapter: str | None) -> tuple[str
     """Digest of an adapter's files, and of a base that lies in a directory of the user's; when they last changed."""
     place = session.source(adapter).directory if adapter else Path()
     paths = [place / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if adapter else []
-    facts, files = [sha256_of(path) for path in paths], session.files
+    facts, files = content_digests(paths, session.report), session.files
     if files is not None and files.commit is None:
         facts.append(files.weights_sha256)
         paths += files.weights.glob("*.safetensors")

@@ -22,7 +22,6 @@ from qlora_cli.artifacts import (
     MODEL_CARD,
     find_run_record,
     run_of,
-    sha256_of,
     temporary_beside,
 )
 from qlora_cli.config import MergeConfig
@@ -48,6 +47,7 @@ from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.core.runs.validate import report_idle
+from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.storage.ownership import Place
 from qlora_cli.core.storage.safetensors_file import TensorFile
@@ -94,7 +94,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     """
     report_idle(config, report)
     adapter_directory, output = find_adapter(Path(config.adapter), report), Path(config.output)
-    source = read_adapter_record(adapter_directory)
+    source = read_adapter_record(adapter_directory, report)
     if config.push:
         check_repository_name(config.push)
     if config.format == "gguf":
@@ -130,7 +130,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             plan = choice.rounded.put_into(plan)
         with unfinished_directory(place, shown=config.output, resume=config.resume) as directory:
             started = time.perf_counter()
-            key = merge_key(choice, base, adapter_directory, options)
+            key = merge_key(choice, base, adapter_directory, options, report)
             reused = write_weights(plan, directory, options, key, report)
             seconds = time.perf_counter() - started
             write_config(directory, base, plan, options)
@@ -245,7 +245,7 @@ def scratch_directory(place: Place) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def merge_key(choice: Choice, base: Base, adapter: Path, options: MergeOptions) -> str:
+def merge_key(choice: Choice, base: Base, adapter: Path, options: MergeOptions, report: Report) -> str:
     """A digest of all that the merged weights depend on."""
     parts = {
         "version": __version__,
@@ -255,7 +255,7 @@ def merge_key(choice: Choice, base: Base, adapter: Path, options: MergeOptions) 
         "pack": options.pack,
         "rounded": choice.rounded.digest if choice.rounded else None,
         "device": options.device.type,
-        "adapter": [sha256_of(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)],
+        "adapter": content_digests([adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)], report),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -11,6 +11,7 @@ from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
 from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
 from qlora_cli.core.adapters.adapter_record import find_adapter, read_adapter_record
+from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.errors import AdapterError
 from qlora_cli.events import Caution, Notice
 
@@ -65,7 +66,7 @@ def checkpoint(run, request, tmp_path):
 
 
 def test_a_checkpoint_knows_how_its_base_was_held(run, checkpoint):
-    source, whole = read_adapter_record(find_adapter(checkpoint, print)), read_adapter_record(run)
+    source, whole = read_adapter_record(find_adapter(checkpoint, print), print), read_adapter_record(run, print)
     assert source.base == whole.base and source.formatting == whole.formatting
     assert (source.base.quant_type, source.base.double_quant) == ("fp4", False)
 
@@ -112,3 +113,32 @@ def test_a_run_stopped_before_its_first_checkpoint_says_how_to_go_on(run, tmp_pa
     with pytest.raises(AdapterError, match="before its first checkpoint") as caught:
         generate(GenerateConfig(adapter=str(tmp_path)), ["What is 3 + 3?"], print)
     assert caught.value.hint == f"Go on with it: qlora train --config {tmp_path / artifacts.RUN_YAML} --resume"
+
+
+@pytest.mark.parametrize("command", ["generate", "merge", "inspect"])
+def test_weights_that_are_not_what_the_run_wrote_are_refused_until_they_are_said_to_be_meant(run, tmp_path, command):
+    copied = shutil.copytree(run, tmp_path / "out")
+    weights, record = copied / artifacts.ADAPTER_WEIGHTS, copied / artifacts.RUN_RECORD
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1  # of a tensor: the header parses
+    weights.write_bytes(content)
+
+    def read():
+        if command == "inspect":
+            return describe_run(copied, None)
+        if command == "merge":
+            return merge(MergeConfig(adapter=str(copied), output=str(tmp_path / "merged"), verify=False), print)
+        return read_adapter_record(find_adapter(copied, print), print)
+
+    with pytest.raises(AdapterError, match=f"{artifacts.ADAPTER_WEIGHTS} is not what its run wrote") as refused:
+        read()
+    newest = max((copied / artifacts.CHECKPOINTS).iterdir())
+    assert refused.value.hint.endswith(f"the same adapter is whole in --adapter {newest}")
+    damaged = newest / artifacts.ADAPTER_WEIGHTS
+    damaged.write_bytes(content)
+    with pytest.raises(AdapterError, match=f"{damaged} is not what"):
+        read_adapter_record(newest, print)
+    facts = json.loads(record.read_text())
+    del facts["adapter_sha256"]
+    record.write_text(json.dumps(facts))
+    assert read()

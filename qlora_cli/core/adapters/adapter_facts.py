@@ -9,10 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_prepared
+from qlora_cli.artifacts import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHECKPOINTS,
+    RUN_RECORD,
+    find_run_record,
+    is_prepared,
+    run_of,
+)
+from qlora_cli.core.storage.checkpoint import newest_valid, recorded_digest
+from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.safetensors_header import read_header
 from qlora_cli.core.untrusted import check_adapter_config, check_expressions
 from qlora_cli.errors import AdapterError, ModelError
+from qlora_cli.events import Report
 
 ADAPTER_PART = re.compile(r"\.lora_.*$")
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
@@ -103,6 +114,33 @@ def read_adapter(directory: Path) -> AdapterFacts:
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         tensors=tensors,
         config=config,
+    )
+
+
+def require_unchanged(directory: Path, report: Report) -> None:
+    """Compares an adapter's weights with the digest that its run recorded; adapters of other programs have none.
+
+    Raises:
+        AdapterError: They are not what the run wrote.
+        RunError: The run's record cannot be read, or the weights are being written.
+    """
+    path, record = directory / ADAPTER_WEIGHTS, directory / RUN_RECORD
+    expected = recorded_digest(directory, ADAPTER_WEIGHTS)
+    keep = f"copy {ADAPTER_CONFIG}, {ADAPTER_WEIGHTS} and {RUN_RECORD} into a directory of their own"
+    if expected is None and record.is_file():
+        expected = find_run_record(directory).get("adapter_sha256")
+        keep = f'remove "adapter_sha256" from {record}'
+    if expected is None or content_digests([path], report) == [expected]:
+        return
+    way = "train it again."
+    if (whole := newest_valid(run_of(directory) / CHECKPOINTS, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))[0]) is not None:
+        whole.close()
+        same = recorded_digest(whole.path, ADAPTER_WEIGHTS) == expected
+        what = "the same adapter is" if same else f"that of step {whole.step:,} is"
+        way = f"{what} whole in --adapter {shlex.quote(str(whole.path))}"
+    raise AdapterError(
+        f"{path} is not what its run wrote: it was damaged, or changed by another program.",
+        f"If that was meant, {keep}; else {way}",
     )
 
 

@@ -16,7 +16,7 @@ from qlora_cli.artifacts import (
     is_run,
     read_json,
 )
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter, require_unchanged
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.prompts.formatting import Formatting
@@ -124,14 +124,15 @@ def find_adapter(directory: Path, report: Report) -> Path:
     )
 
 
-def read_adapter_record(directory: Path) -> AdapterRecord:
+def read_adapter_record(directory: Path, report: Report) -> AdapterRecord:
     """What an adapter says of itself.
 
     Raises:
-        AdapterError: There is none, or it cannot be read.
+        AdapterError: There is none, it cannot be read, or its weights are not what its run wrote.
         RunError: Its run record cannot be read.
     """
     facts = read_adapter(directory)
+    require_unchanged(directory, report)
     record = find_run_record(directory)
     base, formatting = record.get("base"), record.get("formatting")
     try:

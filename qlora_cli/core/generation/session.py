@@ -137,7 +137,7 @@ class GenerationSession:
             AdapterError: There is none (see `find_adapter`), or it was trained on another base.
         """
         if adapter not in self._sources:
-            source = read_adapter_record(find_adapter(Path(adapter), self.report))
+            source = read_adapter_record(find_adapter(Path(adapter), self.report), self.report)
             if self.files is not None:
                 source.require_base(self.files)
             self._sources[adapter] = source

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from qlora_cli import artifacts
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name, read_adapter
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name, read_adapter, require_unchanged
+from qlora_cli.events import report_nothing
 
 
 def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
         facts |= {"kind": "run", "adapter": "none yet: training has not ended"}
     else:
         adapter = read_adapter(directory)
+        require_unchanged(directory, report_nothing)
         base = model or (record.get("base") or {}).get("model") or adapter.base_model
         facts |= _describe_adapter(adapter, directory)
         facts |= _count_parameters(adapter, base, _count_base(model) if model else _recorded_total(directory))

@@ -14,6 +14,7 @@ from qlora_cli.artifacts import (
     FORMAT,
     MODEL_CARD,
     RUN_RECORD,
+    sha256_of,
     write_bytes,
     write_json,
 )
@@ -97,7 +98,8 @@ def write_run(
         else:
             for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
                 (directory / name).write_bytes(best.read(name))
-        write_record(directory, base, rows, training=training, **started)
+        digest = sha256_of(directory / ADAPTER_WEIGHTS)
+        write_record(directory, base, rows, training=training, adapter_sha256=digest, **started)
         card = write_card(
             base=base.model if base.revision else None,  # a directory has no revision, and its path stays private
             dataset=hub_dataset(data),

@@ -72,11 +72,24 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory holds a manifest of ours, whole or damaged in its files: other programs name theirs so too."""
+    return _own_manifest(path) is not None
+
+
+def recorded_digest(path: Path, name: str) -> str | None:
+    """SHA-256 of a file as a checkpoint's manifest has it, in hexadecimal; None where no manifest of ours names it."""
+    files = (_own_manifest(path) or {}).get("files")
+    entry = files.get(name) if isinstance(files, dict) else None
+    return str(entry.get("sha256")) if isinstance(entry, dict) else None
+
+
+def _own_manifest(path: Path) -> dict[str, Any] | None:
+    """A directory's manifest without its own digest; None where there is none of ours, or it was changed."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.pop("sha256", None) == manifest_digest(manifest)
+        return None
+    is_own = isinstance(manifest, dict) and manifest.pop("sha256", None) == manifest_digest(manifest)
+    return manifest if is_own else None
 
 
 def step_of(path: Path) -> int:
