@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
-from qlora_cli.errors import RunError
+from qlora_cli.errors import RunError, first_line
 
 Record = TypeVar("Record")
 
@@ -157,7 +157,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise RunError(f"{path} is missing.", "Check the directory's name.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read: {error}.") from error
+        raise RunError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 def read_fields(kind: type[Record], content: Any) -> Record:

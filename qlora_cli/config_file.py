@@ -101,7 +101,9 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
             "Write one `setting: value` a line; text with a colon or a # in it stands in quotes.",
         ) from error
     except (OSError, ValueError) as error:  # bytes that are no text, digits without end
-        raise UsageError(f"{path} cannot be read: {error}.", "Give --config a YAML file of settings.") from error
+        raise UsageError(
+            f"{path} cannot be read: {first_line(error)}.", "Give --config a YAML file of settings."
+        ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):

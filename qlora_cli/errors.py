@@ -1,5 +1,7 @@
 """Errors a user can mend: one sentence, the next thing to type, and the exit code of each kind."""
 
+import re
+
 
 class QloraError(Exception):
     """A failure reported to the user in one sentence, without a traceback.
@@ -77,5 +79,7 @@ class Interrupted(QloraError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, 200 characters at most; the name of its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's message without the system's number of it, 200 characters at most; the name of its
+    class where it has none."""
+    text = re.sub(r"\[Errno -?\d+\] ", "", str(error))
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]

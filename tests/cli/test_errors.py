@@ -7,8 +7,14 @@ import sys
 
 import pytest
 
-from qlora_cli.errors import DataError, DiskFull, DoesNotFit, Interrupted, ModelError, UsageError
+from qlora_cli.errors import DataError, DiskFull, DoesNotFit, Interrupted, ModelError, UsageError, first_line
 from tests.cli.conftest import Answer
+
+
+def test_a_reason_is_told_without_the_number_that_the_system_gives_it():
+    refused = OSError(errno.EROFS, "Read-only file system", "/cache")
+    assert first_line(refused) == "Read-only file system: '/cache'"
+    assert first_line(ValueError(f"no answer ({refused})")) == "no answer (Read-only file system: '/cache')"
 
 
 def failing(error):

@@ -169,4 +169,6 @@ def _keep(model: PeftModel, directory: Path, facts: StartFacts, report: Report) 
             save_file(state, temporary / WEIGHTS)
             write_json(temporary / FACTS, {"sha256": sha256_of(temporary / WEIGHTS), "facts": asdict(facts)})
     except (OSError, QloraError, SafetensorError) as error:  # a convenience only
-        report(Caution(f"The adapter's start could not be kept in {directory.parent}: {first_line(error)}"))
+        report(
+            Caution(f"The adapter's start could not be kept in {directory.parent}: {first_line(error).rstrip('.')}.")
+        )

@@ -32,7 +32,7 @@ from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.core.storage.temporaries import sweep
 from qlora_cli.core.untrusted import is_ours
 from qlora_cli.core.weights.mapped_file import MappedFile
-from qlora_cli.errors import RunError
+from qlora_cli.errors import RunError, first_line
 from qlora_cli.events import Caution, Notice, Report, report_nothing
 
 FORMAT = 1  # raised when an older copy cannot be read
@@ -106,7 +106,7 @@ def save_base(
                 }
                 (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     except (OSError, RunError) as error:  # a convenience only: never a reason to stop
-        report(Caution(f"The quantised base could not be kept in {directory.parent}: {error}"))
+        report(Caution(f"The quantised base could not be kept in {directory.parent}: {first_line(error).rstrip('.')}."))
     for _ in values:
         pass  # every rank takes part in what is gathered, whether it or the main one writes or not
 
@@ -191,7 +191,7 @@ def restore_base(
         _blank_experts(model, tensors, facts, compute_dtype)
         _fill(model, tensors, compute_dtype, device)
     except (RunError, OSError, ValueError, KeyError, AttributeError) as error:
-        files.report(Caution(f"The copy of the quantised base in {directory} is made anew: {error}"))
+        files.report(Caution(f"The copy of the quantised base in {directory} is made anew: {first_line(error)}"))
         error.__traceback__ = None  # it holds what was read, on the device that is about to be filled again
         shutil.rmtree(directory, ignore_errors=True)
         return None

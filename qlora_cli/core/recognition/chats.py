@@ -14,7 +14,7 @@ from qlora_cli.core.records.conversation import ConversationColumns
 from qlora_cli.core.records.messages import KNOWN_ROLES, holds_messages, turns_of
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField
-from qlora_cli.errors import UsageError
+from qlora_cli.errors import UsageError, first_line
 from qlora_cli.settings.groups import DataSettings
 
 SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
@@ -169,7 +169,7 @@ def _template_of(settings: DataSettings, encoder: TextEncoder) -> tuple[str, str
             template = Path(settings.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
-                f"The chat template {settings.chat_template} cannot be read: {error}.",
+                f"The chat template {settings.chat_template} cannot be read: {first_line(error)}.",
                 "Give --chat-template a Jinja file.",
             ) from None
         return template, None, f"the template in {settings.chat_template}"
