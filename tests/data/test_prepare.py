@@ -627,3 +627,14 @@ def test_a_directory_prepared_when_formats_were_called_shapes_is_the_same(tmp_pa
     assert prepare(tmp_path, PAIRS)[1].cache_hit
     found = Formatting.from_dict(PreparedRows(tmp_path / "prepared").manifest["formatting"])
     assert found == Formatting.from_dict(summary.manifest["formatting"])
+
+
+def test_a_share_that_takes_no_row_is_refused(tmp_path):
+    few, others = write(tmp_path / "few.jsonl", PAIRS), write(tmp_path / "others.jsonl", PAIRS)
+    config = PrepareConfig(data=[f"{few}:0.03", others])
+    with pytest.raises(DataError, match=r"few.jsonl:0.03 takes none of 30 rows") as error:
+        prepare_rows(config, byte_level(), None, tmp_path / "prepared", lambda event: None)
+    assert error.value.hint == "Take 0.033334 or more."
+    config = PrepareConfig(data=[f"{few}:0.033334", others])
+    summary = prepare_rows(config, byte_level(), None, tmp_path / "prepared", lambda event: None)
+    assert [part["rows"] for part in summary.manifest["data_sets"]] == [1, 30]

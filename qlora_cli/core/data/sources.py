@@ -1,6 +1,7 @@
 """Data sources: the files or tables that --data names by path, glob, saved dataset or hub dataset."""
 
 import hashlib
+import math
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 from qlora_cli.settings.groups import DataSettings
 from qlora_cli.settings.setting import is_given
-from qlora_cli.sizes import format_bytes
+from qlora_cli.sizes import format_bytes, format_count
 
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of datasets and others
 SHARES = "Give a share above 0 and up to 1."
@@ -38,7 +39,11 @@ class DataSet:
     share: float = 1.0
 
     def take(self, chunks: Iterable[Chunk], max_line_bytes: int) -> Iterator[Chunk]:
-        """The share of the rows, evenly from the beginning to the end: of 0.3 the 4th, 7th, 10th of each ten."""
+        """The share of the rows, evenly from the beginning to the end: of 0.3 the 4th, 7th, 10th of each ten.
+
+        Raises:
+            DataError: It is none of them.
+        """
         if self.share == 1:
             yield from chunks
             return
@@ -54,6 +59,10 @@ class DataSet:
             chunk.records = list(compress(chunk.records, is_taken))
             chunk.lines = list(compress(chunk.lines, is_taken))
             yield chunk
+        if first and not int(first * self.share):
+            least = math.ceil(10**6 / first) / 10**6
+            rows = format_count(first, "row")
+            raise DataError(f"--data {self.name}:{self.share:g} takes none of {rows}.", f"Take {least:g} or more.")
 
 
 def read_data_sets(data: str | Sequence[str] | None) -> list[DataSet]:
