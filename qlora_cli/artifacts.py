@@ -245,6 +245,11 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def is_model(directory: Path) -> bool:
+    """Whether the directory holds a whole model, and is no run or adapter, which may hold its configuration too."""
+    return (directory / "config.json").is_file() and not is_run(directory)
+
+
 def is_prepared(directory: Path) -> bool:
     """Whether the directory was written by `qlora prepare`."""
     return (directory / PREPARED_MANIFEST).is_file()

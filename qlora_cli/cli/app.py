@@ -11,7 +11,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.artifacts import find_run_record, is_run
+from qlora_cli.artifacts import find_run_record, is_model, is_run
 from qlora_cli.cli.command_line.declared import Command, Positional, Typed, unknown_variables
 from qlora_cli.cli.command_line.plain import read_plainly
 from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descriptors, tolerant_streams
@@ -164,10 +164,11 @@ def displaced(of_file: dict[str, Any], given: dict[str, Any], config_type: type)
 
 def libraries_of(config: Any, runs: Sequence[str] | None = None) -> tuple[str, ...] | None:
     """What a command has to import before it begins, where that takes longer than anyone waits without a word."""
-    if runs:
+    if runs and not is_model(Path(runs[0])):
         return ("matplotlib",) if config.picture else None
     if (
-        isinstance(config, InspectConfig)
+        not runs
+        and isinstance(config, InspectConfig)
         and (config.prepared or config.adapter or not config.model)
         and not (config.model and config.adapter)
     ):
@@ -265,7 +266,9 @@ def chat(call: Call) -> Any:
     return generate(call)
 
 
-RUNS = Positional("runs", "Runs: one, or several beside each other.", many=True)
+RUNS = Positional(
+    "runs", "A run, a prepared set or a model by its directory; or several runs beside each other.", many=True
+)
 
 
 def check_runs(config: InspectConfig, runs: list[str] | None = None) -> None:

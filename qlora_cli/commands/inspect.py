@@ -8,10 +8,11 @@ Where memory was predicted against a limit, `fits` says whether it is enough.
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.artifacts import is_prepared, is_run
+from qlora_cli.artifacts import is_model, is_prepared, is_run
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.core.runs.validate import report_idle
@@ -27,7 +28,7 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
 
     Args:
         config: The settings.
-        runs: Directories of runs to compare; a single one is described.
+        runs: Directories of runs to compare; a single one is described, which may be a prepared set or a model too.
         report: Receives what is reported meanwhile.
         whole: Whether everything is found out; else what takes long and stands in no short answer is left out.
 
@@ -35,6 +36,8 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
         UsageError: It names more than one thing, or asks of one what only another has.
         ModelError, AdapterError, RunError: What it names cannot be read.
     """
+    if len(runs) == 1 and is_model(Path(runs[0])):
+        config, runs = replace(config, model=runs[0]), ()
     if len(runs) > 1:
         return inspect_runs([Path(run) for run in runs], config.picture)
     if runs:

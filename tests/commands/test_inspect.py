@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_cli import artifacts
 from qlora_cli.cli.app import main
+from qlora_cli.cli.screens.models import of_a_model
 from qlora_cli.commands.inspect import inspect
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
@@ -22,6 +23,7 @@ from qlora_cli.core.inspection.run_summary import summarise_metrics
 from qlora_cli.core.planning.suggestions import write_train_command
 from qlora_cli.errors import AdapterError, ModelError, RunError, UsageError
 from qlora_cli.settings.ranges import parse_memory
+from qlora_cli.sizes import format_bytes
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -105,7 +107,7 @@ def test_a_configuration_alone_is_enough(seven_b):
     assert modules["q_proj"]["parameters"] == 32 * 4096 * 4096
     assert modules["q_proj"]["count"] == 32
     assert sum(row["held_bytes"] for row in modules.values()) == facts["base_bytes"]
-    assert facts["disk"]["download_bytes"] == 2 * 6_738_415_616
+    assert facts["disk"]["weights_bytes"] == 2 * 6_738_415_616
     assert facts["training"]["peak_bytes"] > facts["base_bytes"]
     assert not any(table["title"] == "Weights" for table in facts["tables"])
 
@@ -194,7 +196,14 @@ def test_local_weights_are_surveyed(tiny_model):
     weights = {(row["module"], row["dtype"]): row for row in table_of(facts, "Weights")}
     assert weights["q_proj", "BF16"]["stored_bytes"] == 2 * (2 * 64 * 64 + 2 * 64)  # two layers, weight and bias
     stored = sum(row["stored_bytes"] for row in weights.values())
-    assert stored == 2 * (facts["total_parameters"] - facts["trainable_parameters"]) == facts["disk"]["download_bytes"]
+    assert stored == 2 * (facts["total_parameters"] - facts["trainable_parameters"]) == facts["disk"]["weights_bytes"]
+    assert facts["disk"]["download_bytes"] == 0
+    assert ("weights", f"{format_bytes(stored)}, nothing to download") in of_a_model(facts).facts
+
+
+def test_a_directory_of_a_model_is_looked_at_like_model(tiny_model):
+    model = str(tiny_model("qwen2", dtype="bfloat16"))
+    assert inspect(InspectConfig(vram="8GiB"), print, [model]) == look(model=model, vram="8GiB")
 
 
 def test_the_quantisation_error_is_shown_by_layer(tiny_model):

@@ -261,11 +261,11 @@ def test_grouped_heads_keep_fewer_keys_and_values():
 def test_disk_and_merging_follow_the_checkpoint():
     model_profile = profile_of("llama")
     parameters = model_profile.footprint.total_parameters - model_profile.footprint.trainable_parameters
-    disk = estimate_disk(model_profile, optimizer="adamw", kept_checkpoints=2)
+    disk = estimate_disk(model_profile, is_local=False, optimizer="adamw", kept_checkpoints=2)
     assert disk["download_bytes"] == 2 * parameters  # the configuration names no dtype: 16 bits
     assert disk["base_cache_bytes"] == model_profile.footprint.base_bytes
     assert disk["run_bytes"] == (4 + 3 * 12) * model_profile.footprint.trainable_parameters
-    assert estimate_merging(model_profile)["disk_bytes"] == disk["download_bytes"]
+    assert estimate_merging(model_profile)["disk_bytes"] == disk["download_bytes"] == disk["weights_bytes"]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def of_a_model(result: dict[str, Any]) -> Screen:
             ("to train", f"{needed} of the card, {format_bytes(result['training']['host_bytes'])} of the host"),
             ("to answer", f"{format_bytes(result['generation']['device_bytes'])} of the card"),
             ("to merge", f"{format_bytes(result['merging']['host_bytes'])} of the host"),
-            ("download", format_bytes(result["disk"]["download_bytes"])),
+            _weights(result["disk"]),
             ("4-bit copy on disk", format_bytes(result["disk"]["base_cache_bytes"])),
         ]
         if least := result.get("smallest_card"):
@@ -57,6 +57,13 @@ def _held_elsewhere(settings: dict[str, Any]) -> list[str]:
     if share := settings.get("waiting_states"):
         said.append(f"{share:.0%} of the optimizer's state waits in host memory for each update.")
     return said + ([f"{cards} cards share the tokens of each row."] if cards > 1 else [])
+
+
+def _weights(disk: dict[str, int]) -> tuple[str, str]:
+    """What is downloaded; where that is nothing, what is read."""
+    if disk["download_bytes"]:
+        return "download", format_bytes(disk["download_bytes"])
+    return "weights", f"{format_bytes(disk['weights_bytes'])}, nothing to download"
 
 
 def _remedy(result: dict[str, Any]) -> str:
@@ -94,7 +101,7 @@ def of_a_plan(result: dict[str, Any]) -> Screen:
         ("recomputed layers", str(settings["gradient_checkpointing"])),
         ("optimizer", str(settings["optimizer"])),
         ("learning rate", f"{settings['learning_rate']:g}, {settings['scheduler']}, {format_count(result['warmup_steps'], 'step')} of warm-up"),
-        ("download", format_bytes(result["disk"]["download_bytes"])),
+        _weights(result["disk"]),
         ("written", f"{format_bytes(result['disk']['run_bytes'])} to {result['output']}"),
     ]  # fmt: skip
     elsewhere = _held_elsewhere(result["settings"])

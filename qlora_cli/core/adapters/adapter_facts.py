@@ -15,6 +15,7 @@ from qlora_cli.artifacts import (
     CHECKPOINTS,
     RUN_RECORD,
     find_run_record,
+    is_model,
     is_prepared,
     run_of,
 )
@@ -62,7 +63,7 @@ def _no_adapter(directory: Path) -> AdapterError:
         found, way = "it is a file, and an adapter is a directory", "Give --adapter the directory of a run."
     elif is_prepared(directory):
         found, way = "it holds prepared rows", f"They go by: --prepared {place}"
-    elif (directory / "config.json").is_file():
+    elif is_model(directory):
         found, way = "it holds a whole model", f"That goes by: --model {place}"
     else:
         found = f"{ADAPTER_CONFIG} is missing"

@@ -95,7 +95,8 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     else:
         max_length = choose_max_length(config.max_length, model_config, report)
         sizes = context_sizes(attention_heads(model_config), max(CARDS)) if config.engine == "fast" else []
-        predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length, sizes)
+        is_local = files.commit is None
+        predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length, sizes, is_local=is_local)
         facts |= predicted
         tables += predicted_tables
     if config.quantization_error:
@@ -132,6 +133,8 @@ def _predict(
     profile_with_rank: Callable[[int], ModelProfile],
     max_length: int,
     sharing: list[int],
+    *,
+    is_local: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts on training, generation and merging; and tables of ways to train and of speed."""
     device = choose_device()
@@ -162,7 +165,7 @@ def _predict(
         "training": plan.memory.to_dict(),
         "generation": estimate_generation(model, rows=1, row_tokens=max_length),
         "merging": estimate_merging(model),
-        "disk": estimate_disk(model, optimizer=plan.optimizer, kept_checkpoints=TrainConfig.keep),
+        "disk": estimate_disk(model, is_local=is_local, optimizer=plan.optimizer, kept_checkpoints=TrainConfig.keep),
     }
     if plan.fits is False:
         assert vram_bytes is not None

@@ -340,12 +340,13 @@ def estimate_merging(profile: ModelProfile) -> dict[str, int]:
     }
 
 
-def estimate_disk(profile: ModelProfile, *, optimizer: str, kept_checkpoints: int) -> dict[str, int]:
-    """What training downloads and writes."""
+def estimate_disk(profile: ModelProfile, *, is_local: bool, optimizer: str, kept_checkpoints: int) -> dict[str, int]:
+    """What training reads, downloads and writes; of a model in a directory of the user's nothing is downloaded."""
     trained = profile.footprint.trainable_parameters
     checkpoint_bytes = 4 * trained + state_bytes(optimizer, trained)
     return {
-        "download_bytes": profile.stored_bytes,
+        "weights_bytes": profile.stored_bytes,
+        "download_bytes": 0 if is_local else profile.stored_bytes,
         "base_cache_bytes": profile.footprint.base_bytes,
         "run_bytes": 4 * trained + checkpoint_bytes * (kept_checkpoints + 1),  # one more while it is written
     }

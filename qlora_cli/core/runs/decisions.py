@@ -120,7 +120,12 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step:
         trainable_parameters=inputs.profile.footprint.trainable_parameters,
         total_parameters=inputs.profile.footprint.total_parameters,
         checkpoint_bytes=decisions.checkpoint_bytes,
-        disk=estimate_disk(inputs.profile, optimizer=memory.plan.optimizer, kept_checkpoints=config.keep),
+        disk=estimate_disk(
+            inputs.profile,
+            is_local=inputs.files.commit is None,
+            optimizer=memory.plan.optimizer,
+            kept_checkpoints=config.keep,
+        ),
         vram_bytes=memory.plan.vram_bytes,
         fits=memory.plan.fits,
         settings={
