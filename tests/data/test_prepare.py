@@ -265,12 +265,18 @@ def test_no_row_left_is_an_error_that_says_why(tmp_path):
     assert not (tmp_path / "prepared").exists()
 
 
-def test_where_every_row_is_bad_the_hint_is_about_what_they_have_in_common(tmp_path):
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_where_every_row_is_bad_the_hint_is_about_what_they_have_in_common(tmp_path, on_bad_row):
+    bad = {"messages": [{"role": "user", "content": 5}]}
     with pytest.raises(DataError) as error:
-        prepare(tmp_path, [{"messages": [{"role": "user", "content": 5}]}] * 3, on_bad_row="skip")
-    assert "the first: " in error.value.message and "message 1 is a number" in error.value.message
-    assert "bad-row" not in error.value.hint
-    assert "--messages-column" in error.value.hint
+        prepare(tmp_path, [bad] * 3, on_bad_row=on_bad_row)
+    assert "message 1 is a number" in error.value.message and "3 rows" in error.value.message
+    assert "bad-row" not in error.value.hint and "--messages-column" in error.value.hint
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    if on_bad_row == "stop":
+        with pytest.raises(DataError) as error:
+            prepare(tmp_path, [bad, *[good] * 9])
+        assert "--on-bad-row skip" in error.value.hint
 
 
 @pytest.mark.parametrize(("on_bad_row", "hint"), [("stop", "take it out of --data"), ("skip", "Check --data")])

@@ -297,7 +297,7 @@ def recognise_source(source: Source, settings: DataSettings, encoder: TextEncode
         letters += chunk.letters
         first_bad = first_bad or min(chunk.bad_rows, key=lambda bad: bad.line or 0, default=None)
         if first_bad and settings.on_bad_row == "stop" and not sample:
-            raise first_bad.error()
+            raise first_bad.error(len(chunk.bad_rows))
         if len(sample) >= SAMPLE_RECORDS or letters >= SAMPLE_LETTERS:
             break
     if not sample:
@@ -366,7 +366,8 @@ class _Output:
         statistics = self._statistics
         for chunk in results:
             if chunk.bad_rows and self._settings.on_bad_row == "stop":
-                raise chunk.bad_rows[0].error()
+                every = not statistics.counts["records"] and len(chunk.bad_rows) == chunk.counts["records"]
+                raise chunk.bad_rows[0].error(len(chunk.bad_rows) if every else 0)
             for bad in chunk.bad_rows:
                 self._bad_rows = self._bad_rows or self._stack.enter_context(
                     (self._directory / BAD_ROWS).open("w", encoding="utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_cli.artifacts import BAD_ROWS
 from qlora_cli.core.data.tokenize import TokenisedChunk
-from qlora_cli.core.reading.chunks import BadRow
+from qlora_cli.core.reading.chunks import COLUMN_FLAGS, BadRow
 from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.sizes import format_count
@@ -76,8 +76,7 @@ class PreparationStatistics:
         if self.first_bad and not self.dropped:
             raise DataError(
                 f"Of {records} in {data} none can be trained on; the first: {self.first_bad[0]}.",
-                "If that is wrong with all of them, mend it there, or name what holds the text: --text-column, --prompt-column, "
-                "--messages-column.",
+                f"If that is wrong with all of them, mend it there, or name other columns: {COLUMN_FLAGS}.",
             )
         reasons = [f"{count} {reason}" for reason, count in self.dropped.most_common()]
         reasons += [f"{format_count(bad, 'bad row')}, the first {self.first_bad[0]}"] if self.first_bad else []

@@ -11,6 +11,7 @@ from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.record import Record, problem_of_record
 from qlora_cli.errors import DataError
 
+COLUMN_FLAGS = "--text-column, --prompt-column with --completion-column, or --messages-column"
 TEXT_COLUMN = "text"  # of a .txt file
 MESSAGES_COLUMN = "messages"  # of rows that are lists of messages
 RECORDS_A_CHUNK = 1024
@@ -30,10 +31,13 @@ class BadRow:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.cause}" if self.line is not None else f"{self.file}: {self.cause}"
 
-    def error(self) -> DataError:
-        """What ends a preparation that stops at it."""
+    def error(self, of_rows: int = 0) -> DataError:
+        """What ends a preparation that stops at it, where `of_rows` rows were read and none was good, if there were any."""
         if self.line is None:
             hint = "Mend the file, or take it out of --data; beside others --on-bad-row skip leaves it out."
+        elif of_rows > 1:
+            hint = f"Mend what they have in common, or name other columns: {COLUMN_FLAGS}."
+            return DataError(f"{self}. None of the first {of_rows:,} rows is good.", hint)
         else:
             hint = "Mend it, or leave such rows out and have them listed: --on-bad-row skip"
         return DataError(f"{self}.", hint)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.reading.chunks import COLUMN_FLAGS
 from qlora_cli.core.recognition.columns import Columns
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.errors import DataError, UsageError
@@ -128,7 +129,7 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
             f"Column {nested[0]!r} holds most of the rows, but as no conversation; the data has {columns.listed}."
             if nested
             else f"No column holds text; the data has {columns.listed}.",
-            "Name the columns: --text-column, --prompt-column with --completion-column, or --messages-column.",
+            f"Name the columns: {COLUMN_FLAGS}.",
         )
     first, second = (shlex.quote(name) for name in (ranked * 2)[:2])
     if len(ranked) > 1 and letters[ranked[0]] < CLEARLY_LONGER * letters[ranked[1]]:
