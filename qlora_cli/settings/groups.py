@@ -18,6 +18,7 @@ from qlora_cli.settings.setting import (
 )
 
 NAME = Words()  # of a file, a directory, a column, a module, or on the hub
+COLUMN_FLAGS = "--text-column, --prompt-column with --completion-column, or --messages-column"  # as hints name them
 SEED = Numbers(0, 2**63 - 2**40)  # with room for the ranks' own
 
 OPTIMIZERS = (

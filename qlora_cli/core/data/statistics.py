@@ -9,9 +9,10 @@ import numpy as np
 
 from qlora_cli.artifacts import BAD_ROWS
 from qlora_cli.core.data.tokenize import TokenisedChunk
-from qlora_cli.core.reading.chunks import COLUMN_FLAGS, BadRow
+from qlora_cli.core.reading.chunks import BadRow
 from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.settings.groups import COLUMN_FLAGS
 from qlora_cli.sizes import format_count
 
 # Kinds of content that a chat template may leave out, in words.

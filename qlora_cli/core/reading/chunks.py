@@ -10,8 +10,8 @@ from typing import Any
 from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.record import Record, problem_of_record
 from qlora_cli.errors import DataError
+from qlora_cli.settings.groups import COLUMN_FLAGS
 
-COLUMN_FLAGS = "--text-column, --prompt-column with --completion-column, or --messages-column"
 TEXT_COLUMN = "text"  # of a .txt file
 MESSAGES_COLUMN = "messages"  # of rows that are lists of messages
 RECORDS_A_CHUNK = 1024

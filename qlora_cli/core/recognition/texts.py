@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.core.reading.chunks import COLUMN_FLAGS
 from qlora_cli.core.recognition.columns import Columns
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.errors import DataError, UsageError
-from qlora_cli.settings.groups import DataSettings
+from qlora_cli.settings.groups import COLUMN_FLAGS, DataSettings
 
 TEXTS = ("text", "content", "quote", "document", "body", "passage", "story", "article", "sentence", "code")
 # What names and describes a row; never what it is about.
