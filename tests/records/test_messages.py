@@ -101,6 +101,16 @@ def test_calls_in_a_row_are_one_turn_and_arguments_may_be_empty():
             {"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "y"}]},
             "message 2 has a thought behind text",
         ),
+        (
+            {
+                "role": "model",
+                "parts": [
+                    {"functionCall": {"name": "f", "args": {}}},
+                    {"functionResponse": {"name": "f", "response": "x"}},
+                ],
+            },
+            "message 2 has a tool's result behind a call",
+        ),
         ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "message 2: a call has no name"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '"Beijing"'}}]},

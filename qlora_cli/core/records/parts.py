@@ -1,7 +1,7 @@
 """Content that is a list of parts, as the interfaces of Anthropic, OpenAI and Google write it, read into plain turns.
 
 Text joins into text, thoughts become the turn's thought, calls its `tool_calls`, and results of tools turns of their own,
-which stand before what else the turn says. Chat templates print a turn's thought, its text and its calls in that order;
+which stand before what else the turn says, as they do there. Chat templates print a turn's thought, its text and its calls in that order;
 parts in another order are refused.
 """
 
@@ -65,13 +65,15 @@ def plain_turns(turn: Record, key: str, number: int, names: dict[str, str]) -> l
     for part in turn[key]:
         kind, value = _kind_of(part, f"message {number}")
         if kind in RESULTS:
+            if calls or "".join([*thoughts, *texts]).strip():  # a call's: it comes before what the turn says after that
+                behind = f"behind {_named(last)}; it belongs in a turn of its own"
+                raise BadField(f"message {number} has a tool's result {behind}")
             results.append(_read_result(part, value, number, names))
             continue
         place = next(i for i, kinds in enumerate(ORDER) if kind in kinds)
-        if place < last and (place or not isinstance(value, str) or value.strip()):
-            raise BadField(
-                f"message {number} has {_named(place)} behind {_named(last)}, where no chat template prints it"
-            )
+        if place < last and isinstance(value, str) and value.strip():
+            where = f"{_named(place)} behind {_named(last)}"
+            raise BadField(f"message {number} has {where}, where no chat template prints it")
         last = max(last, place) if kind in CALLS or value else last
         if kind in CALLS:
             calls.append(_read_call(part, value, names))
