@@ -87,6 +87,10 @@ def test_calls_in_a_row_are_one_turn_and_arguments_may_be_empty():
         ({"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}, "message 2: a call has no name"),
         ({"role": "user", "content": [{"type": "image", "source": {}}]}, "message 2 holds a part of the type 'image'"),
         (
+            {"role": "user", "parts": [{"text": "x"}, {"text": None, "inlineData": {"data": "aGk="}}]},
+            "message 2 holds a part of the type 'inlineData'",
+        ),
+        (
             {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image", "source": {}}]}]},
             "message 2 holds a part of the type 'image'",
         ),

@@ -133,7 +133,8 @@ def prepare_cached_rows(
     try:
         return prepare_rows(settings, tokenizer, model_config, None, report)
     except (OSError, RunError, DiskFull) as error:
-        report(Caution(f"The cache in {cache_root()} cannot be used: {first_line(error)} The rows are in {spare}."))
+        reason = first_line(error).rstrip(".")
+        report(Caution(f"The cache in {cache_root()} cannot be used: {reason}. The rows are in {spare}."))
     return prepare_rows(settings, tokenizer, model_config, spare, report, overwrite=True)
 
 

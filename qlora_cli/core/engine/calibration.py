@@ -142,7 +142,7 @@ class Calibration:
     def states(self, *, padded: bool = False) -> Tensor:
         """Hidden states of the second of the trial's rows, alone; or, beside the first in padded rows, of both. Trials
         of other attention send tokens to the experts that they go to here."""
-        with self.routing.recorded(), self.held.recorded():
+        with self.routing.recorded():
             return self._states(padded=padded)
 
     @torch.no_grad()

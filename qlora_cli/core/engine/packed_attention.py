@@ -351,9 +351,11 @@ def install_attention(
 
     reason, undo = why_not_packed(base, decoder, trials.device, trials.values.dtype), lambda: None
     if reason is None:
-        reason, undo = install(trials.states(), trials.why_pack_differs)
+        with trials.held.recorded():
+            own = trials.states()
+        reason, undo = install(own, trials.why_pack_differs)
+        trials.held.forget()
     trials.packed = reason is None
-    trials.held.forget()
     if reason is None:
         return True, undo
     report(Notice(f"Rows are padded instead of packed, because {reason}."))

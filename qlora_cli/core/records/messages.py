@@ -131,8 +131,8 @@ def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple
         raise BadField(f"is {describe_type(value)}, no list of messages")
     messages: list[Message] = []
     trained: list[bool] = []
-    names: dict[str, str] = {}  # of calls, by their ids
-    for number, turn in _plain(turns, first, names):
+    are_texts = all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns)  # as most are
+    for number, turn in enumerate(turns, start=first) if are_texts else _plain(turns, first):
         message, is_trained = _read_message(turn, number, roles)
         if message["role"] == CALL:
             calls = [wrap_call(call) for call in read_calls(decode_nested(message["content"]), number)]
@@ -145,12 +145,11 @@ def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple
     return messages, trained
 
 
-def _plain(turns: list[Any], first: int, names: dict[str, str]) -> Iterator[tuple[int, Any]]:
+def _plain(turns: list[Any], first: int) -> Iterator[tuple[int, Any]]:
     """Each turn with its number, those that are made of parts as what they stand for."""
+    names: dict[str, str] = {}  # of calls, by their ids
     for number, turn in enumerate(turns, start=first):
-        key = None
-        if isinstance(turn, dict):
-            key = next((key for key in PART_KEYS if turn.get(key) is not None), None)
+        key = next((key for key in PART_KEYS if turn.get(key) is not None), None) if isinstance(turn, dict) else None
         for plain in plain_turns(turn, key, number, names) if key and are_parts(turn[key]) else [turn]:
             yield number, plain
 

@@ -1,8 +1,8 @@
 """Content that is a list of parts, as the interfaces of Anthropic, OpenAI and Google write it, read into plain turns.
 
 Text joins into text, thoughts become the turn's thought, calls its `tool_calls`, and results of tools turns of their own,
-which stand before what else the turn says, as they do there. Chat templates print a turn's thought, its text and its calls in that order;
-parts in another order are refused.
+which stand before what else the turn says, as they do there. Chat templates print a turn's thought, its text and its
+calls in that order; parts in another order are refused.
 """
 
 import json
@@ -15,6 +15,13 @@ THOUGHTS = ("thinking", "reasoning", "thought")
 THOUGHT_KEY = "reasoning_content"  # as chat templates call it
 CALLS, RESULTS = ("tool_use", "function_call", "functionCall"), ("tool_result", "function_response", "functionResponse")
 ORDER = (THOUGHTS, TEXTS, CALLS)
+UNSAID = (
+    "text",
+    "thought",
+    "thoughtSignature",
+    "thought_signature",
+    "cache_control",
+)  # of a part, beside what it holds
 
 
 def are_parts(content: Any) -> bool:
@@ -95,6 +102,8 @@ def _kind_of(part: Record, where: str) -> tuple[str, Any]:
     kind = part.get("type")
     if kind is None:
         kind = next((name for name in (*CALLS[1:], *RESULTS[1:]) if part.get(name) is not None), "text")
+        if kind == "text" and part.get("text") is None:  # whatever else there is, which has no type to name it by
+            kind = next((name for name, held in part.items() if held is not None and name not in UNSAID), kind)
         kind = "thought" if kind == "text" and part.get("thought") is True else kind
     if kind in TEXTS or kind == "thought":
         value = part.get("text")
@@ -112,10 +121,15 @@ def _named(place: int) -> str:
     return ("a thought", "text", "a call")[place]
 
 
+def _first(held: Record, *keys: str) -> Any:
+    """What stands under the first of these keys, of which rows that were once Arrow's have others as null."""
+    return next((held[key] for key in keys if held.get(key) is not None), None)
+
+
 def _read_call(part: Record, value: Any, names: dict[str, str]) -> Record:
     """A call of a tool in the form of `tool_calls`."""
     call = value if isinstance(value, dict) else part
-    arguments = next((call[key] for key in ("input", "arguments", "args") if key in call), None)
+    arguments = _first(call, "input", "arguments", "args")
     name, identity = call.get("name"), call.get("id") or part.get("id")
     if isinstance(identity, str) and isinstance(name, str):
         names[identity] = name
@@ -128,7 +142,7 @@ def _read_result(part: Record, value: Any, number: int, names: dict[str, str]) -
     result = value if isinstance(value, dict) else part
     identity = result.get("tool_use_id") or result.get("id")
     name = result.get("name") or (names.get(identity) if isinstance(identity, str) else None)
-    content = result.get("content", result.get("response", result.get("output")))
+    content = _first(result, "content", "response", "output")
     content = decode_nested(content) if isinstance(content, str) and content[:2] == "[{" else content
     content = text_of(content, f"message {number}")
     if isinstance(content, dict):  # Google's always are
