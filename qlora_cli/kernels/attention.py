@@ -9,6 +9,7 @@ boundaries inside a row.
 import functools
 import importlib.util
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -211,8 +212,25 @@ def equal_rows_attention(query: Tensor, key: Tensor, value: Tensor, rows: int, s
     if groups > 1:
         parts = zip(*(t.chunk(groups, 1) for t in (query, key, value)), strict=True)
         own = [[t.contiguous() for t in part] for part in parts]
-        return torch.cat([_cudnn_attention(q, k, v, rows, scale) for q, k, v in own], 1)
+        return torch.cat([DenseGradient.apply(_cudnn_attention(q, k, v, rows, scale)) for q, k, v in own], 1)
     return _cudnn_attention(query, key, value, rows, scale)
+
+
+class DenseGradient(torch.autograd.Function):
+    """Hands its input on, whose gradient is contiguous.
+
+    PyTorch keeps cuDNN's plan of a backward pass by the inputs' shapes and strides, not by those of the output's gradient
+    (aten/src/ATen/native/cudnn/MHA.cpp, 2.11). Of all heads together a group's gradient is a slice with the strides of their
+    number: with another number, as where cards share a row, the plan of the first read other places, and beyond the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
 
 
 def _cudnn_attention(query: Tensor, key: Tensor, value: Tensor, rows: int, scale: float) -> Tensor:

@@ -4,7 +4,9 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from qlora_cli.kernels import attention
 from qlora_cli.kernels.attention import equal_rows_attention, packed_attention
 from qlora_cli.kernels.sink_attention import chunked_attention
 from tests.engine import cpu_attention  # noqa: F401  (the op on the CPU)
@@ -126,6 +128,69 @@ def test_sinks_grow_memory_with_the_tokens_not_their_square_on_the_gpu():
             peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[2] < 2.2 * peaks[0] and peaks[3] < 2.2 * peaks[1]
     assert max(peaks[:2]) < 2048**2 * 64 * 2  # less than the scores alone, in 16 bits
+
+
+def groups_of_plain_attention(monkeypatch, seen=None):
+    """Has `equal_rows_attention` go in groups of heads, each by float64's own attention, which notes its gradient's strides."""
+
+    def attend(query, key, value, rows, scale):
+        q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        if seen is not None:
+            out.register_hook(lambda gradient: seen.append(gradient.transpose(1, 2).stride()))
+        return out.transpose(1, 2).reshape(query.shape)
+
+    monkeypatch.setattr(attention, "_cudnn_attention", attend)
+    monkeypatch.setattr(attention, "LONG_ROW_TOKENS", 16)
+
+
+def both_passes_of_equal_rows(heads, key_heads, attend=None):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, count, 8) for count in (heads, key_heads, key_heads, heads)]
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    given = [t.requires_grad_() for t in drawn[:3]]
+    out = (attend or equal_rows_attention)(*given, 2, 0.3)
+    return [out, *torch.autograd.grad(out, given, drawn[3])]
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(8, 4), (8, 8), (6, 3), (4, 2)])
+def test_heads_of_long_rows_go_in_groups_whose_gradients_lie_alike_whatever_other_heads_there_are(
+    heads, key_heads, monkeypatch
+):
+    """Plans of cuDNN's backward passes are kept by all strides but the gradient's: it has to lie the same way each time."""
+    seen = []
+    groups_of_plain_attention(monkeypatch, seen)
+    in_groups = both_passes_of_equal_rows(heads, key_heads)
+    assert seen == [(20 * (heads // key_heads) * 8, heads // key_heads * 8, 8, 1)] * key_heads
+    monkeypatch.setattr(attention, "LONG_ROW_TOKENS", 64)
+    for found, own in zip(in_groups, both_passes_of_equal_rows(heads, key_heads), strict=True):
+        assert torch.allclose(found, own, atol=1e-12, rtol=0)
+
+
+def test_groups_of_heads_compile_whole(monkeypatch):
+    groups_of_plain_attention(monkeypatch)
+    compiled = torch.compile(equal_rows_attention, backend="aot_eager", fullgraph=True)
+    for found, own in zip(both_passes_of_equal_rows(8, 4, compiled), both_passes_of_equal_rows(8, 4), strict=True):
+        assert torch.equal(found, own)
+
+
+@pytest.mark.gpu
+def test_gradients_of_some_heads_are_those_that_they_have_among_more_on_the_gpu():
+    """In one process, as where a card has all heads of a row at first and shares them afterwards."""
+    tokens = attention.LONG_ROW_TOKENS + 128
+    shapes = [(tokens, count, 128) for count in (16, 4, 4, 16)]
+    drawn = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
+
+    def gradients(heads, key_heads):
+        shares = (heads, key_heads, key_heads, heads)
+        query, key, value, weights = (t[:, :n].contiguous() for t, n in zip(drawn, shares, strict=True))
+        given = [t.requires_grad_() for t in (query, key, value)]
+        out = equal_rows_attention(*given, 1, 0.1)
+        return torch.autograd.grad(out, given, weights)
+
+    for found, own in zip(gradients(8, 2), gradients(16, 4), strict=True):
+        own = own[:, : found.shape[1]].float()
+        assert (found.float() - own).norm() <= 0.01 * own.norm()
 
 
 @pytest.mark.gpu

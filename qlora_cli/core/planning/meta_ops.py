@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
+from qlora_cli.kernels.attention import DenseGradient
+
 TRACED_ATTENTION = "qlora_traced"
 
 
@@ -186,7 +188,7 @@ def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, groups: int, *, 
         return Attention.apply(query, key, value, groups)
     given = zip(*(t.chunk(groups, 1) for t in (query, key, value)), strict=True)
     parts = [Attention.apply(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in part)) for part in given]
-    return torch.cat([part.transpose(1, 2) for part in parts], 2).transpose(1, 2)
+    return torch.cat([DenseGradient.apply(part.transpose(1, 2)) for part in parts], 2).transpose(1, 2)
 
 
 class Loss(torch.autograd.Function):
