@@ -143,7 +143,7 @@ def time_kept(engine, step, layers: int, counts: list[int]) -> dict:
         engine.offload.chunk, engine.offload.chunk_used = lock_pages(taken), 0
     say(f"{taken / GIB:.2f} GiB page-locked in {time.time() - started:.1f} s")
     for kept, part in plans.items():
-        engine.plan_by_tokens = lambda _, part=part: part
+        engine.plan_by_tokens = lambda *_, part=part: part
         started = time.time()
         loss = step()
         seconds, head_s = time.time() - started, getattr(engine.head, "seconds", 0.0)
