@@ -108,6 +108,9 @@ def test_a_layers_time_is_the_devices_own_and_a_micro_batch_takes_no_less_than_t
     assert busy == LayerSeconds(0.003, 0.007, 0.005), "the queue of launches is full later, and holds up the host"
     late = usual_seconds([first, *[LayerSeconds(0.006, 0.008, launching=0.014)] * 20])
     assert late == LayerSeconds(0.003, 0.006, 0.014), "passes that wait for the host say nothing of the device"
+    slow = [LayerSeconds(0.006, 0.013, launching=0.019)] * 6
+    warm = usual_seconds([first, *slow, *[LayerSeconds(0.006, 0.008, launching=0.014)] * 8])
+    assert warm == late, "what the host does for the first time takes it longer than in steps"
     needs = StepNeeds(layers=10, seconds=late, repeated_share=1.0, repeated_launching=0.002)
     assert MemoryPlan(4).micro_batch_seconds(needs) == pytest.approx(10 * 0.014 + 4 * 0.002)
     assert MemoryPlan(4).micro_batch_seconds(replace(needs, seconds=busy)) == pytest.approx(10 * 0.010 + 4 * 0.003)

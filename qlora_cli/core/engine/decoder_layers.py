@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import torch
@@ -240,12 +241,13 @@ def time_layer(layer: Any, call: LayerCall, first: LayerCall) -> LayerSeconds:
 
 def usual_seconds(measured: list[LayerSeconds]) -> LayerSeconds:
     """Of passes of one layer, of which the host had a head start for the first alone, and the queue of launches was not yet
-    full for the next four. Where passes wait for the host they take its time: then the first has the device's own."""
+    full for the next four. Where passes wait for the host they take its time: then the first has the device's own, and the
+    later ones the host's, which is slower at what it does for the first time."""
     later = sorted(measured[len(measured) // 2 :], key=lambda seconds: seconds.device)
     usual = later[len(later) // 2]  # not any one of them, which the host may have been late to launch
-    launching = sorted(seconds.launching for seconds in measured[:5])
-    own = measured[0] if launching[len(launching) // 2] > LATE * usual.device else usual
-    return own._replace(launching=launching[len(launching) // 2])
+    launching = min(median_low(seconds.launching for seconds in part) for part in (measured[:5], later))
+    own = measured[0] if launching > LATE * usual.device else usual
+    return own._replace(launching=launching)
 
 
 def _run_both_ways(layer: Any, call: LayerCall) -> tuple[LayerBytes, LayerSeconds]:
