@@ -3,7 +3,7 @@
     python -m support.hollow_checkpoint ARCHITECTURE DIRECTORY       # in benchmarks/
 
 Holes read as zeros: memory and speed do not depend on the experts' values, and the disk holds none of the 61 GB. All else,
-routers too, is random, so that tokens go to many experts. A dense model has no holes, as a card multiplies zeros faster than
+routers too, is random, so that tokens go to all experts (`models.routed_scale`). A dense model has no holes, as a card multiplies zeros faster than
 numbers: a large tensor repeats a smaller random one.
 """
 
@@ -13,7 +13,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from support.models import make_config, write_tokenizer
+from support.models import make_config, routed_scale, write_tokenizer
 
 BLOCK = 2**22 + 15  # random values of a tensor, which are then repeated: in no multiple of a row
 NAMES = {"F32": "float32", "BF16": "bfloat16", "U8": "uint8"}
@@ -58,8 +58,12 @@ def on_disk(name: str, shape: tuple[int, ...], layout: str) -> dict[str, tuple[s
     return {f"{stem}.{e}.{part}.weight": ("BF16", each, True) for e in range(experts) for part in parts}
 
 
-def write_shard(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bool]], generator) -> int:
-    """One safetensors file, holes where they are asked for. Bytes that its tensors have."""
+def write_shard(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bool]], generator, routed: bool) -> int:
+    """One safetensors file, holes where they are asked for. Bytes that its tensors have.
+
+    Args:
+        routed: Whether it is of a mixture, whose tokens are to go to all experts.
+    """
     import torch
 
     header, offset = {}, 0
@@ -83,7 +87,7 @@ def write_shard(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bool]
             elif "norm" in name:
                 values = torch.ones(shape, dtype=torch.bfloat16)
             else:
-                values = random_values(shape, generator)
+                values = random_values(shape, generator) * (routed_scale(name) if routed else 1.0)
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(values.contiguous().view(torch.uint8).numpy().data)
     return offset
@@ -116,7 +120,7 @@ def write_hollow_checkpoint(config, directory: Path, layout: str) -> int:
     total, index = 0, {}
     for shard, tensors in shards.items():
         file = f"model-{shard}.safetensors"
-        total += write_shard(directory / file, tensors, generator)
+        total += write_shard(directory / file, tensors, generator, layout != "dense")
         index |= dict.fromkeys(tensors, file)
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
