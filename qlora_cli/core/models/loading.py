@@ -18,7 +18,6 @@ from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.packing import LazyWeight, Packer, withdraw
 from qlora_cli.core.models.quantization import (
-    BLOCK_SIZE,
     FourBitConfig,
     four_bit_linears,
     freeze_base,
@@ -197,11 +196,12 @@ def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.dev
 
 def _check_weights(base: Any, model: str, finite: dict[str, torch.Tensor]) -> None:
     on_cpu = base.device.type == "cpu"
-    odd = [n for n, m in four_bit_linears(base) if on_cpu and m.weight.quant_state.shape[-1] % BLOCK_SIZE]
+    states = ((name, module.weight.quant_state) for name, module in four_bit_linears(base) if on_cpu)
+    odd = [(name, state.blocksize) for name, state in states if state.shape[-1] % state.blocksize]
     if odd:
         # bitsandbytes 0.50's AVX512 kernel starts a new block at each row: such weights come back wrong by their size.
         raise ModelError(
-            f"{model} has linear layers such as {odd[0]} whose width is no multiple of {BLOCK_SIZE}, "
+            f"{model} has linear layers such as {odd[0][0]} whose width is no multiple of {odd[0][1]}, "
             "which bitsandbytes cannot read back on a CPU.",
             "Use a machine with a CUDA GPU for this model.",
         )

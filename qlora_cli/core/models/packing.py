@@ -13,11 +13,19 @@ from qlora_cli.core.experts.four_bit_experts import FourBitExperts, pack_experts
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
 from qlora_cli.core.experts.stack import Packed, join_packed, pack_matrices, packed_of
 from qlora_cli.core.models.account import Account
-from qlora_cli.core.models.quantization import are_finite, is_finite, pack_weight, restored_linear, twin_of
+from qlora_cli.core.models.quantization import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    are_finite,
+    is_finite,
+    pack_weight,
+    restored_linear,
+    twin_of,
+)
 from qlora_cli.core.models.weight_names import WeightOrigin
 from qlora_cli.core.weights.checkpoint import Checkpoint
+from qlora_cli.core.weights.four_bit_parts import four_bit_state
 from qlora_cli.core.weights.read_ahead import PIECE_BYTES, ReadAhead, Request, pays
-from qlora_cli.core.weights.stored_formats import four_bit_state
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.groups import QuantizationSettings
 
@@ -223,8 +231,22 @@ class Packer:
                 parts = self.checkpoint.packed(names[number])
                 assert parts is not None
                 moved = {ending: part.to(self.device) for ending, part in parts.items()}
-                pieces.append(packed_of(moved.pop(""), four_bit_state(moved, self.device), weight.elements))
+                state = four_bit_state(moved, self.device)
+                self._require_same_layout(names[number], state)
+                pieces.append(packed_of(moved[""], state, weight.elements))
             yield join_packed(pieces)
+
+    def _require_same_layout(self, name: str, state: Any) -> None:
+        """Raises ModelError where a stored expert is in another layout than its stack, whose experts share one."""
+        nested = state.state2.blocksize if state.nested else NESTED_BLOCK_SIZE
+        found = state.quant_type, state.nested, state.blocksize, nested
+        if found != (self.quantization.quant_type, self.quantization.double_quant, BLOCK_SIZE, NESTED_BLOCK_SIZE):
+            doubly = "doubly" if state.nested else "singly"
+            raise ModelError(
+                f"{name} is stored in {state.quant_type}, {doubly} quantised in blocks of {state.blocksize} weights and "
+                f"{nested} constants, which is not what its config.json says, or not read of experts.",
+                "Mend quantization_config, or give --model the 16-bit checkpoint it was made from.",
+            )
 
     def _settled(self, name: str, matrix: Tensor) -> Tensor:
         """On the device in the compute dtype, (out, in) contiguous; whether it is finite is noted, which packing hides."""

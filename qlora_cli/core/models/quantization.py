@@ -134,7 +134,7 @@ def dequantized_weight(module: Any) -> torch.Tensor:
 
 
 def _dequantize(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    if packed.device.type != "cpu" or state.shape[-1] % BLOCK_SIZE == 0:
+    if packed.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
         return bnb.functional.dequantize_4bit(packed, state)
     # As one long row: the CPU kernel starts a new block at each row, where quantisation ran on.
     flat = copy.copy(state)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from qlora_cli.core.storage.safetensors_file import DTYPE_NAMES, TensorFile, list_weight_files
 from qlora_cli.core.storage.safetensors_header import TensorEntry
-from qlora_cli.core.weights.stored_formats import (
-    FOUR_BIT_STATE,
-    StoredFormat,
-    four_bit_state,
+from qlora_cli.core.weights.four_bit_parts import (
+    CONSTANT_PARTS,
+    STATES,
     four_bit_values_of,
-    fp8_values,
-    mxfp4_values,
+    in_bytes,
+    read_layout,
+    require_values,
 )
+from qlora_cli.core.weights.stored_formats import StoredFormat, fp8_values, mxfp4_values
 from qlora_cli.errors import ModelError
 
 HOST = torch.device("cpu")
@@ -24,7 +25,6 @@ BLOCKS, SCALES = "_blocks", "_scales"  # MXFP4
 SCALE_ENDINGS = ("_scale_inv", "_scale")  # FP8; the scale is multiplied, whatever it is called
 IGNORED_ENDINGS = ("activation_scale", "input_scale")  # of FP8: activations are not quantised here
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
-FOUR_BIT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 class WeightFile(TensorFile):
@@ -111,10 +111,16 @@ class Checkpoint:
         return self.stored is not None and self.stored.is_four_bit and name in self.parts
 
     def packed(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of a weight in bitsandbytes' 4 bits as they are stored, by their endings; None for another."""
+        """The tensors of a weight in bitsandbytes' 4 bits, codes in bytes, by their endings; None for another.
+
+        Raises:
+            ModelError: Their numbers cannot be such a weight's.
+        """
         if not self.is_packed(name):
             return None
-        return {ending: self._home[part].read_stored(part) for ending, part in self.parts[name].items()}
+        tensors = {ending: self._home[part].read_stored(part) for ending, part in self.parts[name].items()}
+        require_values(name, tensors)
+        return tensors | {"": in_bytes(tensors[""])}
 
     def decode(self, name: str, rows: slice | None = None) -> Tensor:
         """The values of a weight that is stored quantised; `rows` of its first dimension."""
@@ -161,22 +167,15 @@ class Checkpoint:
                 scale = next((name + end for end in SCALE_ENDINGS if name + end in self._home), name + SCALE_ENDINGS[0])
                 self.parts[name] = self._found(name, {"": name, scale.removeprefix(name): scale})
                 kind = "F32"  # a product of an FP8 number and a float32 one
-            elif method == "bitsandbytes" and (states := self._states(name)):
-                endings = [ending for ending in FOUR_BIT_PARTS if name + ending in self._home]
-                self.parts[name] = {"": name, **{ending: name + ending for ending in [*endings, *states]}}
-                state = four_bit_state(self._state_parts(name), HOST)
-                kind, shape = DTYPE_NAMES[state.dtype], tuple(state.shape)
+            elif method == "bitsandbytes" and (ending := next((e for e in STATES if name + e in self._home), None)):
+                state = name + ending
+                layout = read_layout(name, ending, self._home[state].read_stored(state))
+                self.parts[name] = self._found(name, layout.parts)
+                layout.require_fit({end: self._home[part].stored[part] for end, part in layout.parts.items()})
+                kind, shape = DTYPE_NAMES[layout.dtype], layout.shape
             elif self._is_part(method, name):
                 continue
             yield name, TensorEntry(name, kind, shape, entry.start)
-
-    def _states(self, name: str) -> list[str]:
-        endings = [f"{FOUR_BIT_STATE}{quant_type}" for quant_type in ("nf4", "fp4")]
-        return [ending for ending in endings if name + ending in self._home]
-
-    def _state_parts(self, name: str) -> dict[str, Tensor]:
-        held = {ending: part for ending, part in self.parts[name].items() if ending}
-        return {ending: self._home[part].read_stored(part) for ending, part in held.items()}
 
     def _is_part(self, method: str | None, name: str) -> bool:
         if method == "mxfp4":
@@ -185,8 +184,8 @@ class Checkpoint:
             mains = (name.removesuffix(ending) for ending in SCALE_ENDINGS if name.endswith(ending))
             return name.endswith(IGNORED_ENDINGS) or any(main in self._home for main in mains)
         if method == "bitsandbytes":
-            main = name.partition(FOUR_BIT_STATE)[0] if FOUR_BIT_STATE in name else name.rpartition(".")[0]
-            return main in self._home and main != name and (name.endswith(FOUR_BIT_PARTS) or FOUR_BIT_STATE in name)
+            mains = (name.removesuffix(ending) for ending in (*CONSTANT_PARTS, *STATES) if name.endswith(ending))
+            return any(main in self._home for main in mains)
         return False
 
     def _found(self, name: str, parts: dict[str, str]) -> dict[str, str]:

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.errors import ModelError
 
-FOUR_BIT_STATE = ".quant_state.bitsandbytes__"  # how the state's name begins, behind the weight's
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; the highest bit of a code is the sign
 EXPONENT_BIAS = 127  # of E8M0
 READ = ("bitsandbytes", "fp8", "mxfp4")
@@ -122,16 +120,3 @@ def mxfp4_values(blocks: Tensor, scales: Tensor) -> Tensor:
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (…, out, in / 32, 32)
     values = torch.ldexp(table[codes.int()], (scales.int() - EXPONENT_BIAS)[..., None])
     return values.flatten(-2).transpose(-2, -1).to(torch.bfloat16)
-
-
-def four_bit_state(parts: Mapping[str, Tensor], device: torch.device) -> Any:
-    """bitsandbytes' `QuantState` of the tensors stored beside a weight, by their endings behind its name."""
-    held = {ending.removeprefix("."): tensor for ending, tensor in parts.items() if ending}
-    return bnb.functional.QuantState.from_dict(held, device)
-
-
-def four_bit_values_of(parts: Mapping[str, Tensor]) -> Tensor:
-    """The values of a weight in bitsandbytes' 4 bits, of the tensors it is stored as, by their endings."""
-    state = four_bit_state(parts, parts[""].device)
-    shape, state.shape = state.shape, torch.Size([1, state.shape.numel()])  # one long row, as the CPU kernel needs it
-    return bnb.functional.dequantize_4bit(parts[""], state).view(shape)
