@@ -195,7 +195,7 @@ def export_gguf(directory: Path, record: dict[str, Any], kind: str, report: Repo
 
 
 def choose_options(config: MergeConfig, base: Base, device: torch.device) -> MergeOptions:
-    """How weights are merged. A base stored in 32 bits is merged to the dtype it was trained in.
+    """How weights are merged. A base stored in 32 or 64 bits is merged to the dtype it was trained in.
 
     Raises:
         MergeError: transformers could not load a 4-bit checkpoint of this architecture.
@@ -208,7 +208,7 @@ def choose_options(config: MergeConfig, base: Base, device: torch.device) -> Mer
             "Leave --quantize out; qlora generate quantises a 16-bit model as it loads it.",
         )
     compute_dtype, stored = DTYPES[base.identity.compute_dtype], base.stored_dtype
-    dtype = DTYPES[config.dtype] if config.dtype else compute_dtype if stored == torch.float32 else stored
+    dtype = DTYPES[config.dtype] if config.dtype else stored if stored.itemsize == 2 else compute_dtype
     return MergeOptions(
         restore=config.base != ORIGINAL,
         quantization=QuantizationSettings(quant_type=base.identity.quant_type, double_quant=base.identity.double_quant),

@@ -219,6 +219,7 @@ def test_shards_keep_their_names_and_the_order_of_their_tensors(tiny_model, tmp_
         ("float16", torch.bfloat16, None, "float16"),
         ("float32", torch.bfloat16, None, "bfloat16"),
         ("float32", torch.float32, "float16", "float16"),
+        ("float64", torch.bfloat16, None, "bfloat16"),
         pytest.param("bfloat16", torch.float32, None, "bfloat16", marks=pytest.mark.slow),
         pytest.param("float32", torch.float32, None, "float32", marks=pytest.mark.slow),
     ],

@@ -91,7 +91,7 @@ def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) ->
         compute_dtype = DTYPES[source.base.compute_dtype]
     else:
         quantization = QuantizationSettings(quant_type="nf4", double_quant=True)
-        compute_dtype = torch.bfloat16 if stored == torch.float32 else stored
+        compute_dtype = stored if stored.itemsize == 2 else torch.bfloat16
         report(
             Caution(
                 f"{source.directory} does not say how its base was held in training: nf4 with double quantisation "

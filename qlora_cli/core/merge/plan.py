@@ -14,7 +14,7 @@ from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, merge_rows, restored_rows, restores_by_rows
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
-from qlora_cli.core.models.account import plan_packing
+from qlora_cli.core.models.account import VALUES, plan_packing
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
 from qlora_cli.core.storage.safetensors_file import DTYPES, TensorFile, TensorSpec, make_header
 from qlora_cli.core.storage.safetensors_header import Header, TensorEntry
@@ -78,19 +78,14 @@ def main_dtype(files: Sequence[TensorFile]) -> torch.dtype:
     """The floating dtype most of a checkpoint's bytes are in.
 
     Raises:
-        ModelError: It is neither a 16-bit nor a 32-bit one.
+        ModelError: It is none that values are stored in as they are.
     """
     counts: Counter[str] = Counter()
     for file in files:
         for entry in file.entries.values():
             counts[entry.dtype_name] += entry.total_bytes
     stored = counts.most_common(1)[0][0]
-    if stored not in ("BF16", "F16", "F32"):
-        if stored == "F64":
-            raise ModelError(
-                "The base checkpoint's weights are stored as float64.",
-                "Save the base in bfloat16 or float32 and train on that, or use the adapter unmerged.",
-            )
+    if stored not in VALUES:
         name = dtype_name(DTYPES[stored]) if stored in DTYPES else stored
         raise ModelError(
             f"The base checkpoint's weights are stored as {name}: it is quantised already.",
