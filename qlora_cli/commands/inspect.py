@@ -77,8 +77,15 @@ def inspect_runs(directories: list[Path], picture: str | None) -> dict[str, Any]
     from qlora_cli.core.runs.comparison import compare_runs
 
     for directory in directories:
-        if not is_run(directory):
+        if is_run(directory):
+            continue
+        what = "a model" if is_model(directory) else "prepared rows" if is_prepared(directory) else None
+        if what is None:
             raise RunError(f"There is no run in {directory}.", "Give directories that qlora train has written.")
+        raise RunError(
+            f"{directory} holds {what}, and only runs are shown beside each other.",
+            f"Type: qlora inspect {shlex.quote(str(directory))}",
+        )
     summaries = [describe_run(directory, None, whole=False) for directory in directories]
     return compare_runs(directories, summaries, Path(picture).expanduser() if picture else None)
 

@@ -126,7 +126,7 @@ def test_damage_anywhere_is_found_and_the_copy_removed(place, kind, load_tiny, t
     path.write_bytes(content)
     events = []
     assert restore(tiny_model("llama"), events.append) is None
-    assert "made anew" in events[0].text
+    assert "made anew" in events[0].text and events[0].text.endswith(".") and not events[0].text.endswith("..")
     assert not base_directory(FACTS).exists()
 
 

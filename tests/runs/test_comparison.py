@@ -53,12 +53,15 @@ def test_runs_of_one_name_are_told_apart_by_their_place(tmp_path):
     [
         (["a", "b", "--picture", "losses.bmp"], "ends in none of .png, .svg, .pdf"),
         (["a", "nowhere"], "There is no run in nowhere"),
+        (["model", "a"], "model holds a model, and only runs are shown beside each other."),
         (["a", "--picture", "losses.png"], "qlora inspect RUN RUN --picture losses.png"),
         (["a", "--model", "m"], "Type: qlora inspect a"),
     ],
 )
 def test_what_cannot_be_compared_is_said(runs, capsys, monkeypatch, line, says):
     monkeypatch.chdir(runs)
+    (runs / "model").mkdir()
+    (runs / "model" / "config.json").write_text("{}")
     assert main(["inspect", *line]) != 0
     assert says in capsys.readouterr().err and not (runs / "losses.png").exists()
 

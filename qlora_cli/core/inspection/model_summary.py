@@ -95,8 +95,8 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     else:
         max_length = choose_max_length(config.max_length, model_config, report)
         sizes = context_sizes(attention_heads(model_config), max(CARDS)) if config.engine == "fast" else []
-        is_local = files.commit is None
-        predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length, sizes, is_local=is_local)
+        here = files.has_weights
+        predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length, sizes, is_local=here)
         facts |= predicted
         tables += predicted_tables
     if config.quantization_error:

@@ -146,6 +146,16 @@ class ModelFiles:
             f"{self.name} holds no safetensors weights.", "Check the directory, or download the model again."
         )
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether every file of the weights is on this machine, in a directory of the user's or the hub's cache."""
+        from qlora_cli.core.storage.safetensors_file import list_weight_files  # torch
+
+        try:
+            return self.commit is None or bool(list_weight_files(self.directory))
+        except ModelError:
+            return False
+
     @cached_property
     def config_sha256(self) -> str:
         """Digest of the configuration."""

@@ -191,7 +191,8 @@ def restore_base(
         _blank_experts(model, tensors, facts, compute_dtype)
         _fill(model, tensors, compute_dtype, device)
     except (RunError, OSError, ValueError, KeyError, AttributeError) as error:
-        files.report(Caution(f"The copy of the quantised base in {directory} is made anew: {first_line(error)}"))
+        reason = first_line(error).rstrip(".")
+        files.report(Caution(f"The copy of the quantised base in {directory} is made anew: {reason}."))
         error.__traceback__ = None  # it holds what was read, on the device that is about to be filled again
         shutil.rmtree(directory, ignore_errors=True)
         return None

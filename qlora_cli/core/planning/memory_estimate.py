@@ -341,7 +341,7 @@ def estimate_merging(profile: ModelProfile) -> dict[str, int]:
 
 
 def estimate_disk(profile: ModelProfile, *, is_local: bool, optimizer: str, kept_checkpoints: int) -> dict[str, int]:
-    """What training reads, downloads and writes; of a model in a directory of the user's nothing is downloaded."""
+    """What training reads, downloads and writes; of a model whose weights are on this machine nothing is downloaded."""
     trained = profile.footprint.trainable_parameters
     checkpoint_bytes = 4 * trained + state_bytes(optimizer, trained)
     return {

@@ -122,7 +122,7 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step:
         checkpoint_bytes=decisions.checkpoint_bytes,
         disk=estimate_disk(
             inputs.profile,
-            is_local=inputs.files.commit is None,
+            is_local=inputs.files.has_weights,
             optimizer=memory.plan.optimizer,
             kept_checkpoints=config.keep,
         ),
