@@ -191,6 +191,7 @@ def run_of(adapter: Path) -> Path:
 _RECORD_TYPES = {
     "format": int,
     "adapter_sha256": str,  # of a finished run's weights; those of a checkpoint have theirs in its manifest
+    "adapter_config_sha256": str,  # of the adapter's settings but for where its base lies
     **dict.fromkeys(("base", "data", "formatting", "parameters", "training", "start", "versions"), dict),
 }
 _TRAINING_NUMBERS = {
@@ -214,7 +215,12 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
     path = next((place / RUN_RECORD for place in (adapter, run_of(adapter)) if (place / RUN_RECORD).is_file()), None)
     if path is None:
         return {}
-    record = read_json(path)
+    checkpoints = path.parent / CHECKPOINTS
+    hint = f"Remove it, or use one of {checkpoints}, which have their own." if checkpoints.is_dir() else "Remove it."
+    try:
+        record = read_json(path)
+    except RunError as error:
+        raise RunError(error.message, hint) from error
     wrong = "it is no object" if not isinstance(record, dict) else None
     for name, kind in _RECORD_TYPES.items() if wrong is None else ():
         if record.get(name) is not None and not isinstance(record[name], kind):
@@ -223,7 +229,7 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
         if name in _TRAINING_NUMBERS and not isinstance(value, int | float | None):
             wrong = f"training.{name} is {str(value)[:80]!r}"
     if wrong is not None:
-        raise RunError(f"{path} is no record of a run: {wrong}.", "Remove it, or use an earlier checkpoint.")
+        raise RunError(f"{path} is no record of a run: {wrong}.", hint)
     if (record.get("format") or FORMAT + 1) > FORMAT:
         raise RunError(f"{path} was written by a newer qlora.", "Update with: pip install -U qlora-cli")
     return record

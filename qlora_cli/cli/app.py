@@ -105,7 +105,9 @@ def command(
                 return ended.exit_code
             except (KeyboardInterrupt, Terminated, OSError) as error:
                 raise _as_failure(error) from error  # Typer would end without a word
-            return DoesNotFit.exit_code if result is not None and result.get("fits") is False else 0
+            if result is not None and result.get("fits") is False:
+                return DoesNotFit.exit_code
+            return QloraError.exit_code if result is not None and result.get("damaged") else 0
 
         COMMANDS[body.__name__] = Command(body.__name__, body.__doc__ or "", config_type, positional, run)
         return body

@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_YAML, TRACKER_LOGS, find_run_record
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import write_config_file
+from qlora_cli.core.adapters.adapter_facts import read_adapter, require_unchanged
 from qlora_cli.core.adapters.lora import PeftModel, adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.calibration.initialization import FROM_THE_BASE, StartInputs, initialize_adapter
 from qlora_cli.core.candidates.four_bit_gap import measure_held_out
@@ -319,6 +320,7 @@ def is_complete(run: Run, inputs: RunInputs, decisions: Decisions, ended: TrainR
 
     Raises:
         CheckpointError: It was another run; or more steps are asked for, and its checkpoints are gone.
+        AdapterError: Nothing is left to do, and its adapter is damaged.
     """
     saved = list_checkpoints(run.output / CHECKPOINTS)
     if inputs.data.sampler.total_steps != ended.total_steps:
@@ -330,6 +332,8 @@ def is_complete(run: Run, inputs: RunInputs, decisions: Decisions, ended: TrainR
         )
     if saved and (checkpoint := find_start(replace(run, report=report_nothing), inputs, decisions).checkpoint):
         checkpoint.close()
+    read_adapter(run.output)
+    require_unchanged(run.output, run.report)
     run.report(Notice(f"The run in {run.output} has ended, after step {ended.steps:,}: nothing is left to do."))
     return True
 

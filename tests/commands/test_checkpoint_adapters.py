@@ -10,8 +10,10 @@ from qlora_cli.commands.generate import generate
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
 from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
+from qlora_cli.config_file import read_config_file
 from qlora_cli.core.adapters.adapter_record import find_adapter, read_adapter_record
 from qlora_cli.core.inspection.run_summary import describe_run
+from qlora_cli.core.runs import directory
 from qlora_cli.errors import AdapterError
 from qlora_cli.events import Caution, Notice
 
@@ -115,17 +117,29 @@ def test_a_run_stopped_before_its_first_checkpoint_says_how_to_go_on(run, tmp_pa
     assert caught.value.hint == f"Go on with it: qlora train --config {tmp_path / artifacts.RUN_YAML} --resume"
 
 
-@pytest.mark.parametrize("command", ["generate", "merge", "inspect"])
+def flip(path):
+    """Changes a bit of a tensor: the header parses."""
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(path, **changes):
+    """Changes entries of a JSON file; those given as None are taken out."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({n: value for n, value in content.items() if changes.get(n, n) is not None}))
+
+
+@pytest.mark.parametrize("command", ["generate", "merge"])
 def test_weights_that_are_not_what_the_run_wrote_are_refused_until_they_are_said_to_be_meant(run, tmp_path, command):
     copied = shutil.copytree(run, tmp_path / "out")
-    weights, record = copied / artifacts.ADAPTER_WEIGHTS, copied / artifacts.RUN_RECORD
-    content = bytearray(weights.read_bytes())
-    content[-9] ^= 1  # of a tensor: the header parses
-    weights.write_bytes(content)
+    flip(copied / artifacts.ADAPTER_WEIGHTS)
 
     def read():
-        if command == "inspect":
-            return describe_run(copied, None)
         if command == "merge":
             return merge(MergeConfig(adapter=str(copied), output=str(tmp_path / "merged"), verify=False), print)
         return read_adapter_record(find_adapter(copied, print), print)
@@ -133,12 +147,94 @@ def test_weights_that_are_not_what_the_run_wrote_are_refused_until_they_are_said
     with pytest.raises(AdapterError, match=f"{artifacts.ADAPTER_WEIGHTS} is not what its run wrote") as refused:
         read()
     newest = max((copied / artifacts.CHECKPOINTS).iterdir())
-    assert refused.value.hint.endswith(f"the same adapter is whole in --adapter {newest}")
-    damaged = newest / artifacts.ADAPTER_WEIGHTS
-    damaged.write_bytes(content)
-    with pytest.raises(AdapterError, match=f"{damaged} is not what"):
+    assert refused.value.hint.endswith(f"same adapter is whole in --adapter {newest}")
+    flip(newest / artifacts.ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterError, match=f"{newest / artifacts.ADAPTER_WEIGHTS} is not what"):
         read_adapter_record(newest, print)
-    facts = json.loads(record.read_text())
-    del facts["adapter_sha256"]
-    record.write_text(json.dumps(facts))
+    edit(copied / artifacts.RUN_RECORD, adapter_sha256=None)
     assert read()
+
+
+def test_settings_of_an_adapter_that_its_run_did_not_write_are_refused_but_for_where_its_base_lies(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "out")
+    settings = copied / artifacts.ADAPTER_CONFIG
+    edit(settings, base_model_name_or_path="/moved/base", revision="main")
+    assert read_adapter_record(copied, print)
+    edit(settings, lora_alpha=64)
+    with pytest.raises(AdapterError, match=f"{settings} is not what its run wrote") as refused:
+        read_adapter_record(copied, print)
+    newest = max((copied / artifacts.CHECKPOINTS).iterdir())
+    assert refused.value.hint.endswith(f"same adapter is whole in --adapter {newest}")
+    edit(newest / artifacts.ADAPTER_CONFIG, lora_alpha=64)
+    with pytest.raises(AdapterError, match=f"{newest / artifacts.ADAPTER_CONFIG} is not what"):
+        read_adapter_record(newest, print)
+    edit(copied / artifacts.RUN_RECORD, adapter_config_sha256=None)
+    assert read_adapter_record(copied, print).facts.alpha == 64
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_a_damaged_adapter_names_the_checkpoint_that_has_the_same_and_not_a_later_one(run, tmp_path, damage):
+    """As where --keep-best took an earlier one than the last."""
+    copied = shutil.copytree(run, tmp_path / "out")
+    earlier = sorted((copied / artifacts.CHECKPOINTS).iterdir())[-2]
+    for name in (artifacts.ADAPTER_WEIGHTS, artifacts.ADAPTER_CONFIG):
+        shutil.copy(earlier / name, copied / name)
+    edit(copied / artifacts.RUN_RECORD, adapter_sha256=artifacts.sha256_of(copied / artifacts.ADAPTER_WEIGHTS))
+    damage(copied / artifacts.ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterError) as refused:
+        read_adapter_record(copied, print)
+    assert refused.value.hint.endswith(f"same adapter is whole in --adapter {earlier}")
+    flip(earlier / artifacts.ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterError) as refused:
+        read_adapter_record(copied, print)
+    newest = max((copied / artifacts.CHECKPOINTS).iterdir())
+    assert refused.value.hint.endswith(f"of step 3 is whole in --adapter {newest}")
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_a_damaged_run_that_has_ended_is_not_said_to_be_whole(run, tmp_path, damage):
+    copied = shutil.copytree(run, tmp_path / "out")
+    settings = read_config_file(copied / artifacts.RUN_YAML, TrainConfig)
+    config = TrainConfig(**settings | {"output": str(copied), "resume": True})
+    said: list = []
+    assert train(config, said.append).steps == 3 and "nothing is left to do" in said[-1].text
+    damage(copied / artifacts.ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterError) as refused:
+        train(config, print)
+    assert "same adapter is whole in --adapter" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "read"),
+    [
+        (artifacts.ADAPTER_WEIGHTS, flip, {"rank", "base", "settings", "progress"}),
+        (artifacts.ADAPTER_WEIGHTS, cut, {"base", "settings", "progress"}),
+        (artifacts.ADAPTER_CONFIG, cut, {"base", "settings", "progress"}),
+        (artifacts.RUN_RECORD, cut, {"settings", "progress"}),
+        (artifacts.RUN_YAML, lambda path: path.write_bytes(b"a: [\xff"), {"rank", "base", "progress"}),
+    ],
+)
+def test_what_can_be_read_of_a_damaged_run_is_told_with_what_cannot(run, tmp_path, name, damage, read):
+    copied = shutil.copytree(run, tmp_path / "out")
+    assert "damaged" not in describe_run(copied, None)
+    damage(copied / name)
+    facts = describe_run(copied, None)
+    assert read <= facts.keys() and facts["next"] == []
+    assert name in facts["damaged"][0] or str(copied) in facts["damaged"][0]
+
+
+def test_a_run_that_ends_once_more_and_dies_is_that_of_its_newest_checkpoint(run, tmp_path, monkeypatch):
+    """Not new weights beside the record of the old ones."""
+    copied, said = shutil.copytree(run, tmp_path / "out"), []
+
+    def die(source, target):
+        if target.name == artifacts.RUN_RECORD:
+            raise KeyboardInterrupt
+        source.replace(target)
+
+    monkeypatch.setattr(directory, "replace_file", die)
+    with pytest.raises(KeyboardInterrupt), directory.finished_files(copied) as collected:
+        for name in (artifacts.ADAPTER_CONFIG, artifacts.ADAPTER_WEIGHTS, artifacts.RUN_RECORD):
+            (collected / name).write_bytes(b"new")
+    assert find_adapter(copied, said.append) == max((copied / artifacts.CHECKPOINTS).iterdir())
+    assert "has not ended" in said[0].text

@@ -110,7 +110,8 @@ def of_a_run(result: dict[str, Any]) -> Screen:
         first = f"{place} is a run that has not ended{came}."
     else:
         first = f"{place} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} on {name_of(str(base)) if base else 'an unknown base'}{came}."
-    sentences = [first] + ([trained_of(result)] if "trainable_parameters" in result else [])
+    trained = [trained_of(result)] if "trainable_parameters" in result else []
+    sentences = [first, *result.get("damaged", ()), *trained]
     facts = []
     if "rank" in result:
         how = ", ".join(name.replace("_", " ") for name in ("dora", "rslora", "rank_pattern") if result.get(name))
@@ -150,6 +151,7 @@ def of_runs(result: dict[str, Any]) -> Screen:
         sentences.append("The runs saw different rows, so that their losses are of different things.")
     if unfinished := [run["name"] for run in runs if not run["ended"]]:
         sentences.append(f"Not ended: {', '.join(unfinished)}.")
+    sentences += [said for run in runs for said in run.get("damaged", ())]
     rows = [
         [label, *(form(run[name]) if run[name] is not None else "–" for run in runs)]
         for label, name, form in FIGURES

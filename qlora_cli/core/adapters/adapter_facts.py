@@ -1,5 +1,6 @@
 """Facts of an adapter: what its own files say, read without its base."""
 
+import hashlib
 import json
 import os
 import re
@@ -19,14 +20,21 @@ from qlora_cli.artifacts import (
     is_prepared,
     run_of,
 )
-from qlora_cli.core.storage.checkpoint import newest_valid, recorded_digest
+from qlora_cli.core.storage.checkpoint import (
+    list_checkpoints,
+    newest_valid,
+    recorded_digest,
+    step_of,
+    verify_checkpoint,
+)
 from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.safetensors_header import read_header
 from qlora_cli.core.untrusted import check_adapter_config, check_expressions
-from qlora_cli.errors import AdapterError, ModelError
+from qlora_cli.errors import AdapterError, CheckpointError, ModelError, RunError
 from qlora_cli.events import Report
 
 ADAPTER_PART = re.compile(r"\.lora_.*$")
+BASE_SETTINGS = ("base_model_name_or_path", "revision")  # of adapter_config.json: where its base lies may change
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
 
 
@@ -96,9 +104,7 @@ def read_adapter(directory: Path) -> AdapterFacts:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ModelError, RecursionError) as error:
         reason = str(error).rstrip(".")
-        raise AdapterError(
-            f"The adapter in {directory} cannot be read: {reason}.", "Use an earlier checkpoint."
-        ) from error
+        raise AdapterError(f"The adapter in {directory} cannot be read: {reason}.", _way_on(directory)) from error
     _check_tensors(tensors, weights_path)
     check_expressions(config, {name.split(".lora_", 1)[0] for name in tensors}, directory)
     rslora = bool(config.get("use_rslora"))
@@ -118,31 +124,65 @@ def read_adapter(directory: Path) -> AdapterFacts:
     )
 
 
+def settings_digest(directory: Path) -> str:
+    """SHA-256 of an adapter's settings but for where its base lies, in hexadecimal."""
+    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    known = {name: value for name, value in config.items() if name not in BASE_SETTINGS}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def require_unchanged(directory: Path, report: Report) -> None:
-    """Compares an adapter's weights with the digest that its run recorded; adapters of other programs have none.
+    """Compares an adapter that can be read with the digests that its run recorded; those of other programs have none.
 
     Raises:
-        AdapterError: They are not what the run wrote.
+        AdapterError: Weights or settings are not what the run wrote.
         RunError: The run's record cannot be read, or the weights are being written.
     """
-    path, record = directory / ADAPTER_WEIGHTS, directory / RUN_RECORD
-    expected = recorded_digest(directory, ADAPTER_WEIGHTS)
-    keep = f"copy {ADAPTER_CONFIG}, {ADAPTER_WEIGHTS} and {RUN_RECORD} into a directory of their own"
-    if expected is None and record.is_file():
-        expected = find_run_record(directory).get("adapter_sha256")
-        keep = f'remove "adapter_sha256" from {record}'
-    if expected is None or content_digests([path], report) == [expected]:
-        return
-    way = "train it again."
-    if (whole := newest_valid(run_of(directory) / CHECKPOINTS, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))[0]) is not None:
-        whole.close()
-        same = recorded_digest(whole.path, ADAPTER_WEIGHTS) == expected
-        what = "the same adapter is" if same else f"that of step {whole.step:,} is"
-        way = f"{what} whole in --adapter {shlex.quote(str(whole.path))}"
+    weights, record = directory / ADAPTER_WEIGHTS, directory / RUN_RECORD
+    expected, in_manifest = _recorded_weights(directory)
+    changed, keep = weights, f'remove "adapter_sha256" from {record}'
+    if in_manifest:
+        keep = f"copy {ADAPTER_CONFIG}, {ADAPTER_WEIGHTS} and {RUN_RECORD} into a directory of their own"
+    if expected is None or content_digests([weights], report) == [expected]:
+        settings = find_run_record(directory).get("adapter_config_sha256") if record.is_file() else None
+        if settings in (None, settings_digest(directory)):
+            return
+        changed, keep = directory / ADAPTER_CONFIG, f'remove "adapter_config_sha256" from {record}'
+    way = _way_on(directory)
     raise AdapterError(
-        f"{path} is not what its run wrote: it was damaged, or changed by another program.",
-        f"If that was meant, {keep}; else {way}",
+        f"{changed} is not what its run wrote: it was damaged, or changed by another program.",
+        f"If that was meant, {keep}. If not, {way[0].lower()}{way[1:]}",
     )
+
+
+def _recorded_weights(directory: Path) -> tuple[str | None, bool]:
+    """SHA-256 of an adapter's weights as its run recorded it, and whether that is in the manifest of a checkpoint."""
+    in_manifest = recorded_digest(directory, ADAPTER_WEIGHTS)
+    if in_manifest is not None or not (directory / RUN_RECORD).is_file():
+        return in_manifest, in_manifest is not None
+    return find_run_record(directory).get("adapter_sha256"), False
+
+
+def _way_on(directory: Path) -> str:
+    """What to do about an adapter that is damaged: which checkpoint of its run has it whole, or else another one."""
+    needed, root = (ADAPTER_CONFIG, ADAPTER_WEIGHTS), run_of(directory) / CHECKPOINTS
+    try:
+        expected = _recorded_weights(directory)[0]
+    except RunError:  # the record is damaged too
+        expected = None
+    for path in list_checkpoints(root) if expected is not None else ():
+        if recorded_digest(path, ADAPTER_WEIGHTS) != expected:
+            continue
+        try:
+            verify_checkpoint(path, needed).close()
+        except CheckpointError:
+            continue
+        return f"The same adapter is whole in --adapter {shlex.quote(str(path))}"
+    whole, _ = newest_valid(root, needed)
+    if whole is not None:
+        whole.close()
+        return f"That of step {step_of(whole.path):,} is whole in --adapter {shlex.quote(str(whole.path))}"
+    return "Train it again, or copy it again from where it was made."
 
 
 def _check_tensors(tensors: Mapping[str, Any], path: Path) -> None:
@@ -153,7 +193,7 @@ def _check_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     alone = [name for name in tensors if (other := _other_half(name)) is not None and other not in tensors]
     if not tensors or alone:
         wrong = f"{alone[0]} is half of a pair" if alone else "it holds no tensors at all"
-        raise AdapterError(f"{path} is no whole adapter: {wrong}.", "Use an earlier checkpoint, or train it again.")
+        raise AdapterError(f"{path} is no whole adapter: {wrong}.", _way_on(path.parent))
 
 
 def _other_half(name: str) -> str | None:

@@ -3,7 +3,8 @@
 import math
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import yaml
 
 from qlora_cli import artifacts
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name, read_adapter, require_unchanged
+from qlora_cli.errors import QloraError, RunError, first_line
 from qlora_cli.events import report_nothing
 
 
 def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> dict[str, Any]:
-    """What an adapter is, what produced it, and how far its training came.
+    """What an adapter is, what produced it, and how far its training came. Of a damaged run what can be read is told, and
+    under `damaged` what cannot.
 
     Args:
         directory: Run directory or PEFT adapter.
@@ -23,54 +26,87 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
         model: Base to count the parameters of, which imports torch; by default what the run recorded is told.
 
     Raises:
-        RunError, AdapterError: There is neither a run nor an adapter, or it cannot be read.
+        RunError, AdapterError: There is neither a run nor an adapter, or nothing of it can be read.
     """
-    record = artifacts.find_run_record(directory)
+    damages: list[QloraError] = []
+    record: dict[str, Any] = {}
+    with _noted(damages):
+        record = artifacts.find_run_record(directory)
     in_checkpoint = artifacts.run_of(directory) != directory
-    facts: dict[str, Any] = {"kind": "run" if record else "adapter", "directory": str(directory)}
+    kind, facts = "run" if record else "adapter", dict[str, Any]()
     tables: list[dict[str, Any]] = []
     if not (directory / artifacts.ADAPTER_CONFIG).is_file() and artifacts.is_run(directory):
-        facts |= {"kind": "run", "adapter": "none yet: training has not ended"}
+        kind, facts["adapter"] = "run", "none yet: training has not ended"
     else:
-        adapter = read_adapter(directory)
-        require_unchanged(directory, report_nothing)
-        base = model or (record.get("base") or {}).get("model") or adapter.base_model
-        facts |= _describe_adapter(adapter, directory)
-        facts |= _count_parameters(adapter, base, _count_base(model) if model else _recorded_total(directory))
-        tables = [_tabulate_adapter(adapter)]
-        if whole:
-            from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_layers  # numpy
+        with _noted(damages):
+            adapter = read_adapter(directory)
+            base = model or (record.get("base") or {}).get("model") or adapter.base_model
+            facts |= _describe_adapter(adapter, directory)
+            facts |= _count_parameters(adapter, base, _count_base(model) if model else _recorded_total(directory))
+            tables = [_tabulate_adapter(adapter)]
+            require_unchanged(directory, report_nothing)
+            if whole:
+                from qlora_cli.core.inspection.weight_stats import measure_updates, tabulate_layers  # numpy
 
-            title = "Norm of the update" + (", but of experts" if adapter.config.get("target_parameters") else "")
-            tables.append(tabulate_layers(title, measure_updates(directory, adapter)))
+                title = "Norm of the update" + (", but of experts" if adapter.config.get("target_parameters") else "")
+                tables.append(tabulate_layers(title, measure_updates(directory, adapter)))
     facts |= {
         name: record[name]
         for name in ("base", "data", "start", "rope_scaling", "training", "versions", "qlora_version")
         if name in record
     }
-    settings = artifacts.run_of(directory) / artifacts.RUN_YAML
-    if settings.is_file():
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
-        facts["settings"] = yaml.load(settings.read_text(encoding="utf-8"), loader)  # a safe one
+    if (artifacts.run_of(directory) / artifacts.RUN_YAML).is_file():
+        with _noted(damages):
+            facts["settings"] = _read_settings(artifacts.run_of(directory) / artifacts.RUN_YAML)
     if in_checkpoint or (directory / artifacts.TRAINER_STATE).is_file():
-        from qlora_cli.core.training.progress import read_trainer_state
-
-        state = read_trainer_state(directory)
-        facts["kind"] = "checkpoint"
-        facts["progress"] = {  # in the words of `summarise_metrics`
-            "steps": state.step,
-            "last_loss": state.last_loss,
-            "best_eval_loss": state.best_loss,
-            "best_eval_step": state.best_step,
-            "last_eval_loss": state.last_eval_loss,
-            "tokens": state.tokens,
-        }
+        kind = "checkpoint"
+        with _noted(damages):
+            facts["progress"] = _progress_of(directory)
     elif (directory / artifacts.METRICS).is_file():
         facts["progress"] = summarise_metrics(artifacts.read_metrics(directory))
+    if damages and not facts.keys() & {"rank", "base", "settings", "progress"}:
+        raise damages[0]
     checkpoints = directory / artifacts.CHECKPOINTS
     if checkpoints.is_dir():
         facts["checkpoints"] = sorted(path.name for path in checkpoints.iterdir() if path.name[0] != ".")
-    return {**facts, "next": _commands(directory, facts), "tables": tables}
+    said = {"damaged": [f"{error.message} {error.hint or ''}".strip() for error in damages]} if damages else {}
+    more = {"next": [] if damages else _commands(directory, facts), "tables": tables}
+    return {"kind": kind, "directory": str(directory), **said, **facts, **more}
+
+
+@contextmanager
+def _noted(damages: list[QloraError]) -> Iterator[None]:
+    """Keeps why something cannot be read, once: the rest is told all the same."""
+    try:
+        yield
+    except QloraError as error:
+        if error.message not in (known.message for known in damages):
+            damages.append(error)
+
+
+def _read_settings(path: Path) -> Any:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), loader)  # a safe one
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds no settings.")
+    return found
+
+
+def _progress_of(checkpoint: Path) -> dict[str, Any]:
+    from qlora_cli.core.training.progress import read_trainer_state
+
+    state = read_trainer_state(checkpoint)
+    return {  # in the words of `summarise_metrics`
+        "steps": state.step,
+        "last_loss": state.last_loss,
+        "best_eval_loss": state.best_loss,
+        "best_eval_step": state.best_step,
+        "last_eval_loss": state.last_eval_loss,
+        "tokens": state.tokens,
+    }
 
 
 def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:

@@ -81,6 +81,7 @@ def _figures(name: str, directory: Path, facts: Mapping[str, Any], losses: Losse
         "name": name,
         "directory": str(directory),
         "ended": "adapter" not in facts,
+        **{name: facts[name] for name in ("damaged",) if name in facts},
         "trainable_parameters": facts.get("trainable_parameters"),
         **found,
         "curve": curve[::stride],

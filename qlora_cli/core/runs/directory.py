@@ -187,13 +187,16 @@ def begin_run(directory: Path, run_id: str | None, report: Report) -> str:
 def finished_files(directory: Path) -> Iterator[Path]:
     """Yields an empty directory whose files take their places in the run directory when the block succeeds.
 
-    Each is flushed and renamed, the adapter's configuration last: a directory with one has the weights too.
+    Each is flushed and renamed, the adapter's configuration last: a directory with one has the weights too. That of the
+    same run when it ended before goes first: until all of them are there, its newest checkpoint is the adapter.
     """
     collected = temporary_beside(directory / UNFINISHED[1:])
     collected.mkdir()
     try:
         yield collected
         flush_tree(collected)
+        (directory / ADAPTER_CONFIG).unlink(missing_ok=True)
+        fsync_path(directory)
         for path in sorted(collected.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
             replace_file(path, directory / path.name)
         fsync_path(directory)

@@ -19,6 +19,7 @@ from qlora_cli.artifacts import (
     write_json,
 )
 from qlora_cli.config import TrainConfig
+from qlora_cli.core.adapters.adapter_facts import settings_digest
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions, read_vram
 from qlora_cli.core.models.identity import BaseIdentity
@@ -113,7 +114,8 @@ def write_run(
 
 
 def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more: Any) -> None:
-    """Writes what has to be known to use an adapter beside it: its base, how that was held, how prompts were formatted."""
+    """Writes what has to be known to use the adapter in a directory beside it: its base, how that was held, how prompts
+    were formatted."""
     data, digest = rows.manifest["data"], rows.manifest["rows_sha256"]
     record = {
         "format": FORMAT,
@@ -121,6 +123,7 @@ def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more
         "base": asdict(base),
         "data": {**data, "prepared": str(rows.directory.absolute()), "rows_sha256": digest},
         "formatting": rows.manifest["formatting"],
+        "adapter_config_sha256": settings_digest(directory),
         **more,
         "versions": list_versions(),
     }
