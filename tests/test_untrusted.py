@@ -161,6 +161,14 @@ def test_a_file_that_is_no_configuration_is_one_sentence(model, name, text):
         resolve_model(str(model))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_what_a_clone_without_large_files_holds_is_called_so(model, name):
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ModelError, match=f"{name} is a pointer of Git LFS") as refused:
+        _ = resolve_model(str(model)).weights_sha256
+    assert refused.value.hint.startswith(f"Type: git -C {model} lfs pull")
+
+
 # ---------------------------------------------------------------- adapters
 
 

@@ -8,10 +8,11 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +36,7 @@ MOST = {
 }
 LIMITS = {name: most for most, names in MOST.items() for name in names}
 ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
+LFS_POINTER = b"version https://git-lfs"
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
 
 
@@ -48,9 +50,12 @@ def check_files(directory: Path, name: str, patterns: Iterable[str], *, trust_re
         trust_remote_code: Whether the model's own code is run, which may then name no other's.
 
     Raises:
-        ModelError: A file is a link out of the directory, or a configuration asks for what no model needs.
+        ModelError: A file is a link out of the directory or a pointer of Git LFS, or a configuration asks for what no
+            model needs.
     """
     refuse_links(directory, [*patterns, *JSON_FILES, "*.py"])
+    for path in sorted({path for pattern in patterns for path in directory.glob(pattern)}):
+        refuse_pointer(path)
     for path in sorted({path for pattern in JSON_FILES for path in directory.glob(pattern)}):
         content = read_foreign_json(path)
         if path.name == "config.json":
@@ -79,6 +84,16 @@ def refuse_links(directory: Path, patterns: Iterable[str]) -> None:
             )
         if not target.is_file():
             raise ModelError(f"{path.name} in {directory} is no regular file.", "Remove it, or download it again.")
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ModelError for what a clone without Git LFS has in the place of a large file."""
+    with suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(
+                f"{path} is a pointer of Git LFS, and not the file that it stands for.",
+                f"Type: git -C {shlex.quote(str(path.parent))} lfs pull, or download the model again.",
+            )
 
 
 def read_foreign_json(path: Path) -> Any:

@@ -177,3 +177,19 @@ def test_a_tensor_that_cannot_be_the_weight_is_refused_by_name(tiny_model, tmp_p
     held = QuantizationSettings(base_cache=False)
     with pytest.raises(ModelError, match=f"{name} .*{said}"):
         load_base(resolve_model(str(directory)), held, compute_dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "fp8", "weight_block_size": 128},
+        {"quant_method": "fp8", "weight_block_size": [0, 128]},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": "lm_head"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
+    ],
+    ids=str,
+)
+def test_a_quantisation_that_is_not_described_as_it_is_read_is_refused_by_name(tiny_model, tmp_path, settings):
+    directory = edited(tiny_model("llama"), tmp_path / "model", quantization_config=settings)
+    with pytest.raises(ModelError, match=f"{list(settings)[-1]} is .* in the quantization_config"):
+        _ = resolve_model(str(directory)).weights

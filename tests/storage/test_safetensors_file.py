@@ -197,3 +197,6 @@ def test_a_checkpoint_is_its_single_file_or_what_its_index_names(tmp_path: Path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="lacks"):
         list_weight_files(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": 3}}))
+    with pytest.raises(ModelError, match=r"index\.json cannot be read"):
+        list_weight_files(tmp_path)

@@ -141,14 +141,14 @@ def list_weight_files(directory: Path) -> list[str]:
     index = directory / INDEX_FILE
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if Path(name).name != name or not (directory / name).is_file()]
     except FileNotFoundError:
         raise ModelError(
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}.",
-            "Only transformers checkpoints in safetensors can be merged into.",
+            "Download or copy the whole model again: transformers gives its weights one of these names.",
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} cannot be read: {error}.", "Download or copy the model again.") from error
-    missing = [name for name in names if Path(name).name != name or not (directory / name).is_file()]
     if missing:
         raise ModelError(
             f"{directory} lacks {len(missing)} of the {len(names)} weight files of its index, first {missing[0]}.",

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.core.untrusted import refuse_pointer
 from qlora_cli.errors import ModelError
 from qlora_cli.sizes import format_bytes
 
@@ -152,6 +153,7 @@ def read_header(path: Path) -> tuple[int, Header]:
     Raises:
         ModelError: The file cannot be read, is truncated or is not safetensors.
     """
+    refuse_pointer(path)
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:

@@ -84,7 +84,12 @@ class Checkpoint:
             self.files = [WeightFile(directory / name, self) for name in list_weight_files(directory)]
             for file in self.files:
                 stack.enter_context(file)
-            self._home = {name: file for file in self.files for name in file.stored}
+            self._home = dict[str, WeightFile]()
+            for file in self.files:
+                for name in file.stored:
+                    if name in self._home:
+                        _require_equal(name, self._home[name], file)
+                    self._home[name] = file  # of several the last, as transformers reads them
             for file in self.files:
                 file.entries = dict(self._weights_of(file))
                 self.entries |= file.entries
@@ -158,6 +163,8 @@ class Checkpoint:
     def _weights_of(self, file: WeightFile) -> Iterator[tuple[str, TensorEntry]]:
         method = self.stored.method if self.stored else None
         for entry in file.stored.values():
+            if self._home[entry.name] is not file:
+                continue
             name, kind, shape = entry.name, entry.dtype_name, entry.shape
             if method == "mxfp4" and name.endswith(BLOCKS):
                 name, kind = name.removesuffix(BLOCKS), "BF16"
@@ -193,3 +200,14 @@ class Checkpoint:
         if missing:
             raise ModelError(f"{name} is stored quantised, and {missing[0]} is missing.", "Download the model again.")
         return parts
+
+
+def _require_equal(name: str, first: WeightFile, second: WeightFile) -> None:
+    """Raises ModelError where a tensor that stands in two files of a checkpoint has not the same values in both."""
+    entries = [file.stored[name] for file in (first, second)]
+    same = entries[0].dtype_name == entries[1].dtype_name and entries[0].shape == entries[1].shape
+    if not same or not torch.equal(*(file.read_stored(name).flatten().view(torch.uint8) for file in (first, second))):
+        raise ModelError(
+            f"{name} stands in {first.path.name} and in {second.path.name} of {first.path.parent}, with other values.",
+            "Download the model again into an empty directory: files of two models lie in this one.",
+        )

@@ -56,6 +56,7 @@ def stored_format(config: Any, model: str) -> StoredFormat | None:
     if settings is None:
         return None
     settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+    _check_settings(settings, model)
     method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
     if method is None and settings.get("load_in_4bit"):
         method = "bitsandbytes"
@@ -75,6 +76,23 @@ def stored_format(config: Any, model: str) -> StoredFormat | None:
         "Give --model the 16-bit checkpoint it was made from, which qlora quantises itself, or one in bitsandbytes' "
         "4 bits, MXFP4 or block-scaled FP8.",
     )
+
+
+def _check_settings(settings: Mapping[str, Any], model: str) -> None:
+    """Raises ModelError where a setting that is read here is none of its kind."""
+    listed = (list, tuple)
+    kinds = {"llm_int8_skip_modules": listed, "modules_to_not_convert": listed, "weight_block_size": listed}
+    wrong = [n for n, kind in kinds.items() if settings.get(n) is not None and not isinstance(settings[n], kind)]
+    block = settings.get("weight_block_size")
+    if not wrong and block and not (len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        wrong = ["weight_block_size"]
+    if not wrong and settings.get("bnb_4bit_quant_type", "fp4") not in ("fp4", "nf4"):
+        wrong = ["bnb_4bit_quant_type"]
+    if wrong:
+        raise ModelError(
+            f"{wrong[0]} is {settings[wrong[0]]!r} in the quantization_config of {model}.",
+            "Mend its config.json, or download the model again.",
+        )
 
 
 def fp8_values(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, name: str, first_row: int = 0) -> Tensor:
