@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import read_adapter
+from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.adapters.lora import (
     adapter_state,
     attach_adapter,
@@ -16,7 +17,7 @@ from qlora_cli.core.adapters.lora import (
     load_adapter_state,
     save_adapter,
 )
-from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.quantization import count_parameters
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
@@ -147,13 +148,60 @@ def test_missing_pickled_and_broken_adapters_are_one_sentence(load_tiny, tmp_pat
         read_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("kept", ["none", "half"])
-def test_an_adapter_that_a_save_left_without_tensors_is_refused(load_tiny, tmp_path, kept):
-    """PEFT loads it without a word, and it changes nothing."""
+UP = "base_model.model.model.layers.1.mlp.up_proj.lora_"
+DAMAGES = {
+    "nothing": (lambda tensors: tensors.clear(), {}, "holds no tensors"),
+    "half": (lambda tensors: tensors.pop(f"{UP}B.weight"), {}, "half of a pair"),
+    "ranks": (lambda tensors: tensors.update({f"{UP}A.weight": torch.ones(2, 64)}), {}, r"different ranks, \(2, 64\)"),
+    "codes": (lambda tensors: tensors.update({f"{UP}A.weight": torch.ones(4, 64).char()}), {}, "stored as I8"),
+    "no magnitudes": (lambda tensors: None, {"use_dora": True}, "has no magnitudes"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_adapter_that_is_not_whole_is_refused(load_tiny, tmp_path, damage):
+    """PEFT loads it without a word, and it changes nothing, or something else."""
+    change, settings, said = DAMAGES[damage]
     base, _ = load_tiny("llama")
     save_adapter(attach_adapter(base, LoraSettings(rank=4), seed=1), tmp_path, base_name="base")
     tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
-    tensors = {name: tensor for name, tensor in tensors.items() if kept == "half" and "lora_A" in name}
+    change(tensors)
     save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
-    with pytest.raises(AdapterError, match="no whole adapter"):
+    path = tmp_path / ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(AdapterError, match=said):
         read_adapter(tmp_path)
+
+
+def test_layers_that_an_adapter_names_and_has_nothing_for_are_said(load_tiny, tmp_path):
+    base, _ = load_tiny("llama")
+    save_adapter(attach_adapter(base, LoraSettings(rank=4), seed=1), tmp_path, base_name="base")
+    said: list = []
+    load_adapter(load_tiny("llama")[0], tmp_path, report=said.append)
+    assert not said
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(UP)}
+    save_file(kept, tmp_path / ADAPTER_WEIGHTS)
+    load_adapter(load_tiny("llama")[0], tmp_path, report=said.append)
+    assert "names 1 layer that it has nothing for, first model.layers.1.mlp.up_proj" in said[0].text
+
+
+@pytest.mark.parametrize(
+    ("made_on", "given", "said"),
+    [
+        ("meta/llama", "{}/llama", 0),
+        ("{}/llama", "{}/llama", 0),
+        ("meta/llama", "{}/models--meta--llama/snapshots/0123", 0),
+        (None, "{}/llama", 0),
+        ("meta/llama", "{}/llama-instruct", 1),
+    ],
+)
+def test_another_base_than_a_foreign_adapter_names_is_said(load_tiny, tmp_path, made_on, given, said):
+    """Of its weights nothing is known: adapters that others trained have no record of them."""
+    base, _ = load_tiny("llama")
+    named = made_on and made_on.format(tmp_path)
+    save_adapter(attach_adapter(base, LoraSettings(rank=4), seed=1), tmp_path, base_name=named)
+    events: list = []
+    files = ModelFiles(given.format(tmp_path), tmp_path, None, report=events.append)
+    read_adapter_record(tmp_path, print).require_base(files)
+    assert len(events) == said and all("made on meta/llama" in event.text for event in events)

@@ -34,6 +34,8 @@ from qlora_cli.errors import AdapterError, CheckpointError, ModelError, RunError
 from qlora_cli.events import Report
 
 ADAPTER_PART = re.compile(r"\.lora_.*$")
+NUMBERS = ("F64", "F32", "F16", "BF16")  # in which adapters are stored
+MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # of DoRA, as PEFT calls them in its versions
 BASE_SETTINGS = ("base_model_name_or_path", "revision")  # of adapter_config.json: where its base lies may change
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
 
@@ -105,7 +107,7 @@ def read_adapter(directory: Path) -> AdapterFacts:
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ModelError, RecursionError) as error:
         reason = str(error).rstrip(".")
         raise AdapterError(f"The adapter in {directory} cannot be read: {reason}.", _way_on(directory)) from error
-    _check_tensors(tensors, weights_path)
+    _check_tensors(tensors, config, weights_path)
     check_expressions(config, {name.split(".lora_", 1)[0] for name in tensors}, directory)
     rslora = bool(config.get("use_rslora"))
     targets = config.get("target_modules") or ()
@@ -185,14 +187,27 @@ def _way_on(directory: Path) -> str:
     return "Train it again, or copy it again from where it was made."
 
 
-def _check_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Refuses a file that a save went wrong with: it would load as an adapter that changes nothing.
+def _check_tensors(tensors: Mapping[str, tuple[tuple[int, ...], str]], config: Mapping[str, Any], path: Path) -> None:
+    """Refuses a file that a save went wrong with: PEFT would load it as an adapter that changes nothing, or another.
 
     Saved from sharded weights, a file of 40 bytes without any tensor is what other trainers leave (peft#2892).
     """
-    alone = [name for name in tensors if (other := _other_half(name)) is not None and other not in tensors]
-    if not tensors or alone:
-        wrong = f"{alone[0]} is half of a pair" if alone else "it holds no tensors at all"
+    codes = [f"{name} is stored as {dtype}" for name, (_, dtype) in tensors.items() if dtype not in NUMBERS]
+    if codes:
+        raise AdapterError(f"{codes[0]} in {path}, which is not read.", "Save the adapter in 32 or 16 bits.")
+    wrong = None if tensors else "it holds no tensors at all"
+    for name, (shape, _) in tensors.items():
+        other = _other_half(name)
+        if other is None:
+            continue
+        module, _, half = name.partition(".lora_")
+        if other not in tensors:
+            wrong = wrong or f"{name} is half of a pair"
+        elif half.startswith(("A", "embedding_A")) and shape[:1] != tensors[other][0][1:2]:
+            wrong = wrong or f"{name} and its other half are of different ranks, {shape} and {tensors[other][0]}"
+        elif config.get("use_dora") and not any(f"{module}{ending}" in tensors for ending in MAGNITUDES):
+            wrong = wrong or f"use_dora is set, and {module} has no magnitudes"
+    if wrong is not None:
         raise AdapterError(f"{path} is no whole adapter: {wrong}.", _way_on(path.parent))
 
 

@@ -58,12 +58,14 @@ class AdapterRecord:
         return base, self.base.revision if self.base is not None else None
 
     def require_base(self, files: ModelFiles) -> None:
-        """Checks that a model has the configuration and weights of the base in training, wherever it lies.
+        """Checks that a model has the configuration and weights of the base in training, wherever it lies. Of an adapter
+        made elsewhere only the base's name is known: another one is said.
 
         Raises:
             AdapterError: It does not.
         """
         if self.base is None:
+            self._compare_names(files)
             return
         scaled = None if self.rope_scaling is None else json.loads(self.rope_scaling)
         if files.scaled_positions != scaled:
@@ -79,6 +81,17 @@ class AdapterRecord:
                     f"The adapter in {self.directory} was trained on {self.base.model}; {files.name} has {what}.",
                     f"Give the base it was trained on: --model {shlex.quote(self.base.model)}",
                 )
+
+    def _compare_names(self, files: ModelFiles) -> None:
+        named, here = self.facts.base_model, Path(files.name).expanduser().resolve()
+        if named is None or Path(named).name in (here.name, "") or f"models--{named.replace('/', '--')}" in here.parts:
+            return
+        files.report(
+            Notice(
+                f"The adapter in {self.directory} was made on {named} and nothing is known of its weights: whether those "
+                f"of {files.name} are the same is not checked."
+            )
+        )
 
 
 def find_adapter(directory: Path, report: Report) -> Path:

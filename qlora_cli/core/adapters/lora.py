@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.core.adapters.adapter_facts import read_adapter
+from qlora_cli.core.adapters.adapter_facts import base_name, read_adapter
 from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, short_parameters, use_expert_lora
 from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, misread_tensors, stored_config
@@ -32,6 +32,7 @@ from qlora_cli.core.untrusted import check_expressions
 from qlora_cli.errors import AdapterError, first_line
 from qlora_cli.events import Caution, Report, report_nothing
 from qlora_cli.settings.groups import LoraSettings
+from qlora_cli.sizes import format_count
 
 
 def attach_adapter(
@@ -136,7 +137,9 @@ def _positive(number: float) -> float:
     return number
 
 
-def load_adapter(model: PreTrainedModel | PeftModel, directory: Path, *, name: str = "default") -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel | PeftModel, directory: Path, *, name: str = "default", report: Report = report_nothing
+) -> PeftModel:
     """Loads an adapter onto a base, or one more onto a model that has some.
 
     Embeddings or a head that lie beside the adapter, of a vocabulary that grew or as they were when it was made, take the
@@ -146,6 +149,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, directory: Path, *, name: s
         model: The base, or the model with adapters.
         directory: Of the adapter.
         name: In the model.
+        report: Receives which layers it names and has nothing for: they stay as the base has them.
 
     Raises:
         AdapterError: No adapter there, pickle weights, or shapes that belong to another base.
@@ -175,16 +179,28 @@ def load_adapter(model: PreTrainedModel | PeftModel, directory: Path, *, name: s
                 f"{_first_mismatch(error)}",
                 "Give the base it was trained on with --model.",
             ) from error
-    missing = sorted(set(facts.tensors) - {*adapter_state(model, name), *replaced})
+    state = adapter_state(model, name)
+    missing = sorted(set(facts.tensors) - {*state, *replaced})
     if missing:
         raise AdapterError(
             f"The adapter in {directory} has {len(missing)} tensors this base has no place for, first {missing[0]}.",
             "Give the base it was trained on with --model.",
         )
+    started = sorted(tensor for tensor in state if ".lora_" in tensor and tensor not in facts.tensors)
+    if started:  # B zero, so that they do nothing
+        layers = sorted({base_name(tensor) for tensor in started})
+        report(
+            Caution(
+                f"The adapter in {directory} names {format_count(len(layers), 'layer')} that it has nothing for, first "
+                f"{layers[0]}: part of it is lost, or it was made for another base."
+            )
+        )
     return model
 
 
 def _first_mismatch(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing in it."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
     return detail[:300]

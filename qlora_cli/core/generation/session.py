@@ -211,7 +211,7 @@ class GenerationSession:
             if self._fast is not None:  # made for the layers that are about to be wrapped
                 self._fast.close()
                 self._fast = self.decoder = None
-            self.model = load_adapter(self.model, directory, name=name)
+            self.model = load_adapter(self.model, directory, name=name, report=self.report)
             self._names[adapter] = name
         if adapter is not None:
             self.model.base_model.enable_adapter_layers()

@@ -13,7 +13,6 @@ import numpy as np
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name
 from qlora_cli.core.storage.safetensors_header import TensorEntry, read_header
-from qlora_cli.errors import AdapterError
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -73,7 +72,6 @@ def measure_updates(directory: Path, adapter: AdapterFacts) -> list[LayerValue]:
 
     Raises:
         ModelError: The file is damaged.
-        AdapterError: Its numbers are of a kind that is not read.
     """
     values = []
     stacks = tuple(f".{name}".rpartition(".")[0] for name in adapter.config.get("target_parameters") or ())
@@ -100,12 +98,8 @@ def _as_float64(entry: TensorEntry, content: bytes) -> np.ndarray:
     """Numbers of a tensor; bfloat16, which numpy lacks, is the upper half of a float32."""
     if entry.dtype_name == "BF16":
         values = (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    elif entry.dtype_name in ("F64", "F32", "F16"):
-        values = np.frombuffer(content, f"<f{len(content) // max(1, entry.elements)}")
     else:
-        raise AdapterError(
-            f"{entry.name} is stored as {entry.dtype_name}, which is not read.", "Save the adapter in 32 or 16 bits."
-        )
+        values = np.frombuffer(content, f"<f{len(content) // max(1, entry.elements)}")
     return values.astype(np.float64).reshape(entry.shape)
 
 

@@ -112,7 +112,7 @@ def verify_merge(
     def open_trained() -> Iterator[nn.Module]:
         files = base.trained or base.files
         model, _ = load_base(files, options.quantization, compute_dtype=options.compute_dtype, device=device)
-        yield load_adapter(model, adapter).eval()
+        yield load_adapter(model, adapter, report=report).eval()
 
     batches = pad_together(chosen, vocabulary=vocabulary, device=device)
     return compare_models(
