@@ -161,14 +161,15 @@ def _typed(path: Path, field: Field, value: Any) -> Any:
     )
 
 
-def write_config_file(config: Any, path: Path) -> None:
-    """Writes every recorded setting of a configuration, resolved, so that `--config` repeats it."""
+def as_yaml(config: Any) -> str:
+    """Every recorded setting of a configuration, resolved, as a settings file with which `--config` repeats it."""
     values = asdict(config)
     recorded = {
         name: list(values[name]) if isinstance(values[name], tuple) else values[name]
         for name in recorded_fields(type(config))
     }
-    path.write_text(yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text: str = yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def schema_of(config_type: type) -> dict[str, Any]:

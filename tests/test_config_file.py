@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.config_file import read_config_file, write_config_file
+from qlora_cli.config_file import as_yaml, read_config_file
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.setting import recorded_fields
 
@@ -34,12 +34,12 @@ def test_a_written_file_gives_the_same_configuration(
         template=template,
         double_quant=False,
     )
-    write_config_file(config, path)
+    path.write_text(as_yaml(config), encoding="utf-8")
     assert TrainConfig(**read_config_file(path, TrainConfig)) == config
 
 
 def test_how_one_invocation_behaves_is_not_recorded(tmp_path):
-    write_config_file(replace(TrainConfig(), resume=True, overwrite=True, dry_run=True), tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(as_yaml(replace(TrainConfig(), resume=True, overwrite=True, dry_run=True)))
     assert {"resume", "overwrite", "dry_run", "trust_remote_code"}.isdisjoint(recorded_fields(TrainConfig))
     assert TrainConfig(**read_config_file(tmp_path / "run.yaml", TrainConfig)) == TrainConfig()
 

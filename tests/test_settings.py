@@ -55,7 +55,7 @@ def test_both_ends_of_a_range_are_taken_and_nothing_beyond():
 
 def test_a_name_is_text_that_can_be_one():
     for config, name, _ in ranged(Words):
-        for text in ("", "a\0b", "a\x1b[2Jb", "x" * (2**20 + 1)):
+        for text in ("", "a\0b", "a\x1b[2Jb", "a\udcff", "x" * (2**20 + 1)):
             value = (text,) if get_origin(type_of(FIELDS[config, name])[0]) is tuple else text
             with pytest.raises(UsageError):
                 config(**{name: value})

@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_YAML, TRACKER_LOGS, find_run_record
+from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_YAML, TRACKER_LOGS, find_run_record, write_bytes
 from qlora_cli.config import TrainConfig
-from qlora_cli.config_file import write_config_file
+from qlora_cli.config_file import as_yaml
 from qlora_cli.core.adapters.adapter_facts import read_adapter, require_unchanged
 from qlora_cli.core.adapters.lora import PeftModel, adapter_state, attach_adapter, load_adapter_state, save_adapter
 from qlora_cli.core.calibration.initialization import FROM_THE_BASE, StartInputs, initialize_adapter
@@ -139,7 +139,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         logged, run_id = run.report, ""
         if ranks.is_main:
             run_id = begin_run(run.output, start.checkpoint.run if start.checkpoint else None, run.report)
-            write_config_file(config, run.output / RUN_YAML)
+            write_bytes(run.output / RUN_YAML, as_yaml(config).encode())
             metrics = MetricsFile(run.output, last_step=start.state.step)
             stack.callback(metrics.close)
             logged = logging_report(run.report, metrics, accelerator)

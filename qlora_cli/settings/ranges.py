@@ -59,7 +59,8 @@ class Numbers:
 
 @frozen
 class Words:
-    """Text of at most `longest_bytes` in UTF-8, not empty, and without control characters."""
+    """Text of at most `longest_bytes` in UTF-8, not empty, and without control characters. A name that is no UTF-8, which
+    some file systems allow, cannot be recorded."""
 
     longest_bytes: int = 4096  # PATH_MAX
     lines: bool = False  # whether line ends and tabs may be in it
@@ -68,13 +69,16 @@ class Words:
         """Whether the text can be a name."""
         text = str(value)
         plain = re.sub(r"[\n\r\t]", "", text) if self.lines else text
-        size_bytes = len(text.encode("utf-8", "surrogateescape"))
+        try:
+            size_bytes = len(text.encode())
+        except UnicodeEncodeError:
+            return False
         return 0 < size_bytes <= self.longest_bytes and not re.search(r"[\x00-\x1f\x7f-\x9f]", plain)
 
     @property
     def advice(self) -> str:
         """Its length."""
-        return f"Use 1 to {self.longest_bytes:,} bytes of text without control characters."
+        return f"Use 1 to {self.longest_bytes:,} bytes of text in UTF-8 without control characters."
 
 
 @frozen

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 from dataclasses import MISSING, fields
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS
+from qlora_cli.artifacts import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, RUN_YAML
+from qlora_cli.commands import train as train_command
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
 from qlora_cli.config import PrepareConfig, TrainConfig
@@ -183,3 +185,27 @@ def test_a_checkpoint_of_a_version_that_compared_less_goes_on(place, tiny_model,
         train(TrainConfig(**{**options, "rope_scaling": "linear:2"}), lambda event: None)
     train(TrainConfig(**options), lambda event: None)
     assert numbers(tmp_path / "out") == numbers(place / "straight")
+
+
+def test_a_disk_that_is_full_as_a_run_goes_on_leaves_its_settings_whole(place, tiny_model, tmp_path, monkeypatch):
+    """They were emptied first, and what went on with them asked for a model."""
+    output = shutil.copytree(place / "stopped", tmp_path / "out")
+    settings = (output / RUN_YAML).read_bytes()
+    options = {**settings_of(place, tiny_model), "output": str(output), "resume": True}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    begin = train_command.begin_run
+
+    def begin_and_fill(*arguments):
+        begun = begin(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(settings) // 2, limits[1]))
+        return begun
+
+    monkeypatch.setattr(train_command, "begin_run", begin_and_fill)
+    try:
+        with pytest.raises(OSError):
+            train(TrainConfig(**options), lambda event: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert (output / RUN_YAML).read_bytes() == settings

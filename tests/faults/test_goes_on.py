@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from qlora_cli.config import TrainConfig
-from qlora_cli.config_file import write_config_file
+from qlora_cli.config_file import as_yaml
 from tests.conftest import most_slow
 
 from .conftest import count
@@ -17,7 +17,7 @@ BROKEN = ["reader gone", "disk full", "terminal closed", "closed", "full pipe"]
 def test_standard_error_that_cannot_be_written_changes_nothing(zygote, make_run, tmp_path, broken):
     run = make_run(tmp_path / "out")
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in run.options.items()}
-    write_config_file(TrainConfig(**options), tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(as_yaml(TrainConfig(**options)))
     line = ["train", "--config", str(tmp_path / "run.yaml")]
     done = zygote.run("tests.faults.victims:command_line", arguments=line, broken=broken)
     equal = done.code == 0 and run.equals_reference()

@@ -18,7 +18,7 @@ from qlora_cli.artifacts import (
     is_run,
 )
 from qlora_cli.config import TrainConfig
-from qlora_cli.config_file import write_config_file
+from qlora_cli.config_file import as_yaml
 from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.core.runs.directory import begin_run, claimed
 from qlora_cli.core.storage.checkpoint import newest_valid, write_checkpoint
@@ -29,7 +29,7 @@ def write_run(directory, sign):
     """What one of several versions left of a run."""
     directory.mkdir(parents=True, exist_ok=True)
     if sign == RUN_YAML:
-        write_config_file(TrainConfig(model="m"), directory / RUN_YAML)
+        (directory / RUN_YAML).write_text(as_yaml(TrainConfig(model="m")))
     elif sign == RUN_RECORD:
         (directory / RUN_RECORD).write_text('{"format": 1, "qlora_version": "0.1"}')
     elif sign == MARK:

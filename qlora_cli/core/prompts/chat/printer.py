@@ -76,7 +76,7 @@ class ChatPrinter:
         try:
             self._template = environment.from_string(template)
         except TemplateError as error:
-            raise RenderError(f"the chat template does not compile: {error}") from error
+            raise RenderError(f"the chat template does not compile: {str(error).rstrip('.')}") from error
         self._globals = dict(self._template.globals)
         self._names = names
         longest_first = sorted(control_tokens, key=len, reverse=True)
