@@ -43,6 +43,7 @@ from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
 from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
+from qlora_cli.core.models.hub import TOKENIZER_SIGNS
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
@@ -121,6 +122,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
 
         plan = make_planner(options)[1]
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
+        if verifies and any((adapter_directory / name).is_file() for name in TOKENIZER_SIGNS):
+            _ = replace(base.files, name=str(adapter_directory), directory=adapter_directory).tokenizer  # can be read
         require_space(place.path, missing_bytes(place, plan))
         scratch = stack.enter_context(scratch_directory(place))
         choice = choose_base(config, source, base, make_planner, options, scratch, report)

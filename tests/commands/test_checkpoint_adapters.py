@@ -14,7 +14,7 @@ from qlora_cli.config_file import read_config_file
 from qlora_cli.core.adapters.adapter_record import find_adapter, read_adapter_record
 from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.core.runs import directory
-from qlora_cli.errors import AdapterError
+from qlora_cli.errors import AdapterError, ModelError
 from qlora_cli.events import Caution, Notice
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -238,3 +238,25 @@ def test_a_run_that_ends_once_more_and_dies_is_that_of_its_newest_checkpoint(run
             (collected / name).write_bytes(b"new")
     assert find_adapter(copied, said.append) == max((copied / artifacts.CHECKPOINTS).iterdir())
     assert "has not ended" in said[0].text
+
+
+@pytest.mark.parametrize("name", [artifacts.RUN_RECORD, artifacts.ADAPTER_WEIGHTS])
+def test_a_run_that_lost_a_file_names_the_checkpoint_that_has_it(run, tmp_path, name):
+    """Without its record prompts would be formatted otherwise than in training, and without a word."""
+    copied, said = shutil.copytree(run, tmp_path / "out"), []
+    (copied / name).unlink()
+    try:
+        read_adapter_record(copied, said.append)
+        (text,) = (event.text for event in said)
+    except AdapterError as error:
+        text = error.hint
+    newest = max((copied / artifacts.CHECKPOINTS).iterdir())
+    assert text.endswith(f"The same adapter is whole in --adapter {newest}")
+
+
+def test_a_tokenizer_that_cannot_be_read_stops_a_merge_before_anything_is_written(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "out")
+    cut(copied / "tokenizer.json")
+    with pytest.raises(ModelError, match=f"The tokenizer of {copied} cannot be read"):
+        merge(MergeConfig(adapter=str(copied), output=str(tmp_path / "merged")), print)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}

@@ -31,7 +31,7 @@ from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.safetensors_header import read_header
 from qlora_cli.core.untrusted import check_adapter_config, check_expressions
 from qlora_cli.errors import AdapterError, CheckpointError, ModelError, RunError
-from qlora_cli.events import Report
+from qlora_cli.events import Report, report_nothing
 
 ADAPTER_PART = re.compile(r"\.lora_.*$")
 NUMBERS = ("F64", "F32", "F16", "BF16")  # in which adapters are stored
@@ -92,7 +92,8 @@ def read_adapter(directory: Path) -> AdapterFacts:
     if not weights_path.is_file():
         pickle = next(directory.glob("adapter_model*.bin"), None)
         found = f"only {pickle.name}, a pickle file, is there and is not read" if pickle else "it is missing"
-        raise AdapterError(f"{weights_path} is needed: {found}.", "Save the adapter as safetensors.")
+        hint = "Save the adapter as safetensors." if pickle else way_on(directory)
+        raise AdapterError(f"{weights_path} is needed: {found}.", hint)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
@@ -106,7 +107,7 @@ def read_adapter(directory: Path) -> AdapterFacts:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ModelError, RecursionError) as error:
         reason = str(error).rstrip(".")
-        raise AdapterError(f"The adapter in {directory} cannot be read: {reason}.", _way_on(directory)) from error
+        raise AdapterError(f"The adapter in {directory} cannot be read: {reason}.", way_on(directory)) from error
     _check_tensors(tensors, config, weights_path)
     check_expressions(config, {name.split(".lora_", 1)[0] for name in tensors}, directory)
     rslora = bool(config.get("use_rslora"))
@@ -150,7 +151,7 @@ def require_unchanged(directory: Path, report: Report) -> None:
         if settings in (None, settings_digest(directory)):
             return
         changed, keep = directory / ADAPTER_CONFIG, f'remove "adapter_config_sha256" from {record}'
-    way = _way_on(directory)
+    way = way_on(directory)
     raise AdapterError(
         f"{changed} is not what its run wrote: it was damaged, or changed by another program.",
         f"If that was meant, {keep}. If not, {way[0].lower()}{way[1:]}",
@@ -165,14 +166,17 @@ def _recorded_weights(directory: Path) -> tuple[str | None, bool]:
     return find_run_record(directory).get("adapter_sha256"), False
 
 
-def _way_on(directory: Path) -> str:
+def way_on(directory: Path) -> str:
     """What to do about an adapter that is damaged: which checkpoint of its run has it whole, or else another one."""
     needed, root = (ADAPTER_CONFIG, ADAPTER_WEIGHTS), run_of(directory) / CHECKPOINTS
     try:
         expected = _recorded_weights(directory)[0]
     except RunError:  # the record is damaged too
         expected = None
-    for path in list_checkpoints(root) if expected is not None else ():
+    weights = directory / ADAPTER_WEIGHTS
+    if expected is None and weights.is_file():
+        expected = content_digests([weights], report_nothing)[0]  # where something else of it is damaged
+    for path in list_checkpoints(root):
         if recorded_digest(path, ADAPTER_WEIGHTS) != expected:
             continue
         try:
@@ -208,7 +212,7 @@ def _check_tensors(tensors: Mapping[str, tuple[tuple[int, ...], str]], config: M
         elif config.get("use_dora") and not any(f"{module}{ending}" in tensors for ending in MAGNITUDES):
             wrong = wrong or f"use_dora is set, and {module} has no magnitudes"
     if wrong is not None:
-        raise AdapterError(f"{path} is no whole adapter: {wrong}.", _way_on(path.parent))
+        raise AdapterError(f"{path} is no whole adapter: {wrong}.", way_on(path.parent))
 
 
 def _other_half(name: str) -> str | None:

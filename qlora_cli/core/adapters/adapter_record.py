@@ -16,7 +16,7 @@ from qlora_cli.artifacts import (
     is_run,
     read_json,
 )
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter, require_unchanged
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter, require_unchanged, way_on
 from qlora_cli.core.models.files import ModelFiles
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.prompts.formatting import Formatting
@@ -147,6 +147,13 @@ def read_adapter_record(directory: Path, report: Report) -> AdapterRecord:
     facts = read_adapter(directory)
     require_unchanged(directory, report)
     record = find_run_record(directory)
+    if not record and (directory / RUN_YAML).is_file():
+        report(
+            Caution(
+                f"{directory} is a run without its {RUN_RECORD}: how its base was held and its prompts were formatted is "
+                f"not known, and what is usual is assumed. {way_on(directory)}"
+            )
+        )
     base, formatting = record.get("base"), record.get("formatting")
     try:
         return AdapterRecord(
