@@ -17,7 +17,13 @@ from qlora_cli.core.weights.four_bit_parts import (
     read_layout,
     require_values,
 )
-from qlora_cli.core.weights.stored_formats import StoredFormat, fp8_values, mxfp4_values
+from qlora_cli.core.weights.stored_formats import (
+    StoredFormat,
+    fp8_values,
+    mxfp4_values,
+    require_fp8_fit,
+    require_mxfp4_fit,
+)
 from qlora_cli.errors import ModelError
 
 HOST = torch.device("cpu")
@@ -136,7 +142,7 @@ class Checkpoint:
             return mxfp4_values(blocks.to(self.device), scales.to(self.device))
         if "" in parts and len(parts) == 2:
             ending = next(ending for ending in parts if ending)
-            return self._decode_fp8(name, tensors[""], tensors[ending], parts, ending, rows)
+            return self._decode_fp8(tensors[""], tensors[ending], parts, ending, rows)
         packed = self.packed(name)
         assert packed is not None
         values = four_bit_values_of({ending: part.to(self.device) for ending, part in packed.items()})
@@ -144,7 +150,6 @@ class Checkpoint:
 
     def _decode_fp8(
         self,
-        name: str,
         file: WeightFile,
         scale_file: WeightFile,
         parts: dict[str, str],
@@ -158,7 +163,7 @@ class Checkpoint:
         if stacked and rows is not None and scales.ndim == 3:
             scales = scales[rows]
         first = 0 if rows is None or stacked else rows.start
-        return fp8_values(codes, scales, self.stored.block, name, first)
+        return fp8_values(codes, scales, self.stored.block, first)
 
     def _weights_of(self, file: WeightFile) -> Iterator[tuple[str, TensorEntry]]:
         method = self.stored.method if self.stored else None
@@ -169,20 +174,25 @@ class Checkpoint:
             if method == "mxfp4" and name.endswith(BLOCKS):
                 name, kind = name.removesuffix(BLOCKS), "BF16"
                 self.parts[name] = self._found(name, {BLOCKS: entry.name, SCALES: name + SCALES})
+                require_mxfp4_fit(entry, self._stored(name + SCALES))
                 shape = (*shape[:-3], shape[-2] * 32, shape[-3])
             elif method == "fp8" and kind in FP8_DTYPES:
                 scale = next((name + end for end in SCALE_ENDINGS if name + end in self._home), name + SCALE_ENDINGS[0])
                 self.parts[name] = self._found(name, {"": name, scale.removeprefix(name): scale})
+                require_fp8_fit(entry, self._stored(scale), self.stored.block if self.stored else None)
                 kind = "F32"  # a product of an FP8 number and a float32 one
             elif method == "bitsandbytes" and (ending := next((e for e in STATES if name + e in self._home), None)):
                 state = name + ending
                 layout = read_layout(name, ending, self._home[state].read_stored(state))
                 self.parts[name] = self._found(name, layout.parts)
-                layout.require_fit({end: self._home[part].stored[part] for end, part in layout.parts.items()})
+                layout.require_fit({end: self._stored(part) for end, part in layout.parts.items()})
                 kind, shape = DTYPE_NAMES[layout.dtype], layout.shape
             elif self._is_part(method, name):
                 continue
             yield name, TensorEntry(name, kind, shape, entry.start)
+
+    def _stored(self, part: str) -> TensorEntry:
+        return self._home[part].stored[part]
 
     def _is_part(self, method: str | None, name: str) -> bool:
         if method == "mxfp4":

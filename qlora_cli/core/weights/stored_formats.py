@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.errors import ModelError
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; the highest bit of a code is the sign
 EXPONENT_BIAS = 127  # of E8M0
+SCALE_DTYPES = ("F32", "BF16", "F16", "U8", "F8_E8M0")  # of FP8; bytes are E8M0 too
 READ = ("bitsandbytes", "fp8", "mxfp4")
 
 
@@ -95,34 +97,59 @@ def _check_settings(settings: Mapping[str, Any], model: str) -> None:
         )
 
 
-def fp8_values(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, name: str, first_row: int = 0) -> Tensor:
+def require_fp8_fit(codes: TensorEntry, scales: TensorEntry, block: tuple[int, int] | None) -> None:
+    """Checks that the scales of a weight in FP8 are numbers for each of its blocks, or one for all.
+
+    Raises:
+        ModelError: They are not.
+    """
+    if scales.dtype_name not in SCALE_DTYPES:
+        raise _unfit(codes.name, f"{scales.name} is stored as {scales.dtype_name}, which is no scale")
+    if scales.elements == 1:
+        return
+    if block is None:
+        raise ModelError(
+            f"{codes.name} has {scales.elements} scales where its configuration names no block.",
+            "Name it as weight_block_size in the quantization_config of its config.json, or download the model again.",
+        )
+    *stacks, rows, columns = codes.shape
+    if scales.shape != (*stacks, -(-rows // block[0]), -(-columns // block[1])):
+        found = f"it has scales for {scales.shape} blocks, which do not cover it in blocks of {block[0]} x {block[1]}"
+        raise _unfit(codes.name, found)
+
+
+def require_mxfp4_fit(blocks: TensorEntry, scales: TensorEntry) -> None:
+    """Checks that a weight in MXFP4 has an exponent for each block of 32.
+
+    Raises:
+        ModelError: It has not.
+    """
+    if {blocks.dtype_name, scales.dtype_name} != {"U8"} or blocks.shape != (*scales.shape, 16):
+        found = f"{blocks.shape} in {blocks.dtype_name} with exponents {scales.shape} in {scales.dtype_name}"
+        raise _unfit(blocks.name, f"it is {found}, which do not belong together")
+
+
+def _unfit(name: str, found: str) -> ModelError:
+    return ModelError(f"{name} is stored quantised, and {found}.", "Download the model again.")
+
+
+def fp8_values(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, first_row: int = 0) -> Tensor:
     """Values (…, rows, columns) fp32: each code times the scale of its block; blocks at the edges may be partial.
 
     Args:
         codes: (…, rows, columns) float8.
         scales: (…, ⌈rows / block⌉, ⌈columns / block⌉) of the whole weight, or one number.
         block: Rows and columns of a block, from the configuration: the shapes alone do not tell it.
-        name: Of the weight.
         first_row: Of the weight, that `codes` begin with.
-
-    Raises:
-        ModelError: The scales have another shape.
     """
     if scales.dtype == torch.uint8:
         scales = torch.exp2(scales.float() - EXPONENT_BIAS)
     scales = scales.float()
     if scales.numel() == 1:
         return codes.float() * scales.reshape(())
-    if block is None:
-        raise ModelError(f"{name} has {scales.numel()} scales where its configuration names no block.", None)
+    assert block is not None
     rows = (first_row + torch.arange(codes.shape[-2], device=codes.device)) // block[0]
     columns = torch.arange(codes.shape[-1], device=codes.device) // block[1]
-    if rows[-1] >= scales.shape[-2] or int(columns[-1]) + 1 != scales.shape[-1]:
-        raise ModelError(
-            f"{name} has scales for {tuple(scales.shape)} blocks, which do not cover it in blocks of "
-            f"{block[0]} x {block[1]}.",
-            "Download the model again.",
-        )
     return codes.float() * scales[..., rows, :][..., columns]
 
 

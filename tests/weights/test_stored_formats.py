@@ -1,0 +1,50 @@
+"""Weights stored in FP8 and MXFP4: their scales belong to them, or they are refused by name."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qlora_cli.core.weights.checkpoint import Checkpoint
+from qlora_cli.core.weights.stored_formats import StoredFormat
+from qlora_cli.errors import ModelError
+
+FP8 = StoredFormat("fp8", block=(64, 64))
+CODES = torch.ones(320, 128).to(torch.float8_e4m3fn)
+SCALES = torch.arange(1.0, 11.0).view(5, 2)
+
+
+def read(tmp_path, stored, tensors):
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path, stored) as checkpoint:
+        return checkpoint.read("w")
+
+
+def test_each_block_has_the_scale_of_its_place(tmp_path):
+    values = read(tmp_path, FP8, {"w": CODES, "w_scale_inv": SCALES})
+    assert torch.equal(values, SCALES.repeat_interleave(64, 0).repeat_interleave(64, 1))
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [torch.cat([SCALES, SCALES]), SCALES[:-1], SCALES.T.contiguous(), SCALES[:, 0].clone(), SCALES[:0], SCALES.int()],
+    ids=["more rows", "fewer rows", "turned", "one of two dimensions", "none", "no numbers of scales"],
+)
+def test_scales_of_other_blocks_are_refused(tmp_path, scales):
+    with pytest.raises(ModelError, match=r"^w is stored quantised, and .*(which do not cover it|is no scale)"):
+        read(tmp_path, FP8, {"w": CODES, "w_scale_inv": scales})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scales"),
+    [
+        ((5, 64, 3, 16), (5, 64, 1)),
+        ((5, 64, 3, 16), (1, 64, 3)),
+        ((5, 64, 3, 16), (5, 64, 6)),
+        ((5, 64, 3, 8), (5, 64, 3)),
+        ((5, 64, 48), (5, 64, 3)),
+    ],
+)
+def test_exponents_of_other_blocks_are_refused(tmp_path, blocks, scales):
+    tensors = {"w_blocks": torch.ones(blocks, dtype=torch.uint8), "w_scales": torch.ones(scales, dtype=torch.uint8)}
+    with pytest.raises(ModelError, match="^w_blocks is stored quantised, and .* do not belong together"):
+        read(tmp_path, StoredFormat("mxfp4"), tensors)
