@@ -22,6 +22,7 @@ from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 from tests.conftest import ARCHITECTURES, FEW, make_tokenizer, most_slow
+from tests.experts.expert_modules import write_expert_model
 
 
 @pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))
@@ -64,6 +65,24 @@ def test_nan_in_a_quantised_weight_is_found_at_load(tiny_model, tmp_path):
             compute_dtype=torch.float32,
             device=torch.device("cpu"),
         )
+
+
+@pytest.mark.parametrize("layout", ["llama", "qwen3_moe"])
+def test_a_tensor_of_zeros_is_said(tiny_model, tmp_path, layout):
+    """As the end of a file is that was made in its length and not filled."""
+    directory, said = tmp_path / "model", []
+    if layout == "llama":
+        shutil.copytree(tiny_model("llama"), directory)
+    else:
+        write_expert_model(layout, directory)
+    weights = load_file(directory / "model.safetensors")
+    name = max(name for name in weights if name.endswith("down_proj.weight"))
+    options = {"compute_dtype": torch.float32, "device": torch.device("cpu")}
+    for factor, count in ((1, 0), (0, 1)):
+        weights[name] *= factor
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        load_base(resolve_model(str(directory), report=said.append), QuantizationSettings(base_cache=False), **options)
+        assert sum("1 tensor" in event.text and "nothing but zeros" in event.text for event in said) == count
 
 
 def test_a_truncated_weight_file_is_named(tiny_model, tmp_path):

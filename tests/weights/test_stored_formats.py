@@ -46,5 +46,5 @@ def test_scales_of_other_blocks_are_refused(tmp_path, scales):
 )
 def test_exponents_of_other_blocks_are_refused(tmp_path, blocks, scales):
     tensors = {"w_blocks": torch.ones(blocks, dtype=torch.uint8), "w_scales": torch.ones(scales, dtype=torch.uint8)}
-    with pytest.raises(ModelError, match="^w_blocks is stored quantised, and .* do not belong together"):
+    with pytest.raises(ModelError, match=r"^w_blocks is stored quantised, and .* do not belong together"):
         read(tmp_path, StoredFormat("mxfp4"), tensors)

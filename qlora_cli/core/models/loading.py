@@ -29,8 +29,9 @@ from qlora_cli.core.rope_scaling import require_scaled
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, first_line
-from qlora_cli.events import Notice
+from qlora_cli.events import Caution, Notice
 from qlora_cli.settings.groups import QuantizationSettings
+from qlora_cli.sizes import format_count
 
 
 def load_base(
@@ -82,6 +83,7 @@ def load_base(
         base = _load(files, empty, checkpoint, account, packer)
         base.generation_config = _end_marks(files, base)
     _check_weights(base, files.name, packer.finite)
+    _say_zeros(files, packer.zero)
     freeze_base(base)
     if kept:
         save_base(base, facts, files.report, weight_shards, stamps=files.weight_stamps)
@@ -192,6 +194,18 @@ def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.dev
         )
     _check_finite(base, files.name, {})
     return base.requires_grad_(False).eval()
+
+
+def _say_zeros(files: ModelFiles, zero: dict[str, torch.Tensor]) -> None:
+    """Reports matrices of zeros alone, which some models begin added layers with."""
+    found = [name for name, flag in zero.items() if flag]
+    if found:
+        files.report(
+            Caution(
+                f"{format_count(len(found), 'tensor')} of {files.name} hold{'s' * (len(found) == 1)} nothing but zeros, first "
+                f"{found[0]}: so does a file look that was not copied to its end."
+            )
+        )
 
 
 def _check_weights(base: Any, model: str, finite: dict[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from qlora_cli.core.models.quantization import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
     are_finite,
+    are_zero,
     is_finite,
     pack_weight,
     restored_linear,
@@ -104,6 +105,7 @@ class Packer:
         compute_dtype: Of the arithmetic, and what they are packed from.
         device: Where they go.
         finite: Whether each weight, by its name, was finite before it was packed.
+        zero: Whether each was all zeros.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Packer:
         held: dict[str, Any] = {"quant_type": quantization.quant_type, "double_quant": quantization.double_quant}
         self._held = held
         self.finite: dict[str, Tensor] = {}
+        self.zero: dict[str, Tensor] = {}
         self._read: Callable[..., Tensor] = checkpoint.read
 
     def fill(self, model: Any, account: Account) -> None:
@@ -207,8 +210,8 @@ class Packer:
             some = matrices[: weight.experts - first]
             for place, matrix in zip(some, found, strict=False):
                 place.copy_(matrix.to(self.device))
-            for number, finite in enumerate(are_finite(some), first):
-                self.finite[f"{name}.{number}"] = finite
+            for number, (finite, zero) in enumerate(zip(are_finite(some), are_zero(some), strict=True), first):
+                self.finite[f"{name}.{number}"], self.zero[f"{name}.{number}"] = finite, zero
             yield len(some), pack_matrices(some, **self._held)
 
     def _matrices(self, origin: WeightOrigin, weight: ExpertWeight, name: str) -> Iterator[Tensor]:
@@ -249,9 +252,10 @@ class Packer:
             )
 
     def _settled(self, name: str, matrix: Tensor) -> Tensor:
-        """On the device in the compute dtype, (out, in) contiguous; whether it is finite is noted, which packing hides."""
+        """On the device in the compute dtype, (out, in) contiguous; whether it is finite, which packing hides, and zero is
+        noted."""
         matrix = matrix.to(self.device).to(self.compute_dtype).contiguous()
-        self.finite[name] = is_finite(matrix)
+        self.finite[name], self.zero[name] = is_finite(matrix), are_zero(matrix[None])[0]
         return matrix
 
     def _require_shape(self, name: str, value: Tensor, shape: tuple[int, ...]) -> None:

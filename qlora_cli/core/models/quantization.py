@@ -34,6 +34,12 @@ def are_finite(matrices: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(lowest) & torch.isfinite(highest)
 
 
+def are_zero(matrices: torch.Tensor) -> torch.Tensor:
+    """Whether each of several matrices, (count, ...), holds nothing but zeros: (count,) bool on their device."""
+    lowest, highest = torch.aminmax(matrices.flatten(1), dim=1)
+    return (lowest == 0) & (highest == 0)
+
+
 class FourBitConfig(BitsAndBytesConfig):
     """BitsAndBytesConfig that selects the quantizer below."""
 
