@@ -36,7 +36,7 @@ from qlora_cli.core.export.modelfile import MODELFILE, write_modelfile
 from qlora_cli.core.merge.base import Base, find_base, with_biases
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
 from qlora_cli.core.merge.compare_models import Comparison
-from qlora_cli.core.merge.delta import check_finite, read_deltas
+from qlora_cli.core.merge.delta import read_deltas
 from qlora_cli.core.merge.model_card import write_merged_card
 from qlora_cli.core.merge.output_directory import find_place, unfinished_directory, unfinished_path
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
@@ -108,7 +108,6 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         facts = read_adapter(fitted)
         base = with_biases(base, facts, renamer(base.model))
         adapter = stack.enter_context(TensorFile(fitted / ADAPTER_WEIGHTS))
-        check_finite(adapter)
         options = choose_options(config, base, choose_device())
         files = stack.enter_context(Checkpoint(base.files.weights, base.stored, options.device)).files
         keep_tied = bool(facts.config.get("ensure_weight_tying"))

@@ -17,6 +17,7 @@ from qlora_cli.core.adapters.lora import (
     load_adapter_state,
     save_adapter,
 )
+from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.quantization import count_parameters
 from qlora_cli.core.models.structure import build_empty, linear_names
@@ -205,3 +206,14 @@ def test_another_base_than_a_foreign_adapter_names_is_said(load_tiny, tmp_path, 
     files = ModelFiles(given.format(tmp_path), tmp_path, None, report=events.append)
     read_adapter_record(tmp_path, print).require_base(files)
     assert len(events) == said and all("made on meta/llama" in event.text for event in events)
+
+
+def test_an_adapter_of_nan_is_refused_by_name_and_has_no_norm(load_tiny, tmp_path):
+    base, _ = load_tiny("llama")
+    save_adapter(attach_adapter(base, LoraSettings(rank=4), seed=1), tmp_path, base_name="base")
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
+    tensors[f"{UP}B.weight"][3, 1] = torch.nan
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterError, match=f"1 of 28 tensors in .* hold NaN or infinity, first {UP}B.weight"):
+        load_adapter(load_tiny("llama")[0], tmp_path)
+    assert "up_proj" in describe_run(tmp_path, None)["damaged"][0]

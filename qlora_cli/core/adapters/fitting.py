@@ -25,13 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter, way_on
 from qlora_cli.core.adapters.expert_tensors import PAIR, PREFIX, adapter_sizes, stacked_pairs, stacks_of
 from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.raw_weights import read_raw
 from qlora_cli.core.models.structure import find_decoder, head_names, tower_names, underlying_model
+from qlora_cli.core.storage.safetensors_file import TensorFile
+from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import AdapterError, first_line
 
@@ -42,6 +44,7 @@ BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 # Initialisations that subtract the initial adapter from the base weights: the saved adapter needs that other base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 FOLLOWS_FROM_BASE = ("pissa", "olora")  # those of which the weights alone say what was subtracted
+CHECKED_ELEMENTS = 2**22  # for NaN, at a time
 STACKS_SWAPPED = (0, 19)  # since this version of PEFT, A of (experts, out, in) is of in
 
 
@@ -55,9 +58,10 @@ def fitted_adapter(directory: Path, model: Any, files: ModelFiles | None = None)
         files: Of the base; None where the model knows where it came from.
 
     Raises:
-        AdapterError: It does not fit, or needs another base than its own.
+        AdapterError: It does not fit, needs another base than its own, or holds NaN or infinity.
     """
     facts = read_adapter(directory)
+    _check_finite(directory)
     start = refuse_changed_base(facts)
     base = underlying_model(model)
     _refuse_unread(facts, base)
@@ -76,6 +80,25 @@ def fitted_adapter(directory: Path, model: Any, files: ModelFiles | None = None)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, own / ADAPTER_WEIGHTS)
         (own / ADAPTER_CONFIG).write_text(json.dumps(dict(facts.config)), encoding="utf-8")
         yield own
+
+
+def _check_finite(directory: Path) -> None:
+    with TensorFile(directory / ADAPTER_WEIGHTS) as adapter:
+        bad = [entry.name for entry in adapter.entries.values() if not _is_finite(adapter, entry)]
+        if bad:
+            raise AdapterError(
+                f"{len(bad)} of {len(adapter.entries)} tensors in {adapter.path} hold NaN or infinity, first {bad[0]}.",
+                way_on(directory),
+            )
+
+
+def _is_finite(adapter: TensorFile, entry: TensorEntry) -> bool:
+    if len(entry.shape) != 2:
+        return bool(torch.isfinite(adapter.read(entry.name)).all())
+    rows, columns = entry.shape  # embeddings trained in full are larger than memory should hold at once
+    step = max(1, CHECKED_ELEMENTS // max(1, columns))
+    starts = range(0, rows, step)
+    return all(bool(torch.isfinite(adapter.read(entry.name, slice(s, min(s + step, rows)))).all()) for s in starts)
 
 
 def refuse_changed_base(facts: AdapterFacts) -> str | None:

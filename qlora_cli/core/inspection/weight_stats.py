@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name
+from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name, way_on
 from qlora_cli.core.storage.safetensors_header import TensorEntry, read_header
+from qlora_cli.errors import AdapterError
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -72,6 +73,7 @@ def measure_updates(directory: Path, adapter: AdapterFacts) -> list[LayerValue]:
 
     Raises:
         ModelError: The file is damaged.
+        AdapterError: It holds NaN or infinity.
     """
     values = []
     stacks = tuple(f".{name}".rpartition(".")[0] for name in adapter.config.get("target_parameters") or ())
@@ -88,7 +90,10 @@ def measure_updates(directory: Path, adapter: AdapterFacts) -> list[LayerValue]:
             if stacks and f".{module}".endswith(stacks):
                 continue
             a, b = read(down), read(re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", down))  # (r, in), (out, r)
-            norm = math.sqrt(max(0, float(np.sum((b.T @ b) * (a @ a.T)))))
+            square = float(np.sum((b.T @ b) * (a @ a.T)))
+            if not math.isfinite(square):
+                raise AdapterError(f"The pair of {module} in {directory} holds NaN or infinity.", way_on(directory))
+            norm = math.sqrt(max(0, square))
             scaling = adapter.scaling_of(module, len(a))
             values.append(LayerValue(layer_of(module), module.rsplit(".", 1)[-1], scaling * norm))
     return values

@@ -5,19 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts
 from qlora_cli.core.adapters.expert_tensors import ExpertPair, expert_pairs
-from qlora_cli.core.storage.safetensors_file import TensorFile
-from qlora_cli.core.storage.safetensors_header import TensorEntry
 from qlora_cli.errors import AdapterError
 
 PREFIX = "base_model.model."
-CHECKED_ELEMENTS = 2**22  # at a time
 PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<a>lora_A\.weight|lora_embedding_A)|(?P<b>lora_B\.weight|lora_embedding_B)"
     r"|(?P<magnitude>lora_magnitude_vector(?:\.weight)?)|(?P<bias>lora_B\.bias)"
@@ -175,22 +171,3 @@ def _check_shapes(facts: AdapterFacts, model: PreTrainedModel, deltas: Mapping[s
             f"The adapter does not fit this base: {first} is {size} where {needed} is needed, and {len(wrong) - 1} more.",
             "Give the base it was trained on with --model.",
         )
-
-
-def check_finite(adapter: TensorFile) -> None:
-    """Raises AdapterError unless every number of an adapter is finite."""
-    bad = [entry.name for entry in adapter.entries.values() if not _is_finite(adapter, entry)]
-    if bad:
-        raise AdapterError(
-            f"{len(bad)} of {len(adapter.entries)} tensors in {adapter.path} hold NaN or infinity, first {bad[0]}.",
-            "Merge an earlier checkpoint of the run.",
-        )
-
-
-def _is_finite(adapter: TensorFile, entry: TensorEntry) -> bool:
-    if len(entry.shape) != 2:
-        return bool(torch.isfinite(adapter.read(entry.name)).all())
-    rows, columns = entry.shape  # embeddings trained in full are larger than memory should hold at once
-    step = max(1, CHECKED_ELEMENTS // max(1, columns))
-    starts = range(0, rows, step)
-    return all(bool(torch.isfinite(adapter.read(entry.name, slice(s, min(s + step, rows)))).all()) for s in starts)
