@@ -1,6 +1,7 @@
 """Safetensors files: read as the library reads them, written so that it reads them; damaged headers are refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,11 @@ def test_a_checkpoint_is_its_single_file_or_what_its_index_names(tmp_path: Path)
     index.write_text(json.dumps({"weight_map": {"a": 3}}))
     with pytest.raises(ModelError, match=r"index\.json cannot be read"):
         list_weight_files(tmp_path)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "directory.safetensors").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(ModelError, match=f"{path} is damaged: [^\\[]*$"):
+            TensorFile(path)

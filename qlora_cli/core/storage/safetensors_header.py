@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.core.untrusted import refuse_pointer
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, first_line
 from qlora_cli.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -153,9 +153,8 @@ def read_header(path: Path) -> tuple[int, Header]:
     Raises:
         ModelError: The file cannot be read, is truncated or is not safetensors.
     """
-    refuse_pointer(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.", "Check the file's name and rights.") from error
     try:
@@ -164,4 +163,7 @@ def read_header(path: Path) -> tuple[int, Header]:
         return descriptor, parse_header(os.pread(descriptor, count, 0), file_bytes)
     except (ValueError, OSError) as error:
         os.close(descriptor)
-        raise ModelError(f"{path} is damaged: {error}.", "Remove it, and download or copy it again.") from error
+        if path.is_file():
+            refuse_pointer(path)
+        reason = first_line(error)
+        raise ModelError(f"{path} is damaged: {reason}.", "Remove it, and download or copy it again.") from error
