@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,13 +170,12 @@ def _recorded_weights(directory: Path) -> tuple[str | None, bool]:
 def way_on(directory: Path) -> str:
     """What to do about an adapter that is damaged: which checkpoint of its run has it whole, or else another one."""
     needed, root = (ADAPTER_CONFIG, ADAPTER_WEIGHTS), run_of(directory) / CHECKPOINTS
-    try:
+    weights, expected = directory / ADAPTER_WEIGHTS, None
+    with suppress(RunError):  # the record is damaged too
         expected = _recorded_weights(directory)[0]
-    except RunError:  # the record is damaged too
-        expected = None
-    weights = directory / ADAPTER_WEIGHTS
-    if expected is None and weights.is_file():
-        expected = content_digests([weights], report_nothing)[0]  # where something else of it is damaged
+    with suppress(RunError, OSError):
+        if expected is None and weights.is_file():
+            expected = content_digests([weights], report_nothing)[0]  # where something else of it is damaged
     for path in list_checkpoints(root):
         if recorded_digest(path, ADAPTER_WEIGHTS) != expected:
             continue

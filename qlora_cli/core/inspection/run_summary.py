@@ -28,6 +28,7 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
     Raises:
         RunError, AdapterError: There is neither a run nor an adapter, or nothing of it can be read.
     """
+    counted = _count_base(model) if model else None
     damages: list[QloraError] = []
     record: dict[str, Any] = {}
     with _noted(damages):
@@ -42,7 +43,7 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
             adapter = read_adapter(directory)
             base = model or (record.get("base") or {}).get("model") or adapter.base_model
             facts |= _describe_adapter(adapter, directory)
-            facts |= _count_parameters(adapter, base, _count_base(model) if model else _recorded_total(directory))
+            facts |= _count_parameters(adapter, base, counted if model else _recorded_total(directory))
             tables = [_tabulate_adapter(adapter)]
             require_unchanged(directory, report_nothing)
             if whole:
