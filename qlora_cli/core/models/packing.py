@@ -16,9 +16,7 @@ from qlora_cli.core.models.account import Account
 from qlora_cli.core.models.quantization import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
-    are_finite,
-    are_zero,
-    is_finite,
+    finite_and_zero,
     pack_weight,
     restored_linear,
     twin_of,
@@ -210,7 +208,7 @@ class Packer:
             some = matrices[: weight.experts - first]
             for place, matrix in zip(some, found, strict=False):
                 place.copy_(matrix.to(self.device))
-            for number, (finite, zero) in enumerate(zip(are_finite(some), are_zero(some), strict=True), first):
+            for number, (finite, zero) in enumerate(zip(*finite_and_zero(some), strict=True), first):
                 self.finite[f"{name}.{number}"], self.zero[f"{name}.{number}"] = finite, zero
             yield len(some), pack_matrices(some, **self._held)
 
@@ -255,7 +253,7 @@ class Packer:
         """On the device in the compute dtype, (out, in) contiguous; whether it is finite, which packing hides, and zero is
         noted."""
         matrix = matrix.to(self.device).to(self.compute_dtype).contiguous()
-        self.finite[name], self.zero[name] = is_finite(matrix), are_zero(matrix[None])[0]
+        (self.finite[name],), (self.zero[name],) = finite_and_zero(matrix[None])
         return matrix
 
     def _require_shape(self, name: str, value: Tensor, shape: tuple[int, ...]) -> None:

@@ -28,16 +28,10 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(lowest) & torch.isfinite(highest)
 
 
-def are_finite(matrices: torch.Tensor) -> torch.Tensor:
-    """As `is_finite`, of each of several matrices, (count, ...)."""
+def finite_and_zero(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `is_finite`, of each of several matrices, (count, ...); and whether each holds nothing but zeros."""
     lowest, highest = torch.aminmax(matrices.flatten(1), dim=1)
-    return torch.isfinite(lowest) & torch.isfinite(highest)
-
-
-def are_zero(matrices: torch.Tensor) -> torch.Tensor:
-    """Whether each of several matrices, (count, ...), holds nothing but zeros: (count,) bool on their device."""
-    lowest, highest = torch.aminmax(matrices.flatten(1), dim=1)
-    return (lowest == 0) & (highest == 0)
+    return torch.isfinite(lowest) & torch.isfinite(highest), (lowest == 0) & (highest == 0)
 
 
 class FourBitConfig(BitsAndBytesConfig):
