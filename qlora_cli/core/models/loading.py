@@ -198,7 +198,8 @@ def load_unquantized(files: ModelFiles, *, dtype: torch.dtype, device: torch.dev
 
 def _say_zeros(files: ModelFiles, zero: dict[str, torch.Tensor]) -> None:
     """Reports matrices of zeros alone, which some models begin added layers with."""
-    found = [name for name, flag in zero.items() if flag]
+    flags = torch.stack([*zero.values()]).tolist() if zero else []  # waits for the device once
+    found = [name for name, flag in zip(zero, flags, strict=True) if flag]
     if found:
         files.report(
             Caution(
