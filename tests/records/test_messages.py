@@ -24,6 +24,7 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
         {"from": ["human", "gpt"], "value": ["A lake?", "It's Chiemsee."]},
         ["A lake?", "It's Chiemsee."],
         [["A lake?", "It's Chiemsee."]],
+        [["human", "A lake?"], ["Assistant ", "It's Chiemsee."]],
         [{"human": "A lake?", "assistant": "It's Chiemsee."}],
         [{"question": "A lake?", "answer": "It's Chiemsee."}],
         json.dumps([ASK, ANSWER]),
@@ -142,11 +143,22 @@ def test_what_is_wrong_with_a_turn_is_said_with_its_number(turn, reason):
         ({"train": False}, False),
         ({"loss": "false"}, False),
         ({"loss": True, "weight": None}, True),
+        ({"loss_mask": 0}, False),
         ({"weight": 1, "train": False}, False),
     ],
 )
 def test_a_turn_says_whether_it_is_trained_and_the_template_does_not_see_it(said, is_trained):
     assert read_messages([ASK, {**ANSWER, **said}], {}) == ([ASK, ANSWER], [True, is_trained])
+
+
+def test_a_pair_keeps_its_system_text_its_input_and_what_it_says_of_its_answer():
+    pair = {"system": "Be brief.", "instruction": "A lake?", "input": "In Bavaria.", "output": "It's Chiemsee."}
+    asked = {"role": "user", "content": "A lake?\nIn Bavaria."}
+    assert read_messages([pair], {})[0] == [{"role": "system", "content": "Be brief."}, asked, ANSWER]
+    thought = {"question": "A lake?", "answer": "It's Chiemsee.", "reasoning_content": "Think.", "weight": 0}
+    assert read_messages([thought], {}) == ([ASK, {**ANSWER, "reasoning_content": "Think."}], [True, False])
+    words = [["model", "a small car"], ["tool", "a hammer"]]  # questions that happen to be names of roles
+    assert read_messages(words[1:], {})[0][0] == {"role": "user", "content": "tool"}
 
 
 def test_roles_of_ones_own_are_mapped():
@@ -185,7 +197,7 @@ TOOL = {"type": "function", "function": {"name": "get_depth"}}
         ([TOOL["function"]], "functions", [TOOL]),
         ({"tools": [TOOL]}, "tools", [TOOL]),
         (json.dumps(TOOL), "tools", [TOOL]),
-        *((empty, "tools", None) for empty in ("", " ", "[]", [], None)),
+        *((empty, "tools", None) for empty in ("", " ", "[]", "{}", [], {}, None)),
     ],
 )
 def test_tools_are_read_from_every_form(value, column, tools):
@@ -219,6 +231,33 @@ def test_columns_are_joined_in_order():
 @pytest.mark.parametrize("prompt", ["A lake?", [ASK]])
 def test_an_answer_that_repeats_the_question_is_the_whole(prompt, answer):
     assert read({"prompt": prompt, "chosen": answer}, prompt="prompt", answer="chosen") == CHAT
+
+
+BRIEF, LONG = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "Be long."}
+
+
+@pytest.mark.parametrize("before", [[BRIEF, ASK], [BRIEF, ASK, ANSWER]])
+@pytest.mark.parametrize("whole", [[ASK, ANSWER], [BRIEF, ASK, ANSWER]])
+def test_what_two_columns_both_hold_stands_there_once_and_its_answer_is_trained(before, whole):
+    found = read_conversation({"m": before, "c": whole}, ConversationColumns(messages="m", answer="c"))
+    assert found.messages == [BRIEF, ASK, ANSWER]
+    assert found.trained == [True, True, True] and not found.asked[-1] and len(found.asked) == 3
+
+
+def test_two_columns_whose_system_turns_differ_are_refused():
+    with pytest.raises(BadField, match="'c' differs in its system turn"):
+        read({"m": [BRIEF, ASK], "c": [LONG, ASK, ANSWER]}, prompt="m", answer="c")
+
+
+def test_a_history_may_be_anything_that_is_a_conversation_and_of_half_a_pair_is_none():
+    row = {"q": "A lake?", "a": "It's Chiemsee."}
+    for history in ([["human", "Hi"], ["ai", "Hello"]], ["Hi", "Hello"], '[["Hi", "Hello"]]'):
+        assert read({**row, "h": history}, prompt="q", answer="a", history="h")[:2] == [
+            ("user", "Hi"),
+            ("assistant", "Hello"),
+        ]
+    with pytest.raises(BadField, match="'h'"):
+        read({**row, "h": [["Hi"]]}, prompt="q", answer="a", history="h")
 
 
 def test_questions_that_are_json_stay_text():

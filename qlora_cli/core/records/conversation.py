@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_cli.core.records.messages import Message, holds_messages, pair_of, read_messages
+from qlora_cli.core.records.messages import Message, holds_messages, read_messages
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
 from qlora_cli.core.records.tools import read_tools, without_padding
@@ -43,7 +43,7 @@ class ConversationColumns:
         history: Pairs of earlier questions and answers.
         prompt: The question, as text or as messages.
         addition: Text that belongs to the question, such as Alpaca's `input`.
-        answer: The answer, as text or as messages; if these begin with the question, they are the whole.
+        answer: The answer, as text or as messages; if these begin with what comes before, they are the whole.
         tools: Descriptions of tools.
         documents: Documents.
         settings: Variables of the template.
@@ -76,8 +76,8 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
     reader = _Reader(columns.roles)
     if columns.messages is not None:
         reader.add(_required(record, columns.messages), columns.messages, asked=columns.answer is not None)
-    for pair in _history(record, columns.history):
-        reader.add(pair, columns.history)
+    if history := _history(record, columns.history):
+        reader.add(history, columns.history)
     if columns.prompt is not None:
         question = _required(record, columns.prompt)
         addition = record.get(columns.addition) if columns.addition else None
@@ -121,16 +121,21 @@ class _Reader:
     def add_answer(self, value: Any, column: str) -> None:
         """Appends the answer, or takes its messages for the whole where they begin with what came before."""
         messages, trained = self._read(value, column, "assistant")
-        before = [(message["role"], message["content"].strip()) for message in self.messages]
-        begins = [(message["role"], message["content"].strip()) for message in messages if message["role"] != "system"]
-        if before and len(begins) > len(before) and begins[: len(before)] == before:
-            asked = iter(self.asked)
+        before, said = _without_system(self.messages), _without_system(messages)
+        repeated = len(before) if said[: len(before)] == before else 0
+        if said and repeated == len(said):  # both hold the same conversation, and nothing says what of it is context
+            self.asked = [False] * len(self.asked)
+        if repeated and len(said) < len(messages):
+            systems = [[m["content"].strip() for m in of if m["role"] == "system"] for of in (self.messages, messages)]
+            if systems[0] not in ([], systems[1]):
+                raise BadField(f"field {column!r} differs in its system turn from the messages before it")
+            asked = iter([a for a, m in zip(self.asked, self.messages, strict=True) if m["role"] != "system"])
             self.asked = [message["role"] != "system" and next(asked, False) for message in messages]
             self.messages, self.trained = messages, trained
         else:
-            self.messages += messages
-            self.trained += trained
-            self.asked += [False] * len(messages)
+            self.messages += messages[repeated:]
+            self.trained += trained[repeated:]
+            self.asked += [False] * (len(messages) - repeated)
 
     def _read(self, value: Any, column: str | None, role: str | None) -> tuple[list[Message], list[bool]]:
         if role is not None and isinstance(value, str) and not holds_messages(value):
@@ -141,6 +146,11 @@ class _Reader:
             raise BadField(f"field {column!r}: {reason}") from None
 
 
+def _without_system(messages: list[Message]) -> list[tuple[str, str]]:
+    """Who says what, apart from system turns, by which two columns are compared."""
+    return [(message["role"], message["content"].strip()) for message in messages if message["role"] != "system"]
+
+
 def _required(record: Record, column: str) -> Any:
     if column not in record:
         names = ", ".join(map(repr, record)) or "nothing"
@@ -148,13 +158,10 @@ def _required(record: Record, column: str) -> Any:
     return record[column]
 
 
-def _history(record: Record, column: str | None) -> list[Any]:
+def _history(record: Record, column: str | None) -> Any:
     """Earlier questions and answers: a list of pairs, or messages."""
     value = record.get(column) if column else None
-    value = decode_nested(value) if isinstance(value, str) else value
-    if not value:
-        return []
-    return [pair_of(item) or item for item in value] if isinstance(value, list) else [value]
+    return decode_nested(value) if isinstance(value, str) else value
 
 
 def _add_system(reader: _Reader, text: Any, column: str | None) -> None:

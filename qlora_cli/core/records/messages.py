@@ -1,8 +1,8 @@
 """Messages of a conversation: every way in which data sets write turns, read into one list of role and content.
 
 Read are lists of `{"role", "content"}` and of ShareGPT's `{"from", "value"}`, one message alone, a struct of lists
-(how Arrow stores lists of objects sometimes), a list of texts in turn, a list of question and answer pairs, and all of
-these as JSON text or as Python prints them. Content may be made of parts (parts.py).
+(how Arrow stores lists of objects sometimes), a list of texts in turn, a list of question and answer pairs or of pairs
+of role and text, and all of these as JSON text or as Python prints them. Content may be made of parts (parts.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 PART_KEYS = (*CONTENT_KEYS, "parts")  # of which the first that is there counts; the last is Google's
 ASKED = ("human", "user", "question", "instruction", "prompt", "input", "query", "q")
 ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
-TRAINED_KEYS = ("weight", "train", "training", "loss")  # what data sets call it that a turn is trained, or is not
+TRAINED_KEYS = ("weight", "train", "training", "loss", "loss_mask")  # what says that a turn is trained, or is not
 
 
 def turns_of(value: Any) -> list[Any] | None:
@@ -57,12 +57,14 @@ def turns_of(value: Any) -> list[Any] | None:
     items = [decode_nested(item) if isinstance(item, str) and item[:1] == "{" else item for item in value]
     if items and all(isinstance(item, str) for item in items):
         return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(items)]
+    if (said := _turns_of_pairs(items)) is not None:
+        return said
     turns: list[Any] = []
     for item in items:
         if isinstance(item, dict) and isinstance(item.get("role"), str):
             turns.append(item)
             continue
-        found = _turns_of_object(item) if isinstance(item, dict) else pair_of(item)
+        found = _turns_of_object(item) if isinstance(item, dict) else _pair_of(item)
         if found is None:
             return None
         turns += found
@@ -85,11 +87,22 @@ def holds_messages(value: Any) -> bool:
     )
 
 
-def pair_of(value: Any) -> list[Message] | None:
+def _pair_of(value: Any) -> list[Message] | None:
     """Question and answer written as a list of two texts."""
     if isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value):
         return [{"role": "user", "content": value[0]}, {"role": "assistant", "content": value[1]}]
     return None
+
+
+def _turns_of_pairs(items: list[Any]) -> list[Message] | None:
+    """Turns written as lists of role and text; None where not every list begins with a role, one with the assistant's."""
+    if len(items) < 2 or not all(map(_pair_of, items)):
+        return None
+    names = [name.strip().lower() for name, _ in items]
+    roles = [ROLES.get(name, name) for name in names]
+    if "assistant" not in roles or not {*roles} <= {*KNOWN_ROLES, CALL}:
+        return None
+    return [{"role": name, "content": text} for name, text in items]
 
 
 def _turns_of_object(value: Record) -> list[Any] | None:
@@ -101,11 +114,16 @@ def _turns_of_object(value: Record) -> list[Any] | None:
         return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
     if role is not None:
         return [value]
-    asked = next((key for key in ASKED if isinstance(value.get(key), str)), None)
+    asked = [key for key in ASKED if isinstance(value.get(key), str)]
     answered = next((key for key in ANSWERED if isinstance(value.get(key), str)), None)
-    if asked and answered and len(value) <= 4:
-        return [{"role": "user", "content": value[asked]}, {"role": "assistant", "content": value[answered]}]
-    return None
+    if not asked or answered is None or len(value) > 4:
+        return None
+    system = value.get("system")
+    turns = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    question = "\n".join(text for key in asked if (text := value[key]).strip())
+    # What else the pair says, such as a weight or a thought, is of its answer.
+    rest = {key: item for key, item in value.items() if key not in (*asked, answered, "system")}
+    return [*turns, {"role": "user", "content": question}, {**rest, "role": "assistant", "content": value[answered]}]
 
 
 def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple[list[Message], list[bool]]:
@@ -163,7 +181,7 @@ def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Mes
     if role_key is None:
         raise BadField(f"message {number} has no role")
     content_key = next((key for key in CONTENT_KEYS if key in turn), "content" if role_key == "role" else "value")
-    name = turn[role_key]
+    name = turn[role_key].strip()
     role = roles.get(name) or roles.get(name.lower()) or ROLES.get(name.lower(), name.lower())
     message = {
         key: item

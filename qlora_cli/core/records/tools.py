@@ -22,7 +22,7 @@ def read_tools(value: Any, column: str) -> list[Record] | None:
     if isinstance(value, str):
         value = _parse(value, f"field {column!r}") if value.strip() else None
     if isinstance(value, dict) and not isinstance(value.get("tools"), list):
-        value = [value]
+        value = [value] if value else None
     elif isinstance(value, dict):
         value = value["tools"]
     if value is None:
