@@ -83,6 +83,24 @@ CASES = {
         [{"prompt": "A lake?", "rejected": "Zugspitze is a lake, and a deep and wide one.", "chosen": "Chiemsee."}], {},
         ["### Prompt:\nA lake?\n\n### Chosen:\n⟦Chiemsee.<|im_end|>⟧"], "'chosen' are trained",
     ),
+    "preference rows under longer names, as messages": (
+        [{"prompt": [ASK], "rejected_response": [BAD], "chosen_response": [ANSWER]}], {}, [TURN], "'rejected_response' is left out",
+    ),
+    "preference rows under longer names, as text": (
+        [{"prompt": "A lake?", "rejected_response": "Zugspitze is a lake, and a deep one.", "chosen_response": "Chiemsee."}], {},
+        ["### Prompt:\nA lake?\n\n### Chosen response:\n⟦Chiemsee.<|im_end|>⟧"], "'chosen_response' are trained",
+    ),
+    "preferred answers whose question nobody knows": (
+        [{"input": {"messages": [ASK]}, "preferred_output": [ANSWER], "non_preferred_output": [BAD]}], {}, None,
+        "The answers in 'preferred_output' stand alone",
+    ),
+    "a conversation twice, as messages and as the chosen one": (
+        [{"prompt": "A lake?", "messages": [ASK, ANSWER], "chosen": [ASK, ANSWER], "rejected": [ASK, BAD]}], {}, [TURN], "'chosen' are trained",
+    ),
+    "a question beside answers that have no known name": (
+        [{"prompt": "A lake?", "winner": "Chiemsee.", "loser": "Zugspitze is a lake, and a deep one."}], {}, None,
+        "'prompt' is named like a question",
+    ),
     "preference rows of whole texts": (
         [{"chosen": "Q: A lake? A: Chiemsee.", "rejected": "Q: A lake? A: Zugspitze, which is very high."}], {},
         ["Q⟦: A lake? A: Chiemsee.<|im_end|>⟧"], "'chosen' are trained",

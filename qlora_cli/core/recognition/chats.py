@@ -1,20 +1,21 @@
 """Recognition of conversations: which columns hold their turns, system text, tools and settings, under which template."""
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import chat_formatting, own_template
-from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns
+from qlora_cli.core.recognition.columns import CONVERSATIONS, PREFERENCES, Columns
 from qlora_cli.core.recognition.pairs import Pair
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.records.conversation import ConversationColumns
-from qlora_cli.core.records.messages import KNOWN_ROLES, holds_messages, turns_of
+from qlora_cli.core.records.messages import KNOWN_ROLES, ROLES, holds_messages, turns_of
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField
-from qlora_cli.errors import UsageError, first_line
+from qlora_cli.errors import DataError, UsageError, first_line
 from qlora_cli.settings.groups import DataSettings
 
 SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
@@ -36,14 +37,20 @@ def chat_columns(
 
     Raises:
         UsageError: --messages-column names no column, or --role is no `name=role`.
+        DataError: Preferred answers have no question.
     """
     system, history = columns.find(SYSTEMS), columns.find(["history"])
-    rejected = columns.find(["rejected"])
-    chosen = columns.find(["chosen"]) if rejected else None
+    chosen, _ = columns.preference()
     messages = _messages_column(columns, settings, chosen, wanted)
     found = None
     if messages and messages == chosen and pair:
         found = ConversationColumns(prompt=pair.prompt, answer=chosen)
+    elif messages and messages == chosen and not settings.messages_column and columns.holds(messages, _is_answer_alone):
+        raise DataError(
+            f"The answers in {messages!r} stand alone: no column holds the question before them as text or as messages; "
+            f"the data has {columns.listed}.",
+            "Write it into a column 'prompt'.",
+        )
     elif messages:
         found = ConversationColumns(messages=messages)
         if chosen and messages != chosen:
@@ -73,16 +80,28 @@ def _messages_column(columns: Columns, settings: DataSettings, chosen: str | Non
         return columns.require(settings.messages_column, "--messages-column")
     if settings.prompt_column or settings.completion_column:
         return None
-    pairs = {"prompt", "completion", "chosen", "rejected"} | {*SYSTEMS, *TOOLS, "history"}
+    pairs = {"prompt", "completion", *chain(*PREFERENCES), *SYSTEMS, *TOOLS, "history"}
     named = [name for known in CONVERSATIONS for name in columns.names if name.lower() == known]
     others = [name for name in columns.names if name not in named and name.lower() not in pairs]
     found = next(filter(columns.is_conversation, named), None)
     found = found or (chosen if chosen and columns.holds(chosen, holds_messages) else None)
     found = found or next(filter(columns.is_conversation, others), None)
     alone = columns.find(["prompt"])
-    if found is None and alone and columns.is_conversation(alone) and not columns.find(["completion", "chosen"]):
+    if (
+        found is None
+        and alone
+        and columns.is_conversation(alone)
+        and not columns.find(["completion", *dict(PREFERENCES)])
+    ):
         return None if columns.find(["answer", "response", "output"]) else alone
     return found or (next(iter(named), None) if wanted == "chat" else None)
+
+
+def _is_answer_alone(value: Any) -> bool:
+    """Whether the assistant says every turn."""
+    turns = [turn for turn in turns_of(value) or [] if isinstance(turn, dict)]
+    names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
+    return bool(names) and all(ROLES.get(name, name) == "assistant" for name in names)
 
 
 def _is_system(columns: Columns, name: str | None, messages: str | None) -> bool:
@@ -145,6 +164,7 @@ def recognise_chat(
         )
         if name
     )
+    chosen, rejected = columns.preference()
     formatting = chat_formatting(
         template,
         found,
@@ -158,7 +178,7 @@ def recognise_chat(
         f"{where}, {whose}, {describe_trained(train_on)}",
         tuple(formatting.unread_settings()),
         used=tuple(v for v in vars(found).values() if isinstance(v, str)),
-        rejected=columns.find(["rejected"]) if (found.answer or found.messages or "").lower() == "chosen" else None,
+        rejected=rejected if (found.answer or found.messages) == chosen else None,
     )
 
 

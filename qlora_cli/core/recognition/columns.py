@@ -22,6 +22,13 @@ CONVERSATIONS = (
     "utterances",
     "data",
 )
+# Answers that are preferred, and those that they are preferred to.
+PREFERENCES = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response_chosen", "response_rejected"),
+    ("preferred_output", "non_preferred_output"),
+)
 NAMES_SHOWN = 40  # of columns, in a message
 YES_OR_NO = {"true", "false"}
 
@@ -48,6 +55,11 @@ class Columns:
     def find(self, wanted: Iterable[str]) -> str | None:
         """The first of these names that is there, in any case of letters."""
         return next((self._by_lower[name] for name in wanted if name in self._by_lower), None)
+
+    def preference(self) -> tuple[str, str] | tuple[None, None]:
+        """The columns of preferred answers and of those that they are preferred to, where there are both."""
+        found = [(good, bad) for good, bad in PREFERENCES if {good, bad} <= self._by_lower.keys()]
+        return (self._by_lower[found[0][0]], self._by_lower[found[0][1]]) if found else (None, None)
 
     def require(self, name: str, flag: str) -> str:
         """The name itself, if it is a column.

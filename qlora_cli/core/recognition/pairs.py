@@ -53,8 +53,7 @@ class Pair:
 
 def find_pair(columns: Columns, settings: DataSettings) -> Pair | None:
     """The question and answer columns, by flags or names; with preference rows, the answer is the chosen one."""
-    rejected = columns.find(["rejected"])
-    chosen = columns.find(["chosen"]) if rejected else None
+    chosen, rejected = columns.preference()
     named = _named_pair(columns, settings)
     if named is not None:
         return named
@@ -72,7 +71,7 @@ def find_pair(columns: Columns, settings: DataSettings) -> Pair | None:
                 answer,
                 is_conversational=_holds_messages(columns, question) or _holds_messages(columns, answer),
                 is_nested=not columns.is_text(answer) and not _holds_messages(columns, answer),
-                rejected=rejected if chosen else None,
+                rejected=rejected,
             )
     return None
 

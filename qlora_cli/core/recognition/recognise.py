@@ -177,7 +177,7 @@ def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
     unused = [name for name in left_out if name != rejected]
     if rejected:
         remarks = (
-            f"Preference rows: the answers in {columns.find(['chosen'])!r} are trained, {rejected!r} is left out.",
+            f"Preference rows: the answers in {columns.preference()[0]!r} are trained, {rejected!r} is left out.",
             *remarks,
         )
     if not unused:

@@ -51,6 +51,7 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
         )
     texts = [text for text in columns.values(column) if isinstance(text, str) and text.strip()]
     markup = shows_markup(texts, encoder)
+    chosen, rejected = columns.preference()
     remarks = []
     framed = sum(encoder.unframe(text) != text for text in texts)
     typed = sum(encoder.holds_control(encoder.unframe(text)) for text in texts)
@@ -75,7 +76,7 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
         f"plain text in column {column!r}, every token trained",
         tuple(remarks),
         (column,),
-        rejected=columns.find(["rejected"]) if column.lower() == "chosen" else None,
+        rejected=rejected if column == chosen else None,
     )
 
 
@@ -107,7 +108,7 @@ def common_ending(texts: Sequence[str], encoder: TextEncoder) -> str | None:
 
 def _preferred(columns: Columns) -> str | None:
     """The texts that are preferred to others."""
-    chosen, rejected = columns.find(["chosen"]), columns.find(["rejected"])
+    chosen, rejected = columns.preference()
     return chosen if chosen and rejected and columns.is_text(chosen) and columns.is_text(rejected) else None
 
 
@@ -130,16 +131,19 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
             else f"No column holds text; the data has {columns.listed}.",
             f"Name the columns: {COLUMN_FLAGS}.",
         )
+    question = next((name for name in ranked if name.strip().lower() in QUESTIONS), None)
+    others = [name for name in ranked if name != question]
+    if question and others and not is_stated:
+        raise DataError(
+            f"Column {question!r} is named like a question, and no other like its answer: {', '.join(map(repr, others))}.",
+            f"Choose: --prompt-column {shlex.quote(question)} --completion-column {shlex.quote(others[0])}, or to train on "
+            f"one alone: --text-column {shlex.quote(ranked[0])}",
+        )
     first, second = (shlex.quote(name) for name in (ranked * 2)[:2])
     if len(ranked) > 1 and letters[ranked[0]] < CLEARLY_LONGER * letters[ranked[1]]:
         raise DataError(
             f"Several columns could be the text: {', '.join(map(repr, ranked))}.",
             f"Choose: --text-column {first}, or --prompt-column {second} --completion-column {first}",
-        )
-    if len(ranked) > 1 and ranked[0].strip().lower() in QUESTIONS and not is_stated:
-        raise DataError(
-            f"Column {ranked[0]!r} is named like a question, and no other like its answer: {', '.join(map(repr, ranked[1:]))}.",
-            f"Choose: --prompt-column {first} --completion-column {second}, or to train on it alone: --text-column {first}",
         )
     return ranked[0]
 
