@@ -112,6 +112,15 @@ def test_a_setting_that_the_chat_template_does_not_read_is_said(tmp_path):
     assert found.remarks == ("The chat template reads no 'enable_thinkin': that --template-setting does nothing.",)
 
 
+def test_keys_of_messages_that_neither_the_reader_nor_the_template_knows_are_named():
+    ask, answer = MESSAGES
+    tools = {"role": "system", "content": "s", "tools": [{"name": "f"}]}
+    turns = [tools, ask, {**answer, "masked": False, "refusal": None, "weight": 1, "reasoning": "r", "id": "7"}]
+    assert recognised({"messages": turns}).remarks == ("Keys of messages that are not used: 'tools', 'masked'.",)
+    pair = {"question": "q", "answer": "a", "score": 3}
+    assert recognised({"conversation": [pair]}).remarks == ("Keys of messages that are not used: 'score'.",)
+
+
 def test_tokens_are_found():
     found = recognised({"input_ids": [1, 2], "labels": [-100, 2], "text": "x"})
     assert found.formatting == Formatting(format="tokens", column="input_ids")

@@ -5,20 +5,33 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.core.prompts.chat.thoughts import THOUGHTS
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
-from qlora_cli.core.prompts.formatting import chat_formatting, own_template
-from qlora_cli.core.recognition.columns import CONVERSATIONS, PREFERENCES, Columns
+from qlora_cli.core.prompts.formatting import Formatting, chat_formatting, own_template
+from qlora_cli.core.recognition.columns import CONVERSATIONS, PREFERENCES, Columns, list_names
 from qlora_cli.core.recognition.pairs import Pair
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.records.conversation import ConversationColumns
-from qlora_cli.core.records.messages import KNOWN_ROLES, ROLES, holds_messages, turns_of
+from qlora_cli.core.records.messages import (
+    KNOWN_ROLES,
+    PART_KEYS,
+    ROLE_KEYS,
+    ROLES,
+    TRAINED_KEYS,
+    holds_messages,
+    turns_of,
+)
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField
 from qlora_cli.errors import DataError, UsageError, first_line
 from qlora_cli.settings.groups import DataSettings
 
 SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+# Keys of messages that are read, or that only say which message it is.
+KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call"}
+KNOWN_KEYS |= {"id", "name", "tool_call_id", "type"}
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 
 
@@ -176,10 +189,19 @@ def recognise_chat(
         formatting,
         train_on,
         f"{where}, {whose}, {describe_trained(train_on)}",
-        tuple(formatting.unread_settings()),
+        (*formatting.unread_settings(), *_unread_keys(columns, found, formatting)),
         used=tuple(v for v in vars(found).values() if isinstance(v, str)),
         rejected=rejected if (found.answer or found.messages) == chosen else None,
     )
+
+
+def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Formatting) -> list[str]:
+    """That keys of messages do nothing, of those which neither the reader nor the chat template knows."""
+    names = [name for name in (found.messages, found.history, found.prompt, found.answer) if name]
+    turns = [turn for name in names for value in columns.values(name) for turn in turns_of(value) or ()]
+    said = [key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if value not in NOTHING]
+    unread = formatting.unread(key for key in dict.fromkeys(said) if key not in KNOWN_KEYS)
+    return [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
 
 
 def _template_of(settings: DataSettings, encoder: TextEncoder) -> tuple[str, str | None, str]:
