@@ -20,6 +20,7 @@ ASK, ANSWER = {"role": "user", "content": "A lake?"}, {"role": "assistant", "con
 BAD = {"role": "assistant", "content": "Zugspitze."}
 CALL = {"type": "function", "function": {"name": "depth", "arguments": {"of": "Chiemsee"}}}
 TURN = "<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\n⟦Chiemsee.<|im_end|>⟧"
+CONTEXT = "<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n"
 HEADED = "### Prompt:\nA lake?\n\n### Completion:\n⟦Chiemsee.<|im_end|>⟧"
 ASKED = "### Question:\nA lake?\n\n### Answer:\n⟦Chiemsee.<|im_end|>⟧"
 
@@ -66,7 +67,41 @@ CASES = {
     ),
     "a context of several turns before the completion": (
         [{"prompt": [ASK, BAD, ASK], "completion": [ANSWER]}], {},
-        ["<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n" + TURN], "",
+        [CONTEXT + TURN], "",
+    ),
+    "messages under other names of question and answer": (
+        [{"question": [ASK, BAD, ASK], "answer": [ANSWER]}], {}, [CONTEXT + TURN], "'question' and 'answer'",
+    ),
+    "messages under the names of prompt and response": (
+        [{"prompt": [ASK], "response": [ANSWER]}], {}, [TURN], "'prompt' and 'response'",
+    ),
+    "messages that end in a question beside text named like an answer": (
+        [{"source": "x", "messages": [ASK, BAD, ASK], "response": "Chiemsee."}], {}, [CONTEXT + TURN], "'messages' and 'response'",
+    ),
+    "messages that end in a question beside answers that stand alone": (
+        [{"talk": [ASK, BAD, ASK], "reply": [ANSWER]}], {}, [CONTEXT + TURN], "'talk' and 'reply'",
+    ),
+    "messages where the context of question and answer belongs": (
+        [{"context": [ASK, BAD], "question": "A lake?", "answer": "Chiemsee."}], {}, [CONTEXT + TURN], "'context'",
+    ),
+    "text where the context of messages belongs": (
+        [{"context": "Lakes.", "question": [ASK], "answer": "Chiemsee."}], {}, [TURN], "not used: 'context'",
+    ),
+    "messages that end in a question beside what may be its answer": (
+        [{"messages": [ASK, BAD, ASK], "reference_answer": "Chiemsee."}], {}, None, "'reference_answer' may hold it",
+    ),
+    "messages that end in a question beside two answers": (
+        [{"messages": [ASK, BAD, ASK], "first": [ANSWER], "second": [BAD]}], {}, None, "'first', 'second' may hold it",
+    ),
+    "messages that end in an answer beside another": (
+        [{"problem": "?", "solution": "!", "answer": "4", "messages": [ASK, ANSWER]}], {}, [TURN], "not used: 'problem'",
+    ),
+    "answers as messages whose question nobody knows": (
+        [{"topic": "A lake?", "reply": [ANSWER]}], {}, None, "--prompt-column COLUMN --completion-column reply",
+    ),
+    "a history under a longer name": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "chat_history": [["Hi", "Hello"]]}], {},
+        ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n" + TURN], "'chat_history'",
     ),
     "preference rows of messages": ([{"rejected": [ASK, BAD], "chosen": [ASK, ANSWER]}], {}, [TURN], "'chosen' are trained"),
     "preference rows of messages after a prompt": (
@@ -77,7 +112,7 @@ CASES = {
     ),
     "preference rows that repeat a prompt with an answer in it": (
         [{"prompt": [ASK, BAD, ASK], "chosen": [ASK, BAD, ASK, ANSWER], "rejected": [ASK, BAD, ASK, BAD]}], {},
-        ["<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n" + TURN], "",
+        [CONTEXT + TURN], "",
     ),
     "preference rows of text, the rejected one longer": (
         [{"prompt": "A lake?", "rejected": "Zugspitze is a lake, and a deep and wide one.", "chosen": "Chiemsee."}], {},
@@ -165,7 +200,7 @@ CASES = {
     ),
     "a turn that is not to be trained": (
         [{"messages": [ASK, {**BAD, "weight": 0}, ASK, ANSWER]}], {},
-        ["<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n" + TURN], "",
+        [CONTEXT + TURN], "",
     ),
     "no turn that is to be trained": ([{"messages": [ASK, {**ANSWER, "train": False}]}], {}, None, "no answer that the data lets be trained"),
     "ids are no text": ([{"doc_id": "row one"}], {}, None, "No column holds text"),

@@ -1,7 +1,7 @@
 """Recognition of conversations: which columns hold their turns, system text, tools and settings, under which template."""
 
+import shlex
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ from qlora_cli.core.prompts.chat.thoughts import THOUGHTS
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting, chat_formatting, own_template
-from qlora_cli.core.recognition.columns import CONVERSATIONS, PREFERENCES, Columns, list_names
-from qlora_cli.core.recognition.pairs import Pair
+from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
+from qlora_cli.core.recognition.pairs import ANSWERS, Pair
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.records.conversation import ConversationColumns
 from qlora_cli.core.records.messages import (
@@ -38,7 +38,7 @@ TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 def chat_columns(
     columns: Columns, settings: DataSettings, pair: Pair | None, *, wanted: str | None
 ) -> ConversationColumns | None:
-    """Where the conversations are: in one column, in one and the answer preferred, or in question and answer.
+    """Where the conversations are: in one column, in one and the answer beside it, or in question and answer.
 
     Question and answer that are plain text are a conversation if a system text or a history stands beside them.
 
@@ -50,31 +50,20 @@ def chat_columns(
 
     Raises:
         UsageError: --messages-column names no column, or --role is no `name=role`.
-        DataError: Preferred answers have no question.
+        DataError: Answers have no question, or questions no answer.
     """
-    system, history = columns.find(SYSTEMS), columns.find(["history"])
-    chosen, _ = columns.preference()
-    messages = _messages_column(columns, settings, chosen, wanted)
+    system, history = columns.find(SYSTEMS), _history_column(columns)
+    messages = _messages_column(columns, settings, pair, wanted)
     found = None
-    if messages and messages == chosen and pair:
-        found = ConversationColumns(prompt=pair.prompt, answer=chosen)
-    elif messages and messages == chosen and not settings.messages_column and columns.holds(messages, _is_answer_alone):
-        raise DataError(
-            f"The answers in {messages!r} stand alone: no column holds the question before them as text or as messages; "
-            f"the data has {columns.listed}.",
-            "Write it into a column 'prompt'.",
-        )
-    elif messages:
-        found = ConversationColumns(messages=messages)
-        if chosen and messages != chosen:
-            found = replace(found, answer=chosen)
+    if messages:
+        found = ConversationColumns(messages=messages, answer=_answer_to(columns, settings, messages))
     elif pair and (pair.is_conversational or (wanted != "prompt" and wanted != "text")):
         extra = history if columns.has_some(history) else None
         system = system if _is_system(columns, system, None) else None
         if pair.is_conversational or wanted == "chat" or (not pair.is_nested and (extra or system)):
-            found = ConversationColumns(
-                prompt=pair.prompt, addition=pair.optional, answer=pair.completion, history=extra
-            )
+            joins = pair.optional and (_is_plain(columns, pair.prompt) or columns.holds(pair.optional, holds_messages))
+            addition = pair.optional if joins else None  # text beside messages has no place in them
+            found = ConversationColumns(prompt=pair.prompt, addition=addition, answer=pair.completion, history=extra)
     if found is None:
         return None
     documents, variables = columns.find(["documents"]), columns.find(["chat_template_kwargs"])
@@ -88,33 +77,89 @@ def chat_columns(
     )
 
 
-def _messages_column(columns: Columns, settings: DataSettings, chosen: str | None, wanted: str | None) -> str | None:
+def _is_plain(columns: Columns, name: str) -> bool:
+    return columns.is_text(name) and not columns.holds(name, holds_messages)
+
+
+def _history_column(columns: Columns) -> str | None:
+    """Earlier questions and answers: `history`, `chat_history` and the like."""
+    return next((name for name in columns.names if name.lower().endswith("history")), None)
+
+
+def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None, wanted: str | None) -> str | None:
+    """The column that holds conversations, or all of them but their answers.
+
+    Raises:
+        UsageError: --messages-column names no column.
+        DataError: It holds nothing but answers.
+    """
     if settings.messages_column:
         return columns.require(settings.messages_column, "--messages-column")
     if settings.prompt_column or settings.completion_column:
         return None
-    pairs = {"prompt", "completion", *chain(*PREFERENCES), *SYSTEMS, *TOOLS, "history"}
+    chosen, rejected = columns.preference()
+    apart = {chosen, rejected, columns.find(SYSTEMS), columns.find(TOOLS), pair and _history_column(columns)}
     named = [name for known in CONVERSATIONS for name in columns.names if name.lower() == known]
-    others = [name for name in columns.names if name not in named and name.lower() not in pairs]
-    found = next(filter(columns.is_conversation, named), None)
-    found = found or (chosen if chosen and columns.holds(chosen, holds_messages) else None)
-    found = found or next(filter(columns.is_conversation, others), None)
-    alone = columns.find(["prompt"])
-    if (
-        found is None
-        and alone
-        and columns.is_conversation(alone)
-        and not columns.find(["completion", *dict(PREFERENCES)])
-    ):
-        return None if columns.find(["answer", "response", "output"]) else alone
-    return found or (next(iter(named), None) if wanted == "chat" else None)
+    others = [name for name in columns.names if name not in (*named, *apart)]
+    if whole := next(filter(columns.is_conversation, named), None):
+        return whole
+    if pair and pair.is_conversational:  # what is named like question and answer is both, and not one of them alone
+        return None
+    found = [chosen] if chosen and columns.holds(chosen, holds_messages) else []
+    found += filter(columns.is_conversation, others)
+    answers = [name for name in found if columns.holds(name, _is_answer_alone)]
+    if answers and answers == found:
+        raise DataError(
+            f"The answers in {found[0]!r} stand alone: no column holds the question before them as messages or under a "
+            f"name that says so; the data has {columns.listed}.",
+            f"Name both: --prompt-column COLUMN --completion-column {shlex.quote(found[0])}, or to train on the answers "
+            f"alone: --messages-column {shlex.quote(found[0])}",
+        )
+    first = next((name for name in found if name not in answers), None)
+    return first or (next(iter(named), None) if wanted == "chat" else None)
+
+
+def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str | None:
+    """The column of answers to conversations: the preferred ones, or what answers those that all end in a question.
+
+    Raises:
+        DataError: They do, and a column may be the answer but has no name that says so.
+    """
+    chosen, _ = columns.preference()
+    if chosen and chosen != messages:
+        return chosen
+    if settings.messages_column or not columns.holds(messages, _is_open):
+        return None
+    alone = [name for name in columns.names if columns.holds(name, _is_answer_alone)]
+    texts = alone or [name for name in columns.names if name != messages and columns.is_text(name)]
+    if named := next((name for known in ANSWERS for name in texts if name.lower() == known), None):
+        return named
+    words = {name for name in ANSWERS if len(name) > 1}
+    likely = alone or [name for name in texts if {word.removesuffix("s") for word in name.lower().split("_")} & words]
+    if len(alone) == 1 or not likely:
+        return next(iter(likely), None)
+    raise DataError(
+        f"The conversations in {messages!r} all end without an answer, and {list_names(likely)} may hold it.",
+        f"Choose: --prompt-column {shlex.quote(messages)} --completion-column {shlex.quote(likely[0])}, or to train on the "
+        f"answers within the conversations: --messages-column {shlex.quote(messages)}",
+    )
+
+
+def _roles_of(value: Any) -> list[str]:
+    """Who says each turn, under the names that chat templates know."""
+    turns = [turn for turn in turns_of(value) or [] if isinstance(turn, dict)]
+    names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
+    return [ROLES.get(name, name) for name in names]
 
 
 def _is_answer_alone(value: Any) -> bool:
     """Whether the assistant says every turn."""
-    turns = [turn for turn in turns_of(value) or [] if isinstance(turn, dict)]
-    names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
-    return bool(names) and all(ROLES.get(name, name) == "assistant" for name in names)
+    return {*_roles_of(value)} == {"assistant"}
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a conversation ends in something that is still to be answered."""
+    return _roles_of(value)[-1:] in (["user"], ["tool"], ["system"], ["developer"])
 
 
 def _is_system(columns: Columns, name: str | None, messages: str | None) -> bool:

@@ -20,14 +20,15 @@ PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("instruction", ("input", "context"), ("output", "response", "answer", "completion")),
     ("question", ("context",), ("answer", "response", "output", "completion", "answers")),
     ("prompt", (), ("completion", "response", "answer", "output")),
-    ("query", ("context",), ("response", "answer", "output")),
+    ("query", ("context",), ("response", "answer", "output", "completion")),
     ("problem", (), ("solution", "answer")),
-    ("input", (), ("output", "target", "response")),
+    ("input", (), ("output", "target", "response", "completion", "answer", "ideal")),
     ("source", (), ("target",)),
     ("user", (), ("assistant",)),
     ("human", (), ("assistant", "bot")),
     ("q", (), ("a",)),
 )
+ANSWERS = tuple(dict.fromkeys(name for _, _, completions in PAIRS for name in completions))
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def find_pair(columns: Columns, settings: DataSettings) -> Pair | None:
                 question,
                 columns.find(optionals),
                 answer,
-                is_conversational=_holds_messages(columns, question) or _holds_messages(columns, answer),
+                is_conversational=not columns.is_text(question)
+                or any(_holds_messages(columns, name) for name in (question, answer, columns.find(optionals)) if name),
                 is_nested=not columns.is_text(answer) and not _holds_messages(columns, answer),
                 rejected=rejected,
             )

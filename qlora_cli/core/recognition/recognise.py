@@ -230,8 +230,9 @@ def _name_columns(formatting: Formatting) -> str:
     if formatting.format == "text":
         return f"--text-column {shlex.quote(str(formatting.column))}"
     own = formatting.conversation
-    if messages := own.messages if own else formatting.column:
-        return f"--messages-column {shlex.quote(messages)}"
-    prompt, answer = (own.prompt, own.answer) if own else (formatting.prompt_column, formatting.completion_column)
+    if own and own.messages and not own.answer:
+        return f"--messages-column {shlex.quote(own.messages)}"
+    prompt = own.messages or own.prompt if own else formatting.prompt_column
+    answer = own.answer if own else formatting.completion_column
     flags = {"--prompt-column": prompt, "--completion-column": answer}
     return " ".join(f"{flag} {shlex.quote(column)}" for flag, column in flags.items() if column)

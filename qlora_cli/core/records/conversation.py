@@ -42,7 +42,7 @@ class ConversationColumns:
         messages: The turns, or those before the question.
         history: Pairs of earlier questions and answers.
         prompt: The question, as text or as messages.
-        addition: Text that belongs to the question, such as Alpaca's `input`.
+        addition: Text that belongs to the question, such as Alpaca's `input`, or messages before it.
         answer: The answer, as text or as messages; if these begin with what comes before, they are the whole.
         tools: Descriptions of tools.
         documents: Documents.
@@ -81,7 +81,9 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
     if columns.prompt is not None:
         question = _required(record, columns.prompt)
         addition = record.get(columns.addition) if columns.addition else None
-        if isinstance(question, str) and isinstance(addition, str) and addition.strip():
+        if addition and holds_messages(addition):
+            reader.add(addition, columns.addition, asked=True)
+        elif isinstance(question, str) and isinstance(addition, str) and addition.strip():
             question = f"{question}\n{addition}" if question.strip() else addition
         reader.add(question, columns.prompt, role="user", asked=True)
     if columns.answer is not None and not is_prompt:
