@@ -207,6 +207,14 @@ CASES = {
     "something nested holds more than the text": (
         [{"name": "row one", "pages": [{"body": "Once upon a time there was a lake."}]}], {}, None, "Column 'pages' holds most of the rows",
     ),
+    "answers of conversations that all end in the end of a turn": (
+        [{"messages": [{**ASK, "content": "A <|im_end|>?"}, {**ANSWER, "content": "Chiemsee.<|im_end|>\n"}]}], {},
+        [TURN.replace("A lake?", "A <|im_end|>?")], "ends in <|im_end|>, which is taken for the end",
+    ),
+    "answers of conversations of which some end in the end of a turn": (
+        [{"messages": [ASK, {**ANSWER, "content": "Chiemsee.<|im_end|>"}]}, {"messages": [ASK, ANSWER]}], {},
+        [TURN.replace("Chiemsee.", "Chiemsee.<|im_end|>"), TURN], "typed in answers are kept as plain text",
+    ),
     "text that ends in the end of text": (
         [{"text": "A lake.<|im_end|>"}, {"text": "A hill.<|im_end|>\n"}], {},
         ["A⟦ lake.<|im_end|>⟧", "A⟦ hill.<|im_end|>⟧"], "formatted beforehand",

@@ -116,7 +116,9 @@ def test_keys_of_messages_that_neither_the_reader_nor_the_template_knows_are_nam
     ask, answer = MESSAGES
     tools = {"role": "system", "content": "s", "tools": [{"name": "f"}]}
     turns = [tools, ask, {**answer, "masked": False, "refusal": None, "weight": 1, "reasoning": "r", "id": "7"}]
-    assert recognised({"messages": turns}).remarks == ("Keys of messages that are not used: 'tools', 'masked'.",)
+    assert recognised({"messages": turns}).remarks == ("Keys of messages that are not used: 'masked'.",)
+    weighed = recognised({"messages": [{**ask, "weight": 1}, {**answer, "weight": 1}]})
+    assert weighed.remarks == ("'weight' on turns that are no answers does nothing: --train-on all trains these too.",)
     pair = {"question": "q", "answer": "a", "score": 3}
     assert recognised({"conversation": [pair]}).remarks == ("Keys of messages that are not used: 'score'.",)
 

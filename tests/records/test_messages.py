@@ -41,6 +41,7 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
             {"role": "user", "parts": [{"text": "A lake?"}]},
             {"role": "model", "parts": [{"text": "It's "}, {"text": "Chiemsee."}]},
         ],
+        [{"role": "user", "content": ["A lake?"]}, {"role": "assistant", "content": ["It's ", "Chiemsee."]}],
     ],
 )
 def test_every_form_of_turns_is_the_same_conversation(value):
@@ -186,6 +187,7 @@ def test_nested_text_is_read_as_json_or_as_python_prints_it():
 
 
 TOOL = {"type": "function", "function": {"name": "get_depth"}}
+DESCRIBED = {"type": "function", "function": {"name": "get_depth", "description": "Of a lake."}}
 
 
 @pytest.mark.parametrize(
@@ -197,6 +199,8 @@ TOOL = {"type": "function", "function": {"name": "get_depth"}}
         ([TOOL["function"]], "functions", [TOOL]),
         ({"tools": [TOOL]}, "tools", [TOOL]),
         (json.dumps(TOOL), "tools", [TOOL]),
+        ({"get_depth": {"description": "Of a lake."}, "f": TOOL}, "tools", [DESCRIBED, TOOL]),
+        ([{"type": "function", **DESCRIBED["function"]}], "tools", [DESCRIBED]),
         *((empty, "tools", None) for empty in ("", " ", "[]", "{}", [], {}, None)),
     ],
 )
@@ -204,7 +208,15 @@ def test_tools_are_read_from_every_form(value, column, tools):
     assert read_tools(value, column) == tools
 
 
-@pytest.mark.parametrize(("value", "reason"), [("{", "is no JSON"), (3, "is a number"), ([3], "holds a number")])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("{", "is no JSON"),
+        (3, "is a number"),
+        ([3], "holds a number"),
+        ({"get_depth": "Of a lake."}, "is an object that describes no tool"),
+    ],
+)
 def test_tools_that_are_none_are_refused(value, reason):
     with pytest.raises(BadField, match=f"field 'tools' {reason}"):
         read_tools(value, "tools")
@@ -341,6 +353,36 @@ FROM_GOOGLE = [
     },
     {"role": "model", "parts": [{"text": "It's Chiemsee."}]},
 ]
+
+
+FROM_RESPONSES = [
+    {"role": "user", "content": "A lake?"},
+    {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "A tool knows."}], "content": None},
+    {
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": "I look.", "annotations": []}],
+    },
+    {"type": "function_call", "id": "f", "call_id": "t1", **AS_TEXT["function"]},
+    {"type": "function_call_output", "call_id": "t1", "output": "73"},
+    {"role": "user", "content": [{"type": "input_text", "text": "A lake?"}]},
+    {"type": "message", "role": "assistant", "content": "It's Chiemsee."},
+]
+
+
+def test_items_of_responses_are_turns_and_a_list_of_them_is_messages_beyond_doubt():
+    assert read_messages(FROM_RESPONSES, {})[0] == [ASK, CALLED, GAVE, ASK, ANSWER]
+    assert holds_messages(FROM_RESPONSES[1:3])
+    assert turns_of([{"type": "web_search_call", "id": "w"}]) is None
+
+
+def test_a_turn_may_describe_the_tools_and_no_others_than_the_column():
+    row = {"messages": [{"role": "system", "content": "", "tools": [TOOL]}, ASK, ANSWER]}
+    assert read_conversation(row, ConversationColumns(messages="messages")).tools == [TOOL]
+    columns = ConversationColumns(messages="messages", tools="tools")
+    assert read_conversation({**row, "tools": [TOOL]}, columns).tools == [TOOL]
+    with pytest.raises(BadField, match="message 1 describes other tools"):
+        read_conversation({**row, "tools": [DESCRIBED]}, columns)
 
 
 @pytest.mark.parametrize("messages", [FROM_ANTHROPIC, FROM_GOOGLE])

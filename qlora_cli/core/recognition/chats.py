@@ -1,7 +1,9 @@
 """Recognition of conversations: which columns hold their turns, system text, tools and settings, under which template."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from qlora_cli.core.prompts.formatting import Formatting, chat_formatting, own_t
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
 from qlora_cli.core.recognition.pairs import ANSWERS, Pair
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
-from qlora_cli.core.records.conversation import ConversationColumns
+from qlora_cli.core.recognition.texts import common_ending
+from qlora_cli.core.records.conversation import ConversationColumns, read_conversation
 from qlora_cli.core.records.messages import (
     KNOWN_ROLES,
     PART_KEYS,
@@ -31,7 +34,7 @@ SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "sy
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 # Keys of messages that are read, or that only say which message it is.
 KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call"}
-KNOWN_KEYS |= {"id", "name", "tool_call_id", "type"}
+KNOWN_KEYS |= {"id", "name", "tool_call_id", "type", "tools"}
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 
 
@@ -223,6 +226,14 @@ def recognise_chat(
         if name
     )
     chosen, rejected = columns.preference()
+    used = tuple(v for v in vars(found).values() if isinstance(v, str))
+    answers = _answers_of(columns, found)
+    remarks = []
+    if ending := common_ending(answers, encoder):
+        found = replace(found, ending=ending)
+        remarks.append(f"Every answer ends in {ending}, which is taken for the end that the chat template writes.")
+    elif any(map(encoder.holds_control, answers)):
+        remarks.append("Control tokens typed in answers are kept as plain text.")
     formatting = chat_formatting(
         template,
         found,
@@ -234,19 +245,36 @@ def recognise_chat(
         formatting,
         train_on,
         f"{where}, {whose}, {describe_trained(train_on)}",
-        (*formatting.unread_settings(), *_unread_keys(columns, found, formatting)),
-        used=tuple(v for v in vars(found).values() if isinstance(v, str)),
+        (*remarks, *formatting.unread_settings(), *_unread_keys(columns, found, formatting, train_on)),
+        used=used,
         rejected=rejected if (found.answer or found.messages) == chosen else None,
     )
 
 
-def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Formatting) -> list[str]:
-    """That keys of messages do nothing, of those which neither the reader nor the chat template knows."""
+def _answers_of(columns: Columns, found: ConversationColumns) -> list[str]:
+    """What the assistant says in the first rows, but for those that are bad."""
+    answers: list[str] = []
+    for record in columns.records:
+        with suppress(BadField):
+            messages = read_conversation(record, found).messages
+            answers += [message["content"] for message in messages if message["role"] == "assistant"]
+    return answers
+
+
+def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Formatting, train_on: str) -> list[str]:
+    """That keys of messages do nothing: what neither the reader nor the chat template knows, and what would train others
+    than answers."""
     names = [name for name in (found.messages, found.history, found.prompt, found.answer) if name]
-    turns = [turn for name in names for value in columns.values(name) for turn in turns_of(value) or ()]
-    said = [key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if value not in NOTHING]
+    values = [value for name in names for value in columns.values(name)]
+    turns = [turn for value in values for turn in turns_of(value) or () if isinstance(turn, dict)]
+    said = [key for turn in turns for key, value in turn.items() if value not in NOTHING]
     unread = formatting.unread(key for key in dict.fromkeys(said) if key not in KNOWN_KEYS)
-    return [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
+    sentences = [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
+    whose = chain.from_iterable(map(_roles_of, values))
+    asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ("user", "system", "tool")]
+    if train_on != "all" and (key := next((k for k in TRAINED_KEYS if any(turn.get(k) for turn in asking)), None)):
+        sentences.append(f"{key!r} on turns that are no answers does nothing: --train-on all trains these too.")
+    return sentences
 
 
 def _template_of(settings: DataSettings, encoder: TextEncoder) -> tuple[str, str | None, str]:

@@ -17,7 +17,7 @@ class Conversation:
     Attributes:
         messages: `role`, `content` (text, never null), and what else the data has; `tool_calls` is there only where
             there are calls, and their arguments are objects.
-        trained: For each message, whether the data lets it be trained (`weight`, `train`, `loss`); what is no answer
+        trained: For each message, whether the data lets it be trained (see `TRAINED_KEYS`); what is no answer
             of the assistant is not trained in any case.
         asked: For each message, whether it is of the prompt of a prompt and completion: its answers are context.
         tools: Descriptions of tools, or None.
@@ -48,6 +48,7 @@ class ConversationColumns:
         documents: Documents.
         settings: Variables of the template.
         roles: Names of roles in this data → names that chat templates know.
+        ending: Control token, as text, that every answer ends in; it is taken off, as the chat template has its own.
     """
 
     system: str | None = None
@@ -60,6 +61,7 @@ class ConversationColumns:
     documents: str | None = None
     settings: str | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
+    ending: str | None = None
 
 
 def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt: bool = False) -> Conversation:
@@ -91,7 +93,11 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
     if not reader.messages:
         raise BadField(f"field {columns.messages or columns.prompt!r}: has no messages")
     _add_system(reader, record.get(columns.system) if columns.system else None, columns.system)
-    messages, tools = reader.messages, read_tools(record.get(columns.tools), columns.tools) if columns.tools else None
+    tools = read_tools(record.get(columns.tools), columns.tools) if columns.tools else None
+    tools = _tools_of_turns(reader.messages, tools)
+    messages = reader.messages
+    if columns.ending:
+        messages = [_without_ending(message, columns.ending) for message in messages]
     if tools:
         tools, messages = without_padding(tools, messages)
     return Conversation(
@@ -179,6 +185,26 @@ def _add_system(reader: _Reader, text: Any, column: str | None) -> None:
         reader.asked.insert(0, False)
     elif first["content"].strip() != text.strip():
         raise BadField(f"field {column!r} differs from the system turn that the conversation has")
+
+
+def _tools_of_turns(messages: list[Message], tools: list[Record] | None) -> list[Record] | None:
+    """The tools of a conversation, which a turn (ChatGLM's system turn) may describe instead of a column.
+
+    Raises:
+        BadField: It describes others than the column, or than another turn.
+    """
+    for number, message in enumerate(messages, start=1):
+        own = read_tools(message["tools"], "tools") if "tools" in message else None
+        if own and tools and own != tools:
+            raise BadField(f"message {number} describes other tools than those that the conversation has already")
+        tools = own or tools
+    return tools
+
+
+def _without_ending(message: Message, ending: str) -> Message:
+    said = message["content"].rstrip()
+    is_ended = message["role"] == "assistant" and said.endswith(ending)
+    return {**message, "content": said.removesuffix(ending)} if is_ended else message
 
 
 def _documents(record: Record, column: str | None) -> list[Record] | None:

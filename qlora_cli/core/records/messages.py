@@ -8,7 +8,7 @@ of role and text, and all of these as JSON text or as Python prints them. Conten
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_cli.core.records.parts import are_parts, plain_turns
+from qlora_cli.core.records.parts import are_parts, is_item, plain_turns, turns_of_items
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
 from qlora_cli.core.records.tools import read_calls, wrap_call
 
@@ -59,6 +59,8 @@ def turns_of(value: Any) -> list[Any] | None:
         return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(items)]
     if (said := _turns_of_pairs(items)) is not None:
         return said
+    if any(map(is_item, items)) and all(is_item(item) or isinstance(item, dict) for item in items):
+        items = turns_of_items(items)
     turns: list[Any] = []
     for item in items:
         if isinstance(item, dict) and isinstance(item.get("role"), str):
@@ -83,7 +85,8 @@ def holds_messages(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(turns_of(value)) and any(isinstance(value.get(key), str | list) for key in ROLE_KEYS)
     return bool(items) and all(
-        isinstance(item, dict) and any(isinstance(item.get(key), str) for key in ROLE_KEYS) for item in items
+        is_item(item) or (isinstance(item, dict) and any(isinstance(item.get(key), str) for key in ROLE_KEYS))
+        for item in items
     )
 
 

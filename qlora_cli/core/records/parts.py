@@ -1,5 +1,8 @@
 """Content that is a list of parts, as the interfaces of Anthropic, OpenAI and Google write it, read into plain turns.
 
+What OpenAI's Responses write as items beside messages (a call, its result, a thought) is read as parts of turns, and texts
+in a list as parts that are text.
+
 Text joins into text, thoughts become the turn's thought, calls its `tool_calls`, and results of tools turns of their own,
 which stand before what else the turn says, as they do there. Chat templates print a turn's thought, its text and its
 calls in that order; parts in another order are refused.
@@ -10,10 +13,18 @@ from typing import Any
 
 from qlora_cli.core.records.record import BadField, Record, decode_nested
 
-TEXTS = ("text", "input_text", "output_text")  # types of parts, which Google's leave out
+TEXTS = (
+    "text",
+    "input_text",
+    "output_text",
+    "summary_text",
+    "reasoning_text",
+)  # types of parts, which Google's leave out
 THOUGHTS = ("thinking", "reasoning", "thought")
 THOUGHT_KEY = "reasoning_content"  # as chat templates call it
-CALLS, RESULTS = ("tool_use", "function_call", "functionCall"), ("tool_result", "function_response", "functionResponse")
+CALLS = ("tool_use", "function_call", "functionCall")
+RESULTS = ("tool_result", "function_response", "functionResponse", "function_call_output")
+ITEMS = {"function_call": "assistant", "reasoning": "assistant", "function_call_output": "tool"}  # type → whose it is
 ORDER = (THOUGHTS, TEXTS, CALLS)
 UNSAID = (
     "text",
@@ -26,7 +37,27 @@ UNSAID = (
 
 def are_parts(content: Any) -> bool:
     """Whether content is a list of parts."""
-    return isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    return isinstance(content, list) and all(isinstance(part, dict | str) for part in content)
+
+
+def is_item(value: Any) -> bool:
+    """Whether a value is what Responses write beside messages."""
+    return isinstance(value, dict) and value.get("type") in ITEMS and value.get("role", value.get("from")) is None
+
+
+def turns_of_items(items: list[Any]) -> list[Any]:
+    """Messages and items as turns: what the assistant thinks, says and calls in a row is one turn of these parts."""
+    turns: list[Any] = []
+    for item in items:
+        role = ITEMS[item["type"]] if is_item(item) else item.get("role")
+        content = [item] if is_item(item) else item.get("content")
+        turn = {"role": role, "content": [content] if isinstance(content, str) else content}
+        before = turns[-1] if turns else {}
+        if role == before.get("role") == "assistant" and are_parts(turn["content"]) and are_parts(before["content"]):
+            before["content"] = before["content"] + turn["content"]
+        else:
+            turns.append(turn)
+    return turns
 
 
 def text_of(content: Any, where: str) -> Any:
@@ -97,8 +128,10 @@ def plain_turns(turn: Record, key: str, number: int, names: dict[str, str]) -> l
     return [*plain, said] if not results or "".join(texts).strip() or thoughts or calls else plain
 
 
-def _kind_of(part: Record, where: str) -> tuple[str, Any]:
+def _kind_of(part: Record | str, where: str) -> tuple[str, Any]:
     """The type of a part and what it holds under that."""
+    if isinstance(part, str):
+        return "text", part
     kind = part.get("type")
     if kind is None:
         kind = next((name for name in (*CALLS[1:], *RESULTS[1:]) if part.get(name) is not None), "text")
@@ -108,7 +141,8 @@ def _kind_of(part: Record, where: str) -> tuple[str, Any]:
     if kind in TEXTS or kind == "thought":
         value = part.get("text")
     elif kind in THOUGHTS:
-        value = text_of(part.get(kind, part.get("text")), where)  # Mistral's are parts themselves
+        held = _first(part, kind, "text") or part.get("content") or part.get("summary")  # the last two are Responses'
+        value = text_of(held, where)  # Mistral's are parts themselves
     else:
         value = part.get(kind)
     known = kind in (*TEXTS, *THOUGHTS) and isinstance(value, str | None)
@@ -130,7 +164,7 @@ def _read_call(part: Record, value: Any, names: dict[str, str]) -> Record:
     """A call of a tool in the form of `tool_calls`."""
     call = value if isinstance(value, dict) else part
     arguments = _first(call, "input", "arguments", "args")
-    name, identity = call.get("name"), call.get("id") or part.get("id")
+    name, identity = call.get("name"), call.get("call_id") or call.get("id") or part.get("id")
     if isinstance(identity, str) and isinstance(name, str):
         names[identity] = name
     function = {"name": name, "arguments": arguments}
@@ -140,7 +174,7 @@ def _read_call(part: Record, value: Any, names: dict[str, str]) -> Record:
 def _read_result(part: Record, value: Any, number: int, names: dict[str, str]) -> Record:
     """A turn of what a tool gave."""
     result = value if isinstance(value, dict) else part
-    identity = result.get("tool_use_id") or result.get("id")
+    identity = result.get("tool_use_id") or result.get("call_id") or result.get("id")
     name = result.get("name") or (names.get(identity) if isinstance(identity, str) else None)
     content = _first(result, "content", "response", "output")
     content = decode_nested(content) if isinstance(content, str) and content[:2] == "[{" else content

@@ -11,7 +11,8 @@ from qlora_cli.core.records.record import BadField, Record, describe_type
 
 
 def read_tools(value: Any, column: str) -> list[Record] | None:
-    """Descriptions of tools from a list of objects, of JSON texts, or from JSON text; None where there are none.
+    """Descriptions of tools from a list of objects, of JSON texts, from one object, or from JSON text; None where there
+    are none.
 
     In the column `functions` they are OpenAI's former ones, without the object around each; Anthropic's and Google's are
     read in any.
@@ -21,10 +22,8 @@ def read_tools(value: Any, column: str) -> list[Record] | None:
     """
     if isinstance(value, str):
         value = _parse(value, f"field {column!r}") if value.strip() else None
-    if isinstance(value, dict) and not isinstance(value.get("tools"), list):
-        value = [value] if value else None
-    elif isinstance(value, dict):
-        value = value["tools"]
+    if isinstance(value, dict):
+        value = value["tools"] if isinstance(value.get("tools"), list) else _tools_in(value, column)
     if value is None:
         return None
     if not isinstance(value, list):
@@ -39,6 +38,19 @@ def read_tools(value: Any, column: str) -> list[Record] | None:
     return tools or None
 
 
+def _tools_in(value: Record, column: str) -> list[Record]:
+    """The tool that an object describes, or those that it describes under their names."""
+    if not value or value.keys() & {"name", "function", "functionDeclarations", "function_declarations"}:
+        return [value] if value else []
+    tools = []
+    for name, described in value.items():
+        if not isinstance(described, dict) or not described.keys() & {"description", "parameters", "function", "name"}:
+            raise BadField(f"field {column!r} is an object that describes no tool, nor tools under their names")
+        own = described if described.keys() & {"function", "name"} else {"name": name, **described}
+        tools.append(own if "function" in own else {"type": "function", "function": own})
+    return tools
+
+
 def _as_functions(tool: Record, column: str) -> list[Record]:
     """Google's declarations and Anthropic's descriptions as chat templates expect them; others as they are."""
     declared = tool.get("functionDeclarations", tool.get("function_declarations"))
@@ -46,6 +58,8 @@ def _as_functions(tool: Record, column: str) -> list[Record]:
         if not isinstance(declared, list) or not all(isinstance(function, dict) for function in declared):
             raise BadField(f"field {column!r} holds declarations of functions that are no list of objects")
         return [{"type": "function", "function": function} for function in declared]
+    if tool.get("type") == "function" and "function" not in tool and "name" in tool:  # of OpenAI's Responses
+        return [{"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}]
     if "input_schema" not in tool:
         return [tool]
     kept = {key: value for key, value in tool.items() if key not in ("input_schema", "type", "cache_control")}
