@@ -232,6 +232,8 @@ def test_every_row_is_accounted_for_whatever_happens_to_long_ones(kind, records,
     assert all(ids[: len(prefix)].tolist() == prefix for ids, _ in split_rows)
     assert split.counts["truncated"] == 0
     assert split.counts["split"] == sum(len(ids) > limit for ids, _ in whole_rows)
+    assert split.dropped == whole.dropped, "no row is lost, whatever its pieces are"
+    assert sum(bool(ids[-1] == eos and flags[-1]) for ids, flags in split_rows) == len(whole_rows)
     lost_to_borders = sum(flags.sum() for _, flags in whole_rows) - sum(flags.sum() for _, flags in split_rows)
     pieces = sum(-(-max(len(ids) - limit, 0) // (limit - len(prefix))) for ids, _ in whole_rows)
     # Only a piece without BOS loses the label of its first token: nothing stands before it.

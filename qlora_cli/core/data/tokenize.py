@@ -232,22 +232,27 @@ class Tokeniser:
         result.counts["truncated"] = int((cut & has_trained).sum())
 
     def _split(self, result: TokenisedChunk) -> None:
-        """Cuts each long row into parts of at most the limit, each with the tokenizer's prefix (BOS)."""
+        """Cuts each long row into parts of at most the limit, each with the tokenizer's prefix (BOS).
+
+        Parts in which nothing can be trained are left out, unless that is the whole row. A last token that would stand
+        alone in its part, with nothing to predict it from, has the one before it there too.
+        """
         limit = self._settings.max_length
         prefix = np.array(self._encoder.spec.prefix_ids, dtype=np.int32)
         step = limit - prefix.size
         parts: list[Row] = []
         origins: list[int] = []
         for origin, (ids, trained) in zip(result.origins.tolist(), _rows(result), strict=True):
-            parts.append((ids[:limit], trained[:limit]))
+            own = [(ids[:limit], trained[:limit])]
             result.counts["split"] += ids.size > limit
             for start in range(limit, ids.size, step):
-                parts.append(
-                    (
-                        np.concatenate([prefix, ids[start : start + step]]),
-                        np.concatenate([np.zeros(prefix.size, bool), trained[start : start + step]]),
-                    )
+                begin = start - (not prefix.size and start + 1 == ids.size)
+                stop = start + step
+                masked = np.zeros(prefix.size, bool)
+                own.append(
+                    (np.concatenate([prefix, ids[begin:stop]]), np.concatenate([masked, trained[begin:stop]]))
                 )
+            parts += [part for part in own if part[1][1:].any()] or own[:1]
             origins += [origin] * (len(parts) - len(origins))
         _store(result, parts, np.array(origins, dtype=np.int64))
 
