@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.artifacts import PREPARED_MANIFEST, PREPARED_ROWS
-from qlora_cli.core.data.dataset import PreparedRows, RowWriter, split_rows
+from qlora_cli.core.data.dataset import PreparedRows, RowSubset, RowWriter, count_shared, split_rows
 from qlora_cli.errors import DataError, DiskFull, RunError
 
 
@@ -179,6 +179,23 @@ def test_a_conversation_is_never_on_both_sides(sizes, held, seed):
     assert len(train) + len(evaluated) == 20
     last = max(np.bincount(rows.records))
     assert held <= len(evaluated) < held + last
+
+
+def test_rows_held_out_that_are_trained_on_as_well_are_counted(tmp_path, monkeypatch):
+    batches = [[[1, 2], [2, 1], [0], [3]], [[0, 0], [1, 2], [3, 0], [2, 1]]]
+    writer = RowWriter(tmp_path / PREPARED_ROWS)
+    for number, batch in enumerate(batches):
+        ids, offsets = np.concatenate(batch).astype(np.int32), np.cumsum([0, *map(len, batch)], dtype=np.int32)
+        writer.write(ids, np.ones(ids.size, bool), offsets, np.arange(4) + 4 * number)
+    writer.close()
+    (tmp_path / PREPARED_MANIFEST).write_text(json.dumps({"format": 1, "rows": 8}))
+    rows = PreparedRows(tmp_path)
+    assert len(set(rows.sketches().tolist())) == 6, "two of the eight rows are there twice"
+    assert count_shared(RowSubset(rows, [0, 2, 3, 4]), RowSubset(rows, [1, 5, 6, 7])) == 1
+    assert count_shared(RowSubset(rows, [0, 1, 2]), RowSubset(rows, [5, 7, 3])) == 2
+    assert count_shared(RowSubset(rows, [2, 3]), RowSubset(rows, [])) == 0
+    monkeypatch.setattr(PreparedRows, "sketches", lambda rows: np.zeros(len(rows), np.uint64))
+    assert count_shared(RowSubset(rows, [0, 2, 3, 4]), RowSubset(rows, [1, 5, 6, 7])) == 1, "whatever else is alike"
 
 
 def test_rows_without_groups_are_held_out_as_ever():

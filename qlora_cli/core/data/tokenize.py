@@ -249,9 +249,7 @@ class Tokeniser:
                 begin = start - (not prefix.size and start + 1 == ids.size)
                 stop = start + step
                 masked = np.zeros(prefix.size, bool)
-                own.append(
-                    (np.concatenate([prefix, ids[begin:stop]]), np.concatenate([masked, trained[begin:stop]]))
-                )
+                own.append((np.concatenate([prefix, ids[begin:stop]]), np.concatenate([masked, trained[begin:stop]])))
             parts += [part for part in own if part[1][1:].any()] or own[:1]
             origins += [origin] * (len(parts) - len(origins))
         _store(result, parts, np.array(origins, dtype=np.int64))

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from qlora_cli.artifacts import SPARE_ROWS
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.data.dataset import MEMORY_SHARE, PreparedRows, RowSubset, split_rows
+from qlora_cli.core.data.dataset import MEMORY_SHARE, PreparedRows, RowSubset, count_shared, split_rows
 from qlora_cli.core.data.prepare import prepare_cached_rows
 from qlora_cli.core.data.sampler import BatchSampler
 from qlora_cli.core.distributed.process_group import ProcessGroup
@@ -28,7 +28,7 @@ from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.training.trainer import TrainingData
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import DataError
-from qlora_cli.events import Notice, Report, RunStarted
+from qlora_cli.events import Caution, Notice, Report, RunStarted
 from qlora_cli.sizes import format_count
 
 
@@ -123,6 +123,9 @@ def read_inputs(run: Run) -> RunInputs:
     train_rows, eval_rows = split_rows(
         rows, fraction=settled.eval_fraction or 0.0, count=settled.eval_rows, seed=config.seed
     )
+    if len(eval_rows) and run.accelerator.is_main_process and (shared := count_shared(train_rows, eval_rows)):
+        text = f"{shared} of {format_count(len(eval_rows), 'row')} held out {'is' if shared == 1 else 'are'} trained on as "
+        run.report(Caution(f"{text}well: the data holds the same more than once, which flatters the evaluation loss."))
     data = deal_rows(config, train_rows, eval_rows, max_length, run.ranks)
     footprint, trained_tokens = profile.footprint, rows.manifest["trained_tokens"]
     advice = [advise_on_rank(config.rank, footprint.trainable_parameters, trained_tokens)]
