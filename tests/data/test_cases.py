@@ -99,6 +99,32 @@ CASES = {
     "answers as messages whose question nobody knows": (
         [{"topic": "A lake?", "reply": [ANSWER]}], {}, None, "--prompt-column COLUMN --completion-column reply",
     ),
+    "messages that end in a question beside two numbered answers": (
+        [{"context": [ASK, BAD, ASK], "response1": "Chiemsee.", "response2": "Zugspitze."}], {}, None,
+        "'response1', 'response2' may hold it",
+    ),
+    "a whole conversation beside its question": ([{"prompt": [ASK], "full": [ASK, ANSWER]}], {}, [TURN], "not used: 'prompt'"),
+    "two conversations of names that nobody knows": (
+        [{"conversation_a": [ASK, ANSWER], "conversation_b": [ASK, BAD], "winner": "a"}], {}, None, "--messages-column conversation_a",
+    ),
+    "questions and answers beside what they may be about": (
+        [{"instruction": "Name one.", "instances": [{"input": "A lake?", "output": "Chiemsee."}]}], {}, None,
+        "'instruction' what they may be about",
+    ),
+    "a list of texts written as JSON under another name than a conversation's": (
+        [{"question": "Sort.", "solutions": json.dumps(["a long one", "another"])}], {}, None, "--completion-column solutions",
+    ),
+    "a conversation of which the chosen one is another version": (
+        [{"conversation": [{"input": "A lake?", "output": "Zugspitze."}], "chosen": [ASK, ANSWER], "rejected": [ASK, BAD]}], {}, [TURN],
+        "'chosen' are trained",
+    ),
+    "a text beside its summary": (
+        [{"article": "A lake is deep and wide.", "highlights": "A lake."}], {}, None, "--prompt-column article --completion-column highlights",
+    ),
+    "inputs and targets": (
+        [{"inputs": "A lake?", "targets": "Chiemsee.", "language": "a language"}], {},
+        ["### Inputs:\nA lake?\n\n### Targets:\n⟦Chiemsee.<|im_end|>⟧"], "'inputs', completion in 'targets'",
+    ),
     "a history under a longer name": (
         [{"question": "A lake?", "answer": "Chiemsee.", "chat_history": [["Hi", "Hello"]]}], {},
         ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n" + TURN], "'chat_history'",
@@ -135,6 +161,10 @@ CASES = {
     "a question beside answers that have no known name": (
         [{"prompt": "A lake?", "winner": "Chiemsee.", "loser": "Zugspitze is a lake, and a deep one."}], {}, None,
         "'prompt' is named like a question",
+    ),
+    "a question beside an answer with a longer name": (
+        [{"problem": "A lake?", "domain": "about lakes and hills", "deepseek_solution": "Chiemsee."}], {}, None,
+        "--completion-column deepseek_solution",
     ),
     "preference rows of whole texts": (
         [{"chosen": "Q: A lake? A: Chiemsee.", "rejected": "Q: A lake? A: Zugspitze, which is very high."}], {},

@@ -376,6 +376,15 @@ def test_items_of_responses_are_turns_and_a_list_of_them_is_messages_beyond_doub
     assert turns_of([{"type": "web_search_call", "id": "w"}]) is None
 
 
+@pytest.mark.parametrize("calls", [[FUNCTION], FUNCTION])
+def test_an_answer_beside_tools_that_is_calls_written_as_json_is_these_calls(calls):
+    columns = ConversationColumns(prompt="query", answer="answers", tools="tools")
+    row = {"query": "A lake?", "answers": json.dumps(calls), "tools": json.dumps([TOOL])}
+    assert read_conversation(row, columns).messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    other = read_conversation({**row, "answers": '[{"name": "Chiemsee"}]'}, columns)
+    assert other.messages[1]["content"] == '[{"name": "Chiemsee"}]'
+
+
 def test_a_turn_may_describe_the_tools_and_no_others_than_the_column():
     row = {"messages": [{"role": "system", "content": "", "tools": [TOOL]}, ASK, ANSWER]}
     assert read_conversation(row, ConversationColumns(messages="messages")).tools == [TOOL]

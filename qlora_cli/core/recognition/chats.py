@@ -11,10 +11,10 @@ from qlora_cli.core.prompts.chat.thoughts import THOUGHTS
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting, chat_formatting, own_template
-from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
-from qlora_cli.core.recognition.pairs import ANSWERS, Pair
+from qlora_cli.core.recognition.columns import ANSWERS, CONVERSATIONS, Columns, list_names, named_like_answers
+from qlora_cli.core.recognition.pairs import Pair
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
-from qlora_cli.core.recognition.texts import common_ending
+from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending
 from qlora_cli.core.records.conversation import ConversationColumns, read_conversation
 from qlora_cli.core.records.messages import (
     KNOWN_ROLES,
@@ -27,10 +27,12 @@ from qlora_cli.core.records.messages import (
 )
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField
+from qlora_cli.core.records.tools import read_tools
 from qlora_cli.errors import DataError, UsageError, first_line
 from qlora_cli.settings.groups import DataSettings
 
 SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
+ABOUT = {*QUESTIONS, *TEXTS, "context"}  # what a list of questions and answers beside it may belong to
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 # Keys of messages that are read, or that only say which message it is.
 KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call"}
@@ -43,7 +45,7 @@ def chat_columns(
 ) -> ConversationColumns | None:
     """Where the conversations are: in one column, in one and the answer beside it, or in question and answer.
 
-    Question and answer that are plain text are a conversation if a system text or a history stands beside them.
+    Question and answer that are plain text are a conversation if a system text, a history or tools stand beside them.
 
     Args:
         columns: Of the data.
@@ -63,7 +65,8 @@ def chat_columns(
     elif pair and (pair.is_conversational or (wanted != "prompt" and wanted != "text")):
         extra = history if columns.has_some(history) else None
         system = system if _is_system(columns, system, None) else None
-        if pair.is_conversational or wanted == "chat" or (not pair.is_nested and (extra or system)):
+        beside = extra or system or _tools_column(columns)
+        if pair.is_conversational or wanted == "chat" or (not pair.is_nested and beside):
             joins = pair.optional and (_is_plain(columns, pair.prompt) or columns.holds(pair.optional, holds_messages))
             addition = pair.optional if joins else None  # text beside messages has no place in them
             found = ConversationColumns(prompt=pair.prompt, addition=addition, answer=pair.completion, history=extra)
@@ -89,12 +92,25 @@ def _history_column(columns: Columns) -> str | None:
     return next((name for name in columns.names if name.lower().endswith("history")), None)
 
 
+def _tools_column(columns: Columns) -> str | None:
+    """The column that describes tools, and not something else under its name."""
+    name = columns.find(TOOLS)
+    return name if name and columns.holds(name, _describes_tools) else None
+
+
+def _describes_tools(value: Any) -> bool:
+    try:
+        return bool(read_tools(value, "tools"))
+    except BadField:
+        return False
+
+
 def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None, wanted: str | None) -> str | None:
     """The column that holds conversations, or all of them but their answers.
 
     Raises:
         UsageError: --messages-column names no column.
-        DataError: It holds nothing but answers.
+        DataError: It holds nothing but answers, or is one of several, or more belongs to it.
     """
     if settings.messages_column:
         return columns.require(settings.messages_column, "--messages-column")
@@ -108,8 +124,9 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
         return whole
     if pair and pair.is_conversational:  # what is named like question and answer is both, and not one of them alone
         return None
-    found = [chosen] if chosen and columns.holds(chosen, holds_messages) else []
-    found += filter(columns.is_conversation, others)
+    if chosen and columns.holds(chosen, holds_messages) and not columns.holds(chosen, _is_answer_alone):
+        return chosen
+    found = [name for name in (chosen, *others) if name and columns.is_conversation(name)]
     answers = [name for name in found if columns.holds(name, _is_answer_alone)]
     if answers and answers == found:
         raise DataError(
@@ -118,7 +135,20 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
             f"Name both: --prompt-column COLUMN --completion-column {shlex.quote(found[0])}, or to train on the answers "
             f"alone: --messages-column {shlex.quote(found[0])}",
         )
-    first = next((name for name in found if name not in answers), None)
+    asking = [name for name in found if name not in answers]
+    wholes = [name for name in asking if not columns.holds(name, _is_open)]
+    if len(wholes) > 1:
+        raise DataError(
+            f"Several columns hold conversations: {list_names(wholes)}.",
+            f"Choose one: --messages-column {shlex.quote(wholes[0])}",
+        )
+    first = next(iter([*wholes, *asking]), None)
+    about = next((name for name in columns.names if name.lower() in ABOUT and columns.is_text(name)), None)
+    if first and about and not columns.holds(first, holds_messages):
+        raise DataError(
+            f"Column {first!r} holds questions with their answers, and {about!r} what they may be about.",
+            f"Train on them alone: --messages-column {shlex.quote(first)}. Or write both into a column 'messages'.",
+        )
     return first or (next(iter(named), None) if wanted == "chat" else None)
 
 
@@ -137,8 +167,7 @@ def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str |
     texts = alone or [name for name in columns.names if name != messages and columns.is_text(name)]
     if named := next((name for known in ANSWERS for name in texts if name.lower() == known), None):
         return named
-    words = {name for name in ANSWERS if len(name) > 1}
-    likely = alone or [name for name in texts if {word.removesuffix("s") for word in name.lower().split("_")} & words]
+    likely = alone or named_like_answers(texts)
     if len(alone) == 1 or not likely:
         return next(iter(likely), None)
     raise DataError(

@@ -2,11 +2,12 @@
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qlora_cli.core.records.messages import ROLE_KEYS, turns_of
-from qlora_cli.core.records.record import Record
+from qlora_cli.core.records.record import Record, decode_nested
 from qlora_cli.errors import UsageError
 
 ALMOST_ALL = 0.9  # of the rows: what a format has to explain, or it is not taken
@@ -29,6 +30,23 @@ PREFERENCES = (
     ("response_chosen", "response_rejected"),
     ("preferred_output", "non_preferred_output"),
 )
+# (prompt, columns that may be empty, completion), in the order they are looked for; names compare without case.
+PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("instruction", ("input", "context"), ("output", "response", "answer", "completion", "generation")),
+    ("question", ("context",), ("answer", "response", "output", "completion", "answers")),
+    ("prompt", (), ("completion", "response", "answer", "output", "generation")),
+    ("query", ("context",), ("response", "answer", "output", "completion", "answers")),
+    ("problem", (), ("solution", "answer")),
+    ("input", (), ("output", "target", "response", "completion", "answer", "ideal")),
+    ("inputs", (), ("targets",)),
+    ("inputs_pretokenized", (), ("targets_pretokenized",)),
+    ("source", (), ("target",)),
+    ("user", (), ("assistant",)),
+    ("human", (), ("assistant", "bot")),
+    ("q", (), ("a",)),
+    ("context", (), ("response",)),
+)
+ANSWERS = tuple(dict.fromkeys(name for _, _, completions in PAIRS for name in completions))
 NAMES_SHOWN = 40  # of columns, in a message
 YES_OR_NO = {"true", "false"}
 
@@ -37,6 +55,12 @@ def list_names(names: Sequence[str]) -> str:
     """Names of columns for a message; of very many only the first."""
     more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(repr(name) if name else "one without a name" for name in names[:NAMES_SHOWN]) + more
+
+
+def named_like_answers(names: Sequence[str]) -> list[str]:
+    """Those of these names in which a word is that of an answer: `response_a`, `model_outputs`, `answer1`."""
+    words = {name for name in ANSWERS if len(name) > 1}
+    return [name for name in names if {part.rstrip("0123456789s") for part in re.split(r"[\W_]", name.lower())} & words]
 
 
 class Columns:
@@ -113,6 +137,7 @@ class Columns:
         return sum(self._is_conversation(value, name) for value in self.values(name))
 
     def _is_conversation(self, value: Any, name: str) -> bool:
+        value = decode_nested(value) if isinstance(value, str) else value
         if isinstance(value, list) and value and all(isinstance(item, str) and item[:1] != "{" for item in value):
             return name.lower() in CONVERSATIONS and len(value) > 1
         return bool(turns_of(value))

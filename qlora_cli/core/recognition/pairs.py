@@ -7,28 +7,13 @@ from typing import Any
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
-from qlora_cli.core.recognition.columns import Columns
+from qlora_cli.core.recognition.columns import PAIRS, Columns
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.recognition.texts import common_ending, shows_markup
 from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.groups import DataSettings
-
-# (prompt, columns that may be empty, completion), in the order they are looked for; names compare without case.
-PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("instruction", ("input", "context"), ("output", "response", "answer", "completion")),
-    ("question", ("context",), ("answer", "response", "output", "completion", "answers")),
-    ("prompt", (), ("completion", "response", "answer", "output")),
-    ("query", ("context",), ("response", "answer", "output", "completion")),
-    ("problem", (), ("solution", "answer")),
-    ("input", (), ("output", "target", "response", "completion", "answer", "ideal")),
-    ("source", (), ("target",)),
-    ("user", (), ("assistant",)),
-    ("human", (), ("assistant", "bot")),
-    ("q", (), ("a",)),
-)
-ANSWERS = tuple(dict.fromkeys(name for _, _, completions in PAIRS for name in completions))
 
 
 @dataclass(frozen=True)

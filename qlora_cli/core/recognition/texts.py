@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.core.recognition.columns import Columns
+from qlora_cli.core.recognition.columns import Columns, named_like_answers
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import COLUMN_FLAGS, DataSettings
@@ -30,6 +30,7 @@ IDENTIFIERS = {
 }
 # What asks for an answer: the text of a row that has one, under whatever name, is not the question alone.
 QUESTIONS = {"instruction", "question", "prompt", "query", "problem"}
+SUMMARIES = ("summary", "highlights")  # of a text, which is then rather what is to be summarised
 CLEARLY_LONGER = 2  # the text column holds this many times the letters of the next one, or the user has to choose
 
 
@@ -113,8 +114,9 @@ def _preferred(columns: Columns) -> str | None:
 
 
 def _find_text(columns: Columns, *, is_stated: bool) -> str:
+    summary = columns.find(SUMMARIES)
     if (known := columns.find(TEXTS)) and columns.is_text(known):
-        return known
+        return known if is_stated else _without_summary(columns, known, summary)
     letters = {name: columns.letters(name) for name in columns.names}
     texts = [name for name in columns.names if columns.is_text(name) and not _is_identifier(name)]
     ranked = sorted(texts, key=lambda name: -letters[name])
@@ -133,6 +135,8 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
         )
     question = next((name for name in ranked if name.strip().lower() in QUESTIONS), None)
     others = [name for name in ranked if name != question]
+    likely = named_like_answers(others)
+    others = [*likely, *(name for name in others if name not in likely)]
     if question and others and not is_stated:
         raise DataError(
             f"Column {question!r} is named like a question, and no other like its answer: {', '.join(map(repr, others))}.",
@@ -140,12 +144,25 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
             f"one alone: --text-column {shlex.quote(ranked[0])}",
         )
     first, second = (shlex.quote(name) for name in (ranked * 2)[:2])
+    if len(ranked) > 1 and ranked[1] in named_like_answers(ranked) and ranked[0] not in named_like_answers(ranked):
+        first, second = second, first
     if len(ranked) > 1 and letters[ranked[0]] < CLEARLY_LONGER * letters[ranked[1]]:
         raise DataError(
             f"Several columns could be the text: {', '.join(map(repr, ranked))}.",
             f"Choose: --text-column {first}, or --prompt-column {second} --completion-column {first}",
         )
-    return ranked[0]
+    return ranked[0] if is_stated else _without_summary(columns, ranked[0], summary)
+
+
+def _without_summary(columns: Columns, text: str, summary: str | None) -> str:
+    """The text column, if no column beside it summarises it."""
+    if summary in (None, text) or not columns.is_text(str(summary)):
+        return text
+    raise DataError(
+        f"Column {text!r} holds text, and {summary!r} beside it what may be its summary.",
+        f"Choose: --prompt-column {shlex.quote(text)} --completion-column {shlex.quote(str(summary))}, or to train on the "
+        f"text alone: --text-column {shlex.quote(text)}",
+    )
 
 
 def _is_identifier(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_cli.core.records.messages import Message, holds_messages, read_messages
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
-from qlora_cli.core.records.tools import read_tools, without_padding
+from qlora_cli.core.records.tools import calls_in, read_tools, without_padding
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,10 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
             question = f"{question}\n{addition}" if question.strip() else addition
         reader.add(question, columns.prompt, role="user", asked=True)
     if columns.answer is not None and not is_prompt:
-        reader.add_answer(_required(record, columns.answer), columns.answer)
+        answer = _required(record, columns.answer)
+        if columns.tools and (calls := calls_in(answer)):
+            answer = {"role": "assistant", "tool_calls": calls}
+        reader.add_answer(answer, columns.answer)
     if not reader.messages:
         raise BadField(f"field {columns.messages or columns.prompt!r}: has no messages")
     _add_system(reader, record.get(columns.system) if columns.system else None, columns.system)
@@ -130,6 +133,11 @@ class _Reader:
         """Appends the answer, or takes its messages for the whole where they begin with what came before."""
         messages, trained = self._read(value, column, "assistant")
         before, said = _without_system(self.messages), _without_system(messages)
+        shared = next((i for i, (a, b) in enumerate(zip(before, said, strict=False)) if a != b), 0)
+        if shared and before[shared][0] == "assistant":  # the same conversation with another answer, which counts
+            spoken = [i for i, message in enumerate(self.messages) if message["role"] != "system"]
+            del self.messages[spoken[shared] :], self.trained[spoken[shared] :], self.asked[spoken[shared] :]
+            before = before[:shared]
         repeated = len(before) if said[: len(before)] == before else 0
         if said and repeated == len(said):  # both hold the same conversation, and nothing says what of it is context
             self.asked = [False] * len(self.asked)

@@ -7,7 +7,7 @@ has instead, and arguments are an object, however they were stored: as JSON text
 import json
 from typing import Any
 
-from qlora_cli.core.records.record import BadField, Record, describe_type
+from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
 
 
 def read_tools(value: Any, column: str) -> list[Record] | None:
@@ -121,6 +121,14 @@ def read_calls(value: Any, number: int) -> list[Record]:
         value = _parse(value, where) if value.strip() else []
     calls = value if isinstance(value, list) else [value]
     return [_read_call(_parse(call, where) if isinstance(call, str) else call, number) for call in calls]
+
+
+def calls_in(text: Any) -> list[Any]:
+    """The calls that a text is, written as JSON: an object or a list of objects with name and arguments, and no more."""
+    value = decode_nested(text) if isinstance(text, str) else None
+    calls: list[Any] = value if isinstance(value, list) else [value]
+    are_calls = all(isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in calls)
+    return [wrap_call(call) for call in calls] if are_calls else []
 
 
 def _read_call(call: Any, number: int) -> Record:
