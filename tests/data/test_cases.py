@@ -103,6 +103,15 @@ CASES = {
         [{"context": [ASK, BAD, ASK], "response1": "Chiemsee.", "response2": "Zugspitze."}], {}, None,
         "'response1', 'response2' may hold it",
     ),
+    "messages before a list of answers, of which the first counts": (
+        [{"prompt": [ASK, BAD, ASK], "response": ["Chiemsee.", "Zugspitze."]}], {}, [CONTEXT + TURN], "'prompt' and 'response'",
+    ),
+    "messages that end in a question beside a number for its answer": (
+        [{"messages": [ASK, BAD, ASK], "answer": 4}], {}, None, "'answer' may hold it",
+    ),
+    "messages that end in an answer beside a preferred text": (
+        [{"messages": [ASK, ANSWER], "chosen": "Chiemsee.", "rejected": "Zugspitze."}], {}, [TURN], "not used: 'chosen'",
+    ),
     "a whole conversation beside its question": ([{"prompt": [ASK], "full": [ASK, ANSWER]}], {}, [TURN], "not used: 'prompt'"),
     "two conversations of names that nobody knows": (
         [{"conversation_a": [ASK, ANSWER], "conversation_b": [ASK, BAD], "winner": "a"}], {}, None, "--messages-column conversation_a",

@@ -12,7 +12,7 @@ from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting, chat_formatting, own_template
 from qlora_cli.core.recognition.columns import ANSWERS, CONVERSATIONS, Columns, list_names, named_like_answers
-from qlora_cli.core.recognition.pairs import Pair
+from qlora_cli.core.recognition.pairs import Pair, is_nested
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending
 from qlora_cli.core.records.conversation import ConversationColumns, read_conversation
@@ -27,6 +27,7 @@ from qlora_cli.core.records.messages import (
 )
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField
+from qlora_cli.core.records.rules import RowRules
 from qlora_cli.core.records.tools import read_tools
 from qlora_cli.errors import DataError, UsageError, first_line
 from qlora_cli.settings.groups import DataSettings
@@ -124,7 +125,7 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
         return whole
     if pair and pair.is_conversational:  # what is named like question and answer is both, and not one of them alone
         return None
-    if chosen and columns.holds(chosen, holds_messages) and not columns.holds(chosen, _is_answer_alone):
+    if chosen and _holds_wholes(columns, chosen):
         return chosen
     found = [name for name in (chosen, *others) if name and columns.is_conversation(name)]
     answers = [name for name in found if columns.holds(name, _is_answer_alone)]
@@ -159,15 +160,17 @@ def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str |
         DataError: They do, and a column may be the answer but has no name that says so.
     """
     chosen, _ = columns.preference()
-    if chosen and chosen != messages:
+    if chosen and chosen != messages and (_holds_wholes(columns, chosen) or not columns.holds(messages, _is_whole)):
         return chosen
     if settings.messages_column or not columns.holds(messages, _is_open):
         return None
-    alone = [name for name in columns.names if columns.holds(name, _is_answer_alone)]
-    texts = alone or [name for name in columns.names if name != messages and columns.is_text(name)]
+    others = [name for name in columns.names if name != messages]
+    alone = [name for name in others if columns.holds(name, _is_answer_alone)]
+    texts = alone or [name for name in others if columns.is_text(name) or is_nested(columns, name)]
     if named := next((name for known in ANSWERS for name in texts if name.lower() == known), None):
         return named
-    likely = alone or named_like_answers(texts)
+    likely = alone or [name for name in named_like_answers(others) if not columns.is_yes_or_no(name)]
+    likely = [name for name in likely if name in texts or name.lower() in ANSWERS]
     if len(alone) == 1 or not likely:
         return next(iter(likely), None)
     raise DataError(
@@ -175,6 +178,11 @@ def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str |
         f"Choose: --prompt-column {shlex.quote(messages)} --completion-column {shlex.quote(likely[0])}, or to train on the "
         f"answers within the conversations: --messages-column {shlex.quote(messages)}",
     )
+
+
+def _holds_wholes(columns: Columns, name: str) -> bool:
+    """Whether a column of preferred answers holds the conversations that they are the ends of."""
+    return columns.holds(name, holds_messages) and not columns.holds(name, _is_answer_alone)
 
 
 def _roles_of(value: Any) -> list[str]:
@@ -187,6 +195,11 @@ def _roles_of(value: Any) -> list[str]:
 def _is_answer_alone(value: Any) -> bool:
     """Whether the assistant says every turn."""
     return {*_roles_of(value)} == {"assistant"}
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a conversation ends in an answer."""
+    return _roles_of(value)[-1:] == ["assistant"]
 
 
 def _is_open(value: Any) -> bool:
@@ -276,6 +289,7 @@ def recognise_chat(
         f"{where}, {whose}, {describe_trained(train_on)}",
         (*remarks, *formatting.unread_settings(), *_unread_keys(columns, found, formatting, train_on)),
         used=used,
+        rules=RowRules(answers=found.answer if found.answer and is_nested(columns, found.answer) else None),
         rejected=rejected if (found.answer or found.messages) == chosen else None,
     )
 

@@ -58,9 +58,13 @@ def list_names(names: Sequence[str]) -> str:
 
 
 def named_like_answers(names: Sequence[str]) -> list[str]:
-    """Those of these names in which a word is that of an answer: `response_a`, `model_outputs`, `answer1`."""
-    words = {name for name in ANSWERS if len(name) > 1}
-    return [name for name in names if {part.rstrip("0123456789s") for part in re.split(r"[\W_]", name.lower())} & words]
+    """Those of these names that end in the word for an answer: `model_outputs`, `answer1`, `response_a`, `target_text`."""
+    return [name for name in names if len(word := _last_word(name)) > 1 and word in ANSWERS]
+
+
+def _last_word(name: str) -> str:
+    words = [word.rstrip("0123456789").removesuffix("s") for word in re.split(r"[\W_]+", name.lower())]
+    return next((word for word in reversed(words) if len(word) > 1 and word != "text"), "")
 
 
 class Columns:

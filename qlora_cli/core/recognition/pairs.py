@@ -57,7 +57,7 @@ def find_pair(columns: Columns, settings: DataSettings) -> Pair | None:
                 answer,
                 is_conversational=not columns.is_text(question)
                 or any(_holds_messages(columns, name) for name in (question, answer, columns.find(optionals)) if name),
-                is_nested=not columns.is_text(answer) and not _holds_messages(columns, answer),
+                is_nested=is_nested(columns, answer),
                 rejected=rejected,
             )
     return None
@@ -87,8 +87,13 @@ def _holds_messages(columns: Columns, name: str) -> bool:
     return columns.holds(name, holds_messages)
 
 
+def is_nested(columns: Columns, name: str) -> bool:
+    """Whether a column holds answers inside a list or an object, which are no messages."""
+    return not columns.is_text(name) and not _holds_messages(columns, name) and columns.holds(name, _holds_text)
+
+
 def _is_answer(columns: Columns, name: str) -> bool:
-    return columns.is_text(name) or _holds_messages(columns, name) or columns.holds(name, _holds_text)
+    return columns.is_text(name) or _holds_messages(columns, name) or is_nested(columns, name)
 
 
 def _holds_text(value: Any) -> bool:

@@ -22,6 +22,7 @@ ROLES = {
     "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "chatbot": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "ai": "assistant",
