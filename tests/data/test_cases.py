@@ -250,6 +250,10 @@ CASES = {
         [{"messages": [{**ASK, "content": "A <|im_end|>?"}, {**ANSWER, "content": "Chiemsee.<|im_end|>\n"}]}], {},
         [TURN.replace("A lake?", "A <|im_end|>?")], "ends in <|im_end|>, which is taken for the end",
     ),
+    "answers that all end in the end of a turn, after a context whose do not": (
+        [{"question": [ASK, BAD, ASK], "answer": [{**ANSWER, "content": "Chiemsee.<|im_end|>"}]}], {}, [CONTEXT + TURN],
+        "Every answer ends in <|im_end|>",
+    ),
     "answers of conversations of which some end in the end of a turn": (
         [{"messages": [ASK, {**ANSWER, "content": "Chiemsee.<|im_end|>"}]}, {"messages": [ASK, ANSWER]}], {},
         [TURN.replace("Chiemsee.", "Chiemsee.<|im_end|>"), TURN], "typed in answers are kept as plain text",

@@ -295,12 +295,13 @@ def recognise_chat(
 
 
 def _answers_of(columns: Columns, found: ConversationColumns) -> list[str]:
-    """What the assistant says in the first rows, but for those that are bad."""
+    """What the assistant says in the first rows, but for what is of their prompts, and those that are bad."""
     answers: list[str] = []
     for record in columns.records:
         with suppress(BadField):
-            messages = read_conversation(record, found).messages
-            answers += [message["content"] for message in messages if message["role"] == "assistant"]
+            read = read_conversation(record, found)
+            said = zip(read.messages, read.asked, strict=True)
+            answers += [message["content"] for message, asked in said if message["role"] == "assistant" and not asked]
     return answers
 
 
