@@ -116,6 +116,16 @@ CASES = {
     "two conversations of names that nobody knows": (
         [{"conversation_a": [ASK, ANSWER], "conversation_b": [ASK, BAD], "winner": "a"}], {}, None, "--messages-column conversation_a",
     ),
+    "two conversations beside a text that is named": (
+        [{"a": [ASK, ANSWER], "b": [ASK, BAD], "note": "Chiemsee."}], {"text_column": "note"}, ["C⟦hiemsee.<|im_end|>⟧"], "not used: 'a'",
+    ),
+    "two conversations beside tokens": (
+        [{"a": [ASK, ANSWER], "b": [ASK, BAD], "input_ids": [70, 71, 72]}], {}, ["e⟦fg<|im_end|>⟧"], "not used: 'a'",
+    ),
+    "examples beside question and answer": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "examples": [{"input": "A hill?", "output": "Brocken."}]}], {}, [ASKED],
+        "not used: 'examples'",
+    ),
     "questions and answers beside what they may be about": (
         [{"instruction": "Name one.", "instances": [{"input": "A lake?", "output": "Chiemsee."}]}], {}, None,
         "'instruction' what they may be about",

@@ -112,6 +112,17 @@ def test_a_setting_that_the_chat_template_does_not_read_is_said(tmp_path):
     assert found.remarks == ("The chat template reads no 'enable_thinkin': that --template-setting does nothing.",)
 
 
+def test_what_every_answer_ends_in_is_its_end_only_if_it_is_a_token_of_the_template_or_of_the_tokenizers_names(
+    tmp_path,
+):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ messages }}", encoding="utf-8")
+    for typed, is_end in (("<|im_end|>", True), ("<|endoftext|>", True), ("<|im_start|>", False)):
+        turns = [MESSAGES[0], {"role": "assistant", "content": f"b{typed}"}]
+        found = recognised({"messages": turns}, byte_level(), chat_template=str(path)).formatting.conversation
+        assert found.ending == (typed if is_end else None)
+
+
 def test_keys_of_messages_that_neither_the_reader_nor_the_template_knows_are_named():
     ask, answer = MESSAGES
     tools = {"role": "system", "content": "s", "tools": [{"name": "f"}]}

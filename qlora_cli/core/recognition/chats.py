@@ -37,6 +37,7 @@ ABOUT = {*QUESTIONS, *TEXTS, "context"}  # what a list of questions and answers 
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 # Keys of messages that are read, or that only say which message it is.
 KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call"}
+YES = (True, "true", "1")  # and what is equal to these
 KNOWN_KEYS |= {"id", "name", "tool_call_id", "type", "tools"}
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 
@@ -52,18 +53,18 @@ def chat_columns(
         columns: Of the data.
         settings: What the flags say.
         pair: Question and answer, if there are any.
-        wanted: The format that the flags ask for.
+        wanted: The format that the flags ask for: chat, prompt or none.
 
     Raises:
         UsageError: --messages-column names no column, or --role is no `name=role`.
         DataError: Answers have no question, or questions no answer.
     """
     system, history = columns.find(SYSTEMS), _history_column(columns)
-    messages = _messages_column(columns, settings, pair, wanted)
+    messages = None if wanted == "prompt" else _messages_column(columns, settings, pair, wanted)
     found = None
     if messages:
         found = ConversationColumns(messages=messages, answer=_answer_to(columns, settings, messages))
-    elif pair and (pair.is_conversational or (wanted != "prompt" and wanted != "text")):
+    elif pair and (pair.is_conversational or wanted != "prompt"):
         extra = history if columns.has_some(history) else None
         system = system if _is_system(columns, system, None) else None
         beside = extra or system or _tools_column(columns)
@@ -146,6 +147,8 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
     first = next(iter([*wholes, *asking]), None)
     about = next((name for name in columns.names if name.lower() in ABOUT and columns.is_text(name)), None)
     if first and about and not columns.holds(first, holds_messages):
+        if pair:
+            return None
         raise DataError(
             f"Column {first!r} holds questions with their answers, and {about!r} what they may be about.",
             f"Train on them alone: --messages-column {shlex.quote(first)}. Or write both into a column 'messages'.",
@@ -271,7 +274,8 @@ def recognise_chat(
     used = tuple(v for v in vars(found).values() if isinstance(v, str))
     answers = _answers_of(columns, found)
     remarks = []
-    if ending := common_ending(answers, encoder):
+    ending = common_ending(answers, encoder)
+    if ending and (ending in template or ending in encoder.spec.names.values()):
         found = replace(found, ending=ending)
         remarks.append(f"Every answer ends in {ending}, which is taken for the end that the chat template writes.")
     elif any(map(encoder.holds_control, answers)):
@@ -316,7 +320,9 @@ def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Forma
     sentences = [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
     whose = chain.from_iterable(map(_roles_of, values))
     asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ("user", "system", "tool")]
-    if train_on != "all" and (key := next((k for k in TRAINED_KEYS if any(turn.get(k) for turn in asking)), None)):
+    if train_on != "all" and (
+        key := next((k for k in TRAINED_KEYS if any(turn.get(k) in YES for turn in asking)), None)
+    ):
         sentences.append(f"{key!r} on turns that are no answers does nothing: --train-on all trains these too.")
     return sentences
 

@@ -42,9 +42,9 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
         DataError: No format explains the rows, or they hold images, videos or sounds beside their text.
     """
     columns = Columns(records)
-    format_ = _format_from_flags(settings)
+    format_ = _format_from_flags(settings) or ("tokens" if columns.find(["input_ids"]) else None)
     pair = find_pair(columns, settings)
-    chats = chat_columns(columns, settings, pair, wanted=format_)
+    chats = None if format_ in ("text", "tokens") else chat_columns(columns, settings, pair, wanted=format_)
     if format_ is None:
         format_ = _format_of(columns, pair, chats is not None)
     if format_ == "tokens":
@@ -92,8 +92,6 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
     Raises:
         DataError: The rows hold conversations, but not as whole ones or not all of them.
     """
-    if columns.find(["input_ids"]):
-        return "tokens"
     if is_chat:
         return "chat"
     if pair:
