@@ -118,8 +118,9 @@ def _turns_of_object(value: Record) -> list[Any] | None:
         return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
     if role is not None:
         return [value]
-    asked = [key for key in ASKED if isinstance(value.get(key), str)]
-    answered = next((key for key in ANSWERED if isinstance(value.get(key), str)), None)
+    texts = {key.lower(): key for key, item in value.items() if isinstance(item, str)}
+    asked = [texts[name] for name in ASKED if name in texts]
+    answered = next((texts[name] for name in ANSWERED if name in texts), None)
     if not asked or answered is None or len(value) > 4:
         return None
     system = value.get("system")

@@ -44,6 +44,8 @@ def _tools_in(value: Record, column: str) -> list[Record]:
         return [value] if value else []
     tools = []
     for name, described in value.items():
+        if described is None:  # another row's, once Arrow's
+            continue
         if not isinstance(described, dict) or not described.keys() & {"description", "parameters", "function", "name"}:
             raise BadField(f"field {column!r} is an object that describes no tool, nor tools under their names")
         own = described if described.keys() & {"function", "name"} else {"name": name, **described}
