@@ -90,6 +90,9 @@ CASES = {
     "messages that end in a question beside what may be its answer": (
         [{"messages": [ASK, BAD, ASK], "reference_answer": "Chiemsee."}], {}, None, "'reference_answer' may hold it",
     ),
+    "messages that end in a question beside text of whatever kind": (
+        [{"messages": [ASK, ANSWER, ASK], "label": "Zugspitze."}], {}, [TURN], "--prompt-column messages --completion-column COLUMN",
+    ),
     "messages that end in a question beside two answers": (
         [{"messages": [ASK, BAD, ASK], "first": [ANSWER], "second": [BAD]}], {}, None, "'first', 'second' may hold it",
     ),

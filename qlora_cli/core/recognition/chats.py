@@ -280,6 +280,11 @@ def recognise_chat(
         remarks.append(f"Every answer ends in {ending}, which is taken for the end that the chat template writes.")
     elif any(map(encoder.holds_control, answers)):
         remarks.append("Control tokens typed in answers are kept as plain text.")
+    is_asking = found.messages and not (found.answer or settings.messages_column)
+    texts = [name for name in columns.names if name not in used and columns.is_text(name)]
+    if is_asking and texts and columns.holds(str(found.messages), _is_open):
+        way = f"--prompt-column {shlex.quote(str(found.messages))} --completion-column COLUMN"
+        remarks.append(f"The conversations all end without an answer. Where another column holds it: {way}.")
     formatting = chat_formatting(
         template,
         found,
