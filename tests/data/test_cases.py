@@ -301,6 +301,42 @@ def test_rows_become_what_was_meant(name, tmp_path):
     assert said in words
 
 
+def test_fields_of_objects_are_named_like_columns(tmp_path):
+    """As datasets' `flatten` calls them. What stands beside them counts by its own name, and what is left out is told."""
+    tokenizer, places = byte_level(), (tmp_path / str(number) for number in range(9))
+
+    def read(content, **settings):
+        (place := next(places)).mkdir()
+        return prepared(place, content, tokenizer, **settings)
+
+    pair = {"id": 1, "translation": {"en": "A lake?", "fr": "Chiemsee.", "de": "Ein See?"}}
+    rows, said = read([pair])
+    assert rows is None and said.endswith("--prompt-column translation.en --completion-column translation.fr")
+    named = {"prompt_column": "translation.en", "completion_column": "translation.fr"}
+    for record in (pair, pair | {"translation": json.dumps(pair["translation"])}):
+        rows, said = read([record], **named)
+        assert rows == ["### En:\nA lake?\n\n### Fr:\n⟦Chiemsee.<|im_end|>⟧"]
+        assert "not used: 'id', 'translation.de'." in said
+    rows, said = read([pair | {"translation.en": "Own?"}], **named)
+    assert rows == ["### En:\nOwn?\n\n### Fr:\n⟦Chiemsee.<|im_end|>⟧"]
+    rows, said = read([pair], prompt_column="translation.it", completion_column="translation.fr")
+    assert (
+        "no column 'translation.it'; the data has 'id', 'translation.en', 'translation.fr', 'translation.de'." in said
+    )
+    template = "{translation.en} {translation.fr}"
+    rows, said = read([pair], template=template, completion_column="translation.fr")
+    assert rows == ["A lake?⟦ Chiemsee.<|im_end|>⟧"]
+    asked = {
+        "input": {"messages": [ASK], "system": "Short."},
+        "preferred_output": [ANSWER],
+        "non_preferred_output": [BAD],
+    }
+    rows, said = read([asked])
+    assert "--prompt-column input.messages --completion-column preferred_output" in said
+    named = {"prompt_column": "input.messages", "completion_column": "preferred_output"}
+    assert read([asked], **named)[0] == ["<|im_start|>system\nShort.<|im_end|>\n" + TURN]
+
+
 def test_a_text_between_beginning_and_end_of_its_own_has_them_once(tmp_path):
     texts = ["A lake.", "<s>A hill.</s>\n", "<s>A sea.</s><s>A fen.</s>", "<s>A lake."]
     found, said = prepared(tmp_path, [{"text": text} for text in texts], sentencepiece_like())

@@ -13,7 +13,7 @@ from qlora_cli.core.prompts.chat_rows import ChatFormatter
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec, encoder_of
 from qlora_cli.core.prompts.prompt_template import PromptTemplate, listed, text_of
 from qlora_cli.core.records.conversation import ConversationColumns
-from qlora_cli.core.records.record import BadField, Blank, Record, problem_of_record
+from qlora_cli.core.records.record import BadField, Blank, Record, problem_of_record, with_fields
 from qlora_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +69,13 @@ class Formatting:
         stranger is parsed in a process of its own."""
         unread = self.unread(self.template_settings or ())
         return [f"The chat template reads no {name!r}: that --template-setting does nothing." for name in unread]
+
+    def dotted_columns(self) -> list[str]:
+        """Columns with a dot in their name, which may be fields of objects; see `with_fields`."""
+        fields = PromptTemplate.fields_of(str(self.template)) if self.format == "prompt" else []
+        own = vars(self.conversation).values() if self.conversation else []
+        named = (self.column, self.prompt_column, self.optional_column, *fields, *own)
+        return [name for name in dict.fromkeys(n for n in named if isinstance(n, str)) if "." in name]
 
     def unread(self, names: Iterable[str]) -> list[str]:
         """Those of these names that stand nowhere in the chat template."""
@@ -142,6 +149,7 @@ class RowFormatter:
         self.formatting = formatting
         self.counts: Counter[str] = Counter()
         self._encoder = encoder
+        self._dotted = formatting.dotted_columns()
         if formatting.format == "prompt":
             assert formatting.template is not None and formatting.completion_column is not None
             self._long = PromptTemplate(
@@ -194,6 +202,7 @@ class RowFormatter:
             raise DataError(f"This prompt cannot be formatted: {reason}.") from reason
 
     def _prompt_runs(self, prompt: "str | Record | list[Record]") -> list[Run]:
+        prompt = with_fields(prompt, self._dotted) if isinstance(prompt, dict) else prompt
         if self.formatting.format == "chat":
             return self._chat.prompt_runs(prompt)
         if isinstance(prompt, list):

@@ -131,10 +131,12 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
     found = [name for name in (chosen, *others) if name and columns.is_conversation(name)]
     answers = [name for name in found if columns.holds(name, _is_answer_alone)]
     if answers and answers == found:
+        inside = (field for name in columns.names for field in columns.fields_of(name) if field.endswith(".messages"))
+        question = shlex.quote(next(inside, "COLUMN"))
         raise DataError(
             f"The answers in {found[0]!r} stand alone: no column holds the question before them as messages or under a "
             f"name that says so; the data has {columns.listed}.",
-            f"Name both: --prompt-column COLUMN --completion-column {shlex.quote(found[0])}, or to train on the answers "
+            f"Name both: --prompt-column {question} --completion-column {shlex.quote(found[0])}, or to train on the answers "
             f"alone: --messages-column {shlex.quote(found[0])}",
         )
     asking = [name for name in found if name not in answers]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qlora_cli.core.records.messages import ROLE_KEYS, turns_of
-from qlora_cli.core.records.record import Record, decode_nested
+from qlora_cli.core.records.record import Record, decode_nested, fields_in, with_fields
 from qlora_cli.errors import UsageError
 
 ALMOST_ALL = 0.9  # of the rows: what a format has to explain, or it is not taken
@@ -73,12 +73,23 @@ class Columns:
     Attributes:
         records: The first rows of the data.
         names: In the order in which they come.
+
+    Args:
+        records: As they are in the data.
+        inner: Dotted names of fields inside objects, which count like columns in the place of these objects. They are
+            found by the field's name too.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
-        self.names = list(dict.fromkeys(name for record in records for name in record))
-        self._by_lower = {name.lower(): name for name in reversed(self.names)}
+    def __init__(self, records: Sequence[Record], inner: Sequence[str] = ()) -> None:
+        opened = {name.partition(".")[0] for name in inner}
+        self.records = [
+            {name: value for name, value in with_fields(record, inner).items() if name not in opened}
+            for record in records
+        ]
+        self.names = list(dict.fromkeys(name for record in self.records for name in record))
+        found = [name for name in inner if name in self.names]
+        self._by_lower = {name.rpartition(".")[2].lower(): name for name in reversed(found)}
+        self._by_lower |= {name.lower(): name for name in reversed(self.names)}
 
     def find(self, wanted: Iterable[str]) -> str | None:
         """The first of these names that is there, in any case of letters."""
@@ -111,6 +122,11 @@ class Columns:
     def values(self, name: str) -> list[Any]:
         """What the rows hold in a column, without nulls."""
         return [record[name] for record in self.records if record.get(name) is not None]
+
+    def fields_of(self, name: str) -> list[str]:
+        """The fields of the objects in a column, as they may be named in its place."""
+        inside = [fields_in(value) or {} for value in self.values(name)]
+        return [f"{name}.{field}" for field in dict.fromkeys(field for fields in inside for field in fields)]
 
     def explained(self, name: str, is_so: Callable[[Any], bool]) -> int:
         """Rows in which a column's value is so, or in which it is there and empty: such a row is a bad one by itself."""

@@ -175,7 +175,7 @@ def _headings(prompt: str, optional: str | None, answer: str) -> str:
     """The plain template: each column under a heading of its name."""
 
     def heading(column: str) -> str:
-        return column.replace("_", " ").strip().capitalize()
+        return (column.rpartition(".")[2] or column).replace("_", " ").strip().capitalize()
 
     opening = f"### {heading(prompt)}:\n{{{prompt}}}\n\n"
     middle = f"### {heading(optional)}:\n{{{optional}}}\n\n" if optional else ""

@@ -9,13 +9,14 @@ from dataclasses import fields, replace
 
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.prompts.prompt_template import PromptTemplate
 from qlora_cli.core.recognition.chats import chat_columns, recognise_chat
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
 from qlora_cli.core.recognition.pairs import Pair, find_pair, named_like_pair, recognise_pair, recognise_template
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.media import holds_some, kind_of, named_like
-from qlora_cli.core.records.record import Record
+from qlora_cli.core.records.record import Record, field_at, fields_in
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import DataSettings
@@ -41,7 +42,8 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
         UsageError: Flags contradict each other, name a column that is not there, or a template is faulty.
         DataError: No format explains the rows, or they hold images, videos or sounds beside their text.
     """
-    columns = Columns(records)
+    inner = _inner_fields(records, settings)
+    columns = Columns(records, inner)
     format_ = _format_from_flags(settings) or ("tokens" if columns.find(["input_ids"]) else None)
     pair = find_pair(columns, settings)
     chats = None if format_ in ("text", "tokens") else chat_columns(columns, settings, pair, wanted=format_)
@@ -60,7 +62,18 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
     else:
         recognised = recognise_text(columns, settings, encoder)
     recognised = _with_label(columns, _with_unused(columns, recognised))
-    return _without_media(columns, recognised, settings)
+    recognised = _without_media(columns, recognised, settings)
+    return replace(recognised, rules=replace(recognised.rules or RowRules(), fields=inner)) if inner else recognised
+
+
+def _inner_fields(records: Sequence[Record], settings: DataSettings) -> tuple[str, ...]:
+    """The fields of the objects that flags name one of by a dotted name (see `field_at`), which count like columns."""
+    named = (settings.text_column, settings.messages_column, settings.prompt_column, settings.completion_column)
+    template = PromptTemplate.fields_of(settings.template) if settings.template else ()
+    dotted = (name for name in (*named, *template) if name and not any(name in record for record in records))
+    objects = {parent for parent, dot, _ in (name.rpartition(".") for name in dotted) if dot}
+    found = ((parent, fields_in(field_at(record, parent))) for parent in sorted(objects) for record in records)
+    return tuple(dict.fromkeys(f"{parent}.{name}" for parent, inside in found for name in inside or ()))
 
 
 def idle_settings(settings: DataSettings, formats: Iterable[str]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.core.recognition.columns import Columns, named_like_answers
+from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names, named_like_answers
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import COLUMN_FLAGS, DataSettings
@@ -131,7 +131,7 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
             f"Column {nested[0]!r} holds most of the rows, but as no conversation; the data has {columns.listed}."
             if nested
             else f"No column holds text; the data has {columns.listed}.",
-            f"Name the columns: {COLUMN_FLAGS}.",
+            _name_fields(columns.fields_of(nested[0]) if nested else []),
         )
     question = next((name for name in ranked if name.strip().lower() in QUESTIONS), None)
     others = [name for name in ranked if name != question]
@@ -152,6 +152,16 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
             f"Choose: --text-column {first}, or --prompt-column {second} --completion-column {first}",
         )
     return ranked[0] if is_stated else _without_summary(columns, ranked[0], summary)
+
+
+def _name_fields(inside: Sequence[str]) -> str:
+    """How to name the columns, or the fields of a column's objects."""
+    if not inside:
+        return f"Name the columns: {COLUMN_FLAGS}."
+    first, second = (shlex.quote(name) for name in (*inside, *inside)[:2])
+    chat = next((shlex.quote(name) for name in inside if name.rpartition(".")[2].lower() in CONVERSATIONS), None)
+    example = f"--messages-column {chat}" if chat else f"--prompt-column {first} --completion-column {second}"
+    return f"Name fields of its objects, which are {list_names(inside)}, as in {example}"
 
 
 def _without_summary(columns: Columns, text: str, summary: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections.abc import Iterable
 from typing import Any
 
 Record = dict[str, Any]
@@ -39,6 +40,28 @@ def problem_of_record(record: Any) -> str | None:
         elif isinstance(value, list):
             stack += [(item, where) for item in value]
     return None
+
+
+def field_at(record: Record, path: str) -> Any:
+    """What a dotted name stands for, as datasets' `flatten` gives them: the field `en` of the object in `translation` for
+    `translation.en`; None where there is none. A column that is called so itself counts first."""
+    if path in record:
+        return record[path]
+    name, _, rest = path.partition(".")
+    inside = fields_in(record.get(name)) if rest else None
+    return None if inside is None else field_at(inside, rest)
+
+
+def fields_in(value: Any) -> Record | None:
+    """The object that a value is, also as JSON text; None where it is none."""
+    value = decode_nested(value) if isinstance(value, str) else value
+    return value if isinstance(value, dict) else None
+
+
+def with_fields(record: Record, paths: Iterable[str]) -> Record:
+    """The record with what these dotted names stand for beside its columns."""
+    found = {path: field_at(record, path) for path in paths if path not in record}
+    return {**record, **{path: value for path, value in found.items() if value is not None}}
 
 
 def describe_type(value: Any) -> str:

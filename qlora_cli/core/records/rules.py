@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.core.records.media import holds_some
-from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
+from qlora_cli.core.records.record import BadField, Blank, Record, describe_type, with_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,12 +15,14 @@ class RowRules:
         media: Columns of images and the like, each with what its rows hold; only text is read.
         label: A column that says of each answer whether it is a good one; rows in which it is false are left out.
         answers: A column that holds the answer inside a list or an object (SQuAD's `{"text": [...]}`); the first counts.
+        fields: Dotted names of fields inside a column's objects, which are used like columns.
         ended: A column whose texts all end in a control token, and that token; it is taken off, as the template has it.
     """
 
     media: tuple[tuple[str, str], ...] = ()
     label: str | None = None
     answers: str | None = None
+    fields: tuple[str, ...] = ()
     ended: tuple[str, str] | None = None
 
     def apply(self, record: Record) -> Record:
@@ -30,6 +32,7 @@ class RowRules:
             Blank: It is to be left out.
             BadField: A column does not hold what the others' do.
         """
+        record = with_fields(record, self.fields) if self.fields else record
         for name, kind in self.media:
             if holds_some(record.get(name)):
                 raise BadField(f"field {name!r} holds {kind}, and only text is read")
