@@ -69,7 +69,7 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         panel=DATA,
         range=NAME,
         resume=RESOLVED,
-        instead_of="data",
+        instead_of=("data",),
     )
     output: str = setting("out", "Run directory.", panel=RUN, range=NAME, resume=FREE)
     max_steps: int | None = setting(
@@ -78,8 +78,17 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         panel=OPTIMISATION,
         range=Numbers(1, 10**9),
         resume=RESOLVED,
+        instead_of=("epochs",),
     )
-    epochs: float = setting(1.0, "Passes over the rows.", panel=OPTIMISATION, range=Numbers(1e-6, 1e6), resume=RESOLVED)
+    epochs: float = setting(
+        1.0,
+        "Passes over the rows.",
+        panel=OPTIMISATION,
+        range=Numbers(1e-6, 1e6),
+        resume=RESOLVED,
+        instead_of=("max_steps",),
+        beside="max_steps",
+    )
     learning_rate: float | None = setting(
         None,
         "Peak learning rate; by default 2e-4, and 1e-4 above 15 billion parameters.",
@@ -101,9 +110,16 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         panel=OPTIMISATION,
         range=Numbers(0, 10**9),
         resume=RESOLVED,
+        instead_of=("warmup_ratio",),
     )
     warmup_ratio: float = setting(
-        0.03, "Share of the steps used for warm-up.", panel=OPTIMISATION, range=Numbers(0, 1), resume=RESOLVED
+        0.03,
+        "Share of the steps used for warm-up.",
+        panel=OPTIMISATION,
+        range=Numbers(0, 1),
+        resume=RESOLVED,
+        instead_of=("warmup_steps",),
+        beside="warmup_steps",
     )
     weight_decay: float = setting(0.0, "Decoupled weight decay.", panel=OPTIMISATION, range=Numbers(0, 1), resume=SAME)
     max_grad_norm: float = setting(
@@ -119,9 +135,16 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
         panel=EVALUATION,
         range=Numbers(0, 1, open_high=True),
         resume=SAME,
+        instead_of=("eval_rows",),
+        beside="eval_rows",
     )
     eval_rows: int | None = setting(
-        None, "Number of rows held out, instead of a share.", panel=EVALUATION, range=Numbers(0, 2**62), resume=SAME
+        None,
+        "Number of rows held out, instead of a share.",
+        panel=EVALUATION,
+        range=Numbers(0, 2**62),
+        resume=SAME,
+        instead_of=("eval_fraction",),
     )
     eval_every: int | None = setting(
         None,

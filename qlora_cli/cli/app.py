@@ -90,7 +90,7 @@ def command(
                     given = typed.settings | always
                     of_file = settings_of_file(typed.flags.get("config_file"), config_type)
                     replaced = displaced(of_file, given, config_type)
-                    config = config_type(**{**of_file, **dict.fromkeys(replaced), **given})
+                    config = config_type(**{name: of_file[name] for name in of_file if name not in replaced} | given)
                     (before or check)(config, **typed.positional)
                     if getattr(config, "resume", False) and "output" not in typed.settings:
                         check_resumed(typed.flags.get("config_file"), Path(config.output))
@@ -99,7 +99,7 @@ def command(
                             check_places(config)
                     call = begin(stack, config, typed)
                     for name, other in replaced.items():
-                        call.console.report(Notice(f"{flag_of(other)} is taken in place of the {name!r} of --config."))
+                        call.console.report(Notice(f"{flag_of(other).split('/')[0]} is taken in place of the {name!r} of --config."))
                     result = call.run(body)
             except Ended as ended:
                 return ended.exit_code
@@ -156,12 +156,14 @@ def settings_of_file(path: Path | None, config_type: type) -> dict[str, Any]:
 
 def displaced(of_file: dict[str, Any], given: dict[str, Any], config_type: type) -> dict[str, Field]:
     """Settings of a file, by name, that one which was typed takes the place of, and which that is."""
-    found = {}
-    for field in fields(config_type):
-        other = field.metadata["instead_of"]
-        if given.get(field.name) and other and other not in given and of_file.get(other):
-            found[other] = field
-    return found
+    defaults = {field.name: field.default for field in fields(config_type)}
+    return {
+        other: field
+        for field in fields(config_type)
+        if given.get(field.name) is not None
+        for other in field.metadata["instead_of"]
+        if other not in given and of_file.get(other, defaults.get(other)) != defaults.get(other)
+    }
 
 
 def libraries_of(config: Any, runs: Sequence[str] | None = None) -> tuple[str, ...] | None:

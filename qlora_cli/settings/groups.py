@@ -103,7 +103,7 @@ class DataSettings(Settings):
         repeated=True,
         range=NAME,
         resume=RESOLVED,
-        instead_of="prepared",
+        instead_of=("prepared",),
     )
     split: str = setting("train", "Split of a hub or saved dataset.", panel=DATA, range=NAME, resume=RESOLVED)
     revision: str | None = setting(
@@ -118,14 +118,36 @@ class DataSettings(Settings):
         resume=RESOLVED,
     )
     text_column: str | None = setting(
-        None, "Column with the text to train on.", panel=DATA, range=NAME, resume=RESOLVED
+        None,
+        "Column with the text to train on.",
+        panel=DATA,
+        range=NAME,
+        resume=RESOLVED,
+        instead_of=("prompt_column", "completion_column", "messages_column", "template"),
     )
-    prompt_column: str | None = setting(None, "Column with the prompt.", panel=DATA, range=NAME, resume=RESOLVED)
+    prompt_column: str | None = setting(
+        None,
+        "Column with the prompt.",
+        panel=DATA,
+        range=NAME,
+        resume=RESOLVED,
+        instead_of=("text_column", "messages_column"),
+    )
     completion_column: str | None = setting(
-        None, "Column with the completion.", panel=DATA, range=NAME, resume=RESOLVED
+        None,
+        "Column with the completion.",
+        panel=DATA,
+        range=NAME,
+        resume=RESOLVED,
+        instead_of=("text_column", "messages_column"),
     )
     messages_column: str | None = setting(
-        None, "Column with the chat messages.", panel=DATA, range=NAME, resume=RESOLVED
+        None,
+        "Column with the chat messages.",
+        panel=DATA,
+        range=NAME,
+        resume=RESOLVED,
+        instead_of=("text_column", "prompt_column", "completion_column", "template"),
     )
     role: tuple[str, ...] | None = setting(
         None,
@@ -143,6 +165,7 @@ class DataSettings(Settings):
         panel=DATA,
         range=Words(2**20, lines=True),
         resume=RESOLVED,
+        instead_of=("text_column", "messages_column"),
     )
     chat_template: str | None = setting(
         None,

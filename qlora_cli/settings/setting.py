@@ -41,7 +41,8 @@ def setting(
     range: Range | None = None,
     resume: str | None = None,
     needs: str | None = None,
-    instead_of: str | None = None,
+    instead_of: tuple[str, ...] = (),
+    beside: str | None = None,
 ) -> Any:
     """A dataclass field with its help text.
 
@@ -57,7 +58,8 @@ def setting(
         range: Which values mean anything; every number and every text has one (tests/test_settings.py).
         resume: What it means for a run that goes on with another value: one of `RESUME`.
         needs: Another setting, by name, without which this one does nothing; `name=value` for one value of it.
-        instead_of: Another setting, by name, which this one takes the place of: typed, it goes over that of a settings file.
+        instead_of: Other settings, by name, which this one takes the place of: typed, it goes over those of a settings file.
+        beside: Another setting, by name, beside which this one does nothing.
     """
     metadata = {
         "help": help,
@@ -71,6 +73,7 @@ def setting(
         "resume": resume,
         "needs": needs,
         "instead_of": instead_of,
+        "beside": beside,
     }
     return field(default=default, metadata=metadata)
 
@@ -103,7 +106,11 @@ def is_given(option: Field, config: Any) -> bool:
 
 
 def describe_idle(option: Field, config: Any) -> str | None:
-    """That a setting does nothing, as a sentence, where another one has not the value that it needs; else None."""
+    """That a setting does nothing, as a sentence, where another one has not the value that it needs, or goes over it; else
+    None."""
+    over = option.metadata["beside"]
+    if over and getattr(config, option.name) and getattr(config, over) is not None:
+        return f"{flag_of(option)} does nothing beside --{over.replace('_', '-')}."
     name, _, value = (option.metadata["needs"] or "").partition("=")
     if not name or (str(getattr(config, name)) == value if value else getattr(config, name)):
         return None

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.core.runs.validate import report_idle
 from qlora_cli.events import Caution, Notice
 from qlora_cli.settings.ranges import Memory, Words
 from qlora_cli.settings.setting import flag_of, type_of
@@ -53,6 +54,25 @@ def test_flags_override_the_settings_file_which_overrides_the_defaults(config_of
     settings_file.write_text(yaml.safe_dump({"rank": 8, "alpha": 64, "packing": True, "target_modules": ["a", "b"]}))
     made = config_of(["train", "--config", settings_file, "--alpha", "16", "--no-packing"])
     assert made == TrainConfig(rank=8, alpha=16.0, packing=False, target_modules=("a", "b"))
+
+
+def test_what_is_typed_goes_over_what_a_settings_file_says_of_the_same(config_of, tmp_path, capsys):
+    settings_file = tmp_path / "run.yaml"
+    settings_file.write_text("max_steps: 20\nwarmup_steps: 2\neval_rows: 9\ntext_column: quote\n")
+    typed = ["--epochs", "3", "--warmup-ratio", "0.1", "--eval-fraction", "0", "--template", "{a} {b}"]
+    made = config_of(["train", "--config", settings_file, *typed])
+    assert made == TrainConfig(epochs=3.0, warmup_ratio=0.1, eval_fraction=0.0, template="{a} {b}")
+    assert "--eval-fraction is taken in place of the 'eval_rows' of --config." in capsys.readouterr().err
+    settings_file.write_text("epochs: 3\nwarmup_ratio: 0.03\n")
+    assert config_of(["train", "--config", settings_file, "--max-steps", "2"]) == TrainConfig(max_steps=2)
+    assert config_of(["train", "--config", settings_file, "--warmup-steps", "2"]).epochs == 3.0
+    assert "warmup_ratio" not in capsys.readouterr().err  # the default, as a run.yaml has it
+
+
+def test_a_setting_that_does_nothing_beside_another_is_said():
+    said = []
+    report_idle(TrainConfig(epochs=3, max_steps=5, eval_fraction=0.0, eval_rows=9), said.append)
+    assert [each.text for each in said] == ["--epochs does nothing beside --max-steps."]
 
 
 @pytest.mark.parametrize(("typed", "other"), [("prepared", "data"), ("data", "prepared")])
