@@ -268,6 +268,26 @@ def test_disk_and_merging_follow_the_checkpoint():
     assert estimate_merging(model_profile)["disk_bytes"] == disk["download_bytes"] == disk["weights_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "bytes_"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 1 + 4 / 128**2),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}, 0.5159),
+    ],
+)
+def test_a_base_stored_quantised_is_as_large_as_it_is_stored_and_what_it_leaves_in_16_bits_is_held_so(settings, bytes_):
+    left = "modules_to_not_convert" if settings["quant_method"] == "fp8" else "llm_int8_skip_modules"
+    settings |= {left: ["model.layers.0.self_attn", "lm_head"]}
+    found = profile(transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "quantization_config": settings}))
+    plain, attention = profile_of("llama"), 4 * 1024**2
+    codes = sum(found.footprint.quantized_numels)
+    assert codes == sum(plain.footprint.quantized_numels) - attention
+    assert found.stored_bytes == pytest.approx(plain.stored_bytes - codes * (2 - bytes_), rel=1e-3)
+    assert found.merged_bytes == plain.merged_bytes == plain.stored_bytes
+    more = found.footprint.base_bytes - plain.footprint.base_bytes
+    assert more == pytest.approx(attention * (2 - 0.5159), rel=1e-2)
+
+
 @pytest.mark.slow
 def test_the_checkpoint_s_dtype_decides_the_download():
     halves = transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "dtype": "float16"})

@@ -332,11 +332,11 @@ def estimate_generation(profile: ModelProfile, *, rows: int, row_tokens: int) ->
 def estimate_merging(profile: ModelProfile) -> dict[str, int]:
     """Memory and disk of `qlora merge`, which works tensor by tensor and shard by shard."""
     largest_bytes = max(profile.footprint.quantized_numels, default=0) * 2
-    shard_bytes = min(profile.stored_bytes, SHARD_BYTES)
+    shard_bytes = min(profile.merged_bytes, SHARD_BYTES)
     return {
         "device_bytes": MERGE_DEVICE_BYTES + CONTEXT_BYTES,
         "host_bytes": PROCESS_BYTES // 3 + min(shard_bytes, MERGED_AT_ONCE * largest_bytes),
-        "disk_bytes": profile.stored_bytes,
+        "disk_bytes": profile.merged_bytes,
     }
 
 

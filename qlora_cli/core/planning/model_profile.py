@@ -39,7 +39,8 @@ class ModelProfile:
     itemsize: int  # bytes of the compute dtype
     vocabulary: int  # tokens that have an input embedding
     embedding_bytes: int  # input embeddings, where they can stay on the host
-    stored_bytes: int  # of the checkpoint, in the dtype its configuration names
+    stored_bytes: int  # of the checkpoint, in the dtype that its configuration names, or quantised as it says
+    merged_bytes: int  # of one merged, in that dtype
     packing: FourBitPlan  # what of the base is in 4 bits, and what is not
     met_experts: float  # share of a layer's experts that a token meets
     expert_layers: int = 0  # whose experts run through fused kernels, and may stay unpacked
@@ -123,7 +124,12 @@ def profile_model(
     movable = model.get_input_embeddings() is embeddings and not tied  # neither adapted, trained, nor shared
     dtype = getattr(config, "dtype", None) or torch.bfloat16  # most checkpoints that do not say are 16-bit
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name once the configuration was saved
-    footprint = measure_footprint(adapted, quantization, compute_dtype)
+    footprint = measure_footprint(adapted, quantization, compute_dtype, packing)
+    merged_bytes = saved_bytes = stored_parameters * dtype.itemsize
+    if stored is not None:
+        codes = sum(footprint.expert_numels)
+        codes += 0 if stored.method == "mxfp4" else sum(footprint.quantized_numels)  # which stores nothing else so
+        saved_bytes -= int(codes * (dtype.itemsize - stored.bytes_per_weight))
     return ModelProfile(
         footprint=footprint,
         trace=trace,
@@ -131,7 +137,8 @@ def profile_model(
         itemsize=compute_dtype.itemsize,
         vocabulary=embeddings.weight.shape[0],
         embedding_bytes=embeddings.weight.numel() * compute_dtype.itemsize * movable,
-        stored_bytes=stored_parameters * dtype.itemsize,
+        stored_bytes=saved_bytes,
+        merged_bytes=merged_bytes,
         packing=packing,
         met_experts=share_of_experts(model),
         expert_layers=sum(isinstance(m, FourBitExperts) and can_fuse(m) for m in adapted.modules()) if fused else 0,

@@ -9,7 +9,7 @@ from qlora_cli.core.adapters.adapter_facts import base_name
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.experts.layout import expert_weights, find_experts
 from qlora_cli.core.experts.stack import stack_bytes
-from qlora_cli.core.models.account import plan_packing
+from qlora_cli.core.models.account import FourBitPlan, plan_packing
 from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, count_parameters, logical_numel
 from qlora_cli.core.models.structure import head_names, underlying_model
 from qlora_cli.settings.groups import QuantizationSettings
@@ -68,12 +68,15 @@ def packed_bytes(numel: int, *, double_quant: bool) -> int:
     return -(-numel // 2) + statistics + 4 * 16
 
 
-def measure_footprint(model: Any, quantization: QuantizationSettings, compute_dtype: torch.dtype) -> Footprint:
+def measure_footprint(
+    model: Any, quantization: QuantizationSettings, compute_dtype: torch.dtype, packing: FourBitPlan | None = None
+) -> Footprint:
     """Counts a model from `build_empty`, maybe with an adapter attached, as it will be held: in 4 bits what
-    `plan_packing` says, all else of the base in `compute_dtype`."""
+    `packing` says, by default `plan_packing`, all else of the base in `compute_dtype`."""
     base: Any = underlying_model(model)
     heads = tuple(f"{name}." for name in head_names(base))  # inside of one that is trained in full is the one before
-    packed = {base_name(n) for n in plan_packing(base).packed if not n.removesuffix("weight").startswith(heads)}
+    packing = packing or plan_packing(base)
+    packed = {base_name(n) for n in packing.packed if not n.removesuffix("weight").startswith(heads)}
     quantized = {name.removesuffix(".weight") for name in packed if name.endswith(".weight")}
     stacks = {
         f"{base_name(name)}.{weight.name}": weight

@@ -4,6 +4,7 @@ bitsandbytes' 4 bits; FP8 with a scale for each block (https://arxiv.org/abs/241
 gpt-oss is released (OCP Microscaling Formats 1.0, sections 5.2 and 6.3).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,16 @@ class StoredFormat:
     def is_four_bit(self) -> bool:
         """Whether it is bitsandbytes' own, which is kept bit for bit."""
         return self.method == "bitsandbytes"
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes that one quantised weight takes in the files, with its share of what its block has (float32 but for MXFP4's
+        exponents, and nested in bytes where quantised twice; https://arxiv.org/abs/2305.14314, section 3)."""
+        if self.method == "fp8":
+            return 1 + (4 / math.prod(self.block) if self.block else 0)
+        if self.method == "mxfp4":
+            return 0.5 + 1 / 32
+        return 0.5 + ((1 + 4 / 256) / 64 if self.double_quant else 4 / 64)
 
 
 def stored_format(config: Any, model: str) -> StoredFormat | None:
