@@ -2,12 +2,14 @@
 
 import contextlib
 import difflib
+import shlex
 from dataclasses import Field, asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.errors import UsageError, first_line
 from qlora_cli.settings.peer_names import UNNEEDED, suggest_setting
 from qlora_cli.settings.ranges import Numbers
@@ -20,6 +22,7 @@ EXAMPLES = {bool: "Write true or false.", int: "Write digits alone, as 16.", flo
 EXAMPLES[str] = "Write one word or a text in quotes."
 LIST_EXAMPLE = "Write [a, b], or a, b."
 
+CONFIGS = (TrainConfig, PrepareConfig, MergeConfig, GenerateConfig, InspectConfig)
 MOST_BYTES = 2**20
 RECIPES = Path(__file__).parent / "recipes"  # settings of tutorials, by name; examples/ links to them
 
@@ -79,6 +82,10 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         if path.stat().st_size > MOST_BYTES:
             raise UsageError(f"{path} has {path.stat().st_size:,} bytes, and holds no settings.", "Check --config.")
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
+    except IsADirectoryError:
+        inside = next(iter(sorted(path.glob("*.yaml"))), None)
+        hint = f"Type: --config {shlex.quote(str(inside))}" if inside else "Give --config a YAML file of settings."
+        raise UsageError(f"{path} is a directory, and --config takes a file.", hint) from None
     except FileNotFoundError:
         name = path.name.removesuffix(".yaml")
         close = [recipe for recipe in list_recipes() if name in recipe]
@@ -118,15 +125,31 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = former_names.get(name, name)
         if name not in known:
-            near = suggest_setting(name, known)
-            command = config_type.__name__.removesuffix("Config").lower()
-            unneeded = UNNEEDED.get(name.replace("_", "-"))
-            hint = unneeded or (f"Did you mean {near}?" if near else f"See: qlora {command} --help")
-            raise UsageError(f"{path}: unknown setting {key}.", hint)
+            raise _unknown(path, str(key), name, config_type)
         settings[name] = _typed(path, known[name], value)
         if fault := fault_of(known[name], settings[name]):
             raise UsageError(f"{path}: {name} {fault[0]}", fault[1])
     return settings
+
+
+def _unknown(path: Path, key: str, name: str, config_type: type) -> UsageError:
+    """That a file has a setting which its command has not, with what is meant, or which command it is of."""
+    command = _command_of(config_type)
+    owner = next((_command_of(other) for other in CONFIGS if name in recorded_fields(other)), None)
+    if owner is not None:
+        way = f"Type: qlora {owner} --config {shlex.quote(str(path))}"
+        return UsageError(
+            f"{path}: {key} is a setting of qlora {owner}, and this is qlora {command}.",
+            f"{way} --dry-run plans it and trains nothing." if owner == "train" else way,
+        )
+    near = suggest_setting(name, recorded_fields(config_type))
+    unneeded = UNNEEDED.get(name.replace("_", "-"))
+    hint = unneeded or (f"Did you mean {near}?" if near else f"See: qlora {command} --help")
+    return UsageError(f"{path}: unknown setting {key}.", hint)
+
+
+def _command_of(config_type: type) -> str:
+    return config_type.__name__.removesuffix("Config").lower()
 
 
 def _typed(path: Path, field: Field, value: Any) -> Any:
@@ -196,7 +219,7 @@ def schema_of(config_type: type) -> dict[str, Any]:
         properties[name] = {"description": field.metadata["help"], **content, "default": field.default}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"Settings of qlora {config_type.__name__.removesuffix('Config').lower()}",
+        "title": f"Settings of qlora {_command_of(config_type)}",
         "type": "object",
         "additionalProperties": False,
         "properties": properties,

@@ -99,7 +99,9 @@ def command(
                             check_places(config)
                     call = begin(stack, config, typed)
                     for name, other in replaced.items():
-                        call.console.report(Notice(f"{flag_of(other).split('/')[0]} is taken in place of the {name!r} of --config."))
+                        call.console.report(
+                            Notice(f"{flag_of(other).split('/')[0]} is taken in place of the {name!r} of --config.")
+                        )
                     result = call.run(body)
             except Ended as ended:
                 return ended.exit_code

@@ -16,7 +16,7 @@ from qlora_cli.core.generation.chat import Conversation, read_question, run_line
 from qlora_cli.core.generation.requests import LENGTH, Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
 from qlora_cli.core.models.files import ModelFiles, resolve_model
-from qlora_cli.core.runs.validate import check
+from qlora_cli.core.runs.validate import check, report_idle
 from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.ownership import may_write_file
 from qlora_cli.errors import DataError, QloraError
@@ -133,6 +133,7 @@ def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig
         AdapterError: No adapter there, or one trained on another base.
     """
     source = None
+    report_idle(config, report)
     if config.adapter is not None:
         directory = find_adapter(Path(config.adapter), report)
         source = read_adapter_record(directory, report)

@@ -41,7 +41,8 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
     if len(runs) > 1:
         return inspect_runs([Path(run) for run in runs], config.picture)
     if runs:
-        one = Path(runs[0])
+        one = Path(runs[0]).expanduser()
+        _require_directory(one)
         return inspect_prepared(one) if is_prepared(one) else describe_run(one, None, whole=whole)
     named = [name for name in ("adapter", "prepared") if getattr(config, name)]
     if len(named) == 2 or (config.model and config.prepared):
@@ -66,6 +67,21 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
     from qlora_cli.core.inspection.doctor import describe_environment
 
     return describe_environment(config.compute_dtype)
+
+
+def _require_directory(place: Path) -> None:
+    """Raises RunError where there is no directory to look at."""
+    if place.is_dir():
+        return
+    shown = shlex.quote(str(place))
+    if place.exists():
+        hint = f"Of rows type: qlora prepare --model MODEL --data {shown}"
+    else:
+        hint = f"Of a model of the hub type: qlora inspect --model {shown}"
+    found = "is a file" if place.exists() else "is not there"
+    raise RunError(
+        f"inspect looks at the directory of a run, of prepared rows or of a model, and {place} {found}.", hint
+    )
 
 
 def inspect_runs(directories: list[Path], picture: str | None) -> dict[str, Any]:

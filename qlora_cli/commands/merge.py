@@ -207,7 +207,7 @@ def choose_options(config: MergeConfig, base: Base, device: torch.device) -> Mer
     if config.quantize and subclass is not None:
         raise MergeError(
             f"transformers loads no 4-bit checkpoint of this model: it leaves its {type(subclass).__name__} in 16 bits.",
-            "Leave --quantize out; qlora generate quantises a 16-bit model as it loads it.",
+            "Leave --quantize out; qlora generate --adapter answers in 4 bits, beside the base.",
         )
     compute_dtype, stored = DTYPES[base.identity.compute_dtype], base.stored_dtype
     dtype = DTYPES[config.dtype] if config.dtype else stored if stored.itemsize == 2 else compute_dtype

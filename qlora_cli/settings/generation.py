@@ -17,12 +17,21 @@ class SamplingSettings(Settings):
         "Sample among the likeliest tokens that hold this share of probability.",
         panel=SAMPLING,
         range=Numbers(0, 1, open_low=True),
+        needs="temperature",
     )
     top_k: int = setting(
-        0, "Sample among the K likeliest tokens; 0 turns it off.", panel=SAMPLING, range=Numbers(0, 2**31)
+        0,
+        "Sample among the K likeliest tokens; 0 turns it off.",
+        panel=SAMPLING,
+        range=Numbers(0, 2**31),
+        needs="temperature",
     )
     min_p: float = setting(
-        0.0, "Drop tokens below this share of the likeliest one's probability.", panel=SAMPLING, range=Numbers(0, 1)
+        0.0,
+        "Drop tokens below this share of the likeliest one's probability.",
+        panel=SAMPLING,
+        range=Numbers(0, 1),
+        needs="temperature",
     )
     repetition_penalty: float = setting(
         1.0, "Divide the logits of tokens already seen by this.", panel=SAMPLING, range=Numbers(0, 100, open_low=True)
@@ -34,7 +43,7 @@ class SamplingSettings(Settings):
         repeated=True,
         range=Words(4096, lines=True),
     )
-    seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING, range=SEED)
+    seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING, range=SEED, needs="temperature")
 
 
 @frozen(kw_only=True)

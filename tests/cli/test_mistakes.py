@@ -54,6 +54,13 @@ MISTAKES = {
     "train -c lr.yaml": ("unknown setting lr", "learning_rate"),
     "train -c list.yaml": ("holds a list", "setting: value"),
     "train -c text.yaml": ("rank should be a whole number, found 'eight'", "as 16"),
+    "train -c .": (". is a directory", "--config list.yaml"),
+    "train --model m --rank": ("'--rank' requires an argument", "qlora train --help"),
+    "train ORG/NAME rows.jsonl": ("extra argument", "Did you mean: --model ORG/NAME --data rows.jsonl"),
+    "merge run": ("extra argument", "Did you mean: --adapter run"),
+    "generate -a run two words": ("extra argument", "in quotes"),
+    "prepare -c train.yaml": ("rank is a setting of qlora train, and this is qlora prepare.", "train.yaml --dry-run"),
+    "inspect -c train.yaml": ("max_steps is a setting of qlora train", "qlora train --config train.yaml --dry-run"),
     "prepare -m m": ("No data was given.", "--data"),
     "prepare --answer-column a": ("No such option: --answer-column", "--completion-column"),
     "prepare --num-proc 4": ("No such option: --num-proc", "--workers"),
@@ -76,6 +83,10 @@ def test_a_mistake_gets_what_was_wrong_and_what_to_type(line, tmp_path, monkeypa
     (tmp_path / "lr.yaml").write_text("lr: 1e-4\n")
     (tmp_path / "list.yaml").write_text("- 8\n")
     (tmp_path / "text.yaml").write_text("rank: eight\n")
+    (tmp_path / "train.yaml").write_text("rank: 8\nmax_steps: 9\n")
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RUN_YAML).touch()
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)) == 2
     out, err = capsys.readouterr()

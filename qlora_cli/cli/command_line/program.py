@@ -2,12 +2,15 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qlora_cli import __version__
+from qlora_cli.artifacts import is_model, is_prepared, is_run
 from qlora_cli.cli.command_line.declared import Command
 from qlora_cli.cli.command_line.typer_options import CONTEXT, PanelledCommand, QuickGroup, read_typed, signature_of
 from qlora_cli.cli.screens.drawing import columns_of_terminal
@@ -16,6 +19,7 @@ from qlora_cli.settings.peer_names import COMMANDS as PEER_COMMANDS
 from qlora_cli.settings.peer_names import PEERS, UNNEEDED, suggest_setting
 
 NARROWEST, WIDEST = 24, 80  # columns of the help
+HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 def run_program(commands: dict[str, Command], arguments: list[str]) -> int:
@@ -33,7 +37,7 @@ def run_program(commands: dict[str, Command], arguments: list[str]) -> int:
         context = getattr(error, "ctx", None)
         message = error.format_message().replace("Value error, ", "")  # as pydantic, inside Typer, begins some
         message = re.sub(r" (\(Possible options: .*\)|Did you mean .*)$", "", message)
-        place = context.command_path if context else "qlora"
+        place = context.command_path if context else f"qlora {asked}" if asked in commands else "qlora"
         raise UsageError(message, explain_mistake(error, commands) or f"See: {place} --help") from error
 
 
@@ -83,6 +87,30 @@ def _qlora(
         typer.echo(context.get_help())
 
 
+def place_words(words: list[str], flags: set[str]) -> str | None:
+    """The flags that words without one are meant for, by what lies there; None where that is not seen.
+
+    Args:
+        flags: Of the command.
+    """
+    if "--input" in flags:
+        return "A prompt of several words stands in quotes."
+    found = []
+    for word in words:
+        place = Path(word).expanduser()
+        kinds = {
+            "--adapter": is_run(place),
+            "--model": is_model(place) or (re.fullmatch(HUB_ID, word) is not None and not place.exists()),
+            "--prepared": is_prepared(place),
+            "--data": place.exists(),
+        }
+        flag = next((flag for flag, fits in kinds.items() if fits and flag in flags), None)
+        if flag is None:
+            return None
+        found.append(f"{flag} {shlex.quote(word)}")
+    return f"Did you mean: {' '.join(found)}"
+
+
 def list_flags(commands: dict[str, Command]) -> dict[str, set[str]]:
     """The flags of every command."""
     group: Any = typer.main.get_command(make_program(commands.values()))
@@ -112,7 +140,13 @@ def explain_mistake(error: Any, commands: dict[str, Command]) -> str | None:
         meant = {f"--{setting.replace('_', '-')}" for setting in PEERS.get(dashed, ())}
         other = next((name for name, flags in elsewhere.items() if meant & flags), None)
         return f"That is a setting of another command; see: qlora {other} --help" if other else None
-    typed = re.search(r"No such command '([^']*)'", str(getattr(error, "message", "")))
+    said = str(getattr(error, "message", ""))
+    if context is not None and (
+        extra := re.search(r"unexpected extra arguments? \((.*)\)|argument\(s\) \((.*)\)", said)
+    ):
+        flags = {flag for param in context.command.params for flag in param.opts}
+        return place_words((extra[1] or extra[2]).split(), flags)
+    typed = re.search(r"No such command '([^']*)'", said)
     if typed is None:
         return None
     word = typed[1].lower()

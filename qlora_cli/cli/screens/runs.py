@@ -190,10 +190,9 @@ def of_a_merge(result: dict[str, Any]) -> Screen:
     if result.get("kept") is not None:
         sentences.append(f"{100 * result['kept']:.0f} % of what was learned is left in 4 bits.")
     facts = [("base", str(result["base_model"])), ("changed weights", f"{result['changed_weights']:,}")]
+    named = {"live": "adapter live", "untuned": "4-bit base alone"}
     for name, loss in (result.get("base_losses") or {}).items():
-        facts.append(
-            (f"loss, {'adapter live' if name == 'live' else 'merged into ' + name}", f"{loss:.4f} nats a token")
-        )
+        facts.append((f"loss, {named.get(name, f'merged into {name}')}", f"{loss:.4f} nats a token"))
     if gguf := result.get("gguf"):
         read = gguf["tensors_checked"]
         checked = "not read back" if read is None else f"{read:,} tensors read back"

@@ -116,7 +116,7 @@ class MergePlanner:
         if self.options.pack and self.experts.stacks:
             raise MergeError(
                 "transformers loads no 4-bit checkpoint of this model: it keeps its experts as stacks in 16 bits.",
-                "Leave --quantize out; qlora generate quantises a 16-bit model as it loads it.",
+                "Leave --quantize out; qlora generate --adapter answers in 4 bits, beside the base.",
             )
 
     def plan(self, *, keep_tied: bool) -> MergePlan:
