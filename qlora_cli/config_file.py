@@ -137,10 +137,9 @@ def _unknown(path: Path, key: str, name: str, config_type: type) -> UsageError:
     command = _command_of(config_type)
     owner = next((_command_of(other) for other in CONFIGS if name in recorded_fields(other)), None)
     if owner is not None:
-        way = f"Type: qlora {owner} --config {shlex.quote(str(path))}"
         return UsageError(
             f"{path}: {key} is a setting of qlora {owner}, and this is qlora {command}.",
-            f"{way} --dry-run plans it and trains nothing." if owner == "train" else way,
+            f"Type: qlora {owner} --config {shlex.quote(str(path))}" + " --dry-run" * (owner == "train"),
         )
     near = suggest_setting(name, recorded_fields(config_type))
     unneeded = UNNEEDED.get(name.replace("_", "-"))

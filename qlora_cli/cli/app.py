@@ -88,12 +88,14 @@ def command(
                 with ExitStack() as stack:
                     stack.enter_context(working())
                     given = typed.settings | always
-                    of_file = settings_of_file(typed.flags.get("config_file"), config_type)
+                    named = typed.flags.get("config_file")
+                    settings_file = named.expanduser() if named else None
+                    of_file = settings_of_file(settings_file, config_type)
                     replaced = displaced(of_file, given, config_type)
                     config = config_type(**{name: of_file[name] for name in of_file if name not in replaced} | given)
                     (before or check)(config, **typed.positional)
                     if getattr(config, "resume", False) and "output" not in typed.settings:
-                        check_resumed(typed.flags.get("config_file"), Path(config.output))
+                        check_resumed(settings_file, Path(config.output))
                     if "RANK" not in os.environ:  # else each rank would say what is missing
                         with loading():
                             check_places(config)

@@ -19,20 +19,14 @@ from qlora_cli.settings.setting import (
 
 NAME = Words()  # of a file, a directory, a column, a module, or on the hub
 COLUMN_FLAGS = "--text-column, --prompt-column with --completion-column, or --messages-column"  # as hints name them
+WHOLE = ("text_column", "messages_column")  # columns that are all of a row
+COLUMNS = (*WHOLE, "prompt_column", "completion_column", "template")
 SEED = Numbers(0, 2**63 - 2**40)  # with room for the ranks' own
 
 OPTIMIZERS = (
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "adamw_8bit",
-    "adamw",
-    "paged_lion_8bit",
-    "paged_lion_32bit",
-    "lion_8bit",
-    "lion",
-    "sgd",
-    "adafactor",
-)
+    "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw", "paged_lion_8bit", "paged_lion_32bit", "lion_8bit",
+    "lion", "sgd", "adafactor",
+)  # fmt: skip
 
 
 @frozen(kw_only=True)
@@ -118,36 +112,16 @@ class DataSettings(Settings):
         resume=RESOLVED,
     )
     text_column: str | None = setting(
-        None,
-        "Column with the text to train on.",
-        panel=DATA,
-        range=NAME,
-        resume=RESOLVED,
-        instead_of=("prompt_column", "completion_column", "messages_column", "template"),
+        None, "Column with the text to train on.", panel=DATA, range=NAME, resume=RESOLVED, instead_of=COLUMNS
     )
     prompt_column: str | None = setting(
-        None,
-        "Column with the prompt.",
-        panel=DATA,
-        range=NAME,
-        resume=RESOLVED,
-        instead_of=("text_column", "messages_column"),
+        None, "Column with the prompt.", panel=DATA, range=NAME, resume=RESOLVED, instead_of=WHOLE
     )
     completion_column: str | None = setting(
-        None,
-        "Column with the completion.",
-        panel=DATA,
-        range=NAME,
-        resume=RESOLVED,
-        instead_of=("text_column", "messages_column"),
+        None, "Column with the completion.", panel=DATA, range=NAME, resume=RESOLVED, instead_of=WHOLE
     )
     messages_column: str | None = setting(
-        None,
-        "Column with the chat messages.",
-        panel=DATA,
-        range=NAME,
-        resume=RESOLVED,
-        instead_of=("text_column", "prompt_column", "completion_column", "template"),
+        None, "Column with the chat messages.", panel=DATA, range=NAME, resume=RESOLVED, instead_of=COLUMNS
     )
     role: tuple[str, ...] | None = setting(
         None,
@@ -165,7 +139,7 @@ class DataSettings(Settings):
         panel=DATA,
         range=Words(2**20, lines=True),
         resume=RESOLVED,
-        instead_of=("text_column", "messages_column"),
+        instead_of=WHOLE,
     )
     chat_template: str | None = setting(
         None,

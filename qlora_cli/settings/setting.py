@@ -1,12 +1,13 @@
 """How a setting is declared: its default, help text, allowed values and flag, once."""
 
 from dataclasses import Field, field, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args
 
 from qlora_cli.errors import UsageError
 from qlora_cli.frozen import frozen
-from qlora_cli.settings.ranges import Range
+from qlora_cli.settings.ranges import Range, Words
 
 MODEL = "Model"
 DATA = "Data"
@@ -134,9 +135,16 @@ def fault_of(option: Field, value: Any) -> tuple[str, str] | None:
     return None
 
 
+def _at_home(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        return tuple(str(Path(item).expanduser()) if str(item).startswith("~/") else item for item in value)
+    return str(Path(value).expanduser()) if str(value).startswith("~/") else value
+
+
 @frozen(kw_only=True)
 class Settings:
-    """Base of every group of settings: no value outside its range gets into one.
+    """Base of every group of settings: no value outside its range gets into one, and `~/` in a name is the home directory, which
+    shells leave as it is in `--output=~/run`, and files of settings too.
 
     Raises:
         UsageError: A value means nothing.
@@ -144,6 +152,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option in fields(self):
+            value = getattr(self, option.name)
+            if option.metadata["range"] == Words() and value is not None:  # of names alone
+                self.__dict__[option.name] = _at_home(value)
             if fault := fault_of(option, getattr(self, option.name)):
                 flag = flag_of(option).split("/")[0]
                 raise UsageError(f"{flag} {fault[0]}", fault[1])

@@ -60,7 +60,11 @@ MISTAKES = {
     "merge run": ("extra argument", "Did you mean: --adapter run"),
     "generate -a run two words": ("extra argument", "in quotes"),
     "prepare -c train.yaml": ("rank is a setting of qlora train, and this is qlora prepare.", "train.yaml --dry-run"),
-    "inspect -c train.yaml": ("max_steps is a setting of qlora train", "qlora train --config train.yaml --dry-run"),
+    "inspect -c train.yaml": (
+        "max_steps is a setting of qlora train",
+        "Type: qlora train --config train.yaml --dry-run",
+    ),
+    "chat run": ("extra argument", "Did you mean: --adapter run"),
     "prepare -m m": ("No data was given.", "--data"),
     "prepare --answer-column a": ("No such option: --answer-column", "--completion-column"),
     "prepare --num-proc 4": ("No such option: --num-proc", "--workers"),

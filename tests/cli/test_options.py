@@ -41,6 +41,14 @@ def test_a_repeated_flag_keeps_commas_and_spaces(config_of):
     assert made == GenerateConfig(stop=("one, two", "\n\n"))
 
 
+def test_the_home_directory_is_meant_by_a_tilde_wherever_it_is_written(config_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("prepared: ~/rows\n")
+    made = config_of(["train", "--config=~/run.yaml", "--output=~/out", "--sample-prompt=~/ what?"])
+    assert made == TrainConfig(prepared=f"{tmp_path}/rows", output=f"{tmp_path}/out", sample_prompt=("~/ what?",))
+    assert TrainConfig(data=("~/a.jsonl",)).data == (f"{tmp_path}/a.jsonl",)
+
+
 def test_a_setting_answers_to_its_former_name(config_of, tmp_path):
     settings_file = tmp_path / "run.yaml"
     settings_file.write_text("shape: chat\n")

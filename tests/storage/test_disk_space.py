@@ -16,9 +16,11 @@ def test_space_is_asked_of_the_nearest_existing_directory(tmp_path):
     assert "--output" in caught.value.hint
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_a_quota_and_a_file_size_limit_are_a_full_disk(tmp_path, number):
-    with pytest.raises(DiskFull, match="disk is full") as caught, reporting_disk_full(tmp_path / "file"):
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit -f")]
+)
+def test_a_full_disk_a_quota_and_a_file_size_limit_are_a_full_disk(tmp_path, number, said):
+    with pytest.raises(DiskFull, match=said) as caught, reporting_disk_full(tmp_path / "file"):
         raise OSError(number, "no room")
     assert str(tmp_path / "file") in caught.value.message and caught.value.exit_code == 74
 

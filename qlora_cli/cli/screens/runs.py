@@ -1,8 +1,10 @@
 """Screens of what was made: prepared rows, a training, a run or adapter, a merged model, several runs beside each other."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from qlora_cli.artifacts import REPORT_PAGE
 from qlora_cli.cli.screens.curve import sparkline
 from qlora_cli.cli.screens.screen import Screen, count, name_of, trained_of
 from qlora_cli.cli.units import format_seconds
@@ -77,7 +79,7 @@ def of_a_training(result: dict[str, Any]) -> Screen:
         sentences.insert(1, "It stopped early: the held-out loss fell no more.")
     if gap := result.get("gap"):
         sentences.append(_gap(gap))
-    facts = [("tokens", f"{result['tokens']:,}"), ("report", f"{result['output']}/report.html")]
+    facts = [("tokens", f"{result['tokens']:,}"), ("report", str(Path(result["output"]) / REPORT_PAGE))]
     if result.get("best_eval_loss") is not None:
         facts.insert(1, ("best held-out loss", f"{result['best_eval_loss']:.4f} at step {result['best_step']:,}"))
     if result.get("peak_vram_bytes"):

@@ -78,6 +78,12 @@ def error_number(error: BaseException) -> int | None:
     return int(hidden[1] or hidden[2]) if hidden else None
 
 
+def name_limit(error: BaseException) -> str:
+    """What a write met that `is_disk_full`: a limit may be met on a disk with much room."""
+    limits = {errno.EFBIG: "The limit on the size of files is met (ulimit -f)", errno.EDQUOT: "The quota is used up"}
+    return limits.get(error_number(error) or 0, "The disk is full")
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write met a full disk, a quota or a limit on the size of files."""
     return error_number(error) in _DISK_FULL
@@ -92,7 +98,7 @@ def describe_refusal(error: BaseException) -> QloraError | None:
     name = getattr(error, "filename", None)
     named = f" at {os.fsdecode(name)}" if isinstance(name, str | bytes) else ""
     if number in _DISK_FULL:
-        return DiskFull(f"The disk is full{named}.", "Free some space and run the command again.")
+        return DiskFull(f"{name_limit(error)}{named}.", "Free some space and run the command again.")
     return RunError(
         f"The system refused a file operation{named}: {os.strerror(number)}.",
         "Check the disk and the rights there, and run the command again.",
@@ -120,11 +126,11 @@ def reporting_disk_full(path: Path, needed_bytes: int | None = None) -> Iterator
             free = "an unknown number of bytes free"
         if needed_bytes is None:
             raise DiskFull(
-                f"The disk is full: {path} could not be written, with {free}.",
+                f"{name_limit(error)}: {path} could not be written, with {free}.",
                 "Free some space, or choose an --output on another disk, and run the command again.",
             ) from error
         raise DiskFull(
-            f"The disk is full: {format_bytes(needed_bytes)} are needed in {path}, with {free}; "
+            f"{name_limit(error)}: {format_bytes(needed_bytes)} are needed in {path}, with {free}; "
             "the checkpoints already written are intact.",
             "Free some space and run the command again with --resume, or choose an --output on another disk.",
         ) from error
