@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import stat
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -254,6 +255,16 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 def is_model(directory: Path) -> bool:
     """Whether the directory holds a whole model, and is no run or adapter, which may hold its configuration too."""
     return (directory / "config.json").is_file() and not is_run(directory)
+
+
+def describe_place(directory: Path) -> tuple[str, str] | None:
+    """What a directory holds, and by which flag it goes, as a sentence; None where it is nothing of ours."""
+    place = shlex.quote(str(directory))
+    if is_prepared(directory):
+        return "it holds prepared rows", f"They go by: --prepared {place}"
+    if is_model(directory):
+        return "it holds a whole model", f"That goes by: --model {place}"
+    return ("it holds a run or an adapter", f"That goes by: --adapter {place}") if is_run(directory) else None
 
 
 def is_prepared(directory: Path) -> bool:

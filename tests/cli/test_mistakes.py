@@ -100,6 +100,28 @@ def test_a_mistake_gets_what_was_wrong_and_what_to_type(line, tmp_path, monkeypa
     assert err.splitlines()[1].startswith("→ ") and following in err.splitlines()[1]
 
 
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("train --model run --data rows.jsonl", "--adapter run"),
+        ("train --model rows --data rows.jsonl", "--prepared rows"),
+        ("train --model m --data rows", "--prepared rows"),
+        ("train --model m --prepared rows.jsonl", "qlora prepare --model ... --data rows.jsonl"),
+        ("train --model m --prepared run", "--adapter run"),
+        ("merge --adapter m", "--model m"),
+        ("inspect rows.jsonl", "qlora prepare --model MODEL --data rows.jsonl"),
+        ("inspect ORG/NAME", "qlora inspect --model ORG/NAME"),
+    ],
+)
+def test_what_stands_behind_the_wrong_flag_is_named_with_the_right_one(line, meant, tmp_path, monkeypatch, capsys):
+    for place in ("m/config.json", f"rows/{PREPARED_MANIFEST}", f"run/{RUN_YAML}", "rows.jsonl"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line)) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith(meant)
+
+
 def test_every_name_of_a_peer_leads_to_a_setting_that_there_is():
     from dataclasses import fields
 

@@ -7,6 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.cli.app import main
 from qlora_cli.config import GenerateConfig, TrainConfig
 from qlora_cli.core.runs.validate import report_idle
 from qlora_cli.events import Caution, Notice
@@ -112,6 +113,13 @@ def test_short_flags_and_variables_of_the_environment_are_settings(config_of, mo
     made = config_of(["train", "-m", "m", "-d", "a", "-d", "b", "-o", "o", "-c", settings_file, "--seed", "7"])
     assert made == TrainConfig(model="m", data=("a", "b"), output="o", rank=4, alpha=64.0, seed=7, packing=True)
     assert "From the environment: QLORA_PACKING=true, QLORA_RANK=4." in capsys.readouterr().err
+
+
+def test_a_switch_of_the_environment_is_true_or_false(config_of, monkeypatch, capsys):
+    monkeypatch.setenv("QLORA_PACKING", "ja")
+    assert main(["train"]) == 2 and "'ja' is neither true nor false" in capsys.readouterr().err
+    monkeypatch.setenv("QLORA_PACKING", "Off")
+    assert config_of(["train"]) == TrainConfig()
 
 
 def test_a_recipe_goes_by_its_name(config_of):

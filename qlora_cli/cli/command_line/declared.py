@@ -22,6 +22,8 @@ SHORT = {
     "quiet": "-q",
 }
 
+TRUE, FALSE = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")
+
 # Of the environment, named like settings: where caches lie, a launcher's process, and a model for tests.
 OTHER_VARIABLES = {"QLORA_CACHE", "QLORA_LAUNCHER", "QLORA_SMALL_MODEL"}
 
@@ -163,8 +165,11 @@ def read_value(text: str, kind: Any, choices: tuple[str, ...], flag: str) -> Any
             f"Invalid value for '{flag}': {text!r} is not one of {words}.",
             f"Did you mean: {flag} {close}" if close else f"Choose one of: {', '.join(choices)}.",
         )
-    if kind is bool:
-        return text.strip().lower() in ("1", "true", "yes", "on")  # of the environment
+    if kind is bool:  # of the environment
+        word = text.strip().lower()
+        if word not in (*TRUE, *FALSE):
+            raise UsageError(f"Invalid value for '{flag}': {text!r} is neither true nor false.", "Write true or false.")
+        return word in TRUE
     if kind in (int, float):
         try:
             return kind(text)

@@ -16,6 +16,7 @@ from qlora_cli.artifacts import (
     ADAPTER_WEIGHTS,
     CHECKPOINTS,
     RUN_RECORD,
+    describe_place,
     find_run_record,
     is_model,
     is_prepared,
@@ -69,13 +70,10 @@ def _no_adapter(directory: Path) -> AdapterError:
     way = "Train one with: qlora train, or give --adapter the right directory."
     if not directory.exists():
         return AdapterError(f"There is no adapter in {directory}: there is no such directory.", way)
-    place = shlex.quote(str(directory))
     if directory.is_file():
         found, way = "it is a file, and an adapter is a directory", "Give --adapter the directory of a run."
-    elif is_prepared(directory):
-        found, way = "it holds prepared rows", f"They go by: --prepared {place}"
-    elif is_model(directory):
-        found, way = "it holds a whole model", f"That goes by: --model {place}"
+    elif is_prepared(directory) or is_model(directory):
+        found, way = describe_place(directory) or ("", way)
     else:
         found = f"{ADAPTER_CONFIG} is missing"
     return AdapterError(f"There is no adapter in {directory}: {found}.", way)

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, is_prepared, read_json
+from qlora_cli.artifacts import FORMAT, PREPARED_MANIFEST, PREPARED_ROWS, describe_place, is_prepared, read_json
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.stable_file import StableFile
 from qlora_cli.core.storage.temporaries import heal
@@ -149,10 +149,10 @@ class PreparedRows:
         self.directory = Path(directory)
         heal(self.directory)
         if not is_prepared(self.directory):
-            raise RunError(
-                f"{self.directory} holds no prepared rows.",
-                f"Make them with: qlora prepare --model ... --data ... --output {shlex.quote(str(self.directory))}",
-            )
+            place = shlex.quote(str(self.directory))
+            end = f"--data {place}" if self.directory.is_file() else f"--data ... --output {place}"
+            found, way = describe_place(self.directory) or ("", f"Make them with: qlora prepare --model ... {end}")
+            raise RunError(f"{self.directory} holds no prepared rows{found and ': '}{found}.", way)
         self.manifest: dict[str, Any] = read_json(self.directory / PREPARED_MANIFEST)
         if self.manifest.get("format", FORMAT + 1) > FORMAT:
             raise RunError(f"{self.directory} was prepared by a newer qlora.", "Update with: pip install -U qlora-cli")

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from qlora_cli.artifacts import sha256_of
+from qlora_cli.artifacts import describe_place, is_prepared, sha256_of
 from qlora_cli.core.models.hub import download_snapshot, missing_bytes
 from qlora_cli.core.reading.arrow_reader import chunks_of
 from qlora_cli.core.reading.chunks import RECORDS_A_CHUNK, Chunk, count_rows, parse_chunk
@@ -186,6 +186,9 @@ def require_data(data: str) -> None:
         DataError: It is none.
     """
     path = Path(data).expanduser()
+    if is_prepared(path):
+        found, way = describe_place(path) or ("", "")
+        raise DataError(f"{data} is no data to prepare: {found}.", way)
     if path.is_file() or path.is_dir():
         return
     if path.exists():

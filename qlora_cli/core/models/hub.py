@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
-from qlora_cli.artifacts import MERGE_RECORD, cache_root, write_json
+from qlora_cli.artifacts import MERGE_RECORD, cache_root, describe_place, write_json
 from qlora_cli.core.storage.content_digest import content_digests, was_written_since
 from qlora_cli.core.storage.temporaries import heal, sweep
 from qlora_cli.errors import ModelError, first_line
@@ -81,7 +81,8 @@ def find_directory(model: str) -> Path | None:
             raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
         return None
     if not (directory / "config.json").is_file():
-        raise ModelError(f"{model} is a directory without config.json.", "Give --model a transformers checkpoint.")
+        found, way = describe_place(directory) or ("", "Give --model a transformers checkpoint.")
+        raise ModelError(f"{model} is a directory without config.json{found and ': '}{found}.", way)
     return directory
 
 

@@ -116,7 +116,7 @@ def check_places(config: Any) -> None:
 
         read_prompts(Path(prompts))
     data = getattr(config, "data", None) or ()
-    if not all(Path(name).expanduser().exists() for name in data):
+    if not all(place.exists() and not is_prepared(place) for place in (Path(name).expanduser() for name in data)):
         from qlora_cli.core.data.sources import read_data_sets, require_data
 
         for data_set in read_data_sets(data):
