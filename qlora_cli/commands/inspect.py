@@ -15,11 +15,13 @@ from typing import Any
 from qlora_cli.artifacts import is_model, is_prepared, is_run
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.inspection.run_summary import describe_run
-from qlora_cli.core.runs.validate import report_idle
+from qlora_cli.core.runs.validate import list_given, report_idle
 from qlora_cli.errors import RunError, UsageError
-from qlora_cli.events import Report
+from qlora_cli.events import Caution, Report
 from qlora_cli.interrupts import loading
+from qlora_cli.settings.setting import flag_of
 
+WITHOUT_MODEL = ("adapter", "prepared", "model", "picture")  # what other views take
 OF_A_MODEL = ("vram", "max_length", "quantization_error", "data")
 
 
@@ -38,19 +40,24 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
     """
     if len(runs) == 1 and is_model(Path(runs[0])):
         config, runs = replace(config, model=runs[0]), ()
+    named = [name for name in ("adapter", "prepared") if getattr(config, name)]
+    asked = [name for name in OF_A_MODEL if getattr(config, name) != getattr(InspectConfig, name)]
+    if not runs and asked and (named or not config.model):
+        flag = f"--{asked[0].replace('_', '-')}"
+        raise UsageError(f"{flag} is about a model, and none is looked at.", f"Add --model ID to {flag}.")
+    looked_at = [*runs, *filter(None, (config.adapter, config.prepared))]
+    idle = [flag_of(option).split("/")[0] for option in list_given(config) if option.name not in WITHOUT_MODEL]
+    if looked_at and idle:
+        verb = "does" if len(idle) == 1 else "do"
+        report(Caution(f"{', '.join(idle)} {verb} nothing: {looked_at[0]} is looked at as it is."))
     if len(runs) > 1:
         return inspect_runs([Path(run) for run in runs], config.picture)
     if runs:
         one = Path(runs[0]).expanduser()
         _require_directory(one)
         return inspect_prepared(one) if is_prepared(one) else describe_run(one, None, whole=whole)
-    named = [name for name in ("adapter", "prepared") if getattr(config, name)]
     if len(named) == 2 or (config.model and config.prepared):
         raise UsageError("inspect looks at one thing at a time.", "Give one of --model, --adapter and --prepared.")
-    asked = [name for name in OF_A_MODEL if getattr(config, name) != getattr(InspectConfig, name)]
-    if asked and (named or not config.model):
-        flag = f"--{asked[0].replace('_', '-')}"
-        raise UsageError(f"{flag} is about a model, and none is looked at.", f"Add --model ID to {flag}.")
     report_idle(config, report)
     if config.prepared:
         return inspect_prepared(Path(config.prepared))

@@ -70,5 +70,6 @@ class GenerationSettings(QuantizationSettings, SamplingSettings):
         "Guess tokens of an answer that repeat the prompt, several at a step; auto where that changes no bit of it.",
         panel=MEMORY,
         choices=("auto", "on", "off"),
+        needs="engine=fast",
     )
     engine: str = setting("fast", "plain uses transformers' own generate.", panel=MEMORY, choices=("fast", "plain"))

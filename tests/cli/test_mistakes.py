@@ -50,6 +50,7 @@ MISTAKES = {
     "train": ("No base model was named.", "--model"),
     "train -m m": ("Training takes rows from one place.", "--data"),
     "train -m m -d d --keep-best": ("--keep-best needs rows", "--eval-fraction 0.1"),
+    "train -m m -d d --resume --overwrite": ("--overwrite removes it", "one of them"),
     "train -c gpt-neox": ("no configuration file gpt-neox", "gpt-neox-20b-english-quotes"),
     "train -c lr.yaml": ("unknown setting lr", "learning_rate"),
     "train -c list.yaml": ("holds a list", "setting: value"),

@@ -8,8 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.cli.app import main
-from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.commands.inspect import inspect
+from qlora_cli.config import GenerateConfig, InspectConfig, TrainConfig
 from qlora_cli.core.runs.validate import report_idle
+from qlora_cli.errors import RunError
 from qlora_cli.events import Caution, Notice
 from qlora_cli.settings.ranges import Memory, Words
 from qlora_cli.settings.setting import flag_of, type_of
@@ -82,6 +84,13 @@ def test_a_setting_that_does_nothing_beside_another_is_said():
     said = []
     report_idle(TrainConfig(epochs=3, max_steps=5, eval_fraction=0.0, eval_rows=9), said.append)
     assert [each.text for each in said] == ["--epochs does nothing beside --max-steps."]
+
+
+def test_settings_of_a_model_that_is_not_looked_at_are_said(tmp_path):
+    said = []
+    with pytest.raises(RunError, match="is not there"):
+        inspect(InspectConfig(rank=3, vram="3GiB"), said.append, [str(tmp_path / "run")])
+    assert [each.text for each in said] == [f"--vram, --rank do nothing: {tmp_path / 'run'} is looked at as it is."]
 
 
 @pytest.mark.parametrize(("typed", "other"), [("prepared", "data"), ("data", "prepared")])

@@ -194,8 +194,10 @@ def read_patterns(items: Sequence[str] | None, names: Iterable[str], flag: str) 
         key, equals, value = item.rpartition("=")
         found = match(key, names, flag) if equals else set()
         if not found:
+            adapted = sorted({name.rpartition(".")[2] for name in names})
             raise AdapterError(
-                f"{flag} {item} matches no adapted module.", f"Write a module's name and a value: {flag} q_proj=8"
+                f"{flag} {item} matches no adapted module." if equals else f"{flag} {item} has no value.",
+                f"Write a name and a value, as {flag} {adapted[0]}=8. The adapted modules are: {', '.join(adapted)}.",
             )
         values |= {name: value for name in found if name not in values}
     return values

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_cli.artifacts import CHECKPOINTS
+from qlora_cli.config import TrainConfig
 from qlora_cli.core.device import dtype_name, is_slow_on_cpu, resolve_compute_dtype
 from qlora_cli.core.matmul.arithmetic import takes_long
 from qlora_cli.core.planning.memory_estimate import estimate_disk
@@ -76,8 +77,11 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
                 "rises to the end."
             )
         )
-    if config.warmup_steps and config.scheduler == "constant":
-        run.report(Caution("--scheduler constant does without --warmup-steps; constant_with_warmup takes them."))
+    warmed = config.warmup_steps or config.warmup_ratio not in (0, TrainConfig.warmup_ratio)
+    if warmed and config.scheduler == "constant":
+        run.report(
+            Caution("--scheduler constant does without warm-up; constant_with_warmup takes --warmup-steps or -ratio.")
+        )
     if config.compile and run.device.type == "cpu":
         run.report(Notice("Layers are not compiled on a CPU: --compile does nothing."))
     compute_dtype = resolve_compute_dtype(config.compute_dtype, run.device)

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shlex
-from dataclasses import fields
+from dataclasses import Field, fields
 from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ def _check_train(config: TrainConfig) -> None:
         recorded = Path(config.output) / RUN_YAML
         way = f"Type: {_resume_with(recorded)}" if config.resume and recorded.is_file() else None
         raise UsageError("No base model was named.", way or "Add --model with a hub id or a directory.")
+    if config.resume and config.overwrite:
+        raise UsageError("--resume goes on with a run, and --overwrite removes it.", "Give one of them.")
     if (config.data is None) == (config.prepared is None):
         raise UsageError(
             "Training takes rows from one place.", "Give either --data or --prepared (written by qlora prepare)."
@@ -127,9 +129,14 @@ def check_places(config: Any) -> None:
         require_free(Path(config.output), resume=config.resume, overwrite=config.overwrite)
 
 
+def list_given(config: Any) -> list[Field]:
+    """Settings that have another value than their default."""
+    return [option for option in fields(config) if is_given(option, config)]
+
+
 def report_idle(config: Any, report: Report) -> None:
     """Reports the settings that were given and do nothing beside the others; of those of rows, preparing them says it."""
-    given = [option for option in fields(config) if is_given(option, config)]
+    given = list_given(config)
     rows = {option.name for option in fields(DataSettings)}
     for option in given:
         if option.name not in rows and (sentence := describe_idle(option, config)):
