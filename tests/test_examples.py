@@ -119,7 +119,7 @@ def test_a_settings_file_trains_two_steps(settings_file, tiny_model, tmp_path, m
         assert names == set(settings["target_modules"])
     written = yaml.safe_load((run / RUN_YAML).read_text())
     assert written.keys() == {field.name for field in fields(TrainConfig) if field.metadata["recorded"]}
-    same = settings.keys() - {"model", "data", "output", "max_steps", "learning_rate"}
+    same = settings.keys() - {"model", "data", "output", "max_steps", "epochs", "learning_rate"}
     assert {name: written[name] for name in same} == {name: settings[name] for name in same}
     if settings.get("report_to") == "tensorboard":
         assert list(run.rglob("events.out.tfevents.*"))
