@@ -45,7 +45,9 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
     if not runs and asked and (named or not config.model):
         flag = f"--{asked[0].replace('_', '-')}"
         raise UsageError(f"{flag} is about a model, and none is looked at.", f"Add --model ID to {flag}.")
-    looked_at = [*runs, *filter(None, (config.adapter, config.prepared))]
+    default = Path(TrainConfig.output)
+    stands = not (runs or named or config.model) and is_run(default)
+    looked_at = [*runs, *filter(None, (config.adapter, config.prepared)), *([str(default)] if stands else [])]
     idle = [flag_of(option).split("/")[0] for option in list_given(config) if option.name not in WITHOUT_MODEL]
     if looked_at and idle:
         verb = "does" if len(idle) == 1 else "do"
@@ -68,8 +70,7 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
             from qlora_cli.core.inspection.model_summary import describe_model  # torch, which no other view needs
 
         return describe_model(config, report)
-    default = Path(TrainConfig.output)
-    if is_run(default):
+    if stands:
         return describe_run(default, None, whole=whole)
     from qlora_cli.core.inspection.doctor import describe_environment
 

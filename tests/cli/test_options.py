@@ -1,17 +1,19 @@
 """A command line becomes exactly the settings it names, over a settings file, over the defaults."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.artifacts import ADAPTER_CONFIG
 from qlora_cli.cli.app import main
 from qlora_cli.commands.inspect import inspect
 from qlora_cli.config import GenerateConfig, InspectConfig, TrainConfig
 from qlora_cli.core.runs.validate import report_idle
-from qlora_cli.errors import RunError
+from qlora_cli.errors import AdapterError, RunError
 from qlora_cli.events import Caution, Notice
 from qlora_cli.settings.ranges import Memory, Words
 from qlora_cli.settings.setting import flag_of, type_of
@@ -86,11 +88,17 @@ def test_a_setting_that_does_nothing_beside_another_is_said():
     assert [each.text for each in said] == ["--epochs does nothing beside --max-steps."]
 
 
-def test_settings_of_a_model_that_is_not_looked_at_are_said(tmp_path):
+def test_settings_of_a_model_that_is_not_looked_at_are_said(tmp_path, monkeypatch):
     said = []
     with pytest.raises(RunError, match="is not there"):
         inspect(InspectConfig(rank=3, vram="3GiB"), said.append, [str(tmp_path / "run")])
     assert [each.text for each in said] == [f"--vram, --rank do nothing: {tmp_path / 'run'} is looked at as it is."]
+    monkeypatch.chdir(tmp_path)  # the run in the default directory is looked at where nothing is named
+    Path("out").mkdir()
+    Path("out", ADAPTER_CONFIG).write_text("{}")
+    with pytest.raises(AdapterError, match="weights|safetensors"):
+        inspect(InspectConfig(rank=3), said.append)
+    assert said[-1].text == "--rank does nothing: out is looked at as it is."
 
 
 @pytest.mark.parametrize(("typed", "other"), [("prepared", "data"), ("data", "prepared")])

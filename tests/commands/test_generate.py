@@ -151,6 +151,8 @@ def test_bad_input_is_reported_in_one_sentence_before_anything_is_loaded(make_ru
         ask([], model=base, input=str(tmp_path / "none"), output=str(tmp_path / "out"))
     with pytest.raises(UsageError, match="go together"):
         ask([], model=base, input=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="- is no file"):
+        ask([], model=base, input=str(tmp_path / "none"), output="-")
     for flag in ("max_new_tokens", "batch_size"):
         with pytest.raises(UsageError, match=flag.replace("_", "-")):
             ask(["a"], model=base, **{flag: 0})

@@ -68,6 +68,11 @@ def _check_generate(config: GenerateConfig) -> None:
         raise UsageError("generate needs a model.", "Add --adapter DIR of a run, or --model ID for the bare base.")
     if (config.input is None) != (config.output is None):
         raise UsageError("--input and --output go together.", "Give both, or a prompt on the command line.")
+    if config.output == "-":
+        raise UsageError(
+            "--output is the file of answers, and - is no file.",
+            "Name one; a prompt on the command line, or - for one from stdin, is answered on stdout.",
+        )
 
 
 def check_resumed(settings_file: Path | None, output: Path) -> None:
