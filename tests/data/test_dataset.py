@@ -195,7 +195,10 @@ def test_rows_held_out_that_are_trained_on_as_well_are_counted(tmp_path, monkeyp
     assert count_shared(RowSubset(rows, [0, 1, 2]), RowSubset(rows, [5, 7, 3])) == 2
     assert count_shared(RowSubset(rows, [2, 3]), RowSubset(rows, [])) == 0
     monkeypatch.setattr(PreparedRows, "sketches", lambda rows: np.zeros(len(rows), np.uint64))
+    read, get = [], PreparedRows.__getitem__
+    monkeypatch.setattr(PreparedRows, "__getitem__", lambda rows, index: read.append(index) or get(rows, index))
     assert count_shared(RowSubset(rows, [0, 2, 3, 4]), RowSubset(rows, [1, 5, 6, 7])) == 1, "whatever else is alike"
+    assert sorted(read) == [*range(8)], "each is read once: thousands may be alike"
 
 
 def test_rows_without_groups_are_held_out_as_ever():

@@ -4,7 +4,8 @@ import hashlib
 import json
 import shlex
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,12 +288,15 @@ def split_rows(rows: PreparedRows, *, fraction: float, count: int | None, seed: 
 
 
 def count_shared(train_rows: RowSubset, eval_rows: RowSubset) -> int:
-    """Rows held out that stand, token by token, among those trained on as well."""
+    """Rows held out that stand, token by token, among those trained on as well.
+
+    Each row that may be is read once: long prompts that differ in one number have the same sketch by the thousand.
+    """
     rows, sketches = eval_rows.rows, eval_rows.rows.sketches()
-    alike: dict[int, list[int]] = {sketch: [] for sketch in sketches[eval_rows.indices].tolist()}
-    for index in train_rows.indices[np.isin(sketches[train_rows.indices], sketches[eval_rows.indices])].tolist():
-        alike[int(sketches[index])].append(index)
-    return sum(
-        any(np.array_equal(rows[index][0], rows[other][0]) for other in alike[int(sketches[index])])
-        for index in eval_rows.indices.tolist()
-    )
+
+    def contents(one: RowSubset, other: RowSubset) -> Iterator[bytes]:
+        alike = np.isin(sketches[one.indices], sketches[other.indices])
+        return (hashlib.sha256(rows[index][0].tobytes()).digest() for index in one.indices[alike].tolist())
+
+    held = Counter(contents(eval_rows, train_rows))
+    return sum(held[content] for content in held.keys() & set(contents(train_rows, eval_rows)))
