@@ -326,6 +326,8 @@ def test_fields_of_objects_are_named_like_columns(tmp_path):
     template = "{translation.en} {translation.fr}"
     rows, said = read([pair], template=template, completion_column="translation.fr")
     assert rows == ["A lake?⟦ Chiemsee.<|im_end|>⟧"]
+    (tmp_path / "template.txt").write_text(template)
+    assert read([pair], template=str(tmp_path / "template.txt"))[0] == rows
     asked = {
         "input": {"messages": [ASK], "system": "Short."},
         "preferred_output": [ANSWER],

@@ -12,7 +12,14 @@ from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
 from qlora_cli.core.recognition.chats import chat_columns, recognise_chat
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
-from qlora_cli.core.recognition.pairs import Pair, find_pair, named_like_pair, recognise_pair, recognise_template
+from qlora_cli.core.recognition.pairs import (
+    Pair,
+    find_pair,
+    named_like_pair,
+    read_template,
+    recognise_pair,
+    recognise_template,
+)
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.media import holds_some, kind_of, named_like
@@ -69,7 +76,7 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
 def _inner_fields(records: Sequence[Record], settings: DataSettings) -> tuple[str, ...]:
     """The fields of the objects that flags name one of by a dotted name (see `field_at`), which count like columns."""
     named = (settings.text_column, settings.messages_column, settings.prompt_column, settings.completion_column)
-    template = PromptTemplate.fields_of(settings.template) if settings.template else ()
+    template = PromptTemplate.fields_of(read_template(settings.template)) if settings.template else ()
     dotted = (name for name in (*named, *template) if name and not any(name in record for record in records))
     objects = {parent for parent, dot, _ in (name.rpartition(".") for name in dotted) if dot}
     found = ((parent, fields_in(field_at(record, parent))) for parent in sorted(objects) for record in records)
