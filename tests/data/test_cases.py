@@ -147,6 +147,13 @@ CASES = {
         [{"inputs": "A lake?", "targets": "Chiemsee.", "language": "a language"}], {},
         ["### Inputs:\nA lake?\n\n### Targets:\n⟦Chiemsee.<|im_end|>⟧"], "'inputs', completion in 'targets'",
     ),
+    "a history of something else than talk": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "medical_history": ["asthma", "flu"]}], {},
+        [ASKED], "not used: 'medical_history'",
+    ),
+    "a history of talk that is one text": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "chat_history": "Hi. Hello."}], {}, [ASKED], "not used: 'chat_history'",
+    ),
     "a history under a longer name": (
         [{"question": "A lake?", "answer": "Chiemsee.", "chat_history": [["Hi", "Hello"]]}], {},
         ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n" + TURN], "'chat_history'",

@@ -1,5 +1,6 @@
 """Recognition of conversations: which columns hold their turns, system text, tools and settings, under which template."""
 
+import re
 import shlex
 from contextlib import suppress
 from dataclasses import replace
@@ -33,6 +34,7 @@ from qlora_cli.errors import DataError, UsageError, first_line
 from qlora_cli.settings.groups import DataSettings
 
 SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
+HISTORY = re.compile(r".*(chat|conversations?|dialog(ue)?s?|messages?|turns?|talk)[\W_]*history")
 ABOUT = {*QUESTIONS, *TEXTS, "context"}  # what a list of questions and answers beside it may belong to
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 # Keys of messages that are read, or that only say which message it is.
@@ -90,8 +92,15 @@ def _is_plain(columns: Columns, name: str) -> bool:
 
 
 def _history_column(columns: Columns) -> str | None:
-    """Earlier questions and answers: `history`, `chat_history` and the like."""
-    return next((name for name in columns.names if name.lower().endswith("history")), None)
+    """Earlier questions and answers: `history`, or what is called one of a conversation and holds one. A medical history,
+    or one of purchases, is neither."""
+    plain = columns.find(["history"])
+    named = (name for name in columns.names if HISTORY.fullmatch(name.lower()) and _holds_turns(columns, name))
+    return plain or next(named, None)
+
+
+def _holds_turns(columns: Columns, name: str) -> bool:
+    return columns.holds(name, lambda value: turns_of(value) is not None)
 
 
 def _tools_column(columns: Columns) -> str | None:
