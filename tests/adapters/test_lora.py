@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -172,6 +173,17 @@ def test_an_adapter_that_is_not_whole_is_refused(load_tiny, tmp_path, damage):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(AdapterError, match=said):
         read_adapter(tmp_path)
+
+
+def test_an_adapter_whose_halves_are_blocks_is_loaded_and_has_no_norm(load_tiny, tmp_path):
+    """BD-LoRA stores the blocks of one half beside each other: its rank differs from that of the other."""
+    blocks = peft.tuners.lora.BdLoraConfig(target_modules_bd_b=["up_proj"], nblocks=2)
+    settings = peft.LoraConfig(r=4, target_modules=["up_proj"], use_bdlora=blocks, init_lora_weights=False)
+    peft.get_peft_model(load_tiny("llama")[0], settings).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / ADAPTER_WEIGHTS)
+    loaded = adapter_state(load_adapter(load_tiny("llama")[0], tmp_path))
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    assert describe_run(tmp_path, None)["tables"][-1]["rows"] == []
 
 
 def test_layers_that_an_adapter_names_and_has_nothing_for_are_said(load_tiny, tmp_path):

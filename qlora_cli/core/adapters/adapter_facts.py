@@ -203,9 +203,11 @@ def _check_tensors(tensors: Mapping[str, tuple[tuple[int, ...], str]], config: M
         if other is None:
             continue
         module, _, half = name.partition(".lora_")
+        # Of BD-LoRA's halves blocks alone are stored, which have another rank.
+        is_checked = half.startswith(("A", "embedding_A")) and not config.get("use_bdlora")
         if other not in tensors:
             wrong = wrong or f"{name} is half of a pair"
-        elif half.startswith(("A", "embedding_A")) and shape[:1] != tensors[other][0][1:2]:
+        elif is_checked and shape[:1] != tensors[other][0][1:2]:
             wrong = wrong or f"{name} and its other half are of different ranks, {shape} and {tensors[other][0]}"
         elif config.get("use_dora") and not any(f"{module}{ending}" in tensors for ending in MAGNITUDES):
             wrong = wrong or f"use_dora is set, and {module} has no magnitudes"

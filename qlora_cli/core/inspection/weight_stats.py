@@ -62,8 +62,8 @@ def layer_of(name: str) -> int | None:
 
 
 def measure_updates(directory: Path, adapter: AdapterFacts) -> list[LayerValue]:
-    """Frobenius norm of scaling * B @ A for each adapted module, but for stacks of experts: which rows and columns are of
-    one expert is not to be seen without the model.
+    """Frobenius norm of scaling * B @ A for each adapted module, but for stacks of experts, where which rows and columns
+    are of one expert is not to be seen without the model, and for halves of which blocks alone are stored (BD-LoRA).
 
     ‖BA‖² = trace(BᵀB · AAᵀ), so the (out, in) product is never made.
 
@@ -75,7 +75,9 @@ def measure_updates(directory: Path, adapter: AdapterFacts) -> list[LayerValue]:
         ModelError: The file is damaged.
         AdapterError: It holds NaN or infinity.
     """
-    values = []
+    values: list[LayerValue] = []
+    if adapter.config.get("use_bdlora"):
+        return values
     stacks = tuple(f".{name}".rpartition(".")[0] for name in adapter.config.get("target_parameters") or ())
     descriptor, header = read_header(directory / ADAPTER_WEIGHTS)
     with os.fdopen(descriptor, "rb") as stream:
