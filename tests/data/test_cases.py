@@ -147,6 +147,16 @@ CASES = {
         [{"inputs": "A lake?", "targets": "Chiemsee.", "language": "a language"}], {},
         ["### Inputs:\nA lake?\n\n### Targets:\n⟦Chiemsee.<|im_end|>⟧"], "'inputs', completion in 'targets'",
     ),
+    "rejected answers without those preferred to them": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "rejected": [ASK, BAD]}], {}, [ASKED], "not used: 'rejected'",
+    ),
+    "rejected answers beside questions alone": (
+        [{"messages": [ASK], "rejected": [BAD]}], {}, None, "none is left to train on (1 no answer)",
+    ),
+    "a system text in a list where the conversation has it too": (
+        [{"messages": [{"role": "system", "content": "Short."}, ASK, ANSWER], "system": ["Short."]}], {},
+        ["<|im_start|>system\nShort.<|im_end|>\n" + TURN], "",
+    ),
     "a history of something else than talk": (
         [{"question": "A lake?", "answer": "Chiemsee.", "medical_history": ["asthma", "flu"]}], {},
         [ASKED], "not used: 'medical_history'",

@@ -127,8 +127,8 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
         return columns.require(settings.messages_column, "--messages-column")
     if settings.prompt_column or settings.completion_column:
         return None
-    chosen, rejected = columns.preference()
-    apart = {chosen, rejected, columns.find(SYSTEMS), columns.find(TOOLS), pair and _history_column(columns)}
+    chosen, _ = columns.preference()
+    apart = {chosen, *columns.rejected(), columns.find(SYSTEMS), columns.find(TOOLS), pair and _history_column(columns)}
     named = [name for known in CONVERSATIONS for name in columns.names if name.lower() == known]
     others = [name for name in columns.names if name not in (*named, *apart)]
     if whole := next(filter(columns.is_conversation, named), None):
@@ -178,7 +178,7 @@ def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str |
         return chosen
     if settings.messages_column or not columns.holds(messages, _is_open):
         return None
-    others = [name for name in columns.names if name != messages]
+    others = [name for name in columns.names if name not in (messages, *columns.rejected())]
     alone = [name for name in others if columns.holds(name, _is_answer_alone)]
     texts = alone or [name for name in others if columns.is_text(name) or is_nested(columns, name)]
     if named := next((name for known in ANSWERS for name in texts if name.lower() == known), None):
@@ -228,7 +228,7 @@ def _is_system(columns: Columns, name: str | None, messages: str | None) -> bool
     for record in columns.records:
         turns = turns_of(record.get(messages)) if messages else None
         first = turns[0] if turns and isinstance(turns[0], dict) else {}
-        text, own = record.get(name), first.get("content", first.get("value"))
+        text, own = system_text(record.get(name), ""), first.get("content", first.get("value"))
         if "system" in (first.get("role"), first.get("from")) and isinstance(own, str) and text:
             return own.strip() == text.strip()
     return True

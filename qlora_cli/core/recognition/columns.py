@@ -100,6 +100,10 @@ class Columns:
         found = [(good, bad) for good, bad in PREFERENCES if {good, bad} <= self._by_lower.keys()]
         return (self._by_lower[found[0][0]], self._by_lower[found[0][1]]) if found else (None, None)
 
+    def rejected(self) -> list[str]:
+        """The columns of answers that others are preferred to, whether or not these are there as well."""
+        return [self._by_lower[bad] for _, bad in PREFERENCES if bad in self._by_lower]
+
     def require(self, name: str, flag: str) -> str:
         """The name itself, if it is a column.
 
