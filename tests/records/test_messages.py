@@ -376,6 +376,13 @@ def test_items_of_responses_are_turns_and_a_list_of_them_is_messages_beyond_doub
     assert turns_of([{"type": "web_search_call", "id": "w"}]) is None
 
 
+def test_what_a_message_beside_items_says_of_itself_is_kept():
+    question, thought = FROM_RESPONSES[:2]
+    untrained, trained = ({"role": "assistant", "content": "Chiemsee.", "weight": weight} for weight in (0, 1))
+    assert read_messages([question, thought, untrained, question, trained], {})[1] == [True, False, True, True]
+    assert read_messages([question, thought, untrained, trained], {})[1] == [True, False, True]
+
+
 @pytest.mark.parametrize("calls", [[FUNCTION], FUNCTION])
 def test_an_answer_beside_tools_that_is_calls_written_as_json_is_these_calls(calls):
     columns = ConversationColumns(prompt="query", answer="answers", tools="tools")

@@ -46,15 +46,23 @@ def is_item(value: Any) -> bool:
 
 
 def turns_of_items(items: list[Any]) -> list[Any]:
-    """Messages and items as turns: what the assistant thinks, says and calls in a row is one turn of these parts."""
+    """Messages and items as turns: what the assistant thinks, says and calls in a row is one turn of these parts, unless
+    messages in it say different things of themselves, such as whether they are trained."""
     turns: list[Any] = []
     for item in items:
         role = ITEMS[item["type"]] if is_item(item) else item.get("role")
         content = [item] if is_item(item) else item.get("content")
-        turn = {"role": role, "content": [content] if isinstance(content, str) else content}
+        own = {} if is_item(item) else {name: said for name, said in item.items() if name not in ("id", "status")}
+        turn = {**own, "role": role, "content": [content] if isinstance(content, str) else content}
         before = turns[-1] if turns else {}
-        if role == before.get("role") == "assistant" and are_parts(turn["content"]) and are_parts(before["content"]):
-            before["content"] = before["content"] + turn["content"]
+        agree = all(before.get(name, said) == said for name, said in own.items() if name != "content")
+        if (
+            role == before.get("role") == "assistant"
+            and agree
+            and are_parts(turn["content"])
+            and are_parts(before["content"])
+        ):
+            turns[-1] = {**before, **turn, "content": before["content"] + turn["content"]}
         else:
             turns.append(turn)
     return turns
