@@ -24,6 +24,25 @@ def test_each_block_has_the_scale_of_its_place(tmp_path):
     assert torch.equal(values, SCALES.repeat_interleave(64, 0).repeat_interleave(64, 1))
 
 
+@pytest.mark.parametrize(("block", "count"), [(None, 5), (None, 1), ((64, 64), 1), ((64, 128), 5)])
+def test_experts_of_a_stack_have_a_scale_each_or_one_for_all(tmp_path, block, count):
+    scales = torch.arange(1.0, 1.0 + count).view(count, 1, 1)
+    save_file({"w": CODES.view(5, 64, 128), "w_scale_inv": scales}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path, StoredFormat("fp8", block=block)) as checkpoint:
+        whole = checkpoint.read("w")
+        assert torch.equal(whole, scales.expand(5, 64, 128))
+        assert torch.equal(checkpoint.read("w", slice(1, 3)), whole[1:3])
+
+
+@pytest.mark.parametrize("stored", [FP8, StoredFormat("fp8")])
+@pytest.mark.parametrize(
+    ("codes", "scales"), [(CODES, (320, 1)), (CODES[:, 0].clone(), (5,))], ids=["rows", "no matrix"]
+)
+def test_scales_that_are_of_no_blocks_are_refused(tmp_path, stored, codes, scales):
+    with pytest.raises(ModelError, match=r"^w (is stored quantised|has \d+ scales)"):
+        read(tmp_path, stored, {"w": codes, "w_scale_inv": torch.ones(scales)})
+
+
 @pytest.mark.parametrize(
     "scales",
     [torch.cat([SCALES, SCALES]), SCALES[:-1], SCALES.T.contiguous(), SCALES[:, 0].clone(), SCALES[:0], SCALES.int()],

@@ -160,7 +160,7 @@ class Checkpoint:
         codes = file.read_stored(parts[""], rows).to(self.device)
         scales = scale_file.read_stored(parts[ending]).to(self.device)
         stacked = codes.ndim == 3
-        if stacked and rows is not None and scales.ndim == 3:
+        if stacked and rows is not None and scales.numel() > 1:
             scales = scales[rows]
         first = 0 if rows is None or stacked else rows.start
         return fp8_values(codes, scales, self.stored.block, first)

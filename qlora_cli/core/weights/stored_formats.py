@@ -118,15 +118,17 @@ def require_fp8_fit(codes: TensorEntry, scales: TensorEntry, block: tuple[int, i
         raise _unfit(codes.name, f"{scales.name} is stored as {scales.dtype_name}, which is no scale")
     if scales.elements == 1:
         return
+    block_shape = block or codes.shape[-2:]  # stacked experts that have no blocks have one scale each
+    blocks = (-(-length // size) for length, size in zip(codes.shape[-2:], block_shape, strict=False))
+    if len(codes.shape) > 1 and scales.shape == (*codes.shape[:-2], *blocks):
+        return
     if block is None:
         raise ModelError(
             f"{codes.name} has {scales.elements} scales where its configuration names no block.",
             "Name it as weight_block_size in the quantization_config of its config.json, or download the model again.",
         )
-    *stacks, rows, columns = codes.shape
-    if scales.shape != (*stacks, -(-rows // block[0]), -(-columns // block[1])):
-        found = f"it has scales for {scales.shape} blocks, which do not cover it in blocks of {block[0]} x {block[1]}"
-        raise _unfit(codes.name, found)
+    found = f"it has scales for {scales.shape} blocks, which do not cover it in blocks of {block[0]} x {block[1]}"
+    raise _unfit(codes.name, found)
 
 
 def require_mxfp4_fit(blocks: TensorEntry, scales: TensorEntry) -> None:
@@ -150,7 +152,8 @@ def fp8_values(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, fir
     Args:
         codes: (…, rows, columns) float8.
         scales: (…, ⌈rows / block⌉, ⌈columns / block⌉) of the whole weight, or one number.
-        block: Rows and columns of a block, from the configuration: the shapes alone do not tell it.
+        block: Rows and columns of a block, from the configuration: the shapes alone do not tell it. None for one scale a
+            weight, or one for each of a stack, (…, 1, 1).
         first_row: Of the weight, that `codes` begin with.
     """
     if scales.dtype == torch.uint8:
@@ -158,7 +161,8 @@ def fp8_values(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, fir
     scales = scales.float()
     if scales.numel() == 1:
         return codes.float() * scales.reshape(())
-    assert block is not None
+    if block is None:
+        return codes.float() * scales
     rows = (first_row + torch.arange(codes.shape[-2], device=codes.device)) // block[0]
     columns = torch.arange(codes.shape[-1], device=codes.device) // block[1]
     return codes.float() * scales[..., rows, :][..., columns]
