@@ -30,7 +30,10 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
 
 def finite_and_zero(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `is_finite`, of each of several matrices, (count, ...); and whether each holds nothing but zeros."""
-    lowest, highest = torch.aminmax(matrices.flatten(1), dim=1)
+    if matrices.device.type == "cpu":  # where a reduction along a dimension takes six times as long
+        lowest, highest = (torch.stack(found) for found in zip(*map(torch.aminmax, matrices), strict=True))
+    else:
+        lowest, highest = torch.aminmax(matrices.flatten(1), dim=1)
     return torch.isfinite(lowest) & torch.isfinite(highest), (lowest == 0) & (highest == 0)
 
 
