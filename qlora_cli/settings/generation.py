@@ -43,7 +43,7 @@ class SamplingSettings(Settings):
         repeated=True,
         range=Words(4096, lines=True),
     )
-    seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING, range=SEED, needs="temperature")
+    seed: int | None = setting(None, "Seed of sampling.", panel=SAMPLING, range=SEED)
 
 
 @frozen(kw_only=True)
