@@ -320,7 +320,7 @@ def test_rows_become_what_was_meant(name, tmp_path):
 
 def test_fields_of_objects_are_named_like_columns(tmp_path):
     """As datasets' `flatten` calls them. What stands beside them counts by its own name, and what is left out is told."""
-    tokenizer, places = byte_level(), (tmp_path / str(number) for number in range(9))
+    tokenizer, places = byte_level(), (tmp_path / str(number) for number in range(12))
 
     def read(content, **settings):
         (place := next(places)).mkdir()
@@ -340,6 +340,9 @@ def test_fields_of_objects_are_named_like_columns(tmp_path):
     assert (
         "no column 'translation.it'; the data has 'id', 'translation.en', 'translation.fr', 'translation.de'." in said
     )
+    deep = {"row": {"text": {"en": "A lake?", "fr": "Chiemsee."}, "note": "n"}}
+    rows, said = read([deep], prompt_column="row.text.en", completion_column="row.text.fr")
+    assert rows == ["### En:\nA lake?\n\n### Fr:\n⟦Chiemsee.<|im_end|>⟧"] and "not used: 'row.note'." in said
     template = "{translation.en} {translation.fr}"
     rows, said = read([pair], template=template, completion_column="translation.fr")
     assert rows == ["A lake?⟦ Chiemsee.<|im_end|>⟧"]

@@ -6,6 +6,7 @@ A format is taken only if it explains (almost) every row; columns that it does n
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from itertools import accumulate
 
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
@@ -78,9 +79,10 @@ def _inner_fields(records: Sequence[Record], settings: DataSettings) -> tuple[st
     named = (settings.text_column, settings.messages_column, settings.prompt_column, settings.completion_column)
     template = PromptTemplate.fields_of(read_template(settings.template)) if settings.template else ()
     dotted = (name for name in (*named, *template) if name and not any(name in record for record in records))
-    objects = {parent for parent, dot, _ in (name.rpartition(".") for name in dotted) if dot}
-    found = ((parent, fields_in(field_at(record, parent))) for parent in sorted(objects) for record in records)
-    return tuple(dict.fromkeys(f"{parent}.{name}" for parent, inside in found for name in inside or ()))
+    opened = {parent for name in dotted for parent in accumulate(name.split(".")[:-1], "{}.{}".format)}
+    found = ((parent, fields_in(field_at(record, parent))) for parent in sorted(opened) for record in records)
+    inner = dict.fromkeys(f"{parent}.{name}" for parent, inside in found for name in inside or ())
+    return tuple(name for name in inner if name not in opened)
 
 
 def idle_settings(settings: DataSettings, formats: Iterable[str]) -> list[str]:
