@@ -38,9 +38,10 @@ HISTORY = re.compile(r".*(chat|conversations?|dialog(ue)?s?|messages?|turns?|tal
 ABOUT = {*QUESTIONS, *TEXTS, "context"}  # what a list of questions and answers beside it may belong to
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 # Keys of messages that are read, or that only say which message it is.
-KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call"}
+KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call", "tools"}
+KNOWN_KEYS |= {"id", "name", "tool_call_id", "type"}
+ASKING = ("user", "tool", "system", "developer")  # whose turns are no answers
 YES = (True, "true", "1")  # and what is equal to these
-KNOWN_KEYS |= {"id", "name", "tool_call_id", "type", "tools"}
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 
 
@@ -218,7 +219,7 @@ def _is_whole(value: Any) -> bool:
 
 def _is_open(value: Any) -> bool:
     """Whether a conversation ends in something that is still to be answered."""
-    return _roles_of(value)[-1:] in (["user"], ["tool"], ["system"], ["developer"])
+    return bool({*_roles_of(value)[-1:]} & {*ASKING})
 
 
 def _is_system(columns: Columns, name: str | None, messages: str | None) -> bool:
@@ -335,7 +336,7 @@ def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Forma
     unread = formatting.unread(key for key in dict.fromkeys(said) if key not in KNOWN_KEYS)
     sentences = [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
     whose = chain.from_iterable(map(_roles_of, values))
-    asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ("user", "system", "tool")]
+    asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ASKING]
     if train_on != "all" and (
         key := next((k for k in TRAINED_KEYS if any(turn.get(k) in YES for turn in asking)), None)
     ):

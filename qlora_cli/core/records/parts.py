@@ -13,13 +13,8 @@ from typing import Any
 
 from qlora_cli.core.records.record import BadField, Record, decode_nested
 
-TEXTS = (
-    "text",
-    "input_text",
-    "output_text",
-    "summary_text",
-    "reasoning_text",
-)  # types of parts, which Google's leave out
+# Types of parts, which Google's leave out.
+TEXTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
 THOUGHTS = ("thinking", "reasoning", "thought")
 THOUGHT_KEY = "reasoning_content"  # as chat templates call it
 CALLS = ("tool_use", "function_call", "functionCall")
