@@ -6,6 +6,7 @@ rounding it to NF4 by 9 % of its block's. On the CPU the products are emulated: 
 """
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +52,24 @@ def with_codes(weight: FrozenWeight, *, resident: bool) -> FrozenWeight:
     return scaled._replace(codes=codes, turned_codes=turned)
 
 
+def join(weights: Sequence[FrozenWeight]) -> tuple[FrozenWeight, list[FrozenWeight]]:
+    """Weights with resident codes that are multiplied with one input as one, the rows of each after those before it.
+
+    Returns:
+        The weight of all rows, whose columns have one scale for all, and each as a part of its tensors.
+    """
+    rows = [weight.rows for weight in weights]
+    column_scale = torch.stack([weight.column_scale for weight in weights if weight.column_scale is not None]).amax(0)
+    row_scale, codes = (torch.cat([getattr(weight, name) for weight in weights]) for name in ("row_scale", "codes"))
+    scaled = [weight._replace(column_scale=column_scale) for weight in weights]
+    turned = torch.cat([_unpack(weight, 0, weight.rows, transposed=True, keep=True) for weight in scaled], 1)
+    whole = FrozenWeight(
+        sum(rows), len(turned), row_scale=row_scale, column_scale=column_scale, codes=codes, turned_codes=turned
+    )
+    held = zip(scaled, row_scale.split(rows), codes.split(rows), turned.split(rows, 1), strict=True)
+    return whole, [each._replace(row_scale=scale, codes=own, turned_codes=turn) for each, scale, own, turn in held]
+
+
 def covers_stack(weight: FrozenWeight, experts: int) -> bool:
     """Whether a stack of experts' matrices, one below the other, can be multiplied in 8 bits: see `covers`."""
     rows, rest = divmod(weight.rows, experts)
@@ -74,15 +93,15 @@ def with_stack_scale(weight: FrozenWeight, experts: int) -> FrozenWeight:
     return weight._replace(stack_scale=scale)
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x, (rows, columns), in e4m3 with a scale for each row.
+def quantise_rows(x: Tensor, beside: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+    """x, (rows, columns), in e4m3 with a scale for each row; two more contiguous ones `beside` it are part of it.
 
     Returns:
         Codes e4m3 (rows, columns) and scales fp32 (rows, 1). A row with a NaN or an infinity gives NaN in its product.
     """
     if x.is_cuda:
-        return triton_float8.quantise_rows(x if x.stride(1) == 1 else x.contiguous(), LEAST_ROW)
-    values = x.float()
+        return triton_float8.quantise_rows(x if x.stride(1) == 1 else x.contiguous(), LEAST_ROW, beside=beside)
+    values = (torch.cat([x, *beside], 1) if beside else x).float()
     largest = values.abs().amax(1, keepdim=True).clamp(min=LEAST_ROW)
     inverse = torch.full_like(largest, LARGEST) / largest  # a number by a tensor would be rounded twice
     return (values * inverse).to(torch.float8_e4m3fn), largest / LARGEST
@@ -115,7 +134,7 @@ def scaled_product(
     Args:
         left: e4m3 (rows, inner), values of a row side by side.
         left_scale: fp32 (rows, 1).
-        right: e4m3 (columns, inner), contiguous.
+        right: e4m3 (columns, inner), likewise.
         right_scale: fp32 (columns,).
         out: (rows, columns), bf16 on a card.
         fast: Whether sums stay in the tensor core to their end.

@@ -64,6 +64,13 @@ def add_product(
         out.add_(drop(left @ right, dropout))
 
 
+def with_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base + left @ right, contiguous: `add_product` to a part of a larger tensor, which need not be kept for it."""
+    if base.is_cuda and low_rank.covers(base, left, right):
+        return low_rank.add_product(base.new_empty(base.shape), left, right, base=base)
+    return torch.addmm(base, left, right)
+
+
 def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left @ right in one launch: with beta = 0 the first argument is never read."""
     return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)

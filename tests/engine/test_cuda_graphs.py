@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.core.engine.cuda_graphs import MOST_RELEASES, StepGraphs, StepInputs, bucket, bucketed, explain_failure
+from qlora_cli.core.matmul.choice import ProductTrial
+from tests.conftest import most_slow
 from tests.engine import cpu_attention  # noqa: F401 - lets compiled layers attend on the CPU
 from tests.engine.test_engine import adapted, batch_of, gradients, install, step
 
@@ -183,6 +185,30 @@ def test_compiled_layers_share_projections_and_gradients_stay(load_tiny, archite
     assert len(compiler.graphs) == 1 + recomputed, "for all lengths"
     engine.put_gates_back()
     engine.put_gates_back()  # as where what comes between the two fails
+    engine.close()
+
+
+@pytest.mark.parametrize("architecture", most_slow(["llama", "qwen2", "gemma3"], ["qwen2"]))
+def test_compiled_layers_in_8_bits_multiply_query_key_and_value_as_one(load_tiny, architecture):
+    """To within what rounding does: a column of joined weights has one scale, a token's gradients too."""
+    model, batch = adapted(load_tiny, architecture), batch_of((40, 7, 33))
+    options = {"matmul": "fp8", "resident_weights": True, "trial": ProductTrial(batch=batch_of())}
+    plain = step(model, batch)[1]
+    expected_loss, expected, _ = step(model, batch, **options)
+    model.zero_grad(set_to_none=True)
+    engine = install(model, **options)
+    compiler = compile_layers(engine, "eager")
+    loss = engine.loss(batch)
+    loss.backward()
+    found = gradients(model)
+    assert abs(loss - expected_loss) < 1e-3 * expected_loss
+    assert (found - expected).norm() < (expected - plain).norm(), "nearer to each other than to what is not rounded"
+    assert (found - plain).norm() < 1.2 * (expected - plain).norm()
+    assert [len(calls) for calls in compiler.arguments_of("joined")] == [1]
+    attention, gate = engine.layer_plans[0].shared
+    assert attention.joined is not None and gate.joined is None
+    held = [member.weight.turned_codes for member in attention.members]
+    assert len({codes.untyped_storage().data_ptr() for codes in (*held, attention.joined.turned_codes)}) == 1
     engine.close()
 
 

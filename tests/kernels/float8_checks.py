@@ -32,6 +32,18 @@ def test_rows_are_the_nearest_codes(shape, chunk, rows, dtype):
     assert ((codes.double() * scale - exact).abs() <= exact.abs() / 16 + scale / 1000).all()
 
 
+@pytest.mark.parametrize("widths", [(96, 32, 16), (40, 130, 7)])
+def test_tensors_side_by_side_are_rounded_as_one(widths):
+    """Of unlike sizes, the first within a larger one; rows of zeros in part, and not finite."""
+    parts = [torch.randn(5, 2 * n, device=DEVICE)[:, n:] * 10.0**-i for i, n in enumerate(widths)]
+    parts[0][1] = parts[1][2] = 0
+    parts[2][3, 4] = float("nan")
+    first, *more = parts[0], *(part.contiguous() for part in parts[1:])
+    codes, scale = kernels.quantise_rows(first, float8.LEAST_ROW, beside=more)
+    expected, expected_scale = kernels.quantise_rows(torch.cat(parts, 1), float8.LEAST_ROW)
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scale, expected_scale)
+
+
 def test_what_is_not_finite_stays_so():
     x = torch.ones(3, 32, device=DEVICE)
     x[0, 3], x[1, 4] = float("nan"), float("inf")
@@ -76,3 +88,17 @@ def test_products_on_the_card_match_the_emulated_ones(tokens):
         got = float8.multiply_transposed(grad, scaled, 2**19)
         truth = float8.multiply_transposed(grad.cpu().float(), here, None)
         assert relative(got.cpu(), truth.double()) < 8e-3
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no products in 8 bits")
+def test_products_on_the_card_of_joined_weights_and_their_parts():
+    """Whose codes for the gradient lie within larger rows."""
+    weights = [float8.with_codes(quantise((n, 512), device=DEVICE)[0], resident=True) for n in (1024, 256, 256)]
+    whole, parts = float8.join(weights)
+    first, *more = grads = [torch.randn(100, part.rows, device=DEVICE, dtype=torch.bfloat16) for part in parts]
+    exact = [grad.double() @ part.values(torch.float32).double() for grad, part in zip(grads, parts, strict=True)]
+    for grad, part, truth in zip(grads, parts, exact, strict=True):
+        assert relative(float8.multiply_transposed(grad, part, None), truth) < 0.045
+    together = first.new_empty(100, 512)
+    float8.scaled_product(*float8.quantise_rows(first, more), whole.turned_codes, whole.column_scale, together)
+    assert relative(together, sum(exact)) < 0.045

@@ -47,7 +47,8 @@ NUMBERS |= {"gate_row", "up_row"}
 NUMBERS |= {"right_parts", "left_parts", "right_elements", "left_elements"}
 NUMBERS |= {"given_row", "given_column"}
 NUMBERS |= {"width", "first_group", "first_row", "end_row", "x_row"}
-NUMBERS |= {"elements", "rank", "out_row", "left_row", "right_rank", "right_column"}
+NUMBERS |= {"second_columns", "third_columns"}
+NUMBERS |= {"elements", "rank", "out_row", "base_row", "left_row", "right_rank", "right_column"}
 PRODUCT = {"NESTED_BLOCKSIZE": 256, "RANK": 16, "ROOM": 16, "HAS_BIAS": True, "ROW_UNIT": 64}
 FEW = {**PRODUCT, "BLOCKSIZE": 64, "BLOCKS": 2, "SHUFFLE": True}
 LANES = {**PRODUCT, "PARTS": 8, "WHOLE": False}
@@ -57,6 +58,7 @@ STACK = {"NESTED_BLOCKSIZE": 256, "NESTED": True, "OFFSETS": True}
 STACK_NUMBERS = {"first_expert", "blocks", "rows", "row_blocks", "experts", "first", "last", "columns", "inner"}
 STACK_NUMBERS |= {"choices", "rank", "second_expert_stride", "rank_stride", "second_stride"}
 CODE_TILE = {"ROWS": 128, "COLUMNS": 256, "INNER": 128, "EXPERTS": 128, "RANK": 16, "WHOLE": True, "GATHERED": True}
+ALONE = {"second": None, "third": None}
 GATE_TILE = {"ROWS": gated_tiles.ROWS, "COLUMNS": gated_tiles.COLUMNS}
 CASES = [
     (
@@ -117,8 +119,9 @@ CASES = [
         for _, rows, columns in thin_products.TILES
     ),
     (thin_products._add_partial_sums, {"BLOCK": thin_products.BLOCK, "AT_ONCE": thin_products.AT_ONCE}, 4),
-    (float8._quantise_rows, {"ROWS": 4, "CHUNK": 16384, "WHOLE": True, "ROUNDS": False}, 16),
-    (float8._quantise_rows, {"ROWS": 1, "CHUNK": 8192, "WHOLE": False, "ROUNDS": False}, 8),
+    (float8._quantise_rows, {**ALONE, "ROWS": 4, "CHUNK": 16384, "WHOLE": True, "ROUNDS": False}, 16),
+    (float8._quantise_rows, {"ROWS": 1, "CHUNK": 8192, "WHOLE": True, "ROUNDS": False}, 8),
+    (float8._quantise_rows, {**ALONE, "ROWS": 1, "CHUNK": 8192, "WHOLE": False, "ROUNDS": False}, 8),
     (float8._unpack, {**UNPACK, "TRANSPOSED": False, "ROWS": 8, "COLUMNS": 512}, 4),
     (float8._unpack, {**UNPACK, "TRANSPOSED": True, "ROWS": float8.TILE_ROWS, "COLUMNS": float8.TILE_COLUMNS}, 4),
     (codes._unpack_straight, {**STACK, "BLOCKS": codes.BLOCKS}, codes.WARPS),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_cli.kernels import float8, linear
+from qlora_cli.kernels import float8, joined, linear
 from qlora_cli.kernels.weights import FrozenWeight
 from tests.kernels.test_linear import quantise, relative
 
@@ -51,6 +51,39 @@ def test_codes_give_the_same_numbers_however_they_are_held(case, way):
     other = run(float8.with_codes(weight, resident=way == "resident"), *inputs, options, way == "compiled")
     for found, expected in zip(other, plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 if way == "sliced" else 0)
+
+
+def test_joined_layers_give_what_each_gives_and_the_sum_of_their_gradients():
+    """Of unlike widths, ranks and sizes of gradients; adapters' gradients have no rounding."""
+    torch.manual_seed(0)
+    rows, ranks = (192, 64, 32), (4, 3, 4)
+    given = [quantise((n, 128)) for n in rows]
+    whole, parts = float8.join([float8.with_codes(weight, resident=True) for weight, _ in given])
+    grads = [torch.randn(40, n) * 10.0**-i for i, n in enumerate(rows)]
+    leaves = [torch.randn(40, 128), *(torch.randn(r, 128) for r in ranks)]
+    leaves += [torch.randn(n, r) for n, r in zip(rows, ranks, strict=True)]
+
+    def op(x, *factors):
+        projected = linear.project_shared(x, list(factors[:3]), 0.5)
+        return joined.joined_linears(x, whole, projected, factors[3:], [each.detach() for each in factors[3:]])
+
+    def formula(x, *factors):
+        layers = zip(given, factors[:3], factors[3:], strict=True)
+        return [x @ dense.double().t() + 0.5 * x @ a.t() @ b.t() for (_, dense), a, b in layers]
+
+    def run(function, leaves, grads):
+        found = function(*leaves)
+        return *found, *torch.autograd.grad(found, leaves, grads)
+
+    found = run(torch.compile(op, backend="aot_eager", fullgraph=True), [t.requires_grad_() for t in leaves], grads)
+    exact = run(formula, [t.detach().double().requires_grad_() for t in leaves], [grad.double() for grad in grads])
+    for got, truth, most in zip(found, exact, [1.6 * ROUNDING] * 4 + [1e-6] * 6, strict=True):
+        assert relative(got, truth) < most
+    apart = [float8.multiply_transposed(grad, part, None) for grad, part in zip(grads, parts, strict=True)]
+    assert (
+        relative(sum(apart), sum(g.double() @ w[1].double() for g, w in zip(grads, given, strict=True)))
+        < 1.6 * ROUNDING
+    )
 
 
 def test_a_row_that_is_not_finite_spoils_its_own_alone(case):

@@ -139,6 +139,9 @@ def test_a_low_rank_product_is_scaled_and_added_to_some_columns(dtype):
     exact[:, 64:196] += scaling[1].double() * (left[:, 8:16].double() @ right.double().t())
     rounding = torch.finfo(dtype).eps / 2 * exact.abs()
     assert ((found.double() - exact).abs() <= rounding + 2e-5).all()
+    apart = whole.new_empty(70, 132)  # the sum by itself
+    low_rank.add_product(apart, left[:, 8:16], right.t(), scale=scaling[1], base=whole[:, 64:196])
+    assert torch.equal(apart, found[:, 64:196])
 
 
 def test_a_low_rank_product_leaves_to_others_what_it_does_not_cover():

@@ -1,6 +1,6 @@
-"""What compiled layers do together: projections of linears with one input, and gated MLPs with both adapters inside."""
+"""What compiled layers do together: products of linears with one input, and gated MLPs with both adapters inside."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -16,15 +16,19 @@ from qlora_cli.core.engine.lora_linear import (
     group_by_input,
     replace_forward,
 )
+from qlora_cli.kernels.float8 import join
 from qlora_cli.kernels.gated import GATES, activate, gated_product
+from qlora_cli.kernels.joined import covers, joined_linears
 from qlora_cli.kernels.linear import project_shared, qlora_linear
+from qlora_cli.kernels.weights import FrozenWeight
 
 GATED_PARTS = {"gate_proj", "up_proj", "act_fn", "down_proj"}  # what a gated MLP of transformers calls them
 TRIAL_POINTS = 4001
 
 
 class SharedProjection:
-    """Adapted layers that read the same tensor, whose first products are one while a layer is being compiled.
+    """Adapted layers that read the same tensor, whose first products are one while a layer is being compiled, and where
+    that pays in 8 bits the frozen ones too: then their weights become parts of one.
 
     Between the first and the last of them it holds what the others will ask for; an eager step does without, where
     the state would only be in the way.
@@ -37,13 +41,23 @@ class SharedProjection:
         self.members = members
         self.enabled = True
         self.x: Tensor | None = None
-        self.parts: tuple[Tensor, ...] = ()
+        self.parts: Sequence[Tensor] = ()
+        self.joined: FrozenWeight | None = None
+        weights = [member.weight for member in members if isinstance(member.weight, FrozenWeight)]
+        if covers(weights) and len({member.b.dtype for member in members}) == 1:
+            self.joined, parts = join(weights)
+            for member, part in zip(members, parts, strict=True):
+                member.weight = part
 
     def part(self, x: Tensor, place: int) -> Tensor:
-        """(tokens, rank) of the member in that place."""
+        """(tokens, rank) of the member in that place; (..., out), its output, where the frozen products are one."""
         if self.x is not x:
             self.x = x
             self.parts = project_shared(x, [member.a for member in self.members], self.members[0].options.scaling)
+            if self.joined is not None:
+                b, lora_b = zip(*((member.b, member.lora_b) for member in self.members), strict=True)
+                outputs = zip(self.members, joined_linears(x, self.joined, self.parts, b, lora_b), strict=True)
+                self.parts = [y if member.bias is None else y + member.bias for member, y in outputs]
         part = self.parts[place]
         if place + 1 == len(self.members):
             self.x, self.parts = None, ()

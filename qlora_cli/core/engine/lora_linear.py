@@ -178,8 +178,10 @@ class FastLinear:
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         weight = self.frozen()
         if self.shared is not None and self.shared.enabled and x.dtype == self.dtype and torch.compiler.is_compiling():
-            projected = self.shared.part(x, self.place)
-            return qlora_linear(x, weight, self.bias, None, self.b, None, self.lora_b, None, self.options, projected)
+            part = self.shared.part(x, self.place)
+            if self.shared.joined is not None:
+                return part
+            return qlora_linear(x, weight, self.bias, None, self.b, None, self.lora_b, None, self.options, part)
         dropout = Dropout(self.rate, self.seed, self.step.first_token) if training and self.rate > 0 else None
         options = self.options
         if self.output_unused_in_recompute and self.step.recomputing:

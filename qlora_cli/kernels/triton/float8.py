@@ -3,6 +3,7 @@
 A weight goes from its 4 bits to its codes in one pass: 0.5 bytes a value read, 1 written, where bf16 takes 2.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,11 +44,15 @@ def row_codes(value, least, ROUNDS: tl.constexpr):
 @triton.jit
 def _quantise_rows(
     x,
+    second,
+    third,
     codes,
     scales,
     rows,
     columns,
     x_row,
+    second_columns,
+    third_columns,
     least,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -60,7 +65,15 @@ def _quantise_rows(
         row = tl.minimum((tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + i, rows - 1).to(tl.int64)
         if WHOLE:
             used = column < columns
-            value = tl.load(x + row * x_row + column, mask=used, other=0.0).to(tl.float32)
+            place = x + row * x_row + column
+            if second is not None:
+                of_third = column - (columns - third_columns)
+                of_second = of_third + second_columns
+                beyond = tl.where(
+                    of_third < 0, second + row * second_columns + of_second, third + row * third_columns + of_third
+                )
+                place = tl.where(of_second < 0, place, beyond)
+            value = tl.load(place, mask=used, other=0.0).to(tl.float32)
             result, scale = row_codes(value, least, ROUNDS)
             tl.store(codes + row * columns + column, result, mask=used)
         else:
@@ -80,32 +93,43 @@ def _quantise_rows(
 
 
 def quantise_rows(
-    x: Tensor, least: float, *, rows: int = 1, warps: int | None = None, chunk: int = LARGEST_CHUNK
+    x: Tensor,
+    least: float,
+    *,
+    beside: Sequence[Tensor] = (),
+    rows: int = 1,
+    warps: int | None = None,
+    chunk: int = LARGEST_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """x in e4m3 with a scale for each row: that of its largest value, 448.
 
     Args:
         x: (rows, columns), values of a row side by side.
         least: What the largest value of a row is taken for at the least, so that rows of zeros have a scale.
+        beside: Nothing, or two contiguous tensors, (rows, any columns) each, whose rows go on those of x.
         rows: That a program takes.
         warps: Of a program.
-        chunk: Values held at once, a power of two; longer rows are read twice.
+        chunk: Values held at once, a power of two; longer rows are read twice, but those with others beside them.
 
     Returns:
-        e4m3 (rows, columns) and fp32 (rows, 1), whose product is x, rounded.
+        e4m3 (rows, all columns) and fp32 (rows, 1), whose product is x, rounded.
     """
     count, columns = x.shape
+    widths = [part.shape[1] for part in beside] or [0, 0]
+    columns += sum(widths)
     codes = torch.empty(count, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
-    held = min(triton.next_power_of_2(columns), chunk)
+    held = triton.next_power_of_2(columns) if beside else min(triton.next_power_of_2(columns), chunk)
     with torch.cuda.device_of(x):
         _quantise_rows[(triton.cdiv(count, rows),)](
             x,
+            *(beside or (None, None)),
             codes,
             scales,
             count,
             columns,
             x.stride(0),
+            *widths,
             least,
             ROWS=rows,
             CHUNK=held,

@@ -17,6 +17,7 @@ ROWS, COLUMNS = 64, 128  # of a program
 @triton.jit
 def _add_product(
     out,
+    base,
     left,
     right,
     seed,
@@ -25,6 +26,7 @@ def _add_product(
     columns,
     rank,
     out_row,
+    base_row,
     left_row,
     right_rank,
     right_column,
@@ -53,15 +55,15 @@ def _add_product(
     product = tl.dot(a, b, input_precision="ieee")
     if SCALES:
         product *= tl.load(scale)
-    place = row[:, None].to(tl.int64) * out_row + column[None, :]
+    tall = row[:, None].to(tl.int64)
     if DROPS:
         first = (row + first_row)[:, None].to(tl.int64) * (columns // 4)
         group = first + (tl.program_id(0) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4))[None, :]
         kept = tl.reshape(keeps(tl.load(seed), group.to(tl.uint32), rate), (ROWS, COLUMNS))
         product = tl.where(kept, product / (1.0 - rate), 0.0)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    total = tl.load(out + place, mask=inside, other=0.0).to(tl.float32) + product
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    total = tl.load(base + tall * base_row + column[None, :], mask=inside, other=0.0).to(tl.float32) + product
+    tl.store(out + tall * out_row + column[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def covers(out: Tensor, left: Tensor, right: Tensor, rate: float = 0.0) -> bool:
@@ -80,6 +82,7 @@ def add_product(
     scale: Tensor | None = None,
     *,
     first_row: int = 0,
+    base: Tensor | None = None,
 ) -> Tensor:
     """out += scale left @ right in place, summed in fp32 and rounded once; places of `drop` with this seed are left out.
 
@@ -91,15 +94,18 @@ def add_product(
         rate: In [0, 1); with it, columns is a multiple of 4.
         scale: fp32 scalar on the device, read there; None for 1.
         first_row: As `drop`'s.
+        base: Like `out`, what is added to in its place; None for `out` itself.
 
     Returns:
         `out`.
     """
     rank, columns = right.shape
     grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(out.shape[0], ROWS))
+    base = out if base is None else base
     with torch.cuda.device_of(out):
         _add_product[grid](
             out,
+            base,
             left,
             right,
             seed,
@@ -108,6 +114,7 @@ def add_product(
             columns,
             rank,
             out.stride(0),
+            base.stride(0),
             left.stride(0),
             right.stride(0),
             right.stride(1),
