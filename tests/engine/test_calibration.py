@@ -108,6 +108,8 @@ def test_a_layers_time_is_the_devices_own_and_a_micro_batch_takes_no_less_than_t
     assert busy == LayerSeconds(0.003, 0.007, 0.005), "the queue of launches is full later, and holds up the host"
     late = usual_seconds([first, *[LayerSeconds(0.006, 0.008, launching=0.014)] * 20])
     assert late == LayerSeconds(0.003, 0.006, 0.014), "passes that wait for the host say nothing of the device"
+    jittering = usual_seconds([first, *[LayerSeconds(0.005, 0.007, launching=0.01)] * 20])
+    assert jittering == LayerSeconds(0.003, 0.006, 0.01), "nor do those that wait for some of its launches"
     slow = [LayerSeconds(0.006, 0.013, launching=0.019)] * 6
     warm = usual_seconds([first, *slow, *[LayerSeconds(0.006, 0.008, launching=0.014)] * 8])
     assert warm == late, "what the host does for the first time takes it longer than in steps"

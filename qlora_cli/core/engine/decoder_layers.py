@@ -37,7 +37,7 @@ from qlora_cli.core.tiling.token_tiles import TiledModule, tile_of
 HEAD_START_CYCLES = 50_000_000  # some 30 ms
 # A card that was idle has clocks that it does not keep: its power is limited. So long it is kept busy before it is timed.
 BUSY_SECONDS, MOST_PASSES = 0.4, 50
-LATE = 0.9  # the host, from so much of the device's time on
+LATE = 0.75  # the host, from so much of the device's time on: some launches of a pass come late before all do
 # Of what a layer saves, without its input's gradient: GPT-NeoX, Falcon and Phi with adapted attention 0.5, others 0.9.
 MOSTLY_LEFT_OUT = 0.7
 
@@ -246,7 +246,7 @@ def usual_seconds(measured: list[LayerSeconds]) -> LayerSeconds:
     later = sorted(measured[len(measured) // 2 :], key=lambda seconds: seconds.device)
     usual = later[len(later) // 2]  # not any one of them, which the host may have been late to launch
     launching = min(median_low(seconds.launching for seconds in part) for part in (measured[:5], later))
-    own = measured[0] if launching > LATE * usual.device else usual
+    own = min(measured[0], usual, key=lambda seconds: seconds.device) if launching > LATE * usual.device else usual
     return own._replace(launching=launching)
 
 
