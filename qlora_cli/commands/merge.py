@@ -137,8 +137,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             seconds = time.perf_counter() - started
             write_config(directory, base, plan, options)
             copy_checkpoint_files(base.files.directory, adapter_directory, directory)
-            if len(plan.files) > 1:
-                write_index(directory, [file.name for file in plan.files])
+            write_index(directory, [file.name for file in plan.files])
             comparison = rows = gguf = None
             if verifies:
                 comparison, rows = verify_merge(directory, adapter_directory, base, plan, options, report)

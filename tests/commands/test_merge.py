@@ -1,6 +1,7 @@
 """`qlora merge`: the merged checkpoint, loaded by transformers alone, predicts what base + adapter predict."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,19 @@ def test_a_four_bit_checkpoint_loads_at_once(tiny_model, tmp_path, architecture,
         device=DEVICE,
     )
     assert (case.merged_logits() - logits_of(requantised)).abs().max() < 1e-4  # as quantising the merged model would
+
+
+def test_a_base_in_one_file_of_a_shard_s_name_is_merged_to_one_that_loads(tiny_model, tmp_path) -> None:
+    base, shard = (
+        shutil.copytree(tiny_model("llama"), tmp_path / "base"),
+        "model.safetensors-00001-of-00001.safetensors",
+    )
+    (base / "model.safetensors").rename(base / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(base / shard), shard)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    case = make_case(base, tmp_path)
+    case.merge()
+    assert_same(case)
 
 
 def test_tokenizer_template_and_generation_config_come_along(tiny_model, tmp_path) -> None:

@@ -15,7 +15,7 @@ from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.models.hub import PROCESSOR_FILES, TOKENIZER_FILES, TOKENIZER_SIGNS
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.rope_scaling import write_scaling
-from qlora_cli.core.storage.safetensors_file import INDEX_FILE, TensorFile
+from qlora_cli.core.storage.safetensors_file import INDEX_FILE, SINGLE_FILE, TensorFile
 from qlora_cli.core.untrusted import refuse_links
 from qlora_cli.errors import ModelError
 
@@ -87,7 +87,12 @@ def copy_checkpoint_files(base: Path, adapter: Path, directory: Path) -> None:
 
 
 def write_index(directory: Path, names: list[str]) -> None:
-    """Writes the index of a checkpoint in several files, as transformers does."""
+    """Writes the index of a checkpoint, by which transformers finds its files; a single one of the usual name needs none.
+
+    A base in one file may have it under a shard's name, `model-00001-of-00001.safetensors`.
+    """
+    if names == [SINGLE_FILE]:
+        return
     weight_map, total_bytes, parameters = {}, 0, 0
     for name in names:
         with TensorFile(directory / name) as file:
