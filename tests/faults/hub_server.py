@@ -80,24 +80,28 @@ def serving(hub: Hub) -> Iterator[int]:
                 content = content[:-1] + bytes([content[-1] ^ 1])  # the headers say what it should have been
             self.send(status, content, headers, body)
 
+        def files(self) -> list[tuple[str, Path]]:
+            found = sorted(path for path in hub.directory.rglob("*") if path.is_file())
+            return [(path.relative_to(hub.directory).as_posix(), path) for path in found]
+
         def find(self) -> tuple[int, bytes, dict[str, str]]:
             path = self.path.split("?")[0]
             if path.startswith("/api/models/") and "/tree/" in path:
                 tree = [
                     {
                         "type": "file",
-                        "path": p.name,
+                        "path": name,
                         "size": p.stat().st_size,
                         "oid": sha256(p.read_bytes()).hexdigest(),
                     }
-                    for p in sorted(hub.directory.iterdir())
+                    for name, p in self.files()
                 ]
                 return 200, json.dumps(tree).encode(), {"Content-Type": "application/json"}
             if path.startswith("/api/models/"):
-                files = [{"rfilename": p.name, "size": p.stat().st_size} for p in sorted(hub.directory.iterdir())]
+                files = [{"rfilename": name, "size": p.stat().st_size} for name, p in self.files()]
                 facts = {"id": "org/model", "modelId": "org/model", "sha": COMMIT, "private": False, "siblings": files}
                 return 200, json.dumps(facts).encode(), {"Content-Type": "application/json"}
-            file = hub.directory / path.rsplit("/", 1)[-1]
+            file = hub.directory / path.partition("/resolve/")[2].partition("/")[2]
             if "/resolve/" not in path or not file.is_file():
                 return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
             content = file.read_bytes()

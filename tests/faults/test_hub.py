@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -146,6 +147,20 @@ def test_a_download_that_was_broken_off_is_no_model_while_the_hub_is_out_of_reac
     refused = download("status:503")
     assert refused.code == 1 and lost.name in refused.said, refused.said  # by the library or, offline, by us
     assert download("").code == 0 and download("status:503").code == 0
+
+
+def test_a_model_s_code_and_further_chat_templates_come_along_and_no_other_folder(download, hub, tmp_path):
+    shutil.copytree(hub[0].directory, tmp_path / "served")
+    hub[0].directory = tmp_path / "served"
+    kept = ["modeling_own.py", "chat_template.json", "additional_chat_templates/tool_use.jinja"]
+    left = ["awq/model.safetensors", "additional/config.json", "onnx/modeling_own.py"]
+    for name in kept + left:
+        (tmp_path / "served" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "served" / name).write_text("{}")
+    done = download("")
+    assert done.code == 0, done.said
+    (snapshot,) = (tmp_path / "cache").glob("models--org--model/snapshots/*")
+    assert [name for name in kept + left if (snapshot / name).exists()] == kept
 
 
 def test_what_is_here_already_is_said(download, hub, tmp_path):

@@ -24,6 +24,7 @@ from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
 from qlora_cli.sizes import format_bytes
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
+TEMPLATES = "additional_chat_templates"  # a folder; whatever else lies in folders is no part of a model here
 TOKENIZER_FILES = [
     "tokenizer*",
     "*.model",
@@ -31,12 +32,20 @@ TOKENIZER_FILES = [
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "*.tiktoken",
     "*.jinja",
+    f"{TEMPLATES}/*.jinja",
 ]
-PROCESSOR_FILES = ["*processor_config.json"]  # of images and sound, which a merged checkpoint keeps
+CHAT_TEMPLATE, OLD_CHAT_TEMPLATE = "chat_template.jinja", "chat_template.json"  # the latter of processors alone
+# Of images and sound, which a merged checkpoint keeps.
+PROCESSOR_FILES = ["*processor_config.json", OLD_CHAT_TEMPLATE]
+CODE_FILES = ["*.py"]  # of a model that comes with its code: run where that was asked for, kept in a merged checkpoint
 # Files that only a tokenizer has: an adapter saved without one may still hold a stray chat template.
 TOKENIZER_SIGNS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES
+READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES + CODE_FILES
+# Every folder but that one, as patterns that know no "but": by the first letter in which a name differs, and shorter names.
+OTHER_FOLDERS = [f"{TEMPLATES[:end]}[!{TEMPLATES[end]}]*/*" for end in range(len(TEMPLATES))]
+OTHER_FOLDERS += [f"{TEMPLATES[:end]}/*" for end in range(len(TEMPLATES))]
 HUB_ID = re.compile(r"(?![./~])[\w.-]+(/[\w.-]+)?")
 BLOB = re.compile("[0-9a-f]{64}")  # how the hub's cache calls a large file: by its SHA-256
 ATTEMPTS = 5
@@ -117,7 +126,7 @@ def download_snapshot(repository: str, revision: str | None, patterns: list[str]
     Args:
         repository: Hub id.
         revision: Commit, branch or tag.
-        patterns: File names wanted, at the top of the repository for models.
+        patterns: File names wanted, for models at the top of the repository, but for chat templates.
         kind: "model" or "dataset".
         report: Receives what is downloaded, its progress, and failed attempts.
 
@@ -136,7 +145,7 @@ def _fetch_snapshot(repository: str, revision: str | None, patterns: list[str], 
     wanted: dict[str, Any] = {
         "repo_type": kind,
         "allow_patterns": patterns,
-        "ignore_patterns": ["consolidated*", "*/*"] if kind == "model" else None,
+        "ignore_patterns": ["consolidated*", *OTHER_FOLDERS] if kind == "model" else None,
     }
     if hub_constants.HF_HUB_OFFLINE:
         try:
