@@ -34,7 +34,7 @@ from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.export.gguf import GgufFile, require_converter, write_gguf
 from qlora_cli.core.export.modelfile import MODELFILE, write_modelfile
 from qlora_cli.core.merge.base import Base, find_base, with_biases
-from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, write_config, write_index
+from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, find_tokenizer, write_config, write_index
 from qlora_cli.core.merge.compare_models import Comparison
 from qlora_cli.core.merge.delta import read_deltas
 from qlora_cli.core.merge.model_card import write_merged_card
@@ -43,7 +43,6 @@ from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
 from qlora_cli.core.merge.push import check_repository_name, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
-from qlora_cli.core.models.hub import TOKENIZER_SIGNS
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
@@ -121,8 +120,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
 
         plan = make_planner(options)[1]
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
-        if verifies and any((adapter_directory / name).is_file() for name in TOKENIZER_SIGNS):
-            _ = replace(base.files, name=str(adapter_directory), directory=adapter_directory).tokenizer  # can be read
+        tokenizer = find_tokenizer(base.files, adapter_directory)
         require_space(place.path, missing_bytes(place, plan))
         scratch = stack.enter_context(scratch_directory(place))
         choice = choose_base(config, source, base, make_planner, options, scratch, report)
@@ -136,7 +134,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             reused = write_weights(plan, directory, options, key, report)
             seconds = time.perf_counter() - started
             write_config(directory, base, plan, options)
-            copy_checkpoint_files(base.files.directory, adapter_directory, directory)
+            copy_checkpoint_files(base.files.directory, tokenizer, adapter_directory, directory)
             write_index(directory, [file.name for file in plan.files])
             comparison = rows = gguf = None
             if verifies:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
@@ -266,14 +266,39 @@ def test_a_base_in_one_file_of_a_shard_s_name_is_merged_to_one_that_loads(tiny_m
     assert_same(case)
 
 
+def test_a_tokenizer_saved_again_is_merged_as_the_base_has_it_and_another_as_the_adapter_has_it(tiny_model, tmp_path):
+    """transformers 4 fails on what transformers 5 writes of it (extra_special_tokens in a list), and other programs read
+    files that transformers does not save again."""
+    base = shutil.copytree(tiny_model("qwen2"), tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    settings |= {"additional_special_tokens": ["<|padding|>"], "chat_template": "{{ messages[0].content }}"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    stored = json.loads((base / "tokenizer.json").read_text())["model"]
+    (base / "vocab.json").write_text(json.dumps(stored["vocab"]))
+    (base / "merges.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in stored["merges"]))
+    (base / "chat_template.json").write_text('{"chat_template": "of a processor"}')
+    (base / "configuration_own.py").write_text("")
+    case = make_case(base, tmp_path, target_modules=["q_proj"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(case.adapter)
+    case.merge()
+    beside = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "chat_template.json")
+    for name in (*beside, "configuration_own.py"):
+        assert (case.output / name).read_bytes() == (base / name).read_bytes(), name
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(case.adapter)
+    for _ in range(2):  # the second time over the first
+        case.merge(overwrite=True)
+    assert AutoTokenizer.from_pretrained(case.output).chat_template == tokenizer.chat_template
+    assert not (case.output / "chat_template.json").exists()  # a processor would take it
+
+
 def test_tokenizer_template_and_generation_config_come_along(tiny_model, tmp_path) -> None:
     case = make_case(tiny_model("llama"), tmp_path, target_modules=["q_proj"])
     for path in case.base.glob("tokenizer*"):
         (case.adapter / path.name).write_bytes(path.read_bytes())
     (case.adapter / "chat_template.jinja").write_text("{{ messages[0].content }}")
     case.merge()
-    from transformers import AutoTokenizer, GenerationConfig
-
     tokenizer = AutoTokenizer.from_pretrained(case.output)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hey"}], tokenize=False) == "hey"
     expected = GenerationConfig.from_pretrained(case.base).to_dict()

@@ -20,7 +20,7 @@ from qlora_cli.artifacts import (
 from qlora_cli.config import TrainConfig
 from qlora_cli.config_file import as_yaml
 from qlora_cli.core.inspection.run_summary import describe_run
-from qlora_cli.core.runs.directory import begin_run, claimed
+from qlora_cli.core.runs.directory import begin_run, claimed, finished_files
 from qlora_cli.core.storage.checkpoint import newest_valid, write_checkpoint
 from qlora_cli.errors import RunError
 
@@ -148,3 +148,13 @@ def test_a_directory_made_for_nothing_is_removed_with_the_tracker_s_logs(tmp_pat
     assert {path.name for path in (tmp_path / "old").iterdir()} == {LOCK, TRACKER_LOGS}
     with claimed(tmp_path / "old", resume=False, overwrite=False):
         pass
+
+
+def test_a_run_that_ends_again_keeps_no_tokenizer_file_of_another_base(tmp_path):
+    for template in ("additional_chat_templates/rag.jinja", "chat_template.jinja"):
+        for _ in range(2):
+            with finished_files(tmp_path) as directory:
+                for name in ("adapter_config.json", "tokenizer.json", template):
+                    (directory / name).parent.mkdir(exist_ok=True)
+                    (directory / name).write_text("{}")
+        assert list(tmp_path.rglob("*.jinja")) == [tmp_path / template]

@@ -29,8 +29,8 @@ from qlora_cli.core.generation.requests import (
     find_end_ids,
     make_request,
 )
-from qlora_cli.core.models.files import ModelFiles, context_length
-from qlora_cli.core.models.hub import TOKENIZER_FILES, TOKENIZER_SIGNS
+from qlora_cli.core.models.files import ModelFiles, context_length, has_tokenizer
+from qlora_cli.core.models.hub import TOKENIZER_FILES
 from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
@@ -118,7 +118,7 @@ class GenerationSession:
             return self.files
         if adapter not in self._files:
             directory, own = self.source(adapter).directory, self.files
-            if any((directory / name).is_file() for name in TOKENIZER_SIGNS):
+            if has_tokenizer(directory):
                 refuse_links(directory, TOKENIZER_FILES)
                 beside = replace(own, name=adapter, directory=directory, trust_remote_code=False)
                 own = beside if len(beside.tokenizer) > len(own.tokenizer) else own

@@ -1,8 +1,9 @@
 """Files of a merged checkpoint beside its weights: configuration, tokenizer, generation settings, index, own code."""
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -12,7 +13,8 @@ from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_jso
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
-from qlora_cli.core.models.hub import PROCESSOR_FILES, TOKENIZER_FILES, TOKENIZER_SIGNS
+from qlora_cli.core.models.files import ModelFiles, copy_files, has_tokenizer, tokenizer_files
+from qlora_cli.core.models.hub import CHAT_TEMPLATE, CODE_FILES, OLD_CHAT_TEMPLATE, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.rope_scaling import write_scaling
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, SINGLE_FILE, TensorFile
@@ -65,8 +67,45 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
     write_json(directory / CONFIG, config)
 
 
-def copy_checkpoint_files(base: Path, adapter: Path, directory: Path) -> None:
-    """Copies the tokenizer (the adapter's, else the base's) with its chat template, and the base's generation config,
+def find_tokenizer(base: ModelFiles, adapter: Path) -> Path:
+    """The directory whose tokenizer a merged model gets: the adapter's only where it is another one than the base's.
+
+    What transformers 5 saves of a tokenizer says the same in other words, with which transformers 4, and whatever is built
+    on it, fails (`extra_special_tokens` in a list, `TokenizersBackend`), and lacks files that others read.
+
+    Raises:
+        ModelError: The adapter's cannot be read, or is a link to elsewhere.
+    """
+    if not has_tokenizer(adapter):
+        return base.directory
+    refuse_links(adapter, TOKENIZER_FILES)  # the base's were looked at when it was found
+    contents = [
+        {path.relative_to(directory): path.read_bytes() for path in tokenizer_files(directory)}
+        for directory in (adapter, base.directory)
+    ]
+    if contents[0] == contents[1]:
+        return base.directory
+    trained = replace(base, name=str(adapter), directory=adapter).tokenizer
+    try:
+        original = base.tokenizer
+    except ModelError:
+        return adapter
+    return base.directory if _content(trained) == _content(original) else adapter
+
+
+def _content(tokenizer: Any) -> tuple[Any, ...]:
+    """All that a tokenizer says but how rows of a batch are cut and filled up, which whoever used it last leaves in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        vocabulary = tokenizer.get_vocab() | tokenizer.added_tokens_decoder
+    else:
+        vocabulary = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    special = (tokenizer.special_tokens_map, getattr(tokenizer, "extra_special_tokens", None))
+    return vocabulary, *special, getattr(tokenizer, "chat_template", None)
+
+
+def copy_checkpoint_files(base: Path, tokenizer: Path, adapter: Path, directory: Path) -> None:
+    """Copies the tokenizer that `find_tokenizer` found with its chat template, and the base's generation config,
     processors of images and sound, and own code.
 
     transformers saves `tokenizer.json` alone. The SentencePiece model that the base has it from comes along all the same:
@@ -74,15 +113,14 @@ def copy_checkpoint_files(base: Path, adapter: Path, directory: Path) -> None:
 
     How prompts were formatted in training is recorded too, so that `generate --model` formats them so.
     """
-    refuse_links(adapter, TOKENIZER_FILES)  # the base's were looked at when it was found
-    trained = any((adapter / name).is_file() for name in TOKENIZER_SIGNS)
-    paths = [path for pattern in TOKENIZER_FILES for path in (adapter if trained else base).glob(pattern)]
-    beside = [path for pattern in [GENERATION_CONFIG, *PROCESSOR_FILES, "*.py"] for path in base.glob(pattern)]
-    names = {path.name for path in paths}
-    pieces = [path for path in base.glob("*.model") if path.name not in names]
-    for path in [*paths, *pieces, *beside]:  # *.py: of a model that comes with its code
-        if path.is_file():
-            shutil.copyfile(path, directory / path.name)
+    of_tokenizer = tokenizer_files(tokenizer)
+    taken = {path.name for path in of_tokenizer}
+    if tokenizer != base and CHAT_TEMPLATE in taken:
+        taken.add(OLD_CHAT_TEMPLATE)  # the base's, which a processor would prefer
+    patterns = [GENERATION_CONFIG, *PROCESSOR_FILES, *CODE_FILES, "*.model"]
+    beside = {path for pattern in patterns for path in base.glob(pattern) if path.is_file()}
+    copy_files(of_tokenizer, tokenizer, directory)
+    copy_files([path for path in beside if path.name not in taken], base, directory)
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})
 
 

@@ -64,7 +64,7 @@ def unfinished_directory(output: Place, *, shown: str, resume: bool) -> Iterator
     Args:
         output: Final directory.
         shown: What the user called it.
-        resume: Whether files of an earlier attempt are kept.
+        resume: Whether weights of an earlier attempt are kept.
 
     Raises:
         RunError: Another process is merging to the same place, or it cannot be written.
@@ -73,10 +73,10 @@ def unfinished_directory(output: Place, *, shown: str, resume: bool) -> Iterator
     directory = unfinished_path(output)
     with locked(directory, output=Path(shown)):
         sweep(directory)
-        if not resume:
-            for path in directory.iterdir():
-                if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in directory.iterdir():
+            finished = resume and (path.suffix == ".safetensors" or path.name == JOURNAL)
+            if path.name != LOCK and not finished:  # what is small is made anew: it may be of another adapter
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             with reporting_disk_full(output.path):
                 yield directory

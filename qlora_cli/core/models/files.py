@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_cli.core.models.hub import READ_FILES, check_blobs, download_snapshot, find_directory
+from qlora_cli.core.models.hub import (
+    READ_FILES,
+    TOKENIZER_FILES,
+    TOKENIZER_SIGNS,
+    check_blobs,
+    download_snapshot,
+    find_directory,
+)
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
 from qlora_cli.core.rope_scaling import growth, scale_positions, scaling_of
 from qlora_cli.core.storage.content_digest import content_digests
@@ -211,6 +220,24 @@ class ModelFiles:
             double_quant=quantization.double_quant,
             compute_dtype=str(compute_dtype).removeprefix("torch."),
         )
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer lies in a directory, and not a stray chat template alone."""
+    return any((directory / name).is_file() for name in TOKENIZER_SIGNS)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of the tokenizer in a directory, with its chat templates."""
+    return sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()})
+
+
+def copy_files(paths: Iterable[Path], source: Path, target: Path) -> None:
+    """Copies files of one directory to the same places in another."""
+    for path in paths:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

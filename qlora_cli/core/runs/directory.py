@@ -28,6 +28,7 @@ from qlora_cli.artifacts import (
 )
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.data.sources import read_paths
+from qlora_cli.core.models.files import tokenizer_files
 from qlora_cli.core.storage.checkpoint import is_checkpoint, list_checkpoints, remove_leftovers, step_of
 from qlora_cli.core.storage.lock import locked
 from qlora_cli.core.storage.ownership import (
@@ -197,8 +198,13 @@ def finished_files(directory: Path) -> Iterator[Path]:
         flush_tree(collected)
         (directory / ADAPTER_CONFIG).unlink(missing_ok=True)
         fsync_path(directory)
-        for path in sorted(collected.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
-            replace_file(path, directory / path.name)
+        made = [path.relative_to(collected) for path in collected.rglob("*") if path.is_file()]
+        for path in tokenizer_files(directory):  # of another base's, whose template would go with this one's tokens
+            if path.relative_to(directory) not in made:
+                path.unlink()
+        for name in sorted(made, key=lambda name: name.name == ADAPTER_CONFIG):
+            (directory / name).parent.mkdir(exist_ok=True)
+            replace_file(collected / name, directory / name)
         fsync_path(directory)
     finally:
         shutil.rmtree(collected, ignore_errors=True)

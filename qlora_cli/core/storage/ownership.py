@@ -42,7 +42,7 @@ class Mark:
     Attributes:
         kind: One of `NAMES`.
         id: Of the run that wrote it, random; empty in what older versions wrote.
-        files: Names of what was published; None where only the kind is known.
+        files: What was published, by its path from here; None where only the kind is known.
         older: Whether checkpoints without an id, of an older version, belong to the run.
     """
 
@@ -102,7 +102,8 @@ def read_mark(directory: Path) -> Mark | None:
 
 def write_mark(directory: Path, kind: str, *, id: str = "", files: Iterable[str] | None = None, **more: Any) -> None:
     """Marks a directory as ours. `files` are what is in it, by default, and nothing else may be replaced later."""
-    names = sorted({path.name for path in directory.iterdir()} | {MARK}) if files is None else sorted(files)
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    names = sorted({*found, MARK}) if files is None else sorted(files)
     content = {"qlora": MARK_VERSION, "kind": kind, "id": id or secrets.token_hex(8), "files": names, **more}
     write_json(directory / MARK, content)
 
@@ -166,8 +167,11 @@ def _require_ours(
 
 
 def _is_own_file(path: Path, mark: Mark, files: tuple[str, ...]) -> bool:
-    if path.is_symlink() or path.is_dir():
+    if path.is_symlink():
         return False
+    if path.is_dir():
+        inside = [found.relative_to(path.parent).as_posix() for found in path.rglob("*")]
+        return bool(inside) and {*inside} <= {*(mark.files or ())}
     if mark.files is not None:
         return path.name in mark.files
     return path.name in (LOCK, MARK) or any(fnmatchcase(path.name, pattern) for pattern in files)
