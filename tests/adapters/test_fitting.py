@@ -82,6 +82,28 @@ def test_a_language_model_has_one_adapter_whatever_its_wrapper_was_called(prefix
     torch.testing.assert_close(answers(text_of_wrapper(), tmp_path), logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("old", ["language_model.model", "model"])
+def test_ranks_alphas_and_tokens_by_module_go_along_with_its_name(old, tmp_path):
+    """The file names each module in full, as PEFT writes what it has by module."""
+    layers, embeddings = "model.language_model.layers", "model.language_model.embed_tokens"
+    settings = {
+        "rank_pattern": {f"{layers}.0.self_attn.q_proj": 2},
+        "alpha_pattern": {f"^{layers}.0.self_attn.q_proj": 60, f"{layers}.1.self_attn.q_proj": 1},
+        "trainable_token_indices": {embeddings: [3, 9]},
+    }
+    logits = make(whole_wrapper(), tmp_path, target_modules=r".*language_model.*\.q_proj", **settings)
+
+    def renamed(items):
+        return {name.replace("model.language_model.", f"{old}."): value for name, value in items.items()}
+
+    rewrite(tmp_path, renamed, **{field: renamed(given) for field, given in settings.items()})
+    with fitted_adapter(tmp_path, text_of_wrapper()) as fitted:
+        facts = read_adapter(fitted)
+        assert facts.scaling_of(f"{layers}.0.self_attn.q_proj", 2) == 30
+        assert set(facts.config["trainable_token_indices"]) == {embeddings}
+    torch.testing.assert_close(answers(text_of_wrapper(), tmp_path), logits, rtol=0, atol=1e-5)
+
+
 def test_pairs_on_towers_are_refused_with_what_helps(tmp_path):
     make(whole_wrapper(), tmp_path, target_modules=r".*\.q_proj")
     with pytest.raises(
@@ -169,6 +191,14 @@ def test_pairs_of_single_experts_become_pairs_of_their_stacks(kind, tmp_path):
         lambda tensors: per_expert(tensors, root, names, 5, 4),
         target_modules=["q_proj", *names],
         target_parameters=None,
+    )
+    torch.testing.assert_close(answers(build(config), tmp_path), logits, rtol=0, atol=1e-5)
+    own = {rf"experts\.3\.{names[0]}": 48, names[2]: 24}  # alphas of a file whose others have 12
+    halves = {f"3.{names[0]}.lora_B": 4, f"{names[2]}.lora_B": 2}
+    rewrite(
+        tmp_path,
+        lambda tensors: {n: v / next((by for part, by in halves.items() if part in n), 1) for n, v in tensors.items()},
+        alpha_pattern=own,
     )
     torch.testing.assert_close(answers(build(config), tmp_path), logits, rtol=0, atol=1e-5)
     rewrite(tmp_path, lambda t: {n: v for n, v in t.items() if f".{names[1]}." not in n})

@@ -40,6 +40,7 @@ from qlora_cli.errors import AdapterError, first_line
 # What stands before `layers` in the names of a language model, alone or in a wrapper.
 WRAPPER_NAMES = {"model", "language_model", "text_model"}
 ADAPTER_PART = re.compile(r"\.(lora_|token_adapter\.|(modules_to_save|original_module|base_layer)\.weight).*$")
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 # Initialisations that subtract the initial adapter from the base weights: the saved adapter needs that other base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -215,11 +216,13 @@ def _has_place(name: str, base: Any) -> bool:
 
 
 def _fit(facts: AdapterFacts, tensors: dict[str, Tensor], base: Any) -> tuple[AdapterFacts, dict[str, Tensor]]:
-    config = dict(facts.config)
     fitted = _rename(tensors, base)
-    if not all(_has_place(name, base) for name in fitted):
-        fitted = _rename(_as_transformers_renames(tensors, base), base)
-        config |= _patterns_of_experts(facts, fitted, base)
+    by_experts = not all(_has_place(name, base) for name in fitted)
+    if by_experts:
+        fitted = _rename(_as_transformers_renames(_at_one_scaling(facts, tensors), base), base)
+    config = dict(facts.config) | _by_new_names(facts, tensors, fitted)
+    if by_experts:
+        config |= _patterns_of_experts(replace(facts, config=config), fitted, base)
     lost = [name for name in fitted if not _has_place(name, base)]
     if lost:
         raise _without_place(
@@ -234,6 +237,35 @@ def _fit(facts: AdapterFacts, tensors: dict[str, Tensor], base: Any) -> tuple[Ad
         fitted |= _exchanged(fitted, halves, weight)
         config["peft_version"] = ".".join(map(str, STACKS_SWAPPED))
     return replace(facts, config=config), fitted
+
+
+def _by_new_names(
+    facts: AdapterFacts, tensors: Mapping[str, Tensor], fitted: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Settings given by module, whose names are those of the adapter, also under the names that the modules have in this
+    base: else they would have another rank or scaling without a word.
+
+    Args:
+        facts: Of the adapter.
+        tensors: By the names in its file.
+        fitted: The same by the names in this base. What was made of several is none of them.
+    """
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+    before = {_module_of(n): _module_of(names[t.data_ptr()]) for n, t in fitted.items() if t.data_ptr() in names}
+    moved = {new: old for new, old in before.items() if new != old}
+    made: dict[str, dict[str, Any]] = {}
+    for field in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        given = facts.config.get(field)
+        if not isinstance(given, Mapping):
+            continue
+        tokens = field == "trainable_token_indices"  # by the end of a name; the others by an expression, as PEFT has it
+        own = {}
+        for new, old in moved.items():
+            keys = (key for key in given if (old.endswith(key) if tokens else re.match(rf"(.*\.)?({key})$", old)))
+            if (key := next(keys, None)) is not None:
+                own[new if tokens else f"^{re.escape(new)}"] = given[key]
+        made[field] = own if tokens and own else own | dict(given)  # the first that fits counts
+    return made
 
 
 def _without_place(lost: Sequence[str], first: str, base: Any) -> AdapterError:
@@ -294,6 +326,17 @@ def _as_transformers_renames(tensors: dict[str, Tensor], base: Any) -> dict[str,
     }
 
 
+def _at_one_scaling(facts: AdapterFacts, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with B of each single expert that has its own alpha or rank made up for it: a stack has one scaling."""
+    made = dict(tensors)
+    for name, b in tensors.items():
+        if name.endswith(".lora_B.weight") and SINGLE_EXPERT.search(name):
+            own = facts.scaling_of(_module_of(name), b.shape[1])
+            if own != facts.scaling:
+                made[name] = b.float() * (own / facts.scaling)
+    return made
+
+
 def _patterns_of_experts(facts: AdapterFacts, tensors: Mapping[str, Tensor], base: Any) -> dict[str, Any]:
     """Settings with which pairs on stacks, made of pairs of single experts, have the rank that came of it and their
     scaling: a stack of gates and ups has the ranks of both."""
@@ -305,7 +348,8 @@ def _patterns_of_experts(facts: AdapterFacts, tensors: Mapping[str, Tensor], bas
             if stacks_of(module):
                 depths.setdefault(match["module"], {})[match["depth"].count(".")] = tensor
     parameters: list[str] = []
-    ranks, alphas = dict(facts.config.get("rank_pattern") or {}), dict(facts.config.get("alpha_pattern") or {})
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for module, stacks in depths.items():
         weights = stacks_of(base.get_submodule(module))
         if len(stacks) == 1:  # whose is told by A's width
@@ -318,7 +362,12 @@ def _patterns_of_experts(facts: AdapterFacts, tensors: Mapping[str, Tensor], bas
     if not parameters:
         return {}
     listed = sorted({*(facts.config.get("target_parameters") or ()), *parameters})
-    return {"target_parameters": listed, "rank_pattern": ranks, "alpha_pattern": alphas}
+    given = facts.config  # behind these, as the first that fits counts
+    return {
+        "target_parameters": listed,
+        "rank_pattern": ranks | (given.get("rank_pattern") or {}),
+        "alpha_pattern": alphas | (given.get("alpha_pattern") or {}),
+    }
 
 
 def _old_stacks(facts: AdapterFacts, base: Any) -> list[tuple[dict[str, str], ExpertWeight]]:
