@@ -17,6 +17,7 @@ from qlora_cli.core.models.structure import build_empty, has_position_table
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import report_nothing
 from qlora_cli.settings.groups import QuantizationSettings
+from tests.commands.merge_case import make_case
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "base_cache": False}
 
@@ -193,3 +194,29 @@ def test_a_quantisation_that_is_not_described_as_it_is_read_is_refused_by_name(t
     directory = edited(tiny_model("llama"), tmp_path / "model", quantization_config=settings)
     with pytest.raises(ModelError, match=f"{list(settings)[-1]} is .* in the quantization_config"):
         _ = resolve_model(str(directory)).weights
+
+
+def test_a_head_that_the_configuration_ties_and_the_checkpoint_does_not_stays_its_own(
+    tiny_model, tmp_path, monkeypatch
+):
+    """From the checkpoint, from the copy that is kept of the base, and merged; transformers 4 would tie it without a word."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    base = shutil.copytree(tiny_model("qwen2"), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = head = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    for _ in range(2):
+        events = []
+        files = resolve_model(str(base), report=events.append)
+        held = {"compute_dtype": torch.float32, "device": torch.device("cpu")}
+        model, _ = load_base(files, QuantizationSettings(base_cache=True), **held)
+        assert torch.equal(model.lm_head.weight, head)
+        assert torch.equal(model.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
+        said = " ".join(getattr(event, "text", "") for event in events)
+        assert "hold two that differ" in said
+    assert "Using the quantised base" in said
+    case = make_case(base, tmp_path, target_modules=["q_proj"])
+    case.merge()
+    assert json.loads((case.output / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(case.output / "model.safetensors")["lm_head.weight"], head)
+    assert (case.merged_logits() - case.live).abs().max() < 2e-4

@@ -126,7 +126,7 @@ class MergePlanner:
             MergeError: A weight that is quantised or adapted is not in the checkpoint, or has another shape there.
             AdapterError: The adapter's vocabulary is not one.
         """
-        tying = settle_tying(self.model, self.names, self.deltas, self.adapter, keep_tied=keep_tied)
+        tying = settle_tying(self.model, self.names, self.deltas, self.adapter, self.files, keep_tied=keep_tied)
         parameter_of = {name: parameter for parameter, name in self.names.items()}
         self.names = {**self.names, **tying.borrowed}
         self.deltas = tying.deltas

@@ -1,6 +1,6 @@
 """Tied embeddings: whether input embeddings and output head stay one tensor after a merge, and are one vocabulary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,10 +35,14 @@ def settle_tying(
     names: Mapping[str, str],
     deltas: Mapping[str, WeightDelta],
     adapter: TensorFile,
+    files: Sequence[TensorFile],
     *,
     keep_tied: bool,
 ) -> Tying:
     """Decides how embeddings are stored that the base ties and the adapter may have changed apart.
+
+    Of a base whose configuration ties them and whose checkpoint holds two that differ, transformers 5 takes both as they
+    are, as training does, and other programs the embeddings alone: the merged configuration says that they are two.
 
     PEFT changes only the module it is attached to, so a tied base's other end keeps the old weights, except for
     trained tokens, which PEFT trains in both.
@@ -47,6 +51,7 @@ def settle_tying(
         model: The base's architecture.
         names: Name in the model → name in the checkpoint.
         deltas: By name in the model, of `adapter`.
+        files: Of the base.
         keep_tied: PEFT's `ensure_weight_tying`.
 
     Raises:
@@ -62,6 +67,10 @@ def settle_tying(
     if first and not second and (keep_tied or first.rows):
         second = deltas[head] = first
     present = [name for name in (inputs, head) if name in names]
+    file_of = {name: file for file in files for name in file.entries}
+    stored = [(file_of[names[name]], names[name]) for name in present]
+    if len(stored) == 2 and not _are_equal(*stored):
+        return Tying(deltas, {}, True, vocabulary)
     if not present or first == second or _same_replacement(first, second, adapter):
         kept = {name: delta for name, delta in deltas.items() if name in present or name not in (inputs, head)}
         return Tying(kept, {}, False, vocabulary)
@@ -73,13 +82,19 @@ def _same_replacement(first: WeightDelta | None, second: WeightDelta | None, ada
     """Whether both are replaced by equal tensors: PEFT saves both ends of tied embeddings that were resized."""
     if not first or not second or not first.replacement or not second.replacement:
         return False
-    one, two = adapter.entries[first.replacement], adapter.entries[second.replacement]
     if replace(first, replacement=None, embedding=False) != replace(second, replacement=None, embedding=False):
         return False
-    return (one.shape, one.dtype) == (two.shape, two.dtype) and all(
-        torch.equal(adapter.read(one.name, rows), adapter.read(two.name, rows))
-        for rows in (slice(i, min(i + COMPARED_ROWS, one.shape[0])) for i in range(0, one.shape[0], COMPARED_ROWS))
-    )
+    return _are_equal((adapter, first.replacement), (adapter, second.replacement))
+
+
+def _are_equal(first: tuple[TensorFile, str], second: tuple[TensorFile, str]) -> bool:
+    """Whether two tensors, each in its file, are the same in shape, dtype and values."""
+    one, two = (file.entries[name] for file, name in (first, second))
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    starts = range(0, one.shape[0], COMPARED_ROWS)
+    blocks = (slice(start, min(start + COMPARED_ROWS, one.shape[0])) for start in starts)
+    return all(torch.equal(first[0].read(one.name, rows), second[0].read(two.name, rows)) for rows in blocks)
 
 
 def _check_vocabulary(

@@ -78,12 +78,14 @@ def load_base(
             facts["rope_scaling"] = files.scaled_positions
         kept = quantization.base_cache and not four_bit
         if kept and (base := _restore(facts, files, compute_dtype, device, weight_shards)) is not None:
+            _say_untied(files, empty, base)
             return base, identity
         packer = Packer(checkpoint, quantization, compute_dtype, device, weight_shards)
         base = _load(files, empty, checkpoint, account, packer)
         base.generation_config = _end_marks(files, base)
     _check_weights(base, files.name, packer.finite)
     _say_zeros(files, packer.zero)
+    _say_untied(files, empty, base)
     freeze_base(base)
     if kept:
         save_base(base, facts, files.report, weight_shards, stamps=files.weight_stamps)
@@ -205,6 +207,23 @@ def _say_zeros(files: ModelFiles, zero: dict[str, torch.Tensor]) -> None:
             Caution(
                 f"{format_count(len(found), 'tensor')} of {files.name} hold{'s' * (len(found) == 1)} nothing but zeros, first "
                 f"{found[0]}: so does a file look that was not copied to its end."
+            )
+        )
+
+
+def _say_untied(files: ModelFiles, empty: Any, base: Any) -> None:
+    """Reports embeddings and a head that the configuration ties and the weights do not: `empty` is made of it alone."""
+
+    def tied(model: Any) -> bool:
+        inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+        return head is not None and head.weight is inputs.weight
+
+    if tied(empty) and not tied(base):
+        files.report(
+            Caution(
+                f"config.json of {files.name} ties embeddings and head, and its weights hold two that differ: both are taken "
+                "as they are, as transformers 5 does. Other programs take the embeddings for both, unless it says "
+                '"tie_word_embeddings": false.'
             )
         )
 

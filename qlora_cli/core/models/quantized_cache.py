@@ -277,7 +277,9 @@ def _fill(model: Any, tensors: dict[str, Tensor], compute_dtype: torch.dtype, de
             owner._buffers[leaf] = tensor
         else:
             raise RunError(f"the model has no {name} any more.")
-    model.tie_weights()
+    # What is in the copy twice, the model had twice, whatever its configuration says of tied embeddings.
+    lacking = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    model.tie_weights(missing_keys=lacking)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise RunError(f"{name} is not in it.")
