@@ -14,6 +14,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import QuantizationSettings
+from tests.adapters.test_fitting import whole_wrapper
 from tests.commands.merge_case import DEVICE, Case, logits_of, make_case
 from tests.conftest import ARCHITECTURES, most_slow, write_model
 
@@ -264,6 +265,21 @@ def test_a_base_in_one_file_of_a_shard_s_name_is_merged_to_one_that_loads(tiny_m
     case = make_case(base, tmp_path)
     case.merge()
     assert_same(case)
+
+
+def test_a_wrapper_s_head_that_was_trained_is_untied_where_older_programs_look(tmp_path) -> None:
+    """transformers 4 reads the language model's configuration, and ties where that says nothing, as on the hub."""
+    base = tmp_path / "base"
+    whole_wrapper().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"].pop("tie_word_embeddings")
+    (base / "config.json").write_text(json.dumps(config))
+    case = make_case(base, tmp_path, target_modules=r".*\.q_proj", modules_to_save=["lm_head"])
+    case.merge()
+    merged = json.loads((case.output / "config.json").read_text())
+    assert merged["tie_word_embeddings"] is merged["text_config"]["tie_word_embeddings"] is False
+    stored = load_file(case.output / "model.safetensors")
+    assert not torch.equal(stored["lm_head.weight"], stored["language_model.model.embed_tokens.weight"])
 
 
 def test_a_tokenizer_saved_again_is_merged_as_the_base_has_it_and_another_as_the_adapter_has_it(tiny_model, tmp_path):

@@ -46,7 +46,7 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
             section[name] = dtype_name(options.dtype)
         if plan.vocabulary is not None and ("vocab_size" in section or section is config):
             section["vocab_size"] = plan.vocabulary
-        if plan.untied and (section.get("tie_word_embeddings") is not None or section is config):
+        if plan.untied:  # in both: transformers 4 reads the inner one, and without one there ties
             section["tie_word_embeddings"] = False
     (text_config if isinstance(text_config, dict) else config).update(base.new_settings)
     if (scaling := base.files.scaled_positions) is not None:
