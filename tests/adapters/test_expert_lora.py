@@ -1,5 +1,7 @@
 """Experts get adapters where it is asked for, in PEFT's layout, also on stacks that are packed in 4 bits."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from qlora_cli.artifacts import ADAPTER_WEIGHTS
+from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.expert_tensors import expert_pairs
 from qlora_cli.core.adapters.lora import attach_adapter, load_adapter, save_adapter
@@ -118,6 +120,18 @@ def test_an_adapter_that_peft_made_on_experts_answers_as_in_peft(tmp_path):
             swapped = parameter.view(len(parameter), RANK, experts).transpose(1, 2).reshape(len(parameter), -1)
             parameter.data.copy_(swapped)
     assert (theirs(IDS).logits - logits).abs().max() > 0.01
+
+
+def test_a_router_that_was_a_linear_layer_when_it_was_adapted_answers_as_in_peft(tmp_path):
+    """transformers 4 had one, which `all-linear` of other programs targets; PEFT reads such a file by itself."""
+    four_bit, plain = packed(config_of("qwen3_moe"))
+    settings = {"r": RANK, "lora_alpha": 9, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}
+    theirs = randomise(get_peft_model(plain, LoraConfig(**settings)))
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / ADAPTER_CONFIG
+    older = {"target_modules": ["gate", "q_proj"], "target_parameters": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | older))
+    torch.testing.assert_close(load_adapter(four_bit, tmp_path)(IDS).logits, theirs(IDS).logits, rtol=0, atol=2e-5)
 
 
 def test_the_rank_of_an_expert_is_shared_among_those_a_token_meets_and_scaled_as_all_others():

@@ -122,6 +122,15 @@ def stored_config(config: Any, model: Any) -> dict[str, Any]:
     return content
 
 
+def _has_bare_weight(module: Any) -> bool:
+    """Whether a module is no layer that PEFT adapts and has a matrix: a router, which was a linear layer before
+    transformers 5."""
+    if isinstance(module, ParamWrapper):
+        return module.parameter_name == "weight"
+    adaptable = isinstance(module, (nn.Linear, nn.Embedding, Conv1D, BaseTunerLayer))
+    return module is not None and not adaptable and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+
+
 def config_to_load(facts: AdapterFacts, model: Any) -> LoraConfig:
     """PEFT's configuration of an adapter in a file, its targets the modules that the file has tensors of.
 
@@ -136,10 +145,13 @@ def config_to_load(facts: AdapterFacts, model: Any) -> LoraConfig:
     config: Any = LoraConfig(**{name: value for name, value in facts.config.items() if name in known})
     config.inference_mode = True
     config.init_lora_weights = True  # the file's follow; B of what it has no tensors for has to be zero
-    if not config.target_parameters:
-        return config
     modules = dict(model.named_modules())
     adapted = {name.removeprefix(PREFIX).split(".lora_", 1)[0] for name in facts.tensors if ".lora_" in name}
+    bare = [f"{name}.weight" for name in sorted(adapted) if _has_bare_weight(modules.get(name))]
+    if bare:
+        config.target_parameters = sorted({*(config.target_parameters or ()), *bare})
+    if not config.target_parameters:
+        return config
     layers = (nn.Linear, nn.Embedding, Conv1D, BaseTunerLayer)
     targets = {
         name

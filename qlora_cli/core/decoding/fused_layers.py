@@ -283,6 +283,7 @@ class FastLayers:
 
     def _routing_of(self, module: Any, own: Callable[..., Any]) -> Callable[..., Any]:
         """A router's logits, the weights of its experts and their numbers: a softmax, a sort and what else it takes."""
+        kind = type(module)  # before PEFT gives an adapted one another class in each call
 
         def route(x: Tensor, normalised: bool) -> tuple[Tensor, Tensor, Tensor]:
             logits = F.linear(x.reshape(-1, x.shape[-1]), module.weight, getattr(module, "bias", None))
@@ -292,7 +293,7 @@ class FastLayers:
             if self._use is None or len(given) != 1 or named:
                 return own(*given, **named)
             (x,) = given
-            known = self._use, type(module)
+            known = self._use, kind
             if known not in self._routes:
                 expected = own(x)
                 ways = (normalised for normalised in (True, False) if _routes_alike(route, x, normalised, expected))
