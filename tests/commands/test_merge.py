@@ -54,6 +54,20 @@ def test_experts_that_are_stacked_as_they_load_are_merged_into_a_tensor_each(tmp
     assert not any(torch.equal(merged[name], stored[name]) for name in experts)
 
 
+@pytest.mark.parametrize("adapted", [{}, {"target_modules": ["v_proj"], "use_dora": True}])
+def test_linears_that_lie_fused_and_are_split_as_they_load_are_merged_into_what_is_stored(
+    tmp_path, monkeypatch, adapted
+) -> None:
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    cycles = {"num_hidden_layers": 1, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1]}
+    monkeypatch.setitem(ARCHITECTURES, "hrm_text", ("HrmTextConfig", {**shape, **cycles}))
+    case = make_case(write_model(tmp_path / "base", "hrm_text"), tmp_path, **adapted)
+    assert case.merge(verify=not adapted).restored_weights == 2 * (4 + 2 + 2)  # gate, q, k, v; gate, up; o and down
+    assert_same(case)
+    merged, stored = (load_file(directory / "model.safetensors") for directory in (case.output, case.base))
+    assert list(merged) == list(stored) and any("gqkv_proj" in name for name in stored)
+
+
 # What is peculiar → (architecture, LoraConfig arguments or make_case arguments).
 SPECIAL = {
     "dora": ("llama", {"use_dora": True}),

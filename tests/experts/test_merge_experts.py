@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from qlora_cli.artifacts import FORMAT, RUN_RECORD
 from qlora_cli.commands.merge import merge
@@ -137,3 +137,41 @@ def test_tensors_that_no_module_takes_are_in_the_account_and_in_the_merged_check
     train(directory, tmp_path / "adapter")
     merged(tmp_path / "adapter", tmp_path / "merged")
     assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")["mtp.fc.weight"], weights["mtp.fc.weight"])
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_experts_that_transformers_turns_where_they_need_it_are_the_same_in_both_layouts(tmp_path, square):
+    """Qwen3-VL's lie transposed on the hub, and not in what transformers 5 saves of it."""
+    width = 64 if square else 48
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16}
+    text = {
+        **sizes,
+        "num_key_value_heads": 2,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": width,
+    }
+    vision = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32, "depth": 1, "num_heads": 2}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    torch.manual_seed(0)
+    Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    shutil.copytree(tmp_path / "saved", tmp_path / "hub")
+    answers, made = {}, {}
+    for layout in ("saved",) if square else ("saved", "hub"):
+
+        def turned(weights, layout=layout):
+            turn = layout == "hub"
+            return {n: v.transpose(1, 2).contiguous() if turn and ".experts." in n else v for n, v in weights.items()}
+
+        save_file(turned(stored), tmp_path / layout / "model.safetensors", metadata={"format": "pt"})
+        answers[layout], _ = train(tmp_path / layout, tmp_path / f"{layout}-run")
+        config = MergeConfig(adapter=str(tmp_path / f"{layout}-run"), output=str(tmp_path / f"{layout}-merged"))
+        merge(replace(config, dtype="float32", verify=False), lambda event: None)
+        made[layout] = turned(load_file(tmp_path / f"{layout}-merged" / "model.safetensors"))
+        model = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / f"{layout}-merged").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS, use_cache=False).logits, answers[layout], rtol=0, atol=2e-5)
+    for answer in answers.values():
+        torch.testing.assert_close(answer, answers["saved"], rtol=0, atol=1e-5)
+    assert all(torch.equal(value, made["saved"][name]) for weights in made.values() for name, value in weights.items())

@@ -1,11 +1,16 @@
 """Names of a checkpoint's tensors, found where transformers puts them as it loads."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from safetensors import safe_open
+from torch import nn
+from transformers.core_model_loading import Chunk, Concatenate, PermuteForRope, Transpose, WeightConverter
 
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty
-from qlora_cli.core.models.weight_names import map_names, renamer
+from qlora_cli.core.models.weight_names import WeightOrigin, map_names, renamer
 from qlora_cli.errors import ModelError
 from tests.conftest import ARCHITECTURES
 
@@ -36,3 +41,36 @@ def test_two_tensors_for_one_place_are_refused(tiny_model) -> None:
     model = build_empty(resolve_model(str(tiny_model("gpt_neox"))).config)
     with pytest.raises(ModelError, match=r"holds lm_head\.weight twice, as embed_out\.weight and as lm_head\.weight"):
         map_names(["embed_out.weight", "lm_head.weight"], model)
+
+
+class ThreeLinears(nn.Module):
+    """Weights `q` (8, 4), `k` (8, 4) and `qk` (16, 4), and a configuration of 2 heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.qk = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(4, 16)
+        self.config = SimpleNamespace(num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "operations"),
+    [
+        (["fused.weight"], ["q.weight", "k.weight"], [Chunk(dim=0)]),
+        (["fused.weight"], ["q.weight", "k.weight"], [Chunk(dim=0), PermuteForRope()]),
+        (["q.weight", "k.weight"], ["qk.weight"], [Concatenate(dim=0)]),
+        (["q.weight", "k.weight"], ["qk.weight"], [Concatenate(dim=1)]),
+        (["q.weight"], ["qk.weight"], [Transpose(0, 1)]),
+    ],
+    ids=lambda value: str(value[0])[:20],
+)
+def test_rows_of_what_is_rearranged_are_found_where_they_stay_whole(sources, targets, operations):
+    rows_are_whole = not any(isinstance(step, Transpose) or getattr(step, "dim", 0) for step in operations)
+    converter = WeightConverter(sources, targets, operations=operations)
+    origin = WeightOrigin(tuple(targets), {name: [name] for name in sources}, converter)
+    stored = {name: torch.randn(16 if name == "fused.weight" else 8, 4) for name in sources}
+    rows = origin.rows({name: tuple(value.shape) for name, value in stored.items()}, ThreeLinears())
+    assert (rows is not None) == rows_are_whole
+    if rows is not None:
+        whole = torch.cat([stored[name] for name in origin.names])
+        for name, value in origin.read(stored.__getitem__, ThreeLinears()).items():
+            assert torch.equal(value, whole[rows[name]])

@@ -76,6 +76,7 @@ class MergedExperts:
         name, origin, number, piece = self.places[source]
         weight, pair = self.stacks[name], pairs.get(name)
         lora = None if pair is None else _read_pair(adapter, pair, device)
+        shape = self.file_of[source].entries[source].shape
         for expert in range(weight.experts) if number is None else (number,):
             made = origin.read_expert(self._read, self.model, expert)[0]
             matrix = weight.as_matrix(made.to(device))
@@ -86,7 +87,7 @@ class MergedExperts:
             matrix = matrix.float()
             if lora is not None:
                 matrix = matrix + lora.delta(weight, expert)
-            yield origin.stored_piece(weight.as_matrix(matrix), piece).contiguous()
+            yield origin.stored_piece(weight.as_matrix(matrix), piece, shape).contiguous()
 
     def _read(self, name: str, rows: slice | None) -> Tensor:
         return self.file_of[name].read(name, rows)

@@ -173,6 +173,8 @@ def _measure(
     candidates, rounded = {}, None
     for name in named:
         planner, plan = make_planner(replace(options, restore=name == DEQUANTIZED, pack=False))
+        if planner.rearranged:
+            return "its checkpoint is rearranged as it is loaded"
         weights = MergedWeights(plan, planner.names)
         if not options.pack:
             candidates[name] = Candidate(weights)

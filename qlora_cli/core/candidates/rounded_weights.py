@@ -15,7 +15,8 @@ from torch import Tensor
 from qlora_cli.core.calibration.low_rank import SecondMoment
 from qlora_cli.core.calibration.rounding import round_to_four_bits
 from qlora_cli.core.device import dtype_name
-from qlora_cli.core.merge.plan import QUANT_STATE_BYTES, MergeOptions, MergePlan, MergeTask, OutputFile, TensorChunk
+from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergeTask, OutputFile, TensorChunk
+from qlora_cli.core.models.quantization import QUANT_STATE_BYTES
 from qlora_cli.core.storage.safetensors_file import TensorFile
 
 

@@ -15,8 +15,9 @@ from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, merge_rows, r
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
 from qlora_cli.core.models.account import VALUES, plan_packing
-from qlora_cli.core.models.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, pack_weight
-from qlora_cli.core.storage.safetensors_file import DTYPES, TensorFile, TensorSpec, make_header
+from qlora_cli.core.models.quantization import QUANT_STATE_BYTES, pack_weight, packed_tensors
+from qlora_cli.core.models.weight_names import WeightOrigin, find_origins
+from qlora_cli.core.storage.safetensors_file import DTYPES, HeldTensor, TensorFile, TensorSpec, make_header
 from qlora_cli.core.storage.safetensors_header import Header, TensorEntry
 from qlora_cli.core.weights.stored_formats import StoredFormat
 from qlora_cli.errors import MergeError, ModelError
@@ -24,7 +25,6 @@ from qlora_cli.settings.groups import QuantizationSettings
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
 GPU_ROWS_ELEMENTS = 2**24  # worked on at a time on a GPU: launches cost more than memory there
-QUANT_STATE_BYTES = 512  # room for bitsandbytes' JSON of one weight; its length varies, a file's header must not
 
 TensorChunk = tuple[str, torch.Tensor]  # name of an output tensor, and its next bytes
 
@@ -113,6 +113,8 @@ class MergePlanner:
         self.linears = {name for name in packed if name.endswith(".weight")}
         self.experts = MergedExperts(self.files, self.model, packed - self.linears)
         self.main_dtype = main_dtype(self.files)
+        # Stored tensors of which weights that are merged are made by rows: from where, and `WeightOrigin.rows`.
+        self.rearranged: dict[str, tuple[WeightOrigin, dict[str, torch.Tensor]]] = {}
         if self.options.pack and self.experts.stacks:
             raise MergeError(
                 "transformers loads no 4-bit checkpoint of this model: it keeps its experts as stacks in 16 bits.",
@@ -130,6 +132,7 @@ class MergePlanner:
         parameter_of = {name: parameter for parameter, name in self.names.items()}
         self.names = {**self.names, **tying.borrowed}
         self.deltas = tying.deltas
+        self.rearranged = self._find_rearranged()
         self._check_sources()
         # Parameter → its layer's weight in the checkpoint, and what it is called there.
         weights = {bias: self.names[bias.removesuffix("bias") + "weight"] for bias in sorted(self.new_biases)}
@@ -152,6 +155,12 @@ class MergePlanner:
                     tasks.append(task)
                     restored += self.options.restore
                     continue
+                if output_name in self.rearranged:
+                    spec, rearranged, weights_restored = self._plan_rearranged(output_name)
+                    tensors.append(spec)
+                    tasks.append(rearranged)
+                    restored += weights_restored
+                    continue
                 source = file.entries[self.names[parameter] if parameter else output_name]
                 made, task = self._plan_tensor(file, source, output_name, parameter)
                 tensors += made
@@ -160,8 +169,24 @@ class MergePlanner:
             outputs.append(OutputFile(file.path.name, make_header(tensors, file.header.metadata), tuple(tasks)))
         return MergePlan(tuple(outputs), tying.vocabulary, tying.untied, restored, len(self.deltas))
 
+    @property
+    def _merged(self) -> set[str]:
+        """Parameters that are not copied as they are stored."""
+        return set(self.deltas) | (self.linears if self.options.restore or self.options.pack else set())
+
+    def _find_rearranged(self) -> dict[str, tuple[WeightOrigin, dict[str, torch.Tensor]]]:
+        lost = self._merged - set(self.names) - set(self.experts.stacks) - set(self.new_biases)
+        if not lost or self.options.pack or (self.stored is not None and self.stored.is_four_bit):
+            return {}
+        shapes = {name: entry.shape for file in self.files for name, entry in file.entries.items()}
+        found: dict[str, tuple[WeightOrigin, dict[str, torch.Tensor]]] = {}
+        for origin in find_origins(shapes, self.model).of.values():
+            if lost.intersection(origin.targets) and (rows := origin.rows(shapes, self.model)) is not None:
+                found |= dict.fromkeys(origin.names, (origin, rows))
+        return found
+
     def _check_sources(self) -> None:
-        needed = set(self.deltas) | (self.linears if self.options.restore or self.options.pack else set())
+        needed = self._merged - {target for _, rows in self.rearranged.values() for target in rows}
         stacks = set(self.experts.stacks) if self.options.restore else set(self.experts.stacks) & needed
         needed -= stacks | set(self.new_biases)
         missing = sorted(name for name in needed if name not in self.names)
@@ -220,6 +245,30 @@ class MergePlanner:
         whole = transposed or (restore and not restores_by_rows(options.quantization, shape[1], options.device))
         held = prod(shape) * (2 * source.dtype.itemsize + 8) if whole else 0
         return [(output_name, dtype, shape)], MergeTask(held + buffers, run)
+
+    def _plan_rearranged(self, name: str) -> tuple[TensorSpec, MergeTask, int]:
+        """A stored tensor whose rows are those of several weights, or some of one's; the work, and how many weights are
+        restored, counted with the first of what they are stored in."""
+        origin, rows_of = self.rearranged[name]
+        home = {stored: file for file in self.files for stored in file.entries}
+        counts = [home[stored].entries[stored].shape[0] for stored in origin.names]
+        first = sum(counts[: origin.names.index(name)])
+        shape, dtype = home[name].entries[name].shape, self.options.dtype
+        names = {target for target in rows_of if target in self._merged}
+
+        def run() -> Iterator[TensorChunk]:
+            stored = torch.cat([home[source].read(source) for source in origin.names])
+            merged = stored.to(dtype)
+            for target in sorted(names):
+                held = HeldTensor(target, stored[rows_of[target]])
+                (made,), task = self._plan_tensor(held, held.entries[target], target, target)
+                parts = [chunk.contiguous().flatten().view(torch.uint8) for _, chunk in task.run()]
+                merged[rows_of[target]] = torch.cat(parts).view(made[1]).view(tuple(made[2]))
+            yield name, merged[first : first + shape[0]]
+
+        held_bytes = sum(counts) * prod(shape[1:]) * (2 * self.main_dtype.itemsize + dtype.itemsize + 8)
+        restored = len(names & self.linears) if self.options.restore and not first else 0
+        return (name, dtype, shape), MergeTask(held_bytes + 32 * ROWS_ELEMENTS, run), restored
 
     def _plan_experts(self, source: str) -> MergeTask | None:
         """The work on one tensor of a stack of experts; None for any other, and where nothing changes."""
@@ -329,23 +378,6 @@ class MergePlanner:
             if "quant_state" in ending:  # JSON, which may end in spaces
                 content = torch.nn.functional.pad(content, (0, QUANT_STATE_BYTES - len(content)), value=ord(" "))
             yield name + ending, content
-
-
-def packed_tensors(shape: tuple[int, ...], quantization: QuantizationSettings) -> list[TensorSpec]:
-    """Name endings, dtypes and shapes of the tensors a 4-bit checkpoint holds for one weight of `shape` (out, in)."""
-    blocks = -(-prod(shape) // BLOCK_SIZE)
-    made: list[TensorSpec] = [
-        ("", torch.uint8, ((prod(shape) + 1) // 2, 1)),
-        (".absmax", torch.uint8 if quantization.double_quant else torch.float32, (blocks,)),
-        (".quant_map", torch.float32, (16,)),
-        (f".quant_state.bitsandbytes__{quantization.quant_type}", torch.uint8, (QUANT_STATE_BYTES,)),
-    ]
-    if quantization.double_quant:
-        made += [
-            (".nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)),
-            (".nested_quant_map", torch.float32, (256,)),
-        ]
-    return made
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -145,7 +145,7 @@ def _load(files: ModelFiles, empty: Any, checkpoint: Checkpoint, account: Accoun
             device_map={"": packer.device},
             quantization_config=four_bit,
         )
-        packer.fill(base, account)
+        packer.fill(base, account, empty)
     base.config.name_or_path = base.name_or_path = str(files.directory)
     return base
 

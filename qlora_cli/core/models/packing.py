@@ -116,20 +116,26 @@ class Packer:
     ) -> None:
         """The arguments are those of `load_base`."""
         self.checkpoint, self.device, self.shards = checkpoint, device, weight_shards
-        self.quantization, self.compute_dtype, self.model = quantization, compute_dtype, cast(Any, None)
+        self.quantization, self.compute_dtype = quantization, compute_dtype
+        self.model = self.structure = cast(Any, None)
         held: dict[str, Any] = {"quant_type": quantization.quant_type, "double_quant": quantization.double_quant}
         self._held = held
         self.finite: dict[str, Tensor] = {}
         self.zero: dict[str, Tensor] = {}
         self._read: Callable[..., Tensor] = checkpoint.read
 
-    def fill(self, model: Any, account: Account) -> None:
+    def fill(self, model: Any, account: Account, structure: Any) -> None:
         """Packs every weight of the plan into its place in the model.
+
+        Args:
+            model: Whose packed layers are withdrawn.
+            account: Of it.
+            structure: The model on the meta device with every layer in its place, by which stored tensors are split.
 
         Raises:
             ModelError: A tensor has another shape than its place.
         """
-        self.model = model
+        self.model, self.structure = model, structure
         origins = [
             (origin, wanted)
             for origin in account.origins.of.values()
@@ -171,7 +177,7 @@ class Packer:
                 owner.keep_shards(name, self.shards)
             return
         packed_parts = self.checkpoint.packed(origin.names[0]) if origin.converter is None else None
-        values = {} if packed_parts else origin.read(self._read, self.model)
+        values = {} if packed_parts else origin.read(self._read, self.structure)
         for target in origin.targets:
             if target in wanted:
                 self._put_linear(target, packed_parts, values.get(target))
@@ -216,11 +222,11 @@ class Packer:
         """Each expert's matrix (out, in) as it is stored."""
         if origin.by_expert(weight.experts):
             for number in range(weight.experts):
-                made = origin.read_expert(self._read, self.model, number)
+                made = origin.read_expert(self._read, self.structure, number)
                 self._require_shape(name, made, (1, *weight.shape[1:]))
                 yield weight.as_matrix(made[0])
             return
-        stack = origin.read(self._read, self.model)[name]
+        stack = origin.read(self._read, self.structure)[name]
         self._require_shape(name, stack, weight.shape)
         yield from map(weight.as_matrix, stack)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.bnb import is_loaded
 from qlora_cli.core.models.raw_weights import call_layers
+from qlora_cli.core.storage.safetensors_file import TensorSpec
+from qlora_cli.settings.groups import QuantizationSettings
 
+QUANT_STATE_BYTES = 512  # room for bitsandbytes' JSON of one weight; its length varies, a file's header must not
 BLOCK_SIZE = 64  # weights a quantisation constant covers
 NESTED_BLOCK_SIZE = 256  # constants a second-level constant covers (double quantisation)
 # In the `__dict__` of a module whose weights wait on the host: a function that brings them to the device.
@@ -194,3 +198,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters; a packed 4-bit weight counts the weights it holds, a tied one counts once."""
     counts = [(logical_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+
+def packed_tensors(shape: tuple[int, ...], quantization: QuantizationSettings) -> list[TensorSpec]:
+    """Name endings, dtypes and shapes of the tensors a 4-bit checkpoint holds for one weight of `shape` (out, in)."""
+    blocks = -(-prod(shape) // BLOCK_SIZE)
+    made: list[TensorSpec] = [
+        ("", torch.uint8, ((prod(shape) + 1) // 2, 1)),
+        (".absmax", torch.uint8 if quantization.double_quant else torch.float32, (blocks,)),
+        (".quant_map", torch.float32, (16,)),
+        (f".quant_state.bitsandbytes__{quantization.quant_type}", torch.uint8, (QUANT_STATE_BYTES,)),
+    ]
+    if quantization.double_quant:
+        made += [
+            (".nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)),
+            (".nested_quant_map", torch.float32, (256,)),
+        ]
+    return made

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -19,6 +20,18 @@ from transformers.core_model_loading import (
 )
 
 from qlora_cli.errors import ModelError
+
+
+class _OneExpert:
+    """A model each of whose stacks of experts is one of its experts: transformers looks at shapes (Qwen3-VL's experts lie in
+    two ways, and are transposed in one of them)."""
+
+    def __init__(self, model: Any) -> None:
+        self.config, self._model = model.config, model
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The parameter's first expert, (1, …)."""
+        return self._model.get_parameter(name)[:1]
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,8 @@ class WeightOrigin:
     def read_expert(self, read: Callable[[str, slice | None], Tensor], model: Any, number: int) -> Tensor:
         """One expert's slice (1, …) of the only target; `by_expert` must hold. `read` also reads rows alone."""
         tensors = [read(*request) for request in self.expert_requests(number)]
-        made = self._make({p: [tensor] for p, tensor in zip(self.sources, tensors, strict=True)}, model)
-        return made[self.targets[0]]
+        by_pattern = {p: [tensor] for p, tensor in zip(self.sources, tensors, strict=True)}
+        return self._make(by_pattern, _OneExpert(model))[self.targets[0]]
 
     def expert_requests(self, number: int) -> list[tuple[str, slice | None]]:
         """What `read_expert` reads, in order: names and rows."""
@@ -86,19 +99,51 @@ class WeightOrigin:
             for number, name in enumerate(self.sources[pattern])
         }
 
-    def stored_piece(self, matrix: Tensor, piece: int) -> Tensor:
+    def stored_piece(self, matrix: Tensor, piece: int, shape: tuple[int, ...]) -> Tensor:
         """One piece of an expert's matrix as it lies in the checkpoint: the inverse of `read_expert`.
 
         Args:
             matrix: One expert's slice of the target, without its first dimension.
             piece: Of `expert_parts`.
+            shape: Of the stored tensor.
         """
         for step in reversed(self.converter.operations if self.converter is not None else ()):
             if isinstance(step, Transpose):
-                matrix = matrix.transpose(step.dim0 - 1, step.dim1 - 1)
+                if not (step.check_dims and matrix.shape == shape[-2:]):  # then it was not transposed as it was read
+                    matrix = matrix.transpose(step.dim0 - 1, step.dim1 - 1)
             elif isinstance(step, Concatenate):
                 matrix = matrix.chunk(len(self.patterns), dim=step.dim - 1)[piece]
         return matrix
+
+    def rows(self, shapes: Mapping[str, tuple[int, ...]], model: Any) -> dict[str, Tensor] | None:
+        """Which rows of the stored tensors each target is made of: int64, counted through all of them in the order of
+        `names`. None where its rows are not stored whole, each of them once.
+
+        Args:
+            shapes: Of the stored tensors, by their names.
+            model: On any device.
+        """
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name in self.targets}
+        widths = {shapes[name][1:] for name in self.names} | {shape[1:] for shape in wanted.values()}
+        if len(widths) != 1:
+            return None
+        one_column = (-1, *(1 for _ in widths.pop()))  # what goes by rows takes them for the whole
+        tensors: dict[str, list[Tensor]] = {}
+        total = 0
+        for pattern, names in self.sources.items():
+            for name in names:
+                numbers = torch.arange(total, total + shapes[name][0])
+                tensors.setdefault(pattern, []).append(numbers.view(one_column))
+                total += shapes[name][0]
+        try:
+            made = {name: numbers for name, numbers in self._make(tensors, model).items() if name in wanted}
+        except ModelError:
+            return None
+        rows = {name: numbers.flatten() for name, numbers in made.items()}
+        fit = all(made[name].shape == (wanted[name][0], *one_column[1:]) for name in made) and set(made) == set(wanted)
+        if not fit or not torch.equal(torch.cat([*rows.values()]).sort().values, torch.arange(total)):
+            return None
+        return rows
 
     def _make(self, tensors: dict[str, list[Tensor]], model: Any) -> dict[str, Tensor]:
         if self.converter is None:

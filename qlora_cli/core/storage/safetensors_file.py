@@ -113,6 +113,26 @@ class TensorFile:
             done += count
 
 
+class HeldTensor(TensorFile):
+    """A tensor in memory that is read as the only one of a file."""
+
+    def __init__(self, name: str, values: torch.Tensor) -> None:
+        """Holds the values, without a copy."""
+        self.values = values
+        self.entries = {name: TensorEntry(name, DTYPE_NAMES[values.dtype], tuple(values.shape), 0)}
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is open."""
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """As `TensorFile.read`."""
+        return self.values.clone() if rows is None else self.values[rows].clone()
+
+    def read_into(self, buffer: torch.Tensor, start: int) -> None:
+        """As `TensorFile.read_into`."""
+        buffer.copy_(self.values.contiguous().flatten().view(torch.uint8)[start : start + len(buffer)])
+
+
 def staging_memory(bytes_: int, device: torch.device) -> torch.Tensor:
     """A uint8 buffer, page-locked for a card where the system gives that: from other memory copies take longer."""
     if device.type == "cuda":
