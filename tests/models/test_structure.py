@@ -1,5 +1,7 @@
 """A model's structure is read from its configuration, whatever family it is of."""
 
+from importlib.util import find_spec
+
 import pytest
 import transformers
 
@@ -95,3 +97,10 @@ def test_a_model_of_text_alone_has_no_towers():
 def test_an_encoder_with_a_decoder_is_refused():
     with pytest.raises(ModelError, match="t5 is an encoder with a decoder"):
         build_empty(transformers.T5Config())
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is here")
+def test_a_library_that_a_tower_needs_is_named_with_the_way_to_it():
+    with pytest.raises(ModelError, match="requires the timm library") as refused:
+        build_empty(transformers.Gemma3nConfig())
+    assert "Install" in refused.value.hint

@@ -117,6 +117,11 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, wh
         # In float32: PyTorch makes no complex numbers, which some rotary embeddings are, of 16-bit ones.
         with torch.device("meta"):
             model = from_config(copy.deepcopy(config), dtype=torch.float32, **options)
+    except ImportError as error:  # of a tower, that is built before it is left out
+        raise ModelError(
+            f"{config.model_type} cannot be built: {first_line(error).removesuffix(':')}",
+            "Install that library, and type the command again.",
+        ) from error
     except Exception as error:  # a configuration can break any line of a model's constructor
         raise ModelError(
             f"{config.model_type} is no causal language model that can be built here: {first_line(error)}",
