@@ -287,11 +287,16 @@ def test_a_wrapper_s_head_that_was_trained_is_untied_where_older_programs_look(t
     whole_wrapper().save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
     config["text_config"].pop("tie_word_embeddings")
+    config["text_config"]["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [32, 32],
+    }  # as Kimi K2.5
     (base / "config.json").write_text(json.dumps(config))
     case = make_case(base, tmp_path, target_modules=r".*\.q_proj", modules_to_save=["lm_head"])
     case.merge()
     merged = json.loads((case.output / "config.json").read_text())
     assert merged["tie_word_embeddings"] is merged["text_config"]["tie_word_embeddings"] is False
+    assert "quantization_config" not in merged["text_config"]
     stored = load_file(case.output / "model.safetensors")
     assert not torch.equal(stored["lm_head.weight"], stored["language_model.model.embed_tokens.weight"])
 

@@ -5,9 +5,11 @@ import json
 import shutil
 
 import pytest
+from transformers import Gemma3Config
 
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.hub import check_blobs
+from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import report_nothing
 
@@ -59,6 +61,14 @@ def test_code_of_a_model_is_run_neither_by_its_files_nor_by_an_unpinned_flag(tin
     with pytest.raises(UsageError, match="40-digit"):
         resolve_model("org/model", "main", trust_remote_code=True)
     assert not proof.exists()
+
+
+def test_a_wrapper_s_language_model_says_how_it_is_stored(tmp_path):
+    held = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    Gemma3Config(text_config={"quantization_config": held}).save_pretrained(tmp_path)
+    config = resolve_model(str(tmp_path)).config
+    with pytest.raises(ModelError, match="quantised already, by compressed-tensors"):
+        stored_format(config, "org/model")
 
 
 def test_a_file_of_the_hub_s_cache_that_was_changed_after_it_arrived_is_named(tiny_model, tmp_path):

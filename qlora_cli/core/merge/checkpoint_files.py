@@ -38,10 +38,10 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}.") from error
-    config.pop("quantization_config", None)
     config.pop("_name_or_path", None)  # a path on the machine that wrote it
     text_config = config.get("text_config")
     for section in [config, text_config] if isinstance(text_config, dict) else [config]:
+        section.pop("quantization_config", None)
         for name in {"dtype", "torch_dtype"} & set(section):
             section[name] = dtype_name(options.dtype)
         if plan.vocabulary is not None and ("vocab_size" in section or section is config):

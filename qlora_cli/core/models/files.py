@@ -69,7 +69,13 @@ class ModelFiles:
     def _read_config(self) -> PreTrainedConfig:
         self._check_dtypes()
         try:
-            return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            text_config = config.get_text_config(decoder=True)
+            if text_config is not config and hasattr(text_config, "quantization_config"):
+                # Where some wrappers have it (Kimi K2.5), and transformers does not look.
+                config.quantization_config = text_config.quantization_config
+                del text_config.quantization_config
+            return config
         except Exception as error:  # whatever a configuration's own checks come upon
             if "trust_remote_code" in str(error):
                 raise ModelError(
