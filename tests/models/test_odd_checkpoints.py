@@ -9,8 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.commands.generate import generate
+from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
-from qlora_cli.config import GenerateConfig, TrainConfig
+from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import build_empty, has_position_table
@@ -220,3 +221,32 @@ def test_a_head_that_the_configuration_ties_and_the_checkpoint_does_not_stays_it
     assert json.loads((case.output / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(load_file(case.output / "model.safetensors")["lm_head.weight"], head)
     assert (case.merged_logits() - case.live).abs().max() < 2e-4
+
+
+def test_a_model_with_code_of_its_own_is_trained_answers_and_is_merged_whole(tiny_model, tmp_path):
+    base, rows = shutil.copytree(tiny_model("llama"), tmp_path / "base"), tmp_path / "rows.jsonl"
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    (base / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text()) | {"tokenizer_class": "OwnTokenizerFast"}
+    tokenizer["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]}
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for name, code in {
+        "configuration_own": "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'",
+        "modeling_own": "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig",
+        "tokenization_own": "from transformers import PreTrainedTokenizerFast\n"
+        "class OwnTokenizerFast(PreTrainedTokenizerFast):\n    pass",
+    }.items():
+        (base / f"{name}.py").write_text(code)
+    rows.write_text("".join(f'{{"text": "a fox {number}"}}\n' for number in range(8)))
+    trusted = {"trust_remote_code": True, "model": str(base)}
+    sizes = {"rank": 4, "max_steps": 1, "batch_size": 2, "max_length": 32, "init": "default", "base_cache": False}
+    train(TrainConfig(data=str(rows), output=str(tmp_path / "run"), **trusted, **sizes), report_nothing)
+    adapter = str(tmp_path / "run")
+    assert generate(GenerateConfig(adapter=adapter, **trusted, **GREEDY), ["a fox"], report_nothing).answers
+    merge(MergeConfig(adapter=adapter, output=str(tmp_path / "merged"), verify=False, **trusted), report_nothing)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    assert type(loaded).__name__ == "Own"
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    assert type(own).__name__ == "OwnTokenizerFast"

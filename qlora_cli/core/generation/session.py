@@ -29,7 +29,7 @@ from qlora_cli.core.generation.requests import (
     find_end_ids,
     make_request,
 )
-from qlora_cli.core.models.files import ModelFiles, context_length, has_tokenizer
+from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, context_length, has_tokenizer
 from qlora_cli.core.models.hub import TOKENIZER_FILES
 from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.core.models.structure import underlying_model
@@ -120,6 +120,7 @@ class GenerationSession:
             directory, own = self.source(adapter).directory, self.files
             if has_tokenizer(directory):
                 refuse_links(directory, TOKENIZER_FILES)
+            if has_tokenizer(directory) and not are_same_tokenizer(directory, own.directory):
                 beside = replace(own, name=adapter, directory=directory, trust_remote_code=False)
                 own = beside if len(beside.tokenizer) > len(own.tokenizer) else own
             self._files[adapter] = own

@@ -13,7 +13,7 @@ from qlora_cli.artifacts import FORMAT, MERGE_RECORD, find_run_record, write_jso
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
-from qlora_cli.core.models.files import ModelFiles, copy_files, has_tokenizer, tokenizer_files
+from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, copy_files, has_tokenizer, tokenizer_files
 from qlora_cli.core.models.hub import CHAT_TEMPLATE, CODE_FILES, OLD_CHAT_TEMPLATE, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.rope_scaling import write_scaling
@@ -79,11 +79,7 @@ def find_tokenizer(base: ModelFiles, adapter: Path) -> Path:
     if not has_tokenizer(adapter):
         return base.directory
     refuse_links(adapter, TOKENIZER_FILES)  # the base's were looked at when it was found
-    contents = [
-        {path.relative_to(directory): path.read_bytes() for path in tokenizer_files(directory)}
-        for directory in (adapter, base.directory)
-    ]
-    if contents[0] == contents[1]:
+    if are_same_tokenizer(adapter, base.directory):
         return base.directory
     trained = replace(base, name=str(adapter), directory=adapter).tokenizer
     try:

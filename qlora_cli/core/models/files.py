@@ -238,6 +238,12 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()})
 
 
+def are_same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two directories hold the same files of a tokenizer, byte for byte."""
+    contents = ({path.relative_to(of): path.read_bytes() for path in tokenizer_files(of)} for of in (one, other))
+    return next(contents) == next(contents)
+
+
 def copy_files(paths: Iterable[Path], source: Path, target: Path) -> None:
     """Copies files of one directory to the same places in another."""
     for path in paths:
