@@ -161,6 +161,7 @@ ARCHITECTURES: dict[str, dict] = {
     },
     "granitemoeshared": {**GQA, **LOCAL, "shared_intermediate_size": 128},
     "helium": HEADS,
+    "hrm_text": {**MLP, "head_dim": 16, "num_hidden_layers": 1, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1]},
     "hunyuan_v1_dense": HEADS,
     "hunyuan_v1_moe": {**HEADS, "num_experts": 4, "moe_topk": 2},
     "jamba": {
@@ -240,6 +241,10 @@ ARCHITECTURES: dict[str, dict] = {
     "qwen3_next": {**HEADS, **EXPERTS, **DELTA, "shared_expert_intermediate_size": 128},
     "qwen3_vl": {
         "text_config": {**HEADS, **SECTIONS},
+        "vision_config": {**QWEN_TOWER, "deepstack_visual_indexes": [0]},
+    },
+    "qwen3_vl_moe": {
+        "text_config": {**HEADS, **SECTIONS, **EXPERTS},
         "vision_config": {**QWEN_TOWER, "deepstack_visual_indexes": [0]},
     },
     "seed_oss": {**HEADS, "attention_dropout": 0.0, "residual_dropout": 0.0},

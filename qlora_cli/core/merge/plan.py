@@ -195,7 +195,7 @@ class MergePlanner:
             raise MergeError(
                 f"{len(missing)} weights that were trained against are not in the base checkpoint as they are in the "
                 f"model, first {missing[0]}.",
-                "This checkpoint is rearranged as it is loaded; use the adapter unmerged.",
+                f"It is rearranged as it loads: {'leave --quantize out' if self.options.pack else 'use the adapter unmerged'}.",
             )
         stored = {name: entry for file in self.files for name, entry in file.entries.items()}
         state = self.model.state_dict()
