@@ -149,9 +149,9 @@ def test_a_download_that_was_broken_off_is_no_model_while_the_hub_is_out_of_reac
     assert download("").code == 0 and download("status:503").code == 0
 
 
-def test_a_model_s_code_and_further_chat_templates_come_along_and_no_other_folder(download, hub, tmp_path):
+def test_a_model_s_code_and_further_chat_templates_come_along_and_no_other_folder(download, hub, tmp_path, monkeypatch):
     shutil.copytree(hub[0].directory, tmp_path / "served")
-    hub[0].directory = tmp_path / "served"
+    monkeypatch.setattr(hub[0], "directory", tmp_path / "served")
     kept = ["modeling_own.py", "chat_template.json", "additional_chat_templates/tool_use.jinja"]
     left = ["awq/model.safetensors", "additional/config.json", "onnx/modeling_own.py"]
     for name in kept + left:
