@@ -325,7 +325,12 @@ def test_a_tokenizer_saved_again_is_merged_as_the_base_has_it_and_another_as_the
     for _ in range(2):  # the second time over the first
         case.merge(overwrite=True)
     assert AutoTokenizer.from_pretrained(case.output).chat_template == tokenizer.chat_template
+    assert (case.output / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
     assert not (case.output / "chat_template.json").exists()  # a processor would take it
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(case.adapter)
+    case.merge(overwrite=True)
+    assert "<another>" in AutoTokenizer.from_pretrained(case.output).get_vocab()
 
 
 def test_tokenizer_template_and_generation_config_come_along(tiny_model, tmp_path) -> None:

@@ -117,7 +117,8 @@ def test_the_sentence_pieces_of_the_base_come_along(tmp_path):
     (tmp_path / "base" / "tokenizer.model").write_bytes(b"pieces")
     (tmp_path / "base" / "tokenizer.json").write_text("of the base")
     (tmp_path / "run" / "tokenizer.json").write_text("of the run")
-    copy_checkpoint_files(tmp_path / "base", tmp_path / "run", tmp_path / "merged")
+    tokenizer = {tmp_path / "run": [tmp_path / "run" / "tokenizer.json"]}
+    copy_checkpoint_files(tmp_path / "base", tokenizer, tmp_path / "run", tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"pieces"
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == "of the run"
 

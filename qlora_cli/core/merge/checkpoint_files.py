@@ -1,6 +1,7 @@
 """Files of a merged checkpoint beside its weights: configuration, tokenizer, generation settings, index, own code."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
     write_json(directory / CONFIG, config)
 
 
-def find_tokenizer(base: ModelFiles, adapter: Path) -> Path:
-    """The directory whose tokenizer a merged model gets: the adapter's only where it is another one than the base's.
+def find_tokenizer(base: ModelFiles, adapter: Path) -> dict[Path, list[Path]]:
+    """The files of the tokenizer that a merged model gets, by the directory they are in: the adapter's only where it is
+    another one than the base's, and of one with another chat template alone that.
 
     What transformers 5 saves of a tokenizer says the same in other words, with which transformers 4, and whatever is built
     on it, fails (`extra_special_tokens` in a list, `TokenizersBackend`), and lacks files that others read.
@@ -76,21 +78,29 @@ def find_tokenizer(base: ModelFiles, adapter: Path) -> Path:
     Raises:
         ModelError: The adapter's cannot be read, or is a link to elsewhere.
     """
+    own = {base.directory: tokenizer_files(base.directory)}
     if not has_tokenizer(adapter):
-        return base.directory
+        return own
     refuse_links(adapter, TOKENIZER_FILES)  # the base's were looked at when it was found
     if are_same_tokenizer(adapter, base.directory):
-        return base.directory
-    trained = replace(base, name=str(adapter), directory=adapter).tokenizer
+        return own
+    theirs = {adapter: tokenizer_files(adapter)}
+    *trained, template = _content(replace(base, name=str(adapter), directory=adapter).tokenizer)
     try:
-        original = base.tokenizer
+        *original, template_before = _content(base.tokenizer)
     except ModelError:
-        return adapter
-    return base.directory if _content(trained) == _content(original) else adapter
+        return theirs
+    if trained == original and template == template_before:
+        return own
+    if trained != original or not (adapter / CHAT_TEMPLATE).is_file():
+        return theirs
+    parts = {adapter: True, base.directory: False}
+    return {of: [p for p in (own | theirs)[of] if (p.suffix == ".jinja") == wanted] for of, wanted in parts.items()}
 
 
 def _content(tokenizer: Any) -> tuple[Any, ...]:
-    """All that a tokenizer says but how rows of a batch are cut and filled up, which whoever used it last leaves in it."""
+    """All that a tokenizer says, its chat templates last, but how rows of a batch are cut and filled up, which whoever used
+    it last leaves in it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary = tokenizer.get_vocab() | tokenizer.added_tokens_decoder
@@ -100,8 +110,8 @@ def _content(tokenizer: Any) -> tuple[Any, ...]:
     return vocabulary, *special, getattr(tokenizer, "chat_template", None)
 
 
-def copy_checkpoint_files(base: Path, tokenizer: Path, adapter: Path, directory: Path) -> None:
-    """Copies the tokenizer that `find_tokenizer` found with its chat template, and the base's generation config,
+def copy_checkpoint_files(base: Path, tokenizer: Mapping[Path, list[Path]], adapter: Path, directory: Path) -> None:
+    """Copies the tokenizer that `find_tokenizer` found with its chat templates, and the base's generation config,
     processors of images and sound, and own code.
 
     transformers saves `tokenizer.json` alone. The SentencePiece model that the base has it from comes along all the same:
@@ -109,13 +119,13 @@ def copy_checkpoint_files(base: Path, tokenizer: Path, adapter: Path, directory:
 
     How prompts were formatted in training is recorded too, so that `generate --model` formats them so.
     """
-    of_tokenizer = tokenizer_files(tokenizer)
-    taken = {path.name for path in of_tokenizer}
-    if tokenizer != base and CHAT_TEMPLATE in taken:
+    taken = {path.name for paths in tokenizer.values() for path in paths}
+    if adapter / CHAT_TEMPLATE in tokenizer.get(adapter, ()):
         taken.add(OLD_CHAT_TEMPLATE)  # the base's, which a processor would prefer
     patterns = [GENERATION_CONFIG, *PROCESSOR_FILES, *CODE_FILES, "*.model"]
     beside = {path for pattern in patterns for path in base.glob(pattern) if path.is_file()}
-    copy_files(of_tokenizer, tokenizer, directory)
+    for source, paths in tokenizer.items():
+        copy_files(paths, source, directory)
     copy_files([path for path in beside if path.name not in taken], base, directory)
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})
 
