@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.artifacts import MARK, MERGE_RECORD, PREPARED_MANIFEST, PREPARED_ROWS, write_json
-from qlora_cli.core.storage.ownership import MERGED, PREPARED, may_replace, may_write_file, read_mark
+from qlora_cli.core.storage.ownership import MERGED, PREPARED, may_replace, may_write_file, read_mark, write_mark
 from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.errors import RunError
 
@@ -200,3 +200,11 @@ def test_in_random_trees_no_foreign_file_ever_changes(tmp_path):
             assert foreign or ours
         assert all(path.read_bytes() == before for path, before in foreign.items())
         assert not list(root.rglob(".t.*"))
+
+
+def test_a_mark_lists_nothing_outside_its_directory(tmp_path):
+    write_mark(
+        tmp_path, MERGED, files=["model.safetensors", "folder/x.jinja", "../victim", "folder/../../victim", "/etc/x"]
+    )
+    mark = read_mark(tmp_path)
+    assert mark is not None and mark.files == {"model.safetensors", "folder/x.jinja"}
