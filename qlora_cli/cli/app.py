@@ -2,11 +2,12 @@
 
 import importlib
 import os
+import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,8 @@ def command(
                     if "RANK" not in os.environ:  # else each rank would say what is missing
                         with loading():
                             check_places(config)
+                    kept = {name: of_file[name] for name in of_file.keys() - given.keys() - replaced.keys()}
+                    stack.enter_context(naming_file(settings_file, kept, config_type))
                     call = begin(stack, config, typed)
                     for name, other in replaced.items():
                         call.console.report(
@@ -156,6 +159,23 @@ def settings_of_file(path: Path | None, config_type: type) -> dict[str, Any]:
     from qlora_cli.config_file import read_config_file
 
     return read_config_file(path, config_type)
+
+
+@contextmanager
+def naming_file(path: Path | None, of_file: dict[str, Any], config_type: type) -> Iterator[None]:
+    """Has an error that names a flag say which settings file has given it, where it was not typed."""
+    try:
+        yield
+    except QloraError as error:
+        text = f"{error.message} {error.hint}"
+        named = (field for field in fields(config_type) if of_file.get(field.name) is not None)
+        said = [f for f in named if re.search(rf"{re.escape(flag_of(f).split('/')[0])}(?![\w-])", text)]
+        if said:
+            values = (of_file[field.name] for field in said)
+            shown = (", ".join(value) if isinstance(value, tuple) else value for value in values)
+            pairs = (f"{field.name}: {value}" for field, value in zip(said, shown, strict=True))
+            error.message += f" {path} says {', '.join(pairs)}."
+        raise
 
 
 def displaced(of_file: dict[str, Any], given: dict[str, Any], config_type: type) -> dict[str, Field]:

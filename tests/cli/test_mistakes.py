@@ -123,6 +123,17 @@ def test_what_stands_behind_the_wrong_flag_is_named_with_the_right_one(line, mea
     assert capsys.readouterr().err.splitlines()[-1].endswith(meant)
 
 
+def test_a_settings_file_is_named_for_what_it_says_and_not_for_what_is_typed(tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"body": "A lake."}\n')
+    (tmp_path / "own.yaml").write_text("text_column: quote\n")
+    monkeypatch.chdir(tmp_path)
+    line = ["prepare", "-c", "own.yaml", "--model", str(tiny_model("gpt_neox")), "--data", "rows.jsonl"]
+    assert main(line) == 2
+    assert "no column 'quote'; the data has 'body'. own.yaml says text_column: quote." in capsys.readouterr().err
+    assert main([*line, "--text-column", "text"]) == 2
+    assert "own.yaml" not in capsys.readouterr().err
+
+
 def test_every_name_of_a_peer_leads_to_a_setting_that_there_is():
     from dataclasses import fields
 
