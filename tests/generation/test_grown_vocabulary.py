@@ -1,6 +1,7 @@
 """Prompts of an adapter whose vocabulary grew are read by its own tokenizer; then the bare base is gone, and that is said."""
 
 import json
+import shutil
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -43,3 +44,14 @@ def test_an_adapter_of_a_grown_vocabulary_is_asked_by_its_own_tokenizer(tiny_mod
     assert answer.finish in ("length", "end")
     with pytest.raises(AdapterError, match="its own embeddings"):
         session.select(None)
+
+
+def test_an_end_past_the_vocabulary_is_said_once(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [0, 99999]}')
+    settings = GenerationSettings(raw=True, base_cache=False, compute_dtype="float32")
+    said = []
+    session = GenerationSession(settings, said.append, files=resolve_model(str(directory)))
+    session.select(None)
+    assert session.end_ids(None) == session.end_ids(None) == {0, 99999}
+    assert [event.text for event in said if "No answer can end in 99999" in event.text] == [said[-1].text]

@@ -181,7 +181,17 @@ class GenerationSession:
 
     def end_ids(self, adapter: str | None) -> set[int]:
         """Tokens that end an answer to a prompt formatted for an adapter."""
-        return find_end_ids(self.model, self.tokenizer_of(adapter), self.formatting(adapter))
+        found = find_end_ids(self.model, self.tokenizer_of(adapter), self.formatting(adapter))
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if (unknown := sorted(token for token in found if token >= vocabulary)) and "end" not in self._said:
+            self._said.add("end")
+            self.report(
+                Caution(
+                    f"No answer can end in {', '.join(map(str, unknown))}, an eos_token_id of the model's generation_config."
+                    f"json or config.json: it has {vocabulary} tokens."
+                )
+            )
+        return found
 
     # ------------------------------------------------------------ requests to completions
 
