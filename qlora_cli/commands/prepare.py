@@ -12,6 +12,7 @@ from qlora_cli.core.data.prepare import PreparedSummary, prepare_rows
 from qlora_cli.core.data.row_origins import first_records, left_out_of, name_pieces, parts_of
 from qlora_cli.core.data.statistics import LOST
 from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, describe_origins
 from qlora_cli.core.recognition.columns import list_names
 from qlora_cli.core.runs.validate import check, report_idle
@@ -46,6 +47,8 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
         rope_scaling=config.rope_scaling,
         report=report,
     )
+    vocabulary = getattr(files.config.get_text_config(), "vocab_size", None) or len(files.tokenizer)
+    files.check_token(encoder_of(files.tokenizer).spec.eos_id, vocabulary)  # which every row has, so before all is read
     summary = prepare_rows(
         config,
         files.tokenizer,
@@ -56,7 +59,9 @@ def prepare(config: PrepareConfig, report: Report) -> PreparedSummary:
         workers=config.workers,
     )
     lines = None if config.verbose else max(4, SCREEN_LINES // max(1, config.show) - 3)
-    show_rows(PreparedRows(summary.directory), files.tokenizer, config, report, lines)
+    rows = PreparedRows(summary.directory)
+    show_rows(rows, files.tokenizer, config, report, lines)
+    files.check_token(rows.largest_id(), vocabulary)
     return summary
 
 
@@ -123,7 +128,10 @@ def show_rows(
     for index, number in enumerate(numbers):
         input_ids, trained = rows[index]
         borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
-        texts = [decode(input_ids[:border].tolist()) for border in borders]  # by itself a part may lose its first space
+        whole = decode(input_ids.tolist())
+        # By itself a part may lose its first space; and a letter of several tokens is shown once all of them are there.
+        texts = [decode(input_ids[:border].tolist()) for border in borders]
+        texts = [text if whole.startswith(text) else text.rstrip("\ufffd") for text in texts]
         pieces = [text[len(before) :] for before, text in pairwise(texts)]
         origins = parts_of(records[number], formatting) if number in records else []
         sources = name_pieces(pieces, origins, lambda text: decode(tokenizer.encode(text, add_special_tokens=False)))

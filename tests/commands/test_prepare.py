@@ -12,7 +12,7 @@ from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Notice, RowShown
 from tests.conftest import SHARED_DATA
-from tests.prompts.small_tokenizers import neox, sentencepiece_like
+from tests.prompts.small_tokenizers import byte_level, neox, sentencepiece_like
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"{2 * i}."} for i in range(5)]
 
@@ -109,6 +109,30 @@ def test_pieces_shown_lose_no_space(tmp_path):
     events = []
     show_rows(PreparedRows(summary.directory), tokenizer, replace(config, show=3), events.append)
     assert events[0].pieces == (("<s> the fox is a", False), (" lazy dog</s>", True))
+
+
+def test_a_letter_of_which_a_part_is_trained_is_shown_whole(tmp_path):
+    from qlora_cli.core.data.prepare import prepare_rows
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "🙂 fox"}))  # of four tokens, the first of which has nothing before it
+    config = PrepareConfig(data=str(path), show=1)
+    summary = prepare_rows(config, byte_level(), None, tmp_path / "out", lambda event: None)
+    events = []
+    show_rows(PreparedRows(summary.directory), byte_level(), config, events.append)
+    assert events[0].pieces == (("", False), ("🙂 fox<|im_end|>", True))
+
+
+def test_a_token_without_an_embedding_is_refused_before_all_is_read(tiny_model, data, tmp_path):
+    model = shutil.copytree(tiny_model("gpt_neox"), tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    config = json.loads((model / "config.json").read_text())
+    vocabulary = len(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"])
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|fin|>"}))
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary}))
+    with pytest.raises(ModelError, match="the model has embeddings for"):
+        prepare(PrepareConfig(model=str(model), data=data, output=str(tmp_path / "out")), lambda event: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_gsm8k_is_readable_at_a_glance(tiny_model, tmp_path):
