@@ -48,6 +48,15 @@ OWN_BLOCK = (
     "{% for m in messages %}{{ '<|s|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}"
     "{% endif %}{{ m.content + '<|e|>\n' }}{% endfor %}" + ASK
 )
+OPENED = (
+    "{% for m in messages %}{{ '<|s|>' + m.role + '\n' }}{% set text = m.content %}{% set thought = m.reasoning_content or '' %}"
+    "{% if m.role == 'assistant' %}{% if '<think>' in text and '</think>' in text %}{% set thought = text.split('</think>')[0][7:] %}"
+    "{% set text = text.split('</think>')[1].strip() %}{% endif %}{{ '<think>\n' + thought.strip() + '\n</think>\n\n' }}{% endif %}"
+    "{{ text + '<|e|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|s|>assistant\n<think>\n' }}{% endif %}"
+)
+WRAPPED = CALLS.replace(
+    "m.content or ''", "'<result>' + m.content + '</result>' if m.role == 'tool' else m.content or ''"
+)
 NO_THINKING = (
     TURN
     + ASK
@@ -117,6 +126,18 @@ CASES = [
     ("a thought under another name", CALLS, NAMED[:2], "keep", ["<|s|>user\n2?<|e|>\n<|s|>assistant\n[[<think>add</think>Four.<|e|>]]"]),
     ("a thought in the text, under a template with a block of its own", OWN_BLOCK, THINKS[:2], "keep",
      ["<|s|>user\n2?<|e|>\n<|s|>assistant\n[[<think>add</think>Four.<|e|>]]"]),
+    ("a thought whose opening tag the prompt has, under a template that looks for both tags", OPENED, [user("2?"), says("add\n</think>\n\nFour.")],
+     "keep", ["<|s|>user\n2?<|e|>\n<|s|>assistant\n<think>\n[[add\n</think>\n\nFour.<|e|>]]"]),
+    ("so it is where the template takes no thought by name", OPENED.replace("m.reasoning_content", "m.none"),
+     [user("2?"), says("add\n</think>\n\nFour.")], "keep", "writes an empty thought before the thought of message 2"),
+    ("an empty thought before an answer that has none", OWN_BLOCK, [user("?"), says("x")], "keep",
+     ["hollow", "<|s|>user\n?<|e|>\n<|s|>assistant\n[[<think></think>x<|e|>]]"]),
+    ("an empty thought that the data has", PLAIN, [user("?"), says("<think>\n</think>x")], "keep",
+     ["<|s|>user\n?<|e|>\n<|s|>assistant\n[[<think>\n</think>x<|e|>]]"]),
+    ("a result in the wrapper that the template puts around it", WRAPPED, [user("?"), CALL, {**RESULT, "content": "<result>73 m</result>"}, says("x")],
+     "keep", "writes <result> once more around the text of message 3"),
+    ("a question that begins with that twice", WRAPPED, [user("<result><result>"), says("x")], "keep",
+     ["<|s|>user\n<result><result><|e|>\n<|s|>assistant\n[[x<|e|>]]"]),
     ("the empty thought is of the prompt", NO_THINKING, {"messages": [user("?"), says("x")], "set": {"enable_thinking": False}}, "keep",
      ["<|s|>user\n?<|e|>\n<|s|>assistant\n<think></think>[[x<|e|>]]"]),
     ("calls are not printed", PLAIN, [user("?"), CALL, RESULT, says("73.")], "keep", "leaves out argument 'lake' of call 1 (depth) of message 2"),
@@ -155,7 +176,8 @@ CASES = [
 
 
 def rows_of(template, record, wanted):
-    """Each row with its trained parts in brackets; or what is wrong. "moved" stands before rows with moved system turns."""
+    """Each row with its trained parts in brackets; or what is wrong. "moved" stands before rows with moved system turns,
+    "hollow" before those with empty thoughts that the template writes."""
     record = record if isinstance(record, dict) else {"messages": record}
     try:
         talk = read_conversation(record, ConversationColumns(messages="messages", tools="tools", settings="set"))
@@ -168,7 +190,7 @@ def rows_of(template, record, wanted):
         return str(reason)
     if rendered.faults:
         return "; ".join(sentence for _, sentence in rendered.faults)
-    rows = ["moved"] if rendered.moved else []
+    rows = ["moved"] * rendered.moved + ["hollow"] * rendered.hollow
     for spans, trained in rendered.rows:
         text, inside = "", -1
         while spans[-1][2] != trained[-1]:
@@ -231,6 +253,8 @@ RULES = {  # rule → where it stands, and what stands there without it
     "json as transformers": (printer, "_tojson", lambda value, **_: __import__("json").dumps(value)),
     "thoughts are dropped": (renderer, "keep_thoughts", lambda messages, wanted: messages),
     "thoughts are named": (renderer, "doubles_thoughts", lambda attempt, template: False),
+    "tags that stand twice are seen": (check, "_check_wrappers", lambda *_: iter(())),
+    "empty thoughts are seen": (plan, "empty_thought", lambda *_: False),
     "names of thoughts are shared": (thoughts, "share_names", lambda message: message),
     "white space after a stop mark is left": (printer.ChatPrinter, "trim", lambda self, answer: answer),
 }  # fmt: skip

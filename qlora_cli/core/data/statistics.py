@@ -162,6 +162,14 @@ class PreparationStatistics:
                     "not print as they stand; they were put into its system turn, or into the user turn that follows."
                 )
             )
+        if count := counts["hollow"]:
+            report(
+                Notice(
+                    f"The chat template writes an empty thought before answers that have none, in {count} of "
+                    f"{conversations}, and it is trained. Where the template reads it, --template-setting "
+                    "enable_thinking=false leaves it to the prompt."
+                )
+            )
         for kind, count in self.lost.items():
             report(
                 Caution(

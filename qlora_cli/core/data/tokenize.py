@@ -48,7 +48,8 @@ class TokenisedChunk:
             rows); closed (pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained); unanswered
             (conversations whose last messages had no answer and were left out); unfolded (conversations that became a
             row for each answer); moved (conversations whose system turns were put where the chat template prints
-            them); lost_text, lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out).
+            them); hollow (conversations in which it writes an empty thought before trained answers); lost_text,
+            lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out).
         dropped: Reason → records left out.
         bad_rows: In order.
         source_bytes: As in Chunk.
@@ -146,6 +147,9 @@ class Tokeniser:
                 parts = self._given_rows(self._settings.rules.apply(record))
             except BadField as reason:
                 result.bad_rows.append(BadRow(chunk.file, line, str(reason)))
+                continue
+            except Blank as reason:
+                result.dropped[str(reason)] += 1
                 continue
             result.counts["unpacked"] += len(parts) > 1
             for ids, trained in parts:

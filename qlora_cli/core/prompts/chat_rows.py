@@ -160,6 +160,7 @@ class ChatFormatter:
         self._counts.update({f"lost_{kind}" for kind, _ in rendered.faults})
         self._counts["unfolded"] += rendered.unfolded and len(rendered.rows) > 1
         self._counts["moved"] += rendered.moved
+        self._counts["hollow"] += rendered.hollow
         answers = _answers(request.messages)
         rows = []
         for spans, trained in rendered.rows:
@@ -219,7 +220,7 @@ def _says_something(message: Message) -> bool:
 
 def _sentence(faults: list[str]) -> str:
     shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
-    ways = "--on-lost-content warn trains such rows all the same"
+    ways = "--chat-template FILE takes another, --on-lost-content warn trains such rows all the same"
     if any("thought" in fault for fault in faults):
         ways = f"--thoughts drop leaves thoughts out, {ways}"
     return f"the chat template {shown} ({ways})"

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_cli.core.prompts.chat.parts import MarkedConversation, Part, Plain, plain_of_tools
 from qlora_cli.core.prompts.chat.skeleton import Skeleton
+from qlora_cli.core.prompts.chat.thoughts import EMPTY
 
 Span = tuple[int, int]
 LEFT_OUT = "leaves out"
@@ -43,6 +44,7 @@ def check_row(
     spans: dict[int, Span],
     trained: set[int],
     tools: list[Any] | None,
+    doubled: re.Pattern[str] | None = None,
 ) -> list[Fault]:
     """What is wrong with a row.
 
@@ -53,9 +55,11 @@ def check_row(
         spans: Number of a message → where its turn starts and ends in `skeleton.text`, for the answers.
         trained: Answers that the row is for: of others, a template may leave the thoughts out.
         tools: Descriptions that were given to the template.
+        doubled: Finds an opening tag of the template's that stands twice.
     """
     faults = list(_check_parts(conversation.parts, skeleton, upto, spans, trained))
     faults += _check_order(conversation, skeleton)
+    faults += _check_wrappers(conversation, skeleton, spans, trained, doubled)
     own_words = _without_marks(skeleton)
     outside = own_words
     for start, end in spans.values():
@@ -105,6 +109,40 @@ def _check_order(conversation: MarkedConversation, skeleton: Skeleton) -> Iterat
         if number < latest:
             yield Fault(part.message, "text", part.name, "prints", " after that of a later message")
         latest = max(latest, number)
+
+
+def empty_thought(conversation: MarkedConversation, skeleton: Skeleton, turn: int, span: Span) -> bool:
+    """Whether an answer begins with an empty thought that its message does not hold, or goes on behind one that the prompt
+    opens."""
+    own = [
+        start for n, start in zip(skeleton.marks, skeleton.starts, strict=True) if conversation.parts[n].message == turn
+    ]
+    high = min([*own, span[1]])
+    low = max((end for end in skeleton.ends if end <= span[0]), default=0)
+    found = [match for match in EMPTY.finditer(skeleton.text, low, high) if match.end() > span[0]]
+    return bool(found) and EMPTY.search(str(conversation.messages[turn].get("content"))) is None
+
+
+def _check_wrappers(
+    conversation: MarkedConversation,
+    skeleton: Skeleton,
+    spans: dict[int, Span],
+    trained: set[int],
+    doubled: re.Pattern[str] | None,
+) -> Iterator[Fault]:
+    """Tags that a message's words stand between already, and an empty thought before an answer that has one."""
+    parts = conversation.parts
+    if doubled is not None:
+        for match in doubled.finditer(skeleton.text):
+            inside = (n for n, start in zip(skeleton.marks, skeleton.starts, strict=True) if start >= match.end())
+            part = next((parts[number] for number in inside if parts[number].kind != "id"), None)
+            content = str(conversation.messages[part.message].get("content")).lstrip() if part else ""
+            if part and content.startswith(match[1]) and not doubled.match(content):
+                yield Fault(part.message, part.kind, part.name, f"writes {match[1]} once more around")
+    thinking = {part.message: part for part in parts if part.kind == "thought"}
+    for turn in trained & thinking.keys():
+        if empty_thought(conversation, skeleton, turn, spans[turn]):
+            yield Fault(turn, "thought", thinking[turn].name, "writes an empty thought before")
 
 
 def _without_marks(skeleton: Skeleton) -> str:

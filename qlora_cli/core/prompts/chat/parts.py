@@ -82,12 +82,15 @@ class Marker:
     """
 
     def __init__(self, template: str, beside: str = "") -> None:
-        """Chooses letters for the marks that neither the template nor what is `beside` it holds."""
+        """Chooses letters for the marks that neither the template nor what is `beside` it holds. `doubled` finds an opening
+        tag of the template's that stands twice."""
         letters = next((pair for pair in MARK_LETTERS if pair not in template and pair not in beside), MARK_LETTERS[0])
         self._letters = letters
         self.pattern = re.compile(f"{letters}([0-9]+)q+")
         tags = sorted(set(_TAG.findall(template)), key=len, reverse=True)
         self._tags = re.compile("(" + "|".join(map(re.escape, tags)) + ")") if tags else None
+        opening = [tag for tag in tags if tag[1] not in "/|"]
+        self.doubled = re.compile("(" + "|".join(map(re.escape, opening)) + r")\s*\1") if opening else None
 
     def mark(self, messages: list[Message]) -> MarkedConversation:
         """The same conversation with a mark in place of every text."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_cli.core.prompts.chat.check import LEFT_OUT, Fault, check_row
+from qlora_cli.core.prompts.chat.check import LEFT_OUT, Fault, check_row, empty_thought
 from qlora_cli.core.prompts.chat.parts import MarkedConversation, Marker, Message
 from qlora_cli.core.prompts.chat.printer import ChatPrinter, RenderError
 from qlora_cli.core.prompts.chat.skeleton import Place, Skeleton
@@ -67,6 +67,7 @@ class Plan:
         rewrite: What has to be done to the messages first.
         moved: Whether that moves what system or developer turns say.
         void: Answers of which nothing is printed.
+        hollow: Whether a trained answer begins with an empty thought that the template writes.
     """
 
     rows: list[PlannedRow]
@@ -75,6 +76,7 @@ class Plan:
     rewrite: Callable[[list[Message]], list[Message]] = list
     moved: bool = False
     void: set[int] = field(default_factory=set)
+    hollow: bool = False
 
 
 class Planner:
@@ -166,7 +168,10 @@ class Planner:
             trained = set(spans) & {self._answers[number] for number in self._options.trained}
             if unfolded:
                 trained &= {row.upto - 1}
-            faults = check_row(self._conversation, row.skeleton, row.upto, spans, trained, self._tools)
+            faults = check_row(
+                self._conversation, row.skeleton, row.upto, spans, trained, self._tools, self._marker.doubled
+            )
+            plan.hollow |= any(empty_thought(self._conversation, row.skeleton, turn, spans[turn]) for turn in trained)
             plan.faults = list(dict.fromkeys([*plan.faults, *faults]))
             plan.void |= {self._answers.index(turn) for turn in trained if self._is_void(turn, faults)}
         return plan

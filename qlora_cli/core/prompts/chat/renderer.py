@@ -57,12 +57,14 @@ class Rendered(NamedTuple):
         unfolded: Whether each answer has a row of its own.
         faults: (kind, sentence) of what the template leaves out or prints elsewhere.
         moved: Whether system or developer turns were put elsewhere.
+        hollow: Whether a trained answer without a thought is given an empty one.
     """
 
     rows: list[tuple[list[RenderedSpan], tuple[int, ...]]]
     unfolded: bool = False
     faults: tuple[tuple[str, str], ...] = ()
     moved: bool = False
+    hollow: bool = False
 
 
 _Text = tuple[str, list[tuple[int, int, int]]]  # a row's text, and (start, end, number) of each answer in it
@@ -128,13 +130,13 @@ class ChatRenderer:
             trained = {turn for _, _, turn in own} & set(request.trained) - plan.void
             rows.append((self._cut(text, turns, mark), tuple(sorted(trained))))
         faults = tuple((fault.kind, self._control_marks.unmark(str(fault), mark)) for fault in plan.faults)
-        return Rendered(rows, plan.unfolded, faults, plan.moved)
+        return Rendered(rows, plan.unfolded, faults, plan.moved, plan.hollow)
 
     def _prepare(self, messages: list[Message], thoughts: str) -> list[Message]:
         """The messages in the form that the template reads, with the thoughts that are wanted."""
         messages = keep_thoughts(messages, thoughts)
         if self._doubles_thoughts:
-            messages = [name_thought(message) for message in messages]
+            messages = [name_thought(message, self._doubles_thoughts) for message in messages]
         if any("tool_calls" in message for message in messages) and self._printer.wants_text:
             messages = [write_arguments(message) for message in messages]
         return messages

@@ -15,6 +15,7 @@ TAGS = (
 _OPENING = re.compile(
     "|".join(rf"\s*(?:{re.escape(tag)})?(.*?){re.escape(closing)}\s*" for tag, closing in TAGS), re.DOTALL
 )
+EMPTY = re.compile("|".join(rf"{re.escape(opening)}\s*{re.escape(closing)}" for opening, closing in TAGS))
 _PROBES = ("Surely-17", "Certainly-43")  # a thought and an answer that no template writes by itself
 
 
@@ -56,8 +57,10 @@ def _without_thought(message: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "content": content[thought.end() :]} if thought and isinstance(content, str) else rest
 
 
-def doubles_thoughts(attempt: Callable[[list[dict[str, Any]]], Any], template: str) -> bool:
-    """Whether a template writes a block of its own before an answer that opens with a thought, but takes one by name.
+def doubles_thoughts(attempt: Callable[[list[dict[str, Any]]], Any], template: str) -> set[bool]:
+    """Before which answers a template writes a block of its own, though they open with a thought, but takes one by name:
+    those whose thought has its opening tag (True), and those that have the closing one alone (False), as a model gives them
+    whose prompt has the other (huggingface/trl#6361).
 
     Args:
         attempt: Prints a conversation, or returns why the template refuses it.
@@ -66,22 +69,30 @@ def doubles_thoughts(attempt: Callable[[list[dict[str, Any]]], Any], template: s
     thought, answer = _PROBES
     question = {"role": "user", "content": "Hi"}
     for opening, closing in TAGS:
-        if opening in template:
-            given = {"role": "assistant", "content": f"{opening}\n{thought}\n{closing}\n\n{answer}"}
-            named = share_names({"role": "assistant", "content": answer, "reasoning_content": thought})
-            inline, by_name = attempt([question, given]), attempt([question, named])
-            if isinstance(inline, str) and isinstance(by_name, str) and thought in by_name and answer in by_name:
-                return inline.count(opening) > by_name.count(opening)
-    return False
+        if opening not in template:
+            continue
+        by_name = attempt(
+            [question, share_names({"role": "assistant", "content": answer, "reasoning_content": thought})]
+        )
+        if not (isinstance(by_name, str) and thought in by_name and answer in by_name):
+            continue
+        doubled = set()
+        for opened, begins in ((True, f"{opening}\n"), (False, "")):
+            given = {"role": "assistant", "content": f"{begins}{thought}\n{closing}\n\n{answer}"}
+            inline = attempt([question, given])
+            if isinstance(inline, str) and any(inline.count(tag) > by_name.count(tag) for tag in (opening, closing)):
+                doubled.add(opened)
+        return doubled
+    return set()
 
 
-def name_thought(message: dict[str, Any]) -> dict[str, Any]:
-    """An answer that opens with a thought as one with a thought by name."""
+def name_thought(message: dict[str, Any], doubled: set[bool]) -> dict[str, Any]:
+    """An answer that opens with a thought as one with a thought by name, if it is of those that `doubles_thoughts` found."""
     content = message.get("content")
     if message.get("role") != "assistant" or not isinstance(content, str) or message.get(THOUGHTS[0]):
         return message
     found = find_thought(content)
-    if found is None:
+    if found is None or content.lstrip().startswith(tuple(opening for opening, _ in TAGS)) not in doubled:
         return message
     thought = next(group for group in found.groups() if group is not None).strip()
     return share_names({**message, "content": content[found.end() :], "reasoning_content": thought})
