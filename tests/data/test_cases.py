@@ -19,6 +19,7 @@ from tests.prompts.small_tokenizers import byte_level, sentencepiece_like
 ASK, ANSWER = {"role": "user", "content": "A lake?"}, {"role": "assistant", "content": "Chiemsee."}
 BAD = {"role": "assistant", "content": "Zugspitze."}
 CALL = {"type": "function", "function": {"name": "depth", "arguments": {"of": "Chiemsee"}}}
+HILL = {"type": "function", "function": {"name": "depth", "arguments": {"of": "Zugspitze"}}}
 TURN = "<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\n⟦Chiemsee.<|im_end|>⟧"
 CONTEXT = "<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\nZugspitze.<|im_end|>\n"
 HEADED = "### Prompt:\nA lake?\n\n### Completion:\n⟦Chiemsee.<|im_end|>⟧"
@@ -229,6 +230,13 @@ CASES = {
     "messages as text that is neither": ([{"messages": "[{'role': 'user' 'content': oops}]"}], {}, None, "'messages' seems to hold messages as text"),
     "texts in turn": ([{"id": "talk-0", "data": ["A lake?", "Chiemsee."]}], {}, [TURN], "not used: 'id'"),
     "pairs in a list": ([{"conversation_id": "n1", "conversation": [{"human": "A lake?", "assistant": "Chiemsee."}]}], {}, [TURN], ""),
+    "answers that differ in a call alone": (
+        [{"prompt": [ASK, {**BAD, "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "73 m"}, ASK],
+          "chosen": [ASK, {**BAD, "content": "", "tool_calls": [HILL]}, {"role": "tool", "content": "3 km"}, ANSWER], "rejected": [ASK, BAD]}],
+        {"on_lost_content": "warn"},
+        ["<|im_start|>user\nA lake?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n3 km<|im_end|>\n<|im_start|>assistant\n⟦Chiemsee.<|im_end|>⟧"],
+        "",
+    ),
     "a struct of lists": ([{"conversation": {"from": ["human", "gpt"], "value": ["A lake?", "Chiemsee."]}}], {}, [TURN], ""),
     "rows that are lists of messages": (json.dumps([ASK, ANSWER]) + "\n" + json.dumps([ASK, ANSWER]) + "\n", {}, [TURN, TURN], ""),
     "the first conversation is empty": (

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_cli.core.records.messages import Message, holds_messages, read_messages
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
-from qlora_cli.core.records.tools import calls_in, read_tools, without_padding
+from qlora_cli.core.records.tools import calls_in, read_tools, without_padding, wrap_call
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,20 @@ class _Reader:
             raise BadField(f"field {column!r}: {reason}") from None
 
 
-def _without_system(messages: list[Message]) -> list[tuple[str, str]]:
-    """Who says what, apart from system turns, by which two columns are compared."""
-    return [(message["role"], message["content"].strip()) for message in messages if message["role"] != "system"]
+def _without_system(messages: list[Message]) -> list[tuple[str, str, list[Any]]]:
+    """Who says and calls what, apart from system turns, by which two columns are compared."""
+    return [
+        (message["role"], message["content"].strip(), list(map(_called, message.get("tool_calls", []))))
+        for message in messages
+        if message["role"] != "system"
+    ]
+
+
+def _called(call: Record) -> tuple[Any, Record]:
+    """What a call calls and with what, without its id and without what Arrow padded it with."""
+    function = wrap_call(call)["function"]
+    arguments = function.get("arguments") or {}
+    return function.get("name"), {name: value for name, value in arguments.items() if value is not None}
 
 
 def _required(record: Record, column: str) -> Any:
