@@ -279,6 +279,27 @@ CASES = {
         [{"messages": [ASK, {**BAD, "weight": 0}, ASK, ANSWER]}], {},
         [CONTEXT + TURN], "",
     ),
+    "a column that says which rows are trained": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "weight": 1}, {"question": "A hill?", "answer": "Zugspitze.", "weight": 0}], {}, [ASKED],
+        "1 of 2 rows was left out: 'weight' is 0",
+    ),
+    "a column that says which messages are trained": (
+        [{"messages": [ASK, BAD, ASK, ANSWER], "loss_mask": [0, 0, 0, 1]}, {"messages": [ASK, BAD, ASK, ANSWER], "loss_mask": [0, 1]}], {},
+        [CONTEXT + TURN] * 2, "Column 'loss_mask' says which messages are trained",
+    ),
+    "a column that says it of another number of messages": (
+        [{"messages": [ASK, ANSWER], "loss_mask": [0, 0, 1]}], {}, None, "3 entries, but the conversation has 2 messages, 1 of them answers",
+    ),
+    "a column that weighs rows": (
+        [{"messages": [ASK, ANSWER], "weight": 0.5}, {"messages": [ASK, ANSWER], "weight": 2}], {}, None, "--messages-column messages",
+    ),
+    "a column that weighs rows beside a named one": (
+        [{"messages": [ASK, ANSWER], "weight": 0.5}], {"messages_column": "messages"}, [TURN], "not used: 'weight'",
+    ),
+    "a list of what is trained as JSON text": (
+        [{"messages": [ASK, BAD, ASK, ANSWER], "loss_mask": "[0, 1]"}], {}, [CONTEXT + TURN], "Column 'loss_mask' says which messages are trained",
+    ),
+    "a column of losses": ([{"messages": [ASK, ANSWER], "loss": 2.3}], {}, [TURN], "not used: 'loss'"),
     "no turn that is to be trained": ([{"messages": [ASK, {**ANSWER, "train": False}]}], {}, None, "no answer that the data lets be trained"),
     "ids are no text": ([{"doc_id": "row one"}], {}, None, "No column holds text"),
     "something nested holds more than the text": (

@@ -21,16 +21,15 @@ from qlora_cli.core.recognition.pairs import (
     recognise_pair,
     recognise_template,
 )
-from qlora_cli.core.recognition.recognised import Recognised
+from qlora_cli.core.recognition.recognised import Recognised, are_named, name_columns
+from qlora_cli.core.recognition.selection import with_selection
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.media import holds_some, kind_of, named_like
 from qlora_cli.core.records.record import Record, field_at, fields_in
-from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import DataSettings
 from qlora_cli.settings.setting import describe_idle, is_given
 
-LABELS = ("label", "kto_tag")  # of unpaired feedback: whether an answer is a good one
 THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot", "chain_of_thought")
 MASKS = (
     "labels",
@@ -69,9 +68,9 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
         recognised = recognise_pair(columns, settings, encoder, pair)
     else:
         recognised = recognise_text(columns, settings, encoder)
-    recognised = _with_label(columns, _with_unused(columns, recognised))
+    recognised = _with_unused(columns, with_selection(columns, recognised, settings))
     recognised = _without_media(columns, recognised, settings)
-    return replace(recognised, rules=replace(recognised.rules or RowRules(), fields=inner)) if inner else recognised
+    return replace(recognised, rules=replace(recognised.rules, fields=inner)) if inner else recognised
 
 
 def _inner_fields(records: Sequence[Record], settings: DataSettings) -> tuple[str, ...]:
@@ -173,23 +172,6 @@ def _recognise_tokens(columns: Columns, settings: DataSettings) -> Recognised:
     )
 
 
-def _with_label(columns: Columns, recognised: Recognised) -> Recognised:
-    """Leaves out answers that the data calls bad ones."""
-    label = columns.find(LABELS)
-    if recognised.formatting.format not in ("prompt", "chat") or label is None or not columns.is_yes_or_no(label):
-        return recognised
-    remark = f"Rows whose column {label!r} is false are left out."
-    remarks = tuple(text for text in recognised.remarks if text != _unused([label]))
-    remarks = tuple(text.replace(f"{label!r}, ", "").replace(f", {label!r}", "") for text in remarks)
-    unused = tuple(name for name in recognised.unused if name != label)
-    rules = replace(recognised.rules or RowRules(), label=label)
-    return replace(recognised, rules=rules, remarks=(*remarks, remark), unused=unused)
-
-
-def _unused(names: Sequence[str]) -> str:
-    return f"Columns that are not used: {list_names(names)}."
-
-
 def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
     """Names the columns that a format does not use."""
     remarks, rejected = recognised.remarks, recognised.rejected
@@ -202,7 +184,7 @@ def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
         )
     if not unused:
         return replace(recognised, remarks=remarks, unused=left_out)
-    remark = _unused(unused)
+    remark = f"Columns that are not used: {list_names(unused)}."
     thoughts = next((name for name in unused if name.lower() in THOUGHTS), None)
     if thoughts and recognised.formatting.format == "prompt":
         answer = recognised.formatting.completion_column
@@ -217,8 +199,7 @@ def _without_media(columns: Columns, recognised: Recognised, settings: DataSetti
         DataError: A row of the first ones holds one, and bad rows are not skipped.
     """
     formatting = recognised.formatting
-    named = (settings.text_column, settings.messages_column, settings.prompt_column, settings.completion_column)
-    if any(named) or settings.template or settings.format == "tokens":
+    if are_named(settings):
         return recognised
     found = [(name, kind) for name in recognised.unused if (kind := _media_in(columns, name))]
     if not found:
@@ -229,7 +210,7 @@ def _without_media(columns: Columns, recognised: Recognised, settings: DataSetti
         return rows
     raise DataError(
         f"Column {name!r} holds {kind} beside the text, and only text is read.",
-        f"Train on the text alone by naming its columns, {_name_columns(formatting)}, or leave such rows out: "
+        f"Train on the text alone by naming its columns, {name_columns(formatting)}, or leave such rows out: "
         "--on-bad-row skip",
     )
 
@@ -241,18 +222,3 @@ def _media_in(columns: Columns, name: str) -> str | None:
     values = columns.values(name)
     kind = next(filter(None, map(kind_of, values)), None)
     return kind if kind and columns.holds(name, lambda value: kind_of(value) == kind) else None
-
-
-def _name_columns(formatting: Formatting) -> str:
-    """The flags that say what was recognised."""
-    if formatting.format == "tokens":
-        return "--format tokens"
-    if formatting.format == "text":
-        return f"--text-column {shlex.quote(str(formatting.column))}"
-    own = formatting.conversation
-    if own and own.messages and not own.answer:
-        return f"--messages-column {shlex.quote(own.messages)}"
-    prompt = own.messages or own.prompt if own else formatting.prompt_column
-    answer = own.answer if own else formatting.completion_column
-    flags = {"--prompt-column": prompt, "--completion-column": answer}
-    return " ".join(f"{flag} {shlex.quote(column)}" for flag, column in flags.items() if column)

@@ -1,9 +1,11 @@
 """What recognition finds: the formatting of a data set, the rules for its rows, and that in one sentence."""
 
+import shlex
 from dataclasses import dataclass, field
 
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.records.rules import RowRules
+from qlora_cli.settings.groups import DataSettings
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,24 @@ class Recognised:
 def describe_trained(train_on: str) -> str:
     """Which tokens are trained, in words."""
     return {"all": "every token trained", "completion": "answers trained", "last": "the last answer trained"}[train_on]
+
+
+def are_named(settings: DataSettings) -> bool:
+    """Whether flags say which columns are read, or that these are tokens."""
+    named = (settings.text_column, settings.messages_column, settings.prompt_column, settings.completion_column)
+    return any(named) or bool(settings.template) or settings.format == "tokens"
+
+
+def name_columns(formatting: Formatting) -> str:
+    """The flags that say what was recognised."""
+    if formatting.format == "tokens":
+        return "--format tokens"
+    if formatting.format == "text":
+        return f"--text-column {shlex.quote(str(formatting.column))}"
+    own = formatting.conversation
+    if own and own.messages and not own.answer:
+        return f"--messages-column {shlex.quote(own.messages)}"
+    prompt = own.messages or own.prompt if own else formatting.prompt_column
+    answer = own.answer if own else formatting.completion_column
+    flags = {"--prompt-column": prompt, "--completion-column": answer}
+    return " ".join(f"{flag} {shlex.quote(column)}" for flag, column in flags.items() if column)

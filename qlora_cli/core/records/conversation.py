@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_cli.core.records.messages import Message, holds_messages, read_messages
+from qlora_cli.core.records.messages import Message, holds_messages, read_messages, with_flags
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
 from qlora_cli.core.records.tools import calls_in, read_tools, without_padding, wrap_call
@@ -49,6 +49,7 @@ class ConversationColumns:
         settings: Variables of the template.
         roles: Names of roles in this data → names that chat templates know.
         ending: Control token, as text, that every answer ends in; it is taken off, as the chat template has its own.
+        trained: Which of the messages are trained (see `with_flags`).
     """
 
     system: str | None = None
@@ -62,6 +63,7 @@ class ConversationColumns:
     settings: str | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     ending: str | None = None
+    trained: str | None = None
 
 
 def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt: bool = False) -> Conversation:
@@ -77,7 +79,10 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
     """
     reader = _Reader(columns.roles)
     if columns.messages is not None:
-        reader.add(_required(record, columns.messages), columns.messages, asked=columns.answer is not None)
+        turns = _required(record, columns.messages)
+        if columns.trained is not None:
+            turns = with_flags(turns, record.get(columns.trained), columns.trained, columns.roles)
+        reader.add(turns, columns.messages, asked=columns.answer is not None)
     if history := _history(record, columns.history):
         reader.add(history, columns.history)
     if columns.prompt is not None:

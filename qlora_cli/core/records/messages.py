@@ -214,12 +214,48 @@ def _is_trained(turn: Record, number: int) -> bool:
     """
     wanted = True
     for key in TRAINED_KEYS:
-        value = turn.get(key)
-        if isinstance(value, str):
-            value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower(), value)
-        if value is None:
+        if (value := turn.get(key)) is None:
             continue
-        if value not in (True, False):  # 1.0 and 0 are equal to these
+        if (says := yes_or_no(value)) is None:
             raise BadField(f"the {key!r} of message {number} is {value!r}; a turn is trained (1) or is not (0)")
-        wanted = wanted and bool(value)
+        wanted = wanted and says
     return wanted
+
+
+def yes_or_no(value: Any) -> bool | None:
+    """What a value says of whether something is trained, as a boolean, a number or in words; None where it is neither."""
+    value = (
+        {"true": True, "false": False}.get(value.strip().lower(), number_in(value)) if isinstance(value, str) else value
+    )
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def number_in(value: Any) -> float | None:
+    """A number, also one that is text, as all of a CSV file is; None for what is none."""
+    try:
+        return float(value) if isinstance(value, str | int | float) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def with_flags(value: Any, flags: Any, column: str, roles: Mapping[str, str]) -> Any:
+    """The turns of a conversation, each with what a list beside it says of whether it is trained: of each turn, or of each
+    answer. They are what they were where there is no list.
+
+    Raises:
+        BadField: The list has another length than these.
+    """
+    turns, flags = turns_of(value), decode_nested(flags) if isinstance(flags, str) else flags
+    if flags is None or turns is None or not all(isinstance(turn, dict) for turn in turns):
+        return value
+    flags = flags if isinstance(flags, list) else [flags] * len(turns)
+    names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
+    answers = [i for i, name in enumerate(names) if roles.get(name, ROLES.get(name, name)) in ("assistant", CALL)]
+    if len(flags) not in (len(turns), len(answers)):
+        raise BadField(
+            f"field {column!r} has {len(flags)} entries, but the conversation has {len(turns)} messages, "
+            f"{len(answers)} of them answers"
+        )
+    said = dict(zip(range(len(turns)) if len(flags) == len(turns) else answers, flags, strict=True))
+    key = next((key for key in TRAINED_KEYS if not any(key in turn for turn in turns)), TRAINED_KEYS[0])
+    return [{**turn, key: said[i]} if i in said else turn for i, turn in enumerate(turns)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.core.records.media import holds_some
+from qlora_cli.core.records.messages import yes_or_no
 from qlora_cli.core.records.record import BadField, Blank, Record, describe_type, with_fields
 
 
@@ -14,6 +15,7 @@ class RowRules:
     Attributes:
         media: Columns of images and the like, each with what its rows hold; only text is read.
         label: A column that says of each answer whether it is a good one; rows in which it is false are left out.
+        trained: Columns that say of each row whether it is trained; rows of which one says no are left out.
         answers: A column that holds the answer inside a list or an object (SQuAD's `{"text": [...]}`); the first counts.
         fields: Dotted names of fields inside a column's objects, which are used like columns.
         ended: A column whose texts all end in a control token, and that token; it is taken off, as the template has it.
@@ -21,6 +23,7 @@ class RowRules:
 
     media: tuple[tuple[str, str], ...] = ()
     label: str | None = None
+    trained: tuple[str, ...] = ()
     answers: str | None = None
     fields: tuple[str, ...] = ()
     ended: tuple[str, str] | None = None
@@ -38,6 +41,12 @@ class RowRules:
                 raise BadField(f"field {name!r} holds {kind}, and only text is read")
         if self.label is not None and is_false(record.get(self.label)):
             raise Blank(f"{self.label!r} is false")
+        for name in self.trained:
+            value = record.get(name)
+            if value is not None and (says := yes_or_no(value)) is None:
+                raise BadField(f"field {name!r} is {str(value)[:40]}; a row is trained (1) or is not (0)")
+            if value is not None and not says:
+                raise Blank(f"{name!r} is {value}")
         if self.answers is not None:
             record = {**record, self.answers: first_text(record.get(self.answers), self.answers)}
         if self.ended is not None and isinstance(text := record.get(self.ended[0]), str):

@@ -1,0 +1,65 @@
+"""Recognition of columns that say which rows, and which turns of conversations, are trained."""
+
+from dataclasses import replace
+from typing import Any
+
+from qlora_cli.core.recognition.columns import Columns
+from qlora_cli.core.recognition.recognised import Recognised, are_named, name_columns
+from qlora_cli.core.records.messages import TRAINED_KEYS, number_in, yes_or_no
+from qlora_cli.core.records.record import decode_nested
+from qlora_cli.errors import DataError
+from qlora_cli.settings.groups import DataSettings
+
+LABELS = ("label", "kto_tag")  # of unpaired feedback: whether an answer is a good one
+TRAINED = (*TRAINED_KEYS, "weights", "loss_weight", "sample_weight")
+# Of these, those whose numbers are no mere facts of a row.
+WEIGHING = ("weight", "weights", "loss_weight", "sample_weight", "loss_mask")
+
+
+def with_selection(columns: Columns, recognised: Recognised, settings: DataSettings) -> Recognised:
+    """Leaves out what the data calls bad, and what it says is not trained.
+
+    Raises:
+        DataError: A column weighs rows, and the columns to read are not named by flags.
+    """
+    for name in filter(None, (columns.find([known]) for known in TRAINED)):
+        if name not in recognised.used:
+            recognised = _with_trained(columns, recognised, settings, name)
+    label = columns.find(LABELS)
+    if recognised.formatting.format not in ("prompt", "chat") or label is None or not columns.is_yes_or_no(label):
+        return recognised
+    remark = f"Rows whose column {label!r} is false are left out."
+    return _with_rule(recognised, label, remark, label=label)
+
+
+def _with_trained(columns: Columns, recognised: Recognised, settings: DataSettings, name: str) -> Recognised:
+    """A column of yes and no for each row, or of a list of these for each conversation; others as before."""
+    values = [decode_nested(value) if isinstance(value, str) else value for value in columns.values(name)]
+    lists = [value for value in values if isinstance(value, list)]
+    every = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    are_flags = bool(every) and all(yes_or_no(value) is not None for value in every)
+    talk = recognised.formatting.conversation
+    if are_flags and not lists:
+        remark = f"Rows of which column {name!r} says no (0 or false) are left out."
+        return _with_rule(recognised, name, remark, trained=(*recognised.rules.trained, name))
+    if are_flags and talk and talk.messages and not (talk.answer or talk.trained):
+        formatting = replace(recognised.formatting, conversation=replace(talk, trained=name))
+        remark = f"Column {name!r} says which messages are trained."
+        return replace(_with_rule(recognised, name, remark), formatting=formatting)
+    weighs = name.lower() in WEIGHING and bool(every) and all(number_in(value) is not None for value in every)
+    if not weighs or are_named(settings):
+        return recognised
+    shown = ", ".join(str(value)[:20] for value in list(dict.fromkeys(map(str, values)))[:3])
+    raise DataError(
+        f"Column {name!r} holds {shown}, and a row or a message is trained (1) or is not (0).",
+        f"Write 0 or 1 for each row, or train on every row alike by naming its columns: {name_columns(recognised.formatting)}",
+    )
+
+
+def _with_rule(recognised: Recognised, name: str, remark: str, **rules: Any) -> Recognised:
+    return replace(
+        recognised,
+        rules=replace(recognised.rules, **rules),
+        remarks=(*recognised.remarks, remark),
+        used=(*recognised.used, name),
+    )
