@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from qlora_cli.cli.line_view import LineView
     from qlora_cli.cli.live_view import LiveView
 
-COMMAND = re.compile(r"([^:]*: )?(qlora|pip) (?!.*, or ).*")  # a hint that is one, and no sentence that names one
+COMMAND = re.compile(
+    r"([^:]*: )?(qlora|pip|python) (?!.*, or ).*"
+)  # a hint that is one, and no sentence that names one
 
 
 def has_live_view() -> bool:

@@ -4,6 +4,8 @@ Each case stands for a kind of fault in public reports on tools for fine-tuning.
 """
 
 import json
+import subprocess
+import sys
 from copy import deepcopy
 from itertools import pairwise
 
@@ -230,6 +232,32 @@ CASES = {
     "messages as text that is neither": ([{"messages": "[{'role': 'user' 'content': oops}]"}], {}, None, "'messages' seems to hold messages as text"),
     "texts in turn": ([{"id": "talk-0", "data": ["A lake?", "Chiemsee."]}], {}, [TURN], "not used: 'id'"),
     "pairs in a list": ([{"conversation_id": "n1", "conversation": [{"human": "A lake?", "assistant": "Chiemsee."}]}], {}, [TURN], ""),
+    "turns under numbered keys": (
+        [{"chat": {"turn_2": {"human": "A lake?", "assistant": "Chiemsee."}, "turn_1": {"human": "A lake?", "assistant": "Zugspitze.", "weight": 0}}}],
+        {}, [CONTEXT + TURN], "",
+    ),
+    "speakers whose names say which is the assistant": (
+        [{"dialogue": [{"speaker": "User", "utterance": "A lake?"}, {"speaker": "Bot", "utterance": "Chiemsee."}]}], {}, [TURN], "",
+    ),
+    "speakers whose names do not say it": (
+        [{"dialogue": [{"speaker": "A", "text": "A lake?"}, {"speaker": "B", "text": "Chiemsee."}]}], {}, None, "--role a=user --role b=assistant",
+    ),
+    "speakers of whom flags say it": (
+        [{"dialogue": [{"speaker": "A", "text": "A lake?"}, {"speaker": "B", "text": "Chiemsee."}]}], {"role": ("A=user", "B=assistant")}, [TURN], "",
+    ),
+    "a system that answers": (
+        [{"turns": [{"speaker": "USER", "utterance": "A lake?"}, {"speaker": "SYSTEM", "utterance": "Chiemsee."}]}], {}, None,
+        "--role system=assistant",
+    ),
+    "who spoke in a recording beside its text": (
+        [{"text": "Lakes.", "segments": [{"speaker": "A", "text": "Lakes."}]}], {}, ["L⟦akes.<|im_end|>⟧"], "not used: 'segments'",
+    ),
+    "a question and its answer beside what may be of either": (
+        [{"messages": [{"question": "A lake?", "answer": "Chiemsee.", "content": "Bavaria."}]}], {}, None, "'question', 'answer', 'content'",
+    ),
+    "an answer that is an object": (
+        [{"instruction": "A lake?", "output": {"name": "Chiemsee."}}], {}, None, "--prompt-column instruction --completion-column output.name",
+    ),
     "answers that differ in a call alone": (
         [{"prompt": [ASK, {**BAD, "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "73 m"}, ASK],
           "chosen": [ASK, {**BAD, "content": "", "tool_calls": [HILL]}, {"role": "tool", "content": "3 km"}, ANSWER], "rejected": [ASK, BAD]}],
@@ -345,6 +373,33 @@ def test_rows_become_what_was_meant(name, tmp_path):
     found, words = prepared(tmp_path, rows, byte_level(), **settings)
     assert found == expected, words
     assert said in words
+
+
+THREAD = [
+    {"id": "1", "parent": None, "role": "prompter", "text": "A lake?"},
+    {"id": "2", "parent": "1", "role": "assistant", "text": "Chiemsee."},
+    {"id": "3", "parent": "1", "role": "assistant", "text": "Zugspitze."},
+]
+TREE = {**THREAD[0], "replies": [THREAD[1], {**THREAD[2], "replies": []}]}
+OTHER = TURN.replace("Chiemsee", "Zugspitze")
+SAID = {"ask": "A lake?", "reply": "Chiemsee."}
+JOINED = {
+    "rows that name the message before": (THREAD, [TURN, OTHER]),
+    "rows of a conversation": ([{"dialogue_id": 1, "speaker": role, "utterance": text} for role, text in (("user", "A lake?"), ("bot", "Chiemsee."))], [TURN]),
+    "rows that are trees": ([TREE], [TURN, OTHER]),
+    "trees in a column": ([{"tree_id": 1, "prompt": TREE}], [TURN, OTHER]),
+    "turns in fields that nobody knows": ([{"chat": {"turn_1": SAID}}, {"chat": {"turn_1": SAID}}], [TURN, TURN]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_the_command_that_joins_messages_gives_rows_that_are_read(name, tmp_path):
+    rows, expected = JOINED[name]
+    found, said = prepared(tmp_path, rows, byte_level(), name="DATA.jsonl")
+    assert found is None
+    command = said[said.index("python -c") :].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert prepared(tmp_path, (tmp_path / "joined.jsonl").read_text(), byte_level(), name="joined.jsonl")[0] == expected
 
 
 def test_fields_of_objects_are_named_like_columns(tmp_path):

@@ -12,7 +12,8 @@ from qlora_cli.core.prompts.chat.thoughts import THOUGHTS
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting, chat_formatting, own_template
-from qlora_cli.core.recognition.columns import ANSWERS, CONVERSATIONS, Columns, list_names, named_like_answers
+from qlora_cli.core.recognition.columns import ANSWERS, ASKING, CONVERSATIONS, Columns, list_names, named_like_answers
+from qlora_cli.core.recognition.layouts import refuse_without_answers
 from qlora_cli.core.recognition.pairs import Pair, is_nested
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending
@@ -21,7 +22,6 @@ from qlora_cli.core.records.messages import (
     KNOWN_ROLES,
     PART_KEYS,
     ROLE_KEYS,
-    ROLES,
     TRAINED_KEYS,
     holds_messages,
     turns_of,
@@ -40,7 +40,6 @@ NOTHING: tuple[Any, ...] = (None, "", [], {})
 # Keys of messages that are read, or that only say which message it is.
 KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call", "tools"}
 KNOWN_KEYS |= {"id", "name", "tool_call_id", "type"}
-ASKING = ("user", "tool", "system", "developer")  # whose turns are no answers
 YES = (True, "true", "1")  # and what is equal to these
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 
@@ -84,7 +83,7 @@ def chat_columns(
         tools=columns.find(TOOLS),
         documents=documents if documents and columns.holds(documents, lambda v: isinstance(v, list)) else None,
         settings=variables,
-        roles=read_roles(settings.role or ()),
+        roles=columns.roles,
     )
 
 
@@ -139,7 +138,7 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
     if chosen and _holds_wholes(columns, chosen):
         return chosen
     found = [name for name in (chosen, *others) if name and columns.is_conversation(name)]
-    answers = [name for name in found if columns.holds(name, _is_answer_alone)]
+    answers = [name for name in found if columns.holds(name, columns.is_answer_alone)]
     if answers and answers == found:
         inside = (field for name in columns.names for field in columns.fields_of(name) if field.endswith(".messages"))
         question = shlex.quote(next(inside, "COLUMN"))
@@ -150,7 +149,7 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
             f"alone: --messages-column {shlex.quote(found[0])}",
         )
     asking = [name for name in found if name not in answers]
-    wholes = [name for name in asking if not columns.holds(name, _is_open)]
+    wholes = [name for name in asking if not columns.holds(name, columns.is_open)]
     if len(wholes) > 1:
         raise DataError(
             f"Several columns hold conversations: {list_names(wholes)}.",
@@ -175,12 +174,16 @@ def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str |
         DataError: They do, and a column may be the answer but has no name that says so.
     """
     chosen, _ = columns.preference()
-    if chosen and chosen != messages and (_holds_wholes(columns, chosen) or not columns.holds(messages, _is_whole)):
+    if (
+        chosen
+        and chosen != messages
+        and (_holds_wholes(columns, chosen) or not columns.holds(messages, columns.is_whole))
+    ):
         return chosen
-    if settings.messages_column or not columns.holds(messages, _is_open):
+    if settings.messages_column or not columns.holds(messages, columns.is_open):
         return None
     others = [name for name in columns.names if name not in (messages, *columns.rejected())]
-    alone = [name for name in others if columns.holds(name, _is_answer_alone)]
+    alone = [name for name in others if columns.holds(name, columns.is_answer_alone)]
     texts = alone or [name for name in others if columns.is_text(name) or is_nested(columns, name)]
     if named := next((name for known in ANSWERS for name in texts if name.lower() == known), None):
         return named
@@ -197,29 +200,7 @@ def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str |
 
 def _holds_wholes(columns: Columns, name: str) -> bool:
     """Whether a column of preferred answers holds the conversations that they are the ends of."""
-    return columns.holds(name, holds_messages) and not columns.holds(name, _is_answer_alone)
-
-
-def _roles_of(value: Any) -> list[str]:
-    """Who says each turn, under the names that chat templates know."""
-    turns = [turn for turn in turns_of(value) or [] if isinstance(turn, dict)]
-    names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
-    return [ROLES.get(name, name) for name in names]
-
-
-def _is_answer_alone(value: Any) -> bool:
-    """Whether the assistant says every turn."""
-    return {*_roles_of(value)} == {"assistant"}
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether a conversation ends in an answer."""
-    return _roles_of(value)[-1:] == ["assistant"]
-
-
-def _is_open(value: Any) -> bool:
-    """Whether a conversation ends in something that is still to be answered."""
-    return bool({*_roles_of(value)[-1:]} & {*ASKING})
+    return columns.holds(name, holds_messages) and not columns.holds(name, columns.is_answer_alone)
 
 
 def _is_system(columns: Columns, name: str | None, messages: str | None) -> bool:
@@ -283,8 +264,10 @@ def recognise_chat(
         if name
     )
     chosen, rejected = columns.preference()
+    if found.messages and not found.answer:
+        refuse_without_answers(columns, found.messages)
     used = tuple(v for v in vars(found).values() if isinstance(v, str))
-    answers = _answers_of(columns, found)
+    answers, others = _said_in(columns, found)
     remarks = []
     ending = common_ending(answers, encoder)
     if ending and (ending in template or ending in encoder.spec.names.values()):
@@ -292,9 +275,11 @@ def recognise_chat(
         remarks.append(f"Every answer ends in {ending}, which is taken for the end that the chat template writes.")
     elif any(map(encoder.holds_control, answers)):
         remarks.append("Control tokens typed in answers are kept as plain text.")
+    elif any(map(encoder.holds_control, others)):
+        remarks.append("Control tokens typed in messages are kept as plain text.")
     is_asking = found.messages and not (found.answer or settings.messages_column)
     texts = [name for name in columns.names if name not in used and columns.is_text(name)]
-    if is_asking and texts and columns.holds(str(found.messages), _is_open):
+    if is_asking and texts and columns.holds(str(found.messages), columns.is_open):
         way = f"--prompt-column {shlex.quote(str(found.messages))} --completion-column COLUMN"
         remarks.append(f"The conversations all end without an answer. Where another column holds it: {way}.")
     formatting = chat_formatting(
@@ -315,15 +300,16 @@ def recognise_chat(
     )
 
 
-def _answers_of(columns: Columns, found: ConversationColumns) -> list[str]:
-    """What the assistant says in the first rows, but for what is of their prompts, and those that are bad."""
+def _said_in(columns: Columns, found: ConversationColumns) -> tuple[list[str], list[str]]:
+    """What the assistant says in the first rows, but for what is of their prompts and those that are bad; and the rest."""
     answers: list[str] = []
+    others: list[str] = []
     for record in columns.records:
         with suppress(BadField):
             read = read_conversation(record, found)
-            said = zip(read.messages, read.asked, strict=True)
-            answers += [message["content"] for message, asked in said if message["role"] == "assistant" and not asked]
-    return answers
+            for message, asked in zip(read.messages, read.asked, strict=True):
+                (answers if message["role"] == "assistant" and not asked else others).append(message["content"])
+    return answers, others
 
 
 def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Formatting, train_on: str) -> list[str]:
@@ -335,7 +321,7 @@ def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Forma
     said = [key for turn in turns for key, value in turn.items() if value not in NOTHING]
     unread = formatting.unread(key for key in dict.fromkeys(said) if key not in KNOWN_KEYS)
     sentences = [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
-    whose = chain.from_iterable(map(_roles_of, values))
+    whose = chain.from_iterable(map(columns.roles_of, values))
     asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ASKING]
     if train_on != "all" and (
         key := next((k for k in TRAINED_KEYS if any(turn.get(k) in YES for turn in asking)), None)

@@ -3,15 +3,16 @@
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from qlora_cli.core.records.messages import ROLE_KEYS, turns_of
+from qlora_cli.core.records.messages import ROLE_KEYS, ROLES, is_transcript, turns_of
 from qlora_cli.core.records.record import Record, decode_nested, fields_in, with_fields
 from qlora_cli.errors import UsageError
 
 ALMOST_ALL = 0.9  # of the rows: what a format has to explain, or it is not taken
-# Names under which a list of texts is a conversation, user and assistant in turn; elsewhere it may be tags.
+# Names under which a list of texts is a conversation, user and assistant in turn, and a transcript is one; elsewhere they
+# may be tags, and who spoke in a recording.
 CONVERSATIONS = (
     "messages",
     "conversations",
@@ -47,6 +48,7 @@ PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("context", (), ("response",)),
 )
 ANSWERS = tuple(dict.fromkeys(name for _, _, completions in PAIRS for name in completions))
+ASKING = ("user", "tool", "system", "developer")  # whose turns are no answers
 NAMES_SHOWN = 40  # of columns, in a message
 YES_OR_NO = {"true", "false"}
 
@@ -73,14 +75,19 @@ class Columns:
     Attributes:
         records: The first rows of the data.
         names: In the order in which they come.
+        roles: As given.
 
     Args:
         records: As they are in the data.
         inner: Dotted names of fields inside objects, which count like columns in the place of these objects. They are
             found by the field's name too.
+        roles: Names of roles in this data → names that chat templates know, beside ROLES.
     """
 
-    def __init__(self, records: Sequence[Record], inner: Sequence[str] = ()) -> None:
+    def __init__(
+        self, records: Sequence[Record], inner: Sequence[str] = (), roles: Mapping[str, str] | None = None
+    ) -> None:
+        self.roles = roles or {}
         opened = {name.partition(".")[0] for name in inner}
         self.records = [
             {name: value for name, value in with_fields(record, inner).items() if name not in opened}
@@ -164,7 +171,25 @@ class Columns:
         value = decode_nested(value) if isinstance(value, str) else value
         if isinstance(value, list) and value and all(isinstance(item, str) and item[:1] != "{" for item in value):
             return name.lower() in CONVERSATIONS and len(value) > 1
-        return bool(turns_of(value))
+        return bool(turns_of(value)) and (name.lower() in CONVERSATIONS or not is_transcript(value))
+
+    def roles_of(self, value: Any) -> list[str]:
+        """Who says each turn of a conversation, under the names that chat templates know."""
+        turns = [turn for turn in turns_of(value) or [] if isinstance(turn, dict)]
+        names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
+        return [self.roles.get(name, ROLES.get(name, name)) for name in names]
+
+    def is_answer_alone(self, value: Any) -> bool:
+        """Whether the assistant says every turn of a conversation."""
+        return {*self.roles_of(value)} == {"assistant"}
+
+    def is_whole(self, value: Any) -> bool:
+        """Whether a conversation ends in an answer."""
+        return self.roles_of(value)[-1:] == ["assistant"]
+
+    def is_open(self, value: Any) -> bool:
+        """Whether a conversation ends in something that is still to be answered."""
+        return bool({*self.roles_of(value)[-1:]} & {*ASKING})
 
     def is_yes_or_no(self, name: str) -> bool:
         """Whether a column says true or false of each row, as a boolean or in words."""

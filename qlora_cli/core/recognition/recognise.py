@@ -11,8 +11,9 @@ from itertools import accumulate
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
-from qlora_cli.core.recognition.chats import chat_columns, recognise_chat
+from qlora_cli.core.recognition.chats import chat_columns, read_roles, recognise_chat
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
+from qlora_cli.core.recognition.layouts import refuse_messages_as_rows, refuse_trees, refuse_unnamed_turns
 from qlora_cli.core.recognition.pairs import (
     Pair,
     find_pair,
@@ -50,8 +51,10 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
         DataError: No format explains the rows, or they hold images, videos or sounds beside their text.
     """
     inner = _inner_fields(records, settings)
-    columns = Columns(records, inner)
+    columns = Columns(records, inner, read_roles(settings.role or ()))
     format_ = _format_from_flags(settings) or ("tokens" if columns.find(["input_ids"]) else None)
+    if not are_named(settings):
+        refuse_trees(columns)
     pair = find_pair(columns, settings)
     chats = None if format_ in ("text", "tokens") else chat_columns(columns, settings, pair, wanted=format_)
     if format_ is None:
@@ -117,11 +120,7 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
         return "chat"
     if pair:
         return "prompt"
-    if columns.are_messages():
-        raise DataError(
-            f"Each row is one message with a role, not a conversation; the data has {columns.listed}.",
-            "Join the messages of a conversation into one row: a list of role and content in a column 'messages'.",
-        )
+    refuse_messages_as_rows(columns)
     known = columns.find(TEXTS)
     if known and columns.is_text(known):
         return "text"
@@ -133,12 +132,19 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
             )
     if halves := named_like_pair(columns):
         question, answer, text_rows = halves
+        if inside := columns.fields_of(answer):
+            raise DataError(
+                f"Column {answer!r} is named like an answer, but holds objects.",
+                f"Where the answer is to be JSON, write it there as text; or name one of its fields, {list_names(inside)}, "
+                f"as in --prompt-column {shlex.quote(question)} --completion-column {shlex.quote(inside[0])}",
+            )
         raise DataError(
             f"Columns {question!r} and {answer!r} are named like question and answer, but both are text in {text_rows} "
             f"of the first {len(columns.records)} rows only.",
             f"Mend the others, or have them listed and left out: --prompt-column {shlex.quote(question)} "
             f"--completion-column {shlex.quote(answer)} --on-bad-row skip",
         )
+    refuse_unnamed_turns(columns)
     named = columns.find(CONVERSATIONS[:-1])
     if named and any(isinstance(v, str) and v.lstrip()[:1] in ("[", "{") for v in columns.values(named)):
         raise DataError(

@@ -1,10 +1,12 @@
 """Messages of a conversation: every way in which data sets write turns, read into one list of role and content.
 
 Read are lists of `{"role", "content"}` and of ShareGPT's `{"from", "value"}`, one message alone, a struct of lists
-(how Arrow stores lists of objects sometimes), a list of texts in turn, a list of question and answer pairs or of pairs
-of role and text, and all of these as JSON text or as Python prints them. Content may be made of parts (parts.py).
+(how Arrow stores lists of objects sometimes), a list of texts in turn, a list of question and answer pairs, of pairs of
+role and text or of speaker and utterance, an object whose keys count its turns, and all of these as JSON text or as
+Python prints them. Content may be made of parts (parts.py).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ ROLES = {
     "tool_calls": CALL,
 }
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+SPEAKER, SPOKEN = "speaker", (*CONTENT_KEYS, "utterance")  # of transcripts, which may be of no assistant at all
 PART_KEYS = (*CONTENT_KEYS, "parts")  # of which the first that is there counts; the last is Google's
 ASKED = ("human", "user", "question", "instruction", "prompt", "input", "query", "q")
 ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
@@ -74,6 +77,12 @@ def turns_of(value: Any) -> list[Any] | None:
     return turns
 
 
+def is_transcript(value: Any) -> bool:
+    """Whether a value is turns of speakers, or a struct of lists of these."""
+    items = value if isinstance(value, list) else [value]
+    return any(isinstance(item, dict) and SPEAKER in item and not item.keys() & {*ROLE_KEYS} for item in items)
+
+
 def holds_messages(value: Any) -> bool:
     """Whether a value is messages beyond doubt: each of its turns says whose it is.
 
@@ -109,13 +118,30 @@ def _turns_of_pairs(items: list[Any]) -> list[Message] | None:
     return [{"role": name, "content": text} for name, text in items]
 
 
+def numbered_items(value: Record) -> list[Any]:
+    """What an object holds whose keys count it (`turn_1`, `turn_2`), in that order; nothing where they do not."""
+    counted = [re.fullmatch(r"(\D*)(\d+)", str(key)) for key in value]
+    found = sorted((key for key in counted if key), key=lambda key: int(key[2]))
+    if len(found) < len(value) or len({key[1] for key in found}) != 1:
+        return []
+    return [value[key[0]] for key in found if value[key[0]] is not None]
+
+
 def _turns_of_object(value: Record) -> list[Any] | None:
-    role = next((key for key in ROLE_KEYS if key in value), None)
+    if (items := numbered_items(value)) and all(isinstance(item, dict) for item in items):
+        return turns_of(items)
+    role = next((key for key in (*ROLE_KEYS, SPEAKER) if key in value), None)
     if role is not None and isinstance(value[role], list):
         lists = {key: items for key, items in value.items() if isinstance(items, list)}
         if len({len(items) for items in lists.values()}) > 1:
             return None
-        return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+        return turns_of([dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)])
+    if role == SPEAKER:
+        said = next((key for key in SPOKEN if isinstance(value.get(key), str)), None)
+        if said is None or not isinstance(value[role], str):
+            return None
+        rest = {key: item for key, item in value.items() if key not in (role, said)}
+        return [{**rest, "role": value[role], "content": value[said]}]
     if role is not None:
         return [value]
     texts = {key.lower(): key for key, item in value.items() if isinstance(item, str)}
@@ -126,8 +152,10 @@ def _turns_of_object(value: Record) -> list[Any] | None:
     system = value.get("system")
     turns = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
     question = "\n".join(text for key in asked if (text := value[key]).strip())
-    # What else the pair says, such as a weight or a thought, is of its answer.
+    # What else the pair says, such as a weight or a thought, is of its answer; what else is text may be of either.
     rest = {key: item for key, item in value.items() if key not in (*asked, answered, "system")}
+    if any(rest.get(key) for key in PART_KEYS):
+        return None
     return [*turns, {"role": "user", "content": question}, {**rest, "role": "assistant", "content": value[answered]}]
 
 

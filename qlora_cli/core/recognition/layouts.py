@@ -1,0 +1,179 @@
+"""Layouts of conversations that are not read, and for each the command that writes it as one that is.
+
+What stands in a row of its own, branches, or does not say which of its texts is the answer, can be meant in more ways
+than one; the command says which of them it takes.
+"""
+
+import json
+import shlex
+from itertools import chain, pairwise
+from typing import Any
+
+from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
+from qlora_cli.core.records.messages import (
+    ANSWERED,
+    ASKED,
+    CALL,
+    CONTENT_KEYS,
+    KNOWN_ROLES,
+    ROLE_KEYS,
+    SPEAKER,
+    SPOKEN,
+    numbered_items,
+    turns_of,
+)
+from qlora_cli.core.records.record import Record
+from qlora_cli.errors import DataError
+
+OWNERS = ("conversation_id", "conv_id", "dialogue_id", "dialog_id", "thread_id", "session_id", "chat_id")
+PARENTS, NAMES = ("parent_id", "parent"), ("message_id", "id")  # of a message before, and of each message
+ROWS = 'map(json.loads,open("DATA.jsonl"))'
+EACH_WAY = ", each way from a first message to a last one a conversation (--train-on last trains the last answer of each alone)"
+
+
+def refuse_messages_as_rows(columns: Columns) -> None:
+    """Refuses rows of which each is one message, instead of a whole conversation.
+
+    Raises:
+        DataError: They are.
+    """
+    role, text = columns.find((*ROLE_KEYS, SPEAKER)), columns.find(SPOKEN)
+    if role is None or text is None or not columns.is_text(role) or not columns.is_text(text):
+        return
+    parent, name, owner = columns.find(PARENTS), columns.find(NAMES), columns.find(OWNERS)
+    if not (columns.are_messages() or (role.lower() == SPEAKER and owner)):
+        return
+    message = _message(role, text)
+    if parent and name:
+        code = (
+            f"m={{r[{_quoted(name)}]:r for r in {ROWS}}}; up=lambda r:r.get({_quoted(parent)}); "
+            f"path=lambda r:(path(m[up(r)]) if up(r) in m else [])+[{message}]; "
+            "ends=m.keys()-set(map(up,m.values())); "
+            '[print(json.dumps({"messages":path(m[i])})) for i in m if i in ends]'
+        )
+    elif owner:
+        code = (
+            f"t={{}}; [t.setdefault(r[{_quoted(owner)}],[]).append({message}) for r in {ROWS}]; "
+            '[print(json.dumps({"messages":c})) for c in t.values()]'
+        )
+    else:
+        code = ""
+    raise DataError(
+        f"Each row is one message with a role, not a conversation; the data has {columns.listed}."
+        + (
+            f" As JSON lines they are joined by the command below{EACH_WAY if parent and name else ''}." if code else ""
+        ),
+        _command(code)
+        if code
+        else "Join the messages of a conversation into one row: a list of role and content in a column 'messages'.",
+    )
+
+
+def refuse_trees(columns: Columns) -> None:
+    """Refuses messages that hold the replies to them: of several it is not known which are meant.
+
+    Raises:
+        DataError: Rows are such, or a column holds them.
+    """
+    for name in (None, *columns.names):
+        values = columns.records if name is None else [v for v in columns.values(name) if isinstance(v, dict)]
+        if reply := _replies_of(values):
+            role = next(key for key in ROLE_KEYS if any(key in value for value in values))
+            text = next((key for key in CONTENT_KEYS if any(key in value for value in values)), "content")
+            root = "json.loads(l)" + (f"[{_quoted(name)}]" if name else "")
+            message = _message(role, text)
+            code = (
+                f"walk=lambda r,b:[p for n in r.get({_quoted(reply)}) or [] for p in walk(n,b+[{message}])] or "
+                f'[b+[{message}]]; [print(json.dumps({{"messages":p}})) for l in open("DATA.jsonl") for p in walk({root},[])]'
+            )
+            raise DataError(
+                f"{f'Column {name!r} holds' if name else 'Each row is'} a tree of messages, of which {reply!r} answer each. "
+                f"As JSON lines it is taken apart by the command below{EACH_WAY}.",
+                _command(code),
+            )
+
+
+def refuse_without_answers(columns: Columns, name: str) -> None:
+    """Refuses conversations of which no turn is the assistant's, but one that may be called otherwise.
+
+    Raises:
+        DataError: They are such.
+    """
+    talks = list(map(columns.roles_of, columns.values(name)))
+    roles = list(dict.fromkeys(chain.from_iterable(talks)))
+    if not roles or {"assistant", CALL} & {*roles}:
+        return
+    replying = (
+        reply for talk in talks for role, reply in pairwise(talk) if role == "user" and reply not in ("user", "tool")
+    )
+    strangers = [role for role in roles if role not in KNOWN_ROLES]
+    if reply := next(replying, None):
+        flags = f"--role {shlex.quote(f'{reply}=assistant')}"
+    elif "user" not in roles and len(strangers) > 1:
+        flags = " ".join(
+            f"--role {shlex.quote(f'{w}={r}')}" for w, r in zip(strangers, ("user", "assistant"), strict=False)
+        )
+    else:
+        return
+    raise DataError(
+        f"No turn of column {name!r} is the assistant's; they are of {list_names(roles)}.",
+        f"Say whose the answers are, such as: {flags}",
+    )
+
+
+def refuse_unnamed_turns(columns: Columns) -> None:
+    """Refuses turns in a column named like a conversation's whose fields do not say which is question and which answer.
+
+    Raises:
+        DataError: It holds such.
+    """
+    for name in (n for n in columns.names if n.lower() in CONVERSATIONS):
+        values = [value for value in columns.values(name) if isinstance(value, list | dict)]
+        listed = [numbered_items(value) if isinstance(value, dict) else value for value in values]
+        turns = [turn for items in listed for turn in items]
+        if not turns or not all(isinstance(turn, dict) for turn in turns) or turns_of(turns) is not None:
+            continue
+        texts = [key for key in turns[0] if isinstance(turns[0][key], str)]
+        if len(texts) < 2 or any(key in turn for turn in turns for key in (*ROLE_KEYS, SPEAKER)):
+            continue
+        asked = next((key for key in texts if key.lower() in ASKED), texts[0])
+        others = [key for key in texts if key != asked]
+        said = next((key for key in others if key.lower() in ANSWERED), others[-1])
+        inside = ".values()" if isinstance(values[0], dict) else ""
+        code = (
+            f'[print(json.dumps({{"messages":[{{"role":w,"content":t[k]}} for t in r[{_quoted(name)}]{inside} for w,k in '
+            f'(("user",{_quoted(asked)}),("assistant",{_quoted(said)}))]}})) for r in {ROWS}]'
+        )
+        raise DataError(
+            f"The turns in column {name!r} have the fields {list_names(list(turns[0]))}, and not all of them are known for "
+            f"a question, its answer or a role. Of JSON lines, the command below takes {asked!r} for the question, "
+            f"{said!r} for its answer, and nothing else.",
+            _command(code),
+        )
+
+
+def _replies_of(messages: list[Record]) -> str | None:
+    """The key under which messages hold a list of messages."""
+
+    def holds(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and bool(value)
+            and all(isinstance(item, dict) and item.keys() & {*ROLE_KEYS} for item in value)
+        )
+
+    said = (message for message in messages if message.keys() & {*ROLE_KEYS})
+    fields = ((key, value) for message in said for key, value in message.items() if key.lower() not in CONVERSATIONS)
+    return next((key for key, value in fields if holds(value)), None)
+
+
+def _message(role: str, text: str) -> str:
+    return f'{{"role":r[{_quoted(role)}],"content":r[{_quoted(text)}]}}'
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name)
+
+
+def _command(code: str) -> str:
+    return f"python -c {shlex.quote(f'import json; {code}')} > joined.jsonl"
