@@ -455,6 +455,23 @@ def test_a_text_between_beginning_and_end_of_its_own_has_them_once(tmp_path):
     assert "2 of the first 4 rows hold some" in said
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_template_that_prints_no_tools_is_refused_with_flags_that_go_on(tmp_path, rows):
+    tool = {"type": "function", "function": {"name": "depth", "parameters": {"properties": {"of": {}}}}}
+    rows = [{"messages": [ASK, ANSWER], "tools": [tool]}] * rows
+    found, said = prepared(tmp_path, rows, byte_level())
+    assert (
+        found is None and "--chat-template FILE" in said and "--on-lost-content warn" in said and "column" not in said
+    )
+    template = tmp_path / "tools.jinja"
+    template.write_text("{{ tools | tojson }}" + str(byte_level().chat_template))
+    assert prepared(tmp_path, rows, byte_level(), chat_template=str(template))[0] == [json.dumps([tool]) + TURN] * len(
+        rows
+    )
+    (tmp_path / "again").mkdir()
+    assert prepared(tmp_path / "again", rows, byte_level(), on_lost_content="warn")[0] == [TURN] * len(rows)
+
+
 def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path):
     tokenizer = deepcopy(byte_level())
     with_tools = (

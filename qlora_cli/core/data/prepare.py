@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -373,7 +373,7 @@ class _Output:
                 self._bad_rows = self._bad_rows or self._stack.enter_context(
                     (self._directory / BAD_ROWS).open("w", encoding="utf-8")
                 )
-                self._bad_rows.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+                self._bad_rows.write(json.dumps(bad.to_dict(), ensure_ascii=False) + "\n")
             offsets = np.cumsum([0, *chunk.lengths], dtype=np.int32)
             self._writer.write(chunk.input_ids, chunk.trained, offsets, statistics.records_of(chunk))
             statistics.add(chunk)

@@ -77,7 +77,8 @@ class PreparationStatistics:
         if self.first_bad and not self.dropped:
             raise DataError(
                 f"Of {records} in {data} none can be trained on; the first: {self.first_bad[0]}.",
-                f"If that is wrong with all of them, mend it there, or name other columns: {COLUMN_FLAGS}.",
+                self.first_bad[0].way
+                or f"If that is wrong with all of them, mend it there, or name other columns: {COLUMN_FLAGS}.",
             )
         reasons = [f"{count} {reason}" for reason, count in self.dropped.most_common()]
         reasons += [f"{format_count(bad, 'bad row')}, the first {self.first_bad[0]}"] if self.first_bad else []

@@ -96,7 +96,7 @@ class Tokeniser:
             if isinstance(row, Blank):
                 dropped[str(row)] += 1
             elif problem := str(row) if isinstance(row, BadField) else self._problem_of(row):
-                bad_rows.append(BadRow(chunk.file, line, problem))
+                bad_rows.append(BadRow(chunk.file, line, problem, row.way if isinstance(row, BadField) else ""))
             else:
                 assert not isinstance(row, BadField)
                 rows += row

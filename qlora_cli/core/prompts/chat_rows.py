@@ -156,7 +156,7 @@ class ChatFormatter:
         if isinstance(rendered, BadField):
             return rendered
         if rendered.faults and self._on_lost_content == "stop":
-            return BadField(_sentence([sentence for _, sentence in rendered.faults]))
+            return _bad_field([sentence for _, sentence in rendered.faults])
         self._counts.update({f"lost_{kind}" for kind, _ in rendered.faults})
         self._counts["unfolded"] += rendered.unfolded and len(rendered.rows) > 1
         self._counts["moved"] += rendered.moved
@@ -218,9 +218,10 @@ def _says_something(message: Message) -> bool:
     )
 
 
-def _sentence(faults: list[str]) -> str:
+def _bad_field(faults: list[str]) -> BadField:
+    """What the template does to a conversation, as the reason why it is refused, and the flags with which it is not."""
     shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
-    ways = "--chat-template FILE takes another, --on-lost-content warn trains such rows all the same"
+    ways = "Take another template, --chat-template FILE, or train such rows all the same: --on-lost-content warn."
     if any("thought" in fault for fault in faults):
-        ways = f"--thoughts drop leaves thoughts out, {ways}"
-    return f"the chat template {shown} ({ways})"
+        ways = f"Leave thoughts out: --thoughts drop. Or {ways[0].lower()}{ways[1:]}"
+    return BadField(f"the chat template {shown}", ways)

@@ -22,24 +22,30 @@ PARSED = 8  # times as much memory as the text of it, for most rows
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row, or a whole file (line None), that cannot be read or trained on."""
+    """A row, or a whole file (line None), that cannot be read or trained on; `way`: see `BadField`."""
 
     file: str
     line: int | None
     cause: str
+    way: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.cause}" if self.line is not None else f"{self.file}: {self.cause}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is listed."""
+        return {"file": self.file, "line": self.line, "cause": self.cause}
 
     def error(self, of_rows: int = 0) -> DataError:
         """What ends a preparation that stops at it, where `of_rows` rows were read and none was good, if there were any."""
         if self.line is None:
             hint = "Mend the file, or take it out of --data; beside others --on-bad-row skip leaves it out."
         elif of_rows > 1:
-            hint = f"Mend what they have in common, or name other columns: {COLUMN_FLAGS}."
+            hint = self.way or f"Mend what they have in common, or name other columns: {COLUMN_FLAGS}."
             return DataError(f"{self}. None of the first {of_rows:,} rows is good.", hint)
         else:
             hint = "Mend it, or leave such rows out and have them listed: --on-bad-row skip"
+            hint = f"{self.way} Or leave such rows out and have them listed: --on-bad-row skip" if self.way else hint
         return DataError(f"{self}.", hint)
 
 

@@ -10,7 +10,16 @@ LONGEST_LITERAL = 2**20  # letters of a Python literal that are parsed; Python's
 
 
 class BadField(Exception):
-    """Why a record cannot be used, as a sentence without its full stop."""
+    """Why a record cannot be used, as a sentence without its full stop.
+
+    Args:
+        reason: The sentence.
+        way: What to type to train on such records all the same, as another one; empty where there is nothing.
+    """
+
+    def __init__(self, reason: str, way: str = "") -> None:
+        super().__init__(reason)
+        self.way = way
 
 
 class Blank(Exception):
