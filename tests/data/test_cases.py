@@ -13,7 +13,7 @@ import pytest
 
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows
-from qlora_cli.core.data.prepare import prepare_rows
+from qlora_cli.core.data.prepare import SAMPLE_RECORDS, prepare_rows
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Caution, Notice
 from tests.prompts.small_tokenizers import byte_level, sentencepiece_like
@@ -453,6 +453,17 @@ def test_a_text_between_beginning_and_end_of_its_own_has_them_once(tmp_path):
     assert all((row.count(1), row.count(2)) == (1, 1) for row in ids)
     assert "1 of the first 4 texts stand between the tokens of beginning and end" in said
     assert "2 of the first 4 rows hold some" in said
+
+
+def test_columns_of_later_rows_alone_are_named(tmp_path):
+    """What a row holds is not passed over because none of those by which the format was recognised has it."""
+    rows = [{"messages": [ASK, ANSWER]}] * SAMPLE_RECORDS
+    later = {"messages": [ASK, ANSWER], "system": "Be brief.", "tools": [], "chat_template_kwargs": {"a": 1}}
+    found, said = prepared(tmp_path, [*rows, later, later], byte_level())
+    assert len(found) == SAMPLE_RECORDS + 2
+    assert "none of the first rows has are not used: 'system' (in 2 rows). To" in said
+    (tmp_path / "again").mkdir()
+    assert "system text in 'system'" in prepared(tmp_path / "again", [later, *rows], byte_level())[1]
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -20,16 +20,14 @@ from qlora_cli.artifacts import BAD_ROWS, PREPARED_MANIFEST, PREPARED_ROWS
 from qlora_cli.config import PrepareConfig
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.data.prepare import (
-    SMALL_BYTES,
     TASK,
     cache_directory,
     choose_max_length,
-    count_processes,
     prepare_cached_rows,
     prepare_rows,
 )
 from qlora_cli.core.data.tokenize import Tokeniser, TokeniserSettings
-from qlora_cli.core.data.worker_pool import TokeniserPool
+from qlora_cli.core.data.worker_pool import SMALL_BYTES, TokeniserPool, count_processes
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, format_prompt
 from qlora_cli.core.reading.chunks import Chunk

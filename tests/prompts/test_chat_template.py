@@ -116,7 +116,9 @@ def test_a_template_that_forgets_earlier_thoughts():
 def test_a_template_that_drops_thoughts_stops_and_says_so():
     thinking = [CHAT[0], {"role": "assistant", "content": "<think>\nhm\n</think>first"}]
     reason = rows_of(manners.REASONING, {"messages": thinking})
-    assert reason.startswith("the chat template leaves out the thought of message 2 (Leave thoughts out: --thoughts drop.")
+    assert reason.startswith(
+        "the chat template leaves out the thought of message 2 (Leave thoughts out: --thoughts drop."
+    )
     (row,) = rows_of(manners.REASONING, {"messages": thinking}, on_lost_content="warn")
     assert row.endswith("[[first<|im_end|>]]")
     assert rows_of(manners.REASONING, {"messages": thinking}, thoughts="drop") == [row]

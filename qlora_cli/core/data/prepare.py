@@ -33,7 +33,7 @@ from qlora_cli.core.data.sources import (
 )
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
-from qlora_cli.core.data.worker_pool import TokeniserPool
+from qlora_cli.core.data.worker_pool import TokeniserPool, count_processes
 from qlora_cli.core.models.files import context_length
 from qlora_cli.core.prompts.encoder import TextEncoder, encoder_of
 from qlora_cli.core.prompts.formatting import Formatting
@@ -59,8 +59,6 @@ PREPARATION = 4  # raised when the same input would give other rows, so that old
 DEFAULT_MAX_LENGTH = 2048
 SAMPLE_RECORDS = 256  # looked at to recognise the format
 SAMPLE_LETTERS = 2**23  # where rows are long, fewer of them do
-SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
-MOST_PROCESSES = 8  # of 100 MB each beside 600 MB here; --workers may ask for more
 TASK = "Preparing"
 PREPARED_FILES = (PREPARED_MANIFEST, PREPARED_ROWS, BAD_ROWS)
 
@@ -222,6 +220,7 @@ def prepare_rows(
                     vocabulary_size=len(tokenizer),
                     on_lost_content=settings.on_lost_content,
                     rules=found.rules,
+                    columns=found.columns,
                 )
                 chunks = data_set.take(source.chunks(settings.max_line_bytes, chunk_bytes), settings.max_line_bytes)
                 processes = count_processes(source.total_bytes, workers, cores=len(os.sched_getaffinity(0)))
@@ -325,19 +324,6 @@ def limited(chunks: Iterator[Chunk], settings: DataSettings) -> Iterator[Chunk]:
         chunk.bad_rows = [bad for bad in chunk.bad_rows if (bad.line or 0) < last]
         yield chunk
         return
-
-
-def count_processes(total_bytes: int | None, workers: int | None, cores: int) -> int:
-    """Processes that tokenise: as many as were asked for, else one a core, or one in all for a small input.
-
-    Args:
-        total_bytes: Size of the files; None for a table.
-        workers: What --workers says.
-        cores: Of this machine.
-    """
-    if workers is not None:
-        return workers
-    return 1 if total_bytes is not None and total_bytes < SMALL_BYTES else min(cores, MOST_PROCESSES)
 
 
 class _Output:

@@ -32,6 +32,7 @@ class PreparationStatistics:
         self.dropped: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()  # as in TokenisedChunk, with trained_tokens and bad_rows
         self.first_bad: list[BadRow] = []
+        self.unseen: Counter[str] = Counter()
         self.sets: list[dict[str, Any]] = []  # of each data set: name, share, records, rows, tokens, trained_tokens
         self._hashes = [hashlib.sha256() for _ in range(3)]
         self._records_hash = hashlib.sha256()
@@ -41,6 +42,7 @@ class PreparationStatistics:
         self.lengths.append(chunk.lengths)
         self._records_hash.update(self.records_of(chunk).tobytes())
         self.dropped += chunk.dropped
+        self.unseen += chunk.unseen
         self.counts += chunk.counts + Counter(trained_tokens=int(chunk.trained.sum()), bad_rows=len(chunk.bad_rows))
         self.first_bad += chunk.bad_rows[: 3 - len(self.first_bad)]
         for hashed, values in zip(self._hashes, (chunk.input_ids, chunk.trained, chunk.lengths), strict=True):
@@ -132,6 +134,17 @@ class PreparationStatistics:
             report(Notice(f"{count} of {rows} {_were(count)} split at --max-length."))
         for reason, count in self.dropped.most_common():
             report(Caution(f"{count} of {rows} {_were(count)} left out: {reason}."))
+        if self.unseen:
+            shown = ", ".join(
+                f"{name!r} (in {format_count(count, 'row')})" for name, count in self.unseen.most_common(9)
+            )
+            more = f", and {len(self.unseen) - 9} more" if len(self.unseen) > 9 else ""
+            report(
+                Caution(
+                    f"Columns that none of the first rows has are not used: {shown}{more}. To have them recognised, put one "
+                    "of these rows first."
+                )
+            )
         if count := counts["closed"]:
             lacked = (
                 "the beginning or end token that it lacked"

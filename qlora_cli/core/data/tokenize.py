@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_cli.core.prompts.chat_rows import SETTINGS_COLUMN
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec
 from qlora_cli.core.prompts.formatting import Formatted, Formatting, RowFormatter
 from qlora_cli.core.reading.chunks import BadRow, Chunk, parse_chunk
@@ -16,6 +17,8 @@ from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import QloraError
 
 GIVEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # 1 where a token is trained
+# Columns of a format that are read in whatever row has them.
+READ_ANYWAY = {"chat": {SETTINGS_COLUMN}, "tokens": {"labels", "attention_mask", *GIVEN_MASKS, "position_ids"}}
 Row = tuple[np.ndarray, np.ndarray]  # input_ids (n,) int32, trained (n,) bool
 
 
@@ -32,6 +35,7 @@ class TokeniserSettings:
     vocabulary_size: int
     on_lost_content: str = "stop"
     rules: RowRules = field(default_factory=RowRules)
+    columns: frozenset[str] | None = None  # that the first rows have; None: whichever there are
 
 
 @dataclass
@@ -51,6 +55,7 @@ class TokenisedChunk:
             them); hollow (conversations in which it writes an empty thought before trained answers); lost_text,
             lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out).
         dropped: Reason → records left out.
+        unseen: Column that none of the first rows has → records that hold something in it.
         bad_rows: In order.
         source_bytes: As in Chunk.
     """
@@ -63,6 +68,7 @@ class TokenisedChunk:
     dropped: Counter[str] = field(default_factory=Counter)
     bad_rows: list[BadRow] = field(default_factory=list)
     source_bytes: int = 0
+    unseen: Counter[str] = field(default_factory=Counter)
 
 
 class Tokeniser:
@@ -83,6 +89,12 @@ class Tokeniser:
         result.counts["records"] = len(chunk.records) + len(chunk.bad_rows)
         result.bad_rows = sorted(chunk.bad_rows + result.bad_rows, key=lambda bad: bad.line or 0)
         result.source_bytes = chunk.source_bytes
+        if self._settings.columns is not None:
+            known = self._settings.columns | READ_ANYWAY.get(self._settings.formatting.format, set())
+            later = ((record, record.keys() - known) for record in chunk.records)
+            result.unseen = Counter(
+                name for record, names in later for name in names if record[name] not in (None, "", [], {})
+            )
         self._fit(result)
         return result
 

@@ -22,6 +22,8 @@ from qlora_cli.core.data.tokenize import TokenisedChunk, TokeniserSettings
 from qlora_cli.core.reading.chunks import Chunk
 from qlora_cli.errors import DataError
 
+SMALL_BYTES = 2**21  # a smaller input is done before processes would have started
+MOST_PROCESSES = 8  # of 100 MB each beside 600 MB in this one; --workers may ask for more
 CHUNKS_AHEAD = 3  # chunks held for each process, waiting, in work or done; bounds the memory
 BYTES_AHEAD = 3 * 2**24  # that these take, of all processes together; two rows of 16 MiB fit
 IMPORT_ROOT = str(Path(qlora_cli.__file__).resolve().parents[1])
@@ -39,6 +41,19 @@ CODE = (
     "from qlora_cli.core.data.tokenize import serve\n"
     "serve(Connection(int(sys.argv[1])))"
 )
+
+
+def count_processes(total_bytes: int | None, workers: int | None, cores: int) -> int:
+    """Processes that tokenise: as many as were asked for, else one a core, or one in all for a small input.
+
+    Args:
+        total_bytes: Size of the files; None for a table.
+        workers: What --workers says.
+        cores: Of this machine.
+    """
+    if workers is not None:
+        return workers
+    return 1 if total_bytes is not None and total_bytes < SMALL_BYTES else min(cores, MOST_PROCESSES)
 
 
 class TokeniserPool:

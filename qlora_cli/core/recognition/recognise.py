@@ -72,7 +72,7 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
     else:
         recognised = recognise_text(columns, settings, encoder)
     recognised = _with_unused(columns, with_selection(columns, recognised, settings))
-    recognised = _without_media(columns, recognised, settings)
+    recognised = replace(_without_media(columns, recognised, settings), columns=frozenset().union(*records))
     return replace(recognised, rules=replace(recognised.rules, fields=inner)) if inner else recognised
 
 

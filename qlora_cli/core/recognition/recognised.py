@@ -21,6 +21,7 @@ class Recognised:
         rules: What is left out of rows, or unwrapped in them, before.
         rejected: The column of answers that those trained are preferred to.
         unused: Columns that have no part in it.
+        columns: Names of all that the first rows have, by which it was found.
     """
 
     formatting: Formatting
@@ -31,6 +32,7 @@ class Recognised:
     rules: RowRules = field(default_factory=RowRules)
     rejected: str | None = None
     unused: tuple[str, ...] = ()
+    columns: frozenset[str] = frozenset()
 
 
 def describe_trained(train_on: str) -> str:
