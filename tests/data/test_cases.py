@@ -110,7 +110,7 @@ CASES = {
         "'response1', 'response2' may hold it",
     ),
     "messages before a list of answers, of which the first counts": (
-        [{"prompt": [ASK, BAD, ASK], "response": ["Chiemsee.", "Zugspitze."]}], {}, [CONTEXT + TURN], "'prompt' and 'response'",
+        [{"prompt": [ASK, BAD, ASK], "response": ["Chiemsee.", "Zugspitze."]}], {}, [CONTEXT + TURN], "several answers, the first is trained",
     ),
     "messages that end in a question beside a number for its answer": (
         [{"messages": [ASK, BAD, ASK], "answer": 4}], {}, None, "'answer' may hold it",

@@ -17,11 +17,14 @@ WEIGHING = ("weight", "weights", "loss_weight", "sample_weight", "loss_mask")
 
 
 def with_selection(columns: Columns, recognised: Recognised, settings: DataSettings) -> Recognised:
-    """Leaves out what the data calls bad, and what it says is not trained.
+    """Leaves out what the data calls bad, what it says is not trained, and other answers than the first.
 
     Raises:
         DataError: A column weighs rows, and the columns to read are not named by flags.
     """
+    if (answers := recognised.rules.answers) and any(map(_holds_several, columns.values(answers))):
+        remark = f"Where column {answers!r} holds several answers, the first is trained."
+        recognised = replace(recognised, remarks=(*recognised.remarks, remark))
     for name in filter(None, (columns.find([known]) for known in TRAINED)):
         if name not in recognised.used:
             recognised = _with_trained(columns, recognised, settings, name)
@@ -30,6 +33,11 @@ def with_selection(columns: Columns, recognised: Recognised, settings: DataSetti
         return recognised
     remark = f"Rows whose column {label!r} is false are left out."
     return _with_rule(recognised, label, remark, label=label)
+
+
+def _holds_several(value: Any) -> bool:
+    value = value.get("text") if isinstance(value, dict) else value
+    return isinstance(value, list) and len({str(item) for item in value}) > 1
 
 
 def _with_trained(columns: Columns, recognised: Recognised, settings: DataSettings, name: str) -> Recognised:
