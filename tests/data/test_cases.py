@@ -245,6 +245,12 @@ CASES = {
     "speakers of whom flags say it": (
         [{"dialogue": [{"speaker": "A", "text": "A lake?"}, {"speaker": "B", "text": "Chiemsee."}]}], {"role": ("A=user", "B=assistant")}, [TURN], "",
     ),
+    "an export of chats": (
+        [{"chat_messages": [{"sender": "human", "text": "A lake?", "content": [{"type": "text", "text": "A lake?"}]},
+                            {"sender": "assistant", "text": "Chiemsee.", "content": [{"type": "text", "text": "Chiemsee."}]}]}], {}, [TURN], "",
+    ),
+    "messages of LangChain": ([{"messages": [{"type": "human", "content": "A lake?"}, {"type": "ai", "content": "Chiemsee."}]}], {}, [TURN], ""),
+    "names of those who ask": ([{"messages": [{**ASK, "name": "Ann"}, ANSWER]}], {}, [TURN], "Keys of messages that are not used: 'name'"),
     "a system that answers": (
         [{"turns": [{"speaker": "USER", "utterance": "A lake?"}, {"speaker": "SYSTEM", "utterance": "Chiemsee."}]}], {}, None,
         "--role system=assistant",

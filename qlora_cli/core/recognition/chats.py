@@ -318,10 +318,11 @@ def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Forma
     names = [name for name in (found.messages, found.history, found.prompt, found.answer) if name]
     values = [value for name in names for value in columns.values(name)]
     turns = [turn for value in values for turn in turns_of(value) or () if isinstance(turn, dict)]
-    said = [key for turn in turns for key, value in turn.items() if value not in NOTHING]
-    unread = formatting.unread(key for key in dict.fromkeys(said) if key not in KNOWN_KEYS)
+    whose = list(chain.from_iterable(map(columns.roles_of, values)))
+    said = dict.fromkeys(key for turn in turns for key, value in turn.items() if value not in NOTHING)
+    named = {"name" for turn, role in zip(turns, whose, strict=True) if role != "tool" and turn.get("name")}
+    unread = formatting.unread(key for key in said if key not in KNOWN_KEYS - named)
     sentences = [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
-    whose = chain.from_iterable(map(columns.roles_of, values))
     asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ASKING]
     if train_on != "all" and (
         key := next((k for k in TRAINED_KEYS if any(turn.get(k) in YES for turn in asking)), None)

@@ -171,7 +171,9 @@ class Columns:
         value = decode_nested(value) if isinstance(value, str) else value
         if isinstance(value, list) and value and all(isinstance(item, str) and item[:1] != "{" for item in value):
             return name.lower() in CONVERSATIONS and len(value) > 1
-        return bool(turns_of(value)) and (name.lower() in CONVERSATIONS or not is_transcript(value))
+        if is_transcript(value) and name.lower() not in CONVERSATIONS[:-1]:
+            return "assistant" in self.roles_of(value)
+        return bool(turns_of(value))
 
     def roles_of(self, value: Any) -> list[str]:
         """Who says each turn of a conversation, under the names that chat templates know."""

@@ -17,8 +17,7 @@ from qlora_cli.core.records.messages import (
     CONTENT_KEYS,
     KNOWN_ROLES,
     ROLE_KEYS,
-    SPEAKER,
-    SPOKEN,
+    SPEAKERS,
     numbered_items,
     turns_of,
 )
@@ -37,11 +36,11 @@ def refuse_messages_as_rows(columns: Columns) -> None:
     Raises:
         DataError: They are.
     """
-    role, text = columns.find((*ROLE_KEYS, SPEAKER)), columns.find(SPOKEN)
+    role, text = columns.find((*ROLE_KEYS, *SPEAKERS)), columns.find(CONTENT_KEYS)
     if role is None or text is None or not columns.is_text(role) or not columns.is_text(text):
         return
     parent, name, owner = columns.find(PARENTS), columns.find(NAMES), columns.find(OWNERS)
-    if not (columns.are_messages() or (role.lower() == SPEAKER and owner)):
+    if not (columns.are_messages() or (role.lower() in SPEAKERS and owner)):
         return
     message = _message(role, text)
     if parent and name:
@@ -134,7 +133,7 @@ def refuse_unnamed_turns(columns: Columns) -> None:
         if not turns or not all(isinstance(turn, dict) for turn in turns) or turns_of(turns) is not None:
             continue
         texts = [key for key in turns[0] if isinstance(turns[0][key], str)]
-        if len(texts) < 2 or any(key in turn for turn in turns for key in (*ROLE_KEYS, SPEAKER)):
+        if len(texts) < 2 or any(key in turn for turn in turns for key in (*ROLE_KEYS, *SPEAKERS, "type")):
             continue
         asked = next((key for key in texts if key.lower() in ASKED), texts[0])
         others = [key for key in texts if key != asked]

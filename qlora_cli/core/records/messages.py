@@ -38,8 +38,10 @@ ROLES = {
     "tool_call": CALL,
     "tool_calls": CALL,
 }
-ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
-SPEAKER, SPOKEN = "speaker", (*CONTENT_KEYS, "utterance")  # of transcripts, which may be of no assistant at all
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "utterance", "message")
+# Of transcripts, which may be of no assistant at all, and of exports of chats.
+SPEAKERS = ("speaker", "sender", "author", "participant")
+TYPES = ("human", "ai", "system", "tool")  # of LangChain's messages
 PART_KEYS = (*CONTENT_KEYS, "parts")  # of which the first that is there counts; the last is Google's
 ASKED = ("human", "user", "question", "instruction", "prompt", "input", "query", "q")
 ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
@@ -80,7 +82,9 @@ def turns_of(value: Any) -> list[Any] | None:
 def is_transcript(value: Any) -> bool:
     """Whether a value is turns of speakers, or a struct of lists of these."""
     items = value if isinstance(value, list) else [value]
-    return any(isinstance(item, dict) and SPEAKER in item and not item.keys() & {*ROLE_KEYS} for item in items)
+    return any(
+        isinstance(item, dict) and item.keys() & {*SPEAKERS} and not item.keys() & {*ROLE_KEYS} for item in items
+    )
 
 
 def holds_messages(value: Any) -> bool:
@@ -130,18 +134,26 @@ def numbered_items(value: Record) -> list[Any]:
 def _turns_of_object(value: Record) -> list[Any] | None:
     if (items := numbered_items(value)) and all(isinstance(item, dict) for item in items):
         return turns_of(items)
-    role = next((key for key in (*ROLE_KEYS, SPEAKER) if key in value), None)
+    role = next((key for key in (*ROLE_KEYS, *SPEAKERS) if key in value), None)
+    role = "type" if role is None and value.get("type") in TYPES else role
     if role is not None and isinstance(value[role], list):
         lists = {key: items for key, items in value.items() if isinstance(items, list)}
         if len({len(items) for items in lists.values()}) > 1:
             return None
         return turns_of([dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)])
-    if role == SPEAKER:
-        said = next((key for key in SPOKEN if isinstance(value.get(key), str)), None)
-        if said is None or not isinstance(value[role], str):
+    if role is not None and role not in ROLE_KEYS:
+        said = [item for key in CONTENT_KEYS if (item := value.get(key)) and (isinstance(item, str) or are_parts(item))]
+        words = {item for item in said if isinstance(item, str)}
+        if not said or not isinstance(value[role], str) or len(words) > 1:
             return None
-        rest = {key: item for key, item in value.items() if key not in (role, said)}
-        return [{**rest, "role": value[role], "content": value[said]}]
+        rest = {key: item for key, item in value.items() if key not in (role, *CONTENT_KEYS)}
+        return [
+            {
+                **rest,
+                "role": value[role],
+                "content": next((item for item in said if not isinstance(item, str)), said[0]),
+            }
+        ]
     if role is not None:
         return [value]
     texts = {key.lower(): key for key, item in value.items() if isinstance(item, str)}
