@@ -250,6 +250,7 @@ CASES = {
                             {"sender": "assistant", "text": "Chiemsee.", "content": [{"type": "text", "text": "Chiemsee."}]}]}], {}, [TURN], "",
     ),
     "messages of LangChain": ([{"messages": [{"type": "human", "content": "A lake?"}, {"type": "ai", "content": "Chiemsee."}]}], {}, [TURN], ""),
+    "a text beside the content": ([{"messages": [ASK, {**ANSWER, "text": "Brocken."}]}], {}, [TURN], "Keys of messages that are not used: 'text'"),
     "names of those who ask": ([{"messages": [{**ASK, "name": "Ann"}, ANSWER]}], {}, [TURN], "Keys of messages that are not used: 'name'"),
     "a system that answers": (
         [{"turns": [{"speaker": "USER", "utterance": "A lake?"}, {"speaker": "SYSTEM", "utterance": "Chiemsee."}]}], {}, None,

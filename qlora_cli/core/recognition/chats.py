@@ -319,9 +319,8 @@ def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Forma
     values = [value for name in names for value in columns.values(name)]
     turns = [turn for value in values for turn in turns_of(value) or () if isinstance(turn, dict)]
     whose = list(chain.from_iterable(map(columns.roles_of, values)))
-    said = dict.fromkeys(key for turn in turns for key, value in turn.items() if value not in NOTHING)
-    named = {"name" for turn, role in zip(turns, whose, strict=True) if role != "tool" and turn.get("name")}
-    unread = formatting.unread(key for key in said if key not in KNOWN_KEYS - named)
+    left = dict.fromkeys(key for turn, role in zip(turns, whose, strict=True) for key in _keys_left(turn, role))
+    unread = [key for key in left if key in PART_KEYS or formatting.unread([key])]
     sentences = [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
     asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ASKING]
     if train_on != "all" and (
@@ -329,6 +328,15 @@ def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Forma
     ):
         sentences.append(f"{key!r} on turns that are no answers does nothing: --train-on all trains these too.")
     return sentences
+
+
+def _keys_left(turn: dict[str, Any], role: str) -> list[str]:
+    """Keys of a turn that hold something and are not read: of several that may be its content the first is, and whose name
+    a turn has counts for tools."""
+    content = next((key for key in PART_KEYS if key in turn), PART_KEYS[0])
+    others = {key for key in PART_KEYS if key != content and turn.get(key) != turn.get(content)}
+    known = KNOWN_KEYS - others - ({"name"} if role != "tool" else set())
+    return [key for key, value in turn.items() if key not in known and value not in NOTHING]
 
 
 def _template_of(settings: DataSettings, encoder: TextEncoder) -> tuple[str, str | None, str]:
