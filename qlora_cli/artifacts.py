@@ -40,6 +40,20 @@ SPARE_ROWS = ".rows"  # prepared rows where the cache takes none, removed when t
 # Merged model: beside the checkpoint, how prompts were formatted.
 MERGE_RECORD = "qlora_merge.json"
 
+# A model's tokenizer, wherever it lies.
+TEMPLATES = "additional_chat_templates"  # a folder; whatever else lies in folders is no part of a model here
+TOKENIZER_FILES = [
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.jinja",
+    f"{TEMPLATES}/*.jinja",
+]
+
 # Prepared directory.
 PREPARED_MANIFEST = "prepared.json"
 PREPARED_ROWS = "rows.arrow"  # Arrow IPC file: input_ids list<int32>, trained list<bool>
@@ -48,6 +62,11 @@ PREPARED_ROWS = "rows.arrow"  # Arrow IPC file: input_ids list<int32>, trained l
 def cache_root() -> Path:
     """Where what can be made again is kept: $QLORA_CACHE, or ~/.cache/qlora."""
     return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of the tokenizer in a directory, with its chat templates."""
+    return sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()})
 
 
 def fsync_path(path: Path) -> None:

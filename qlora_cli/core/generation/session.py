@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.artifacts import TOKENIZER_FILES
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, find_adapter, read_adapter_record, read_merge_record
 from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.adapters.vocabulary import has_replaced_vocabulary
@@ -30,7 +31,6 @@ from qlora_cli.core.generation.requests import (
     make_request,
 )
 from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, context_length, has_tokenizer
-from qlora_cli.core.models.hub import TOKENIZER_FILES
 from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings

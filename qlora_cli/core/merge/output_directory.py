@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_cli.artifacts import LOCK, MERGE_RECORD, MODEL_CARD, fsync_path, shortened, temporary_beside
+from qlora_cli.artifacts import LOCK, MERGE_RECORD, MODEL_CARD, TOKENIZER_FILES, fsync_path, shortened, temporary_beside
 from qlora_cli.core.merge.checkpoint_files import CONFIG, GENERATION_CONFIG
 from qlora_cli.core.merge.writer import JOURNAL
-from qlora_cli.core.models.hub import TOKENIZER_FILES
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.lock import locked
 from qlora_cli.core.storage.ownership import MERGED, Place, may_replace, read_mark

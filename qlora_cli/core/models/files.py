@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from qlora_cli.artifacts import tokenizer_files
 from qlora_cli.core.models.hub import (
     READ_FILES,
-    TOKENIZER_FILES,
     TOKENIZER_SIGNS,
     check_blobs,
     download_snapshot,
@@ -231,11 +231,6 @@ class ModelFiles:
 def has_tokenizer(directory: Path) -> bool:
     """Whether a tokenizer lies in a directory, and not a stray chat template alone."""
     return any((directory / name).is_file() for name in TOKENIZER_SIGNS)
-
-
-def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of the tokenizer in a directory, with its chat templates."""
-    return sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()})
 
 
 def are_same_tokenizer(one: Path, other: Path) -> bool:

@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
-from qlora_cli.artifacts import MERGE_RECORD, cache_root, describe_place, write_json
+from qlora_cli.artifacts import MERGE_RECORD, TEMPLATES, TOKENIZER_FILES, cache_root, describe_place, write_json
 from qlora_cli.core.storage.content_digest import content_digests, was_written_since
 from qlora_cli.core.storage.temporaries import heal, sweep
 from qlora_cli.errors import ModelError, first_line
@@ -24,18 +24,6 @@ from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
 from qlora_cli.sizes import format_bytes
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
-TEMPLATES = "additional_chat_templates"  # a folder; whatever else lies in folders is no part of a model here
-TOKENIZER_FILES = [
-    "tokenizer*",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.jinja",
-    f"{TEMPLATES}/*.jinja",
-]
 CHAT_TEMPLATE, OLD_CHAT_TEMPLATE = "chat_template.jinja", "chat_template.json"  # the latter of processors alone
 # Of images and sound, which a merged checkpoint keeps.
 PROCESSOR_FILES = ["*processor_config.json", OLD_CHAT_TEMPLATE]

@@ -25,10 +25,10 @@ from qlora_cli.artifacts import (
     is_run,
     replace_file,
     temporary_beside,
+    tokenizer_files,
 )
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.data.sources import read_paths
-from qlora_cli.core.models.files import tokenizer_files
 from qlora_cli.core.storage.checkpoint import is_checkpoint, list_checkpoints, remove_leftovers, step_of
 from qlora_cli.core.storage.lock import locked
 from qlora_cli.core.storage.ownership import (

@@ -15,6 +15,7 @@ from qlora_cli.artifacts import (
     MODEL_CARD,
     RUN_RECORD,
     sha256_of,
+    tokenizer_files,
     write_bytes,
     write_json,
 )
@@ -22,7 +23,7 @@ from qlora_cli.config import TrainConfig
 from qlora_cli.core.adapters.adapter_facts import settings_digest
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions, read_vram
-from qlora_cli.core.models.files import copy_files, tokenizer_files
+from qlora_cli.core.models.files import copy_files
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.model_card import hub_dataset
 from qlora_cli.core.prompts.formatting import Formatting
