@@ -5,11 +5,13 @@ import math
 import sys
 import termios
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderResult
+from rich.control import Control
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as ProgressBars
+from rich.segment import ControlType, Segment
 from rich.table import Column
 from rich.text import Text
 
@@ -80,6 +82,28 @@ def live_view() -> "LiveView":
     return LiveView(Console(stderr=True))
 
 
+class Frame(Live):
+    """rich's live display that takes back the whole of its last frame where the terminal has become narrower since.
+
+    The terminal has broken lines that are longer than it is wide by then, and the frame takes more than were drawn.
+
+    Args:
+        view: What is drawn.
+        console: Where to.
+    """
+
+    def __init__(self, view: "LiveView", console: Console) -> None:
+        super().__init__(view, console=console, refresh_per_second=4)
+        self._view = view
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """What is drawn next, behind what takes the last frame back."""
+        width = self.console.width
+        broken = sum((columns - 1) // width for columns in self._view.drawn_columns if columns)
+        back = Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * broken)
+        return [back, *super().process_renderables(renderables)]
+
+
 class LiveView:
     """Draws the state that the events leave behind, four times a second; notices scroll by above it."""
 
@@ -92,6 +116,7 @@ class LiveView:
         self._losses: list[float] = []
         self._evaluation: EvaluationLogged | None = None
         self._checkpoint: CheckpointSaved | None = None
+        self.drawn_columns: list[int] = []  # of each line of the last frame
 
     def show(self, event: Event) -> None:
         """Takes one event into the view."""
@@ -125,7 +150,8 @@ class LiveView:
 
     def _open(self) -> None:
         if self._live is None:
-            self._live = Live(self, console=self.console, refresh_per_second=4)
+            self.drawn_columns = []
+            self._live = Frame(self, self.console)
             self._live.start()
             echo_control_keys(False)  # a ^C at the end of a full line would break the frame
 
@@ -155,10 +181,13 @@ class LiveView:
         self._open()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self._tasks.tasks:
-            yield self._tasks
+        parts: list[RenderableType] = [self._tasks] if self._tasks.tasks else []
         if self._step is not None:
-            yield self._draw_run(self._step, options.max_width)
+            parts.append(self._draw_run(self._step, options.max_width))
+        lines = console.render_lines(Group(*parts), options, pad=False)
+        self.drawn_columns = [Segment.get_line_length(line) for line in lines[: options.size.height]]
+        for line in lines:
+            yield from (*line, Segment.line())
 
     def _draw_run(self, step: StepLogged, width: int) -> RenderableType:
         lines: list[RenderableType] = [

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich import box
 from rich.console import Console
@@ -57,7 +57,7 @@ def draw_tables(console: Console, tables: Iterable[dict[str, Any]]) -> None:
         for position, table in enumerate(tables):
             if position:
                 console.print()
-            console.print(_table(table))
+            console.print(_table(table), crop=False)
     _write_trimmed(console, captured.get())
 
 
@@ -83,7 +83,10 @@ def _table(content: dict[str, Any]) -> Table:
     )
     for position, column in enumerate(columns):
         numeric = all(isinstance(row[position], int | float | None) for row in rows)
-        table.add_column(split_unit(column)[0], justify="right" if numeric else "left", overflow="fold")
+        shown = [format_value(column, row[position]) for row in rows]
+        whole = max(map(len, shown), default=0) if numeric else None  # a broken number is another one
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(split_unit(column)[0], justify=justify, overflow="fold", no_wrap=numeric, min_width=whole)
     for row in rows:
         table.add_row(*(Text(format_value(column, value)) for column, value in zip(columns, row, strict=True)))
     return table

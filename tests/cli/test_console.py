@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from qlora_cli.cli.console import Console, to_json
 from qlora_cli.cli.line_view import LineView
 from qlora_cli.cli.live_view import LiveView
-from qlora_cli.cli.results import draw_result, draw_row
+from qlora_cli.cli.results import draw_result, draw_row, draw_tables
 from qlora_cli.cli.screens.curve import chart, sparkline
 from qlora_cli.cli.units import format_duration, format_value
 from qlora_cli.events import (
@@ -161,6 +161,21 @@ def test_the_live_view_shows_a_task_only_while_it_lasts():
     assert "Downloading" not in screen(80, half, Progress("Downloading", 2 * GIB, 2 * GIB, "bytes"))
 
 
+def test_a_narrower_terminal_keeps_no_piece_of_the_last_frame():
+    stream = io.StringIO()
+    console = RichConsole(file=stream, width=100, height=40, force_terminal=True, _environ={})
+    view = LiveView(console)
+    view.show(step(1))
+    view.show(Notice("A fact."))
+    drawn = stream.getvalue().partition("A fact.")[2].count("\n")
+    stream.truncate(0)
+    console.width = 40  # where each line of 100 columns takes three
+    view.show(Notice("Another."))
+    back = stream.getvalue().partition("Another.")[0]
+    view.close()
+    assert back.count("\x1b[1A") == 3 * drawn - 1 > drawn
+
+
 def test_sparkline_falls_with_the_loss():
     assert sparkline([4, 3, 2, 1], 4) == "█▆▃▁"
     assert sparkline(list(range(100)), 10) == "▁▂▃▃▄▅▆▆▇█"
@@ -217,6 +232,15 @@ def test_a_result_is_facts_and_tables():
     for part in ("By module", "query_key_value", "3.00 GiB"):
         assert any(part in line for line in lines[5:])
     assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("width", [30, 60, 80])
+def test_a_number_in_a_table_is_never_broken(width):
+    stream = io.StringIO()
+    rows = [["post_attention_layernorm", "FourBitQwen3MoeExperts, nf4", 28_991_029_248, 13 * GIB]]
+    table = {"title": None, "columns": ["module", "kind", "parameters", "held_bytes"], "rows": rows}
+    draw_tables(RichConsole(file=stream, width=width), [table])
+    assert "28,991,029,248" in stream.getvalue() and "13.0 GiB" in stream.getvalue()
 
 
 def test_json_has_null_where_a_number_is_not_finite():
@@ -296,3 +320,11 @@ def test_commands_to_type_are_printed_in_one_piece_beside_the_result(capsys, mon
         console.show_result({"kind": "model", "next": [command]})
     streams = capsys.readouterr()
     assert json.loads(streams.out)["next"] == [command] and not streams.err
+
+
+def test_the_merge_to_type_next_goes_where_nothing_stands(run_with, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("merged", "merged-2", "merged-3"):
+        assert run_with(["train", "--model", "m", "--data", "d"], lambda config, report: Answer()) == 0
+        assert f"→ qlora merge --adapter out --output {name}\n" in capsys.readouterr().err
+        (tmp_path / name).mkdir()
