@@ -1,16 +1,18 @@
 """The five commands as functions, for scripts and notebooks: `from qlora_cli import TrainConfig, train`.
 
 Each takes its settings and a function that receives events (`qlora_cli.events`); without one, progress is written to
-standard error, a line at a time. Errors are `qlora_cli.errors.QloraError` with `message` and `hint`. Nothing heavy is
-imported before a function is called.
+standard error, a line at a time. Libraries are as silent meanwhile as on the command line. Errors are
+`qlora_cli.errors.QloraError` with `message` and `hint`. Nothing heavy is imported before a function is called.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from qlora_cli.cli.quiet import quiet_call
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
-from qlora_cli.events import Event, Report, TextGenerated
+from qlora_cli.events import Report, TextGenerated
 
 if TYPE_CHECKING:
     from qlora_cli.commands.generate import GenerateResult
@@ -18,14 +20,10 @@ if TYPE_CHECKING:
     from qlora_cli.core.data.prepare import PreparedSummary
     from qlora_cli.core.runs.results import TrainPlan, TrainResult
 
-Result = TypeVar("Result")
-
 
 def prepare(config: PrepareConfig, report: Report | None = None) -> "PreparedSummary":
     """Records to a prepared directory, as `qlora prepare`."""
-    from qlora_cli.commands.prepare import prepare as run
-
-    return _reporting(report, lambda given: run(config, given))
+    return _run("prepare", report, config)
 
 
 def train(config: TrainConfig, report: Report | None = None) -> "TrainResult | TrainPlan":
@@ -33,44 +31,33 @@ def train(config: TrainConfig, report: Report | None = None) -> "TrainResult | T
 
     One process trains on one card: start several with torchrun, as for any script.
     """
-    from qlora_cli.commands.train import train as run
-
-    return _reporting(report, lambda given: run(config, given))
+    return _run("train", report, config)
 
 
 def merge(config: MergeConfig, report: Report | None = None) -> "MergeResult":
     """A run to a plain transformers checkpoint, as `qlora merge`."""
-    from qlora_cli.commands.merge import merge as run
-
-    return _reporting(report, lambda given: run(config, given))
+    return _run("merge", report, config)
 
 
 def generate(config: GenerateConfig, prompts: Sequence[str] = (), report: Report | None = None) -> "GenerateResult":
     """Prompts to answers, as `qlora generate`; the texts are in `answers` of what comes back."""
-    from qlora_cli.commands.generate import generate as run
-
-    return _reporting(report, lambda given: run(config, prompts, given))
+    return _run("generate", report, config, prompts)
 
 
 def inspect(config: InspectConfig | None = None, report: Report | None = None) -> dict[str, Any]:
     """Facts on a model, an adapter, a run, prepared rows or this machine, as `qlora inspect --json` prints them."""
-    from qlora_cli.commands.inspect import inspect as run
-
-    return _reporting(report, lambda given: run(config or InspectConfig(), given))
+    return _run("inspect", report, config or InspectConfig())
 
 
-def _reporting(report: Report | None, work: Callable[[Report], Result]) -> Result:
-    if report is not None:
-        return work(report)
+def _run(command: str, report: Report | None, *settings: Any) -> Any:
+    with quiet_call():
+        work = getattr(import_module(f"qlora_cli.commands.{command}"), command)
+        return work(*settings, report or _progress())
+
+
+def _progress() -> Report:
+    """Writes events to standard error but for answers, which the caller gets."""
     from qlora_cli.cli.line_view import LineView
 
     view = LineView(sys.stderr)
-
-    def show(event: Event) -> None:
-        if not isinstance(event, TextGenerated):  # the caller gets the answer
-            view.show(event)
-
-    try:
-        return work(show)
-    finally:
-        view.close()
+    return lambda event: None if isinstance(event, TextGenerated) else view.show(event)

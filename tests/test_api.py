@@ -1,7 +1,9 @@
 """From Python: what the package offers, without importing what only a command needs."""
 
+import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -35,3 +37,27 @@ def test_progress_is_written_where_no_callback_is_given(tiny_model, capsys):
     assert facts["kind"] == "model"
     out, err = capsys.readouterr()
     assert not out and "Traceback" not in err
+
+
+def test_libraries_are_silent_while_a_function_runs_and_nobody_else_is(tiny_model, tmp_path, capfd, caplog):
+    from transformers.utils import logging as bars
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "One and one make two."}\n' * 4)
+
+    def report(event):
+        if isinstance(event, Notice):
+            logging.getLogger("mine").warning("heard")
+            logging.getLogger("bitsandbytes.backends").warning("noise")
+            warnings.warn_explicit("noise", UserWarning, "linear.py", 1, module="torch.nn.linear")
+            print("heard")
+
+    config = TrainConfig(model=str(tiny_model()), data=str(rows), output=str(tmp_path / "out"), max_steps=1)
+    capfd.readouterr()  # what building the model says
+    with pytest.warns(UserWarning, match="mine"):
+        train(config, report)
+        warnings.warn("mine", stacklevel=1)
+    out, err = capfd.readouterr()
+    assert set(out.split()) == {"heard"} and not err
+    assert {record.message for record in caplog.records} == {"heard"}
+    assert bars.is_progress_bar_enabled() and logging.getLogger("bitsandbytes").level == logging.NOTSET
