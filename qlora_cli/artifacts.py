@@ -116,6 +116,15 @@ def temporary_beside(path: Path, ending: str = "tmp") -> Path:
     return path.with_name(f".{shortened(path.name)}.{process_name()}-{os.urandom(4).hex()}.{ending}")
 
 
+def free_name(name: str) -> str:
+    """A directory's name, with a number behind it where one stands there already."""
+    path, number = Path(name), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{name}-{number}")
+    return str(path)
+
+
 def shortened(name: str) -> str:
     """A file's name, short enough that more fits into the 255 bytes that file systems allow."""
     return os.fsencode(name)[:150].decode(errors="ignore")
@@ -242,6 +251,8 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
     except RunError as error:
         raise RunError(error.message, hint) from error
     wrong = "it is no object" if not isinstance(record, dict) else None
+    if wrong is None and not record.get("format"):
+        wrong = "format is missing"
     for name, kind in _RECORD_TYPES.items() if wrong is None else ():
         if record.get(name) is not None and not isinstance(record[name], kind):
             wrong = f"{name} is {str(record[name])[:80]!r}"
@@ -250,9 +261,15 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
             wrong = f"training.{name} is {str(value)[:80]!r}"
     if wrong is not None:
         raise RunError(f"{path} is no record of a run: {wrong}.", hint)
-    if (record.get("format") or FORMAT + 1) > FORMAT:
+    if record["format"] > FORMAT:
         raise RunError(f"{path} was written by a newer qlora.", "Update with: pip install -U qlora-cli")
     return record
+
+
+def ways_to_use(adapter: Path) -> list[str]:
+    """What to type next with an adapter."""
+    place, merged = shlex.quote(str(adapter)), free_name("merged")
+    return [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output {merged}"]
 
 
 def is_run(directory: Path) -> bool:

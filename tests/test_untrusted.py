@@ -298,7 +298,7 @@ def test_a_record_that_is_none_is_one_sentence(adapter, record):
 @pytest.mark.parametrize(
     "record",
     [
-        *([], 5, "x", {"format": "x"}, {"format": 1, "data": 5}, {"format": 1, "training": 5}),
+        *([], 5, "x", {}, {"format": "x"}, {"format": 1, "data": 5}, {"format": 1, "training": 5}),
         *({"format": 1, "training": {name: value}} for name in ("steps", "total_steps") for value in ("x", [1])),
     ],
 )

@@ -12,7 +12,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.artifacts import find_run_record, is_model, is_run
+from qlora_cli.artifacts import find_run_record, is_model, is_run, ways_to_use
 from qlora_cli.cli.command_line.declared import Command, Positional, Typed, unknown_variables
 from qlora_cli.cli.command_line.plain import read_plainly
 from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descriptors, tolerant_streams
@@ -233,9 +233,8 @@ def train(call: Call) -> Any:
     begin_look_up(call.config.model, call.config.model_revision, call)
     result = call.load("commands.train").train(call.config, call.console.report)
     if not call.config.dry_run:
-        adapter = shlex.quote(str(call.config.output))
-        call.console.suggest(f'qlora generate --adapter {adapter} "Your question"')
-        call.console.suggest(f"qlora merge --adapter {adapter} --output merged")
+        for line in ways_to_use(Path(call.config.output)):
+            call.console.suggest(line)
     return result.to_dict()
 
 

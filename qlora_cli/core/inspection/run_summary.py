@@ -118,9 +118,7 @@ def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
         going_on = [f"qlora train --config {shlex.quote(str(settings))} --resume"] if settings.is_file() else []
         if not facts.get("checkpoints"):
             return going_on
-    place = shlex.quote(str(directory))
-    using = [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output merged"]
-    return [*going_on, *using]
+    return [*going_on, *artifacts.ways_to_use(directory)]
 
 
 def summarise_metrics(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
