@@ -125,6 +125,11 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = former_names.get(name, name)
         if name not in known:
+            if isinstance(value, dict):
+                raise UsageError(
+                    f"{path}: {key} is no setting but a group of some, and settings stand in no groups.",
+                    "Write one `setting: value` a line, each at its beginning.",
+                )
             raise _unknown(path, str(key), name, config_type)
         settings[name] = _typed(path, known[name], value)
         if fault := fault_of(known[name], settings[name]):

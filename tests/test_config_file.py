@@ -69,6 +69,7 @@ def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
         ("double_quant: 1", "double_quant should be true or false, found 1", None),
         ("target_modules: 5", "target_modules should be a list of words, found 5", None),
         ("quant_type: int4", "quant_type is 'int4'", "nf4, fp4"),
+        ("training:\n  rank: 8", "training is no setting but a group", "each at its beginning"),
         ("- a\n- b", "holds a list", None),
         ("a: [", "line 1 is not YAML", None),
         ("rank: 8\nalpha: 2\nrank: 16", "line 3 is not YAML: 'rank' stands twice", None),

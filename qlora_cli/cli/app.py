@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.artifacts import find_run_record, is_model, is_run, ways_to_use
-from qlora_cli.cli.command_line.declared import Command, Positional, Typed, unknown_variables
-from qlora_cli.cli.command_line.plain import read_plainly
+from qlora_cli.cli.command_line.declared import Command, Positional, Typed, unknown_variables, variable_of
+from qlora_cli.cli.command_line.plain import given_again, read_plainly
 from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descriptors, tolerant_streams
 from qlora_cli.cli.visible import visible
 from qlora_cli.cli.waiting import FIRST_SIGN, LIBRARIES, LoadingSign, loading_sign, uncollected
@@ -149,6 +149,8 @@ def begin(stack: ExitStack, config: Any, typed: Typed) -> Call:
         console.report(Notice(f"From the environment: {used}."))
     for name, meant in unknown_variables(COMMANDS.values()):
         console.report(Caution(f"{name} in the environment is no setting{f'; {meant} is one' if meant else ''}."))
+    for flag, last in given_again(COMMANDS[typed.arguments[0]], typed.arguments).items():
+        console.report(Caution(f"{flag} was given several times, and the last one counts: {last}"))
     return Call(config, console, typed.positional, typed.arguments, sign)
 
 
@@ -256,8 +258,9 @@ def check_prompt(config: GenerateConfig, prompt: str | None = None) -> None:
     Raises:
         UsageError: There is not.
     """
-    check(config)
     sources = [prompt is not None, config.input is not None, config.chat]
+    if sum(sources) < 2:
+        check(config)
     if sum(sources) != 1:
         found = "more than one" if any(sources) else "none"
         raise UsageError(
@@ -350,8 +353,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """The exit code of one command line, its failure shown."""
+    found = COMMANDS.get(arguments[0]) if arguments else None
     try:
-        found = COMMANDS.get(arguments[0]) if arguments else None
         if found is not None and (typed := read_plainly(found, arguments)) is not None:
             return found.run(typed)
         from qlora_cli.cli.command_line.program import run_program
@@ -359,11 +362,23 @@ def _run(arguments: list[str]) -> int:
         return run_program(COMMANDS, arguments)
     except (Exception, Terminated) as error:
         failure = _as_failure(error)
+        if isinstance(failure, UsageError) and found is not None:
+            failure.message += _name_variable(failure.message, found, arguments)
         if "--debug" in arguments and _speaks(failure):
             import traceback
 
             print(visible("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return _show(failure, as_json="--json" in arguments)
+
+
+def _name_variable(message: str, found: Command, arguments: list[str]) -> str:
+    """That what a message says of a flag stands in the environment, and was not typed; else nothing."""
+    named = re.findall(r"--[a-z][a-z-]*", message)
+    for option in fields(found.config_type):
+        flag, variable = flag_of(option).split("/")[0], variable_of(option.name)
+        if flag in named and variable in os.environ and not any(word.partition("=")[0] == flag for word in arguments):
+            return f" It comes from {variable} in the environment."
+    return ""
 
 
 def _speaks(failure: QloraError) -> bool:

@@ -79,6 +79,8 @@ for _setting, _names in _SETTINGS.items():
 
 # What has no setting here, and why.
 UNNEEDED = {
+    "adapter": "A run makes an adapter of its own, and --resume goes on with it; to train on top of another, merge that one "
+    "first and give what comes of it as --model.",
     "load-in-4bit": "The base is always held in 4 bits: leave it out.",
     "bits": "The base is always held in 4 bits: leave it out.",
     "quantization-bit": "The base is always held in 4 bits: leave it out.",

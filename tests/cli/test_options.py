@@ -139,6 +139,36 @@ def test_a_switch_of_the_environment_is_true_or_false(config_of, monkeypatch, ca
     assert config_of(["train"]) == TrainConfig()
 
 
+@pytest.mark.parametrize("value", ["abc", "0"])
+def test_what_is_wrong_in_the_environment_is_said_to_stand_there(config_of, monkeypatch, capsys, value):
+    monkeypatch.setenv("QLORA_RANK", value)
+    assert main(["train", "-m", "m", "-d", "d"]) == 2
+    assert " It comes from QLORA_RANK in the environment." in capsys.readouterr().err
+    assert main(["train", "-m", "m", "-d", "d", "--rank", "0"]) == 2
+    assert "QLORA_RANK" not in capsys.readouterr().err
+
+
+def test_a_flag_given_several_times_is_said_to_count_once(config_of, capsys):
+    typed = [
+        "-m",
+        "m",
+        "-d",
+        "a",
+        "-d",
+        "b",
+        "--rank",
+        "4",
+        "--target-modules",
+        "q",
+        "--target-modules=v",
+        "--rank",
+        "4",
+    ]
+    assert config_of(["train", *typed]).target_modules == ("v",)
+    said = [line for line in capsys.readouterr().err.splitlines() if "several times" in line]
+    assert said == ["warning: --target-modules was given several times, and the last one counts: v"]
+
+
 def test_a_recipe_goes_by_its_name(config_of):
     assert config_of(["train", "-c", "pythia-410m-lamini-docs"]).model == "EleutherAI/pythia-410m"
 

@@ -50,8 +50,32 @@ def read_plainly(command: Command, arguments: list[str]) -> Typed | None:
     Raises:
         UsageError: A number or a word of a choice is none.
     """
-    if has_variables(command.config_type):
+    split = None if has_variables(command.config_type) else _split(command, arguments)
+    if split is None:
         return None
+    given, alone = split
+    positional = _place(command, alone)
+    if positional is None:
+        return None
+    values = _read_values(given)
+    options = {option.name: option for option in fields(command.config_type)}
+    settings = {name: setting_value(options[name], values[name]) for name in options if name in values}
+    flags = {name: value for name, value in values.items() if name not in options}
+    return Typed(settings, positional, flags, arguments)
+
+
+def given_again(command: Command, arguments: list[str]) -> dict[str, str]:
+    """Flags of one value that a command line gives several of, and the one that counts: the last."""
+    given, _ = _split(command, arguments) or ((), ())
+    found: dict[str, list[str]] = {}
+    for spelling, text in given:
+        if text is not None and not spelling.repeated:
+            found.setdefault(spelling.flag, []).append(text)
+    return {flag: texts[-1] for flag, texts in found.items() if len(set(texts)) > 1}
+
+
+def _split(command: Command, arguments: list[str]) -> tuple[list[tuple[Spelling, str | None]], list[str]] | None:
+    """Flags with their values, and words without a flag; None where there is a mistake, or a value that needs care."""
     spellings = _spellings(command)
     given: list[tuple[Spelling, str | None]] = []
     alone: list[str] = []
@@ -71,14 +95,7 @@ def read_plainly(command: Command, arguments: list[str]) -> Typed | None:
         if value is None or (value.startswith("-") and not equals):
             return None
         given.append((spelling, value))
-    positional = _place(command, alone)
-    if positional is None:
-        return None
-    values = _read_values(given)
-    options = {option.name: option for option in fields(command.config_type)}
-    settings = {name: setting_value(options[name], values[name]) for name in options if name in values}
-    flags = {name: value for name, value in values.items() if name not in options}
-    return Typed(settings, positional, flags, arguments)
+    return given, alone
 
 
 def _read_values(given: list[tuple[Spelling, str | None]]) -> dict[str, Any]:
