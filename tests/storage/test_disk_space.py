@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.artifacts import temporary_beside
 from qlora_cli.core.storage.disk_space import describe_refusal, is_disk_full, reporting_disk_full, require_space
 from qlora_cli.errors import DiskFull, RunError
 
@@ -30,6 +31,13 @@ def test_a_real_full_device_is_recognised():
         pytest.skip("this system has no /dev/full")
     with pytest.raises(DiskFull), reporting_disk_full(Path("/dev/full")), Path("/dev/full").open("wb") as stream:
         stream.write(b"1")
+
+
+def test_a_temporary_is_called_by_what_it_is_to_become(tmp_path):
+    temporary = temporary_beside(tmp_path / "rows") / "rows.arrow"
+    assert f"at {tmp_path}/rows/rows.arrow:" in describe_refusal(OSError(errno.EROFS, "", str(temporary))).message
+    with pytest.raises(DiskFull, match=f"{tmp_path}/rows/rows.arrow could not"), reporting_disk_full(temporary):
+        raise OSError(errno.ENOSPC, "no room")
 
 
 def test_other_failures_and_those_already_reported_pass(tmp_path):

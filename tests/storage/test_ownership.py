@@ -208,3 +208,10 @@ def test_a_mark_lists_nothing_outside_its_directory(tmp_path):
     )
     mark = read_mark(tmp_path)
     assert mark is not None and mark.files == {"model.safetensors", "folder/x.jinja"}
+
+
+def test_nothing_can_be_made_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for below in (tmp_path / "file" / "out", tmp_path / "file" / "far" / "out"):
+        with pytest.raises(RunError, match=f"out cannot be written: {tmp_path}/file is a file"):
+            may_replace(below, PREPARED, overwrite=False)

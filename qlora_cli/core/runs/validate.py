@@ -98,8 +98,8 @@ def _resume_with(settings_file: Path) -> str:
 
 
 def check_places(config: Any) -> None:
-    """Checks that what the settings name for reading is there, and that a run may be written to its directory, as far as
-    no library of tensors is needed to look.
+    """Checks that what the settings name for reading is there, that something may be written where they say, and a run to
+    its directory, as far as no library of tensors is needed to look.
 
     Raises:
         QloraError: As the command would, once it has imported that library.
@@ -128,7 +128,12 @@ def check_places(config: Any) -> None:
 
         for data_set in read_data_sets(data):
             require_data(data_set.name)
-    if isinstance(config, TrainConfig) and not config.dry_run and Path(config.output).exists():
+    output = None if getattr(config, "dry_run", False) else getattr(config, "output", None)
+    if output:
+        from qlora_cli.core.storage.ownership import require_writable, resolve
+
+        require_writable(Path(output), resolve(Path(output)))
+    if isinstance(config, TrainConfig) and output and Path(output).exists():
         from qlora_cli.core.runs.directory import require_free
 
         require_free(Path(config.output), resume=config.resume, overwrite=config.overwrite)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qlora_cli.core.storage.temporaries import intended
 from qlora_cli.errors import DiskFull, QloraError, RunError
 from qlora_cli.sizes import format_bytes
 
@@ -96,7 +97,7 @@ def describe_refusal(error: BaseException) -> QloraError | None:
         return None
     assert number is not None
     name = getattr(error, "filename", None)
-    named = f" at {os.fsdecode(name)}" if isinstance(name, str | bytes) else ""
+    named = f" at {intended(Path(os.fsdecode(name)))}" if isinstance(name, str | bytes) else ""
     if number in _DISK_FULL:
         return DiskFull(f"{name_limit(error)}{named}.", "Free some space and run the command again.")
     return RunError(
@@ -126,7 +127,7 @@ def reporting_disk_full(path: Path, needed_bytes: int | None = None) -> Iterator
             free = "an unknown number of bytes free"
         if needed_bytes is None:
             raise DiskFull(
-                f"{name_limit(error)}: {path} could not be written, with {free}.",
+                f"{name_limit(error)}: {intended(path)} could not be written, with {free}.",
                 "Free some space, or choose an --output on another disk, and run the command again.",
             ) from error
         raise DiskFull(

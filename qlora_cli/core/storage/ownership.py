@@ -232,6 +232,8 @@ def resolve(target: Path) -> Path:
 def require_writable(target: Path, path: Path) -> None:
     """Raises RunError where nothing can be made at a resolved path: said before the work."""
     folder = next(place for place in (path, *path.parents) if place.exists())
+    if not folder.is_dir() and folder != path:
+        raise RunError(f"{target} cannot be written: {folder} is a file.", "Choose another --output.")
     if not folder.is_dir():
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK):

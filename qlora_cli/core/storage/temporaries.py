@@ -33,6 +33,11 @@ def is_temporary(name: str) -> bool:
     return bool(_NAME.fullmatch(name) or _FORMER_NAME.fullmatch(name))
 
 
+def intended(path: Path) -> Path:
+    """The path with the names of temporaries replaced by those of what they are to become."""
+    return Path(*(match["name"] if (match := _NAME.fullmatch(part)) else part for part in path.parts))
+
+
 @contextmanager
 def holding(path: Path) -> Iterator[None]:
     """Locks a temporary for this process, so that others see that its writer lives."""
