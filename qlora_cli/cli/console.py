@@ -64,6 +64,7 @@ class Console:
         self._next: list[str] = []
         kind = MarkdownBlocks if markdown and draws_on(self._stdout) else WordWrap
         self._wrap = kind(columns_of_terminal) if self._stdout.isatty() else None
+        self._unended = False  # whether an answer has begun that has not ended
         self._live = has_live_view()
         self._shown: LiveView | LineView | None = None
         self._stderr = sys.stderr
@@ -73,6 +74,8 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self._close_view()
+        if self._unended and self._wrap is not None:  # what ended it is told on a line of its own
+            print(self._wrap.end(), file=self._stdout, flush=True)
         if self._talks:
             self._echo_typing(True)
 
@@ -112,6 +115,7 @@ class Console:
             case TextGenerated(text, final):
                 if not self.as_json:
                     self._close_view()
+                    self._unended = not final
                     if self._wrap is not None:
                         text = self._wrap.feed(text) + (self._wrap.end() if final else "")
                     print(text, end="\n" if final else "", file=self._stdout, flush=True)

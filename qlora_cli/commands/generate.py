@@ -13,7 +13,7 @@ from qlora_cli.config import GenerateConfig
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, find_adapter, read_adapter_record, read_merge_record
 from qlora_cli.core.generation.batch_file import AnswerFile, fingerprint, read_prompts
 from qlora_cli.core.generation.chat import Conversation, read_question, run_line
-from qlora_cli.core.generation.requests import LENGTH, Request
+from qlora_cli.core.generation.requests import ENDED, LENGTH, Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.runs.validate import check, report_idle
@@ -318,6 +318,9 @@ def finish(
         generate_seconds=now - loaded,
         tokens_per_second=new_tokens / (now - loaded) if now > loaded else 0.0,
     )
+    if empty := sum(row["finish"] == ENDED and not row["answer"] for row in rows):
+        verb = "is" if empty == 1 else "are"
+        report(Notice(f"{format_count(empty, 'answer')} {verb} empty: the model ended before it said anything."))
     cut = [row for row in rows if row["finish"] == LENGTH]
     by_context = [row for row in cut if row["new_tokens"] < config.max_new_tokens]
     if by_context:

@@ -309,6 +309,24 @@ def test_a_terminal_gets_the_live_view_unless_no_color_is_set(no_color, marks):
     child.close()
 
 
+HALF_AN_ANSWER = """
+from qlora_cli.cli.console import Console, show_error
+from qlora_cli.errors import QloraError
+from qlora_cli.events import TextGenerated
+with Console(as_json=False) as console:
+    console.report(TextGenerated("half an ans"))
+show_error(QloraError("It broke."), as_json=False)
+"""
+
+
+def test_what_ends_an_answer_is_told_on_a_line_of_its_own():
+    environment = {**os.environ, "NO_COLOR": "1"}
+    child = pexpect.spawn(sys.executable, ["-c", HALF_AN_ANSWER], env=environment, encoding="utf-8", timeout=None)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.before.splitlines() == ["half an ans", "error: It broke."]
+
+
 def test_commands_to_type_are_printed_in_one_piece_beside_the_result(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     command = "qlora train --model org/model --data DATA --gradient-checkpointing on --max-length 512"

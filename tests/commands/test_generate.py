@@ -338,3 +338,12 @@ def test_that_a_model_of_single_prompts_remembers_nothing_and_that_answers_were_
     (answer,) = result.answers
     assert answer["finish"] == "length" and answer["new_tokens"] < 100
     assert any(event.text.startswith("1 answer ended where") for event in events if isinstance(event, Notice))
+
+
+def test_an_empty_answer_is_said_to_be_one(make_run, monkeypatch):
+    monkeypatch.setattr(GenerationSession, "end_ids", lambda *_: set(range(512)))
+    result, events = ask(["Hello"], adapter=str(make_run(formatting=PAIR)))
+    assert result.answers[0]["answer"] == ""
+    assert "1 answer is empty: the model ended before it said anything." in [
+        event.text for event in events if isinstance(event, Notice)
+    ]

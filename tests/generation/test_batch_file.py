@@ -36,12 +36,12 @@ def test_every_form_of_a_prompt_is_read(tmp_path):
     ("content", "complaint"),
     [
         (b"", "holds no prompts"),
-        (b'"a"\n{"prompt": ', "line 2 is not JSON"),
+        (b'"a"\n{"prompt": ', "line 2: truncated JSON"),
         (b"7", "line 1 holds no prompt"),
         (b'{"prompt": ""}\n', "line 1 holds no prompt"),
         (b'{"prompt": "a", "adapter": 3}', "line 1: its adapter"),
-        (b'"\xff"', "line 1 is not JSON"),
-        (b"[" * 100_000, "line 1 is nested too deeply"),
+        (b'"\xff"', "line 1: invalid JSON"),
+        (b"[" * 100_000, "line 1: JSON nested too deeply"),
         (b'"' + b"a" * (16 * 2**20 + 1) + b'"', "longer than"),
     ],
 )

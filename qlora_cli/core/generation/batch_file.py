@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from qlora_cli.artifacts import write_bytes
+from qlora_cli.core.reading.chunks import json_cause
 from qlora_cli.core.records.media import find_media
 from qlora_cli.core.storage.disk_space import reporting_disk_full
 from qlora_cli.core.storage.lock import locked_file
@@ -60,10 +61,8 @@ def _parse(line: bytes, index: int, where: str) -> FilePrompt:
         raise DataError(f"{where} is longer than {format_bytes(MAX_LINE_BYTES)}.", hint)
     try:
         value = json.loads(line)
-    except RecursionError:
-        raise DataError(f"{where} is nested too deeply.", hint) from None
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}.", hint) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {json_cause(line.decode(errors='replace'), error)}.", hint) from error
     adapter = value.pop("adapter", None) if isinstance(value, dict) else None
     if adapter is not None and not isinstance(adapter, str):
         raise DataError(f"{where}: its adapter is not the name of a directory.", 'Write it like: "adapter": "out"')
