@@ -78,15 +78,18 @@ def inspect(config: InspectConfig, report: Report, runs: Sequence[str] = (), *, 
 
 
 def _require_directory(place: Path) -> None:
-    """Raises RunError where there is no directory to look at."""
-    if place.is_dir():
+    """Raises RunError where there is no directory to look at, or one of another kind."""
+    if is_run(place) or is_prepared(place):
         return
     shown = shlex.quote(str(place))
-    if place.exists():
+    inside = [shlex.quote(str(each)) for each in sorted(place.iterdir()) if is_run(each)] if place.is_dir() else []
+    if inside:
+        hint = f"Type: qlora inspect {' '.join(inside)}"
+    elif place.exists():
         hint = f"Of rows type: qlora prepare --model MODEL --data {shown}"
     else:
         hint = f"Of a model of the hub type: qlora inspect --model {shown}"
-    found = "is a file" if place.exists() else "is not there"
+    found = "is none" if place.is_dir() else "is a file" if place.exists() else "is not there"
     raise RunError(
         f"inspect looks at the directory of a run, of prepared rows or of a model, and {place} {found}.", hint
     )

@@ -65,6 +65,8 @@ MISTAKES = {
         "max_steps is a setting of qlora train",
         "Type: qlora train --config train.yaml --dry-run",
     ),
+    "train --adapter run": ("No such option: --adapter", "--resume goes on with it"),
+    "generate -a run --chat --input rows.jsonl": ("more than one was given", 'generate --adapter out "Your question"'),
     "chat run": ("extra argument", "Did you mean: --adapter run"),
     "prepare -m m": ("No data was given.", "--data"),
     "prepare --answer-column a": ("No such option: --answer-column", "--completion-column"),
@@ -111,6 +113,7 @@ def test_a_mistake_gets_what_was_wrong_and_what_to_type(line, tmp_path, monkeypa
         ("train --model m --prepared run", "--adapter run"),
         ("merge --adapter m", "--model m"),
         ("inspect rows.jsonl", "qlora prepare --model MODEL --data rows.jsonl"),
+        ("inspect .", "qlora inspect run"),
         ("inspect ORG/NAME", "qlora inspect --model ORG/NAME"),
     ],
 )

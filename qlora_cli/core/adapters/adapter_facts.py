@@ -97,7 +97,7 @@ def read_adapter(directory: Path) -> AdapterFacts:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
             raise AdapterError(
-                f"{directory} holds a {config.get('peft_type')} adapter.", "Only LoRA adapters are read."
+                f"The adapter in {directory} is of the kind {config.get('peft_type')}.", "Only LoRA adapters are read."
             )
         check_adapter_config(config, directory)
         descriptor, header = read_header(weights_path)
