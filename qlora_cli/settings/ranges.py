@@ -17,6 +17,9 @@ UNIT_BYTES |= {
 LEAST_SENSIBLE_BYTES = 2**20  # `--vram 12` is a forgotten unit, not 12 bytes
 MOST_SENSIBLE_BYTES = 2**60
 
+# What the hub takes for the name of a repository, with or without whose it is.
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:\w(?:[\w.-]{0,94}\w)?/)?\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+
 ROPE_KINDS: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3", "longrope")  # of scaling of rotary positions
 ROPE_KINDS_BY_FACTOR: tuple[str, ...] = ("linear", "dynamic", "yarn")  # that a factor says all of
 MOST_ROPE_FACTOR = 10_000

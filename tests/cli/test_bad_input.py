@@ -55,6 +55,9 @@ def fails(line, capsys, *says):
         ("train --model absent/model --data rows.jsonl", ["absent/model"]),
         ("train --model ./absent --data rows.jsonl", ["absent"]),
         ("train --model base --data absent.jsonl", ["absent.jsonl"]),
+        ("train --model base --data -", ["There is no file or folder -."]),  # names that no hub takes
+        ("prepare --model base --data x--y", ["There is no file or folder x--y."]),
+        ("inspect --model mödel", ["No model directory at mödel."]),
         ("train --model base --data rows.jsonl --text-column quote", ["quote"]),
         ("train --model base --data empty.jsonl", ["empty.jsonl"]),
         ("train --model base --data broken.jsonl", ["broken.jsonl", "2"]),

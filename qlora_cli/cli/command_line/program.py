@@ -17,9 +17,9 @@ from qlora_cli.cli.screens.drawing import columns_of_terminal
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.peer_names import COMMANDS as PEER_COMMANDS
 from qlora_cli.settings.peer_names import PEERS, UNNEEDED, suggest_setting
+from qlora_cli.settings.ranges import HUB_ID
 
 NARROWEST, WIDEST = 24, 80  # columns of the help
-HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 def run_program(commands: dict[str, Command], arguments: list[str]) -> int:
@@ -98,7 +98,7 @@ def place_words(words: list[str], flags: set[str]) -> str | None:
         place = Path(word).expanduser()
         kinds = {
             "--adapter": is_run(place),
-            "--model": is_model(place) or (re.fullmatch(HUB_ID, word) is not None and not place.exists()),
+            "--model": is_model(place) or ("/" in word and HUB_ID.fullmatch(word) is not None and not place.exists()),
             "--prepared": is_prepared(place),
             "--data": place.exists(),
         }

@@ -23,6 +23,7 @@ from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 from qlora_cli.settings.groups import DataSettings
+from qlora_cli.settings.ranges import HUB_ID
 from qlora_cli.settings.setting import is_given
 from qlora_cli.sizes import format_bytes, format_count
 
@@ -199,7 +200,8 @@ def require_data(data: str) -> None:
         return
     # Some datasets are named like a file (ORG/docs.jsonl); in a folder that is here a file is meant, though.
     like_file = kind_of(path) is not None and ("/" not in data or path.parent.is_dir())
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data) or data[0] in "./~" or like_file:
+    name, colon, configuration = data.partition(":")
+    if not HUB_ID.fullmatch(name) or (colon and not re.fullmatch(r"[\w.-]+", configuration)) or like_file:
         raise DataError(f"There is no file or folder {data}.", "Check --data.")
 
 

@@ -21,6 +21,7 @@ from qlora_cli.core.storage.content_digest import content_digests, was_written_s
 from qlora_cli.core.storage.temporaries import heal, sweep
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
+from qlora_cli.settings.ranges import HUB_ID
 from qlora_cli.sizes import format_bytes
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
@@ -34,7 +35,6 @@ READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES + CODE_FILES
 # Every folder but that one, as patterns that know no "but": by the first letter in which a name differs, and shorter names.
 OTHER_FOLDERS = [f"{TEMPLATES[:end]}[!{TEMPLATES[end]}]*/*" for end in range(len(TEMPLATES))]
 OTHER_FOLDERS += [f"{TEMPLATES[:end]}/*" for end in range(len(TEMPLATES))]
-HUB_ID = re.compile(r"(?![./~])[\w.-]+(/[\w.-]+)?")
 BLOB = re.compile("[0-9a-f]{64}")  # how the hub's cache calls a large file: by its SHA-256
 ATTEMPTS = 5
 ANSWER_SECONDS = 5.0  # that the hub has to answer a question, so that it is said within ten where it cannot be reached
