@@ -260,3 +260,4 @@ def test_differences_name_every_leaf_and_see_through_json(tmp_path):
     now = {"base": {"sha": "a"}, "settings": {"rank": 16, "targets": ("q",), "new": 2}}
     assert differences(saved, now) == ["settings.gone: 1 → None", "settings.new: None → 2", "settings.rank: 8 → 16"]
     assert differences({"a": 32, "b": [1]}, {"a": 32.0, "b": (1,)}) == []
+    assert differences({"data": "0a" * 32}, {"data": "1b" * 32}) == ["data: other content"]

@@ -239,14 +239,17 @@ def remove_leftovers(root: Path) -> None:
 
 
 def differences(saved: Any, now: Any, name: str = "") -> list[str]:
-    """Leaves that differ between two identities, each as `settings.rank: 8 → 16`."""
+    """Leaves that differ between two identities, each as `settings.rank: 8 → 16`, or `data: other content` of digests."""
     if isinstance(saved, dict) and isinstance(now, dict):
         found = []
         for key in sorted({*saved, *now}):
             found += differences(saved.get(key), now.get(key), f"{name}.{key}" if name else key)
         return found
     # Through JSON, so that a tuple equals the list it was saved as, while 32 equals 32.0.
-    return [] if saved == json.loads(json.dumps(now)) else [f"{name}: {saved!r} → {now!r}"]
+    if saved == json.loads(json.dumps(now)):
+        return []
+    digests = all(isinstance(each, str) and re.fullmatch("[0-9a-f]{64}", each) for each in (saved, now))
+    return [f"{name}: other content" if digests else f"{name}: {saved!r} → {now!r}"]
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
