@@ -40,7 +40,7 @@ from qlora_cli.core.merge.delta import read_deltas
 from qlora_cli.core.merge.model_card import write_merged_card
 from qlora_cli.core.merge.output_directory import find_place, unfinished_directory, unfinished_path
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
-from qlora_cli.core.merge.push import check_repository_name, push_model
+from qlora_cli.core.merge.push import check_upload, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.models.structure import linear_names
@@ -96,7 +96,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
     adapter_directory, output = find_adapter(Path(config.adapter), report), Path(config.output)
     source = read_adapter_record(adapter_directory, report)
     if config.push:
-        check_repository_name(config.push)
+        check_upload(config.push)
     if config.format == "gguf":
         require_converter(quantize=config.quantize)
     reads = [adapter_directory, run_of(adapter_directory), Path(config.model or source.name_base()[0]).expanduser()]

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import close_session
 
 from qlora_cli.artifacts import MARK
-from qlora_cli.core.merge.push import check_repository_name, push_model
+from qlora_cli.core.merge.push import check_upload, push_model
 from qlora_cli.errors import MergeError, UsageError
 from tests.commands.merge_case import make_case
 
@@ -177,7 +177,12 @@ def test_a_merge_pushes_all_it_made(hub, api, tiny_model, tmp_path, monkeypatch,
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
 
 
-@pytest.mark.parametrize("name", ["tuned", "a/b/c", "/x", "a b/c", "../x/y", "-a/b"])
+@pytest.mark.parametrize("name", ["tuned", "a/b/c", "/x", "a b/c", "../x/y", "-a/b", "a--b/c"])
 def test_what_is_no_repository_name_is_refused(name) -> None:
     with pytest.raises(UsageError, match="no repository name"):
-        check_repository_name(name)
+        check_upload(name)
+
+
+def test_without_a_hub_nothing_is_merged_to_be_uploaded() -> None:
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):  # as it is in tests
+        check_upload("someone/tuned")

@@ -1,19 +1,22 @@
 """Upload of a merged model to the hub, private unless asked otherwise."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 
 from qlora_cli.artifacts import MARK
 from qlora_cli.errors import MergeError, UsageError
+from qlora_cli.settings.ranges import HUB_ID
 
 
-def check_repository_name(repository: str) -> None:
-    """Raises UsageError unless it is ORG/NAME."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
+def check_upload(repository: str) -> None:
+    """Raises UsageError unless it is ORG/NAME, and the hub may be asked."""
+    if "/" not in repository or not HUB_ID.fullmatch(repository):
         raise UsageError(f"--push {repository} is no repository name.", "Write it as ORG/NAME.")
+    if hub_constants.HF_HUB_OFFLINE:
+        raise UsageError("--push uploads, and HF_HUB_OFFLINE is set.", "Unset HF_HUB_OFFLINE, or leave --push out.")
 
 
 def push_model(directory: Path, repository: str, *, public: bool, api: HfApi | None = None) -> str:
