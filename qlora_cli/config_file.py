@@ -88,7 +88,7 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         raise UsageError(f"{path} is a directory, and --config takes a file.", hint) from None
     except FileNotFoundError:
         name = path.name.removesuffix(".yaml")
-        close = [recipe for recipe in list_recipes() if name in recipe]
+        close = [recipe for recipe in list_recipes() if name.strip("-") and name in recipe]
         close = close or difflib.get_close_matches(name, list_recipes(), 1)
         hint = (
             f"Did you mean the recipe {close[0]}?"

@@ -52,6 +52,7 @@ MISTAKES = {
     "train -m m -d d --keep-best": ("--keep-best needs rows", "--eval-fraction 0.1"),
     "train -m m -d d --resume --overwrite": ("--overwrite removes it", "one of them"),
     "train -c gpt-neox": ("no configuration file gpt-neox", "gpt-neox-20b-english-quotes"),
+    "train -c -": ("no configuration file -.", "choose one of: qlora train --list-recipes"),
     "train -c lr.yaml": ("unknown setting lr", "learning_rate"),
     "train -c list.yaml": ("holds a list", "setting: value"),
     "train -c text.yaml": ("rank should be a whole number, found 'eight'", "as 16"),
