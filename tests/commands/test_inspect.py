@@ -355,6 +355,16 @@ def test_a_run_that_has_not_ended_shows_how_far_it_came(run, tmp_path):
     assert "rank" not in facts
 
 
+def test_a_run_in_training_names_its_process_and_no_resume(run, tmp_path, monkeypatch, capsys):
+    going = shutil.copytree(run, tmp_path / "run")
+    for name in (artifacts.ADAPTER_CONFIG, artifacts.ADAPTER_WEIGHTS, artifacts.RUN_RECORD):
+        (going / name).unlink()
+    monkeypatch.setattr("qlora_cli.core.inspection.run_summary.find_holder", lambda directory: 123)
+    assert main(["inspect", str(going)]) == 0
+    out, err = capsys.readouterr()
+    assert f"{going} is a run that is being trained by process 123: 4 steps" in out and "--resume" not in err
+
+
 def test_an_adapter_of_another_tool_is_read_without_its_base(run, tmp_path):
     for name in (artifacts.ADAPTER_CONFIG, artifacts.ADAPTER_WEIGHTS):
         (tmp_path / name).write_bytes((run / name).read_bytes())

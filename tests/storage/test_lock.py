@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.artifacts import LOCK, process_name
-from qlora_cli.core.storage.lock import locked, locked_file
+from qlora_cli.core.storage.lock import find_holder, locked, locked_file, require_unheld
 from qlora_cli.errors import DiskFull, RunError
 
 HOLDER = """
@@ -34,11 +34,18 @@ def test_a_directory_is_held_by_one_process_until_it_ends_however_it_ends(tmp_pa
         with pytest.raises(RunError, match=match) as caught, locked(directory, output="the-output"):
             pytest.fail("two processes hold it")
         assert "--output" in caught.value.hint
+        assert find_holder(directory) == holder.pid
+        with pytest.raises(RunError, match=rf"\({holder.pid}\) is writing to"):
+            require_unheld(directory)
         os.kill(holder.pid, signal.SIGKILL)
+    assert find_holder(directory) is None  # it has ended, though its name stands there
+    with locked(directory):
+        assert find_holder(directory) is None  # another one
     with locked(directory):
         pass
-    with locked(directory):
-        pass
+    for words in ("", "x", "1 a-b-c-d"):
+        (directory / LOCK).write_text(words)
+        assert find_holder(directory) is None
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):

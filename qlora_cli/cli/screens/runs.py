@@ -109,7 +109,8 @@ def of_a_run(result: dict[str, Any]) -> Screen:
     came += f", held-out loss {held_out:.4f}" if held_out is not None else ""
     base = (result.get("base") or {}).get("model") or result.get("base_model") or settings.get("model")
     if "adapter" in result:
-        first = f"{place} is a run that has not ended{came}."
+        now = f"is being trained by process {result['process']}" if "process" in result else "has not ended"
+        first = f"{place} is a run that {now}{came}."
     else:
         first = f"{place} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} on {name_of(str(base)) if base else 'an unknown base'}{came}."
     trained = [trained_of(result)] if "trainable_parameters" in result else []

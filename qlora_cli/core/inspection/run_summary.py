@@ -12,6 +12,7 @@ import yaml
 
 from qlora_cli import artifacts
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts, base_name, read_adapter, require_unchanged
+from qlora_cli.core.storage.lock import find_holder
 from qlora_cli.errors import QloraError, RunError, first_line
 from qlora_cli.events import report_nothing
 
@@ -38,6 +39,7 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
     tables: list[dict[str, Any]] = []
     if not (directory / artifacts.ADAPTER_CONFIG).is_file() and artifacts.is_run(directory):
         kind, facts["adapter"] = "run", "none yet: training has not ended"
+        facts |= {"process": holder} if (holder := find_holder(directory)) is not None else {}
     else:
         with _noted(damages):
             adapter = read_adapter(directory)
@@ -115,7 +117,8 @@ def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
     going_on = []
     if "adapter" in facts:
         settings = artifacts.run_of(directory) / artifacts.RUN_YAML
-        going_on = [f"qlora train --config {shlex.quote(str(settings))} --resume"] if settings.is_file() else []
+        ended = settings.is_file() and "process" not in facts
+        going_on = [f"qlora train --config {shlex.quote(str(settings))} --resume"] if ended else []
         if not facts.get("checkpoints"):
             return going_on
     return [*going_on, *artifacts.ways_to_use(directory)]

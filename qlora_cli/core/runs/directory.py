@@ -30,7 +30,7 @@ from qlora_cli.artifacts import (
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.data.sources import read_paths
 from qlora_cli.core.storage.checkpoint import is_checkpoint, list_checkpoints, remove_leftovers, step_of
-from qlora_cli.core.storage.lock import locked
+from qlora_cli.core.storage.lock import locked, require_unheld
 from qlora_cli.core.storage.ownership import (
     NAMES,
     RUN,
@@ -139,7 +139,7 @@ def require_free(directory: Path, *, resume: bool, overwrite: bool) -> None:
     """Checks that a run may be written to a directory.
 
     Raises:
-        RunError: It holds a run, without `resume` or `overwrite`, or something else.
+        RunError: It holds a run, without `resume` or `overwrite`, or something else; or another process writes there.
     """
     if directory.exists() and not directory.is_dir():
         raise RunError(f"{directory} cannot be written: it is a file.", "Choose another --output.")
@@ -154,6 +154,7 @@ def require_free(directory: Path, *, resume: bool, overwrite: bool) -> None:
             f"{directory} holds other files ({', '.join(others[:3])}) and no run of qlora.",
             "Choose another --output.",
         )
+    require_unheld(directory)
     if not others or resume or overwrite:
         return
     raise RunError(

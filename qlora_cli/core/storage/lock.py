@@ -70,6 +70,25 @@ def locked_file(path: Path, *, report: Report = report_nothing) -> Iterator[None
                 lock.unlink()
 
 
+def find_holder(directory: Path) -> int | None:
+    """The other process of this machine that holds a directory; None where none does, or that cannot be told."""
+    try:
+        name = (directory / LOCK).read_text(errors="replace").split()[-1]
+        *place, pid, start = name.split("-")
+    except (OSError, ValueError, IndexError):
+        return None
+    *own_place, own_pid, _ = process_name().split("-")
+    if place != own_place or pid == own_pid or not pid.isdigit():
+        return None
+    return int(pid) if lives(int(pid), start) else None
+
+
+def require_unheld(directory: Path) -> None:
+    """Raises RunError where another process of this machine holds a directory: said before the work, and before it is held."""
+    if (holder := find_holder(directory)) is not None:
+        raise _held([str(holder)], directory)
+
+
 def _hold(path: Path, named: Path, report: Report) -> int:
     """The descriptor of a lock that this process holds."""
     with _naming(named):
