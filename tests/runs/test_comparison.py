@@ -12,9 +12,10 @@ from qlora_cli.core.runs.comparison import name_runs
 @pytest.fixture
 def runs(tmp_path):
     """Three directories of runs that have not ended, of 40 steps, with losses of their own."""
-    for name, rank, factor in (("a", 8, 1.0), ("b", 16, 0.5), ("c", 16, 2.0)):
+    for name, rank, factor, alpha in (("a", 8, 1.0, "32"), ("b", 16, 0.5, "32"), ("c", 16, 2.0, "32.0")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / RUN_YAML).write_text(f"model: m\nrank: {rank}\nlearning_rate: 0.0002\noutput: {name}\n")
+        settings = f"model: m\nrank: {rank}\nalpha: {alpha}\nlearning_rate: 0.0002\noutput: {name}\n"
+        (tmp_path / name / RUN_YAML).write_text(settings)
         lines = [
             {"step": n, "loss": factor * (4 - n / 20), "tokens": 100, "step_seconds": 0.5, "peak_vram_bytes": 2**30}
             for n in range(1, 41)

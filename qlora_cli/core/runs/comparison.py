@@ -89,7 +89,13 @@ def _figures(name: str, directory: Path, facts: Mapping[str, Any], losses: Losse
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
+    """Settings as they are shown; 32 and 32.0 are one."""
+    plain: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        plain[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+    return plain
 
 
 def _data(facts: Mapping[str, Any]) -> dict[str, Any]:
