@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_cli.artifacts import MERGE_RECORD
+from qlora_cli.artifacts import MERGE_RECORD, RUN_RECORD
 from qlora_cli.commands.generate import converse, generate
 from qlora_cli.config import GenerateConfig
 from qlora_cli.core.decoding.decoder import Decoder
@@ -116,6 +116,13 @@ def test_an_adapter_meets_only_the_base_it_was_trained_on(make_run, tiny_model, 
         ask(["a"], adapter=run, model=str(sibling))
     with pytest.raises(AdapterError, match="different configuration"):
         ask(["a"], adapter=run, model=str(tiny_model("llama", hidden_size=32)))
+    changed = shutil.copytree(run, tmp_path / "changed")
+    record = json.loads((changed / RUN_RECORD).read_text())
+    record["base"]["model"] = str(sibling)  # as if its weights had been exchanged since
+    (changed / RUN_RECORD).write_text(json.dumps(record))
+    with pytest.raises(AdapterError, match="now that has different weights") as caught:
+        ask(["a"], adapter=str(changed), model=str(sibling))
+    assert "Put back" in caught.value.hint
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_model("llama"))
     assert ask(["a"], adapter=run, model=str(moved))[0].answered == 1

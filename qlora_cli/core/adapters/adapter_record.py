@@ -77,6 +77,11 @@ class AdapterRecord:
             )
         for field, what in (("config_sha256", "a different configuration"), ("weights_sha256", "different weights")):
             if getattr(files, field) != getattr(self.base, field):
+                if files.name == self.base.model:
+                    raise AdapterError(
+                        f"The adapter in {self.directory} was trained on {files.name} as it was; now that has {what}.",
+                        "Put back what it was trained on, or name a copy of that with --model.",
+                    )
                 raise AdapterError(
                     f"The adapter in {self.directory} was trained on {self.base.model}; {files.name} has {what}.",
                     f"Give the base it was trained on: --model {shlex.quote(self.base.model)}",
