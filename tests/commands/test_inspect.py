@@ -363,6 +363,8 @@ def test_a_run_in_training_names_its_process_and_no_resume(run, tmp_path, monkey
     assert main(["inspect", str(going)]) == 0
     out, err = capsys.readouterr()
     assert f"{going} is a run that is being trained by process 123: 4 steps" in out and "--resume" not in err
+    monkeypatch.undo()
+    assert look(adapter=str(going))["next"][0] == f"qlora train --config {going}/run.yaml --resume --output {going}"
 
 
 def test_an_adapter_of_another_tool_is_read_without_its_base(run, tmp_path):

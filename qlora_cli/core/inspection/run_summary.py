@@ -116,9 +116,14 @@ def _commands(directory: Path, facts: dict[str, Any]) -> list[str]:
     """What to type next: go on with a run that has not ended, and use its adapter or that of its newest checkpoint."""
     going_on = []
     if "adapter" in facts:
-        settings = artifacts.run_of(directory) / artifacts.RUN_YAML
-        ended = settings.is_file() and "process" not in facts
-        going_on = [f"qlora train --config {shlex.quote(str(settings))} --resume"] if ended else []
+        run = artifacts.run_of(directory)
+        settings, named = run / artifacts.RUN_YAML, (facts.get("settings") or {}).get("output")
+        moved = (
+            isinstance(named, str) and Path(named).expanduser().resolve() != run.resolve()
+        )  # or named from elsewhere
+        if settings.is_file() and "process" not in facts:
+            line = f"qlora train --config {shlex.quote(str(settings))} --resume"
+            going_on = [f"{line} --output {shlex.quote(str(run))}" if moved else line]
         if not facts.get("checkpoints"):
             return going_on
     return [*going_on, *artifacts.ways_to_use(directory)]
