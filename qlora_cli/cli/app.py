@@ -2,18 +2,18 @@
 
 import importlib
 import os
-import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.artifacts import find_run_record, is_model, is_run, ways_to_use
-from qlora_cli.cli.command_line.declared import Command, Positional, Typed, unknown_variables, variable_of
+from qlora_cli.cli.command_line.declared import Command, Positional, Typed, unknown_variables
+from qlora_cli.cli.command_line.origins import name_variable, naming_file
 from qlora_cli.cli.command_line.plain import given_again, read_plainly
 from qlora_cli.cli.streams import UnwrittenOutput, open_log, open_standard_descriptors, tolerant_streams
 from qlora_cli.cli.visible import visible
@@ -161,23 +161,6 @@ def settings_of_file(path: Path | None, config_type: type) -> dict[str, Any]:
     from qlora_cli.config_file import read_config_file
 
     return read_config_file(path, config_type)
-
-
-@contextmanager
-def naming_file(path: Path | None, of_file: dict[str, Any], config_type: type) -> Iterator[None]:
-    """Has an error that names a flag say which settings file has given it, where it was not typed."""
-    try:
-        yield
-    except QloraError as error:
-        text = f"{error.message} {error.hint}"
-        named = (field for field in fields(config_type) if of_file.get(field.name) is not None)
-        said = [f for f in named if re.search(rf"{re.escape(flag_of(f).split('/')[0])}(?![\w-])", text)]
-        if said:
-            values = (of_file[field.name] for field in said)
-            shown = (", ".join(value) if isinstance(value, tuple) else value for value in values)
-            pairs = (f"{field.name}: {value}" for field, value in zip(said, shown, strict=True))
-            error.message += f" {path} says {', '.join(pairs)}."
-        raise
 
 
 def displaced(of_file: dict[str, Any], given: dict[str, Any], config_type: type) -> dict[str, Field]:
@@ -363,22 +346,12 @@ def _run(arguments: list[str]) -> int:
     except (Exception, Terminated) as error:
         failure = _as_failure(error)
         if isinstance(failure, UsageError) and found is not None:
-            failure.message += _name_variable(failure.message, found, arguments)
+            failure.message += name_variable(failure.message, found.config_type, arguments)
         if "--debug" in arguments and _speaks(failure):
             import traceback
 
             print(visible("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return _show(failure, as_json="--json" in arguments)
-
-
-def _name_variable(message: str, found: Command, arguments: list[str]) -> str:
-    """That what a message says of a flag stands in the environment, and was not typed; else nothing."""
-    named = re.findall(r"--[a-z][a-z-]*", message)
-    for option in fields(found.config_type):
-        flag, variable = flag_of(option).split("/")[0], variable_of(option.name)
-        if flag in named and variable in os.environ and not any(word.partition("=")[0] == flag for word in arguments):
-            return f" It comes from {variable} in the environment."
-    return ""
 
 
 def _speaks(failure: QloraError) -> bool:
