@@ -202,16 +202,25 @@ def test_in_random_trees_no_foreign_file_ever_changes(tmp_path):
         assert not list(root.rglob(".t.*"))
 
 
-def test_a_mark_lists_nothing_outside_its_directory(tmp_path):
-    write_mark(
-        tmp_path, MERGED, files=["model.safetensors", "folder/x.jinja", "../victim", "folder/../../victim", "/etc/x"]
-    )
-    mark = read_mark(tmp_path)
-    assert mark is not None and mark.files == {"model.safetensors", "folder/x.jinja"}
-
-
 def test_nothing_can_be_made_below_a_file(tmp_path):
     (tmp_path / "file").touch()
     for below in (tmp_path / "file" / "out", tmp_path / "file" / "far" / "out"):
         with pytest.raises(RunError, match=f"out cannot be written: {tmp_path}/file is a file"):
             may_replace(below, PREPARED, overwrite=False)
+
+
+@pytest.mark.parametrize("form", ["/{0}/kept", "//{0}/kept", "../outside/kept", "folder/link/kept"])
+def test_what_a_mark_lists_outside_its_directory_is_not_removed(tmp_path, monkeypatch, form):
+    """What it lists is removed where the working directory is filled, and anyone may have written it."""
+    here, outside = tmp_path / "here", tmp_path / "outside"
+    for directory in (here / "folder", outside):
+        directory.mkdir(parents=True)
+    (outside / "kept").write_text("kept")
+    (here / "model.safetensors").write_text("of an earlier attempt")
+    (here / "folder" / "link").symlink_to(outside)
+    write_mark(here, MERGED, files=["model.safetensors", MARK, "folder/link", form.format(str(outside)[1:])])
+    monkeypatch.chdir(here)
+    with atomic_directory(may_replace(here, MERGED, overwrite=False)) as made:
+        (made / MERGE_RECORD).write_text("{}")
+    assert (outside / "kept").read_text() == "kept"
+    assert (here / MERGE_RECORD).exists() and not (here / "model.safetensors").exists()

