@@ -5,9 +5,9 @@ import json
 import shutil
 
 import pytest
-from transformers import Gemma3Config
+from transformers import AutoTokenizer, Gemma3Config
 
-from qlora_cli.core.models.files import ModelFiles, resolve_model
+from qlora_cli.core.models.files import ModelFiles, resolve_model, save_tokenizer
 from qlora_cli.core.models.hub import check_blobs
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError, UsageError
@@ -69,6 +69,26 @@ def test_a_wrapper_s_language_model_says_how_it_is_stored(tmp_path):
     config = resolve_model(str(tmp_path)).config
     with pytest.raises(ModelError, match="quantised already, by compressed-tensors"):
         stored_format(config, "org/model")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "same"),
+    [("llama", {}, True), ("qwen2", {}, False), ("gpt2", {"backend": None, "tokenizer_class": None}, False)],
+)
+def test_a_tokenizer_beside_no_configuration_is_that_of_the_model(tiny_model, tmp_path, architecture, settings, same):
+    """transformers looks into config.json for a class that is not named, or is named wrongly."""
+    base, run = shutil.copytree(tiny_model(architecture), tmp_path / "base"), tmp_path / "run"
+    run.mkdir()
+    named = json.loads((base / "tokenizer_config.json").read_text()) | settings
+    named = {name: value for name, value in named.items() if value is not None and (same or name != "eos_token")}
+    (base / "tokenizer_config.json").write_text(json.dumps(named))
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    save_tokenizer(resolve_model(str(base)), run)
+    wanted, found = (AutoTokenizer.from_pretrained(directory) for directory in (base, run))
+    text = "7 of 1024 layers"
+    assert found(text).input_ids == wanted(text).input_ids
+    assert (found.eos_token, found.chat_template) == (wanted.eos_token, wanted.chat_template)
+    assert same == ((run / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes())
 
 
 def test_a_file_of_the_hub_s_cache_that_was_changed_after_it_arrived_is_named(tiny_model, tmp_path):

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -14,7 +13,7 @@ from qlora_cli.artifacts import FORMAT, MERGE_RECORD, TOKENIZER_FILES, find_run_
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
-from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, copy_files, has_tokenizer
+from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, copy_files, has_tokenizer, tokenizer_content
 from qlora_cli.core.models.hub import CHAT_TEMPLATE, CODE_FILES, OLD_CHAT_TEMPLATE, PROCESSOR_FILES
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.rope_scaling import write_scaling
@@ -85,9 +84,9 @@ def find_tokenizer(base: ModelFiles, adapter: Path) -> dict[Path, list[Path]]:
     if are_same_tokenizer(adapter, base.directory):
         return own
     theirs = {adapter: tokenizer_files(adapter)}
-    *trained, template = _content(replace(base, name=str(adapter), directory=adapter).tokenizer)
+    *trained, template = tokenizer_content(replace(base, name=str(adapter), directory=adapter).tokenizer)
     try:
-        *original, template_before = _content(base.tokenizer)
+        *original, template_before = tokenizer_content(base.tokenizer)
     except ModelError:
         return theirs
     if trained == original and template == template_before:
@@ -96,18 +95,6 @@ def find_tokenizer(base: ModelFiles, adapter: Path) -> dict[Path, list[Path]]:
         return theirs
     parts = {adapter: True, base.directory: False}
     return {of: [p for p in (own | theirs)[of] if (p.suffix == ".jinja") == wanted] for of, wanted in parts.items()}
-
-
-def _content(tokenizer: Any) -> tuple[Any, ...]:
-    """All that a tokenizer says, its chat templates last, but how rows of a batch are cut and filled up, which whoever used
-    it last leaves in it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        vocabulary = tokenizer.get_vocab() | tokenizer.added_tokens_decoder
-    else:
-        vocabulary = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    special = (tokenizer.special_tokens_map, getattr(tokenizer, "extra_special_tokens", None))
-    return vocabulary, *special, getattr(tokenizer, "chat_template", None)
 
 
 def copy_checkpoint_files(base: Path, tokenizer: Mapping[Path, list[Path]], adapter: Path, directory: Path) -> None:

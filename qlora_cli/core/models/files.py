@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,6 +237,36 @@ def are_same_tokenizer(one: Path, other: Path) -> bool:
     """Whether two directories hold the same files of a tokenizer, byte for byte."""
     contents = ({path.relative_to(of): path.read_bytes() for path in tokenizer_files(of)} for of in (one, other))
     return next(contents) == next(contents)
+
+
+def tokenizer_content(tokenizer: Any) -> tuple[Any, ...]:
+    """All that a tokenizer says, its chat templates last, but how rows of a batch are cut and filled up, which whoever used
+    it last leaves in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        vocabulary = tokenizer.get_vocab() | tokenizer.added_tokens_decoder
+    else:
+        vocabulary = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    special = (tokenizer.special_tokens_map, getattr(tokenizer, "extra_special_tokens", None))
+    return vocabulary, *special, getattr(tokenizer, "chat_template", None)
+
+
+def save_tokenizer(files: ModelFiles, directory: Path) -> None:
+    """Writes a model's tokenizer, its own files and the code they may need, to where no config.json lies beside them.
+
+    transformers looks there for a class that they do not name (GPT-2) or name wrongly (`PreTrainedTokenizerFast` of many a
+    Qwen2), and reads without it another tokenizer, with other ids and no end of text: such a one is saved anew.
+    """
+    code = sorted(files.directory.glob("*.py")) if files.trust_remote_code else []
+    copy_files([*tokenizer_files(files.directory), *code], files.directory, directory)
+    try:
+        same = tokenizer_content(replace(files, directory=directory).tokenizer) == tokenizer_content(files.tokenizer)
+    except ModelError:
+        same = False
+    if not same:
+        for path in tokenizer_files(directory):
+            path.unlink()
+        files.tokenizer.save_pretrained(directory)
 
 
 def copy_files(paths: Iterable[Path], source: Path, target: Path) -> None:

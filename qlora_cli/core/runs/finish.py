@@ -15,7 +15,6 @@ from qlora_cli.artifacts import (
     MODEL_CARD,
     RUN_RECORD,
     sha256_of,
-    tokenizer_files,
     write_bytes,
     write_json,
 )
@@ -23,7 +22,7 @@ from qlora_cli.config import TrainConfig
 from qlora_cli.core.adapters.adapter_facts import settings_digest
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions, read_vram
-from qlora_cli.core.models.files import copy_files
+from qlora_cli.core.models.files import save_tokenizer
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.model_card import hub_dataset
 from qlora_cli.core.prompts.formatting import Formatting
@@ -95,9 +94,7 @@ def write_run(
     write_report_page(output, title=title, results=training, settings=settings, data={**data, **counts})
     best = _find_best(output, result.best_step, run.report) if run.config.keep_best and result.best_step else None
     with finished_files(output) as directory:
-        files = inputs.files
-        code = sorted(files.directory.glob("*.py")) if files.trust_remote_code else []  # a tokenizer may need it
-        copy_files([*tokenizer_files(files.directory), *code], files.directory, directory)
+        save_tokenizer(inputs.files, directory)
         if best is None:
             save_adapter(directory)
         else:
