@@ -130,6 +130,13 @@ def test_what_a_run_reads_is_never_where_it_writes(tmp_path):
         claimed(tmp_path / "run", resume=False, overwrite=True, reads=[model]),
     ):
         pass
+    template = tmp_path / "run" / "chat_template.jinja"  # which the run writes its own over, or removes
+    template.write_text("edited")
+    with (
+        pytest.raises(RunError, match="would remove .*jinja, which this command reads"),
+        claimed(tmp_path / "run", resume=False, overwrite=True, reads=[template]),
+    ):
+        pass
     (tmp_path / "link").symlink_to(tmp_path / "run")
     with (
         pytest.raises(RunError, match="is what this command reads"),
@@ -158,3 +165,11 @@ def test_a_run_that_ends_again_keeps_no_tokenizer_file_of_another_base(tmp_path)
                     (directory / name).parent.mkdir(exist_ok=True)
                     (directory / name).write_text("{}")
         assert list(tmp_path.rglob("*.jinja")) == [tmp_path / template]
+
+
+def test_a_run_that_ends_keeps_the_user_s_files_beside_it(tmp_path):
+    for name in ("mine.jinja", "vocab.jsonl", "tokenizer_notes.txt"):
+        (tmp_path / name).write_text("mine")
+    with finished_files(tmp_path) as directory:
+        (directory / "adapter_config.json").write_text("{}")
+    assert len([path for path in tmp_path.iterdir() if path.read_text() == "mine"]) == 3

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.artifacts import FORMAT, MERGE_RECORD, TOKENIZER_FILES, find_run_record, tokenizer_files, write_json
+from qlora_cli.artifacts import CHAT_TEMPLATE, FORMAT, MERGE_RECORD, TOKENIZER_FILES, find_run_record, tokenizer_files, write_json
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, copy_files, has_tokenizer, tokenizer_content
-from qlora_cli.core.models.hub import CHAT_TEMPLATE, CODE_FILES, OLD_CHAT_TEMPLATE, PROCESSOR_FILES
+from qlora_cli.core.models.hub import CODE_FILES, OLD_CHAT_TEMPLATE, PROCESSOR_FILES
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.rope_scaling import write_scaling
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, SINGLE_FILE, TensorFile

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_cli.artifacts import tokenizer_files
+from qlora_cli.artifacts import TOKENIZER_SIGNS, tokenizer_files
 from qlora_cli.core.models.hub import (
     READ_FILES,
-    TOKENIZER_SIGNS,
     check_blobs,
     download_snapshot,
     find_directory,

@@ -25,12 +25,10 @@ from qlora_cli.settings.ranges import HUB_ID
 from qlora_cli.sizes import format_bytes
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
-CHAT_TEMPLATE, OLD_CHAT_TEMPLATE = "chat_template.jinja", "chat_template.json"  # the latter of processors alone
+OLD_CHAT_TEMPLATE = "chat_template.json"  # of processors alone
 # Of images and sound, which a merged checkpoint keeps.
 PROCESSOR_FILES = ["*processor_config.json", OLD_CHAT_TEMPLATE]
 CODE_FILES = ["*.py"]  # of a model that comes with its code: run where that was asked for, kept in a merged checkpoint
-# Files that only a tokenizer has: an adapter saved without one may still hold a stray chat template.
-TOKENIZER_SIGNS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES + CODE_FILES
 # Every folder but that one, as patterns that know no "but": by the first letter in which a name differs, and shorter names.
 OTHER_FOLDERS = [f"{TEMPLATES[:end]}[!{TEMPLATES[end]}]*/*" for end in range(len(TEMPLATES))]

@@ -20,6 +20,7 @@ from qlora_cli.artifacts import (
     RUN_RECORD,
     RUN_YAML,
     SPARE_ROWS,
+    TOKENIZER_NAMES,
     TRACKER_LOGS,
     fsync_path,
     is_run,
@@ -94,7 +95,7 @@ def claimed(
     require_apart(directory, path, reads, above=False)
     for read in reads:
         inside = read.exists() and path in read.resolve().parents and read.resolve().relative_to(path).parts[0]
-        if overwrite and inside in (CHECKPOINTS, *RUN_FILES):
+        if overwrite and inside in (CHECKPOINTS, *RUN_FILES, *TOKENIZER_NAMES):
             raise RunError(f"--overwrite would remove {read}, which this command reads.", "Choose another --output.")
     try:
         require_free(directory, resume=resume, overwrite=overwrite)
@@ -201,7 +202,8 @@ def finished_files(directory: Path) -> Iterator[Path]:
         fsync_path(directory)
         made = [path.relative_to(collected) for path in collected.rglob("*") if path.is_file()]
         for path in tokenizer_files(directory):  # of another base's, whose template would go with this one's tokens
-            if path.relative_to(directory) not in made:
+            name = path.relative_to(directory)
+            if name not in made and name.parts[0] in TOKENIZER_NAMES:
                 path.unlink()
         for name in sorted(made, key=lambda name: name.name == ADAPTER_CONFIG):
             (directory / name).parent.mkdir(exist_ok=True)
