@@ -57,7 +57,14 @@ TOKENIZER_FILES = [
 TOKENIZER_SIGNS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CHAT_TEMPLATE = "chat_template.jinja"
 # What transformers calls all of them: others of the patterns' names may be the user's, beside a run.
-TOKENIZER_NAMES = (*TOKENIZER_SIGNS, "special_tokens_map.json", "added_tokens.json", "merges.txt", CHAT_TEMPLATE, TEMPLATES)
+TOKENIZER_NAMES = (
+    *TOKENIZER_SIGNS,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    CHAT_TEMPLATE,
+    TEMPLATES,
+)
 
 # Prepared directory.
 PREPARED_MANIFEST = "prepared.json"

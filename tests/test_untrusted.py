@@ -20,7 +20,7 @@ from qlora_cli.config_file import read_config_file
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.adapter_record import read_adapter_record
 from qlora_cli.core.merge.checkpoint_files import find_tokenizer
-from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.files import files_beside, resolve_model
 from qlora_cli.core.models.hub import READ_FILES
 from qlora_cli.core.untrusted import check_expressions, check_files, is_ours
 from qlora_cli.errors import AdapterError, ModelError, QloraError, RunError, UsageError
@@ -94,6 +94,28 @@ def test_a_link_in_an_adapter_does_not_land_in_what_is_merged_and_pushed(model, 
     (tmp_path / "adapter" / name).symlink_to(tmp_path / "secret")
     with pytest.raises(ModelError, match="link out of it"):
         find_tokenizer(resolve_model(str(model)), tmp_path / "adapter")
+
+
+CODE = "from transformers import PreTrainedTokenizerFast\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+
+
+@pytest.mark.parametrize("reference", ["own.Own", "further.Own", "folder/own.Own", "org/code--own.Own"])
+def test_an_adapter_s_tokenizer_runs_its_base_s_code_where_that_was_asked_for_and_no_other(model, tmp_path, reference):
+    (model / "own.py").write_text(CODE)
+    adapter, proof = Path(shutil.copytree(model, tmp_path / "adapter")), tmp_path / "executed"
+    (adapter / "config.json").unlink()
+    edit(adapter / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": [None, reference]})
+    base, trusted = (resolve_model(str(model), trust_remote_code=trust) for trust in (False, True))
+    if reference == "own.Own":
+        assert type(files_beside(trusted, adapter).tokenizer).__name__ == "Own"
+        with pytest.raises(ModelError, match="custom code"):
+            find_tokenizer(base, adapter)
+    evil = adapter / f"{reference.partition('--')[0].removesuffix('.Own')}.py"
+    evil.parent.mkdir(exist_ok=True)
+    evil.write_text(f"open({str(proof)!r}, 'w')\n{CODE}")
+    with pytest.raises(ModelError, match="cannot be read"):
+        find_tokenizer(trusted, adapter)
+    assert not proof.exists()
 
 
 # ---------------------------------------------------------------- configurations

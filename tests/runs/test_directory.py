@@ -133,7 +133,7 @@ def test_what_a_run_reads_is_never_where_it_writes(tmp_path):
     template = tmp_path / "run" / "chat_template.jinja"  # which the run writes its own over, or removes
     template.write_text("edited")
     with (
-        pytest.raises(RunError, match="would remove .*jinja, which this command reads"),
+        pytest.raises(RunError, match=r"would remove .*jinja, which this command reads"),
         claimed(tmp_path / "run", resume=False, overwrite=True, reads=[template]),
     ):
         pass

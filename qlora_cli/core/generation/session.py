@@ -5,14 +5,12 @@ import importlib.util
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_cli.artifacts import TOKENIZER_FILES
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, find_adapter, read_adapter_record, read_merge_record
 from qlora_cli.core.adapters.lora import load_adapter
 from qlora_cli.core.adapters.vocabulary import has_replaced_vocabulary
@@ -30,11 +28,10 @@ from qlora_cli.core.generation.requests import (
     find_end_ids,
     make_request,
 )
-from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, context_length, has_tokenizer
+from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, context_length, files_beside, has_tokenizer
 from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting, format_prompt, with_template_settings
-from qlora_cli.core.untrusted import refuse_links
 from qlora_cli.errors import AdapterError, DataError
 from qlora_cli.events import Caution, Report
 from qlora_cli.settings.generation import GenerationSettings
@@ -118,10 +115,8 @@ class GenerationSession:
             return self.files
         if adapter not in self._files:
             directory, own = self.source(adapter).directory, self.files
-            if has_tokenizer(directory):
-                refuse_links(directory, TOKENIZER_FILES)
-            if has_tokenizer(directory) and not are_same_tokenizer(directory, own.directory):
-                beside = replace(own, name=adapter, directory=directory, trust_remote_code=False)
+            beside = files_beside(own, directory) if has_tokenizer(directory) else own
+            if beside is not own and not are_same_tokenizer(directory, own.directory):
                 own = beside if len(beside.tokenizer) > len(own.tokenizer) else own
             self._files[adapter] = own
         return self._files[adapter]

@@ -2,23 +2,28 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.artifacts import CHAT_TEMPLATE, FORMAT, MERGE_RECORD, TOKENIZER_FILES, find_run_record, tokenizer_files, write_json
+from qlora_cli.artifacts import CHAT_TEMPLATE, FORMAT, MERGE_RECORD, find_run_record, tokenizer_files, write_json
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
-from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, copy_files, has_tokenizer, tokenizer_content
+from qlora_cli.core.models.files import (
+    ModelFiles,
+    are_same_tokenizer,
+    copy_files,
+    files_beside,
+    has_tokenizer,
+    tokenizer_content,
+)
 from qlora_cli.core.models.hub import CODE_FILES, OLD_CHAT_TEMPLATE, PROCESSOR_FILES
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.rope_scaling import write_scaling
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, SINGLE_FILE, TensorFile
-from qlora_cli.core.untrusted import refuse_links
 from qlora_cli.errors import ModelError
 
 CONFIG = "config.json"
@@ -80,11 +85,11 @@ def find_tokenizer(base: ModelFiles, adapter: Path) -> dict[Path, list[Path]]:
     own = {base.directory: tokenizer_files(base.directory)}
     if not has_tokenizer(adapter):
         return own
-    refuse_links(adapter, TOKENIZER_FILES)  # the base's were looked at when it was found
+    beside = files_beside(base, adapter)
     if are_same_tokenizer(adapter, base.directory):
         return own
     theirs = {adapter: tokenizer_files(adapter)}
-    *trained, template = tokenizer_content(replace(base, name=str(adapter), directory=adapter).tokenizer)
+    *trained, template = tokenizer_content(beside.tokenizer)
     try:
         *original, template_before = tokenizer_content(base.tokenizer)
     except ModelError:

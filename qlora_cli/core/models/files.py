@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_cli.artifacts import TOKENIZER_SIGNS, tokenizer_files
+from qlora_cli.artifacts import TOKENIZER_FILES, TOKENIZER_SIGNS, tokenizer_files
 from qlora_cli.core.models.hub import (
     READ_FILES,
     check_blobs,
@@ -22,7 +22,7 @@ from qlora_cli.core.models.hub import (
 from qlora_cli.core.models.identity import BaseIdentity, config_digest, weights_digest
 from qlora_cli.core.rope_scaling import growth, scale_positions, scaling_of
 from qlora_cli.core.storage.content_digest import content_digests
-from qlora_cli.core.untrusted import check_files
+from qlora_cli.core.untrusted import check_files, read_foreign_json, refuse_links
 from qlora_cli.errors import ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Report, report_nothing
 from qlora_cli.settings.groups import QuantizationSettings
@@ -30,6 +30,7 @@ from qlora_cli.settings.groups import QuantizationSettings
 if TYPE_CHECKING:
     import torch
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 # What configurations call the most tokens of a row: most of them; GPT-2 and its kin; MPT; Bloom and the first GLMs.
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -236,6 +237,24 @@ def are_same_tokenizer(one: Path, other: Path) -> bool:
     """Whether two directories hold the same files of a tokenizer, byte for byte."""
     contents = ({path.relative_to(of): path.read_bytes() for path in tokenizer_files(of)} for of in (one, other))
     return next(contents) == next(contents)
+
+
+def files_beside(base: ModelFiles, adapter: Path) -> ModelFiles:
+    """The files of an adapter, for the tokenizer among them. Its code is the base's or is not run: it is an adapter of
+    anybody's, and --trust-remote-code was said of the base.
+
+    Raises:
+        ModelError: One is a link to elsewhere, or its settings cannot be read.
+    """
+    refuse_links(adapter, TOKENIZER_FILES)
+    trusted = base.trust_remote_code and not (adapter / "config.json").exists()
+    if trusted and (adapter / TOKENIZER_CONFIG).exists():
+        settings = read_foreign_json(adapter / TOKENIZER_CONFIG)
+        named = json.dumps(settings.get("auto_map") if isinstance(settings, dict) else None)
+        there = {path.name: path.read_bytes() for path in base.directory.glob("*.py")}
+        own = {path.name: path.read_bytes() for path in adapter.glob("*.py")}
+        trusted = not re.search("/|--", named) and own.items() <= there.items()  # no folder's code, nor a repository's
+    return replace(base, name=str(adapter), directory=adapter, trust_remote_code=trusted)
 
 
 def tokenizer_content(tokenizer: Any) -> tuple[Any, ...]:
