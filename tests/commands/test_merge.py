@@ -325,7 +325,8 @@ def test_a_tokenizer_saved_again_is_merged_as_the_base_has_it_and_another_as_the
     for _ in range(2):  # the second time over the first
         case.merge(overwrite=True)
     assert AutoTokenizer.from_pretrained(case.output).chat_template == tokenizer.chat_template
-    assert (case.output / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+    del settings["chat_template"]  # which llama.cpp's converter prefers to the file
+    assert json.loads((case.output / "tokenizer_config.json").read_text()) == settings
     assert not (case.output / "chat_template.json").exists()  # a processor would take it
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(case.adapter)

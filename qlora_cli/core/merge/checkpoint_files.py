@@ -13,6 +13,7 @@ from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
 from qlora_cli.core.models.files import (
+    TOKENIZER_CONFIG,
     ModelFiles,
     are_same_tokenizer,
     copy_files,
@@ -112,12 +113,19 @@ def copy_checkpoint_files(base: Path, tokenizer: Mapping[Path, list[Path]], adap
     How prompts were formatted in training is recorded too, so that `generate --model` formats them so.
     """
     taken = {path.name for paths in tokenizer.values() for path in paths}
-    if adapter / CHAT_TEMPLATE in tokenizer.get(adapter, ()):
+    own_template = adapter / CHAT_TEMPLATE in tokenizer.get(adapter, ())
+    if own_template:
         taken.add(OLD_CHAT_TEMPLATE)  # the base's, which a processor would prefer
     patterns = [GENERATION_CONFIG, *PROCESSOR_FILES, *CODE_FILES, "*.model"]
     beside = {path for pattern in patterns for path in base.glob(pattern) if path.is_file()}
     for source, paths in tokenizer.items():
         copy_files(paths, source, directory)
+    if own_template and (directory / TOKENIZER_CONFIG).is_file():
+        settings = json.loads((directory / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        if (
+            settings.pop("chat_template", None) is not None
+        ):  # the base's, which llama.cpp's converter prefers to the file
+            write_json(directory / TOKENIZER_CONFIG, settings)
     copy_files([path for path in beside if path.name not in taken], base, directory)
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})
 
