@@ -69,6 +69,10 @@ def test_a_wrapper_s_language_model_says_how_it_is_stored(tmp_path):
     config = resolve_model(str(tmp_path)).config
     with pytest.raises(ModelError, match="quantised already, by compressed-tensors"):
         stored_format(config, "org/model")
+    outer = {"quant_method": "fp8", "weight_block_size": [128, 128]}  # which transformers takes
+    content = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": outer}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert resolve_model(str(tmp_path)).config.quantization_config == outer
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,9 @@ class ModelFiles:
             config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
             text_config = config.get_text_config(decoder=True)
             if text_config is not config and hasattr(text_config, "quantization_config"):
-                # Where some wrappers have it (Kimi K2.5), and transformers does not look.
-                config.quantization_config = text_config.quantization_config
+                # Where some wrappers have it (Kimi K2.5), and transformers does not look: the outer one counts.
+                if getattr(config, "quantization_config", None) is None:
+                    config.quantization_config = text_config.quantization_config
                 del text_config.quantization_config
             return config
         except Exception as error:  # whatever a configuration's own checks come upon
