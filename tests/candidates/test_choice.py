@@ -18,6 +18,7 @@ from qlora_cli.core.models.loading import load_base, load_unquantized
 from qlora_cli.errors import MergeError
 from qlora_cli.events import Notice, report_nothing
 from qlora_cli.settings.groups import QuantizationSettings
+from tests.conftest import ARCHITECTURES, write_model
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -115,3 +116,18 @@ def test_without_the_run_s_rows_the_weights_trained_against_are_taken_and_that_i
         record.write_text(kept)
     assert result.base == "dequantized" and result.base_losses is None
     assert any("not at hand" in event.text for event in events if isinstance(event, Notice))
+
+
+def test_of_a_checkpoint_that_is_rearranged_as_it_loads_nothing_is_measured_and_that_is_said(tmp_path, monkeypatch):
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    cycles = {"num_hidden_layers": 1, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1]}
+    monkeypatch.setitem(ARCHITECTURES, "hrm_text", ("HrmTextConfig", {**shape, **cycles}))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"Row {number}."}) + "\n" for number in range(8)))
+    run = {"model": str(write_model(tmp_path / "base", "hrm_text")), "data": str(tmp_path / "rows.jsonl")}
+    train(TrainConfig(output=str(tmp_path / "run"), max_steps=1, rank=4, **run), report_nothing)
+    events: list = []
+    result = merge(
+        MergeConfig(adapter=str(tmp_path / "run"), output=str(tmp_path / "merged"), verify=False), events.append
+    )
+    assert result.base == "dequantized" and result.base_losses is None
+    assert any("is rearranged as it is loaded" in event.text for event in events if isinstance(event, Notice))
