@@ -9,9 +9,12 @@ from torch import nn
 from transformers.core_model_loading import Chunk, Concatenate, PermuteForRope, Transpose, WeightConverter
 
 from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.loading import load_base
+from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.models.weight_names import WeightOrigin, map_names, renamer
 from qlora_cli.errors import ModelError
+from qlora_cli.settings.groups import QuantizationSettings
 from tests.conftest import ARCHITECTURES
 
 
@@ -74,3 +77,22 @@ def test_rows_of_what_is_rearranged_are_found_where_they_stay_whole(sources, tar
         whole = torch.cat([stored[name] for name in origin.names])
         for name, value in origin.read(stored.__getitem__, ThreeLinears()).items():
             assert torch.equal(value, whole[rows[name]])
+
+
+def test_linears_that_are_split_by_the_model_s_own_shapes_are_packed(tmp_path):
+    """Molmo 2's language model keeps query, key and value as one, of which transformers asks the model how long each is."""
+    molmo2 = pytest.importorskip("transformers.models.molmo2", reason="transformers 5.17 has no Molmo 2")
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    text = {**size, "num_key_value_heads": 2, "vocab_size": 384, "num_hidden_layers": 1}
+    tower = {**size, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    between = {**size, "num_key_value_heads": 4, "text_hidden_size": 64, "vit_layers": [-1]}
+    config = molmo2.Molmo2Config(text_config=text, vision_config=tower, adapter_config=between)
+    model = molmo2.Molmo2ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    settings, cpu = QuantizationSettings(base_cache=False), torch.device("cpu")
+    base, _ = load_base(resolve_model(str(tmp_path)), settings, compute_dtype=torch.float32, device=cpu)
+    linears = dict(four_bit_linears(base))
+    assert {name.rpartition(".")[2] for name in linears} >= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    for name, linear in linears.items():
+        wanted = model.get_parameter(f"{name}.weight")
+        assert (dequantized_weight(linear) - wanted).abs().mean() < 0.1 * wanted.abs().mean(), name
