@@ -239,10 +239,12 @@ def test_an_interrupted_merge_goes_on_with_the_files_it_finished(case) -> None:
     interrupt(case, after_files=2)
     assert not case.output.exists()
     assert (unfinished_path(case.output) / JOURNAL).exists()
+    (unfinished_path(case.output) / "chat_template.jinja").write_text("of another adapter")
     events: list = []
     result = case.merge(events)
     assert result.files_reused == 2
     assert contents(case.output) == contents(whole.output)
+    assert {path.name for path in case.output.iterdir()} == {path.name for path in whole.output.iterdir()}
     progress = [e for e in events if isinstance(e, Progress)]
     assert progress[-1].done == progress[-1].total == result.total_bytes
     assert [e.done for e in progress] == sorted(e.done for e in progress)
