@@ -326,7 +326,7 @@ CASES = {
         [{"messages": [ASK, ANSWER], "loss_mask": [0, 0, 1]}], {}, None, "3 entries, but the conversation has 2 messages, 1 of them answers",
     ),
     "a column that weighs rows": (
-        [{"messages": [ASK, ANSWER], "weight": 0.5}, {"messages": [ASK, ANSWER], "weight": 2}], {}, None, "--messages-column messages",
+        [{"messages": [ASK, ANSWER], "weight": 0.5}, {"messages": [ASK, ANSWER], "weight": 2}], {}, None, "--format chat",
     ),
     "a column that weighs rows beside a named one": (
         [{"messages": [ASK, ANSWER], "weight": 0.5}], {"messages_column": "messages"}, [TURN], "not used: 'weight'",
@@ -334,6 +334,27 @@ CASES = {
     "a list of what is trained as JSON text": (
         [{"messages": [ASK, BAD, ASK, ANSWER], "loss_mask": "[0, 1]"}], {}, [CONTEXT + TURN], "Column 'loss_mask' says which messages are trained",
     ),
+    "a weight of something else, beside a system text": (
+        [{"system_prompt": "Be brief.", "question": "A lake?", "response": "Chiemsee.", "weight": 70.5}], {}, None, "train on all of them alike: --format chat",
+    ),
+    "so it is read where the format is stated": (
+        [{"system_prompt": "Be brief.", "question": "A lake?", "response": "Chiemsee.", "weight": 70.5}], {"format": "chat"},
+        ["<|im_start|>system\nBe brief.<|im_end|>\n" + TURN], "not used: 'weight'",
+    ),
+    "0 and 1 that say nothing of training": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "weight": 0}] * 2, {"format": "prompt"}, [ASKED] * 2, "What column 'weight' says is trained or is not does nothing",
+    ),
+    "0 and 1 beside a named column": (
+        [{"messages": [ASK, ANSWER], "loss_mask": [0, 0]}], {"messages_column": "messages"}, [TURN], "What column 'loss_mask' says is trained or is not does nothing",
+    ),
+    "weights that only later rows have": (
+        [{"question": "A lake?", "answer": "Chiemsee.", "weight": 1}] * SAMPLE_RECORDS + [{"question": "A lake?", "answer": "Chiemsee.", "weight": 0.5}], {}, None,
+        "'weight' is 0.5; a row is trained (1) or is not (0). Train on all rows alike: --format prompt",
+    ),
+    "nothing where 0 or 1 stands in other rows": (
+        json.dumps([{"question": "A lake?", "answer": "Chiemsee.", "weight": weight} for weight in ("", "1", "0")]), {}, [ASKED] * 2, "1 of 3 rows was left out",
+    ),
+    "weights of tokens": ([{"input_ids": [70, 71], "weights": [0.0, 1.0]}], {}, None, "into a column 'loss_mask'"),
     "a column of losses": ([{"messages": [ASK, ANSWER], "loss": 2.3}], {}, [TURN], "not used: 'loss'"),
     "no turn that is to be trained": ([{"messages": [ASK, {**ANSWER, "train": False}]}], {}, None, "no answer that the data lets be trained"),
     "ids are no text": ([{"doc_id": "row one"}], {}, None, "No column holds text"),

@@ -17,8 +17,9 @@ from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import QloraError
 
 GIVEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # 1 where a token is trained
+BESIDE_IDS = ("labels", "attention_mask", *GIVEN_MASKS, "position_ids")  # each with an entry a token
 # Columns of a format that are read in whatever row has them.
-READ_ANYWAY = {"chat": {SETTINGS_COLUMN}, "tokens": {"labels", "attention_mask", *GIVEN_MASKS, "position_ids"}}
+READ_ANYWAY = {"chat": {SETTINGS_COLUMN}, "tokens": {*BESIDE_IDS}}
 Row = tuple[np.ndarray, np.ndarray]  # input_ids (n,) int32, trained (n,) bool
 
 
@@ -91,7 +92,7 @@ class Tokeniser:
         result.source_bytes = chunk.source_bytes
         if self._settings.columns is not None:
             known = self._settings.columns | READ_ANYWAY.get(self._settings.formatting.format, set())
-            later = ((record, record.keys() - known) for record in chunk.records)
+            later = ((record, record.keys() - known) for record in chunk.records if not known.issuperset(record))
             result.unseen = Counter(
                 name for record, names in later for name in names if record[name] not in (None, "", [], {})
             )
@@ -158,7 +159,7 @@ class Tokeniser:
             try:
                 parts = self._given_rows(self._settings.rules.apply(record))
             except BadField as reason:
-                result.bad_rows.append(BadRow(chunk.file, line, str(reason)))
+                result.bad_rows.append(BadRow(chunk.file, line, str(reason), reason.way))
                 continue
             except Blank as reason:
                 result.dropped[str(reason)] += 1
@@ -185,7 +186,7 @@ class Tokeniser:
         trained = np.ones(ids.size, dtype=bool)
         real = np.ones(ids.size, dtype=bool)
         borders = np.zeros(ids.size, dtype=bool)
-        for name in ("labels", "attention_mask", *GIVEN_MASKS, "position_ids"):
+        for name in BESIDE_IDS:
             if record.get(name) is None:
                 continue
             values = _integers(record, name)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_cli.core.recognition.columns import Columns
-from qlora_cli.core.recognition.recognised import Recognised, are_named, name_columns
+from qlora_cli.core.recognition.recognised import Recognised, are_named
 from qlora_cli.core.records.messages import TRAINED_KEYS, number_in, yes_or_no
 from qlora_cli.core.records.record import decode_nested
 from qlora_cli.errors import DataError
@@ -20,7 +20,7 @@ def with_selection(columns: Columns, recognised: Recognised, settings: DataSetti
     """Leaves out what the data calls bad, what it says is not trained, and other answers than the first.
 
     Raises:
-        DataError: A column weighs rows, and the columns to read are not named by flags.
+        DataError: A column weighs rows, and no flag says what the data is.
     """
     if (answers := recognised.rules.answers) and any(map(_holds_several, columns.values(answers))):
         remark = f"Where column {answers!r} holds several answers, the first is trained."
@@ -41,26 +41,36 @@ def _holds_several(value: Any) -> bool:
 
 
 def _with_trained(columns: Columns, recognised: Recognised, settings: DataSettings, name: str) -> Recognised:
-    """A column of yes and no for each row, or of a list of these for each conversation; others as before."""
-    values = [decode_nested(value) if isinstance(value, str) else value for value in columns.values(name)]
+    """A column of yes and no for each row, or of a list of these for each conversation; others as before, and any where
+    flags say what the data is."""
+    every_row = f"--format {recognised.formatting.format}"  # reads what was recognised, without its selection
+    given = (decode_nested(value) if isinstance(value, str) else value for value in columns.values(name))
+    values = [value for value in given if value != ""]  # as a CSV file holds nothing
     lists = [value for value in values if isinstance(value, list)]
     every = [item for value in values for item in (value if isinstance(value, list) else [value])]
     are_flags = bool(every) and all(yes_or_no(value) is not None for value in every)
     talk = recognised.formatting.conversation
+    if are_named(settings) or settings.format != "auto":
+        remark = (
+            f"What column {name!r} says is trained or is not does nothing beside --format or flags that name columns."
+        )
+        return replace(recognised, remarks=(*recognised.remarks, remark)) if are_flags else recognised
     if are_flags and not lists:
-        remark = f"Rows of which column {name!r} says no (0 or false) are left out."
-        return _with_rule(recognised, name, remark, trained=(*recognised.rules.trained, name))
+        remark = f"Rows of which column {name!r} says no (0 or false) are left out; {every_row} trains them too."
+        return _with_rule(recognised, name, remark, trained=(*recognised.rules.trained, (name, every_row)))
     if are_flags and talk and talk.messages and not (talk.answer or talk.trained):
         formatting = replace(recognised.formatting, conversation=replace(talk, trained=name))
-        remark = f"Column {name!r} says which messages are trained."
+        remark = f"Column {name!r} says which messages are trained; {every_row} trains every answer."
         return replace(_with_rule(recognised, name, remark), formatting=formatting)
     weighs = name.lower() in WEIGHING and bool(every) and all(number_in(value) is not None for value in every)
-    if not weighs or are_named(settings):
+    if not weighs:
         return recognised
     shown = ", ".join(str(value)[:20] for value in list(dict.fromkeys(map(str, values)))[:3])
+    is_mask = bool(lists) and recognised.formatting.format == "tokens"
     raise DataError(
         f"Column {name!r} holds {shown}, and a row or a message is trained (1) or is not (0).",
-        f"Write 0 or 1 for each row, or train on every row alike by naming its columns: {name_columns(recognised.formatting)}",
+        ("Write 0 or 1 for each token into a column 'loss_mask'" if is_mask else "Write 0 or 1 for each row")
+        + f", or train on all of them alike: {every_row}",
     )
 
 

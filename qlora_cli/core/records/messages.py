@@ -286,7 +286,7 @@ def with_flags(value: Any, flags: Any, column: str, roles: Mapping[str, str]) ->
         BadField: The list has another length than these.
     """
     turns, flags = turns_of(value), decode_nested(flags) if isinstance(flags, str) else flags
-    if flags is None or turns is None or not all(isinstance(turn, dict) for turn in turns):
+    if flags in (None, "") or turns is None or not all(isinstance(turn, dict) for turn in turns):
         return value
     flags = flags if isinstance(flags, list) else [flags] * len(turns)
     names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
@@ -294,7 +294,8 @@ def with_flags(value: Any, flags: Any, column: str, roles: Mapping[str, str]) ->
     if len(flags) not in (len(turns), len(answers)):
         raise BadField(
             f"field {column!r} has {len(flags)} entries, but the conversation has {len(turns)} messages, "
-            f"{len(answers)} of them answers"
+            f"{len(answers)} of them answers",
+            "Train every answer: --format chat.",
         )
     said = dict(zip(range(len(turns)) if len(flags) == len(turns) else answers, flags, strict=True))
     key = next((key for key in TRAINED_KEYS if not any(key in turn for turn in turns)), TRAINED_KEYS[0])

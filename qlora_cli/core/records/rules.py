@@ -15,7 +15,8 @@ class RowRules:
     Attributes:
         media: Columns of images and the like, each with what its rows hold; only text is read.
         label: A column that says of each answer whether it is a good one; rows in which it is false are left out.
-        trained: Columns that say of each row whether it is trained; rows of which one says no are left out.
+        trained: Columns that say of each row whether it is trained, each with the flag that trains all rows; rows of which
+            one says no are left out.
         answers: A column that holds the answer inside a list or an object (SQuAD's `{"text": [...]}`); the first counts.
         fields: Dotted names of fields inside a column's objects, which are used like columns.
         ended: A column whose texts all end in a control token, and that token; it is taken off, as the template has it.
@@ -23,7 +24,7 @@ class RowRules:
 
     media: tuple[tuple[str, str], ...] = ()
     label: str | None = None
-    trained: tuple[str, ...] = ()
+    trained: tuple[tuple[str, str], ...] = ()
     answers: str | None = None
     fields: tuple[str, ...] = ()
     ended: tuple[str, str] | None = None
@@ -41,11 +42,15 @@ class RowRules:
                 raise BadField(f"field {name!r} holds {kind}, and only text is read")
         if self.label is not None and is_false(record.get(self.label)):
             raise Blank(f"{self.label!r} is false")
-        for name in self.trained:
-            value = record.get(name)
-            if value is not None and (says := yes_or_no(value)) is None:
-                raise BadField(f"field {name!r} is {str(value)[:40]}; a row is trained (1) or is not (0)")
-            if value is not None and not says:
+        for name, every_row in self.trained:
+            if (value := record.get(name)) in (None, ""):
+                continue
+            if (says := yes_or_no(value)) is None:
+                raise BadField(
+                    f"field {name!r} is {str(value)[:40]}; a row is trained (1) or is not (0)",
+                    f"Train on all rows alike: {every_row}.",
+                )
+            if not says:
                 raise Blank(f"{name!r} is {value}")
         if self.answers is not None:
             record = {**record, self.answers: first_text(record.get(self.answers), self.answers)}
