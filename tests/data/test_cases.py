@@ -262,6 +262,20 @@ CASES = {
     "a question and its answer beside what may be of either": (
         [{"messages": [{"question": "A lake?", "answer": "Chiemsee.", "content": "Bavaria."}]}], {}, None, "'question', 'answer', 'content'",
     ),
+    "who is played beside a conversation": ([{"role": "Holmes", "talk": [ASK, ANSWER]}], {}, [TURN], "not used: 'role'"),
+    "a source beside preferred conversations": (
+        [{"from": "wikipedia", "text": "Lakes.", "chosen": [ASK, ANSWER], "rejected": [ASK, BAD]}], {}, [TURN], "not used: 'from', 'text'",
+    ),
+    "a log beside its text": (
+        [{"text": "Lakes.", "log": [{"type": "system", "content": "Up."}]}], {}, ["L⟦akes.<|im_end|>⟧"], "not used: 'log'",
+    ),
+    "a number beside question and answer": (
+        [{"messages": [{"question": "A lake?", "answer": "Chiemsee.", "value": 0.9}]}], {}, [TURN], "not used: 'value'",
+    ),
+    "posts of a thread": ([{"author": "Ann", "text": "Lakes.", "thread_id": 1}], {}, None, "--text-column text trains each by itself"),
+    "an answer that is an object of a list and a text": (
+        [{"question": "A lake?", "answer": {"aliases": ["Bavarian Sea"], "value": "Chiemsee."}}], {}, None, "--completion-column answer.value",
+    ),
     "an answer that is an object": (
         [{"instruction": "A lake?", "output": {"name": "Chiemsee."}}], {}, None, "--prompt-column instruction --completion-column output.name",
     ),
@@ -355,6 +369,9 @@ CASES = {
         json.dumps([{"question": "A lake?", "answer": "Chiemsee.", "weight": weight} for weight in ("", "1", "0")]), {}, [ASKED] * 2, "1 of 3 rows was left out",
     ),
     "weights of tokens": ([{"input_ids": [70, 71], "weights": [0.0, 1.0]}], {}, None, "into a column 'loss_mask'"),
+    "what is trained beside null roles": (
+        [{"messages": [{"role": None, "from": "human", "value": "A lake?"}, {"role": None, "from": "gpt", "value": "Chiemsee."}], "loss_mask": [1]}], {}, [TURN], "",
+    ),
     "a column of losses": ([{"messages": [ASK, ANSWER], "loss": 2.3}], {}, [TURN], "not used: 'loss'"),
     "no turn that is to be trained": ([{"messages": [ASK, {**ANSWER, "train": False}]}], {}, None, "no answer that the data lets be trained"),
     "ids are no text": ([{"doc_id": "row one"}], {}, None, "No column holds text"),

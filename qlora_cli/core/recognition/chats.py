@@ -25,6 +25,7 @@ from qlora_cli.core.records.messages import (
     TRAINED_KEYS,
     holds_messages,
     turns_of,
+    yes_or_no,
 )
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField
@@ -40,7 +41,6 @@ NOTHING: tuple[Any, ...] = (None, "", [], {})
 # Keys of messages that are read, or that only say which message it is.
 KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call", "tools"}
 KNOWN_KEYS |= {"id", "name", "tool_call_id", "type"}
-YES = (True, "true", "1")  # and what is equal to these
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 
 
@@ -324,7 +324,7 @@ def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Forma
     sentences = [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
     asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ASKING]
     if train_on != "all" and (
-        key := next((k for k in TRAINED_KEYS if any(turn.get(k) in YES for turn in asking)), None)
+        key := next((k for k in TRAINED_KEYS if any(yes_or_no(turn.get(k)) for turn in asking)), None)
     ):
         sentences.append(f"{key!r} on turns that are no answers does nothing: --train-on all trains these too.")
     return sentences

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from qlora_cli.core.records.messages import ROLE_KEYS, ROLES, is_transcript, turns_of
+from qlora_cli.core.records.messages import ROLE_KEYS, is_transcript, role_of, turns_of
 from qlora_cli.core.records.record import Record, decode_nested, fields_in, with_fields
 from qlora_cli.errors import UsageError
 
@@ -178,8 +178,7 @@ class Columns:
     def roles_of(self, value: Any) -> list[str]:
         """Who says each turn of a conversation, under the names that chat templates know."""
         turns = [turn for turn in turns_of(value) or [] if isinstance(turn, dict)]
-        names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
-        return [self.roles.get(name, ROLES.get(name, name)) for name in names]
+        return [role_of(turn, self.roles) or "" for turn in turns]
 
     def is_answer_alone(self, value: Any) -> bool:
         """Whether the assistant says every turn of a conversation."""

@@ -7,7 +7,6 @@ than one; the command says which of them it takes.
 import json
 import shlex
 from itertools import chain, pairwise
-from typing import Any
 
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
 from qlora_cli.core.records.messages import (
@@ -17,6 +16,7 @@ from qlora_cli.core.records.messages import (
     CONTENT_KEYS,
     KNOWN_ROLES,
     ROLE_KEYS,
+    ROLES,
     SPEAKERS,
     numbered_items,
     turns_of,
@@ -57,14 +57,19 @@ def refuse_messages_as_rows(columns: Columns) -> None:
         )
     else:
         code = ""
+    alone = f"--text-column {shlex.quote(text)}"
     raise DataError(
         f"Each row is one message with a role, not a conversation; the data has {columns.listed}."
         + (
-            f" As JSON lines they are joined by the command below{EACH_WAY if parent and name else ''}." if code else ""
+            f" As JSON lines they are joined by the command below{EACH_WAY if parent and name else ''}. {alone} trains each "
+            "by itself."
+            if code
+            else ""
         ),
         _command(code)
         if code
-        else "Join the messages of a conversation into one row: a list of role and content in a column 'messages'.",
+        else "Join the messages of a conversation into one row, a list of role and content in a column 'messages', or train "
+        f"each by itself: {alone}",
     )
 
 
@@ -76,9 +81,8 @@ def refuse_trees(columns: Columns) -> None:
     """
     for name in (None, *columns.names):
         values = columns.records if name is None else [v for v in columns.values(name) if isinstance(v, dict)]
-        if reply := _replies_of(values):
-            role = next(key for key in ROLE_KEYS if any(key in value for value in values))
-            text = next((key for key in CONTENT_KEYS if any(key in value for value in values)), "content")
+        if found := next(filter(None, map(_replies_of, values)), None):
+            role, text, reply = found
             root = "json.loads(l)" + (f"[{_quoted(name)}]" if name else "")
             message = _message(role, text)
             code = (
@@ -99,11 +103,14 @@ def refuse_without_answers(columns: Columns, name: str) -> None:
         DataError: They are such.
     """
     talks = list(map(columns.roles_of, columns.values(name)))
-    roles = list(dict.fromkeys(chain.from_iterable(talks)))
+    roles = list(dict.fromkeys(filter(None, chain.from_iterable(talks))))
     if not roles or {"assistant", CALL} & {*roles}:
         return
     replying = (
-        reply for talk in talks for role, reply in pairwise(talk) if role == "user" and reply not in ("user", "tool")
+        reply
+        for talk in talks
+        for role, reply in pairwise(talk)
+        if role == "user" and reply not in ("user", "tool", "")
     )
     strangers = [role for role in roles if role not in KNOWN_ROLES]
     if reply := next(replying, None):
@@ -151,19 +158,20 @@ def refuse_unnamed_turns(columns: Columns) -> None:
         )
 
 
-def _replies_of(messages: list[Record]) -> str | None:
-    """The key under which messages hold a list of messages."""
-
-    def holds(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and bool(value)
-            and all(isinstance(item, dict) and item.keys() & {*ROLE_KEYS} for item in value)
-        )
-
-    said = (message for message in messages if message.keys() & {*ROLE_KEYS})
-    fields = ((key, value) for message in said for key, value in message.items() if key.lower() not in CONVERSATIONS)
-    return next((key for key, value in fields if holds(value)), None)
+def _replies_of(message: Record) -> tuple[str, str, str] | None:
+    """The keys of a message's role, its text, and the list of messages like it that answer it. The name of a character
+    beside what is said to it, or of a source beside its conversations, is no role."""
+    role = next((key for key in ROLE_KEYS if str(message.get(key)).lower() in {*ROLES, *KNOWN_ROLES}), None)
+    text = next((key for key in CONTENT_KEYS if isinstance(message.get(key), str)), None)
+    if role is None or text is None:
+        return None
+    lists = ((key, value) for key, value in message.items() if isinstance(value, list) and value)
+    replies = (
+        key
+        for key, items in lists
+        if key.lower() not in CONVERSATIONS and all(isinstance(i, dict) and {role, text} <= i.keys() for i in items)
+    )
+    return next(((role, text, reply) for reply in replies), None)
 
 
 def _message(role: str, text: str) -> str:

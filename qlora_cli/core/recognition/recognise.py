@@ -133,10 +133,11 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
     if halves := named_like_pair(columns):
         question, answer, text_rows = halves
         if inside := columns.fields_of(answer):
+            texts = (name for name in inside if any(isinstance(field_at(row, name), str) for row in columns.records))
             raise DataError(
                 f"Column {answer!r} is named like an answer, but holds objects.",
                 f"Where the answer is to be JSON, write it there as text; or name one of its fields, {list_names(inside)}, "
-                f"as in --prompt-column {shlex.quote(question)} --completion-column {shlex.quote(inside[0])}",
+                f"as in --prompt-column {shlex.quote(question)} --completion-column {shlex.quote(next(texts, inside[0]))}",
             )
         raise DataError(
             f"Columns {question!r} and {answer!r} are named like question and answer, but both are text in {text_rows} "

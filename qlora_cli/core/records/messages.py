@@ -41,6 +41,7 @@ ROLES = {
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "utterance", "message")
 # Of transcripts, which may be of no assistant at all, and of exports of chats.
 SPEAKERS = ("speaker", "sender", "author", "participant")
+NAMING_KEYS = (*ROLE_KEYS, *SPEAKERS)
 TYPES = ("human", "ai", "system", "tool")  # of LangChain's messages
 PART_KEYS = (*CONTENT_KEYS, "parts")  # of which the first that is there counts; the last is Google's
 ASKED = ("human", "user", "question", "instruction", "prompt", "input", "query", "q")
@@ -82,9 +83,24 @@ def turns_of(value: Any) -> list[Any] | None:
 def is_transcript(value: Any) -> bool:
     """Whether a value is turns of speakers, or a struct of lists of these."""
     items = value if isinstance(value, list) else [value]
-    return any(
-        isinstance(item, dict) and item.keys() & {*SPEAKERS} and not item.keys() & {*ROLE_KEYS} for item in items
-    )
+    return any(isinstance(item, dict) and _role_key(item) not in (None, *ROLE_KEYS) for item in items)
+
+
+def _role_key(turn: Record) -> str | None:
+    """The key that says whose a turn is, if there is one."""
+    for key in NAMING_KEYS:
+        if key in turn:
+            return key
+    return "type" if "content" in turn and turn.get("type") in TYPES else None
+
+
+def role_of(turn: Record, roles: Mapping[str, str]) -> str | None:
+    """Whose a turn is, under the name that chat templates know if there is one; None where it does not say."""
+    for key in ROLE_KEYS:
+        if isinstance(name := turn.get(key), str):
+            name = name.strip()
+            return roles.get(name) or roles.get(name.lower()) or ROLES.get(name.lower(), name.lower())
+    return None
 
 
 def holds_messages(value: Any) -> bool:
@@ -124,6 +140,8 @@ def _turns_of_pairs(items: list[Any]) -> list[Message] | None:
 
 def numbered_items(value: Record) -> list[Any]:
     """What an object holds whose keys count it (`turn_1`, `turn_2`), in that order; nothing where they do not."""
+    if not str(next(iter(value), ""))[-1:].isdecimal():  # most turns of most data are done here
+        return []
     counted = [re.fullmatch(r"(\D*)(\d+)", str(key)) for key in value]
     found = sorted((key for key in counted if key), key=lambda key: int(key[2]))
     if len(found) < len(value) or len({key[1] for key in found}) != 1:
@@ -134,8 +152,7 @@ def numbered_items(value: Record) -> list[Any]:
 def _turns_of_object(value: Record) -> list[Any] | None:
     if (items := numbered_items(value)) and all(isinstance(item, dict) for item in items):
         return turns_of(items)
-    role = next((key for key in (*ROLE_KEYS, *SPEAKERS) if key in value), None)
-    role = "type" if role is None and value.get("type") in TYPES else role
+    role = _role_key(value)
     if role is not None and isinstance(value[role], list):
         lists = {key: items for key, items in value.items() if isinstance(items, list)}
         if len({len(items) for items in lists.values()}) > 1:
@@ -166,7 +183,7 @@ def _turns_of_object(value: Record) -> list[Any] | None:
     question = "\n".join(text for key in asked if (text := value[key]).strip())
     # What else the pair says, such as a weight or a thought, is of its answer; what else is text may be of either.
     rest = {key: item for key, item in value.items() if key not in (*asked, answered, "system")}
-    if any(rest.get(key) for key in PART_KEYS):
+    if any(rest.get(key) and isinstance(rest[key], str | list) for key in PART_KEYS):
         return None
     return [*turns, {"role": "user", "content": question}, {**rest, "role": "assistant", "content": value[answered]}]
 
@@ -226,8 +243,7 @@ def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Mes
     if role_key is None:
         raise BadField(f"message {number} has no role")
     content_key = next((key for key in CONTENT_KEYS if key in turn), "content" if role_key == "role" else "value")
-    name = turn[role_key].strip()
-    role = roles.get(name) or roles.get(name.lower()) or ROLES.get(name.lower(), name.lower())
+    role = role_of(turn, roles)
     message = {
         key: item
         for key, item in turn.items()
@@ -289,8 +305,7 @@ def with_flags(value: Any, flags: Any, column: str, roles: Mapping[str, str]) ->
     if flags in (None, "") or turns is None or not all(isinstance(turn, dict) for turn in turns):
         return value
     flags = flags if isinstance(flags, list) else [flags] * len(turns)
-    names = [str(turn.get("role", turn.get("from"))).strip().lower() for turn in turns]
-    answers = [i for i, name in enumerate(names) if roles.get(name, ROLES.get(name, name)) in ("assistant", CALL)]
+    answers = [i for i, turn in enumerate(turns) if role_of(turn, roles) in ("assistant", CALL)]
     if len(flags) not in (len(turns), len(answers)):
         raise BadField(
             f"field {column!r} has {len(flags)} entries, but the conversation has {len(turns)} messages, "
