@@ -432,3 +432,9 @@ def test_a_system_text_may_be_made_of_parts(system):
     columns = ConversationColumns(messages="contents", system="system")
     found = read_conversation({"contents": [ASK, ANSWER], "system": system}, columns)
     assert found.messages[0] == {"role": "system", "content": "Be brief."}
+
+
+def test_what_is_trained_of_a_conversation_does_not_count_its_prompt():
+    columns, row = ConversationColumns(messages="m", trained="t"), {"m": [ASK, ANSWER, ASK, ANSWER], "t": [0, 1]}
+    assert read_conversation(row, columns).trained == [True, False, True, True]
+    assert read_conversation({**row, "m": row["m"][:3]}, columns, is_prompt=True).messages == row["m"][:3]

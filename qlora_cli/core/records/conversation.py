@@ -80,7 +80,7 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
     reader = _Reader(columns.roles)
     if columns.messages is not None:
         turns = _required(record, columns.messages)
-        if columns.trained is not None:
+        if columns.trained is not None and not is_prompt:  # which need not have the messages that it counts
             turns = with_flags(turns, record.get(columns.trained), columns.trained, columns.roles)
         reader.add(turns, columns.messages, asked=columns.answer is not None)
     if history := _history(record, columns.history):
