@@ -91,7 +91,7 @@ def test_each_part_shown_says_which_message_or_column_it_is(tiny_model, tmp_path
     flags = ["--chat-template", str(drops_system), "--on-lost-content", "warn"]
     printed = shown([{"messages": messages[1:3]}], *flags)
     assert "left out by the chat template: " in printed.out and "thought" in printed.out
-    assert "thoughts of trained answers of 1 conversation, by the chat template" in printed.out
+    assert "thoughts of trained answers (or prints an empty one before them) of 1" in printed.out
     assert "in 1 of 1 conversation" in printed.err
     dropped = shown([{"messages": messages[1:3]}], "--chat-template", str(drops_system), "--thoughts", "drop")
     assert "thoughts of answers (--thoughts drop)" in dropped.out

@@ -17,8 +17,8 @@ from qlora_cli.sizes import format_count
 
 # Kinds of content that a chat template may leave out, in words.
 LOST = {
-    "text": "texts (or prints them elsewhere)",
-    "thought": "thoughts of trained answers",
+    "text": "texts (or prints them elsewhere, or once more between tags that they stand between)",
+    "thought": "thoughts of trained answers (or prints an empty one before them)",
     "call": "tool calls or arguments",
     "tool": "descriptions of tools",
 }
