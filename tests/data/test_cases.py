@@ -272,6 +272,13 @@ CASES = {
     "a number beside question and answer": (
         [{"messages": [{"question": "A lake?", "answer": "Chiemsee.", "value": 0.9}]}], {}, [TURN], "not used: 'value'",
     ),
+    "what people said beside a question about it": (
+        [{"dialogue": [{"speaker": "A", "text": "Where?"}, {"speaker": "B", "text": "There."}], "question": "A lake?", "answer": "Chiemsee."}], {}, [ASKED],
+        "not used: 'dialogue'",
+    ),
+    "what people said beside the text of it": (
+        [{"turns": [{"speaker": "A", "text": "Lakes."}, {"speaker": "B", "text": "Ah."}], "text": "Lakes."}], {}, ["L⟦akes.<|im_end|>⟧"], "not used: 'turns'",
+    ),
     "posts of a thread": ([{"author": "Ann", "text": "Lakes.", "thread_id": 1}], {}, None, "--text-column text trains each by itself"),
     "an answer that is an object of a list and a text": (
         [{"question": "A lake?", "answer": {"aliases": ["Bavarian Sea"], "value": "Chiemsee."}}], {}, None, "--completion-column answer.value",

@@ -24,6 +24,7 @@ from qlora_cli.core.records.messages import (
     ROLE_KEYS,
     TRAINED_KEYS,
     holds_messages,
+    is_transcript,
     turns_of,
     yes_or_no,
 )
@@ -131,7 +132,9 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
     apart = {chosen, *columns.rejected(), columns.find(SYSTEMS), columns.find(TOOLS), pair and _history_column(columns)}
     named = [name for known in CONVERSATIONS for name in columns.names if name.lower() == known]
     others = [name for name in columns.names if name not in (*named, *apart)]
-    if whole := next(filter(columns.is_conversation, named), None):
+    is_beside = pair or any(name.lower() in TEXTS and columns.is_text(name) for name in others)
+    talks = (name for name in named if columns.is_conversation(name))
+    if whole := next((name for name in talks if not (is_beside and _is_of_others(columns, name))), None):
         return whole
     if pair and pair.is_conversational:  # what is named like question and answer is both, and not one of them alone
         return None
@@ -165,6 +168,14 @@ def _messages_column(columns: Columns, settings: DataSettings, pair: Pair | None
             f"Train on them alone: --messages-column {shlex.quote(first)}. Or write both into a column 'messages'.",
         )
     return first or (next(iter(named), None) if wanted == "chat" else None)
+
+
+def _is_of_others(columns: Columns, name: str) -> bool:
+    """Whether a column holds what people said, who are not the assistant: beside a question and its answer, or a text, it is
+    what these are about."""
+    return columns.holds(name, is_transcript) and not any(
+        "assistant" in columns.roles_of(value) for value in columns.values(name)
+    )
 
 
 def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str | None:
