@@ -376,6 +376,9 @@ CASES = {
         json.dumps([{"question": "A lake?", "answer": "Chiemsee.", "weight": weight} for weight in ("", "1", "0")]), {}, [ASKED] * 2, "1 of 3 rows was left out",
     ),
     "weights of tokens": ([{"input_ids": [70, 71], "weights": [0.0, 1.0]}], {}, None, "into a column 'loss_mask'"),
+    "a list that says every turn is trained": (
+        [{"messages": [ASK, ANSWER], "loss_mask": [1, 1]}], {}, [TURN], "On turns that are no answers it does nothing: --train-on all",
+    ),
     "what is trained beside null roles": (
         [{"messages": [{"role": None, "from": "human", "value": "A lake?"}, {"role": None, "from": "gpt", "value": "Chiemsee."}], "loss_mask": [1]}], {}, [TURN], "",
     ),
