@@ -52,6 +52,7 @@ def inspect(config: InspectConfig | None = None, report: Report | None = None) -
 def _run(command: str, report: Report | None, *settings: Any) -> Any:
     with quiet_call():
         work = getattr(import_module(f"qlora_cli.commands.{command}"), command)
+    with quiet_call():  # again, of libraries that have been imported by now
         return work(*settings, report or _progress())
 
 

@@ -6,9 +6,12 @@ import sys
 import warnings
 
 import pytest
+from huggingface_hub import utils as hub
+from transformers.utils import logging as bars
 
 import qlora_cli
 from qlora_cli import InspectConfig, QloraError, TrainConfig, inspect, train
+from qlora_cli.cli.quiet import quiet_call
 from qlora_cli.events import Notice
 
 
@@ -40,8 +43,6 @@ def test_progress_is_written_where_no_callback_is_given(tiny_model, capsys):
 
 
 def test_libraries_are_silent_while_a_function_runs_and_nobody_else_is(tiny_model, tmp_path, capfd, caplog):
-    from transformers.utils import logging as bars
-
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "One and one make two."}\n' * 4)
 
@@ -61,3 +62,35 @@ def test_libraries_are_silent_while_a_function_runs_and_nobody_else_is(tiny_mode
     assert set(out.split()) == {"heard"} and not err
     assert {record.message for record in caplog.records} == {"heard"}
     assert bars.is_progress_bar_enabled() and logging.getLogger("bitsandbytes").level == logging.NOTSET
+
+
+def test_a_look_at_a_run_imports_no_library_to_silence_it(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\nrank: 8\nlearning_rate: 0.0002\nquant_type: nf4\noutput: out\n")
+    code = "import sys, qlora_cli as q; q.inspect(q.InspectConfig(adapter=sys.argv[1])); print('transformers' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_after_the_last_call_libraries_are_as_they_were(monkeypatch):
+    loggers = {name: logging.getLogger(name) for name in ("torch", "transformers", "peft")}
+    before = {name: logger.level for name, logger in loggers.items()}
+    filters = [*warnings.filters]
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    hub.disable_progress_bars()  # of the hub alone, by the caller
+    try:
+        for logger in loggers.values():
+            logger.setLevel(logging.NOTSET)  # as before they are imported
+        first, second = quiet_call(), quiet_call()
+        first.__enter__()
+        loggers["torch"].setLevel(logging.WARNING)  # as its import does
+        second.__enter__()  # of another thread
+        first.__exit__(None, None, None)
+        assert loggers["peft"].level == logging.ERROR and not bars.is_progress_bar_enabled()
+        second.__exit__(None, None, None)
+        levels = {name: logger.level for name, logger in loggers.items()}
+        assert levels == {"torch": logging.WARNING, "transformers": logging.WARNING, "peft": logging.NOTSET}
+        assert hub.are_progress_bars_disabled() and bars.is_progress_bar_enabled() and warnings.filters == filters
+    finally:
+        hub.enable_progress_bars()
+        for name, logger in loggers.items():
+            logger.setLevel(before[name])

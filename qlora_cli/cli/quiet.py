@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -45,26 +46,68 @@ def quiet_libraries() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_call() -> Iterator[None]:
     """As `quiet_libraries`, in a process that is somebody else's: what others log, warn of and print goes on, and the
-    libraries speak again afterwards."""
-    loggers = [logging.getLogger(name) for name in LIBRARIES if VERBOSITY.get(name, "") not in os.environ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    libraries speak again afterwards, once the last of several calls in threads has ended."""
+    with _CALLS.lock:
+        if not _CALLS.running:
+            _CALLS.silence.enter_context(_silence())
+        _CALLS.running += 1
     try:
-        with _variables(dict.fromkeys(VERBOSITY.values(), "error")), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)}|qlora_cli)(\.|$)")
-            from transformers.utils import logging as bars  # those of the hub, too
-
-            shown = bars.is_progress_bar_enabled()
-            bars.disable_progress_bar()
-            try:
-                yield
-            finally:
-                if shown:
-                    bars.enable_progress_bar()
+        yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        with _CALLS.lock:
+            _CALLS.running -= 1
+            if not _CALLS.running:
+                _CALLS.silence.close()
+
+
+class _Calls:
+    """Those that run now; the first begins the silence, and the last ends it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running = 0
+        self.silence = contextlib.ExitStack()
+
+
+_CALLS = _Calls()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    names = [name for name in LIBRARIES if VERBOSITY.get(name, "") not in os.environ]
+    # What a library that is imported inside has by itself: those with a variable warn, the others ask the root.
+    levels = {name: logging.getLogger(name).level or logging.WARNING * (name in VERBOSITY) for name in names}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(max(level, logging.ERROR))
+    try:
+        with _variables(dict.fromkeys(VERBOSITY.values(), "error")), warnings.catch_warnings(), _no_bars():
+            warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)}|qlora_cli)(\.|$)")
+            yield
+    finally:
+        for name, level in levels.items():
+            logger = logging.getLogger(name)
+            if logger.level == logging.ERROR:  # torch sets its own as it is imported
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers and the hub inside the block, if they are imported: it takes a second, and a look
+    at a run needs neither."""
+    if "transformers" not in sys.modules:
+        yield
+        return
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers
+
+    shown, of_hub = transformers.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    transformers.disable_progress_bar()  # and those of the hub
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.enable_progress_bar()
+        (hub.enable_progress_bars if of_hub else hub.disable_progress_bars)()
 
 
 @contextlib.contextmanager
