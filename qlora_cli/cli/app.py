@@ -102,7 +102,7 @@ def command(
                             check_places(config)
                     kept = {name: of_file[name] for name in of_file.keys() - given.keys() - replaced.keys()}
                     stack.enter_context(naming_file(settings_file, kept, config_type))
-                    call = begin(stack, config, typed)
+                    call = begin(stack, COMMANDS[body.__name__], config, typed)
                     for name, other in replaced.items():
                         call.console.report(
                             Notice(f"{flag_of(other).split('/')[0]} is taken in place of the {name!r} of --config.")
@@ -122,8 +122,8 @@ def command(
     return register
 
 
-def begin(stack: ExitStack, config: Any, typed: Typed) -> Call:
-    """A call with its sign, log and console, open as long as the stack."""
+def begin(stack: ExitStack, command: Command, config: Any, typed: Typed) -> Call:
+    """A call of a command with its sign, log and console, open as long as the stack."""
     flags = typed.flags
     silent = os.environ.get("RANK", "0") != "0" or flags.get("quiet", False)
     log = stack.enter_context(open_log(flags.get("log_file")))
@@ -149,7 +149,7 @@ def begin(stack: ExitStack, config: Any, typed: Typed) -> Call:
         console.report(Notice(f"From the environment: {used}."))
     for name, meant in unknown_variables(COMMANDS.values()):
         console.report(Caution(f"{name} in the environment is no setting{f'; {meant} is one' if meant else ''}."))
-    for flag, last in given_again(COMMANDS[typed.arguments[0]], typed.arguments).items():
+    for flag, last in given_again(command, typed.arguments).items():
         console.report(Caution(f"{flag} was given several times, and the last one counts: {last}"))
     return Call(config, console, typed.positional, typed.arguments, sign)
 
@@ -346,7 +346,7 @@ def _run(arguments: list[str]) -> int:
     except (Exception, Terminated) as error:
         failure = _as_failure(error)
         if isinstance(failure, UsageError) and found is not None:
-            failure.message += name_variable(failure.message, found.config_type, arguments)
+            failure.message += name_variable(failure.message, found, arguments)
         if "--debug" in arguments and _speaks(failure):
             import traceback
 

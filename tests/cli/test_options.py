@@ -146,27 +146,19 @@ def test_what_is_wrong_in_the_environment_is_said_to_stand_there(config_of, monk
     assert " It comes from QLORA_RANK in the environment." in capsys.readouterr().err
     assert main(["train", "-m", "m", "-d", "d", "--rank", "0"]) == 2
     assert "QLORA_RANK" not in capsys.readouterr().err
+    monkeypatch.delenv("QLORA_RANK")
+    monkeypatch.setenv("QLORA_OUTPUT", "kept")
+    for typed in (["-o", ""], ["-o\t"], ["--output="]):
+        assert main(["train", "-m", "m", "-d", "d", *typed]) == 2
+        assert "QLORA_OUTPUT" not in capsys.readouterr().err
 
 
 def test_a_flag_given_several_times_is_said_to_count_once(config_of, capsys):
-    typed = [
-        "-m",
-        "m",
-        "-d",
-        "a",
-        "-d",
-        "b",
-        "--rank",
-        "4",
-        "--target-modules",
-        "q",
-        "--target-modules=v",
-        "--rank",
-        "4",
-    ]
+    typed = "-m m -d a -d b --rank 4 --target-modules q --target-modules=v --rank 4".split()
     assert config_of(["train", *typed]).target_modules == ("v",)
-    said = [line for line in capsys.readouterr().err.splitlines() if "several times" in line]
-    assert said == ["warning: --target-modules was given several times, and the last one counts: v"]
+    warning = "warning: --target-modules was given several times, and the last one counts: v"
+    assert [line for line in capsys.readouterr().err.splitlines() if "several times" in line] == [warning]
+    assert main(["--", "train", *typed]) == 0 and warning in capsys.readouterr().err
 
 
 def test_a_recipe_goes_by_its_name(config_of):

@@ -8,7 +8,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.cli.command_line.declared import variable_of
+from qlora_cli.cli.command_line.declared import Command, variable_of
+from qlora_cli.cli.command_line.plain import spellings
 from qlora_cli.errors import QloraError
 from qlora_cli.settings.setting import flag_of
 
@@ -30,12 +31,15 @@ def naming_file(path: Path | None, of_file: dict[str, Any], config_type: type) -
         raise
 
 
-def name_variable(message: str, config_type: type, arguments: list[str]) -> str:
+def name_variable(message: str, command: Command, arguments: list[str]) -> str:
     """That what a message says of a flag stands in the environment, and was not typed; else nothing."""
-    for field in fields(config_type):
-        flag, variable = flag_of(field).split("/")[0], variable_of(field.name)
-        typed = any(word.partition("=")[0] == flag for word in arguments)
-        if variable in os.environ and not typed and _names(message, field):
+    known = spellings(command)
+    # Typer takes -oout, too.
+    words = [word.partition("=")[0] if word.startswith("--") else word[:2] for word in arguments]
+    typed = {known[word].name for word in words if word in known}
+    for field in fields(command.config_type):
+        variable = variable_of(field.name)
+        if variable in os.environ and field.name not in typed and _names(message, field):
             return f" It comes from {variable} in the environment."
     return ""
 

@@ -76,7 +76,7 @@ def given_again(command: Command, arguments: list[str]) -> dict[str, str]:
 
 def _split(command: Command, arguments: list[str]) -> tuple[list[tuple[Spelling, str | None]], list[str]] | None:
     """Flags with their values, and words without a flag; None where there is a mistake, or a value that needs care."""
-    spellings = _spellings(command)
+    known = spellings(command)
     given: list[tuple[Spelling, str | None]] = []
     alone: list[str] = []
     words = iter(arguments[1:])
@@ -85,7 +85,7 @@ def _split(command: Command, arguments: list[str]) -> tuple[list[tuple[Spelling,
             alone.append(word)
             continue
         typed, equals, text = word.partition("=")
-        spelling = spellings.get(typed)
+        spelling = known.get(typed)
         if spelling is None or (equals and (spelling.switch is not None or not typed.startswith("--"))):
             return None
         if spelling.switch is not None:
@@ -111,7 +111,7 @@ def _read_values(given: list[tuple[Spelling, str | None]]) -> dict[str, Any]:
     return values
 
 
-def _spellings(command: Command) -> dict[str, Spelling]:
+def spellings(command: Command) -> dict[str, Spelling]:
     """Every flag of a command, by how it is typed."""
     found: dict[str, Spelling] = {}
     for option in fields(command.config_type):
