@@ -43,9 +43,13 @@ def test_a_directory_is_held_by_one_process_until_it_ends_however_it_ends(tmp_pa
         assert find_holder(directory) is None  # another one
     with locked(directory):
         pass
-    for words in ("", "x", "1 a-b-c-d"):
+    place = process_name().rsplit("-", 2)[0]
+    for words in ("", "x", "1 a-b-c-d", f"1 {place}-²-1", place):
         (directory / LOCK).write_text(words)
         assert find_holder(directory) is None
+    (directory / LOCK).unlink()
+    os.mkfifo(directory / LOCK)  # which nobody writes to
+    assert find_holder(directory) is None
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):

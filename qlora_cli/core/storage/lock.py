@@ -73,14 +73,16 @@ def locked_file(path: Path, *, report: Report = report_nothing) -> Iterator[None
 def find_holder(directory: Path) -> int | None:
     """The other process of this machine that holds a directory; None where none does, or that cannot be told."""
     try:
-        name = (directory / LOCK).read_text(errors="replace").split()[-1]
-        *place, pid, start = name.split("-")
-    except (OSError, ValueError, IndexError):
+        # Whatever a directory of somebody else's holds: no link is followed, and no pipe waited for.
+        descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace").split()
+        finally:
+            os.close(descriptor)
+    except OSError:
         return None
-    *own_place, own_pid, _ = process_name().split("-")
-    if place != own_place or pid == own_pid or not pid.isdigit():
-        return None
-    return int(pid) if lives(int(pid), start) else None
+    here = _process_here(owner[-1]) if owner else None
+    return here[0] if here is not None and here != _process_here(process_name()) and lives(*here) else None
 
 
 def require_unheld(directory: Path) -> None:
@@ -130,15 +132,19 @@ def _lock(descriptor: int, path: Path, named: Path, report: Report) -> bool:
 
 def _owner_lives(descriptor: int, name: str) -> bool:
     """Whether the process that wrote its name into a lock, and did not take it out again, is alive."""
-    machine, _, rest = name.partition("-")
-    space, _, rest = rest.partition("-")
-    pid, _, start = rest.partition("-")
-    own_machine, own_space, own_pid, own_start = process_name().split("-")
-    if (machine, space) == (own_machine, own_space) and pid.isdigit():
-        return (pid, start) != (own_pid, own_start) and lives(int(pid), start)
+    if (here := _process_here(name)) is not None:
+        return here != _process_here(process_name()) and lives(*here)
     touched = os.fstat(descriptor).st_mtime
     os.utime(descriptor)  # by the clock of whoever keeps the file, as all touches are
-    return start != "" and os.fstat(descriptor).st_mtime - touched < LOST_SECONDS
+    return name.count("-") >= 3 and os.fstat(descriptor).st_mtime - touched < LOST_SECONDS
+
+
+def _process_here(name: str) -> tuple[int, str] | None:
+    """Number and start of the process that a name is of, if the table of processes here is the one that knows it."""
+    place, *process = name.rsplit("-", 2)
+    if place != process_name().rsplit("-", 2)[0] or not process[0].isdecimal():
+        return None
+    return int(process[0]), process[1]
 
 
 def _held(owner: list[str], named: Path) -> RunError:
