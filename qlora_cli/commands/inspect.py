@@ -8,6 +8,7 @@ Where memory was predicted against a limit, `fits` says whether it is enough.
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ def _require_directory(place: Path) -> None:
     if is_run(place) or is_prepared(place):
         return
     shown = shlex.quote(str(place))
-    inside = [shlex.quote(str(each)) for each in sorted(place.iterdir()) if is_run(each)] if place.is_dir() else []
+    inside = []
+    for each in sorted(place.iterdir()) if place.is_dir() else ():
+        with suppress(PermissionError):  # a closed folder
+            inside += [shlex.quote(str(each))] if is_run(each) else []
     if inside:
         hint = f"Type: qlora inspect {' '.join(inside)}"
     elif place.exists():

@@ -1,5 +1,6 @@
 """`inspect` says what is true of a model, an adapter, a run, a prepared set and this machine, ready for JSON."""
 
+import errno
 import json
 import shlex
 import shutil
@@ -365,6 +366,23 @@ def test_a_run_in_training_names_its_process_and_no_resume(run, tmp_path, monkey
     assert f"{going} is a run that is being trained by process 123: 4 steps" in out and "--resume" not in err
     monkeypatch.undo()
     assert look(adapter=str(going))["next"][0] == f"qlora train --config {going}/run.yaml --resume --output {going}"
+
+
+def test_a_folder_of_runs_names_them_beside_folders_that_are_closed(tmp_path, monkeypatch):
+    for name in ("a run", "b", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / artifacts.RUN_YAML).touch()
+    stat = Path.stat
+
+    def closed(path, **keywords):
+        if path.parent.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **keywords)
+
+    monkeypatch.setattr(Path, "stat", closed)  # as for everybody but root
+    with pytest.raises(RunError, match=f"{tmp_path} is none") as caught:
+        inspect(InspectConfig(), lambda event: None, [str(tmp_path)])
+    assert caught.value.hint == f"Type: qlora inspect '{tmp_path}/a run' {tmp_path}/b"
 
 
 def test_an_adapter_of_another_tool_is_read_without_its_base(run, tmp_path):

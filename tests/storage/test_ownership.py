@@ -1,5 +1,6 @@
 """Ownership: only what this program wrote is replaced, nothing that a command reads, nothing around that."""
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -7,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.artifacts import MARK, MERGE_RECORD, PREPARED_MANIFEST, PREPARED_ROWS, write_json
-from qlora_cli.core.storage.ownership import MERGED, PREPARED, may_replace, may_write_file, read_mark, write_mark
+from qlora_cli.core.storage.ownership import (
+    MERGED,
+    PREPARED,
+    may_replace,
+    may_write_file,
+    read_mark,
+    resolve,
+    write_mark,
+)
 from qlora_cli.core.storage.publish import atomic_directory
 from qlora_cli.errors import RunError
 
@@ -224,3 +233,16 @@ def test_what_a_mark_lists_outside_its_directory_is_not_removed(tmp_path, monkey
         (made / MERGE_RECORD).write_text("{}")
     assert (outside / "kept").read_text() == "kept"
     assert (here / MERGE_RECORD).exists() and not (here / "model.safetensors").exists()
+
+
+def test_nothing_can_be_made_in_a_closed_folder(tmp_path, monkeypatch):
+    lstat = Path.lstat
+
+    def closed(path):
+        if path.parent == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", closed)  # as for everybody but root
+    with pytest.raises(RunError, match="out cannot be written: Permission denied"):
+        resolve(tmp_path / "out")

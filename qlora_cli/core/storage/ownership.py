@@ -213,7 +213,8 @@ def resolve(target: Path) -> Path:
     """The path behind links.
 
     Raises:
-        RunError: A link leads nowhere, or in a circle, or the name is too long for the file system.
+        RunError: A link leads nowhere, or in a circle, the name is too long for the file system, or a folder on the way is
+            closed.
     """
     path = Path(os.path.realpath(target))
     try:
@@ -222,6 +223,8 @@ def resolve(target: Path) -> Path:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise RunError(f"The name of {target} is too long.", "Choose a shorter --output.") from error
+        if error.errno == errno.EACCES:
+            raise RunError(f"{target} cannot be written: {error.strerror}.", "Choose another --output.") from error
     if broken:
         raise RunError(f"{target} is a link that leads nowhere.", "Remove the link, or choose another --output.")
     return path
