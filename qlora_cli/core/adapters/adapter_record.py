@@ -77,10 +77,13 @@ class AdapterRecord:
             )
         for field, what in (("config_sha256", "a different configuration"), ("weights_sha256", "different weights")):
             if getattr(files, field) != getattr(self.base, field):
-                if files.name == self.base.model:
+                if files.name == self.base.model or files.directory.resolve() == Path(self.base.model).resolve():
+                    hint = "Put back what it was trained on, or name a copy of that with --model."
+                    if files.commit is not None and self.base.revision is not None:
+                        hint = f"Add: --model-revision {shlex.quote(self.base.revision)}"
                     raise AdapterError(
                         f"The adapter in {self.directory} was trained on {files.name} as it was; now that has {what}.",
-                        "Put back what it was trained on, or name a copy of that with --model.",
+                        hint,
                     )
                 raise AdapterError(
                     f"The adapter in {self.directory} was trained on {self.base.model}; {files.name} has {what}.",
