@@ -144,6 +144,13 @@ def begin(stack: ExitStack, command: Command, config: Any, typed: Typed) -> Call
 
         stack.enter_context(quiet_libraries())
     stack.enter_context(console)
+    if "QLORA_LAUNCHER" not in os.environ:  # which has said it
+        say_what_was_typed(console, command, typed)
+    return Call(config, console, typed.positional, typed.arguments, sign)
+
+
+def say_what_was_typed(console: "Console", command: Command, typed: Typed) -> None:
+    """Reports settings of the environment, and what in it or on the command line is probably not meant."""
     if typed.variables:
         used = ", ".join(f"{name}={os.environ[name]}" for name in typed.variables)
         console.report(Notice(f"From the environment: {used}."))
@@ -151,7 +158,6 @@ def begin(stack: ExitStack, command: Command, config: Any, typed: Typed) -> Call
         console.report(Caution(f"{name} in the environment is no setting{f'; {meant} is one' if meant else ''}."))
     for flag, last in given_again(command, typed.arguments).items():
         console.report(Caution(f"{flag} was given several times, and the last one counts: {last}"))
-    return Call(config, console, typed.positional, typed.arguments, sign)
 
 
 def settings_of_file(path: Path | None, config_type: type) -> dict[str, Any]:

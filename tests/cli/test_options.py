@@ -153,12 +153,14 @@ def test_what_is_wrong_in_the_environment_is_said_to_stand_there(config_of, monk
         assert "QLORA_OUTPUT" not in capsys.readouterr().err
 
 
-def test_a_flag_given_several_times_is_said_to_count_once(config_of, capsys):
+def test_a_flag_given_several_times_is_said_to_count_once(config_of, capsys, monkeypatch):
     typed = "-m m -d a -d b --rank 4 --target-modules q --target-modules=v --rank 4".split()
     assert config_of(["train", *typed]).target_modules == ("v",)
     warning = "warning: --target-modules was given several times, and the last one counts: v"
     assert [line for line in capsys.readouterr().err.splitlines() if "several times" in line] == [warning]
     assert main(["--", "train", *typed]) == 0 and warning in capsys.readouterr().err
+    monkeypatch.setenv("QLORA_LAUNCHER", "1")  # which has said it, before it started this rank
+    assert main(["train", *typed]) == 0 and "several times" not in capsys.readouterr().err
 
 
 def test_a_recipe_goes_by_its_name(config_of):
