@@ -154,7 +154,8 @@ def test_what_is_wrong_in_the_environment_is_said_to_stand_there(config_of, monk
 
 
 def test_a_flag_given_several_times_is_said_to_count_once(config_of, capsys, monkeypatch):
-    typed = "-m m -d a -d b --rank 4 --target-modules q --target-modules=v --rank 4".split()
+    rank = ["--rank", "4"]
+    typed = ["-m", "m", "-d", "a", "-d", "b", *rank, "--target-modules", "q", "--target-modules=v", *rank]
     assert config_of(["train", *typed]).target_modules == ("v",)
     warning = "warning: --target-modules was given several times, and the last one counts: v"
     assert [line for line in capsys.readouterr().err.splitlines() if "several times" in line] == [warning]
