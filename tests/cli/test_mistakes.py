@@ -226,7 +226,7 @@ def test_resume_of_a_moved_run_does_not_start_anew_where_it_was(run_with, tmp_pa
 
 
 def test_a_variable_that_is_no_setting_is_said(run_with, capsys, monkeypatch):
-    for name in ("QLORA_RNAK", "qlora_alpha", "QLORA_RANK", *OTHER_VARIABLES):
+    for name in ("QLORA_RNAK", "qlora_alpha", "QLORA_RANK", *(OTHER_VARIABLES - {LAUNCHER})):
         monkeypatch.setenv(name, "8")
     assert LAUNCHER in OTHER_VARIABLES
     assert run_with(["train", "-m", "m", "-d", "d"], lambda config, report: Answer()) == 0
@@ -235,6 +235,9 @@ def test_a_variable_that_is_no_setting_is_said(run_with, capsys, monkeypatch):
         "warning: QLORA_RNAK in the environment is no setting; QLORA_RANK is one.",
         "warning: qlora_alpha in the environment is no setting; QLORA_ALPHA is one.",
     ]
+    monkeypatch.setenv(LAUNCHER, "8")  # which has said it, before it started this rank
+    assert run_with(["train", "-m", "m", "-d", "d"], lambda config, report: Answer()) == 0
+    assert "is no setting" not in capsys.readouterr().err
 
 
 def test_what_is_no_adapter_is_called_what_it_is(tmp_path):
