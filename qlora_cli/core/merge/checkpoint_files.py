@@ -122,9 +122,8 @@ def copy_checkpoint_files(base: Path, tokenizer: Mapping[Path, list[Path]], adap
         copy_files(paths, source, directory)
     if own_template and (directory / TOKENIZER_CONFIG).is_file():
         settings = json.loads((directory / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-        if (
-            settings.pop("chat_template", None) is not None
-        ):  # the base's, which llama.cpp's converter prefers to the file
+        # The base's, which llama.cpp's converter prefers to the file.
+        if settings.pop("chat_template", None) is not None:
             write_json(directory / TOKENIZER_CONFIG, settings)
     copy_files([path for path in beside if path.name not in taken], base, directory)
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})

@@ -136,9 +136,8 @@ def _move_into(directory: Path, place: Place) -> None:
     """Moves files one by one into an empty directory: the mark first, by which all are ours, what makes it whole last."""
     if (mark := read_mark(place.path)) is not None:  # an earlier attempt that was killed
         for path in (place.path / name for name in mark.files or ()):
-            if path.parent.resolve().is_relative_to(
-                place.path
-            ):  # no path outside, nor one behind a link, whoever wrote it
+            # No path outside, nor one behind a link, whoever wrote it.
+            if path.parent.resolve().is_relative_to(place.path):
                 path.unlink(missing_ok=True)
     last = (LAST_FILE[place.kind], "config.json")
     for path in sorted(directory.iterdir(), key=lambda path: (path.name != MARK, path.name in last, path.name)):
