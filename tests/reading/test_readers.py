@@ -9,6 +9,7 @@ import lzma
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from qlora_cli.core.reading.chunks import BadRow, parse_chunk
 from qlora_cli.core.reading.readers import CHUNK_BYTES, kind_of, read_chunks
 
 LIMIT = 2**20
+PROJECT = Path(__file__).resolve().parents[2]
 ROWS = [{"a": "one é", "b": 'two "quoted", 東京'}, {"a": "line\nend", "b": "ünder🙂"}, {"a": "", "b": "x"}]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 
@@ -420,8 +422,12 @@ def test_a_page_of_parquet_is_bounded_before_it_is_opened(tmp_path):
     write = "import sys, pyarrow as pa, pyarrow.parquet as pq;"
     write += "pq.write_table(pa.table({'a': ['x' * 2**26]}), sys.argv[1], compression='zstd', use_dictionary=False)"
     subprocess.run([sys.executable, "-c", write, str(path)], check=True)  # what was freed here could be used again
-    records, bad, _ = parquet_rows(path, most_bytes=2**25, limit=2**30)
-    assert not len(records)
+    read = "import sys, json, pathlib; from tests.reading.test_readers import parquet_rows;"
+    read += "records, bad, _ = parquet_rows(pathlib.Path(sys.argv[1]), most_bytes=2**25, limit=2**30);"
+    read += "print(json.dumps([len(records), bad]))"  # nor what other tests freed in this process
+    found = subprocess.run([sys.executable, "-c", read, str(path)], check=True, capture_output=True, cwd=PROJECT)
+    count, bad = json.loads(found.stdout)
+    assert not count
     assert bad == ["rows.parquet:1: opening row 1 takes more than 32 MiB of memory; write the file with smaller pages and row groups"]  # fmt: skip
 
 
