@@ -223,6 +223,18 @@ CASES = {
     "feedback on conversations, in words": (
         [{"messages": [ASK, ANSWER], "label": "True"}, {"messages": [ASK, BAD], "label": "false"}], {}, [TURN], "'label' is false",
     ),
+    "a label that is none of feedback": (
+        [{"prompt": "A lake?", "completion": "Chiemsee.", "label": False}, {"prompt": "A lake?", "completion": "Chiemsee.", "label": True}],
+        {"format": "prompt"}, [HEADED] * 2, "What column 'label' says of rows does nothing beside --format prompt",
+    ),
+    "feedback on questions that are put into the chat template": (
+        [{"prompt": "A lake?", "completion": "Chiemsee.", "label": True}, {"prompt": "A lake?", "completion": "Zugspitze.", "label": False}],
+        {"format": "chat"}, [TURN], "Rows whose column 'label' is false are left out; under another name it does nothing",
+    ),
+    "feedback beside a system text": (
+        [{"system": "Be brief.", "prompt": "A lake?", "completion": "Chiemsee.", "label": label} for label in (True, False)], {},
+        ["<|im_start|>system\nBe brief.<|im_end|>\n" + TURN], "are left out; --format chat trains them too",
+    ),
     "a label that is a class": (
         [{"prompt": "A lake?", "completion": "Chiemsee.", "label": "geography"}], {}, [HEADED], "not used: 'label'",
     ),

@@ -13,11 +13,9 @@ from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec
 from qlora_cli.core.prompts.formatting import Formatted, Formatting, RowFormatter
 from qlora_cli.core.reading.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
-from qlora_cli.core.records.rules import RowRules
+from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS, RowRules
 from qlora_cli.errors import QloraError
 
-GIVEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # 1 where a token is trained
-BESIDE_IDS = ("labels", "attention_mask", *GIVEN_MASKS, "position_ids")  # each with an entry a token
 # Columns of a format that are read in whatever row has them.
 READ_ANYWAY = {"chat": {SETTINGS_COLUMN}, "tokens": {*BESIDE_IDS}}
 Row = tuple[np.ndarray, np.ndarray]  # input_ids (n,) int32, trained (n,) bool

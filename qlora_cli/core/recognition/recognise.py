@@ -27,20 +27,12 @@ from qlora_cli.core.recognition.selection import with_selection
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.media import holds_some, kind_of, named_like
 from qlora_cli.core.records.record import Record, field_at, fields_in
+from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import DataSettings
 from qlora_cli.settings.setting import describe_idle, is_given
 
 THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot", "chain_of_thought")
-MASKS = (
-    "labels",
-    "attention_mask",
-    "completion_mask",
-    "assistant_masks",
-    "assistant_mask",
-    "loss_mask",
-    "position_ids",
-)
 
 
 def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEncoder) -> Recognised:
@@ -71,7 +63,9 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
         recognised = recognise_pair(columns, settings, encoder, pair)
     else:
         recognised = recognise_text(columns, settings, encoder)
-    recognised = _with_unused(columns, with_selection(columns, recognised, settings))
+    is_restated = settings.format == format_ == _format_without_flag(columns, settings, pair)
+    recognised = with_selection(columns, recognised, settings, is_restated=is_restated)
+    recognised = _with_unused(columns, recognised)
     recognised = replace(_without_media(columns, recognised, settings), columns=frozenset().union(*records))
     return replace(recognised, rules=replace(recognised.rules, fields=inner)) if inner else recognised
 
@@ -108,6 +102,16 @@ def _format_from_flags(settings: DataSettings) -> str | None:
     if len(flags) > 1:
         raise UsageError(f"{' and '.join(flags.values())} contradict each other.", "Give the flags of one format only.")
     return next(iter(flags), None)
+
+
+def _format_without_flag(columns: Columns, settings: DataSettings, pair: Pair | None) -> str | None:
+    """The format that other flags than --format, or the rows alone, say; None where they say none."""
+    settings = replace(settings, format="auto")
+    try:
+        named = _format_from_flags(settings)
+        return named or _format_of(columns, pair, chat_columns(columns, settings, pair, wanted=None) is not None)
+    except DataError:
+        return None
 
 
 def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
@@ -159,8 +163,8 @@ def _recognise_tokens(columns: Columns, settings: DataSettings) -> Recognised:
     column = columns.require(columns.find(["input_ids"]) or "input_ids", "--format tokens with")
     if settings.train_on == "last":
         raise UsageError("--train-on last is for chats.", "Rows of tokens are trained by their labels, or all.")
-    masks = [name for name in MASKS if name in columns.names]
-    deciding = [name for name in masks if name not in ("attention_mask", "position_ids")]
+    masks = [name for name in BESIDE_IDS if name in columns.names]
+    deciding = [name for name in masks if name == "labels" or name in GIVEN_MASKS]
     if settings.train_on == "all" or not deciding:
         trained = "every token trained"
     elif deciding == ["labels"]:

@@ -16,8 +16,16 @@ TRAINED = (*TRAINED_KEYS, "weights", "loss_weight", "sample_weight")
 WEIGHING = ("weight", "weights", "loss_weight", "sample_weight", "loss_mask")
 
 
-def with_selection(columns: Columns, recognised: Recognised, settings: DataSettings) -> Recognised:
+def with_selection(
+    columns: Columns, recognised: Recognised, settings: DataSettings, *, is_restated: bool
+) -> Recognised:
     """Leaves out what the data calls bad, what it says is not trained, and other answers than the first.
+
+    Args:
+        columns: Of the data.
+        recognised: What it is.
+        settings: What the flags say.
+        is_restated: Whether --format states what is recognised without it, and so can only mean that all rows are read.
 
     Raises:
         DataError: A column weighs rows, and no flag says what the data is.
@@ -31,8 +39,21 @@ def with_selection(columns: Columns, recognised: Recognised, settings: DataSetti
     label = columns.find(LABELS)
     if recognised.formatting.format not in ("prompt", "chat") or label is None or not columns.is_yes_or_no(label):
         return recognised
-    remark = f"Rows whose column {label!r} is false are left out."
+    if is_restated:
+        remark = f"What column {label!r} says of rows does nothing beside --format {settings.format}."
+        return replace(recognised, remarks=(*recognised.remarks, remark))
+    way = (
+        f"{_every_row(recognised)} trains them too"
+        if settings.format == "auto"
+        else "under another name it does nothing"
+    )
+    remark = f"Rows whose column {label!r} is false are left out; {way}."
     return _with_rule(recognised, label, remark, label=label)
+
+
+def _every_row(recognised: Recognised) -> str:
+    """The flag that reads what was recognised, without its selection."""
+    return f"--format {recognised.formatting.format}"
 
 
 def _holds_several(value: Any) -> bool:
@@ -43,7 +64,7 @@ def _holds_several(value: Any) -> bool:
 def _with_trained(columns: Columns, recognised: Recognised, settings: DataSettings, name: str) -> Recognised:
     """A column of yes and no for each row, or of a list of these for each conversation; others as before, and any where
     flags say what the data is."""
-    every_row = f"--format {recognised.formatting.format}"  # reads what was recognised, without its selection
+    every_row = _every_row(recognised)
     given = (decode_nested(value) if isinstance(value, str) else value for value in columns.values(name))
     values = [value for value in given if value != ""]  # as a CSV file holds nothing
     lists = [value for value in values if isinstance(value, list)]

@@ -7,6 +7,10 @@ from qlora_cli.core.records.media import holds_some
 from qlora_cli.core.records.messages import yes_or_no
 from qlora_cli.core.records.record import BadField, Blank, Record, describe_type, with_fields
 
+# Columns beside the tokens of a row, each with an entry a token.
+GIVEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # 1 where a token is trained
+BESIDE_IDS = ("labels", "attention_mask", *GIVEN_MASKS, "position_ids")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowRules:
