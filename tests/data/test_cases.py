@@ -263,6 +263,14 @@ CASES = {
     ),
     "messages of LangChain": ([{"messages": [{"type": "human", "content": "A lake?"}, {"type": "ai", "content": "Chiemsee."}]}], {}, [TURN], ""),
     "a text beside the content": ([{"messages": [ASK, {**ANSWER, "text": "Brocken."}]}], {}, [TURN], "Keys of messages that are not used: 'text'"),
+    "keys that nobody knows, in a later row": (
+        [{"messages": [ASK, ANSWER]}] * SAMPLE_RECORDS
+        + [{"messages": [ASK, {**ANSWER, "masked": False, "refusal": None, "weight": 1, "id": "7"}]}], {}, [TURN] * (SAMPLE_RECORDS + 1),
+        "Keys of messages that are not used: 'masked' (in 1 conversation).",
+    ),
+    "a key that nobody knows, of a question with its answer": (
+        [{"conversation": [{"question": "A lake?", "answer": "Chiemsee.", "score": 3}]}], {}, [TURN], "not used: 'score' (in 1 conversation)",
+    ),
     "names of those who ask": ([{"messages": [{**ASK, "name": "Ann"}, ANSWER]}], {}, [TURN], "Keys of messages that are not used: 'name'"),
     "a system that answers": (
         [{"turns": [{"speaker": "USER", "utterance": "A lake?"}, {"speaker": "SYSTEM", "utterance": "Chiemsee."}]}], {}, None,

@@ -123,15 +123,10 @@ def test_what_every_answer_ends_in_is_its_end_only_if_it_is_a_token_of_the_templ
         assert found.ending == (typed if is_end else None)
 
 
-def test_keys_of_messages_that_neither_the_reader_nor_the_template_knows_are_named():
+def test_weights_of_turns_that_are_no_answers_do_nothing():
     ask, answer = MESSAGES
-    tools = {"role": "system", "content": "s", "tools": [{"name": "f"}]}
-    turns = [tools, ask, {**answer, "masked": False, "refusal": None, "weight": 1, "reasoning": "r", "id": "7"}]
-    assert recognised({"messages": turns}).remarks == ("Keys of messages that are not used: 'masked'.",)
     weighed = recognised({"messages": [{**ask, "weight": 1}, {**answer, "weight": 1}]})
     assert weighed.remarks == ("'weight' on turns that are no answers does nothing: --train-on all trains these too.",)
-    pair = {"question": "q", "answer": "a", "score": 3}
-    assert recognised({"conversation": [pair]}).remarks == ("Keys of messages that are not used: 'score'.",)
 
 
 def test_tokens_are_found():

@@ -22,6 +22,7 @@ LOST = {
     "call": "tool calls or arguments",
     "tool": "descriptions of tools",
 }
+UNREAD = "unread_"  # before a key of messages, among the counts of conversations
 
 
 class PreparationStatistics:
@@ -135,16 +136,15 @@ class PreparationStatistics:
         for reason, count in self.dropped.most_common():
             report(Caution(f"{count} of {rows} {_were(count)} left out: {reason}."))
         if self.unseen:
-            shown = ", ".join(
-                f"{name!r} (in {format_count(count, 'row')})" for name, count in self.unseen.most_common(9)
-            )
-            more = f", and {len(self.unseen) - 9} more" if len(self.unseen) > 9 else ""
             report(
                 Caution(
-                    f"Columns that none of the first rows has are not used: {shown}{more}. To have them recognised, put one "
-                    "of these rows first."
+                    f"Columns that none of the first rows has are not used: {_name_most(self.unseen, 'row')}. To have them "
+                    "recognised, put one of these rows first."
                 )
             )
+        unread = Counter({key[len(UNREAD) :]: count for key, count in counts.items() if key.startswith(UNREAD)})
+        if unread:
+            report(Notice(f"Keys of messages that are not used: {_name_most(unread, 'conversation')}."))
         if count := counts["closed"]:
             lacked = (
                 "the beginning or end token that it lacked"
@@ -199,6 +199,13 @@ class PreparationStatistics:
                     f"The first: {self.first_bad[0]}."
                 )
             )
+
+
+def _name_most(counts: Counter[str], where: str) -> str:
+    """The names that are counted most, each with how often."""
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:9]
+    shown = ", ".join(f"{name!r} (in {format_count(count, where)})" for name, count in most)
+    return shown + (f", and {len(counts) - 9} more" if len(counts) > 9 else "")
 
 
 def _were(count: int) -> str:

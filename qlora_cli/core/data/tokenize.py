@@ -12,7 +12,7 @@ from qlora_cli.core.prompts.chat_rows import SETTINGS_COLUMN
 from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec
 from qlora_cli.core.prompts.formatting import Formatted, Formatting, RowFormatter
 from qlora_cli.core.reading.chunks import BadRow, Chunk, parse_chunk
-from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
+from qlora_cli.core.records.record import NOTHING, BadField, Blank, Record, describe_type
 from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS, RowRules
 from qlora_cli.errors import QloraError
 
@@ -52,7 +52,8 @@ class TokenisedChunk:
             (conversations whose last messages had no answer and were left out); unfolded (conversations that became a
             row for each answer); moved (conversations whose system turns were put where the chat template prints
             them); hollow (conversations in which it writes an empty thought before trained answers); lost_text,
-            lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out).
+            lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out); unread_KEY
+            (conversations with a key of messages that nothing reads).
         dropped: Reason → records left out.
         unseen: Column that none of the first rows has → records that hold something in it.
         bad_rows: In order.
@@ -91,9 +92,7 @@ class Tokeniser:
         if self._settings.columns is not None:
             known = self._settings.columns | READ_ANYWAY.get(self._settings.formatting.format, set())
             later = ((record, record.keys() - known) for record in chunk.records if not known.issuperset(record))
-            result.unseen = Counter(
-                name for record, names in later for name in names if record[name] not in (None, "", [], {})
-            )
+            result.unseen = Counter(name for record, names in later for name in names if record[name] not in NOTHING)
         self._fit(result)
         return result
 

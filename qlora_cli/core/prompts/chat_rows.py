@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.core.prompts.chat.parts import Message
 from qlora_cli.core.prompts.chat.renderer import Rendered, RenderedSpan, Request
-from qlora_cli.core.prompts.chat.thoughts import share_names
+from qlora_cli.core.prompts.chat.thoughts import THOUGHTS, share_names
 from qlora_cli.core.prompts.chat_template import chat_process
 from qlora_cli.core.prompts.encoder import Run, TextEncoder
 from qlora_cli.core.prompts.prompt_template import listed, move_spaces
 from qlora_cli.core.records.conversation import Conversation, ConversationColumns, read_conversation
-from qlora_cli.core.records.messages import KNOWN_ROLES
-from qlora_cli.core.records.record import BadField, Blank, Record
+from qlora_cli.core.records.messages import KNOWN_ROLES, PART_KEYS, ROLE_KEYS, TRAINED_KEYS
+from qlora_cli.core.records.record import NOTHING, BadField, Blank, Record
 
 if TYPE_CHECKING:
     from qlora_cli.core.prompts.formatting import Formatting
 
 
+# Keys of messages that are read, or that only say which message it is.
+KNOWN_KEYS = {*ROLE_KEYS, *TRAINED_KEYS, *THOUGHTS, "content", "tool_calls", "function_call", "tools"}
+KNOWN_KEYS |= {"id", "tool_call_id", "type"}
 SETTINGS_COLUMN = "chat_template_kwargs"  # as vLLM and others call a row's own variables of the template
 
 
@@ -30,7 +33,7 @@ class ChatFormatter:
         formatting: Of the format chat.
         encoder: The tokenizer.
         on_lost_content: stop (what a template leaves out makes a record bad) or warn (it is counted).
-        counts: Counted up: unanswered, unfolded, moved, lost_text and so on (see `TokenisedChunk`).
+        counts: Counted up: unanswered, unfolded, moved, lost_text, unread_KEY and so on (see `TokenisedChunk`).
 
     Raises:
         DataError: A chat template cannot be used.
@@ -48,6 +51,7 @@ class ChatFormatter:
         self._columns = replace(columns, settings=columns.settings or SETTINGS_COLUMN)
         known = re.findall(r"""["']([\w -]+)["']""", formatting.template + (formatting.tool_template or ""))
         self._roles = KNOWN_ROLES | set(known)
+        self._words = formatting.template_words()
         names = tuple(sorted(encoder.spec.names.items()))
         self._processes = [
             chat_process(template, names, tuple(encoder.control_ids), formatting.date)
@@ -114,6 +118,9 @@ class ChatFormatter:
     def _training_request(self, record: Record, train_on: str) -> Request:
         conversation = self._conversation(record, is_prompt=False)
         messages = conversation.messages
+        self._counts.update(
+            {f"unread_{key}" for message in messages if len(message) > 2 for key in self._unread(message)}
+        )
         answers = _answers(messages)
         if not any(_says_something(messages[i]) for i in answers):
             raise Blank("no answer")
@@ -127,6 +134,17 @@ class ChatFormatter:
         if upto < len(messages):
             conversation = replace(conversation, messages=messages[:upto])
         return self._request(conversation, "whole" if train_on == "all" else "rows", tuple(trained))
+
+    def _unread(self, message: Message) -> list[str]:
+        """Keys of a message that hold something, and that neither the reader nor the template knows: what else may be its
+        content, and the name of one who is no tool, too."""
+        known = {*KNOWN_KEYS, "name"} if message["role"] == "tool" else KNOWN_KEYS
+        others = {key: value for key, value in message.items() if key not in known and value not in NOTHING}
+        return [
+            key
+            for key, value in others.items()
+            if (value != message["content"] if key in PART_KEYS else key not in self._words)
+        ]
 
     def _request(self, conversation: Conversation, mode: str, trained: tuple[int, ...]) -> Request:
         return Request(

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,8 @@ class Formatting:
     def unread_settings(self) -> list[str]:
         """Of each variable that the chat template does not read, that it does nothing. By the word alone: a template of a
         stranger is parsed in a process of its own."""
-        unread = self.unread(self.template_settings or ())
+        words = self.template_words()
+        unread = [name for name in self.template_settings or () if name not in words]
         return [f"The chat template reads no {name!r}: that --template-setting does nothing." for name in unread]
 
     def dotted_columns(self) -> list[str]:
@@ -77,10 +78,9 @@ class Formatting:
         named = (self.column, self.prompt_column, self.optional_column, *fields, *own)
         return [name for name in dict.fromkeys(n for n in named if isinstance(n, str)) if "." in name]
 
-    def unread(self, names: Iterable[str]) -> list[str]:
-        """Those of these names that stand nowhere in the chat template."""
-        words = set(re.findall(r"\w+", (self.template or "") + (self.tool_template or "")))
-        return [name for name in names if name not in words]
+    def template_words(self) -> set[str]:
+        """All words that stand in the chat template, and so the names of all that it reads."""
+        return set(re.findall(r"\w+", (self.template or "") + (self.tool_template or "")))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, without those that say nothing."""

@@ -8,10 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.core.prompts.chat.thoughts import THOUGHTS
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
-from qlora_cli.core.prompts.formatting import Formatting, chat_formatting, own_template
+from qlora_cli.core.prompts.formatting import chat_formatting, own_template
 from qlora_cli.core.recognition.columns import ANSWERS, ASKING, CONVERSATIONS, Columns, list_names, named_like_answers
 from qlora_cli.core.recognition.layouts import refuse_without_answers
 from qlora_cli.core.recognition.pairs import Pair, is_nested
@@ -20,8 +19,6 @@ from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending
 from qlora_cli.core.records.conversation import ConversationColumns, read_conversation
 from qlora_cli.core.records.messages import (
     KNOWN_ROLES,
-    PART_KEYS,
-    ROLE_KEYS,
     TRAINED_KEYS,
     holds_messages,
     is_transcript,
@@ -38,10 +35,6 @@ from qlora_cli.settings.groups import DataSettings
 SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
 HISTORY = re.compile(r".*(chat|conversations?|dialog(ue)?s?|messages?|turns?|talk)[\W_]*history")
 ABOUT = {*QUESTIONS, *TEXTS, "context"}  # what a list of questions and answers beside it may belong to
-NOTHING: tuple[Any, ...] = (None, "", [], {})
-# Keys of messages that are read, or that only say which message it is.
-KNOWN_KEYS = {*ROLE_KEYS, *PART_KEYS, *TRAINED_KEYS, *THOUGHTS, "tool_calls", "function_call", "tools"}
-KNOWN_KEYS |= {"id", "name", "tool_call_id", "type"}
 TOOLS = ("tools", "tool_defs", "functions", "available_tools")
 
 
@@ -304,7 +297,7 @@ def recognise_chat(
         formatting,
         train_on,
         f"{where}, {whose}, {describe_trained(train_on)}",
-        (*remarks, *formatting.unread_settings(), *_unread_keys(columns, found, formatting, train_on)),
+        (*remarks, *formatting.unread_settings(), *_idle_flags(columns, found, train_on)),
         used=used,
         rules=RowRules(answers=found.answer if found.answer and is_nested(columns, found.answer) else None),
         rejected=rejected if (found.answer or found.messages) == chosen else None,
@@ -323,31 +316,19 @@ def _said_in(columns: Columns, found: ConversationColumns) -> tuple[list[str], l
     return answers, others
 
 
-def _unread_keys(columns: Columns, found: ConversationColumns, formatting: Formatting, train_on: str) -> list[str]:
-    """That keys of messages do nothing: what neither the reader nor the chat template knows, and what would train others
-    than answers."""
+def _idle_flags(columns: Columns, found: ConversationColumns, train_on: str) -> list[str]:
+    """That a key of messages does nothing which would train others than answers."""
     names = [name for name in (found.messages, found.history, found.prompt, found.answer) if name]
     values = [value for name in names for value in columns.values(name)]
     turns = [turn for value in values for turn in turns_of(value) or () if isinstance(turn, dict)]
     whose = list(chain.from_iterable(map(columns.roles_of, values)))
-    left = dict.fromkeys(key for turn, role in zip(turns, whose, strict=True) for key in _keys_left(turn, role))
-    unread = [key for key in left if key in PART_KEYS or formatting.unread([key])]
-    sentences = [f"Keys of messages that are not used: {list_names(unread)}."] if unread else []
     asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ASKING]
-    if train_on != "all" and (
-        key := next((k for k in TRAINED_KEYS if any(yes_or_no(turn.get(k)) for turn in asking)), None)
-    ):
-        sentences.append(f"{key!r} on turns that are no answers does nothing: --train-on all trains these too.")
-    return sentences
-
-
-def _keys_left(turn: dict[str, Any], role: str) -> list[str]:
-    """Keys of a turn that hold something and are not read: of several that may be its content the first is, and whose name
-    a turn has counts for tools."""
-    content = next((key for key in PART_KEYS if key in turn), PART_KEYS[0])
-    others = {key for key in PART_KEYS if key != content and turn.get(key) != turn.get(content)}
-    known = KNOWN_KEYS - others - ({"name"} if role != "tool" else set())
-    return [key for key, value in turn.items() if key not in known and value not in NOTHING]
+    key = next((key for key in TRAINED_KEYS if any(yes_or_no(turn.get(key)) for turn in asking)), None)
+    return (
+        [f"{key!r} on turns that are no answers does nothing: --train-on all trains these too."]
+        if key and train_on != "all"
+        else []
+    )
 
 
 def _template_of(settings: DataSettings, encoder: TextEncoder) -> tuple[str, str | None, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 Record = dict[str, Any]
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # what a field may hold that says nothing
 LONGEST_LITERAL = 2**20  # letters of a Python literal that are parsed; Python's parser takes 100 times as much memory
 
 
