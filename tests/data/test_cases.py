@@ -442,6 +442,22 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "array.json", "object.json"])
+def test_a_key_that_stands_twice_in_an_object_is_named_where_its_values_differ(name, tmp_path):
+    rows = [
+        '{"question": "A lake?", "answer": "Zugspitze.", "answer": "Chiemsee.", "id": 1, "id": 1}',
+        '{"question": "A lake?", "answer": "Chiemsee.", "by": {"who": "a", "who": "b"}}',
+    ]
+    content = {
+        "a.jsonl": "\n".join(rows),
+        "array.json": f"[{','.join(rows)}]",
+        "object.json": f'{{"rows": [{",".join(rows)}]}}',
+    }
+    got, said = prepared(tmp_path, content[name], byte_level(), name)
+    assert got == [ASKED] * 2
+    assert "different values: 'answer' (in 1 object), 'who' (in 1 object). The last value" in said
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_rows_become_what_was_meant(name, tmp_path):
     rows, settings, expected, said = CASES[name]

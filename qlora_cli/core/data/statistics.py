@@ -22,7 +22,7 @@ LOST = {
     "call": "tool calls or arguments",
     "tool": "descriptions of tools",
 }
-UNREAD = "unread_"  # before a key of messages, among the counts of conversations
+UNREAD, DOUBLED = "unread_", "doubled_"  # before keys, among the counts
 
 
 class PreparationStatistics:
@@ -53,6 +53,9 @@ class PreparationStatistics:
     def lost(self) -> dict[str, int]:
         """Conversations of which the chat template leaves something out, by what it is."""
         return {kind: count for kind in LOST if (count := self.counts[f"lost_{kind}"])}
+
+    def _keys(self, prefix: str) -> Counter[str]:
+        return Counter({key.removeprefix(prefix): n for key, n in self.counts.items() if key.startswith(prefix)})
 
     def records_of(self, chunk: TokenisedChunk) -> np.ndarray:
         """(rows,) int64, the number of the record that each row of the next chunk comes from, counted from the first."""
@@ -142,8 +145,14 @@ class PreparationStatistics:
                     "recognised, put one of these rows first."
                 )
             )
-        unread = Counter({key[len(UNREAD) :]: count for key, count in counts.items() if key.startswith(UNREAD)})
-        if unread:
+        if doubled := self._keys(DOUBLED):
+            report(
+                Caution(
+                    f"Keys that stand twice in an object, with different values: {_name_most(doubled, 'object')}. The last "
+                    "value of each counts."
+                )
+            )
+        if unread := self._keys(UNREAD):
             report(Notice(f"Keys of messages that are not used: {_name_most(unread, 'conversation')}."))
         if count := counts["closed"]:
             lacked = (

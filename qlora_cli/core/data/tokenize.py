@@ -53,7 +53,7 @@ class TokenisedChunk:
             row for each answer); moved (conversations whose system turns were put where the chat template prints
             them); hollow (conversations in which it writes an empty thought before trained answers); lost_text,
             lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out); unread_KEY
-            (conversations with a key of messages that nothing reads).
+            (conversations with a key of messages that nothing reads); doubled_KEY (objects that hold a key twice).
         dropped: Reason → records left out.
         unseen: Column that none of the first rows has → records that hold something in it.
         bad_rows: In order.
@@ -89,6 +89,7 @@ class Tokeniser:
         result.counts["records"] = len(chunk.records) + len(chunk.bad_rows)
         result.bad_rows = sorted(chunk.bad_rows + result.bad_rows, key=lambda bad: bad.line or 0)
         result.source_bytes = chunk.source_bytes
+        result.counts.update({f"doubled_{key}": count for key, count in chunk.doubled.items()})
         if self._settings.columns is not None:
             known = self._settings.columns | READ_ANYWAY.get(self._settings.formatting.format, set())
             later = ((record, record.keys() - known) for record in chunk.records if not known.issuperset(record))

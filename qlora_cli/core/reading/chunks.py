@@ -4,6 +4,7 @@
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +60,7 @@ class Chunk:
         kind: How to parse `raw`: jsonl, txt, or element (one JSON value, which may go over several lines).
         source_bytes: Bytes of this file read since the chunk before, for the progress bar.
         letters: About how many the records were written with.
+        doubled: Key → objects in which it stands twice, with different values; the last counts.
     """
 
     file: str
@@ -70,6 +72,7 @@ class Chunk:
     bad_rows: list[BadRow] = field(default_factory=list)
     source_bytes: int = 0
     letters: int = 0
+    doubled: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: Any, line: int, letters: int = 0) -> None:
         """Adds a record, as a bad row if it cannot be used; a list of messages is a record that holds them."""
@@ -113,7 +116,7 @@ def count_rows(chunk: Chunk, max_line_bytes: int) -> int:
     if not chunk.is_long:
         parse_chunk(chunk, max_line_bytes)
         return len(chunk.records)
-    copy = replace(chunk, records=[*chunk.records], lines=[*chunk.lines], bad_rows=[*chunk.bad_rows])
+    copy = replace(chunk, records=[*chunk.records], lines=[*chunk.lines], bad_rows=[*chunk.bad_rows], doubled=Counter())
     parse_chunk(copy, max_line_bytes)
     return len(copy.records)
 
@@ -131,7 +134,8 @@ def parse_chunk(chunk: Chunk, max_line_bytes: int) -> None:
             rows = [*raw.split(b"\n")]
     is_suspect = b"\\u" in raw or b"\0" in raw
     check_length = len(raw) > max_line_bytes
-    decode = DECODER.decode
+    decoder = RowDecoder()
+    decode = decoder.decode
     for number, row in enumerate(rows, chunk.first_line):
         try:
             line = row if isinstance(row, str) else row.decode("utf-8")
@@ -151,7 +155,10 @@ def parse_chunk(chunk: Chunk, max_line_bytes: int) -> None:
                 record = decode(line)
             except (ValueError, RecursionError) as error:
                 chunk.fail(number, json_cause(line, error))
+                decoder.doubled.clear()
                 continue
+            if decoder.doubled:
+                chunk.doubled += decoder.take_doubled()
         if is_suspect or type(record) is not dict:
             chunk.add(record, number)
         else:
@@ -170,7 +177,29 @@ def refuse_constant(name: str) -> None:
     raise NotANumber(name)
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+class RowDecoder(json.JSONDecoder):
+    """Decoder of JSON that refuses NaN and counts keys that stand twice in an object.
+
+    Looking at every object takes 0.3 to 2.7 µs a row, of the 30 and more in which a row is tokenised.
+
+    Attributes:
+        doubled: Key → objects decoded so far in which it has different values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(parse_constant=refuse_constant, object_pairs_hook=self._object)
+        self.doubled: Counter[str] = Counter()
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        last = dict(pairs)
+        if len(last) < len(pairs):
+            self.doubled.update({name for name, value in pairs if value != last[name]})
+        return last
+
+    def take_doubled(self) -> Counter[str]:
+        """What was counted, to be counted anew."""
+        taken, self.doubled = self.doubled, Counter()
+        return taken
 
 
 def json_cause(text: str, error: Exception) -> str:

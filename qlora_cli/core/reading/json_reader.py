@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_cli.core.reading.chunks import DECODER, LONG_BYTES, Chunk, is_cut_short, json_cause, refuse_constant
+from qlora_cli.core.reading.chunks import LONG_BYTES, Chunk, RowDecoder, is_cut_short, json_cause
 from qlora_cli.core.records.messages import ROLE_KEYS, holds_messages
 
 # What the splits of a data set are called, in names of files, folders and keys.
@@ -37,6 +37,8 @@ def read_array(stream: io.BufferedReader, name: str, max_line_bytes: int, chunk_
                 chunk = Chunk(name)
                 continue
             chunk.add(element, line, letters)
+            if text.json.doubled:
+                chunk.doubled += text.json.take_doubled()
             if chunk.is_full:
                 yield chunk
                 chunk = Chunk(name)
@@ -69,10 +71,12 @@ class _ArrayText:
 
     Attributes:
         line: Where it has been read up to, from 1.
+        json: What decodes elements.
     """
 
     def __init__(self, stream: io.BufferedReader, max_line_bytes: int, piece_bytes: int) -> None:
         self.line = 1
+        self.json = RowDecoder()
         self._stream, self._max_line_bytes, self._piece_bytes = stream, max_line_bytes, piece_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._buffer, self._at = "", 0
@@ -115,8 +119,9 @@ class _ArrayText:
             if is_long and self._buffer[self._at] in "[{":
                 return self._long_element()
             try:
-                element, end = DECODER.raw_decode(self._buffer, self._at)
+                element, end = self.json.raw_decode(self._buffer, self._at)
             except (ValueError, RecursionError) as error:
+                self.json.doubled.clear()  # what was read of it is read again
                 self._repair(error)
             else:
                 letters = end - self._at
@@ -198,7 +203,7 @@ _SKIPPED = re.compile(
 
 def read_object(stream: io.BufferedReader, name: str, max_bytes: int) -> Iterator[Chunk]:
     """A JSON object that is a row, or holds rows: see `rows_of`. It is held as a whole, so it is bounded."""
-    chunk = Chunk(name)
+    chunk, decoder = Chunk(name), RowDecoder()
     try:
         raw = stream.read(max_bytes + 1)
         if len(raw) > max_bytes:
@@ -207,7 +212,8 @@ def read_object(stream: io.BufferedReader, name: str, max_bytes: int) -> Iterato
         if raw.count(b"[") + raw.count(b"{") > MOST_CONTAINERS:
             yield chunk.fail(None, f"holds one JSON object of more than {MOST_CONTAINERS} lists and objects")
             return
-        content = json.loads(raw.decode("utf-8-sig"), parse_constant=refuse_constant)
+        content = decoder.decode(raw.decode("utf-8-sig"))
+        chunk.doubled = decoder.take_doubled()
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         chunk.fail(line, f"not UTF-8: byte 0x{error.object[error.start]:02X}")
