@@ -238,6 +238,39 @@ CASES = {
     "a label that is a class": (
         [{"prompt": "A lake?", "completion": "Chiemsee.", "label": "geography"}], {}, [HEADED], "not used: 'label'",
     ),
+    "a conversation as text": (
+        [{"text": "### Human: A lake?### Assistant: Chiemsee."}], {}, ["#⟦## Human: A lake?### Assistant: Chiemsee.<|im_end|>⟧"],
+        "The texts look like conversations ('### Human:', '### Assistant:'), of which the questions are trained, too. "
+        "The answers alone, under the chat template: --messages-column text",
+    ),
+    "a conversation as text that ends in the end of text": (
+        [{"text": "### Human: A lake?### Assistant: Chiemsee.<|im_end|>"}], {}, ["#⟦## Human: A lake?### Assistant: Chiemsee.<|im_end|>⟧"],
+        "of which the questions are trained, too.",
+    ),
+    "a completion of conversations as text": (
+        [{"text": "### Human: A lake?### Assistant: Chiemsee."}], {"train_on": "completion"}, None, "have the conversations in them read: --messages-column text",
+    ),
+    "its answers alone": (
+        [{"text": "### Human: A lake?### Assistant: Zugspitze.### Human: A lake?### Assistant: Chiemsee."}], {"messages_column": "text"},
+        [CONTEXT.replace("Zugspitze.<|im_end|>", "⟦Zugspitze.<|im_end|>⟧") + TURN], "chat messages in column 'text'",
+    ),
+    "preferred conversations as text": (
+        [{"chosen": "\n\nHuman: A lake?\n\nAssistant: Chiemsee.", "rejected": "\n\nHuman: A lake?\n\nAssistant: Zugspitze."}], {},
+        ["\n⟦\nHuman: A lake?\n\nAssistant: Chiemsee.<|im_end|>⟧"], "--messages-column chosen",
+    ),
+    "the answers of preferred conversations alone": (
+        [{"chosen": "\n\nHuman: A lake?\n\nAssistant: Chiemsee.", "rejected": "\n\nHuman: A lake?\n\nAssistant: Zugspitze."}],
+        {"messages_column": "chosen"}, [TURN], "'rejected' is left out",
+    ),
+    "a conversation as text that calls a function": (
+        [{"chat": "USER: A lake?\n\n\nASSISTANT: Find.\n\n\nFUNCTION RESPONSE: {}\n\n\nASSISTANT: Chiemsee.\nUSER: is a word."}], {"messages_column": "chat"},
+        [TURN.replace("Chiemsee.", "Find.") + "\n<|im_start|>tool\n{}<|im_end|>\n<|im_start|>assistant\n⟦Chiemsee.<|im_end|>⟧"],
+        "1 conversation ends in messages without an answer",
+    ),
+    "text of few conversations": ([{"text": "Q: A lake?\nA: Chiemsee."}, {"text": "Lakes."}], {}, ["Q⟦: A lake?\nA: Chiemsee.<|im_end|>⟧", "L⟦akes.<|im_end|>⟧"], ""),
+    "text that is no conversation in a column that is named so": (
+        [{"text": "Lakes."}], {"messages_column": "text"}, None, "nor turns under names like 'Human:' and 'Assistant:'",
+    ),
     "messages as JSON text": ([{"id": "row-one", "messages": json.dumps([ASK, ANSWER])}], {}, [TURN], "not used: 'id'"),
     "messages as a list of JSON texts": ([{"id": "row-one", "messages": [json.dumps(ASK), json.dumps(ANSWER)]}], {}, [TURN], ""),
     "messages as Python prints them": ([{"id": "row-one", "messages": repr([ASK, ANSWER])}], {}, [TURN], ""),

@@ -229,7 +229,11 @@ def test_braces_can_be_written():
         (PAIR, {"question": ["q"], "answer": "a"}, "field 'question' is a list, not text"),
         (TEXT, {"text": True}, "field 'text' is true or false, not text"),
         (TEXT, {"text": {"a": 1}}, "field 'text' is an object, not text"),
-        (CHAT, {"messages": "hi"}, "field 'messages': is text, no list of messages"),
+        (
+            CHAT,
+            {"messages": "hi"},
+            "field 'messages': is text, no list of messages, nor turns under names like 'Human:' and 'Assistant:'",
+        ),
         (CHAT, {"messages": []}, "field 'messages': has no messages"),
         (CHAT, {"messages": [1]}, "field 'messages': message 1 is a number, not an object"),
         (CHAT, {"messages": [{"content": "hi"}]}, "field 'messages': message 1 has no role"),

@@ -7,6 +7,7 @@ from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names, named_like_answers
 from qlora_cli.core.recognition.recognised import Recognised
+from qlora_cli.core.records.dialogues import headings_of
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import COLUMN_FLAGS, DataSettings
 
@@ -45,12 +46,16 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
         column = columns.require(settings.text_column, "--text-column")
     else:
         column = _preferred(columns) or _find_text(columns, is_stated=settings.format == "text")
+    texts = [text for text in columns.values(column) if isinstance(text, str) and text.strip()]
+    headings = _shared_headings(columns, column)
+    answers_alone = f"--messages-column {shlex.quote(column)}"
     if settings.train_on not in (None, "all"):
         raise UsageError(
             f"--train-on {settings.train_on} needs a completion, but these rows are plain text.",
-            "Leave --train-on out, or name the columns with --prompt-column and --completion-column.",
+            f"Leave --train-on out, or have the conversations in them read: {answers_alone}"
+            if headings
+            else "Leave --train-on out, or name the columns with --prompt-column and --completion-column.",
         )
-    texts = [text for text in columns.values(column) if isinstance(text, str) and text.strip()]
     markup = shows_markup(texts, encoder)
     chosen, rejected = columns.preference()
     remarks = []
@@ -71,6 +76,11 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
             f"Control tokens typed in column {column!r} are kept as plain text ({typed} of the first {len(texts)} rows "
             "hold some; they would be taken as such if every row began or ended with one)."
         )
+    if headings:
+        way = "" if markup else f" The answers alone, under the chat template: {answers_alone}"
+        remarks.append(
+            f"The texts look like conversations ({list_names(headings)}), of which the questions are trained, too.{way}"
+        )
     return Recognised(
         Formatting(format="text", column=column, markup=bool(markup)),
         "all",
@@ -79,6 +89,14 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
         (column,),
         rejected=rejected if column == chosen else None,
     )
+
+
+def _shared_headings(columns: Columns, column: str) -> tuple[str, str] | None:
+    """The headings of question and answer in the first text of a column that holds dialogues."""
+    if not columns.holds(column, lambda value: isinstance(value, str) and headings_of(value) is not None):
+        return None
+    texts = (value for value in columns.values(column) if isinstance(value, str))
+    return next(filter(None, map(headings_of, texts)))
 
 
 def shows_markup(texts: Sequence[str], encoder: TextEncoder) -> str | None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_cli.core.records.messages import Message, holds_messages, read_messages, with_flags
+from qlora_cli.core.records.dialogues import split_dialogue
+from qlora_cli.core.records.messages import Message, holds_messages, read_messages, turns_of, with_flags
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
 from qlora_cli.core.records.tools import calls_in, read_tools, without_padding, wrap_call
@@ -39,7 +40,7 @@ class ConversationColumns:
 
     Attributes:
         system: Text of a system turn.
-        messages: The turns, or those before the question.
+        messages: The turns, or those before the question; also as one text (see `split_dialogue`).
         history: Pairs of earlier questions and answers.
         prompt: The question, as text or as messages.
         addition: Text that belongs to the question, such as Alpaca's `input`, or messages before it.
@@ -80,6 +81,8 @@ def read_conversation(record: Record, columns: ConversationColumns, *, is_prompt
     reader = _Reader(columns.roles)
     if columns.messages is not None:
         turns = _required(record, columns.messages)
+        if isinstance(turns, str) and turns_of(turns) is None:
+            turns = _split_text(turns, columns.messages)
         if columns.trained is not None and not is_prompt:  # which need not have the messages that it counts
             turns = with_flags(turns, record.get(columns.trained), columns.trained, columns.roles)
         reader.add(turns, columns.messages, asked=columns.answer is not None)
@@ -188,6 +191,14 @@ def _required(record: Record, column: str) -> Any:
         names = ", ".join(map(repr, record)) or "nothing"
         raise BadField(f"field {column!r} is missing (it has {names})")
     return record[column]
+
+
+def _split_text(text: str, column: str) -> list[Message]:
+    if (turns := split_dialogue(text)) is None:
+        raise BadField(
+            f"field {column!r}: is text, no list of messages, nor turns under names like 'Human:' and 'Assistant:'"
+        )
+    return list(turns)
 
 
 def _history(record: Record, column: str | None) -> Any:
