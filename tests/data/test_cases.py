@@ -507,11 +507,27 @@ THREAD = [
 TREE = {**THREAD[0], "replies": [THREAD[1], {**THREAD[2], "replies": []}]}
 OTHER = TURN.replace("Chiemsee", "Zugspitze")
 SAID = {"ask": "A lake?", "reply": "Chiemsee."}
+
+
+def linked(id, parent, role=None, text=""):
+    message = role and {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}}
+    return {id: {"id": id, "parent": parent, "message": message, "children": []}}
+
+
+LINKED = (
+    linked("r", None)
+    | linked("s", "r", "system")
+    | linked("q", "s", "user", "A lake?")
+    | linked("w", "q", "assistant", "Zugspitze.")
+)
+LINKED |= linked("t", "q", "tool", "{}") | linked("a", "t", "assistant", "Chiemsee.")
+CHATGPT = {"title": "Lakes", "mapping": LINKED, "current_node": "a"}
 JOINED = {
     "rows that name the message before": (THREAD, [TURN, OTHER]),
     "rows of a conversation": ([{"dialogue_id": 1, "speaker": role, "utterance": text} for role, text in (("user", "A lake?"), ("bot", "Chiemsee."))], [TURN]),
     "rows that are trees": ([TREE], [TURN, OTHER]),
     "trees in a column": ([{"tree_id": 1, "prompt": TREE}], [TURN, OTHER]),
+    "an export of ChatGPT's": (json.dumps([CHATGPT, CHATGPT]), [TURN, TURN]),
     "turns in fields that nobody knows": ([{"chat": {"turn_1": SAID}}, {"chat": {"turn_1": SAID}}], [TURN, TURN]),
 }  # fmt: skip
 
@@ -519,7 +535,9 @@ JOINED = {
 @pytest.mark.parametrize("name", JOINED)
 def test_the_command_that_joins_messages_gives_rows_that_are_read(name, tmp_path):
     rows, expected = JOINED[name]
-    found, said = prepared(tmp_path, rows, byte_level(), name="DATA.jsonl")
+    found, said = prepared(
+        tmp_path, rows, byte_level(), name="DATA.jsonl" if isinstance(rows, list) else "conversations.json"
+    )
     assert found is None
     command = said[said.index("python -c") :].replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)

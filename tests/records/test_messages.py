@@ -22,6 +22,14 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
         [{"from": "human", "value": "A lake?"}, {"from": "gpt", "value": "It's Chiemsee."}],
         [{"role": "Prompter", "text": "A lake?"}, {"role": "model", "text": "It's Chiemsee."}],
         {"from": ["human", "gpt"], "value": ["A lake?", "It's Chiemsee."]},
+        [
+            {"type": "human", "data": {"content": "A lake?", "additional_kwargs": {}, "type": "human"}},
+            {"type": "ai", "data": {"content": "It's Chiemsee.", "tool_calls": []}},
+        ],
+        [
+            {"lc": 1, "id": ["langchain", "messages", "HumanMessage"], "kwargs": {"content": "A lake?"}},
+            {"lc": 1, "id": ["langchain", "messages", "AIMessageChunk"], "kwargs": {"content": "It's Chiemsee."}},
+        ],
         ["A lake?", "It's Chiemsee."],
         [["A lake?", "It's Chiemsee."]],
         [["human", "A lake?"], ["Assistant ", "It's Chiemsee."]],
@@ -59,6 +67,14 @@ def test_every_form_of_turns_is_the_same_conversation(value):
         [{"from": "function_call", "value": json.dumps(FUNCTION)}],
         [{"from": "function_call", "value": json.dumps([FUNCTION])}],
         [ANSWER, {"role": "tool_call", "content": json.dumps(FUNCTION)}],
+        [
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "tool_call", "name": "get_depth", "args": {"lake": "Chiemsee"}}],
+            }
+        ],
+        [{"type": "ai", "data": {"content": "", "tool_calls": [], "additional_kwargs": {"tool_calls": [AS_TEXT]}}}],
     ],
 )
 def test_every_form_of_a_call_is_the_assistants_turn_with_arguments_as_an_object(turns):
@@ -174,6 +190,7 @@ def test_what_is_no_conversation_has_no_turns(value):
 
 
 def test_only_messages_with_roles_are_messages_beyond_doubt():
+    assert holds_messages([{"type": "human", "data": {"content": "q"}}])
     assert holds_messages(json.dumps([ASK]))
     assert holds_messages([json.dumps(ASK)])
     assert not any(map(holds_messages, ['["a", "b"]', '{"role": 1}', ["a", "b"], [], "a", None]))

@@ -7,6 +7,7 @@ than one; the command says which of them it takes.
 import json
 import shlex
 from itertools import chain, pairwise
+from typing import Any
 
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
 from qlora_cli.core.records.messages import (
@@ -94,6 +95,34 @@ def refuse_trees(columns: Columns) -> None:
                 f"As JSON lines it is taken apart by the command below{EACH_WAY}.",
                 _command(code),
             )
+
+
+def refuse_exports(columns: Columns) -> None:
+    """Refuses ChatGPT's export, whose conversations are messages by their ids, of which each names the one before.
+
+    Raises:
+        DataError: A column holds such.
+    """
+    for name in columns.names:
+        if columns.holds(name, _are_linked):
+            text = '"".join(p for p in m["content"].get("parts") or [] if isinstance(p,str))'
+            code = (
+                'up=lambda t,i:[[t[i],i:=t[i].get("parent")][0] for _ in t if i in t][::-1]; '
+                f'said=lambda m:{text} if m and m["author"]["role"] in ("user","assistant") else ""; '
+                '[print(json.dumps({"messages":[{"role":n["message"]["author"]["role"],"content":s} for n in '
+                f'up(c[{_quoted(name)}],c["current_node"]) if (s:=said(n["message"]))]}})) for c in '
+                'json.load(open("conversations.json"))]'
+            )
+            raise DataError(
+                f"Column {name!r} holds messages by their ids, each with its parent, as ChatGPT exports conversations. Of its "
+                "conversations.json the command below takes the way to 'current_node', and what user and assistant say on it.",
+                _command(code),
+            )
+
+
+def _are_linked(value: Any) -> bool:
+    nodes = list(value.values()) if isinstance(value, dict) else []
+    return bool(nodes) and all(isinstance(node, dict) and {"message", "parent"} <= node.keys() for node in nodes)
 
 
 def refuse_without_answers(columns: Columns, name: str) -> None:

@@ -13,7 +13,12 @@ from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
 from qlora_cli.core.recognition.chats import chat_columns, read_roles, recognise_chat
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
-from qlora_cli.core.recognition.layouts import refuse_messages_as_rows, refuse_trees, refuse_unnamed_turns
+from qlora_cli.core.recognition.layouts import (
+    refuse_exports,
+    refuse_messages_as_rows,
+    refuse_trees,
+    refuse_unnamed_turns,
+)
 from qlora_cli.core.recognition.pairs import (
     Pair,
     find_pair,
@@ -47,6 +52,7 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
     format_ = _format_from_flags(settings) or ("tokens" if columns.find(["input_ids"]) else None)
     if not are_named(settings):
         refuse_trees(columns)
+        refuse_exports(columns)
     pair = find_pair(columns, settings)
     chats = None if format_ in ("text", "tokens") else chat_columns(columns, settings, pair, wanted=format_)
     if format_ is None:

@@ -2,8 +2,8 @@
 
 Read are lists of `{"role", "content"}` and of ShareGPT's `{"from", "value"}`, one message alone, a struct of lists
 (how Arrow stores lists of objects sometimes), a list of texts in turn, a list of question and answer pairs, of pairs of
-role and text or of speaker and utterance, an object whose keys count its turns, and all of these as JSON text or as
-Python prints them. Content may be made of parts (parts.py).
+role and text or of speaker and utterance, LangChain's messages, an object whose keys count its turns, and all of these
+as JSON text or as Python prints them. Content may be made of parts (parts.py).
 """
 
 import re
@@ -115,7 +115,8 @@ def holds_messages(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(turns_of(value)) and any(isinstance(value.get(key), str | list) for key in ROLE_KEYS)
     return bool(items) and all(
-        is_item(item) or (isinstance(item, dict) and any(isinstance(item.get(key), str) for key in ROLE_KEYS))
+        is_item(item)
+        or (isinstance(item, dict) and (any(isinstance(item.get(key), str) for key in ROLE_KEYS) or _unwrapped(item)))
         for item in items
     )
 
@@ -149,7 +150,22 @@ def numbered_items(value: Record) -> list[Any]:
     return [value[key[0]] for key in found if value[key[0]] is not None]
 
 
+def _unwrapped(turn: Record) -> Record | None:
+    """The message that LangChain wrote into `data` beside its type, or into `kwargs` beside its class; None for others."""
+    if turn.get("type") in TYPES and isinstance(turn.get("data"), dict):
+        kind, inner = turn["type"], turn["data"]
+    elif isinstance(turn.get("kwargs"), dict) and isinstance(turn.get("id"), list) and turn["id"]:
+        kind, inner = str(turn["id"][-1]).lower().removesuffix("chunk").removesuffix("message"), turn["kwargs"]
+    else:
+        return None
+    more = inner.get("additional_kwargs")  # calls of tools, as its provider gave them
+    more = more if isinstance(more, dict) and not inner.get("tool_calls") else {}
+    kept = {key: item for key, item in inner.items() if key not in ("additional_kwargs", "type", *more)}
+    return {**kept, **more, "role": kind}
+
+
 def _turns_of_object(value: Record) -> list[Any] | None:
+    value = _unwrapped(value) or value
     if (items := numbered_items(value)) and all(isinstance(item, dict) for item in items):
         return turns_of(items)
     role = _role_key(value)

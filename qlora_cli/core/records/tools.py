@@ -136,6 +136,9 @@ def calls_in(text: Any) -> list[Any]:
 def _read_call(call: Any, number: int) -> Record:
     if not isinstance(call, dict):
         raise BadField(f"message {number}: a call is {describe_type(call)}, not an object")
+    if isinstance(call.get("args"), dict) and not {"function", "arguments"} & call.keys():  # LangChain's
+        about = {key: item for key, item in call.items() if key not in ("name", "args", "type")}
+        call = {**about, "type": "function", "function": {"name": call.get("name"), "arguments": call["args"]}}
     function = call.get("function")
     if isinstance(function, str) and "arguments" not in call:
         function = _parse(function, f"message {number}: a call")
