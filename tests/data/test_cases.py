@@ -271,6 +271,14 @@ CASES = {
     "text that is no conversation in a column that is named so": (
         [{"text": "Lakes."}], {"messages_column": "text"}, None, "nor turns under names like 'Human:' and 'Assistant:'",
     ),
+    "nothing that was printed as text": (
+        [{"instruction": "A lake?", "input": "nan", "output": "Chiemsee.", "system": "null", "history": "None"}], {},
+        ["### Instruction:\nA lake?\n\n### Input:\nnan\n\n### Response:\n⟦Chiemsee.<|im_end|>⟧"],
+        "Column 'input' holds nan in 1 of the first 1 row, which is taken for its text.",
+    ),
+    "nothing that was printed where no text belongs": (
+        [{"messages": [ASK, {**ANSWER, "tool_calls": "null"}], "tools": "null", "system": "None", "chat_template_kwargs": "null"}], {}, [TURN], "",
+    ),
     "messages as JSON text": ([{"id": "row-one", "messages": json.dumps([ASK, ANSWER])}], {}, [TURN], "not used: 'id'"),
     "messages as a list of JSON texts": ([{"id": "row-one", "messages": [json.dumps(ASK), json.dumps(ANSWER)]}], {}, [TURN], ""),
     "messages as Python prints them": ([{"id": "row-one", "messages": repr([ASK, ANSWER])}], {}, [TURN], ""),

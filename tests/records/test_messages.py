@@ -40,6 +40,7 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
         [json.dumps(ASK), json.dumps(ANSWER)],
         [ASK, {**ANSWER, "tool_calls": [], "name": None, "function_call": None}],
         [ASK, {**ANSWER, "tool_calls": ""}],
+        [ASK, {**ANSWER, "tool_calls": "null", "function_call": "None"}],
         [{"role": "user", "content": [{"type": "text", "text": "A lake?"}, {"type": "text", "text": None}]}, ANSWER],
         [
             {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "A lake?"}]},
@@ -199,6 +200,7 @@ def test_only_messages_with_roles_are_messages_beyond_doubt():
 def test_nested_text_is_read_as_json_or_as_python_prints_it():
     assert decode_nested(' {"a": null} ') == {"a": None}
     assert decode_nested("{'a': None}") == {"a": None}
+    assert decode_nested("null ") is decode_nested("None") is None
     assert decode_nested("[very good]") == "[very good]"
     assert decode_nested("{1, 2}") == "{1, 2}"
 
@@ -218,7 +220,7 @@ DESCRIBED = {"type": "function", "function": {"name": "get_depth", "description"
         (json.dumps(TOOL), "tools", [TOOL]),
         ({"get_depth": {"description": "Of a lake."}, "f": TOOL, "g": None}, "tools", [DESCRIBED, TOOL]),
         ([{"type": "function", **DESCRIBED["function"]}], "tools", [DESCRIBED]),
-        *((empty, "tools", None) for empty in ("", " ", "[]", "{}", [], {}, None)),
+        *((empty, "tools", None) for empty in ("", " ", "[]", "{}", "null", "None", [], {}, None)),
     ],
 )
 def test_tools_are_read_from_every_form(value, column, tools):

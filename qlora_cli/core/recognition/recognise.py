@@ -4,7 +4,7 @@ A format is taken only if it explains (almost) every row; columns that it does n
 """
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import accumulate
 
@@ -31,12 +31,14 @@ from qlora_cli.core.recognition.recognised import Recognised, are_named, name_co
 from qlora_cli.core.recognition.selection import with_selection
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.media import holds_some, kind_of, named_like
-from qlora_cli.core.records.record import Record, field_at, fields_in
+from qlora_cli.core.records.record import NULLS, Record, field_at, fields_in
 from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import DataSettings
 from qlora_cli.settings.setting import describe_idle, is_given
+from qlora_cli.sizes import format_count
 
+PRINTED_NOTHING = (*NULLS, "nan", "NaN", "NULL", "<NA>")  # by JSON, Python, pandas and databases
 THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "cot", "chain_of_thought")
 
 
@@ -190,8 +192,8 @@ def _recognise_tokens(columns: Columns, settings: DataSettings) -> Recognised:
 
 
 def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
-    """Names the columns that a format does not use."""
-    remarks, rejected = recognised.remarks, recognised.rejected
+    """Names the columns that a format does not use, and those whose texts are how others print that there is none."""
+    remarks, rejected = (*recognised.remarks, *_printed_nothing(columns, recognised)), recognised.rejected
     left_out = tuple(name for name in columns.names if name not in recognised.used)
     unused = [name for name in left_out if name != rejected]
     if rejected:
@@ -207,6 +209,19 @@ def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
         answer = recognised.formatting.completion_column
         remark += f' A template of your own could use {thoughts!r}: --template "... {{{thoughts}}} ... {{{answer}}}"'
     return replace(recognised, remarks=(*remarks, remark), unused=left_out)
+
+
+def _printed_nothing(columns: Columns, recognised: Recognised) -> Iterator[str]:
+    talk = recognised.formatting.conversation
+    for name in filter(
+        columns.is_text, filter(None, (talk.prompt, talk.addition, talk.answer) if talk else recognised.used)
+    ):
+        words = [value.strip() for value in columns.values(name) if isinstance(value, str)]
+        if found := [word for word in words if word in PRINTED_NOTHING]:
+            yield (
+                f"Column {name!r} holds {found[0]} in {len(found)} of the first {format_count(len(columns.records), 'row')}, "
+                "which is taken for its text."
+            )
 
 
 def _without_media(columns: Columns, recognised: Recognised, settings: DataSettings) -> Recognised:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_cli.core.records.parts import are_parts, is_item, plain_turns, turns_of_items
-from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
+from qlora_cli.core.records.record import NULLS, BadField, Record, decode_nested, describe_type
 from qlora_cli.core.records.tools import read_calls, wrap_call
 
 Message = dict[str, Any]
@@ -46,6 +46,7 @@ TYPES = ("human", "ai", "system", "tool")  # of LangChain's messages
 PART_KEYS = (*CONTENT_KEYS, "parts")  # of which the first that is there counts; the last is Google's
 ASKED = ("human", "user", "question", "instruction", "prompt", "input", "query", "q")
 ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
+CALL_KEYS = ("tool_calls", "function_call")
 TRAINED_KEYS = ("weight", "train", "training", "loss", "loss_mask")  # what says that a turn is trained, or is not
 
 
@@ -263,7 +264,9 @@ def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Mes
     message = {
         key: item
         for key, item in turn.items()
-        if key not in (role_key, content_key, *TRAINED_KEYS) and item is not None
+        if key not in (role_key, content_key, *TRAINED_KEYS)
+        and item is not None
+        and not (item in NULLS and key in CALL_KEYS)
     }
     calls = message.pop("tool_calls", None)
     if former := message.pop("function_call", None):

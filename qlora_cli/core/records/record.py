@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 Record = dict[str, Any]
+NULLS = ("null", "None")  # what JSON and Python print for nothing, where nested values are written as text
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # what a field may hold that says nothing
 LONGEST_LITERAL = 2**20  # letters of a Python literal that are parsed; Python's parser takes 100 times as much memory
 
@@ -85,8 +86,10 @@ def describe_type(value: Any) -> str:
 
 
 def decode_nested(text: str) -> Any:
-    """What a text holds if it is a list or an object written as JSON, or as Python prints it; else the text itself."""
+    """What a text holds if it is a list, an object or nothing written as JSON, or as Python prints it; else the text itself."""
     stripped = text.strip()
+    if stripped in NULLS:
+        return None
     if stripped[:1] + stripped[-1:] not in ("[]", "{}"):
         return text
     try:
