@@ -271,6 +271,14 @@ CASES = {
     "text that is no conversation in a column that is named so": (
         [{"text": "Lakes."}], {"messages_column": "text"}, None, "nor turns under names like 'Human:' and 'Assistant:'",
     ),
+    "completions that begin with their prompts": (
+        [{"prompt": "A lake?", "completion": "A lake? Chiemsee."}], {}, [HEADED.replace("⟦", "⟦A lake? ")],
+        "Every completion begins with its prompt, which so stands there twice and is trained, too. The completions alone, as they are: "
+        "--text-column completion",
+    ),
+    "a long text beside an answer": (
+        [{"context": "The largest lake of Bavaria?", "answer": "Chiemsee."}], {}, None, "--prompt-column context --completion-column answer",
+    ),
     "nothing that was printed as text": (
         [{"instruction": "A lake?", "input": "nan", "output": "Chiemsee.", "system": "null", "history": "None"}], {},
         ["### Instruction:\nA lake?\n\n### Input:\nnan\n\n### Response:\n⟦Chiemsee.<|im_end|>⟧"],

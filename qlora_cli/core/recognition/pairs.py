@@ -1,5 +1,6 @@
 """Recognition of prompts with completions: by the names of their columns, by flags, or under a template."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,23 @@ def recognise_pair(columns: Columns, settings: DataSettings, encoder: TextEncode
             template=template,
             template_without_optional=short,
         )
+    if _repeats(columns, prompt, answer):
+        remarks.append(
+            f"Every completion begins with its prompt, which so stands there twice and is trained, too. The completions alone, "
+            f"as they are: --text-column {shlex.quote(answer)}"
+        )
     also = f" (and {optional!r} where it is not empty)" if optional else ""
     sentence = f"prompt in column {prompt!r}{also}, completion in {answer!r}, {describe_trained(train_on)}"
     rejected = pair.rejected if pair and answer == pair.completion else None
     used = tuple(name for name in (prompt, optional, answer) if name)
     return Recognised(formatting, train_on, sentence, tuple(remarks), used, rules, rejected)
+
+
+def _repeats(columns: Columns, prompt: str, answer: str) -> bool:
+    """Whether every completion begins with its prompt."""
+    both = [(row.get(prompt), row.get(answer)) for row in columns.records]
+    texts = [(asked.strip(), said.strip()) for asked, said in both if isinstance(asked, str) and isinstance(said, str)]
+    return bool(texts) and all(asked and said.startswith(asked) for asked, said in texts)
 
 
 def _columns_of(columns: Columns, settings: DataSettings, pair: Pair | None) -> tuple[str | None, str | None]:

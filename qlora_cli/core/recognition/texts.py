@@ -32,6 +32,7 @@ IDENTIFIERS = {
 # What asks for an answer: the text of a row that has one, under whatever name, is not the question alone.
 QUESTIONS = {"instruction", "question", "prompt", "query", "problem"}
 SUMMARIES = ("summary", "highlights")  # of a text, which is then rather what is to be summarised
+REPLIES = ("answer", "answers", "response", "completion")  # to a text whose name does not say that it asks
 CLEARLY_LONGER = 2  # the text column holds this many times the letters of the next one, or the user has to choose
 
 
@@ -169,7 +170,7 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
             f"Several columns could be the text: {', '.join(map(repr, ranked))}.",
             f"Choose: --text-column {first}, or --prompt-column {second} --completion-column {first}",
         )
-    return ranked[0] if is_stated else _without_summary(columns, ranked[0], summary)
+    return ranked[0] if is_stated else _without_summary(columns, ranked[0], summary or columns.find(REPLIES))
 
 
 def _name_fields(inside: Sequence[str]) -> str:
@@ -183,11 +184,12 @@ def _name_fields(inside: Sequence[str]) -> str:
 
 
 def _without_summary(columns: Columns, text: str, summary: str | None) -> str:
-    """The text column, if no column beside it summarises it."""
+    """The text column, if no column beside it summarises or answers it."""
     if summary in (None, text) or not columns.is_text(str(summary)):
         return text
     raise DataError(
-        f"Column {text!r} holds text, and {summary!r} beside it what may be its summary.",
+        f"Column {text!r} holds text, and {summary!r} beside it what may be its "
+        f"{'answer' if str(summary).lower() in REPLIES else 'summary'}.",
         f"Choose: --prompt-column {shlex.quote(text)} --completion-column {shlex.quote(str(summary))}, or to train on the "
         f"text alone: --text-column {shlex.quote(text)}",
     )
