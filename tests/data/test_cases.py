@@ -271,6 +271,9 @@ CASES = {
     "text that is no conversation in a column that is named so": (
         [{"text": "Lakes."}], {"messages_column": "text"}, None, "nor turns under names like 'Human:' and 'Assistant:'",
     ),
+    "messages beside the export that they come from": (
+        [{"mapping": {"a": {"message": None, "parent": None}}, "current_node": "a", "messages": [ASK, ANSWER]}], {}, [TURN], "not used: 'mapping'",
+    ),
     "completions that begin with their prompts": (
         [{"prompt": "A lake?", "completion": "A lake? Chiemsee."}], {}, [HEADED.replace("⟦", "⟦A lake? ")],
         "Every completion begins with its prompt, which so stands there twice and is trained, too. The completions alone, as they are: "

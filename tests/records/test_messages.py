@@ -23,7 +23,7 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
         [{"role": "Prompter", "text": "A lake?"}, {"role": "model", "text": "It's Chiemsee."}],
         {"from": ["human", "gpt"], "value": ["A lake?", "It's Chiemsee."]},
         [
-            {"type": "human", "data": {"content": "A lake?", "additional_kwargs": {}, "type": "human"}},
+            {"type": "human", "data": {"content": "A lake?", "additional_kwargs": {}, "type": "human", "name": None}},
             {"type": "ai", "data": {"content": "It's Chiemsee.", "tool_calls": []}},
         ],
         [
@@ -76,6 +76,7 @@ def test_every_form_of_turns_is_the_same_conversation(value):
             }
         ],
         [{"type": "ai", "data": {"content": "", "tool_calls": [], "additional_kwargs": {"tool_calls": [AS_TEXT]}}}],
+        [{"type": "ai", "data": {"content": "", "tool_calls": [CALL], "additional_kwargs": {"tool_calls": [AS_TEXT]}}}],
     ],
 )
 def test_every_form_of_a_call_is_the_assistants_turn_with_arguments_as_an_object(turns):
@@ -177,6 +178,12 @@ def test_a_pair_keeps_its_system_text_its_input_and_what_it_says_of_its_answer()
     assert read_messages([thought], {}) == ([ASK, {**ANSWER, "reasoning_content": "Think."}], [True, False])
     words = [["model", "a small car"], ["tool", "a hammer"]]  # questions that happen to be names of roles
     assert read_messages(words[1:], {})[0][0] == {"role": "user", "content": "tool"}
+
+
+def test_a_thought_that_langchain_keeps_beside_calls_is_the_turns():
+    said = {"content": "", "tool_calls": [CALL], "additional_kwargs": {"reasoning_content": "Deep."}}
+    (message,), _ = read_messages([{"type": "ai", "data": said}], {})
+    assert (message["reasoning_content"], message["tool_calls"]) == ("Deep.", [CALL])
 
 
 def test_roles_of_ones_own_are_mapped():

@@ -54,7 +54,6 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
     format_ = _format_from_flags(settings) or ("tokens" if columns.find(["input_ids"]) else None)
     if not are_named(settings):
         refuse_trees(columns)
-        refuse_exports(columns)
     pair = find_pair(columns, settings)
     chats = None if format_ in ("text", "tokens") else chat_columns(columns, settings, pair, wanted=format_)
     if format_ is None:
@@ -133,6 +132,7 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
     if pair:
         return "prompt"
     refuse_messages_as_rows(columns)
+    refuse_exports(columns)
     known = columns.find(TEXTS)
     if known and columns.is_text(known):
         return "text"

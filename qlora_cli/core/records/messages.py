@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_cli.core.records.parts import are_parts, is_item, plain_turns, turns_of_items
-from qlora_cli.core.records.record import NULLS, BadField, Record, decode_nested, describe_type
+from qlora_cli.core.records.record import NOTHING, NULLS, BadField, Record, decode_nested, describe_type
 from qlora_cli.core.records.tools import read_calls, wrap_call
 
 Message = dict[str, Any]
@@ -159,10 +159,10 @@ def _unwrapped(turn: Record) -> Record | None:
         kind, inner = str(turn["id"][-1]).lower().removesuffix("chunk").removesuffix("message"), turn["kwargs"]
     else:
         return None
-    more = inner.get("additional_kwargs")  # calls of tools, as its provider gave them
-    more = more if isinstance(more, dict) and not inner.get("tool_calls") else {}
-    kept = {key: item for key, item in inner.items() if key not in ("additional_kwargs", "type", *more)}
-    return {**kept, **more, "role": kind}
+    more = inner.get("additional_kwargs")  # thoughts, and calls of tools, as the provider gave them
+    said = {key: item for key, item in inner.items() if item not in NOTHING or key == "content"}
+    more = more if isinstance(more, dict) else {}
+    return {**more, **said, "additional_kwargs": None, "type": None, "role": kind}
 
 
 def _turns_of_object(value: Record) -> list[Any] | None:
@@ -266,7 +266,7 @@ def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Mes
         for key, item in turn.items()
         if key not in (role_key, content_key, *TRAINED_KEYS)
         and item is not None
-        and not (item in NULLS and key in CALL_KEYS)
+        and not (key in CALL_KEYS and item in NULLS)
     }
     calls = message.pop("tool_calls", None)
     if former := message.pop("function_call", None):
