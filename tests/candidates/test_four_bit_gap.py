@@ -55,8 +55,8 @@ def test_losses_are_those_of_the_whole_models(tiny_model, load_tiny, architectur
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-        with_adapter = measure_gap(model, originals, TOGETHER, report_nothing, adapted=True)
+        with_adapter = measure_gap(model, originals, TOGETHER, report_nothing)
         assert with_adapter.adapter == pytest.approx(loss_of(model), abs=1e-5)
         assert with_adapter.four_bits == pytest.approx(four_bits, abs=1e-5)
         assert with_adapter.sixteen_bits == pytest.approx(gap.sixteen_bits, abs=1e-6)
-        assert measure_gap(model, None, TOGETHER, report_nothing, adapted=True).sixteen_bits is None
+        assert measure_gap(model, None, TOGETHER, report_nothing).sixteen_bits is None

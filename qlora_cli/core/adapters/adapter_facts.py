@@ -35,6 +35,7 @@ from qlora_cli.core.untrusted import check_adapter_config, check_expressions
 from qlora_cli.errors import AdapterError, CheckpointError, ModelError, RunError
 from qlora_cli.events import Report, report_nothing
 
+PREFIX = "base_model.model."  # of the names of all tensors that PEFT saves
 ADAPTER_PART = re.compile(r"\.lora_.*$")
 NUMBERS = ("F64", "F32", "F16", "BF16")  # in which adapters are stored
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # of DoRA, as PEFT calls them in its versions
@@ -225,4 +226,4 @@ def _other_half(name: str) -> str | None:
 
 def base_name(name: str) -> str:
     """A module's or parameter's name without what PEFT puts around it; an adapter's part has its module's name."""
-    return WRAPPER.sub("", ADAPTER_PART.sub("", name.removeprefix("base_model.model.")))
+    return WRAPPER.sub("", ADAPTER_PART.sub("", name.removeprefix(PREFIX)))

@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts
+from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
 from qlora_cli.errors import AdapterError
 
-PREFIX = "base_model.model."
 PAIR = re.compile(r"(?P<module>.+?)(?P<depth>(\.base_layer)*)\.lora_(?P<half>[AB])\.weight")
 
 
@@ -45,7 +44,8 @@ def expert_pairs(facts: AdapterFacts, model: nn.Module) -> dict[str, ExpertPair]
     """
     pairs = {}
     for parameter, halves, weight in stacked_pairs(facts, model):
-        pairs[parameter] = ExpertPair(weight, halves["A"], halves["B"], _scaling(facts, parameter, weight, halves))
+        rank = max(1, facts.tensors[halves["A"]][0][0] // weight.experts)  # of one expert, by which PEFT scales
+        pairs[parameter] = ExpertPair(weight, halves["A"], halves["B"], facts.scaling_of(parameter, rank))
         _check_shapes(facts, parameter, pairs[parameter])
     return pairs
 
@@ -98,14 +98,6 @@ def stacks_of(module: nn.Module | None) -> list[ExpertWeight]:
 
 def _is_target(parameter: str, config: Mapping[str, Any]) -> bool:
     return any(parameter == item or parameter.endswith(f".{item}") for item in config.get("target_parameters") or ())
-
-
-def _scaling(facts: AdapterFacts, parameter: str, weight: ExpertWeight, halves: Mapping[str, str]) -> float:
-    """As PEFT finds it: by the rank of one expert, and the first of the alpha patterns that matches the parameter."""
-    rank = facts.tensors[halves["A"]][0][0] // weight.experts
-    patterns = facts.config.get("alpha_pattern") or {}
-    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", parameter)), facts.alpha)
-    return float(alpha) / (rank**0.5 if facts.rslora else max(rank, 1))
 
 
 def _check_shapes(facts: AdapterFacts, parameter: str, pair: ExpertPair) -> None:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts, read_adapter, way_on
-from qlora_cli.core.adapters.expert_tensors import PAIR, PREFIX, adapter_sizes, stacked_pairs, stacks_of
+from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts, read_adapter, way_on
+from qlora_cli.core.adapters.expert_tensors import PAIR, adapter_sizes, stacked_pairs, stacks_of
 from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.experts.layout import ExpertWeight
 from qlora_cli.core.models.files import ModelFiles, resolve_model

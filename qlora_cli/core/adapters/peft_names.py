@@ -21,10 +21,8 @@ from peft.utils import transformers_weight_conversion as conversion
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts
+from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts
 from qlora_cli.errors import AdapterError
-
-PREFIX = "base_model.model."
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ import torch
 from safetensors import safe_open
 
 from qlora_cli.artifacts import ADAPTER_WEIGHTS
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts
-from qlora_cli.core.adapters.expert_tensors import PREFIX
+from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.errors import AdapterError
 

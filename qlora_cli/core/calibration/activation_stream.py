@@ -1,6 +1,6 @@
 """Hidden states of some rows on their way through a decoder, moved one layer at a time, so that a layer may change first."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,15 +138,24 @@ def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
         return (hidden, *[None] * (length - 1)) if length else hidden
 
     hook = layers[0].register_forward_hook(remember) if layers else None
-    kept = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers[1:]:
-        layer.forward = pass_on
     try:
-        yield
+        with replaced_forwards(dict.fromkeys(layers[1:], pass_on)):
+            yield
     finally:
         if hook is not None:
             hook.remove()
-        for layer, forward in list(zip(layers, kept, strict=True))[1:]:
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Inside the block modules run these, and afterwards what they ran before."""
+    before = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del vars(module)["forward"]
+        for module, forward in before.items():
+            vars(module)["forward"] = forward

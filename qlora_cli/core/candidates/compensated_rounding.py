@@ -11,12 +11,13 @@ measured on some that were left out, and that share is taken.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.core.calibration.activation_stream import ActivationStream
+from qlora_cli.core.calibration.activation_stream import ActivationStream, replaced_forwards
 from qlora_cli.core.calibration.low_rank import SecondMoment
 from qlora_cli.core.calibration.rounding import damped_moment
 from qlora_cli.core.engine.lora_linear import group_by_input, noted_calls
@@ -198,23 +199,13 @@ def share_of_stream(stream: ActivationStream, module: nn.Module) -> float | None
     return share if abs(share) > LEAST_SHARE and stray <= (MOST_STRAY * share) ** 2 * whole else None
 
 
-@contextmanager
-def silenced(modules: Sequence[Any]) -> Iterator[None]:
+def silenced(modules: Sequence[Any]) -> AbstractContextManager[None]:
     """Linear layers giving zeros inside the block."""
-    kept = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
 
-        def zeros(x: Tensor, *_: Any, size: int = module.out_features, **__: Any) -> Tensor:
-            return x.new_zeros(*x.shape[:-1], size)
+    def zeros(x: Tensor, *_: Any, size: int, **__: Any) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], size)
 
-        module.forward = zeros
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, kept, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+    return replaced_forwards({module: partial(zeros, size=module.out_features) for module in modules})
 
 
 @contextmanager

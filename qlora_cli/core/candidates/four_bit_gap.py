@@ -70,43 +70,40 @@ class Mixture:
     more_bytes: int  # than with these layers in 4 bits
 
 
-def measure_gap(
-    model: Any, originals: OriginalWeights | None, rows: Sequence[RowBatch], report: Report, *, adapted: bool
-) -> LossGap:
-    """Losses in 16 bits, where the original weights are at hand, in 4 bits, and with the adapter, if there is one.
+def measure_gap(model: Any, originals: OriginalWeights | None, rows: Sequence[RowBatch], report: Report) -> LossGap:
+    """Losses in 16 bits, where the original weights are at hand, in 4 bits, and with the adapter.
 
     Args:
-        model: A 4-bit base, or with `adapted` the PEFT model of one, in evaluation mode.
+        model: The PeftModel of a 4-bit base, in evaluation mode.
         originals: The base's checkpoint.
         rows: At least one; from `pad_together`.
 
     Raises:
         ModelError: The rows cannot be sent through layer by layer.
     """
-    base = model.get_base_model() if adapted else model
+    base = model.get_base_model()
     layers = _linears_of_layers(base)
     batches = [batch.ids for batch in rows]
-    without = model.disable_adapter if adapted else nullcontext
-    forms = {"four_bits": ActivationStream(base, batches)}
-    if adapted:
-        forms["adapter"] = ActivationStream(base, batches)
+    forms = {name: ActivationStream(base, batches) for name in ("four_bits", "adapter")}
     if originals is not None:
         forms["sixteen_bits"] = ActivationStream(base, batches)
     for number, names in enumerate(layers, start=1):
-        with without():
+        with model.disable_adapter():
             forms["four_bits"].advance()
         if originals is not None:
             # What is replaced lies inside of the adapter's layers, which are switched off besides.
-            with without(), ReplacedLinears(base, {name: _original(base, originals, name) for name in names}):
+            with (
+                model.disable_adapter(),
+                ReplacedLinears(base, {name: _original(base, originals, name) for name in names}),
+            ):
                 forms["sixteen_bits"].advance()
-        if adapted:
-            forms["adapter"].advance()
+        forms["adapter"].advance()
         report(Progress("Measuring what 4 bits cost", number, len(layers), unit="layers"))
     losses = {}
     for name, stream in forms.items():
-        with without() if name != "adapter" else nullcontext():
+        with model.disable_adapter() if name != "adapter" else nullcontext():
             losses[name] = mean_loss(stream, rows)
-    return LossGap(_trained(rows), losses.get("sixteen_bits"), losses["four_bits"], losses.get("adapter"))
+    return LossGap(_trained(rows), losses.get("sixteen_bits"), losses["four_bits"], losses["adapter"])
 
 
 def measure_held_out(model: Any, files: ModelFiles, rows: RowSubset, vocabulary: int, report: Report) -> LossGap | None:
@@ -133,10 +130,10 @@ def measure_held_out(model: Any, files: ModelFiles, rows: RowSubset, vocabulary:
     together = pad_together(held_out, vocabulary=vocabulary, device=device)
     try:
         if stored_format(files.config, files.name) is not None:
-            gap = measure_gap(model, None, together, report, adapted=True)
+            gap = measure_gap(model, None, together, report)
         else:
             with OriginalWeights(files) as originals:
-                gap = measure_gap(model, originals, together, report, adapted=True)
+                gap = measure_gap(model, originals, together, report)
     except torch.OutOfMemoryError:
         reason = "there is no memory left for one layer's original weights beside the base"
     except ModelError as error:

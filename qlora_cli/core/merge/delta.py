@@ -9,11 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.core.adapters.adapter_facts import AdapterFacts
+from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts
 from qlora_cli.core.adapters.expert_tensors import ExpertPair, expert_pairs
 from qlora_cli.errors import AdapterError
 
-PREFIX = "base_model.model."
 PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<a>lora_A\.weight|lora_embedding_A)|(?P<b>lora_B\.weight|lora_embedding_B)"
     r"|(?P<magnitude>lora_magnitude_vector(?:\.weight)?)|(?P<bias>lora_B\.bias)"
