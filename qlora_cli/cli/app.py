@@ -181,7 +181,7 @@ def displaced(of_file: dict[str, Any], given: dict[str, Any], config_type: type)
     }
 
 
-def libraries_of(config: Any, runs: Sequence[str] | None = None) -> tuple[str, ...] | None:
+def libraries_of(config: Any, runs: Sequence[str] | None) -> tuple[str, ...] | None:
     """What a command has to import before it begins, where that takes longer than anyone waits without a word."""
     if runs and not is_model(Path(runs[0])):
         return ("matplotlib",) if config.picture else None

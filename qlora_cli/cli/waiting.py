@@ -68,7 +68,7 @@ class LoadingSign:
         silent: Whether nothing is said at all: another rank does, or --quiet was asked for.
     """
 
-    def __init__(self, libraries: tuple[str, ...], *, silent: bool = False) -> None:
+    def __init__(self, libraries: tuple[str, ...], *, silent: bool) -> None:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._stream = sys.stderr

@@ -18,9 +18,9 @@ CHUNK_BYTES = 64 * 2**20  # of logits; 1,024 tokens of a vocabulary of 32,000 in
 LEAST_TOKENS = 256
 
 
-def chunk_tokens(vocabulary: int, itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Tokens whose logits take about `chunk_bytes`, at least `LEAST_TOKENS` and a multiple of 128."""
-    return max(LEAST_TOKENS, chunk_bytes // (vocabulary * itemsize) // 128 * 128)
+def chunk_tokens(vocabulary: int, itemsize: int) -> int:
+    """Tokens whose logits take about `CHUNK_BYTES`, at least `LEAST_TOKENS` and a multiple of 128."""
+    return max(LEAST_TOKENS, CHUNK_BYTES // (vocabulary * itemsize) // 128 * 128)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:

@@ -321,7 +321,7 @@ class HeldLayers:
                 handle.remove()
 
 
-def install_packed_attention(base: Any, decoder: Any) -> Callable[[], None]:
+def install_packed_attention(decoder: Any) -> Callable[[], None]:
     """Makes one model instance's attention understand packs; returns what undoes it."""
     config = decoder.config
     if config.model_type == "falcon":
@@ -343,7 +343,7 @@ def install_attention(
 
     def install(own: Tensor, why_different: Callable[[Tensor], str | None]) -> tuple[str | None, Callable[[], None]]:
         """Why our attention gives anything but `own`, the model's, and was taken back; and what undoes it."""
-        undo = install_packed_attention(base, decoder)
+        undo = install_packed_attention(decoder)
         reason = why_different(own)
         if reason is not None:
             undo()

@@ -45,8 +45,8 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}.") from error
     config.pop("_name_or_path", None)  # a path on the machine that wrote it
-    text_config = config.get("text_config")
-    for section in [config, text_config] if isinstance(text_config, dict) else [config]:
+    language = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    for section in [config] if language is config else [config, language]:
         section.pop("quantization_config", None)
         for name in {"dtype", "torch_dtype"} & set(section):
             section[name] = dtype_name(options.dtype)
@@ -54,9 +54,9 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
             section["vocab_size"] = plan.vocabulary
         if plan.untied:  # in both: transformers 4 reads the inner one, and without one there ties
             section["tie_word_embeddings"] = False
-    (text_config if isinstance(text_config, dict) else config).update(base.new_settings)
+    language.update(base.new_settings)
     if (scaling := base.files.scaled_positions) is not None:
-        write_scaling(text_config if isinstance(text_config, dict) else config, scaling)
+        write_scaling(language, scaling)
     if "torch_dtype" not in config:
         config["dtype"] = dtype_name(options.dtype)
     if options.pack:

@@ -18,7 +18,7 @@ def write_merged_card(
     data: Mapping[str, Any],
     comparison: Comparison | None,
     rows_described: str | None,
-    choice: Sequence[str] = (),
+    choice: Sequence[str],
 ) -> str:
     """The text of the card; `data` is what the run's record says of it, `rows_described` as `find_rows` returns it,
     `choice` the lines on how the base was chosen."""

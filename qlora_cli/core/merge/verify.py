@@ -158,7 +158,7 @@ def require_same(
     faithful: bool,
     max_kl: float | None,
     report: Report,
-    chosen: bool = False,
+    chosen: bool,
 ) -> None:
     """Reports the figures, and refuses a merged model that is not the trained one.
 

@@ -30,7 +30,7 @@ THREADS = min(16, os.cpu_count() or 1)
 
 
 def write_hashed_file(
-    stream: BinaryIO, shapes: Mapping[str, Tensor], values: Iterable[Tensor], *, piece_bytes: int = PIECE_BYTES
+    stream: BinaryIO, shapes: Mapping[str, Tensor], values: Iterable[Tensor], *, piece_bytes: int
 ) -> list[str]:
     """Writes a safetensors file, each tensor aligned, one in memory at a time.
 

@@ -76,7 +76,7 @@ def find_holder(directory: Path) -> int | None:
         # Whatever a directory of somebody else's holds: no link is followed, and no pipe waited for.
         descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").split()
+            owner = _written_owner(descriptor)
         finally:
             os.close(descriptor)
     except OSError:
@@ -98,15 +98,12 @@ def _hold(path: Path, named: Path, report: Report) -> int:
     try:
         with _naming(named):
             certain = _lock(descriptor, path, named, report)
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").split()
+            owner = _written_owner(descriptor)
             if owner and not certain and _owner_lives(descriptor, owner[-1]):
                 raise _held(owner, named)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} {process_name()}\n".encode(), 0)
-            if not certain and (found := os.pread(descriptor, 200, 0).decode().split()) != [
-                str(os.getpid()),
-                process_name(),
-            ]:
+            if not certain and (found := _written_owner(descriptor)) != [str(os.getpid()), process_name()]:
                 raise _held(found, named)
     except BaseException:
         os.close(descriptor)
@@ -119,15 +116,20 @@ def _lock(descriptor: int, path: Path, named: Path, report: Report) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _held(os.pread(descriptor, 200, 0).decode(errors="replace").split(), named) from None
+        raise _held(_written_owner(descriptor), named) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         report(Notice(f"The file system of {named} has no locks: start nothing else that writes there."))
         return False
-    owner = os.pread(descriptor, 200, 0).decode(errors="replace").split()
+    owner = _written_owner(descriptor)
     same_machine = not owner or owner[-1].split("-")[0] == process_name().split("-")[0]
     return same_machine and locks_hold(path)
+
+
+def _written_owner(descriptor: int) -> list[str]:
+    """What stands in a lock: number and name of the process that holds it; nothing where none does."""
+    return os.pread(descriptor, 200, 0).decode(errors="replace").split()
 
 
 def _owner_lives(descriptor: int, name: str) -> bool:

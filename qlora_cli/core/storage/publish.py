@@ -92,14 +92,14 @@ def flush_tree(directory: Path) -> None:
         for name in names:
             path = Path(folder) / name
             if not path.is_symlink():
-                set_mode(path, mask)
+                _set_mode(path, mask)
                 fsync_path(path)
         fsync_path(Path(folder))
 
 
-def set_mode(path: Path, mask: int | None = None) -> None:
-    """Gives a file that we made the rights that the user's umask leaves."""
-    wanted = 0o666 & ~(_umask() if mask is None else mask)
+def _set_mode(path: Path, mask: int) -> None:
+    """Gives a file that we made the rights that a umask leaves."""
+    wanted = 0o666 & ~mask
     if path.stat().st_mode & 0o777 != wanted:
         path.chmod(wanted)
 

@@ -18,7 +18,6 @@ from qlora_cli.errors import ModelError
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; the highest bit of a code is the sign
 EXPONENT_BIAS = 127  # of E8M0
 SCALE_DTYPES = ("F32", "BF16", "F16", "U8", "F8_E8M0")  # of FP8; bytes are E8M0 too
-READ = ("bitsandbytes", "fp8", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class StoredFormat:
     """How a checkpoint is stored quantised, by its configuration.
 
     Attributes:
-        method: One of `READ`.
+        method: bitsandbytes, fp8 or mxfp4.
         quant_type: nf4 or fp4, of bitsandbytes' 4 bits.
         double_quant: Likewise.
         skipped: Names or patterns of modules that it leaves in 16 bits.
@@ -146,7 +145,7 @@ def _unfit(name: str, found: str) -> ModelError:
     return ModelError(f"{name} is stored quantised, and {found}.", "Download the model again.")
 
 
-def fp8_values(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, first_row: int = 0) -> Tensor:
+def fp8_values(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, first_row: int) -> Tensor:
     """Values (…, rows, columns) fp32: each code times the scale of its block; blocks at the edges may be partial.
 
     Args:
