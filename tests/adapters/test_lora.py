@@ -24,16 +24,10 @@ from qlora_cli.core.models.quantization import count_parameters
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import LoraSettings
+from tests.adapters.test_targets import randomise
 from tests.conftest import ARCHITECTURES, FEW, most_slow
 
 IDS = torch.arange(5, 25)[None]
-
-
-def randomise(peft_model):
-    with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.1)
 
 
 @pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, FEW))

@@ -11,6 +11,7 @@ from qlora_cli.artifacts import MODEL_CARD
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
 from qlora_cli.config import MergeConfig, TrainConfig
+from qlora_cli.core.candidates.choice import Choice
 from qlora_cli.core.merge.compare_models import choose_rows
 from qlora_cli.core.merge.verify import find_rows
 from qlora_cli.core.models.files import resolve_model
@@ -96,6 +97,18 @@ def test_in_4_bits_the_rounded_model_is_the_measured_one_and_what_it_keeps_is_to
         losses["dequantized"], abs=2e-3
     )
     assert not list(tmp_path.glob(".qlora-rounded-*"))
+
+
+def test_what_rounding_keeps_is_a_share_of_the_gain_where_there_is_one():
+    losses = {"untuned": 3.0, "live": 1.0, "dequantized": 1.5, "original": 2.0}
+    choice = Choice("dequantized", losses, 100, "held out")
+    assert choice.kept == 0.75 and choice.describe().endswith("; 75.0 % of the gain is kept")
+    assert "| kept of the gain in 4 bits | 75.0 % |" in choice.card_lines()
+    assert Choice("original", losses).kept == 0.5
+    for others in (losses | {"live": 2.995}, {"live": 1.0, "original": 2.0}):
+        unknown = Choice("original", others)
+        assert unknown.kept is None and "gain" not in unknown.describe() + "".join(unknown.card_lines())
+    assert Choice("original").card_lines() == []
 
 
 def test_rounding_that_keeps_too_little_fails_and_writes_nothing(trained, tmp_path):

@@ -13,6 +13,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_unquantized
 from qlora_cli.events import report_nothing
 from qlora_cli.settings.groups import LoraSettings
+from tests.adapted import draw_b
 from tests.conftest import most_slow
 from tests.training.training_case import MemoryRows
 
@@ -51,10 +52,7 @@ def test_losses_are_those_of_the_whole_models(tiny_model, load_tiny, architectur
         assert eight.loss == pytest.approx(sixteen.loss, abs=2e-3) and 0 < eight.more_bytes < sixteen.more_bytes
         assert loss_of(base) == four_bits  # nothing is left behind
 
-        model = attach_adapter(base, LoraSettings(rank=4, init="gaussian"), seed=0).eval()
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
+        model = draw_b(attach_adapter(base, LoraSettings(rank=4, init="gaussian"), seed=0)).eval()
         with_adapter = measure_gap(model, originals, TOGETHER, report_nothing)
         assert with_adapter.adapter == pytest.approx(loss_of(model), abs=1e-5)
         assert with_adapter.four_bits == pytest.approx(four_bits, abs=1e-5)

@@ -12,6 +12,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+from tests.adapted import draw_b
 
 CHAT = Formatting(
     format="chat",
@@ -31,11 +32,7 @@ def write_run(
         compute_dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    model = attach_adapter(base, LoraSettings(rank=4, alpha=16))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model = draw_b(attach_adapter(base, LoraSettings(rank=4, alpha=16)), seed=seed, scale=0.1)
     save_adapter(model, run, base_name=str(base_directory))
     record = {"format": FORMAT, "base": {**asdict(found), **identity}}
     if formatting is not None:

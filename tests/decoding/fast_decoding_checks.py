@@ -24,13 +24,13 @@ from qlora_cli.core.models.quantization import dequantized_weight
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.kernels.decode import gemv
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+from tests.adapted import draw_b
 from tests.conftest import make_tokenizer, most_slow, write_model
 from tests.decoding.hybrid_models import HYBRIDS, load_hybrid
-from tests.generation.session_case import settings_of
+from tests.generation.session_case import NEVER, generate_with_transformers, settings_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-NEVER = 10**6
 COUNT = 12 if ON_GPU else 2  # tokens of an answer, where any will do
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # wide enough for weights to be stacked
 LEAST = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -63,15 +63,8 @@ def load(tmp_path, name, rank=4, dtype=torch.float32):
         resolve_model(str(directory)), QuantizationSettings(base_cache=False), compute_dtype=dtype, device=DEVICE
     )
     model = attach_adapter(base, LoraSettings(rank=rank, alpha=16)).eval()
-    randomise(model, seed=0)
+    draw_b(model, seed=0)
     return model
-
-
-def randomise(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def prompts(lengths=(5, 19, 9)):
@@ -79,19 +72,8 @@ def prompts(lengths=(5, 19, 9)):
     return [torch.randint(2, 380, (length,), generator=generator).tolist() for length in lengths]
 
 
-def own_answer(model, ids, count, penalty=SAMPLING.repetition_penalty):
-    with torch.no_grad():
-        output = underlying_model(model).generate(
-            input_ids=torch.tensor([ids], device=DEVICE),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=DEVICE),
-            max_new_tokens=count,
-            do_sample=False,
-            repetition_penalty=penalty,
-            eos_token_id=NEVER,
-            pad_token_id=0,
-            use_cache=True,
-        )
-    return output[0, len(ids) :].tolist()
+def own_answer(model, ids, count):
+    return generate_with_transformers(model, ids, count, SAMPLING.repetition_penalty)
 
 
 def answer_with(open_decoder, questions, counts, rows):
@@ -188,16 +170,16 @@ def test_adapters_change_under_a_captured_graph(tmp_path):
     with model.disable_adapter():
         fast.refresh()
         base = answer()
-    randomise(model, seed=1)
+    draw_b(model, seed=1)
     fast.refresh()
     other = answer()
-    randomise(model, seed=0)
+    draw_b(model, seed=0)
     fast.refresh()
     assert answer() == first
     fast.close()
     with model.disable_adapter():
         assert base == [own_answer(model, ids, COUNT)]
-    randomise(model, seed=1)
+    draw_b(model, seed=1)
     assert other == [own_answer(model, ids, COUNT)]
     assert first != base != other
 
@@ -233,7 +215,7 @@ def test_adapters_that_pefts_own_forward_applies_are_switched_too(tmp_path):
     fast.close()
     model.add_adapter("dora", LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_dora=True))
     model.set_adapter("dora")
-    randomise(model, seed=2)
+    draw_b(model, seed=2)
     (ids,), dora = prompts((3,)), tmp_path / "dora"
     expected = {str(dora): own_answer(model.eval(), ids, COUNT)}
     with model.disable_adapter():
@@ -349,10 +331,9 @@ class ReplayedRun:
     """A CUDA graph without a GPU: nothing is computed until a replay, and then into the same tensor."""
 
     def __init__(self, run):
-        self.run, self.result, self.replays = run, run().fill_(float("nan")), 0
+        self.run, self.result = run, run().fill_(float("nan"))
 
     def replay(self):
-        self.replays += 1
         self.result.copy_(self.run())
 
 
@@ -406,7 +387,7 @@ def test_prompts_of_a_shape_that_came_before_give_the_same(tmp_path, captured, n
     with model.disable_adapter():
         fast.refresh()
         bare = read()
-    randomise(model, seed=1)
+    draw_b(model, seed=1)
     fast.refresh()
     other = read()
     following = decoder.step().wait() if ON_GPU else None  # it finds the keys and values where the graph has put them

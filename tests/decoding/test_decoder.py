@@ -14,10 +14,10 @@ from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+from tests.adapted import draw_b
 from tests.conftest import make_tokenizer, most_slow
-from tests.generation.session_case import settings_of
+from tests.generation.session_case import NEVER, generate_with_transformers, settings_of
 
-NEVER = 10**6  # as an end token: none
 LENGTHS = (5, 41, 19, 8, 30, 2)  # of prompts: some longer than the sliding windows, some far shorter
 ARCHITECTURES = {
     **{name: (name, {}) for name in ("llama", "qwen3", "phi", "phi3", "gpt_neox", "falcon", "mistral")},
@@ -42,12 +42,7 @@ def tuned(tiny_model):
                 compute_dtype=torch.float32,
                 device=torch.device("cpu"),
             )
-            model = attach_adapter(base, LoraSettings(rank=4, alpha=16))
-            generator = torch.Generator().manual_seed(0)
-            for parameter_name, parameter in model.named_parameters():
-                if "lora_B" in parameter_name:
-                    parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-            built[name] = model.eval()
+            built[name] = draw_b(attach_adapter(base, LoraSettings(rank=4, alpha=16)), seed=0).eval()
         return built[name]
 
     return build
@@ -63,21 +58,6 @@ def make_requests(prompts, new_tokens):
         make_request(index, ids, max_new_tokens=count, context=512)
         for index, (ids, count) in enumerate(zip(prompts, new_tokens, strict=True))
     ]
-
-
-def generate_with_transformers(model, ids, count, penalty=1.0):
-    with torch.no_grad():
-        output = underlying_model(model).generate(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-            max_new_tokens=count,
-            do_sample=False,
-            repetition_penalty=penalty,
-            eos_token_id=NEVER,
-            pad_token_id=0,
-            use_cache=True,
-        )
-    return output[0, len(ids) :].tolist()
 
 
 def open_session(model, report=lambda event: None, **settings):

@@ -6,15 +6,8 @@ import torch
 from qlora_cli.core.decoding.decoder import Decoder, Prompt, why_not_stepwise
 from tests.conftest import most_slow
 from tests.decoding.hybrid_models import HYBRIDS, load_hybrid
-from tests.decoding.test_decoder import (
-    NEVER,
-    answers_of,
-    generate_with_transformers,
-    make_prompts,
-    make_requests,
-    open_session,
-)
-from tests.generation.session_case import settings_of
+from tests.decoding.test_decoder import answers_of, make_prompts, make_requests, open_session
+from tests.generation.session_case import NEVER, generate_with_transformers, settings_of
 
 CPU = torch.device("cpu")
 VOCABULARY = 256

@@ -13,12 +13,11 @@ from tests.conftest import most_slow
 from tests.decoding.hybrid_models import load_hybrid
 from tests.decoding.test_decoder import (
     ARCHITECTURES,
-    NEVER,
-    generate_with_transformers,
     make_prompts,
     open_session,
     tuned,  # noqa: F401 - a fixture
 )
+from tests.generation.session_case import NEVER, generate_with_transformers
 
 CPU = torch.device("cpu")
 

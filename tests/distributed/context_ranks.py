@@ -20,6 +20,7 @@ from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.events import report_nothing
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
+from tests.adapted import draw_b
 from tests.faults.victims import fork_ranks
 
 # Lengths of rows: cut in the middle of one, at the end of one, at odd places; one of a token; fewer tokens than ranks.
@@ -79,13 +80,7 @@ def adapted(directory: str, device: torch.device) -> torch.nn.Module:
     files = resolve_model(directory, report=report_nothing)
     quantization = QuantizationSettings(base_cache=False)
     base, _ = load_base(files, quantization, compute_dtype=dtype_on(device), device=device)
-    model = attach_adapter(base, LoraSettings(rank=4, alpha=8)).train()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return draw_b(attach_adapter(base, LoraSettings(rank=4, alpha=8))).train()
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

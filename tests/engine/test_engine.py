@@ -19,6 +19,7 @@ from qlora_cli.core.models.files import resolve_model
 from qlora_cli.errors import ModelError, TrainingError, UsageError
 from qlora_cli.events import Caution
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
+from tests.adapted import draw_b
 from tests.conftest import ARCHITECTURES, FEW, most_slow
 
 CPU = torch.device("cpu")
@@ -27,13 +28,7 @@ PADDED = {"bloom"}  # outside the attention interface
 
 def adapted(load_tiny, architecture, *, rank=4, **arguments):
     base, _ = load_tiny(architecture)
-    model = attach_adapter(base, LoraSettings(rank=rank, alpha=8, **arguments))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model.train()
+    return draw_b(attach_adapter(base, LoraSettings(rank=rank, alpha=8, **arguments))).train()
 
 
 def install(model, kind="fast", events=None, *, max_tokens=128, trial=None, **options):
@@ -180,11 +175,7 @@ def test_what_the_op_does_not_cover_goes_to_pefts_own_forward(load_tiny, change)
     from peft import LoraConfig
 
     base, _ = load_tiny("llama")
-    model = attach_adapter(base, LoraSettings(rank=4, alpha=8, dora=change == "dora")).train()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.05)
+    model = draw_b(attach_adapter(base, LoraSettings(rank=4, alpha=8, dora=change == "dora"))).train()
     covered = install(model)
     fused = len(covered.linears.fused)
     covered.close()

@@ -12,6 +12,7 @@ from qlora_cli.core.engine.packed_attention import install_attention, takes_equa
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.events import Notice
 from qlora_cli.settings.groups import LoraSettings, StepSettings
+from tests.adapted import draw_b
 from tests.engine import cpu_attention  # noqa: F401 - lets compiled layers attend on the CPU
 from tests.engine.test_cuda_graphs import compile_layers
 from tests.engine.test_engine import batch_of, gradients, install, step
@@ -42,10 +43,7 @@ def build(kind, **changes):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     model = attach_adapter(model, LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_proj", "o_proj")))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return draw_b(model).train()
 
 
 @pytest.mark.parametrize("kind", MODELS)

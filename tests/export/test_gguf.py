@@ -6,11 +6,20 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qlora_cli.commands.merge import export_gguf
-from qlora_cli.core.export.gguf import FILE, GgufFile, former_names, require_converter, write_gguf
+from qlora_cli.core.export.gguf import (
+    FILE,
+    TOLERANCE,
+    GgufFile,
+    check_numbers,
+    former_names,
+    require_converter,
+    write_gguf,
+)
 from qlora_cli.core.export.modelfile import template_for, write_modelfile
 from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files
 from qlora_cli.core.prompts.formatting import Formatting, chat_formatting
@@ -149,17 +158,40 @@ def test_pythia_is_written_though_nothing_reads_it_back(tmp_path):
 def test_a_changed_number_and_an_unknown_tokenizer_stop_it(tmp_path, monkeypatch):
     directory = checkpoint(tmp_path / "merged", "llama")
     write_gguf(directory, "bf16", report_nothing)
-    from qlora_cli.core.export import gguf
-
     content = bytearray((directory / FILE).read_bytes())
     content[-1000] ^= 0x40
     (directory / FILE).write_bytes(content)
     with pytest.raises(MergeError, match="other numbers"):
-        gguf.check_numbers(directory, directory / FILE, "bf16", report_nothing)
+        check_numbers(directory, directory / FILE, "bf16", report_nothing)
     own = write_model(tmp_path / "own", "llama")
     with pytest.raises(MergeError, match="pre-tokenizer was not recognized"):
         write_gguf(own, "bf16", report_nothing)
     assert not (own / FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.down_proj.weight"])
+def test_what_is_read_back_may_be_apart_by_the_rounding_of_its_type_alone(tmp_path, monkeypatch, name):
+    """By the largest number of the vector, or of the matrix's row or column."""
+    directory = write_model(tmp_path / "merged", "llama")
+    stored = load_file(directory / "model.safetensors")
+    found, most = dict(stored), stored[name].abs().amax()
+    if stored[name].ndim == 2:
+        most = torch.maximum(stored[name][3].abs().amax(), stored[name][:, 5].abs().amax())
+    place = (3, 5)[: stored[name].ndim]
+    monkeypatch.setattr(
+        "transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", lambda *_, **__: {"tensors": found}
+    )
+    for share in (0.9, 1.1):
+        found[name] = stored[name].clone()
+        found[name][place] += share * TOLERANCE["f16"] * most
+        if share < 1:
+            assert check_numbers(directory, directory / FILE, "f16", report_nothing) == len(stored)
+        else:
+            with pytest.raises(MergeError, match=f"other numbers for {name}"):
+                check_numbers(directory, directory / FILE, "f16", report_nothing)
+    del found[name]
+    with pytest.raises(MergeError, match=f"lacks {name}"):
+        check_numbers(directory, directory / FILE, "f16", report_nothing)
 
 
 def test_without_the_converter_it_is_said_before_any_work(monkeypatch):

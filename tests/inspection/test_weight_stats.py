@@ -22,6 +22,7 @@ from qlora_cli.core.models.quantization import round_trip
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+from tests.adapted import draw_b
 
 CPU = torch.device("cpu")
 
@@ -61,11 +62,8 @@ def test_layers_are_read_from_names():
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_norm_of_an_update_is_that_of_the_product(tiny_model, tmp_path, rslora):
     patterns = {"rank_pattern": ("v_proj=2",), "alpha_pattern": ("layers.1.self_attn.q_proj=24",)}
-    model = attach_adapter(build_model(tiny_model("llama")), LoraSettings(rank=4, alpha=8, rslora=rslora, **patterns))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(generator=generator)
+    lora = LoraSettings(rank=4, alpha=8, rslora=rslora, **patterns)
+    model = draw_b(attach_adapter(build_model(tiny_model("llama")), lora), scale=1.0)
     save_adapter(model, tmp_path, base_name="base")
     found = {(value.layer, value.module): value.value for value in measure_updates(tmp_path, read_adapter(tmp_path))}
     assert len(found) == 2 * 7

@@ -22,6 +22,7 @@ from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.core.streaming.streamed_base import stream_base
 from qlora_cli.kernels import float8
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
+from tests.adapted import draw_b
 from tests.engine.test_engine import CPU, batch_of, install, step
 from tests.experts.expert_modules import make_experts, pack, write_expert_model
 
@@ -41,12 +42,7 @@ def adapted(tmp_path_factory):
         held = QuantizationSettings(base_cache=False, double_quant=double_quant)
         base, *_ = load_base(files, held, compute_dtype=torch.float32, device=CPU)
         lora = LoraSettings(rank=4, alpha=8, adapt_experts=adapt_experts, target_modules=("q_proj",))
-        model = attach_adapter(base, lora, seed=0).train()
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-        return model
+        return draw_b(attach_adapter(base, lora, seed=0)).train()
 
     return build
 

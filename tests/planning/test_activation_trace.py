@@ -257,7 +257,6 @@ def test_layers_that_loop_over_tokens_are_traced_on_few_of_them(name, arguments)
 
 
 def test_complex_rotary_embeddings_are_traced_in_16_bits():
-
     config = transformers.DeepseekV2Config(
         vocab_size=256,
         hidden_size=64,

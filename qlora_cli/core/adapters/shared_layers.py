@@ -4,7 +4,7 @@ zamba2 has a module for each place of its shared block, all with the same weight
 updates of one stored weight, which no merged checkpoint can hold.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import qlora_cli.core.bnb_before_peft  # noqa: F401 - with the compiler otherwise
@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from qlora_cli.core.adapters.vocabulary import ends_of
 from qlora_cli.core.storage.safetensors_file import TensorFile
 from qlora_cli.errors import AdapterError
 
@@ -59,7 +60,7 @@ def one_delta_each(deltas: Mapping[str, Delta], model: nn.Module, adapter: Tenso
     """
     names: dict[int, str] = {}
     left = dict(deltas)
-    ends = {id(part.weight) for part in _ends(model)}
+    ends = {id(part.weight) for part in ends_of(model)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
         if first == name or id(parameter) in ends or name not in deltas:
@@ -71,10 +72,6 @@ def one_delta_each(deltas: Mapping[str, Delta], model: nn.Module, adapter: Tenso
             )
         del left[name]
     return left
-
-
-def _ends(model: Any) -> Iterator[Any]:
-    return (part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None)
 
 
 def _are_equal(one: Any, other: Any, adapter: TensorFile) -> bool:

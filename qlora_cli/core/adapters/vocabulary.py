@@ -16,9 +16,14 @@ WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save)(?=\.|$)")
 OWN = "_replaced_by_an_adapter"  # attribute of a base whose embeddings or head are no longer its own
 
 
+def ends_of(model: Any) -> list[Any]:
+    """Input embeddings and head of a model, as far as it has them."""
+    return [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+
+
 def replaced_weights(facts: AdapterFacts, base: Any) -> dict[str, str]:
     """Tensors of an adapter that are embeddings or the head whole, with the parameter of the base that each is."""
-    ends = {id(module) for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None}
+    ends = set(map(id, ends_of(base)))
     names = {WRAPPER.sub("", name) for name, module in base.named_modules() if id(module) in ends}
     found = {}
     for name in facts.tensors:

@@ -20,7 +20,6 @@ from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import choose_rows, pad_together
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
 from qlora_cli.core.merge.verify import WORKING_BYTES, find_rows, find_trained_rows, trained_bytes, why_not_loaded
-from qlora_cli.core.merge.weight_tying import embedding_names
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import four_bit_linears, round_trip
 from qlora_cli.core.models.structure import linear_names
@@ -162,8 +161,7 @@ def _measure(
 ) -> Choice | str:
     """The choice, or why there is none."""
     rows, described = find_rows(source.directory, base.files.tokenizer)
-    vocabulary = base.model.get_parameter(embedding_names(base.model)[0]).shape[0]
-    chosen = choose_rows(rows, vocabulary=vocabulary, device=options.device)
+    chosen = choose_rows(rows, vocabulary=base.vocabulary, device=options.device)
     if "built-in" in described or not chosen:
         return "the rows of its run are not at hand"
     seen = _calibration_batches(source.directory, options.device) if options.pack else []
@@ -185,7 +183,7 @@ def _measure(
         else:
             candidates[name] = Candidate(weights, _to_nearest(options))
     adapted = load_adapter(model, source.directory).eval()
-    measured = pad_together(chosen, vocabulary=vocabulary, device=options.device)
+    measured = pad_together(chosen, vocabulary=base.vocabulary, device=options.device)
     losses = measure_losses(adapted, base.model, candidates, measured, seen, report)
     best = min(candidates, key=lambda name: losses[name])  # of equal ones the first
     tokens = sum(len(batch.targets) for batch in measured)

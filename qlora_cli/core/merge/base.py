@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -36,6 +37,12 @@ class Base:
     new_biases: frozenset[str] = frozenset()
     new_settings: Mapping[str, bool] = field(default_factory=dict)
     trained: ModelFiles | None = None  # the quantised copy of it that the adapter was trained on, if it was on one
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that have an input embedding."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight.shape[0]
 
     @property
     def skipped(self) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All files of the merged checkpoint, and what of the configuration they delta."""
+    """All files of the merged checkpoint, and what of the configuration they change."""
 
     files: tuple[OutputFile, ...]
     vocabulary: int | None  # new number of embedding rows, None where it stays

@@ -22,7 +22,6 @@ from qlora_cli.core.device import read_free_bytes
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.compare_models import KEPT_BYTES, Comparison, Row, choose_rows, compare_models, pad_together
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
-from qlora_cli.core.merge.weight_tying import embedding_names
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import BLOCK_SIZE, freeze_base, is_4bit
@@ -103,7 +102,7 @@ def verify_merge(
     device = options.device
     tokenizer = resolve_model(str(directory), trust_remote_code=base.files.trust_remote_code).tokenizer
     rows, described = find_rows(adapter, tokenizer)
-    vocabulary = plan.vocabulary or base.model.get_parameter(embedding_names(base.model)[0]).shape[0]
+    vocabulary = plan.vocabulary or base.vocabulary
     chosen = choose_rows(rows, vocabulary=vocabulary, device=device)
     if not chosen:
         raise MergeError("There is no row to compare the merged model on.", "Add --no-verify to merge without proof.")
