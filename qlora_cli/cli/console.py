@@ -27,8 +27,7 @@ COMMAND = re.compile(
 
 def has_live_view() -> bool:
     """Whether both streams are terminals that may be drawn on."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stderr.isatty() and sys.stdout.isatty() and not plain
+    return draws_on(sys.stderr) and draws_on(sys.stdout)
 
 
 class Console:

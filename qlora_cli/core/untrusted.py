@@ -54,13 +54,17 @@ def check_files(directory: Path, name: str, patterns: Iterable[str], *, trust_re
             model needs.
     """
     refuse_links(directory, [*patterns, *JSON_FILES, "*.py"])
-    for path in sorted({path for pattern in patterns for path in directory.glob(pattern)}):
+    for path in _matching(directory, patterns):
         refuse_pointer(path)
-    for path in sorted({path for pattern in JSON_FILES for path in directory.glob(pattern)}):
+    for path in _matching(directory, JSON_FILES):
         content = read_foreign_json(path)
         if path.name == "config.json":
             _check_sizes(content, f"config.json of {name}")
         _check_references(content, f"{path.name} of {name}", trust_remote_code=trust_remote_code)
+
+
+def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in directory.glob(pattern)})
 
 
 def refuse_links(directory: Path, patterns: Iterable[str]) -> None:
@@ -70,7 +74,7 @@ def refuse_links(directory: Path, patterns: Iterable[str]) -> None:
         ModelError: One is a link to elsewhere, or no file at all.
     """
     root = Path(os.path.realpath(directory))
-    for path in sorted({path for pattern in patterns for path in directory.glob(pattern)}):
+    for path in _matching(directory, patterns):
         target = Path(os.path.realpath(path))
         if target.is_dir() and not path.is_symlink():
             continue

@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_cli.core.adapters.targets import stack_names
 from qlora_cli.core.experts.four_bit_experts import ExpertLora, FourBitExperts
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights, find_experts, met_experts
 from qlora_cli.errors import AdapterError
@@ -98,7 +99,7 @@ def expert_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
         if lora.expert_rank is not None:
             raise AdapterError("--expert-rank is of adapted experts.", "Add --adapt-experts.")
         return []
-    names = [f"{name}.{weight.name}" for name, module in find_experts(model) for weight in expert_weights(module)]
+    names = stack_names(model)
     if not names:
         raise AdapterError(
             f"This {model.config.model_type} model has no stack of experts to adapt.", "Leave --adapt-experts out."

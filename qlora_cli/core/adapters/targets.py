@@ -115,7 +115,7 @@ def _find(
         for item in wanted
     }
     missing = [item for item, found in matched.items() if not found]
-    stacks = [f"{name}.{weight.name}" for name, module in find_experts(model) for weight in expert_weights(module)]
+    stacks = stack_names(model)
     fused = [item for item in missing if match(item, stacks, flag) or _below(item, stacks)]
     if adapted:
         missing = [item for item in missing if item not in fused]
@@ -137,6 +137,11 @@ def _find(
         )
     chosen = set().union(*matched.values())
     return [name for name in names if name in chosen]
+
+
+def stack_names(model: PreTrainedModel) -> list[str]:
+    """Full names of the stacks of experts."""
+    return [f"{name}.{weight.name}" for name, module in find_experts(model) for weight in expert_weights(module)]
 
 
 def _below(item: str, names: Iterable[str]) -> set[str]:
