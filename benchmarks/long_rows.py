@@ -13,15 +13,13 @@ without what is repeated, attention included; `busy` counts that too. Memory of 
 
 import argparse
 import json
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step_engine import profile_of
+from step_engine import profile_of, run_apart
 from support.models import ALL16, build
 
 GIB = 2**30
@@ -284,32 +282,6 @@ def run(name: str, device_name: str, profile: bool, tile_tokens: int | None, kep
             result |= profile_of(step, [None])
     engine.close()
     return result
-
-
-def run_apart(name: str, command: list[str], limit_s: float) -> dict:
-    """One configuration in a process of its own, whose output is passed on as it comes: its figures, or what went wrong."""
-    print(name, flush=True)
-    started, found, last = time.time(), "", [""]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        timer = threading.Timer(limit_s, process.kill)
-        timer.start()
-        for line in process.stdout or ():
-            if line.startswith("RESULT "):
-                found = line.removeprefix("RESULT ")
-            else:
-                print(line, end="", flush=True)
-                last = [*last, line.strip()][-8:]
-        timer.cancel()
-    total_s = time.time() - started
-    if found:
-        result = json.loads(found)
-    else:
-        late = f"longer than {limit_s} s; " if total_s >= limit_s else ""
-        result = {"run": name, "error": late + " | ".join(last)[-800:]}
-    for ms, count, key in result.get("kernels", [])[:30]:
-        print(f"    {ms:9.2f} ms {count:6d} x {key}")
-    print("   ", {k: v for k, v in result.items() if k not in ("kernels", "engine")}, flush=True)
-    return result | {"total_s": total_s}
 
 
 def main() -> None:

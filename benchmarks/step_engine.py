@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -294,23 +295,29 @@ def profile_of(step, batches) -> dict:
 
 
 def run_apart(name: str, command: list[str], limit_s: float) -> dict:
-    """One configuration in a process of its own, its output printed: its figures, or what went wrong."""
-    started = time.time()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired as late:
-        last = (late.stdout or b"").decode(errors="replace").strip().splitlines()[-4:]
-        return {"run": name, "error": f"longer than {limit_s} s: " + " | ".join(last)}
-    out, _, found = done.stdout.partition("RESULT ")
-    result = json.loads(found) if done.returncode == 0 else {"run": name, "error": done.stderr[-800:]}
-    result["total_s"] = time.time() - started
-    print(name + "\n" + out[-2000:], end="")
-    if "error" in result:
-        print(done.stderr[-2500:])
-    for ms, count, key in result.get("kernels", [])[:12]:
-        print(f"    {ms:8.2f} ms {count:5d} x {key}")
+    """One configuration in a process of its own, whose output is passed on as it comes: its figures, or what went wrong."""
+    print(name, flush=True)
+    started, found, last = time.time(), "", [""]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        timer = threading.Timer(limit_s, process.kill)
+        timer.start()
+        for line in process.stdout or ():
+            if line.startswith("RESULT "):
+                found = line.removeprefix("RESULT ")
+            else:
+                print(line, end="", flush=True)
+                last = [*last, line.strip()][-8:]
+        timer.cancel()
+    total_s = time.time() - started
+    if found:
+        result = json.loads(found)
+    else:
+        late = f"longer than {limit_s} s; " if total_s >= limit_s else ""
+        result = {"run": name, "error": late + " | ".join(last)[-800:]}
+    for ms, count, key in result.get("kernels", [])[:30]:
+        print(f"    {ms:9.2f} ms {count:6d} x {key}")
     print("   ", {k: v for k, v in result.items() if k not in ("kernels", "engine")}, flush=True)
-    return result
+    return result | {"total_s": total_s}
 
 
 def main() -> None:
