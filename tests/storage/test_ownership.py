@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.artifacts import MARK, MERGE_RECORD, PREPARED_MANIFEST, PREPARED_ROWS, write_json
+from qlora_cli.artifacts import (
+    MARK,
+    MERGE_RECORD,
+    PREPARED_MANIFEST,
+    PREPARED_ROWS,
+    RUN_RECORD,
+    RUN_YAML,
+    write_json,
+)
 from qlora_cli.core.storage.ownership import (
     MERGED,
     PREPARED,
+    RUN,
+    Mark,
     may_replace,
     may_write_file,
     read_mark,
@@ -61,6 +71,22 @@ def test_one_of_an_older_version_is_known_by_its_record(tmp_path):
     (target / MARK).unlink()
     (target / "notes.txt").write_text("mine")
     refused(target, r"did not write \(notes\.txt\)")
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "kind"),
+    [
+        (MERGE_RECORD, {"format": 1, "formatting": None}, MERGED),
+        (RUN_RECORD, {"format": 1, "qlora_version": "0.1"}, RUN),
+        (RUN_YAML, dict.fromkeys(("model", "output", "learning_rate", "rank", "quant_type"), 1), RUN),
+    ],
+)
+def test_so_are_runs_and_merged_models_and_others_with_less_in_it_are_not(tmp_path, name, record, kind):
+    write_json(tmp_path / name, record)  # which is YAML, too
+    assert read_mark(tmp_path) == Mark(kind)
+    record.popitem()
+    write_json(tmp_path / name, record)
+    assert read_mark(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", ".hidden", "model.py", "x.tmp", ".x.old"])

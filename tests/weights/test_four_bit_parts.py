@@ -70,6 +70,8 @@ def test_a_weight_without_one_of_its_parts_is_refused_by_name(stored, tmp_path, 
         (STATE, in_state(shape=[128, 32]), "absmax has 128 numbers in U8 instead of 64"),
         (STATE, in_state(nested_offset=float("nan")), "does not describe it"),
         (STATE, in_state(quant_type="fp4"), "does not describe it"),
+        (STATE, in_state(nested_blocksize=100), "does not describe it"),
+        (STATE, in_state(nested_dtype="int8"), "does not describe it"),
         (STATE, lambda t: t[:20], "does not describe it"),
     ],
 )

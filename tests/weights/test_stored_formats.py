@@ -67,3 +67,17 @@ def test_exponents_of_other_blocks_are_refused(tmp_path, blocks, scales):
     tensors = {"w_blocks": torch.ones(blocks, dtype=torch.uint8), "w_scales": torch.ones(scales, dtype=torch.uint8)}
     with pytest.raises(ModelError, match=r"^w_blocks is stored quantised, and .* do not belong together"):
         read(tmp_path, StoredFormat("mxfp4"), tensors)
+
+
+@pytest.mark.parametrize(
+    ("stored", "weights", "total_bytes"),
+    [
+        (FP8, 64 * 64, 64 * 64 + 4),
+        (StoredFormat("fp8"), 1, 1),
+        (StoredFormat("mxfp4"), 32, 16 + 1),
+        (StoredFormat("bitsandbytes", "nf4"), 64, 32 + 4),
+        (StoredFormat("bitsandbytes", "nf4", double_quant=True), 256 * 64, 256 * 32 + 256 + 4),
+    ],
+)
+def test_bytes_are_counted_with_what_blocks_have(stored, weights, total_bytes):
+    assert weights * stored.bytes_per_weight == total_bytes
