@@ -264,26 +264,6 @@ def zygote(hub, tmp_path_factory):
     started.close()
 
 
-@pytest.fixture(scope="session")
-def gsm8k_rows() -> Path:
-    """The real GSM8K rows, where they are."""
-    path = SHARED_DATA / "gsm8k_train.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
-    return path
-
-
-@pytest.fixture(scope="session")
-def neox_tokenizer():
-    """The real GPT-NeoX tokenizer, where it is."""
-    path = SHARED_DATA / "gpt-neox-tokenizer.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>")
-
-
 # What is peculiar to most of them: rotary or learned positions or ALiBi, joined or separate projections, shared heads, caps.
 FEW = ("gpt_neox", "llama", "falcon", "gpt2", "bloom", "gemma3")
 
