@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.artifacts import temporary_beside, write_bytes
+from qlora_cli.artifacts import process_name, temporary_beside, write_bytes
 from qlora_cli.core.storage import publish as publication
 from qlora_cli.core.storage.publish import atomic_directory, exchange
 from qlora_cli.core.storage.temporaries import discard, heal, is_temporary, lives, sweep
@@ -141,8 +141,20 @@ def test_only_temporaries_of_the_dead_are_swept(tmp_path):
     finally:
         os.close(descriptor)
         child.kill()
-        child.wait()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked yet how it ended
+    assert not lives(child.pid, facts[19])
+    child.wait()
     assert not lives(child.pid, facts[19]) and not is_temporary(foreign.name)
+
+
+def test_one_s_own_are_not_swept_where_the_system_does_not_tell_when_it_began(tmp_path, monkeypatch):
+    name = f"{process_name().partition('-')[0]}-0-{os.getpid()}-0"
+    for module in ("qlora_cli.artifacts", "qlora_cli.core.storage.temporaries"):
+        monkeypatch.setattr(f"{module}.process_name", lambda: name)
+    mine = temporary_beside(tmp_path / "t")
+    mine.mkdir()
+    sweep(tmp_path)
+    assert mine.is_dir()
 
 
 def test_two_containers_with_one_process_number_never_touch_each_other_s(tmp_path):
