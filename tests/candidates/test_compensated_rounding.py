@@ -118,8 +118,9 @@ def test_the_second_layer_makes_up_for_the_first(architecture):
     assert apart[1] < 0.9 * apart[0]
 
 
-def test_one_batch_shows_nothing_that_holds_on_others_and_weights_stay():
-    model, batches = make("llama")
+def round_first_layer(model, batches, round_weights):
+    """What weights of the first layer are written as where the rounded model's stream is half of the trained one's; and the
+    weights."""
     live, rounded = (ActivationStream(model, batches) for _ in range(2))
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers.0" in name]
     weights = {name: model.get_submodule(name).weight.detach() for name in names}
@@ -128,7 +129,12 @@ def test_one_batch_shows_nothing_that_holds_on_others_and_weights_stay():
         return {name: model.get_submodule(name) for name in names}
 
     rounded._hidden = [0.5 * hidden for hidden in rounded._hidden]
-    found = round_layer(live, rounded, linears, weights, partial(ReplacedLinears, model), lambda wanted, _: wanted)
+    return round_layer(live, rounded, linears, weights, partial(ReplacedLinears, model), round_weights), weights
+
+
+def test_one_batch_shows_nothing_that_holds_on_others_and_weights_stay():
+    model, batches = make("llama")
+    found, weights = round_first_layer(model, batches, lambda wanted, _: wanted)
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
 
@@ -137,21 +143,13 @@ def test_a_layer_that_is_called_twice_is_rounded_by_all_that_it_reads_and_makes_
     mlp = model.model.layers[0].mlp
     plain = mlp.forward
     mlp.forward = lambda x: plain(x) + plain(2 * x)
-    live, rounded = (ActivationStream(model, batches) for _ in range(2))
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers.0" in name]
-    weights = {name: model.get_submodule(name).weight.detach() for name in names}
-
-    def linears():
-        return {name: model.get_submodule(name) for name in names}
-
     seen = {}
 
     def keep(wanted, moment):
         seen.update({name: (value, moment.tokens) for name, value in wanted.items()})
         return wanted
 
-    rounded._hidden = [0.5 * hidden for hidden in rounded._hidden]
-    round_layer(live, rounded, linears, weights, partial(ReplacedLinears, model), keep)
+    _, weights = round_first_layer(model, batches, keep)
     for name, (value, tokens) in seen.items():
         assert tokens == (2 if "mlp" in name else 1) * 2 * 8 * 32
         assert torch.equal(value, weights[name]) or "mlp" not in name

@@ -280,6 +280,20 @@ def test_a_single_row_has_a_shape_of_its_own_only_at_the_largest_length_or_on_th
     engine.close()
 
 
+def inputs_of(lengths, trained_tokens):
+    """A pack of rows of zeros."""
+    tokens = sum(lengths)
+    return StepInputs(
+        embedded=torch.zeros(1, tokens, 1),
+        labels=torch.zeros(1, tokens, dtype=torch.long),
+        position_ids=torch.zeros(1, tokens, dtype=torch.long),
+        boundaries=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        longest=max(lengths),
+        equal_rows=0,
+        trained_tokens=trained_tokens,
+    )
+
+
 def test_packs_alike_have_few_shapes():
     """A shape is captured once, in the time of several steps: quotes and questions are to need a handful."""
     generator = torch.Generator().manual_seed(0)
@@ -287,17 +301,7 @@ def test_packs_alike_have_few_shapes():
         seen = set()
         for _ in range(150):
             lengths = torch.randint(least, most, (rows,), generator=generator).tolist()
-            tokens = sum(lengths)
-            inputs = StepInputs(
-                embedded=torch.zeros(1, tokens, 1),
-                labels=torch.zeros(1, tokens, dtype=torch.long),
-                position_ids=torch.zeros(1, tokens, dtype=torch.long),
-                boundaries=torch.zeros(rows + 1, dtype=torch.int32),
-                longest=max(lengths),
-                equal_rows=0,
-                trained_tokens=tokens - rows,
-            )
-            found = bucketed(inputs)
+            found = bucketed(inputs_of(lengths, sum(lengths) - rows))
             seen.add((found.labels.shape, found.boundaries.shape, found.longest, found.trained_tokens))
         assert len(seen) <= shapes
 
@@ -305,15 +309,7 @@ def test_packs_alike_have_few_shapes():
 @given(st.lists(st.integers(0, 600), min_size=1, max_size=40).filter(any), st.floats(0, 1))
 def test_a_shape_of_the_grid_covers_every_row_and_the_one_that_is_added(lengths, share):
     tokens = sum(lengths)
-    inputs = StepInputs(
-        embedded=torch.zeros(1, tokens, 1),
-        labels=torch.zeros(1, tokens, dtype=torch.long),
-        position_ids=torch.zeros(1, tokens, dtype=torch.long),
-        boundaries=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        longest=max(lengths),
-        equal_rows=0,
-        trained_tokens=int(share * tokens),
-    )
+    inputs = inputs_of(lengths, int(share * tokens))
     found = bucketed(inputs)
     rows = found.boundaries.diff()
     assert (rows >= 0).all() and rows.max() <= found.longest, "a kernel looks no further than that"
