@@ -214,6 +214,15 @@ def test_a_pass_up_and_down_copies_what_it_has_no_room_for_and_nothing_else():
     assert first == layers + layers - slots and ring.copies == 2 * (layers - slots)
 
 
+@pytest.mark.parametrize(("learning", "held"), [(False, [0, 3]), (True, [2, 3])])
+def test_behind_the_last_layer_comes_the_first_where_no_backward_pass_follows(learning, held):
+    ring = Ring(HostSource([torch.zeros(4, dtype=torch.uint8)] * 4), 4, 4, CPU, 2)
+    with torch.set_grad_enabled(learning):
+        for number in range(4):
+            ring.use(number)
+    assert ring.held == held
+
+
 @given(layer_bytes=st.integers(1, 2**33), layers=st.integers(0, 200))
 def test_host_memory_comes_in_pieces_of_which_little_is_lost(layer_bytes, layers):
     pieces = piece_sizes(layer_bytes, layers)
