@@ -10,7 +10,8 @@ import transformers
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.models.files import context_length, resolve_model
 from qlora_cli.core.models.loading import load_base
-from qlora_cli.core.rope_scaling import scale_positions, scaling_of, write_scaling
+from qlora_cli.core.models.structure import build_empty
+from qlora_cli.core.rope_scaling import require_scaled, scale_positions, scaling_of, write_scaling
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.groups import QuantizationSettings
 from qlora_cli.settings.ranges import parse_rope_scaling
@@ -116,6 +117,18 @@ def test_what_does_not_go_with_a_model_is_said(architecture, changes, asked, sai
     with pytest.raises(UsageError, match=said) as caught:
         scale_positions(config_of(architecture, **changes), asked, "it")
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("llama", {}), ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]})],
+)
+def test_a_model_whose_modules_do_not_go_by_it_is_refused(architecture, changes):
+    model = build_empty(config_of(architecture, **changes))
+    scale_positions(model.config, "linear:4", "it")
+    with pytest.raises(UsageError, match="do not go by --rope-scaling"):
+        require_scaled(model, "it")
+    require_scaled(build_empty(model.config), "it")
 
 
 def test_yarn_takes_a_factor_that_gives_no_whole_number_of_positions():
