@@ -16,22 +16,12 @@ if TYPE_CHECKING:
 
 # What a kind of scaling has beside the base of its frequencies, which is the model's own and stays.
 SCALING_KEYS = frozenset(
-    {
-        "rope_type",
-        "type",
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "low_freq_factor",
-        "high_freq_factor",
-        "short_factor",
-        "long_factor",
-    }
+    (
+        *("rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),  # YaRN
+        *("low_freq_factor", "high_freq_factor"),  # llama3
+        *("short_factor", "long_factor"),  # LongRoPE
+    )
 )
 FREQUENCIES = ("rope_theta", "partial_rotary_factor")
 LIMIT, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"

@@ -15,18 +15,9 @@ from qlora_cli.interrupts import end_at_once
 
 AGAIN_SECONDS = 0.5  # between two Ctrl-C that are typed; what reaches the group and is passed on too comes sooner
 FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGABRT", "SIGTRAP", "SIGSTKFLT")  # of the process itself
-# Their default ends no process, or they cannot be caught.
 HARMLESS = (
-    "SIGKILL",
-    "SIGSTOP",
-    "SIGTSTP",
-    "SIGTTIN",
-    "SIGTTOU",
-    "SIGCHLD",
-    "SIGCONT",
-    "SIGURG",
-    "SIGWINCH",
-    "SIGINFO",
+    *("SIGKILL", "SIGSTOP"),  # cannot be caught
+    *("SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGINFO"),  # end no process
 )
 
 

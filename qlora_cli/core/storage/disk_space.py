@@ -15,34 +15,12 @@ from qlora_cli.sizes import format_bytes
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_FILES = {
     getattr(errno, name)
-    for name in [
-        "EIO",
-        "EROFS",
-        "EACCES",
-        "EPERM",
-        "ESTALE",
-        "ENOTDIR",
-        "ENOENT",
-        "EEXIST",
-        "EISDIR",
-        "EBUSY",
-        "EXDEV",
-        "ENOTEMPTY",
-        "ELOOP",
-        "ENAMETOOLONG",
-        "EMFILE",
-        "ENFILE",
-        "EINTR",
-        "ENODEV",
-        "ENXIO",
-        "EMLINK",
-        "ETXTBSY",
-        "EINVAL",
-        "ENOLCK",
-        "EOPNOTSUPP",
-        "ENOSYS",
-        "EREMOTEIO",
-    ]
+    for name in (
+        *("ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ELOOP", "ENAMETOOLONG"),  # of the path
+        *("EACCES", "EPERM", "EROFS", "EBUSY", "ETXTBSY", "ENOTEMPTY", "EXDEV", "EMLINK"),  # of what is allowed there
+        *("EIO", "EREMOTEIO", "ESTALE", "ENODEV", "ENXIO", "EINTR"),  # of the disk
+        *("EINVAL", "ENOLCK", "EOPNOTSUPP", "ENOSYS", "EMFILE", "ENFILE"),  # of what the system can do
+    )
     if hasattr(errno, name)
 }
 _OS_ERROR = re.compile(r"os error (\d+)|unable to [^\n]*\((\d+)\)")
