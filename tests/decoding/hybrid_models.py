@@ -27,7 +27,7 @@ HYBRIDS = (
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 
 
-def load_hybrid(directory: Path, name: str, *, device: torch.device, rank: int = 4):
+def load_hybrid(directory: Path, name: str, *, device: torch.device):
     """A model of that architecture, in eval mode; weights and adapter are the same on every device."""
     sys.path.insert(0, BENCHMARKS)
     try:
@@ -41,7 +41,7 @@ def load_hybrid(directory: Path, name: str, *, device: torch.device, rank: int =
         compute_dtype=torch.float32,
         device=device,
     )
-    model = attach_adapter(base, LoraSettings(rank=rank, alpha=16)).eval()
+    model = attach_adapter(base, LoraSettings(rank=4, alpha=16)).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
