@@ -173,21 +173,23 @@ def test_a_router_that_wavers_keeps_no_rows_from_being_packed(whimsical_routers,
     assert not packs(), "routers do not waver: this test shows nothing"
 
 
-def test_held_routing_gives_the_last_tokens_what_was_chosen_and_others_their_own(whimsical_routers):
+@pytest.mark.parametrize("others", [10, 0])
+def test_held_routing_gives_the_last_tokens_what_was_chosen_and_others_their_own(whimsical_routers, others):
     decoder = find_decoder(underlying_model(whimsical_routers))
     routing, ids, seen = HeldRouting(decoder), torch.arange(5, 35)[None], []
-    experts = routing.experts[-1]
     with torch.no_grad():
         with routing.recorded():
-            decoder(ids[:, 10:])
-        index, weights = routing.chosen[experts]
-        with routing.replayed():
-            handle = experts.register_forward_pre_hook(lambda module, given: seen.append(given[1:3]))
-            decoder(ids.flip(1))
-            handle.remove()
-        decoder(ids)
-    assert torch.equal(seen[0][0][10:], index) and torch.equal(seen[0][1][10:], weights)
-    assert len(seen[0][0]) == 30 and not any(module._forward_pre_hooks for module in routing.experts)
+            decoder(ids[:, others:])
+        index, weights = routing.chosen[routing.experts[0]]
+        for held in (routing.replayed(), nullcontext()):
+            with held:
+                handle = routing.experts[0].register_forward_pre_hook(lambda module, given: seen.append(given[1:3]))
+                decoder(ids.flip(1))
+                handle.remove()
+    (chosen, weighed), (own, _) = seen
+    assert torch.equal(chosen[others:], index) and torch.equal(weighed[others:], weights)
+    assert torch.equal(chosen[:others], own[:others]) and not torch.equal(chosen, own)
+    assert len(chosen) == 30 and not any(module._forward_pre_hooks for module in routing.experts)
 
 
 @pytest.fixture(scope="module")
