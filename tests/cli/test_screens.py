@@ -143,10 +143,6 @@ def test_a_merge_says_what_became_of_its_gguf_file():
     assert "model.gguf, 3.00 MiB, 272 tensors read back" in draw({**RESULTS["merge"], "gguf": file}, 120)
 
 
-if __name__ == "__main__":
-    (HERE / "screens.txt").write_text(all_screens(), encoding="utf-8")
-
-
 def test_one_is_no_plural():
     training = {"steps": 1, "total_steps": 1, "output": "out", "seconds": 1.0, "final_loss": None, "tokens": 9}
     parameters = {"trainable_parameters": 1, "total_parameters": 2, "trainable_percent": 50.0}
@@ -158,3 +154,19 @@ def test_an_adapter_of_experts_is_shown_with_them():
     run = {"directory": "out", "kind": "run", "rank": 4, "alpha": 32.0, "target_modules": ["q_proj"]}
     shown = dict(of_a_run(run | experts).facts)["adapter"]
     assert shown == "rank 4, alpha 32 on q_proj, mlp.experts.down_proj · rank pattern"
+
+
+def test_what_a_card_does_not_hold_is_said_and_where_it_is():
+    settings = {"streamed_layers": 4, "waiting_states": 0.5, "context_parallel": 2}
+    model = RESULTS["model"]
+    held = screen_of({**model, "settings": model["settings"] | settings}).sentences[2:]
+    assert held == [
+        "The weights of 4 layers stream from host memory as they are used.",
+        "50% of the optimizer's state waits in host memory for each update.",
+        "2 cards share the tokens of each row.",
+    ]
+    assert len(screen_of(model).sentences) == 2
+
+
+if __name__ == "__main__":
+    (HERE / "screens.txt").write_text(all_screens(), encoding="utf-8")

@@ -41,9 +41,10 @@ def test_no_word_is_lost_or_broken(pieces, width):
 
 def test_markdown_is_drawn_block_by_block_and_code_is_not_torn_apart():
     drawing = MarkdownBlocks(lambda: 40)
-    pieces = ["A **bold", "** word.\n", "\n```python\na = 1\n", "\nb = 2\n```\n\n- one\n- t", "wo"]
+    pieces = ["A **bold", "** word.\n", "\n```python\na = 1\n", "\nb = 2\n", "```\n\n- one\n- t", "wo"]
     shown = [drawing.feed(piece) for piece in pieces] + [drawing.end()]
     assert shown[:2] == ["", ""] and "A \x1b[1mbold\x1b[0m word." in shown[2]
+    assert shown[3] == ""  # its fence is open
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "".join(shown))
     lines = [line.strip() for line in plain.split("\n") if line.strip()]
     assert lines == ["A bold word.", "a = 1", "b = 2", "• one", "• two"]
