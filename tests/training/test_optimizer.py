@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_cli.artifacts import TRAINER_STATE
 from qlora_cli.core.bnb import bitsandbytes as bnb
 from qlora_cli.core.storage.checkpoint import read_tensors, write_tensors
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -21,6 +22,7 @@ from qlora_cli.core.training.optimizer import (
     state_bytes,
     step_optimizer,
 )
+from qlora_cli.core.training.state import OPTIMIZER_TENSORS, load_optimizer
 from qlora_cli.errors import CheckpointError
 from qlora_cli.settings.groups import OPTIMIZERS
 
@@ -117,6 +119,23 @@ def test_a_state_of_other_parameters_is_refused(name):
     _, resumed = make(name, sizes=((96, 64),))
     with pytest.raises(CheckpointError, match="saved optimizer"):
         load_optimizer_state(resumed, tensors, numbers)
+
+
+def test_on_disk_it_says_of_which_optimizer_and_parameters_it_is(tmp_path):
+    trained, optimizer = make("adamw")
+    step(trained, optimizer, 0)
+    tensors, numbers = optimizer_state(optimizer)
+    write_tensors(tmp_path / OPTIMIZER_TENSORS, tensors)
+    written = {"kind": "AdamW", "layout": trained.layout(), "numbers": numbers}
+    for change, said in (
+        ({"kind": "Lion"}, "is Lion, not AdamW"),
+        ({"layout": [["p0"]]}, "of other trained parameters"),
+    ):
+        (tmp_path / TRAINER_STATE).write_text(json.dumps({"optimizer": written | change}))
+        with pytest.raises(CheckpointError, match=said):
+            load_optimizer(tmp_path, optimizer, trained)
+    (tmp_path / TRAINER_STATE).write_text(json.dumps({"optimizer": written}))
+    load_optimizer(tmp_path, optimizer, trained)
 
 
 def test_a_state_of_another_size_is_refused_by_bitsandbytes_optimizers():
