@@ -121,12 +121,7 @@ class DataSettings(Settings):
         None, "Column with the completion.", panel=DATA, range=NAME, resume=RESOLVED, instead_of=WHOLE
     )
     messages_column: str | None = setting(
-        None,
-        "Column with the chat messages, or with texts of turns under Human: and Assistant: and the like.",
-        panel=DATA,
-        range=NAME,
-        resume=RESOLVED,
-        instead_of=COLUMNS,
+        None, "Column with the chats, or their texts.", panel=DATA, range=NAME, resume=RESOLVED, instead_of=COLUMNS
     )
     role: tuple[str, ...] | None = setting(
         None,
