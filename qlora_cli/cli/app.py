@@ -93,15 +93,15 @@ def command(
                     settings_file = named.expanduser() if named else None
                     of_file = settings_of_file(settings_file, config_type)
                     replaced = displaced(of_file, given, config_type)
-                    config = config_type(**{name: of_file[name] for name in of_file if name not in replaced} | given)
+                    kept = {name: of_file[name] for name in of_file.keys() - given.keys() - replaced.keys()}
+                    stack.enter_context(naming_file(settings_file, kept, config_type))
+                    config = config_type(**kept | given)
                     (before or check)(config, **typed.positional)
                     if getattr(config, "resume", False) and "output" not in typed.settings:
                         check_resumed(settings_file, Path(config.output))
                     if "RANK" not in os.environ:  # else each rank would say what is missing
                         with loading():
                             check_places(config)
-                    kept = {name: of_file[name] for name in of_file.keys() - given.keys() - replaced.keys()}
-                    stack.enter_context(naming_file(settings_file, kept, config_type))
                     call = begin(stack, COMMANDS[body.__name__], config, typed)
                     for name, other in replaced.items():
                         call.console.report(

@@ -138,6 +138,29 @@ def test_a_settings_file_is_named_for_what_it_says_and_not_for_what_is_typed(tin
     assert "own.yaml" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "content", "says"),
+    [
+        ("train", "data: rows.jsonl\nmodel: m\nprepared: rows\n", "data: rows.jsonl, prepared: rows"),
+        ("train --model m", "data: rows.jsonl\npatience: 3\n", "patience: 3"),
+        ("train --model m", "data: rows.jsonl\noutput: rows.jsonl\n", "output: rows.jsonl"),
+        ("prepare --data rows.jsonl", "model: rows.jsonl\n", "model: rows.jsonl"),
+        ("generate x", "adapter: empty\n", "adapter: empty"),
+    ],
+)
+def test_a_settings_file_is_named_for_what_is_refused_before_anything_is_loaded(
+    line, content, says, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    for name in ("empty", "m"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "own.yaml").write_text(content)
+    assert main([*line.split(), "--config", "own.yaml"]) in (1, 2)
+    assert f"own.yaml says {says}." in capsys.readouterr().err
+
+
 def test_every_name_of_a_peer_leads_to_a_setting_that_there_is():
     from dataclasses import fields
 

@@ -160,6 +160,20 @@ def test_a_flag_given_several_times_is_said_to_count_once(config_of, capsys, mon
     warning = "warning: --target-modules was given several times, and the last one counts: v"
     assert [line for line in capsys.readouterr().err.splitlines() if "several times" in line] == [warning]
     assert main(["--", "train", *typed]) == 0 and warning in capsys.readouterr().err
+    both = [
+        "--stream",
+        "--no-stream",
+        "--no-packing",
+        "--packing",
+        "--dora",
+        "--dora",
+    ]  # a switch and its opposite, too
+    assert config_of(["train", "-m", "m", "-d", "d", *both]).stream is False
+    said = [line.partition("given")[0] + line.rpartition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert [line for line in said if "was" in line] == [
+        "warning: --stream was --no-stream",
+        "warning: --packing was --packing",
+    ]
     monkeypatch.setenv("QLORA_LAUNCHER", "1")  # which has said it, before it started this rank
     assert main(["train", *typed]) == 0 and "several times" not in capsys.readouterr().err
 

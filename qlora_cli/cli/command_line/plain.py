@@ -65,12 +65,14 @@ def read_plainly(command: Command, arguments: list[str]) -> Typed | None:
 
 
 def given_again(command: Command, arguments: list[str]) -> dict[str, str]:
-    """Flags of one value that a command line gives several of, and the one that counts: the last."""
+    """Flags of one value that a command line gives several of, a switch and its opposite among them, and the one that
+    counts: the last."""
     given, _ = _split(command, arguments) or ((), ())
     found: dict[str, list[str]] = {}
     for spelling, text in given:
-        if text is not None and not spelling.repeated:
-            found.setdefault(spelling.flag, []).append(text)
+        if not spelling.repeated:
+            switched = spelling.flag if spelling.switch else spelling.flag.replace("--", "--no-", 1)
+            found.setdefault(spelling.flag, []).append(switched if text is None else text)
     return {flag: texts[-1] for flag, texts in found.items() if len(set(texts)) > 1}
 
 
