@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shlex
 import stat
 from contextlib import suppress
@@ -42,29 +43,21 @@ MERGE_RECORD = "qlora_merge.json"
 
 # A model's tokenizer, wherever it lies.
 TEMPLATES = "additional_chat_templates"  # a folder; whatever else lies in folders is no part of a model here
-TOKENIZER_FILES = [
-    "tokenizer*",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.jinja",
-    f"{TEMPLATES}/*.jinja",
-]
 # Files that only a tokenizer has: an adapter saved without one may still hold a stray chat template.
 TOKENIZER_SIGNS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CHAT_TEMPLATE = "chat_template.jinja"
-# What transformers calls all of them: others of the patterns' names may be the user's, beside a run.
+# What the tokenizers of transformers, and Mistral's, call their files: others may be the user's, beside a run or a model.
 TOKENIZER_NAMES = (
     *TOKENIZER_SIGNS,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    CHAT_TEMPLATE,
-    TEMPLATES,
+    *("special_tokens_map.json", "added_tokens.json", "merges.txt", CHAT_TEMPLATE, TEMPLATES),
+    *("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model", "spm_char.model"),
+    *("source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json"),
+    *("bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "entity_vocab.json", "normalizer.json"),
+    *("prophetnet.tokenizer", "word_pronunciation.json", "word_shape.json"),
+    *("tekken.json", *(f"tokenizer.model.v{version}" for version in (1, 2, 3, 7))),
 )
+# Where a model's own code may name others.
+TOKENIZER_FILES = ["tokenizer*", "*.model", "vocab.*", "*.tiktoken", *TOKENIZER_NAMES, f"{TEMPLATES}/*.jinja"]
 
 # Prepared directory.
 PREPARED_MANIFEST = "prepared.json"
@@ -76,9 +69,26 @@ def cache_root() -> Path:
     return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
 
 
+def own_code(directory: Path) -> list[Path]:
+    """The modules of Python of a model that comes with its code: those that its settings name (`auto_map`), and those that
+    these import."""
+    settings = "".join(path.read_text("utf-8", "replace") for path in sorted(directory.glob("*config.json")))
+    names, found = re.findall(r'"([\w-]+)\.\w+"', settings), []
+    while names:
+        path = directory / f"{names.pop()}.py"
+        if path.is_file() and path not in found:
+            found.append(path)
+            names += re.findall(r"^\s*from\s+\.(\w+)\s+import", path.read_text("utf-8", "replace"), re.MULTILINE)
+    return sorted(found)
+
+
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of the tokenizer in a directory, with its chat templates."""
-    return sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()})
+    """The files of the tokenizer in a directory, with its chat templates: those that transformers, the tokenizer's settings or
+    its own code call so."""
+    naming = [directory / TOKENIZER_SIGNS[0], *own_code(directory)]
+    named = set(re.findall("[\"']([^\"'\n]+)", "".join(p.read_text("utf-8", "replace") for p in naming if p.is_file())))
+    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+    return sorted(p for p in found if p.relative_to(directory).parts[0] in TOKENIZER_NAMES or p.name in named)
 
 
 def fsync_path(path: Path) -> None:

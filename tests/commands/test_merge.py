@@ -313,6 +313,8 @@ def test_a_tokenizer_saved_again_is_merged_as_the_base_has_it_and_another_as_the
     (base / "merges.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in stored["merges"]))
     (base / "chat_template.json").write_text('{"chat_template": "of a processor"}')
     (base / "configuration_own.py").write_text("")
+    own = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "configuration_own.Own"}}
+    (base / "config.json").write_text(json.dumps(own))
     case = make_case(base, tmp_path, target_modules=["q_proj"])
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(case.adapter)

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+import transformers
 from transformers import AutoTokenizer, Gemma3Config
 
+from qlora_cli.artifacts import TOKENIZER_NAMES
 from qlora_cli.core.models.files import ModelFiles, resolve_model, save_tokenizer
 from qlora_cli.core.models.hub import check_blobs
 from qlora_cli.core.weights.stored_formats import stored_format
@@ -114,3 +118,10 @@ def test_a_file_that_nobody_has_looked_at_yet_is_read_only_where_all_are(tmp_pat
     check_blobs([tmp_path / ("0" * 64)], "org/model", report_nothing)
     with pytest.raises(ModelError, match="changed or damaged"):
         check_blobs([tmp_path / ("0" * 64)], "org/model", report_nothing, all_of_them=True)
+
+
+def test_every_file_that_a_tokenizer_of_transformers_names_is_known():
+    modules = Path(transformers.__file__).parent.glob("models/*/tokenization_*.py")
+    tables = [re.search(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL) for path in modules]
+    named = {name for table in tables if table for name in re.findall(r': "([^"]+)"', table[1])}
+    assert len(named) > 20 and named <= set(TOKENIZER_NAMES)

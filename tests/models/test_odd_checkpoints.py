@@ -235,10 +235,14 @@ def test_a_model_with_code_of_its_own_is_trained_answers_and_is_merged_whole(tin
         "configuration_own": "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'",
         "modeling_own": "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
         "class Own(LlamaForCausalLM):\n    config_class = OwnConfig",
-        "tokenization_own": "from transformers import PreTrainedTokenizerFast\n"
+        "tokenization_own": "from transformers import PreTrainedTokenizerFast\nfrom .pieces_own import NAMES\n"
         "class OwnTokenizerFast(PreTrainedTokenizerFast):\n    pass",
+        "pieces_own": "NAMES = {'vocab_file': 'own.tiktoken'}",
+        "of_the_user": "'not named by any setting'",
     }.items():
         (base / f"{name}.py").write_text(code)
+    for name in ("own.tiktoken", "tokenizer_notes.txt", "vocab.bak", "mine.model"):
+        (base / name).write_text("a line")
     rows.write_text("".join(f'{{"text": "a fox {number}"}}\n' for number in range(8)))
     trusted = {"trust_remote_code": True, "model": str(base)}
     sizes = {"rank": 4, "max_steps": 1, "batch_size": 2, "max_length": 32, "init": "default", "base_cache": False}
@@ -250,3 +254,10 @@ def test_a_model_with_code_of_its_own_is_trained_answers_and_is_merged_whole(tin
     assert type(loaded).__name__ == "Own"
     own = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     assert type(own).__name__ == "OwnTokenizerFast"
+    for directory in (
+        tmp_path / "run",
+        tmp_path / "merged",
+    ):  # what its code names, and nothing of the user's beside it
+        names = {path.name for path in directory.iterdir()}
+        assert names >= {"own.tiktoken", "tokenization_own.py", "pieces_own.py", "tokenizer.json"}
+        assert not names & {"of_the_user.py", "tokenizer_notes.txt", "vocab.bak", "mine.model"}

@@ -8,7 +8,15 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.artifacts import CHAT_TEMPLATE, FORMAT, MERGE_RECORD, find_run_record, tokenizer_files, write_json
+from qlora_cli.artifacts import (
+    CHAT_TEMPLATE,
+    FORMAT,
+    MERGE_RECORD,
+    find_run_record,
+    own_code,
+    tokenizer_files,
+    write_json,
+)
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.base import Base
 from qlora_cli.core.merge.plan import MergeOptions, MergePlan
@@ -21,7 +29,7 @@ from qlora_cli.core.models.files import (
     has_tokenizer,
     tokenizer_content,
 )
-from qlora_cli.core.models.hub import CODE_FILES, OLD_CHAT_TEMPLATE, PROCESSOR_FILES
+from qlora_cli.core.models.hub import OLD_CHAT_TEMPLATE, PROCESSOR_FILES
 from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.rope_scaling import write_scaling
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, SINGLE_FILE, TensorFile
@@ -116,8 +124,8 @@ def copy_checkpoint_files(base: Path, tokenizer: Mapping[Path, list[Path]], adap
     own_template = adapter / CHAT_TEMPLATE in tokenizer.get(adapter, ())
     if own_template:
         taken.add(OLD_CHAT_TEMPLATE)  # the base's, which a processor would prefer
-    patterns = [GENERATION_CONFIG, *PROCESSOR_FILES, *CODE_FILES, "*.model"]
-    beside = {path for pattern in patterns for path in base.glob(pattern) if path.is_file()}
+    beside = {path for name in (GENERATION_CONFIG, *PROCESSOR_FILES) for path in base.glob(name) if path.is_file()}
+    beside |= {*own_code(base), *(path for path in tokenizer_files(base) if path.suffix == ".model")}
     for source, paths in tokenizer.items():
         copy_files(paths, source, directory)
     if own_template and (directory / TOKENIZER_CONFIG).is_file():

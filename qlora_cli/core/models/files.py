@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_cli.artifacts import TOKENIZER_FILES, TOKENIZER_SIGNS, tokenizer_files
+from qlora_cli.artifacts import TOKENIZER_FILES, TOKENIZER_SIGNS, own_code, tokenizer_files
 from qlora_cli.core.models.hub import (
     READ_FILES,
     check_blobs,
@@ -247,7 +247,7 @@ def files_beside(base: ModelFiles, adapter: Path) -> ModelFiles:
     Raises:
         ModelError: One is a link to elsewhere, or its settings cannot be read.
     """
-    refuse_links(adapter, TOKENIZER_FILES)
+    refuse_links(adapter, [*TOKENIZER_FILES, "*config.json", "*.py"])
     trusted = base.trust_remote_code and not (adapter / "config.json").exists()
     if trusted and (adapter / TOKENIZER_CONFIG).exists():
         settings = read_foreign_json(adapter / TOKENIZER_CONFIG)
@@ -276,7 +276,7 @@ def save_tokenizer(files: ModelFiles, directory: Path) -> None:
     transformers looks there for a class that they do not name (GPT-2) or name wrongly (`PreTrainedTokenizerFast` of many a
     Qwen2), and reads without it another tokenizer, with other ids and no end of text: such a one is saved anew.
     """
-    code = sorted(files.directory.glob("*.py")) if files.trust_remote_code else []
+    code = own_code(files.directory) if files.trust_remote_code else []
     copy_files([*tokenizer_files(files.directory), *code], files.directory, directory)
     try:
         same = tokenizer_content(replace(files, directory=directory).tokenizer) == tokenizer_content(files.tokenizer)
