@@ -116,9 +116,8 @@ def measure_setting(
 
     import torch
 
-    from qlora_cli.core.device import limit_memory
+    from qlora_cli.core.device import CONTEXT_BYTES, limit_memory
     from qlora_cli.core.engine.engine import install_engine
-    from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES
     from qlora_cli.core.training.optimizer import build_optimizer, set_learning_rate, state_bytes, step_optimizer
     from qlora_cli.settings.groups import StepSettings
 

@@ -255,11 +255,10 @@ def run(name: str, steps: int, device: str, compiled: bool, ways: list[str], mat
     """Some ways of one model, or all of them."""
     import torch
 
-    from qlora_cli.core.device import limit_memory
+    from qlora_cli.core.device import CONTEXT_BYTES, limit_memory
     from qlora_cli.core.engine.decoder_layers import find_layers
     from qlora_cli.core.engine.offload import link_bytes_per_second
     from qlora_cli.core.models.structure import find_decoder
-    from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES
     from qlora_cli.core.streaming.streamed_base import stream_base
 
     started, cuda = time.time(), device == "cuda"

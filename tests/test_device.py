@@ -4,8 +4,8 @@ import psutil
 import pytest
 import torch
 
-from qlora_cli.core.device import read_capacity_bytes, read_free_bytes, read_vram
-from qlora_cli.errors import UsageError
+from qlora_cli.core.device import memory_error, read_capacity_bytes, read_free_bytes, read_vram
+from qlora_cli.errors import TrainingError, UsageError
 from qlora_cli.settings.ranges import parse_memory
 
 
@@ -46,6 +46,36 @@ def test_the_cpu_has_no_vram():
 def test_the_cpu_s_memory_is_the_host_s():
     for read in (read_free_bytes, read_capacity_bytes):
         assert 0 < read(torch.device("cpu")) < psutil.virtual_memory().total
+
+
+CARD = torch.device("cuda", 0)
+
+
+def card_of(monkeypatch, *, free, reserved, fraction=1.0, total=80):
+    """A card of so many GiB, as PyTorch tells of it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), total * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(reserved * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: fraction)
+
+
+def test_memory_that_others_hold_is_said_with_its_figure_where_it_ran_out(monkeypatch):
+    card_of(monkeypatch, free=0.5, reserved=30)
+    error = memory_error(TrainingError, "No memory.", "Lower --max-length.", CARD)
+    assert (
+        error.message == "No memory. Other processes hold some 48.5 GiB of this card's 80.0 GiB, and 0.50 GiB is free."
+    )
+    assert "nvidia-smi" in error.hint and "--max-length" not in error.hint
+
+
+@pytest.mark.parametrize(
+    "card",
+    [{"free": 0.5, "reserved": 78}, {"free": 9, "reserved": 30, "fraction": 0.4}],
+    ids=["nobody else", "its own limit is nearer"],
+)
+def test_of_others_nothing_is_said_where_they_are_not_the_cause(card, monkeypatch):
+    card_of(monkeypatch, **card)
+    error = memory_error(TrainingError, "No memory.", "Lower --max-length.", CARD)
+    assert (error.message, error.hint) == ("No memory.", "Lower --max-length.")
 
 
 @pytest.mark.gpu

@@ -9,9 +9,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.core.device import CONTEXT_BYTES
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.planning.memory_estimate import (
-    CONTEXT_BYTES,
     ResolvedStep,
     count_flops,
     estimate_disk,

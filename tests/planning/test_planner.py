@@ -9,12 +9,13 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.core.device import CONTEXT_BYTES
 from qlora_cli.core.engine import memory_plan
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.matmul.choice import is_tried
 from qlora_cli.core.planning import planner
-from qlora_cli.core.planning.memory_estimate import CONTEXT_BYTES, ResolvedStep, estimate_training
+from qlora_cli.core.planning.memory_estimate import ResolvedStep, estimate_training
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
 from qlora_cli.core.planning.suggestions import certainly_too_large, suggest_fit

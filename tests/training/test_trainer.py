@@ -407,8 +407,11 @@ def test_memory_that_the_optimizers_state_does_not_find_is_said_before_the_first
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(TrainingError, match=r"no memory for the optimizer's state, 3.00 GiB"):
-        accumulation.reserve_memory(3 * 2**30, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)
+    with pytest.raises(TrainingError, match=r"optimizer's state, 3.00 GiB. Other processes hold some 70.0 GiB"):
+        accumulation.reserve_memory(3 * 2**30, torch.device("cuda", 0))
 
 
 def test_a_resumed_run_keeps_the_smaller_micro_batches(base, tmp_path):

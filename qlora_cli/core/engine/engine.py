@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_cli.core.device import memory_error
 from qlora_cli.core.distributed.context_group import context_of
 from qlora_cli.core.engine.calibration import LEAST_TRIAL_TOKENS
 from qlora_cli.core.engine.fast import HEAD_TRIAL_TOKENS, FastEngine
@@ -116,10 +117,12 @@ def install_engine(
             report=report,
         )
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
+        raise memory_error(
+            TrainingError,
             f"Beside the model's weights there is no room on the device to run one layer on {LEAST_TRIAL_TOKENS} "
-            f"tokens ({first_line(error)})",
-            "Give more memory with --vram, close what else uses the card, or take a smaller model.",
+            f"tokens ({first_line(error).rstrip('.')}).",
+            "Give more memory with --vram, or take a smaller model.",
+            device,
         ) from error
     except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
         if _needs_fast_engine(underlying_model(model), settings):

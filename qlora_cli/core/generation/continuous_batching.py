@@ -8,6 +8,7 @@ import torch
 from qlora_cli.core.decoding.decoder import Decoder, Prompt
 from qlora_cli.core.decoding.pending_tokens import PendingTokens
 from qlora_cli.core.decoding.sampling import draw_uniforms, is_greedy
+from qlora_cli.core.device import choose_device, memory_error
 from qlora_cli.core.generation.requests import Completion, GrowingCompletion, Request, StartCompletion
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Caution, Report
@@ -52,9 +53,11 @@ def answer_all(
                 yield answer
         except torch.OutOfMemoryError as error:
             if rows == 1:
-                raise ModelError(
+                raise memory_error(
+                    ModelError,
                     f"The GPU has no room for an answer of {capacity:,} tokens with its prompt.",
                     "Lower --max-new-tokens, or shorten the prompt.",
+                    choose_device(),
                 ) from error
             rows = max(1, rows // 2)
             report(Caution(f"The GPU has no room for so many rows; going on with {rows}."))

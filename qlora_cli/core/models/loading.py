@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from qlora_cli.core.device import dtype_name
+from qlora_cli.core.device import choose_device, dtype_name, memory_error
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.models.account import Account, account_for
 from qlora_cli.core.models.files import ModelFiles
@@ -171,9 +171,11 @@ def _loading_errors(files: ModelFiles) -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            raise ModelError(
+            raise memory_error(
+                ModelError,
                 f"{files.name} does not fit in the GPU's memory while it is loaded.",
                 f"See: qlora inspect --model {shlex.quote(files.name)}",
+                choose_device(),
             ) from error
         raise ModelError(f"{files.name} cannot be loaded: {first_line(error)}") from error
 

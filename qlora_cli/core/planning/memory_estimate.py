@@ -12,6 +12,7 @@ from math import gcd, inf
 from typing import Any, NamedTuple
 
 from qlora_cli.core.decoding.decoder import PREFILL_TOKENS
+from qlora_cli.core.device import CONTEXT_BYTES
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.matmul.expert_stacks import has_many_rows
 from qlora_cli.core.planning.activation_trace import LayerTrace, ModelTrace, Pass
@@ -23,9 +24,6 @@ from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS
 from qlora_cli.core.training.optimizer import allocated_state_bytes, state_bytes, waiting_bytes
 
-# CUDA context with the kernels of PyTorch, cuBLAS and Triton: outside PyTorch's allocator, so in no peak it reports.
-# Measured on an H200 after a few steps of four models: 0.77 to 1.07 GiB, most where activations are offloaded.
-CONTEXT_BYTES = 2**30
 # What PyTorch's allocator counts beyond what was asked for: it cuts blocks in steps of 512 bytes and leaves up to 1 MiB
 # of a large one unused (c10/cuda/CUDACachingAllocator.cpp, should_split). Measured: 0.3 % on models of 4 to 39 GB.
 ALLOCATOR_SHARE = 0.003

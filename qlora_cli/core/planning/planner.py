@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.core.device import read_capacity_bytes, waiting_room_bytes
+from qlora_cli.core.device import CONTEXT_BYTES, read_capacity_bytes, waiting_room_bytes
 from qlora_cli.core.engine.cuda_graphs import bucket
 from qlora_cli.core.engine.memory_plan import (
     MARGIN_BYTES,
@@ -26,7 +26,6 @@ from qlora_cli.core.engine.memory_plan import (
 from qlora_cli.core.matmul.arithmetic import ASSUMED_FLOPS_PER_SECOND
 from qlora_cli.core.matmul.choice import is_tried
 from qlora_cli.core.planning.memory_estimate import (
-    CONTEXT_BYTES,
     ResolvedStep,
     TrainingMemory,
     attended_bytes,

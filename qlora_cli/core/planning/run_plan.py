@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from qlora_cli.config import InspectConfig, TrainConfig
-from qlora_cli.core.device import read_free_bytes, resolve_compute_dtype
+from qlora_cli.core.device import describe_others, read_free_bytes, resolve_compute_dtype
 from qlora_cli.core.distributed.context_group import require_even_heads
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.planning.memory_estimate import copied_bytes, streamed_base_bytes
@@ -176,7 +176,7 @@ def plan_run_memory(
         if certainly_too_large(plan) and not config.dry_run:
             raise DoesNotFit(
                 f"Training needs {format_bytes(plan.memory.device_bytes)} at the least, "
-                f"and {format_bytes(vram_bytes)} may be taken.",
+                f"and {format_bytes(vram_bytes)} may be taken.{'' if config.vram else describe_others(device)}",
                 f"Type: {' && '.join(commands)}"
                 if commands
                 else "Nothing fits: take a smaller model or a larger card.",

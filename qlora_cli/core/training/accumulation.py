@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import MicroBatch, collate
 from qlora_cli.core.data.sampler import split_to_fit
-from qlora_cli.core.device import count_retries, free_memory, read_vram
+from qlora_cli.core.device import count_retries, free_memory, memory_error, read_vram
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.training.flat_parameters import TrainableParameters
@@ -119,10 +119,12 @@ class Accumulation:
             if not is_out_of_memory(error):
                 raise
             if self.lockstep:
-                raise TrainingError(
+                raise memory_error(
+                    TrainingError,
                     f"There is not enough memory for a micro-batch of {batch.pack_tokens:,} tokens, and with "
                     f"{self.lockstep} the other cards wait for it.",
                     "Lower --max-length or --batch-size, or add --gradient-checkpointing on.",
+                    self.device,
                 ) from error
         # Outside the handler, where the traceback no longer holds the activations.
         free_memory(self.device)
@@ -148,9 +150,11 @@ class Accumulation:
         failed_tokens = self.failed.tokens if self.failed else 0
         single_tokens = failed_tokens if self.failed and len(self.failed.row_indices) == 1 else 0
         if tokens := self.ranks.all_reduce_max(single_tokens, self.device):
-            raise TrainingError(
+            raise memory_error(
+                TrainingError,
                 f"There is not enough memory {where}, for a single row of {tokens:,} tokens.",
                 "Lower --max-length, or use --gradient-checkpointing on, or --stream, with which the base leaves the card.",
+                self.device,
             )
         return self.ranks.all_reduce_max(failed_tokens, self.device) // 2
 
@@ -184,9 +188,11 @@ def reserve_memory(bytes_: int, device: torch.device) -> Tensor:
     try:
         return torch.empty(bytes_ if device.type == "cuda" else 0, device=device, dtype=torch.uint8)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
+        raise memory_error(
+            TrainingError,
             f"There is no memory for the optimizer's state, {format_bytes(bytes_)}.",
             "Lower --rank, or choose --optimizer paged_adamw_8bit, whose state may lie in the host's memory.",
+            device,
         ) from error
 
 

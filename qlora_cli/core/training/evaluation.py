@@ -8,7 +8,7 @@ from torch import Tensor
 from qlora_cli.core.data.dataset import RowSubset
 from qlora_cli.core.data.packing import split_micro_batch
 from qlora_cli.core.data.sampler import BatchSampler
-from qlora_cli.core.device import free_memory
+from qlora_cli.core.device import free_memory, memory_error
 from qlora_cli.core.training.accumulation import ModelReplica, is_out_of_memory, read_batch
 from qlora_cli.core.training.rng_state import undisturbed_random_state
 from qlora_cli.errors import TrainingError
@@ -60,9 +60,11 @@ def _add_loss(replica: ModelReplica, rows: RowSubset, indices: list[int], sums: 
         if not is_out_of_memory(error):
             raise
         if len(indices) == 1 or replica.lockstep:
-            raise TrainingError(
+            raise memory_error(
+                TrainingError,
                 f"There is not enough memory to evaluate {len(indices)} rows of {batch.pack_tokens:,} tokens.",
                 "Lower --max-length.",
+                sums.device,
             ) from None
     free_memory(sums.device)
     for half in split_micro_batch(indices, rows.lengths):
