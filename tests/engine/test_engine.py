@@ -394,6 +394,25 @@ def test_the_plain_engine_recomputes_all_layers_or_none():
         assert tuple(count_recomputed_layers(settings, 4, on_cuda=on_cuda) for on_cuda in (True, False)) == counts
 
 
+def test_the_plain_engine_says_that_text_is_no_image_where_a_model_does_not_train_without(load_tiny, monkeypatch):
+    """As Molmo 2 does not."""
+    model, batch, asked = adapted(load_tiny, "llama"), batch_of(), []
+    loss, expected, _ = step(model, batch, kind="plain")
+    base = model.get_base_model()
+    forward = base.forward
+
+    def choosy(*arguments, mm_token_type_ids=None, **keywords):
+        if base.training and mm_token_type_ids is None:
+            raise ValueError("`mm_token_type_ids` is required as a model input when training")
+        asked.append(mm_token_type_ids)
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(base, "forward", choosy)
+    again, found, _ = step(model, batch, kind="plain")
+    assert again == loss and torch.equal(found, expected)
+    assert asked[-1].shape == (3, 40) and not asked[-1].any()
+
+
 def test_unknown_words_are_refused(load_tiny):
     model = adapted(load_tiny, "llama")
     with pytest.raises(UsageError, match="sometimes"):

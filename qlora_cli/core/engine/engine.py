@@ -1,5 +1,6 @@
 """Engine of a training step: turns a micro-batch into its loss, for one model instance; nothing global is patched."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -149,6 +150,7 @@ class PlainEngine:
         self.model, self.device, self.noise_alpha = model, device, settings.neftune_noise_alpha
         self.products: ProductRecord | None = None
         self.compiled = False
+        self.types = set[str]()  # inputs that name each token's kind, all zero for text, which the model does not go without
         base = underlying_model(model)
         ids = torch.arange(HEAD_TRIAL_TOKENS, device=device) % base.get_input_embeddings().weight.shape[0]
         require_causal(base, {"input_ids": ids[None]})
@@ -163,10 +165,24 @@ class PlainEngine:
     def loss(self, batch: "MicroBatch") -> Tensor:
         input_ids, attention_mask, labels = batch.to(self.device, non_blocking=True).padded()  # (rows, longest) each
         with self._noise(attention_mask):
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            logits = self._logits(input_ids, attention_mask)
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
         )
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits, (rows, longest, vocabulary)."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | dict.fromkeys(self.types, input_ids * 0)
+        try:
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+        except ValueError as error:
+            # Molmo2 trains on nothing that does not say which tokens are of images, and of text that is none.
+            wanted = set(re.findall(r"`(\w*token_type_ids)` is required", str(error))) - inputs.keys()
+            if not wanted:
+                raise
+            self.types |= wanted
+            return self._logits(input_ids, attention_mask)
+        return logits
 
     @contextmanager
     def _noise(self, attention_mask: Tensor) -> Iterator[None]:
@@ -185,7 +201,7 @@ class PlainEngine:
 
     def next_logits(self, batch: "MicroBatch") -> Tensor:
         input_ids, attention_mask, _ = batch.to(self.device, non_blocking=True).padded()
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = self._logits(input_ids, attention_mask)
         return logits[torch.arange(len(logits), device=logits.device), attention_mask.sum(1) - 1]
 
     def reduce_memory(self) -> bool:
