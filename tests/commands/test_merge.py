@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from qlora_cli.commands.train import train
+from qlora_cli.config import TrainConfig
+from qlora_cli.core.merge.base import check_mergeable
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
-from qlora_cli.errors import AdapterError
+from qlora_cli.errors import AdapterError, MergeError
 from qlora_cli.settings.groups import QuantizationSettings
 from tests.adapters.test_fitting import whole_wrapper
 from tests.commands.merge_case import DEVICE, Case, logits_of, make_case
@@ -66,6 +69,35 @@ def test_linears_that_lie_fused_and_are_split_as_they_load_are_merged_into_what_
     assert_same(case)
     merged, stored = (load_file(directory / "model.safetensors") for directory in (case.output, case.base))
     assert list(merged) == list(stored) and any("gqkv_proj" in name for name in stored)
+
+
+def test_a_base_that_no_merge_takes_is_known_before_anything_is_trained(tmp_path, monkeypatch) -> None:
+    """Inkling 2 stores gate and up of an expert in turn, row by row: told from its files, and from config.json alone."""
+    pytest.importorskip("transformers.models.inkling2", reason="transformers 5.17 has no Inkling 2")
+    shape = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 1, "layer_types": ["hybrid"], "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "d_rel": 16}
+    monkeypatch.setitem(ARCHITECTURES, "inkling2", ("Inkling2TextConfig", {**shape, **heads, **experts}))
+    base = write_model(tmp_path / "base", "inkling2")
+    case = make_case(base, tmp_path)
+    with pytest.raises(MergeError) as caught:
+        case.merge()
+    refused = f"{caught.value.message} {caught.value.hint}"
+    case.merge(base="original")  # as it says
+
+    def stop(event) -> None:
+        if "qlora merge will refuse what is trained here" in getattr(event, "text", ""):
+            raise KeyboardInterrupt(event.text)
+
+    (tmp_path / "rows.txt").write_text("a fox\n" * 4)
+    few = {"data": (str(tmp_path / "rows.txt"),), "max_length": 32, "max_steps": 1}
+    with pytest.raises(KeyboardInterrupt) as told:
+        train(TrainConfig(model=str(base), output=str(tmp_path / "run"), **few), stop)
+    assert str(told.value).endswith(refused)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(MergeError) as known:
+        check_mergeable(resolve_model(str(base)))
+    assert f"{known.value.message} {known.value.hint}" == refused
 
 
 # What is peculiar → (architecture, LoraConfig arguments or make_case arguments).

@@ -34,6 +34,8 @@ def of_a_model(result: dict[str, Any]) -> Screen:
         if least := result.get("smallest_card"):
             where = f"{format_bytes(least['host_bytes'])} of the host"
             facts.insert(1, ("to train at all", f"{format_bytes(least['device_bytes'])} of the card, {where}"))
+    if refused := result.get("merging_refused"):
+        sentences.append(f"A merge of its adapters will be refused: {refused}")
     facts.append(("in 4 bits", f"{result['four_bit_percent']:.4g} % of the base, embeddings and head apart"))
     if "stored" in result:
         facts.append(("stored", result["stored"]))

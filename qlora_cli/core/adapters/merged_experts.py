@@ -18,11 +18,19 @@ from qlora_cli.settings.groups import QuantizationSettings
 BYTES_A_WEIGHT = 16  # of one expert while it is worked on
 
 
+def find_stacks(model: PreTrainedModel, packed: frozenset[str]) -> dict[str, ExpertWeight]:
+    """Each stack of experts in 4 bits with its shape, by its name in a model on any device; `packed` are all that are in
+    4 bits."""
+    stacks = {
+        f"{of}.{weight.name}": weight for of, module in model.named_modules() for weight in expert_weights(module)
+    }
+    return {name: weight for name, weight in stacks.items() if name in packed}
+
+
 class MergedExperts:
     """What becomes of each tensor of a checkpoint that belongs to a stack of experts.
 
     Attributes:
-        names: Of the stacks that can be worked on an expert at a time, in the model.
         stacks: Each stack in 4 bits with its shape, by its name in the model.
     """
 
@@ -35,18 +43,12 @@ class MergedExperts:
             packed: Names of the parameters that are in 4 bits in training.
         """
         self.model, self.file_of = model, {name: file for file in files for name in file.entries}
-        self.stacks: dict[str, ExpertWeight] = {}
-        for module_name, module in model.named_modules():
-            for weight in expert_weights(module):
-                if f"{module_name}.{weight.name}" in packed:
-                    self.stacks[f"{module_name}.{weight.name}"] = weight
+        self.stacks = find_stacks(model, packed)
         self.places: dict[str, tuple[str, WeightOrigin, int | None, int]] = {}  # by the name in the checkpoint
-        self.names: set[str] = set()
         made = find_origins(self.file_of, model).made if self.stacks else {}
         for name, weight in self.stacks.items():
             origin = made.get(name)
             if origin is not None and origin.by_expert(weight.experts):
-                self.names.add(name)
                 for source, (number, piece) in origin.expert_parts().items():
                     self.places[source] = (name, origin, number, piece)
 

@@ -1,27 +1,37 @@
 """Base of a merge: found by its recorded or given name, and checked to be the one the adapter was trained on."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts
 from qlora_cli.core.adapters.adapter_record import AdapterRecord
-from qlora_cli.core.device import DTYPES
+from qlora_cli.core.adapters.merged_experts import find_stacks
+from qlora_cli.core.device import DTYPES, dtype_name
 from qlora_cli.core.merge.delta import biased_module
-from qlora_cli.core.merge.plan import main_dtype
-from qlora_cli.core.models.account import FourBitPlan, plan_packing
+from qlora_cli.core.models.account import VALUES, FourBitPlan, plan_packing
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.identity import BaseIdentity, config_digest
 from qlora_cli.core.models.structure import build_empty, config_with_biases
+from qlora_cli.core.models.weight_names import WeightOrigin, find_origins, map_names
 from qlora_cli.core.rope_scaling import require_scaled
+from qlora_cli.core.storage.safetensors_file import DTYPES as STORED
+from qlora_cli.core.storage.safetensors_file import TensorFile
 from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import StoredFormat, stored_format
-from qlora_cli.errors import AdapterError, QloraError
+from qlora_cli.errors import AdapterError, MergeError, ModelError, QloraError
 from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.settings.groups import ModelSettings, QuantizationSettings
+
+# What is left of a merge that cannot put its weights back.
+UNMERGED = "use the adapter unmerged, or merge with --base original where it leaves those weights alone"
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,26 @@ class Base:
     @property
     def _packing(self) -> FourBitPlan:
         return plan_packing(self.model, self.skipped)
+
+
+def main_dtype(files: Sequence[TensorFile]) -> torch.dtype:
+    """The floating dtype most of a checkpoint's bytes are in.
+
+    Raises:
+        ModelError: It is none that values are stored in as they are.
+    """
+    counts: Counter[str] = Counter()
+    for file in files:
+        for entry in file.entries.values():
+            counts[entry.dtype_name] += entry.total_bytes
+    stored = counts.most_common(1)[0][0]
+    if stored not in VALUES:
+        name = dtype_name(STORED[stored]) if stored in STORED else stored
+        raise ModelError(
+            f"The base checkpoint's weights are stored as {name}: it is quantised already.",
+            "Give the 16-bit model that it was made from with --model.",
+        )
+    return STORED[stored]
 
 
 def find_base(source: AdapterRecord, settings: ModelSettings, report: Report) -> Base:
@@ -168,3 +198,70 @@ def _find_trained(files: ModelFiles, source: AdapterRecord, settings: ModelSetti
     left_out = ("quantization_config", "dtype", "torch_dtype")
     alike = config_digest(trained.directory, left_out) == config_digest(files.directory, left_out)
     return trained if alike and trained.config_sha256 == source.base.config_sha256 else None
+
+
+def find_rearranged(
+    weights: Collection[str],
+    stacks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    model: PreTrainedModel,
+    *,
+    by_rows: bool,
+    way: str,
+) -> dict[str, tuple[WeightOrigin, dict[str, Tensor]]]:
+    """Stored tensors of which weights that a merge changes are made by rows, with what `WeightOrigin.rows` says of them.
+
+    Args:
+        weights: That are changed and not stored as they are, by name in the model.
+        stacks: Of experts that are changed, and how many each has.
+        shapes: Of the stored tensors.
+        model: On any device.
+        by_rows: Whether changed rows can be put back.
+        way: What to do where it cannot be done.
+
+    Raises:
+        MergeError: A weight is stored so that what is changed of it cannot be put back.
+    """
+    if not weights and not stacks:
+        return {}
+    origins = find_origins(shapes, model)
+    found: dict[str, tuple[WeightOrigin, dict[str, Tensor]]] = {}
+    for origin in origins.of.values() if by_rows and weights else ():
+        if not set(origin.targets).intersection(weights) or (rows := origin.rows(shapes, model)) is None:
+            continue
+        found |= dict.fromkeys(origin.names, (origin, rows))
+    made = origins.made
+    lost = sorted(set(weights) - {target for _, rows in found.values() for target in rows})
+    lost += sorted(name for name, experts in stacks.items() if name not in made or not made[name].by_expert(experts))
+    if lost:
+        raise MergeError(
+            f"{len(lost)} weights that were trained against are not in the base checkpoint as they are in the model, "
+            f"first {lost[0]}.",
+            f"It is rearranged as it loads: {way}.",
+        )
+    return found
+
+
+def check_mergeable(files: ModelFiles) -> None:
+    """Asks, before anything is trained, what a merge asks that sends a model's weights through 4 bits: of its files where
+    they are here, else of those that transformers would save.
+
+    Raises:
+        MergeError: It will be refused.
+    """
+    model = build_empty(files.config, trust_remote_code=files.trust_remote_code)
+    stored = stored_format(files.config, files.name)
+    if not any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)):
+        return
+    packed = plan_packing(model, stored.skipped if stored else ()).packed
+    stacks = {name: weight.experts for name, weight in find_stacks(model, packed).items()}
+    try:
+        with Checkpoint(files.directory, stored) as checkpoint:
+            shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    except ModelError:  # they are not here
+        shapes = {
+            name: tuple(value.shape) for name, value in revert_weight_conversion(model, model.state_dict()).items()
+        }
+    weights = packed - set(map_names(shapes, model)) - set(stacks)
+    four_bit = stored is not None and stored.is_four_bit
+    find_rearranged(weights, stacks, shapes, model, by_rows=not four_bit, way=UNMERGED)

@@ -1,6 +1,5 @@
 """Plan of a merged checkpoint: for each of its files the header, and the tasks that compute its tensors."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,15 +11,16 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.core.adapters.merged_experts import MergedExperts
 from qlora_cli.core.device import dtype_name
 from qlora_cli.core.merge.arithmetic import ROWS_ELEMENTS, RowsOf, merge_rows, restored_rows, restores_by_rows
+from qlora_cli.core.merge.base import UNMERGED, find_rearranged, main_dtype
 from qlora_cli.core.merge.delta import WeightDelta
 from qlora_cli.core.merge.weight_tying import settle_tying
-from qlora_cli.core.models.account import VALUES, plan_packing
+from qlora_cli.core.models.account import plan_packing
 from qlora_cli.core.models.quantization import QUANT_STATE_BYTES, pack_weight, packed_tensors
-from qlora_cli.core.models.weight_names import WeightOrigin, find_origins
-from qlora_cli.core.storage.safetensors_file import DTYPES, HeldTensor, TensorFile, TensorSpec, make_header
+from qlora_cli.core.models.weight_names import WeightOrigin
+from qlora_cli.core.storage.safetensors_file import HeldTensor, TensorFile, TensorSpec, make_header
 from qlora_cli.core.storage.safetensors_header import Header, TensorEntry
 from qlora_cli.core.weights.stored_formats import StoredFormat
-from qlora_cli.errors import MergeError, ModelError
+from qlora_cli.errors import MergeError
 from qlora_cli.settings.groups import QuantizationSettings
 
 COPY_BYTES = 4 * 2**20  # moved at a time where nothing is computed
@@ -74,26 +74,6 @@ class MergeOptions:
     device: torch.device  # where weights are worked on
 
 
-def main_dtype(files: Sequence[TensorFile]) -> torch.dtype:
-    """The floating dtype most of a checkpoint's bytes are in.
-
-    Raises:
-        ModelError: It is none that values are stored in as they are.
-    """
-    counts: Counter[str] = Counter()
-    for file in files:
-        for entry in file.entries.values():
-            counts[entry.dtype_name] += entry.total_bytes
-    stored = counts.most_common(1)[0][0]
-    if stored not in VALUES:
-        name = dtype_name(DTYPES[stored]) if stored in DTYPES else stored
-        raise ModelError(
-            f"The base checkpoint's weights are stored as {name}: it is quantised already.",
-            "Give the 16-bit model that it was made from with --model.",
-        )
-    return DTYPES[stored]
-
-
 @dataclass
 class MergePlanner:
     """Plans a merged checkpoint: same files and order of tensors as the base."""
@@ -132,8 +112,16 @@ class MergePlanner:
         parameter_of = {name: parameter for parameter, name in self.names.items()}
         self.names = {**self.names, **tying.borrowed}
         self.deltas = tying.deltas
-        self.rearranged = self._find_rearranged()
-        self._check_sources()
+        stacks = {n: w.experts for n, w in self.experts.stacks.items() if self.options.restore or n in self._merged}
+        self.rearranged = find_rearranged(
+            self._merged - set(self.names) - set(self.experts.stacks),
+            stacks,
+            {name: entry.shape for file in self.files for name, entry in file.entries.items()},
+            self.model,
+            by_rows=not self.options.pack and not (self.stored is not None and self.stored.is_four_bit),
+            way="leave --quantize out" if self.options.pack else UNMERGED,
+        )
+        self._check_shapes()
         # Parameter → its layer's weight in the checkpoint, and what it is called there.
         weights = {bias: self.names[bias.removesuffix("bias") + "weight"] for bias in sorted(self.new_biases)}
         new_biases = {bias: (weight, weight.removesuffix("weight") + "bias") for bias, weight in weights.items()}
@@ -171,35 +159,15 @@ class MergePlanner:
 
     @property
     def _merged(self) -> set[str]:
-        """Parameters that are not copied as they are stored."""
-        return set(self.deltas) | (self.linears if self.options.restore or self.options.pack else set())
+        """Parameters of the base that are not copied as they are stored."""
+        changed = set(self.deltas) | (self.linears if self.options.restore or self.options.pack else set())
+        return changed - set(self.new_biases)
 
-    def _find_rearranged(self) -> dict[str, tuple[WeightOrigin, dict[str, torch.Tensor]]]:
-        lost = self._merged - set(self.names) - set(self.experts.stacks) - set(self.new_biases)
-        if not lost or self.options.pack or (self.stored is not None and self.stored.is_four_bit):
-            return {}
-        shapes = {name: entry.shape for file in self.files for name, entry in file.entries.items()}
-        found: dict[str, tuple[WeightOrigin, dict[str, torch.Tensor]]] = {}
-        for origin in find_origins(shapes, self.model).of.values():
-            if lost.intersection(origin.targets) and (rows := origin.rows(shapes, self.model)) is not None:
-                found |= dict.fromkeys(origin.names, (origin, rows))
-        return found
-
-    def _check_sources(self) -> None:
-        needed = self._merged - {target for _, rows in self.rearranged.values() for target in rows}
-        stacks = set(self.experts.stacks) if self.options.restore else set(self.experts.stacks) & needed
-        needed -= stacks | set(self.new_biases)
-        missing = sorted(name for name in needed if name not in self.names)
-        missing += sorted(stacks - self.experts.names)
-        if missing:
-            raise MergeError(
-                f"{len(missing)} weights that were trained against are not in the base checkpoint as they are in the "
-                f"model, first {missing[0]}.",
-                f"It is rearranged as it loads: {'leave --quantize out' if self.options.pack else 'use the adapter unmerged'}.",
-            )
+    def _check_shapes(self) -> None:
+        made_otherwise = {target for _, rows in self.rearranged.values() for target in rows} | set(self.experts.stacks)
         stored = {name: entry for file in self.files for name, entry in file.entries.items()}
         state = self.model.state_dict()
-        for name in sorted(needed):
+        for name in sorted(self._merged - made_otherwise):
             found, shape = stored[self.names[name]], tuple(state[name].shape)
             if found.shape != shape:
                 raise MergeError(

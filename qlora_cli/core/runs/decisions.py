@@ -8,6 +8,7 @@ from qlora_cli.artifacts import CHECKPOINTS
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.device import dtype_name, is_slow_on_cpu, resolve_compute_dtype
 from qlora_cli.core.matmul.arithmetic import takes_long
+from qlora_cli.core.merge.base import check_mergeable
 from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.run_plan import (
     RunPlan,
@@ -23,6 +24,7 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.training.lr_schedule import count_warmup_steps
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
+from qlora_cli.errors import MergeError
 from qlora_cli.events import Caution, Notice
 
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
@@ -84,6 +86,10 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         )
     if config.compile and run.device.type == "cpu":
         run.report(Notice("Layers are not compiled on a CPU: --compile does nothing."))
+    try:
+        check_mergeable(inputs.files)
+    except MergeError as error:
+        run.report(Caution(f"qlora merge will refuse what is trained here: {error.message} {error.hint}"))
     compute_dtype = resolve_compute_dtype(config.compute_dtype, run.device)
     if run.device.type == "cpu" and is_slow_on_cpu(compute_dtype):
         run.report(
