@@ -9,9 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.commands.generate import generate
+from qlora_cli.commands.inspect import inspect
 from qlora_cli.commands.merge import merge
 from qlora_cli.commands.train import train
-from qlora_cli.config import GenerateConfig, MergeConfig, TrainConfig
+from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, TrainConfig
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import build_empty, has_position_table
@@ -206,6 +207,9 @@ def test_a_head_that_the_configuration_ties_and_the_checkpoint_does_not_stays_it
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] = head = weights["model.embed_tokens.weight"].flip(0).contiguous()
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    counted = inspect(InspectConfig(model=str(base)), report_nothing)  # what memory is predicted from
+    base_parameters = counted["total_parameters"] - counted["trainable_parameters"]
+    assert base_parameters == sum(weight.numel() for weight in weights.values())
     for _ in range(2):
         events = []
         files = resolve_model(str(base), report=events.append)

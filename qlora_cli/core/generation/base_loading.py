@@ -65,7 +65,7 @@ def count_streamed_layers(
 
     try:
         profile = profile_model(
-            files.config,
+            files.held_config,
             LoraSettings(),
             quantization,
             compute_dtype=compute_dtype,

@@ -63,7 +63,7 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
 
     def profile_with_rank(rank: int) -> ModelProfile:
         return profile_model(
-            model_config,
+            files.held_config,
             replace(config, rank=rank),
             config,
             compute_dtype=compute_dtype,

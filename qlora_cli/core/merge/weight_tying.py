@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.core.merge.delta import WeightDelta
-from qlora_cli.core.storage.safetensors_file import TensorFile
+from qlora_cli.core.models.structure import embedding_names
+from qlora_cli.core.storage.safetensors_file import TensorFile, are_equal
 from qlora_cli.errors import AdapterError
-
-COMPARED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -21,13 +19,6 @@ class Tying:
     borrowed: Mapping[str, str]  # parameters that need a tensor of their own now → the base tensor to start from
     untied: bool  # the base's embeddings are tied and the merged ones are not
     vocabulary: int | None  # new number of embedding rows, None where it stays
-
-
-def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
-    """Parameter names of the input embeddings and of the output head, as far as there is one."""
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    places = {id(module): name for name, module in model.named_modules()}
-    return f"{places[id(inputs)]}.weight", None if head is None else f"{places[id(head)]}.weight"
 
 
 def settle_tying(
@@ -69,7 +60,7 @@ def settle_tying(
     present = [name for name in (inputs, head) if name in names]
     file_of = {name: file for file in files for name in file.entries}
     stored = [(file_of[names[name]], names[name]) for name in present]
-    if len(stored) == 2 and not _are_equal(*stored):
+    if len(stored) == 2 and not are_equal(*stored):
         return Tying(deltas, {}, True, vocabulary)
     if not present or first == second or _same_replacement(first, second, adapter):
         kept = {name: delta for name, delta in deltas.items() if name in present or name not in (inputs, head)}
@@ -84,17 +75,7 @@ def _same_replacement(first: WeightDelta | None, second: WeightDelta | None, ada
         return False
     if replace(first, replacement=None, embedding=False) != replace(second, replacement=None, embedding=False):
         return False
-    return _are_equal((adapter, first.replacement), (adapter, second.replacement))
-
-
-def _are_equal(first: tuple[TensorFile, str], second: tuple[TensorFile, str]) -> bool:
-    """Whether two tensors, each in its file, are the same in shape, dtype and values."""
-    one, two = (file.entries[name] for file, name in (first, second))
-    if (one.shape, one.dtype) != (two.shape, two.dtype):
-        return False
-    starts = range(0, one.shape[0], COMPARED_ROWS)
-    blocks = (slice(start, min(start + COMPARED_ROWS, one.shape[0])) for start in starts)
-    return all(torch.equal(first[0].read(one.name, rows), second[0].read(two.name, rows)) for rows in blocks)
+    return are_equal((adapter, first.replacement), (adapter, second.replacement))
 
 
 def _check_vocabulary(

@@ -6,18 +6,22 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.experts.layout import ExpertWeight, expert_weights
 from qlora_cli.core.experts.stack import can_pack
 from qlora_cli.core.models.raw_weights import read_raw
-from qlora_cli.core.models.structure import head_names, is_plain_linear
-from qlora_cli.core.models.weight_names import WeightOrigins, find_origins
+from qlora_cli.core.models.structure import build_empty, embedding_names, head_names, is_plain_linear
+from qlora_cli.core.models.weight_names import WeightOrigins, find_origins, map_names
+from qlora_cli.core.storage.safetensors_file import are_equal
 from qlora_cli.core.storage.safetensors_header import TensorEntry
+from qlora_cli.core.weights.checkpoint import Checkpoint
+from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import ModelError
 
 HEAD, EMBEDDING = "output head", "embeddings"
@@ -237,6 +241,23 @@ def account_for(model: PreTrainedModel, names: Iterable[str], skipped: Iterable[
     missing = (tied[0] for tied in groups if not any(p.search(name) for p in optional for name in tied))
     _require_experts(model, origins)
     return Account(plan_packing(model, skipped), origins, tuple(missing))
+
+
+def holds_own_head(config: PreTrainedConfig, directory: Path, *, trust_remote_code: bool = False) -> bool:
+    """Whether the weights in a directory, if there are any, hold embeddings and a head that differ, where the configuration
+    ties them: transformers 5 takes both as they are."""
+    model = build_empty(config, trust_remote_code=trust_remote_code)
+    inputs, head = embedding_names(model)
+    if head is None or model.get_parameter(inputs) is not model.get_parameter(head):
+        return False
+    try:
+        with Checkpoint(directory, stored_format(config, str(directory))) as checkpoint:
+            names = map_names(checkpoint.entries, model)
+            home = {name: file for file in checkpoint.files for name in file.entries}
+            stored = [(home[names[each]], names[each]) for each in (inputs, head) if each in names]
+            return len(stored) == 2 and not are_equal(*stored)
+    except ModelError:  # they are not here
+        return False
 
 
 def _require_experts(model: nn.Module, origins: WeightOrigins) -> None:

@@ -1,5 +1,6 @@
 """Files of one model: found or downloaded once a command, then its configuration, tokenizer, weights and identity."""
 
+import copy
 import hashlib
 import json
 import re
@@ -59,6 +60,25 @@ class ModelFiles:
         config = self._read_config()
         if self.rope_scaling is not None:
             self.report(Notice(scale_positions(config, self.rope_scaling, self.name)))
+        return config
+
+    @cached_property
+    def held_config(self) -> PreTrainedConfig:
+        """The configuration as the weights that are here have it, by which memory is counted: one that ties embeddings and
+        head of weights that hold two is without that.
+
+        Raises:
+            ModelError: As `config`.
+        """
+        from qlora_cli.core.models.account import holds_own_head  # torch
+
+        sections = (self.config, self.config.get_text_config(decoder=True))
+        if not any(getattr(section, "tie_word_embeddings", False) for section in sections):
+            return self.config
+        if not holds_own_head(self.config, self.directory, trust_remote_code=self.trust_remote_code):
+            return self.config
+        config = copy.deepcopy(self.config)
+        config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
         return config
 
     @property

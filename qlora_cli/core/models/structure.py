@@ -214,6 +214,13 @@ def head_names(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if module is head]
 
 
+def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Parameter names of the input embeddings and of the output head, as far as there is one."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    places = {id(module): name for name, module in model.named_modules()}
+    return f"{places[id(inputs)]}.weight", None if head is None else f"{places[id(head)]}.weight"
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of every linear layer that is called but the output head (nn.Linear, its subclasses, Conv1D, 4-bit)."""
     left_out = {*head_names(model), *read_raw(model)}

@@ -51,7 +51,7 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
     config, footprint, data = run.config, inputs.profile.footprint, inputs.data
     memory = plan_run_memory(
         config,
-        inputs.files.config,
+        inputs.files.held_config,
         inputs.profile,
         lengths=measure_rows(
             config,

@@ -101,7 +101,7 @@ def read_inputs(run: Run) -> RunInputs:
         report=run.report,
     )
     stored_format(files.config, files.name)  # refuses what cannot be trained on before anything is downloaded
-    profile = profile_run(config, files.config, run.device)
+    profile = profile_run(config, files.held_config, run.device)
     with run.accelerator.main_process_first():
         if config.prepared is None:
             spare = run.output / SPARE_ROWS

@@ -20,6 +20,7 @@ from qlora_cli.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+COMPARED_ROWS = 1024
 AHEAD_BYTES = 64 * 2**20  # the disk reads on while what came is worked on; of itself the system asks for 128 KiB
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in safetensors_header.DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -175,3 +176,13 @@ def list_weight_files(directory: Path) -> list[str]:
             "Download or copy the model again.",
         )
     return names
+
+
+def are_equal(first: tuple[TensorFile, str], second: tuple[TensorFile, str]) -> bool:
+    """Whether two tensors, each in its file, are the same in shape, dtype and values."""
+    one, two = (file.entries[name] for file, name in (first, second))
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    starts = range(0, one.shape[0], COMPARED_ROWS)
+    blocks = (slice(start, min(start + COMPARED_ROWS, one.shape[0])) for start in starts)
+    return all(torch.equal(first[0].read(one.name, rows), second[0].read(two.name, rows)) for rows in blocks)
