@@ -328,3 +328,18 @@ def describe_place(directory: Path) -> tuple[str, str] | None:
 def is_prepared(directory: Path) -> bool:
     """Whether the directory was written by `qlora prepare`."""
     return (directory / PREPARED_MANIFEST).is_file()
+
+
+def find_near(place: Path, name: str) -> Path | None:
+    """The directory that was probably meant, of those with a file of this name: the one that a file lies in, or at most two
+    levels below a directory, as checkpoints and snapshots of a hub's cache lie, that of the last step, or the newest; None
+    where there is none."""
+    if place.is_file():
+        return place.parent if (place.parent / name).is_file() else None
+    found = [*place.glob(f"*/{name}"), *place.glob(f"*/*/{name}")]
+
+    def age(path: Path) -> tuple[int, float]:
+        step = re.search(r"-(\d+)$", path.parent.name)
+        return int(step[1]) if step else -1, path.stat().st_mtime
+
+    return max(found, key=age).parent if found else None

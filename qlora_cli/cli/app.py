@@ -52,7 +52,16 @@ class Call:
     sign: LoadingSign
 
     def load(self, name: str) -> Any:
-        """The module of a command, imported; until then a sign says so."""
+        """The module of a command, imported; until then a sign says so.
+
+        Raises:
+            UsageError: This Python leaves out what the libraries read of their own docstrings.
+        """
+        if sys.flags.optimize > 1:
+            raise UsageError(
+                "Python runs without docstrings (PYTHONOPTIMIZE=2, or -OO), of which transformers makes classes.",
+                "Type: unset PYTHONOPTIMIZE, and the command again.",
+            )
         with loading(), uncollected():
             module = importlib.import_module(f"qlora_cli.{name}")
         self.sign.stop()

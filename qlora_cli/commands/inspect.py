@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.artifacts import is_model, is_prepared, is_run
+from qlora_cli.artifacts import ADAPTER_CONFIG, find_near, is_model, is_prepared, is_run
 from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.inspection.run_summary import describe_run
 from qlora_cli.core.runs.validate import list_given, report_idle
@@ -89,6 +89,8 @@ def _require_directory(place: Path) -> None:
             inside += [shlex.quote(str(each))] if is_run(each) else []
     if inside:
         hint = f"Type: qlora inspect {' '.join(inside)}"
+    elif near := next(filter(None, (find_near(place, name) for name in (ADAPTER_CONFIG, "config.json"))), None):
+        hint = f"Type: qlora inspect {shlex.quote(str(near))}"
     elif place.exists():
         hint = f"Of rows type: qlora prepare --model MODEL --data {shown}"
     else:

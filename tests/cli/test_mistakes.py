@@ -127,6 +127,38 @@ def test_what_stands_behind_the_wrong_flag_is_named_with_the_right_one(line, mea
     assert capsys.readouterr().err.splitlines()[-1].endswith(meant)
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train --data a.txt --model hub/models--org--m", "→ Type: --model hub/models--org--m/snapshots/01"),
+        ("train --data a.txt --model https://huggingface.co/org/m/tree/main", "→ Type: --model org/m"),
+        ("train --data a.txt --model weights", "it holds GGUF, which is not trained on."),
+        ("train --data a.txt --model run", "→ That goes by: --adapter run"),
+        ("train --data a.txt --model gone", "gone is a link that leads nowhere."),
+        ("train --model m --data gone", "gone is a link that leads nowhere."),
+        ("train --model m --data https://huggingface.co/datasets/org/rows", "→ Type: --data org/rows"),
+        ("generate hi --adapter run/adapter_model.safetensors", "→ Type: --adapter run"),
+        ("merge --adapter theirs", "→ Type: --adapter theirs/checkpoint-1000"),
+        ("merge --adapter apple", "only adapters.safetensors, as mlx-lm writes it, is there"),
+        ("inspect run/run.yaml", "→ Type: qlora inspect run"),
+        ("inspect hub/models--org--m", "→ Type: qlora inspect hub/models--org--m/snapshots/01"),
+    ],
+)
+def test_a_place_near_the_one_that_was_meant_is_told_from_it(line, says, tmp_path, monkeypatch, capsys):
+    """A file of it, the folder above it, its address, a link to where it was, or what another tool writes."""
+    run = [f"run/{name}" for name in ("run.yaml", "config.json", "adapter_config.json", "adapter_model.safetensors")]
+    theirs = [f"theirs/checkpoint-{step}/adapter_config.json" for step in (1000, 500)]
+    apple = ["apple/adapter_config.json", "apple/adapters.safetensors"]
+    snapshot = "hub/models--org--m/snapshots/01/config.json"
+    for place in (*run, *theirs, *apple, snapshot, "m/config.json", "weights/m.gguf", "a.txt"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("{}")
+    (tmp_path / "gone").symlink_to("elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line)) == 1
+    assert says in capsys.readouterr().err
+
+
 def test_a_settings_file_is_named_for_what_it_says_and_not_for_what_is_typed(tiny_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.jsonl").write_text('{"body": "A lake."}\n')
     (tmp_path / "own.yaml").write_text("text_column: quote\n")

@@ -17,6 +17,7 @@ from qlora_cli.artifacts import (
     CHECKPOINTS,
     RUN_RECORD,
     describe_place,
+    find_near,
     find_run_record,
     is_model,
     is_prepared,
@@ -71,12 +72,14 @@ def _no_adapter(directory: Path) -> AdapterError:
     way = "Train one with: qlora train, or give --adapter the right directory."
     if not directory.exists():
         return AdapterError(f"There is no adapter in {directory}: there is no such directory.", way)
+    near = find_near(directory, ADAPTER_CONFIG)
+    meant = f"Type: --adapter {shlex.quote(str(near))}" if near else None
     if directory.is_file():
-        found, way = "it is a file, and an adapter is a directory", "Give --adapter the directory of a run."
+        found, way = "it is a file, and an adapter is a directory", meant or "Give --adapter the directory of a run."
     elif is_prepared(directory) or is_model(directory):
         found, way = describe_place(directory) or ("", way)
     else:
-        found = f"{ADAPTER_CONFIG} is missing"
+        found, way = f"{ADAPTER_CONFIG} is missing", meant or way
     return AdapterError(f"There is no adapter in {directory}: {found}.", way)
 
 
@@ -93,6 +96,9 @@ def read_adapter(directory: Path) -> AdapterFacts:
         pickle = next(directory.glob("adapter_model*.bin"), None)
         found = f"only {pickle.name}, a pickle file, is there and is not read" if pickle else "it is missing"
         hint = "Save the adapter as safetensors." if pickle else way_on(directory)
+        if other := next(directory.glob("adapters.*"), None):
+            found = f"only {other.name}, as mlx-lm writes it, is there and is not read"
+            hint = "Convert it to PEFT's names, or train it again with: qlora train"
         raise AdapterError(f"{weights_path} is needed: {found}.", hint)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 from qlora_cli.settings.groups import DataSettings
-from qlora_cli.settings.ranges import HUB_ID
+from qlora_cli.settings.ranges import HUB_ADDRESS, HUB_ID
 from qlora_cli.settings.setting import is_given
 from qlora_cli.sizes import format_bytes, format_count
 
@@ -192,6 +192,8 @@ def require_data(data: str) -> None:
         raise DataError(f"{data} is no data to prepare: {found}.", way)
     if path.is_file() or path.is_dir():
         return
+    if path.is_symlink():
+        raise DataError(f"{data} is a link that leads nowhere.", "Mend the link, or give --data the file itself.")
     if path.exists():
         raise DataError(f"{data} is a pipe or a device, whose rows cannot be read twice.", "Write them to a file.")
     if _is_pattern(data):
@@ -202,7 +204,10 @@ def require_data(data: str) -> None:
     like_file = kind_of(path) is not None and ("/" not in data or path.parent.is_dir())
     name, colon, configuration = data.partition(":")
     if not HUB_ID.fullmatch(name) or (colon and not re.fullmatch(r"[\w.-]+", configuration)) or like_file:
-        raise DataError(f"There is no file or folder {data}.", "Check --data.")
+        address = HUB_ADDRESS.fullmatch(data)
+        raise DataError(
+            f"There is no file or folder {data}.", f"Type: --data {address[1]}" if address else "Check --data."
+        )
 
 
 def _is_pattern(data: str) -> bool:

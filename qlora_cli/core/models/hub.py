@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,21 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
-from qlora_cli.artifacts import MERGE_RECORD, TEMPLATES, TOKENIZER_FILES, cache_root, describe_place, write_json
+from qlora_cli.artifacts import (
+    ADAPTER_CONFIG,
+    MERGE_RECORD,
+    TEMPLATES,
+    TOKENIZER_FILES,
+    cache_root,
+    describe_place,
+    find_near,
+    write_json,
+)
 from qlora_cli.core.storage.content_digest import content_digests, was_written_since
 from qlora_cli.core.storage.temporaries import heal, sweep
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
-from qlora_cli.settings.ranges import HUB_ID
+from qlora_cli.settings.ranges import HUB_ADDRESS, HUB_ID
 from qlora_cli.sizes import format_bytes
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
@@ -69,16 +79,32 @@ def find_directory(model: str) -> Path | None:
     """
     directory = Path(model).expanduser()
     heal(directory)
+    if (directory / "config.json").is_file():
+        if (directory / ADAPTER_CONFIG).is_file() and not any(directory.glob("model*.safetensors")):
+            found, way = describe_place(directory) or ("", "")
+            raise ModelError(f"{model} is no model: {found}.", way)
+        return directory
+    near = find_near(directory, "config.json")
+    meant = f"Type: --model {shlex.quote(str(near))}" if near else None
     if not directory.is_dir():
         if directory.is_file():
-            raise ModelError(f"{model} is a file.", "Give --model the directory of a transformers checkpoint.")
+            raise ModelError(f"{model} is a file.", meant or "Give --model the directory of a transformers checkpoint.")
+        if directory.is_symlink():
+            raise ModelError(
+                f"{model} is a link that leads nowhere.", "Mend the link, or give --model the directory itself."
+            )
         if not HUB_ID.fullmatch(model):
-            raise ModelError(f"No model directory at {model}.", "Check the path, or give a hub id such as org/name.")
+            address = HUB_ADDRESS.fullmatch(model)
+            way = f"Type: --model {address[1]}" if address else "Check the path, or give a hub id such as org/name."
+            raise ModelError(f"No model directory at {model}.", way)
         return None
-    if not (directory / "config.json").is_file():
-        found, way = describe_place(directory) or ("", "Give --model a transformers checkpoint.")
-        raise ModelError(f"{model} is a directory without config.json{found and ': '}{found}.", way)
-    return directory
+    found, way = describe_place(directory) or ("", meant or "Give --model a transformers checkpoint.")
+    if not found and any(directory.glob("*.gguf")):
+        found, way = (
+            "it holds GGUF, which is not trained on",
+            "Give --model the 16-bit checkpoint that it was made from.",
+        )
+    raise ModelError(f"{model} is a directory without config.json{found and ': '}{found}.", way)
 
 
 def look_up_early(model: str, revision: str | None, report: Report) -> None:
