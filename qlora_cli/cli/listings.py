@@ -1,7 +1,9 @@
 """Listings that need no model: the recipes for --config, and the JSON schema of a settings file."""
 
 import json
+import textwrap
 
+from qlora_cli.cli.screens.drawing import columns_of_terminal
 from qlora_cli.config_file import describe_recipe, list_recipes, schema_of
 
 
@@ -11,5 +13,8 @@ def print_listing(config_type: type, *, schema: bool) -> None:
         print(json.dumps(schema_of(config_type), indent=2))
         return
     for name, path in list_recipes().items():
-        print(f"{name}\n  {describe_recipe(path)}")
+        columns = min(columns_of_terminal(), 120)
+        print(
+            name, *textwrap.wrap(describe_recipe(path), columns, initial_indent="  ", subsequent_indent="  "), sep="\n"
+        )
     print("\nStart one with: qlora train --config NAME")

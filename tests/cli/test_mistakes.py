@@ -222,12 +222,14 @@ def test_the_schema_of_a_settings_file_allows_what_train_writes_and_no_more(caps
     assert schema["properties"]["quant_type"]["enum"] == ["nf4", "fp4"]
 
 
-def test_recipes_are_the_files_of_the_examples(capsys):
+def test_recipes_are_the_files_of_the_examples(capsys, monkeypatch):
     from qlora_cli.config_file import list_recipes
     from tests.hub import PROJECT
 
+    monkeypatch.setenv("COLUMNS", "50")
     assert main(["train", "--list-recipes"]) == 0
     said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 50
     examples = {path.stem: path for path in (PROJECT / "examples").glob("*.yaml")}
     assert set(examples) == set(list_recipes())
     for name, path in list_recipes().items():

@@ -284,13 +284,12 @@ def _folder_source(data: str, folder: Path, split: str, report: Report) -> Sourc
     readme = folder / "README.md"
     if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
         return _dataset_folder(data, folder, None, split, {"split": split})
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and kind_of(file) and not _is_hidden(file, folder) and file.name not in METADATA
-    ]
+    found = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _is_hidden(file, folder)]
+    files = [file for file in found if kind_of(file) and file.name not in METADATA]
     if not files:
         raise DataError(f"{data} holds no data files.", f"These are read: {READABLE}.")
+    if unread := [file for file in found if not kind_of(file) and file.stem.upper() not in ("README", "LICENSE")]:
+        report(Caution(f"{data}: left out, as their kind is not known by their names: {_listed(unread, folder)}."))
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -299,14 +298,17 @@ def _folder_source(data: str, folder: Path, split: str, report: Report) -> Sourc
     if split not in by_split:
         raise _no_split(data, split, filter(None, by_split))
     if unnamed := by_split.get(""):
-        names = ", ".join(str(file.relative_to(folder)) for file in unnamed[:5]) + ", ..." * (len(unnamed) > 5)
         report(
             Caution(
                 f"{data}: {len(by_split[split])} of {len(files)} files are named after the split {split!r}, the others are "
-                f"left out: {names}. Give --data a glob, such as '{data}/*', to take them all."
+                f"left out: {_listed(unnamed, folder)}. Give --data a glob, such as '{data}/*', to take them all."
             )
         )
     return _files_source(data, by_split[split], split=split)
+
+
+def _listed(files: list[Path], folder: Path) -> str:
+    return ", ".join(str(file.relative_to(folder)) for file in files[:5]) + ", ..." * (len(files) > 5)
 
 
 def _is_hidden(file: Path, asked: Path) -> bool:
