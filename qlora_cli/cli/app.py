@@ -360,8 +360,8 @@ def _run(arguments: list[str]) -> int:
         return run_program(COMMANDS, arguments)
     except (Exception, Terminated) as error:
         failure = _as_failure(error)
-        if isinstance(failure, UsageError) and found is not None:
-            failure.message += name_variable(failure.message, found, arguments)
+        if found is not None:
+            failure.message += name_variable(failure, found, arguments)
         if "--debug" in arguments and _speaks(failure):
             import traceback
 

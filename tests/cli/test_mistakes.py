@@ -59,6 +59,8 @@ MISTAKES = {
     "train -c .": (". is a directory", "--config list.yaml"),
     "train --model m --rank": ("'--rank' requires an argument", "qlora train --help"),
     "train ORG/NAME rows.jsonl": ("extra argument", "Did you mean: --model ORG/NAME --data rows.jsonl"),
+    "train —model m": ("extra argument", "two hyphens, and no longer dash: --model"),
+    "train --model m –-data rows.jsonl": ("extra argument", "two hyphens, and no longer dash: --data"),
     "merge run": ("extra argument", "Did you mean: --adapter run"),
     "generate -a run two words": ("extra argument", "in quotes"),
     "prepare -c train.yaml": ("rank is a setting of qlora train, and this is qlora prepare.", "train.yaml --dry-run"),
@@ -178,6 +180,8 @@ def test_a_settings_file_is_named_for_what_it_says_and_not_for_what_is_typed(tin
         ("train --model m", "data: rows.jsonl\noutput: rows.jsonl\n", "output: rows.jsonl"),
         ("prepare --data rows.jsonl", "model: rows.jsonl\n", "model: rows.jsonl"),
         ("generate x", "adapter: empty\n", "adapter: empty"),
+        ("train --model m", "prepared: nope\nformat: prompt\n", "prepared: nope"),
+        ("train", "prepared: nope\nmodel: m\n", "prepared: nope"),
     ],
 )
 def test_a_settings_file_is_named_for_what_is_refused_before_anything_is_loaded(

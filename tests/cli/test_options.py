@@ -139,6 +139,15 @@ def test_a_switch_of_the_environment_is_true_or_false(config_of, monkeypatch, ca
     assert config_of(["train"]) == TrainConfig()
 
 
+def test_a_place_that_the_environment_names_is_said_to_come_from_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_DATA", "nope.json")
+    assert main(["prepare", "-m", "org/name"]) == 1
+    assert (
+        "There is no file or folder nope.json. It comes from QLORA_DATA in the environment." in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("value", ["abc", "0"])
 def test_what_is_wrong_in_the_environment_is_said_to_stand_there(config_of, monkeypatch, capsys, value):
     monkeypatch.setenv("QLORA_RANK", value)

@@ -143,6 +143,8 @@ def explain_mistake(error: Any, commands: dict[str, Command]) -> str | None:
         extra := re.search(r"unexpected extra arguments? \((.*)\)|argument\(s\) \((.*)\)", said)
     ):
         flags = {flag for param in context.command.params for flag in param.opts}
+        if long := re.search(r"(?:^|[\s(])-?[‐-―−]+-?(\w[\w-]*)", extra[0]):
+            return f"A flag begins with two hyphens, and no longer dash: --{long[1]}"
         placed = place_words((extra[1] or extra[2]).split(), flags)
         return placed or ("A prompt of several words stands in quotes." if context.command.name == "generate" else None)
     typed = re.search(r"No such command '([^']*)'", said)
