@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from qlora_cli.core.adapters.lora import attach_adapter
@@ -520,6 +521,57 @@ def test_a_model_that_the_fast_engine_does_not_run_is_trained_plainly_and_that_i
     for kind in ("fast", "plain"):
         with pytest.raises(ModelError, match="llama does not run on a base in 4 bits: its own code ends in KeyError"):
             install(model, kind)
+
+
+@pytest.fixture
+def looking_up():
+    """A model whose layers look tokens up in a table of their own, and of which the last has the keys of another."""
+
+    def build(kind):
+        kinds = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+        table = {"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 384, "num_kv_shared_layers": 1}
+        sizes = {
+            "vocab_size": 384,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "head_dim": 16,
+        }
+        config = getattr(transformers, kind)(
+            **{**sizes, **kinds, **table, "num_key_value_heads": 2, "sliding_window": 16, "pad_token_id": 0},
+            **({"laurel_rank": 64, "altup_num_inputs": 2} if "3n" in kind else {"global_head_dim": 16}),
+        )
+        torch.manual_seed(0)
+        base = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.normal_(0, 0.1)
+        model = attach_adapter(base, LoraSettings(rank=4, alpha=8)).train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.1)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("kind", ["Gemma3nTextConfig", "Gemma4TextConfig"])
+def test_layers_that_look_tokens_up_again_train_on_what_they_find(looking_up, kind):
+    model, batch = looking_up(kind), batch_of()
+    _, plain, _ = step(model, batch, kind="plain")
+    for checkpointing in ("off", "on"):
+        _, found, engine = step(model, batch, gradient_checkpointing=checkpointing)
+        assert engine.packed
+        assert (found - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_layers_that_see_token_ids_in_another_way_are_trained_plainly_and_that_is_said(looking_up, monkeypatch):
+    model, events = looking_up("Gemma3nTextConfig"), []
+    for module in ("fast", "calibration"):
+        monkeypatch.setattr(f"qlora_cli.core.engine.{module}.inputs_by_token", lambda decoder, ids: {})
+    assert install(model, events=events).describe() == "plain"
+    assert "its layers see token ids besides the embeddings" in events[-1].text
 
 
 @pytest.mark.parametrize("kind", ["fast", "plain"])

@@ -65,6 +65,19 @@ def test_layers_without_adapters_keep_no_input():
     assert everywhere - attention_only == pytest.approx(BF16 * (256 + 1024 + 256 + 3 * 4), rel=1e-6)
 
 
+def test_layers_that_share_keys_and_look_tokens_up_can_be_followed():
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
+    config = transformers.Gemma4TextConfig(
+        **{**sizes, "num_key_value_heads": 2, "global_head_dim": 32, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        **{"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 512, "attention_k_eq_v": True},
+        num_global_key_value_heads=1,
+    )
+    layers = trace(config).layers
+    assert [layer.key_heads for layer in layers] == [2, 1, 2, 1]
+    assert layers[3].kept.held.per_token < layers[1].kept.held.per_token, "the last has no keys of its own"
+
+
 @pytest.mark.each_choice
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("architecture", most_slow(ARCHITECTURES, ("llama", "falcon", "bloom")))

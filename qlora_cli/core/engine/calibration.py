@@ -45,7 +45,7 @@ from qlora_cli.core.matmul.choice import (
 )
 from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.models.files import context_length
-from qlora_cli.core.models.structure import underlying_model
+from qlora_cli.core.models.structure import inputs_by_token, underlying_model
 from qlora_cli.core.streaming.streamed_base import describe_speed
 from qlora_cli.core.tiling.kept_attention import can_keep_attention
 from qlora_cli.errors import first_line
@@ -102,10 +102,12 @@ class Calibration:
         weight = self.embedding.weight
         # Sharded embeddings are gathered on the device, and FSDP2 asks for the whole model to be called first.
         away = weight.device.type != self.device.type and not isinstance(weight, DTensor)
-        return {"inputs_embeds": self._embed(ids)} if away else {"input_ids": ids}
+        return self._embedded(ids) if away else {"input_ids": ids}
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids.to(self.embedding.weight.device)).to(self.device)
+    def _embedded(self, ids: Tensor) -> dict[str, Tensor]:
+        """What a step gives the decoder for those tokens, ids of which it is not given."""
+        embedded = self.embedding(ids.to(self.embedding.weight.device)).to(self.device)
+        return {"inputs_embeds": embedded, **inputs_by_token(self.decoder, ids)}
 
     def _pack_states(
         self, ids: Tensor, lengths: tuple[int, ...], longest: int = 0, context: ContextGroup | None = None
@@ -120,7 +122,7 @@ class Calibration:
         equal = len(lengths) if self.equal_rows and len(set(lengths)) == 1 else 0
         mask = pack_mask(boundaries.to(self.device), max(longest, *lengths), equal)
         inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
-        return self.decoder(inputs_embeds=self._embed(ids), **inputs).last_hidden_state[0]
+        return self.decoder(**self._embedded(ids), **inputs).last_hidden_state[0]
 
     def run(self, lengths: tuple[int, ...] = TRIAL_LENGTHS) -> None:
         """One forward pass of rows of those lengths."""
@@ -131,7 +133,7 @@ class Calibration:
                 self._pack_states(ids, lengths)
             else:
                 rows = len(lengths) if len(set(lengths)) == 1 else 1
-                self.decoder(inputs_embeds=self._embed(ids.view(rows, -1)), use_cache=False)
+                self.decoder(**self._embedded(ids.view(rows, -1)), use_cache=False)
 
     def rows_of(self, tokens: int) -> tuple[int, ...]:
         """Lengths of rows with so many tokens together, or a few more, for each of which the model has positions."""
@@ -139,22 +141,24 @@ class Calibration:
         rows = -(-tokens // context)
         return (-(-tokens // rows),) * rows
 
-    def states(self, *, padded: bool = False) -> Tensor:
-        """Hidden states of the second of the trial's rows, alone; or, beside the first in padded rows, of both. Trials
-        of other attention send tokens to the experts that they go to here."""
+    def states(self, *, padded: bool = False, embedded: bool = False) -> Tensor:
+        """Hidden states of the second of the trial's rows, alone, by its token ids or as a step gives it, `embedded`; or,
+        beside the first in padded rows, of both. Trials of other attention send tokens to the experts that they go to here."""
         with self.routing.recorded():
-            return self._states(padded=padded)
+            return self._states(padded=padded, embedded=embedded)
 
     @torch.no_grad()
-    def _states(self, *, padded: bool) -> Tensor:
+    def _states(self, *, padded: bool, embedded: bool = False) -> Tensor:
         ids = self._ids(sum(TRIAL_LENGTHS))
         with self._evaluated():
             if not padded:
-                return self.decoder(**self._whole(ids[:, TRIAL_LENGTHS[0] :]), use_cache=False).last_hidden_state[0]
+                row = ids[:, TRIAL_LENGTHS[0] :]
+                given = self._embedded(row) if embedded else self._whole(row)
+                return self.decoder(**given, use_cache=False).last_hidden_state[0]
             rows = ids[0].split(TRIAL_LENGTHS)
             mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            hidden = self.decoder(inputs_embeds=self._embed(ids), attention_mask=mask, use_cache=False)
+            hidden = self.decoder(**self._embedded(ids), attention_mask=mask, use_cache=False)
             return hidden.last_hidden_state[mask.bool()]
 
     def why_padded_differs(self, own: Tensor) -> str | None:
@@ -212,7 +216,7 @@ class Calibration:
                 ids, attention_mask, labels = batch.padded()
                 inputs = {"attention_mask": attention_mask.to(self.device)}
             with torch.enable_grad():
-                logits = self.model(inputs_embeds=self._embed(ids), use_cache=False, **inputs).logits
+                logits = self.model(**self._embedded(ids), use_cache=False, **inputs).logits
                 targets = labels[:, 1:].flatten().to(self.device)
                 loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
                 torch.autograd.grad(loss, parameters, allow_unused=True)

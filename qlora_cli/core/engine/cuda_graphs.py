@@ -8,7 +8,7 @@ empty rows, and positions without a target. All graphs share one pool of memory,
 import gc
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class StepInputs:
         equal_rows: How many rows of `longest` tokens the pack consists of; 0 where they are not of one length.
         trained_tokens: How many labels are trained, or more.
         part: What else there is to know of a part of a pack, which then has no graph.
+        by_token: From `structure.inputs_by_token`, (1, T, ...) each.
     """
 
     embedded: Tensor
@@ -55,6 +56,7 @@ class StepInputs:
     equal_rows: int
     trained_tokens: int
     part: Part | None = None
+    by_token: dict[str, Tensor] = field(default_factory=dict)
 
     def noisy(self, alpha: float) -> "StepInputs":
         """The same with NEFTune's noise on each row's embeddings."""
@@ -62,9 +64,9 @@ class StepInputs:
         return replace(self, embedded=add_noise(self.embedded, lengths, alpha))
 
 
-def step_inputs(batch: MicroBatch, embedded: Tensor, *, equal_rows: bool) -> StepInputs:
-    """A micro-batch on the device, or a part of one, with its embeddings; `equal_rows` says whether rows of one length are
-    to be attended to as such."""
+def step_inputs(batch: MicroBatch, embedded: Tensor, by_token: dict[str, Tensor], *, equal_rows: bool) -> StepInputs:
+    """A micro-batch on the device, or a part of one, with its embeddings and what else was looked up; `equal_rows` says
+    whether rows of one length are to be attended to as such."""
     rows, part = batch.cu_seqlens.numel() - 1, batch.part
     tokens, filler = batch.pack_tokens, 0 if part is None else part.filler
     equal = equal_rows and rows * batch.max_seqlen == tokens
@@ -81,6 +83,7 @@ def step_inputs(batch: MicroBatch, embedded: Tensor, *, equal_rows: bool) -> Ste
         # A part without trained tokens has a place that counts nothing, for its backward pass is part of the others'.
         trained_tokens=batch.trained_tokens if part is None else max(batch.trained_tokens, 1),
         part=part,
+        by_token=by_token,
     )
 
 
@@ -114,6 +117,7 @@ def bucketed(inputs: StepInputs) -> StepInputs:
         longest=min(longest, wanted),
         equal_rows=0,
         trained_tokens=_trained(inputs, wanted),
+        by_token={n: F.pad(t, (0, 0) * (t.dim() - 2) + (0, added)) for n, t in inputs.by_token.items()},
     )
 
 
@@ -215,7 +219,7 @@ class StepGraphs:
         """The graph of this shape, filled with these inputs; None where this micro-batch has to run without one."""
         self.passes += 1
         addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
-        if self.failed or 0 in addresses:
+        if self.failed or 0 in addresses or any(given.requires_grad for given in inputs.by_token.values()):
             return None
         if addresses != self.addresses:
             self._drop()
@@ -232,6 +236,8 @@ class StepGraphs:
         if graph is not None:
             for name in ("embedded", "labels", "position_ids", "boundaries"):
                 getattr(graph.inputs, name).copy_(getattr(inputs, name))
+            for name, given in inputs.by_token.items():
+                graph.inputs.by_token[name].copy_(given)
         elif len(self.graphs) < MOST_GRAPHS:
             graph = self._capture(inputs)
             if graph is not None:

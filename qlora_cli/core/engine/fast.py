@@ -34,7 +34,7 @@ from qlora_cli.core.experts.fused_experts import fuse_experts
 from qlora_cli.core.matmul.arithmetic import compiling_pays
 from qlora_cli.core.matmul.choice import ProductRecord, ProductTrial
 from qlora_cli.core.matmul.expert_stacks import ExpertStacks
-from qlora_cli.core.models.structure import find_decoder, underlying_model
+from qlora_cli.core.models.structure import find_decoder, inputs_by_token, underlying_model
 from qlora_cli.core.streaming.streamed_base import streamed_base_of
 from qlora_cli.core.tiling.token_tiles import TokenTiles
 from qlora_cli.errors import UsageError
@@ -334,7 +334,7 @@ class FastEngine:
         """Embeddings (rows, longest, size), labels, and a mask: the causal one of no padding has kernels of its own."""
         ids, attention_mask, labels = (t.to(self.device, non_blocking=True) for t in batch.padded())
         mask = {} if batch.tokens == ids.numel() else {"attention_mask": attention_mask}
-        return self.embeddings.embed(ids), labels, mask
+        return self.embeddings.embed(ids), labels, mask | inputs_by_token(self.decoder, ids)
 
     def _with_noise(self, inputs: StepInputs) -> StepInputs:
         """Drawn when the step runs, not when its inputs are made ahead, so that a resumed run draws the same."""
@@ -353,7 +353,7 @@ class FastEngine:
         equal = self.equal_rows and batch.max_seqlen >= EQUAL_ROWS_TOKENS
         if self.graphs is not None and batch.cu_seqlens.numel() == 2:  # any row is as long as itself: not a shape each
             equal = equal and (batch.tokens == self.largest_tokens or bucket_tokens(batch.tokens) == batch.tokens)
-        return step_inputs(batch, embedded, equal_rows=equal)
+        return step_inputs(batch, embedded, inputs_by_token(self.decoder, batch.input_ids), equal_rows=equal)
 
     def _packed_loss(self, inputs: StepInputs) -> Tensor:
         next_label = inputs.part.next_label if inputs.part else None
@@ -364,7 +364,7 @@ class FastEngine:
         if self.context is not None:
             self.context.longest = inputs.longest
         mask = pack_mask(inputs.boundaries, inputs.longest, inputs.equal_rows)
-        return {"attention_mask": mask, "position_ids": inputs.position_ids}
+        return {"attention_mask": mask, "position_ids": inputs.position_ids, **inputs.by_token}
 
     def _loss(self, embedded: Tensor, trained: tuple[Tensor, Tensor], tokens: int, **inputs: Tensor) -> Tensor:
         """Sum over trained tokens, fp32; which those are is from `trained_positions`."""

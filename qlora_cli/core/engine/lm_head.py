@@ -142,7 +142,7 @@ def require_causal(base: Any, inputs: dict[str, Tensor]) -> None:
 
     Args:
         base: A causal language model, its adapter inside.
-        inputs: One row of `input_ids`, or of `inputs_embeds`.
+        inputs: One row of `input_ids`, or of `inputs_embeds` with what goes beside them.
 
     Raises:
         ModelError: Predictions depend on later tokens, or the model's own code fails.
@@ -161,7 +161,7 @@ def require_causal(base: Any, inputs: dict[str, Tensor]) -> None:
     try:
         with torch.enable_grad():
             if "inputs_embeds" in inputs:
-                inputs = {"inputs_embeds": cut(None, None, inputs["inputs_embeds"])}
+                inputs = inputs | {"inputs_embeds": cut(None, None, inputs["inputs_embeds"])}
             logits = base(**inputs, use_cache=False).logits[0, :-1].float()
             # Of a sum the derivative may vanish: a norm takes the mean out.
             sensitivity = torch.autograd.grad((logits * logits.detach()).sum(), leaves[0])[0].abs().amax(-1)[0]

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora_cli.core.distributed.context_group import context_of
 from qlora_cli.core.engine.lora_linear import replace_forward
+from qlora_cli.core.models.structure import values_by_layer
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, groups_fit, packed_attention, takes_caps
 from qlora_cli.kernels.sink_attention import chunked_attention
@@ -157,14 +158,16 @@ def _falcon_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
 def _head_sizes(decoder: nn.Module, config: Any) -> set[int]:
     attention = [m for n, m in decoder.named_modules() if n.endswith(("attn", "attention"))]
     sizes = {getattr(m, "head_dim", None) or getattr(m, "head_size", None) for m in attention}
-    default = config.hidden_size // config.num_attention_heads
-    return {size or getattr(config, "head_dim", None) or default for size in sizes or {None}}
+    known = {size for size in sizes if size}
+    if known != sizes or not sizes:
+        known |= {getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
+    return known
 
 
 def attended_share(decoder: Any) -> float:
     """Values of attention's output, by those of a hidden state."""
     config = decoder.config
-    heads = getattr(config, "num_attention_heads", None)
+    heads = max(count or 0 for count in values_by_layer(config, "num_attention_heads"))
     return heads * max(_head_sizes(decoder, config)) / config.hidden_size if heads else 0.0
 
 
@@ -216,8 +219,11 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
 def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
     """Whether packs of equal rows go to cuDNN: no windows, sinks or caps, heads of a size it takes."""
     config = decoder.config
-    heads = getattr(config, "num_attention_heads", None)  # a model of states alone has none
-    keys = getattr(config, "num_key_value_heads", None) or heads
+    counts = [values_by_layer(config, name) for name in ("num_attention_heads", "num_key_value_heads")]
+    if any(len(count) > 1 for count in counts):
+        return False
+    heads, keys = (count.pop() for count in counts)  # a model of states alone has none
+    keys = keys or heads
     if heads and keys and (context := context_of(decoder)) is not None:
         heads, keys = heads // context.size, math.lcm(keys, context.size) // context.size
     may = (
@@ -339,6 +345,9 @@ def install_attention(
 
     Returns:
         Whether rows are packed, and what undoes it.
+
+    Raises:
+        ValueError: The decoder computes otherwise of embeddings than of token ids, which a pack's trial would have shown.
     """
 
     def install(own: Tensor, why_different: Callable[[Tensor], str | None]) -> tuple[str | None, Callable[[], None]]:
@@ -358,6 +367,8 @@ def install_attention(
     trials.packed = reason is None
     if reason is None:
         return True, undo
+    if not is_like(trials.states(embedded=True), trials.states()):
+        raise ValueError("its layers see token ids besides the embeddings")
     report(Notice(f"Rows are padded instead of packed, because {reason}."))
     if has_sinks(decoder) and base._can_set_attn_implementation() and not drops_weights(decoder):
         why_eager, undo = install(trials.states(padded=True), trials.why_padded_differs)

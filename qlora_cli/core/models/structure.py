@@ -7,11 +7,12 @@ from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -36,14 +37,18 @@ def model_class(config: PreTrainedConfig) -> Any:
     """What builds and loads the model of a configuration by `from_config` and `from_pretrained`, whole.
 
     A multimodal checkpoint is of a class of its own; where `AutoModelForCausalLM` has one for it as well, that one may
-    be of its language model alone, whose checkpoint would lack the towers (qwen3_5, llama4).
+    be of its language model alone, whose checkpoint would lack the towers (qwen3_5, llama4). Some language models are
+    known as multimodal ones only (mistral4).
     """
-    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}) and is_multimodal(config):
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            if auto._model_mapping.get(type(config), None):  # its keys() import the configurations of all models: 2 s
-                found = _get_model_class(config, auto._model_mapping)
-                if found.config_class in (None, type(config)):
-                    return found
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if auto._model_mapping.get(type(config), None):  # its keys() import the configurations of all models: 2 s
+            if auto is AutoModelForCausalLM and not is_multimodal(config):
+                return auto
+            found = _get_model_class(config, auto._model_mapping)
+            if found.config_class in (None, type(config)):
+                return found
     return AutoModelForCausalLM
 
 
@@ -117,6 +122,7 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, wh
         # In float32: PyTorch makes no complex numbers, which some rotary embeddings are, of 16-bit ones.
         with torch.device("meta"):
             model = from_config(copy.deepcopy(config), dtype=torch.float32, **options)
+        model.get_output_embeddings()  # which of some classes is in what was taken for a tower (blip)
     except ImportError as error:  # of a tower, that is built before it is left out
         raise ModelError(
             f"{config.model_type} cannot be built: {first_line(error).removesuffix(':')}",
@@ -174,6 +180,31 @@ def find_decoder(base: Any) -> Any:
     if decoder is not base:
         return decoder
     return getattr(base, base.base_model_prefix, None) or base.model  # Llama 4's text model has another prefix
+
+
+def inputs_by_token(decoder: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What a decoder that is given embeddings takes beside them: values for each layer, from a table of their own.
+
+    Gemma 3n and 4 have such a table. Without its values the first computes as another model would, and the second looks for
+    each embedding among those of the whole vocabulary, tokens x vocabulary x size at once.
+
+    Args:
+        decoder: From `find_decoder`.
+        ids: (rows, length) int64, on any device.
+
+    Returns:
+        Keyword arguments of its forward pass: `per_layer_inputs`, (rows, length, layers, size); of other decoders none.
+    """
+    if not getattr(decoder, "hidden_size_per_layer_input", 0) or not hasattr(decoder, "get_per_layer_inputs"):
+        return {}
+    device = next(decoder.embed_tokens_per_layer.parameters()).device
+    return {"per_layer_inputs": decoder.get_per_layer_inputs(ids.to(device, non_blocking=True))}
+
+
+def values_by_layer(config: PreTrainedConfig, name: str) -> set[Any]:
+    """Of a number that a configuration gives once, or some layers otherwise (heads of Gemma 4's global ones): each there is."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return {getattr(layer, name, None) for layer in layers}
 
 
 def underlying_model(model: Any) -> Any:

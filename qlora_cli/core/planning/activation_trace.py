@@ -4,9 +4,10 @@ Nothing is computed or allocated: layers run forward and backward on the meta de
 `meta_ops`, and the bytes of the tensors alive are counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,13 @@ from qlora_cli.core.engine.lm_head import chunk_tokens
 from qlora_cli.core.engine.packed_attention import takes_equal_rows
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts
 from qlora_cli.core.experts.fused_experts import can_fuse, fuse_experts
-from qlora_cli.core.models.structure import find_decoder, is_plain_linear, linear_names, underlying_model
+from qlora_cli.core.models.structure import (
+    find_decoder,
+    inputs_by_token,
+    is_plain_linear,
+    linear_names,
+    underlying_model,
+)
 from qlora_cli.core.planning.meta_experts import ExpertNotes, TracedExperts, plain_product
 from qlora_cli.core.planning.meta_ops import (
     CatchAttention,
@@ -35,6 +42,7 @@ from qlora_cli.core.planning.meta_ops import (
     Source,
     Tiled,
     attend_in_groups,
+    fit_growth,
     replace_attention,
     replace_methods,
     storage_key,
@@ -106,12 +114,12 @@ def trace_model(model: Any, *, fused: bool) -> ModelTrace:
     try:
         for lengths in LOOP_TOKENS:
             if _count_operations(model, lengths[1]) > _count_operations(model, lengths[0]):
-                return _fit([_Trace(model, tokens, fused).result for tokens in lengths], lengths, pairs=False)
+                return fit_growth([_Trace(model, tokens, fused).result for tokens in lengths], lengths, pairs=False)
         short = _Trace(model, TRACED_TOKENS[0], fused)
         if all(layer.keys_and_values for layer in short.result.layers):
             return short.result
-        return _fit([short.result, _Trace(model, TRACED_TOKENS[1], fused).result], TRACED_TOKENS, pairs=True)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        return fit_growth([short.result, _Trace(model, TRACED_TOKENS[1], fused).result], TRACED_TOKENS, pairs=True)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise ModelError(
             f"The forward pass of {model.config.model_type} cannot be followed without weights: {first_line(error)}.",
             "Its memory cannot be predicted; its parameters can be counted.",
@@ -123,25 +131,6 @@ def _count_operations(model: Any, tokens: int) -> int:
     return _Trace(model, tokens, fused=False, counted=True).operations
 
 
-def _fit(traces: Sequence[Any], tokens: Sequence[int], *, pairs: bool) -> Any:
-    """One trace from those of two lengths: growth with the tokens, and either growth with their square or what does not
-    grow, which is left out."""
-    short, long = traces
-    if isinstance(short, Growth):
-        if not pairs:
-            grown = long.per_token * tokens[1] - short.per_token * tokens[0]
-            return Growth(max(0.0, grown / (tokens[1] - tokens[0])))
-        per_pair = max(0.0, (long.per_token - short.per_token) / (tokens[1] - tokens[0]))
-        return Growth(short.per_token - per_pair * tokens[0], per_pair)
-    if isinstance(short, tuple):
-        return tuple(_fit(parts, tokens, pairs=pairs) for parts in zip(short, long, strict=True))
-    if is_dataclass(short):
-        names = [part.name for part in fields(short)]
-        parts = {n: _fit((getattr(short, n), getattr(long, n)), tokens, pairs=pairs) for n in names}
-        return replace(short, **parts)  # type: ignore[type-var]
-    return short
-
-
 @dataclass
 class _Call:
     """How the model calls one of its layers."""
@@ -150,6 +139,12 @@ class _Call:
     arguments: tuple
     keywords: dict[str, Any]
     output: Any
+
+    def named(self) -> dict[str, Any]:
+        """Its keywords, with dictionaries of their own: what this run leaves in them is not for another."""
+        return {
+            name: copy(given) if isinstance(given, MutableMapping) else given for name, given in self.keywords.items()
+        }
 
     def answer(self, hidden: Tensor) -> Any:
         """The layer's output as the model expects it, with these hidden states."""
@@ -277,10 +272,11 @@ class _Trace:
 
         def pass_on(module: Any, kind: Any) -> Callable:
             def forward(*arguments: Any, **keywords: Any) -> Any:
-                if kind in calls:
+                # In a dictionary a layer leaves what others take from it: keys and values that they share.
+                if kind in calls and not any(isinstance(given, MutableMapping) for given in keywords.values()):
                     return calls[kind].answer(arguments[0])
                 output = type(module).forward(module, *arguments, **keywords)
-                calls[kind] = _Call(module, arguments, keywords, output)
+                calls.setdefault(kind, _Call(module, arguments, keywords, output))
                 return output
 
             return forward
@@ -290,7 +286,7 @@ class _Trace:
             CatchAttention(self._attend),
             replace_methods(dict(zip(self.modules, map(pass_on, self.modules, kinds), strict=True))),
         ):
-            self.decoder(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs)
+            self.decoder(**self._embedded(ids), use_cache=False, **self.inputs)
         return calls
 
     def _trace_layer(self, call: _Call, *, differentiable: bool) -> LayerTrace:
@@ -316,7 +312,7 @@ class _Trace:
         self.live = LiveBytes()
         with self.live:
             inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
-            output = run(inputs if differentiable else inputs.detach(), *call.arguments[1:], **call.keywords)
+            output = run(inputs if differentiable else inputs.detach(), *call.arguments[1:], **call.named())
             output = output[0] if isinstance(output, tuple | list) else output
             del inputs
             held_bytes = self.live.now_bytes - output.untyped_storage().nbytes()
@@ -348,7 +344,7 @@ class _Trace:
                     note = part.register_forward_pre_hook(lambda _, arguments: self._note_read(arguments[0]))
                     hooks.callback(note.remove)
             inputs = Source.apply(self.anchor, call.arguments[0].shape, call.arguments[0].dtype)
-            call.module(inputs, *call.arguments[1:], **call.keywords)
+            call.module(inputs, *call.arguments[1:], **call.named())
         self.recording = False
         made = {key: tensor for key, (tensor, _) in self.made.items() if key in saved}
         kept_bytes, hidden_bytes = sum(tensor.nbytes for tensor in (self.read | made).values()), inputs.nbytes
@@ -380,20 +376,19 @@ class _Trace:
             if self.fused:
                 self._fused_loss(ids).backward()
             else:
-                logits = self.model(inputs_embeds=self._embed(ids), use_cache=False, **self.inputs).logits
+                logits = self.model(**self._embedded(ids), use_cache=False, **self.inputs).logits
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
                 del logits
                 loss.backward()
         return self._peak(self.live.highest_bytes)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.base.get_input_embeddings()(ids)  # models look at the values of ids, and there are none
+    def _embedded(self, ids: Tensor) -> dict[str, Tensor]:  # models look at the values of ids, and there are none
+        return {"inputs_embeds": self.base.get_input_embeddings()(ids), **inputs_by_token(self.decoder, ids)}
 
     def _fused_loss(self, ids: Tensor) -> Tensor:
-        embedded = self._embed(ids)  # held to the end, as by the engine
-        hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **self.inputs).last_hidden_state.flatten(0, 1)
-        vocabulary = self.vocabulary
-        chunk_bytes = chunk_tokens(vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
+        given = self._embedded(ids)  # held to the end, as by the engine
+        hidden = self.decoder(**given, use_cache=False, **self.inputs).last_hidden_state.flatten(0, 1)
+        chunk_bytes = chunk_tokens(self.vocabulary, hidden.element_size()) * self.vocabulary * hidden.element_size()
         return Loss.apply(hidden[ids[0]], chunk_bytes, self.live)  # some position for each token
 
     def _skipped_layer(self, call: _Call) -> Callable:

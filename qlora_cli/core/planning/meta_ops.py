@@ -4,9 +4,9 @@ A meta kernel computes shapes alone. It saves for its backward pass, and allocat
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import inf
 from typing import Any
 
@@ -97,6 +97,25 @@ class Peak:
             + growth.bytes(tokens, row_tokens)
             for scratch, growth in self.moments
         )
+
+
+def fit_growth(traces: Sequence[Any], tokens: Sequence[int], *, pairs: bool) -> Any:
+    """One trace from those of two lengths: growth with the tokens, and either growth with their square or what does not
+    grow, which is left out."""
+    short, long = traces
+    if isinstance(short, Growth):
+        if not pairs:
+            grown = long.per_token * tokens[1] - short.per_token * tokens[0]
+            return Growth(max(0.0, grown / (tokens[1] - tokens[0])))
+        per_pair = max(0.0, (long.per_token - short.per_token) / (tokens[1] - tokens[0]))
+        return Growth(short.per_token - per_pair * tokens[0], per_pair)
+    if isinstance(short, tuple):
+        return tuple(fit_growth(parts, tokens, pairs=pairs) for parts in zip(short, long, strict=True))
+    if is_dataclass(short):
+        names = [part.name for part in fields(short)]
+        parts = {n: fit_growth((getattr(short, n), getattr(long, n)), tokens, pairs=pairs) for n in names}
+        return replace(short, **parts)  # type: ignore[type-var]
+    return short
 
 
 class Tiled(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Memory plan of a run: how it will keep within memory, or why it cannot, before anything is loaded."""
 
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.device import describe_others, read_free_bytes, resolve_compute_dtype
 from qlora_cli.core.distributed.context_group import require_even_heads
 from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.models.structure import values_by_layer
 from qlora_cli.core.planning.memory_estimate import copied_bytes, streamed_base_bytes
 from qlora_cli.core.planning.model_profile import ModelProfile, profile_model
 from qlora_cli.core.planning.planner import MemoryDecision, RowLengths, plan_training, read_limit_bytes
@@ -185,8 +187,8 @@ def plan_run_memory(
 
 
 def attention_heads(model_config: PreTrainedConfig) -> int:
-    """Heads of a model's attention; 0 where it has none."""
-    return getattr(model_config.get_text_config(), "num_attention_heads", None) or 0
+    """Heads of a model's attention, or what the counts of its layers have in common; 0 where it has none."""
+    return math.gcd(*(count or 0 for count in values_by_layer(model_config.get_text_config(), "num_attention_heads")))
 
 
 def context_sizes(heads: int, cards: int) -> list[int]:
