@@ -184,3 +184,17 @@ def test_ranks_and_alphas_of_their_own_are_peft_patterns(llama, tmp_path):
     layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == 1.5
     assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["r"] == 4
+
+
+def test_many_targets_of_a_multimodal_model_stay_those_of_its_language_model(tmp_path):
+    """Of 20 names and more PEFT keeps endings such as `q_proj`, which the tower has as well that is left out here."""
+    tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**SMALL, "model_type": "llama", "num_hidden_layers": 3, "intermediate_size": 64}
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config={"model_type": "clip_vision_model", **tower, "image_size": 28, "patch_size": 14}
+    )
+    model = attach_adapter(build_empty(config).to_empty(device="cpu"), LoraSettings(rank=2, alpha=2))
+    save_adapter(model, tmp_path, base_name="base")
+    whole = PeftModel.from_pretrained(build_empty(config, whole=True).to_empty(device="cpu"), tmp_path)
+    ours, theirs = ({name for name, _ in each.named_parameters() if "lora_" in name} for each in (model, whole))
+    assert ours == theirs and len(ours) == 2 * 7 * 3

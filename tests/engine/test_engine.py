@@ -523,6 +523,24 @@ def test_a_model_that_the_fast_engine_does_not_run_is_trained_plainly_and_that_i
             install(model, kind)
 
 
+def test_rows_are_padded_where_given_positions_are_others_than_the_models_own(load_tiny):
+    """Such as kosmos-2.5, which counts from 2 where it is given none: each layer by itself computes as before."""
+    model, batch = adapted(load_tiny, "gpt2"), batch_of()
+    decoder = model.get_base_model().transformer
+    own = decoder.forward
+
+    def counting_from_2(*given, position_ids=None, inputs_embeds=None, **named):
+        if position_ids is None:
+            tokens = given[0] if given else named.get("input_ids", inputs_embeds)
+            position_ids = torch.arange(2, 2 + tokens.shape[1])[None]
+        return own(*given, position_ids=position_ids, inputs_embeds=inputs_embeds, **named)
+
+    decoder.forward = counting_from_2
+    _, plain, _ = step(model, batch, kind="plain")
+    _, found, engine = step(model, batch)
+    assert not engine.packed and torch.allclose(found, plain, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def looking_up():
     """A model whose layers look tokens up in a table of their own, and of which the last has the keys of another."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts
+from qlora_cli.core.models.structure import tower_names
 from qlora_cli.errors import AdapterError
 
 
@@ -95,6 +96,12 @@ def stored_config(config: Any, model: Any) -> dict[str, Any]:
     if config.target_parameters:
         content["target_parameters"] = sorted(config.target_parameters)
     targets = sorted(config.target_modules or ())
+    if targets and tower_names(model):
+        # Of many names PEFT keeps endings that suffice in this model, and that modules of the towers left out have too.
+        endings = tuple(f".{name}" for name in targets)
+        tuned = (name for name, module in model.named_modules() if _is_tuned(module))
+        targets = sorted(name for name in tuned if name in targets or name.endswith(endings)) or targets
+        content["target_modules"] = targets
     changed = {leaf for leaf in {name.rsplit(".", 1)[-1] for name in targets} if changes_name(model, leaf)}
     if not changed:
         return content
@@ -118,6 +125,10 @@ def stored_config(config: Any, model: Any) -> dict[str, Any]:
         patterns = content.get(field) or {}
         content[field] = patterns | {f"({key})\\.weight": value for key, value in patterns.items()}
     return content
+
+
+def _is_tuned(module: Any) -> bool:
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper)
 
 
 def _has_bare_weight(module: Any) -> bool:

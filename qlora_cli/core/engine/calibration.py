@@ -202,7 +202,7 @@ class Calibration:
         with self.held.replayed() as alike:
             for longest in (0, LONG_ROW):
                 self._pack_states(ids, TRIAL_LENGTHS, longest)
-        return all(alike) and len(alike) == 2 * len(self.held.layers)
+        return all(alike) and len(alike) == 2 * (len(self.held.layers) + 1)
 
     def differentiate(self, batch: MicroBatch) -> None:
         """Forward and backward pass of rows and of their loss, in evaluation mode; no gradient is added to."""

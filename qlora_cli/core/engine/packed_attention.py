@@ -288,14 +288,18 @@ class HeldLayers:
     @contextmanager
     def replayed(self) -> Iterator[list[bool]]:
         """Within it the last tokens that a layer is given, as many as were noted, are those; whether what it gives for
-        them is like what it gave, but for rounding, is added to the list."""
+        them is like what it gave, but for rounding, is added to the list. Of the first layer before that, whether it was
+        given what is noted: positions may have been added before it."""
         alike: list[bool] = []
 
         def give(layer: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
             now, held = _states_among(*arguments, named.get("hidden_states")), self.given.get(layer)
             if now is None or held is None:
                 return arguments, named
-            both = torch.cat([now[..., : now.shape[-2] - held.shape[-2], :], held], -2)
+            others = now.shape[-2] - held.shape[-2]
+            if layer is self.layers[0]:
+                alike.append(is_like(now[..., others:, :], held))
+            both = torch.cat([now[..., :others, :], held], -2)
             named = {name: both if given is now else given for name, given in named.items()}
             return tuple(both if given is now else given for given in arguments), named
 
