@@ -42,6 +42,11 @@ SCAN = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "state_siz
 GPT2 = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 PER_LAYER = {"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0}
+SHARING = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 GEMMA = {**HEADS, **KINDS, "query_pre_attn_scalar": 16}
 GEMMA4 = {**HEADS, **KINDS, **PER_LAYER, "global_head_dim": 16}
 LLAMA4 = {
@@ -63,6 +68,7 @@ TOWER = {
     "patch_size": 14,
 }
 QWEN_TOWER = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+HALF = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 SECTIONS = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
 
 # model_type → arguments of its configuration class.
@@ -107,8 +113,18 @@ ARCHITECTURES: dict[str, dict] = {
     "gemma2": {**HEADS, "sliding_window": 16, "query_pre_attn_scalar": 16},
     "gemma3": {"text_config": GEMMA, "vision_config": {**TOWER, "vision_use_head": False}, "mm_tokens_per_image": 4},
     "gemma3_text": GEMMA,
+    "gemma3n_text": {
+        **HEADS,
+        **PER_LAYER,
+        **SHARING,
+        "sliding_window": 16,
+        "intermediate_size": [128] * 4,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        "laurel_rank": 64,
+        "altup_num_inputs": 3,
+    },
     "gemma4": {
-        "text_config": GEMMA4,
+        "text_config": {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
         "vision_config": {
             "hidden_size": 64,
             "intermediate_size": 64,
@@ -119,11 +135,15 @@ ARCHITECTURES: dict[str, dict] = {
         },
         "audio_config": None,
     },
-    "gemma4_text": GEMMA4,
+    "gemma4_text": {**GEMMA4, **SHARING},
     "glm": HEADS,
     "glm4": HEADS,
     "glm4_moe": {**HEADS, **SHARED},
     "glm4_moe_lite": {**MLP, **SHARED, **LATENT},
+    "glm4v": {
+        "text_config": {**HEADS, "rope_parameters": HALF},
+        "vision_config": {**QWEN_TOWER, "image_size": 28, "patch_size": 14},
+    },
     "gpt2": {**GPT2, **STILL},
     "gpt_bigcode": {**GPT2, **STILL},
     "gpt_neo": {
@@ -203,6 +223,7 @@ ARCHITECTURES: dict[str, dict] = {
         "text_config": {"model_type": "mistral", **GQA},
         "vision_config": {"model_type": "pixtral", **TOWER, "head_dim": 32},
     },
+    "mistral4": {**MLP, **SHARED, **LATENT},
     "mixtral": {**GQA, **LOCAL, "sliding_window": None},
     "mpt": {"vocab_size": 320, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2},
     "nanochat": GQA,
@@ -247,12 +268,50 @@ ARCHITECTURES: dict[str, dict] = {
         "text_config": {**HEADS, **SECTIONS, **EXPERTS},
         "vision_config": {**QWEN_TOWER, "deepstack_visual_indexes": [0]},
     },
+    "qwen4_exp_text": {
+        **HEADS,
+        **EXPERTS,
+        **DELTA,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "shared_expert_intermediate_size": 64,
+        "hc_count": 2,
+        "hc_lowrank": 64,
+        "ple_layer_ids": [1],
+        "ple_embed_dim": 64,
+        "ngram_size": 2,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 500,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 256,
+        "indexer_compress_ratio": 4,
+    },
     "seed_oss": {**HEADS, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "smollm3": {**GQA, "no_rope_layers": [1, 0]},
     "stablelm": GQA,
     "starcoder2": {**GQA, "sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "step3p7": {
+        "text_config": {
+            **HEADS,
+            **CHOICES,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 16,
+            "mlp_layer_types": ["dense", "sparse"],
+            "n_routed_experts": 4,
+            "share_expert_dim": 64,
+        },
+        "vision_config": TOWER,
+    },
     "t5": {"vocab_size": 320, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 128},
     "vaultgemma": {**HEADS, "sliding_window": 16, "query_pre_attn_scalar": 16},
+    "voxtral": {
+        "text_config": {"model_type": "llama", **GQA},
+        "audio_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2},
+    },
     "xglm": {
         "vocab_size": 320,
         "d_model": 64,
@@ -264,6 +323,14 @@ ARCHITECTURES: dict[str, dict] = {
         "activation_dropout": 0.0,
         "layerdrop": 0.0,
         "max_position_embeddings": 256,
+    },
+    "zaya": {
+        **HEADS,
+        "num_hidden_layers": 4,
+        "moe_intermediate_size": 128,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "router_hidden_size": 64,
     },
     "zamba2": {
         **SIZES,

@@ -68,6 +68,18 @@ MULTIMODAL = {
         {"text_config": {**TEXT, "layer_types": ["full_attention"]}, "vision_config": QWEN_TOWER},
         ["model.visual"],
     ),
+    "VoxtralConfig": (
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "audio_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        },
+        ["model.audio_tower", "model.multi_modal_projector"],
+    ),
     "Llama4Config": (
         {"text_config": {**TEXT, "num_local_experts": 2}, "vision_config": TOWER},
         ["vision_model", "multi_modal_projector"],
@@ -75,7 +87,7 @@ MULTIMODAL = {
 }
 
 
-@pytest.mark.parametrize("name", most_slow(MULTIMODAL, ["LlavaConfig", "Qwen2_5_VLConfig"]))
+@pytest.mark.parametrize("name", most_slow(MULTIMODAL, ["LlavaConfig", "Qwen2_5_VLConfig", "VoxtralConfig"]))
 def test_a_multimodal_model_keeps_its_class_and_leaves_its_towers_out(name):
     arguments, towers = MULTIMODAL[name]
     config = getattr(transformers, name)(**arguments)
@@ -92,6 +104,19 @@ def test_a_multimodal_model_keeps_its_class_and_leaves_its_towers_out(name):
 def test_a_model_of_text_alone_has_no_towers():
     model = build_empty(transformers.LlamaConfig(**TEXT))
     assert tower_names(model) == [] and not is_multimodal(model.config)
+
+
+def test_a_language_model_known_as_a_multimodal_one_alone_is_built():
+    heads = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+    model = build_empty(transformers.Mistral4Config(**TEXT | {"num_key_value_heads": 4}, **heads, **experts))
+    assert type(model).__name__ == "Mistral4ForCausalLM" and tower_names(model) == []
+
+
+def test_a_head_inside_of_what_is_left_out_is_refused():
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    with pytest.raises(ModelError, match="blip is no causal language model that can be built here"):
+        build_empty(transformers.BlipConfig(text_config=text, vision_config=TOWER))
 
 
 def test_an_encoder_with_a_decoder_is_refused():

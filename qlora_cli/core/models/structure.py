@@ -70,7 +70,13 @@ def _without_towers(whole: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 class AbsentTower(nn.Module):
-    """Stands where a multimodal model has a tower, which text never reaches."""
+    """Stands where a multimodal model has a tower, which text never reaches.
+
+    Attributes:
+        device: That some models ask it for before they look whether there is anything for it (qwen2_audio).
+    """
+
+    device = torch.device("cpu")
 
     def forward(self, *arguments: Any, **keywords: Any) -> NoReturn:
         raise ModelError("Only text is read here, and this is an image or a sound.", "Leave such rows and prompts out.")
@@ -122,7 +128,7 @@ def build_empty(config: PreTrainedConfig, *, trust_remote_code: bool = False, wh
         # In float32: PyTorch makes no complex numbers, which some rotary embeddings are, of 16-bit ones.
         with torch.device("meta"):
             model = from_config(copy.deepcopy(config), dtype=torch.float32, **options)
-        model.get_output_embeddings()  # which of some classes is in what was taken for a tower (blip)
+        find_decoder(model)  # which of some classes is in what was taken for a tower (blip)
     except ImportError as error:  # of a tower, that is built before it is left out
         raise ModelError(
             f"{config.model_type} cannot be built: {first_line(error).removesuffix(':')}",
