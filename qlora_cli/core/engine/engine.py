@@ -150,9 +150,8 @@ class PlainEngine:
         self.model, self.device, self.noise_alpha = model, device, settings.neftune_noise_alpha
         self.products: ProductRecord | None = None
         self.compiled = False
-        self.types = set[
-            str
-        ]()  # inputs that name each token's kind, all zero for text, which the model does not go without
+        # Inputs that name each token's kind, all zero for text, which the model does not go without.
+        self.types: set[str] = set()
         base = underlying_model(model)
         ids = torch.arange(HEAD_TRIAL_TOKENS, device=device) % base.get_input_embeddings().weight.shape[0]
         require_causal(base, {"input_ids": ids[None]})
