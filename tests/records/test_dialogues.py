@@ -20,6 +20,8 @@ TURNS = [("user", "A lake?"), ("assistant", "Chiemsee.")]
         ("[|Human|] A lake?\n[|AI|] Chiemsee.", TURNS),
         ("**User:** A lake?\n**Assistant:** Chiemsee.", TURNS),
         ("Q: A lake?\nA: Chiemsee.", TURNS),
+        ("Question: A lake?\nA: Zugspitze\nB: Chiemsee\nAnswer: B", [("user", "A lake?\nA: Zugspitze\nB: Chiemsee"), ("assistant", "B")]),
+        ("Question: A lake?\nA: Zugspitze\nB: Chiemsee", None),  # options without an answer
         ("Human: A lake?\n\nAssistant: Chiemsee.\n\nHuman: ", TURNS),
         ("Question: A lake?\n### Answer: Chiemsee.", None),  # headings of two kinds
         ("Answer: Chiemsee.\nQuestion: A lake?", None),

@@ -16,6 +16,7 @@ _HEADING = re.compile(
     rf"(?P<who>{_WHO})(?P<after>\*\*:|>?[ ]?:(?:\*\*)?|\|\]:?)",
     re.IGNORECASE | re.MULTILINE,
 )
+_OPTION_B = re.compile(r"^[ \t]*(?:\*\*)?B ?:", re.IGNORECASE | re.MULTILINE)  # the "A:" above it is an option, too
 
 
 class _Heading(NamedTuple):
@@ -55,9 +56,10 @@ def split_dialogue(text: str) -> list[dict[str, str]] | None:
 
 
 def _find(text: str) -> list[_Heading]:
+    found = [(match, match["who"].lower()) for match in _HEADING.finditer(text)]
+    if any(who == "a" for _, who in found) and _OPTION_B.search(text):
+        found = [(match, who) for match, who in found if who != "a"]
     return [
-        _Heading(
-            match[0].strip(), NAMES[match["who"].lower()], (match["before"].strip(), match["after"]), *match.span()
-        )
-        for match in _HEADING.finditer(text)
+        _Heading(match[0].strip(), NAMES[who], (match["before"].strip(), match["after"]), *match.span())
+        for match, who in found
     ]
