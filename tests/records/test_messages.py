@@ -30,6 +30,11 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
             {"lc": 1, "id": ["langchain", "messages", "HumanMessage"], "kwargs": {"content": "A lake?"}},
             {"lc": 1, "id": ["langchain", "messages", "AIMessageChunk"], "kwargs": {"content": "It's Chiemsee."}},
         ],
+        [
+            {"type": "chat", "data": {"content": "A lake?", "role": "user", "type": "chat"}},
+            {"lc": 1, "id": ["langchain", "ChatMessage"], "kwargs": {"content": "It's Chiemsee.", "role": "assistant"}},
+        ],
+        [{"type": "HumanMessage", "data": {"content": "A lake?"}}, {"type": "AIMessageChunk", "data": ANSWER}],
         ["A lake?", "It's Chiemsee."],
         [["A lake?", "It's Chiemsee."]],
         [["human", "A lake?"], ["Assistant ", "It's Chiemsee."]],

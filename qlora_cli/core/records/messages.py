@@ -153,12 +153,17 @@ def numbered_items(value: Record) -> list[Any]:
 
 def _unwrapped(turn: Record) -> Record | None:
     """The message that LangChain wrote into `data` beside its type, or into `kwargs` beside its class; None for others."""
-    if turn.get("type") in TYPES and isinstance(turn.get("data"), dict):
-        kind, inner = turn["type"], turn["data"]
+    if isinstance(turn.get("data"), dict):
+        named, inner = turn.get("type"), turn["data"]
     elif isinstance(turn.get("kwargs"), dict) and isinstance(turn.get("id"), list) and turn["id"]:
-        kind, inner = str(turn["id"][-1]).lower().removesuffix("chunk").removesuffix("message"), turn["kwargs"]
+        named, inner = turn["id"][-1], turn["kwargs"]
     else:
         return None
+    kind = str(named).lower().removesuffix("chunk").removesuffix("message")
+    if kind not in (*TYPES, "function", "chat"):
+        return None
+    if kind == "chat":  # of whom it says itself
+        kind = inner.get("role")
     more = inner.get("additional_kwargs")  # thoughts, and calls of tools, as the provider gave them
     said = {key: item for key, item in inner.items() if item not in NOTHING or key == "content"}
     more = more if isinstance(more, dict) else {}
