@@ -1,8 +1,11 @@
 """Sizes in words become bytes, and a device without memory of its own has none to read."""
 
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
+from bitsandbytes.functional import GlobalPageManager
 
 from qlora_cli.core.device import memory_error, read_capacity_bytes, read_free_bytes, read_vram
 from qlora_cli.errors import TrainingError, UsageError
@@ -51,8 +54,10 @@ def test_the_cpu_s_memory_is_the_host_s():
 CARD = torch.device("cuda", 0)
 
 
-def card_of(monkeypatch, *, free, reserved, fraction=1.0, total=80):
-    """A card of so many GiB, as PyTorch tells of it."""
+def card_of(monkeypatch, *, free, reserved, fraction=1.0, total=80, paged=0):
+    """A card of so many GiB, as PyTorch tells of it, and what bitsandbytes has in managed memory."""
+    states = [SimpleNamespace(nbytes=paged * 2**30)]
+    monkeypatch.setattr(GlobalPageManager.get_instance(), "paged_tensors", states)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), total * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(reserved * 2**30))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: fraction)
@@ -69,8 +74,12 @@ def test_memory_that_others_hold_is_said_with_its_figure_where_it_ran_out(monkey
 
 @pytest.mark.parametrize(
     "card",
-    [{"free": 0.5, "reserved": 78}, {"free": 9, "reserved": 30, "fraction": 0.4}],
-    ids=["nobody else", "its own limit is nearer"],
+    [
+        {"free": 0.5, "reserved": 78},
+        {"free": 9, "reserved": 30, "fraction": 0.4},
+        {"free": 0.5, "reserved": 74, "paged": 4},
+    ],
+    ids=["nobody else", "its own limit is nearer", "its optimizer's states"],
 )
 def test_of_others_nothing_is_said_where_they_are_not_the_cause(card, monkeypatch):
     card_of(monkeypatch, **card)

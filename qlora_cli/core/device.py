@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import platform
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,12 +130,23 @@ def describe_others(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    others_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(device) - CONTEXT_BYTES
+    own_bytes = torch.cuda.memory_reserved(device) + CONTEXT_BYTES + _paged_bytes()
+    others_bytes = total_bytes - free_bytes - own_bytes
     # A limit that was set by what was free lies a context and what is paged below that.
     if others_bytes < CONTEXT_BYTES or _allowed_bytes(device) + 2 * CONTEXT_BYTES < free_bytes:
         return ""
     held = f"{format_bytes(others_bytes)} of this card's {format_bytes(total_bytes)}"
     return f" Other processes hold some {held}, and {format_bytes(free_bytes)} is free."
+
+
+def _paged_bytes() -> int:
+    """What optimizers of this process keep in managed memory, which may lie on a CUDA device: in no figure of PyTorch's."""
+    library = sys.modules.get("bitsandbytes")
+    return (
+        sum(state.nbytes for state in library.functional.GlobalPageManager.get_instance().paged_tensors)
+        if library
+        else 0
+    )
 
 
 def memory_error(kind: type[Failure], message: str, hint: str, device: torch.device) -> Failure:
