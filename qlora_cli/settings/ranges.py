@@ -17,9 +17,13 @@ UNIT_BYTES |= {
 LEAST_SENSIBLE_BYTES = 2**20  # `--vram 12` is a forgotten unit, not 12 bytes
 MOST_SENSIBLE_BYTES = 2**60
 
+# The hub's address of a model or a data set, in which its id is the first group; those of old have one word for a name.
+HUB_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?"
+    r"((?!(?:datasets|models|spaces|collections|papers|docs)(?:/|$))[^/?#]+"
+    r"(?:/(?!(?:tree|blob|resolve|viewer|discussions)(?:/|$))[^/?#]+)?)(?:[/?#].*)?"
+)
 # What the hub takes for the name of a repository, with or without whose it is.
-# The hub's address of a model or a data set, in which its id is the first group.
-HUB_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([^/?#]+/[^/?#]+).*")
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:\w(?:[\w.-]{0,94}\w)?/)?\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 
 ROPE_KINDS: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3", "longrope")  # of scaling of rotary positions

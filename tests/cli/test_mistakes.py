@@ -139,6 +139,8 @@ def test_what_stands_behind_the_wrong_flag_is_named_with_the_right_one(line, mea
         ("train --data a.txt --model gone", "gone is a link that leads nowhere."),
         ("train --model m --data gone", "gone is a link that leads nowhere."),
         ("train --model m --data https://huggingface.co/datasets/org/rows", "→ Type: --data org/rows"),
+        ("train --model m --data https://huggingface.co/datasets/squad", "→ Type: --data squad"),
+        ("train --data a.txt --model https://huggingface.co/spaces/org/demo", "→ Check the path, or give a hub id"),
         ("generate hi --adapter run/adapter_model.safetensors", "→ Type: --adapter run"),
         ("merge --adapter theirs", "→ Type: --adapter theirs/checkpoint-1000"),
         ("merge --adapter apple", "only adapters.safetensors, as mlx-lm writes it, is there"),
