@@ -144,7 +144,8 @@ def test_a_place_that_the_environment_names_is_said_to_come_from_there(monkeypat
     monkeypatch.setenv("QLORA_DATA", "nope.json")
     assert main(["prepare", "-m", "org/name"]) == 1
     assert (
-        "There is no file or folder nope.json. It comes from QLORA_DATA in the environment." in capsys.readouterr().err
+        "There is no file or folder nope.json. QLORA_DATA=nope.json stands in the environment."
+        in capsys.readouterr().err
     )
 
 
@@ -152,7 +153,7 @@ def test_a_place_that_the_environment_names_is_said_to_come_from_there(monkeypat
 def test_what_is_wrong_in_the_environment_is_said_to_stand_there(config_of, monkeypatch, capsys, value):
     monkeypatch.setenv("QLORA_RANK", value)
     assert main(["train", "-m", "m", "-d", "d"]) == 2
-    assert " It comes from QLORA_RANK in the environment." in capsys.readouterr().err
+    assert f" QLORA_RANK={value} stands in the environment." in capsys.readouterr().err
     assert main(["train", "-m", "m", "-d", "d", "--rank", "0"]) == 2
     assert "QLORA_RANK" not in capsys.readouterr().err
     monkeypatch.delenv("QLORA_RANK")

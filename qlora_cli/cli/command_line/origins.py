@@ -45,7 +45,7 @@ def name_variable(error: QloraError, command: Command, arguments: list[str]) -> 
     for field in fields(command.config_type):
         variable = variable_of(field.name)
         if variable in os.environ and field.name not in typed and _names(error, field):
-            return f" It comes from {variable} in the environment."
+            return f" {variable}={os.environ[variable]} stands in the environment."
     return ""
 
 
