@@ -20,7 +20,7 @@ from qlora_cli.core.models.account import VALUES, FourBitPlan, plan_packing
 from qlora_cli.core.models.files import ModelFiles, resolve_model
 from qlora_cli.core.models.identity import BaseIdentity, config_digest
 from qlora_cli.core.models.structure import build_empty, config_with_biases
-from qlora_cli.core.models.weight_names import WeightOrigin, find_origins, map_names
+from qlora_cli.core.models.weight_names import WeightOrigin, find_origins
 from qlora_cli.core.rope_scaling import require_scaled
 from qlora_cli.core.storage.safetensors_file import DTYPES as STORED
 from qlora_cli.core.storage.safetensors_file import TensorFile
@@ -212,7 +212,7 @@ def find_rearranged(
     """Stored tensors of which weights that a merge changes are made by rows, with what `WeightOrigin.rows` says of them.
 
     Args:
-        weights: That are changed and not stored as they are, by name in the model.
+        weights: That are changed, by name in the model; of those that are stored as they are nothing is asked.
         stacks: Of experts that are changed, and how many each has.
         shapes: Of the stored tensors.
         model: On any device.
@@ -225,13 +225,14 @@ def find_rearranged(
     if not weights and not stacks:
         return {}
     origins = find_origins(shapes, model)
+    weights = set(weights) - {name for name, origin in origins.of.items() if origin.converter is None}
     found: dict[str, tuple[WeightOrigin, dict[str, Tensor]]] = {}
     for origin in origins.of.values() if by_rows and weights else ():
         if not set(origin.targets).intersection(weights) or (rows := origin.rows(shapes, model)) is None:
             continue
         found |= dict.fromkeys(origin.names, (origin, rows))
     made = origins.made
-    lost = sorted(set(weights) - {target for _, rows in found.values() for target in rows})
+    lost = sorted(weights - {target for _, rows in found.values() for target in rows})
     lost += sorted(name for name, experts in stacks.items() if name not in made or not made[name].by_expert(experts))
     if lost:
         raise MergeError(
@@ -262,6 +263,5 @@ def check_mergeable(files: ModelFiles) -> None:
         shapes = {
             name: tuple(value.shape) for name, value in revert_weight_conversion(model, model.state_dict()).items()
         }
-    weights = packed - set(map_names(shapes, model)) - set(stacks)
     four_bit = stored is not None and stored.is_four_bit
-    find_rearranged(weights, stacks, shapes, model, by_rows=not four_bit, way=UNMERGED)
+    find_rearranged(packed - set(stacks), stacks, shapes, model, by_rows=not four_bit, way=UNMERGED)
