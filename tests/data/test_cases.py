@@ -546,7 +546,7 @@ JOINED = {
     "rows of a conversation": ([{"dialogue_id": 1, "speaker": role, "utterance": text} for role, text in (("user", "A lake?"), ("bot", "Chiemsee."))], [TURN]),
     "rows that are trees": ([TREE], [TURN, OTHER]),
     "trees in a column": ([{"tree_id": 1, "prompt": TREE}], [TURN, OTHER]),
-    "an export of ChatGPT's": (json.dumps([CHATGPT, CHATGPT]), [TURN, TURN]),
+    "an export of ChatGPT's": (json.dumps([CHATGPT, {**CHATGPT, "current_node": "s"}, CHATGPT]), [TURN, TURN]),
     "turns in fields that nobody knows": ([{"chat": {"turn_1": SAID}}, {"chat": {"turn_1": SAID}}], [TURN, TURN]),
 }  # fmt: skip
 

@@ -109,9 +109,9 @@ def refuse_exports(columns: Columns) -> None:
             code = (
                 'up=lambda t,i:[[t[i],i:=t[i].get("parent")][0] for _ in t if i in t][::-1]; '
                 f'said=lambda m:{text} if m and m["author"]["role"] in ("user","assistant") else ""; '
-                '[print(json.dumps({"messages":[{"role":n["message"]["author"]["role"],"content":s} for n in '
-                f'up(c[{_quoted(name)}],c["current_node"]) if (s:=said(n["message"]))]}})) for c in '
-                'json.load(open("conversations.json"))]'
+                '[print(json.dumps({"messages":turns})) for c in json.load(open("conversations.json")) '
+                'if (turns:=[{"role":n["message"]["author"]["role"],"content":s} for n in '
+                f'up(c[{_quoted(name)}],c["current_node"]) if (s:=said(n["message"]))])]'
             )
             raise DataError(
                 f"Column {name!r} holds messages by their ids, each with its parent, as ChatGPT exports conversations. Of its "
