@@ -816,14 +816,15 @@ def test_an_object_is_bounded_before_it_is_held(tmp_path):
 def test_a_folder_says_which_files_it_leaves_out_and_takes_no_metadata_for_data(tmp_path):
     for name in ("train", "lakes"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(LAKES[0]) + "\n")
-    for name in ("more.xlsx", "rows", "README.md", ".hidden"):  # the first two may hold data
+    for name in ("more.xlsx", "rows", "README.md", ".hidden", "License.txt"):  # the first two may hold data
         (tmp_path / name).write_text("a")
     (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
     (tmp_path / "dataset_info.json").write_text('{"lakes": {"file_name": "lakes.json"}}')
     events = []
     prepare_rows(PrepareConfig(data=str(tmp_path)), byte_level(), None, tmp_path / "out", events.append, workers=1)
-    assert events[0].text.endswith("left out, as their kind is not known by their names: more.xlsx, rows.")
-    assert "1 of 2 files" in events[1].text and "lakes.jsonl" in events[1].text
+    assert events[0].text.endswith("left out, as by their names they tell of the data: License.txt.")
+    assert events[1].text.endswith("left out, as their kind is not known by their names: more.xlsx, rows.")
+    assert "1 of 2 files" in events[2].text and "lakes.jsonl" in events[2].text
 
 
 def test_several_data_sets_each_with_its_share_and_format(tmp_path):

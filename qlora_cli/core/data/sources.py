@@ -28,6 +28,7 @@ from qlora_cli.settings.setting import is_given
 from qlora_cli.sizes import format_bytes, format_count
 
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of datasets and others
+ABOUT = ("README", "LICENSE")  # files that tell of the others
 SHARES = "Give a share above 0 and up to 1."
 READABLE = ", ".join([*KINDS, *DECOMPRESS])
 
@@ -288,7 +289,11 @@ def _folder_source(data: str, folder: Path, split: str, report: Report) -> Sourc
     files = [file for file in found if kind_of(file) and file.name not in METADATA]
     if not files:
         raise DataError(f"{data} holds no data files.", f"These are read: {READABLE}.")
-    if unread := [file for file in found if not kind_of(file) and file.stem.upper() not in ("README", "LICENSE")]:
+    about = [file for file in files if file.stem.upper() in ABOUT and kind_of(file) == "txt"]
+    if about and any(kind_of(file) != "txt" for file in files):  # among texts they may be meant
+        files = [file for file in files if file not in about]
+        report(Caution(f"{data}: left out, as by their names they tell of the data: {_listed(about, folder)}."))
+    if unread := [file for file in found if not kind_of(file) and file.stem.upper() not in ABOUT]:
         report(Caution(f"{data}: left out, as their kind is not known by their names: {_listed(unread, folder)}."))
     by_split: dict[str, list[Path]] = {}
     for file in files:
