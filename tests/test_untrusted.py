@@ -94,6 +94,8 @@ def test_a_link_in_an_adapter_does_not_land_in_what_is_merged_and_pushed(model, 
     (tmp_path / "adapter" / name).symlink_to(tmp_path / "secret")
     with pytest.raises(ModelError, match="link out of it"):
         find_tokenizer(resolve_model(str(model)), tmp_path / "adapter")
+    (tmp_path / "adapter" / name).rename(tmp_path / "adapter" / "plot.py")  # the user's own, which nothing names
+    assert find_tokenizer(resolve_model(str(model)), tmp_path / "adapter")
 
 
 CODE = "from transformers import PreTrainedTokenizerFast\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"

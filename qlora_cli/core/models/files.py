@@ -267,7 +267,8 @@ def files_beside(base: ModelFiles, adapter: Path) -> ModelFiles:
     Raises:
         ModelError: One is a link to elsewhere, or its settings cannot be read.
     """
-    refuse_links(adapter, [*TOKENIZER_FILES, "*config.json", "*.py"])
+    refuse_links(adapter, [*TOKENIZER_FILES, "*config.json"])
+    refuse_links(adapter, ["*.py"] if base.trust_remote_code else [path.name for path in own_code(adapter)])
     trusted = base.trust_remote_code and not (adapter / "config.json").exists()
     if trusted and (adapter / TOKENIZER_CONFIG).exists():
         settings = read_foreign_json(adapter / TOKENIZER_CONFIG)
