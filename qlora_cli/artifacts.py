@@ -57,7 +57,7 @@ TOKENIZER_NAMES = (
     *("tekken.json", *(f"tokenizer.model.v{version}" for version in (1, 2, 3, 7))),
 )
 # Where a model's own code may name others.
-TOKENIZER_FILES = ["tokenizer*", "*.model", "vocab.*", "*.tiktoken", *TOKENIZER_NAMES, f"{TEMPLATES}/*.jinja"]
+TOKENIZER_FILES = ["tokenizer*", "*.model", "*vocab*.*", "*.tiktoken", *TOKENIZER_NAMES, f"{TEMPLATES}/*.jinja"]
 
 # Prepared directory.
 PREPARED_MANIFEST = "prepared.json"

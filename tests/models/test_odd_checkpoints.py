@@ -241,11 +241,11 @@ def test_a_model_with_code_of_its_own_is_trained_answers_and_is_merged_whole(tin
         "class Own(LlamaForCausalLM):\n    config_class = OwnConfig",
         "tokenization_own": "from transformers import PreTrainedTokenizerFast\nfrom .pieces_own import NAMES\n"
         "class OwnTokenizerFast(PreTrainedTokenizerFast):\n    pass",
-        "pieces_own": "NAMES = {'vocab_file': 'own.tiktoken'}",
+        "pieces_own": "NAMES = {'vocab_file': 'own.tiktoken', 'words': 'own_vocab_v1.txt'}",
         "of_the_user": "'not named by any setting'",
     }.items():
         (base / f"{name}.py").write_text(code)
-    for name in ("own.tiktoken", "tokenizer_notes.txt", "vocab.bak", "mine.model"):
+    for name in ("own.tiktoken", "own_vocab_v1.txt", "tokenizer_notes.txt", "vocab.bak", "mine.model"):
         (base / name).write_text("a line")
     rows.write_text("".join(f'{{"text": "a fox {number}"}}\n' for number in range(8)))
     trusted = {"trust_remote_code": True, "model": str(base)}
@@ -263,5 +263,5 @@ def test_a_model_with_code_of_its_own_is_trained_answers_and_is_merged_whole(tin
         tmp_path / "merged",
     ):  # what its code names, and nothing of the user's beside it
         names = {path.name for path in directory.iterdir()}
-        assert names >= {"own.tiktoken", "tokenization_own.py", "pieces_own.py", "tokenizer.json"}
+        assert names >= {"own.tiktoken", "own_vocab_v1.txt", "tokenization_own.py", "pieces_own.py", "tokenizer.json"}
         assert not names & {"of_the_user.py", "tokenizer_notes.txt", "vocab.bak", "mine.model"}
