@@ -333,13 +333,16 @@ def is_prepared(directory: Path) -> bool:
 def find_near(place: Path, name: str) -> Path | None:
     """The directory that was probably meant, of those with a file of this name: the one that a file lies in, or at most two
     levels below a directory, as checkpoints and snapshots of a hub's cache lie, that of the last step, or the newest; None
-    where there is none."""
+    where there is none, or several of which any may be meant."""
     if place.is_file():
         return place.parent if (place.parent / name).is_file() else None
     found = [*place.glob(f"*/{name}"), *place.glob(f"*/*/{name}")]
 
-    def age(path: Path) -> tuple[int, float]:
+    def step_of(path: Path) -> int:
         step = re.search(r"-(\d+)$", path.parent.name)
-        return int(step[1]) if step else -1, path.stat().st_mtime
+        return int(step[1]) if step else -1
 
-    return max(found, key=age).parent if found else None
+    above = {path.parent.parent for path in found}
+    if len(above) > 1 or (len(found) > 1 and above.pop().name != "snapshots" and min(map(step_of, found)) < 0):
+        return None
+    return max(found, key=lambda path: (step_of(path), path.stat().st_mtime)).parent if found else None
