@@ -12,7 +12,7 @@ from torch import nn
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.calibration import StepPlanner
-from qlora_cli.core.engine.decoder_layers import saved_bytes_a_token
+from qlora_cli.core.engine.decoder_layers import can_compile, saved_bytes_a_token
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues
 from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
@@ -582,6 +582,12 @@ def test_layers_that_look_tokens_up_again_train_on_what_they_find(looking_up, ki
         _, found, engine = step(model, batch, gradient_checkpointing=checkpointing)
         assert engine.packed
         assert (found - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_layers_with_several_hidden_states_a_token_are_not_compiled(looking_up):
+    """The compiler fails on them, at the first step."""
+    assert not can_compile(install(looking_up("Gemma3nTextConfig")).calls)
+    assert can_compile(install(looking_up("Gemma4TextConfig")).calls)
 
 
 def test_layers_that_see_token_ids_in_another_way_are_trained_plainly_and_that_is_said(looking_up, monkeypatch):

@@ -20,13 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_cli.core.device import LayerSeconds
 from qlora_cli.core.engine.fsdp import gathered
 from qlora_cli.core.engine.gated_mlp import GatedUnit, SharedProjection
-from qlora_cli.core.engine.lora_linear import (
-    ATTRIBUTE,
-    FastLinear,
-    StepState,
-    fast_linear_of,
-    noted_calls,
-)
+from qlora_cli.core.engine.lora_linear import ATTRIBUTE, FastLinear, StepState, fast_linear_of, noted_calls
 from qlora_cli.core.engine.memory_plan import MemoryPlan
 from qlora_cli.core.engine.offload import ActivationOffload, tensor_of
 from qlora_cli.core.experts.fused_experts import FusedExperts
@@ -312,6 +306,12 @@ def saved_bytes_a_token(layer: nn.Module, call: LayerCall, *, input_gradient: bo
     sizes = {rows * length, length}  # in the shape of every activation, and of no weight: see TRIAL_LENGTHS
     saved = {t.data_ptr(): t for t in _saved_by(layer, call, input_gradient=input_gradient) if sizes & set(t.shape)}
     return sum(t.nbytes for t in saved.values()) / (rows * length)
+
+
+def can_compile(calls: list[LayerCall]) -> bool:
+    """Whether layers may be compiled: not where a token has several hidden states (Gemma 3n), whose mixing clamps a weight in
+    place, which the compiler refuses."""
+    return all(call.args[0].dim() == 3 for call in calls)
 
 
 def runs_better_plainly(first: nn.Module, call: LayerCall, compiled_bytes_a_token: float) -> bool:

@@ -15,6 +15,7 @@ from qlora_cli.core.engine.calibration import Calibration, StepPlanner, install_
 from qlora_cli.core.engine.cuda_graphs import StepGraphs, StepInputs, bucket_tokens, bucketed, step_inputs
 from qlora_cli.core.engine.decoder_layers import (
     LayerPlan,
+    can_compile,
     capture_calls,
     draws_random,
     find_layers,
@@ -120,7 +121,7 @@ class FastEngine:
             self.linears.fuse(resident=self.linears.resident, workspace_bytes=SLICE_BYTES if self.on_cuda else None)
         elements = self.linears.dense_bytes // self.values.dtype.itemsize
         pays = compiling_pays(settings.compile, self.base, elements, total_steps * self.largest_tokens)
-        self.compiled = self.on_cuda and self.packed and pays
+        self.compiled = self.on_cuda and self.packed and pays and can_compile(self.calls)
         if settings.tile_tokens and not self._tile(settings.tile_tokens):
             settings = replace(settings, tile_tokens=0)
         self._share_projections()
@@ -160,8 +161,7 @@ class FastEngine:
         self.calls = capture_calls(layers, self.trials.run)
         if len(self.calls) != len(layers):  # layers that are called other than once each are left as they are
             layers, self.calls = [], []
-        self.layers = layers
-        self.draws_random = draws_random(layers, self.calls)
+        self.layers, self.draws_random = layers, draws_random(layers, self.calls)
         step = self.linears.step
         self.layer_plans = [LayerPlan(i, False, None, False, self.draws_random, step) for i in range(len(layers))]
         self.undo.append(replace_forward(dict(zip(layers, self.layer_plans, strict=True)), run_as_planned))
