@@ -590,6 +590,16 @@ def test_layers_with_several_hidden_states_a_token_are_not_compiled(looking_up):
     assert can_compile(install(looking_up("Gemma4TextConfig")).calls)
 
 
+def test_a_model_that_looks_up_embeddings_alone_is_not_run_again_to_see_whether_it_looks_up_more(load_tiny):
+    """Where rows are padded: two passes of a large base that streams, and of experts that go by the last bit."""
+    model = adapted(load_tiny, "bloom")
+    runs = []
+    model.get_base_model().transformer.register_forward_hook(lambda *_: runs.append(1))
+    engine = install(model)
+    # The head is found, by three passes; what layers are called with, by one.
+    assert not engine.packed and len(runs) == 4
+
+
 def test_layers_that_see_token_ids_in_another_way_are_trained_plainly_and_that_is_said(looking_up, monkeypatch):
     model, events = looking_up("Gemma3nTextConfig"), []
     for module in ("fast", "calibration"):

@@ -142,9 +142,9 @@ class Calibration:
         return (-(-tokens // rows),) * rows
 
     def states(self, *, padded: bool = False, embedded: bool = False) -> Tensor:
-        """Hidden states of the second of the trial's rows, alone, by its token ids or as a step gives it, `embedded`; or,
-        beside the first in padded rows, of both. Trials of other attention send tokens to the experts that they go to here."""
-        with self.routing.recorded():
+        """Hidden states of the second of the trial's rows, alone; or, beside the first in padded rows, of both. Trials of
+        other attention, and of the row `embedded` as a step gives it, send tokens to the experts that they go to here."""
+        with self.routing.replayed() if embedded else self.routing.recorded():
             return self._states(padded=padded, embedded=embedded)
 
     @torch.no_grad()

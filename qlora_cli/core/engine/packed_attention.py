@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora_cli.core.distributed.context_group import context_of
 from qlora_cli.core.engine.lora_linear import replace_forward
-from qlora_cli.core.models.structure import values_by_layer
+from qlora_cli.core.models.structure import has_other_tables, values_by_layer
 from qlora_cli.events import Notice, Report
 from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, groups_fit, packed_attention, takes_caps
 from qlora_cli.kernels.sink_attention import chunked_attention
@@ -371,8 +371,10 @@ def install_attention(
     trials.packed = reason is None
     if reason is None:
         return True, undo
-    if not is_like(trials.states(embedded=True), trials.states()):
-        raise ValueError("its layers see token ids besides the embeddings")
+    if has_other_tables(decoder, trials.embedding):  # any other takes the same embeddings in both
+        own = trials.states()
+        if not is_like(trials.states(embedded=True), own):
+            raise ValueError("its layers see token ids besides the embeddings")
     report(Notice(f"Rows are padded instead of packed, because {reason}."))
     if has_sinks(decoder) and base._can_set_attn_implementation() and not drops_weights(decoder):
         why_eager, undo = install(trials.states(padded=True), trials.why_padded_differs)

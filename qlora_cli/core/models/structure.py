@@ -207,6 +207,12 @@ def inputs_by_token(decoder: Any, ids: Tensor) -> dict[str, Tensor]:
     return {"per_layer_inputs": decoder.get_per_layer_inputs(ids.to(device, non_blocking=True))}
 
 
+def has_other_tables(decoder: nn.Module, embedding: nn.Module) -> bool:
+    """Whether a decoder has tables besides those of its input embeddings: of positions, or of tokens once more."""
+    others = set(decoder.modules()) - set(embedding.modules())
+    return any(isinstance(module, nn.Embedding) for module in others)
+
+
 def values_by_layer(config: PreTrainedConfig, name: str) -> set[Any]:
     """Of a number that a configuration gives once, or some layers otherwise (heads of Gemma 4's global ones): each there is."""
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
