@@ -1,6 +1,7 @@
 """The fast engine computes what the plain one does, rows never see one another, and the model comes back as it was."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,9 @@ from qlora_cli.core.engine.calibration import StepPlanner
 from qlora_cli.core.engine.decoder_layers import can_compile, saved_bytes_a_token
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues
-from qlora_cli.core.engine.memory_plan import StepNeeds, count_recomputed_layers
+from qlora_cli.core.engine.memory_plan import MemoryPlan, StepNeeds, count_recomputed_layers
 from qlora_cli.core.models.files import resolve_model
+from qlora_cli.core.models.structure import bytes_by_token, find_decoder, underlying_model
 from qlora_cli.errors import ModelError, TrainingError, UsageError
 from qlora_cli.events import Caution
 from qlora_cli.settings.groups import LoraSettings, QuantizationSettings, StepSettings
@@ -588,6 +590,22 @@ def test_layers_with_several_hidden_states_a_token_are_not_compiled(looking_up):
     """The compiler fails on them, at the first step."""
     assert not can_compile(install(looking_up("Gemma3nTextConfig")).calls)
     assert can_compile(install(looking_up("Gemma4TextConfig")).calls)
+
+
+@pytest.mark.parametrize(("kind", "states"), [("Gemma3nTextConfig", 2), ("Gemma4TextConfig", 1)])
+def test_all_hidden_states_of_a_token_count_as_memory_that_waits(looking_up, monkeypatch, kind, states):
+    trials = (engine := install(looking_up(kind))).trials
+    monkeypatch.setattr("qlora_cli.core.engine.calibration.measure_layer", lambda *_: None)
+    trials.measure(engine.layers[0], 96)
+    assert (trials.hidden_bytes, trials.state_bytes) == (states * 64 * 4, 64 * 4)
+
+
+def test_what_is_looked_up_for_each_token_is_counted_as_memory_of_a_step(looking_up):
+    decoder = find_decoder(underlying_model(looking_up("Gemma4TextConfig")))
+    assert bytes_by_token(decoder) == 3 * 64 * 4
+    needs, more = StepNeeds(layers=3, hidden_bytes=2**20), 2**24
+    plans = MemoryPlan(), MemoryPlan(recomputed=3)
+    assert all(p.step_bytes(replace(needs, by_token_bytes=more)) == p.step_bytes(needs) + more for p in plans)
 
 
 def test_a_model_that_looks_up_embeddings_alone_is_not_run_again_to_see_whether_it_looks_up_more(load_tiny):

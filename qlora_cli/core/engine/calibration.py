@@ -25,12 +25,7 @@ from qlora_cli.core.engine.decoder_layers import (
 )
 from qlora_cli.core.engine.lm_head import Head, time_head
 from qlora_cli.core.engine.lora_linear import ATTRIBUTE, AdapterValues, FusedLinears
-from qlora_cli.core.engine.memory_plan import (
-    SLICE_BYTES,
-    MemoryPlan,
-    StepNeeds,
-    plan_memory,
-)
+from qlora_cli.core.engine.memory_plan import SLICE_BYTES, MemoryPlan, StepNeeds, plan_memory
 from qlora_cli.core.engine.offload import link_bytes_per_second
 from qlora_cli.core.engine.packed_attention import HeldLayers, attended_share, is_like, pack_mask
 from qlora_cli.core.experts.held_routing import HeldRouting
@@ -45,7 +40,7 @@ from qlora_cli.core.matmul.choice import (
 )
 from qlora_cli.core.matmul.expert_stacks import ExpertStacks
 from qlora_cli.core.models.files import context_length
-from qlora_cli.core.models.structure import inputs_by_token, underlying_model
+from qlora_cli.core.models.structure import bytes_by_token, inputs_by_token, underlying_model
 from qlora_cli.core.streaming.streamed_base import describe_speed
 from qlora_cli.core.tiling.kept_attention import can_keep_attention
 from qlora_cli.errors import first_line
@@ -73,7 +68,7 @@ class Calibration:
         self.model, self.decoder, self.embedding, self.values, self.device = model, decoder, embedding, values, device
         self.routing, self.held = HeldRouting(decoder), HeldLayers(find_layers(decoder))
         self.packed = self.equal_rows = False  # whether attention takes packs by now; rows of one length as such
-        self.hidden_bytes = 0  # of one token before the layer that was measured
+        self.hidden_bytes = self.state_bytes = 0  # of a token before the layer that was measured; of one of its states
 
     @contextmanager
     def _evaluated(self) -> Iterator[None]:
@@ -248,7 +243,9 @@ class Calibration:
         """
         try:
             call, first = self._calls(layer, tokens)
-            self.hidden_bytes = call.args[0].shape[-1] * call.args[0].element_size()
+            hidden = call.args[0]  # some models have several of each token
+            self.hidden_bytes = hidden.nbytes // sum(self.rows_of(tokens))
+            self.state_bytes = hidden.shape[-1] * hidden.element_size()
             return measure_layer(layer, call, first)
         except torch.OutOfMemoryError:
             if tokens < 2 * LEAST_TRIAL_TOKENS:
@@ -297,7 +294,8 @@ class StepPlanner:
             kept_bytes=layer_bytes.kept * share,
             peak_bytes=(layer_bytes.peak - dense_bytes) * share + static.beyond_bytes + static.largest_dense_bytes,
             hidden_bytes=self.largest_tokens * trials.hidden_bytes,
-            attended_bytes=int(self.largest_tokens * trials.hidden_bytes * kept),
+            by_token_bytes=2 * self.largest_tokens * bytes_by_token(trials.decoder),  # mixed with embeddings, too
+            attended_bytes=int(self.largest_tokens * trials.state_bytes * kept),
             seconds=LayerSeconds(share * seconds.forward, share * seconds.backward, seconds.launching),
             fixed_seconds=None if few is None else seconds.fixed(few[1]),
             link_bytes_per_second=link_bytes_per_second(trials.device),

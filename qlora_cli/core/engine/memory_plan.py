@@ -56,6 +56,7 @@ class StepNeeds:
     peak_bytes: int = 0  # the most one layer holds at once in its forward and backward pass, `kept_bytes` included
     beyond_bytes: int = 0  # of which the largest experts take, more than those measured, at any number of tokens
     hidden_bytes: int = 0  # of hidden states
+    by_token_bytes: int = 0  # of what the decoder is given for each token beside its embedding
     attended_bytes: int = 0  # of the results of one layer's attention; none where they cannot be kept
     optimizer_bytes: int = 0  # gradients of the adapter and the optimizer's state
     gradient_bytes: int = 0  # of one layer's adapters, where they may be lent before its backward pass
@@ -81,15 +82,14 @@ class StepNeeds:
         of_weights = self.largest_dense_bytes + self.beyond_bytes
         seconds, fixed = self.seconds, self.fixed_seconds
         if seconds is not None and fixed is not None:
-            seconds = LayerSeconds(
-                fixed.forward + share * (seconds.forward - fixed.forward),
-                fixed.backward + share * (seconds.backward - fixed.backward),
-            )
+            own = zip(fixed[:2], seconds[:2], strict=True)
+            seconds = LayerSeconds(*(still + share * (whole - still) for still, whole in own))
         return replace(
             self,
             kept_bytes=int(self.kept_bytes * share),
             peak_bytes=int((self.peak_bytes - of_weights) * share) + of_weights,
             hidden_bytes=int(self.hidden_bytes * share),
+            by_token_bytes=int(self.by_token_bytes * share),
             attended_bytes=int(self.attended_bytes * share),
             seconds=seconds,
         )
@@ -134,7 +134,7 @@ class MemoryPlan:
         below = waiting + max(0, whole - TOP_LAYERS) * kept
         peaks += [below + peak + needs.hidden_bytes] if self.recomputed else []
         peaks += [below + peak] if self.sent or self.lent else []
-        step = max(peaks) + needs.optimizer_bytes + MARGIN_BYTES
+        step = max(peaks) + needs.by_token_bytes + needs.optimizer_bytes + MARGIN_BYTES
         step += needs.dense_bytes if self.resident_weights else self.values_bytes(needs.largest_dense_bytes)
         step += self.unpacked_experts * needs.unpacked_bytes
         return step - (needs.embedding_bytes if self.offload_embeddings else 0)

@@ -207,6 +207,12 @@ def inputs_by_token(decoder: Any, ids: Tensor) -> dict[str, Tensor]:
     return {"per_layer_inputs": decoder.get_per_layer_inputs(ids.to(device, non_blocking=True))}
 
 
+def bytes_by_token(decoder: Any) -> int:
+    """Of `inputs_by_token` for one token."""
+    with torch.no_grad():
+        return sum(given.nbytes for given in inputs_by_token(decoder, torch.zeros(1, 1, dtype=torch.long)).values())
+
+
 def has_other_tables(decoder: nn.Module, embedding: nn.Module) -> bool:
     """Whether a decoder has tables besides those of its input embeddings: of positions, or of tokens once more."""
     others = set(decoder.modules()) - set(embedding.modules())
