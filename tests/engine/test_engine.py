@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.support.architectures import make_config
 from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.engine.calibration import StepPlanner
@@ -584,6 +585,20 @@ def test_layers_that_look_tokens_up_again_train_on_what_they_find(looking_up, ki
         _, found, engine = step(model, batch, gradient_checkpointing=checkpointing)
         assert engine.packed
         assert (found - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_tables_that_go_by_token_ids_are_given_these_and_not_what_noisy_embeddings_look_like():
+    config = make_config("qwen4_exp_text")
+    config.vocab_size = 384
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    model, losses = draw_b(attach_adapter(base, LoraSettings(rank=4, alpha=8))).train(), []
+    for kind in ("plain", "fast"):
+        engine = install(model, kind, neftune_noise_alpha=5.0)
+        assert ("fast" in engine.describe()) == (kind == "fast")
+        torch.manual_seed(0)
+        losses.append(engine.loss(batch_of()).detach())
+        engine.close()
+    assert torch.allclose(*losses, rtol=1e-5)
 
 
 def test_layers_with_several_hidden_states_a_token_are_not_compiled(looking_up):

@@ -102,7 +102,7 @@ class Calibration:
     def _embedded(self, ids: Tensor) -> dict[str, Tensor]:
         """What a step gives the decoder for those tokens, ids of which it is not given."""
         embedded = self.embedding(ids.to(self.embedding.weight.device)).to(self.device)
-        return {"inputs_embeds": embedded, **inputs_by_token(self.decoder, ids)}
+        return {"inputs_embeds": embedded, **inputs_by_token(self.decoder, ids.to(self.device))}
 
     def _pack_states(
         self, ids: Tensor, lengths: tuple[int, ...], longest: int = 0, context: ContextGroup | None = None

@@ -192,15 +192,19 @@ def inputs_by_token(decoder: Any, ids: Tensor) -> dict[str, Tensor]:
     """What a decoder that is given embeddings takes beside them: values for each layer, from a table of their own.
 
     Gemma 3n and 4 have such a table. Without its values the first computes as another model would, and the second looks for
-    each embedding among those of the whole vocabulary, tokens x vocabulary x size at once.
+    each embedding among those of the whole vocabulary, tokens x vocabulary x size at once; so does Qwen 4 for the token ids
+    that its own tables are looked up by, and finds none where there is noise on embeddings.
 
     Args:
         decoder: From `find_decoder`.
         ids: (rows, length) int64, on any device.
 
     Returns:
-        Keyword arguments of its forward pass: `per_layer_inputs`, (rows, length, layers, size); of other decoders none.
+        Keyword arguments of its forward pass: `per_layer_inputs`, (rows, length, layers, size), or `ple_input_ids`, the ids
+        as they are; of other decoders none.
     """
+    if getattr(decoder.config, "ple_layer_ids", None):
+        return {"ple_input_ids": ids}
     if not getattr(decoder, "hidden_size_per_layer_input", 0) or not hasattr(decoder, "get_per_layer_inputs"):
         return {}
     device = next(decoder.embed_tokens_per_layer.parameters()).device
