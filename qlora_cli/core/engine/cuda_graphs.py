@@ -110,7 +110,8 @@ def bucketed(inputs: StepInputs) -> StepInputs:
     least = min(most, max(least, 2 ** wanted.bit_length() // 8))
     longest = max(least, 2 ** (max(inputs.longest, added) - 1).bit_length())
     return StepInputs(
-        embedded=F.pad(inputs.embedded, (0, 0, 0, added)),
+        # Gemma 3n takes a root of a token's states, at zero without a derivative.
+        embedded=F.pad(inputs.embedded, (0, 0, 0, added), value=1.0 if inputs.by_token else 0.0),
         labels=F.pad(inputs.labels, (0, added), value=-100),
         position_ids=F.pad(inputs.position_ids, (0, added)),
         boundaries=F.pad(inputs.boundaries, (0, rows - inputs.boundaries.numel()), value=wanted),
