@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Set
 from functools import cache
+from inspect import signature
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -208,7 +209,11 @@ def inputs_by_token(decoder: Any, ids: Tensor) -> dict[str, Tensor]:
     if not getattr(decoder, "hidden_size_per_layer_input", 0) or not hasattr(decoder, "get_per_layer_inputs"):
         return {}
     device = next(decoder.embed_tokens_per_layer.parameters()).device
-    return {"per_layer_inputs": decoder.get_per_layer_inputs(ids.to(device, non_blocking=True))}
+    look_up = decoder.get_per_layer_inputs
+    unasked = [None] * (
+        len(signature(look_up).parameters) - 1
+    )  # embeddings, which transformers before 5.23 wants named
+    return {"per_layer_inputs": look_up(ids.to(device, non_blocking=True), *unasked)}
 
 
 def bytes_by_token(decoder: Any) -> int:
