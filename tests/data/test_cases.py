@@ -861,7 +861,7 @@ def test_several_data_sets_each_with_its_share_and_format(tmp_path):
 @pytest.mark.parametrize("share", [0.3, 0.5, 1 / 3, 0.999, 0.01])
 @pytest.mark.parametrize("sizes", [[100], [1] * 100, [7, 0, 93]])
 def test_a_share_is_spread_evenly_however_rows_are_cut_into_chunks(share, sizes):
-    from qlora_cli.core.data.sources import DataSet
+    from qlora_cli.core.data.data_sets import DataSet
     from qlora_cli.core.reading.chunks import Chunk
 
     numbers = iter(range(100))

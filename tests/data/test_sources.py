@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_cli.core.data import sources
-from qlora_cli.core.data.sources import read_data_sets, resolve_source
+from qlora_cli.core.data.data_sets import read_data_sets
+from qlora_cli.core.data.sources import resolve_source
 from qlora_cli.core.reading.chunks import parse_chunk
 from qlora_cli.errors import DataError, ModelError, UsageError
 from qlora_cli.settings.groups import DataSettings

@@ -22,15 +22,9 @@ from qlora_cli.artifacts import (
     is_prepared,
     write_json,
 )
+from qlora_cli.core.data.data_sets import join_identities, read_data_sets, read_paths
 from qlora_cli.core.data.dataset import PreparedRows, RowWriter, manifest_sha256
-from qlora_cli.core.data.sources import (
-    Source,
-    ignored_settings,
-    join_identities,
-    read_data_sets,
-    read_paths,
-    resolve_source,
-)
+from qlora_cli.core.data.sources import Source, ignored_settings, resolve_source
 from qlora_cli.core.data.statistics import PreparationStatistics
 from qlora_cli.core.data.tokenize import TokenisedChunk, Tokeniser, TokeniserSettings
 from qlora_cli.core.data.worker_pool import TokeniserPool, count_processes

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.core.data.data_sets import read_data_sets
 from qlora_cli.core.data.prepare import limited, recognise_source
-from qlora_cli.core.data.sources import read_data_sets, resolve_source
+from qlora_cli.core.data.sources import resolve_source
 from qlora_cli.core.prompts.encoder import encoder_of
 from qlora_cli.core.prompts.formatting import Formatting, RowFormatter
 from qlora_cli.core.prompts.prompt_template import PromptTemplate

@@ -210,9 +210,8 @@ def inputs_by_token(decoder: Any, ids: Tensor) -> dict[str, Tensor]:
         return {}
     device = next(decoder.embed_tokens_per_layer.parameters()).device
     look_up = decoder.get_per_layer_inputs
-    unasked = [None] * (
-        len(signature(look_up).parameters) - 1
-    )  # embeddings, which transformers before 5.23 wants named
+    # transformers before 5.23 asks for embeddings, too, which it looks at without ids alone.
+    unasked = [None] * (len(signature(look_up).parameters) - 1)
     return {"per_layer_inputs": look_up(ids.to(device, non_blocking=True), *unasked)}
 
 

@@ -29,7 +29,7 @@ from qlora_cli.artifacts import (
     tokenizer_files,
 )
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.data.sources import read_paths
+from qlora_cli.core.data.data_sets import read_paths
 from qlora_cli.core.storage.checkpoint import is_checkpoint, list_checkpoints, remove_leftovers, step_of
 from qlora_cli.core.storage.lock import locked, require_unheld
 from qlora_cli.core.storage.ownership import (

@@ -124,7 +124,8 @@ def check_places(config: Any) -> None:
         read_prompts(Path(prompts))
     data = getattr(config, "data", None) or ()
     if not all(place.exists() and not is_prepared(place) for place in (Path(name).expanduser() for name in data)):
-        from qlora_cli.core.data.sources import read_data_sets, require_data
+        from qlora_cli.core.data.data_sets import read_data_sets
+        from qlora_cli.core.data.sources import require_data
 
         for data_set in read_data_sets(data):
             require_data(data_set.name)
