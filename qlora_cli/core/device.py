@@ -142,11 +142,8 @@ def describe_others(device: torch.device) -> str:
 def _paged_bytes() -> int:
     """What optimizers of this process keep in managed memory, which may lie on a CUDA device: in no figure of PyTorch's."""
     library = sys.modules.get("bitsandbytes")
-    return (
-        sum(state.nbytes for state in library.functional.GlobalPageManager.get_instance().paged_tensors)
-        if library
-        else 0
-    )
+    paged = library.functional.GlobalPageManager.get_instance().paged_tensors if library else ()
+    return sum(state.nbytes for state in paged)
 
 
 def memory_error(kind: type[Failure], message: str, hint: str, device: torch.device) -> Failure:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_cli.core.records.messages import ROLE_KEYS, is_transcript, role_of, turns_of
-from qlora_cli.core.records.record import NULLS, Record, decode_nested, fields_in, with_fields
+from qlora_cli.core.records.record import Record, decode_nested, fields_in, says_nothing, with_fields
 from qlora_cli.errors import UsageError
 
 ALMOST_ALL = 0.9  # of the rows: what a format has to explain, or it is not taken
@@ -156,7 +156,7 @@ class Columns:
     def has_some(self, name: str | None) -> bool:
         """Whether some row holds something else than nothing in a column."""
         return name is not None and any(
-            value.strip() not in ("", *NULLS) if isinstance(value, str) else value for value in self.values(name)
+            not says_nothing(value) if isinstance(value, str) else value for value in self.values(name)
         )
 
     def is_conversation(self, name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_cli.core.records.dialogues import split_dialogue
 from qlora_cli.core.records.messages import Message, holds_messages, read_messages, turns_of, with_flags
 from qlora_cli.core.records.parts import system_text
-from qlora_cli.core.records.record import NULLS, BadField, Record, decode_nested, describe_type
+from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type, says_nothing
 from qlora_cli.core.records.tools import calls_in, read_tools, without_padding, wrap_call
 
 
@@ -209,7 +209,7 @@ def _history(record: Record, column: str | None) -> Any:
 
 def _add_system(reader: _Reader, text: Any, column: str | None) -> None:
     text = system_text(text, f"field {column!r}")
-    if text is None or (isinstance(text, str) and text.strip() in ("", *NULLS)):
+    if text is None or (isinstance(text, str) and says_nothing(text)):
         return
     if not isinstance(text, str):
         raise BadField(f"field {column!r} is {describe_type(text)}, not text")

@@ -85,6 +85,11 @@ def describe_type(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def says_nothing(text: str) -> bool:
+    """Whether a text is empty, or how JSON or Python print nothing, where a list, an object or a system text belongs."""
+    return text.strip() in ("", *NULLS)
+
+
 def decode_nested(text: str) -> Any:
     """What a text holds if it is a list, an object or nothing written as JSON, or as Python prints it; else the text itself."""
     stripped = text.strip()

@@ -7,7 +7,7 @@ has instead, and arguments are an object, however they were stored: as JSON text
 import json
 from typing import Any
 
-from qlora_cli.core.records.record import NULLS, BadField, Record, decode_nested, describe_type
+from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type, says_nothing
 
 
 def read_tools(value: Any, column: str) -> list[Record] | None:
@@ -21,7 +21,7 @@ def read_tools(value: Any, column: str) -> list[Record] | None:
         BadField: It is no JSON, or no list of objects.
     """
     if isinstance(value, str):
-        value = _parse(value, f"field {column!r}") if value.strip() not in ("", *NULLS) else None
+        value = _parse(value, f"field {column!r}") if not says_nothing(value) else None
     if isinstance(value, dict):
         value = value["tools"] if isinstance(value.get("tools"), list) else _tools_in(value, column)
     if value is None:
