@@ -1,5 +1,7 @@
 """Attention with sinks in the fast engine: rows packed or padded cost what transformers' own attention makes of them."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -104,15 +106,16 @@ def test_a_step_on_the_gpu_is_as_exact_as_the_models_own_attention(lengths):
     assert (fast_loss - exact_loss).abs() <= 2 * (plain_loss - exact_loss).abs() + 5e-3 * exact_loss.abs()
 
 
-def test_attention_that_is_given_more_than_sinks_stays_the_models_own(monkeypatch):
-    model = build("gpt_oss")
+@pytest.mark.parametrize(("kind", "name"), [("gpt_oss", "position_bias"), ("llama", "sinks")])
+def test_attention_that_is_given_more_than_is_known_stays_the_models_own(kind, name, monkeypatch):
+    """A bias; or sinks under another name, as each token's own in Inkling 2, which SDPA leaves out without a word."""
+    monkeypatch.setitem(MODELS, "llama", SIZES)
+    model = build(kind)
     base = underlying_model(model)
     decoder = find_decoder(base)
-    for layer in decoder.layers:  # a bias that neither flash nor chunks know
-        forward = layer.self_attn.forward
-        layer.self_attn.forward = lambda *args, _own=forward, **kwargs: _own(
-            *args, position_bias=torch.ones(1), **kwargs
-        )
+    decoder.layers[0].self_attn.register_parameter("sinks", torch.nn.Parameter(torch.ones(4)))
+    for layer in decoder.layers:
+        layer.self_attn.forward = partial(layer.self_attn.forward, **{name: torch.ones(1)})
     events: list[Notice] = []
     values = AdapterValues(torch.float32)
     trials = Calibration(model, decoder, base.get_input_embeddings(), values, torch.device("cpu"))

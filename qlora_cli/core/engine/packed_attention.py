@@ -7,6 +7,7 @@ Where all rows are of one length and cuDNN can attend to them, it is (1, rows, l
 Other masks, those of padded rows, go to attention over chunks of queries where there are sinks or caps, else to SDPA.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ MOST_DIFFERENCE = 0.1  # of hidden states after many layers, that two ways of at
 # The same of what one layer changes in them, in roundings of the dtype: 2 in the mean, 2.3 at most, in bf16 with peaked
 # attention; scores that are 1.2 times as large make 6.
 MOST_ROUNDINGS = 4
+TAKEN_BY_SDPA = frozenset(inspect.signature(sdpa_attention_forward).parameters)  # position biases, in some versions
 
 
 def pack_mask(cu_seqlens: Tensor, longest: int, equal_rows: int = 0) -> Tensor:
@@ -76,13 +78,15 @@ def _attend(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_pack = _is_pack(attention_mask)
-    if not is_pack and s_aux is None and not softcap:
+    is_plain = not is_pack and s_aux is None and not softcap
+    known = TAKEN_BY_SDPA if is_plain else ()
+    tensors = [n for n, given in kwargs.items() if isinstance(given, Tensor) and given.is_floating_point()]
+    if unknown := [n for n in tensors if n not in known]:
+        raise ValueError(f"attention takes {', '.join(unknown)}")
+    if is_plain:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    unknown = [n for n, given in kwargs.items() if isinstance(given, Tensor) and given.is_floating_point()]
-    if unknown:
-        raise ValueError(f"attention takes {', '.join(unknown)}")
     cap = softcap or None
     if not is_pack:
         if attention_mask is None and not getattr(module, "is_causal", True):
