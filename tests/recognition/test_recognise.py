@@ -1,5 +1,9 @@
 """The format of data is recognised and named, or taken from flags; what cannot be recognised is asked for."""
 
+import json
+import subprocess
+from copy import deepcopy
+
 import pytest
 
 from qlora_cli.config import PrepareConfig
@@ -146,6 +150,40 @@ def test_texts_formatted_beforehand_are_told_from_typed_tokens():
     assert "2 of the first 3 texts stand between" in typed.remarks[0]
     assert "kept as plain text (1 of" in typed.remarks[1]
     assert recognised({"text": "plain"}).remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "marks"),
+    [
+        ({"text": "<s>[INST] q [/INST] a </s>\n"}, "'<s>', '</s>'"),
+        ({"instruction": "q", "output": "a<|eot_id|>"}, "'<|eot_id|>'"),
+        ({"messages": [MESSAGES[0], {"role": "assistant", "content": "a<end_of_turn>"}]}, "'<end_of_turn>'"),
+        ({"prompt": "<start_of_turn>q<end_of_turn>", "completion": "a"}, "'<start_of_turn>', '<end_of_turn>'"),
+    ],
+)
+def test_control_tokens_of_other_models_are_said_to_be_letters(row, marks, tmp_path):
+    (said,) = recognised([row, {**row, **dict.fromkeys(row.keys() - {"messages"}, "plain")}], byte_level()).remarks
+    asks = "<start_of_turn>" in marks
+    assert f"begin or end in {marks}, which this tokenizer does not have" in said
+    assert ("lists of messages" in said) == asks and ("sed 's#" in said) == (not asks)
+    if not asks:
+        (tmp_path / "DATA.jsonl").write_text(json.dumps(row) + "\n")
+        subprocess.run(said[said.index("sed '") :], shell=True, check=True, cwd=tmp_path)
+        assert recognised([json.loads((tmp_path / "clean.jsonl").read_text())], byte_level()).remarks == ()
+
+
+def test_marks_of_the_models_own_template_and_within_texts_are_not_remarked(tmp_path):
+    named = recognised({"q": "x", "a": "y"}, template="<|im_start|>user\n{q}<|im_end|>\n{a}<|im_end|>").remarks
+    assert "The template prints '<|im_start|>', '<|im_end|>', which" in named[0]
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    flags = {"chat_template": str(tmp_path / "chatml.jinja")}
+    assert "prints '<|im_start|>', '<|im_end|>', which" in recognised({"messages": MESSAGES}, **flags).remarks[0]
+    assert recognised({"messages": MESSAGES}, byte_level(), **flags).remarks == ()
+    for text in ("HTML strikes <s>words</s> so", "<|begin_of_thought|>a<|end_of_thought|>"):
+        assert recognised({"text": text}, byte_level()).remarks == ()
+    zephyr = deepcopy(byte_level())
+    zephyr.chat_template = "{{ '<|user|>' + messages[0].content }}"
+    assert recognised({"text": "<|user|>q"}, zephyr).remarks == ()
 
 
 def test_flags_state_the_shape():

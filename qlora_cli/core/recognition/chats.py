@@ -15,7 +15,7 @@ from qlora_cli.core.recognition.columns import ANSWERS, ASKING, CONVERSATIONS, C
 from qlora_cli.core.recognition.layouts import refuse_without_answers
 from qlora_cli.core.recognition.pairs import Pair, is_nested
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
-from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending
+from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending, name_foreign_marks, name_marks_of_template
 from qlora_cli.core.records.conversation import ConversationColumns, read_conversation
 from qlora_cli.core.records.messages import (
     KNOWN_ROLES,
@@ -281,6 +281,8 @@ def recognise_chat(
         remarks.append("Control tokens typed in answers are kept as plain text.")
     elif any(map(encoder.holds_control, others)):
         remarks.append("Control tokens typed in messages are kept as plain text.")
+    remarks += name_marks_of_template(template, encoder) if settings.chat_template else []
+    remarks += name_foreign_marks([*answers, *others], encoder, "messages")
     is_asking = found.messages and not (found.answer or settings.messages_column)
     texts = [name for name in columns.names if name not in used and columns.is_text(name)]
     if is_asking and texts and columns.holds(str(found.messages), columns.is_open):

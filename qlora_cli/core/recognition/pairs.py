@@ -10,7 +10,7 @@ from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
 from qlora_cli.core.recognition.columns import PAIRS, Columns
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
-from qlora_cli.core.recognition.texts import common_ending, shows_markup
+from qlora_cli.core.recognition.texts import common_ending, name_foreign_marks, name_marks_of_template, shows_markup
 from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import UsageError
@@ -155,6 +155,8 @@ def recognise_pair(columns: Columns, settings: DataSettings, encoder: TextEncode
             template=template,
             template_without_optional=short,
         )
+    rows = [f"{row.get(prompt) or ''}{row.get(answer) or ''}" for row in columns.records]
+    remarks += name_foreign_marks(rows, encoder, "rows")
     if _repeats(columns, prompt, answer):
         remarks.append(
             f"Every completion begins with its prompt, which so stands there twice and is trained, too. The completions alone, "
@@ -222,7 +224,9 @@ def recognise_template(columns: Columns, settings: DataSettings, encoder: TextEn
     nested = [name for name in fields if not columns.is_text(name) and columns.holds(name, _holds_text)]
     sentence = f"rows under the template {template!r}, completion in {answer!r}, {describe_trained(train_on)}"
     rules = RowRules(answers=answer if answer in nested else None)
-    return Recognised(formatting, train_on, sentence, used=tuple(fields), rules=rules)
+    answers = [value for value in columns.values(answer) if isinstance(value, str)]
+    remarks = (*name_marks_of_template(template, encoder), *name_foreign_marks(answers, encoder, "answers"))
+    return Recognised(formatting, train_on, sentence, remarks, tuple(fields), rules)
 
 
 def read_template(given: str) -> str:
