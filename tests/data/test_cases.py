@@ -547,6 +547,7 @@ JOINED = {
     "rows that are trees": ([TREE], [TURN, OTHER]),
     "trees in a column": ([{"tree_id": 1, "prompt": TREE}], [TURN, OTHER]),
     "an export of ChatGPT's": (json.dumps([CHATGPT, {**CHATGPT, "current_node": "s"}, CHATGPT]), [TURN, TURN]),
+    "nulls among messages": ([{"messages": [None, ASK, ANSWER], "id": 1}, {"messages": [ASK, None, ANSWER]}], [TURN, TURN]),
     "turns in fields that nobody knows": ([{"chat": {"turn_1": SAID}}, {"chat": {"turn_1": SAID}}], [TURN, TURN]),
 }  # fmt: skip
 

@@ -159,6 +159,7 @@ BAD_LINES = {
     "not UTF-8": (b'{"a": "caf\xe9"}', "not UTF-8: byte 0xE9 at byte 11 of the line"),
     "NUL": (b'{"a": "x\x00y"}', "holds a NUL character at column 9"),
     "escaped NUL": (b'{"a": ["x\\u0000y"]}', "field 'a' holds a NUL character"),
+    "half a pair in a key": (b'{"a": {"\\ud83d": 1}}', r"field 'a' holds half a surrogate pair (\ud83d)"),
     "half a pair": (b'{"a": "\\ud83d"}', r"field 'a' holds half a surrogate pair (\ud83d)"),
     "NaN": (b'{"a": NaN}', "holds NaN, which is no JSON value"),
     "Infinity": (b'{"a": [1, -Infinity]}', "holds -Infinity, which is no JSON value"),

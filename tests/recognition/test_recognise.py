@@ -256,6 +256,13 @@ def test_what_cannot_be_told_is_asked_for():
         assert recognised(long_questions, **settings).formatting.column == "prompt"
     with pytest.raises(DataError, match="No column holds text; the data has 'n'"):
         recognised({"n": 1})
+    for text, reason in (
+        ("[{'a': {1}}]", "neither JSON nor a Python list"),
+        ('[{"a": "b"}]', "something else"),
+        ('["\\ud83d"]', "half a surrogate pair"),
+    ):
+        with pytest.raises(DataError, match=f"'messages' seems to hold messages as text, which .*{reason}"):
+            recognised({"messages": text})
     with pytest.raises(UsageError, match="No column holds chat messages"):
         recognised({"n": 1}, format="chat")
     with pytest.raises(UsageError, match="--train-on last is for chats"):

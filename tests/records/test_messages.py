@@ -42,6 +42,8 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
         [{"question": "A lake?", "answer": "It's Chiemsee."}],
         json.dumps([ASK, ANSWER]),
         repr([ASK, ANSWER]),
+        repr([("A lake?", "It's Chiemsee.")]),
+        repr([{"role": ("user",)[0], "content": ({"type": "text", "text": "A lake?"},)}, ANSWER]),
         [json.dumps(ASK), json.dumps(ANSWER)],
         [ASK, {**ANSWER, "tool_calls": [], "name": None, "function_call": None}],
         [ASK, {**ANSWER, "tool_calls": ""}],
@@ -215,6 +217,23 @@ def test_nested_text_is_read_as_json_or_as_python_prints_it():
     assert decode_nested("null ") is decode_nested("None") is None
     assert decode_nested("[very good]") == "[very good]"
     assert decode_nested("{1, 2}") == "{1, 2}"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (repr([{("role", "x"): "user"}, ANSWER]), "is text that is neither JSON nor a Python list of what JSON holds"),
+        (repr([{**ASK, "content": {"A lake?"}}, ANSWER]), "is neither JSON nor a Python list of what JSON holds"),
+        (json.dumps([{**ASK, "content": "A lake \ud83d"}, ANSWER]), r"holds half a surrogate pair (\ud83d)"),
+        (repr([{**ASK, "content": "A lake\0"}, ANSWER]), "holds a NUL character"),
+        (json.dumps([{"A\ud83d": 1, **ASK}, ANSWER]), r"holds half a surrogate pair (\ud83d)"),
+        ([ASK, {"role": "function_call", "content": json.dumps({"name": "f\ud83d"})}], "half a surrogate pair"),
+    ],
+)
+def test_text_of_messages_that_cannot_be_used_is_refused(text, reason):
+    with pytest.raises(BadField) as error:
+        read_conversation({"messages": text}, ConversationColumns(messages="messages"))
+    assert reason in str(error.value) and str(error.value).startswith("field 'messages': ")
 
 
 TOOL = {"type": "function", "function": {"name": "get_depth"}}

@@ -19,6 +19,7 @@ from qlora_cli.core.records.messages import (
     ROLE_KEYS,
     ROLES,
     SPEAKERS,
+    holds_messages,
     numbered_items,
     turns_of,
 )
@@ -118,6 +119,24 @@ def refuse_exports(columns: Columns) -> None:
                 "conversations.json the command below takes the way to 'current_node', and what user and assistant say on it.",
                 _command(code),
             )
+
+
+def refuse_null_turns(columns: Columns) -> None:
+    """Refuses conversations that are lists of messages and nulls.
+
+    Raises:
+        DataError: A column holds such.
+    """
+    for name in columns.names:
+        for number, value in enumerate((row.get(name) for row in columns.records), start=1):
+            turns = [turn for turn in value if turn is not None] if isinstance(value, list) else []
+            if isinstance(value, list) and len(turns) < len(value) and holds_messages(turns):
+                code = f"[print(json.dumps({{**r,{_quoted(name)}:[t for t in r[{_quoted(name)}] or [] if t]}})) for r in {ROWS}]"
+                raise DataError(
+                    f"Column {name!r} holds nulls among the messages, in row {number} message {value.index(None) + 1}. Of "
+                    "JSON lines, the command below leaves them out.",
+                    _command(code),
+                )
 
 
 def _are_linked(value: Any) -> bool:

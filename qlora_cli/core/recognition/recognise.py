@@ -16,6 +16,7 @@ from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_name
 from qlora_cli.core.recognition.layouts import (
     refuse_exports,
     refuse_messages_as_rows,
+    refuse_null_turns,
     refuse_trees,
     refuse_unnamed_turns,
 )
@@ -31,7 +32,7 @@ from qlora_cli.core.recognition.recognised import Recognised, are_named, name_co
 from qlora_cli.core.recognition.selection import with_selection
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.media import holds_some, kind_of, named_like
-from qlora_cli.core.records.record import NULLS, Record, field_at, fields_in
+from qlora_cli.core.records.record import NULLS, Record, field_at, fields_in, why_unread
 from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import DataSettings
@@ -133,6 +134,7 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
         return "prompt"
     refuse_messages_as_rows(columns)
     refuse_exports(columns)
+    refuse_null_turns(columns)
     known = columns.find(TEXTS)
     if known and columns.is_text(known):
         return "text"
@@ -159,9 +161,11 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
         )
     refuse_unnamed_turns(columns)
     named = columns.find(CONVERSATIONS[:-1])
-    if named and any(isinstance(v, str) and v.lstrip()[:1] in ("[", "{") for v in columns.values(named)):
+    texts = [v for v in columns.values(named) if isinstance(v, str) and v.lstrip()[:1] in ("[", "{")] if named else []
+    if texts:
+        reason = next(filter(None, map(why_unread, texts)), "is a list or an object of something else")
         raise DataError(
-            f"Column {named!r} seems to hold messages as text, which is neither JSON nor a Python list.",
+            f"Column {named!r} seems to hold messages as text, which {reason}.",
             f"Write it as JSON, or train it as it is: --text-column {shlex.quote(named)}",
         )
     return "text"

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_cli.core.records.dialogues import split_dialogue
 from qlora_cli.core.records.messages import Message, holds_messages, read_messages, turns_of, with_flags
 from qlora_cli.core.records.parts import system_text
-from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type, says_nothing
+from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type, says_nothing, why_unread
 from qlora_cli.core.records.tools import calls_in, read_tools, without_padding, wrap_call
 
 
@@ -195,6 +195,8 @@ def _required(record: Record, column: str) -> Any:
 
 def _split_text(text: str, column: str) -> list[Message]:
     if (turns := split_dialogue(text)) is None:
+        if reason := why_unread(text):
+            raise BadField(f"field {column!r}: is text that {reason}")
         raise BadField(
             f"field {column!r}: is text, no list of messages, nor turns under names like 'Human:' and 'Assistant:'"
         )

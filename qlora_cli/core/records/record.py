@@ -32,9 +32,15 @@ def problem_of_record(record: Any) -> str | None:
     """What the JSON parser lets through: rows that are no object, NUL, and halves of surrogate pairs."""
     if not isinstance(record, dict):
         return f"a row must be an object with named fields, but this is {describe_type(record)}"
-    stack: list[tuple[Any, str]] = [(value, f"field {name!r}") for name, value in record.items()]
+    problems = (problem_of_value({name: value}, f"field {name!r}") for name, value in record.items())
+    return next(filter(None, problems), None)
+
+
+def problem_of_value(value: Any, where: str) -> str | None:
+    """NUL, and halves of surrogate pairs, in a text, or in those and the keys of a list or an object."""
+    stack = [value]
     while stack:
-        value, where = stack.pop()
+        value = stack.pop()
         if isinstance(value, str):
             if "\0" in value:
                 return f"{where} holds a NUL character"
@@ -47,9 +53,9 @@ def problem_of_record(record: Any) -> str | None:
                         return f"not UTF-8: byte 0x{code - 0xDC00:02X} in {where}"
                     return f"{where} holds half a surrogate pair (\\u{code:04x})"
         elif isinstance(value, dict):
-            stack += [(item, where) for item in value.values()]
+            stack += [*value, *value.values()]
         elif isinstance(value, list):
-            stack += [(item, where) for item in value]
+            stack += value
     return None
 
 
@@ -92,19 +98,41 @@ def says_nothing(text: str) -> bool:
 
 def decode_nested(text: str) -> Any:
     """What a text holds if it is a list, an object or nothing written as JSON, or as Python prints it; else the text itself."""
-    stripped = text.strip()
-    if stripped in NULLS:
+    if (stripped := text.strip()) in NULLS:
         return None
-    if stripped[:1] + stripped[-1:] not in ("[]", "{}"):
-        return text
     try:
-        return json.loads(stripped)
+        return parse_nested(stripped) if stripped[:1] + stripped[-1:] in ("[]", "{}") else text
+    except ValueError:
+        return text
+
+
+def why_unread(text: str) -> str | None:
+    """Why a text that begins like a list or an object is read as none; None where it is one, or does not begin so."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        parse_nested(text.strip())
+    except ValueError as reason:
+        return str(reason)
+    return None
+
+
+def parse_nested(text: str) -> Any:
+    """The list or object that a text is, as JSON or as Python prints it; Python's tuples are lists.
+
+    Raises:
+        ValueError: It is neither, or a text in it cannot be used; says which, without a subject.
+    """
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        pass
-    if len(stripped) > LONGEST_LITERAL:
-        return text
-    try:
-        value = ast.literal_eval(stripped)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-    return value if isinstance(value, list | dict) else text
+        try:
+            value = ast.literal_eval(text) if len(text) <= LONGEST_LITERAL else None
+            value = json.loads(json.dumps(value)) if isinstance(value, list | dict) else None
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = None
+        if value is None:
+            raise ValueError("is neither JSON nor a Python list of what JSON holds") from None
+    if "\\" in text and (problem := problem_of_value(value, "a text in it")):
+        raise ValueError(f"cannot be used: {problem}")
+    return value

@@ -7,7 +7,7 @@ has instead, and arguments are an object, however they were stored: as JSON text
 import json
 from typing import Any
 
-from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type, says_nothing
+from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type, problem_of_value, says_nothing
 
 
 def read_tools(value: Any, column: str) -> list[Record] | None:
@@ -173,6 +173,9 @@ def _with_object(function: Record, number: int) -> Record:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadField(f"{where} is no JSON ({error})") from None
+    if "\\u" in text and (problem := problem_of_value(value, where)):
+        raise BadField(problem)
+    return value
